@@ -1,0 +1,69 @@
+"""What one row of a dataset holds, whatever file it came from."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Rationale:
+    """One explanation of an example: its text, who wrote it, and the label that it argues for."""
+
+    text: str
+    source: str = ""
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A checked row. Texts are UTF-8; an empty `rationale` or `llm_label` means there is none.
+
+    Attributes:
+        id: unique within a split.
+        input: the question, as the model reads it after the objective's prefix.
+        label: the gold answer, never empty in train and validation.
+        rationale: the teacher's explanation that is trained on.
+        rationales: all explanations, `rationale` among them.
+        llm_label: the teacher's own answer.
+        weight: factor of the example's loss tokens, above 0.
+        choices: the allowed answers, in order; empty when the answer is free.
+    """
+
+    id: str
+    input: str
+    label: str
+    rationale: str = ""
+    rationales: tuple[Rationale, ...] = ()
+    llm_label: str = ""
+    weight: float = 1.0
+    choices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of `SPLIT.jsonl`; absent fields are left out, a label is always there."""
+        row: dict[str, Any] = {"id": self.id, "input": self.input, "label": self.label}
+        for name in ("rationale", "llm_label"):
+            if value := getattr(self, name):
+                row[name] = value
+        if self.rationales:
+            row["rationales"] = [dataclasses.asdict(r) for r in self.rationales]
+        if self.weight != 1.0:
+            row["weight"] = self.weight
+        if self.choices:
+            row["choices"] = list(self.choices)
+        return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    """One thing that is wrong with a row, and where it stands.
+
+    Attributes:
+        kind: `empty`, `no_rationale`, `no_answer`, `label_not_a_choice`, `runs_on`, ...
+        file: the file in which it was found.
+        row: its position there (line number, or index in a JSON list, both from 1).
+        text: the text concerned, cut to a readable length.
+    """
+
+    kind: str
+    file: str
+    row: int
+    text: str = ""

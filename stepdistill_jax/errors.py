@@ -1,0 +1,17 @@
+"""The one error that a user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad usage, config or input: one line that says what is wrong, where, and what to do.
+
+    Commands print it without a traceback and exit with 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'cqa'?` for the closest of `known`, or an empty string when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

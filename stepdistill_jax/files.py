@@ -1,0 +1,104 @@
+"""Reading and writing files that a later reader may trust."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import IO, Any
+
+from stepdistill_jax.errors import InputError
+
+PARTIAL = ".partial"
+
+
+def fsync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename inside `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was."""
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+
+
+def write_json(path: os.PathLike | str, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    with atomic_write(path) as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: os.PathLike | str) -> Any:
+    """Parsed JSON of a file.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, or not JSON; names path and line.
+    """
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, a JSON file is wanted") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
+
+
+def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of a JSON-lines file; blank lines are skipped.
+
+    Raises:
+        InputError: the file is missing, a line is not UTF-8 or not a JSON object; names path and line.
+    """
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, a JSON-lines file is wanted") from None
+    with file:
+        for number, raw in enumerate(file, 1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise InputError(f"{path}:{number}: not UTF-8") from None
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}:{number}: broken JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise InputError(
+                    f"{path}:{number}: a JSON object is wanted, got {type(row).__name__}"
+                )
+            yield number, row
+
+
+def sha256(path: os.PathLike | str) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON-like value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,145 @@
+"""The parts of a T5 layer in Linen, with logical axis names.
+
+Axis names are T5X's: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepdistill_jax.models.config import T5Config
+
+NEG_INF = -1e9
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; computed in float32."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [batch, length, embed] -> the same shape in the config's dtype."""
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", init, (x.shape[-1],))
+        y = x.astype(jnp.float32)  # the mean of squares loses digits in bfloat16
+        y = y * jax.lax.rsqrt(
+            jnp.mean(y * y, axis=-1, keepdims=True) + self.config.layer_norm_epsilon
+        )
+        return (y * scale[None, None, :]).astype(self.config.dtype)
+
+
+def dense(config: T5Config, features: int, axes: tuple[str, str], stddev: float) -> nn.Dense:
+    """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; keys and values are computed apart, so that a decoder can keep them."""
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        joined = c.num_heads * c.head_dim
+        # T5 does not divide the scores by sqrt(head_dim): it is folded into the initial query kernel
+        self.query = dense(c, joined, ("embed", "joined_kv"), (c.emb_dim * c.head_dim) ** -0.5)
+        self.key = dense(c, joined, ("embed", "joined_kv"), c.emb_dim**-0.5)
+        self.value = dense(c, joined, ("embed", "joined_kv"), c.emb_dim**-0.5)
+        self.out = dense(c, c.emb_dim, ("joined_kv", "embed"), joined**-0.5)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        # [batch, length, joined_kv] -> [batch, length, heads, kv]
+        x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
+        return nn.with_logical_constraint(x, ("batch", "length", "heads", "kv"))
+
+    def keys_values(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """y [batch, length, embed] -> keys and values, each [batch, length, heads, kv]."""
+        return self._split(self.key(y)), self._split(self.value(y))
+
+    def __call__(self, x, keys, values, bias, *, deterministic: bool) -> jax.Array:
+        """x [batch, q, embed], keys and values [batch, k, heads, kv], bias [batch or 1, heads or 1, q, k]."""
+        scores = jnp.einsum("bqhd,bkhd->bhqk", self._split(self.query(x)), keys)
+        # softmax in float32: bfloat16 scores of long inputs tie
+        weights = nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(self.config.dtype)
+        weights = self.dropout(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
+
+class Mlp(nn.Module):
+    """Feed-forward block; `("gelu", "linear")` is the gated one of v1.1."""
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        self.wi_0 = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5)
+        self.wi_1 = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5)
+        self.wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        """x [batch, length, embed] -> the same shape."""
+        h = nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x)
+        h = self.dropout(h, deterministic=deterministic)
+        return self.wo(nn.with_logical_constraint(h, ("batch", "length", "mlp")))
+
+
+def relative_buckets(
+    query: jax.Array, key: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> jax.Array:
+    """Bucket of each (query, key) pair of positions: [q], [k] -> [q, k] int32.
+
+    Half the buckets are exact distances, the rest grow by the logarithm up to `max_distance`
+    (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Packed segments are contiguous in both
+    inputs and targets, so plain indices give the same differences as positions in a segment.
+    """
+    relative, offset = key[None, :] - query[:, None], 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = (relative > 0) * num_buckets
+        relative = jnp.abs(relative)
+    else:
+        relative = jnp.maximum(-relative, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(relative, 1) / exact) / np.log(max_distance / exact)
+    large = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
+    return offset + jnp.where(relative < exact, relative, large)
+
+
+class RelativeBias(nn.Module):
+    """Learned bias per head and bucket; computed once and shared by all layers of a side."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Positions [q], [k] -> bias [1, heads, q, k] float32."""
+        c = self.config
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")
+        )
+        table = self.param("rel_embedding", init, (c.num_heads, c.num_buckets))
+        buckets = relative_buckets(
+            query,
+            key,
+            bidirectional=self.bidirectional,
+            num_buckets=c.num_buckets,
+            max_distance=c.max_distance,
+        )
+        return jnp.take(table, buckets, axis=1)[None]
+
+
+def same_segment(query: jax.Array, key: jax.Array) -> jax.Array:
+    """[batch, q], [batch, k] -> [batch, 1, q, k] bool; segment 0 is padding and is never seen."""
+    return ((query[:, :, None] == key[:, None, :]) & (key > 0)[:, None, :])[:, None]
+
+
+def mask_bias(mask: jax.Array) -> jax.Array:
+    """0 where `mask` is true, a large negative number elsewhere; float32."""
+    return jnp.where(mask, 0.0, NEG_INF)

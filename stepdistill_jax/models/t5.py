@@ -1,0 +1,292 @@
+"""T5 v1.1 in Flax Linen, scanned over layers.
+
+A batch's way through: `T5.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding takes the same
+modules apart: `encode` once, `start_cache` once, `decode_step` per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.layers import (
+    Attention,
+    Mlp,
+    RelativeBias,
+    RMSNorm,
+    dense,
+    mask_bias,
+    same_segment,
+)
+
+Cache = dict[str, jax.Array]
+
+
+class EncoderLayer(nn.Module):
+    config: T5Config
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, bias):
+        c, off = self.config, self.deterministic
+        drop = nn.Dropout(c.dropout_rate, deterministic=off)
+        attention = Attention(c, name="attention")
+        h = RMSNorm(c, name="pre_attention_layer_norm")(x)
+        x = x + drop(attention(h, *attention.keys_values(h), bias, deterministic=off))
+        h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
+        x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+
+
+class DecoderLayer(nn.Module):
+    """`cache` None: teacher forcing. Else this layer's key, value, cross_key and cross_value."""
+
+    config: T5Config
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, cache, encoded, self_bias, cross_bias, index):
+        c, off = self.config, self.deterministic
+        drop = nn.Dropout(c.dropout_rate, deterministic=off)
+        attention = Attention(c, name="self_attention")
+        cross = Attention(c, name="encoder_decoder_attention")
+        h = RMSNorm(c, name="pre_self_attention_layer_norm")(x)
+        keys, values = attention.keys_values(h)
+        if cache is None:
+            cross_keys, cross_values = cross.keys_values(encoded)
+        else:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], keys, index, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(cache["value"], values, index, axis=1)
+            cross_keys, cross_values = cache["cross_key"], cache["cross_value"]
+        x = x + drop(attention(h, keys, values, self_bias, deterministic=off))
+        h = RMSNorm(c, name="pre_cross_attention_layer_norm")(x)
+        x = x + drop(cross(h, cross_keys, cross_values, cross_bias, deterministic=off))
+        h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
+        x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
+        x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
+        return x, None if cache is None else {"key": keys, "value": values}
+
+
+def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: Any, **kwargs):
+    """`length` layers as one compiled body; params are stacked, the layer is axis 0."""
+    if config.remat_policy != "none":
+        policy = {
+            "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "full": jax.checkpoint_policies.nothing_saveable,
+        }[config.remat_policy]
+        layer = nn.remat(layer, prevent_cse=False, policy=policy)
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(config, name="layers", **kwargs)
+
+
+class Encoder(nn.Module):
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x, mask, *, deterministic: bool):
+        """x [batch, length, embed], mask [batch, 1, q, k] -> [batch, length, embed]."""
+        c = self.config
+        drop = nn.Dropout(c.dropout_rate, deterministic=deterministic)
+        position = jnp.arange(x.shape[1])
+        bias = RelativeBias(c, True, name="relpos_bias")(position, position) + mask_bias(mask)
+        layers = scan_layers(
+            EncoderLayer,
+            c,
+            c.num_encoder_layers,
+            nn.broadcast,
+            deterministic=deterministic,
+        )
+        x, _ = layers(drop(x), bias)
+        return drop(RMSNorm(c, name="encoder_norm")(x))
+
+
+class Decoder(nn.Module):
+    config: T5Config
+
+    @nn.compact
+    def __call__(
+        self, x, cache, encoded, self_mask, cross_mask, query, key, index, *, deterministic: bool
+    ):
+        """x [batch, q, embed]; query, key: positions -> ([batch, q, embed], updated cache or None)."""
+        c = self.config
+        drop = nn.Dropout(c.dropout_rate, deterministic=deterministic)
+        bias = RelativeBias(c, False, name="relpos_bias")(query, key) + mask_bias(self_mask)
+        layers = scan_layers(
+            DecoderLayer,
+            c,
+            c.num_decoder_layers,
+            (0,) + (nn.broadcast,) * 4,
+            deterministic=deterministic,
+        )
+        x, cache = layers(drop(x), cache, encoded, bias, mask_bias(cross_mask), index)
+        return drop(RMSNorm(c, name="decoder_norm")(x)), cache
+
+
+class T5(nn.Module):
+    """Encoder-decoder over packed or padded batches."""
+
+    config: T5Config
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
+        self.token_embedder = self.param("token_embedder", init, (c.vocab_size, c.emb_dim))
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        if not c.logits_via_embedding:
+            self.logits_dense = dense(c, c.vocab_size, ("embed", "vocab"), c.emb_dim**-0.5)
+
+    def _embed(self, ids: jax.Array) -> jax.Array:
+        # [batch, length] -> [batch, length, embed]. The width is gathered first: a lookup whose
+        # width is cut over fsdp forces XLA into a full rematerialization
+        table = nn.with_logical_constraint(self.token_embedder, ("vocab", None))
+        x = jnp.take(table.astype(self.config.dtype), ids, axis=0)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        # [batch, length, embed] -> [batch, length, vocab]; float32 for the softmax
+        if self.config.logits_via_embedding:
+            x = x * self.config.emb_dim**-0.5
+            logits = x @ self.token_embedder.T.astype(self.config.dtype)
+        else:
+            logits = self.logits_dense(x)
+        logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+        return logits.astype(jnp.float32)
+
+    def encode(
+        self, encoder_input_tokens, encoder_segment_ids, *, enable_dropout: bool = False
+    ) -> jax.Array:
+        """[batch, length] ids and segments -> encoder states [batch, length, embed]."""
+        return self.encoder(
+            self._embed(encoder_input_tokens),
+            same_segment(encoder_segment_ids, encoder_segment_ids),
+            deterministic=not enable_dropout,
+        )
+
+    def __call__(
+        self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
+    ) -> jax.Array:
+        """Logits of each target position under teacher forcing.
+
+        Args:
+            batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
+                `decoder_input_tokens`, `decoder_segment_ids` [batch, target length]. Segment 0 is
+                padding; a decoder segment reads the encoder segment of the same number.
+            enable_dropout: needs the rng collection `dropout`.
+
+        Returns:
+            [batch, target length, vocab] float32.
+        """
+        source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+        encoded = self.encode(
+            batch["encoder_input_tokens"], source, enable_dropout=enable_dropout
+        )
+        position = jnp.arange(target.shape[1])
+        causal = (position[:, None] >= position[None, :])[None, None]
+        x, _ = self.decoder(
+            self._embed(batch["decoder_input_tokens"]),
+            None,
+            encoded,
+            same_segment(target, target) & causal,
+            same_segment(target, source),
+            position,
+            position,
+            0,
+            deterministic=not enable_dropout,
+        )
+        return self._logits(x)
+
+    def decode_step(
+        self, ids: jax.Array, cache: Cache, encoder_segment_ids: jax.Array, index: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """One token for each row.
+
+        Args:
+            ids: [batch, 1] int32, the previous token (0 first).
+            cache: from `start_cache`.
+            encoder_segment_ids: [batch, length], 0 is padding.
+            index: scalar int32, position of the token that is decoded.
+
+        Returns:
+            Logits [batch, vocab] float32 and the cache with this position filled in.
+        """
+        key = jnp.arange(cache["key"].shape[2])
+        x, new = self.decoder(
+            self._embed(ids),
+            cache,
+            None,
+            (key <= index)[None, None, None, :],
+            (encoder_segment_ids > 0)[:, None, None, :],
+            index[None],
+            key,
+            index,
+            deterministic=True,
+        )
+        return self._logits(x)[:, 0], {**cache, **new}
+
+
+def start_cache(params: Mapping, encoded: jax.Array, config: T5Config, max_decode_len: int) -> Cache:
+    """An empty decoder cache, with the cross-attention's keys and values of all layers filled in.
+
+    They depend on the encoder alone, so they are computed once per batch, outside the loop.
+
+    Args:
+        params: parameters of a `T5` (unboxed).
+        encoded: [batch, length, embed] from `T5.encode`.
+        max_decode_len: positions of self-attention to hold.
+
+    Returns:
+        `key`, `value` [layers, batch, max_decode_len, heads, kv] zeros; `cross_key`, `cross_value`
+        [layers, batch, length, heads, kv].
+    """
+    kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
+    heads = (config.num_heads, config.head_dim)
+
+    def project(name: str) -> jax.Array:
+        kernel = kernels[name]["kernel"].astype(config.dtype)
+        joined = jnp.einsum("ble,nej->nblj", encoded, kernel)
+        return joined.reshape(config.num_decoder_layers, *encoded.shape[:2], *heads)
+
+    empty = jnp.zeros(
+        (config.num_decoder_layers, encoded.shape[0], max_decode_len, *heads), config.dtype
+    )
+    return {
+        "key": empty,
+        "value": empty,
+        "cross_key": project("key"),
+        "cross_value": project("value"),
+    }
+
+
+def abstract_params(config: T5Config) -> Any:
+    """The parameter tree as boxed shapes with logical axis names; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    names = (
+        "encoder_input_tokens",
+        "encoder_segment_ids",
+        "decoder_input_tokens",
+        "decoder_segment_ids",
+    )
+    batch = dict.fromkeys(names, tokens)
+    return jax.eval_shape(T5(config).init, jax.random.key(0), batch)["params"]
+
+
+def init_params(config: T5Config, rng: jax.Array) -> Any:
+    """Random initial parameters, unboxed."""
+    tokens = jnp.ones((1, 8), jnp.int32)
+    names = (
+        "encoder_input_tokens",
+        "encoder_segment_ids",
+        "decoder_input_tokens",
+        "decoder_segment_ids",
+    )
+    return nn.meta.unbox(T5(config).init(rng, dict.fromkeys(names, tokens))["params"])

@@ -1,0 +1,122 @@
+"""What a model is trained on: N objectives over one example, and the paper's arms by name."""
+
+import dataclasses
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+from stepdistill_jax.errors import InputError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One (input, target) pair made of an example's fields, and what its loss is worth.
+
+    Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): `predict: x -> label`, `explain: x -> rationale`.
+
+    Example: `Objective("label", "predict: {input}", "{label}", 0.5)`.
+
+    Attributes:
+        name: key of its metrics (`loss/<name>`) and of its SeqIO task (`TASK_<name>`).
+        input_template: text with `{field}` of an example: input, label, rationale, llm_label.
+        target_template: the same. A row whose target names an absent (empty) field is left out.
+        weight: factor of its mean cross-entropy in the loss; at least 0.
+
+    Raises:
+        InputError: a weight below 0, a name that is not lower_snake, or an unknown field.
+    """
+
+    name: str
+    input_template: str
+    target_template: str
+    weight: float = 1.0
+
+    FIELDS: ClassVar[tuple[str, ...]] = ("input", "label", "rationale", "llm_label")
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise InputError(f"Objective.name: lower_snake_case is wanted, got {self.name!r}")
+        if not self.weight >= 0:
+            raise InputError(f"Objective {self.name}: weight must be at least 0, got {self.weight}")
+        for template in (self.input_template, self.target_template):
+            for field in fields_of(template):
+                if field not in self.FIELDS:
+                    raise InputError(
+                        f"Objective {self.name}: unknown field {{{field}}} in {template!r}"
+                        f" (known: {', '.join(self.FIELDS)}){nearest(field, self.FIELDS)}"
+                    )
+
+    def render(self, fields: Mapping[str, str]) -> tuple[str, str]:
+        """(input, target) text of an example; the target is empty where a field of it is absent."""
+        absent = any(not fields.get(name) for name in fields_of(self.target_template))
+        values = {name: fields.get(name, "") for name in self.FIELDS}
+        target = "" if absent else self.target_template.format_map(values)
+        return self.input_template.format_map(values), target
+
+
+def fields_of(template: str) -> tuple[str, ...]:
+    """Names of the `{fields}` of a template, in order."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"template {template!r}: {error}") from None
+    return tuple(name for _, name, _, _ in parsed if name is not None)
+
+
+LABEL_INPUT = "predict: {input}"
+RATIONALE_INPUT = "explain: {input}"
+
+
+def label_only(label_weight: float = 1.0) -> tuple[Objective, ...]:
+    """Standard fine-tuning: the label alone."""
+    return (Objective("label", LABEL_INPUT, "{label}", label_weight),)
+
+
+def step_by_step(
+    label_weight: float = 0.5, rationale_weight: float = 0.5
+) -> tuple[Objective, ...]:
+    """The paper's method. Its code weighs alpha and 1 - alpha with alpha 0.5, hence (0.5, 0.5)."""
+    return (
+        Objective("label", LABEL_INPUT, "{label}", label_weight),
+        Objective("rationale", RATIONALE_INPUT, "{rationale}", rationale_weight),
+    )
+
+
+def copy_control(label_weight: float = 0.5, copy_weight: float = 0.5) -> tuple[Objective, ...]:
+    """Control: the second target only repeats the input, so it adds compute but no reasons."""
+    return (
+        Objective("label", LABEL_INPUT, "{label}", label_weight),
+        Objective("copy", RATIONALE_INPUT, "{input}", copy_weight),
+    )
+
+
+ARMS: dict[str, Callable[..., tuple[Objective, ...]]] = {
+    arm.__name__: arm for arm in (label_only, step_by_step, copy_control)
+}
+
+
+def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
+    """The objectives of an arm's name, or the given ones, checked.
+
+    Raises:
+        InputError: an unknown arm, no objective, a doubled name, or only weights of 0.
+    """
+    if isinstance(objectives, str):
+        if objectives not in ARMS:
+            raise InputError(
+                f"OBJECTIVES: unknown arm {objectives!r} (known: {', '.join(ARMS)})"
+                f"{nearest(objectives, ARMS)}"
+            )
+        return ARMS[objectives]()
+    if isinstance(objectives, Objective):
+        objectives = (objectives,)
+    objectives = tuple(objectives)
+    if not objectives or not all(isinstance(o, Objective) for o in objectives):
+        raise InputError("OBJECTIVES: an arm's name or one or more Objective(...) are wanted")
+    names = [o.name for o in objectives]
+    if len(set(names)) < len(names):
+        raise InputError(f"OBJECTIVES: each needs a name of its own, got {', '.join(names)}")
+    if not any(o.weight for o in objectives):
+        raise InputError("OBJECTIVES: all weights are 0, nothing would be learned")
+    return objectives

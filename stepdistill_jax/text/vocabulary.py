@@ -1,0 +1,90 @@
+"""Text to ids and back, without TensorFlow: a SentencePiece model or ByT5's bytes."""
+
+import functools
+import os
+import pathlib
+from typing import Protocol
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import digest, sha256
+
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+BYTES = "bytes"
+
+
+class Vocabulary(Protocol):
+    """Ids as T5 uses them: 0 padding, 1 end of sequence, 2 unknown."""
+
+    size: int
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class SentencePieceVocabulary:
+    """`spiece.model`, read by the sentencepiece library; the ids equal SeqIO's (tested)."""
+
+    def __init__(self, path: os.PathLike | str):
+        """Opens the model.
+
+        Raises:
+            InputError: no such file, or not a SentencePiece model with T5's special ids.
+        """
+        import sentencepiece
+
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such vocabulary")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{path}: not a SentencePiece model ({error})") from None
+        special = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
+        if special != (PAD_ID, EOS_ID, UNK_ID):
+            raise InputError(f"{path}: pad, eos, unk ids must be 0, 1, 2, got {special}")
+
+    @property
+    def size(self) -> int:
+        """Number of pieces; a model's `vocab_size` may be larger (sentinels, padding)."""
+        return self._processor.get_piece_size()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of the file."""
+        return sha256(self.path)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without the end of sequence."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the first end of sequence; ids that are not pieces are left out."""
+        ids = [int(i) for i in ids]
+        if EOS_ID in ids:
+            ids = ids[: ids.index(EOS_ID)]
+        return self._processor.decode([i for i in ids if PAD_ID < i < self.size])
+
+
+class ByteVocabulary:
+    """ByT5 (arXiv 2105.13626): id = byte + 3."""
+
+    size = 256 + 3
+    fingerprint = digest(BYTES)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without the end of sequence."""
+        return [b + 3 for b in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text up to the first end of sequence; broken UTF-8 is dropped."""
+        ids = [int(i) for i in ids]
+        if EOS_ID in ids:
+            ids = ids[: ids.index(EOS_ID)]
+        return bytes(i - 3 for i in ids if 3 <= i < self.size).decode(errors="ignore")
+
+
+def load_vocabulary(path: os.PathLike | str) -> Vocabulary:
+    """The vocabulary of a `spiece.model`, or of the word `bytes`."""
+    return ByteVocabulary() if str(path) == BYTES else SentencePieceVocabulary(path)

@@ -1,0 +1,128 @@
+"""What decides a training run; `commands/` fills it from gin, Python users directly."""
+
+import dataclasses
+import math
+from typing import Any
+
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.objectives import Objective, resolve
+from stepdistill_jax.sharding import Layout
+
+OPTIMIZERS = ("adamw", "adafactor")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Update rule and schedule; the defaults are the paper's (Hsieh et al. 2023, appendix A.1).
+
+    Attributes:
+        name: `adamw` or `adafactor`.
+        schedule: `linear` (to 0 at `train_steps`) or `constant`.
+        warmup_steps: steps of linear rise before it.
+        b1, b2, eps, weight_decay: AdamW's; the paper's decay is 0, optax's default is not.
+        clip_norm: global gradient norm above which gradients are scaled down.
+    """
+
+    name: str = "adamw"
+    schedule: str = "linear"
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise InputError(
+                f"optimizer: one of {', '.join(OPTIMIZERS)} is wanted, got {self.name!r}"
+                f"{nearest(self.name, OPTIMIZERS)}"
+            )
+        if self.schedule not in ("linear", "constant"):
+            raise InputError(
+                f"OptimizerConfig.schedule: linear or constant is wanted, got {self.schedule!r}"
+            )
+        if self.warmup_steps < 0 or not self.clip_norm > 0:
+            raise InputError(
+                "OptimizerConfig: warmup_steps >= 0 and clip_norm > 0 are wanted, got"
+                f" {self.warmup_steps} and {self.clip_norm}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run. Each field but the last three is the gin macro of the same name in capitals.
+
+    Attributes:
+        task: a prepared dataset, or a registered SeqIO task or mixture.
+        task_module: module that registers it, imported before it is looked up.
+        model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
+        init_from: model directory to start from; None is random.
+        objectives: an arm's name or objectives.
+        batch_size: examples (not rows) a step.
+        pack: several rows in one; False pads each objective to its own length.
+        input_length, target_length: tokens of a packed row, and where longer rows are cut.
+        train_steps, eval_every, checkpoint_every: steps.
+        learning_rate: peak.
+        num_microbatches: slices of a step, whose gradients are added up.
+        dtype: of activations.
+        layout: name or sizes of the mesh.
+        seed: of init, dropout and data order.
+        data_fraction: share of the train split that is used; smaller shares are subsets of larger.
+        optimizer: update rule and schedule.
+        dropout_rate: the same everywhere in the model.
+        remat_policy: `none`, `minimal` or `full`.
+    """
+
+    task: str
+    task_module: str | None = None
+    model_size: str = "tiny"
+    init_from: str | None = None
+    objectives: str | tuple[Objective, ...] = "step_by_step"
+    batch_size: int = 64
+    pack: bool = True
+    input_length: int = 512
+    target_length: int = 256
+    train_steps: int = 1000
+    eval_every: int = 250
+    checkpoint_every: int = 250
+    learning_rate: float = 5e-5
+    num_microbatches: int = 1
+    dtype: str = "float32"
+    layout: str | Layout = "data"
+    seed: int = 0
+    data_fraction: float = 1.0
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    dropout_rate: float = 0.1
+    remat_policy: str = "none"
+
+    def __post_init__(self):
+        object.__setattr__(self, "objectives", resolve(self.objectives))
+        for name in (
+            "batch_size",
+            "input_length",
+            "target_length",
+            "train_steps",
+            "eval_every",
+            "checkpoint_every",
+            "num_microbatches",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name.upper()}: a whole number above 0 is wanted, got {value!r}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise InputError(f"SEED: a whole number from 0 is wanted, got {self.seed!r}")
+        if not isinstance(self.pack, bool):
+            raise InputError(f"PACK: True or False is wanted, got {self.pack!r}")
+        for name in ("learning_rate", "data_fraction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise InputError(f"{name.upper()}: a number is wanted, got {value!r}")
+        if not 0 < self.data_fraction <= 1:
+            raise InputError(f"DATA_FRACTION: 0 < x <= 1 is wanted, got {self.data_fraction}")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"LEARNING_RATE: x > 0 is wanted, got {self.learning_rate}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `run.json` keeps them and as a resume compares them."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,45 @@
+"""Eight virtual CPU devices for every test, set before JAX is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import fcntl
+import pathlib
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory, worker_id) -> pathlib.Path:
+    """One folder for all xdist workers of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def delivery_data_dir(shared_tmp) -> pathlib.Path:
+    """A data dir that holds the prepared `delivery` dataset; built once for all workers."""
+    data_dir = shared_tmp / "delivery_data"
+    with open(shared_tmp / "delivery.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (data_dir / "delivery" / "dataset.json").exists():
+            from stepdistill_jax.data.prepare import prepare
+
+            prepare("delivery", data_dir=data_dir)
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def paper_data() -> pathlib.Path:
+    """The folder of the paper's original files; skips where the variable is unset."""
+    folder = os.environ.get("STEPDISTILL_PAPER_DATA")
+    if not folder:
+        pytest.skip("STEPDISTILL_PAPER_DATA is unset: no original files of the paper to read")
+    if not pathlib.Path(folder).is_dir():
+        pytest.fail(f"STEPDISTILL_PAPER_DATA={folder} is set and is not a folder")
+    return pathlib.Path(folder)
