@@ -187,9 +187,7 @@ class T5(nn.Module):
             [batch, target length, vocab] float32.
         """
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
-        encoded = self.encode(
-            batch["encoder_input_tokens"], source, enable_dropout=enable_dropout
-        )
+        encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
         position = jnp.arange(target.shape[1])
         causal = (position[:, None] >= position[None, :])[None, None]
         x, _ = self.decoder(
@@ -234,7 +232,9 @@ class T5(nn.Module):
         return self._logits(x)[:, 0], {**cache, **new}
 
 
-def start_cache(params: Mapping, encoded: jax.Array, config: T5Config, max_decode_len: int) -> Cache:
+def start_cache(
+    params: Mapping, encoded: jax.Array, config: T5Config, max_decode_len: int
+) -> Cache:
     """An empty decoder cache, with the cross-attention's keys and values of all layers filled in.
 
     They depend on the encoder alone, so they are computed once per batch, outside the loop.

@@ -1,0 +1,145 @@
+"""Orbax checkpoints of a workdir: the newest two and the best step are kept."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import read_json
+
+FOLDER = "checkpoints"
+ITEMS = ("params", "state", "metadata")
+KEPT_LATEST = 2
+
+
+def rank(metrics: dict[str, Any]) -> tuple[float, float, float]:
+    """Higher is better: label accuracy, then a lower label loss, then the earlier step.
+
+    A step that was saved without a validation ranks below every validated one.
+    """
+    if not metrics.get("validated"):
+        return (-1.0, 0.0, -float(metrics["step"]))
+    return (metrics["label_accuracy"], -metrics["label_loss"], -float(metrics["step"]))
+
+
+class Checkpoints:
+    """Saves and restores the train state; one object per run."""
+
+    def __init__(self, workdir: os.PathLike | str):
+        """Opens (or makes) the folder; what a kill in the middle of a save left behind is removed."""
+        self._manager = ocp.CheckpointManager(
+            (pathlib.Path(workdir) / FOLDER).absolute(),
+            item_names=ITEMS,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(n=KEPT_LATEST), BestN(get_metric_fn=rank, n=1)]
+                ),
+                best_fn=rank,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest finished step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Any, rest: Any, metrics: dict[str, Any]) -> None:
+        """Writes a step in the background; waits for an earlier save, and raises what that hit.
+
+        Args:
+            step: updates done.
+            params: parameter tree.
+            rest: the state without its parameters.
+            metrics: `step`, `validated` and, where it is true, `label_accuracy` and `label_loss`.
+        """
+        self.wait()
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                state=ocp.args.StandardSave(rest),
+                metadata=ocp.args.JsonSave({"step": step, **metrics}),
+            ),
+            metrics=metrics,
+            force=True,
+        )
+
+    def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
+        """(params, rest) of a step, placed as the abstract trees say."""
+        got = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
+            ),
+        )
+        return got["params"], got["state"]
+
+    def wait(self) -> None:
+        """Returns when the save in the background is whole; raises what it hit."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits and releases the folder."""
+        self.wait()
+        self._manager.close()
+
+
+def is_workdir(path: os.PathLike | str) -> bool:
+    """Whether `path` is a training run's folder rather than an exported model."""
+    return (pathlib.Path(path) / FOLDER).is_dir()
+
+
+def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
+    """Metrics of each finished step, oldest first; no manager is opened, so a live run is not disturbed."""
+    steps = {}
+    for folder in (pathlib.Path(workdir) / FOLDER).iterdir():
+        metadata = folder / "metadata" / "metadata"
+        if folder.name.isdigit() and metadata.is_file():
+            steps[int(folder.name)] = read_json(metadata)
+    return dict(sorted(steps.items()))
+
+
+def resolve_step(workdir: os.PathLike | str, step: str | int) -> int:
+    """The step that `best`, `last` or a number means.
+
+    Raises:
+        InputError: no such step; lists those that are there.
+    """
+    steps = saved_steps(workdir) if is_workdir(workdir) else {}
+    if not steps:
+        raise InputError(f"{workdir}: no checkpoint in it; run `stepdistill train` first")
+    if step == "last":
+        return max(steps)
+    if step == "best":
+        return max(steps, key=lambda s: rank(steps[s]))
+    if str(step).isdigit() and int(step) in steps:
+        return int(step)
+    raise InputError(
+        f"{workdir}: no step {step!r}; `best`, `last` or one of {', '.join(map(str, steps))}"
+    )
+
+
+def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
+    """Parameters of a step alone, placed as `abstract` (shapes with shardings) says.
+
+    Raises:
+        InputError: the checkpoint holds other shapes than the model.
+    """
+    path = (pathlib.Path(workdir) / FOLDER / str(step) / "params").absolute()
+    restore_args = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
+        abstract,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            return checkpointer.restore(
+                path, args=ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args)
+            )
+        except ValueError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: does not fit the model's config.json ({reason})") from error

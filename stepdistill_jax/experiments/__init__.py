@@ -1,0 +1,1 @@
+"""Several runs side by side: the demo and its plots."""

@@ -1,0 +1,138 @@
+"""The method on the embedded dataset, from nothing to a table, in about two minutes."""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepdistill_jax.data.prepare import ensure_prepared
+from stepdistill_jax.data.prepared import PreparedDataset
+from stepdistill_jax.experiments.plots import learning_curves
+from stepdistill_jax.files import read_json, write_json
+from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.inference.model import LoadedModel, load_model
+from stepdistill_jax.progress import log
+from stepdistill_jax.text.metrics import accuracy, majority_baseline
+from stepdistill_jax.text.vocabulary import EOS_ID
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.loop import train
+from stepdistill_jax.training.run import RUN
+from stepdistill_jax.training.writers import read_metrics
+
+SHOWN_ROWS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmResult:
+    """One row of the demo's table.
+
+    Attributes:
+        arm: name of the config.
+        labels: labelled examples trained on.
+        steps: updates.
+        seconds: of training, with its compiles and validations; 0 where it was done before.
+        test_accuracy: share of right labels on the test split.
+        tokens_per_row: tokens decoded for a label, its end included.
+    """
+
+    arm: str
+    labels: int
+    steps: int
+    seconds: float
+    test_accuracy: float
+    tokens_per_row: float
+
+
+def demo(
+    arms: Mapping[str, tuple[TrainConfig, str]],
+    *,
+    workdir: os.PathLike | str,
+    data_dir: os.PathLike | str,
+) -> dict[str, Any]:
+    """Trains each arm in `workdir`/ARM, decodes the test labels, and compares.
+
+    Run again, it finds the finished arms and only decodes.
+
+    Args:
+        arms: config and its gin text by name; all on the same task.
+        workdir: folder for runs, `demo.png` and `demo.json`.
+        data_dir: where the dataset is, or is prepared.
+
+    Returns:
+        `arms` (rows of the table), `majority_baseline`, `plot`, and `rows`: test rows with the
+        label and, for looking, the rationale that the step-by-step model gives.
+    """
+    workdir = pathlib.Path(workdir)
+    task = next(iter(arms.values()))[0].task
+    dataset = ensure_prepared(task, data_dir)
+    results, curves, shown = [], {}, []
+    for name, (config, text) in arms.items():
+        folder = workdir / name
+        log(f"--- {name}")
+        start = time.monotonic()
+        train(config, workdir=folder, data_dir=data_dir, config_text=text)
+        seconds = time.monotonic() - start
+        model = load_model(folder)
+        result, predictions = _test(model, dataset)
+        results.append(
+            ArmResult(name, _examples(folder), config.train_steps, seconds, **result)
+        )
+        curves[name] = read_metrics(folder)
+        if any(o.name == "rationale" for o in model.task_info.objectives):
+            shown = _rationales(model, dataset, predictions)
+    labels = [e.label for e in dataset.examples("test")]
+    baseline = majority_baseline(labels, dataset.metric)
+    plot = workdir / "demo.png"
+    learning_curves(curves, plot, chance=baseline)
+    summary = {
+        "arms": [dataclasses.asdict(r) for r in results],
+        "majority_baseline": baseline,
+        "plot": str(plot),
+        "rows": shown,
+    }
+    write_json(workdir / "demo.json", summary)
+    return summary
+
+
+def _examples(folder: pathlib.Path) -> int:
+    return read_json(folder / RUN)["examples"]
+
+
+def _decode(model: LoadedModel, objective: int, texts: list[str], max_decode_len: int):
+    """Decoded text and token counts of an objective's prompts."""
+    template = model.task_info.objectives[objective].input_template
+    rows = [[*model.vocabulary.encode(template.format(input=t)), EOS_ID] for t in texts]
+    decoder = LabelDecoder(model.config, max_decode_len=max_decode_len, batch_size=64)
+    decoded = decoder(model.params, rows)
+    return [model.vocabulary.decode(ids) for ids in decoded.ids], [len(i) for i in decoded.ids]
+
+
+def _test(model: LoadedModel, dataset: PreparedDataset) -> tuple[dict[str, float], list[str]]:
+    examples = list(dataset.examples("test"))
+    texts = [e.input for e in examples]
+    predictions, counts = _decode(model, 0, texts, model.task_info.max_decode_len)
+    right = accuracy(predictions, [e.label for e in examples], dataset.metric)
+    return {"test_accuracy": right, "tokens_per_row": float(np.mean(counts))}, predictions
+
+
+def _rationales(
+    model: LoadedModel, dataset: PreparedDataset, predictions: list[str]
+) -> list[dict[str, str]]:
+    examples = list(dataset.examples("test"))[:SHOWN_ROWS]
+    names = [o.name for o in model.task_info.objectives]
+    length = min(model.task_info.target_length, 64)
+    texts, _ = _decode(model, names.index("rationale"), [e.input for e in examples], length)
+    return [
+        {"input": e.input, "gold": e.label, "label": label, "rationale": rationale}
+        for e, label, rationale in zip(examples, predictions[:SHOWN_ROWS], texts, strict=True)
+    ]
+
+
+def device_name() -> str:
+    """Kind of the first device, for the table's caption."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

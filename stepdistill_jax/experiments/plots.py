@@ -1,0 +1,60 @@
+"""Pictures of runs; colours that colour-blind readers tell apart, and lines that print in grey."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# Okabe and Ito 2008
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":")
+
+
+def learning_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: os.PathLike | str,
+    *,
+    chance: float | None = None,
+) -> None:
+    """Validation accuracy and training loss of the label against the step, as a PNG.
+
+    Args:
+        runs: lines of `metrics.jsonl` by the name to show.
+        path: of the PNG.
+        chance: accuracy of always giving the commonest label, drawn as a thin line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (accuracy, loss) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for i, (name, lines) in enumerate(runs.items()):
+        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "label": name}
+        steps, values = series(lines, "eval/validation/label_accuracy")
+        accuracy.plot(steps, values, marker="o", ms=3, **look)
+        steps, values = series(lines, "loss/label")
+        loss.plot(steps, smoothed(values), **look)
+    if chance is not None:
+        accuracy.axhline(chance, color="0.6", lw=0.8)
+        accuracy.annotate("commonest label", (0.01, chance), xycoords=("axes fraction", "data"))
+    accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
+    loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
+    accuracy.legend(loc="best", frameon=False)
+    for axis in (accuracy, loss):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the lines that have `key`."""
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def smoothed(values: Sequence[float], window: int = 20) -> list[float]:
+    """Mean over the last `window` values."""
+    return [
+        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window)
+        for i in range(len(values))
+    ]

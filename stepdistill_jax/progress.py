@@ -1,0 +1,106 @@
+"""A bar with rate and time left on a terminal, plain lines elsewhere; always on standard error."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+LINE_EVERY_SECS = 10.0
+
+
+class Bar(Protocol):
+    """What `progress` yields."""
+
+    def update(self, advance: int = 1, **values: float) -> None:
+        """Moves on by `advance` and shows `values` (`loss=1.23`)."""
+        ...
+
+
+def log(message: str) -> None:
+    """One line on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def format_values(values: dict[str, float]) -> str:
+    """`loss 1.234  lr 5e-05`."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+class _Lines:
+    """For log files: a line every ten seconds and one at the end."""
+
+    def __init__(self, total: int | None, description: str, done: int):
+        self._total, self._description = total, description
+        self._first, self._done = done, done
+        self._start = self._last = time.monotonic()
+        self._values: dict[str, float] = {}
+
+    def update(self, advance: int = 1, **values: float) -> None:
+        self._done += advance
+        self._values |= values
+        now = time.monotonic()
+        if advance and (now - self._last >= LINE_EVERY_SECS or self._done == self._total):
+            self._last = now
+            rate = (self._done - self._first) / max(now - self._start, 1e-9)
+            of = "" if self._total is None else f"/{self._total}"
+            left = (
+                "" if self._total is None else f"  ETA {_clock((self._total - self._done) / rate)}"
+            )
+            log(
+                f"{self._description}: {self._done}{of}  {rate:.1f}/s{left}"
+                f"  {format_values(self._values)}".rstrip()
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+@contextlib.contextmanager
+def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
+    """Shows how far a long piece of work is.
+
+    Args:
+        total: units in all; None where it is not known.
+        description: what is counted.
+        done: units that an earlier run finished.
+
+    Yields:
+        A `Bar`.
+    """
+    if not sys.stderr.isatty():
+        yield _Lines(total, description, done)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, completed=done, rate="", values="")
+        start, shown, count = time.monotonic(), {}, 0
+
+        class Rich:
+            def update(self, advance: int = 1, **values: float) -> None:
+                nonlocal count
+                count += advance
+                shown.update(values)
+                rate = count / max(time.monotonic() - start, 1e-9)
+                bar.update(task, advance=advance, rate=f"{rate:.1f}/s", values=format_values(shown))
+
+        yield Rich()

@@ -1,0 +1,101 @@
+"""Validation during training: losses per objective and the accuracy of decoded labels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.text.metrics import accuracy
+from stepdistill_jax.text.vocabulary import EOS_ID
+from stepdistill_jax.training.batches import Batches
+from stepdistill_jax.training.feed import place
+from stepdistill_jax.training.loss import ObjectiveSums
+from stepdistill_jax.training.state import TrainState
+from stepdistill_jax.training.step import jit_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Validator:
+    """Everything that a validation needs, made once; `compute` is called with new parameters."""
+
+    data: TaskData
+    batches: Batches
+    decoder: LabelDecoder
+    eval_step: Callable
+    mesh: Mesh
+
+    @classmethod
+    def create(
+        cls,
+        data: TaskData,
+        batches: Batches,
+        *,
+        config: T5Config,
+        abstract: TrainState,
+        mesh: Mesh,
+        max_decode_len: int,
+        batch_size: int,
+    ) -> "Validator":
+        """`batches` goes through the split once, in order; `batch_size` is the decoder's, in rows."""
+        return cls(
+            data,
+            batches,
+            LabelDecoder(config, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
+            jit_eval_step(abstract, mesh, model=T5(config), num_objectives=len(data.objectives)),
+            mesh,
+        )
+
+    def compute(self, params: Any) -> dict[str, float]:
+        """Metrics of the split, each named `eval/<split>/...`.
+
+        Every process runs the same batches. `label_accuracy` is the share of decoded labels that
+        match (by text, or by value for equations); `accuracy/<objective>` is the share of target
+        tokens that are the likeliest under teacher forcing; losses are nats per token.
+        """
+        names = [o.name for o in self.data.objectives]
+        totals = jax.tree.map(np.float64, ObjectiveSums(*np.zeros((3, len(names)))))
+        for step in range(self.batches.num_steps):
+            sums = self.eval_step(params, place(self.batches(step), self.mesh))
+            totals = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), totals, sums)
+        metrics: dict[str, float] = {}
+        for name, loss, correct, count in zip(
+            names, totals.loss, totals.correct, totals.count, strict=True
+        ):
+            if count > 0:
+                metrics[f"loss/{name}"] = float(loss / count)
+                metrics[f"accuracy/{name}"] = float(correct / count)
+        weights = {o.name: o.weight for o in self.data.objectives}
+        metrics["loss"] = sum(
+            w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
+        )
+        metrics |= self._decode(params)
+        return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
+
+    def _decode(self, params: Any) -> dict[str, float]:
+        prompts, labels = [], []
+        for store in self.data.stores:
+            inputs = store.rows[0]["inputs"]
+            prompts += [
+                cut(inputs[i], self.batches.input_length) for i in range(store.num_examples)
+            ]
+            labels += store.label_texts
+        decoded = self.decoder(params, prompts)
+        predictions = [self.data.vocabulary.decode(ids) for ids in decoded.ids]
+        return {
+            "label_accuracy": accuracy(predictions, labels, self.data.metric),
+            "unfinished": float(np.mean(~np.asarray(decoded.finished))),
+        }
+
+
+def cut(ids: np.ndarray, length: int) -> np.ndarray:
+    """At most `length` ids, the last one still the end of sequence."""
+    if len(ids) <= length:
+        return ids
+    return np.append(ids[: length - 1], np.int32(EOS_ID))

@@ -1,0 +1,97 @@
+"""What a step changes, born where it lives: no process ever holds the whole of it."""
+
+import functools
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.sharding import param_shardings, replicated
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Attributes are saved in checkpoints.
+
+    Attributes:
+        step: scalar int32, updates done; the data position, too.
+        params: float32 tree of `models.t5`.
+        opt_state: of the optax transformation.
+        rng: typed key; dropout of step k uses fold_in(rng, k).
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+def create_state(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """Step 0 with the given parameters."""
+    # a key of its own: init has used fold 0 of the seed
+    rng = jax.random.fold_in(jax.random.key(seed), 1)
+    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=rng)
+
+
+def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
+    """A moment of the parameter's shape is cut like it; a factored one (Adafactor) loses one axis."""
+    if moment.shape == param.shape:
+        return sharding
+    spec = list(sharding.spec) + [None] * (param.ndim - len(sharding.spec))
+    for axis in reversed(range(param.ndim)):
+        if moment.shape == param.shape[:axis] + param.shape[axis + 1 :]:
+            return NamedSharding(mesh, PartitionSpec(*spec[:axis], *spec[axis + 1 :]))
+    return replicated(mesh)
+
+
+def abstract_state(config: T5Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as shapes with shardings: what jit, checkpoints and weight loading aim at."""
+    boxed = abstract_params(config)
+    shardings = param_shardings(mesh, boxed)
+    params = jax.eval_shape(nn.meta.unbox, boxed)  # a bare unbox fails on abstract values in a mesh
+    state = jax.eval_shape(functools.partial(create_state, tx=tx, seed=0), params)
+    opt_shardings = optax.tree_map_params(
+        tx,
+        functools.partial(_moment_sharding, mesh),
+        state.opt_state,
+        params,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    placed = state.replace(
+        step=replicated(mesh), params=shardings, opt_state=opt_shardings, rng=replicated(mesh)
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed
+    )
+
+
+def shardings_of(abstract: Any) -> Any:
+    """Shardings of a tree of abstract arrays."""
+    return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def init_state(
+    config: T5Config, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
+) -> TrainState:
+    """A random state, each part made on the device that keeps it."""
+
+    def init() -> TrainState:
+        params = init_params(config, jax.random.fold_in(jax.random.key(seed), 0))
+        return create_state(params, tx, seed)
+
+    return jax.jit(init, out_shardings=shardings_of(abstract))()
+
+
+def state_from_params(
+    params: Any, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
+) -> TrainState:
+    """Step 0 around parameters that are already placed (weights of a model directory)."""
+    create = functools.partial(create_state, tx=tx, seed=seed)
+    return jax.jit(create, out_shardings=shardings_of(abstract))(params)

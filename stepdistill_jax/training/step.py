@@ -1,0 +1,144 @@
+"""One update, as a pure function, and its one call site for `jax.jit`."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
+from stepdistill_jax.training.loss import (
+    Batch,
+    ObjectiveSums,
+    loss_scale,
+    objective_sums,
+    token_weights,
+)
+from stepdistill_jax.training.state import TrainState, shardings_of
+
+Metrics = dict[str, jax.Array | ObjectiveSums]
+
+
+def batch_sums(model: T5, params, batch: Batch, num_objectives: int, **apply) -> ObjectiveSums:
+    """Totals per objective over all groups of a batch."""
+    sums = ObjectiveSums.empty(num_objectives)
+    for group in batch:
+        logits = model.apply({"params": params}, group, **apply)
+        sums = sums.merge(objective_sums(logits, group, num_objectives))
+    return sums
+
+
+def slices_of(batch: Batch, num_microbatches: int) -> Batch:
+    """[rows, length] -> [slices, rows / slices, length]; slice i takes rows i, i + slices, ...
+
+    A contiguous cut would move every row to another device.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
+        return nn.with_logical_constraint(x, (None, "batch", "length"))
+
+    return jax.tree.map(cut, batch)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: T5,
+    tx: optax.GradientTransformation,
+    objective_weights: tuple[float, ...],
+    num_microbatches: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Loss and gradient of the global batch, then one update.
+
+    The counts of the whole batch are known before it is cut into slices, so each slice adds its
+    share of the exact gradient: the result does not depend on slices, devices or packing.
+
+    Args:
+        state: donated by the jitted form.
+        batch: groups of rows, see `training.batches`.
+        model: the module whose parameters `state` holds.
+        tx: the transformation whose state `state` holds.
+        objective_weights: one per objective.
+        num_microbatches: divides the rows of each group.
+
+    Returns:
+        The new state, and `sums`, `loss` (nats per token) and `grad_norm` (before the clip).
+    """
+    num_objectives, weights = len(objective_weights), jnp.asarray(objective_weights, jnp.float32)
+    counts = sum(token_weights(group, num_objectives).sum((0, 1)) for group in batch)
+    scale = loss_scale(counts, weights)
+    dropout = model.config.dropout_rate > 0
+    step_rng = jax.random.fold_in(state.rng, state.step)
+
+    def slice_loss(params, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
+        apply = {"enable_dropout": True, "rngs": {"dropout": rng}} if dropout else {}
+        sums = batch_sums(model, params, part, num_objectives, **apply)
+        return jnp.vdot(scale, sums.loss), sums
+
+    value_and_grad = jax.value_and_grad(slice_loss, has_aux=True)
+    if num_microbatches == 1:
+        (_, sums), grads = value_and_grad(state.params, batch, step_rng)
+    else:
+
+        def add_slice(carry, part_and_index):
+            part, index = part_and_index
+            rng = jax.random.fold_in(step_rng, index)
+            (_, sums), grads = value_and_grad(state.params, part, rng)
+            return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+        zeros = (ObjectiveSums.empty(num_objectives), jax.tree.map(jnp.zeros_like, state.params))
+        parts = (slices_of(batch, num_microbatches), jnp.arange(num_microbatches))
+        (sums, grads), _ = jax.lax.scan(add_slice, zeros, parts)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics: Metrics = {
+        "sums": sums,
+        "loss": sums.weighted_loss(weights),
+        "grad_norm": optax.global_norm(grads),
+    }
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def eval_step(params, batch: Batch, *, model: T5, num_objectives: int) -> ObjectiveSums:
+    """Totals of a batch without dropout."""
+    return batch_sums(model, params, batch, num_objectives)
+
+
+def in_mesh(function: Callable, mesh: Mesh) -> Callable:
+    """`function` under the mesh and the logical axis rules, which tracing looks up."""
+
+    @functools.wraps(function)
+    def inside(*args):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+            return function(*args)
+
+    return inside
+
+
+def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
+    """`train_step` compiled once per batch shape, with explicit shardings; the state is donated."""
+    shardings = shardings_of(abstract)
+    step = jax.jit(
+        functools.partial(train_step, **static),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    return in_mesh(step, mesh)
+
+
+def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
+    """`eval_step` compiled once per batch shape."""
+    step = jax.jit(
+        functools.partial(eval_step, **static),
+        in_shardings=(shardings_of(abstract.params), batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    return in_mesh(step, mesh)

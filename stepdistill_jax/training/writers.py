@@ -1,0 +1,81 @@
+"""Where the numbers of a run go: `metrics.jsonl` and TensorBoard events."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import atomic_write
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends a step's metrics; a resume cuts the file back to the step that it starts from."""
+
+    def __init__(self, workdir: os.PathLike | str, *, start_step: int, active: bool = True):
+        """Opens both files.
+
+        Args:
+            workdir: the run's folder.
+            start_step: the last step that counts; later lines are of a life that was lost.
+            active: False on all but the first process.
+        """
+        self._active = active
+        if not active:
+            return
+        path = pathlib.Path(workdir) / METRICS
+        _cut_back(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")
+        from tensorboardX import SummaryWriter
+
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line `{"step": step, ...}`, complete on disk when the process is killed."""
+        if not self._active:
+            return
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        if self._active:
+            self._file.close()
+            self._board.close()
+
+
+def _cut_back(path: pathlib.Path, start_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # half a line, left by a kill
+        if step <= start_step:
+            kept.append(line + "\n")
+    with atomic_write(path) as f:
+        f.writelines(kept)
+
+
+def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
+    """Lines of a run's `metrics.jsonl`, oldest first; half a line at the end is left out.
+
+    Raises:
+        InputError: the folder has no such file.
+    """
+    path = pathlib.Path(workdir) / METRICS
+    if not path.exists():
+        raise InputError(f"{path}: no such file; {workdir} is not a training run")
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

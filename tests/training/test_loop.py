@@ -1,0 +1,229 @@
+"""Runs of a tiny model on the embedded dataset, in processes of their own where they are hurt."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from stepdistill_jax.checkpoints.manager import resolve_step, restore_params, saved_steps
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training.config import OptimizerConfig
+from stepdistill_jax.training.run import assemble
+from stepdistill_jax.training.writers import read_metrics
+
+SETTINGS = {
+    "task": "delivery",
+    "batch_size": 16,
+    "input_length": 64,
+    "target_length": 64,
+    "train_steps": 30,
+    "eval_every": 10,
+    "checkpoint_every": 5,
+    "learning_rate": 1e-3,
+    "layout": "fsdp",
+}
+CHILD = """
+import json, sys
+from stepdistill_jax.training import TrainConfig, train
+settings, workdir, data_dir = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+train(TrainConfig(**settings), workdir=workdir, data_dir=data_dir)
+"""
+
+
+def start(workdir, data_dir, **changes):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(SETTINGS | changes), str(workdir), str(data_dir)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and f'{{"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"step {step} was not reached: {process.stderr.read()}")
+
+
+def params_of(workdir, step, data_dir):
+    abstract = assemble(TrainConfig(**SETTINGS), workdir, data_dir).abstract.params
+    return jax.tree.map(np.asarray, restore_params(workdir, step, abstract))
+
+
+def assert_bitwise(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, delivery_data_dir):
+    """(workdir, summary) of a run that nobody stops."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    return workdir, train(
+        TrainConfig(**SETTINGS), workdir=workdir, data_dir=delivery_data_dir, config_text="# text"
+    )
+
+
+def timeless(lines):
+    return [{k: v for k, v in x.items() if not k.startswith("timing/")} for x in lines]
+
+
+def test_a_run_leaves_what_its_contract_says(undisturbed):
+    workdir, summary = undisturbed
+    assert summary["step"] == 30
+    assert {"loss", "loss/label", "loss/rationale", "examples_per_second"} <= summary.keys()
+    lines = read_metrics(workdir)
+    steps = [x for x in lines if "loss" in x]
+    assert [x["step"] for x in steps] == list(range(1, 31))
+    assert {
+        "loss",
+        "loss/label",
+        "loss/rationale",
+        "target_tokens/label",
+        "target_tokens/rationale",
+        "accuracy/label",
+        "grad_norm",
+        "learning_rate",
+        "non_padding_fraction/inputs",
+        "non_padding_fraction/targets",
+        "timing/examples_per_second",
+        "timing/target_tokens_per_second",
+        "timing/tflops_per_second",
+        "timing/seconds_waiting_for_data",
+    } <= steps[0].keys()
+    assert [x["step"] for x in lines if "eval/validation/label_accuracy" in x] == [10, 20, 30]
+    assert steps[-1]["loss/rationale"] < steps[0]["loss/rationale"] / 2
+    assert steps[-1]["loss/label"] < steps[0]["loss/label"] / 2
+    run = json.loads((workdir / "run.json").read_text())
+    assert run["weights"] == {"label": 0.5, "rationale": 0.5}
+    assert run["process_count"] == 1 and run["device_count"] == 8 and run["fingerprint"]["train"]
+    assert (workdir / "config.gin").read_text() == "# text"
+    for name in ("config.json", "stepdistill.json", "spiece.model"):
+        assert (workdir / name).is_file()
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_objectives(undisturbed):
+    for line in read_metrics(undisturbed[0]):
+        if "loss" in line:
+            expected = 0.5 * line["loss/label"] + 0.5 * line["loss/rationale"]
+            np.testing.assert_allclose(line["loss"], expected, rtol=1e-5)
+
+
+def test_a_finished_run_started_again_changes_nothing(undisturbed, delivery_data_dir):
+    workdir, summary = undisturbed
+    before = (workdir / "metrics.jsonl").read_text()
+    again = train(TrainConfig(**SETTINGS), workdir=workdir, data_dir=delivery_data_dir)
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert again | {"examples_per_second": 0} == summary | {"examples_per_second": 0}
+
+
+def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
+    undisturbed, tmp_path, delivery_data_dir
+):
+    """Dropout is on and the epoch is not over: state, masks and data position must all come back."""
+    process = start(tmp_path, delivery_data_dir)
+    wait_for_step(process, tmp_path, 17)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    newest = max(saved_steps(tmp_path))
+    assert newest in (10, 15)  # 15 unless the kill met its save
+    (tmp_path / "checkpoints" / "16.orbax-checkpoint-tmp").mkdir()  # a save cut short
+    again = start(tmp_path, delivery_data_dir)
+    _, errors = again.communicate(timeout=250)
+    assert again.returncode == 0, errors
+    assert int(errors.split("from step ")[1].split()[0]) == newest, errors
+    workdir, _ = undisturbed
+    assert_bitwise(
+        params_of(tmp_path, 30, delivery_data_dir), params_of(workdir, 30, delivery_data_dir)
+    )
+    assert timeless(read_metrics(tmp_path)) == timeless(read_metrics(workdir))
+    assert saved_steps(tmp_path) == saved_steps(workdir)
+
+
+def test_sigterm_saves_and_leaves_with_75_and_the_resume_is_bitwise(
+    undisturbed, tmp_path, delivery_data_dir
+):
+    process = start(tmp_path, delivery_data_dir)
+    wait_for_step(process, tmp_path, 12)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 75, errors
+    assert "SIGTERM: saved step" in errors
+    stopped = max(saved_steps(tmp_path))
+    assert 12 <= stopped < 30
+    summary = train(TrainConfig(**SETTINGS), workdir=tmp_path, data_dir=delivery_data_dir)
+    assert summary["step"] == 30
+    assert_bitwise(
+        params_of(tmp_path, 30, delivery_data_dir),
+        params_of(undisturbed[0], 30, delivery_data_dir),
+    )
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [
+        ({"learning_rate": 2e-3}, "LEARNING_RATE was 0.001, is 0.002"),
+        ({"seed": 1}, "SEED was 0, is 1"),
+        ({"objectives": "label_only"}, "OBJECTIVES was"),
+        ({"optimizer": OptimizerConfig(warmup_steps=3)}, "OPTIMIZER was"),
+    ],
+    ids=["learning_rate", "seed", "objectives", "optimizer"],
+)
+def test_another_config_is_refused_and_the_difference_named(
+    undisturbed, delivery_data_dir, changes, named
+):
+    workdir, _ = undisturbed
+    before = {p: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
+    with pytest.raises(InputError, match=named):
+        train(TrainConfig(**SETTINGS | changes), workdir=workdir, data_dir=delivery_data_dir)
+    assert {p: p.read_bytes() for p in workdir.iterdir() if p.is_file()} == before
+
+
+def test_the_layout_may_change_on_a_resume(undisturbed, delivery_data_dir):
+    workdir, _ = undisturbed
+    config = TrainConfig(**SETTINGS | {"layout": "data", "checkpoint_every": 7})
+    assert train(config, workdir=workdir, data_dir=delivery_data_dir)["step"] == 30
+
+
+def test_the_best_step_is_the_best_validation(undisturbed):
+    workdir, summary = undisturbed
+    validations = [x for x in read_metrics(workdir) if "eval/validation/loss" in x]
+    best = max(
+        validations,
+        key=lambda x: (x["eval/validation/label_accuracy"], -x["eval/validation/loss/label"]),
+    )
+    assert summary["best_step"] == best["step"] == resolve_step(workdir, "best")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, delivery_data_dir):
+    config = TrainConfig(**SETTINGS | {"learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match=r"step \d+: loss"):
+        train(config, workdir=tmp_path, data_dir=delivery_data_dir)
+    assert not [s for s in saved_steps(tmp_path) if s > 5]
+
+
+def test_a_config_knows_its_ranges():
+    for changes, named in (
+        ({"batch_size": 0}, "BATCH_SIZE"),
+        ({"train_steps": 1.5}, "TRAIN_STEPS"),
+        ({"data_fraction": 0}, "DATA_FRACTION"),
+        ({"learning_rate": "high"}, "LEARNING_RATE"),
+        ({"seed": -1}, "SEED"),
+        ({"pack": "yes"}, "PACK"),
+        ({"objectives": "step_by_stp"}, "did you mean 'step_by_step'"),
+    ):
+        with pytest.raises(InputError, match=named):
+            dataclasses.replace(TrainConfig(**SETTINGS), **changes)
