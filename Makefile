@@ -1,0 +1,81 @@
+# make            what there is
+# make demo       from a fresh clone to the method at work: .venv, pinned install, `stepdistill demo`
+# make test       the same set-up, then the tests
+#
+# PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
+# PIP_FLAGS=...       more flags for pip install, say a mirror
+# PYTEST_FLAGS=...    more flags for pytest
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+PACKAGE := pyproject.toml setup.py constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint types format constraints clean
+
+help:
+	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
+	@echo "make test         install the test tools, too, and run the tests"
+	@echo "make test-slow    the tests that take longer"
+	@echo "make lint         formatting and ruff"
+	@echo "make types        pyright"
+	@echo "make format       rewrite the files as the formatter wants them"
+	@echo "make constraints  resolve constraints.txt anew (needs uv)"
+	@echo "make clean        remove $(VENV) and build folders"
+
+# The stamps make a second run cheap: pip is asked again only when the pins or the metadata changed.
+$(BIN)/python:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then for p in python3 python3.12 python3.13 python3.11; do \
+	  "$$p" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' \
+	    >/dev/null 2>&1 && python="$$p" && break; done; fi; \
+	if [ -z "$$python" ]; then \
+	  echo "no Python 3.11, 3.12 or 3.13 with venv on PATH (tensorflow-text has no wheels for others);" \
+	    "install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	echo "== making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv $(VENV)
+
+$(VENV)/.installed: $(PACKAGE) | $(BIN)/python
+	@echo "== installing the package and its pinned dependencies into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "== installing the test tools into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@echo "== stepdistill demo"
+	$(BIN)/stepdistill demo
+
+test: $(VENV)/.installed-test
+	@echo "== the tests, without those marked slow"
+	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-test
+	@echo "== the tests marked slow"
+	@# exit 5: none is marked, which is no failure
+	$(BIN)/python -m pytest -n auto -m slow $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+
+lint: $(VENV)/.installed-test
+	@echo "== formatting and lint"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed-test
+	@echo "== types (pyright fetches itself from npm on its first run)"
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+constraints:
+	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \
+	  --no-annotate --custom-compile-command "make constraints" pyproject.toml -o constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,137 @@
+"""`stepdistill`: finds the command, runs it, and turns errors into exit codes.
+
+0 done; 2 bad usage, config or input, said in one line; 1 a failure in the run; 75 stopped by a
+signal after a clean save, to be started again; 130 interrupted from the keyboard.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+from typing import Any
+
+from stepdistill_jax import __version__
+from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
+from stepdistill_jax.errors import InputError, nearest
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# what `--help` lists without importing the modules
+COMMANDS = {
+    "demo": "see the method work from scratch in a few minutes; needs no data",
+    "prepare": "read a dataset with its rationales, check it, and write it as TFDS and JSONL",
+    "inspect": "show rows as the model sees them, and what the lengths would cut",
+    "train": "train a config in a workdir, or resume it",
+    "evaluate": "accuracy of a workdir or model on a split",
+    "predict": "labels and scores for the rows of a JSONL file",
+    "export": "write a workdir's model as a Hugging Face directory",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line; returns its exit code."""
+    argv = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
+    debug = "--debug" in argv
+    try:
+        return _run(argv)
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        # one line, whatever a library's text in it looked like
+        print(f"stepdistill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stepdistill: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        traceback.print_exc()
+        summary = f"{type(error).__name__}: {error}".split("\n")[0]
+        hint = "" if debug else " (--debug shows JAX's inner frames, too)"
+        print(f"stepdistill: failed: {summary}{hint}", file=sys.stderr)
+        return FAILED
+
+
+def _run(argv: list[str]) -> int:
+    command = next((argument for argument in argv if not argument.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        raise InputError(
+            f"no command {command!r}{nearest(command, COMMANDS)}; see `stepdistill --help`"
+        )
+    parser, run = _parser(command)
+    args = parser.parse_args(argv)
+    if command is None:
+        if args.version:
+            _print_versions(as_json=args.json)
+        else:
+            parser.print_help()
+        return OK if args.version else BAD_INPUT
+    if args.debug:
+        os.environ["JAX_TRACEBACK_FILTERING"] = "off"
+    # a user's `--module` lies where they stand; last, so that it shadows nothing
+    sys.path.append(os.getcwd())
+    result = run(args)
+    if args.json:
+        print(json.dumps(_plain(result or {})), flush=True)
+    return OK
+
+
+def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """The parser with the arguments of one command filled in, and that command's `run`."""
+    parser = Parser(
+        prog="stepdistill",
+        description="Distilling step-by-step: small T5 models from labels and rationales.",
+        allow_abbrev=False,
+    )
+    if command is None:
+        parser.add_argument(
+            "--version", action="store_true", help="versions and devices, ready to paste"
+        )
+        add_common_arguments(parser)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    run = None
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            allow_abbrev=False,
+        )
+        if name == command:
+            module = importlib.import_module(f"stepdistill_jax.commands.{name}")
+            module.add_arguments(sub)
+            add_common_arguments(sub)
+            run = module.run
+    return parser, run
+
+
+def _print_versions(*, as_json: bool) -> None:
+    from stepdistill_jax.versions import version_block
+
+    block = version_block()
+    if as_json:
+        print(json.dumps(block))
+        return
+    print(f"stepdistill {__version__}")
+    width = max(map(len, block))
+    for name, value in block.items():
+        print(f"{name:<{width}}  {'not installed' if value is None else value}")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as strict JSON knows it: no NaN, no NumPy scalars, no paths."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

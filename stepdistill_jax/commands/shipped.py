@@ -1,0 +1,55 @@
+"""Finds `gin/` and `configs/`, in a checkout or in an installed wheel."""
+
+import pathlib
+
+import stepdistill_jax
+from stepdistill_jax.errors import InputError, nearest
+
+
+def shipped_folder(name: str) -> pathlib.Path:
+    """Folder of the gin parts (`gin`) or of the experiments (`configs`).
+
+    A wheel carries them inside the package with a leading underscore: a `gin/` at the top of
+    site-packages would overwrite gin-config.
+
+    Raises:
+        InputError: neither is there, so the installation is not whole.
+    """
+    package = pathlib.Path(stepdistill_jax.__file__).resolve().parent
+    for folder in (package / f"_{name}", package.parent / name):
+        if folder.is_dir() and any(folder.glob("*.gin")):
+            return folder
+    raise InputError(
+        f"{package}: no {name}/ is installed with the package; reinstall stepdistill-jax"
+    )
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """Path of each shipped experiment by its name, the file's stem."""
+    return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.gin"))}
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file at a path, or the shipped experiment (or part) of a name.
+
+    `demo_step_by_step`, `demo_step_by_step.gin` and `configs/demo_step_by_step.gin` all name the
+    shipped one where no such file is at hand; `layouts/fsdp.gin` and `gin/layouts/fsdp.gin` a part.
+
+    Raises:
+        InputError: neither; names the nearest shipped one.
+    """
+    path = pathlib.Path(name).expanduser()
+    if path.is_file():
+        return path
+    known = shipped_configs()
+    if path.stem in known and path.suffix in ("", ".gin") and str(path.parent) in (".", "configs"):
+        return known[path.stem]
+    part = shipped_folder("gin") / name.removeprefix("gin/")
+    if part.is_file():
+        return part
+    if path.is_dir():
+        raise InputError(f"{name}: is a folder, a config file is wanted")
+    raise InputError(
+        f"{name}: no such config file, and no shipped config of that name"
+        f"{nearest(path.stem, known) or ' (shipped: ' + ', '.join(known) + ')'}"
+    )

@@ -1,0 +1,334 @@
+import ast
+import dataclasses
+import pathlib
+
+import gin
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.objectives import Objective
+from stepdistill_jax.sharding import Layout
+
+MINIMAL = """\
+include "train.gin"
+include "models/t5_v1_1.gin"
+include "objectives/step_by_step.gin"
+include "optimizers/adamw.gin"
+
+TASK = "mine"
+TRAIN_STEPS = 10
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes a config into the current folder; returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "mine.gin") -> str:
+        pathlib.Path(name).write_text(text)
+        return name
+
+    return write
+
+
+def refusal(*args, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def weights(config) -> list[float]:
+    return [objective.weight for objective in config.objectives]
+
+
+# --set and its kin
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("BATCH_SIZE=32", "batch_size", 32),
+        ("LEARNING_RATE=1e-3", "learning_rate", 1e-3),
+        ("PACK=False", "pack", False),
+        ("INIT_FROM=None", "init_from", None),
+        ("INIT_FROM=models/t5-v1_1-base", "init_from", "models/t5-v1_1-base"),
+        ("TASK=my_task", "task", "my_task"),
+        ("TASK='my task'", "task", "my task"),
+        ("TASK_MODULE=my.tasks", "task_module", "my.tasks"),
+        (" SEED = 3 ", "seed", 3),
+        ("LAYOUT=@Layout()", "layout", Layout()),
+        ("TASK=%DTYPE", "task", "float32"),
+        ("train.dropout_rate=0.2", "dropout_rate", 0.2),
+        ("train.batch_size=7", "batch_size", 7),
+    ],
+)
+def test_set_rebinds_macros_and_declared_bindings(override, field, value):
+    config, _ = load_config("demo_step_by_step", [override])
+    assert getattr(config, field) == value
+    assert type(getattr(config, field)) is type(value)
+
+
+@hypothesis.given(st.text(min_size=1), st.integers(1, 10**9))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_set_takes_any_python_literal(task, steps):
+    config, _ = load_config("demo_step_by_step", [f"TASK={task!r}", f"TRAIN_STEPS={steps}"])
+    assert (config.task, config.train_steps) == (task, steps)
+
+
+def test_set_reaches_the_optimizer_and_the_weights():
+    config, _ = load_config(
+        "demo_step_by_step", ["optimizer.warmup_steps=7", "step_by_step.rationale_weight=5"]
+    )
+    assert config.optimizer.warmup_steps == 7
+    assert weights(config) == [1.0, 5]
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [("label_only", ["label"]), ("copy_control", ["label", "copy"]), ("@label_only()", ["label"])],
+)
+def test_set_objectives_takes_an_arm_by_its_bare_name(override, names):
+    config, text = load_config("demo_step_by_step", [f"OBJECTIVES={override}"])
+    assert [o.name for o in config.objectives] == names
+    assert "step_by_step" not in text
+
+
+def test_an_arm_by_its_bare_name_keeps_the_weights_that_the_config_binds():
+    config, _ = load_config("demo_step_by_step", ["OBJECTIVES=step_by_step"])
+    assert weights(config) == [1.0, 3.0]
+
+
+def test_the_last_set_of_a_name_wins():
+    assert load_config("demo_step_by_step", ["SEED=1", "SEED=2"])[0].seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("BATCH_SIEZ=3", ["BATCH_SIEZ", "did you mean 'BATCH_SIZE'"]),
+        ("batch_size=3", ["did you mean 'BATCH_SIZE'"]),
+        ("FOO=3", ["demo_step_by_step.gin", "no FOO", "TRAIN_STEPS"]),
+        ("MODEL_DIR=x", ["--workdir"]),
+        ("MIXTURE_OR_TASK_NAME=x", ["here it is TASK"]),
+        ("label_only.label_weight=3", ["declares no label_only.label_weight"]),
+        ("optimizer.warmup=3", ["no parameter 'warmup'", "did you mean 'warmup_steps'"]),
+        ("optimiser.b1=1", ["'optimiser'", "did you mean 'optimizer'"]),
+        ("OBJECTIVES=lable_only", ["--set OBJECTIVES=", "did you mean 'label_only'"]),
+        ("OBJECTIVES=@copy_contrl()", ["'copy_contrl'", "did you mean 'copy_control'"]),
+        ("BATCH_SIZE=x", ["--set BATCH_SIZE=x", "'x'"]),
+        ("BATCH_SIZE=0", ["--set BATCH_SIZE=0", "above 0"]),
+        ("TRAIN_STEPS=10k", ["'10k'"]),
+        ("PACK=no", ["True or False"]),
+        ("TASK=[1,", ["neither a Python literal nor a bare word"]),
+        ("TASK='x", ["neither a Python literal nor a bare word"]),
+        ("TASK=%FO", ["%FO is bound nowhere"]),
+        ("TASK=@", ["--set TASK=@"]),
+        ("BATCH_SIZE", ["NAME=VALUE is wanted"]),
+        ("BATCH_SIZE=", ["a value is wanted"]),
+        ("=3", ["NAME=VALUE is wanted"]),
+        ("two words=3", ["NAME=VALUE is wanted"]),
+        ("step_by_step.rationale_weight=-1", ["weight must be at least 0", "-1"]),
+        ("optimizer.name=adam", ["did you mean 'adamw'"]),
+        ("optimizer.name=3", ["--set optimizer.name=3: optimizer.name: text is wanted, got 3"]),
+        ("optimizer.b1=high", ["--set optimizer.b1=high", "a number is wanted, got 'high'"]),
+        ("optimizer.warmup_steps=1.5", ["a whole number is wanted, got 1.5"]),
+        ("train.dropout_rate=True", ["a number is wanted, got True"]),
+        ("step_by_step.rationale_weight=all", ["a number is wanted, got 'all'"]),
+        ("TASK=5", ["--set TASK=5: TASK: text is wanted, got 5"]),
+        ("TASK=%SEED", ["SEED: text is wanted, got 0"]),
+    ],
+)
+def test_a_bad_set_is_one_line_that_names_it(override, parts):
+    message = refusal("demo_step_by_step", [override])
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "culprit"),
+    [
+        (["OBJECTIVES=label_only", "step_by_step.rationale_weight=7"], "rationale_weight=7"),
+        (["train.batch_size=7", "BATCH_SIZE=3"], "BATCH_SIZE=3"),
+    ],
+)
+def test_a_set_without_effect_is_refused(overrides, culprit):
+    message = refusal("demo_step_by_step", overrides)
+    assert culprit in message
+    assert "no effect" in message
+
+
+def test_flags_as_t5x_users_type_them(write):
+    write(MINIMAL)
+    write("BATCH_SIZE = 16\nSEED = 4\n", "more.gin")
+    config, _ = load_config(None, [], ["mine.gin", "more.gin"], ["SEED=5", "TASK='cqa'"])
+    assert (config.batch_size, config.seed, config.task) == (16, 5, "cqa")
+    assert "--gin.SEED=-1" in refusal("mine.gin", gin_bindings=["SEED=-1"])
+
+
+def test_a_gin_part_can_be_laid_over_a_shipped_config():
+    config, _ = load_config("demo_step_by_step", gin_files=["layouts/fsdp.gin"])
+    assert config.layout == Layout(data=1, fsdp=-1, tensor=1)
+
+
+# files
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("BATCH_SIEZ = 3", ["mine.gin:8", "BATCH_SIEZ", "did you mean 'BATCH_SIZE'"]),
+        ("TRAIN_STEPS = 11", ["mine.gin:8", "TRAIN_STEPS is bound already in line 7"]),
+        ("SEED = three", ["mine.gin:8", "three", "quotes"]),
+        ("SEED = ", ["mine.gin:8"]),
+        ("SEED 3", ["mine.gin:8"]),
+        ("SEED = (1,", ["mine.gin:"]),
+        ("SEED = 'x", ["mine.gin:8"]),
+        ("SEED = $3", ["mine.gin:8"]),
+        ("SEED = 'x'", ["mine.gin:8", "SEED", "'x'"]),
+        ("SEED = %SEDE", ["mine.gin:8", "%SEDE is bound nowhere", "SEED"]),
+        ("trian.seed = 3", ["mine.gin:8", "'trian'", "did you mean 'train'"]),
+        ("train.sed = 3", ["mine.gin:8", "'sed'", "did you mean 'seed'"]),
+        ("OBJECTIVES = @step_by_stp()", ["mine.gin:8", "did you mean 'step_by_step'"]),
+        ("label_only.label_weight = 3.0", ["mine.gin:8", "nothing uses label_only.label_weight"]),
+        ('include "modles/t5_v1_1.gin"', ["mine.gin:8", "modles/t5_v1_1.gin"]),
+        ('include "mine.gin"', ["mine.gin:8", "leads back to itself"]),
+        ("import no_such_module", ["mine.gin:8", "no_such_module"]),
+    ],
+)
+def test_a_bad_line_of_a_file_is_named_with_its_number(write, line, parts):
+    message = refusal(write(MINIMAL + line + "\n"))
+    for part in parts:
+        assert part in message
+
+
+def test_gin_itself_accepts_the_mistyped_macro_that_we_refuse():
+    gin.clear_config()
+    gin.parse_config("BATCH_SIEZ = 3")
+    gin.clear_config()
+
+
+def test_an_error_in_an_included_file_names_that_file(write):
+    write("\n\nSEED = \n", "part.gin")
+    assert refusal(write(MINIMAL + 'include "part.gin"\n')).startswith("part.gin:3:")
+
+
+@pytest.mark.parametrize("name", ["TASK", "TRAIN_STEPS", "OBJECTIVES", "LEARNING_RATE"])
+def test_what_has_no_default_must_be_bound(write, name):
+    config = write('include "train.gin"\n' + f"SEED = 1\n{name} = %gin.REQUIRED\n")
+    others = {
+        "TASK": "x",
+        "TRAIN_STEPS": 1,
+        "OBJECTIVES": "label_only",
+        "LEARNING_RATE": 0.1,
+    }
+    others = [f"{k}={v}" for k, v in others.items() if k != name]
+    message = refusal(config, others)
+    assert "mine.gin" in message
+    assert f"--set {name}=" in message
+
+
+def test_a_missing_config_names_the_nearest_shipped_one():
+    assert "did you mean 'demo_step_by_step'" in refusal("demo_step_by_stp")
+    assert "is wanted" in refusal(None)
+
+
+def test_a_folder_is_no_config(tmp_path):
+    assert "is a folder" in refusal(str(tmp_path))
+
+
+def test_a_binary_file_is_no_config(tmp_path):
+    (tmp_path / "x.gin").write_bytes(b"\xff\xfe\x00")
+    assert "x.gin" in refusal(str(tmp_path / "x.gin"))
+
+
+def test_a_config_without_train_says_how_to_begin(write):
+    assert 'include "train.gin"' in refusal(write("TASK = 'x'\n"))
+
+
+def test_a_config_may_build_on_a_shipped_experiment(write):
+    config, _ = load_config(
+        write('include "cqa_base_step_by_step.gin"\nOBJECTIVES = @label_only()\nSEED = 9\n')
+    )
+    assert (config.task, config.seed, weights(config)) == ("cqa", 9, [1.0])
+
+
+def test_objectives_of_ones_own(write):
+    config, text = load_config(
+        write(
+            MINIMAL
+            + """
+OBJECTIVES = [@label/Objective(), @hint/Objective()]
+label/Objective.name = "label"
+label/Objective.input_template = "predict: {input}"
+label/Objective.target_template = "{label}"
+hint/Objective:
+    name = "hint"
+    input_template = "hint: {input}"
+    target_template = "{rationale}"
+    weight = 0.25
+"""
+        )
+    )
+    assert config.objectives == (
+        Objective("label", "predict: {input}", "{label}", 1.0),
+        Objective("hint", "hint: {input}", "{rationale}", 0.25),
+    )
+    assert type(config.objectives[0]) is Objective
+    assert load_config(write(text, "again.gin"))[0] == config
+
+
+def test_a_users_module_may_register_a_configurable(write, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_objectives_for_gin.py").write_text(
+        "import gin\nfrom stepdistill_jax.objectives import Objective\n"
+        "@gin.configurable\n"
+        "def my_arm(weight=1.0):\n"
+        "    return (Objective('label', 'q: {input}', '{label}', weight),)\n"
+    )
+    config, _ = load_config(
+        write(
+            "import my_objectives_for_gin\n"
+            + MINIMAL
+            + "OBJECTIVES = @my_arm()\nmy_arm.weight = 2.0\n"
+        )
+    )
+    assert weights(config) == [2.0]
+
+
+# state and the operative text
+
+
+def test_loads_do_not_leak_into_each_other():
+    first, _ = load_config("demo_step_by_step", ["SEED=7", "optimizer.b1=0.5"])
+    second, _ = load_config("demo_step_by_step")
+    assert (first.seed, second.seed) == (7, 0)
+    assert (first.optimizer.b1, second.optimizer.b1) == (0.5, 0.9)
+    refusal("demo_step_by_step", ["BATCH_SIZE=0"])
+    assert gin.config_str() == ""
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["OBJECTIVES=label_only"], ["LAYOUT=@Layout()", "TASK='it''s'", "SEED=3"]]
+)
+def test_the_operative_text_reads_back_to_the_same_run(write, overrides):
+    config, text = load_config("demo_step_by_step", overrides)
+    again, text_again = load_config(write(text))
+    assert again == config
+    assert text_again == text
+
+
+def test_the_operative_text_says_every_field_of_the_run():
+    config, text = load_config("demo_step_by_step")
+    bound = dict(line.split(" = ", 1) for line in text.splitlines() if line)
+    for field in dataclasses.fields(config):
+        assert f"train.{field.name}" in bound
+    for field in dataclasses.fields(config.optimizer):
+        value = getattr(config.optimizer, field.name)
+        assert ast.literal_eval(bound[f"optimizer.{field.name}"]) == value
+    assert bound["step_by_step.rationale_weight"] == "3.0"

@@ -1,0 +1,242 @@
+import json
+import os
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from stepdistill_jax.commands import arguments, main
+from stepdistill_jax.errors import InputError
+
+TIMED = """
+import sys, time
+start = time.perf_counter()
+{code}
+seconds = time.perf_counter() - start
+heavy = sorted({{"jax", "flax", "gin", "tensorflow", "seqio", "torch", "rich"}} & set(sys.modules))
+print()
+print(seconds, *heavy)
+"""
+
+
+def timed(code: str) -> tuple[float, list[str]]:
+    """Best of three (seconds, heavy libraries imported) of some code in a fresh interpreter."""
+    runs = []
+    for _ in range(3):
+        output = subprocess.run(
+            [sys.executable, "-c", TIMED.format(code=code)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        seconds, *heavy = output.splitlines()[-1].split()
+        runs.append((float(seconds), heavy))
+    return min(runs)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Makes `stepdistill fake` call a function."""
+
+    def install(run, add_arguments=lambda parser: None):
+        module = types.SimpleNamespace(run=run, add_arguments=add_arguments)
+        monkeypatch.setitem(sys.modules, "stepdistill_jax.commands.fake", module)
+        monkeypatch.setitem(main.COMMANDS, "fake", "a command of this test")
+        monkeypatch.setattr(sys, "path", list(sys.path))
+
+    return install
+
+
+def raising(error):
+    def run(args):
+        raise error
+
+    return run
+
+
+def test_import_is_quick_and_loads_nothing_heavy():
+    seconds, heavy = timed("import stepdistill_jax")
+    assert heavy == []
+    assert seconds < 0.2
+
+
+@pytest.mark.parametrize("command", [None, *sorted(main.COMMANDS)])
+def test_help_is_quick_and_loads_nothing_heavy(command):
+    argv = [*([command] if command else []), "--help"]
+    seconds, heavy = timed(
+        "from stepdistill_jax.commands.main import main\n"
+        f"try: sys.exit(main({argv}))\n"
+        "except SystemExit as exit: assert exit.code == 0"
+    )
+    assert heavy == []
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
+def test_every_command_has_json_debug_and_a_function_of_its_own(command):
+    parser, run = main._parser(command)
+    text = parser._subparsers._group_actions[0].choices[command].format_help()
+    assert "--json" in text
+    assert "--debug" in text
+    assert callable(run)
+
+
+def test_bad_input_is_one_line_and_exit_2(fake, capsys):
+    fake(raising(InputError("rows.jsonl:7: broken JSON")))
+    assert main.main(["fake"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "stepdistill: error: rows.jsonl:7: broken JSON\n")
+
+
+def test_bad_input_stays_one_line_whatever_is_in_it(fake, capsys):
+    fake(raising(InputError("a library said:\n  many\nlines")))
+    assert main.main(["fake"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_of_bad_input(fake, capsys):
+    fake(raising(InputError("wrong")))
+    assert main.main(["fake", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_failure_in_the_run_shows_its_traceback_and_is_exit_1(fake, capsys):
+    fake(raising(RuntimeError("out of luck")))
+    assert main.main(["fake"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("stepdistill: failed: RuntimeError: out of luck")
+
+
+def test_a_clean_stop_keeps_its_exit_code(fake):
+    fake(raising(SystemExit(75)))
+    with pytest.raises(SystemExit) as caught:
+        main.main(["fake"])
+    assert caught.value.code == 75
+
+
+def test_control_c_is_exit_130_without_a_traceback(fake, capsys):
+    fake(raising(KeyboardInterrupt()))
+    assert main.main(["fake"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_json_is_the_last_line_and_strict(fake, capsys):
+    def run(args):
+        print("a library prints, too")
+        return {"loss": np.float32(0.5), "nan": float("nan"), "rows": np.int64(3), "by": [(1, 2)]}
+
+    fake(run)
+    assert main.main(["fake", "--json"]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last, parse_constant=pytest.fail) == {
+        "loss": 0.5,
+        "nan": None,
+        "rows": 3,
+        "by": [[1, 2]],
+    }
+
+
+def test_without_json_nothing_is_added_to_standard_output(fake, capsys):
+    fake(lambda args: {"rows": 3})
+    assert main.main(["fake"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    assert main.main(["trian"]) == 2
+    err = capsys.readouterr().err
+    assert "'trian'" in err
+    assert "did you mean 'train'" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["train"], ["train", "x", "--wrkdir", "y"], ["--nonsense"]])
+def test_bad_usage_is_one_line_and_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(argv)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_version_names_every_library_and_the_devices(capsys):
+    assert main.main(["--version"]) == 0
+    out = capsys.readouterr().out
+    for name in (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "seqio",
+        "tensorflow",
+        "tensorflow-datasets",
+        "transformers",
+        "python",
+        "devices",
+    ):
+        assert f"\n{name} " in out
+    assert "8 x cpu" in out  # conftest's virtual devices
+
+
+def test_version_as_json_is_the_block_of_run_json(capsys):
+    from stepdistill_jax.versions import version_block
+
+    assert main.main(["--version", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == version_block()
+
+
+def test_a_module_in_the_current_folder_can_be_imported(fake, tmp_path, monkeypatch):
+    (tmp_path / "tasks_of_this_folder.py").write_text("ANSWER = 42\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(args):
+        import tasks_of_this_folder
+
+        assert tasks_of_this_folder.ANSWER == 42
+
+    fake(run)
+    assert main.main(["fake"]) == 0
+
+
+def test_gin_flags_are_told_apart_from_ours():
+    assert arguments.split_gin_flags(["--gin.A=1", "--gin_file=x", "--set", "B=2"]) == [
+        "--gin-binding=A=1",
+        "--gin_file=x",
+        "--set",
+        "B=2",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["tensorflow_text", "seqio"])
+def test_without_tensorflow_text_the_platforms_are_named(monkeypatch, missing):
+    present = arguments.importlib.util.find_spec
+    monkeypatch.setattr(
+        arguments.importlib.util,
+        "find_spec",
+        lambda name: None if name == missing else present(name),
+    )
+    with pytest.raises(InputError, match="tensorflow-text") as caught:
+        arguments.require_seqio("train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    code = (
+        "import sys\nfrom stepdistill_jax.commands import main\n"
+        "main._run = lambda argv: [print('x' * 1000, flush=True) for _ in range(10000)]\n"
+        "sys.exit(main.main([]))"
+    )
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    os.read(reader, 10)
+    os.close(reader)
+    assert process.communicate(timeout=60)[1] == b""

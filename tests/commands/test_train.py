@@ -1,0 +1,92 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import stepdistill_jax.training
+from stepdistill_jax.commands import main
+from stepdistill_jax.commands.gin_config import load_config
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Arguments that `training.train` would have been called with."""
+    calls = []
+
+    def train(config, **kwargs):
+        calls.append((config, kwargs))
+        return {"step": config.train_steps, "loss": 0.5}
+
+    monkeypatch.setattr(stepdistill_jax.training, "train", train, raising=False)
+    return calls
+
+
+def test_train_passes_config_folders_and_text(called, tmp_path, capsys):
+    workdir, data_dir = tmp_path / "run", tmp_path / "data"
+    argv = ["train", "demo_step_by_step", "--workdir", str(workdir), "--data-dir", str(data_dir)]
+    assert main.main([*argv, "--set", "TRAIN_STEPS=3", "--gin.SEED=4", "--json"]) == 0
+    ((config, kwargs),) = called
+    expected, text = load_config("demo_step_by_step", ["TRAIN_STEPS=3", "SEED=4"])
+    assert config == expected
+    assert kwargs == {"workdir": workdir, "data_dir": data_dir, "config_text": text}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3, "loss": 0.5}
+
+
+def test_module_is_the_configs_task_module(called, tmp_path):
+    argv = ["train", "demo_step_by_step", "--workdir", str(tmp_path), "--module", "pkg.tasks"]
+    assert main.main(argv) == 0
+    ((config, kwargs),) = called
+    assert config.task_module == "pkg.tasks"
+    assert "TASK_MODULE = 'pkg.tasks'" in kwargs["config_text"]
+
+
+def test_gin_file_stands_for_the_config(called, tmp_path):
+    argv = ["train", "--gin_file=demo_label_only", "--workdir", str(tmp_path)]
+    assert main.main(argv) == 0
+    assert [o.name for o in called[0][0].objectives] == ["label"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["nowhere.gin"], "nowhere.gin"),
+        (["demo_step_by_step", "--set", "BATCH_SIEZ=3"], "BATCH_SIZE"),
+        ([], "a config is wanted"),
+    ],
+)
+def test_a_bad_config_is_exit_2_and_makes_no_workdir(called, tmp_path, capsys, argv, part):
+    workdir = tmp_path / "run"
+    assert main.main(["train", *argv, "--workdir", str(workdir)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert part in err
+    assert err.count("\n") == 1
+    assert not called
+    assert not workdir.exists()
+
+
+def test_train_without_seqio_is_exit_2(called, tmp_path, capsys, monkeypatch):
+    from stepdistill_jax.commands import arguments
+
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    assert main.main(["train", "demo_step_by_step", "--workdir", str(tmp_path)]) == 2
+    assert "tensorflow-text" in capsys.readouterr().err
+    assert not called
+
+
+def test_two_steps_in_a_process_of_its_own(delivery_data_dir, tmp_path):
+    command = [sys.executable, "-m", "stepdistill_jax", "train", "demo_step_by_step", "--json"]
+    command += ["--workdir", str(tmp_path / "run"), "--data-dir", str(delivery_data_dir)]
+    for setting in ("TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=8"):
+        command += ["--set", setting]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["step"] == 2
+    assert {"loss", "loss/label", "loss/rationale", "examples_per_second"} <= set(last)
+    text = (tmp_path / "run" / "config.gin").read_text()
+    assert "TRAIN_STEPS = 2" in text
