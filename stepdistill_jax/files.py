@@ -59,6 +59,10 @@ def read_json(path: os.PathLike | str) -> Any:
         raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise InputError(f"{path}: JSON that cannot be read ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -73,6 +77,8 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder, a JSON-lines file is wanted") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
         for number, raw in enumerate(file, 1):
             if number == 1:
@@ -85,6 +91,8 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise InputError(f"{path}:{number}: not UTF-8") from None
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}:{number}: broken JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: JSON that cannot be read ({error})") from None
             if not isinstance(row, dict):
                 raise InputError(
                     f"{path}:{number}: a JSON object is wanted, got {type(row).__name__}"

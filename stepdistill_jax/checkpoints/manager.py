@@ -16,7 +16,7 @@ ITEMS = ("params", "state", "metadata")
 KEPT_LATEST = 2
 
 
-def rank(metrics: dict[str, Any]) -> tuple[float, float, float]:
+def rank(metrics: dict[str, Any]) -> Any:
     """Higher is better: label accuracy, then a lower label loss, then the earlier step.
 
     A step that was saved without a validation ranks below every validated one.

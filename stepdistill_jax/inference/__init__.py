@@ -1,0 +1,22 @@
+"""Labels from a trained model: no TensorFlow, no training code.
+
+The imports are not lazy: a function that is named like its module (`predict`) is only reached by
+`inference.predict(...)` if it is bound after the module has been imported.
+"""
+
+from stepdistill_jax.inference.decode import Decoded, LabelDecoder, greedy_decode
+from stepdistill_jax.inference.evaluate import evaluate
+from stepdistill_jax.inference.export import export
+from stepdistill_jax.inference.model import LoadedModel, load_model
+from stepdistill_jax.inference.predict import predict
+
+__all__ = [
+    "Decoded",
+    "LabelDecoder",
+    "LoadedModel",
+    "evaluate",
+    "export",
+    "greedy_decode",
+    "load_model",
+    "predict",
+]

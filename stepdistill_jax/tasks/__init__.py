@@ -1,0 +1,11 @@
+"""Tasks: `add_task(...)` plugs a dataset in, `load_task(...)` gives its tokens."""
+
+_EXPORTS = {"add_task": "registry", "load_task": "load", "has_split": "load", "TaskData": "load"}
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

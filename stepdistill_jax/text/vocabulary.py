@@ -15,8 +15,11 @@ BYTES = "bytes"
 class Vocabulary(Protocol):
     """Ids as T5 uses them: 0 padding, 1 end of sequence, 2 unknown."""
 
-    size: int
-    fingerprint: str
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -50,9 +53,13 @@ class SentencePieceVocabulary:
         """Number of pieces; a model's `vocab_size` may be larger (sentinels, padding)."""
         return self._processor.get_piece_size()
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of the file."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         return sha256(self.path)
 
     def encode(self, text: str) -> list[int]:

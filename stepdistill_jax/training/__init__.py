@@ -1,0 +1,17 @@
+"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`."""
+
+_EXPORTS = {
+    "TrainConfig": "config",
+    "OptimizerConfig": "config",
+    "train": "loop",
+    "inspect": "inspect",
+}
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        import importlib
+
+        module = importlib.import_module(f"{__name__}.{_EXPORTS[name]}")
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,7 +15,6 @@ from stepdistill_jax.text.metrics import accuracy
 from stepdistill_jax.text.vocabulary import EOS_ID
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.feed import place
-from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
@@ -60,14 +58,12 @@ class Validator:
         tokens that are the likeliest under teacher forcing; losses are nats per token.
         """
         names = [o.name for o in self.data.objectives]
-        totals = jax.tree.map(np.float64, ObjectiveSums(*np.zeros((3, len(names)))))
+        totals = np.zeros((3, len(names)))  # loss, correct, count; float64 over many batches
         for step in range(self.batches.num_steps):
             sums = self.eval_step(params, place(self.batches(step), self.mesh))
-            totals = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), totals, sums)
+            totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
         metrics: dict[str, float] = {}
-        for name, loss, correct, count in zip(
-            names, totals.loss, totals.correct, totals.count, strict=True
-        ):
+        for name, loss, correct, count in zip(names, *totals, strict=True):
             if count > 0:
                 metrics[f"loss/{name}"] = float(loss / count)
                 metrics[f"accuracy/{name}"] = float(correct / count)

@@ -179,7 +179,7 @@ class StepRecorder:
                 metrics[f"loss/{name}"] = float(sums.loss[i] / sums.count[i])
                 metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
         self._warn(step, metrics)
-        metrics["learning_rate"] = float(self._learning_rate(step - 1))
+        metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
         metrics |= self.throughput.of_step(batch)
         metrics["timing/seconds_waiting_for_data"] = waited
         self._writer.write(step, metrics)

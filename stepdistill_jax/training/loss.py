@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 Group = Mapping[str, jax.Array]
 Batch = Sequence[Group]
 
 
-@flax.struct.dataclass
-class ObjectiveSums:
+class ObjectiveSums(struct.PyTreeNode):
     """Totals per objective, each [objectives] float32; divide once, at the end.
 
     Attributes:

@@ -3,11 +3,11 @@
 import functools
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepdistill_jax.models.config import T5Config
@@ -15,8 +15,7 @@ from stepdistill_jax.models.t5 import abstract_params, init_params
 from stepdistill_jax.sharding import param_shardings, replicated
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Attributes are saved in checkpoints.
 
     Attributes:

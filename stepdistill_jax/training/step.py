@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,7 +28,7 @@ def batch_sums(model: T5, params, batch: Batch, num_objectives: int, **apply) ->
     """Totals per objective over all groups of a batch."""
     sums = ObjectiveSums.empty(num_objectives)
     for group in batch:
-        logits = model.apply({"params": params}, group, **apply)
+        logits: Any = model.apply({"params": params}, group, **apply)
         sums = sums.merge(objective_sums(logits, group, num_objectives))
     return sums
 
@@ -71,8 +72,8 @@ def train_step(
         The new state, and `sums`, `loss` (nats per token) and `grad_norm` (before the clip).
     """
     num_objectives, weights = len(objective_weights), jnp.asarray(objective_weights, jnp.float32)
-    counts = sum(token_weights(group, num_objectives).sum((0, 1)) for group in batch)
-    scale = loss_scale(counts, weights)
+    counts = [token_weights(group, num_objectives).sum((0, 1)) for group in batch]
+    scale = loss_scale(jnp.sum(jnp.stack(counts), axis=0), weights)
     dropout = model.config.dropout_rate > 0
     step_rng = jax.random.fold_in(state.rng, state.step)
 

@@ -27,7 +27,7 @@ class MetricsWriter:
             return
         path = pathlib.Path(workdir) / METRICS
         _cut_back(path, start_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
         from tensorboardX import SummaryWriter
 
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=30)
