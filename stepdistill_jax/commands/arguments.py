@@ -43,7 +43,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    metavar: str = "CONFIG",
+    help: str = "a config file, or the name of a shipped one such as demo_step_by_step",
+) -> None:
     """CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
 
     They end up as `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, the
@@ -52,8 +57,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         nargs="?",
-        metavar="CONFIG",
-        help="a config file, or the name of a shipped one such as demo_step_by_step",
+        metavar=metavar,
+        help=help,
     )
     parser.add_argument(
         "--set",

@@ -21,11 +21,13 @@ def run(args: argparse.Namespace) -> dict:
     from rich.console import Console
 
     from stepdistill_jax.commands import inspect as inspect_command
+    from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.experiments.demo import demo
     from stepdistill_jax.training import inspect
 
+    require_seqio("demo")
     console = Console()
     arms = {name: load_config(f"demo_{name}") for name in ARMS}
     config = arms["step_by_step"][0]

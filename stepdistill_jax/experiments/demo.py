@@ -79,9 +79,7 @@ def demo(
         seconds = time.monotonic() - start
         model = load_model(folder)
         result, predictions = _test(model, dataset)
-        results.append(
-            ArmResult(name, _examples(folder), config.train_steps, seconds, **result)
-        )
+        results.append(ArmResult(name, _examples(folder), config.train_steps, seconds, **result))
         curves[name] = read_metrics(folder)
         if any(o.name == "rationale" for o in model.task_info.objectives):
             shown = _rationales(model, dataset, predictions)

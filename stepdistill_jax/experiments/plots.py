@@ -55,6 +55,5 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 def smoothed(values: Sequence[float], window: int = 20) -> list[float]:
     """Mean over the last `window` values."""
     return [
-        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window)
-        for i in range(len(values))
+        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
     ]

@@ -267,26 +267,21 @@ def start_cache(
     }
 
 
+_FEATURES = (
+    "encoder_input_tokens",
+    "encoder_segment_ids",
+    "decoder_input_tokens",
+    "decoder_segment_ids",
+)
+
+
 def abstract_params(config: T5Config) -> Any:
     """The parameter tree as boxed shapes with logical axis names; nothing is allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    names = (
-        "encoder_input_tokens",
-        "encoder_segment_ids",
-        "decoder_input_tokens",
-        "decoder_segment_ids",
-    )
-    batch = dict.fromkeys(names, tokens)
+    batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     return jax.eval_shape(T5(config).init, jax.random.key(0), batch)["params"]
 
 
 def init_params(config: T5Config, rng: jax.Array) -> Any:
     """Random initial parameters, unboxed."""
-    tokens = jnp.ones((1, 8), jnp.int32)
-    names = (
-        "encoder_input_tokens",
-        "encoder_segment_ids",
-        "decoder_input_tokens",
-        "decoder_segment_ids",
-    )
-    return nn.meta.unbox(T5(config).init(rng, dict.fromkeys(names, tokens))["params"])
+    batch = dict.fromkeys(_FEATURES, jnp.ones((1, 8), jnp.int32))
+    return nn.meta.unbox(T5(config).init(rng, batch)["params"])

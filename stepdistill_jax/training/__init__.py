@@ -4,7 +4,7 @@ _EXPORTS = {
     "TrainConfig": "config",
     "OptimizerConfig": "config",
     "train": "loop",
-    "inspect": "inspect",
+    "inspect": "inspection",
 }
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.inference.predict import cut_ids
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.text.metrics import accuracy
-from stepdistill_jax.text.vocabulary import EOS_ID
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.feed import place
 from stepdistill_jax.training.state import TrainState
@@ -79,7 +79,7 @@ class Validator:
         for store in self.data.stores:
             inputs = store.rows[0]["inputs"]
             prompts += [
-                cut(inputs[i], self.batches.input_length) for i in range(store.num_examples)
+                cut_ids(inputs[i], self.batches.input_length) for i in range(store.num_examples)
             ]
             labels += store.label_texts
         decoded = self.decoder(params, prompts)
@@ -88,10 +88,3 @@ class Validator:
             "label_accuracy": accuracy(predictions, labels, self.data.metric),
             "unfinished": float(np.mean(~np.asarray(decoded.finished))),
         }
-
-
-def cut(ids: np.ndarray, length: int) -> np.ndarray:
-    """At most `length` ids, the last one still the end of sequence."""
-    if len(ids) <= length:
-        return ids
-    return np.append(ids[: length - 1], np.int32(EOS_ID))

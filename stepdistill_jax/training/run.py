@@ -107,14 +107,14 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
     if model is None:
         model = t5_v1_1(
             config.model_size,
-            vocab_size=data.vocabulary.size,
+            vocab_size=data.vocab_size,
             dtype=config.dtype,
             dropout_rate=config.dropout_rate,
             remat_policy=config.remat_policy,
         )
-    if data.vocabulary.size > model.vocab_size:
+    if data.vocab_size > model.vocab_size:
         raise InputError(
-            f"vocabulary of {data.vocabulary.size} pieces, but the model's vocab_size is"
+            f"ids of {config.task} go up to {data.vocab_size - 1}, but the model's vocab_size is"
             f" {model.vocab_size}"
         )
     cut = {

@@ -1,0 +1,206 @@
+"""`stepdistill inspect`: rows as the model sees them, lengths, fill, and what would be cut."""
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from stepdistill_jax.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLOURS = ("cyan", "magenta", "yellow", "green", "blue")
+BAR = 30
+SEGMENTS, BRIEF_SEGMENTS = 8, 4  # shown of a packed row
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    from stepdistill_jax.commands.arguments import add_config_arguments, add_data_arguments
+
+    add_config_arguments(
+        parser,
+        metavar="CONFIG_OR_MIXTURE",
+        help="a config (file or shipped name), or a prepared dataset, SeqIO task or mixture",
+    )
+    parser.add_argument("--split", default="train", help="which split (train)")
+    parser.add_argument("--rows", type=_count, default=2, help="rows to show (2)")
+    add_data_arguments(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 is wanted, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Finds the config or task, looks at it, prints, and returns the figures."""
+    from rich.console import Console
+
+    from stepdistill_jax.training import inspect
+
+    result = inspect(
+        _config_or_task(args),
+        split=args.split,
+        rows=args.rows,
+        data_dir=args.data_dir,
+        task_module=args.module,
+    )
+    show(result, Console())
+    return result
+
+
+def _config_or_task(args: argparse.Namespace) -> Any:
+    """A `TrainConfig` where the name is a config's, else the task's name.
+
+    Raises:
+        InputError: neither; lists the nearest.
+    """
+    from stepdistill_jax.commands.gin_config import load_config
+    from stepdistill_jax.commands.shipped import find_config, shipped_configs
+    from stepdistill_jax.tasks.load import splits_of
+
+    name: str | None = args.config
+    settings = (args.overrides, args.gin_files, args.gin_bindings)
+    if name is None and not args.gin_files:
+        raise InputError("inspect: a config or a task is wanted")
+    if name is None or _is_config(name, find_config):
+        bindings = list(args.gin_bindings)
+        if args.module:
+            bindings.append(f"TASK_MODULE={args.module}")
+        return load_config(name, args.overrides, args.gin_files, bindings)[0]
+    try:
+        splits_of(name, data_dir=args.data_dir, task_module=args.module)
+    except InputError as error:
+        if not str(error).startswith("unknown task"):
+            raise
+        hint = nearest(name, shipped_configs())
+        raise InputError(f"{name}: no config of that name{hint}; and {error}") from None
+    if any(settings):
+        raise InputError(
+            f"--set, --gin_file and --gin. need a config, {name} is a task; make a config with"
+            f" TASK = {name!r}"
+        )
+    return name
+
+
+def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
+    """Whether a config of that name is at hand; what looks like a path to one must be."""
+    try:
+        find_config(name)
+    except InputError:
+        if name.endswith(".gin") or os.sep in name:
+            raise
+        return False
+    return True
+
+
+def show(result: dict[str, Any], console: "Console", *, brief: bool = False) -> None:
+    """Prints what `training.inspect` found; brief: only the rows."""
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(result["objectives"])}
+    _show_rows(result, console, colours, brief)
+    if brief:
+        return
+    _show_lengths(result, console, colours)
+    _show_fill(result, console)
+
+
+def _show_rows(result: dict, console: "Console", colours: dict[str, str], brief: bool) -> None:
+    from rich.text import Text
+
+    for number, row in enumerate(result["shown"], 1):
+        inputs = sum(segment["input_tokens"] for segment in row)
+        targets = sum(segment["target_tokens"] for segment in row)
+        lengths = f" of {result['input_length']}", f" of {result['target_length']}"
+        if not result["pack"]:
+            lengths = "", ""
+        console.print(
+            f"[bold]Row {number}[/bold]: {len(row)} segment{'s' if len(row) > 1 else ''},"
+            f" {inputs}{lengths[0]} input tokens, {targets}{lengths[1]} target tokens",
+            highlight=False,
+        )
+        kept = row[: BRIEF_SEGMENTS if brief else SEGMENTS]
+        for segment in kept:
+            colour = colours[segment["objective"]]
+            weight = "" if segment["weight"] == 1 else f", weight {segment['weight']:g}"
+            line = Text("  ")
+            line.append(f"{segment['objective']}", f"bold {colour}")
+            line.append(f" {segment['input_tokens']} -> {segment['target_tokens']}{weight}: ")
+            line.append(segment["input"], "dim")
+            line.append(" -> ")
+            line.append(segment["target"], colour)
+            console.print(line)
+        if len(kept) < len(row):
+            console.print(f"  ... and {len(row) - len(kept)} more segments", highlight=False)
+
+
+def _show_lengths(result: dict, console: "Console", colours: dict[str, str]) -> None:
+    from rich.text import Text
+
+    console.print(
+        f"\n[bold]{result['task']}[/bold] {result['split']}: {result['examples']} examples,"
+        f" vocabulary of {result['vocabulary_size']}",
+        highlight=False,
+    )
+    for name, figures in result["objectives"].items():
+        absent = f", {figures['absent']} examples without" if figures["absent"] else ""
+        console.print(
+            Text(f"{name}", f"bold {colours[name]}"),
+            f"weight {figures['weight']:g}, {figures['rows']} rows{absent}",
+            highlight=False,
+        )
+        for side, limit in (("inputs", "input_length"), ("targets", "target_length")):
+            lengths, cut = figures[side], result["cut"][name][side]
+            share = f" ({cut / figures['rows']:.1%})" if cut else ""
+            console.print(
+                f"  {side}: {lengths['min']} to {lengths['max']} tokens, mean {lengths['mean']},"
+                f" median {lengths['median']}, 99% within {lengths['p99']};"
+                f" {cut}{share} cut at {result[limit]}",
+                highlight=False,
+            )
+            largest = max((b["rows"] for b in lengths["histogram"]), default=1) or 1
+            for part in lengths["histogram"]:
+                bar = "█" * -(-part["rows"] * BAR // largest)
+                span = f"{part['from']}-{part['to']}" if part["from"] < part["to"] else part["to"]
+                console.print(
+                    Text(f"    {span:>11} ").append(bar, colours[name]),
+                    part["rows"] or "",
+                    highlight=False,
+                )
+
+
+def _show_fill(result: dict, console: "Console") -> None:
+    from rich.table import Table
+
+    counts = ", ".join(map(str, result["row_counts"]))
+    console.print(
+        f"\nA step of {result['batch_size']} examples takes {result['rows_per_step']:g}"
+        f" {'packed rows' if result['pack'] else 'rows'}"
+        + (f" (compiled for {counts})" if counts else "")
+        + f"; filled: inputs {result['fill']['inputs']:.0%}, targets"
+        f" {result['fill']['targets']:.0%}",
+        highlight=False,
+    )
+    table = Table(title="Packed lengths tried", title_justify="left")
+    for column in ("INPUT_LENGTH", "TARGET_LENGTH", "rows", "inputs", "targets", "all", "cut"):
+        table.add_column(column, justify="right")
+    for candidate in result["candidates"]:
+        fill = candidate["fill"]
+        table.add_row(
+            str(candidate["input_length"]),
+            str(candidate["target_length"]),
+            f"{candidate['rows_per_step']:g}",
+            *(f"{fill[side]:.0%}" for side in ("inputs", "targets", "all")),
+            str(candidate["cut_inputs"] + candidate["cut_targets"]),
+            style="bold" if candidate == result["proposed"] else None,
+        )
+    console.print(table)
+    proposed = result["proposed"]
+    console.print(
+        f"Proposed: INPUT_LENGTH = {proposed['input_length']}, TARGET_LENGTH ="
+        f" {proposed['target_length']} (filled {proposed['fill']['all']:.0%};"
+        f" cuts {proposed['cut_inputs']} inputs, {proposed['cut_targets']} targets)",
+        highlight=False,
+    )

@@ -1,0 +1,92 @@
+"""`stepdistill predict`: labels and scores for the rows of a JSON-lines file."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from stepdistill_jax.commands.arguments import add_data_arguments
+from stepdistill_jax.errors import InputError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `predict`."""
+    parser.add_argument(
+        "path", metavar="WORKDIR_OR_MODEL", type=pathlib.Path, help="what to predict with"
+    )
+    parser.add_argument(
+        "input",
+        metavar="INPUT.jsonl",
+        type=pathlib.Path,
+        help='rows {"input": ...}, and if known "id", "label", "choices"',
+    )
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT.jsonl",
+        type=pathlib.Path,
+        help='rows {"id", "label", "score"}; a stopped run goes on where it was',
+    )
+    parser.add_argument(
+        "--task", metavar="NAME", help="prepared dataset that says how labels are compared"
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--max-decode-len",
+        type=int,
+        metavar="N",
+        help="most tokens of a label (default: what training found enough)",
+    )
+    parser.add_argument(
+        "--with-rationale", action="store_true", help="also decode a rationale, for looking"
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help="text before each input (default: the model's own; `predict: ` if it names none)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a bad row: stop, or leave it out and say so (default: stop)",
+    )
+    add_data_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--step` and `--batch-size`, which `evaluate` has, too."""
+    parser.add_argument(
+        "--step",
+        default="best",
+        metavar="best|last|N",
+        help="which checkpoint of a workdir (default: best by validation)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="rows at once (default: 64)"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Calls `inference.predict` and prints its summary."""
+    if args.module:
+        raise InputError(
+            "--module: predict imports no SeqIO task; leave it out, labels are compared as the"
+            " model's own task says (`evaluate --module` reads a split of such a task)"
+        )
+    from stepdistill_jax.inference import predict
+    from stepdistill_jax.inference.tally import in_words
+
+    result = predict(
+        args.path,
+        args.input,
+        args.output,
+        task=args.task,
+        step=args.step,
+        batch_size=args.batch_size,
+        max_decode_len=args.max_decode_len,
+        with_rationale=args.with_rationale,
+        prefix=args.prefix,
+        on_error=args.on_error,
+        data_dir=args.data_dir,
+    )
+    print(f"{args.output}: {in_words(result)}")
+    return result

@@ -1,0 +1,156 @@
+"""`stepdistill prepare`: original files in, a checked dataset out."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+
+_KINDS = {
+    "runs_on": "text goes on with an invented question; cut there",
+    "empty": "no text before the next question",
+    "no_answer": "no `... answer is`: neither rationale nor answer; the row keeps its label",
+    "several_answers": "more than one answer before the next question",
+    "no_rationale": "an answer with nothing before it; the row keeps its label",
+    "no_letter": "no `(x)` in the answer",
+    "letter_not_a_choice": "a letter beyond the choices",
+    "label_not_a_choice": "the answer's text is none of the choices",
+    "letter_and_text_disagree": "letter and text name different choices; the text is taken",
+    "no_parentheses": "no `( ... )` in the answer",
+    "no_value": "an equation that cannot be computed",
+    "equation_goes_on": "the equation goes on after its parentheses; read whole",
+    "repeated_choices": "a choice stands twice in the question",
+    "gold_not_a_choice": "the gold label is none of the choices",
+    "gold_has_no_value": "the gold label cannot be computed",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    from stepdistill_jax.commands.arguments import add_data_arguments
+
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="cqa or svamp (the paper's files), jsonl (your own rows), delivery (embedded)",
+    )
+    parser.add_argument(
+        "--source",
+        type=pathlib.Path,
+        metavar="PATH",
+        help="folder of the original files; for jsonl a file, or a folder with train.jsonl and"
+        " perhaps validation.jsonl and test.jsonl",
+    )
+    parser.add_argument(
+        "--name",
+        dest="new_name",
+        metavar="NEW",
+        help="what to call the dataset, lower_snake_case; needed for jsonl",
+    )
+    parser.add_argument(
+        "--map",
+        dest="field_map",
+        metavar="input=question,...",
+        help="for jsonl: our field = yours, for each that is called otherwise",
+    )
+    parser.add_argument(
+        "--no-teacher",
+        dest="teacher",
+        action="store_false",
+        help="prepare labels only, without the teacher's texts",
+    )
+    add_data_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prepares, prints a table per split, and returns the figures."""
+    from stepdistill_jax.commands.arguments import require_seqio
+    from stepdistill_jax.data.prepare import prepare
+
+    require_seqio("prepare")
+    result = prepare(
+        args.name,
+        source=args.source,
+        new_name=args.new_name,
+        field_map=parse_map(args.field_map),
+        teacher=args.teacher,
+        data_dir=args.data_dir,
+    )
+    show(result)
+    return result
+
+
+def parse_map(text: str | None) -> dict[str, str]:
+    """{"input": "question"} of `input=question`, several joined by commas.
+
+    Raises:
+        InputError: a part without `=`, or a field that is mapped twice.
+    """
+    field_map: dict[str, str] = {}
+    for part in filter(None, (text or "").split(",")):
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not (ours and equals and theirs):
+            raise InputError(f"--map: input=question,label=answer is wanted, got {part!r}")
+        if ours in field_map:
+            raise InputError(f"--map: the field {ours!r} is mapped twice")
+        field_map[ours] = theirs
+    return field_map
+
+
+def show(result: dict[str, Any], console: Any = None) -> None:
+    """Prints a table per split, the notes, and where the dataset lies."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = console or Console(highlight=False)
+    for split, figures in result["splits"].items():
+        console.print(_table(split, figures))
+    for note in result["notes"]:
+        console.print(f"note: {escape(note)}")
+    size = result["vocabulary_size"]
+    made = f"vocabulary of {size} pieces, " if size else ""
+    console.print(
+        f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}every"
+        f" defect in defects.jsonl, labels compared by {result['metric']}",
+        soft_wrap=True,
+    )
+
+
+def _table(split: str, figures: dict[str, Any]) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = figures["rows"]
+    table = Table(title=f"{split}: {rows} rows", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("what")
+
+    def line(name: str, count: int, comment: str = "") -> None:
+        table.add_row(name, str(count), f"{count / rows:.2%}", comment)
+
+    line("with a rationale", figures["with_rationale"])
+    for name, comment in (
+        ("teacher_accuracy", "unparsed answers count as wrong, nothing repaired"),
+        ("teacher_accuracy_by_text", "by the text after the letter"),
+        ("teacher_accuracy_repaired", "after our repairs"),
+    ):
+        if figures[name] is not None:
+            line(name, round(figures[name] * rows), comment)
+    table.add_section()
+    for kind, count in figures["defects"].items():
+        first = escape(f"first: {figures['first_defects'][kind]}")
+        line(kind, count, f"{_KINDS[kind]} ({first})" if kind in _KINDS else first)
+    table.add_section()
+    for name, comment in (
+        ("changed_rows", "texts that the vocabulary does not give back"),
+        ("changed_whitespace_rows", "given back but for whitespace (a newline is a space to it)"),
+        ("unknown_pieces", "characters that it does not know"),
+    ):
+        count = figures.get("vocabulary", {}).get(name)
+        if count and name == "unknown_pieces":
+            table.add_row(name, str(count), "", comment)
+        elif count:
+            line(name, count, comment)
+    return table

@@ -1,0 +1,142 @@
+"""From a teacher's raw text to its rationale and its answer; each way of failing has a name."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from stepdistill_jax.text import arithmetic
+
+NEXT_QUESTION = "Q:"  # where a few-shot completion runs on into an invented question
+CHOICE_MARKER = "So the answer is"
+EQUATION_MARKER = "The answer is"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+_LETTER = re.compile(r"\(([a-z])\)\s*([^\n]*)", re.IGNORECASE)
+_PARENTHESES = re.compile(r"\(.*\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """What a teacher's text says.
+
+    Attributes:
+        rationale: the text before the answer; empty where there is none.
+        answer: the answer as the published rule reads it (for choices: the choice of the letter);
+            empty where that rule fails.
+        answer_text: for choices, the text after the letter; else empty.
+        repaired: the answer after our repairs; empty where none is usable.
+        problems: names of what is wrong with the text.
+    """
+
+    rationale: str = ""
+    answer: str = ""
+    answer_text: str = ""
+    repaired: str = ""
+    problems: tuple[str, ...] = ()
+
+
+def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
+    """Reads `RATIONALE So the answer is (x) CHOICE.`, up to the next `Q:`.
+
+    Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the
+    rationale "Beavers build." and the answer "wood".
+
+    Repairs: the text after the letter wins where, but for case and a full stop, it is one of the
+    choices (a slip of the letter, or no letter at all); else the letter's choice is taken, as in
+    `(a) lake or (d) pond`.
+
+    Args:
+        text: a completion, which may run on.
+        choices: the question's answers, in the order of the letters a, b, ...
+
+    Returns:
+        The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
+        no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter, compared
+        exactly), letter_and_text_disagree.
+    """
+    problems, rationale, answer = _split(text, CHOICE_MARKER)
+    if answer is None:
+        return Parsed(problems=problems)
+    letter = _LETTER.search(answer)
+    by_letter = ""
+    if letter is None:
+        problems += ("no_letter",)
+        answer_text = _without_stop(answer)
+    else:
+        answer_text = _without_stop(letter[2])
+        position = LETTERS.index(letter[1].lower())
+        if position < len(choices):
+            by_letter = choices[position]
+        else:
+            problems += ("letter_not_a_choice",)
+    if answer_text not in choices:
+        problems += ("label_not_a_choice",)
+    elif by_letter and by_letter != answer_text:
+        problems += ("letter_and_text_disagree",)
+    by_text = [c for c in choices if _folded(c) == _folded(answer_text)]
+    return Parsed(
+        rationale=rationale,
+        # the published rule finds no answer where the marker stands more than once
+        answer="" if "several_answers" in problems else by_letter,
+        answer_text="" if "several_answers" in problems or letter is None else answer_text,
+        repaired=by_letter if by_letter in by_text or not by_text else by_text[0],
+        problems=problems,
+    )
+
+
+def parse_equation(text: str) -> Parsed:
+    """Reads `RATIONALE The answer is (EQUATION).`, up to the next `Q:`.
+
+    Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84."
+    and the answer "(84 / 2)".
+
+    Repairs: an equation that goes on after its parentheses, as in `(16 * 17) * 4`, is read whole,
+    and so is one that has none.
+
+    Returns:
+        The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
+        no_parentheses, no_value (it cannot be computed), equation_goes_on.
+    """
+    problems, rationale, answer = _split(text, EQUATION_MARKER)
+    if answer is None:
+        return Parsed(problems=problems)
+    found = _PARENTHESES.search(answer)
+    equation = found[0] if found else ""
+    whole = _without_stop(answer.split("\n")[0])
+    if not equation:
+        problems += ("no_parentheses",)
+    elif arithmetic.evaluate(equation) is None:
+        problems += ("no_value",)
+    repaired = next((e for e in (whole, equation) if arithmetic.evaluate(e) is not None), "")
+    if equation and repaired not in ("", equation):
+        problems += ("equation_goes_on",)
+    return Parsed(
+        rationale=rationale,
+        answer="" if "several_answers" in problems else equation,
+        repaired=repaired,
+        problems=problems,
+    )
+
+
+def _split(text: str, marker: str) -> tuple[tuple[str, ...], str, str | None]:
+    """(problems, rationale, text after the first marker or None) of what precedes the next question."""
+    own, next_question, _ = text.partition(NEXT_QUESTION)
+    problems = ("runs_on",) if next_question else ()
+    if not own.strip():
+        return (*problems, "empty"), "", None
+    rationale, *answers = own.split(marker)
+    if not answers:
+        return (*problems, "no_answer"), "", None
+    if len(answers) > 1:
+        problems += ("several_answers",)
+    if not rationale.strip():
+        problems += ("no_rationale",)
+    return problems, rationale.strip(), answers[0].strip()
+
+
+def _without_stop(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip()
+
+
+def _folded(text: str) -> str:
+    return " ".join(_without_stop(text).casefold().split())

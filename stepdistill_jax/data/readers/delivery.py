@@ -1,0 +1,79 @@
+"""The embedded dataset: short reports of deliveries whose label needs a hidden rule of two steps.
+
+With 1,500 examples a tiny model learns the rule from rationales, and not from labels alone.
+"""
+
+import hashlib
+import itertools
+
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.reading import Reading, Row
+
+VERSION = 1
+ROWS = {"train": 1500, "validation": 500, "test": 500}
+
+WEATHER = {
+    "wet": "rain sleet drizzle fog snow hail storm showers mist slush thunder downpour",
+    "dry": "sun breeze heat drought haze sunshine dust wind glare pollen sunset starlight",
+}
+VEHICLE = {
+    "heavy": "truck lorry bus tanker tractor digger hauler crane loader trailer bulldozer mixer",
+    "light": "bike scooter moped car kart buggy van hatchback taxi roadster coupe jeep",
+}
+ROAD = {
+    "narrow": "bridge alley lane track path tunnel pass trail dock ledge ramp causeway",
+    "wide": "highway avenue boulevard plaza motorway runway square freeway ring parkway bypass turnpike",
+}
+
+
+def report(weather: str, vehicle: str, road: str) -> str:
+    """The input's text."""
+    return f"with {weather} in the forecast , the {vehicle} takes the {road} ."
+
+
+def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
+    """(label, rationale) by the hidden rule, of the kinds: wet or dry, heavy or light, narrow or wide.
+
+    Example: `conclusion("wet", "light", "narrow")` is ("smooth", "slow pace on a narrow road ,
+    since a light vehicle hates wet weather .").
+    """
+    suits = (weather == "wet") == (vehicle == "heavy")
+    pace, verb = ("fast", "suits") if suits else ("slow", "hates")
+    label = "smooth" if suits == (road == "wide") else "trouble"
+    return (
+        label,
+        f"{pace} pace on a {road} road , since a {vehicle} vehicle {verb} {weather} weather .",
+    )
+
+
+def read() -> Reading:
+    """1,500 + 500 + 500 examples; disjoint, half `smooth` and half `trouble` in each split.
+
+    The order, and so the choice, is that of a hash of the input: no generator whose stream may
+    change with a library.
+    """
+    words = itertools.product(
+        *(
+            [(kind, w) for kind, ws in table.items() for w in ws.split()]
+            for table in (WEATHER, VEHICLE, ROAD)
+        )
+    )
+    made: dict[str, list[Row]] = {"smooth": [], "trouble": []}
+    for parts in sorted(words, key=lambda parts: _order(report(*(w for _, w in parts)))):
+        label, rationale = conclusion(*(kind for kind, _ in parts))
+        text = report(*(w for _, w in parts))
+        made[label].append(Row(Example(id="", input=text, label=label, rationale=rationale)))
+    splits, start = {}, 0
+    for split, rows in ROWS.items():
+        chosen = [row.example for some in made.values() for row in some[start : start + rows // 2]]
+        chosen.sort(key=lambda example: _order(example.input))
+        splits[split] = [
+            Row(Example(f"{split}-{i}", e.input, e.label, e.rationale))
+            for i, e in enumerate(chosen, 1)
+        ]
+        start += rows // 2
+    return Reading("delivery", VERSION, "text_match", splits)
+
+
+def _order(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

@@ -1,0 +1,110 @@
+"""Typed fields of a JSON row; every complaint names file, line and field."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+
+
+def text(row: Mapping[str, Any], name: str, where: str, *, strip: bool = True) -> str:
+    """A text that must be there and not be blank.
+
+    An integer is taken as its digits. Other numbers, true and false have more than one way to be
+    written (1e3, 1000.0; true, True), so they are refused.
+
+    Args:
+        row: the JSON object.
+        name: field of it.
+        where: `file:line`.
+        strip: whether outer whitespace goes; an input is kept as it is, as `predict` reads it.
+
+    Raises:
+        InputError: it is absent, empty, no text, or no valid Unicode.
+    """
+    if name not in row:
+        raise InputError(f"{where}: no field {name!r} (found: {', '.join(row) or 'none'})")
+    value = "" if row[name] is None else as_text(row[name], name, where)
+    if not value.strip():
+        raise InputError(f"{where}: the field {name!r} is empty")
+    return value.strip() if strip else value
+
+
+def optional_text(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A stripped text as `text`, but empty where it is absent, null or blank."""
+    value = row.get(name)
+    return "" if value is None else as_text(value, name, where).strip()
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """`value` as text, untouched; see `text`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: the field {name!r} must be text (or an integer), got {_kind(value)}"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: the field {name!r} holds half of a surrogate pair, which is no valid Unicode"
+        ) from None
+    return value
+
+
+def texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    """A list of stripped texts, none of them empty; empty where it is absent or null."""
+    values = row.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise InputError(f"{where}: the field {name!r} must be a list, got {_kind(values)}")
+    found = tuple(as_text(value, f"{name}[{i}]", where).strip() for i, value in enumerate(values))
+    if not all(found):
+        raise InputError(f"{where}: the field '{name}[{found.index('')}]' is empty")
+    return found
+
+
+def weight(row: Mapping[str, Any], name: str, where: str) -> float:
+    """A finite number above 0; 1.0 where it is absent or null."""
+    value = row.get(name)
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{where}: the field {name!r} must be a number, got {_kind(value)}")
+    if not (value > 0 and math.isfinite(value)):
+        raise InputError(f"{where}: the field {name!r} must be above 0, got {value}")
+    return float(value)
+
+
+class UniqueIds:
+    """Notices an id that stands twice in a file."""
+
+    def __init__(self):
+        self._lines: dict[str, str] = {}
+
+    def add(self, example_id: str, where: str) -> str:
+        """The id.
+
+        Raises:
+            InputError: it was added before; names both places.
+        """
+        if example_id in self._lines:
+            raise InputError(
+                f"{where}: the id {example_id!r} stands at {self._lines[example_id]}, too;"
+                " a missing id is the row's number"
+            )
+        self._lines[example_id] = where
+        return example_id
+
+
+def _kind(value: Any) -> str:
+    kinds = {
+        bool: "true or false",
+        float: "a number",
+        dict: "an object",
+        list: "a list",
+        str: "text",
+    }
+    return "null" if value is None else kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,217 @@
+"""Anybody's own rows as JSON lines, without code."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from stepdistill_jax.data.example import Defect, Example, Rationale
+from stepdistill_jax.data.readers import fields
+from stepdistill_jax.data.reading import SPLITS, Reading, Row, defect, take_validation, tenth
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.files import read_jsonl, sha256
+from stepdistill_jax.text.metrics import text_match
+
+VERSION = 1
+FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
+TEACHER_FIELDS = ("rationale", "rationales", "llm_label")
+RATIONALE_FIELDS = ("text", "source", "label")
+
+
+def read(
+    source: pathlib.Path, *, field_map: Mapping[str, str] | None = None, teacher: bool = True
+) -> Reading:
+    """Reads a file, or the train.jsonl, validation.jsonl and test.jsonl of a folder.
+
+    A row is {"id"?, "input", "label", "rationale"?, "rationales"?: [{"text", "source"?, "label"?}],
+    "llm_label"?, "weight"?, "choices"?}. A missing id is the row's number from 1. All
+    texts but the input are stripped. Of several rationales the first is trained on, unless
+    `rationale` names one.
+
+    A file is cut into train (8 tenths), validation and test (a tenth each) by a hash of the id; a
+    folder without validation.jsonl takes a tenth of train.
+
+    Args:
+        source: file or folder.
+        field_map: our field to the source's name for it, e.g. {"input": "question"}.
+        teacher: False leaves rationales and teacher labels out.
+
+    Raises:
+        InputError: a field that is mapped and not there, a wrong type, an id that stands twice, an
+            empty label or input, broken JSON; names file, line and field.
+    """
+    field_map = dict(field_map or {})
+    _check_map(field_map)
+    notes: list[str] = []
+    files = _files(source, notes)
+    splits: dict[str, list[Row]] = {}
+    unread: set[str] = set()
+    for split, path in files.items():
+        splits[split] = _read_file(path, field_map, teacher, unread)
+    if unread:
+        notes.append(f"fields that were not read: {', '.join(sorted(unread))}")
+    if source.is_dir():
+        if "train" in splits and "validation" not in splits:
+            splits["train"], splits["validation"] = take_validation(splits["train"])
+            notes.append(
+                f"{source / 'validation.jsonl'}: no such file, so validation is the tenth of train"
+                " whose hashed id falls there"
+            )
+    else:
+        splits = _three_splits(splits["train"])
+        notes.append(
+            f"{source}: one file, so it is cut by the hashed ids: validation and test are a tenth"
+            " each, train is the rest"
+        )
+    for split in SPLITS:
+        if split in splits and not splits[split]:
+            notes.append(f"the split {split} is left out: of so few rows none falls into it")
+            del splits[split]
+    return Reading(
+        "jsonl",
+        VERSION,
+        "text_match",
+        {split: splits[split] for split in SPLITS if split in splits},
+        {path.name: sha256(path) for path in files.values()},
+        {"field_map": field_map, "teacher": teacher, "cut": not source.is_dir()},
+        tuple(notes),
+    )
+
+
+def _check_map(field_map: Mapping[str, str]) -> None:
+    for name in field_map:
+        if name not in FIELDS:
+            raise InputError(
+                f"--map {name}={field_map[name]}: there is no field {name!r} to fill"
+                f" (known: {', '.join(FIELDS)}){nearest(name, FIELDS)}"
+            )
+
+
+def _files(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
+    if not source.is_dir():
+        if not source.exists():
+            raise InputError(f"--source {source}: no such file or folder")
+        return {"train": source}
+    files = {s: p for s in SPLITS if (p := source / f"{s}.jsonl").exists()}
+    others = sorted(p.name for p in source.glob("*.jsonl") if p not in files.values())
+    if not files:
+        raise InputError(
+            f"--source {source}: none of {', '.join(f'{s}.jsonl' for s in SPLITS)} is in it"
+            + (f" (found: {', '.join(others)})" if others else "")
+        )
+    for split in ("train", "test"):
+        if split not in files:
+            notes.append(f"{source / split}.jsonl: no such file, so the split {split} is left out")
+    if others:
+        notes.append(f"{source}: files that were not read: {', '.join(others)}")
+    return files
+
+
+def _three_splits(rows: list[Row]) -> dict[str, list[Row]]:
+    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for row in rows:
+        splits[{0: "validation", 1: "test"}.get(tenth(row.example.id), "train")].append(row)
+    return splits
+
+
+def _read_file(
+    path: pathlib.Path, field_map: Mapping[str, str], teacher: bool, unread: set[str]
+) -> list[Row]:
+    names = {name: field_map.get(name, name) for name in FIELDS}
+    ids = fields.UniqueIds()
+    rows: list[Row] = []
+    for line, source_row in read_jsonl(path):
+        where = f"{path}:{line}"
+        if not rows:
+            _check_mapped_fields(field_map, source_row, where)
+        unread |= set(source_row) - set(names.values())
+        if not teacher:
+            source_row = {
+                k: v for k, v in source_row.items() if k not in {names[f] for f in TEACHER_FIELDS}
+            }
+        row = _row(source_row, names, path.name, line, where, ids, str(len(rows) + 1))
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    if any(row.example.llm_label for row in rows):
+        return [
+            Row(
+                row.example,
+                row.defects,
+                {"teacher_accuracy": text_match(row.example.llm_label, row.example.label)},
+            )
+            for row in rows
+        ]
+    return rows
+
+
+def _check_mapped_fields(field_map: Mapping[str, str], row: Mapping[str, Any], where: str) -> None:
+    for name, theirs in field_map.items():
+        if theirs not in row:
+            raise InputError(
+                f"--map {name}={theirs}: {where} has no field {theirs!r}"
+                f" (found: {', '.join(row) or 'none'}){nearest(theirs, row)}"
+            )
+
+
+def _row(
+    row: Mapping[str, Any],
+    names: Mapping[str, str],
+    file: str,
+    line: int,
+    where: str,
+    ids: fields.UniqueIds,
+    number: str,
+) -> Row:
+    for name in ("input", "label"):
+        if names[name] not in row:
+            raise InputError(
+                f"{where}: no field {names[name]!r} (found: {', '.join(row) or 'none'});"
+                f" --map {name}=FIELD says which is meant"
+            )
+    example_id = fields.optional_text(row, names["id"], where) or number
+    rationale = fields.optional_text(row, names["rationale"], where)
+    llm_label = fields.optional_text(row, names["llm_label"], where)
+    rationales = _rationales(row, names["rationales"], where)
+    if rationales and not rationale:
+        rationale = rationales[0].text
+    elif rationales and rationale not in (r.text for r in rationales):
+        rationales = (Rationale(rationale, label=llm_label), *rationales)
+    example = Example(
+        id=ids.add(example_id, where),
+        input=fields.text(row, names["input"], where, strip=False),
+        label=fields.text(row, names["label"], where),
+        rationale=rationale,
+        rationales=rationales,
+        llm_label=llm_label,
+        weight=fields.weight(row, names["weight"], where),
+        choices=fields.texts(row, names["choices"], where),
+    )
+    defects: list[Defect] = []
+    if example.choices and example.label not in example.choices:
+        defects.append(defect("gold_not_a_choice", file, line, example.label))
+    if example.choices and llm_label and llm_label not in example.choices:
+        defects.append(defect("label_not_a_choice", file, line, llm_label))
+    return Row(example, tuple(defects))
+
+
+def _rationales(row: Mapping[str, Any], name: str, where: str) -> tuple[Rationale, ...]:
+    values = row.get(name)
+    if values is None:
+        return ()
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise InputError(f"{where}: the field {name!r} must be a list of objects")
+    found = []
+    for i, value in enumerate(values):
+        inside = f"{where}: in {name}[{i}]"
+        if unknown := sorted(set(value) - set(RATIONALE_FIELDS)):
+            raise InputError(
+                f"{inside}: unknown field {unknown[0]!r} (known: {', '.join(RATIONALE_FIELDS)})"
+            )
+        found.append(
+            Rationale(
+                fields.text(value, "text", inside),
+                fields.optional_text(value, "source", inside),
+                fields.optional_text(value, "label", inside),
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,264 @@
+"""From a task's name to token stores: prepared datasets, `add_task`, and plain SeqIO tasks."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.data.builder import VERSION, tensorflow
+from stepdistill_jax.data.prepared import (
+    PreparedDataset,
+    default_data_dir,
+)
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.files import digest
+from stepdistill_jax.objectives import Objective, resolve
+from stepdistill_jax.tasks import registry
+from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
+from stepdistill_jax.tasks.registry import TaskSpec
+from stepdistill_jax.tasks.sources import describe, files_of, named_errors
+from stepdistill_jax.tasks.token_store import TokenStore
+from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
+from stepdistill_jax.text.vocabulary import BYTES, Vocabulary, load_vocabulary
+
+__all__ = ["TaskData", "has_split", "load_task", "splits_of"]
+
+# what a plain SeqIO task trains: its own inputs and targets, as they are
+PLAIN = (Objective("label", "{input}", "{label}"),)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """One split of a task, tokenised.
+
+    Attributes:
+        name, split: what was asked for.
+        objectives: those of the rows, in the order of their ids (1, 2, ...).
+        stores: one, or one for each task of a plain SeqIO mixture.
+        rates: for each store the share of examples that it gives; they need not add up to 1.
+        metric: name in `text.metrics.METRICS`.
+        vocabulary: of inputs and targets.
+        labels: the distinct labels where they are few, else empty.
+    """
+
+    name: str
+    split: str
+    objectives: tuple[Objective, ...]
+    stores: tuple[TokenStore, ...]
+    rates: tuple[float, ...]
+    metric: str
+    vocabulary: Vocabulary
+    labels: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides a batch: the stores' contents and their rates."""
+        return digest([[store.fingerprint for store in self.stores], list(self.rates)])
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a model must know: the vocabulary's, and extra ids that the rows use."""
+        return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
+
+
+def load_task(
+    task: str,
+    *,
+    split: str,
+    objectives: str | Sequence[Objective] = "step_by_step",
+    vocabulary: os.PathLike | str | None = None,
+    data_dir: os.PathLike | str | None = None,
+    task_module: str | None = None,
+) -> TaskData:
+    """The tokens of a task's split; tokenised on first use, memory-mapped from then on.
+
+    A prepared dataset is a task by its name. A plain SeqIO task or mixture is one objective,
+    `label`, on its own inputs and targets.
+
+    Args:
+        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
+        split: e.g. `train`.
+        objectives: an arm's name or objectives; a plain SeqIO task has no use for them.
+        vocabulary: path of a `spiece.model`, or `bytes`; None is the task's own.
+        data_dir: of prepared datasets and token stores; None is the default one.
+        task_module: module that registers the task; imported first.
+
+    Raises:
+        InputError: an unknown task or split, a task that cannot be read, or a plain task whose
+            vocabulary is not the one asked for.
+    """
+    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    found = find_task(task, data_dir=folder, task_module=task_module)
+    if isinstance(found, PreparedDataset):
+        _check_split(task, split, found.splits)
+        objectives = resolve(objectives)
+        vocabulary = os.fspath(found.spiece_model if vocabulary is None else vocabulary)
+
+        def prepared_task():
+            return registry.joint_task(_spec_of(found, vocabulary), objectives, vocabulary)
+
+        store, opened = _joint_store(
+            prepared_task, task, split, objectives, vocabulary, folder, found.fingerprint
+        )
+        return TaskData(
+            task, split, objectives, (store,), (1.0,), found.metric, opened, found.labels
+        )
+    if isinstance(found, TaskSpec):
+        _check_split(task, split, found.source.splits)
+        objectives = resolve(objectives)
+        vocabulary = os.fspath(found.vocabulary if vocabulary is None else vocabulary)
+        key = [module_digest(task_module), describe([found.source, found.preprocessors])]
+        store, opened = _joint_store(
+            lambda: registry.joint_task(found, objectives, vocabulary),
+            task,
+            split,
+            objectives,
+            vocabulary,
+            folder,
+            [*key, files_of(found.source, split)],
+            compare=True,
+        )
+        return TaskData(task, split, objectives, (store,), (1.0,), found.metric, opened)
+    return _load_plain(found, split, vocabulary, folder, task_module)
+
+
+def _joint_store(
+    make_task, name, split, objectives, vocabulary, folder, key, compare=False
+) -> tuple[TokenStore, Vocabulary]:
+    """The store of all objectives of a prepared dataset or an `add_task` task."""
+    opened = load_vocabulary(vocabulary)
+    store = stored_tokens(
+        make_task,
+        name=name,
+        split=split,
+        objectives=[o.name for o in objectives],
+        prefixes=[f"{o.name}_" for o in objectives],
+        key=[key, [[o.input_template, o.target_template] for o in objectives], opened.fingerprint],
+        data_dir=folder,
+        compare=compare,
+    )
+    return _with_rows(store, name, split), opened
+
+
+def _with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
+    if not store.num_examples:
+        raise InputError(f"task {name!r}: split {split!r} has no rows")
+    return store
+
+
+def _spec_of(dataset: PreparedDataset, vocabulary: str) -> TaskSpec:
+    """A prepared dataset as `add_task` would have it."""
+    tensorflow()
+    import seqio
+
+    source = seqio.TfdsDataSource(
+        f"{dataset.name}:{VERSION}",
+        tfds_data_dir=os.fspath(dataset.directory.parent),
+        splits=list(dataset.splits),
+    )
+    return TaskSpec(dataset.name, source, (), (), vocabulary, dataset.metric)
+
+
+def _load_plain(
+    found: Any, split: str, vocabulary: os.PathLike | str | None, folder: pathlib.Path, module
+) -> TaskData:
+    """A SeqIO task or mixture of other people's making, as it is."""
+    import seqio
+
+    tasks = seqio.get_subtasks(found)
+    splits = dict.fromkeys(s for task in tasks for s in task.splits)
+    _check_split(found.name, split, splits)
+    tasks = [task for task in tasks if split in task.splits]  # as SeqIO's own mixture does
+    files = [_vocabulary_file(task, folder) for task in tasks]
+    opened = load_vocabulary(files[0])
+    others = list(files[1:]) + ([] if vocabulary is None else [os.fspath(vocabulary)])
+    for other in others:
+        if not _equal(opened, load_vocabulary(other)):
+            raise InputError(
+                f"task {found.name!r}: tokenised with {files[0]}, but"
+                f" {'INIT_FROM brings' if other == os.fspath(vocabulary or '') else 'another of its tasks has'}"
+                f" {other}; a model has one vocabulary"
+            )
+    stores = tuple(
+        _with_rows(
+            stored_tokens(
+                lambda task=task: task,
+                name=task.name,
+                split=split,
+                objectives=[PLAIN[0].name],
+                prefixes=[""],
+                key=[
+                    module_digest(module),
+                    describe([task.source, task._preprocessor_constructor_args]),
+                    [opened.fingerprint, repr(task.output_features)],
+                    files_of(task.source, split),
+                ],
+                data_dir=folder,
+                compare=True,
+            ),
+            task.name,
+            split,
+        )
+        for task in tasks
+    )
+    rates = (1.0,)
+    if isinstance(found, seqio.Mixture):
+        with named_errors(found.name, found.name, split):
+            rates = tuple(float(found.get_rate(task)) for task in tasks)
+    return TaskData(found.name, split, PLAIN, stores, rates, "text_match", opened)
+
+
+def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
+    """A plain task's vocabulary as `load_vocabulary` takes it.
+
+    Raises:
+        InputError: no `inputs` and `targets`, two vocabularies, or one of another kind.
+    """
+    import seqio
+
+    features = task.output_features
+    if not {"inputs", "targets"} <= set(features):
+        raise InputError(
+            f"task {task.name!r}: an encoder-decoder needs the features inputs and targets, it has"
+            f" {', '.join(features)}"
+        )
+    inputs, targets = (features[name].vocabulary for name in ("inputs", "targets"))
+    if inputs != targets:
+        raise InputError(f"task {task.name!r}: inputs and targets must share one vocabulary")
+    if isinstance(inputs, seqio.ByteVocabulary):
+        return BYTES
+    if not isinstance(inputs, seqio.SentencePieceVocabulary):
+        raise InputError(
+            f"task {task.name!r}: a SentencePiece or byte vocabulary is wanted, got"
+            f" {type(inputs).__name__}"
+        )
+    path = inputs.sentencepiece_model_file
+    if os.path.isfile(path):
+        return path
+    # on a remote file system (gs://...): copied once, the tokenizer of a server reads plain files
+    tf = tensorflow()
+    local = folder / FOLDER / "vocabularies" / f"{digest(path)[:16]}.model"
+    if not local.is_file():
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tf.io.gfile.copy(path, os.fspath(local) + ".partial", overwrite=True)
+        except (tf.errors.OpError, OSError) as error:
+            raise InputError(f"task {task.name!r}: vocabulary {path}: {error}") from None
+        shutil.move(os.fspath(local) + ".partial", local)
+    return os.fspath(local)
+
+
+def _equal(a: Vocabulary, b: Vocabulary) -> bool:
+    """Whether two vocabularies have the same pieces; the files of one model may differ."""
+    return a.fingerprint == b.fingerprint or (
+        a.size == b.size and all(a.decode([i]) == b.decode([i]) for i in range(a.size))
+    )
+
+
+def _check_split(task: str, split: str, splits: Any) -> None:
+    if split not in splits:
+        raise InputError(
+            f"task {task!r}: no split {split!r} (it has {', '.join(splits)}){nearest(split, splits)}"
+        )

@@ -1,0 +1,127 @@
+"""Finds what a task's name means, and imports the module that registers it."""
+
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from typing import Any
+
+from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.prepare import ensure_prepared
+from stepdistill_jax.data.prepared import (
+    EMBEDDED,
+    FILE,
+    PreparedDataset,
+    default_data_dir,
+    prepared_names,
+)
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.files import sha256
+from stepdistill_jax.tasks import registry
+from stepdistill_jax.tasks.registry import TaskSpec
+
+
+def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
+    """A `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
+
+    The module's tasks go before prepared datasets of the same name.
+
+    Raises:
+        InputError: an unknown task; lists what there is, the nearest, and how to name a module.
+    """
+    if task_module is not None:
+        import_task_module(task_module)
+    if task in registry.SPECS:
+        return registry.SPECS[task]
+    registered = registry.registered_names()
+    is_prepared = task == EMBEDDED or (data_dir / task / FILE).is_file()
+    if is_prepared and not (task_module is not None and task in registered):
+        return ensure_prepared(task, data_dir)
+    if task in registered:
+        import seqio
+
+        return seqio.get_mixture_or_task(task)
+    prepared = prepared_names(data_dir)
+    raise InputError(
+        f"unknown task {task!r}: prepared in {data_dir}: {', '.join(prepared) or 'none'};"
+        f" registered with SeqIO: {', '.join(registered) or 'none'}"
+        f"{nearest(task, [*prepared, *registered])}; `stepdistill prepare` makes one, --module"
+        " pkg.tasks (in a config TASK_MODULE) names the module that registers yours"
+    )
+
+
+def import_task_module(name: str) -> None:
+    """Imports a user's module, from the current folder if it is not installed.
+
+    Raises:
+        InputError: no such module, or it fails while it is imported.
+    """
+    if name in sys.modules:
+        return
+    tensorflow()  # before the module does it: accelerators must be hidden first
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a console script does not look there
+    try:
+        missing = importlib.util.find_spec(name) is None
+    except (ImportError, ValueError):
+        missing = True
+    if missing:
+        hint = ""
+        if name.endswith(".py") or "/" in name:
+            hint = (
+                f"; write it as a module, {name.removesuffix('.py').strip('./').replace('/', '.')}"
+            )
+        raise InputError(
+            f"TASK_MODULE (--module): no module {name!r} on the Python path or in"
+            f" {os.getcwd()}{hint}"
+        )
+    try:
+        importlib.import_module(name)
+    except InputError:
+        raise
+    except Exception as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+        raise InputError(
+            f"TASK_MODULE (--module) {name!r} cannot be imported:"
+            f" {type(error).__name__}: {error}{where}"
+        ) from error
+
+
+def module_digest(name: str | None) -> str | None:
+    """Digest of a task module's file: editing it tokenises anew."""
+    path = getattr(sys.modules.get(name or ""), "__file__", None)
+    return sha256(path) if path else None
+
+
+def has_split(
+    task: str,
+    split: str,
+    *,
+    data_dir: os.PathLike | str | None = None,
+    task_module: str | None = None,
+) -> bool:
+    """Whether the task has that split.
+
+    Raises:
+        InputError: an unknown task.
+    """
+    return split in splits_of(task, data_dir=data_dir, task_module=task_module)
+
+
+def splits_of(
+    task: str, *, data_dir: os.PathLike | str | None = None, task_module: str | None = None
+) -> tuple[str, ...]:
+    """Names of a task's splits; a mixture has those of its tasks."""
+    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    found = find_task(task, data_dir=folder, task_module=task_module)
+    if isinstance(found, PreparedDataset):
+        return tuple(found.splits)
+    if isinstance(found, TaskSpec):
+        return tuple(found.source.splits)
+    import seqio
+
+    return tuple(dict.fromkeys(s for t in seqio.get_subtasks(found) for s in t.splits))

@@ -1,0 +1,94 @@
+"""SeqIO preprocessors that make an objective's rows of an example's fields, and pair them up."""
+
+import functools
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.objectives import Objective, fields_of
+
+
+def render(dataset: Any, *, task: str, source: str, objectives: Mapping[str, Objective]) -> Any:
+    """SeqIO preprocessor: an example's fields -> `PREFIXinputs`, `PREFIXtargets` and `weight`.
+
+    Like `Objective.render`, in TensorFlow. It runs over the element's types first, so that a
+    missing field is named before a row is read.
+    """
+    tf = tensorflow()
+    spec = dataset.element_spec
+    fields = sorted(spec) if isinstance(spec, dict) else []
+    templates = [t for o in objectives.values() for t in (o.input_template, o.target_template)]
+    for field in dict.fromkeys(f for t in templates for f in fields_of(t)):
+        if field not in fields and field in ("rationale", "llm_label"):
+            continue  # optional
+        if field not in fields:
+            raise InputError(
+                f"task {task!r}: field {field!r} is missing, the rows of {source} have"
+                f" {', '.join(fields) or 'no named fields'}{nearest(field, fields)}; rename with"
+                " preprocessors=[seqio.map_over_dataset(...)]"
+            )
+        if spec[field].dtype != tf.string or spec[field].shape.rank not in (0, None):
+            raise InputError(
+                f"task {task!r}: field {field!r} of {source} must be a text, it is"
+                f" {spec[field].dtype.name} of shape {spec[field].shape}"
+            )
+
+    def to_text(template: str, row: Mapping[str, Any]) -> Any:
+        parts = []
+        for literal, field, _, _ in string.Formatter().parse(template):
+            parts.append(tf.constant(literal))
+            if field is not None:
+                parts.append(row.get(field, tf.constant("")))
+        return tf.strings.join(parts)
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        out = {}
+        for prefix, objective in objectives.items():
+            present = tf.constant(True)
+            for field in fields_of(objective.target_template):
+                present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
+            target = to_text(objective.target_template, row)
+            out[f"{prefix}inputs"] = to_text(objective.input_template, row)
+            out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
+        out["weight"] = tf.cast(row.get("weight", 1.0), tf.float32)
+        return out
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def empty_absent_targets(dataset: Any) -> Any:
+    """SeqIO preprocessor, the last: an absent target loses the end of sequence that it was given.
+
+    The row itself stays, so that row i of every objective is the same example.
+    """
+    tf = tensorflow()
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        out = dict(row)
+        for name in row:
+            if name.endswith("targets"):
+                present = tf.strings.length(row[f"{name}_pretokenized"]) > 0
+                out[name] = row[name][: tf.where(present, tf.size(row[name]), 0)]
+        return out
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
+    """SeqIO mixture `sample_fn`: row i of each task side by side, absent rows left out.
+
+    For people who read the mixture through SeqIO; SeqIO's own sampling would take rationales and
+    labels of different examples, and lose rows where one task ends first.
+    """
+    del rates, seed
+    tf = tensorflow()
+    one = tf.data.Dataset.from_tensors
+    pairs = tf.data.Dataset.zip(*datasets)
+    rows = pairs.flat_map(
+        lambda *pair: functools.reduce(
+            lambda dataset, row: dataset.concatenate(one(row)), pair[1:], one(pair[0])
+        )
+    )
+    return rows.filter(lambda row: tf.size(row["targets"]) > 0)

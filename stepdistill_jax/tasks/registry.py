@@ -1,0 +1,218 @@
+"""One call plugs a dataset in: SeqIO tasks for each objective, and the mixture of them."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.objectives import Objective, resolve
+from stepdistill_jax.tasks.preprocessors import empty_absent_targets, in_turn, render
+from stepdistill_jax.tasks.sources import Rows, RowsOfFunction, describe_source, named_errors
+from stepdistill_jax.text.metrics import accuracy, metric_fn
+from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
+
+CHECKED_ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """What `add_task` was told, so that a run can ask for other objectives or another vocabulary.
+
+    Attributes:
+        name: of the mixture; its tasks are NAME_OBJECTIVE.
+        source: a `seqio.DataSource`.
+        preprocessors: SeqIO preprocessors that bring its rows to the fields input, label, ...
+        objectives: of the registered tasks.
+        vocabulary: path of a `spiece.model`, or `bytes`.
+        metric: name in `text.metrics.METRICS`.
+    """
+
+    name: str
+    source: Any
+    preprocessors: tuple[Callable, ...]
+    objectives: tuple[Objective, ...]
+    vocabulary: str
+    metric: str
+
+
+SPECS: dict[str, TaskSpec] = {}
+
+
+def add_task(
+    name: str,
+    *,
+    source: Any,
+    splits: Sequence[str] | None = None,
+    objectives: str | Sequence[Objective] = "step_by_step",
+    vocabulary: os.PathLike | str = BYTES,
+    metric: str = "text_match",
+    preprocessors: Sequence[Callable] = (),
+) -> Any:
+    """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and tries them.
+
+    For instance `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields
+    `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`, and so on.
+
+    Args:
+        name: of the mixture.
+        source: a function from a split's name to rows (dicts with `input`, `label` and optionally
+            `rationale`, `llm_label`, `weight`), or any `seqio.DataSource` of such rows.
+        splits: names of the splits; only for a function.
+        objectives: an arm's name or objectives; each becomes a task.
+        vocabulary: path of a `spiece.model`, or `bytes`; a run with INIT_FROM uses its model's.
+        metric: `text_match` or `value_match`.
+        preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.
+
+    Returns:
+        The `seqio.Mixture`.
+
+    Raises:
+        InputError: a name that is taken, or a first batch that cannot be made: names the task, the
+            feature and the source. Nothing stays registered then.
+    """
+    tensorflow()
+    import seqio
+
+    if not re.fullmatch(r"[A-Za-z][\w.]*", name):
+        raise InputError(f"add_task: a name of letters, digits and _ is wanted, got {name!r}")
+    metric_fn(metric)
+    if callable(source) and not isinstance(source, seqio.DataSource):
+        if not splits:
+            raise InputError(f"add_task({name!r}): say which splits=[...] the function can read")
+        source = seqio.FunctionDataSource(
+            RowsOfFunction(name, cast(Rows, source)), splits=list(splits)
+        )
+    elif splits is not None:
+        raise InputError(
+            f"add_task({name!r}): splits is only for a function; the source has its own"
+        )
+    elif not isinstance(source, seqio.DataSource):
+        raise InputError(
+            f"add_task({name!r}): source must be a function of the split's name or a"
+            f" seqio.DataSource, got {type(source).__name__}"
+        )
+    load_vocabulary(vocabulary)
+    spec = TaskSpec(
+        name, source, tuple(preprocessors), resolve(objectives), os.fspath(vocabulary), metric
+    )
+    names = [f"{name}_{o.name}" for o in spec.objectives]
+    taken = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    for one in (*names, name):
+        if one in taken:
+            raise InputError(f"add_task({name!r}): SeqIO already has a task or mixture {one!r}")
+    try:
+        for objective in spec.objectives:
+            seqio.TaskRegistry.add(f"{name}_{objective.name}", **task_arguments(spec, objective))
+        mixture = seqio.MixtureRegistry.add(name, names, default_rate=1.0, sample_fn=in_turn)
+        for provider in [*map(seqio.get_mixture_or_task, names), mixture]:
+            _try_out(provider, spec)
+    except BaseException:
+        for one in names:
+            with contextlib.suppress(ValueError, KeyError):
+                seqio.TaskRegistry.remove(one)
+        with contextlib.suppress(ValueError, KeyError):
+            seqio.MixtureRegistry.remove(name)
+        raise
+    SPECS[name] = spec
+    return mixture
+
+
+def _try_out(provider: Any, spec: TaskSpec) -> None:
+    """Pulls the first rows of the first split."""
+    split = next(iter(spec.source.splits))
+    with named_errors(provider.name, spec.source, split):
+        dataset = provider.get_dataset(
+            None, split, shuffle=False, num_epochs=1, try_in_mem_cache=False
+        )
+        found = list(itertools.islice(dataset.as_numpy_iterator(), CHECKED_ROWS))
+    if not found and provider.name == spec.name:
+        raise InputError(
+            f"task {provider.name!r}: {describe_source(spec.source)} has no row with a target in"
+            f" split {split!r}"
+        )
+
+
+def registered_names() -> list[str]:
+    """Every SeqIO task and mixture of this process; SeqIO is not imported for it."""
+    if "seqio" not in sys.modules:
+        return []
+    import seqio
+
+    return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+
+
+def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
+    """Arguments of `seqio.Task` for one objective, under SeqIO's feature names."""
+    import seqio
+
+    feature = seqio.Feature(seqio_vocabulary(spec.vocabulary), add_eos=True)
+    metric_fns = []
+    if objective is spec.objectives[0]:
+
+        def label_accuracy(targets, predictions):
+            return {"accuracy": accuracy(predictions, targets, spec.metric)}
+
+        metric_fns = [label_accuracy]
+    return {
+        "source": spec.source,
+        "preprocessors": [
+            *spec.preprocessors,
+            functools.partial(
+                render,
+                task=f"{spec.name}_{objective.name}",
+                source=describe_source(spec.source),
+                objectives={"": objective},
+            ),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos_after_trim,
+            empty_absent_targets,
+        ],
+        "output_features": {"inputs": feature, "targets": feature},
+        "metric_fns": metric_fns,
+    }
+
+
+def joint_task(spec: TaskSpec, objectives: Sequence[Objective], vocabulary: str) -> Any:
+    """One unregistered `seqio.Task` whose rows hold all objectives' features side by side.
+
+    The source is read once, so that the rows of an example cannot come apart. Features are
+    `OBJECTIVE_inputs` and `OBJECTIVE_targets`.
+    """
+    import seqio
+
+    feature = seqio.Feature(seqio_vocabulary(vocabulary), add_eos=True)
+    return seqio.Task(
+        spec.name,
+        source=spec.source,
+        preprocessors=[
+            *spec.preprocessors,
+            functools.partial(
+                render,
+                task=spec.name,
+                source=describe_source(spec.source),
+                objectives={f"{o.name}_": o for o in objectives},
+            ),
+            seqio.preprocessors.tokenize,
+            seqio.preprocessors.append_eos,
+            empty_absent_targets,
+        ],
+        output_features={
+            f"{o.name}_{side}": feature for o in objectives for side in ("inputs", "targets")
+        },
+    )
+
+
+def seqio_vocabulary(vocabulary: str) -> Any:
+    """SeqIO's vocabulary of a `spiece.model` or of `bytes`, without extra ids."""
+    import seqio
+
+    if vocabulary == BYTES:
+        return seqio.ByteVocabulary(extra_ids=0)
+    return seqio.SentencePieceVocabulary(vocabulary, extra_ids=0)

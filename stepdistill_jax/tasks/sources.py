@@ -1,0 +1,123 @@
+"""Where rows come from: a user's function as a SeqIO source, and names for sources in messages."""
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.errors import InputError, nearest
+
+Rows = Callable[..., Iterable[Mapping[str, Any]]]
+
+
+class RowsOfFunction:
+    """A user's function of rows as the `dataset_fn` of a `seqio.FunctionDataSource`."""
+
+    FIELDS = ("input", "label", "rationale", "llm_label")
+
+    def __init__(self, task: str, rows: Rows):
+        self.task, self.rows = task, rows
+        self.failure: Exception | None = None  # TensorFlow would bury it in a trace of its own
+        self.__name__ = getattr(rows, "__qualname__", type(rows).__name__)
+        self.__module__ = getattr(rows, "__module__", __name__)
+
+    def __call__(self, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
+        tf = tensorflow()
+        signature = {name: tf.TensorSpec((), tf.string) for name in self.FIELDS}
+        signature["weight"] = tf.TensorSpec((), tf.float32)
+        return tf.data.Dataset.from_generator(
+            functools.partial(self._checked, split), output_signature=signature
+        )
+
+    def _checked(self, split: str) -> Iterator[dict[str, Any]]:
+        self.failure = None
+        number = 0
+        try:
+            for number, row in enumerate(self.rows(split), 1):
+                yield self._fields(row, f"task {self.task!r}, split {split!r}, row {number}")
+        except InputError as error:
+            self.failure = error
+            raise
+        except Exception as error:
+            self.failure = InputError(
+                f"task {self.task!r}, split {split!r}: {self.__name__} failed after row {number}"
+                f" ({type(error).__name__}: {error})"
+            )
+            raise
+
+    def _fields(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        if not isinstance(row, Mapping):
+            raise InputError(f"{where}: a dict is wanted, got {type(row).__name__}")
+        fields: dict[str, Any] = {}
+        for name in self.FIELDS:
+            value = row.get(name)
+            if name in ("input", "label") and name not in row:
+                raise InputError(
+                    f"{where}: field {name!r} is missing, the row has"
+                    f" {', '.join(map(str, row)) or 'none'}{nearest(name, map(str, row))}"
+                )
+            if not isinstance(value, str | None):
+                raise InputError(
+                    f"{where}: field {name!r} must be a text, got {type(value).__name__}"
+                )
+            if name in ("input", "label") and not value:
+                raise InputError(f"{where}: field {name!r} is empty")
+            fields[name] = value or ""
+        fields["weight"] = float(row.get("weight", 1.0))
+        return fields
+
+
+@contextlib.contextmanager
+def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
+    """Turns what SeqIO or TensorFlow raise while a task is read into one line with its name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        failure = getattr(getattr(source, "_dataset_fn", None), "failure", None)
+        if failure is not None:
+            raise failure from error
+        text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        text = re.sub(r"\{\{function_node .*?\}\} *| *\[Op:.*$", "", text)  # TensorFlow's own names
+        raise InputError(
+            f"task {task!r}, split {split!r}, {describe_source(source)}:"
+            f" {type(error).__name__}: {text}"
+        ) from error
+
+
+def describe_source(source: Any) -> str:
+    """A source's kind and what it reads, without memory addresses."""
+    function = getattr(source, "_dataset_fn", None)
+    if function is not None:
+        name = getattr(function, "__qualname__", getattr(function, "__name__", repr(function)))
+        return f"source {getattr(function, '__module__', '')}.{name}"
+    return "source " + re.sub(r" at 0x[0-9a-f]+", "", str(source))
+
+
+def describe(thing: Any) -> Any:
+    """A JSON-like name of a source or preprocessor that is the same in every process."""
+    if isinstance(thing, (list, tuple)):
+        return [describe(part) for part in thing]
+    if hasattr(thing, "func"):  # functools.partial
+        return [
+            describe(thing.func),
+            describe(thing.args),
+            describe(sorted(thing.keywords.items())),
+        ]
+    if name := getattr(thing, "__qualname__", None):
+        return f"{thing.__module__}.{name}"
+    return re.sub(r" at 0x[0-9a-f]+", "", str(thing))
+
+
+def files_of(source: Any, split: str) -> list[list[Any]]:
+    """[name, size, time of change] of a source's local files; empty where it reads none."""
+    found = []
+    for name in source.list_shards(split):
+        if os.path.isfile(name):
+            stat = os.stat(name)
+            found.append([os.fspath(name), stat.st_size, stat.st_mtime_ns])
+    return found

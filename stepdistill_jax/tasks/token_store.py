@@ -1,0 +1,229 @@
+"""Token ids on disk, written once per dataset, split and vocabulary; no TensorFlow."""
+
+import array
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.files import digest, sha256
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+FEATURES = ("inputs", "targets")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """One feature of one objective: row i is `ids[offsets[i] : offsets[i + 1]]`.
+
+    Example: ids `[5, 6, 1, 7, 1]` and offsets `[0, 3, 3, 5]` hold the rows `5 6 1`, an empty one
+    (an absent target) and `7 1`.
+
+    Attributes:
+        ids: [tokens] int32, memory-mapped, uncut, each row with its end of sequence.
+        offsets: [examples + 1] int64.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[examples] int64: tokens of each row."""
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenExample:
+    """What `write_store` takes: the rows of one example.
+
+    Attributes:
+        rows: (input ids, target ids) for each objective; an empty target means the row is absent.
+        weight: factor of its tokens' loss.
+        label_text: target text of the first objective, which predictions are compared with.
+    """
+
+    rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
+    weight: float = 1.0
+    label_text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """The examples of one split, tokenised for each objective.
+
+    Attributes:
+        directory: where the files lie.
+        fingerprint: digest of the contents; equal contents have equal fingerprints.
+        objectives: names, in order.
+        rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`; row i of each
+            belongs to example i.
+        weights: [examples] float32.
+        about: what the store was made from.
+    """
+
+    directory: pathlib.Path
+    fingerprint: str
+    objectives: tuple[str, ...]
+    rows: tuple[Mapping[str, TokenRows], ...]
+    weights: np.ndarray
+    about: Mapping[str, Any]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples, whatever the number of their rows."""
+        return len(self.weights)
+
+    @functools.cached_property
+    def max_id(self) -> int:
+        """The largest id: a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
+        ids = (rows[feature].ids for rows in self.rows for feature in FEATURES)
+        return max(int(i.max(initial=0)) for i in ids)
+
+    @functools.cached_property
+    def label_texts(self) -> list[str]:
+        """Target text of the first objective for each example; read when it is asked for."""
+        with open(self.directory / "labels.jsonl", encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+
+
+def write_store(
+    directory: os.PathLike | str,
+    objectives: Sequence[str],
+    examples: Iterable[TokenExample],
+    about: Mapping[str, Any] | None = None,
+) -> TokenStore:
+    """Writes a store beside `directory` and renames it there; an older one is replaced.
+
+    Several processes may write the same store at once: the last rename wins, all are whole.
+
+    Args:
+        directory: the store's own folder.
+        objectives: a name for each of an example's rows.
+        examples: streamed to disk; their errors are passed on and leave nothing behind.
+        about: JSON-like; kept in the manifest.
+    """
+    directory = pathlib.Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
+    try:
+        count = _write_files(partial, len(objectives), examples)
+        hashes = {p.name: sha256(p) for p in sorted(partial.iterdir())}
+        manifest = {
+            "version": FORMAT_VERSION,
+            "fingerprint": digest([list(objectives), hashes]),
+            "objectives": list(objectives),
+            "num_examples": count,
+            "sizes": {name: (partial / name).stat().st_size for name in hashes},
+            "about": dict(about or {}),
+        }
+        with open(partial / MANIFEST, "w", encoding="utf-8") as f:
+            json.dump(manifest, f, indent=2, ensure_ascii=False)
+        for path in partial.iterdir():  # whole on disk before the name says so
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
+        _replace(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    store = open_store(directory)
+    assert store is not None
+    return store
+
+
+def _write_files(
+    folder: pathlib.Path, num_objectives: int, examples: Iterable[TokenExample]
+) -> int:
+    """Streams ids to disk; returns the number of examples."""
+    names = [(i, feature) for i in range(num_objectives) for feature in FEATURES]
+    ends = {name: array.array("q", [0]) for name in names}
+    weights = array.array("f")
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context(open(folder / _file_name(*name, "ids"), "wb"))
+            for name in names
+        }
+        labels = stack.enter_context(open(folder / "labels.jsonl", "w", encoding="utf-8"))
+        for example in examples:
+            for i, row in enumerate(example.rows):
+                for feature, ids in zip(FEATURES, row, strict=True):
+                    files[i, feature].write(np.asarray(ids, np.int32).tobytes())
+                    ends[i, feature].append(ends[i, feature][-1] + len(ids))
+            weights.append(example.weight)
+            labels.write(json.dumps(example.label_text, ensure_ascii=False) + "\n")
+    for name, offsets in ends.items():
+        np.asarray(offsets, np.int64).tofile(folder / _file_name(*name, "offsets"))
+    np.asarray(weights, np.float32).tofile(folder / "weights")
+    return len(weights)
+
+
+def _file_name(objective: int, feature: str, what: str) -> str:
+    return f"{objective + 1}-{feature}.{what}"
+
+
+def _replace(partial: pathlib.Path, directory: pathlib.Path) -> None:
+    """Puts a written folder in its place; readers of the old one keep their open files."""
+    while True:
+        old = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-old-"))
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(directory, old)
+        try:
+            os.replace(partial, directory)
+            return
+        except OSError:
+            if not directory.exists():
+                raise
+            # another process has put its own there between the two renames: replace that one
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def open_store(directory: os.PathLike | str) -> TokenStore | None:
+    """The store in a folder; None where there is none, or a damaged one, or one of another format."""
+    directory = pathlib.Path(directory)
+    try:
+        with open(directory / MANIFEST, encoding="utf-8") as f:
+            manifest = json.load(f)
+        if manifest["version"] != FORMAT_VERSION:
+            return None
+        for name, size in manifest["sizes"].items():
+            if (directory / name).stat().st_size != size:
+                return None
+    except (OSError, ValueError, KeyError):
+        return None
+    objectives = tuple(manifest["objectives"])
+    rows = tuple(
+        {
+            feature: TokenRows(
+                ids=_map(directory / _file_name(i, feature, "ids"), np.int32),
+                offsets=np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
+            )
+            for feature in FEATURES
+        }
+        for i in range(len(objectives))
+    )
+    weights = np.fromfile(directory / "weights", np.float32)
+    return TokenStore(
+        directory, manifest["fingerprint"], objectives, rows, weights, manifest["about"]
+    )
+
+
+def _map(path: pathlib.Path, dtype: Any) -> np.ndarray:
+    if not path.stat().st_size:  # an empty file can not be mapped
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))

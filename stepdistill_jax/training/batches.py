@@ -1,0 +1,264 @@
+"""The batch as a pure function of (data, seed, step): which examples, and where their tokens go."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.training.order import ExampleIds, Order, nested_pools
+from stepdistill_jax.training.packing import (
+    PROBED_ROWS,
+    PROBES,
+    TokenTable,
+    choose_row_counts,
+    empty_group,
+    first_fit,
+    most_rows,
+    place_tokens,
+)
+
+Group = dict[str, np.ndarray]
+Batch = tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """`batches(step)` is the global batch of a step, the same in every process and in any order.
+
+    A step takes `batch_size` examples, each with the rows of all its objectives; an absent target
+    leaves its row out. Examples come in a permutation per epoch, drawn from (seed, epoch).
+
+    Two examples, the second of weight 0.5 and without a rationale (objective 2), packed:
+
+        encoder_input_tokens   20  5  1 21  5  1 20  6  1  0
+        encoder_segment_ids     1  1  1  2  2  2  3  3  3  0
+        decoder_target_tokens   7  1  8  9  1  7  1  0
+        decoder_input_tokens    0  7  0  8  9  0  7  0
+        decoder_segment_ids     1  1  2  2  2  3  3  0
+        decoder_objective_ids   1  1  2  2  2  1  1  0
+        decoder_loss_weights    1  1  1  1  1 .5 .5  0
+
+    Attributes:
+        data: token stores and objectives.
+        batch_size: examples a step.
+        input_length, target_length: tokens of a packed row; longer inputs and targets are cut, the
+            end of sequence stays as their last id.
+        seed: of the order, and of which examples a `data_fraction` keeps.
+        pack: False gives one group for each objective, row i for the i-th example, as long as its
+            longest row.
+        row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
+        data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
+        shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
+            last with fewer examples in the same shapes.
+    """
+
+    data: TaskData
+    batch_size: int
+    input_length: int
+    target_length: int
+    seed: int
+    pack: bool = True
+    row_multiple: int = 1
+    data_fraction: float = 1.0
+    shuffle: bool = True
+
+    def __post_init__(self):
+        for name in ("batch_size", "input_length", "target_length", "row_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Batches.{name}: at least 1 is wanted, got {getattr(self, name)}")
+        if not 0 < self.data_fraction <= 1:
+            raise ValueError(f"Batches.data_fraction: 0 < x <= 1, got {self.data_fraction}")
+        for store, pool in enumerate(self._order.pools):
+            if not len(pool):
+                raise InputError(
+                    f"{self.data.name}: store {store + 1} of split {self.data.split} has no"
+                    " example with a target"
+                )
+
+    @functools.cached_property
+    def _tables(self) -> tuple[TokenTable, ...]:
+        """Ids, offsets and cut lengths, for each store and objective."""
+        return tuple(
+            TokenTable.of(rows, store.weights, self.input_length, self.target_length, number, i)
+            for number, store in enumerate(self.data.stores)
+            for i, rows in enumerate(store.rows, 1)
+        )
+
+    def _tables_of(self, store: int) -> list[TokenTable]:
+        return [table for table in self._tables if table.store == store]
+
+    @functools.cached_property
+    def _usable(self) -> tuple[np.ndarray, ...]:
+        """For each store the examples with at least one target."""
+        return tuple(
+            np.flatnonzero(np.any([t.target_lengths > 0 for t in self._tables_of(s)], axis=0))
+            for s in range(len(self.data.stores))
+        )
+
+    @functools.cached_property
+    def _order(self) -> Order:
+        pools = nested_pools(self._usable, self.data_fraction, self.seed)
+        return Order(pools, self.data.rates, self.seed, self.shuffle)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in use, of all stores together."""
+        return sum(len(pool) for pool in self._order.pools)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many examples are taken as there are."""
+        return self.num_examples / self.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that take each example once, with `shuffle` False."""
+        return -(-self.num_examples // self.batch_size)
+
+    @functools.cached_property
+    def row_counts(self) -> tuple[int, ...]:
+        """Packed row counts, ascending, at most four; the last holds any batch of this data.
+
+        They depend neither on the seed nor on `data_fraction`, so that runs which differ in these
+        share their compiled steps.
+        """
+        loads, rows_each = [], []
+        for store, usable in enumerate(self._usable):
+            tables = self._tables_of(store)
+            # a batch that crosses the end of an epoch may hold an example once for each
+            epochs = (self.batch_size - 1) // len(self._order.pools[store]) + 2
+            load = np.sum([t.load((self.input_length, self.target_length)) for t in tables], axis=0)
+            present = np.sum([t.target_lengths > 0 for t in tables], axis=0)
+            loads.append(np.repeat(load[usable], epochs))
+            rows_each.append(np.repeat(present[usable], epochs))
+        bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
+        return choose_row_counts(self._probe(), bound, self.row_multiple)
+
+    def _probe(self) -> list[int]:
+        """Packed rows that random batches need."""
+        shares = np.asarray(self.data.rates, np.float64)
+        if not self.shuffle:
+            shares = np.array([len(usable) for usable in self._usable], np.float64)
+        rng = np.random.default_rng(0)
+        probes = []
+        for _ in range(min(PROBES, max(8, PROBED_ROWS // (self.batch_size * len(self._tables))))):
+            stores = rng.choice(len(shares), self.batch_size, p=shares / shares.sum())
+            indices = np.empty(self.batch_size, np.int64)
+            for store, usable in enumerate(self._usable):
+                mine = stores == store
+                indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
+            sizes = self.sizes_of(ExampleIds(stores, indices))
+            probes.append(first_fit(sizes, self.lengths[0]).num_rows)
+        return probes
+
+    @functools.cached_property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(input, target) length of each group."""
+        if self.pack:
+            return ((self.input_length, self.target_length),)
+        longest = []
+        for objective in range(1, len(self.data.objectives) + 1):
+            tables = [t for t in self._tables if t.objective == objective]
+            longest.append(
+                (
+                    max(1, *(int(t.input_lengths.max(initial=0)) for t in tables)),
+                    max(1, *(int(t.target_lengths.max(initial=0)) for t in tables)),
+                )
+            )
+        return tuple(longest)
+
+    def examples(self, step: int) -> ExampleIds:
+        """The examples of a step, in the order in which they are drawn."""
+        first = step * self.batch_size
+        return self._order(np.arange(first, first + self.batch_size))
+
+    def __call__(self, step: int) -> Batch:
+        """The global batch of a step."""
+        drawn = self.examples(step)
+        return self._packed(drawn) if self.pack else self._padded(drawn)
+
+    def rows_of(self, drawn: ExampleIds) -> list[tuple[TokenTable, np.ndarray, np.ndarray]]:
+        """(table, examples of it with a target, their places in the step) of drawn examples."""
+        found = []
+        for table in self._tables:
+            places = np.flatnonzero(drawn.stores == table.store)
+            places = places[table.target_lengths[drawn.indices[places]] > 0]
+            if len(places):
+                found.append((table, drawn.indices[places], places))
+        return found
+
+    def sizes_of(self, drawn: ExampleIds) -> np.ndarray:
+        """[rows, 2] input and target length of each row, in the order of `rows_of`."""
+        return np.concatenate(
+            [
+                np.stack([table.input_lengths[e], table.target_lengths[e]], 1)
+                for table, e, _ in self.rows_of(drawn)
+            ]
+            or [np.zeros((0, 2), np.int64)]
+        )
+
+    def _packed(self, drawn: ExampleIds) -> Batch:
+        """One group of packed rows."""
+        packing = first_fit(self.sizes_of(drawn), self.lengths[0])
+        count = next(c for c in self.row_counts if c >= packing.num_rows)
+        group = empty_group(count, *self.lengths[0])
+        place_tokens(group, self.rows_of(drawn), packing)
+        return (group,)
+
+    def _padded(self, drawn: ExampleIds) -> Batch:
+        """One group for each objective; row i is the i-th example's."""
+        count = -(-self.batch_size // self.row_multiple) * self.row_multiple
+        groups = []
+        for objective, lengths in enumerate(self.lengths, 1):
+            group = empty_group(count, *lengths)
+            rows = [r for r in self.rows_of(drawn) if r[0].objective == objective]
+            if rows:
+                place_tokens(group, rows, None)
+            groups.append(group)
+        return tuple(groups)
+
+    def cut_counts(self) -> dict[str, dict[str, int]]:
+        """For each objective how many inputs and targets in use are longer than the lengths."""
+        counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
+        for table in self._tables:
+            pool = self._order.pools[table.store]
+            pool = pool[table.target_lengths[pool] > 0]
+            name = self.data.objectives[table.objective - 1].name
+            counts[name]["inputs"] += int(table.inputs_cut[pool].sum())
+            counts[name]["targets"] += int(table.targets_cut[pool].sum())
+        return counts
+
+
+def process_slice(batch: Batch, process_index: int, process_count: int) -> Batch:
+    """This process's rows: a contiguous block of each group, as JAX wants process-local data.
+
+    Raises:
+        ValueError: the rows can not be shared out evenly.
+    """
+    parts = []
+    for group in batch:
+        rows = len(group["encoder_input_tokens"])
+        if rows % process_count:
+            raise ValueError(
+                f"{rows} rows can not be cut for {process_count} processes; give Batches a"
+                " row_multiple that they divide"
+            )
+        size = rows // process_count
+        mine = slice(process_index * size, (process_index + 1) * size)
+        parts.append({name: value[mine] for name, value in group.items()})
+    return tuple(parts)
+
+
+def iterate(
+    batches: Batches, start: int, stop: int, *, num_threads: int = 1, prefetch: int = 4
+) -> Iterator[Batch]:
+    """Batches of the steps from `start` to before `stop`, made ahead in threads by Grain."""
+    import grain
+
+    if stop <= start:
+        return iter(())
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(options))

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from stepdistill_jax.commands.main import main
+
+
+def run(capsys, *argv):
+    code = main(["inspect", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("name", ["delivery", "demo_step_by_step"], ids=["task", "config"])
+def test_rows_histogram_fill_and_lengths_are_shown(capsys, delivery_data_dir, name):
+    code, out, _ = run(capsys, name, "--data-dir", delivery_data_dir, "--rows", "1")
+    assert code == 0
+    for part in ("predict: with", "rationale weight", "cut at", "█", "Proposed: INPUT_LENGTH"):
+        assert part in out, out
+    assert "Row 2" not in out
+
+
+def test_json_is_the_last_line(capsys, delivery_data_dir):
+    code, out, _ = run(capsys, "delivery", "--data-dir", delivery_data_dir, "--json")
+    assert code == 0
+    found = json.loads(out.splitlines()[-1])
+    assert found["task"] == "delivery"
+    assert found["cut"] == {
+        "label": {"inputs": 0, "targets": 0},
+        "rationale": {"inputs": 0, "targets": 0},
+    }
+
+
+def test_a_configs_lengths_can_be_set(capsys, delivery_data_dir):
+    argv = ("demo_step_by_step", "--data-dir", delivery_data_dir, "--json")
+    code, out, _ = run(capsys, *argv, "--set", "INPUT_LENGTH=20", "--set", "TARGET_LENGTH=12")
+    assert code == 0
+    found = json.loads(out.splitlines()[-1])
+    assert (found["input_length"], found["target_length"]) == (20, 12)
+    assert found["cut"]["rationale"] == {"inputs": 0, "targets": 1500}
+    assert found["cut"]["label"] == {"inputs": 0, "targets": 0}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["delivry"], "did you mean 'delivery'"),
+        (["demo_step_by_stp"], "did you mean 'demo_step_by_step'"),
+        (["no/such.gin"], "no such config file"),
+        (["delivery", "--split", "dev"], "no split 'dev'"),
+        (["delivery", "--set", "SEED=1"], "need a config"),
+        (["delivery", "--module", "no_such_tasks"], "no module 'no_such_tasks'"),
+        ([], "a config or a task is wanted"),
+    ],
+)
+def test_bad_names_are_one_line_and_exit_2(capsys, delivery_data_dir, argv, message):
+    code, _, err = run(capsys, *argv, "--data-dir", delivery_data_dir)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert message in err

@@ -1,0 +1,122 @@
+"""The command line of `prepare`: what it prints, its JSON, and its exit codes."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from stepdistill_jax.commands import prepare as command
+from stepdistill_jax.errors import InputError
+
+
+def _run(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "stepdistill_jax", "prepare", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def _arguments(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows [draft].jsonl"  # brackets are markup to rich
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"question": f"is {i} even ?", "answer": "no" if i % 2 else "yes"}
+                | {"choices": ["yes", "no"], "llm_label": "maybe" if i == 3 else "yes"}
+            )
+            + "\n"
+            for i in range(40)
+        )
+    )
+    return path
+
+
+def test_a_run_ends_with_one_json_object_and_keeps_quiet_beside_its_table(rows, tmp_path):
+    done = _run(
+        "jsonl", "--source", rows, "--name", "mine", "--map", "input=question,label=answer",
+        "--data-dir", tmp_path / "data", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0
+    # nothing of TensorFlow's: one line of progress
+    assert [line.split("  ")[0] for line in done.stderr.splitlines()] == [
+        "writing mine, rows: 40/40"
+    ]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["splits"]) == {"train", "validation", "test"}
+    assert sum(figures["rows"] for figures in result["splits"].values()) == 40
+    assert (tmp_path / "data" / "mine" / "1.0.0").is_dir()
+    assert "Downloading" not in done.stdout
+
+
+def test_the_table_shows_each_split_with_its_defects_and_where_the_first_stands(
+    rows, tmp_path, capsys
+):
+    result = command.run(
+        _arguments(
+            "jsonl", "--source", rows, "--name", "mine", "--data-dir", tmp_path / "data",
+            "--map", "input=question,label=answer",
+        )
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    for split, figures in result["splits"].items():
+        assert f"{split}: {figures['rows']} rows" in text
+    (split,) = [s for s, f in result["splits"].items() if f["defects"]]
+    assert result["splits"][split]["first_defects"] == {
+        "label_not_a_choice": "rows [draft].jsonl:4"
+    }
+    assert "label_not_a_choice" in text
+    assert "[draft].jsonl:4" in " ".join(text.split())
+    assert "note: " in text and "cut by the hashed ids" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("cqa",), "--source"),
+        (("cqua", "--source", "."), "did you mean 'cqa'"),
+        (("cqa", "--source", "absent"), "absent: no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path):
+    done = _run(*arguments, "--data-dir", tmp_path / "data", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_broken_json_names_its_line_and_exits_with_2(rows, tmp_path):
+    lines = rows.read_text().splitlines()
+    lines[6] = lines[6][:-1]
+    rows.write_text("\n".join(lines))
+    done = _run("jsonl", "--source", rows, "--name", "mine", "--map",
+                "input=question,label=answer", "--data-dir", tmp_path / "data")  # fmt: skip
+    assert done.returncode == 2
+    assert f"{rows}:7: broken JSON" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "field_map"),
+    [
+        (None, {}),
+        ("input=question", {"input": "question"}),
+        ("input = question , label=answer", {"input": "question", "label": "answer"}),
+    ],
+)
+def test_a_map_is_parsed(text, field_map):
+    assert command.parse_map(text) == field_map
+
+
+@pytest.mark.parametrize("text", ["input", "input=", "=question", "input=a,input=b"])
+def test_a_bad_map_is_an_input_error(text):
+    with pytest.raises(InputError, match="--map"):
+        command.parse_map(text)

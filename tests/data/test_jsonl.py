@@ -1,0 +1,215 @@
+"""A user's own rows: what is taken, what is refused, and how the refusal reads."""
+
+import json
+
+import pytest
+
+from stepdistill_jax.data.example import Rationale
+from stepdistill_jax.data.readers import jsonl
+from stepdistill_jax.data.reading import defect_counts
+from stepdistill_jax.errors import InputError
+
+ROW = {"input": "is it wet ?", "label": "yes", "rationale": "it rains ."}
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _only(reading):
+    (rows,) = reading.splits.values()
+    return rows
+
+
+def _read_rows(tmp_path, *rows, **options):
+    """Reads `rows` as the test split of a folder, where no row is moved by its hash."""
+    _write(tmp_path / "test.jsonl", rows)
+    return _only(jsonl.read(tmp_path, **options))
+
+
+def test_every_field_is_read(tmp_path):
+    (row,) = _read_rows(
+        tmp_path,
+        ROW | {"id": "a", "llm_label": "no", "weight": 2, "choices": ["yes", "no"]},
+    )
+    example = row.example
+    assert (example.id, example.label, example.llm_label, example.weight, example.choices) == (
+        "a",
+        "yes",
+        "no",
+        2.0,
+        ("yes", "no"),
+    )
+    assert row.right == {"teacher_accuracy": False}
+
+
+def test_an_input_keeps_its_whitespace_and_other_texts_are_stripped(tmp_path):
+    (row,) = _read_rows(tmp_path, {"input": " a\n b ", "label": " yes\n", "rationale": " r "})
+    assert (row.example.input, row.example.label, row.example.rationale) == (" a\n b ", "yes", "r")
+
+
+def test_a_missing_id_is_the_rows_number_and_blank_lines_are_no_rows(tmp_path):
+    (tmp_path / "test.jsonl").write_text(f"{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n")
+    assert [row.example.id for row in _only(jsonl.read(tmp_path))] == ["1", "2"]
+
+
+def test_an_integer_is_taken_as_its_digits(tmp_path):
+    (row,) = _read_rows(tmp_path, {"id": 7, "input": 12, "label": 0})
+    assert (row.example.id, row.example.input, row.example.label) == ("7", "12", "0")
+
+
+def test_the_first_of_several_rationales_is_trained_on_unless_one_is_named(tmp_path):
+    several = [{"text": "because", "source": "m"}, {"text": "since", "label": "yes"}]
+    first, named, other = _read_rows(
+        tmp_path,
+        {"input": "q", "label": "yes", "rationales": several},
+        {"input": "q", "label": "yes", "rationales": several, "rationale": "since"},
+        ROW | {"rationales": several, "llm_label": "yes"},
+    )
+    assert first.example.rationale == "because"
+    assert first.example.rationales == (Rationale("because", "m"), Rationale("since", "", "yes"))
+    assert named.example.rationale == "since" and len(named.example.rationales) == 2
+    assert other.example.rationales[0] == Rationale("it rains .", "", "yes")
+    assert len(other.example.rationales) == 3
+
+
+def test_fields_are_mapped(tmp_path):
+    (row,) = _read_rows(
+        tmp_path,
+        {"question": "q", "answer": "a", "input": "not this"},
+        field_map={"input": "question", "label": "answer"},
+    )
+    assert (row.example.input, row.example.label) == ("q", "a")
+
+
+@pytest.mark.parametrize(
+    ("field_map", "message"),
+    [
+        ({"input": "qestion"}, r"test\.jsonl:1 has no field 'qestion' \(found: question, answer\); did you mean 'question'"),
+        ({"lable": "answer"}, r"no field 'lable' to fill \(known: id, input.*did you mean 'label'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_map_lists_the_fields(tmp_path, field_map, message):
+    with pytest.raises(InputError, match=message):
+        _read_rows(tmp_path, {"question": "q", "answer": "a"}, field_map=field_map)
+
+
+def test_fields_that_were_not_read_are_told(tmp_path):
+    _write(tmp_path / "test.jsonl", [ROW, ROW | {"rational": "typo", "topic": 1}])
+    assert any("not read: rational, topic" in note for note in jsonl.read(tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": ""}, r"test\.jsonl:2: the field 'label' is empty"),
+        ({"label": None}, r"test\.jsonl:2: the field 'label' is empty"),
+        ({"input": " \n"}, r"test\.jsonl:2: the field 'input' is empty"),
+        ({"label": 1.5}, r"test\.jsonl:2: the field 'label' must be text \(or an integer\), got a number"),
+        ({"label": True}, r"test\.jsonl:2: the field 'label' must be text .*got true or false"),
+        ({"label": {"a": 1}}, r"test\.jsonl:2: the field 'label' must be text .*got an object"),
+        ({"rationale": ["r"]}, r"test\.jsonl:2: the field 'rationale' must be text .*got a list"),
+        ({"weight": 0}, r"test\.jsonl:2: the field 'weight' must be above 0, got 0"),
+        ({"weight": "1"}, r"test\.jsonl:2: the field 'weight' must be a number, got text"),
+        ({"weight": float("inf")}, r"test\.jsonl:2: the field 'weight' must be above 0"),
+        ({"choices": "yes"}, r"test\.jsonl:2: the field 'choices' must be a list, got text"),
+        ({"choices": ["yes", None]}, r"test\.jsonl:2: the field 'choices\[1\]' must be text .*got null"),
+        ({"rationales": ["r"]}, r"test\.jsonl:2: the field 'rationales' must be a list of objects"),
+        ({"rationales": [{"txt": "r"}]}, r"test\.jsonl:2: in rationales\[0\]: unknown field 'txt'"),
+        ({"rationales": [{"source": "m"}]}, r"test\.jsonl:2: in rationales\[0\]: no field 'text'"),
+        ({"id": "one"}, r"test\.jsonl:2: the id 'one' stands at .*test\.jsonl:1, too"),
+        ({"id": 1.0}, r"test\.jsonl:2: the field 'id' must be text"),
+        ({"rationale": "\udc80"}, r"test\.jsonl:2: the field 'rationale' holds half of a surrogate"),
+    ],
+)  # fmt: skip
+def test_a_bad_field_names_file_line_and_field(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        _read_rows(tmp_path, ROW | {"id": "one"}, ROW | changes)
+
+
+def test_a_missing_field_lists_those_found(tmp_path):
+    with pytest.raises(InputError, match=r"test\.jsonl:1: no field 'input' \(found: text, label\)"):
+        _read_rows(tmp_path, {"text": "q", "label": "a"})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"input": "q",', r":7: broken JSON"),
+        (b'["q", "a"]', r":7: a JSON object is wanted, got list"),
+        (b'{"input": "\xff", "label": "a"}', r":7: not UTF-8"),
+        (b"[" * 100_000, r":7: JSON that cannot be read"),
+        (b'{"id": ' + b"9" * 5000 + b"}", r":7: JSON that cannot be read"),
+    ],
+    ids=["cut", "list", "bytes", "nested", "digits"],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    (tmp_path / "mine.jsonl").write_bytes((json.dumps(ROW).encode() + b"\n") * 6 + line + b"\n")
+    with pytest.raises(InputError, match=r"mine\.jsonl" + message):
+        jsonl.read(tmp_path / "mine.jsonl")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode())
+    assert len(_only(jsonl.read(tmp_path))) == 1
+
+
+def test_one_file_is_cut_into_three_by_the_hashed_ids(tmp_path):
+    path = _write(tmp_path / "mine.jsonl", [ROW | {"id": f"r{i}"} for i in range(400)])
+    reading = jsonl.read(path)
+    sizes = {split: len(rows) for split, rows in reading.splits.items()}
+    assert list(sizes) == ["train", "validation", "test"]
+    assert sum(sizes.values()) == 400
+    assert 270 < sizes["train"] < 360
+    assert any("cut by the hashed ids" in note for note in reading.notes)
+
+
+def test_a_folder_without_validation_takes_a_tenth_of_train(tmp_path):
+    _write(tmp_path / "train.jsonl", [ROW | {"id": f"r{i}"} for i in range(200)])
+    _write(tmp_path / "test.jsonl", [ROW])
+    _write(tmp_path / "dev.jsonl", [ROW])
+    reading = jsonl.read(tmp_path)
+    assert sum(len(reading.splits[s]) for s in ("train", "validation")) == 200
+    assert 5 < len(reading.splits["validation"]) < 40
+    assert any("not read: dev.jsonl" in note for note in reading.notes)
+
+
+def test_of_few_rows_an_empty_split_is_left_out_and_told(tmp_path):
+    _write(tmp_path / "train.jsonl", [ROW | {"id": "1"}])
+    reading = jsonl.read(tmp_path)
+    assert list(reading.splits) == ["train"]
+    assert any("validation is left out" in note for note in reading.notes)
+    assert any("test is left out" in note for note in reading.notes)
+
+
+def test_without_teacher_its_fields_are_left_out(tmp_path):
+    (row,) = _read_rows(
+        tmp_path,
+        ROW | {"llm_label": "no", "rationales": [{"text": "r"}], "why": "because"},
+        teacher=False,
+        field_map={"rationale": "why"},
+    )
+    assert (row.example.rationale, row.example.rationales, row.example.llm_label) == ("", (), "")
+    assert row.right == {}
+
+
+def test_an_answer_outside_the_choices_is_a_defect(tmp_path):
+    rows = _read_rows(tmp_path, ROW | {"choices": ["no"], "llm_label": "maybe"})
+    assert defect_counts(rows) == {"gold_not_a_choice": 1, "label_not_a_choice": 1}
+
+
+@pytest.mark.parametrize("files", [(), ("dev.jsonl",)])
+def test_a_folder_without_splits_says_what_is_wanted(tmp_path, files):
+    for name in files:
+        _write(tmp_path / name, [ROW])
+    with pytest.raises(InputError, match=r"none of train\.jsonl, validation\.jsonl, test\.jsonl"):
+        jsonl.read(tmp_path)
+    with pytest.raises(InputError, match="no such file or folder"):
+        jsonl.read(tmp_path / "absent.jsonl")
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n\n")
+    with pytest.raises(InputError, match=r"train\.jsonl: no rows in it"):
+        jsonl.read(tmp_path)

@@ -1,0 +1,295 @@
+"""From a source to the folder that tasks read, and what happens when it is there already."""
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+
+import pytest
+
+import stepdistill_jax.data
+from stepdistill_jax.data.example import Rationale
+from stepdistill_jax.data.prepare import ensure_prepared, prepare
+from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import read_jsonl
+
+KEYS = {
+    "rows",
+    "with_rationale",
+    "teacher_accuracy",
+    "teacher_accuracy_by_text",
+    "teacher_accuracy_repaired",
+    "defects",
+}
+
+
+def _rows(count, answer="yes"):
+    return [
+        {"id": f"r{i}", "input": f"question {i} of\n{count}", "label": answer if i % 3 else "no"}
+        | ({"rationale": f"reason {i}", "rationales": [{"text": f"reason {i}"}]} if i % 2 else {})
+        | {"llm_label": answer, "weight": 1 + i % 2}
+        for i in range(count)
+    ]
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """(source file, data dir, result) of 60 rows prepared as `mine`."""
+    folder = tmp_path_factory.mktemp("own")
+    source = _write(folder / "rows.jsonl", _rows(60))
+    return source, folder / "data", prepare(
+        "jsonl", source=source, new_name="mine", data_dir=folder / "data"
+    )  # fmt: skip
+
+
+def _tfds_rows(name, data_dir, split):
+    from stepdistill_jax.data.builder import tensorflow
+
+    tensorflow()
+    import tensorflow_datasets as tfds
+
+    return list(tfds.as_numpy(tfds.load(name, data_dir=str(data_dir), split=split)))
+
+
+def test_the_tfds_dataset_holds_the_rows_of_split_jsonl_in_their_order(own):
+    _, data_dir, result = own
+    dataset = open_prepared("mine", data_dir)
+    for split, figures in result["splits"].items():
+        ours, theirs = list(dataset.examples(split)), _tfds_rows("mine", data_dir, split)
+        assert len(ours) == len(theirs) == figures["rows"] == dataset.splits[split]
+        for example, row in zip(ours, theirs, strict=True):
+            for name in ("id", "input", "label", "rationale", "llm_label"):
+                assert row[name].decode() == getattr(example, name)
+            assert row["weight"] == example.weight
+            assert [t.decode() for t in row["rationales"]["text"]] == [
+                r.text for r in example.rationales
+            ]
+
+
+def test_no_row_is_lost_between_source_and_splits(own):
+    source, data_dir, _ = own
+    dataset = open_prepared("mine", data_dir)
+    found = {e.id: e for split in dataset.splits for e in dataset.examples(split)}
+    assert len(found) == sum(dataset.splits.values()) == 60
+    for row in map(json.loads, source.read_text().splitlines()):
+        example = found[row["id"]]
+        assert (example.input, example.label) == (row["input"], row["label"])
+        assert example.rationale == row.get("rationale", "")
+        assert example.rationales == tuple(Rationale(**r) for r in row.get("rationales", []))
+
+
+def test_the_result_has_the_promised_figures(own):
+    _, data_dir, result = own
+    assert all(figures.keys() >= KEYS for figures in result["splits"].values())
+    dataset = open_prepared("mine", data_dir)
+    for split, figures in result["splits"].items():
+        rows = list(dataset.examples(split))
+        assert figures["with_rationale"] == sum(bool(e.rationale) for e in rows)
+        assert figures["teacher_accuracy"] == pytest.approx(
+            sum(e.llm_label == e.label for e in rows) / len(rows)
+        )
+        assert figures["teacher_accuracy_by_text"] is None
+        # the newline of every input comes back as a space, and nothing else changes
+        assert figures["vocabulary"]["changed_whitespace_rows"] == len(rows)
+        assert figures["vocabulary"]["changed_rows"] == 0
+
+
+def test_the_labels_of_train_are_kept_where_they_are_few(own):
+    assert open_prepared("mine", own[1]).labels == ("no", "yes")
+
+
+def test_an_unchanged_source_leaves_everything_as_it_is(own):
+    source, data_dir, first = own
+    before = {p: p.stat().st_mtime_ns for p in (data_dir / "mine").rglob("*")}
+    again = prepare("jsonl", source=source, new_name="mine", data_dir=data_dir)
+    assert again["reused"] and again["fingerprint"] == first["fingerprint"]
+    assert {p: p.stat().st_mtime_ns for p in (data_dir / "mine").rglob("*")} == before
+    assert again["splits"] == first["splits"]
+
+
+def test_a_changed_source_is_rebuilt_and_told(tmp_path):
+    source = _write(tmp_path / "rows.jsonl", _rows(40))
+    first = prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path / "data")
+    _write(source, _rows(40, answer="indeed"))
+    second = prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path / "data")
+    assert second["fingerprint"] != first["fingerprint"]
+    assert not second["reused"] and any("rebuilt" in note for note in second["notes"])
+    dataset = open_prepared("mine", tmp_path / "data")
+    assert dataset.labels == ("indeed", "no")
+    assert {r["label"].decode() for r in _tfds_rows("mine", tmp_path / "data", "train")} == {
+        "indeed",
+        "no",
+    }
+    # nothing else is left in the folder
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", "mine"]
+
+    # the same rows without their teacher are another dataset
+    third = prepare(
+        "jsonl", source=source, new_name="mine", data_dir=tmp_path / "data", teacher=False
+    )
+    assert third["fingerprint"] != second["fingerprint"]
+    assert third["splits"]["train"]["with_rationale"] == 0
+
+
+def test_a_source_that_turns_bad_leaves_the_old_dataset(tmp_path, own):
+    source, data_dir, first = own
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text(source.read_text() + '{"input": "q", "label": ""}\n')
+    with pytest.raises(InputError, match=r"rows\.jsonl:61"):
+        prepare("jsonl", source=broken, new_name="mine", data_dir=data_dir)
+    assert open_prepared("mine", data_dir).fingerprint == first["fingerprint"]
+
+
+def test_a_failure_while_writing_leaves_the_old_dataset_and_no_rubbish(own, monkeypatch, tmp_path):
+    from stepdistill_jax.data import writing
+
+    _, data_dir, first = own
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "train_vocabulary", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(
+            "jsonl",
+            source=_write(tmp_path / "rows.jsonl", _rows(20)),
+            new_name="mine",
+            data_dir=data_dir,
+        )
+    assert open_prepared("mine", data_dir).fingerprint == first["fingerprint"]
+    assert not list(data_dir.glob(".mine.partial*"))
+
+
+def test_a_damaged_dataset_is_named_and_then_rebuilt(tmp_path):
+    source = _write(tmp_path / "rows.jsonl", _rows(20))
+    options = {"source": source, "new_name": "mine", "data_dir": tmp_path / "data"}
+    first = prepare("jsonl", **options)
+    (tmp_path / "data" / "mine" / "train.jsonl").unlink()
+    with pytest.raises(InputError, match=r"train\.jsonl: gone; run `stepdistill prepare jsonl"):
+        open_prepared("mine", tmp_path / "data")
+    # what a killed run leaves behind goes, too
+    (tmp_path / "data" / ".mine.partial-killed").mkdir()
+    assert not prepare("jsonl", **options)["reused"]
+    assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
+    assert not (tmp_path / "data" / ".mine.partial-killed").exists()
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path):
+    folder = tmp_path / "data" / "delivery"
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="was not written by `prepare`"):
+        prepare("delivery", data_dir=tmp_path / "data")
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_two_at_once_prepare_it_once(tmp_path):
+    # a lock belongs to the opened file, so threads stand for processes here
+    source = _write(tmp_path / "rows.jsonl", _rows(20))
+    options = {"source": source, "new_name": "mine", "data_dir": tmp_path / "data"}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(prepare, "jsonl", **options) for _ in range(2)]
+    assert sorted(run.result()["reused"] for run in runs) == [False, True]
+
+
+def test_without_train_there_is_no_vocabulary(tmp_path):
+    _write(tmp_path / "test.jsonl", _rows(5))
+    result = prepare("jsonl", source=tmp_path, new_name="mine", data_dir=tmp_path / "data")
+    assert list(result["splits"]) == ["test"] and result["vocabulary_size"] is None
+    with pytest.raises(InputError, match="prepared without a train split"):
+        open_prepared("mine", tmp_path / "data").spiece_model  # noqa: B018
+
+
+def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
+    _write(tmp_path / "train.jsonl", _rows(30))
+    _write(tmp_path / "test.jsonl", _rows(30)[:4])
+    result = prepare("jsonl", source=tmp_path, new_name="mine", data_dir=tmp_path / "data")
+    assert any(note.endswith("inputs of test stand in train, too") for note in result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "cqaa", "source": "x"}, r"unknown dataset 'cqaa' .*did you mean 'cqa'"),
+        ({"name": "jsonl", "source": "x"}, r"--name"),
+        ({"name": "jsonl", "source": "x", "new_name": "My Task"}, r"lower_snake_case"),
+        ({"name": "jsonl", "source": "x", "new_name": "../up"}, r"lower_snake_case"),
+        ({"name": "jsonl", "source": "x", "new_name": "cqa"}, r"'cqa' belongs to"),
+        ({"name": "cqa"}, r"--source"),
+        ({"name": "delivery", "source": "x"}, r"leave --source out"),
+        ({"name": "svamp", "source": "x", "field_map": {"input": "q"}}, r"--map"),
+        ({"name": "jsonl", "source": "absent.jsonl", "new_name": "mine"}, r"absent\.jsonl: no such"),
+    ],
+)  # fmt: skip
+def test_bad_usage_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+    name = arguments.pop("name")
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(name, data_dir=tmp_path / "data", **arguments)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_embedded_dataset_is_prepared_as_its_documents_say(delivery_data_dir):
+    dataset = ensure_prepared("delivery", delivery_data_dir)
+    assert dataset.splits == {"train": 1500, "validation": 500, "test": 500}
+    assert (dataset.metric, dataset.labels) == ("text_match", ("smooth", "trouble"))
+    rows = _tfds_rows("delivery", delivery_data_dir, "test")
+    assert [r["input"].decode() for r in rows] == [e.input for e in dataset.examples("test")]
+
+
+def test_each_word_of_the_embedded_dataset_is_one_piece(delivery_data_dir):
+    import sentencepiece
+
+    dataset = open_prepared("delivery", delivery_data_dir)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(dataset.spiece_model))
+    for example in dataset.examples("test"):
+        for text in (example.input, example.label, example.rationale):
+            assert len(model.encode(text)) == len(text.split())
+
+
+def test_preparing_on_first_use_is_for_the_embedded_dataset_only(tmp_path):
+    with pytest.raises(InputError, match="run `stepdistill prepare cqa --source DIR`"):
+        ensure_prepared("cqa", tmp_path)
+
+
+def test_the_package_function_is_callable_whatever_was_imported_first():
+    # the module of the same name must not hide it
+    assert stepdistill_jax.data.prepare is prepare
+
+
+def test_importing_the_package_loads_no_tensorflow():
+    code = (
+        "import sys, stepdistill_jax.data, stepdistill_jax.data.readers.jsonl;"
+        "print({'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("name", ["cqa", "svamp"])
+def test_the_original_files_are_prepared_whole(name, paper_data, tmp_path):
+    result = prepare(name, source=paper_data / name, data_dir=tmp_path)
+    dataset = open_prepared(name, tmp_path)
+    rows = {"cqa": (9741, 1221), "svamp": (800, 200)}[name]
+    assert dataset.splits["train"] + dataset.splits["validation"] == rows[0]
+    assert dataset.splits["test"] == rows[1]
+    assert 0.08 < dataset.splits["validation"] / rows[0] < 0.12
+    assert dataset.metric == {"cqa": "text_match", "svamp": "value_match"}[name]
+    assert dataset.labels == ()
+    assert result["vocabulary_size"] <= 8000
+    assert all(f["vocabulary"]["changed_rows"] == 0 for f in result["splits"].values())
+    defects = [defect for _, defect in read_jsonl(tmp_path / name / "defects.jsonl")]
+    for split, figures in result["splits"].items():
+        kinds = [d["kind"] for d in defects if d["split"] == split]
+        assert {kind: kinds.count(kind) for kind in set(kinds)} == figures["defects"]
+    first = next(d for d in defects if d["kind"] in ("label_not_a_choice", "equation_goes_on"))
+    assert (
+        f"{first['file']}:{first['row']}"
+        == (result["splits"]["train"]["first_defects"][first["kind"]])
+    )

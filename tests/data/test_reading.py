@@ -1,0 +1,38 @@
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.reading import Row, defect, defect_counts, take_validation, tenth
+
+
+def _rows(ids):
+    return [Row(Example(i, "question", "label")) for i in ids]
+
+
+def test_the_part_of_an_id_never_changes():
+    # another hash would move rows between train and validation of every prepared dataset
+    assert [tenth(str(i)) for i in range(1, 13)] == [3, 6, 3, 4, 3, 9, 0, 5, 0, 0, 8, 2]
+
+
+def test_parts_are_about_equal():
+    counts = [0] * 10
+    for i in range(10_000):
+        counts[tenth(f"row {i}")] += 1
+    assert min(counts) > 900  # 3.3 standard deviations below 1,000
+
+
+def test_an_added_row_moves_no_other_row():
+    ids = [str(i) for i in range(300)]
+    train, validation = take_validation(_rows(ids))
+    train_2, validation_2 = take_validation(_rows(["one more", *ids]))
+    assert {r.example.id for r in train} <= {r.example.id for r in train_2}
+    assert {r.example.id for r in validation} <= {r.example.id for r in validation_2}
+    assert len(train) + len(validation) == 300
+    assert [int(r.example.id) for r in train] == sorted(int(r.example.id) for r in train)
+
+
+def test_defects_are_counted_by_kind_the_commonest_first():
+    row = Row(Example("1", "q", "a"), (defect("empty", "f", 1), defect("runs_on", "f", 1)))
+    other = Row(Example("2", "q", "a"), (defect("runs_on", "f", 2),))
+    assert list(defect_counts([row, other]).items()) == [("runs_on", 2), ("empty", 1)]
+
+
+def test_the_text_of_a_defect_is_cut():
+    assert len(defect("empty", "f", 1, "x" * 1000).text) == 200

@@ -1,0 +1,102 @@
+"""Runs docs/adding_a_task.md: its files are written, its commands are typed."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_task.md"
+FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHORT = ["TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=2"]
+WAYS = {"jsonl": 0, "add_task": 1, "seqio": 2}
+
+
+def files():
+    return dict(FILE.findall(PAGE.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The folder of someone who has typed in every file of the page."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name, text in files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def typed(reader, line, *more):
+    """Runs a command line of the page as its reader would; the JSON that it ends with."""
+    program, *argv = line.split()
+    assert program == "stepdistill"
+    environment = {**os.environ, "STEPDISTILL_DATA_DIR": str(reader / "data"), "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "stepdistill_jax", *argv, *more, "--json"],
+        cwd=reader,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def commands(way):
+    return SHELL.findall(PAGE.read_text(encoding="utf-8"))[WAYS[way]].splitlines()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_shows_its_rows_as_the_page_says(reader, way):
+    *first, train = commands(way)
+    assert train.split()[1] == "train"
+    *prepare, inspect = first
+    for line in prepare:
+        typed(reader, line)
+    found = typed(reader, inspect, "--rows", "99")
+    shown = {(s["objective"], s["input"], s["target"]) for row in found["shown"] for s in row}
+    want = {
+        "jsonl": {
+            ("label", "predict: my parcel is late", "delivery"),
+            ("rationale", "explain: my parcel is late", "a late parcel is a matter of transport"),
+            ("label", "predict: the courier was rude", "delivery"),
+        },
+        "add_task": {
+            ("label", "predict: sky by day", "blue"),
+            ("rationale", "explain: sky by day", "air scatters short waves most"),
+            ("label", "predict: coal", "black"),
+        },
+        "seqio": {("label", "1 + 1 ", " 2"), ("label", "2 + 3 ", " 5")},
+    }[way]
+    assert want <= shown
+    absent = {(o, i) for o, i, _ in shown}
+    assert ("rationale", "explain: the courier was rude") not in absent
+    assert ("rationale", "explain: coal") not in absent
+
+
+def test_the_task_in_code_takes_under_25_lines():
+    assert len(files()["my_tasks.py"].splitlines()) < 25
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("jsonl", marks=pytest.mark.slow),
+        pytest.param("add_task", marks=pytest.mark.slow),
+        "seqio",
+    ],
+)
+def test_each_way_trains(reader, way):
+    *first, train = commands(way)
+    for line in first:
+        typed(reader, line)
+    overrides = [argument for setting in SHORT for argument in ("--set", setting)]
+    found = typed(reader, train, *overrides)
+    assert found["step"] == 2
+    assert found["loss/label"] > 0
+    assert ("loss/rationale" in found) == (way != "seqio")

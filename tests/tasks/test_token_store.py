@@ -1,0 +1,95 @@
+import json
+
+import numpy as np
+import pytest
+
+from stepdistill_jax.tasks.token_store import TokenExample, open_store, write_store
+
+EXAMPLES = [
+    TokenExample([([5, 6, 1], [7, 1]), ([8, 1], [9, 9, 1])], 1.0, "seven"),
+    TokenExample([([5, 1], [7, 1]), ([8, 1], [])], 0.5, "ünïcode\nline"),
+]
+
+
+def contents(store):
+    return [
+        [rows[feature][i].tolist() for rows in store.rows for feature in ("inputs", "targets")]
+        for i in range(store.num_examples)
+    ]
+
+
+def test_a_store_gives_back_what_was_written(tmp_path):
+    write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES, {"task": "x"})
+    store = open_store(tmp_path / "s")
+    assert contents(store) == [
+        [[5, 6, 1], [7, 1], [8, 1], [9, 9, 1]],
+        [[5, 1], [7, 1], [8, 1], []],
+    ]
+    assert store.objectives == ("label", "rationale")
+    assert store.weights.tolist() == [1.0, 0.5]
+    assert store.label_texts == ["seven", "ünïcode\nline"]
+    assert store.about == {"task": "x"}
+    assert store.max_id == 9
+    assert store.rows[1]["targets"].lengths.tolist() == [3, 0]
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_an_objective_without_any_target_is_an_empty_file(tmp_path):
+    write_store(tmp_path / "s", ["label"], [TokenExample([([5, 1], [])])])
+    assert contents(open_store(tmp_path / "s")) == [[[5, 1], []]]
+
+
+def test_the_fingerprint_follows_the_contents_and_nothing_else(tmp_path):
+    first = write_store(tmp_path / "a", ["label", "rationale"], EXAMPLES)
+    same = write_store(tmp_path / "b", ["label", "rationale"], iter(EXAMPLES), {"other": "about"})
+    swapped = write_store(tmp_path / "c", ["label", "rationale"], EXAMPLES[::-1])
+    assert first.fingerprint == same.fingerprint
+    # moving a token from one row to the next leaves the ids as they are
+    cut = write_store(tmp_path / "d", ["label"], [TokenExample([([5, 6], [1])])])
+    moved = write_store(tmp_path / "e", ["label"], [TokenExample([([5], [6, 1])])])
+    assert len({first.fingerprint, swapped.fingerprint, cut.fingerprint, moved.fingerprint}) == 4
+
+
+def test_an_error_while_writing_leaves_the_old_store(tmp_path):
+    old = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+
+    def failing():
+        yield EXAMPLES[0]
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        write_store(tmp_path / "s", ["label", "rationale"], failing())
+    assert open_store(tmp_path / "s").fingerprint == old.fingerprint
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_replaced_store_stays_readable_for_those_who_have_it_open(tmp_path):
+    old = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+    new = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES[:1])
+    assert contents(old)[1][0] == [5, 1]
+    assert new.num_examples == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "version", "absent"])
+def test_a_damaged_store_is_no_store(tmp_path, damage):
+    write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+    manifest, ids = tmp_path / "s" / "manifest.json", tmp_path / "s" / "1-inputs.ids"
+    if damage == "truncated":
+        ids.write_bytes(ids.read_bytes()[:-1])
+    elif damage == "missing":
+        ids.unlink()
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:-9])
+    elif damage == "version":
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 0}))
+    place = "elsewhere" if damage == "absent" else "s"
+    assert open_store(tmp_path / place) is None
+
+
+def test_ids_are_memory_mapped_int32(tmp_path):
+    store = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+    ids = store.rows[0]["inputs"].ids
+    assert ids.dtype == np.int32
+    assert not ids.flags.writeable
+    assert isinstance(ids.base, np.memmap)

@@ -1,0 +1,133 @@
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.objectives import step_by_step
+from stepdistill_jax.training import inspect
+from stepdistill_jax.training.config import TrainConfig
+
+# two names for the function, one for its module: the second import must not hide the first
+from stepdistill_jax.training.inspection import inspect as inspect_of_module
+
+
+@pytest.fixture(scope="module")
+def lengths_data_dir(tmp_path_factory):
+    """A dataset `lengths`: bytes, so that every length is known by hand."""
+    from stepdistill_jax.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("lengths")
+    rng = random.Random(0)
+    lines = []
+    for i in range(60):
+        words = "ab" * rng.randint(1, 15)
+        why = f', "rationale": "{"r" * rng.randint(5, 40)}"' if i % 3 else ""
+        lines.append(f'{{"input": "{i} {words}", "label": "{"yes" if i % 2 else "no"}"{why}}}\n')
+    (folder / "rows.jsonl").write_text("".join(lines))
+    prepare("jsonl", source=folder / "rows.jsonl", new_name="lengths", data_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory):
+    """A model directory whose vocabulary is bytes."""
+    from stepdistill_jax.formats.directory import write_model_files
+    from stepdistill_jax.models.config import t5_v1_1
+    from stepdistill_jax.text.vocabulary import ByteVocabulary
+
+    folder = tmp_path_factory.mktemp("bytes") / "model"
+    write_model_files(folder, t5_v1_1("tiny", vocab_size=259), ByteVocabulary(), None)
+    return folder
+
+
+def rows_of(data_dir):
+    from stepdistill_jax.data.prepared import open_prepared
+
+    return list(open_prepared("lengths", data_dir).examples("train"))
+
+
+def test_the_function_is_the_same_by_either_name():
+    assert inspect is inspect_of_module
+    assert callable(inspect)
+
+
+def test_lengths_cuts_and_fill_are_those_counted_by_hand(lengths_data_dir, bytes_model):
+    config = TrainConfig(
+        "lengths", init_from=str(bytes_model), batch_size=15, input_length=30, target_length=24
+    )
+    found = inspect(config, data_dir=lengths_data_dir)
+    examples = rows_of(lengths_data_dir)
+    for objective in step_by_step():
+        rendered = [objective.render(vars(e)) for e in examples]
+        present = [(len(i) + 1, len(t) + 1) for i, t in rendered if t]  # ASCII: a byte a letter
+        figures = found["objectives"][objective.name]
+        assert figures["rows"] == len(present)
+        assert figures["absent"] == len(examples) - len(present)
+        for side, limit in (("inputs", 30), ("targets", 24)):
+            lengths = [row[side == "targets"] for row in present]
+            assert figures[side]["min"] == min(lengths)
+            assert figures[side]["max"] == max(lengths)
+            assert figures[side]["mean"] == pytest.approx(np.mean(lengths), abs=0.01)
+            for part in figures[side]["histogram"]:
+                assert part["rows"] == sum(part["from"] <= n <= part["to"] for n in lengths)
+            assert sum(part["rows"] for part in figures[side]["histogram"]) == len(lengths)
+            assert found["cut"][objective.name][side] == sum(n > limit for n in lengths)
+    assert 0 < found["fill"]["inputs"] <= 1
+    assert found["vocabulary_size"] == 259
+
+
+def test_rows_are_shown_as_text_with_their_objective(lengths_data_dir):
+    config = TrainConfig("lengths", batch_size=15, input_length=128, target_length=128)
+    found = inspect(config, data_dir=lengths_data_dir, rows=1)
+    examples = rows_of(lengths_data_dir)
+    texts = {
+        (o.name, *o.render(vars(e)))
+        for e in examples
+        for o in step_by_step()
+        if o.render(vars(e))[1]
+    }
+    (row,) = found["shown"]
+    assert len(row) > 1
+    for segment in row:
+        assert (segment["objective"], segment["input"], segment["target"]) in texts
+        assert segment["weight"] == 1.0
+    assert sum(s["input_tokens"] for s in row) <= 128
+
+
+def test_unpacked_rows_are_shown_for_each_objective(lengths_data_dir):
+    config = TrainConfig("lengths", batch_size=15, pack=False)
+    found = inspect(config, data_dir=lengths_data_dir, rows=2)
+    assert all(len(row) == 1 for row in found["shown"])
+    assert {row[0]["objective"] for row in found["shown"]} == {"label", "rationale"}
+    assert found["row_counts"] == []
+    assert found["rows_per_step"] == 30
+
+
+def test_the_proposed_lengths_are_better_filled_than_bad_ones(delivery_data_dir):
+    found = inspect("delivery", data_dir=delivery_data_dir)
+    assert found["fill"]["all"] < 0.85
+    assert found["proposed"]["fill"]["all"] > 0.95  # measured: 1.0 at (120, 72)
+    assert found["proposed"] in found["candidates"]
+    assert found["proposed"]["rows_per_step"] >= 4
+    again = inspect(
+        TrainConfig(
+            "delivery",
+            input_length=found["proposed"]["input_length"],
+            target_length=found["proposed"]["target_length"],
+        ),
+        data_dir=delivery_data_dir,
+    )
+    assert again["fill"] == found["proposed"]["fill"]
+
+
+def test_an_unknown_split_is_named(delivery_data_dir):
+    with pytest.raises(InputError, match=r"no split 'trian'.*did you mean 'train'"):
+        inspect("delivery", split="trian", data_dir=delivery_data_dir)
+
+
+def test_nothing_is_written_but_the_token_store(delivery_data_dir):
+    before = {p.name for p in pathlib.Path(delivery_data_dir).iterdir()} | {"token_store"}
+    inspect("delivery", data_dir=delivery_data_dir)
+    assert {p.name for p in pathlib.Path(delivery_data_dir).iterdir()} == before
