@@ -72,7 +72,7 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
         InputError: the file is missing, a line is not UTF-8 or not a JSON object; names path and line.
     """
     try:
-        file = open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115  (closed below)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:

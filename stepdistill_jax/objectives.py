@@ -73,9 +73,7 @@ def label_only(label_weight: float = 1.0) -> tuple[Objective, ...]:
     return (Objective("label", LABEL_INPUT, "{label}", label_weight),)
 
 
-def step_by_step(
-    label_weight: float = 0.5, rationale_weight: float = 0.5
-) -> tuple[Objective, ...]:
+def step_by_step(label_weight: float = 0.5, rationale_weight: float = 0.5) -> tuple[Objective, ...]:
     """The paper's method. Its code weighs alpha and 1 - alpha with alpha 0.5, hence (0.5, 0.5)."""
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),

@@ -1,0 +1,283 @@
+"""What a model directory holds, apart from weights: configuration, vocabulary, task.
+
+A workdir is a model directory too; its weights are in `checkpoints/STEP/`.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import atomic_write, read_json, write_json
+from stepdistill_jax.formats import hf
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.objectives import Objective
+from stepdistill_jax.text.vocabulary import (
+    BYTES,
+    EOS_ID,
+    PAD_ID,
+    SentencePieceVocabulary,
+    Vocabulary,
+    load_vocabulary,
+)
+
+CONFIG, TASK_INFO, SPIECE = "config.json", "stepdistill.json", "spiece.model"
+TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+FORMAT_VERSION = 1
+
+# `feed_forward_proj` of Hugging Face -> our activations
+_FEED_FORWARD = {"gated-gelu": ("gelu", "linear")}
+_MODEL_TYPES = ("t5", "mt5")  # mT5 is T5 v1.1 with another vocabulary
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "emb_dim": "d_model",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "mlp_dim": "d_ff",
+    "num_encoder_layers": "num_layers",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """What `stepdistill.json` says: how the model was asked during training, and where it is from.
+
+    Attributes:
+        task: name of the dataset, task or mixture.
+        objectives: templates and weights; the first is the one that is served.
+        input_length: most ids of an input, the end of sequence included; longer ones are cut.
+        target_length: the same for targets of any objective.
+        max_decode_len: enough for every label of the train split, the end of sequence included.
+        metric: `text_match` or `value_match`.
+        labels: the possible labels where they are few, else empty.
+        provenance: versions, step, data, metrics: whatever a reader may want to know.
+    """
+
+    task: str
+    objectives: tuple[Objective, ...]
+    input_length: int
+    target_length: int
+    max_decode_len: int
+    metric: str = "text_match"
+    labels: tuple[str, ...] = ()
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model directory but for its weights. `task_info` is None in a bare Hugging Face one."""
+
+    config: T5Config
+    vocabulary: Vocabulary
+    task_info: TaskInfo | None
+
+
+def write_model_files(
+    directory: os.PathLike | str,
+    config: T5Config,
+    vocabulary: Vocabulary,
+    task_info: TaskInfo | None,
+) -> None:
+    """Writes configuration, vocabulary and task; `transformers` opens its tokenizer from them.
+
+    The tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell one would get other
+    ids than here, and a small vocabulary would get ids beyond the embedding.
+    """
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / CONFIG, _to_hf_config(config))
+    tokenizer: dict[str, Any] = {
+        "tokenizer_class": "ByT5Tokenizer",
+        "extra_ids": 0,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        tokenizer["tokenizer_class"] = "T5Tokenizer"
+        target = directory / SPIECE
+        if not (target.exists() and target.samefile(vocabulary.path)):
+            with open(vocabulary.path, "rb") as source, atomic_write(target, "wb") as f:
+                shutil.copyfileobj(source, f)
+    generation = {
+        "decoder_start_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+        # transformers 5 makes a cache as deep as the encoder, and fails where the decoder is deeper
+        "use_cache": config.num_decoder_layers <= config.num_encoder_layers,
+    }
+    if task_info:
+        tokenizer["model_max_length"] = task_info.input_length
+        generation["max_new_tokens"] = task_info.max_decode_len
+        write_json(
+            directory / TASK_INFO, {"format": FORMAT_VERSION} | dataclasses.asdict(task_info)
+        )
+    write_json(directory / TOKENIZER_CONFIG, tokenizer)
+    write_json(directory / GENERATION_CONFIG, generation)
+
+
+def read_model_files(directory: os.PathLike | str) -> ModelFiles:
+    """Configuration, vocabulary and task of a model directory or workdir.
+
+    Whether the output layer is tied to the embedding is decided by the weights, where they are in
+    the directory: `tie_word_embeddings` is not to be trusted (transformers 5 writes true always).
+
+    Raises:
+        InputError: a file or field that is missing, wrong, or not supported; names both.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such model directory")
+    if not (directory / CONFIG).is_file():
+        raise InputError(f"{directory}: not a model directory or workdir (it has no {CONFIG})")
+    config = read_config(directory)
+    vocabulary = _read_vocabulary(directory)
+    if vocabulary.size > config.vocab_size:
+        raise InputError(
+            f"{directory / CONFIG}: vocab_size {config.vocab_size} is below the"
+            f" {vocabulary.size} pieces of the vocabulary"
+        )
+    task_info = read_task_info(directory) if (directory / TASK_INFO).is_file() else None
+    return ModelFiles(config, vocabulary, task_info)
+
+
+def _to_hf_config(config: T5Config) -> dict[str, Any]:
+    kinds: dict[tuple[str, ...], str] = {v: k for k, v in _FEED_FORWARD.items()}
+    return {
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": kinds[config.mlp_activations],
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "dropout_rate": config.dropout_rate,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "tie_word_embeddings": config.logits_via_embedding,
+        "scale_decoder_outputs": config.logits_via_embedding,
+        "decoder_start_token_id": PAD_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+        "dtype": "float32",
+        "use_cache": True,
+    }
+
+
+def read_config(directory: os.PathLike | str) -> T5Config:
+    """The model's sizes, from the raw `config.json`; tied or not as the weights there say.
+
+    Raises:
+        InputError: a field that is missing or wrong, or an architecture that is not T5 v1.1.
+    """
+    path = pathlib.Path(directory) / CONFIG
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a JSON object is wanted")
+    if (model_type := raw.get("model_type")) not in _MODEL_TYPES:
+        raise InputError(
+            f"{path}: model_type must be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}"
+        )
+    kind = raw.get("feed_forward_proj", "relu")  # the default of transformers
+    if kind not in _FEED_FORWARD:
+        raise InputError(
+            f"{path}: feed_forward_proj must be one of {', '.join(_FEED_FORWARD)} (T5 v1.1),"
+            f" got {kind!r}"
+        )
+    sizes: dict[str, Any] = {ours: _size(path, raw, theirs) for ours, theirs in _SIZES.items()}
+    if raw.get("num_decoder_layers") is None:  # transformers: as deep as the encoder
+        raw["num_decoder_layers"] = raw["num_layers"]
+    if hf.has_weights(directory):
+        tied = hf.HEAD not in hf.Weights(directory).shapes()
+    else:
+        tied = bool(raw.get("tie_word_embeddings", True))
+    return T5Config(
+        **sizes,
+        num_decoder_layers=_size(path, raw, "num_decoder_layers"),
+        mlp_activations=_FEED_FORWARD[kind],
+        dropout_rate=_number(path, raw, "dropout_rate", 0.1),
+        num_buckets=_size(path, raw, "relative_attention_num_buckets", 32),
+        max_distance=_size(path, raw, "relative_attention_max_distance", 128),
+        layer_norm_epsilon=_number(path, raw, "layer_norm_epsilon", 1e-6),
+        logits_via_embedding=tied,
+    )
+
+
+def _size(path: pathlib.Path, raw: dict, name: str, default: int | None = None) -> int:
+    value = raw.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        found = f"got {value!r}" if name in raw else "it is missing"
+        raise InputError(f"{path}: {name} must be a whole number above 0, {found}")
+    return value
+
+
+def _number(path: pathlib.Path, raw: dict, name: str, default: float) -> float:
+    value = raw.get(name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
+    return float(value)
+
+
+def _read_vocabulary(directory: pathlib.Path) -> Vocabulary:
+    if (directory / SPIECE).is_file():
+        return load_vocabulary(directory / SPIECE)
+    tokenizer = directory / TOKENIZER_CONFIG
+    if tokenizer.is_file() and read_json(tokenizer).get("tokenizer_class") == "ByT5Tokenizer":
+        return load_vocabulary(BYTES)
+    raise InputError(
+        f"{directory}: no vocabulary (neither {SPIECE} nor a {TOKENIZER_CONFIG} of ByT5)"
+    )
+
+
+def read_task_info(directory: os.PathLike | str) -> TaskInfo:
+    """`stepdistill.json`, checked. Fields that it has beyond ours are left out.
+
+    Raises:
+        InputError: the file, a field that is missing, or one of a wrong type; names both.
+    """
+    path = pathlib.Path(directory) / TASK_INFO
+    raw = read_json(path)
+    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+        raise InputError(f"{path}: `format` is missing; this is no {TASK_INFO}")
+    if raw["format"] > FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format {raw['format']} is newer than this version reads ({FORMAT_VERSION});"
+            " upgrade stepdistill-jax"
+        )
+
+    def field(name, kind, wanted):
+        if not isinstance(raw.get(name), kind):
+            found = f"got {raw[name]!r}" if name in raw else "it is missing"
+            raise InputError(f"{path}: {name} must be {wanted}, {found}")
+        return raw[name]
+
+    labels = field("labels", list, "a list of texts")
+    if not all(isinstance(label, str) for label in labels):
+        raise InputError(f"{path}: labels must be a list of texts, got {labels!r}")
+    return TaskInfo(
+        task=field("task", str, "a text"),
+        objectives=_read_objectives(path, field("objectives", list, "a list")),
+        input_length=_size(path, raw, "input_length"),
+        target_length=_size(path, raw, "target_length"),
+        max_decode_len=_size(path, raw, "max_decode_len"),
+        metric=field("metric", str, "a text"),
+        labels=tuple(labels),
+        provenance=field("provenance", dict, "an object"),
+    )
+
+
+def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
+    names = [f.name for f in dataclasses.fields(Objective)]
+    for o in raw:
+        if not isinstance(o, dict) or not all(name in o for name in names):
+            raise InputError(f"{path}: objectives must have {', '.join(names)}, got {o!r}")
+    try:
+        objectives = tuple(Objective(**{name: o[name] for name in names}) for o in raw)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path}: objectives: {error}") from None
+    if not objectives:
+        raise InputError(f"{path}: objectives must name at least one")
+    return objectives

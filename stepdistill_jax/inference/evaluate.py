@@ -1,0 +1,121 @@
+"""Accuracy on a split of a prepared dataset; no TensorFlow, since it reads SPLIT.jsonl."""
+
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
+from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import write_json
+from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.inference.model import load_model
+from stepdistill_jax.inference.predict import cut_ids, how_to_ask, predict
+from stepdistill_jax.inference.rows import Row
+from stepdistill_jax.inference.tally import Tally
+from stepdistill_jax.progress import progress
+
+PREDICTIONS = "predictions"
+
+
+def evaluate(
+    path: os.PathLike | str,
+    *,
+    task: str,
+    split: str = "test",
+    step: str | int = "best",
+    output: os.PathLike | str | None = None,
+    data_dir: os.PathLike | str | None = None,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Decodes the labels of a split and compares them.
+
+    For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`.
+
+    Args:
+        path: workdir or model directory.
+        task: a prepared dataset; it also says how labels are compared.
+        split: of the dataset.
+        step: of a workdir: `best`, `last` or a number.
+        output: JSON file for the result; None writes none.
+        data_dir: where the dataset is prepared.
+        batch_size: rows decoded at once.
+
+    Returns:
+        What `predict` returns, and `task`, `split`, `step`.
+
+    Raises:
+        InputError: no such model, step, dataset or split.
+    """
+    dataset = open_prepared(task, data_dir)
+    if output is not None and pathlib.Path(output).is_dir():
+        raise InputError(f"--output {output}: is a folder, a file to write is wanted")
+    found = resolve_step(path, step) if is_workdir(path) else None
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch) if found is None else pathlib.Path(path) / PREDICTIONS
+        result = predict(
+            path,
+            dataset.file(split),
+            folder / f"{task}-{split}-{found}.jsonl",
+            task=task,
+            step=step if found is None else found,
+            batch_size=batch_size,
+            data_dir=data_dir,
+        )
+    result = {"task": task, "split": split, "step": found} | result
+    if output is not None:
+        write_json(output, result)
+    return result
+
+
+def evaluate_tokens(
+    path: os.PathLike | str,
+    inputs: Sequence[Sequence[int]],
+    labels: Sequence[str],
+    *,
+    metric: str,
+    allowed: Sequence[str] = (),
+    step: str | int = "best",
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
+
+    Args:
+        path: workdir or model directory.
+        inputs: ids of each row with its end of sequence; longer ones than in training are cut.
+        labels: the gold answer of each.
+        metric: how they are compared.
+        allowed: the possible labels, where they are few.
+        step: of a workdir: `best`, `last` or a number.
+        batch_size: rows decoded at once.
+
+    Returns:
+        What `predict` returns, and `step`.
+
+    Raises:
+        InputError: no such model or step.
+    """
+    model = load_model(path, step)
+    asking = how_to_ask(model)
+    decoder = LabelDecoder(
+        model.config, max_decode_len=asking.decode_lengths[0], batch_size=batch_size
+    )
+    tally, cut = Tally(metric, allowed), [cut_ids(ids, asking.input_length) for ids in inputs]
+    start = time.perf_counter()
+    with progress(len(inputs), "evaluate") as bar:
+        decoded = decoder(model.params, cut, bar.update)
+    seconds = time.perf_counter() - start
+    for number, (ids, label) in enumerate(zip(decoded.ids, labels, strict=True), 1):
+        row = Row(str(number), {"input": "", "label": label})
+        tally.add(row, model.vocabulary.decode(ids))
+    return {
+        "step": model.step,
+        **tally.summary(),
+        "unfinished": int((~decoded.finished).sum()),
+        "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),
+        "skipped": 0,
+        "rows_per_second": round(len(inputs) / seconds, 3) if len(inputs) else 0.0,
+    }

@@ -1,0 +1,88 @@
+"""A streamed output file: `.partial` until it is whole, and continued where an earlier run stopped."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import PARTIAL, fsync_folder, read_json, write_json
+
+
+class PartialOutput:
+    """JSON lines that are appended window by window.
+
+    A small file beside OUTPUT.partial says how many of its bytes are sound, and what it was made
+    from (`key`); a run with another key starts anew.
+    """
+
+    def __init__(self, path: os.PathLike | str, key: str):
+        """Opens OUTPUT.partial and cuts it back to its last whole window.
+
+        Raises:
+            InputError: the output cannot be written there.
+        """
+        self.path = pathlib.Path(path)
+        self.partial = self.path.with_name(self.path.name + PARTIAL)
+        self.sidecar = self.path.with_name(self.path.name + PARTIAL + ".json")
+        self._key = key
+        if self.path.is_dir():
+            raise InputError(f"{path}: is a folder, a file to write is wanted")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.partial, "ab")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        self.state = self._sound_state()
+        self._file.truncate(self.state["bytes"])
+
+    def _sound_state(self) -> dict[str, Any]:
+        try:
+            state = read_json(self.sidecar)
+        except InputError:
+            state = None
+        if not isinstance(state, dict) or state.get("key") != self._key:
+            state = {"bytes": 0}
+        if 0 < state["bytes"] <= os.path.getsize(self.partial):
+            return state
+        return {"key": self._key, "bytes": 0, "rows": 0}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that an earlier run wrote."""
+        with open(self.partial, encoding="utf-8") as f:
+            return [json.loads(line) for line in f]
+
+    def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
+        """Writes one window; once this returns, it survives a power loss.
+
+        Args:
+            rows: one JSON object each.
+            counts: kept in `state` for the next run.
+        """
+        for row in rows:
+            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.state = {
+            "key": self._key,
+            "bytes": self._file.tell(),
+            "rows": self.state["rows"] + len(rows),
+            **counts,
+        }
+        write_json(self.sidecar, self.state)
+
+    def finish(self) -> None:
+        """Gives the output its name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.path)
+        fsync_folder(self.path.parent)
+        self.sidecar.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leaves what is there for a later run; an empty beginning is removed."""
+        self._file.close()
+        if self.state["rows"] == 0:
+            self.partial.unlink(missing_ok=True)
+            self.sidecar.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""What `predict` and `evaluate` say at the end: right answers, and answers that cannot be right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.inference.rows import Row
+from stepdistill_jax.text.metrics import is_valid, majority_baseline, metric_fn
+
+
+class Tally:
+    """Counts over rows in any order; nothing is averaged before the end."""
+
+    def __init__(self, metric: str, labels: Sequence[str] = ()):
+        """`metric` compares answers; `labels` are the task's, where they are few."""
+        self._matches = metric_fn(metric)
+        self._metric, self._allowed = metric, tuple(labels)
+        self.rows = self._right = self._invalid = self._checked = 0
+        self._labels: list[str] = []
+        self._distinct: set[str] = set()
+
+    def add(self, row: Row, prediction: str) -> None:
+        """Counts one answer."""
+        self.rows += 1
+        if row.label:
+            self._labels.append(row.label)
+            self._right += self._matches(prediction, row.label)
+        valid = is_valid(prediction, metric=self._metric, labels=self._allowed, choices=row.choices)
+        if valid is not None:
+            self._checked += 1
+            self._invalid += not valid
+        if len(self._distinct) < 2:
+            self._distinct.add(prediction)
+
+    def summary(self) -> dict[str, Any]:
+        """`rows`; `accuracy` and `majority_baseline` over the rows with a label, if there are any.
+
+        `invalid_labels` is the number of answers outside of what is allowed, None where nothing
+        says what is. `collapsed` is whether two or more rows all got one answer.
+        """
+        result: dict[str, Any] = {"rows": self.rows}
+        if self._labels:
+            result["accuracy"] = self._right / len(self._labels)
+            result["majority_baseline"] = majority_baseline(self._labels, self._metric)
+        if len(self._labels) not in (0, self.rows):
+            result["rows_with_label"] = len(self._labels)
+        result["invalid_labels"] = self._invalid if self._checked else None
+        result["collapsed"] = self.rows > 1 and len(self._distinct) == 1
+        return result
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """The summary as a line for people, and a second one where all answers are the same.
+
+    Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
+    unfinished 0  812.4 rows/s`.
+    """
+    rows = summary["rows"]
+    parts = [f"{rows} rows"]
+    if "accuracy" in summary:
+        parts.append(
+            f"accuracy {summary['accuracy']:.4g}"
+            f" (always the commonest label: {summary['majority_baseline']:.4g})"
+        )
+    for name, words in (
+        ("invalid_labels", "invalid labels"),
+        ("unfinished", "unfinished"),
+        ("cut_inputs", "inputs cut"),
+        ("skipped", "bad rows skipped"),
+    ):
+        count = summary.get(name)
+        if count is not None and (count or name in ("invalid_labels", "unfinished")):
+            share = f" ({count / rows:.1%})" if count and rows and name != "skipped" else ""
+            parts.append(f"{words} {count}{share}")
+    parts.append(f"{summary['rows_per_second']:.1f} rows/s")
+    line = "  ".join(parts)
+    if summary["collapsed"]:
+        line += (
+            f"\nall {rows} answers are the same: the model does not tell the inputs apart"
+            " (train longer, or look at the learning rate and the labels' balance)"
+        )
+    return line

@@ -1,0 +1,111 @@
+"""`stepdistill predict`, `evaluate` and `export` as a user types them."""
+
+import json
+
+import pytest
+
+from stepdistill_jax.commands.main import main
+
+KEYS = {"rows", "invalid_labels", "unfinished", "rows_per_second"}
+LABELLED = KEYS | {"accuracy", "majority_baseline"}
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout lines, stderr)."""
+    code = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err
+
+
+def test_predict_prints_words_and_then_one_json_object(
+    workdir, questions, write_rows, tmp_path, capsys
+):
+    source = write_rows(questions[:5])
+    code, out, _ = run(capsys, "predict", workdir, source, tmp_path / "o.jsonl", "--json")
+    assert code == 0
+    assert json.loads(out[-1]).keys() >= LABELLED
+    assert "5 rows  accuracy" in out[0] and "(always the commonest label: 0.6)" in out[0]
+    source = write_rows([{"input": "a"}])
+    code, out, _ = run(capsys, "predict", workdir, source, tmp_path / "o.jsonl", "--json")
+    assert json.loads(out[-1]).keys() >= KEYS
+    assert "accuracy" not in json.loads(out[-1])
+
+
+def test_flags_of_predict_reach_it(workdir, questions, write_rows, tmp_path, capsys):
+    source = write_rows([*questions[:3], {"question": "bad"}])
+    out = tmp_path / "o.jsonl"
+    flags = "--step last --batch-size 2 --max-decode-len 3 --with-rationale --on-error skip"
+    code, lines, err = run(capsys, "predict", workdir, source, out, *flags.split())
+    assert code == 0 and "bad rows skipped 1" in lines[0] and f"skipped: {source}:4" in err
+    rows = [json.loads(line) for line in out.open()]
+    assert [list(row) for row in rows] == [["id", "label", "score", "rationale"]] * 3
+    before = out.read_bytes()
+    flags = flags.replace("last", "3") + " --prefix with"
+    run(capsys, "predict", workdir, source, out, *flags.split())
+    assert out.read_bytes() != before
+
+
+def test_export_and_predict_by_command(workdir, questions, write_rows, tmp_path, capsys):
+    source, model = write_rows(questions[:4]), tmp_path / "model"
+    code, out, _ = run(capsys, "export", workdir, model, "--step", "5", "--json")
+    assert code == 0 and json.loads(out[-1])["step"] == 5
+    assert run(capsys, "predict", model, source, tmp_path / "a.jsonl")[0] == 0
+    run(capsys, "predict", workdir, source, tmp_path / "b.jsonl", "--step", "5")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys):
+    source, out = write_rows([{"input": "a"}]), tmp_path / "o.jsonl"
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"input": "a"}\n' * 6 + '{"input": "a"\n')
+    for arguments, part in (
+        (("predict", workdir, broken, out), "broken.jsonl:7: broken JSON"),
+        (("predict", workdir, tmp_path / "none.jsonl", out), "none.jsonl: no such file"),
+        (("predict", tmp_path / "none", source, out), "none: no such model directory"),
+        (("predict", workdir, source, out, "--step", "4"), "4"),
+        (("predict", workdir, source, out, "--module", "mine"), "--module"),
+        (("evaluate", workdir, "--task", "none", "--data-dir", tmp_path), "'none'"),
+        (("export", workdir, tmp_path), "is not empty"),
+        (("export", tmp_path / "none", tmp_path / "new"), "not a workdir"),
+    ):
+        code, lines, err = run(capsys, *arguments)
+        assert code == 2 and lines == []
+        assert err.startswith("stepdistill: error: ") and part in err and err.count("\n") == 1
+    assert not out.exists()
+
+
+PLAIN_TASK = """
+import seqio, tensorflow as tf
+vocabulary = seqio.SentencePieceVocabulary({spiece!r}, extra_ids=0)
+ROWS = {rows!r}
+def read(split, shuffle_files=False, seed=None):
+    inputs, targets = map(list, zip(*ROWS))
+    return tf.data.Dataset.from_tensor_slices({{"inputs": inputs, "targets": targets}})
+seqio.TaskRegistry.add(
+    "plain_roads",
+    source=seqio.FunctionDataSource(read, splits=["train", "test"]),
+    preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+    output_features={{k: seqio.Feature(vocabulary, add_eos=True) for k in ("inputs", "targets")}},
+)
+"""
+
+
+@pytest.mark.slow  # imports SeqIO
+def test_a_seqio_task_of_a_module_is_evaluated_like_its_texts(
+    workdir, spiece, questions, write_rows, tmp_path, capsys, monkeypatch
+):
+    rows = [("predict: " + q["input"], q["label"]) for q in questions[:40]]
+    code = PLAIN_TASK.format(spiece=str(spiece), rows=rows)
+    (tmp_path / "roads_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ("--task", "plain_roads", "--module", "roads_module", "--data-dir", tmp_path / "data")
+    code, out, err = run(
+        capsys, "evaluate", workdir, *flags, "--json", "--output", tmp_path / "r.json"
+    )
+    assert code == 0, err
+    source = write_rows(questions[:40])
+    _, want, _ = run(capsys, "predict", workdir, source, tmp_path / "o.jsonl", "--json")
+    result, want = json.loads(out[-1]), json.loads(want[-1])
+    for name in ("rows", "accuracy", "majority_baseline", "unfinished", "cut_inputs"):
+        assert result[name] == want[name]
+    assert json.loads((tmp_path / "r.json").read_text()) == result

@@ -1,0 +1,181 @@
+"""Greedy decoding against teacher forcing, and its independence of batches, buckets and meshes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepdistill_jax import sharding
+from stepdistill_jax.inference.decode import (
+    LabelDecoder,
+    bucket_length,
+    bucketed,
+    greedy_decode,
+)
+from stepdistill_jax.models.t5 import T5, abstract_params
+
+MAX_DECODE_LEN = 10
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(1)
+    return [[*rng.integers(3, 128, rng.integers(1, 63)).tolist(), 1] for _ in range(45)]
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_config):
+    return LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def decoded(decoder, tiny_params, rows):
+    return decoder(tiny_params, rows)
+
+
+def test_ids_are_the_argmax_of_teacher_forcing_and_scores_their_log_probability(
+    tiny_config, tiny_params, rows, decoded
+):
+    source = np.zeros((len(rows), 64), np.int32)
+    target = np.zeros((len(rows), MAX_DECODE_LEN), np.int32)
+    for i, (row, ids) in enumerate(zip(rows, decoded.ids, strict=True)):
+        source[i, : len(row)], target[i, : len(ids)] = row, ids
+    shifted = np.pad(target, ((0, 0), (1, 0)))[:, :-1]
+    batch = {
+        "encoder_input_tokens": source,
+        "encoder_segment_ids": (source > 0).astype(np.int32),
+        "decoder_input_tokens": shifted,
+        "decoder_segment_ids": np.ones_like(target),
+    }
+    logits = jax.jit(T5(tiny_config).apply)({"params": tiny_params}, batch)
+    log_probs = np.asarray(nn.log_softmax(logits))
+    lengths = [len(ids) for ids in decoded.ids]
+    assert len(set(lengths)) > 3, "the test needs rows that stop at different places"
+    for i, ids in enumerate(decoded.ids):
+        assert log_probs[i, : len(ids)].argmax(-1).tolist() == ids
+        want = log_probs[i, np.arange(len(ids)), ids].sum()
+        np.testing.assert_allclose(decoded.scores[i], want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_ends_with_its_first_end_of_sequence_or_is_unfinished(decoded):
+    assert 0 < decoded.finished.sum() < len(decoded.ids)
+    for ids, finished in zip(decoded.ids, decoded.finished, strict=True):
+        assert finished == (ids[-1] == 1)
+        assert 1 not in ids[:-1]
+        assert finished or len(ids) == MAX_DECODE_LEN
+
+
+def test_greedy_decode_pads_after_the_end_and_leaves_fillers_alone(
+    tiny_config, tiny_params, rows, decoded
+):
+    stopped = next(i for i, ids in enumerate(decoded.ids) if len(ids) < MAX_DECODE_LEN - 2)
+    endless = next(i for i, ids in enumerate(decoded.ids) if ids[-1] != 1)
+    batch = np.zeros((3, 64), np.int32)
+    batch[0, : len(rows[stopped])], batch[2, : len(rows[endless])] = rows[stopped], rows[endless]
+    decode = jax.jit(greedy_decode, static_argnames=("config", "max_decode_len"))
+    ids, scores, finished = map(
+        np.asarray, decode(tiny_params, tiny_config, batch, max_decode_len=MAX_DECODE_LEN)
+    )
+    answer = decoded.ids[stopped]
+    assert ids[0].tolist() == answer + [0] * (MAX_DECODE_LEN - len(answer))
+    assert not ids[1].any() and scores[1] == 0
+    assert ids[2].tolist() == decoded.ids[endless]
+    assert finished.tolist() == [True, False, False]
+    np.testing.assert_allclose(scores[[0, 2]], decoded.scores[[stopped, endless]], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 45])
+def test_an_answer_does_not_depend_on_batch_size_or_order(
+    tiny_config, tiny_params, rows, decoded, batch_size
+):
+    order = np.random.default_rng(batch_size).permutation(len(rows))
+    other = LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=batch_size)
+    got = other(tiny_params, [rows[i] for i in order])
+    assert got.ids == [decoded.ids[i] for i in order]
+    # measured: 8e-6
+    np.testing.assert_allclose(got.scores, decoded.scores[order], atol=1e-5)
+    np.testing.assert_array_equal(got.finished, decoded.finished[order])
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
+def test_any_number_of_rows_gives_as_many_answers(decoder, tiny_params, rows, decoded, count):
+    got = decoder(tiny_params, rows[:count])
+    assert got.ids == decoded.ids[:count]
+    assert len(got.scores) == len(got.finished) == count
+
+
+def test_progress_counts_rows_and_not_fillers(decoder, tiny_params, rows):
+    seen = []
+    decoder(tiny_params, rows, seen.append)
+    assert sum(seen) == len(rows) and len(seen) == 6
+
+
+def test_rows_that_stop_early_end_the_loop(tiny_config, tiny_params, monkeypatch):
+    calls = []
+    step = T5.decode_step
+
+    def counted(self, *args):
+        jax.debug.callback(lambda: calls.append(1))
+        return step(self, *args)
+
+    monkeypatch.setattr(T5, "decode_step", counted)
+    params = dict(tiny_params, logits_dense={"kernel": jnp.zeros((32, 128)).at[:, 1].set(1.0)})
+    scale = jnp.ones_like(params["decoder"]["decoder_norm"]["scale"])
+    params["decoder"] = dict(params["decoder"], decoder_norm={"scale": scale})
+    decoder = LabelDecoder(tiny_config, max_decode_len=50, batch_size=4)
+    got = decoder(params, [[5, 1], [6, 7, 1], [9, 1]])
+    jax.effects_barrier()
+    longest = max(map(len, got.ids))
+    assert got.finished.all() or longest == 50
+    assert len(calls) == longest
+
+
+def test_a_row_without_ids_is_refused(decoder, tiny_params):
+    with pytest.raises(ValueError, match="row 1 has no ids"):
+        decoder(tiny_params, [[5, 1], []])
+
+
+def test_few_shapes_are_compiled(tiny_config, tiny_params):
+    decoder = LabelDecoder(tiny_config, max_decode_len=2, batch_size=4)
+    for seed in range(5):
+        lengths = np.random.default_rng(seed).integers(1, 65, 21)
+        decoder(tiny_params, [[3] * n for n in lengths])
+    assert decoder._decode._cache_size() == len({bucket_length(n) for n in range(1, 65)}) == 2
+
+
+@given(st.integers(1, 5000))
+def test_a_bucket_holds_its_row_with_at_most_half_as_much_padding(length):
+    bucket = bucket_length(length)
+    assert length <= bucket <= max(32, 2 * length if length < 64 else 1.5 * length)
+    assert bucket_length(bucket) == bucket
+
+
+@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 9))
+def test_bucketed_holds_each_row_once_the_longest_first(lengths, batch_size):
+    rows = [[i + 3] * n for i, n in enumerate(lengths)]
+    places, widths = [], []
+    for batch_places, batch in bucketed(rows, batch_size):
+        assert batch.shape[0] == batch_size
+        for i, place in enumerate(batch_places):
+            assert batch[i][batch[i] > 0].tolist() == rows[place]
+        assert not batch[len(batch_places) :].any()
+        places += batch_places
+        widths.append(batch.shape[1])
+    assert sorted(places) == list(range(len(rows)))
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_a_mesh_gives_the_same_answers(tiny_config, tiny_params, rows, decoded):
+    assert len(jax.devices()) == 8
+    mesh = sharding.make_mesh(sharding.Layout(data=2, fsdp=2, tensor=2))
+    params = jax.device_put(
+        tiny_params, sharding.param_shardings(mesh, abstract_params(tiny_config))
+    )
+    decoder = LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=9, mesh=mesh)
+    assert decoder.batch_size == 12, "rounded up to a multiple of the 4 parts of a batch"
+    got = decoder(params, rows)
+    assert got.ids == decoded.ids
+    np.testing.assert_allclose(got.scores, decoded.scores, rtol=1e-6, atol=1e-5)

@@ -1,0 +1,118 @@
+"""`evaluate` reads SPLIT.jsonl of a prepared dataset and says what the answers are worth."""
+
+import json
+
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference import evaluate, load_model, predict
+from stepdistill_jax.inference.evaluate import evaluate_tokens
+from stepdistill_jax.inference.rows import Row
+from stepdistill_jax.inference.tally import Tally, in_words
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, questions):
+    """A prepared dataset `roads` with a test split, laid out by hand."""
+    folder = tmp_path_factory.mktemp("data") / "roads"
+    (folder / "1.0.0").mkdir(parents=True)
+    (folder / "dataset.json").write_text(
+        json.dumps(
+            {
+                "fingerprint": "f",
+                "metric": "text_match",
+                "splits": {"test": 70},
+                "labels": ["smooth", "trouble"],
+            }
+        )
+    )
+    rows = [{"id": str(i), **q} for i, q in enumerate(questions[:70])]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder.parent
+
+
+def test_it_says_what_predict_says_and_keeps_the_answers(
+    workdir, model_dir, data_dir, tmp_path, read_rows_of
+):
+    result = evaluate(workdir, task="roads", data_dir=data_dir, output=tmp_path / "r.json")
+    source = data_dir / "roads" / "test.jsonl"
+    want = predict(model_dir, source, tmp_path / "out.jsonl", task="roads", data_dir=data_dir)
+    for name in set(want) - {"rows_per_second"}:
+        assert result[name] == want[name]
+    assert (result["task"], result["split"], result["step"]) == ("roads", "test", 3)
+    assert json.loads((tmp_path / "r.json").read_text()) == result
+    kept = workdir / "predictions" / "roads-test-3.jsonl"
+    assert kept.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_a_model_directory_stays_as_it_is(model_dir, data_dir):
+    before = sorted(p.name for p in model_dir.iterdir())
+    result = evaluate(model_dir, task="roads", split="test", data_dir=data_dir)
+    assert result["rows"] == 70 and result["step"] is None
+    assert sorted(p.name for p in model_dir.iterdir()) == before
+
+
+def test_unknown_names_are_refused(workdir, data_dir, tmp_path):
+    for options, message in (
+        ({"task": "raods"}, "roads"),
+        ({"task": "roads", "split": "tset"}, "test"),
+        ({"task": "roads", "step": 4}, "4"),
+        ({"task": "roads", "output": tmp_path}, "is a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(workdir, data_dir=data_dir, **options)
+
+
+def tally(pairs, metric="text_match", labels=(), choices=()):
+    counts = Tally(metric, labels)
+    for prediction, label in pairs:
+        counts.add(Row("1", {"input": "x", "label": label}, tuple(choices)), prediction)
+    return counts.summary()
+
+
+def test_the_tally_of_a_worked_example():
+    pairs = [("a", "a"), ("b", "a"), ("c", "a"), ("b", "b"), ("b", "")]
+    assert tally(pairs, labels=("a", "b")) == {
+        "rows": 5,
+        "accuracy": 0.5,
+        "majority_baseline": 0.75,
+        "rows_with_label": 4,
+        "invalid_labels": 1,
+        "collapsed": False,
+    }
+
+
+def test_equations_are_compared_and_checked_by_value():
+    pairs = [("10.0", "( 8 + 2 )"), ("no idea", "4"), ("( 2 + 2 )", "( 1 + 3 )")]
+    result = tally(pairs, "value_match")
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["invalid_labels"] == 1
+
+
+def test_nothing_is_invalid_where_nothing_says_what_is_valid():
+    assert tally([("x", "y")])["invalid_labels"] is None
+    assert tally([("x", "y")], choices=("y",))["invalid_labels"] == 1
+
+
+def test_a_collapsed_model_is_said_in_words():
+    result = {**tally([("a", "a"), ("a", "b")]), "unfinished": 0, "rows_per_second": 1.0}
+    assert result["collapsed"]
+    assert "all 2 answers are the same" in in_words(result)
+    result = {**tally([("a", "a"), ("b", "b")]), "unfinished": 1, "rows_per_second": 1.0}
+    assert "the same" not in in_words(result)
+    assert "unfinished 1 (50.0%)" in in_words(result)
+
+
+def test_tokens_are_evaluated_like_the_texts_that_they_were_made_of(model_dir, data_dir):
+    rows = [json.loads(line) for line in (data_dir / "roads" / "test.jsonl").open()]
+    vocabulary = load_model(model_dir).vocabulary
+    result = evaluate_tokens(
+        model_dir,
+        [[*vocabulary.encode("predict: " + row["input"]), 1] for row in rows],
+        [row["label"] for row in rows],
+        metric="text_match",
+        allowed=("smooth", "trouble"),
+    )
+    want = evaluate(model_dir, task="roads", data_dir=data_dir)
+    for name in set(result) - {"rows_per_second"}:
+        assert result[name] == want[name], name

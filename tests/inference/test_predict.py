@@ -1,0 +1,388 @@
+"""`predict` on a tiny untrained model: what it writes, when it goes on, and what it refuses."""
+
+import dataclasses
+import importlib
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference import load_model, predict
+from stepdistill_jax.inference.decode import LabelDecoder
+
+# `inference.predict` is the function
+predict_module = importlib.import_module("stepdistill_jax.inference.predict")
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    monkeypatch.setattr(predict_module, "WINDOW_ROWS", 40)
+
+
+@pytest.fixture(scope="module")
+def answers(model_dir, questions, tmp_path_factory):
+    """(summary, rows, bytes) of a whole run."""
+    folder = tmp_path_factory.mktemp("whole")
+    source = folder / "in.jsonl"
+    source.write_text("".join(json.dumps(q) + "\n" for q in questions))
+    summary = predict(model_dir, source, folder / "out.jsonl", batch_size=32)
+    written = (folder / "out.jsonl").read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == ["in.jsonl", "out.jsonl"]
+    return summary, [json.loads(line) for line in written.splitlines()], written
+
+
+def test_rows_come_in_input_order_with_id_label_and_score(questions, answers, model_dir):
+    _, rows, _ = answers
+    assert [list(row) for row in rows] == [["id", "label", "score"]] * len(questions)
+    assert [row["id"] for row in rows] == [
+        q.get("id", str(number)) for number, q in enumerate(questions, 1)
+    ]
+    model = load_model(model_dir)
+    ids = [
+        [*model.vocabulary.encode("predict: " + q["input"])[:39], 1] for q in questions[:50]
+    ]  # 40 is the model's input length
+    one_by_one = LabelDecoder(model.config, max_decode_len=8, batch_size=1)(model.params, ids)
+    for row, answer, score in zip(rows, one_by_one.ids, one_by_one.scores, strict=False):
+        assert row["label"] == model.vocabulary.decode(answer)
+        assert row["score"] == pytest.approx(float(score), abs=1.1e-5)
+        assert row["score"] == round(row["score"], 6) <= 0
+
+
+def test_the_summary_counts_what_the_rows_show(questions, answers, model_dir):
+    summary, rows, _ = answers
+    assert summary["rows"] == len(rows) == 300
+    right = [row["label"] == q["label"] for row, q in zip(rows, questions, strict=True)]
+    assert summary["accuracy"] == np.mean(right)
+    assert summary["majority_baseline"] == 0.5
+    valid = ("smooth", "trouble")
+    assert summary["invalid_labels"] == sum(row["label"] not in valid for row in rows) > 0
+    assert 0 < summary["unfinished"] < 300
+    vocabulary = load_model(model_dir).vocabulary
+    long = [len(vocabulary.encode("predict: " + q["input"])) + 1 > 40 for q in questions]
+    assert summary["cut_inputs"] == sum(long) > 0
+    assert summary["rows_per_second"] > 0 and summary["skipped"] == 0
+
+
+def test_accuracy_is_absent_where_no_row_has_a_label(model_dir, write_rows, tmp_path):
+    source = write_rows([{"input": "with rain"}, {"input": "with sun"}])
+    summary = predict(model_dir, source, tmp_path / "out.jsonl")
+    assert "accuracy" not in summary and "majority_baseline" not in summary
+    assert summary["rows"] == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_labels_do_not_depend_on_batch_size_or_order(
+    model_dir, questions, answers, write_rows, read_rows_of, tmp_path, batch_size
+):
+    order = np.random.default_rng(batch_size).permutation(60)
+    source = write_rows([questions[i] | {"id": int(i)} for i in order])
+    predict(model_dir, source, tmp_path / "out.jsonl", batch_size=batch_size)
+    for row in read_rows_of(tmp_path / "out.jsonl"):
+        want = answers[1][row["id"]]
+        assert row["label"] == want["label"]
+        assert row["score"] == pytest.approx(want["score"], abs=1e-5)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    model_dir, questions, small_windows, write_rows, tmp_path, monkeypatch, capsys
+):
+    source, out, whole = write_rows(questions), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    want_summary = predict(model_dir, source, whole, batch_size=32)
+    decode_window, windows = predict_module._decode_window, []
+
+    def counted(*args):
+        windows.append(len(args[3]))
+        if len(windows) == 4:
+            raise KeyboardInterrupt
+        return decode_window(*args)
+
+    monkeypatch.setattr(predict_module, "_decode_window", counted)
+    with pytest.raises(KeyboardInterrupt):
+        predict(model_dir, source, out, batch_size=32)
+    assert not out.exists()
+    partial = tmp_path / "out.jsonl.partial"
+    assert partial.read_bytes() == whole.read_bytes()[: partial.stat().st_size]
+    with open(partial, "ab") as f:
+        f.write(b'{"id": "half a row')  # what a crash in the middle of a write leaves
+    summary = predict(model_dir, source, out, batch_size=32)
+    assert windows == [40] * 4 + [40] * 4 + [20], "three windows were done, and not decoded again"
+    assert out.read_bytes() == whole.read_bytes()
+    assert "120 rows are done" in capsys.readouterr().err
+    for name in set(summary) - {"rows_per_second"}:
+        assert summary[name] == want_summary[name]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+
+
+def test_a_killed_process_costs_its_last_window_only(
+    model_dir, questions, small_windows, write_rows, tmp_path, capsys
+):
+    source, out, whole = write_rows(questions), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    code = """
+import importlib, os, signal, sys
+module = importlib.import_module("stepdistill_jax.inference.predict")
+module.WINDOW_ROWS = 40
+decode_window, windows = module._decode_window, []
+def killed(*args):
+    windows.append(1)
+    if len(windows) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode_window(*args)
+module._decode_window = killed
+module.predict(*sys.argv[1:])
+"""
+    command = [sys.executable, "-c", code, str(model_dir), str(source), str(out)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert not out.exists()
+    predict(model_dir, source, out)
+    assert "160 rows are done" in capsys.readouterr().err
+    predict(model_dir, source, whole)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("change", ["input", "option", "model"])
+def test_a_partial_output_of_something_else_is_not_continued(
+    model_dir, workdir, questions, small_windows, write_rows, tmp_path, monkeypatch, change
+):
+    source, out = write_rows(questions[:90]), tmp_path / "out.jsonl"
+    decode_window, windows = predict_module._decode_window, []
+
+    def stops(*args):
+        windows.append(len(args[3]))
+        if len(windows) == 2:
+            raise KeyboardInterrupt
+        return decode_window(*args)
+
+    monkeypatch.setattr(predict_module, "_decode_window", stops)
+    with pytest.raises(KeyboardInterrupt):
+        predict(model_dir, source, out)
+    options = {}
+    if change == "input":
+        write_rows(questions[1:91])
+    if change == "option":
+        options["prefix"] = "explain: "
+    if change == "model":
+        model_dir, options["step"] = workdir, 5
+    del windows[:]
+    windows.append(None)  # the second call is not stopped again
+    windows.append(None)
+    predict(model_dir, source, out, **options)
+    assert windows[2:] == [40, 40, 10]
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_a_former_output_stays_until_the_new_one_is_whole(
+    model_dir, questions, write_rows, tmp_path, monkeypatch
+):
+    source, out = write_rows(questions[:5]), tmp_path / "out.jsonl"
+    out.write_text("former\n")
+
+    def fails(*_):
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_module, "_decode_window", fails)
+        with pytest.raises(RuntimeError):
+            predict(model_dir, source, out)
+    assert out.read_text() == "former\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    predict(model_dir, source, out)
+    assert len(out.read_text().splitlines()) == 5
+
+
+BAD_LINES = {
+    "broken JSON": (b'{"input": "a"', "broken JSON"),
+    "no input": (b'{"question": "a"}', "`input` is missing (the row has question)"),
+    "input is a number": (b'{"input": 3}', "`input` must be a text, got 3"),
+    "input is null": (b'{"input": null}', "`input` must be a text, got None"),
+    "label is a list": (b'{"input": "a", "label": ["b"]}', "`label` must be a text"),
+    "id is an object": (b'{"input": "a", "id": {}}', "`id` must be a text or a whole number"),
+    "choices is a text": (b'{"input": "a", "choices": "b"}', "`choices` must be a list"),
+    "a list": (b'["a"]', "a JSON object is wanted, got list"),
+    "not UTF-8": (b'{"input": "\xff"}', "not UTF-8"),
+    "half a surrogate pair": (rb'{"input": "\ud800"}', "surrogate"),
+}
+
+
+@pytest.mark.parametrize("line, message", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
+    model_dir, tmp_path, line, message
+):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b'{"input": "with rain"}\n\n' + line + b"\n")
+    with pytest.raises(InputError) as error:
+        predict(tmp_path / "no such model", source, out)  # the rows are checked first
+    assert f"{source}:3: " in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+
+
+def test_skip_leaves_bad_rows_out_and_counts_them(
+    model_dir, tmp_path, read_rows_of, capsys, answers
+):
+    source = tmp_path / "in.jsonl"
+    good = [b'{"input": "with rain", "id": "a"}', b'{"input": "with sun"}', b'{"input": ""}']
+    bad = [line for line, _ in BAD_LINES.values()]
+    source.write_bytes(b"\n".join([good[0], *bad, good[1], good[2]]))
+    summary = predict(model_dir, source, tmp_path / "out.jsonl", on_error="skip")
+    assert (summary["rows"], summary["skipped"]) == (3, len(bad))
+    rows = read_rows_of(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["a", "12", "13"], "a bad row keeps its number"
+    log = capsys.readouterr().err
+    assert all(f"{source}:{number}: " in log for number in range(2, 12))
+
+
+def test_an_empty_file_gives_an_empty_output(model_dir, write_rows, tmp_path):
+    summary = predict(model_dir, write_rows([]), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+    assert summary["rows"] == 0 and "accuracy" not in summary
+
+
+def test_row_choices_say_what_is_valid(model_dir, write_rows, read_rows_of, tmp_path, answers):
+    label = answers[1][0]["label"]
+    rows = [{"input": "with rain", "choices": ["yes", "no"]}, {"input": "with rain"}]
+    predict(model_dir, write_rows(rows), tmp_path / "first.jsonl")
+    label = read_rows_of(tmp_path / "first.jsonl")[0]["label"]
+    rows[0]["choices"].append(label)
+    summary = predict(model_dir, write_rows(rows), tmp_path / "out.jsonl")
+    assert summary["invalid_labels"] == 1, "the second row's label is none of the task's"
+
+
+def test_the_rationale_is_decoded_beside_the_same_label(
+    model_dir, questions, answers, write_rows, read_rows_of, tmp_path
+):
+    source, out = write_rows(questions[:40]), tmp_path / "out.jsonl"
+    predict(model_dir, source, out, batch_size=32, with_rationale=True)
+    rows = read_rows_of(out)
+    model = load_model(model_dir)
+    ids = [[*model.vocabulary.encode("explain: " + q["input"])[:39], 1] for q in questions[:40]]
+    want = LabelDecoder(model.config, max_decode_len=24, batch_size=40)(model.params, ids)
+    for row, former, rationale in zip(rows, answers[1], want.ids, strict=False):
+        assert list(row) == ["id", "label", "score", "rationale"]
+        assert row["label"] == former["label"]
+        assert row["score"] == pytest.approx(former["score"], abs=1e-5)
+        assert row["rationale"] == model.vocabulary.decode(rationale)
+
+
+def test_asking_for_the_rationale_of_a_label_model_is_refused(model_dir, task_info):
+    model = load_model(model_dir)
+    info = dataclasses.replace(task_info, objectives=task_info.objectives[:1])
+    model = dataclasses.replace(model, task_info=info)
+    with pytest.raises(InputError, match=r"no objective named 'rationale'.*it has label"):
+        predict_module.how_to_ask(model, with_rationale=True)
+
+
+def test_a_bare_directory_is_asked_with_the_papers_prefix(
+    model_dir, questions, answers, write_rows, read_rows_of, tmp_path
+):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in model_dir.iterdir():
+        if path.name != "stepdistill.json":
+            (bare / path.name).symlink_to(path)
+    # short inputs: a bare directory does not say where to cut
+    short = [i for i in range(300) if len(questions[i]["input"].split()) < 8]
+    source = write_rows([questions[i] for i in short])
+    predict(bare, source, tmp_path / "out.jsonl", max_decode_len=8)
+    labels = [row["label"] for row in read_rows_of(tmp_path / "out.jsonl")]
+    assert labels == [answers[1][i]["label"] for i in short]
+    predict(bare, source, tmp_path / "other.jsonl", max_decode_len=8, prefix="with ")
+    assert [r["label"] for r in read_rows_of(tmp_path / "other.jsonl")] != labels
+
+
+def test_a_longer_limit_finishes_more_rows(model_dir, questions, write_rows, tmp_path):
+    source = write_rows(questions[:50])
+    short = predict(model_dir, source, tmp_path / "a.jsonl", max_decode_len=2)
+    long = predict(model_dir, source, tmp_path / "b.jsonl", max_decode_len=12)
+    assert short["unfinished"] > long["unfinished"]
+
+
+def test_a_workdir_is_asked_at_its_best_step_unless_told(
+    workdir, model_dir, questions, answers, write_rows, tmp_path
+):
+    source = write_rows(questions)
+    predict(workdir, source, tmp_path / "best.jsonl", batch_size=32)
+    assert (tmp_path / "best.jsonl").read_bytes() == answers[2]
+    predict(workdir, source, tmp_path / "last.jsonl", batch_size=32, step="last")
+    assert (tmp_path / "last.jsonl").read_bytes() != answers[2]
+    with pytest.raises(InputError, match="7"):
+        predict(workdir, source, tmp_path / "none.jsonl", step=7)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "--batch-size"),
+        ({"max_decode_len": -1}, "--max-decode-len"),
+        ({"on_error": "ignore"}, "--on-error"),
+        ({"task": "no_such_task"}, "no_such_task"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(model_dir, write_rows, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        predict(
+            model_dir,
+            write_rows([{"input": "a"}]),
+            tmp_path / "out.jsonl",
+            data_dir=tmp_path,
+            **options,
+        )
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_missing_files_and_impossible_outputs_are_refused(model_dir, write_rows, tmp_path):
+    source = write_rows([{"input": "a"}])
+    for arguments, message in (
+        ((model_dir, tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
+        ((tmp_path / "none", source, tmp_path / "o"), "none: no such model directory"),
+        ((model_dir, source, source), "the same file"),
+        ((model_dir, source, tmp_path), "is a folder"),
+        ((model_dir, tmp_path, tmp_path / "o"), "is a folder"),
+        ((model_dir, source, source / "o"), "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict(*arguments)
+
+
+def test_damaged_weights_do_not_write_nan(model_dir, tiny_params, write_rows, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model_dir.iterdir():
+        (broken / path.name).symlink_to(path)
+    (broken / "model.safetensors").unlink()
+    from stepdistill_jax.formats.hf import save_params
+
+    params = {**tiny_params, "logits_dense": {"kernel": np.full((32, 128), np.nan, np.float32)}}
+    save_params(broken, params, load_model(model_dir).config)
+    with pytest.raises(InputError, match="NaN"):
+        predict(broken, write_rows([{"input": "a"}]), tmp_path / "out.jsonl")
+
+
+def test_no_tensorflow_torch_or_transformers_is_imported(model_dir, workdir, write_rows, tmp_path):
+    code = """
+import json, sys
+from stepdistill_jax.inference import predict
+for path in sys.argv[1:3]:
+    predict(path, sys.argv[3], sys.argv[4])
+print(json.dumps([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "torch",
+                              "transformers", "gin") if m in sys.modules]))
+"""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            str(model_dir),
+            str(workdir),
+            str(write_rows([{"input": "a"}])),
+            str(tmp_path / "out.jsonl"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == []

@@ -1,0 +1,293 @@
+"""Our T5 v1.1 against `transformers` (torch), and what must hold whatever the weights are."""
+
+import copy
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from stepdistill_jax import sharding
+from stepdistill_jax.formats import hf
+from stepdistill_jax.formats.directory import read_config
+from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5, abstract_params, init_params
+
+TINY = T5Config(
+    vocab_size=64,
+    emb_dim=32,
+    num_heads=4,
+    head_dim=8,
+    mlp_dim=48,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dropout_rate=0.2,
+)
+
+
+def teacher_forced(source, target):
+    """The batch that predicts `target` from `source`; 0 is padding."""
+    shifted = np.zeros_like(target)
+    shifted[:, 1:] = target[:, :-1]
+    return {
+        "encoder_input_tokens": source,
+        "encoder_segment_ids": (source > 0).astype(np.int32),
+        "decoder_input_tokens": shifted,
+        "decoder_segment_ids": (target > 0).astype(np.int32),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config, params, batch):
+    """Logits; jitted, since op by op a scanned model takes seconds."""
+    return T5(config).apply({"params": params}, batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward_with_dropout(config, params, batch, key):
+    rngs = {"dropout": key}
+    return T5(config).apply({"params": params}, batch, enable_dropout=True, rngs=rngs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def mean_loss(config, params, batch, target):
+    logits = forward(config, params, batch)
+    picked = jnp.take_along_axis(nn.log_softmax(logits), target[..., None], -1)[..., 0]
+    return -jnp.sum(jnp.where(target > 0, picked, 0.0)) / jnp.sum(target > 0)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tiny_batch():
+    rng = np.random.default_rng(1)
+    source = rng.integers(2, 64, (3, 11)).astype(np.int32)
+    target = rng.integers(2, 64, (3, 7)).astype(np.int32)
+    source[0, 6:] = target[1, 3:] = 0
+    return teacher_forced(source, target)
+
+
+@pytest.fixture(scope="module")
+def ours(torch_model):
+    _, directory = torch_model
+    config = read_config(directory)
+    return config, hf.load_params(directory, config)
+
+
+def torch_outputs(model, source, target):
+    import torch
+
+    labels = torch.tensor(np.where(target > 0, target, -100), dtype=torch.long)
+    mask = torch.tensor(source > 0)
+    model.zero_grad()
+    out = model(input_ids=torch.tensor(source), attention_mask=mask, labels=labels)
+    out.loss.backward()
+    return out
+
+
+def test_encoder_states_logits_and_loss_equal_those_of_transformers(
+    torch_model, padded_batch, ours
+):
+    source, target = padded_batch
+    want = torch_outputs(torch_model[0], source, target)
+    config, params = ours
+    assert not config.logits_via_embedding
+    assert (config.num_encoder_layers, config.num_decoder_layers) == (3, 2)
+    batch = teacher_forced(source, target)
+    encoded = T5(config).apply(
+        {"params": params}, source, batch["encoder_segment_ids"], method="encode"
+    )
+    states = want.encoder_last_hidden_state.detach().numpy()
+    # padding positions hold numbers that nobody reads
+    np.testing.assert_allclose(encoded[source > 0], states[source > 0], rtol=1e-4, atol=1e-4)
+    logits = np.asarray(forward(config, params, batch))
+    reference = want.logits.detach().numpy()
+    assert reference.std() > 1
+    # measured maxima: states 4e-6, logits 9e-6, loss 1e-6
+    np.testing.assert_allclose(logits[target > 0], reference[target > 0], rtol=1e-4, atol=1e-4)
+    loss = mean_loss(config, params, batch, target)
+    np.testing.assert_allclose(loss, want.loss.item(), rtol=1e-5)
+
+
+def test_gradients_of_all_parameters_equal_those_of_transformers(torch_model, padded_batch, ours):
+    source, target = padded_batch
+    config, params = ours
+    model = torch_model[0]
+    torch_outputs(model, source, target)
+    grads = jax.jit(
+        jax.grad(lambda p: mean_loss(config, p, teacher_forced(source, target), target))
+    )
+    got = hf.to_hf(grads(params), config)
+    want = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        gap = np.linalg.norm(got[name] - gradient) / np.linalg.norm(gradient)
+        assert gap < 1e-4, (name, gap)
+
+
+def test_a_tied_head_is_scaled_as_in_transformers(make_random_hf, padded_batch, tmp_path):
+    source, target = padded_batch
+    model = make_random_hf(tmp_path, tied=True)
+    assert "lm_head.weight" not in safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    config = read_config(tmp_path)
+    assert config.logits_via_embedding
+    params = hf.load_params(tmp_path, config)
+    got = np.asarray(forward(config, params, teacher_forced(source, target)))
+    want = torch_outputs(model, source, target).logits.detach().numpy()
+    np.testing.assert_allclose(got[target > 0], want[target > 0], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_examples_have_the_logits_of_examples_alone(ours):
+    config, params = ours
+    rng = np.random.default_rng(2)
+    sources = [rng.integers(2, 512, n) for n in (9, 30, 4)]
+    targets = [rng.integers(2, 512, n) for n in (12, 3, 7)]
+    packed = {name: np.zeros((1, length), np.int32) for name, length in PACKED_LENGTHS.items()}
+    at = dict.fromkeys(packed, 0)
+
+    def put(name, values):
+        packed[name][0, at[name] : at[name] + len(values)] = values
+        at[name] += len(values)
+
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True), 1):
+        put("encoder_input_tokens", source)
+        put("encoder_segment_ids", [i] * len(source))
+        put("decoder_input_tokens", [0, *target[:-1]])
+        put("decoder_segment_ids", [i] * len(target))
+    alone = teacher_forced(*(np.zeros((3, n), np.int32) for n in (30, 12)))
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        row = teacher_forced(*(x[None].astype(np.int32) for x in (source, target)))
+        for name, x in row.items():
+            alone[name][i, : x.shape[1]] = x[0]
+    got = np.asarray(forward(config, params, packed))[0]
+    want, start = np.asarray(forward(config, params, alone)), 0
+    for i, target in enumerate(targets):
+        stop = start + len(target)
+        np.testing.assert_allclose(got[start:stop], want[i, : len(target)], atol=5e-5)
+        start = stop
+
+
+PACKED_LENGTHS = {
+    "encoder_input_tokens": 48,
+    "encoder_segment_ids": 48,
+    "decoder_input_tokens": 25,
+    "decoder_segment_ids": 25,
+}
+
+
+def test_a_logit_does_not_depend_on_later_targets(tiny, tiny_batch):
+    before = np.asarray(forward(TINY, tiny, tiny_batch))
+    changed = dict(tiny_batch, decoder_input_tokens=tiny_batch["decoder_input_tokens"].copy())
+    changed["decoder_input_tokens"][:, 4:] = 9
+    after = np.asarray(forward(TINY, tiny, changed))
+    used = tiny_batch["decoder_segment_ids"][:, :4] > 0
+    np.testing.assert_array_equal(before[:, :4][used], after[:, :4][used])
+    assert np.abs(before[0, 4:] - after[0, 4:]).max() > 1e-3
+
+
+def test_ids_and_length_of_padding_do_not_matter(tiny, tiny_batch):
+    want = np.asarray(forward(TINY, tiny, tiny_batch))
+    garbage = {}
+    for name, x in tiny_batch.items():
+        x = np.pad(x, ((0, 0), (0, 5)))
+        side = "encoder_segment_ids" if name.startswith("encoder") else "decoder_segment_ids"
+        used = np.pad(tiny_batch[side], ((0, 0), (0, 5))) > 0
+        garbage[name] = x if "segment" in name else np.where(used, x, 33)
+    got = np.asarray(forward(TINY, tiny, garbage))[:, : want.shape[1]]
+    used = tiny_batch["decoder_segment_ids"] > 0
+    np.testing.assert_allclose(got[used], want[used], atol=2e-5)
+
+
+def test_dropout_needs_asking_for_and_follows_its_key(tiny, tiny_batch):
+    def logits(key=None, config=TINY):
+        if key is None:
+            return np.asarray(forward(config, tiny, tiny_batch))
+        return np.asarray(forward_with_dropout(config, tiny, tiny_batch, jax.random.key(key)))
+
+    np.testing.assert_array_equal(logits(), logits())
+    np.testing.assert_array_equal(logits(3), logits(3))
+    assert np.abs(logits(3) - logits(4)).max() > 0.1
+    assert np.abs(logits(3) - logits()).max() > 0.1
+    without = dataclasses.replace(TINY, dropout_rate=0.0)
+    np.testing.assert_allclose(logits(3, without), logits(config=without), atol=1e-5)
+
+
+def test_remat_changes_neither_loss_nor_gradients(tiny, tiny_batch):
+    def loss_and_gradients(config):
+        def loss(params):
+            out = forward_with_dropout(config, params, tiny_batch, jax.random.key(5))
+            return jnp.mean(nn.logsumexp(out, axis=-1))
+
+        return jax.jit(jax.value_and_grad(loss))(tiny)
+
+    want = loss_and_gradients(TINY)
+    for policy in ("minimal", "full"):
+        got = loss_and_gradients(dataclasses.replace(TINY, remat_policy=policy))
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_logits_are_near_float32_and_parameters_stay_float32(tiny, tiny_batch):
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    abstract = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    dtypes = {x.dtype for x in jax.tree.leaves(abstract)}
+    assert dtypes == {jnp.dtype("float32")}
+    want = np.asarray(forward(TINY, tiny, tiny_batch))
+    got = forward(config, tiny, tiny_batch)
+    assert got.dtype == jnp.float32
+    gap = np.abs(np.asarray(got) - want) / want.std()
+    assert gap.max() < 0.2 and np.sqrt((gap**2).mean()) < 0.05
+
+
+@pytest.mark.parametrize("layout", [(8, 1, 1), (2, 2, 2)], ids=str)
+def test_logits_are_the_same_on_eight_devices(tiny, layout):
+    assert len(jax.devices()) == 8
+    rng = np.random.default_rng(3)
+    shapes = (8, 16), (8, 6)
+    batch = teacher_forced(*(rng.integers(2, 64, s).astype(np.int32) for s in shapes))
+    want = np.asarray(forward(TINY, tiny, batch))
+    mesh = sharding.make_mesh(sharding.Layout(*layout))
+    placed = jax.device_put(tiny, sharding.param_shardings(mesh, abstract_params(TINY)))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.LOGICAL_AXIS_RULES):
+        got = jax.jit(T5(TINY).apply)({"params": placed}, batch)
+    np.testing.assert_allclose(np.asarray(got), want, atol=2e-5)
+
+
+def test_greedy_answers_equal_those_of_generate(torch_model, ours):
+    import torch
+
+    config, params = ours
+    model = copy.deepcopy(torch_model[0])
+    strength = 1.6  # a random head never says EOS: then early stopping would not be compared
+    with torch.no_grad():
+        model.lm_head.weight[1] *= strength
+    kernel = params["logits_dense"]["kernel"].at[:, 1].multiply(strength)
+    params = {**params, "logits_dense": {"kernel": kernel}}
+    rng = np.random.default_rng(0)
+    rows = [[*rng.integers(2, 512, rng.integers(5, 31)).tolist(), 1] for _ in range(60)]
+    got = LabelDecoder(config, max_decode_len=16, batch_size=20)(params, rows)
+    source = np.zeros((60, 32), np.int64)
+    for i, row in enumerate(rows):
+        source[i, : len(row)] = row
+    # use_cache: transformers 5 raises where encoder and decoder differ in depth
+    want = model.generate(
+        torch.tensor(source),
+        attention_mask=torch.tensor(source > 0),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=16,
+        use_cache=False,
+    ).numpy()[:, 1:]
+    assert 5 < got.finished.sum() < 60
+    for ids, row in zip(got.ids, want, strict=True):
+        assert ids == row[: len(ids)].tolist()
+        assert not row[len(ids) :].any()
