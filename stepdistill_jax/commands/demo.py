@@ -46,14 +46,17 @@ def _show(summary: dict, console) -> None:
 
     from stepdistill_jax.experiments.demo import device_name
 
-    table = Table(caption=f"on {device_name()}; seconds include compiling and validation")
+    table = Table(
+        caption=f"labels: trained on; seconds: of training, compiling and validation\n"
+        f"included, on {device_name()}; tokens/row: decoded to serve a label"
+    )
     for column, justify in (
         ("arm", "left"),
-        ("training labels", "right"),
+        ("labels", "right"),
         ("steps", "right"),
         ("seconds", "right"),
         ("test accuracy", "right"),
-        ("tokens decoded per row", "right"),
+        ("tokens/row", "right"),
     ):
         table.add_column(column, justify=justify)
     for arm in summary["arms"]:

@@ -36,10 +36,17 @@ def learning_curves(
         loss.plot(steps, smoothed(values), **look)
     if chance is not None:
         accuracy.axhline(chance, color="0.6", lw=0.8)
-        accuracy.annotate("commonest label", (0.01, chance), xycoords=("axes fraction", "data"))
+        accuracy.annotate(
+            "always the commonest label",
+            (0.99, chance - 0.03),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="top",
+            color="0.4",
+        )
     accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
     loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
-    accuracy.legend(loc="best", frameon=False)
+    accuracy.legend(loc="upper left", frameon=False)
     for axis in (accuracy, loss):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -60,7 +60,10 @@ def batches(data, **changes):
     return Batches(data, **settings | changes)
 
 
-def updates(batch, layout=Layout(), devices=1, *, weights=WEIGHTS, num_microbatches=1, steps=1):
+ONE = Layout()
+
+
+def updates(batch, layout=ONE, devices=1, *, weights=WEIGHTS, num_microbatches=1, steps=1):
     """(losses, gradient of the first step) of some steps on the same batch."""
     mesh = make_mesh(layout, jax.devices()[:devices])
     tx = optax.sgd(1e-2, momentum=0.9)  # its trace after one step is the gradient itself
