@@ -83,7 +83,8 @@ def _show(summary: dict, console) -> None:
         "\nNext, on your own rows (JSON lines with input, label and rationale):\n"
         "  stepdistill prepare jsonl --source my_rows.jsonl --name mine\n"
         "  stepdistill inspect mine\n"
-        "  stepdistill train demo_step_by_step --workdir runs/mine --set TASK=mine\n"
+        "  stepdistill train demo_step_by_step --workdir runs/mine --set TASK=mine"
+        " --set INPUT_LENGTH=512 --set TARGET_LENGTH=256    # or what `inspect` proposes\n"
         "  stepdistill evaluate runs/mine --task mine --split test\n"
         "  stepdistill predict runs/mine questions.jsonl answers.jsonl\n"
         "  stepdistill export runs/mine my_model",
