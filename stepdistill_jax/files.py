@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -65,18 +66,42 @@ def read_json(path: os.PathLike | str) -> Any:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSON-lines file; blank lines are skipped.
+def parse_json_line(raw: bytes) -> dict[str, Any]:
+    """The object of one line of a JSON-lines file.
 
     Raises:
-        InputError: the file is missing, a line is not UTF-8 or not a JSON object; names path and line.
+        InputError: it is not UTF-8 or not a JSON object; says what is wrong, without file and line.
     """
     try:
+        row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise InputError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"broken JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise InputError(f"JSON that cannot be read ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"a JSON object is wanted, got {type(row).__name__}")
+    return row
+
+
+def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Yields (line number from 1, object or what is wrong with it); blank lines are skipped.
+
+    Raises:
+        InputError: there is no such file, or it is one that cannot be read twice; names the path.
+    """
+    try:
+        # before it is opened: the open of a pipe waits for its writer
+        if stat.S_ISDIR(mode := os.stat(path).st_mode):
+            raise InputError(f"{path}: is a folder, a JSON-lines file is wanted")
+        if not stat.S_ISREG(mode):
+            raise InputError(
+                f"{path}: is a pipe or device; it is read more than once, so save it to a file first"
+            )
         file = open(path, "rb")  # noqa: SIM115  (closed below)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder, a JSON-lines file is wanted") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
@@ -86,18 +111,42 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise InputError(f"{path}:{number}: not UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number}: broken JSON ({error.msg})") from None
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: JSON that cannot be read ({error})") from None
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}:{number}: a JSON object is wanted, got {type(row).__name__}"
-                )
-            yield number, row
+                yield number, parse_json_line(raw)
+            except InputError as error:
+                yield number, InputError(f"{path}:{number}: {error}")
+
+
+def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of a JSON-lines file; blank lines are skipped.
+
+    Raises:
+        InputError: the first thing that is wrong, as `json_lines` has it.
+    """
+    for number, row in json_lines(path):
+        if isinstance(row, InputError):
+            raise row
+        yield number, row
+
+
+def check_writable(path: os.PathLike | str, name: str = "") -> None:
+    """Refuses a path where no file can be written, before the work whose result goes there.
+
+    Args:
+        path: of a file that need not exist, nor its folder.
+        name: what the path is called in a message, e.g. `--output`.
+
+    Raises:
+        InputError: it is a folder, or lies in one that cannot be written to.
+    """
+    name = f"{name} {path}" if name else f"{path}"
+    path = pathlib.Path(path).absolute()
+    if path.is_dir():
+        raise InputError(f"{name}: is a folder, a file to write is wanted")
+    nearest = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise InputError(f"{name}: cannot be written ({nearest} is no folder)")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{name}: cannot be written (no permission in {nearest})")
 
 
 def sha256(path: os.PathLike | str) -> str:

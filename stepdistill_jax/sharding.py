@@ -102,6 +102,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def place_rows(batch: Any, mesh: Mesh) -> Any:
+    """A tree of host arrays [rows, ...] as global arrays cut by rows over the mesh.
+
+    Every process holds the whole batch and gives each of its devices the rows that this device
+    owns: right for any mesh, also where a tensor axis makes two processes own the same rows.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     """Shardings of a tree of logically partitioned boxes (`models.t5.abstract_params`)."""
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)

@@ -19,7 +19,7 @@ def stepdistill(*args, cwd, code=0):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
         env=os.environ | {"XLA_FLAGS": ""},  # one device, as on a laptop
     )
     assert done.returncode == code, done.stderr
@@ -96,6 +96,8 @@ def test_the_road_on_the_embedded_dataset(tmp_path, delivery_data_dir):
     )  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name,test_rows,accuracies",
     [

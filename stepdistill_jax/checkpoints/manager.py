@@ -54,7 +54,8 @@ class Checkpoints:
             step: updates done.
             params: parameter tree.
             rest: the state without its parameters.
-            metrics: `step`, `validated` and, where it is true, `label_accuracy` and `label_loss`.
+            metrics: `step`, `validated` and, where it is true, `label_accuracy`, `label_loss` and
+                whatever else is worth keeping of the validation.
         """
         self.wait()
         self._manager.save(
@@ -67,6 +68,11 @@ class Checkpoints:
             metrics=metrics,
             force=True,
         )
+
+    def delete(self, step: int) -> None:
+        """Removes a step that will be saved again."""
+        self.wait()
+        self._manager.delete(step)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
         """(params, rest) of a step, placed as the abstract trees say."""
@@ -84,9 +90,11 @@ class Checkpoints:
         self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits and releases the folder."""
-        self.wait()
-        self._manager.close()
+        """Waits and releases the folder; raises what a save in the background hit."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
 def is_workdir(path: os.PathLike | str) -> bool:

@@ -30,16 +30,21 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """`--data-dir` and `--module` of the commands that read datasets."""
+    add_data_dir_argument(parser)
+    parser.add_argument(
+        "--module",
+        metavar="PKG.TASKS",
+        help="Python module that registers your SeqIO tasks, imported first",
+    )
+
+
+def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
+    """`--data-dir`."""
     parser.add_argument(
         "--data-dir",
         type=pathlib.Path,
         metavar="DIR",
         help="where prepared datasets lie (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
-    )
-    parser.add_argument(
-        "--module",
-        metavar="PKG.TASKS",
-        help="Python module that registers your SeqIO tasks, imported first",
     )
 
 

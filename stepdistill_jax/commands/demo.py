@@ -8,12 +8,12 @@ DEFAULT_WORKDIR = "runs/demo"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    from stepdistill_jax.commands.arguments import add_data_arguments
+    from stepdistill_jax.commands.arguments import add_data_dir_argument
 
     parser.add_argument(
         "--workdir", default=DEFAULT_WORKDIR, help=f"folder of its runs ({DEFAULT_WORKDIR})"
     )
-    add_data_arguments(parser)
+    add_data_dir_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -64,7 +64,7 @@ def _show(summary: dict, console) -> None:
             arm["arm"],
             str(arm["labels"]),
             str(arm["steps"]),
-            f"{arm['seconds']:.0f}",
+            "done before" if arm["seconds"] is None else f"{arm['seconds']:.0f}",
             f"{arm['test_accuracy']:.3f}",
             f"{arm['tokens_per_row']:.2f}",
         )

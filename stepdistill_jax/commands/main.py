@@ -64,6 +64,9 @@ def _run(argv: list[str]) -> int:
         raise InputError(
             f"no command {command!r}{nearest(command, COMMANDS)}; see `stepdistill --help`"
         )
+    if command is not None:  # flags that all commands share may stand before it
+        at = argv.index(command)
+        argv = [command, *argv[:at], *argv[at + 1 :]]
     parser, run = _parser(command)
     args = parser.parse_args(argv)
     if command is None:

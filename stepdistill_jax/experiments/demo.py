@@ -21,7 +21,7 @@ from stepdistill_jax.text.metrics import accuracy, majority_baseline
 from stepdistill_jax.text.vocabulary import EOS_ID
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
-from stepdistill_jax.training.run import RUN
+from stepdistill_jax.training.workdir import RUN
 from stepdistill_jax.training.writers import read_metrics
 
 SHOWN_ROWS = 3
@@ -35,7 +35,7 @@ class ArmResult:
         arm: name of the config.
         labels: labelled examples trained on.
         steps: updates.
-        seconds: of training, with its compiles and validations; 0 where it was done before.
+        seconds: of training, with its compiles and validations; None where it was done before.
         test_accuracy: share of right labels on the test split.
         tokens_per_row: tokens decoded for a label, its end included.
     """
@@ -43,7 +43,7 @@ class ArmResult:
     arm: str
     labels: int
     steps: int
-    seconds: float
+    seconds: float | None
     test_accuracy: float
     tokens_per_row: float
 
@@ -75,11 +75,15 @@ def demo(
         folder = workdir / name
         log(f"--- {name}")
         start = time.monotonic()
-        train(config, workdir=folder, data_dir=data_dir, config_text=text)
-        seconds = time.monotonic() - start
+        trained = train(config, workdir=folder, data_dir=data_dir, config_text=text)
+        seconds = time.monotonic() - start if trained["examples_per_second"] else None
         model = load_model(folder)
         result, predictions = _test(model, dataset)
-        results.append(ArmResult(name, _examples(folder), config.train_steps, seconds, **result))
+        results.append(
+            ArmResult(
+                name, read_json(folder / RUN)["examples"], config.train_steps, seconds, **result
+            )
+        )
         curves[name] = read_metrics(folder)
         if any(o.name == "rationale" for o in model.task_info.objectives):
             shown = _rationales(model, dataset, predictions)
@@ -95,10 +99,6 @@ def demo(
     }
     write_json(workdir / "demo.json", summary)
     return summary
-
-
-def _examples(folder: pathlib.Path) -> int:
-    return read_json(folder / RUN)["examples"]
 
 
 def _decode(model: LoadedModel, objective: int, texts: list[str], max_decode_len: int):

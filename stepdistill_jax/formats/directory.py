@@ -171,7 +171,8 @@ def read_config(directory: os.PathLike | str) -> T5Config:
     """The model's sizes, from the raw `config.json`; tied or not as the weights there say.
 
     Raises:
-        InputError: a field that is missing or wrong, or an architecture that is not T5 v1.1.
+        InputError: a field that is missing or wrong, an architecture that is not T5 v1.1, or
+            weights in another format than safetensors.
     """
     path = pathlib.Path(directory) / CONFIG
     raw = read_json(path)

@@ -30,7 +30,15 @@ _IGNORED = (
     "decoder.embed_tokens.weight",
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
 )
-_OTHER_FORMATS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack")
+# files that `transformers` reads and we do not -> what its `from_pretrained` has to be told
+_OTHER_FORMATS = {
+    "pytorch_model.bin": "",
+    "pytorch_model.bin.index.json": "",
+    "flax_model.msgpack": ", from_flax=True",
+    "flax_model.msgpack.index.json": ", from_flax=True",
+    "tf_model.h5": ", from_tf=True",
+    "tf_model.h5.index.json": ", from_tf=True",
+}
 
 
 def hf_names(config: T5Config) -> dict[str, str]:
@@ -113,14 +121,29 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
         if not names or not all(isinstance(n, str) and pathlib.Path(n).name == n for n in names):
             raise InputError(f"{index}: `weight_map` must name files of this folder")
         return [directory / name for name in sorted(set(names))]
+    raise InputError(f"{directory}: no {WEIGHTS}{_how_to_convert(directory)}")
+
+
+def _how_to_convert(directory: pathlib.Path) -> str:
+    """What else is there, and the command that makes safetensors of it; empty if nothing is."""
     there = [name for name in _OTHER_FORMATS if (directory / name).is_file()]
-    hint = f" ({there[0]} is there, and is not read: save it as safetensors)" if there else ""
-    raise InputError(f"{directory}: no {WEIGHTS}{hint}")
+    if not there:
+        return ""
+    flags = _OTHER_FORMATS[there[0]]  # torch's comes first: any version of `transformers` reads it
+    old = " by transformers below 5, which still reads them" if flags else ""
+    folder = repr(os.fspath(directory))
+    return (
+        f", only {', '.join(there)}; convert them once{old}: python -c"
+        f' "from transformers import T5ForConditionalGeneration as T;'
+        f" T.from_pretrained({folder}{flags})"
+        f'.save_pretrained({folder}, safe_serialization=True)"'
+    )
 
 
 def has_weights(directory: os.PathLike | str) -> bool:
-    """Whether the directory holds safetensors."""
-    return any((pathlib.Path(directory) / name).is_file() for name in (WEIGHTS, INDEX))
+    """Whether the directory holds weights, be it in a format that `Weights` refuses."""
+    names = (WEIGHTS, INDEX, *_OTHER_FORMATS)
+    return any((pathlib.Path(directory) / name).is_file() for name in names)
 
 
 def load_params(

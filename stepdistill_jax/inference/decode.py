@@ -17,8 +17,8 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5, start_cache
 from stepdistill_jax.sharding import (
     LOGICAL_AXIS_RULES,
-    batch_sharding,
     batch_shards,
+    place_rows,
     replicated,
 )
 from stepdistill_jax.text.vocabulary import EOS_ID, PAD_ID
@@ -204,18 +204,13 @@ class LabelDecoder:
         queued = collections.deque()
         for places, batch in bucketed(rows, self.batch_size):
             with self._context():
-                queued.append((places, self._decode(params, self._place(batch))))
+                placed = place_rows(batch, self._mesh) if self._mesh else batch
+                queued.append((places, self._decode(params, placed)))
             if len(queued) > 1:
                 collect(*queued.popleft())
         while queued:
             collect(*queued.popleft())
         return decoded
-
-    def _place(self, batch: np.ndarray) -> Any:
-        if not self._mesh:
-            return batch
-        sharding = batch_sharding(self._mesh)
-        return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:

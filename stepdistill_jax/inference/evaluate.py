@@ -1,4 +1,7 @@
-"""Accuracy on a split of a prepared dataset; no TensorFlow, since it reads SPLIT.jsonl."""
+"""Accuracy on a split of a prepared dataset; no TensorFlow, since it reads SPLIT.jsonl.
+
+`tasks.evaluate` takes the tasks that only SeqIO can read, too.
+"""
 
 import os
 import pathlib
@@ -9,8 +12,7 @@ from typing import Any
 
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import write_json
+from stepdistill_jax.files import check_writable, write_json
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import load_model
 from stepdistill_jax.inference.predict import cut_ids, how_to_ask, predict
@@ -51,8 +53,8 @@ def evaluate(
         InputError: no such model, step, dataset or split.
     """
     dataset = open_prepared(task, data_dir)
-    if output is not None and pathlib.Path(output).is_dir():
-        raise InputError(f"--output {output}: is a folder, a file to write is wanted")
+    if output is not None:
+        check_writable(output, "--output")
     found = resolve_step(path, step) if is_workdir(path) else None
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch) if found is None else pathlib.Path(path) / PREDICTIONS

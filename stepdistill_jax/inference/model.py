@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step, restore_params
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files
 from stepdistill_jax.formats.hf import load_params
@@ -56,6 +57,11 @@ def load_model(
     """
     path = pathlib.Path(path)
     files = read_model_files(path)
+    if not is_workdir(path) and step not in ("best", "last"):
+        raise InputError(
+            f"--step {step}: {path} is a model directory, which holds one model; leave --step out,"
+            " or give the workdir"
+        )
     boxed = abstract_params(files.config)
     if mesh:
         shardings = param_shardings(mesh, boxed)

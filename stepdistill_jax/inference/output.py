@@ -1,36 +1,37 @@
 """A streamed output file: `.partial` until it is whole, and continued where an earlier run stopped."""
 
+import contextlib
 import json
 import os
 import pathlib
-from typing import Any
+from typing import IO, Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, fsync_folder, read_json, write_json
+from stepdistill_jax.files import PARTIAL, check_writable, fsync_folder, read_json, write_json
 
 
 class PartialOutput:
     """JSON lines that are appended window by window.
 
     A small file beside OUTPUT.partial says how many of its bytes are sound, and what it was made
-    from (`key`); a run with another key starts anew.
+    from (`key`); a run with another key starts anew. The file is locked while it is open, so a
+    second run on the same output is refused.
     """
 
     def __init__(self, path: os.PathLike | str, key: str):
         """Opens OUTPUT.partial and cuts it back to its last whole window.
 
         Raises:
-            InputError: the output cannot be written there.
+            InputError: the output cannot be written there, or another run is writing it.
         """
         self.path = pathlib.Path(path)
         self.partial = self.path.with_name(self.path.name + PARTIAL)
         self.sidecar = self.path.with_name(self.path.name + PARTIAL + ".json")
         self._key = key
-        if self.path.is_dir():
-            raise InputError(f"{path}: is a folder, a file to write is wanted")
+        check_writable(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.partial, "ab")  # noqa: SIM115
+            self._file = _open_locked(self.partial)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         self.state = self._sound_state()
@@ -75,14 +76,56 @@ class PartialOutput:
         """Gives the output its name."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
         os.replace(self.partial, self.path)
         fsync_folder(self.path.parent)
         self.sidecar.unlink(missing_ok=True)
+        self._file.close()
+
+    def discard(self) -> None:
+        """Removes what is there: no later run may go on from it."""
+        # under the lock, which the close ends: another run may make these files right after it
+        self.partial.unlink(missing_ok=True)
+        self.sidecar.unlink(missing_ok=True)
+        self._file.close()
 
     def close(self) -> None:
         """Leaves what is there for a later run; an empty beginning is removed."""
+        if not self._file.closed and self.state["rows"] == 0:
+            self.discard()
         self._file.close()
-        if self.state["rows"] == 0:
-            self.partial.unlink(missing_ok=True)
-            self.sidecar.unlink(missing_ok=True)
+
+
+def _open_locked(path: pathlib.Path) -> IO[bytes]:
+    """Opens `path` to append; no other process can until it is closed.
+
+    Raises:
+        InputError: another one has it open.
+        OSError: it cannot be written.
+    """
+    while True:
+        file = open(path, "ab")  # noqa: SIM115
+        try:
+            _lock(file)
+            # a run that ended in between has renamed or removed what we opened
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: IO[bytes]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no POSIX system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{file.name}: another run is writing it; wait for that one, or give another output"
+        ) from None
+    except OSError:  # some network file systems have no locks
+        return

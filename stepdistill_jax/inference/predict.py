@@ -79,8 +79,9 @@ def predict(
 
     Args:
         path: workdir or model directory.
-        input: JSON lines: `input`, and if known `id`, `label`, `choices`. An empty `input` is asked
-            as the prefix alone; one that is longer than in training is cut and counted.
+        input: JSON lines in a regular file, with the fields of `prepare jsonl`: `input`, and if
+            known `id`, `label`, `choices`. An empty `input` is asked as the prefix alone; one that
+            is longer than in training is cut and counted.
         output: JSON lines `id`, `label`, `score` (natural log of the probability of the label, its
             end of sequence included, 6 digits), and `rationale` if asked for. It gets its name when
             it is whole; a file of that name is replaced only then. A run that was stopped goes on
@@ -103,7 +104,8 @@ def predict(
         (compilation included), `collapsed`, `cut_inputs`, `skipped`.
 
     Raises:
-        InputError: bad options, model, or row (file and line); a former output is left as it was.
+        InputError: bad options, model, or row (file and line), an input that changed in the
+            meantime, or an output that another run is writing; a former output is left as it was.
     """
     _check_options(input, output, batch_size, max_decode_len, on_error)
     total = count_rows(input, on_error)
@@ -116,19 +118,26 @@ def predict(
         prefix=prefix,
         data_dir=data_dir,
     )
+    before = sha256(input)
     key = digest(
         {
             "params": params_fingerprint(model.params),
             "vocabulary": model.vocabulary.fingerprint,
             "asking": dataclasses.asdict(asking),
             "batch_size": batch_size,
-            "input": sha256(input),
+            "input": before,
             "device": jax.devices()[0].device_kind,
         }
     )
     partial = PartialOutput(output, key)
     try:
         result = _run(model, asking, input, partial, total, batch_size)
+        if result["rows"] != total or _digest_or_none(input) != before:
+            partial.discard()
+            raise InputError(
+                f"{input}: it changed while it was read ({total} good rows at first, then"
+                f" {result['rows']}); start again when it is whole"
+            )
         partial.finish()
     finally:
         partial.close()
@@ -214,7 +223,8 @@ def _run(
     earlier = partial.rows()
     if earlier:
         log(f"{partial.path}: {len(earlier)} rows are done, going on from there")
-    for row, done in zip(itertools.islice(rows, len(earlier)), earlier, strict=True):
+    # not strict: fewer rows than before are found by the caller, who counts them
+    for row, done in zip(itertools.islice(rows, len(earlier)), earlier, strict=False):
         tally.add(row, done["label"])
     decoders = [
         LabelDecoder(model.config, max_decode_len=length, batch_size=batch_size)
@@ -236,6 +246,13 @@ def _run(
         "skipped": len(skipped),
         "rows_per_second": round(new / seconds, 3) if new else 0.0,
     }
+
+
+def _digest_or_none(path: os.PathLike | str) -> str | None:
+    try:
+        return sha256(path)
+    except OSError:  # it has been removed
+        return None
 
 
 def _good_rows(input: os.PathLike | str, skipped: list[InputError]) -> Iterator[Row]:

@@ -1,6 +1,15 @@
-"""Tasks: `add_task(...)` plugs a dataset in, `load_task(...)` gives its tokens."""
+"""Tasks: `add_task(...)` plugs a dataset in, `load_task(...)` gives its tokens.
 
-_EXPORTS = {"add_task": "registry", "load_task": "load", "has_split": "load", "TaskData": "load"}
+`evaluate(...)` gives a model's accuracy on a split of any of them.
+"""
+
+_EXPORTS = {
+    "add_task": "registry",
+    "evaluate": "evaluation",
+    "load_task": "load",
+    "has_split": "load",
+    "TaskData": "load",
+}
 
 
 def __getattr__(name: str):

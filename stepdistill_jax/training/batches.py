@@ -232,26 +232,6 @@ class Batches:
         return counts
 
 
-def process_slice(batch: Batch, process_index: int, process_count: int) -> Batch:
-    """This process's rows: a contiguous block of each group, as JAX wants process-local data.
-
-    Raises:
-        ValueError: the rows can not be shared out evenly.
-    """
-    parts = []
-    for group in batch:
-        rows = len(group["encoder_input_tokens"])
-        if rows % process_count:
-            raise ValueError(
-                f"{rows} rows can not be cut for {process_count} processes; give Batches a"
-                " row_multiple that they divide"
-            )
-        size = rows // process_count
-        mine = slice(process_index * size, (process_index + 1) * size)
-        parts.append({name: value[mine] for name, value in group.items()})
-    return tuple(parts)
-
-
 def iterate(
     batches: Batches, start: int, stop: int, *, num_threads: int = 1, prefetch: int = 4
 ) -> Iterator[Batch]:

@@ -19,7 +19,8 @@ class OptimizerConfig:
         name: `adamw` or `adafactor`.
         schedule: `linear` (to 0 at `train_steps`) or `constant`.
         warmup_steps: steps of linear rise before it.
-        b1, b2, eps, weight_decay: AdamW's; the paper's decay is 0, optax's default is not.
+        b1, b2, eps: AdamW's.
+        weight_decay: of either; the paper's is 0, optax's default is not.
         clip_norm: global gradient norm above which gradients are scaled down.
     """
 

@@ -11,10 +11,10 @@ from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.predict import cut_ids
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.sharding import place_rows
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.text.metrics import accuracy
 from stepdistill_jax.training.batches import Batches
-from stepdistill_jax.training.feed import place
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
@@ -60,7 +60,7 @@ class Validator:
         names = [o.name for o in self.data.objectives]
         totals = np.zeros((3, len(names)))  # loss, correct, count; float64 over many batches
         for step in range(self.batches.num_steps):
-            sums = self.eval_step(params, place(self.batches(step), self.mesh))
+            sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
         metrics: dict[str, float] = {}
         for name, loss, correct, count in zip(names, *totals, strict=True):

@@ -23,7 +23,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clip, then AdamW (the paper) or Adafactor (T5X's habit: decay 0.8, scaled by the parameter)."""
     o, learning_rate_fn = config.optimizer, make_schedule(config)
     if o.name == "adafactor":
-        rule = optax.adafactor(learning_rate_fn, decay_rate=0.8, multiply_by_parameter_scale=True)
+        rule = optax.adafactor(
+            learning_rate_fn,
+            decay_rate=0.8,
+            multiply_by_parameter_scale=True,
+            weight_decay_rate=o.weight_decay or None,
+        )
     else:
         rule = optax.adamw(
             learning_rate_fn, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay

@@ -1,13 +1,9 @@
-"""Everything that a run is made of, checked before the first compile; and its `run.json`."""
+"""Everything that a run is made of, checked before the first compile."""
 
 import dataclasses
-import json
 import os
 import pathlib
-import subprocess
-from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -16,12 +12,7 @@ from stepdistill_jax.checkpoints.manager import is_workdir
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, default_data_dir
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_json, write_json
-from stepdistill_jax.formats.directory import (
-    TaskInfo,
-    read_model_files,
-    write_model_files,
-)
+from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_v1_1
 from stepdistill_jax.progress import log
@@ -39,11 +30,8 @@ from stepdistill_jax.training.state import (
     shardings_of,
     state_from_params,
 )
-from stepdistill_jax.versions import version_block
+from stepdistill_jax.training.workdir import check_workdir
 
-RUN = "run.json"
-# what may differ between a run and its resume: none of these changes the loss that is minimised
-FREE_FIELDS = ("layout", "num_microbatches", "checkpoint_every")
 VALIDATION = "validation"
 
 
@@ -77,24 +65,11 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
         InputError: anything that does not fit together, before a step is compiled.
     """
     workdir, data_dir = pathlib.Path(workdir), pathlib.Path(data_dir or default_data_dir())
+    check_workdir(workdir)
     mesh = make_mesh(config.layout)
     vocabulary, model = None, None
     if config.init_from is not None:
-        if is_workdir(config.init_from):
-            raise InputError(
-                f"INIT_FROM: {config.init_from} is a training run;"
-                " `stepdistill export` makes a model directory of it"
-            )
-        files = read_model_files(config.init_from)
-        vocabulary = getattr(files.vocabulary, "path", BYTES)
-        model = dataclasses.replace(
-            files.config,
-            dtype=config.dtype,
-            dropout_rate=config.dropout_rate,
-            remat_policy=config.remat_policy,
-        )
-        log(f"INIT_FROM {config.init_from}: its config.json decides the model, not MODEL_SIZE")
-
+        vocabulary, model = _given_model(config, workdir)
     if config.task == EMBEDDED:
         ensure_prepared(config.task, data_dir)
     source = {
@@ -149,6 +124,25 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
     return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator)
 
 
+def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Config]:
+    """Vocabulary and configuration of INIT_FROM; on a resume the workdir has them, too."""
+    assert config.init_from is not None
+    resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
+    if not resumed and is_workdir(config.init_from):
+        raise InputError(
+            f"INIT_FROM: {config.init_from} is a training run;"
+            " `stepdistill export` makes a model directory of it"
+        )
+    files = read_model_files(workdir if resumed else config.init_from)
+    log(f"INIT_FROM {config.init_from}: its config.json decides the model, not MODEL_SIZE")
+    return str(getattr(files.vocabulary, "path", BYTES)), dataclasses.replace(
+        files.config,
+        dtype=config.dtype,
+        dropout_rate=config.dropout_rate,
+        remat_policy=config.remat_policy,
+    )
+
+
 def max_decode_len(data: TaskData, target_length: int) -> int:
     """Tokens of the longest label of the train split with its end, rounded up to a multiple of 8."""
     longest = max(int(np.diff(store.rows[0]["targets"].offsets).max()) for store in data.stores)
@@ -157,96 +151,3 @@ def max_decode_len(data: TaskData, target_length: int) -> int:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
-
-
-def describe(run: Run) -> dict[str, Any]:
-    """What `run.json` keeps: enough to know later what was run, and to refuse another resume."""
-    fingerprints = {"train": run.data.fingerprint}
-    if run.validator is not None:
-        fingerprints[VALIDATION] = run.validator.data.fingerprint
-    described = {
-        "config": run.config.to_json(),
-        "model": dataclasses.asdict(run.model),
-        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.abstract.params)),
-        "weights": {o.name: o.weight for o in run.data.objectives},
-        "seed": run.config.seed,
-        "fingerprint": fingerprints,
-        "examples": run.batches.num_examples,
-        "cut": run.batches.cut_counts(),
-        "versions": version_block(),
-        "device": jax.devices()[0].device_kind,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        "mesh": dict(run.mesh.shape),
-        "commit": _commit(),
-    }
-    return json.loads(json.dumps(described, default=str))
-
-
-def _commit() -> str | None:
-    """Of the checkout that the package runs from; None where it is installed."""
-    folder = pathlib.Path(__file__).parent
-    done = subprocess.run(
-        ["git", "-C", folder, "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    tracked = subprocess.run(
-        ["git", "-C", folder, "ls-files", "--error-unmatch", __file__], capture_output=True
-    )
-    return done.stdout.strip() if done.returncode == tracked.returncode == 0 else None
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`FIELD was A, is B` for each setting that would change the result of a resumed run."""
-    found = []
-    for key in ("config", "fingerprint", "model"):
-        old, new = before.get(key, {}), now[key]
-        for name in sorted(old.keys() | new.keys()):
-            if key == "config" and name in FREE_FIELDS:
-                continue
-            if old.get(name) != new.get(name):
-                shown = name.upper() if key == "config" else f"{key}.{name}"
-                found.append(f"{shown} was {old.get(name)!r}, is {new.get(name)!r}")
-    return found
-
-
-def claim_workdir(run: Run, config_text: str | None) -> None:
-    """Writes `run.json`, `config.gin` and the model files, or checks them against an earlier life.
-
-    Raises:
-        InputError: the workdir holds another run; names what differs.
-    """
-    now = describe(run)
-    path = run.workdir / RUN
-    if path.exists():
-        if found := differences(read_json(path), now):
-            raise InputError(
-                f"{run.workdir}: holds a run with other settings ({'; '.join(found)});"
-                " use the same ones to resume it, or another --workdir"
-            )
-    elif run.workdir.exists() and not run.workdir.is_dir():
-        raise InputError(f"--workdir {run.workdir}: is a file, a folder is wanted")
-    if jax.process_index() != 0:
-        return
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    if config_text:
-        (run.workdir / "config.gin").write_text(config_text, encoding="utf-8")
-    if not path.exists():
-        write_model_files(run.workdir, run.model, run.data.vocabulary, task_info(run, now))
-        write_json(path, now)
-
-
-def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
-    """What a server needs to know to ask the trained model, and where the model comes from."""
-    return TaskInfo(
-        task=run.config.task,
-        objectives=run.data.objectives,
-        input_length=run.config.input_length,
-        target_length=run.config.target_length,
-        max_decode_len=max_decode_len(run.data, run.config.target_length),
-        metric=run.data.metric,
-        labels=run.data.labels,
-        provenance={
-            name: described[name]
-            for name in ("config", "fingerprint", "versions", "device", "commit")
-        },
-    )

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: `metrics.jsonl` and TensorBoard events."""
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -36,7 +37,9 @@ class MetricsWriter:
         """One line `{"step": step, ...}`, complete on disk when the process is killed."""
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # strict JSON knows no NaN
+        finite = {n: v if math.isfinite(v) else None for n, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -61,6 +64,13 @@ def _cut_back(path: pathlib.Path, start_step: int) -> None:
             kept.append(line + "\n")
     with atomic_write(path) as f:
         f.writelines(kept)
+
+
+def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
+    """The newest training line of a run; empty where `metrics.jsonl` is gone."""
+    if not (pathlib.Path(workdir) / METRICS).exists():
+        return {}
+    return next((x for x in reversed(read_metrics(workdir)) if "loss" in x), {})
 
 
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:

@@ -12,10 +12,11 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5, init_params
 from stepdistill_jax.objectives import Objective, step_by_step
+from stepdistill_jax.sharding import Layout, batch_sharding, make_mesh, place_rows
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenRows, TokenStore
 from stepdistill_jax.text.vocabulary import ByteVocabulary
-from stepdistill_jax.training.batches import Batches, iterate, process_slice
+from stepdistill_jax.training.batches import Batches, iterate
 from stepdistill_jax.training.order import MIXTURE_BLOCK
 
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -198,22 +199,33 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 @PROPERTY
 @given(problems(), st.sampled_from([1, 2, 4]), st.booleans())
 def test_processes_share_out_one_and_the_same_batch(problem, processes, pack):
-    whole = make(problem, seed=1, row_multiple=4, pack=pack)(3)
-    parts = [
-        process_slice(make(problem, seed=1, row_multiple=4, pack=pack)(3), p, processes)
-        for p in range(processes)
-    ]
-    for number, group in enumerate(whole):
+    """Each makes the batch for itself; the rows of its devices, put together, are the batch."""
+    whole = make(problem, seed=1, row_multiple=8, pack=pack)(3)
+    sharding = batch_sharding(make_mesh(Layout(data=8)))
+    for process in range(processes):
+        own = make(problem, seed=1, row_multiple=8, pack=pack)(3)
+        for group, expected in zip(own, whole, strict=True):
+            for name, value in group.items():
+                rows = [
+                    index[0]
+                    for device, index in sharding.devices_indices_map(value.shape).items()
+                    if device.id * processes // 8 == process
+                ]
+                mine = slice(
+                    process * len(value) // processes, (process + 1) * len(value) // processes
+                )
+                joined = np.concatenate([value[r] for r in rows])
+                np.testing.assert_array_equal(joined, expected[name][mine])
+
+
+def test_placed_rows_are_the_batch_and_lie_on_their_devices():
+    batch = Batches(task_of(store_of([[([3, 1], [7, 1])]] * 8)), 8, 4, 4, seed=0, row_multiple=8)(0)
+    placed = place_rows(batch, make_mesh(Layout(data=2, fsdp=2, tensor=2)))
+    for group, expected in zip(placed, batch, strict=True):
         for name, value in group.items():
-            joined = np.concatenate([part[number][name] for part in parts])
-            np.testing.assert_array_equal(joined, value)
-            assert len({part[number][name].shape for part in parts}) == 1
-
-
-def test_a_batch_that_processes_cannot_share_is_refused():
-    batch = Batches(task_of(store_of([[([3, 1], [7, 1])]])), 1, 8, 8, seed=0)(0)
-    with pytest.raises(ValueError, match="row_multiple"):
-        process_slice(batch, 0, 2)
+            np.testing.assert_array_equal(value, expected[name])
+            rows = len(expected[name]) // 4  # the two devices of a tensor pair own the same
+            assert {s.data.shape[0] for s in value.addressable_shards} == {rows}
 
 
 @PROPERTY

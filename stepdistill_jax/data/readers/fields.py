@@ -7,7 +7,9 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 
 
-def text(row: Mapping[str, Any], name: str, where: str, *, strip: bool = True) -> str:
+def text(
+    row: Mapping[str, Any], name: str, where: str, *, strip: bool = True, blank: bool = False
+) -> str:
     """A text that must be there and not be blank.
 
     An integer is taken as its digits. Other numbers, true and false have more than one way to be
@@ -17,15 +19,17 @@ def text(row: Mapping[str, Any], name: str, where: str, *, strip: bool = True) -
         row: the JSON object.
         name: field of it.
         where: `file:line`.
-        strip: whether outer whitespace goes; an input is kept as it is, as `predict` reads it.
+        strip: whether outer whitespace goes; an input is kept as it is.
+        blank: whether a text without letters will do, as an input that `predict` asks about; null
+            will not.
 
     Raises:
         InputError: it is absent, empty, no text, or no valid Unicode.
     """
     if name not in row:
         raise InputError(f"{where}: no field {name!r} (found: {', '.join(row) or 'none'})")
-    value = "" if row[name] is None else as_text(row[name], name, where)
-    if not value.strip():
+    value = None if row[name] is None else as_text(row[name], name, where)
+    if value is None or not (blank or value.strip()):
         raise InputError(f"{where}: the field {name!r} is empty")
     return value.strip() if strip else value
 

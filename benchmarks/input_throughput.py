@@ -1,0 +1,129 @@
+"""Rows per second of input: batches from a token store, SeqIO's stock road, plain SentencePiece.
+
+    python benchmarks/input_throughput.py --json
+
+All read the same examples of a prepared dataset, a label row and a rationale row of each. Ours
+draws a shuffled, packed batch from tokens on disk. SeqIO tokenises in TensorFlow, unshuffled and
+without its memory cache, and packs with its `EncDecFeatureConverter`. SentencePiece encodes lists of
+strings, which NumPy pads to the longest, unshuffled; nothing is packed. Ours uses one thread, the
+others as many as they are given.
+"""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+
+import timing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", default="train", help="of the dataset")
+    parser.add_argument("--batch-size", type=int, default=64, help="examples a step")
+    parser.add_argument("--rows", type=int, default=10_000, help="rows in a timed turn, at least")
+    parser.add_argument("--input-length", type=int, help="tokens of a packed row")
+    parser.add_argument("--target-length", type=int, help="the same for targets")
+
+
+def contender(stream: Callable[[], Iterator[int]], rows: int) -> timing.Contender:
+    """Draws batches, of which a stream tells the row counts, until there are enough rows."""
+
+    def of_round(number: int) -> Callable[[], int]:
+        batches = itertools.chain.from_iterable(stream() for _ in itertools.count())
+        next(batches)  # start-up is not counted: a run has thousands of steps
+
+        def work() -> int:
+            done = 0
+            while done < rows:
+                done += next(batches)
+            return done
+
+        return work
+
+    return of_round
+
+
+def packed_rows(batch) -> int:
+    """Rows before packing."""
+    return int(batch["encoder_segment_ids"].max(axis=1).sum())
+
+
+def our_stream(args, data) -> Callable[[], Iterator[int]]:
+    from stepdistill_jax.training.batches import Batches
+
+    batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
+    return lambda: (packed_rows(batches(step)[0]) for step in itertools.count())
+
+
+def seqio_stream(args, dataset, batch_rows: int) -> Callable[[], Iterator[int]]:
+    import seqio
+
+    from stepdistill_jax.tasks.registry import add_task
+
+    mixture = add_task(
+        "benchmark",
+        source=seqio.TfdsDataSource(
+            f"{dataset.name}:1.0.0",
+            tfds_data_dir=str(dataset.directory.parent),
+            splits=list(dataset.splits),
+        ),
+        vocabulary=dataset.spiece_model,
+    )
+    lengths = {"inputs": args.input_length, "targets": args.target_length}
+    rows = mixture.get_dataset(
+        lengths, args.split, shuffle=False, num_epochs=None, try_in_mem_cache=False
+    )
+    packed = seqio.EncDecFeatureConverter(pack=True)(rows, lengths)
+    packed = packed.batch(batch_rows, drop_remainder=True).prefetch(2)
+    return lambda: map(packed_rows, packed.as_numpy_iterator())
+
+
+def sentencepiece_stream(args, dataset, objectives) -> Callable[[], Iterator[int]]:
+    import numpy as np
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(dataset.spiece_model))
+    lengths = (args.input_length, args.target_length)
+    fields = [vars(example) for example in dataset.examples(args.split)]
+    rows = [o.render(f) for f in fields for o in objectives]
+    rows = [row for row in rows if row[1]]
+    at_once = args.batch_size * len(objectives)
+
+    def collate(texts: list[str], length: int):
+        ids = processor.encode(texts, num_threads=args.threads)
+        ids = [[*row[: length - 1], 1] for row in ids]
+        padded = np.zeros((len(ids), max(map(len, ids))), np.int32)
+        for i, row in enumerate(ids):
+            padded[i, : len(row)] = row
+        return padded
+
+    def stream() -> Iterator[int]:
+        for start in range(0, len(rows), at_once):
+            sides = zip(*rows[start : start + at_once], strict=True)
+            inputs, _ = (collate(list(t), n) for t, n in zip(sides, lengths, strict=True))
+            yield len(inputs)
+
+    return stream
+
+
+def main() -> None:
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.tasks.load import load_task
+    from stepdistill_jax.training.batches import Batches
+
+    dataset = ensure_prepared(args.task, args.data_dir)
+    timing.fill_in_lengths(args)
+    data = load_task(args.task, split=args.split, data_dir=args.data_dir)
+    batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
+    streams = {
+        "ours": our_stream(args, data),
+        "seqio": seqio_stream(args, dataset, batches.row_counts[0]),
+        "sentencepiece": sentencepiece_stream(args, dataset, data.objectives),
+    }
+    contenders = {name: contender(stream, args.rows) for name, stream in streams.items()}
+    rates = timing.alternate(contenders, args.rounds)
+    timing.report(args, rates, unit="rows_per_second", examples=batches.num_examples)
+
+
+if __name__ == "__main__":
+    timing.run(main)

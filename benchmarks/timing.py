@@ -1,0 +1,190 @@
+"""What the benchmarks share: threads, turns, medians, and how figures are printed.
+
+Import it first: thread counts are read when JAX, TensorFlow and torch are imported.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+
+# Idle OpenMP threads that spin take the cores of whoever has the next turn.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+BUSY = 0.2  # cores in use by others above which figures are not to be trusted
+
+# A contender prepares a round, untimed, and returns the work, which returns how many units it did.
+Contender = Callable[[int], Callable[[], int]]
+
+
+def start(
+    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, rounds: int
+) -> argparse.Namespace:
+    """Parses the command line, takes `--threads` cores and keeps every library to them."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = len(usable) or os.cpu_count() or 1
+    parser.add_argument("--task", default="delivery", help="a prepared dataset")
+    parser.add_argument("--data-dir", type=pathlib.Path, help="where it lies")
+    parser.add_argument("--threads", type=int, default=min(2, cores), help="CPU cores for each")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of each")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if not 1 <= args.threads <= cores:
+        raise InputError(f"--threads {args.threads}: from 1 to {cores}, the cores of this process")
+    for name, value in vars(args).items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name != "seed":
+            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is wanted")
+    if usable:  # elsewhere JAX, which has no setting for it, uses every core
+        os.sched_setaffinity(0, usable[: args.threads])
+    os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(args.threads)}
+    for name, value in (*PASSIVE.items(), ("TF_CPP_MIN_LOG_LEVEL", "3")):
+        os.environ.setdefault(name, value)
+    args.busy, args.load = busy_cores(), load()
+    return args
+
+
+def peer_module(name: str, threads: int | None = None) -> Any:
+    """A module that only a peer needs; torch is told how many threads it has.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"{name} cannot be imported ({error}); pip install 'stepdistill-jax[bench]'"
+        ) from None
+    if threads is not None:
+        module.set_num_threads(threads)
+    return module
+
+
+def fill_in_lengths(args: argparse.Namespace) -> None:
+    """Packed row lengths that were not given: those that `stepdistill inspect` proposes."""
+    from stepdistill_jax.training.config import TrainConfig
+    from stepdistill_jax.training.inspection import inspect
+
+    if args.input_length is None or args.target_length is None:
+        config = TrainConfig(task=args.task, batch_size=args.batch_size)
+        proposed = inspect(config, data_dir=args.data_dir)["proposed"]
+        args.input_length = args.input_length or proposed["input_length"]
+        args.target_length = args.target_length or proposed["target_length"]
+
+
+def busy_cores(seconds: float = 1.0) -> float | None:
+    """Cores that others keep busy while this process sleeps; the load average would remember us."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.exists():
+        return None
+
+    def counters() -> list[int]:  # user, nice, system, idle, iowait, ...
+        return [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
+
+    before = counters()
+    time.sleep(seconds)
+    spent = [b - a for a, b in zip(before, counters(), strict=True)]
+    share = 1 - sum(spent[3:5]) / max(sum(spent), 1)
+    return round(share * (os.cpu_count() or 1), 2)
+
+
+def load() -> float | None:
+    """Runnable processes, mean of the last minute."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """Units per second of each contender in each round.
+
+    They take turns, so that a slow minute of the machine hits all of them. Round 0 is a warm-up
+    and not counted; every second round goes the other way about.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        names = list(contenders)[:: -1 if number % 2 else 1]
+        for name in names:
+            work = contenders[name](number)
+            began = time.perf_counter()
+            units = work()
+            seconds = time.perf_counter() - began
+            if number:
+                rates[name].append(units / seconds)
+            print(f"round {number} {name}: {units} in {seconds:.2f} s", file=sys.stderr)
+    return rates
+
+
+def device() -> str:
+    """Kind of processor."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"cpu ({models[0] if models else platform.processor() or platform.machine()})"
+
+
+def report(
+    args: argparse.Namespace, rates: dict[str, list[float]], *, unit: str, **more: Any
+) -> None:
+    """Prints the table and, with `--json`, the JSON object.
+
+    Args:
+        args: of `start`.
+        rates: of `alternate`; the key `ours`, and one for each peer.
+        unit: name of the figure, e.g. `rows_per_second`.
+        more: JSON-like facts, kept as they are.
+    """
+    figures = {
+        name: {unit: statistics.median(r), "lowest": min(r), "highest": max(r)}
+        for name, r in rates.items()
+    }
+    ours, peers = figures.pop("ours"), figures
+    result = {
+        "ours": ours,
+        "peers": peers,
+        "ratio": {name: ours[unit] / peer[unit] for name, peer in peers.items()},
+        "threads": args.threads,
+        "device": device(),
+        "rounds": args.rounds,
+        "busy_cores_before": args.busy,
+        "load": {"before": args.load, "after": load()},
+        "settings": {
+            name: str(value) if isinstance(value, pathlib.Path) else value
+            for name, value in vars(args).items()
+            if name not in ("json", "busy", "load", "threads", "rounds")
+        },
+        "openmp": {name: os.environ.get(name) for name in PASSIVE},
+        **more,
+    }
+    print(f"{result['device']}, {args.threads} threads, {args.rounds} rounds, load {args.load}")
+    if args.busy is not None and args.busy > BUSY:
+        print(f"others kept {args.busy} cores busy when this began: do not quote these figures")
+    for name, value in more.items():
+        print(f"{name}: {value}")
+    title = unit.replace("_", " ")
+    print(f"{'':<24}{title:>20}{'lowest':>10}{'highest':>10}{'ours is':>10}")
+    for name, figure in {"ours": ours, **peers}.items():
+        ratio = f"{result['ratio'][name]:.2f}x" if name in peers else ""
+        cells = (figure["lowest"], figure["highest"])
+        print(f"{name:<24}{figure[unit]:>20.1f}{cells[0]:>10.1f}{cells[1]:>10.1f}{ratio:>10}")
+    if args.json:
+        print(json.dumps(result), flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a benchmark's `main`; what a user can mend is one line and exit 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)

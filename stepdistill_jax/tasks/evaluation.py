@@ -1,0 +1,102 @@
+"""Accuracy on a split of any task: a prepared dataset, or one that only SeqIO can read."""
+
+import os
+import pathlib
+from typing import Any
+
+from stepdistill_jax.data.prepared import PreparedDataset, default_data_dir
+from stepdistill_jax.files import check_writable, write_json
+from stepdistill_jax.formats.directory import SPIECE, TaskInfo, read_model_files
+from stepdistill_jax.inference import evaluate as evaluate_prepared
+from stepdistill_jax.inference.evaluate import evaluate_tokens
+from stepdistill_jax.objectives import label_only
+from stepdistill_jax.tasks.load import load_task
+from stepdistill_jax.tasks.lookup import find_task
+from stepdistill_jax.text.vocabulary import BYTES
+
+
+def evaluate(
+    path: os.PathLike | str,
+    *,
+    task: str,
+    split: str = "test",
+    step: str | int = "best",
+    output: os.PathLike | str | None = None,
+    data_dir: os.PathLike | str | None = None,
+    batch_size: int = 64,
+    task_module: str | None = None,
+) -> dict[str, Any]:
+    """Decodes the labels of a split and compares them; what `stepdistill evaluate` calls.
+
+    A prepared dataset goes to `inference.evaluate`, without TensorFlow. Any other task is tokenised
+    through SeqIO, as for training.
+
+    Args:
+        path: workdir or model directory.
+        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
+        split: of the task.
+        step: of a workdir: `best`, `last` or a number.
+        output: JSON file for the result; None writes none.
+        data_dir: where datasets are prepared and tokens are kept; None is the default folder.
+        batch_size: rows decoded at once.
+        task_module: module that registers the task; None is the one that the model was trained
+            with, if it was trained on this task.
+
+    Returns:
+        What `predict` returns, and `task`, `split`, `step`.
+
+    Raises:
+        InputError: no such model, step, task, split or module.
+    """
+    if output is not None:
+        check_writable(output, "--output")
+    info = read_model_files(path).task_info
+    if task_module is None:
+        task_module = _own_module(info, task)
+    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    found = find_task(task, data_dir=folder, task_module=task_module)
+    if isinstance(found, PreparedDataset):
+        return evaluate_prepared(
+            path,
+            task=task,
+            split=split,
+            step=step,
+            output=output,
+            data_dir=folder,
+            batch_size=batch_size,
+        )
+    spiece = pathlib.Path(path) / SPIECE
+    data = load_task(
+        task,
+        split=split,
+        objectives=info.objectives[:1] if info else label_only(),
+        vocabulary=spiece if spiece.is_file() else BYTES,
+        data_dir=folder,
+        task_module=task_module,
+    )
+    inputs, labels = [], []
+    for store in data.stores:
+        inputs += [store.rows[0]["inputs"][i].tolist() for i in range(store.num_examples)]
+        labels += store.label_texts
+    result = evaluate_tokens(
+        path,
+        inputs,
+        labels,
+        metric=data.metric,
+        allowed=data.labels,
+        step=step,
+        batch_size=batch_size,
+    )
+    result = {"task": task, "split": split} | result
+    if output is not None:
+        write_json(output, result)
+    return result
+
+
+def _own_module(info: TaskInfo | None, task: str) -> str | None:
+    """The module that registered the model's own task; None if `task` is another one."""
+    if info is None or info.task != task:
+        return None
+    config = info.provenance.get("config")
+    module = config.get("task_module") if isinstance(config, dict) else None
+    return module if isinstance(module, str) else None

@@ -1,0 +1,174 @@
+"""`run.json`: what is run, by what and on what; and what a resume must not change."""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import atomic_write, digest, read_json, write_json
+from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
+from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.versions import version_block
+
+# What may differ between a run and its resume: nothing here changes the loss that is minimised.
+# INIT_FROM may have moved; what it held is in the fingerprint.
+FREE_FIELDS = ("layout", "num_microbatches", "checkpoint_every", "init_from")
+# of the model's configuration, what TrainConfig has already said
+OF_CONFIG = ("dtype", "dropout_rate", "remat_policy")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What `run.json` keeps of a run: enough to know later what was run, and to compare a resume."""
+    fingerprint = {"train": run.data.fingerprint}
+    cut = {"train": run.batches.cut_counts()}
+    if run.validator is not None:
+        fingerprint[VALIDATION] = run.validator.data.fingerprint
+        cut[VALIDATION] = run.validator.batches.cut_counts()
+    if (weights := _weights_digest(run.config.init_from)) is not None:
+        fingerprint["init_from"] = weights
+    described = {
+        "config": run.config.to_json(),
+        "model": dataclasses.asdict(run.model),
+        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.abstract.params)),
+        "weights": {o.name: o.weight for o in run.data.objectives},
+        "seed": run.config.seed,
+        "fingerprint": fingerprint,
+        "examples": run.batches.num_examples,
+        "cut": cut,
+        **_life(run),
+    }
+    return json.loads(json.dumps(described, default=str))
+
+
+def _life(run: Run) -> dict[str, Any]:
+    """What may be another in each life of a run."""
+    return {
+        "versions": version_block(),
+        "device": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "mesh": dict(run.mesh.shape),
+        "commit": _commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _weights_digest(directory: str | None) -> str | None:
+    """Digest of a model directory's config.json and of the names and sizes of its files.
+
+    Weights of many gigabytes are not read for it. None where the directory is gone.
+    """
+    if directory is None or not pathlib.Path(directory).is_dir():
+        return None
+    files = sorted(p for p in pathlib.Path(directory).iterdir() if p.is_file())
+    sizes = {p.name: p.stat().st_size for p in files}
+    return digest([sizes, (pathlib.Path(directory) / "config.json").read_text(encoding="utf-8")])
+
+
+def _commit() -> str | None:
+    """Of the checkout that the package runs from; None where it is installed, or git is not."""
+    folder = pathlib.Path(__file__).parent
+    try:
+        tracked, described = (
+            subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+            for command in (
+                ("ls-files", "--error-unmatch", __file__),
+                ("describe", "--always", "--dirty"),
+            )
+        )
+    except OSError:
+        return None
+    return described.stdout.strip() if tracked.returncode == described.returncode == 0 else None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`FIELD was A, is B` for each setting that would change the result of a resumed run."""
+    # a setting that an older version did not have yet was at its default
+    defaults = json.loads(json.dumps(TrainConfig(task="").to_json()))
+    found = []
+    for key in ("config", "fingerprint", "model"):
+        old, new = before.get(key, {}), now[key]
+        if key == "config":
+            old = defaults | old
+        for name in sorted(old.keys() | new.keys()):
+            skipped = FREE_FIELDS if key == "config" else OF_CONFIG if key == "model" else ()
+            gone = key == "fingerprint" and name == "init_from" and name not in new
+            if name in skipped or gone:
+                continue
+            if old.get(name) != new.get(name):
+                shown = name.upper() if key == "config" else f"{key}.{name}"
+                found.append(f"{shown} was {old.get(name)!r}, is {new.get(name)!r}")
+    return found
+
+
+def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) -> None:
+    """Writes `run.json`, `config.gin` and the model files, or checks them against earlier lives.
+
+    Raises:
+        InputError: the workdir holds another run (names what differs), or cannot be written; or the
+            processes of this run do not see the same data.
+    """
+    _agree(described)
+    path = run.workdir / RUN
+    earlier = read_json(path) if path.exists() else None
+    if earlier is not None and (found := differences(earlier, described)):
+        raise InputError(
+            f"{run.workdir}: holds a run with other settings ({'; '.join(found)});"
+            " use the same ones to resume it, or another --workdir"
+        )
+    if jax.process_index() != 0:
+        return
+    life = {name: described[name] for name in _life(run)}
+    lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
+    try:
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        # first, so that a kill between the files below leaves a folder that is known as this run's
+        write_json(path, {**(earlier or described), "lives": lives})
+        if not (run.workdir / GENERATION_CONFIG).exists():  # the last that is written
+            info = task_info(run, described)
+            write_model_files(run.workdir, run.model, run.data.vocabulary, info)
+        if config_text:
+            with atomic_write(run.workdir / "config.gin") as f:
+                f.write(config_text)
+    except OSError as error:
+        raise InputError(f"--workdir {run.workdir}: {error.strerror} ({error.filename})") from None
+
+
+def _agree(described: dict[str, Any]) -> None:
+    """Raises where a process of this run has another config or other data than the first."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    same = digest([described["config"], described["fingerprint"]])
+    number = np.frombuffer(bytes.fromhex(same), np.uint32)
+    if not np.array_equal(multihost_utils.broadcast_one_to_all(number), number):
+        raise InputError(
+            f"process {jax.process_index()} has another config or other data than process 0"
+            f" ({described['fingerprint']}); give all the same --data-dir"
+        )
+
+
+def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
+    """What a server needs to know to ask the trained model, and where the model comes from."""
+    return TaskInfo(
+        task=run.config.task,
+        objectives=run.data.objectives,
+        input_length=run.config.input_length,
+        target_length=run.config.target_length,
+        max_decode_len=max_decode_len(run.data, run.config.target_length),
+        metric=run.data.metric,
+        labels=run.data.labels,
+        provenance={
+            name: described[name]
+            for name in ("config", "fingerprint", "versions", "device", "commit")
+        },
+    )

@@ -1,0 +1,93 @@
+"""A step's numbers, from the device to files and the progress bar."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepdistill_jax.checkpoints.manager import saved_steps
+from stepdistill_jax.progress import Bar, log
+from stepdistill_jax.training.batches import Batch
+from stepdistill_jax.training.optimizer import make_schedule
+from stepdistill_jax.training.run import VALIDATION, Run
+from stepdistill_jax.training.throughput import Throughput
+from stepdistill_jax.training.writers import MetricsWriter
+
+SILENT_STEPS = 20  # an objective without a target token for so long is worth a warning
+
+
+class StepRecorder:
+    """Writes a step's metrics one step late, so that reading them never holds up the devices."""
+
+    def __init__(self, run: Run, writer: MetricsWriter, bar: Bar):
+        """`last` is the newest line that was written."""
+        self._run, self._writer, self._bar = run, writer, bar
+        self._learning_rate = make_schedule(run.config)
+        self._names = [o.name for o in run.data.objectives]
+        self._silent = dict.fromkeys(self._names, 0)
+        self._zero_steps = 0
+        self._pending: tuple[int, Batch, dict, float] | None = None
+        self.last: dict[str, Any] = {}
+        self.throughput = Throughput(run.model, batch_size=run.config.batch_size)
+
+    def note(self, step: int, batch: Batch, device_metrics: dict, waited: float) -> None:
+        """Keeps this step for later and writes the one before it."""
+        self.flush()
+        self._pending = step, batch, device_metrics, waited
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes a validation on a line of its own."""
+        self._writer.write(step, metrics)
+        shown = metrics[f"eval/{VALIDATION}/label_accuracy"]
+        self._bar.update(0, **{"validation accuracy": shown})
+        self.throughput.pause()
+
+    def flush(self) -> None:
+        """Writes the step that is kept.
+
+        Raises:
+            FloatingPointError: its loss or gradient is not finite; its line is written all the same.
+        """
+        if self._pending is None:
+            return
+        step, batch, device_metrics, waited = self._pending
+        self._pending = None
+        got = jax.tree.map(np.asarray, device_metrics)
+        sums = got["sums"]
+        metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
+        for i, name in enumerate(self._names):
+            metrics[f"target_tokens/{name}"] = float(
+                sum(int((g["decoder_objective_ids"] == i + 1).sum()) for g in batch)
+            )
+            if sums.count[i] > 0:
+                metrics[f"loss/{name}"] = float(sums.loss[i] / sums.count[i])
+                metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
+        metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
+        metrics |= self.throughput.of_step(batch)
+        metrics["timing/seconds_waiting_for_data"] = waited
+        self._writer.write(step, metrics)
+        self.last = {"step": step, **metrics}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            saved = max(saved_steps(self._run.workdir), default=None)
+            raise FloatingPointError(
+                f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']};"
+                f" {'nothing is saved yet' if saved is None else f'step {saved} is saved'};"
+                " a lower LEARNING_RATE may help"
+            )
+        self._warn(step, metrics)
+        losses = {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
+        self._bar.update(1, **losses)
+
+    def _warn(self, step: int, metrics: dict[str, float]) -> None:
+        self._zero_steps = self._zero_steps + 1 if metrics["loss"] == 0.0 else 0
+        if self._zero_steps == 1:
+            log(f"warning: step {step}: the loss is exactly 0, nothing is learned")
+        for name in self._names:
+            silent = self._silent[name] + 1 if not metrics[f"target_tokens/{name}"] else 0
+            self._silent[name] = silent
+            if silent == SILENT_STEPS:
+                log(
+                    f"warning: objective {name} had no target token in {SILENT_STEPS} steps;"
+                    " does the dataset have its target field?"
+                )

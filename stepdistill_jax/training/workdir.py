@@ -1,0 +1,31 @@
+"""Whose folder a workdir is: nobody's yet, this run's, or something else's."""
+
+import os
+import pathlib
+
+from stepdistill_jax.checkpoints.manager import FOLDER
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
+
+RUN = "run.json"
+
+
+def check_workdir(workdir: pathlib.Path) -> None:
+    """Refuses, before anything is read or written, a folder that a run must not be in.
+
+    Raises:
+        InputError: it cannot be written, or holds a model or checkpoints without a `run.json`.
+    """
+    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--workdir {workdir}: {nearest} is a file, a folder is wanted")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir {workdir}: no right to write in {nearest}")
+    if (workdir / RUN).is_file():
+        return
+    for name in (FOLDER, CONFIG, TASK_INFO, "model.safetensors"):
+        if (workdir / name).exists():
+            raise InputError(
+                f"--workdir {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
+                " choose another folder"
+            )

@@ -1,0 +1,86 @@
+import copy
+import json
+
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training.provenance import describe, differences
+from stepdistill_jax.training.run import assemble
+from stepdistill_jax.training.workdir import check_workdir
+
+SETTINGS = {"task": "delivery", "input_length": 64, "target_length": 64, "train_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory, delivery_data_dir):
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    return describe(assemble(TrainConfig(**SETTINGS), workdir, delivery_data_dir))
+
+
+def test_a_run_equals_itself_whatever_runs_it(described):
+    other = copy.deepcopy(described) | {"device": "another", "commit": None, "process_count": 4}
+    other["config"]["layout"] = "fsdp"
+    assert differences(described, other) == []
+
+
+@pytest.mark.parametrize(
+    "key,name,value,said",
+    [
+        ("config", "train_steps", 3, "TRAIN_STEPS was 2, is 3"),
+        ("config", "dtype", "bfloat16", "DTYPE was 'float32', is 'bfloat16'"),
+        ("fingerprint", "train", "abc", "fingerprint.train was"),
+        ("model", "emb_dim", 32, "model.emb_dim was 64, is 32"),
+    ],
+)
+def test_a_difference_that_matters_is_named(described, key, name, value, said):
+    other = copy.deepcopy(described)
+    other[key][name] = value
+    (found,) = differences(described, other)
+    assert said in found
+
+
+def test_a_setting_that_an_older_version_lacked_counts_as_its_default(described):
+    older = copy.deepcopy(described)
+    del older["config"]["remat_policy"]
+    assert differences(older, described) == []
+
+
+def test_git_is_not_needed(described, tmp_path, delivery_data_dir, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = assemble(TrainConfig(**SETTINGS), tmp_path / "w", delivery_data_dir)
+    assert describe(run)["commit"] is None
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.json", "model.safetensors"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(InputError, match=name):
+        check_workdir(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="is a file, a folder is wanted"):
+            check_workdir(workdir)
+
+
+def test_each_life_is_kept_and_a_moved_init_from_is_no_difference(tmp_path, delivery_data_dir):
+    from stepdistill_jax.inference import export
+
+    start = TrainConfig(**SETTINGS)
+    train(start, workdir=tmp_path / "first", data_dir=delivery_data_dir)
+    export(tmp_path / "first", tmp_path / "model")
+    config = TrainConfig(**SETTINGS, init_from=str(tmp_path / "model"))
+    train(config, workdir=tmp_path / "second", data_dir=delivery_data_dir)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    train(config, workdir=tmp_path / "second", data_dir=delivery_data_dir)
+    moved = TrainConfig(**SETTINGS, init_from=str(tmp_path / "moved"), layout="fsdp")
+    train(moved, workdir=tmp_path / "second", data_dir=delivery_data_dir)
+    lives = json.loads((tmp_path / "second" / "run.json").read_text())["lives"]
+    assert [life["mesh"]["fsdp"] for life in lives] == [1, 1, 8]
+    with open(tmp_path / "moved" / "model.safetensors", "ab") as f:
+        f.write(b"x")
+    with pytest.raises(InputError, match=r"fingerprint\.init_from was"):
+        train(moved, workdir=tmp_path / "second", data_dir=delivery_data_dir)
