@@ -5,15 +5,17 @@
 # PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
 # PIP_FLAGS=...       more flags for pip install, say a mirror
 # PYTEST_FLAGS=...    more flags for pytest
+# BENCH_FLAGS=...     flags for every benchmark, e.g. "--threads 1 --task cqa --data-dir DIR"
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
 PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types format constraints clean
+.PHONY: help demo test test-slow lint types format bench constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
@@ -22,6 +24,7 @@ help:
 	@echo "make lint         formatting and ruff"
 	@echo "make types        pyright"
 	@echo "make format       rewrite the files as the formatter wants them"
+	@echo "make bench        speed beside SeqIO, SentencePiece and transformers (minutes on 2 CPU cores)"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
 
@@ -45,6 +48,11 @@ $(VENV)/.installed: $(PACKAGE) | $(BIN)/python
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "== installing the test tools into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@echo "== installing the peers into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[bench]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -72,6 +80,14 @@ types: $(VENV)/.installed-test
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-bench
+	@echo "== input: rows per second"
+	$(BIN)/python benchmarks/input_throughput.py --json $(BENCH_FLAGS)
+	@echo "== training: examples per second"
+	$(BIN)/python benchmarks/train_throughput.py --json $(BENCH_FLAGS)
+	@echo "== decoding: rows per second"
+	$(BIN)/python benchmarks/decode_throughput.py --json $(BENCH_FLAGS)
 
 constraints:
 	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \

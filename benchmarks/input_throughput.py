@@ -11,6 +11,7 @@ others as many as they are given.
 
 import argparse
 import itertools
+import time
 from collections.abc import Callable, Iterator
 
 import timing
@@ -19,21 +20,21 @@ import timing
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="of the dataset")
     parser.add_argument("--batch-size", type=int, default=64, help="examples a step")
-    parser.add_argument("--rows", type=int, default=10_000, help="rows in a timed turn, at least")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a timed turn, at least")
     parser.add_argument("--input-length", type=int, help="tokens of a packed row")
     parser.add_argument("--target-length", type=int, help="the same for targets")
 
 
-def contender(stream: Callable[[], Iterator[int]], rows: int) -> timing.Contender:
-    """Draws batches, of which a stream tells the row counts, until there are enough rows."""
+def contender(stream: Callable[[], Iterator[int]], seconds: float) -> timing.Contender:
+    """Draws batches, of which a stream tells the row counts, epoch after epoch for some seconds."""
 
     def of_round(number: int) -> Callable[[], int]:
         batches = itertools.chain.from_iterable(stream() for _ in itertools.count())
         next(batches)  # start-up is not counted: a run has thousands of steps
 
         def work() -> int:
-            done = 0
-            while done < rows:
+            done, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
                 done += next(batches)
             return done
 
@@ -120,7 +121,7 @@ def main() -> None:
         "seqio": seqio_stream(args, dataset, batches.row_counts[0]),
         "sentencepiece": sentencepiece_stream(args, dataset, data.objectives),
     }
-    contenders = {name: contender(stream, args.rows) for name, stream in streams.items()}
+    contenders = {name: contender(stream, args.seconds) for name, stream in streams.items()}
     rates = timing.alternate(contenders, args.rounds)
     timing.report(args, rates, unit="rows_per_second", examples=batches.num_examples)
 

@@ -4,6 +4,7 @@ Import it first: thread counts are read when JAX, TensorFlow and torch are impor
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -51,7 +52,7 @@ def start(
     os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(args.threads)}
     for name, value in (*PASSIVE.items(), ("TF_CPP_MIN_LOG_LEVEL", "3")):
         os.environ.setdefault(name, value)
-    args.busy, args.load = busy_cores(), load()
+    args.began, args.load = Clock.now(), load()
     return args
 
 
@@ -84,20 +85,29 @@ def fill_in_lengths(args: argparse.Namespace) -> None:
         args.target_length = args.target_length or proposed["target_length"]
 
 
-def busy_cores(seconds: float = 1.0) -> float | None:
-    """Cores that others keep busy while this process sleeps; the load average would remember us."""
-    stat = pathlib.Path("/proc/stat")
-    if not stat.exists():
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Seconds of wall time, of all cores' work and of this process's work, at one moment."""
+
+    wall: float
+    machine: float | None
+    own: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        stat, machine = pathlib.Path("/proc/stat"), None
+        if stat.exists():  # user, nice, system, idle, iowait, irq, softirq, steal
+            ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
+            machine = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
+        return cls(time.perf_counter(), machine, time.process_time())
+
+
+def busy_cores(since: Clock, until: Clock) -> float | None:
+    """Cores that others kept busy, on average; the load average would count us, too."""
+    if since.machine is None or until.machine is None:
         return None
-
-    def counters() -> list[int]:  # user, nice, system, idle, iowait, ...
-        return [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
-
-    before = counters()
-    time.sleep(seconds)
-    spent = [b - a for a, b in zip(before, counters(), strict=True)]
-    share = 1 - sum(spent[3:5]) / max(sum(spent), 1)
-    return round(share * (os.cpu_count() or 1), 2)
+    others = until.machine - since.machine - (until.own - since.own)
+    return round(max(others, 0.0) / (until.wall - since.wall), 2)
 
 
 def load() -> float | None:
@@ -149,6 +159,7 @@ def report(
         for name, r in rates.items()
     }
     ours, peers = figures.pop("ours"), figures
+    busy = busy_cores(args.began, Clock.now())
     result = {
         "ours": ours,
         "peers": peers,
@@ -156,19 +167,19 @@ def report(
         "threads": args.threads,
         "device": device(),
         "rounds": args.rounds,
-        "busy_cores_before": args.busy,
+        "busy_cores": busy,
         "load": {"before": args.load, "after": load()},
         "settings": {
             name: str(value) if isinstance(value, pathlib.Path) else value
             for name, value in vars(args).items()
-            if name not in ("json", "busy", "load", "threads", "rounds")
+            if name not in ("json", "began", "load", "threads", "rounds")
         },
         "openmp": {name: os.environ.get(name) for name in PASSIVE},
         **more,
     }
     print(f"{result['device']}, {args.threads} threads, {args.rounds} rounds, load {args.load}")
-    if args.busy is not None and args.busy > BUSY:
-        print(f"others kept {args.busy} cores busy when this began: do not quote these figures")
+    if busy is not None and busy > BUSY:
+        print(f"others kept {busy} cores busy meanwhile: do not quote these figures")
     for name, value in more.items():
         print(f"{name}: {value}")
     title = unit.replace("_", " ")

@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
     parser.add_argument("--batch-size", type=int, default=32, help="examples a step")
-    parser.add_argument("--steps", type=int, default=3, help="steps in a timed turn")
+    parser.add_argument("--steps", type=int, default=2, help="steps in a timed turn")
     parser.add_argument("--input-length", type=int, help="tokens of a packed row of ours")
     parser.add_argument("--target-length", type=int, help="the same for targets")
+    parser.add_argument("--dropout-rate", type=float, default=0.1, help="of both")
     parser.add_argument("--autocast", action="store_true", help="time torch in bfloat16, too")
 
 
@@ -44,7 +45,7 @@ class Ours:
         self.block, self.steps = jax.block_until_ready, args.steps
         self.batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
         vocab_size = max(data.vocab_size, args.vocab_size or 0)
-        self.config = t5_v1_1(args.size, vocab_size=vocab_size)
+        self.config = t5_v1_1(args.size, vocab_size=vocab_size, dropout_rate=args.dropout_rate)
         self.weights = [o.weight for o in data.objectives]
         mesh = make_mesh(Layout(), jax.devices()[:1])
         tx = make_optimizer(TrainConfig(task=args.task, train_steps=10_000))

@@ -19,6 +19,7 @@ from gin import config_parser
 from stepdistill_jax.commands.configurables import check_parameter, selector_of
 from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.tasks.lookup import search_current_folder
 
 
 class Key(NamedTuple):
@@ -154,6 +155,7 @@ def _import(statement: config_parser.ImportStatement) -> None:
     if statement.module.startswith("__gin__"):
         raise InputError(f"{statement.format()}: dynamic registration is not used here")
     name = statement.module
+    search_current_folder()
     try:
         try:
             importlib.import_module(name)

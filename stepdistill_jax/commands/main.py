@@ -77,8 +77,6 @@ def _run(argv: list[str]) -> int:
         return OK if args.version else BAD_INPUT
     if args.debug:
         os.environ["JAX_TRACEBACK_FILTERING"] = "off"
-    # a user's `--module` lies where they stand; last, so that it shadows nothing
-    sys.path.append(os.getcwd())
     result = run(args)
     if args.json:
         print(json.dumps(_plain(result or {})), flush=True)

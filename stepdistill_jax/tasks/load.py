@@ -117,7 +117,7 @@ def load_task(
             objectives,
             vocabulary,
             folder,
-            [*key, files_of(found.source, split)],
+            [*key, _files(found, split)],
             compare=True,
         )
         return TaskData(task, split, objectives, (store,), (1.0,), found.metric, opened)
@@ -193,7 +193,7 @@ def _load_plain(
                     module_digest(module),
                     describe([task.source, task._preprocessor_constructor_args]),
                     [opened.fingerprint, repr(task.output_features)],
-                    files_of(task.source, split),
+                    _files(task, split),
                 ],
                 data_dir=folder,
                 compare=True,
@@ -208,6 +208,12 @@ def _load_plain(
         with named_errors(found.name, found.name, split):
             rates = tuple(float(found.get_rate(task)) for task in tasks)
     return TaskData(found.name, split, PLAIN, stores, rates, "text_match", opened)
+
+
+def _files(task: Any, split: str) -> list[list[Any]]:
+    """`files_of` a task's source; what it raises gets the task's name."""
+    with named_errors(task.name, task.source, split):
+        return files_of(task.source, split)
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:

@@ -60,8 +60,7 @@ def import_task_module(name: str) -> None:
     if name in sys.modules:
         return
     tensorflow()  # before the module does it: accelerators must be hidden first
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # a console script does not look there
+    search_current_folder()
     try:
         missing = importlib.util.find_spec(name) is None
     except (ImportError, ValueError):
@@ -89,6 +88,15 @@ def import_task_module(name: str) -> None:
             f"TASK_MODULE (--module) {name!r} cannot be imported:"
             f" {type(error).__name__}: {error}{where}"
         ) from error
+
+
+def search_current_folder() -> None:
+    """A user's modules lie where they stand, where a console script does not look.
+
+    The folder goes last, so that it shadows nothing.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def module_digest(name: str | None) -> str | None:

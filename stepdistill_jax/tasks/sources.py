@@ -2,12 +2,17 @@
 
 import contextlib
 import functools
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.readers.fields import weight
 from stepdistill_jax.errors import InputError, nearest
 
 Rows = Callable[..., Iterable[Mapping[str, Any]]]
@@ -31,6 +36,21 @@ class RowsOfFunction:
         return tf.data.Dataset.from_generator(
             functools.partial(self._checked, split), output_signature=signature
         )
+
+    def digest(self, split: str) -> dict[str, Any]:
+        """As `rows_digest`, a hundred times as fast: the rows do not go through TensorFlow.
+
+        Raises:
+            InputError: the function fails, or a row is not as it should be.
+        """
+        count, state = 0, hashlib.sha256()
+        try:
+            for fields in self._checked(split):
+                state.update(json.dumps(list(fields.values())).encode())
+                count += 1
+        except Exception as error:
+            raise self.failure or error from None
+        return {"rows": count, "sha256": state.hexdigest()}
 
     def _checked(self, split: str) -> Iterator[dict[str, Any]]:
         self.failure = None
@@ -66,7 +86,10 @@ class RowsOfFunction:
             if name in ("input", "label") and not value:
                 raise InputError(f"{where}: field {name!r} is empty")
             fields[name] = value or ""
-        fields["weight"] = float(row.get("weight", 1.0))
+        factor = row.get("weight")
+        if isinstance(factor, np.generic):
+            factor = factor.item()
+        fields["weight"] = weight({"weight": factor}, "weight", where)
         return fields
 
 
@@ -114,10 +137,58 @@ def describe(thing: Any) -> Any:
 
 
 def files_of(source: Any, split: str) -> list[list[Any]]:
-    """[name, size, time of change] of a source's local files; empty where it reads none."""
-    found = []
-    for name in source.list_shards(split):
-        if os.path.isfile(name):
-            stat = os.stat(name)
-            found.append([os.fspath(name), stat.st_size, stat.st_mtime_ns])
-    return found
+    """What stands for the rows of a source that reads files: [name, size, time of change] of each.
+
+    Beside them, for TFDS, which of their rows are taken. Empty where the source does not read files
+    (TextLine, TFRecord, TFDS), or they cannot be asked: then its rows must be read to know them.
+    """
+    tf = tensorflow()
+    import seqio
+
+    if isinstance(source, seqio.TfdsDataSource):
+        found: list[list[Any]] = [[repr(getattr(source.tfds_dataset, "_split_map", None))]]
+    elif isinstance(source, seqio.FileDataSource):
+        found = []
+    else:
+        return []
+    names = [os.fspath(name) for name in source.list_shards(split)]
+    try:
+        for name in names:
+            if os.path.exists(name):
+                stat = os.stat(name)
+                found.append([name, stat.st_size, stat.st_mtime_ns])
+            else:  # on a remote file system; TensorFlow's time is in whole seconds
+                stat = tf.io.gfile.stat(name)
+                found.append([name, stat.length, stat.mtime_nsec])
+    except (OSError, tf.errors.OpError):
+        return []
+    return found if names else []
+
+
+def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
+    """Number and digest of a source's rows as it gives them, before any preprocessor.
+
+    It reads the whole source. On one CPU core 100,000 rows cost half a second beside what the
+    function of `add_task` itself takes, 4 seconds where they come through TensorFlow, and 25 where
+    TensorFlow has them from Python (`tf.data.Dataset.from_generator`).
+
+    Returns:
+        `rows`, a number, and `sha256`, a hex digest.
+    """
+    function = getattr(source, "_dataset_fn", None)
+    if isinstance(function, RowsOfFunction):
+        return function.digest(split)
+    tf = tensorflow()
+
+    def as_bytes(*row: Any) -> Any:
+        parts = [tf.io.serialize_tensor(part) for part in tf.nest.flatten(row, True)]
+        return tf.io.serialize_tensor(tf.stack(parts))
+
+    dataset = source.get_dataset(split=split, shuffle=False, seed=seed)
+    dataset = dataset.map(as_bytes, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
+    count, state = 0, hashlib.sha256()
+    for rows in dataset.as_numpy_iterator():
+        for row in rows:
+            state.update(len(row).to_bytes(8, "little") + row)
+        count += len(rows)
+    return {"rows": count, "sha256": state.hexdigest()}

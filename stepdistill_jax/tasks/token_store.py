@@ -3,6 +3,7 @@
 import array
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 
 from stepdistill_jax.files import digest, sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
 FEATURES = ("inputs", "targets")
 
@@ -75,6 +76,8 @@ class TokenStore:
             belongs to example i.
         weights: [examples] float32.
         about: what the store was made from.
+        labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that a store that is
+            replaced while it is open stays whole.
     """
 
     directory: pathlib.Path
@@ -83,6 +86,7 @@ class TokenStore:
     rows: tuple[Mapping[str, TokenRows], ...]
     weights: np.ndarray
     about: Mapping[str, Any]
+    labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
 
     @property
     def num_examples(self) -> int:
@@ -97,9 +101,8 @@ class TokenStore:
 
     @functools.cached_property
     def label_texts(self) -> list[str]:
-        """Target text of the first objective for each example; read when it is asked for."""
-        with open(self.directory / "labels.jsonl", encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+        """Target text of the first objective for each example; parsed when it is asked for."""
+        return [json.loads(line) for line in self.labels.tobytes().splitlines()]
 
 
 def write_store(
@@ -108,9 +111,11 @@ def write_store(
     examples: Iterable[TokenExample],
     about: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-    """Writes a store beside `directory` and renames it there; an older one is replaced.
+    """Writes a store beside `directory` and renames it there; another one is replaced.
 
-    Several processes may write the same store at once: the last rename wins, all are whole.
+    Several processes may write at once, on a shared folder, too: each gets a whole store, and one
+    that was written in the meantime and is the same is taken instead of being replaced, since
+    others may have its files open.
 
     Args:
         directory: the store's own folder.
@@ -121,6 +126,7 @@ def write_store(
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
+    partial.chmod(0o755)  # mkdtemp's 0700 would keep the others on a shared folder out
     try:
         count = _write_files(partial, len(objectives), examples)
         hashes = {p.name: sha256(p) for p in sorted(partial.iterdir())}
@@ -137,13 +143,10 @@ def write_store(
         for path in partial.iterdir():  # whole on disk before the name says so
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
-        _replace(partial, directory)
+        return _put(partial, directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    store = open_store(directory)
-    assert store is not None
-    return store
 
 
 def _write_files(
@@ -176,27 +179,45 @@ def _file_name(objective: int, feature: str, what: str) -> str:
     return f"{objective + 1}-{feature}.{what}"
 
 
-def _replace(partial: pathlib.Path, directory: pathlib.Path) -> None:
-    """Puts a written folder in its place; readers of the old one keep their open files."""
+def _put(partial: pathlib.Path, directory: pathlib.Path) -> TokenStore:
+    """Puts a written folder in its place; readers of another one there keep their open files.
+
+    The store is opened before it is moved: afterwards another process may move it on.
+    """
+    store = open_store(partial)
+    if store is None:
+        raise OSError(f"{partial}: was damaged while it was written")
     while True:
-        old = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-old-"))
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(directory, old)
+        there = open_store(directory)
+        if there is not None and is_same(there, store):
+            shutil.rmtree(partial, ignore_errors=True)
+            return there
         try:
-            os.replace(partial, directory)
-            return
-        except OSError:
-            if not directory.exists():
+            os.rename(partial, directory)  # fails where a folder with files is
+            return dataclasses.replace(store, directory=directory)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # another process has put its own there between the two renames: replace that one
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        old = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-old-"))
+        with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+            os.replace(directory, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def is_same(a: TokenStore, b: TokenStore) -> bool:
+    """Whether two stores hold the same and were made from the same."""
+    return (a.fingerprint, a.about) == (b.fingerprint, b.about)
 
 
 def open_store(directory: os.PathLike | str) -> TokenStore | None:
-    """The store in a folder; None where there is none, or a damaged one, or one of another format."""
+    """The store in a folder; None where no whole one of this format is.
+
+    None, too, where another process replaces it at that moment: whoever then writes one finds the
+    other's in place.
+    """
     directory = pathlib.Path(directory)
     try:
+        identity = _identity(directory)
         with open(directory / MANIFEST, encoding="utf-8") as f:
             manifest = json.load(f)
         if manifest["version"] != FORMAT_VERSION:
@@ -204,23 +225,35 @@ def open_store(directory: os.PathLike | str) -> TokenStore | None:
         for name, size in manifest["sizes"].items():
             if (directory / name).stat().st_size != size:
                 return None
+        objectives = tuple(manifest["objectives"])
+        rows = tuple(
+            {
+                feature: TokenRows(
+                    ids=_map(directory / _file_name(i, feature, "ids"), np.int32),
+                    offsets=np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
+                )
+                for feature in FEATURES
+            }
+            for i in range(len(objectives))
+        )
+        store = TokenStore(
+            directory,
+            manifest["fingerprint"],
+            objectives,
+            rows,
+            np.fromfile(directory / "weights", np.float32),
+            manifest["about"],
+            _map(directory / "labels.jsonl", np.uint8),
+        )
+        # else the files may be of two stores
+        return store if _identity(directory) == identity else None
     except (OSError, ValueError, KeyError):
         return None
-    objectives = tuple(manifest["objectives"])
-    rows = tuple(
-        {
-            feature: TokenRows(
-                ids=_map(directory / _file_name(i, feature, "ids"), np.int32),
-                offsets=np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
-            )
-            for feature in FEATURES
-        }
-        for i in range(len(objectives))
-    )
-    weights = np.fromfile(directory / "weights", np.float32)
-    return TokenStore(
-        directory, manifest["fingerprint"], objectives, rows, weights, manifest["about"]
-    )
+
+
+def _identity(folder: pathlib.Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_ino, stat.st_mtime_ns
 
 
 def _map(path: pathlib.Path, dtype: Any) -> np.ndarray:

@@ -1,7 +1,11 @@
 """Runs a SeqIO task once and keeps its tokens; opens them without TensorFlow afterwards."""
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 import logging
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill_jax.data.writing import locked
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest
 from stepdistill_jax.progress import progress
-from stepdistill_jax.tasks.sources import named_errors
+from stepdistill_jax.tasks.sources import files_of, named_errors, rows_digest
 from stepdistill_jax.tasks.token_store import (
     FORMAT_VERSION,
     TokenExample,
     TokenStore,
+    is_same,
     open_store,
     write_store,
 )
@@ -40,48 +46,145 @@ def stored_tokens(
 ) -> TokenStore:
     """The tokens of one split, from disk where they are there, else tokenised and kept.
 
+    One process at a time tokenises a split; the others wait and open what it wrote.
+
     Args:
         make_task: gives the `seqio.Task`; called only if it must run.
         name: of the task, for the folder and messages.
         split: of the task.
         objectives: names of the store's objectives.
         prefixes: for each the prefix of its features (`PREFIXinputs`, `PREFIXtargets`).
-        key: JSON-like, everything known beforehand that decides the tokens.
+        key: JSON-like, everything known beforehand that decides the tokens; the files of a source
+            that reads files belong in it.
         data_dir: the store goes to `data_dir/token_store/`.
-        compare: read the first rows again and compare them with the store; for sources whose
-            content the key does not know.
+        compare: look whether the source still gives the rows that were tokenised, and tokenise anew
+            where it does not; for sources whose content the key does not know. The first 32 rows
+            are tokenised again for it, and of a source that is no files every row is read (not
+            tokenised): `sources.rows_digest` says what that costs, at each start.
 
     Raises:
-        InputError: the task cannot be read, or a row has no inputs.
+        InputError: the task cannot be read, or a row has no inputs or no weight above 0.
     """
     key = digest([FORMAT_VERSION, key, split, list(objectives)])
     folder = re.sub(r"[^\w.-]", "_", f"{name}-{split}") + f"-{key[:16]}"
     directory = data_dir / FOLDER / folder
-    store = open_store(directory)
-    if store is not None and compare:
-        store = _still_the_same(store, make_task(), split, prefixes)
-    if store is not None:
-        return store
-    task = make_task()
-    total = task.source.num_input_examples(split)
-    about = {"task": name, "split": split, "repeats": True}
-    if compare:
-        about["repeats"] = _repeats(task, split, prefixes)
-    with progress(total, f"tokenising {name} {split}") as bar:
+    found = open_store(directory)
+    if found is not None and not compare:
+        return found
+    reading = Reading(make_task(), split, prefixes)
+    if found is not None and reading.is_kept_in(found):
+        return found
+    with _alone(directory):
+        theirs = open_store(directory)  # of a process that was alone before
+        if (
+            theirs is not None
+            and (found is None or not is_same(theirs, found))
+            and (not compare or reading.is_kept_in(theirs))
+        ):
+            return theirs
+        about: dict[str, Any] = {"task": name, "split": split}
+        if compare:
+            # read before the rows are tokenised: what changes in between is noticed next time
+            about |= {"source": reading.digest, "repeats": reading.repeats()}
+        total = reading.task.source.num_input_examples(split)
+        with progress(total, f"tokenising {name} {split}") as bar:
 
-        def counted() -> Iterator[TokenExample]:
-            for example in read_tokens(task, split, prefixes):
-                yield example
-                bar.update(1)
+            def counted() -> Iterator[TokenExample]:
+                for example in read_tokens(reading.task, split, prefixes):
+                    yield example
+                    bar.update(1)
 
-        return write_store(directory, objectives, counted(), about)
+            return write_store(directory, objectives, counted(), about)
+
+
+@contextlib.contextmanager
+def _alone(directory: pathlib.Path) -> Iterator[None]:
+    """One process at a time; all at once where the file system has no locks, which costs time only."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.enter_context(locked(directory.parent, directory.name))
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A `seqio.Task`'s split as its source gives it now, to be compared with a store."""
+
+    task: Any
+    split: str
+    prefixes: Sequence[str]
+
+    @functools.cached_property
+    def digest(self) -> dict[str, Any] | None:
+        """`rows_digest` of the source; None where the key's files stand for the rows."""
+        return self.digest_again()
+
+    def digest_again(self) -> dict[str, Any] | None:
+        with named_errors(self.task.name, self.task.source, self.split):
+            if files_of(self.task.source, self.split):
+                return None
+            return rows_digest(self.task.source, self.split, _seed(self.task))
+
+    def first_rows(self) -> list[list[list[int]]]:
+        rows = itertools.islice(read_tokens(self.task, self.split, self.prefixes), COMPARED_ROWS)
+        return [[list(map(int, ids)) for pair in example.rows for ids in pair] for example in rows]
+
+    def repeats(self) -> bool:
+        """Whether the first rows are the same twice; says so where they are not."""
+        if self.first_rows() == self.first_rows():
+            return True
+        self._warn(
+            "its source gives other rows each time it is read; the rows of this reading are kept"
+            " and trained on"
+        )
+        return False
+
+    def is_kept_in(self, store: TokenStore) -> bool:
+        """Whether the store is the one to use; a difference from the source is said.
+
+        The rows of a source that never repeats itself are kept: they are as good as any other.
+        """
+        if not store.about.get("repeats", True) or (
+            store.about.get("source") != self.digest and self.digest_again() != self.digest
+        ):
+            self._warn(
+                "its source gives other rows each time it is read; training on the rows that were"
+                " kept in %s",
+                store.directory,
+            )
+            return True
+        first = self.first_rows()
+        kept = [
+            [rows[feature][i].tolist() for rows in store.rows for feature in ("inputs", "targets")]
+            for i in range(min(COMPARED_ROWS, store.num_examples))
+        ]
+        source = store.about.get("source")
+        if source == self.digest and first == kept:
+            return True
+        where = f"after row {COMPARED_ROWS}"
+        if first != kept:
+            pairs = enumerate(zip(first, kept, strict=False), 1)
+            shorter = min(len(first), len(kept))
+            where = f"first at row {next((i for i, (a, b) in pairs if a != b), shorter + 1)}"
+        if source and self.digest and source["rows"] != self.digest["rows"]:
+            where += f"; {self.digest['rows']} rows, before {source['rows']}"
+        self._warn(
+            "its source gives other rows than when it was tokenised (%s); it is tokenised anew,"
+            " and a run on the old rows will refuse to resume",
+            where,
+        )
+        return False
+
+    def _warn(self, text: str, *values: Any) -> None:
+        logger.warning("task %r, split %r: " + text, self.task.name, self.split, *values)
 
 
 def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[TokenExample]:
     """Runs a `seqio.Task` once, unshuffled and uncut.
 
     Raises:
-        InputError: whatever SeqIO raises, with the task's name; or a row without inputs.
+        InputError: whatever SeqIO raises, with the task's name; or a row without inputs, or whose
+            weight is not above 0.
     """
     features = [(f"{p}inputs", f"{p}targets") for p in prefixes]
     with named_errors(task.name, task.source, split):
@@ -90,71 +193,25 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
         )
         decode = task.output_features[features[0][1]].vocabulary.decode
         for number, row in enumerate(dataset.as_numpy_iterator(), 1):
+            where = f"task {task.name!r}, split {split!r}, row {number}"
             ids = [(row[i].astype(np.int32), row[t].astype(np.int32)) for i, t in features]
             for (inputs, targets), (name, _) in zip(ids, features, strict=True):
                 if len(targets) and not len(inputs):
                     raise InputError(
-                        f"task {task.name!r}, split {split!r}, row {number}: {name!r} is empty;"
-                        " an encoder needs at least one token"
+                        f"{where}: {name!r} is empty; an encoder needs at least one token"
                     )
+            weight = float(row.get("weight", 1.0))
+            if not (weight > 0 and math.isfinite(weight)):
+                raise InputError(f"{where}: the field 'weight' must be above 0, got {weight}")
             text = row.get(f"{features[0][1]}_pretokenized")
             if isinstance(text, bytes):
                 text = text.decode()
             elif not isinstance(text, str):
                 text = decode(ids[0][1].tolist())
-            yield TokenExample(ids, float(row.get("weight", 1.0)), text)
+            yield TokenExample(ids, weight, text)
 
 
 def _seed(task: Any) -> int | None:
     # a fixed seed for preprocessors that draw; a function may not know the argument
     function = getattr(task.source, "_dataset_fn", None)
     return 0 if function is None else None
-
-
-def _first_rows(task: Any, split: str, prefixes: Sequence[str]) -> list[list[list[int]]]:
-    rows = itertools.islice(read_tokens(task, split, prefixes), COMPARED_ROWS)
-    return [[list(map(int, ids)) for pair in example.rows for ids in pair] for example in rows]
-
-
-def _repeats(task: Any, split: str, prefixes: Sequence[str]) -> bool:
-    """Whether the source gives the same rows twice; says so where it does not."""
-    if _first_rows(task, split, prefixes) == _first_rows(task, split, prefixes):
-        return True
-    logger.warning(
-        "task %r, split %r: its source gives other rows each time it is read; the rows of this"
-        " reading are kept and trained on",
-        task.name,
-        split,
-    )
-    return False
-
-
-def _still_the_same(
-    store: TokenStore, task: Any, split: str, prefixes: Sequence[str]
-) -> TokenStore | None:
-    """The store if the source still begins as it did, else None, with a warning."""
-    if not store.about.get("repeats", True):
-        logger.warning(
-            "task %r, split %r: its source gives other rows each time it is read; training on the"
-            " rows that were kept in %s",
-            task.name,
-            split,
-            store.directory,
-        )
-        return store
-    found = _first_rows(task, split, prefixes)
-    kept = [
-        [rows[feature][i].tolist() for rows in store.rows for feature in ("inputs", "targets")]
-        for i in range(min(COMPARED_ROWS, store.num_examples))
-    ]
-    if found == kept:
-        return store
-    at = next((i for i, (a, b) in enumerate(zip(found, kept, strict=False)) if a != b), None)
-    logger.warning(
-        "task %r, split %r: its source gives other rows than when it was tokenised (first at row"
-        " %d); it is tokenised anew, and a run on the old rows will refuse to resume",
-        task.name,
-        split,
-        (min(len(found), len(kept)) if at is None else at) + 1,
-    )
-    return None

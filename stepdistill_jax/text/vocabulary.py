@@ -21,6 +21,9 @@ class Vocabulary(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def source(self) -> str: ...
+
     def encode(self, text: str) -> list[int]: ...
 
     def decode(self, ids: list[int]) -> str: ...
@@ -54,6 +57,11 @@ class SentencePieceVocabulary:
         return self._processor.get_piece_size()
 
     @property
+    def source(self) -> str:
+        """What `load_vocabulary` takes for it: the file's path."""
+        return os.fspath(self.path)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of the file."""
         return self._digest
@@ -79,6 +87,7 @@ class ByteVocabulary:
 
     size = 256 + 3
     fingerprint = digest(BYTES)
+    source = BYTES  # what `load_vocabulary` takes for it
 
     def encode(self, text: str) -> list[int]:
         """Ids without the end of sequence."""

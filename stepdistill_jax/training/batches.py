@@ -18,6 +18,7 @@ from stepdistill_jax.training.packing import (
     first_fit,
     most_rows,
     place_tokens,
+    round_up,
 )
 
 Group = dict[str, np.ndarray]
@@ -122,8 +123,9 @@ class Batches:
     def row_counts(self) -> tuple[int, ...]:
         """Packed row counts, ascending, at most four; the last holds any batch of this data.
 
-        They depend neither on the seed nor on `data_fraction`, so that runs which differ in these
-        share their compiled steps.
+        They do not depend on the seed, and on `data_fraction` only where it leaves fewer examples
+        than a batch takes (the last count is larger then): runs that differ in these share their
+        compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
@@ -210,7 +212,7 @@ class Batches:
 
     def _padded(self, drawn: ExampleIds) -> Batch:
         """One group for each objective; row i is the i-th example's."""
-        count = -(-self.batch_size // self.row_multiple) * self.row_multiple
+        count = round_up(self.batch_size, self.row_multiple)
         groups = []
         for objective, lengths in enumerate(self.lengths, 1):
             group = empty_group(count, *lengths)

@@ -75,11 +75,13 @@ class Validator:
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _decode(self, params: Any) -> dict[str, float]:
-        prompts, labels = [], []
+        prompts: list[list[int]] = []
+        labels: list[str] = []
         for store in self.data.stores:
             inputs = store.rows[0]["inputs"]
             prompts += [
-                cut_ids(inputs[i], self.batches.input_length) for i in range(store.num_examples)
+                cut_ids(inputs[i].tolist(), self.batches.input_length)
+                for i in range(store.num_examples)
             ]
             labels += store.label_texts
         decoded = self.decoder(params, prompts)

@@ -10,9 +10,9 @@ import numpy as np
 
 from stepdistill_jax.objectives import Objective
 from stepdistill_jax.tasks.load import TaskData, load_task
-from stepdistill_jax.text.vocabulary import BYTES
 from stepdistill_jax.training.batches import Batches, Group
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.packing import round_up
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10
@@ -102,7 +102,7 @@ def _vocabulary_of(config: TrainConfig) -> str | None:
         return None
     from stepdistill_jax.formats.directory import read_model_files
 
-    return os.fspath(getattr(read_model_files(config.init_from).vocabulary, "path", BYTES))
+    return read_model_files(config.init_from).vocabulary.source
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
@@ -192,10 +192,6 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
         }
 
 
-def _round_up(value: float, multiple: int = 8) -> int:
-    return math.ceil(value / multiple) * multiple
-
-
 def _candidate_lengths(data: TaskData) -> list[tuple[int, int]]:
     """Packed lengths worth a try: room for 1 to 8 of the longest inputs, targets in proportion.
 
@@ -212,10 +208,10 @@ def _candidate_lengths(data: TaskData) -> list[tuple[int, int]]:
     proportion = targets.sum() / inputs.sum()
     found = []
     for fold in (1, 1.5, 2, 3, 4, 6, 8):
-        input_length = _round_up(longest_input * fold)
+        input_length = round_up(longest_input * fold, 8)
         for slack in (1.0, 1.1, 1.25):
             target_length = max(longest_target, input_length * proportion * slack)
-            found.append((input_length, _round_up(target_length)))
+            found.append((input_length, round_up(target_length, 8)))
     return sorted(set(found))
 
 

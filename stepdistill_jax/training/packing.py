@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -229,9 +230,8 @@ def choose_row_counts(probes: Sequence[int], bound: int, row_multiple: int) -> t
         row_multiple: counts are multiples of it.
     """
     used = np.sort(np.asarray(probes, np.int64))
-    rounded = -(-used // row_multiple) * row_multiple
-    margin = used[-1] + max(1, int(np.ceil(used.std())))
-    third = -(-margin // row_multiple) * row_multiple
+    rounded = np.array([round_up(count, row_multiple) for count in used.tolist()])
+    third = round_up(used[-1] + max(1, int(np.ceil(used.std()))), row_multiple)
     values = np.unique(rounded)
     means = {
         (a, b): np.where(rounded <= a, a, np.where(rounded <= b, b, third)).mean()
@@ -240,8 +240,13 @@ def choose_row_counts(probes: Sequence[int], bound: int, row_multiple: int) -> t
         if a <= b
     }
     a, b = min(means, key=lambda pair: (means[pair], pair))
-    last = -(-bound // row_multiple) * row_multiple
-    return tuple(sorted({c for c in (a, b, int(third)) if c < last} | {last}))
+    last = round_up(bound, row_multiple)
+    return tuple(sorted({c for c in (a, b, third) if c < last} | {last}))
+
+
+def round_up(value: float, multiple: int) -> int:
+    """The least multiple that is not below `value`."""
+    return math.ceil(value / multiple) * multiple
 
 
 def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:

@@ -18,11 +18,11 @@ from stepdistill_jax.models.config import T5Config, t5_v1_1
 from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import batch_shards, make_mesh
 from stepdistill_jax.tasks.load import TaskData, has_split, load_task
-from stepdistill_jax.text.vocabulary import BYTES
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.evaluate import Validator
 from stepdistill_jax.training.optimizer import make_optimizer
+from stepdistill_jax.training.packing import round_up
 from stepdistill_jax.training.state import (
     TrainState,
     abstract_state,
@@ -117,7 +117,7 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
             abstract=abstract,
             mesh=mesh,
             max_decode_len=max_decode_len(data, config.target_length),
-            batch_size=_round_up(config.batch_size, batch_shards(mesh)),
+            batch_size=round_up(config.batch_size, batch_shards(mesh)),
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
@@ -135,7 +135,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
         )
     files = read_model_files(workdir if resumed else config.init_from)
     log(f"INIT_FROM {config.init_from}: its config.json decides the model, not MODEL_SIZE")
-    return str(getattr(files.vocabulary, "path", BYTES)), dataclasses.replace(
+    return files.vocabulary.source, dataclasses.replace(
         files.config,
         dtype=config.dtype,
         dropout_rate=config.dropout_rate,
@@ -146,8 +146,4 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
 def max_decode_len(data: TaskData, target_length: int) -> int:
     """Tokens of the longest label of the train split with its end, rounded up to a multiple of 8."""
     longest = max(int(np.diff(store.rows[0]["targets"].offsets).max()) for store in data.stores)
-    return _round_up(min(longest, target_length), 8)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    return round_up(min(longest, target_length), 8)

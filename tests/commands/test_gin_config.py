@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import pathlib
+import sys
 
 import gin
 import hypothesis
@@ -284,7 +285,8 @@ hint/Objective:
 
 
 def test_a_users_module_may_register_a_configurable(write, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)  # it lies where its user stands
     (tmp_path / "my_objectives_for_gin.py").write_text(
         "import gin\nfrom stepdistill_jax.objectives import Objective\n"
         "@gin.configurable\n"

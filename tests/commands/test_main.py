@@ -193,19 +193,6 @@ def test_version_as_json_is_the_block_of_run_json(capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == version_block()
 
 
-def test_a_module_in_the_current_folder_can_be_imported(fake, tmp_path, monkeypatch):
-    (tmp_path / "tasks_of_this_folder.py").write_text("ANSWER = 42\n")
-    monkeypatch.chdir(tmp_path)
-
-    def run(args):
-        import tasks_of_this_folder
-
-        assert tasks_of_this_folder.ANSWER == 42
-
-    fake(run)
-    assert main.main(["fake"]) == 0
-
-
 def test_gin_flags_are_told_apart_from_ours():
     assert arguments.split_gin_flags(["--gin.A=1", "--gin_file=x", "--set", "B=2"]) == [
         "--gin-binding=A=1",

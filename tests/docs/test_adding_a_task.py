@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from stepdistill_jax.commands.main import main
+
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_task.md"
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,8 +32,42 @@ def reader(tmp_path_factory):
     return folder
 
 
-def typed(reader, line, *more):
-    """Runs a command line of the page as its reader would; the JSON that it ends with."""
+@pytest.fixture
+def typed(reader, monkeypatch, capsys):
+    """Runs a command line of the page in the reader's folder; the JSON that it ends with.
+
+    In this process, which need not import TensorFlow for each; the folder is not on its path.
+    """
+    monkeypatch.chdir(reader)
+    monkeypatch.setenv("STEPDISTILL_DATA_DIR", str(reader / "data"))
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+
+    def run(line, *more):
+        program, *argv = line.split()
+        assert program == "stepdistill"
+        code = main([*argv, *more, "--json"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])
+
+    return run
+
+
+@pytest.fixture
+def prepared(reader, typed):
+    """Types the page's `prepare` lines for a way, once."""
+
+    def run(way):
+        for line in commands(way):
+            name = re.search(r"^stepdistill prepare .*--name (\w+)", line)
+            if name and not (reader / "data" / name[1] / "dataset.json").exists():
+                typed(line)
+
+    return run
+
+
+def typed_into_a_shell(reader, line, *more):
+    """The same in a process of its own, with one device."""
     program, *argv = line.split()
     assert program == "stepdistill"
     environment = {**os.environ, "STEPDISTILL_DATA_DIR": str(reader / "data"), "XLA_FLAGS": ""}
@@ -52,13 +88,11 @@ def commands(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_each_way_shows_its_rows_as_the_page_says(reader, way):
-    *first, train = commands(way)
-    assert train.split()[1] == "train"
-    *prepare, inspect = first
-    for line in prepare:
-        typed(reader, line)
-    found = typed(reader, inspect, "--rows", "99")
+def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
+    *_, inspect, train = commands(way)
+    assert [inspect.split()[1], train.split()[1]] == ["inspect", "train"]
+    prepared(way)
+    found = typed(inspect, "--rows", "99")
     shown = {(s["objective"], s["input"], s["target"]) for row in found["shown"] for s in row}
     want = {
         "jsonl": {
@@ -91,12 +125,10 @@ def test_the_task_in_code_takes_under_25_lines():
         "seqio",
     ],
 )
-def test_each_way_trains(reader, way):
-    *first, train = commands(way)
-    for line in first:
-        typed(reader, line)
+def test_each_way_trains(reader, prepared, way):
+    prepared(way)
     overrides = [argument for setting in SHORT for argument in ("--set", setting)]
-    found = typed(reader, train, *overrides)
+    found = typed_into_a_shell(reader, commands(way)[-1], *overrides)
     assert found["step"] == 2
     assert found["loss/label"] > 0
     assert ("loss/rationale" in found) == (way != "seqio")

@@ -1,10 +1,18 @@
 """`stepdistill predict`, `evaluate` and `export` as a user types them."""
 
+import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import read_task_info, write_model_files
+from stepdistill_jax.tasks import evaluate
+from stepdistill_jax.text.vocabulary import load_vocabulary
 
 KEYS = {"rows", "invalid_labels", "unfinished", "rows_per_second"}
 LABELLED = KEYS | {"accuracy", "majority_baseline"}
@@ -64,7 +72,9 @@ def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys)
         (("predict", tmp_path / "none", source, out), "none: no such model directory"),
         (("predict", workdir, source, out, "--step", "4"), "4"),
         (("predict", workdir, source, out, "--module", "mine"), "--module"),
-        (("evaluate", workdir, "--task", "none", "--data-dir", tmp_path), "'none'"),
+        (("evaluate", workdir, "--task", "none", "--data-dir", tmp_path), "--module pkg.tasks"),
+        # said before the task is looked for, not after all has been decoded
+        (("evaluate", workdir, "--task", "none", "--output", tmp_path), "--output"),
         (("export", workdir, tmp_path), "is not empty"),
         (("export", tmp_path / "none", tmp_path / "new"), "not a workdir"),
     ):
@@ -92,7 +102,7 @@ seqio.TaskRegistry.add(
 
 @pytest.mark.slow  # imports SeqIO
 def test_a_seqio_task_of_a_module_is_evaluated_like_its_texts(
-    workdir, spiece, questions, write_rows, tmp_path, capsys, monkeypatch
+    workdir, model_dir, tiny_config, spiece, questions, write_rows, tmp_path, capsys, monkeypatch
 ):
     rows = [("predict: " + q["input"], q["label"]) for q in questions[:40]]
     code = PLAIN_TASK.format(spiece=str(spiece), rows=rows)
@@ -109,3 +119,53 @@ def test_a_seqio_task_of_a_module_is_evaluated_like_its_texts(
     for name in ("rows", "accuracy", "majority_baseline", "unfinished", "cut_inputs"):
         assert result[name] == want[name]
     assert json.loads((tmp_path / "r.json").read_text()) == result
+    # a model that was trained on this task knows its module
+    info = read_task_info(model_dir)
+    origin = {"config": {"task_module": "roads_module"}}
+    info = dataclasses.replace(info, task="plain_roads", provenance=origin)
+    own = shutil.copytree(model_dir, tmp_path / "own")
+    write_model_files(own, tiny_config, load_vocabulary(spiece), info)
+    without_module = [*flags[:2], *flags[4:]]
+    code, out, err = run(capsys, "evaluate", own, *without_module, "--json")
+    assert code == 0, err
+    for name in ("rows", "accuracy", "majority_baseline", "unfinished", "cut_inputs"):
+        assert json.loads(out[-1])[name] == want[name]
+
+
+def test_the_module_of_a_models_own_task_is_looked_in_and_of_no_other(
+    model_dir, task_info, tiny_config, spiece, tmp_path
+):
+    own = tmp_path / "own"
+    origin = {"config": {"task_module": "module_of_roads"}}
+    info = dataclasses.replace(task_info, provenance=origin)
+    write_model_files(own, tiny_config, load_vocabulary(spiece), info)
+    for task, module, message in (
+        ("roads", None, "no module 'module_of_roads'"),
+        ("roads", "other", "no module 'other'"),
+        ("lanes", None, "unknown task 'lanes'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(own, task=task, task_module=module, data_dir=tmp_path)
+    with pytest.raises(InputError, match="unknown task 'roads'"):  # its config has no module
+        evaluate(model_dir, task="roads", data_dir=tmp_path)
+
+
+def test_a_prepared_dataset_is_evaluated_without_tensorflow(model_dir, write_rows, tmp_path):
+    folder = tmp_path / "data" / "lanes"
+    (folder / "1.0.0").mkdir(parents=True)
+    described = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 1}, "labels": []}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    (folder / "test.jsonl").write_text('{"input": "with rain", "label": "smooth"}\n')
+    code = """
+import sys
+from stepdistill_jax.commands.main import main
+flags = ["--data-dir", sys.argv[2], "--json", "--task"]
+assert main(["evaluate", sys.argv[1], *flags, "lanes"]) == 0
+assert main(["evaluate", sys.argv[1], *flags, "absent"]) == 2
+print([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "gin") if m in sys.modules])
+"""
+    command = [sys.executable, "-c", code, str(model_dir), str(folder.parent)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-2])["rows"] == 1
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -52,15 +52,23 @@ def test_a_model_directory_stays_as_it_is(model_dir, data_dir):
     assert sorted(p.name for p in model_dir.iterdir()) == before
 
 
-def test_unknown_names_are_refused(workdir, data_dir, tmp_path):
+def test_unknown_names_and_impossible_outputs_are_refused(workdir, data_dir, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
     for options, message in (
         ({"task": "raods"}, "roads"),
         ({"task": "roads", "split": "tset"}, "test"),
         ({"task": "roads", "step": 4}, "4"),
-        ({"task": "roads", "output": tmp_path}, "is a folder"),
+        ({"task": "roads", "output": tmp_path}, "--output .* is a folder"),
+        ({"task": "roads", "output": file / "r.json"}, "--output .*r.json: cannot be written"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate(workdir, data_dir=data_dir, **options)
+
+
+def test_a_model_directory_has_no_steps_to_evaluate(model_dir, data_dir):
+    with pytest.raises(InputError, match=r"--step 5: .* is a model directory"):
+        evaluate(model_dir, task="roads", data_dir=data_dir, step="5")
 
 
 def tally(pairs, metric="text_match", labels=(), choices=()):

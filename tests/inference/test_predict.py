@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -195,13 +196,16 @@ def test_a_former_output_stays_until_the_new_one_is_whole(
 
 BAD_LINES = {
     "broken JSON": (b'{"input": "a"', "broken JSON"),
-    "no input": (b'{"question": "a"}', "`input` is missing (the row has question)"),
-    "input is a number": (b'{"input": 3}', "`input` must be a text, got 3"),
-    "input is null": (b'{"input": null}', "`input` must be a text, got None"),
-    "label is a list": (b'{"input": "a", "label": ["b"]}', "`label` must be a text"),
-    "id is an object": (b'{"input": "a", "id": {}}', "`id` must be a text or a whole number"),
-    "choices is a text": (b'{"input": "a", "choices": "b"}', "`choices` must be a list"),
+    "no input": (b'{"question": "a"}', "no field 'input' (found: question)"),
+    "input is a list": (b'{"input": ["a"]}', "the field 'input' must be text (or an integer)"),
+    "input is null": (b'{"input": null}', "the field 'input' is empty"),
+    "label is a list": (b'{"input": "a", "label": ["b"]}', "the field 'label' must be text"),
+    "label is a fraction": (b'{"input": "a", "label": 1.0}', "the field 'label' must be text"),
+    "id is an object": (b'{"input": "a", "id": {}}', "the field 'id' must be text"),
+    "id of 5,000 digits": (b'{"input": "a", "id": %s}' % (b"9" * 5000), "JSON that cannot be read"),
+    "choices is a text": (b'{"input": "a", "choices": "b"}', "the field 'choices' must be a list"),
     "a list": (b'["a"]', "a JSON object is wanted, got list"),
+    "nested": (b"[" * 100_000, "JSON that cannot be read"),
     "not UTF-8": (b'{"input": "\xff"}', "not UTF-8"),
     "half a surrogate pair": (rb'{"input": "\ud800"}', "surrogate"),
 }
@@ -230,9 +234,49 @@ def test_skip_leaves_bad_rows_out_and_counts_them(
     summary = predict(model_dir, source, tmp_path / "out.jsonl", on_error="skip")
     assert (summary["rows"], summary["skipped"]) == (3, len(bad))
     rows = read_rows_of(tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == ["a", "12", "13"], "a bad row keeps its number"
+    numbers = [str(len(bad) + 2), str(len(bad) + 3)]
+    assert [row["id"] for row in rows] == ["a", *numbers], "a bad row keeps its number"
     log = capsys.readouterr().err
-    assert all(f"{source}:{number}: " in log for number in range(2, 12))
+    assert all(f"{source}:{number}: " in log for number in range(2, len(bad) + 2))
+
+
+@pytest.mark.parametrize("change", ["grows", "shrinks", "is another", "is removed"])
+def test_an_input_that_changes_while_it_is_read_gives_no_output(
+    model_dir, questions, small_windows, write_rows, tmp_path, monkeypatch, change
+):
+    # long rows: a reader must not have the whole file in its buffer
+    rows = [q | {"unread": "x" * 10_000} for q in questions[:90]]
+    source, out = write_rows(rows), tmp_path / "out.jsonl"
+    decode_window = predict_module._decode_window
+
+    def changes(*args):
+        monkeypatch.setattr(predict_module, "_decode_window", decode_window)
+        if change == "grows":
+            with open(source, "a") as f:
+                f.write('{"input": "one more"}\n')
+        if change == "shrinks":
+            os.truncate(source, 400_000)
+        if change == "is another":
+            write_rows([*rows[:-1], {"input": "other"}])
+        if change == "is removed":
+            source.unlink()
+        return decode_window(*args)
+
+    monkeypatch.setattr(predict_module, "_decode_window", changes)
+    with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read \(90 good rows"):
+        predict(model_dir, source, out)
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == [] if change == "is removed" else left == ["in.jsonl"]
+
+
+def test_a_model_directory_has_no_steps_to_choose_from(model_dir, write_rows, tmp_path):
+    source, out = write_rows([{"input": "a"}]), tmp_path / "out.jsonl"
+    for step in (5, "5", "bset"):
+        with pytest.raises(InputError, match=rf"--step {step}: .* is a model directory"):
+            predict(model_dir, source, out, step=step)
+    assert not out.exists()
+    for step in ("best", "last"):
+        predict(model_dir, source, out, step=step)
 
 
 def test_an_empty_file_gives_an_empty_output(model_dir, write_rows, tmp_path):
@@ -241,9 +285,13 @@ def test_an_empty_file_gives_an_empty_output(model_dir, write_rows, tmp_path):
     assert summary["rows"] == 0 and "accuracy" not in summary
 
 
-def test_row_choices_say_what_is_valid(model_dir, write_rows, read_rows_of, tmp_path, answers):
-    label = answers[1][0]["label"]
-    rows = [{"input": "with rain", "choices": ["yes", "no"]}, {"input": "with rain"}]
+def test_row_choices_say_what_is_valid(
+    model_dir, questions, write_rows, read_rows_of, tmp_path, answers
+):
+    # the untrained model's answers may be blank, and a choice may not
+    answered = next(i for i, row in enumerate(answers[1]) if row["label"].strip())
+    question = questions[answered]["input"]
+    rows = [{"input": question, "choices": ["yes", "no"]}, {"input": question}]
     predict(model_dir, write_rows(rows), tmp_path / "first.jsonl")
     label = read_rows_of(tmp_path / "first.jsonl")[0]["label"]
     rows[0]["choices"].append(label)

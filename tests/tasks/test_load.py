@@ -1,11 +1,15 @@
 # ruff: noqa: RUF001 (hard strings are meant to look alike)
+import concurrent.futures
 import json
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
+import time
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.objectives import copy_control, step_by_step
 from stepdistill_jax.tasks.load import has_split, load_task, splits_of
+from stepdistill_jax.tasks.token_store import TokenExample
 from stepdistill_jax.text.vocabulary import EOS_ID, ByteVocabulary, SentencePieceVocabulary
 from stepdistill_jax.training.batches import Batches
 
@@ -250,6 +255,207 @@ def test_a_source_that_changed_behind_a_function_is_noticed(seqio, tmp_path, cap
     assert "other rows than when it was tokenised (first at row 2)" in caplog.text
     assert second.fingerprint != first.fingerprint
     assert second.stores[0].label_texts == ["a", "c"]
+
+
+@pytest.fixture(params=["add_task", "FunctionDataSource"])
+def changeable(seqio, request):
+    """(name of a task, the labels that its function gives): 60 rows through Python or TensorFlow."""
+    import tensorflow as tf
+
+    from stepdistill_jax.tasks.registry import add_task
+
+    labels = [f"label {i}" for i in range(60)]
+    name = f"changeable_{abs(hash(request.node.nodeid)) % 10**9}"
+
+    def rows(split):
+        return [{"input": f"row {i}", "label": label} for i, label in enumerate(labels)]
+
+    def dataset(split, shuffle_files):
+        texts = rows(split)
+        return tf.data.Dataset.from_tensor_slices({k: [r[k] for r in texts] for k in texts[0]})
+
+    if request.param == "add_task":
+        add_task(name, source=rows, splits=["train"])
+    else:
+        add_task(name, source=seqio.FunctionDataSource(dataset, splits=["train"]))
+    return name, labels
+
+
+def append(labels):
+    labels += [f"late {i}" for i in range(30)]
+
+
+def change_one(labels):
+    labels[40] = "changed"
+
+
+def take_one_away(labels):
+    labels.pop(50)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (append, r"\(after row 32; 90 rows, before 60\)"),
+        (change_one, r"\(after row 32\)"),
+        (take_one_away, r"\(after row 32; 59 rows, before 60\)"),
+    ],
+)
+def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(
+    changeable, tmp_path, caplog, change, said
+):
+    name, labels = changeable
+    first = load_task(name, split="train", data_dir=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert load_task(name, split="train", data_dir=tmp_path).fingerprint == first.fingerprint
+        assert "other rows" not in caplog.text
+        change(labels)
+        second = load_task(name, split="train", data_dir=tmp_path)
+        assert re.search(f"'{name}', split 'train': .*tokenised {said}", caplog.text)
+        assert second.stores[0].label_texts == labels
+        assert second.fingerprint != first.fingerprint
+        caplog.clear()
+        assert load_task(name, split="train", data_dir=tmp_path).fingerprint == second.fingerprint
+        assert "other rows" not in caplog.text
+
+
+def test_a_source_whose_late_rows_never_repeat_is_named_and_its_rows_kept(
+    changeable, tmp_path, caplog, monkeypatch
+):
+    from stepdistill_jax.tasks import tokenizing
+
+    name, _ = changeable
+    first = load_task(name, split="train", data_dir=tmp_path)
+    reads = iter(range(99))
+    monkeypatch.setattr(tokenizing, "rows_digest", lambda *_: {"rows": 60, "sha256": next(reads)})
+    with caplog.at_level(logging.WARNING):
+        again = load_task(name, split="train", data_dir=tmp_path)
+    assert f"{name!r}, split 'train': its source gives other rows each time" in caplog.text
+    assert again.fingerprint == first.fingerprint
+
+
+def test_a_field_that_no_objective_reads_changes_no_tokens(seqio, tmp_path):
+    from stepdistill_jax.tasks.registry import add_task
+
+    row = {"input": "a", "label": "b", "llm_label": "c"}
+    add_task("unread_field", source=lambda split: [row], splits=["train"])
+    first = load_task("unread_field", split="train", data_dir=tmp_path)
+    row["llm_label"] = "d"
+    second = load_task("unread_field", split="train", data_dir=tmp_path)
+    assert second.fingerprint == first.fingerprint
+    assert second.stores[0].about != first.stores[0].about
+
+
+def test_the_files_of_a_source_stand_for_its_rows(seqio, tmp_path, monkeypatch):
+    from stepdistill_jax.tasks.sources import files_of
+
+    path = tmp_path / "lines.txt"
+    path.write_text("a\nb\n")
+    lines = seqio.TextLineDataSource({"train": str(path)})
+    before = files_of(lines, "train")
+    assert before == [[str(path), 4, path.stat().st_mtime_ns]]
+    path.write_text("a\nb\nc\n")
+    assert files_of(lines, "train") != before
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")
+    assert files_of(lines, "train") == []
+    # a function's splits are no files, even where one is called like them
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("train").touch()
+    function = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"])
+    assert files_of(function, "train") == []
+
+
+def test_parts_of_a_tfds_split_are_told_apart(seqio, delivery_data_dir):
+    from stepdistill_jax.tasks.sources import files_of
+
+    def found(part):
+        return files_of(
+            seqio.TfdsDataSource("delivery:1.0.0", str(delivery_data_dir), {"train": part}), "train"
+        )
+
+    assert found("train[:10%]") == found("train[:10%]")
+    assert len(found("train")) > 1
+    assert found("train[:10%]") != found("train[:20%]")
+
+
+def test_rows_of_any_structure_have_a_digest_that_tells_them_apart(seqio):
+    import tensorflow as tf
+
+    from stepdistill_jax.tasks.sources import rows_digest
+
+    def digest_of(*rows):
+        dataset = tf.data.Dataset.from_tensors(rows[0])
+        for row in rows[1:]:
+            dataset = dataset.concatenate(tf.data.Dataset.from_tensors(row))
+        return rows_digest(
+            seqio.FunctionDataSource(lambda split, shuffle_files: dataset, splits=["train"]),
+            "train",
+            None,
+        )
+
+    different = [
+        ["ab", "c"],
+        ["a", "bc"],
+        ["a", "b", "c"],
+        [("a", "bc")],
+        [("ab", "c")],
+        [{"x": {"y": 1.0}, "z": "é"}],
+        [{"x": {"y": 2.0}, "z": "é"}],
+        [tf.ragged.constant([[1], [2, 3]])],
+        [tf.ragged.constant([[1, 2], [3]])],
+        [tf.sparse.from_dense([0, 1])],
+        [tf.sparse.from_dense([1, 0])],
+    ]
+    digests = [digest_of(*rows) for rows in different]
+    assert len({found["sha256"] for found in digests}) == len(different)
+    assert [found["rows"] for found in digests[:4]] == [2, 2, 3, 1]
+    assert digest_of(*different[0]) == digests[0]
+
+
+def test_a_split_is_tokenised_by_one_process_while_the_others_wait(tmp_path, monkeypatch):
+    from stepdistill_jax.tasks import tokenizing
+
+    readings = []
+
+    def slow(task, split, prefixes):
+        readings.append(task)
+        time.sleep(0.3)
+        yield TokenExample([([5, 1], [6, 1])])
+
+    monkeypatch.setattr(tokenizing, "read_tokens", slow)
+    source = types.SimpleNamespace(num_input_examples=lambda split: 1)
+
+    def opened(_):  # a lock is a process's own open file, so threads stand for processes
+        return tokenizing.stored_tokens(
+            lambda: types.SimpleNamespace(name="t", source=source),
+            name="t",
+            split="train",
+            objectives=["label"],
+            prefixes=[""],
+            key="k",
+            data_dir=tmp_path,
+            compare=False,
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(opened, range(3)))
+    assert len(readings) == 1
+    assert {store.fingerprint for store in stores} == {stores[0].fingerprint}
+
+
+def test_a_tfds_dataset_that_is_not_there_is_named_with_its_task(seqio, tmp_path):
+    from stepdistill_jax.tasks.registry import add_task
+
+    source = seqio.TfdsDataSource("no_such_dataset:1.0.0", str(tmp_path), splits=["train"])
+    with pytest.raises(InputError, match=r"task 'no_tfds_label'.*no_such_dataset.* not found"):
+        add_task("no_tfds", source=source)
+    feature = seqio.Feature(seqio.ByteVocabulary())
+    seqio.TaskRegistry.add(
+        "no_tfds_plain", source=source, preprocessors=[], output_features=dict.fromkeys(("inputs", "targets"), feature)
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"task 'no_tfds_plain'.*no_such_dataset.* not found"):
+        load_task("no_tfds_plain", split="train", data_dir=tmp_path)
 
 
 def test_a_source_that_never_repeats_is_named_and_its_rows_kept(seqio, tmp_path, caplog):

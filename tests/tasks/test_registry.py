@@ -160,6 +160,10 @@ def test_a_source_of_seqio_is_renamed_by_preprocessors(seqio, tmp_path):
 BAD_ROWS = {
     "missing": ([{"input": "a", "lable": "b"}], r"row 1: field 'label' is missing.*input, lable.*did you mean 'lable'"),
     "number": ([{"input": "a", "label": "b"}, {"input": "a", "label": 3}], "row 2: field 'label' must be a text, got int"),
+    "negative": ([{"input": "a", "label": "b", "weight": -2.0}], "row 1: the field 'weight' must be above 0, got -2.0"),
+    "nan": ([{"input": "a", "label": "b"}, {"input": "a", "label": "b", "weight": float("nan")}], "row 2: the field 'weight' must be above 0, got nan"),
+    "numpy": ([{"input": "a", "label": "b", "weight": np.float32(0)}], "row 1: the field 'weight' must be above 0, got 0.0"),
+    "words": ([{"input": "a", "label": "b", "weight": "2"}], "row 1: the field 'weight' must be a number, got text"),
     "empty": ([{"input": "a", "label": ""}], "row 1: field 'label' is empty"),
     "list": (["a"], "row 1: a dict is wanted, got str"),
     "nothing": ([], "no row with a target in split 'train'"),
@@ -177,6 +181,28 @@ def test_a_bad_row_is_named_and_nothing_stays_registered(seqio, case):
         *seqio.TaskRegistry.names(),
         *seqio.MixtureRegistry.names(),
     }
+
+
+def test_a_bad_weight_beyond_the_first_rows_is_named_with_its_row(seqio, tmp_path):
+    bad = [{"input": f"{i}", "label": "b", "weight": 1.0 - (i == 40)} for i in range(60)]
+    add_task("late_weight", source=lambda split: bad, splits=["train"])
+    want = r"task 'late_weight', split 'train', row 41: the field 'weight' must be above 0, got 0.0"
+    with pytest.raises(InputError, match=want):
+        load_task("late_weight", split="train", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("weight", [-2.0, float("nan"), float("inf")])
+def test_a_bad_weight_of_a_source_of_seqio_is_named_with_its_row(seqio, tmp_path, weight):
+    import tensorflow as tf
+
+    columns = {"input": ["a", "b"], "label": ["c", "d"], "weight": [0.5, weight]}
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files: tf.data.Dataset.from_tensor_slices(columns), splits=["train"]
+    )
+    name = f"weighed_{'infinite' if weight > 0 else 'negative' if weight < 0 else 'nan'}"
+    add_task(name, source=source)
+    with pytest.raises(InputError, match=f"'{name}', split 'train', row 2: the field 'weight'"):
+        load_task(name, split="train", data_dir=tmp_path)
 
 
 def test_a_function_that_fails_is_named_with_its_row(seqio):

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -69,6 +72,59 @@ def test_a_replaced_store_stays_readable_for_those_who_have_it_open(tmp_path):
     assert contents(old)[1][0] == [5, 1]
     assert new.num_examples == 1
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_the_labels_of_a_replaced_store_are_still_its_own(tmp_path):
+    old = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+    write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES[:1])
+    assert old.label_texts == ["seven", "ünïcode\nline"]
+
+
+def test_the_same_store_is_not_replaced(tmp_path):
+    write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES, {"task": "x"})
+    inode = (tmp_path / "s").stat().st_ino
+    write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES, {"task": "x"})
+    assert (tmp_path / "s").stat().st_ino == inode
+    # what a store was made from is compared at the next start
+    store = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES, {"task": "y"})
+    assert store.about == open_store(tmp_path / "s").about == {"task": "y"}
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_processes_that_write_and_read_at_once_all_get_whole_stores(tmp_path, kinds):
+    code = """
+        import pathlib, sys, time
+        from stepdistill_jax.tasks.token_store import TokenExample, open_store, write_store
+
+        folder, me, kinds = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+        (folder / f"ready-{me}").touch()
+        while len(list(folder.glob("ready-*"))) < 2:
+            time.sleep(0.001)
+        for k in range(200):
+            length = 2 + (k + int(me)) % kinds
+            rows = [TokenExample([([7] * length, [length, 1])], 1.0, str(length))] * length
+            store = write_store(folder / "at" / str(k // 50), ["label"], iter(rows))
+            for store in (store, open_store(folder / "at" / str(k // 50))):
+                if store is None:  # the other one replaces it just now
+                    assert kinds > 1
+                    continue
+                n = store.num_examples
+                assert store.label_texts == [str(n)] * n, (store.label_texts, n)
+                assert store.rows[0]["inputs"].ids.tolist() == [7] * n * n
+                assert store.rows[0]["targets"][n - 1].tolist() == [n, 1]
+    """
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), me, str(kinds)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for me in "01"
+    ]
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], errors
+    assert sorted(p.name for p in (tmp_path / "at").iterdir()) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "version", "absent"])

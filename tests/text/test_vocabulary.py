@@ -47,3 +47,10 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "text.model").write_text("not a model")
     with pytest.raises(InputError, match=r"text\.model: not a SentencePiece model"):
         load_vocabulary(tmp_path / "text.model")
+
+
+def test_a_vocabulary_says_where_it_can_be_loaded_again(delivery_data_dir):
+    for source in ("bytes", str(delivery_data_dir / "delivery" / "spiece.model")):
+        vocabulary = load_vocabulary(source)
+        assert vocabulary.source == source
+        assert load_vocabulary(vocabulary.source).fingerprint == vocabulary.fingerprint

@@ -258,9 +258,13 @@ def test_row_counts_do_not_depend_on_seed_or_fraction():
     counts = {
         Batches(data, 16, 32, 32, seed=seed, data_fraction=fraction).row_counts
         for seed in range(3)
-        for fraction in (0.5, 1.0)
+        for fraction in (0.16, 0.5, 1.0)
     }
     assert len(counts) == 1
+    # 8 examples, of which a batch of 16 takes some three times
+    few = Batches(data, 16, 32, 32, seed=0, data_fraction=0.08)
+    assert few.row_counts[:-1] == counts.pop()[:-1]
+    assert all(len(few(step)[0]["encoder_segment_ids"]) in few.row_counts for step in range(9))
 
 
 def test_few_rows_are_empty():

@@ -17,7 +17,7 @@ from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import jit_train_step
 
-MODEL = dataclasses.replace_rows(t5_v1_1("tiny", vocab_size=128), dropout_rate=0.0)
+MODEL = dataclasses.replace(t5_v1_1("tiny", vocab_size=128), dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
 
 
@@ -127,7 +127,7 @@ def test_padded_rows_give_the_update_of_packed_ones(data, one_device):
 def test_a_rationale_of_weight_zero_is_label_only_training(data):
     """The same label rows, without the rationale rows, give the same gradient."""
     both = batches(data, pack=False)(0)
-    alone = dataclasses.replace_rows(
+    alone = dataclasses.replace(
         data, objectives=label_only(), stores=(only_labels(data.stores[0]),)
     )
     losses, gradient = updates(both, weights=(1.0, 0.0))
@@ -137,7 +137,7 @@ def test_a_rationale_of_weight_zero_is_label_only_training(data):
 
 
 def only_labels(store):
-    return dataclasses.replace_rows(store, objectives=store.objectives[:1], rows=store.rows[:1])
+    return dataclasses.replace(store, objectives=store.objectives[:1], rows=store.rows[:1])
 
 
 def test_the_state_is_donated_and_cut(data):
@@ -166,13 +166,13 @@ def test_adafactor_moments_are_cut_like_their_parameter():
 
 
 def test_dropout_depends_on_seed_and_step_alone(data):
-    dropped = dataclasses.replace_rows(MODEL, dropout_rate=0.3)
+    dropped = dataclasses.replace(MODEL, dropout_rate=0.3)
     losses = {}
     for name, devices, seed in (("one", 1, 0), ("again", 1, 0), ("eight", 8, 0), ("other", 1, 1)):
         mesh, tx = make_mesh(Layout(data=devices), jax.devices()[:devices]), optax.sgd(0.0)
         abstract = abstract_state(dropped, tx, mesh)
         state = init_state(dropped, tx, abstract, seed=0)
-        state = state.replace_rows(rng=jax.device_put(jax.random.key(seed), abstract.rng.sharding))
+        state = state.replace(rng=jax.device_put(jax.random.key(seed), abstract.rng.sharding))
         step = jit_train_step(abstract, mesh, model=T5(dropped), tx=tx, objective_weights=WEIGHTS)
         found = []
         for _ in range(2):

@@ -1,0 +1,51 @@
+"""One output, one writer: two runs never append to the same file."""
+
+import importlib
+import os
+
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference import output as output_module
+from stepdistill_jax.inference import predict
+
+# `inference.predict` is the function
+predict_module = importlib.import_module("stepdistill_jax.inference.predict")
+
+
+def test_a_second_run_on_an_output_is_refused_and_the_first_one_ends_well(
+    model_dir, questions, write_rows, tmp_path, monkeypatch
+):
+    source, out, whole = write_rows(questions[:90]), tmp_path / "out.jsonl", tmp_path / "w.jsonl"
+    predict(model_dir, source, whole)
+    decode_window, refused = predict_module._decode_window, []
+
+    def meets_another(*args):
+        monkeypatch.setattr(predict_module, "_decode_window", decode_window)
+        with pytest.raises(InputError, match=r"out\.jsonl\.partial: another run is writing it"):
+            predict(model_dir, source, out)
+        refused.append(True)
+        return decode_window(*args)
+
+    monkeypatch.setattr(predict_module, "_decode_window", meets_another)
+    predict(model_dir, source, out)
+    assert refused and out.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "w.jsonl"]
+
+
+def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    lock = output_module._lock
+
+    def late(file):  # the other run ends between our open and our lock
+        monkeypatch.setattr(output_module, "_lock", lock)
+        os.replace(tmp_path / "out.jsonl.partial", out)
+        out.write_text("the other's\n")
+        lock(file)
+
+    monkeypatch.setattr(output_module, "_lock", late)
+    ours = output_module.PartialOutput(out, "key")
+    ours.append([{"id": "1"}])
+    assert out.read_text() == "the other's\n"
+    ours.finish()
+    assert out.read_text() == '{"id": "1"}\n'

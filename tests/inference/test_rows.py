@@ -1,0 +1,85 @@
+"""Input rows of `predict`: what they may hold is what `prepare jsonl` takes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepdistill_jax.data.readers import jsonl
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference import predict
+from stepdistill_jax.inference.rows import read_rows
+
+
+def test_ids_come_back_as_they_were_given_and_a_blank_one_is_the_rows_number(
+    model_dir, write_rows, read_rows_of, tmp_path
+):
+    ids = [7, "8", " a ", "", " ", None]
+    source = write_rows([{"input": "a", "id": given} for given in ids] + [{"input": "a"}])
+    predict(model_dir, source, tmp_path / "out.jsonl")
+    found = [row["id"] for row in read_rows_of(tmp_path / "out.jsonl")]
+    assert found == [7, "8", " a ", "4", "5", "6", "7"]
+
+
+def test_integers_are_texts_as_they_are_for_prepare(model_dir, write_rows, read_rows_of, tmp_path):
+    rows = [{"input": 12, "label": 3, "choices": [3, 4]}, {"input": 13, "label": 4}]
+    result = predict(model_dir, write_rows(rows), tmp_path / "numbers.jsonl")
+    rows = [{"input": "12", "label": "3", "choices": ["3", "4"]}, {"input": "13", "label": " 4"}]
+    texts = predict(model_dir, write_rows(rows), tmp_path / "texts.jsonl")
+    del result["rows_per_second"], texts["rows_per_second"]
+    assert result == texts and texts["rows"] == 2
+    assert read_rows_of(tmp_path / "numbers.jsonl") == read_rows_of(tmp_path / "texts.jsonl")
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 3),
+    st.floats(allow_nan=False),
+    st.text(alphabet="ab \n\ud800", max_size=3),
+    st.lists(st.sampled_from(["a", " b", "", 1, None]), max_size=2),
+)
+NAMES = ("id", "input", "label", "rationale", "llm_label", "choices")
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES))
+def test_any_row_means_the_same_to_prepare_and_predict(row):
+    row = {"input": "q", "label": "l", **row}
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "test.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        try:
+            example = jsonl.read(path.parent).splits["test"][0].example
+        except InputError as error:
+            if str(error).endswith(("'input' is empty", "'label' is empty")):
+                return  # a question may be blank, and an answer unknown
+            example = None
+        (found,) = read_rows(path)
+    if example is None:
+        assert isinstance(found, InputError) and f"{path}:1: the field " in str(found)
+        return
+    texts = {n: getattr(example, n) for n in ("input", "label", "rationale", "llm_label")}
+    assert found.fields == {name: text for name, text in texts.items() if text}
+    assert (str(found.id).strip(), found.choices) == (example.id, example.choices)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(model_dir, tmp_path):
+    pipe, out = tmp_path / "pipe.jsonl", tmp_path / "out.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=r"pipe\.jsonl: is a pipe or device; .*save it to a file"):
+        predict(model_dir, pipe, out)
+    assert not out.exists()
+    command = ["predict", str(model_dir), "/dev/stdin", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "stepdistill_jax", *command],
+        input=b'{"input": "a"}\n',
+        capture_output=True,
+    )
+    assert done.returncode == 2 and b"/dev/stdin: is a pipe or device" in done.stderr
+    assert not out.exists()
