@@ -54,7 +54,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def make_mesh(layout: str | Layout, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a layout (or of its name) over all devices, or over the given ones.
 
     Raises:

@@ -50,15 +50,9 @@ def _show(summary: dict, console) -> None:
         caption=f"labels: trained on; seconds: of training, compiling and validation\n"
         f"included, on {device_name()}; tokens/row: decoded to serve a label"
     )
-    for column, justify in (
-        ("arm", "left"),
-        ("labels", "right"),
-        ("steps", "right"),
-        ("seconds", "right"),
-        ("test accuracy", "right"),
-        ("tokens/row", "right"),
-    ):
-        table.add_column(column, justify=justify)
+    table.add_column("arm")
+    for column in ("labels", "steps", "seconds", "test accuracy", "tokens/row"):
+        table.add_column(column, justify="right")
     for arm in summary["arms"]:
         table.add_row(
             arm["arm"],

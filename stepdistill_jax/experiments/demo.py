@@ -14,11 +14,12 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.experiments.plots import learning_curves
 from stepdistill_jax.files import read_json, write_json
+from stepdistill_jax.formats.directory import TaskInfo, read_task_info
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import LoadedModel, load_model
+from stepdistill_jax.inference.predict import encode_input
 from stepdistill_jax.progress import log
 from stepdistill_jax.text.metrics import accuracy, majority_baseline
-from stepdistill_jax.text.vocabulary import EOS_ID
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.workdir import RUN
@@ -78,15 +79,15 @@ def demo(
         trained = train(config, workdir=folder, data_dir=data_dir, config_text=text)
         seconds = time.monotonic() - start if trained["examples_per_second"] else None
         model = load_model(folder)
-        result, predictions = _test(model, dataset)
+        info = read_task_info(folder)
+        result, predictions = _test(model, info, dataset)
         results.append(
             ArmResult(
                 name, read_json(folder / RUN)["examples"], config.train_steps, seconds, **result
             )
         )
         curves[name] = read_metrics(folder)
-        if any(o.name == "rationale" for o in model.task_info.objectives):
-            shown = _rationales(model, dataset, predictions)
+        shown = _rationales(model, info, dataset, predictions) or shown
     labels = [e.label for e in dataset.examples("test")]
     baseline = majority_baseline(labels, dataset.metric)
     plot = workdir / "demo.png"
@@ -101,30 +102,38 @@ def demo(
     return summary
 
 
-def _decode(model: LoadedModel, objective: int, texts: list[str], max_decode_len: int):
-    """Decoded text and token counts of an objective's prompts."""
-    template = model.task_info.objectives[objective].input_template
-    rows = [[*model.vocabulary.encode(template.format(input=t)), EOS_ID] for t in texts]
-    decoder = LabelDecoder(model.config, max_decode_len=max_decode_len, batch_size=64)
-    decoded = decoder(model.params, rows)
+def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
+    """Decoded text and token counts of an objective's prompts, at most `length` tokens each."""
+    template = info.objectives[objective].input_template
+    rows = [
+        encode_input(model.vocabulary, template.format(input=text), info.input_length)[0]
+        for text in texts
+    ]
+    decoded = LabelDecoder(model.config, max_decode_len=length)(model.params, rows)
     return [model.vocabulary.decode(ids) for ids in decoded.ids], [len(i) for i in decoded.ids]
 
 
-def _test(model: LoadedModel, dataset: PreparedDataset) -> tuple[dict[str, float], list[str]]:
+def _test(
+    model: LoadedModel, info: TaskInfo, dataset: PreparedDataset
+) -> tuple[dict[str, float], list[str]]:
     examples = list(dataset.examples("test"))
     texts = [e.input for e in examples]
-    predictions, counts = _decode(model, 0, texts, model.task_info.max_decode_len)
+    predictions, counts = _decode(model, info, 0, texts, info.max_decode_len)
     right = accuracy(predictions, [e.label for e in examples], dataset.metric)
     return {"test_accuracy": right, "tokens_per_row": float(np.mean(counts))}, predictions
 
 
 def _rationales(
-    model: LoadedModel, dataset: PreparedDataset, predictions: list[str]
+    model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
 ) -> list[dict[str, str]]:
+    """The first test rows with their label and a rationale, where the model has that objective."""
+    names = [o.name for o in info.objectives]
+    if "rationale" not in names:
+        return []
     examples = list(dataset.examples("test"))[:SHOWN_ROWS]
-    names = [o.name for o in model.task_info.objectives]
-    length = min(model.task_info.target_length, 64)
-    texts, _ = _decode(model, names.index("rationale"), [e.input for e in examples], length)
+    texts, _ = _decode(
+        model, info, names.index("rationale"), [e.input for e in examples], info.target_length
+    )
     return [
         {"input": e.input, "gold": e.label, "label": label, "rationale": rationale}
         for e, label, rationale in zip(examples, predictions[:SHOWN_ROWS], texts, strict=True)

@@ -3,6 +3,8 @@
 Axis names are T5X's: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, length, embed] -> the same shape in the config's dtype."""
         init = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale = self.param("scale", init, (x.shape[-1],))
+        scale: Any = self.param("scale", init, (x.shape[-1],))
         y = x.astype(jnp.float32)  # the mean of squares loses digits in bfloat16
         y = y * jax.lax.rsqrt(
             jnp.mean(y * y, axis=-1, keepdims=True) + self.config.layer_norm_epsilon
@@ -124,7 +126,7 @@ class RelativeBias(nn.Module):
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")
         )
-        table = self.param("rel_embedding", init, (c.num_heads, c.num_buckets))
+        table: Any = self.param("rel_embedding", init, (c.num_heads, c.num_buckets))
         buckets = relative_buckets(
             query,
             key,

@@ -140,7 +140,7 @@ class T5(nn.Module):
     def setup(self):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-        self.token_embedder = self.param("token_embedder", init, (c.vocab_size, c.emb_dim))
+        self.token_embedder: Any = self.param("token_embedder", init, (c.vocab_size, c.emb_dim))
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         if not c.logits_via_embedding:
             self.logits_dense = dense(c, c.vocab_size, ("embed", "vocab"), c.emb_dim**-0.5)

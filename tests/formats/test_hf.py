@@ -216,8 +216,15 @@ def make_torch_bin():
     import transformers
 
     def write(folder):
-        sizes = dict(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
-        config = transformers.T5Config(**sizes, feed_forward_proj="gated-gelu")
+        config = transformers.T5Config(
+            vocab_size=64,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
         model = transformers.T5ForConditionalGeneration(config)
         weights = {name: t.clone() for name, t in model.state_dict().items()}
         weights["lm_head.weight"] = torch.randn(64, 16)  # transformers 5 ties what it makes
