@@ -263,6 +263,7 @@ def save_params(directory: os.PathLike | str, params: Any, config: T5Config) -> 
     partial = path.with_name(WEIGHTS + PARTIAL)
     tensors = to_hf(params, config)
     safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # the library writes 0600; a server is often another user
     with open(partial, "rb") as f:
         os.fsync(f.fileno())
     with safetensors.safe_open(partial, "numpy") as again:

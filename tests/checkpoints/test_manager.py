@@ -105,6 +105,8 @@ def test_a_folder_without_checkpoints_says_so(tmp_path):
         resolve_step(tmp_path, "best")
 
 
+# Orbax leaves the coroutines of the other arrays behind when one does not fit
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save_all(tmp_path, [validated(2, 0.5)])
     sharding = NamedSharding(make_mesh(Layout(), jax.devices()[:1]), PartitionSpec())
