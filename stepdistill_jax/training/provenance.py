@@ -39,7 +39,7 @@ def describe(run: Run) -> dict[str, Any]:
         "model": dataclasses.asdict(run.model),
         "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.abstract.params)),
         "weights": {o.name: o.weight for o in run.data.objectives},
-        "seed": run.config.seed,
+        "seeds": dict.fromkeys(("init", "dropout", "data_order"), run.config.seed),
         "fingerprint": fingerprint,
         "examples": run.batches.num_examples,
         "cut": cut,

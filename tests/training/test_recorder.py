@@ -1,0 +1,95 @@
+import types
+
+import numpy as np
+import pytest
+
+from stepdistill_jax.models.config import t5_v1_1
+from stepdistill_jax.objectives import step_by_step
+from stepdistill_jax.training import TrainConfig
+from stepdistill_jax.training.loss import ObjectiveSums
+from stepdistill_jax.training.recorder import SILENT_STEPS, StepRecorder
+
+
+class Lines(list):
+    def write(self, step, metrics):
+        self.append({"step": step, **metrics})
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    run = types.SimpleNamespace(
+        config=TrainConfig(task="any", batch_size=2, train_steps=100),
+        data=types.SimpleNamespace(objectives=step_by_step()),
+        model=t5_v1_1("tiny", vocab_size=128),
+        workdir=tmp_path,
+    )
+    bar = types.SimpleNamespace(update=lambda *_, **__: None)
+    return StepRecorder(run, Lines(), bar)
+
+
+def note(recorder, step, *, loss=2.0, rationale_tokens=0):
+    """One row of three label tokens and some rationale tokens, one place of four left empty."""
+    ids = np.array([[1, 1, 1, *[2] * rationale_tokens]])
+    ones = np.ones_like(ids)
+    group = {
+        "decoder_objective_ids": ids,
+        "decoder_segment_ids": ones,
+        "encoder_segment_ids": np.array([[1, 1, 1, 0]]),
+    }
+    sums = ObjectiveSums(
+        loss=np.array([6.0, 3.0 * rationale_tokens]),
+        correct=np.array([1.0, 0.0]),
+        count=np.array([3.0, rationale_tokens]),
+    )
+    recorder.note(step, (group,), {"loss": loss, "grad_norm": 1.0, "sums": sums}, 0.5)
+
+
+def test_a_step_is_written_when_the_next_one_runs(recorder):
+    note(recorder, 1, rationale_tokens=2)
+    assert recorder._writer == []
+    note(recorder, 2)
+    (line,) = recorder._writer
+    expected = {
+        "step": 1,
+        "loss": 2.0,
+        "loss/label": 2.0,
+        "loss/rationale": 3.0,
+        "accuracy/label": 1 / 3,
+        "target_tokens/label": 3.0,
+        "target_tokens/rationale": 2.0,
+        "non_padding_fraction/inputs": 0.75,
+        "non_padding_fraction/targets": 1.0,
+        "timing/seconds_waiting_for_data": 0.5,
+    }
+    assert {name: line[name] for name in expected} == pytest.approx(expected)
+
+
+def test_an_objective_without_tokens_is_warned_of_once_and_has_no_loss(recorder, capsys):
+    for step in range(1, SILENT_STEPS + 10):
+        note(recorder, step)
+        if step == SILENT_STEPS:
+            assert "no target token" not in capsys.readouterr().err
+    assert "loss/rationale" not in recorder._writer[0]
+    err = capsys.readouterr().err
+    assert err.count("objective rationale had no target token in 20 steps") == 1
+
+
+def test_tokens_now_and_then_are_no_reason_to_warn(recorder, capsys):
+    for step in range(1, 60):
+        note(recorder, step, rationale_tokens=1 if step % 19 == 0 else 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_loss_of_exactly_zero_is_warned_of(recorder, capsys):
+    for step in range(1, 5):
+        note(recorder, step, loss=0.0)
+    assert capsys.readouterr().err.count("the loss is exactly 0") == 1
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_names_its_step_and_what_is_saved(recorder, loss):
+    note(recorder, 7, loss=loss)
+    with pytest.raises(FloatingPointError, match=r"step 7: loss .* nothing is saved yet"):
+        recorder.flush()
+    assert recorder._writer[-1]["step"] == 7
