@@ -83,4 +83,5 @@ def _show(summary: dict, console) -> None:
         "  stepdistill predict runs/mine questions.jsonl answers.jsonl\n"
         "  stepdistill export runs/mine my_model",
         highlight=False,
+        soft_wrap=True,  # lines to copy
     )

@@ -30,13 +30,19 @@ def tensorflow() -> types.ModuleType:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with _quiet_import():
+        with _quiet():
             import tensorflow as tf
+
+            _hide_accelerators(tf)
     except ImportError as error:
         raise InputError(
             f"TensorFlow is not installed here ({error}); preparing and tokenising data needs it,"
             " and it has no wheel for every platform: do this step on Linux"
         ) from None
+    return tf
+
+
+def _hide_accelerators(tf: types.ModuleType) -> None:
     for kind in ("GPU", "TPU"):
         try:
             tf.config.set_visible_devices([], kind)
@@ -47,14 +53,14 @@ def tensorflow() -> types.ModuleType:
                     f"TensorFlow already holds a {kind}: a task module must not run TensorFlow"
                     " operations when it is imported"
                 ) from None
-    return tf
 
 
 @contextlib.contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Keeps from standard error what native code logs while it loads; an error shows it after all.
+def _quiet() -> Iterator[None]:
+    """Keeps from standard error what native code logs meanwhile; an error shows it after all.
 
-    TensorFlow writes of oneDNN and CUDA before it looks at its log level.
+    TensorFlow writes of oneDNN and CUDA, while it loads and while it looks for devices, whatever its
+    log level.
     """
     sys.stderr.flush()
     saved = os.dup(2)

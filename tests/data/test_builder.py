@@ -52,8 +52,12 @@ def test_a_missing_tensorflow_says_where_to_do_this_step(monkeypatch):
         builder.tensorflow.__wrapped__()
 
 
-def test_importing_tensorflow_writes_nothing(tmp_path):
-    code = "from stepdistill_jax.data.builder import tensorflow as t; print(t().__version__[:2])"
+@pytest.mark.parametrize("first", ["os", "grain"], ids=["alone", "after_absl_logging_began"])
+def test_importing_tensorflow_writes_nothing(first):
+    code = (
+        f"import {first};"
+        "from stepdistill_jax.data.builder import tensorflow as t; print(t().__version__[:2])"
+    )
     environment = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
