@@ -35,15 +35,7 @@ def learning_curves(
         steps, values = series(lines, "loss/label")
         loss.plot(steps, smoothed(values), **look)
     if chance is not None:
-        accuracy.axhline(chance, color="0.6", lw=0.8)
-        accuracy.annotate(
-            "always the commonest label",
-            (0.99, chance - 0.03),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="top",
-            color="0.4",
-        )
+        accuracy.axhline(chance, color="0.5", lw=0.8, label="always the commonest label", zorder=0)
     accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
     loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
     accuracy.legend(loc="upper left", frameon=False)
