@@ -38,7 +38,7 @@ def learning_curves(
         accuracy.axhline(chance, color="0.5", lw=0.8, label="always the commonest label", zorder=0)
     accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
     loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
-    accuracy.legend(loc="upper left", frameon=False)
+    accuracy.legend(loc="lower right", frameon=False)
     for axis in (accuracy, loss):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
