@@ -21,6 +21,16 @@ from stepdistill_jax.versions import version_block
 # What may differ between a run and its resume: nothing here changes the loss that is minimised.
 # INIT_FROM may have moved; what it held is in the fingerprint.
 FREE_FIELDS = ("layout", "num_microbatches", "checkpoint_every", "init_from")
+# what may be another in each life of a run
+LIFE_FIELDS = (
+    "versions",
+    "device",
+    "device_count",
+    "process_count",
+    "mesh",
+    "commit",
+    "started",
+)
 # of the model's configuration, what TrainConfig has already said
 OF_CONFIG = ("dtype", "dropout_rate", "remat_policy")
 
@@ -43,14 +53,6 @@ def describe(run: Run) -> dict[str, Any]:
         "fingerprint": fingerprint,
         "examples": run.batches.num_examples,
         "cut": cut,
-        **_life(run),
-    }
-    return json.loads(json.dumps(described, default=str))
-
-
-def _life(run: Run) -> dict[str, Any]:
-    """What may be another in each life of a run."""
-    return {
         "versions": version_block(),
         "device": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
@@ -59,6 +61,7 @@ def _life(run: Run) -> dict[str, Any]:
         "commit": _commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    return json.loads(json.dumps(described, default=str))
 
 
 def _weights_digest(directory: str | None) -> str | None:
@@ -126,7 +129,7 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
         )
     if jax.process_index() != 0:
         return
-    life = {name: described[name] for name in _life(run)}
+    life = {name: described[name] for name in LIFE_FIELDS}
     lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
     try:
         run.workdir.mkdir(parents=True, exist_ok=True)
