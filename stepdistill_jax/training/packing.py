@@ -12,7 +12,6 @@ from stepdistill_jax.text.vocabulary import EOS_ID
 
 PROBES = 128
 PROBED_ROWS = 200_000  # at most: probing must stay below about two seconds for any batch size
-ROW_COUNTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
