@@ -30,11 +30,11 @@ def save_random_model(directory: str, args: argparse.Namespace, data) -> None:
 
     from stepdistill_jax.formats.directory import write_model_files
     from stepdistill_jax.formats.hf import save_params
-    from stepdistill_jax.models.config import t5_v1_1
+    from stepdistill_jax.models.config import t5_config
     from stepdistill_jax.models.t5 import init_params
     from stepdistill_jax.text.vocabulary import EOS_ID
 
-    config = t5_v1_1(args.size, vocab_size=max(data.vocab_size, args.vocab_size or 0))
+    config = t5_config("t5_v1_1", args.size, vocab_size=max(data.vocab_size, args.vocab_size or 0))
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(args.seed))
     head = params["logits_dense"]["kernel"]  # [emb_dim, vocab_size]
     params["logits_dense"]["kernel"] = head.at[:, EOS_ID].multiply(3.0)

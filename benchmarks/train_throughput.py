@@ -33,7 +33,7 @@ class Ours:
     def __init__(self, args: argparse.Namespace, data: Any):
         import jax
 
-        from stepdistill_jax.models.config import t5_v1_1
+        from stepdistill_jax.models.config import t5_config
         from stepdistill_jax.models.t5 import T5
         from stepdistill_jax.sharding import Layout, make_mesh
         from stepdistill_jax.training.batches import Batches
@@ -45,7 +45,9 @@ class Ours:
         self.block, self.steps = jax.block_until_ready, args.steps
         self.batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
         vocab_size = max(data.vocab_size, args.vocab_size or 0)
-        self.config = t5_v1_1(args.size, vocab_size=vocab_size, dropout_rate=args.dropout_rate)
+        self.config = t5_config(
+            "t5_v1_1", args.size, vocab_size=vocab_size, dropout_rate=args.dropout_rate
+        )
         self.weights = [o.weight for o in data.objectives]
         mesh = make_mesh(Layout(), jax.devices()[:1])
         tx = make_optimizer(TrainConfig(task=args.task, train_steps=10_000))

@@ -13,7 +13,7 @@ import pytest
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.shipped import find_config, shipped_configs, shipped_folder
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config, t5_v1_1
+from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.t5 import T5, abstract_params, init_params
 from stepdistill_jax.sharding import make_mesh
 from stepdistill_jax.training.config import OptimizerConfig
@@ -53,7 +53,8 @@ def test_the_configs_of_the_documentation_are_there():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_loads_and_its_model_can_be_built(name):
     config, _ = load_config(name)
-    model = t5_v1_1(
+    model = t5_config(
+        config.model_family,
         config.model_size,
         vocab_size=T5_VOCABULARY,
         dtype=config.dtype,
@@ -63,6 +64,36 @@ def test_a_config_loads_and_its_model_can_be_built(name):
     parameters = count(abstract_params(model))
     assert parameters == BASE_PARAMETERS if config.model_size == "base" else parameters > 0
     make_mesh(config.layout)
+
+
+# Parameters of the official directories (google/t5-v1_1-*, t5-*, google/mt5-*, byt5-*, umt5-*), by
+# their sizes: vocabulary x width, layers, and the head where it is one of its own
+PUBLISHED = {
+    ("t5_v1_0", "small"): 60_506_624,
+    ("t5_v1_0", "base"): 222_903_552,
+    ("t5_v1_0", "large"): 737_668_096,
+    ("t5_v1_0", "xl"): 2_851_598_336,
+    ("t5_v1_0", "xxl"): 11_307_321_344,
+    ("t5_v1_1", "small"): 76_961_152,
+    ("t5_v1_1", "base"): BASE_PARAMETERS,
+    ("t5_v1_1", "large"): 783_150_080,
+    ("t5_v1_1", "xl"): 2_849_757_184,
+    ("t5_v1_1", "xxl"): 11_135_332_352,
+    ("mt5", "small"): 300_176_768,
+    ("byt5", "small"): 299_637_760,
+    ("byt5", "base"): 581_653_248,
+    ("umt5", "small"): 306_601_984,
+}
+VOCABULARIES = {"mt5": 250_112, "byt5": 384, "umt5": 256_384}
+
+
+@pytest.mark.parametrize(("family", "size"), PUBLISHED, ids=str)
+def test_a_published_size_has_the_published_number_of_parameters(family, size):
+    vocab_size = VOCABULARIES.get(family, T5_VOCABULARY)
+    assert (
+        count(abstract_params(t5_config(family, size, vocab_size=vocab_size)))
+        == (PUBLISHED[family, size])
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)

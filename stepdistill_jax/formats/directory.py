@@ -28,8 +28,9 @@ TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_confi
 FORMAT_VERSION = 1
 
 # `feed_forward_proj` of Hugging Face -> our activations
-_FEED_FORWARD = {"gated-gelu": ("gelu", "linear")}
-_MODEL_TYPES = ("t5", "mt5")  # mT5 is T5 v1.1 with another vocabulary
+_FEED_FORWARD = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
+# mT5 is T5 v1.1 with another vocabulary, ByT5 one of type `t5`; UMT5 has a bias table per layer
+_MODEL_TYPES = {"t5": True, "mt5": True, "umt5": False}
 _SIZES = {
     "vocab_size": "vocab_size",
     "emb_dim": "d_model",
@@ -144,10 +145,11 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
 
 
 def _to_hf_config(config: T5Config) -> dict[str, Any]:
+    model_type = "t5" if config.shared_relative_position_bias else "umt5"
     kinds: dict[tuple[str, ...], str] = {v: k for k, v in _FEED_FORWARD.items()}
     return {
-        "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
+        "architectures": [f"{model_type.upper()}ForConditionalGeneration"],
+        "model_type": model_type,
         **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
         "num_decoder_layers": config.num_decoder_layers,
         "feed_forward_proj": kinds[config.mlp_activations],
@@ -158,7 +160,7 @@ def _to_hf_config(config: T5Config) -> dict[str, Any]:
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "tie_word_embeddings": config.logits_via_embedding,
-        "scale_decoder_outputs": config.logits_via_embedding,
+        "scale_decoder_outputs": config.scale_decoder_outputs,
         "decoder_start_token_id": PAD_ID,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
@@ -171,8 +173,7 @@ def read_config(directory: os.PathLike | str) -> T5Config:
     """The model's sizes, from the raw `config.json`; tied or not as the weights there say.
 
     Raises:
-        InputError: a field that is missing or wrong, an architecture that is not T5 v1.1, or
-            weights in another format than safetensors.
+        InputError: a field that is missing or wrong, or an architecture that is no T5.
     """
     path = pathlib.Path(directory) / CONFIG
     raw = read_json(path)
@@ -185,8 +186,7 @@ def read_config(directory: os.PathLike | str) -> T5Config:
     kind = raw.get("feed_forward_proj", "relu")  # the default of transformers
     if kind not in _FEED_FORWARD:
         raise InputError(
-            f"{path}: feed_forward_proj must be one of {', '.join(_FEED_FORWARD)} (T5 v1.1),"
-            f" got {kind!r}"
+            f"{path}: feed_forward_proj must be one of {', '.join(_FEED_FORWARD)}, got {kind!r}"
         )
     sizes: dict[str, Any] = {ours: _size(path, raw, theirs) for ours, theirs in _SIZES.items()}
     if raw.get("num_decoder_layers") is None:  # transformers: as deep as the encoder
@@ -203,7 +203,9 @@ def read_config(directory: os.PathLike | str) -> T5Config:
         num_buckets=_size(path, raw, "relative_attention_num_buckets", 32),
         max_distance=_size(path, raw, "relative_attention_max_distance", 128),
         layer_norm_epsilon=_number(path, raw, "layer_norm_epsilon", 1e-6),
+        shared_relative_position_bias=_MODEL_TYPES[model_type],
         logits_via_embedding=tied,
+        scale_decoder_outputs=_flag(path, raw, "scale_decoder_outputs", tied),
     )
 
 
@@ -220,6 +222,12 @@ def _number(path: pathlib.Path, raw: dict, name: str, default: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
     return float(value)
+
+
+def _flag(path: pathlib.Path, raw: dict, name: str, default: bool) -> bool:
+    if not isinstance(value := raw.get(name, default), bool):
+        raise InputError(f"{path}: {name} must be true or false, got {value!r}")
+    return value
 
 
 def _read_vocabulary(directory: pathlib.Path) -> Vocabulary:

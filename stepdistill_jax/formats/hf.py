@@ -23,7 +23,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
-_MLP = ("wi_0", "wi_1", "wo")
 # copies of `shared.weight` that some writers keep, and a table that v1.0 files hold and T5 never reads
 _IGNORED = (
     "encoder.embed_tokens.weight",
@@ -53,15 +52,17 @@ def hf_names(config: T5Config) -> dict[str, str]:
     }
     if not config.logits_via_embedding:
         table["logits_dense/kernel"] = HEAD
+    gates = ("wi",) if len(config.mlp_activations) == 1 else ("wi_0", "wi_1")
     for side, attention, norm in (
         ("encoder", "attention", "pre_attention_layer_norm"),
         ("decoder", "self_attention", "pre_self_attention_layer_norm"),
     ):
         ours, block = f"{side}/layers/", f"{side}.block.{{}}.layer."
-        # only block 0 has a bias table; all layers share it
-        table[f"{side}/relpos_bias/rel_embedding"] = (
-            f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        )
+        bias = "0.SelfAttention.relative_attention_bias.weight"
+        if config.shared_relative_position_bias:  # only block 0 has a table; all layers share it
+            table[f"{side}/relpos_bias/rel_embedding"] = f"{side}.block.0.layer.{bias}"
+        else:
+            table[f"{ours}relpos_bias/rel_embedding"] = block + bias
         table[f"{ours}{norm}/scale"] = f"{block}0.layer_norm.weight"
         for name, letter in _ATTENTION.items():
             table[f"{ours}{attention}/{name}/kernel"] = f"{block}0.SelfAttention.{letter}.weight"
@@ -72,7 +73,7 @@ def hf_names(config: T5Config) -> dict[str, str]:
                 table[path] = f"{block}1.EncDecAttention.{letter}.weight"
         last = 2 if side == "decoder" else 1
         table[f"{ours}pre_mlp_layer_norm/scale"] = f"{block}{last}.layer_norm.weight"
-        for name in _MLP:
+        for name in (*gates, "wo"):
             table[f"{ours}mlp/{name}/kernel"] = f"{block}{last}.DenseReluDense.{name}.weight"
     return table
 

@@ -1,16 +1,18 @@
-"""Sizes of a T5, and the v1.1 family by name."""
+"""Sizes of a T5, and the published families by name."""
 
 import dataclasses
+from typing import Any
 
 from stepdistill_jax.errors import InputError, nearest
 
+ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full")
 
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Everything that decides shapes and arithmetic of a T5 v1.1 (names as in T5X's `network.py`).
+    """Everything that decides shapes and arithmetic of a T5 (names as in T5X's `network.py`).
 
     Attributes:
         vocab_size: rows of the embedding; at least the vocabulary's pieces.
@@ -18,10 +20,14 @@ class T5Config:
         num_heads, head_dim: attention heads and the width of each (`num_heads`, `d_kv`).
         mlp_dim: feed-forward width (`d_ff`).
         num_encoder_layers, num_decoder_layers: depth (`num_layers`, `num_decoder_layers`).
-        mlp_activations: `("gelu", "linear")` is the gated tanh gelu of v1.1.
+        mlp_activations: `("relu",)` is v1.0's, `("gelu", "linear")` the gated tanh gelu of v1.1.
         dropout_rate: of embeddings, attention weights, and the output of each block; 0 to 1.
         num_buckets, max_distance: relative position bias.
+        shared_relative_position_bias: one table per side, read by all its layers; UMT5 has one per
+            layer.
         logits_via_embedding: the embedding doubles as output layer (v1.0); v1.1 has its own.
+        scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
+            (the name is Hugging Face's).
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
         remat_policy: what the backward pass recomputes: `none`, `minimal` (all but matmul
             results), `full` (everything inside a layer).
@@ -42,7 +48,9 @@ class T5Config:
     num_buckets: int = 32
     max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
+    shared_relative_position_bias: bool = True
     logits_via_embedding: bool = False
+    scale_decoder_outputs: bool = False
     dtype: str = "float32"
     remat_policy: str = "none"
 
@@ -59,50 +67,91 @@ class T5Config:
                 f"remat_policy: one of {', '.join(REMAT_POLICIES)} is wanted,"
                 f" got {self.remat_policy!r}"
             )
+        if self.mlp_activations not in ACTIVATIONS:
+            raise InputError(
+                f"mlp_activations: one of {ACTIVATIONS} is wanted, got {self.mlp_activations!r}"
+            )
         if not 0 <= self.dropout_rate < 1:
             raise InputError(f"dropout_rate: 0 <= rate < 1 is wanted, got {self.dropout_rate}")
 
 
-# Width, heads, head width, feed-forward width, encoder and decoder depth. `tiny` is the demo's;
-# the others are T5 v1.1's (t5x examples/t5/t5_1_1/{small,base,large,xl,xxl}.gin).
-SIZES: dict[str, dict[str, int]] = {
-    name: dict(
-        zip(
-            (
-                "emb_dim",
-                "num_heads",
-                "head_dim",
-                "mlp_dim",
-                "num_encoder_layers",
-                "num_decoder_layers",
-            ),
-            sizes,
-            strict=True,
-        )
-    )
-    for name, sizes in {
-        "tiny": (64, 4, 16, 128, 2, 1),
-        "small": (512, 6, 64, 1024, 8, 8),
-        "base": (768, 12, 64, 2048, 12, 12),
-        "large": (1024, 16, 64, 2816, 24, 24),
-        "xl": (2048, 32, 64, 5120, 24, 24),
-        "xxl": (4096, 64, 64, 10240, 24, 24),
-    }.items()
+# Width, heads, head width, feed-forward width, encoder and decoder depth. `tiny` is the demo's.
+_COLUMNS = (
+    "emb_dim",
+    "num_heads",
+    "head_dim",
+    "mlp_dim",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
+_TINY = (64, 4, 16, 128, 2, 1)
+# t5x examples/t5/t5_1_1/{small,base,large,xl,xxl}.gin; mT5 differs in its vocabulary alone
+_V1_1 = {
+    "tiny": _TINY,
+    "small": (512, 6, 64, 1024, 8, 8),
+    "base": (768, 12, 64, 2048, 12, 12),
+    "large": (1024, 16, 64, 2816, 24, 24),
+    "xl": (2048, 32, 64, 5120, 24, 24),
+    "xxl": (4096, 64, 64, 10240, 24, 24),
+}
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    # Raffel et al. 2020 (arXiv:1910.10683, section 3.7); xl is "3B" there and xxl "11B"
+    "t5_v1_0": {
+        "tiny": _TINY,
+        "small": (512, 8, 64, 2048, 6, 6),
+        "base": (768, 12, 64, 3072, 12, 12),
+        "large": (1024, 16, 64, 4096, 24, 24),
+        "xl": (1024, 32, 128, 16384, 24, 24),
+        "xxl": (1024, 128, 128, 65536, 24, 24),
+    },
+    "t5_v1_1": _V1_1,
+    "mt5": _V1_1,
+    # Xue et al. 2022 (arXiv:2105.13626, table 1): the encoder is three times as deep
+    "byt5": {
+        "tiny": (64, 4, 16, 128, 3, 1),
+        "small": (1472, 6, 64, 3584, 12, 4),
+        "base": (1536, 12, 64, 3968, 18, 6),
+        "large": (1536, 16, 64, 3840, 36, 12),
+        "xl": (2560, 32, 64, 6720, 36, 12),
+        "xxl": (4672, 64, 64, 12352, 36, 12),
+    },
+    "umt5": _V1_1,  # Chung et al. 2023 (arXiv:2304.09151); no `large` was published
+}
+_TRAITS: dict[str, dict[str, Any]] = {
+    "t5_v1_0": {
+        "mlp_activations": ("relu",),
+        "logits_via_embedding": True,
+        "scale_decoder_outputs": True,
+    },
+    "umt5": {"shared_relative_position_bias": False},
 }
 VOCAB_MULTIPLE = 128
 
 
-def t5_v1_1(size: str, *, vocab_size: int, **overrides) -> T5Config:
-    """The v1.1 configuration of a size, its vocabulary rounded up to a multiple of 128.
+def t5_config(family: str, size: str, *, vocab_size: int, **overrides) -> T5Config:
+    """The configuration of a published model, its vocabulary rounded up to a multiple of 128.
 
     The padded rows let the table be cut over any usual number of devices, as T5's own 32128 does.
 
+    Args:
+        family: `t5_v1_0`, `t5_v1_1` (Flan-T5, too), `mt5`, `byt5` or `umt5`.
+        size: `small` to `xxl`, or `tiny` for tests and demos.
+        vocab_size: ids of the vocabulary.
+        **overrides: of other fields of `T5Config`.
+
     Raises:
-        InputError: an unknown size.
+        InputError: an unknown family or size.
     """
-    if size not in SIZES:
+    if family not in SIZES:
         raise InputError(
-            f"MODEL_SIZE: one of {', '.join(SIZES)} is wanted, got {size!r}{nearest(size, SIZES)}"
+            f"model_family: one of {', '.join(SIZES)} is wanted, got {family!r}"
+            f"{nearest(family, SIZES)}"
+        )
+    if size not in SIZES[family]:
+        raise InputError(
+            f"MODEL_SIZE: one of {', '.join(SIZES[family])} is wanted, got {size!r}"
+            f"{nearest(size, SIZES[family])}"
         )
     vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    return T5Config(vocab_size=vocab_size, **SIZES[size], **overrides)
+    sizes: dict[str, Any] = dict(zip(_COLUMNS, SIZES[family][size], strict=True))
+    return T5Config(**{"vocab_size": vocab_size, **sizes, **_TRAITS.get(family, {}), **overrides})

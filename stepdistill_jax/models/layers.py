@@ -3,6 +3,8 @@
 Axis names are T5X's: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -32,10 +34,16 @@ class RMSNorm(nn.Module):
         return (y * scale[None, None, :]).astype(self.config.dtype)
 
 
-def dense(config: T5Config, features: int, axes: tuple[str, str], stddev: float) -> nn.Dense:
+def dense(
+    config: T5Config,
+    features: int,
+    axes: tuple[str, str],
+    stddev: float,
+    name: str | None = None,
+) -> nn.Dense:
     """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh."""
     init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
-    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init)
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init, name=name)
 
 
 class Attention(nn.Module):
@@ -72,23 +80,33 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
 
+_ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": nn.relu,
+    "gelu": functools.partial(nn.gelu, approximate=True),
+    "linear": lambda x: x,
+}
+
+
 class Mlp(nn.Module):
-    """Feed-forward block; `("gelu", "linear")` is the gated one of v1.1."""
+    """Feed-forward block: the product of one projection per activation, then one back.
+
+    `("relu",)` has one projection, `wi`; `("gelu", "linear")`, the gated one, `wi_0` and `wi_1`.
+    """
 
     config: T5Config
 
-    def setup(self):
-        c = self.config
-        self.wi_0 = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5)
-        self.wi_1 = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5)
-        self.wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5)
-        self.dropout = nn.Dropout(c.dropout_rate)
-
+    @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
         """x [batch, length, embed] -> the same shape."""
-        h = nn.gelu(self.wi_0(x), approximate=True) * self.wi_1(x)
-        h = self.dropout(h, deterministic=deterministic)
-        return self.wo(nn.with_logical_constraint(h, ("batch", "length", "mlp")))
+        c = self.config
+        names = ["wi"] if len(c.mlp_activations) == 1 else ["wi_0", "wi_1"]
+        h = jnp.ones((), c.dtype)
+        for name, activation in zip(names, c.mlp_activations, strict=True):
+            project = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5, name=name)
+            h = h * _ACTIVATION_FNS[activation](project(x))
+        h = nn.Dropout(c.dropout_rate)(h, deterministic=deterministic)
+        wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5, name="wo")
+        return wo(nn.with_logical_constraint(h, ("batch", "length", "mlp")))
 
 
 def relative_buckets(
@@ -114,7 +132,7 @@ def relative_buckets(
 
 
 class RelativeBias(nn.Module):
-    """Learned bias per head and bucket; computed once and shared by all layers of a side."""
+    """Learned bias per head and bucket; computed once for all layers of a side, but in UMT5."""
 
     config: T5Config
     bidirectional: bool

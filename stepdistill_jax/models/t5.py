@@ -1,4 +1,4 @@
-"""T5 v1.1 in Flax Linen, scanned over layers.
+"""T5 in Flax Linen, scanned over layers.
 
 A batch's way through: `T5.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding takes the same
 modules apart: `encode` once, `start_cache` once, `decode_step` per token.
@@ -30,9 +30,11 @@ class EncoderLayer(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, bias):
+    def __call__(self, x, bias, position):
         c, off = self.config, self.deterministic
         drop = nn.Dropout(c.dropout_rate, deterministic=off)
+        if not c.shared_relative_position_bias:
+            bias = bias + RelativeBias(c, True, name="relpos_bias")(position, position)
         attention = Attention(c, name="attention")
         h = RMSNorm(c, name="pre_attention_layer_norm")(x)
         x = x + drop(attention(h, *attention.keys_values(h), bias, deterministic=off))
@@ -48,9 +50,11 @@ class DecoderLayer(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, cache, encoded, self_bias, cross_bias, index):
+    def __call__(self, x, cache, encoded, self_bias, cross_bias, query, key, index):
         c, off = self.config, self.deterministic
         drop = nn.Dropout(c.dropout_rate, deterministic=off)
+        if not c.shared_relative_position_bias:
+            self_bias = self_bias + RelativeBias(c, False, name="relpos_bias")(query, key)
         attention = Attention(c, name="self_attention")
         cross = Attention(c, name="encoder_decoder_attention")
         h = RMSNorm(c, name="pre_self_attention_layer_norm")(x)
@@ -98,7 +102,9 @@ class Encoder(nn.Module):
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=deterministic)
         position = jnp.arange(x.shape[1])
-        bias = RelativeBias(c, True, name="relpos_bias")(position, position) + mask_bias(mask)
+        bias = mask_bias(mask)
+        if c.shared_relative_position_bias:
+            bias = bias + RelativeBias(c, True, name="relpos_bias")(position, position)
         layers = scan_layers(
             EncoderLayer,
             c,
@@ -106,7 +112,7 @@ class Encoder(nn.Module):
             nn.broadcast,
             deterministic=deterministic,
         )
-        x, _ = layers(drop(x), bias)
+        x, _ = layers(drop(x), bias, position)
         return drop(RMSNorm(c, name="encoder_norm")(x))
 
 
@@ -120,15 +126,17 @@ class Decoder(nn.Module):
         """x [batch, q, embed]; query, key: positions -> ([batch, q, embed], updated cache or None)."""
         c = self.config
         drop = nn.Dropout(c.dropout_rate, deterministic=deterministic)
-        bias = RelativeBias(c, False, name="relpos_bias")(query, key) + mask_bias(self_mask)
+        bias = mask_bias(self_mask)
+        if c.shared_relative_position_bias:
+            bias = bias + RelativeBias(c, False, name="relpos_bias")(query, key)
         layers = scan_layers(
             DecoderLayer,
             c,
             c.num_decoder_layers,
-            (0,) + (nn.broadcast,) * 4,
+            (0,) + (nn.broadcast,) * 6,
             deterministic=deterministic,
         )
-        x, cache = layers(drop(x), cache, encoded, bias, mask_bias(cross_mask), index)
+        x, cache = layers(drop(x), cache, encoded, bias, mask_bias(cross_mask), query, key, index)
         return drop(RMSNorm(c, name="decoder_norm")(x)), cache
 
 
@@ -154,8 +162,9 @@ class T5(nn.Module):
 
     def _logits(self, x: jax.Array) -> jax.Array:
         # [batch, length, embed] -> [batch, length, vocab]; float32 for the softmax
-        if self.config.logits_via_embedding:
+        if self.config.scale_decoder_outputs:
             x = x * self.config.emb_dim**-0.5
+        if self.config.logits_via_embedding:
             logits = x @ self.token_embedder.T.astype(self.config.dtype)
         else:
             logits = self.logits_dense(x)

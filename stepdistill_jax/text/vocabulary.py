@@ -13,7 +13,7 @@ BYTES = "bytes"
 
 
 class Vocabulary(Protocol):
-    """Ids as T5 uses them: 0 padding, 1 end of sequence, 2 unknown."""
+    """Ids as T5 uses them: 0 padding, 1 end of sequence."""
 
     @property
     def size(self) -> int: ...
@@ -47,9 +47,9 @@ class SentencePieceVocabulary:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise InputError(f"{path}: not a SentencePiece model ({error})") from None
-        special = (self._processor.pad_id(), self._processor.eos_id(), self._processor.unk_id())
-        if special != (PAD_ID, EOS_ID, UNK_ID):
-            raise InputError(f"{path}: pad, eos, unk ids must be 0, 1, 2, got {special}")
+        special = (self._processor.pad_id(), self._processor.eos_id())  # UMT5's unk is not 2
+        if special != (PAD_ID, EOS_ID):
+            raise InputError(f"{path}: pad and eos ids must be 0 and 1, got {special}")
 
     @property
     def size(self) -> int:

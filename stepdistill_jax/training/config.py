@@ -52,7 +52,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last three is the gin macro of the same name in capitals.
+    """One run. Each field but the last four is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
@@ -71,6 +71,7 @@ class TrainConfig:
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
         optimizer: update rule and schedule.
+        model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
         remat_policy: `none`, `minimal` or `full`.
     """
@@ -94,6 +95,7 @@ class TrainConfig:
     seed: int = 0
     data_fraction: float = 1.0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    model_family: str = "t5_v1_1"
     dropout_rate: float = 0.1
     remat_policy: str = "none"
 

@@ -14,10 +14,11 @@ from stepdistill_jax.data.prepared import EMBEDDED, default_data_dir
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
-from stepdistill_jax.models.config import T5Config, t5_v1_1
+from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import batch_shards, make_mesh
 from stepdistill_jax.tasks.load import TaskData, has_split, load_task
+from stepdistill_jax.text.vocabulary import BYTES
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.evaluate import Validator
@@ -67,7 +68,7 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
     workdir, data_dir = pathlib.Path(workdir), pathlib.Path(data_dir or default_data_dir())
     check_workdir(workdir)
     mesh = make_mesh(config.layout)
-    vocabulary, model = None, None
+    vocabulary, model = BYTES if config.model_family == "byt5" else None, None
     if config.init_from is not None:
         vocabulary, model = _given_model(config, workdir)
     if config.task == EMBEDDED:
@@ -80,7 +81,8 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
     }
     data = load_task(config.task, split="train", **source)
     if model is None:
-        model = t5_v1_1(
+        model = t5_config(
+            config.model_family,
             config.model_size,
             vocab_size=data.vocab_size,
             dtype=config.dtype,

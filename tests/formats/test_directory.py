@@ -173,9 +173,9 @@ def test_generate_of_transformers_works_where_the_decoder_is_deeper(tmp_path):
 
 
 CONFIG_DEFECTS = {
-    "model type": ({"model_type": "llama"}, "model_type must be one of t5, mt5, got 'llama'"),
-    "v1.0": ({"feed_forward_proj": "relu"}, "feed_forward_proj must be one of gated-gelu"),
-    "v1.0 by default": ({"feed_forward_proj": "REMOVED"}, "got 'relu'"),
+    "model type": ({"model_type": "llama"}, "model_type must be one of t5, mt5, umt5, got 'llama'"),
+    "activation": ({"feed_forward_proj": "tanh"}, "feed_forward_proj must be one of relu, gated-"),
+    "scale": ({"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, got 1"),
     "missing": ({"d_kv": "REMOVED"}, "d_kv must be a whole number above 0, it is missing"),
     "text": ({"d_ff": "big"}, "d_ff must be a whole number above 0, got 'big'"),
     "zero": ({"num_layers": 0}, "num_layers must be a whole number above 0, got 0"),

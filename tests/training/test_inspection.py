@@ -34,11 +34,11 @@ def lengths_data_dir(tmp_path_factory):
 def bytes_model(tmp_path_factory):
     """A model directory whose vocabulary is bytes."""
     from stepdistill_jax.formats.directory import write_model_files
-    from stepdistill_jax.models.config import t5_v1_1
+    from stepdistill_jax.models.config import t5_config
     from stepdistill_jax.text.vocabulary import ByteVocabulary
 
     folder = tmp_path_factory.mktemp("bytes") / "model"
-    write_model_files(folder, t5_v1_1("tiny", vocab_size=259), ByteVocabulary(), None)
+    write_model_files(folder, t5_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None)
     return folder
 
 

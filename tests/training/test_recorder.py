@@ -3,7 +3,7 @@ import types
 import numpy as np
 import pytest
 
-from stepdistill_jax.models.config import t5_v1_1
+from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.loss import ObjectiveSums
@@ -21,7 +21,7 @@ def recorder(tmp_path):
     run = types.SimpleNamespace(
         config=TrainConfig(task="any", batch_size=2, train_steps=100),
         data=types.SimpleNamespace(objectives=step_by_step()),
-        model=t5_v1_1("tiny", vocab_size=128),
+        model=t5_config("t5_v1_1", "tiny", vocab_size=128),
         workdir=tmp_path,
     )
     bar = types.SimpleNamespace(update=lambda *_, **__: None)

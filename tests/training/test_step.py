@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from stepdistill_jax.models.config import t5_v1_1
+from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.objectives import label_only, step_by_step
 from stepdistill_jax.sharding import Layout, make_mesh, place_rows
@@ -17,7 +17,7 @@ from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import jit_train_step
 
-MODEL = dataclasses.replace(t5_v1_1("tiny", vocab_size=128), dropout_rate=0.0)
+MODEL = dataclasses.replace(t5_config("t5_v1_1", "tiny", vocab_size=128), dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
 
 
