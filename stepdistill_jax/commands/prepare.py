@@ -6,24 +6,6 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-_KINDS = {
-    "runs_on": "text goes on with an invented question; cut there",
-    "empty": "no text before the next question",
-    "no_answer": "no `... answer is`: neither rationale nor answer; the row keeps its label",
-    "several_answers": "more than one answer before the next question",
-    "no_rationale": "an answer with nothing before it; the row keeps its label",
-    "no_letter": "no `(x)` in the answer",
-    "letter_not_a_choice": "a letter beyond the choices",
-    "label_not_a_choice": "the answer's text is none of the choices",
-    "letter_and_text_disagree": "letter and text name different choices; the text is taken",
-    "no_parentheses": "no `( ... )` in the answer",
-    "no_value": "an equation that cannot be computed",
-    "equation_goes_on": "the equation goes on after its parentheses; read whole",
-    "repeated_choices": "a choice stands twice in the question",
-    "gold_not_a_choice": "the gold label is none of the choices",
-    "gold_has_no_value": "the gold label cannot be computed",
-}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
@@ -32,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa or svamp (the paper's files), jsonl (your own rows), delivery (embedded)",
+        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows), delivery (embedded)",
     )
     parser.add_argument(
         "--source",
@@ -57,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-teacher",
         dest="teacher",
         action="store_false",
-        help="prepare labels only, without the teacher's texts",
+        help="prepare without the teacher's texts",
+    )
+    parser.add_argument(
+        "--report",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="write DIR/NAME.html: counts, defects with examples, lengths, teacher accuracy",
     )
     add_data_arguments(parser)
 
@@ -74,6 +62,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         new_name=args.new_name,
         field_map=parse_map(args.field_map),
         teacher=args.teacher,
+        report=args.report,
         data_dir=args.data_dir,
     )
     show(result)
@@ -114,11 +103,15 @@ def show(result: dict[str, Any], console: Any = None) -> None:
         f" defect in defects.jsonl, labels compared by {result['metric']}",
         soft_wrap=True,
     )
+    if result["report"]:
+        console.print(f"Report: {escape(result['report'])}", soft_wrap=True)
 
 
 def _table(split: str, figures: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
+
+    from stepdistill_jax.data.defects import KINDS
 
     rows = figures["rows"]
     table = Table(title=f"{split}: {rows} rows", title_justify="left", title_style="bold")
@@ -141,7 +134,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
     table.add_section()
     for kind, count in figures["defects"].items():
         first = escape(f"first: {figures['first_defects'][kind]}")
-        line(kind, count, f"{_KINDS[kind]} ({first})" if kind in _KINDS else first)
+        line(kind, count, f"{KINDS[kind]} ({first})" if kind in KINDS else first)
     table.add_section()
     for name, comment in (
         ("changed_rows", "texts that the vocabulary does not give back"),

@@ -1,22 +1,23 @@
 """Raw files in, a prepared dataset out; nothing is dropped in silence."""
 
-import collections
+import importlib
 import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.data import prepared, writing
-from stepdistill_jax.data.reading import Reading, Row, defect_counts
+from stepdistill_jax.data.reading import Reading
+from stepdistill_jax.data.tally import shared_inputs
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.text.vocabulary import UNK_ID, SentencePieceVocabulary
+from stepdistill_jax.files import check_writable, read_json
+from stepdistill_jax.text.vocabulary import SentencePieceVocabulary
 
 logger = logging.getLogger(__name__)
 
-NAMES = ("cqa", "svamp", "jsonl", "delivery")
-TEACHER_FIGURES = ("teacher_accuracy", "teacher_accuracy_by_text", "teacher_accuracy_repaired")
+NAMES = (*prepared.ORIGINALS, "jsonl", "delivery")
 
 
 def prepare(
@@ -26,26 +27,29 @@ def prepare(
     new_name: str | None = None,
     field_map: Mapping[str, str] | None = None,
     teacher: bool = True,
+    report: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
     """Reads a dataset's original files, checks every row, and writes it where tasks look for it.
 
     Writes `data_dir/NAME/` with the TFDS dataset, SPLIT.jsonl, defects.jsonl, dataset.json and a
     vocabulary trained on train. It appears whole or not at all. If it is there already with the
-    same fingerprint nothing is written; with another one it is replaced, and a note says so.
+    same fingerprint it is left as it is; with another one it is replaced, and a note says so. Rows
+    are read one by one: a large source needs no memory.
 
     Args:
-        name: `cqa`, `svamp` (the original layout), `jsonl` (anybody's own rows) or `delivery`
-            (embedded, without source).
+        name: `cqa`, `svamp`, `esnli`, `anli` (the original layout, or exports), `jsonl` (anybody's
+            own rows) or `delivery` (embedded, without source).
         source: the folder of the original files; for `jsonl` a file, or a folder with train.jsonl
             and optionally validation.jsonl and test.jsonl.
         new_name: what to call the dataset, lower_snake_case; needed for `jsonl`.
         field_map: for `jsonl`, our field to the source's, e.g. {"input": "question"}.
         teacher: False reads no teacher texts.
+        report: folder for NAME.html, a page about the dataset.
         data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
 
     Returns:
-        {"name", "directory", "fingerprint", "metric", "reused", "notes", "vocabulary_size",
+        {"name", "directory", "fingerprint", "metric", "reused", "notes", "vocabulary_size", "report",
         "splits": {SPLIT: {"rows", "with_rationale", "teacher_accuracy", "teacher_accuracy_by_text",
         "teacher_accuracy_repaired", "defects": {KIND: count}, "first_defects": {KIND: "file:row"},
         "vocabulary": {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}}}. Accuracies
@@ -56,34 +60,48 @@ def prepare(
         InputError: bad usage or a source that cannot be read as it should; nothing is written.
     """
     dataset_name = _dataset_name(name, new_name)
+    if report is not None:
+        page = pathlib.Path(report) / f"{dataset_name}.html"
+        check_writable(page, "--report")
     reading = _read(name, source, field_map, teacher)
     data_dir = prepared.default_data_dir() if data_dir is None else pathlib.Path(data_dir)
     directory = data_dir / dataset_name
-    result = {
-        "name": dataset_name,
-        "directory": str(directory),
-        "fingerprint": writing.fingerprint(reading),
-        "metric": reading.metric,
-        "reused": False,
-        "notes": [*reading.notes, *_shared_inputs(reading.splits)],
-        "vocabulary_size": None,
-        "splits": {split: _figures(rows) for split, rows in reading.splits.items()},
-    }
     with writing.locked(data_dir, dataset_name):
         found = _existing(dataset_name, data_dir)
-        result["reused"] = found is not None and found.fingerprint == result["fingerprint"]
-        if result["reused"]:
-            result["notes"].append("sources and rows are unchanged: nothing to do")
-        else:
-            if found is not None:
-                result["notes"].append("the sources or rows have changed: rebuilt")
-            writing.write(dataset_name, data_dir, reading, result["fingerprint"])
-    vocabulary_file = directory / prepared.VOCABULARY
-    if vocabulary_file.exists():
-        vocabulary = SentencePieceVocabulary(vocabulary_file)
-        result["vocabulary_size"] = vocabulary.size
-        for split, rows in reading.splits.items():
-            result["splits"][split]["vocabulary"] = _round_trip(rows, vocabulary)
+        with writing.work_folder(data_dir, dataset_name) as work:
+            new = work / dataset_name
+            tallies, fingerprint = writing.write_rows(reading, new)
+            reused = found is not None and found.fingerprint == fingerprint
+            if not reused:
+                writing.write_rest(dataset_name, new, reading, tallies, fingerprint)
+                writing.replace(new, directory, work / "replaced")
+    notes = [*reading.notes, *shared_inputs(tallies)]
+    if found is not None:
+        notes.append(
+            "sources and rows are unchanged: nothing to do"
+            if reused
+            else "the sources or rows have changed: rebuilt"
+        )
+    result: dict[str, Any] = {
+        "name": dataset_name,
+        "directory": str(directory),
+        "fingerprint": fingerprint,
+        "metric": reading.metric,
+        "reused": reused,
+        "notes": notes,
+        "vocabulary_size": None,
+        "report": None,
+        "splits": {split: tally.figures() for split, tally in tallies.items()},
+    }
+    if (directory / prepared.VOCABULARY).exists():
+        result["vocabulary_size"] = SentencePieceVocabulary(directory / prepared.VOCABULARY).size
+        for split, counts in read_json(directory / prepared.FILE)["vocabulary"].items():
+            result["splits"][split]["vocabulary"] = counts
+    if report is not None:
+        from stepdistill_jax.data.report import write_report
+
+        write_report(page, result, tallies)
+        result["report"] = str(page)
     return result
 
 
@@ -139,47 +157,8 @@ def _read(
         from stepdistill_jax.data.readers import jsonl
 
         return jsonl.read(source, field_map=field_map or {}, teacher=teacher)
-    if name == "cqa":
-        from stepdistill_jax.data.readers import cqa
-
-        return cqa.read(source, teacher=teacher)
-    from stepdistill_jax.data.readers import svamp
-
-    return svamp.read(source, teacher=teacher)
-
-
-def _figures(rows: Sequence[Row]) -> dict[str, Any]:
-    first: dict[str, str] = {}
-    right: collections.Counter[str] = collections.Counter()
-    for row in rows:
-        for defect in row.defects:
-            first.setdefault(defect.kind, f"{defect.file}:{defect.row}")
-        right.update(row.right)
-    return {
-        "rows": len(rows),
-        "with_rationale": sum(bool(row.example.rationale) for row in rows),
-        **{f: right[f] / len(rows) if f in right else None for f in TEACHER_FIGURES},
-        "defects": defect_counts(rows),
-        "first_defects": first,
-    }
-
-
-def _round_trip(rows: Sequence[Row], vocabulary: SentencePieceVocabulary) -> dict[str, int]:
-    """What the vocabulary does to the texts of a split."""
-    counts = {"unknown_pieces": 0, "changed_rows": 0, "changed_whitespace_rows": 0}
-    for row in rows:
-        example = row.example
-        changed = squeezed = False
-        for text in (example.input, example.label, example.rationale):
-            ids = vocabulary.encode(text)
-            counts["unknown_pieces"] += ids.count(UNK_ID)
-            back = vocabulary.decode(ids)
-            if back != text:
-                same = back.split() == text.split()
-                squeezed, changed = squeezed or same, changed or not same
-        counts["changed_rows"] += changed
-        counts["changed_whitespace_rows"] += squeezed and not changed
-    return counts
+    reader = importlib.import_module(f"stepdistill_jax.data.readers.{name}")
+    return reader.read(source, teacher=teacher)
 
 
 def _existing(name: str, data_dir: pathlib.Path) -> prepared.PreparedDataset | None:
@@ -198,14 +177,3 @@ def _existing(name: str, data_dir: pathlib.Path) -> prepared.PreparedDataset | N
         return prepared.open_prepared(name, data_dir)
     except InputError:
         return None
-
-
-def _shared_inputs(splits: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Warns of inputs that are trained on and then asked for again."""
-    seen = {row.example.input for row in splits.get("train", ())}
-    counts = {
-        split: sum(row.example.input in seen for row in rows)
-        for split, rows in splits.items()
-        if split != "train"
-    }
-    return [f"{n} inputs of {split} stand in train, too" for split, n in counts.items() if n]

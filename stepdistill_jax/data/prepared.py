@@ -12,6 +12,7 @@ from stepdistill_jax.files import read_json, read_jsonl
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"
 TFDS_VERSION = "1.0.0"  # and the name of the folder of the TFDS files
+ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or an export's
 EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
 
 
@@ -143,6 +144,6 @@ def how_to_prepare(name: str) -> str:
     """The command that prepares `name`."""
     if name == EMBEDDED:
         return f"run `stepdistill prepare {name}`"
-    if name in ("cqa", "svamp"):
+    if name in ORIGINALS:
         return f"run `stepdistill prepare {name} --source DIR`"
     return f"run `stepdistill prepare jsonl --source FILE --name {name}`"

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from stepdistill_jax.data.sums import wrong_sums
 from stepdistill_jax.text import arithmetic
 
 NEXT_QUESTION = "Q:"  # where a few-shot completion runs on into an invented question
@@ -13,6 +14,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 _LETTER = re.compile(r"\(([a-z])\)\s*([^\n]*)", re.IGNORECASE)
 _PARENTHESES = re.compile(r"\(.*\)")
+_SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Parsed:
             empty where that rule fails.
         answer_text: for choices, the text after the letter; else empty.
         repaired: the answer after our repairs; empty where none is usable.
-        problems: names of what is wrong with the text.
+        problems: names of what is wrong with the text; see `defects.KINDS`.
+        wrong_sums: equations of the rationale that do not add up.
     """
 
     rationale: str = ""
@@ -33,6 +36,7 @@ class Parsed:
     answer_text: str = ""
     repaired: str = ""
     problems: tuple[str, ...] = ()
+    wrong_sums: tuple[str, ...] = ()
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
@@ -52,9 +56,9 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Returns:
         The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
         no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter, compared
-        exactly), letter_and_text_disagree.
+        exactly), label_disagrees_with_letter, truncated.
     """
-    problems, rationale, answer = _split(text, CHOICE_MARKER)
+    problems, rationale, answer = split(text, CHOICE_MARKER)
     if answer is None:
         return Parsed(problems=problems)
     letter = _LETTER.search(answer)
@@ -72,8 +76,10 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     if answer_text not in choices:
         problems += ("label_not_a_choice",)
     elif by_letter and by_letter != answer_text:
-        problems += ("letter_and_text_disagree",)
-    by_text = [c for c in choices if _folded(c) == _folded(answer_text)]
+        problems += ("label_disagrees_with_letter",)
+    by_text = [c for c in choices if folded(c) == folded(answer_text)]
+    if not by_text:
+        problems += truncated(problems, text)
     return Parsed(
         rationale=rationale,
         # the published rule finds no answer where the marker stands more than once
@@ -95,9 +101,10 @@ def parse_equation(text: str) -> Parsed:
 
     Returns:
         The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_parentheses, no_value (it cannot be computed), equation_goes_on.
+        no_parentheses, no_value (it cannot be computed), equation_goes_on, arithmetic_wrong (a sum
+        in the rationale), truncated.
     """
-    problems, rationale, answer = _split(text, EQUATION_MARKER)
+    problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
         return Parsed(problems=problems)
     found = _PARENTHESES.search(answer)
@@ -110,23 +117,30 @@ def parse_equation(text: str) -> Parsed:
     repaired = next((e for e in (whole, equation) if arithmetic.evaluate(e) is not None), "")
     if equation and repaired not in ("", equation):
         problems += ("equation_goes_on",)
+    if wrong := wrong_sums(rationale):
+        problems += ("arithmetic_wrong",)
+    if not repaired:
+        problems += truncated(problems, text)
     return Parsed(
         rationale=rationale,
         answer="" if "several_answers" in problems else equation,
         repaired=repaired,
         problems=problems,
+        wrong_sums=tuple(wrong),
     )
 
 
-def _split(text: str, marker: str) -> tuple[tuple[str, ...], str, str | None]:
+def split(
+    text: str, marker: str, next_question: str = NEXT_QUESTION
+) -> tuple[tuple[str, ...], str, str | None]:
     """(problems, rationale, text after the first marker or None) of what precedes the next question."""
-    own, next_question, _ = text.partition(NEXT_QUESTION)
-    problems = ("runs_on",) if next_question else ()
+    own, found, _ = text.partition(next_question)
+    problems = ("runs_on",) if found else ()
     if not own.strip():
         return (*problems, "empty"), "", None
     rationale, *answers = own.split(marker)
     if not answers:
-        return (*problems, "no_answer"), "", None
+        return (*problems, "no_answer", *truncated(problems, own)), "", None
     if len(answers) > 1:
         problems += ("several_answers",)
     if not rationale.strip():
@@ -134,9 +148,20 @@ def _split(text: str, marker: str) -> tuple[tuple[str, ...], str, str | None]:
     return problems, rationale.strip(), answers[0].strip()
 
 
+def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
+    """("truncated",) where a text without a whole answer does not end as a sentence does.
+
+    One that runs on was cut in a question that is not ours.
+    """
+    if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
+        return ()
+    return ("truncated",)
+
+
 def _without_stop(text: str) -> str:
     return text.strip().removesuffix(".").rstrip()
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """`text` without case, runs of whitespace and a last full stop."""
     return " ".join(_without_stop(text).casefold().split())

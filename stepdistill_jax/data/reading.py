@@ -1,13 +1,15 @@
-"""What a reader hands over: checked examples per split, and everything that was wrong with them."""
+"""What a reader hands over: checked examples one by one, and everything that was wrong with them."""
 
 import collections
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stepdistill_jax.data.example import Defect, Example
 
 SPLITS = ("train", "validation", "test")
+UNLABELLED = "unlabelled"  # more inputs to train on, with the teacher's labels only
 DEFECT_TEXT_LENGTH = 200  # characters
 
 
@@ -29,25 +31,44 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """All that a reader found in its source.
+    """What a reader finds in its source; rows come one by one, so that a large source needs no memory.
 
     Attributes:
         reader: its name, e.g. `cqa`.
-        version: raised when the same source would give other rows.
+        version: raised when the same source would give other rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
-        splits: rows by split, in the order of the source.
-        sources: digest of each file that was read, by its name within the source.
+        rows: starts reading: yields (split, row). The rows of a split come in the source's order;
+            splits may alternate.
+        sources: digest of each file that is read, by its name within the source.
         options: what else the rows depend on (field map, no teacher), JSON-like.
-        notes: things to tell the user, e.g. that a split was left out.
+        notes: things to tell the user, e.g. that a split is left out; whole once `rows` is done.
     """
 
     reader: str
     version: int
     metric: str
-    splits: dict[str, list[Row]]
+    rows: Callable[[], Iterator[tuple[str, Row]]]
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, object] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, list[Row]]:
+        """All rows in memory, by split: for small sources."""
+        found: dict[str, list[Row]] = collections.defaultdict(list)
+        for split, row in self.rows():
+            found[split].append(row)
+        return {split: found[split] for split in in_order(found)}
+
+
+def rows_of(splits: Mapping[str, Sequence[Row]]) -> Callable[[], Iterator[tuple[str, Row]]]:
+    """`Reading.rows` of rows that are in memory."""
+    return lambda: ((split, row) for split, rows in splits.items() for row in rows)
+
+
+def in_order(splits: Iterable[str]) -> list[str]:
+    """Names of splits, train first."""
+    return [split for split in (*SPLITS, UNLABELLED) if split in set(splits)]
 
 
 def defect(kind: str, file: str, row: int, text: str = "") -> Defect:
@@ -69,9 +90,6 @@ def tenth(example_id: str) -> int:
     return int.from_bytes(hashlib.sha256(example_id.encode()).digest()[:8], "big") % 10
 
 
-def take_validation(rows: Iterable[Row]) -> tuple[list[Row], list[Row]]:
-    """(train, validation): the rows whose id falls into tenth 0 are held out."""
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        parts[tenth(row.example.id) == 0].append(row)
-    return parts
+def train_or_validation(row: Row) -> str:
+    """`validation` for the rows whose id falls into tenth 0, where it has no file of its own."""
+    return "validation" if tenth(row.example.id) == 0 else "train"

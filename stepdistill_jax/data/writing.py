@@ -1,30 +1,76 @@
 """A reading on disk: it appears whole or not at all, and one process at a time writes it."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepdistill_jax import objectives
 from stepdistill_jax.data import prepared
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.reading import Reading, Row
+from stepdistill_jax.data.reading import Reading, in_order
+from stepdistill_jax.data.tally import Tally
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, digest, fsync_folder, write_json
-from stepdistill_jax.text.train_vocabulary import train_vocabulary
+from stepdistill_jax.files import atomic_write, digest, fsync_folder, read_jsonl, write_json
+from stepdistill_jax.progress import progress
+from stepdistill_jax.text import train_vocabulary as training
 
-FORMAT = 1  # raised when the same rows would be written otherwise
-MAX_LABELS = 50
+FORMAT = 2  # raised when the same rows would be written otherwise
+PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process
+MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
+DEFECTS = "defects.jsonl"
 
 
-def fingerprint(reading: Reading) -> str:
-    """Digest of sources, reader, options and rows: any change of these changes it.
+@contextlib.contextmanager
+def work_folder(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
+    """A temporary folder beside the final one, gone afterwards; what killed runs left goes, too."""
+    for left in data_dir.glob(f".{name}.partial-*"):  # we hold the lock
+        shutil.rmtree(left, ignore_errors=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=data_dir))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str]:
+    """Reads everything once, and writes SPLIT.jsonl and defects.jsonl while it does.
+
+    Returns:
+        The tally of each split, train first, and the fingerprint.
+
+    Raises:
+        InputError: a row that is not as it should be.
+    """
+    tallies: dict[str, Tally] = {}
+    files: dict[str, Any] = {}
+    digests: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(None, f"reading {reading.reader}, rows"))
+        defects = stack.enter_context(atomic_write(folder / DEFECTS))
+        for split, row in reading.rows():
+            if split not in files:
+                files[split] = stack.enter_context(atomic_write(folder / f"{split}.jsonl"))
+                tallies[split], digests[split] = Tally(), hashlib.sha256()
+            line = _line(row.example.to_json())
+            files[split].write(line)
+            digests[split].update(line.encode())
+            tallies[split].add(row)
+            for defect in row.defects:
+                about = {"split": split, "id": row.example.id}
+                defects.write(_line(about | vars(defect)))
+            bar.update()
+    rows = {split: state.hexdigest() for split, state in digests.items()}
+    return {split: tallies[split] for split in in_order(tallies)}, fingerprint(reading, rows)
+
+
+def fingerprint(reading: Reading, rows: Mapping[str, str]) -> str:
+    """Digest of sources, reader, options and rows (a digest by split): any change changes it.
 
     Rows are in it beside their sources, so that a changed reader shows even if its version was
     forgotten.
@@ -35,88 +81,79 @@ def fingerprint(reading: Reading) -> str:
             "reader": [reading.reader, reading.version, reading.metric],
             "options": reading.options,
             "sources": reading.sources,
-            "splits": {s: _rows_digest(rows) for s, rows in reading.splits.items()},
+            "splits": dict(rows),
         }
     )
 
 
-def _rows_digest(rows: Sequence[Row]) -> str:
-    state = hashlib.sha256()
-    for row in rows:
-        state.update(_line(row.example.to_json()).encode())
-    return state.hexdigest()
+def write_rest(
+    name: str,
+    folder: pathlib.Path,
+    reading: Reading,
+    tallies: Mapping[str, Tally],
+    fingerprint: str,
+) -> None:
+    """What is made of SPLIT.jsonl: the vocabulary, the TFDS files, and the description, last.
+
+    Of a large dataset the TFDS files are written by another process meanwhile.
+    """
+    from stepdistill_jax.data import builder, round_trip
+
+    counts = {split: tally.rows for split, tally in tallies.items()}
+    vocabulary: dict[str, dict[str, int]] = {}
+    aside = sum(counts.values()) >= PARALLEL_ROWS
+    build = builder.build_aside if aside else builder.building
+    with build(name, folder, counts):
+        if "train" in tallies:
+            path = folder / prepared.VOCABULARY
+            training.train_vocabulary(_texts(folder / "train.jsonl", tallies["train"]), path)
+            vocabulary = round_trip.round_trips(folder, counts)
+    write_json(
+        folder / prepared.FILE,
+        {
+            "name": name,
+            "fingerprint": fingerprint,
+            "metric": reading.metric,
+            "splits": counts,
+            "labels": tallies["train"].labels if "train" in tallies else [],
+            "reader": {"name": reading.reader, "version": reading.version},
+            "format": FORMAT,
+            "options": reading.options,
+            "sources": reading.sources,
+            "notes": reading.notes,
+            "vocabulary": vocabulary,
+        },
+    )
 
 
-def write(name: str, data_dir: pathlib.Path, reading: Reading, fingerprint: str) -> None:
-    """Builds everything in a temporary folder beside the final one, then renames it."""
-    from stepdistill_jax.data import builder
-
-    for left in data_dir.glob(f".{name}.partial-*"):  # by a run that was killed; we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=data_dir))
-    try:
-        examples = {s: [row.example for row in rows] for s, rows in reading.splits.items()}
-        builder.build(name, examples, work)
-        new = work / name
-        for split, rows in examples.items():
-            with atomic_write(new / f"{split}.jsonl") as f:
-                f.writelines(_line(example.to_json()) for example in rows)
-        with atomic_write(new / "defects.jsonl") as f:
-            for split, found in reading.splits.items():
-                for row in found:
-                    for defect in row.defects:
-                        f.write(
-                            _line(
-                                {"split": split, "id": row.example.id} | dataclasses.asdict(defect)
-                            )
-                        )
-        train = examples.get("train", [])
-        if train:
-            train_vocabulary(_texts(train), new / prepared.VOCABULARY)
-        write_json(
-            new / prepared.FILE,
-            {
-                "name": name,
-                "fingerprint": fingerprint,
-                "metric": reading.metric,
-                "splits": {split: len(rows) for split, rows in examples.items()},
-                "labels": _labels(train),
-                "reader": {"name": reading.reader, "version": reading.version},
-                "format": FORMAT,
-                "options": reading.options,
-                "sources": reading.sources,
-                "notes": list(reading.notes),
-            },
-        )
-        _replace(new, data_dir / name, work / "replaced")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace(new: pathlib.Path, final: pathlib.Path, old: pathlib.Path) -> None:
+def replace(new: pathlib.Path, final: pathlib.Path, old: pathlib.Path) -> None:
+    """Puts `new` in the place of `final`, which goes to `old`."""
     if final.exists():
         os.replace(final, old)
     os.replace(new, final)
     fsync_folder(final.parent)
 
 
-def _texts(examples: Sequence[Example]) -> list[str]:
-    """What the step-by-step model reads and writes: the prefixes become pieces of their own."""
-    texts = []
-    for example in examples:
-        fields = {name: getattr(example, name) for name in objectives.Objective.FIELDS}
-        for objective in objectives.step_by_step():
-            model_input, target = objective.render(fields)
-            texts.extend(text for text in (model_input, target) if target)
+def _texts(path: pathlib.Path, tally: Tally) -> list[str]:
+    """What a step-by-step model reads and writes: the prefixes become pieces of their own.
+
+    Of a large dataset every k-th row is taken: the trainer keeps all texts in memory.
+    """
+    step = max(
+        -(-tally.texts // training.MAX_TEXTS),
+        -(-tally.characters // MAX_VOCABULARY_CHARACTERS),
+    )
+    texts: list[str] = []
+    for i, (_, row) in enumerate(read_jsonl(path)):
+        if i % step == 0:
+            texts += _texts_of(prepared.example_from_json(row))
     return texts
 
 
-def _labels(examples: Sequence[Example]) -> list[str]:
-    """The labels of train where they are few and the same for every row; else none."""
-    if any(example.choices for example in examples):
-        return []
-    labels = {example.label for example in examples}
-    return sorted(labels) if len(labels) <= MAX_LABELS else []
+def _texts_of(example: Example) -> list[str]:
+    fields = {name: getattr(example, name) for name in objectives.Objective.FIELDS}
+    texts = [text for o in objectives.step_by_step() for text in o.render(fields) if text]
+    return texts + [r.text for r in example.rationales if r.text != example.rationale]
 
 
 def _line(value: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from stepdistill_jax.data.example import Rationale
 from stepdistill_jax.data.readers import cqa, svamp
 from stepdistill_jax.data.reading import defect_counts
 from stepdistill_jax.errors import InputError
@@ -30,7 +31,8 @@ def test_a_row_without_a_parsed_rationale_keeps_its_label(cqa_source):
     row = cqa.read(cqa_source).splits["test"][3]
     assert (row.example.label, row.example.rationale, row.example.llm_label) == ("pond", "", "")
     assert [(d.kind, d.file, d.row) for d in row.defects] == [
-        ("no_answer", "llm/test_CoT_0.json", 4)
+        ("no_answer", "llm/test_CoT_0.json", 4),
+        ("truncated", "llm/test_CoT_0.json", 4),
     ]
 
 
@@ -49,6 +51,7 @@ def test_defects_name_the_file_and_row_of_the_source(cqa_source):
         "label_not_a_choice": 3,
         "repeated_choices": 3,
         "no_answer": 3,
+        "truncated": 3,
     }
     repeated = [d for row in rows for d in row.defects if d.kind == "repeated_choices"]
     assert [(d.file, d.row) for d in repeated] == [("cqa_test.json", 3 + 4 * i) for i in range(3)]
@@ -95,27 +98,27 @@ def test_absent_teacher_files_are_an_error_unless_told(svamp_source, teacher):
         assert svamp.read(svamp_source, teacher=False).splits["test"]
         return
     with pytest.raises(InputError, match=r"llm/train_CoT_0\.json: no such file.*--no-teacher"):
-        svamp.read(svamp_source)
+        svamp.read(svamp_source).splits  # noqa: B018
 
 
 def test_a_missing_text_names_the_first_row_without_one(cqa_source):
     path = cqa_source / "llm" / "train_CoT_2.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
     with pytest.raises(InputError, match=r"cqa_train\.json:12: no teacher text.*12 rows, but 11"):
-        cqa.read(cqa_source)
+        cqa.read(cqa_source).splits  # noqa: B018
 
 
 def test_a_text_too_many_is_named(cqa_source):
     path = cqa_source / "llm" / "train_CoT_2.json"
     path.write_text(json.dumps([*json.loads(path.read_text()), "more"]))
     with pytest.raises(InputError, match=r"train_CoT_2\.json: item 3 belongs to no row"):
-        cqa.read(cqa_source)
+        cqa.read(cqa_source).splits  # noqa: B018
 
 
 def test_a_gap_in_the_numbers_of_teacher_files_is_named(cqa_source):
     (cqa_source / "llm" / "train_CoT_1.json").unlink()
     with pytest.raises(InputError, match=r"train_CoT_1\.json: no such file.*train_CoT_2"):
-        cqa.read(cqa_source)
+        cqa.read(cqa_source).splits  # noqa: B018
 
 
 def test_broken_json_names_file_and_line(cqa_source):
@@ -123,14 +126,14 @@ def test_broken_json_names_file_and_line(cqa_source):
     lines[6] = lines[6][:-5]
     (cqa_source / "cqa_test.json").write_text("\n".join(lines))
     with pytest.raises(InputError, match=r"cqa_test\.json:7: broken JSON"):
-        cqa.read(cqa_source)
+        cqa.read(cqa_source).splits  # noqa: B018
 
 
 def test_broken_json_of_a_teacher_file_names_file_and_line(cqa_source):
     path = cqa_source / "llm" / "test_CoT_0.json"
     path.write_text(path.read_text().replace("pond.", 'pond."', 1))
     with pytest.raises(InputError, match=r"test_CoT_0\.json:2: broken JSON"):
-        cqa.read(cqa_source)
+        cqa.read(cqa_source).splits  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_broken_json_of_a_teacher_file_names_file_and_line(cqa_source):
 def test_a_bad_field_names_file_and_line(cqa_source, changes, message):
     _edit(cqa_source / "cqa_train.json", 7, **changes)
     with pytest.raises(InputError, match=message):
-        cqa.read(cqa_source)
+        cqa.read(cqa_source).splits  # noqa: B018
 
 
 def test_a_gold_label_that_is_no_choice_is_a_defect_of_the_source(cqa_source):
@@ -167,9 +170,122 @@ def test_the_folder_above_is_a_source_too(cqa_source):
 
 def test_a_folder_without_files_says_what_is_wanted(tmp_path):
     with pytest.raises(InputError, match=r"neither cqa_train\.json nor cqa_test\.json"):
-        cqa.read(tmp_path)
+        cqa.read(tmp_path).splits  # noqa: B018
     with pytest.raises(InputError, match="no such folder"):
-        cqa.read(tmp_path / "absent")
+        cqa.read(tmp_path / "absent").splits  # noqa: B018
+
+
+def _lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _add_asdiv(source):
+    """Three questions in source/asdiv, the last without an answer of the teacher's."""
+    texts = ["1 + 1 = 2. The answer is (1 + 1).", "1 + 1 = 3. The answer is (2 + 2).", "Who knows"]
+    rows = [{"input": f"question {i}?", "label": "not read"} for i in range(3)]
+    _lines(source / "asdiv" / "asdiv_train.json", rows)
+    (source / "asdiv" / "llm").mkdir()
+    (source / "asdiv" / "llm" / "train_CoT_0.json").write_text(json.dumps(texts))
+
+
+def test_asdiv_gives_inputs_that_have_the_teachers_labels_only(svamp_source):
+    before = svamp.read(svamp_source).splits
+    _add_asdiv(svamp_source)
+    reading = svamp.read(svamp_source)
+    rows = reading.splits["unlabelled"]
+    assert [(r.example.id, r.example.label, r.example.llm_label) for r in rows] == [
+        ("asdiv-1", "", "(1 + 1)"),
+        ("asdiv-2", "", "(2 + 2)"),
+        ("asdiv-3", "", ""),
+    ]
+    assert [r.example.rationale for r in rows] == ["1 + 1 = 2.", "1 + 1 = 3.", ""]
+    assert not any(row.right for row in rows)
+    assert defect_counts(rows) == {"arithmetic_wrong": 1, "no_answer": 1, "truncated": 1}
+    assert [d.text for d in rows[1].defects] == ["1 + 1 = 3"]
+    # nothing else changes: what trains on gold labels reads the same rows
+    assert {s: reading.splits[s] for s in before} == before
+    assert {"asdiv/asdiv_train.json", "asdiv/llm/train_CoT_0.json"} <= set(reading.sources)
+    assert any("the split unlabelled: no gold label" in note for note in reading.notes)
+
+
+def test_asdiv_beside_svamp_is_found_and_needs_its_teacher_files(svamp_source):
+    _add_asdiv(svamp_source.parent)
+    assert len(svamp.read(svamp_source.parent).splits["unlabelled"]) == 3
+    assert "unlabelled" not in svamp.read(svamp_source).splits  # nothing outside the source is read
+    (svamp_source.parent / "asdiv" / "llm" / "train_CoT_0.json").unlink()
+    with pytest.raises(InputError, match=r"asdiv/llm/train_CoT_0\.json: no such file"):
+        svamp.read(svamp_source.parent)
+    rows = svamp.read(svamp_source.parent, teacher=False).splits["unlabelled"]
+    assert [row.example.llm_label for row in rows] == ["", "", ""]
+
+
+def test_a_misplaced_asdiv_says_where_it_belongs(svamp_source):
+    _lines(svamp_source / "asdiv_train.json", [{"input": "q"}])
+    with pytest.raises(InputError, match=r"move it to .*svamp/asdiv/asdiv_train\.json"):
+        svamp.read(svamp_source)
+
+
+def test_cos_es_explanations_are_kept_as_peoples(cqa_source):
+    example = cqa.read(cqa_source).splits["test"][0].example
+    assert example.rationale == "Ducks like water."
+    assert example.rationales == (
+        Rationale("Ducks like water.", "llm", "pond"),
+        Rationale("not read", "human", "pond"),
+    )
+
+
+CQA_EXPORT = {
+    "id": "a",
+    "question": "Where do ducks swim?",
+    "choices": {"label": ["A", "B", "C"], "text": ["zoo", "pond", "barn"]},
+    "answerKey": "B",
+}
+
+
+def test_an_export_of_commonsense_qa_gives_the_papers_rows(tmp_path, cqa_source):
+    _lines(tmp_path / "hf" / "train.jsonl", [CQA_EXPORT])
+    _lines(tmp_path / "hf" / "validation.jsonl", [CQA_EXPORT])
+    _lines(tmp_path / "hf" / "test.jsonl", [CQA_EXPORT | {"answerKey": ""}])
+    reading = cqa.read(tmp_path / "hf", teacher=False)
+    assert list(reading.splits) == ["train", "validation"]
+    example = reading.splits["train"][0].example
+    paper = cqa.read(cqa_source, teacher=False).splits["test"][0].example
+    assert (example.input, example.label, example.choices) == (
+        paper.input,
+        paper.label,
+        paper.choices,
+    )
+    # the export's test split has no answers
+    assert any("1 rows without a gold label are left out" in note for note in reading.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answerKey": "E"}, r"test\.jsonl:1: the field 'answerKey' is 'E', the choices are A, B, C"),
+        ({"choices": ["zoo"]}, r"test\.jsonl:1: beside 'answerKey' the field 'choices' must be an object"),
+        ({"choices": {"label": ["A"], "text": []}}, r"test\.jsonl:1: in choices: 1 labels, but 0 texts"),
+    ],
+)  # fmt: skip
+def test_a_bad_export_names_file_line_and_field(tmp_path, changes, message):
+    _lines(tmp_path / "test.jsonl", [CQA_EXPORT | changes])
+    with pytest.raises(InputError, match=message):
+        cqa.read(tmp_path, teacher=False).splits  # noqa: B018
+
+
+def test_an_export_has_no_teacher_texts(tmp_path):
+    _lines(tmp_path / "train.jsonl", [CQA_EXPORT])
+    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*--no-teacher"):
+        cqa.read(tmp_path)
+
+
+def test_a_split_without_teacher_texts_is_told(cqa_source):
+    for path in cqa_source.glob("llm/test*"):
+        path.unlink()
+    reading = cqa.read(cqa_source)
+    assert not any(row.example.rationale or row.right for row in reading.splits["test"])
+    assert any("test_CoT_0.json: no such file, so the split test" in n for n in reading.notes)
 
 
 def test_teacher_accuracy_of_the_paper_is_reproduced(paper_data):
@@ -187,15 +303,60 @@ def test_teacher_accuracy_of_the_paper_is_reproduced(paper_data):
 
 def test_known_defects_of_the_original_files_are_counted(paper_data):
     splits = cqa.read(paper_data / "cqa").splits
-    train = defect_counts(splits["train"] + splits["validation"])
     assert len(splits["train"]) + len(splits["validation"]) == 9741
-    assert train["label_not_a_choice"] == 448
-    assert train["repeated_choices"] == 122
-    assert defect_counts(splits["test"])["repeated_choices"] == 24
-    equations = svamp.read(paper_data / "svamp").splits
-    assert defect_counts(equations["train"] + equations["validation"])["no_answer"] == 11
+    assert defect_counts(splits["train"] + splits["validation"]) == {
+        "runs_on": 9741,
+        "label_not_a_choice": 448,
+        "repeated_choices": 122,
+        "no_letter": 3,
+        "label_disagrees_with_letter": 1,
+    }
+    assert defect_counts(splits["test"]) == {
+        "runs_on": 1221,
+        "label_not_a_choice": 46,
+        "repeated_choices": 24,
+        "label_disagrees_with_letter": 1,
+    }
+    assert (
+        round(sum(r.right["teacher_accuracy_repaired"] for r in splits["test"]) / 12.21, 2) == 79.36
+    )
+    # CoS-E explains every row
+    assert all(row.example.rationales[-1].source == "human" for row in splits["test"])
+
+
+def test_known_defects_of_the_original_equations_are_counted(paper_data):
+    splits = svamp.read(paper_data / "svamp").splits
+    assert defect_counts(splits["train"] + splits["validation"]) == {
+        "runs_on": 784,
+        "arithmetic_wrong": 28,
+        "no_value": 21,
+        "equation_goes_on": 16,
+        "truncated": 12,
+        "no_answer": 11,
+        "no_parentheses": 2,
+    }
+    assert defect_counts(splits["test"]) == {
+        "runs_on": 199,
+        "equation_goes_on": 10,
+        "arithmetic_wrong": 8,
+        "no_value": 5,
+        "no_answer": 2,
+    }
+    assert sum(row.right["teacher_accuracy_repaired"] for row in splits["test"]) == 155
     assert not any(
         row.example.rationale
-        for row in equations["train"]
+        for row in splits["train"]
         if "no_answer" in {d.kind for d in row.defects}
     )
+
+
+def test_the_rows_of_svamps_original_file_are_those_of_the_papers(paper_data, tmp_path):
+    records = json.loads((paper_data / "svamp" / "SVAMP.json").read_text())
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    original = svamp.read(tmp_path, teacher=False).splits
+    paper = svamp.read(paper_data / "svamp").splits
+
+    def pairs(splits):
+        return sorted((r.example.input, r.example.label) for rows in splits.values() for r in rows)
+
+    assert pairs(original) == pairs(paper) and len(pairs(paper)) == 1000

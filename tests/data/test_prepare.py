@@ -147,14 +147,14 @@ def test_a_source_that_turns_bad_leaves_the_old_dataset(tmp_path, own):
 
 
 def test_a_failure_while_writing_leaves_the_old_dataset_and_no_rubbish(own, monkeypatch, tmp_path):
-    from stepdistill_jax.data import writing
+    from stepdistill_jax.text import train_vocabulary
 
     _, data_dir, first = own
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "train_vocabulary", full)
+    monkeypatch.setattr(train_vocabulary, "train_vocabulary", full)
     with pytest.raises(OSError, match="No space left"):
         prepare(
             "jsonl",
@@ -208,9 +208,13 @@ def test_without_train_there_is_no_vocabulary(tmp_path):
 
 def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
     _write(tmp_path / "train.jsonl", _rows(30))
-    _write(tmp_path / "test.jsonl", _rows(30)[:4])
+    asked = [*_rows(30)[:4], {"input": "another", "label": "no"}]
+    _write(tmp_path / "test.jsonl", asked)
     result = prepare("jsonl", source=tmp_path, new_name="mine", data_dir=tmp_path / "data")
-    assert any(note.endswith("inputs of test stand in train, too") for note in result["notes"])
+    train = {e.input for e in open_prepared("mine", tmp_path / "data").examples("train")}
+    shared = sum(row["input"] in train for row in asked)
+    assert shared and f"{shared} inputs of test stand in train, too" in result["notes"]
+    assert not any("inputs of validation" in note for note in result["notes"])
 
 
 @pytest.mark.parametrize(

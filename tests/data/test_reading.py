@@ -1,9 +1,19 @@
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.reading import Row, defect, defect_counts, take_validation, tenth
+from stepdistill_jax.data.reading import (
+    Row,
+    defect,
+    defect_counts,
+    in_order,
+    tenth,
+    train_or_validation,
+)
 
 
-def _rows(ids):
-    return [Row(Example(i, "question", "label")) for i in ids]
+def _parts(ids):
+    parts = {"train": [], "validation": []}
+    for i in ids:
+        parts[train_or_validation(Row(Example(i, "question", "label")))].append(i)
+    return parts["train"], parts["validation"]
 
 
 def test_the_part_of_an_id_never_changes():
@@ -20,12 +30,15 @@ def test_parts_are_about_equal():
 
 def test_an_added_row_moves_no_other_row():
     ids = [str(i) for i in range(300)]
-    train, validation = take_validation(_rows(ids))
-    train_2, validation_2 = take_validation(_rows(["one more", *ids]))
-    assert {r.example.id for r in train} <= {r.example.id for r in train_2}
-    assert {r.example.id for r in validation} <= {r.example.id for r in validation_2}
+    train, validation = _parts(ids)
+    train_2, validation_2 = _parts(["one more", *ids])
+    assert set(train) <= set(train_2) and set(validation) <= set(validation_2)
     assert len(train) + len(validation) == 300
-    assert [int(r.example.id) for r in train] == sorted(int(r.example.id) for r in train)
+    assert validation == [i for i in ids if tenth(i) == 0]
+
+
+def test_splits_come_train_first_and_those_without_labels_last():
+    assert in_order({"unlabelled": 1, "test": 1, "train": 1}) == ["train", "test", "unlabelled"]
 
 
 def test_defects_are_counted_by_kind_the_commonest_first():

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.reading import Reading, Row
+from stepdistill_jax.data.reading import Reading, Row, rows_of
 
 VERSION = 1
 ROWS = {"train": 1500, "validation": 500, "test": 500}
@@ -72,7 +72,7 @@ def read() -> Reading:
             for i, e in enumerate(chosen, 1)
         ]
         start += rows // 2
-    return Reading("delivery", VERSION, "text_match", splits)
+    return Reading("delivery", VERSION, "text_match", rows_of(splits))
 
 
 def _order(text: str) -> bytes:

@@ -1,12 +1,19 @@
 """Anybody's own rows as JSON lines, without code."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepdistill_jax.data.example import Defect, Example, Rationale
 from stepdistill_jax.data.readers import fields
-from stepdistill_jax.data.reading import SPLITS, Reading, Row, defect, take_validation, tenth
+from stepdistill_jax.data.reading import (
+    SPLITS,
+    Reading,
+    Row,
+    defect,
+    tenth,
+    train_or_validation,
+)
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.files import read_jsonl, sha256
 from stepdistill_jax.text.metrics import text_match
@@ -36,44 +43,55 @@ def read(
         teacher: False leaves rationales and teacher labels out.
 
     Raises:
-        InputError: a field that is mapped and not there, a wrong type, an id that stands twice, an
-            empty label or input, broken JSON; names file, line and field.
+        InputError: no such file, or a map of a field that we do not have. While rows are read: a
+            field that is mapped and not there, a wrong type, an id that stands twice, an empty label
+            or input, broken JSON; names file, line and field.
     """
     field_map = dict(field_map or {})
     _check_map(field_map)
     notes: list[str] = []
     files = _files(source, notes)
-    splits: dict[str, list[Row]] = {}
-    unread: set[str] = set()
-    for split, path in files.items():
-        splits[split] = _read_file(path, field_map, teacher, unread)
-    if unread:
-        notes.append(f"fields that were not read: {', '.join(sorted(unread))}")
-    if source.is_dir():
-        if "train" in splits and "validation" not in splits:
-            splits["train"], splits["validation"] = take_validation(splits["train"])
-            notes.append(
-                f"{source / 'validation.jsonl'}: no such file, so validation is the tenth of train"
-                " whose hashed id falls there"
-            )
-    else:
-        splits = _three_splits(splits["train"])
+    one_file = not source.is_dir()
+    if one_file:
         notes.append(
             f"{source}: one file, so it is cut by the hashed ids: validation and test are a tenth"
             " each, train is the rest"
         )
-    for split in SPLITS:
-        if split in splits and not splits[split]:
-            notes.append(f"the split {split} is left out: of so few rows none falls into it")
-            del splits[split]
+    elif "train" in files and "validation" not in files:
+        notes.append(
+            f"{source / 'validation.jsonl'}: no such file, so validation is the tenth of train"
+            " whose hashed id falls there"
+        )
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        unread: set[str] = set()
+        found: set[str] = set()
+        for split, path in files.items():
+            for row in _read_file(path, field_map, teacher, unread):
+                target = split
+                if one_file:
+                    target = _third(row)
+                elif split == "train" and "validation" not in files:
+                    target = train_or_validation(row)
+                found.add(target)
+                yield target, row
+        told = [f"fields that were not read: {', '.join(sorted(unread))}"] if unread else []
+        wanted = SPLITS if one_file else ("train", "validation") if "train" in files else ()
+        told += [
+            f"the split {split} is left out: of so few rows none falls into it"
+            for split in wanted
+            if split not in found
+        ]
+        notes.extend(note for note in told if note not in notes)
+
     return Reading(
         "jsonl",
         VERSION,
         "text_match",
-        {split: splits[split] for split in SPLITS if split in splits},
+        rows,
         {path.name: sha256(path) for path in files.values()},
-        {"field_map": field_map, "teacher": teacher, "cut": not source.is_dir()},
-        tuple(notes),
+        {"field_map": field_map, "teacher": teacher, "cut": one_file},
+        notes,
     )
 
 
@@ -106,42 +124,28 @@ def _files(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
     return files
 
 
-def _three_splits(rows: list[Row]) -> dict[str, list[Row]]:
-    splits: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for row in rows:
-        splits[{0: "validation", 1: "test"}.get(tenth(row.example.id), "train")].append(row)
-    return splits
+def _third(row: Row) -> str:
+    return {0: "validation", 1: "test"}.get(tenth(row.example.id), "train")
 
 
 def _read_file(
     path: pathlib.Path, field_map: Mapping[str, str], teacher: bool, unread: set[str]
-) -> list[Row]:
+) -> Iterator[Row]:
     names = {name: field_map.get(name, name) for name in FIELDS}
+    dropped = set() if teacher else {names[name] for name in TEACHER_FIELDS}
     ids = fields.UniqueIds()
-    rows: list[Row] = []
+    count = 0
     for line, source_row in read_jsonl(path):
         where = f"{path}:{line}"
-        if not rows:
+        if not count:
             _check_mapped_fields(field_map, source_row, where)
-        unread |= set(source_row) - set(names.values())
-        if not teacher:
-            source_row = {
-                k: v for k, v in source_row.items() if k not in {names[f] for f in TEACHER_FIELDS}
-            }
-        row = _row(source_row, names, path.name, line, where, ids, str(len(rows) + 1))
-        rows.append(row)
-    if not rows:
+        unread |= source_row.keys() - set(names.values())
+        if dropped:
+            source_row = {k: v for k, v in source_row.items() if k not in dropped}
+        count += 1
+        yield _row(source_row, names, path.name, line, where, ids, str(count))
+    if not count:
         raise InputError(f"{path}: no rows in it")
-    if any(row.example.llm_label for row in rows):
-        return [
-            Row(
-                row.example,
-                row.defects,
-                {"teacher_accuracy": text_match(row.example.llm_label, row.example.label)},
-            )
-            for row in rows
-        ]
-    return rows
 
 
 def _check_mapped_fields(field_map: Mapping[str, str], row: Mapping[str, Any], where: str) -> None:
@@ -162,7 +166,9 @@ def _row(
     ids: fields.UniqueIds,
     number: str,
 ) -> Row:
-    for name in ("input", "label"):
+    llm_label = fields.optional_text(row, names["llm_label"], where)
+    # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
+    for name in ("input",) if llm_label else ("input", "label"):
         if names[name] not in row:
             raise InputError(
                 f"{where}: no field {names[name]!r} (found: {', '.join(row) or 'none'});"
@@ -170,7 +176,6 @@ def _row(
             )
     example_id = fields.optional_text(row, names["id"], where) or number
     rationale = fields.optional_text(row, names["rationale"], where)
-    llm_label = fields.optional_text(row, names["llm_label"], where)
     rationales = _rationales(row, names["rationales"], where)
     if rationales and not rationale:
         rationale = rationales[0].text
@@ -179,7 +184,7 @@ def _row(
     example = Example(
         id=ids.add(example_id, where),
         input=fields.text(row, names["input"], where, strip=False),
-        label=fields.text(row, names["label"], where),
+        label=(fields.optional_text if llm_label else fields.text)(row, names["label"], where),
         rationale=rationale,
         rationales=rationales,
         llm_label=llm_label,
@@ -187,11 +192,14 @@ def _row(
         choices=fields.texts(row, names["choices"], where),
     )
     defects: list[Defect] = []
-    if example.choices and example.label not in example.choices:
+    if example.choices and example.label and example.label not in example.choices:
         defects.append(defect("gold_not_a_choice", file, line, example.label))
     if example.choices and llm_label and llm_label not in example.choices:
         defects.append(defect("label_not_a_choice", file, line, llm_label))
-    return Row(example, tuple(defects))
+    right = {}
+    if llm_label and example.label:
+        right = {"teacher_accuracy": text_match(llm_label, example.label)}
+    return Row(example, tuple(defects), right)
 
 
 def _rationales(row: Mapping[str, Any], name: str, where: str) -> tuple[Rationale, ...]:

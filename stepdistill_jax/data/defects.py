@@ -1,0 +1,25 @@
+"""The name of each thing that can be wrong with a row, and what is done about it."""
+
+# kind -> what it means and, where that is not "nothing", what is done
+KINDS = {
+    "runs_on": "text goes on with an invented question; cut there",
+    "empty": "no text before the next question",
+    "no_answer": "no answer in the text: neither rationale nor answer; the row keeps its label",
+    "several_answers": "more than one answer before the next question; the first is taken",
+    "no_rationale": "an answer with nothing before it; the row keeps its label",
+    "truncated": "the text breaks off: no full stop, and no whole answer",
+    "no_letter": "no `(x)` in the answer; its text is taken where it is a choice",
+    "letter_not_a_choice": "a letter beyond the choices",
+    "label_not_a_choice": "the answer is, letter by letter, none of the choices or labels",
+    "label_disagrees_with_letter": "letter and text name different choices; the text is taken",
+    "no_parentheses": "no `( ... )` in the answer; read whole where it has a value",
+    "no_value": "an equation that cannot be computed",
+    "equation_goes_on": "the equation goes on after its parentheses; read whole",
+    "arithmetic_wrong": "a sum in the rationale does not add up, as 3 + 4 = 8",
+    "repeated_choices": "a choice stands twice in the question",
+    "gold_not_a_choice": "the gold label is none of the choices",
+    "gold_has_no_value": "the gold label cannot be computed",
+}
+
+# nothing is lost by it: what follows the answer is cut off
+HARMLESS = ("runs_on",)

@@ -1,0 +1,85 @@
+"""From a teacher's raw text on premise and hypothesis to its rationale and its label."""
+
+import re
+
+from stepdistill_jax.data.rationale import CHOICE_MARKER, Parsed, folded, split, truncated
+
+LABELS = ("entailment", "neutral", "contradiction")  # in the order of their numbers 0, 1, 2
+ESNLI_MARKER = "Answer:"
+ANLI_NEXT = "Premise:"
+
+_NEXT_PAIR = re.compile(r"(?:^|\n)\s*Premise:")  # the name at the start of a line
+_HEDGES = re.compile(r"\b(?:not|or|nor|neither|cannot)\b|n't\b")
+
+
+def parse_esnli(text: str) -> Parsed:
+    r"""Reads `RATIONALE Answer: LABEL`; the label ends at the next `Premise`.
+
+    Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the
+    rationale "A dog is an animal." and the answer "entailment".
+
+    Repairs: a label that is written with a capital, a full stop or more words, as long as one label
+    alone is named and nothing like `not` or `or` is.
+
+    Returns:
+        The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
+        label_not_a_choice (the published rule's answer, compared exactly), truncated. A text that
+        goes on with another premise before it has answered has no_answer, though the published rule
+        then takes the invented pair's.
+    """
+    before, marker, after = text.partition(ESNLI_MARKER)
+    published = text.split(f"{ESNLI_MARKER} ")[1:2]
+    answer = published[0].split("Premise")[0].rstrip() if published else ""
+    runs_on_early = _NEXT_PAIR.search(before)
+    own = before[: runs_on_early.start()] if runs_on_early else before
+    if runs_on_early or not marker:
+        problems = ("runs_on",) if runs_on_early else ()
+        if not own.strip():
+            return Parsed(answer=answer, problems=(*problems, "empty"))
+        problems += ("no_answer", *truncated(problems, own))
+        return Parsed(answer=answer, problems=problems)
+    said, next_pair, _ = after.partition("Premise")
+    problems = ("runs_on",) if next_pair else ()
+    first, *more = said.split(ESNLI_MARKER)
+    if more:
+        problems += ("several_answers",)
+    if not own.strip():
+        problems += ("no_rationale",)
+    return _with_label(problems, own.strip(), answer, first, text)
+
+
+def parse_anli(text: str) -> Parsed:
+    """Reads `RATIONALE So the answer is LABEL.`, up to the next `Premise:`.
+
+    Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale
+    "He was born later." and the answer "contradiction".
+
+    Repairs and problems are those of `parse_esnli`. The published rule finds nothing where the
+    marker stands more than once, and drops the answer's last character, whatever it is.
+    """
+    problems, rationale, said = split(text, CHOICE_MARKER, ANLI_NEXT)
+    if said is None:
+        return Parsed(problems=problems)
+    answer = "" if "several_answers" in problems else said[:-1]
+    return _with_label(problems, rationale, answer, said, text)
+
+
+def _with_label(
+    problems: tuple[str, ...], rationale: str, answer: str, said: str, text: str
+) -> Parsed:
+    """`said` is the text of the first answer, `answer` what the published rule makes of it all."""
+    repaired = _one_label(said)
+    if answer not in LABELS and "several_answers" not in problems:
+        problems += ("label_not_a_choice",)
+    if not repaired:
+        problems += truncated(problems, text)
+    return Parsed(rationale=rationale, answer=answer, repaired=repaired, problems=problems)
+
+
+def _one_label(said: str) -> str:
+    """The one label that the first line of an answer names; else an empty text."""
+    line = folded(said.strip().split("\n")[0])
+    if line in LABELS:
+        return line
+    named = [label for label in LABELS if re.search(rf"\b{label}\b", line)]
+    return named[0] if len(named) == 1 and not _HEDGES.search(line) else ""

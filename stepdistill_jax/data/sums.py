@@ -1,0 +1,67 @@
+"""Whether the sums that a text writes out add up."""
+
+import itertools
+import re
+from collections.abc import Iterator
+
+from stepdistill_jax.text import arithmetic
+
+# counts are bounded: without it a text of brackets costs the square of its length
+_NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,18})(?:\.\d{1,500})?"
+_TERM = rf"(?:\( ?){{0,8}}{_NUMBER}(?: ?\)){{0,8}}"
+_EXPRESSION = rf"-?{_TERM}(?: ?[-+*/x] ?{_TERM}){{0,50}}"
+_EQUATIONS = re.compile(rf"{_EXPRESSION}(?: ?= ?{_EXPRESSION}){{1,50}}")
+_FIRST_NUMBER = re.compile(rf"-?{_NUMBER}")
+_TYPED = str.maketrans({"\u00d7": "*", "\u00f7": "/"})  # the printed signs for times and by
+_SIGNS = str.maketrans({"x": "*", "$": None, ",": None})
+
+
+def wrong_sums(text: str) -> list[str]:
+    """The equations of `text` whose two sides differ.
+
+    Example: `wrong_sums("So 3 + 4 = 8, and 10 / 3 = 3.33.")` is ["3 + 4 = 8"].
+
+    Only what can be read in one way is judged: numbers joined by `+ - * / x` and parentheses on
+    both sides of `=`. A side that hangs on to something else (`5 apples + 3 = 8`, `7 = 2x + 3`,
+    `50% * 4 = 2`) is not judged. A result may be rounded to the digits that it shows, and a sum may
+    be carried on as in `3 + 4 = 7 + 1 = 8`.
+    """
+    text = " ".join(text.translate(_TYPED).split())
+    wrong = []
+    for found in _EQUATIONS.finditer(text):
+        sides = [side.strip() for side in found[0].split("=")]
+        if _hangs_on(text[: found.start()][-2:]):
+            sides = sides[1:]
+        if text[found.end() : found.end() + 1].isalnum() or text.startswith("%", found.end()):
+            sides = sides[:-1]
+        wrong += [f"{a} = {b}" for a, b in itertools.pairwise(sides) if not _agree(a, b)]
+    return wrong
+
+
+def _hangs_on(before: str) -> bool:
+    """Whether an expression belongs to the two characters before it: an operator, digit or letter."""
+    last = before.rstrip()[-1:]
+    return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
+        last != "" and last in "+-*/^%="
+    )  # fmt: skip
+
+
+def _agree(left: str, right: str) -> bool:
+    """Whether two sides have one value; True where one of them has none."""
+    value = arithmetic.evaluate(left.translate(_SIGNS))
+    results = list(_results(right))
+    if value is None or not results:
+        return True
+    return any(abs(value - result) <= allowed for result, allowed in results)
+
+
+def _results(side: str) -> Iterator[tuple[float, float]]:
+    """(value, allowed difference) of a right side as a whole, and of the number that it begins with."""
+    first = _FIRST_NUMBER.match(side)
+    for part in dict.fromkeys((side, first[0] if first else side)):
+        plain = part.translate(_SIGNS)
+        value = arithmetic.evaluate(plain)
+        if value is not None:
+            is_number = first is not None and part == first[0]
+            decimals = len(plain.partition(".")[2]) if is_number else 6
+            yield value, 0.5 * 10**-decimals + 1e-9 * abs(value)

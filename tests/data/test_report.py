@@ -1,0 +1,151 @@
+"""The page about a dataset: its figures, and that no text of the dataset gets out of its place."""
+
+import html.parser
+import json
+import re
+
+import pytest
+import scipy.stats
+
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.histogram import binned, histogram, quantile
+from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.reading import Row, defect
+from stepdistill_jax.data.report import page, wilson
+from stepdistill_jax.data.tally import Tally
+from stepdistill_jax.errors import InputError
+
+VOID = {"meta"}
+HOSTILE = "<script>alert(1)</script> & \"'</pre></table>"
+RESULT = {
+    "name": "mine",
+    "fingerprint": "0" * 64,
+    "metric": "text_match",
+    "notes": [f"a note on {HOSTILE}"],
+}
+
+
+class Balance(html.parser.HTMLParser):
+    """Raises where a tag is closed that is not open; collects text and tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.text, self.links = [], set(), [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def _parsed(text):
+    parser = Balance()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def _tally(rows):
+    tally = Tally()
+    for row in rows:
+        tally.add(row)
+    return tally
+
+
+@pytest.fixture
+def tallies():
+    right = {"teacher_accuracy": True, "teacher_accuracy_repaired": True}
+    wrong = {"teacher_accuracy": False, "teacher_accuracy_repaired": False}
+    rows = [Row(Example(f"r{i}", "one two", "yes", "why"), right=right) for i in range(6)]
+    rows += [
+        Row(Example(HOSTILE, HOSTILE, "yes"), (defect("no_answer", f"{HOSTILE}.json", 7, HOSTILE),), wrong),
+        Row(Example("b", "one two three", "no", "why not"), (defect("runs_on", "f", 2, "t"),), right),
+    ]  # fmt: skip
+    return {"train": _tally(rows), "test": _tally(rows[:1])}
+
+
+def test_texts_of_the_dataset_are_escaped_and_nothing_is_loaded(tallies):
+    text = page(RESULT, tallies)
+    parsed = _parsed(text)
+    assert "script" not in parsed.tags and parsed.links == []
+    assert "url(" not in text and "@import" not in text
+    # shown as written: a note, an id, a file, the text
+    assert sum(HOSTILE in data for data in parsed.text) == 4
+
+
+def test_figures_are_those_of_the_rows(tallies):
+    text = page(RESULT, tallies)
+    cells = [
+        re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)
+    ]
+    assert ["train", "8", "7", "0", "2"] in cells
+    # the interval as scipy has it
+    assert next(c for c in cells if c[:2] == ["train", "teacher_accuracy"])[2:5] == [
+        "87.50%",
+        "52.91% to 97.76%",
+        "7 of 8",
+    ]
+    shares = {c[0]: c[1:] for c in cells if len(c) == 3 and c[1].endswith("%")}
+    assert shares["with a rationale"] == ["87.5%", "100.0%"]
+    assert shares["no defect but runs_on"] == ["87.5%", "100.0%"]
+    assert shares["without no_answer"] == ["87.5%", "100.0%"]
+    assert shares["without runs_on"] == ["87.5%", "100.0%"]
+    assert "train: words of an input" in text and "test: words of a rationale" in text
+
+
+def test_a_dataset_without_teacher_or_defects_has_a_page():
+    text = page(RESULT | {"notes": []}, {"train": _tally([Row(Example("1", "q", "yes"))])})
+    _parsed(text)
+    assert "There are none." in text and "None was found." in text
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 10), (10, 10), (74, 100), (7, 8), (1, 1)])
+def test_wilsons_interval_is_scipys(right, rows):
+    interval = scipy.stats.binomtest(right, rows).proportion_ci(0.95, method="wilson")
+    assert wilson(right, rows) == pytest.approx((interval.low, interval.high), abs=1e-6)
+
+
+def test_bins_hold_every_row_once():
+    counts = {3: 5, 100: 1, 57: 2}
+    bins = binned(counts)
+    assert sum(rows for _, _, rows in bins) == 8 and len(bins) <= 24
+    assert bins[0][0] == 3 and bins[-1][1] == 100
+    assert [b[0] for b in bins[1:]] == [b[1] + 1 for b in bins[:-1]]
+    assert binned({4: 7}) == [(4, 4, 7)]
+
+
+def test_quantiles_of_lengths():
+    counts = {1: 5, 2: 4, 9: 1}
+    assert (quantile(counts, 0.5), quantile(counts, 0.9), quantile(counts, 0.95)) == (1, 2, 9)
+
+
+def test_bars_are_as_high_as_their_rows():
+    svg = histogram({1: 10, 2: 5, 3: 0}, "lengths")
+    heights = [float(h) for h in re.findall(r'<rect [^>]*height="([\d.]+)"', svg)]
+    assert heights[0] == pytest.approx(2 * heights[1]) and heights[2] == 0
+
+
+def test_prepare_writes_the_page_also_of_an_unchanged_dataset(tmp_path):
+    source = tmp_path / "test.jsonl"
+    source.write_text(json.dumps({"input": "q", "label": "a"}) + "\n")
+    options = {"source": tmp_path, "new_name": "mine", "data_dir": tmp_path / "data"}
+    prepare("jsonl", **options)
+    result = prepare("jsonl", **options, report=tmp_path / "pages")
+    assert result["reused"]
+    assert result["report"] == str(tmp_path / "pages" / "mine.html")
+    _parsed((tmp_path / "pages" / "mine.html").read_text())
+
+
+def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--report .*cannot be written"):
+        prepare("delivery", data_dir=tmp_path / "data", report=tmp_path / "file")
+    assert not (tmp_path / "data").exists()
