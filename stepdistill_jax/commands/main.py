@@ -23,6 +23,7 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = {
     "demo": "see the method work from scratch in a few minutes; needs no data",
     "prepare": "read a dataset with its rationales, check it, and write it as TFDS and JSONL",
+    "annotate": "ask a large model for the rationales and labels of a JSONL file",
     "inspect": "show rows as the model sees them, and what the lengths would cut",
     "train": "train a config in a workdir, or resume it",
     "evaluate": "accuracy of a workdir or model on a split",
@@ -80,7 +81,8 @@ def _run(argv: list[str]) -> int:
     result = run(args)
     if args.json:
         print(json.dumps(_plain(result or {})), flush=True)
-    return OK
+    # a run that ended before its work did, and has said why
+    return FAILED if (result or {}).get("stopped") else OK
 
 
 def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:

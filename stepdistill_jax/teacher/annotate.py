@@ -1,0 +1,211 @@
+"""Rationales and labels of a teacher for a file of questions."""
+
+import asyncio
+import os
+import pathlib
+import time
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import check_writable
+from stepdistill_jax.progress import log, progress
+from stepdistill_jax.teacher.asking import Asking, Estimate, load_asking, unanswered
+from stepdistill_jax.teacher.batch import read_batch, write_batch
+from stepdistill_jax.teacher.budget import Budget
+from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.client import ChatClient, Teacher
+from stepdistill_jax.teacher.output import RowFile
+from stepdistill_jax.teacher.prompts import estimate_tokens
+from stepdistill_jax.teacher.rows import check_rows, read_rows
+from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal
+from stepdistill_jax.teacher.settings import LOCAL, Settings
+
+CACHE_NAME = "teacher_cache.sqlite"
+
+
+def annotate(
+    input: os.PathLike | str, output: os.PathLike | str, **settings: Any
+) -> dict[str, Any]:
+    """Asks a teacher about each row, and writes the rows with its rationales, in order.
+
+    Every whole, readable answer is kept in an SQLite file as soon as it comes. A second run, after
+    a kill or with a changed file, asks only for what is not there.
+
+    Args:
+        input: JSON lines {"input", "id"?, "label"?, "choices"?, ...}.
+        output: the generic format of `prepare jsonl`, with `rationale`, `rationales`, `llm_label`
+            and `provenance`. It gets its name when it is whole; beside it lies
+            OUTPUT.defects.jsonl.
+        settings: the fields of `Settings`; `task` and `model` (or `teacher`) at least.
+
+    Returns:
+        `rows`, `with_rationale`, `requests` that were answered, `to_ask` (answers that were not in the cache), `asked_again`, `truncated`,
+        `prompt_tokens`, `completion_tokens`, `cost` (None without prices), `teacher_accuracy` (only
+        where rows have labels), `defects` (counts by name), `first_defects`, `rows_per_second`,
+        `stopped` (None, or why it ended before the last row). Of a dry run, `prompt` and the
+        estimate; of `batch_file`, what `write_batch` or `read_batch` return.
+
+    Raises:
+        InputError: bad settings or rows, or a server that refuses the request.
+    """
+    chosen = Settings(**settings)
+    input, output = pathlib.Path(input), pathlib.Path(output)
+    if input.resolve() == output.resolve():
+        raise InputError(f"{output}: input and output are the same file")
+    check_writable(output)
+    asking = load_asking(chosen)
+    cache_path = pathlib.Path(chosen.cache or output.parent / CACHE_NAME)
+    if chosen.dry_run:
+        cache = AnswerCache(cache_path) if cache_path.exists() else None
+        try:
+            return _dry_run(asking, input, cache)
+        finally:
+            if cache is not None:
+                cache.close()
+    cache = AnswerCache(cache_path)
+    try:
+        if chosen.batch_file:
+            action, *paths = map(str, chosen.batch_file)
+            if action == "read":
+                return read_batch(asking, input, cache, paths)
+            if len(paths) > 1:
+                raise InputError("--batch-file write: one FILE is wanted")
+            return write_batch(asking, input, cache, paths[0])
+        return asyncio.run(_annotate(asking, input, output, cache))
+    finally:
+        cache.close()
+
+
+def estimated(asking: Asking, estimate: Estimate) -> dict[str, Any]:
+    """Tokens and money that the answers that are not in the cache would take.
+
+    Returns:
+        `rows`, `answers`, `prompt_tokens` and `completion_tokens` (at 4 characters a token; answers
+        as long as the exemplars'), `cost` (None without prices), and `most_completion_tokens` and
+        `most_cost`, if each answer were as long as `max_tokens`.
+    """
+    settings = asking.settings
+    budget = Budget(price_input=settings.price_input, price_output=settings.price_output)
+    prompt_tokens = estimate_tokens(estimate.characters)
+    answer = min(asking.prompter.answer_tokens, settings.max_tokens)
+    completion_tokens = estimate.answers * answer
+    most = estimate.answers * settings.max_tokens
+    return {
+        "rows": estimate.rows,
+        "answers": estimate.answers,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "cost": budget.price(prompt_tokens, completion_tokens),
+        "most_completion_tokens": most,
+        "most_cost": budget.price(prompt_tokens, most),
+    }
+
+
+def in_words(estimate: dict[str, Any]) -> str:
+    """The estimate as a line: `200 rows, 150 answers to ask for, about 61,200 tokens, cost 0.02`."""
+    tokens = estimate["prompt_tokens"] + estimate["completion_tokens"]
+    line = (
+        f"{estimate['rows']} rows, {estimate['answers']} answers to ask for, about {tokens:,} tokens"
+        " (at 4 characters a token)"
+    )
+    if estimate["cost"] is not None:
+        line += f", cost about {estimate['cost']:.4g}, at most {estimate['most_cost']:.4g}"
+    return line
+
+
+def _estimate(asking: Asking, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
+    """Reads the whole file: a bad row in the middle is known before the first answer is paid for."""
+    settings, estimate = asking.settings, Estimate()
+    rows = check_rows(input, settings.choices, label_given=settings.label_given)
+    for _ in unanswered(asking, rows, cache, estimate):
+        pass
+    return estimate
+
+
+def _dry_run(asking: Asking, input: pathlib.Path, cache: AnswerCache | None) -> dict[str, Any]:
+    estimate = _estimate(asking, input, cache)
+    first = estimate.first_prompt
+    return {
+        "prompt": first,
+        "first_prompt_tokens": estimate_tokens(len(first)),
+        "parameters": asking.parameters,
+        **estimated(asking, estimate),
+    }
+
+
+async def _annotate(
+    asking: Asking, input: pathlib.Path, output: pathlib.Path, cache: AnswerCache
+) -> dict[str, Any]:
+    settings = asking.settings
+    rows_file = RowFile(output)
+    defects_file = None
+    try:
+        defects_file = RowFile(
+            output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
+        )
+        estimate = estimated(asking, _estimate(asking, input, cache))
+        log(f"annotate: {in_words(estimate)}")
+        budget = Budget(
+            settings.max_tokens_total,
+            settings.max_cost,
+            settings.price_input,
+            settings.price_output,
+        )
+        # a file that is all in the cache needs neither server nor key
+        teacher = _teacher(settings) if estimate["answers"] else None
+        stopped, start = None, time.perf_counter()
+        with progress(estimate["rows"], f"annotate {input.name}") as bar:
+            run = Run(asking, teacher, cache, budget, rows_file, defects_file, bar)
+            try:
+                await run_until_signal(run.all(read_rows(input, settings.choices)))
+                if run.counts.rows != estimate["rows"]:
+                    raise InputError(
+                        f"{input}: it changed while it was read ({estimate['rows']} rows at first,"
+                        f" then {run.counts.rows}); start again when it is whole"
+                    )
+                if run.counts.defects["server_error"] and not run.counts.requests:
+                    raise Stopped("no request got an answer; see the list of defects")
+            except Stopped as error:
+                stopped = f"{error}"
+            finally:
+                if teacher is not None:
+                    await teacher.close()
+        seconds = time.perf_counter() - start
+        if stopped is None:
+            defects_file.finish()
+            rows_file.finish()
+    finally:
+        rows_file.close()
+        if defects_file is not None:
+            defects_file.close()
+    return _result(run, budget, estimate, seconds, stopped)
+
+
+def _teacher(settings: Settings) -> Teacher:
+    if settings.teacher is None:
+        return ChatClient(settings)
+    from stepdistill_jax.teacher.local import LocalTeacher
+
+    return LocalTeacher(settings.teacher.removeprefix(LOCAL), settings.concurrency)
+
+
+def _result(
+    run: Run, budget: Budget, estimate: dict[str, Any], seconds: float, stopped: str | None
+) -> dict[str, Any]:
+    counts = run.counts
+    result: dict[str, Any] = {"rows": counts.rows, "with_rationale": counts.with_rationale}
+    if counts.with_label:
+        result["teacher_accuracy"] = counts.right / counts.with_label
+    return result | {
+        "requests": counts.requests,
+        "to_ask": estimate["answers"],
+        "asked_again": counts.asked_again,
+        "truncated": counts.truncated,
+        "prompt_tokens": budget.prompt_tokens,
+        "completion_tokens": budget.completion_tokens,
+        "cost": budget.cost,
+        "defects": dict(counts.defects.most_common()),
+        "first_defects": counts.first_defects,
+        "rows_per_second": round(counts.rows / seconds, 3) if seconds else 0.0,
+        "stopped": stopped,
+    }

@@ -1,0 +1,141 @@
+"""OpenAI's batch format: requests into files, results from files into the cache."""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import atomic_write, read_jsonl
+from stepdistill_jax.progress import log
+from stepdistill_jax.teacher.answers import Answer
+from stepdistill_jax.teacher.asking import Asking, Estimate, unanswered
+from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.client import now
+from stepdistill_jax.teacher.rows import check_rows
+
+# what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
+MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
+
+
+def write_batch(
+    asking: Asking, input: os.PathLike | str, cache: AnswerCache, path: os.PathLike | str
+) -> dict[str, Any]:
+    """Writes a request for each answer that is not in the cache.
+
+    Args:
+        asking: how they are asked.
+        input: the questions.
+        cache: of the answers that are there already.
+        path: the first file; PATH-2, PATH-3, ... follow where a batch holds no more.
+
+    Returns:
+        `rows`, `requests`, `files`.
+    """
+    estimate = Estimate()
+    rows = check_rows(input, asking.settings.choices, label_given=asking.settings.label_given)
+    lines = (_request(asking, prompt, key) for _, prompt, key in
+             unanswered(asking, rows, cache, estimate))  # fmt: skip
+    files = []
+    line = next(lines, None)
+    while line is not None:
+        name = numbered(pathlib.Path(path), len(files) + 1)
+        count = size = 0
+        with atomic_write(name, "wb") as f:
+            while line and count < MOST_REQUESTS and size + len(line) <= MOST_BYTES:
+                f.write(line)
+                count, size = count + 1, size + len(line)
+                line = next(lines, None)
+            if not count:
+                raise InputError(f"{input}: a request of {len(line or b'')} bytes fits no batch")
+        files.append(str(name))
+    return {"rows": estimate.rows, "requests": estimate.answers, "files": files}
+
+
+def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
+    """`requests.jsonl`, `requests-2.jsonl`, ..."""
+    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _request(asking: Asking, prompt: str, key: str) -> bytes:
+    body = {
+        "model": asking.settings.model,
+        "messages": asking.messages(prompt),
+        **asking.parameters,
+    }
+    request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+    return json.dumps(request, ensure_ascii=False).encode() + b"\n"
+
+
+def read_batch(
+    asking: Asking, input: os.PathLike | str, cache: AnswerCache, paths: list[str]
+) -> dict[str, Any]:
+    """Puts the results that can be read into the cache.
+
+    Args:
+        asking: as when the requests were written: another prompt has other keys.
+        input: the questions.
+        cache: where the answers go.
+        paths: files of results.
+
+    Returns:
+        `results` in the files, `failed` ones, answers `kept`, those that could not be read in
+        `defects` (counts by name), `other` results that belong to no row of the input.
+    """
+    failed: list[str] = []
+    results = cache.fetch(itertools.chain.from_iterable(_results(p, asking, failed) for p in paths))
+    kept, matched = 0, 0
+    defects: dict[str, int] = {}
+    rows = check_rows(input, asking.settings.choices, label_given=asking.settings.label_given)
+    for row, _, key in unanswered(asking, rows, cache, Estimate()):
+        answer = cache.fetched(key)
+        if answer is None:
+            continue
+        matched += 1
+        reading = asking.read(answer, row)
+        for kind in reading.problems:
+            defects[kind] = defects.get(kind, 0) + 1
+        if reading.usable:
+            cache.put(key, asking.settings.name, answer)
+            kept += 1
+    for message in failed[:3]:
+        log(f"failed: {message}")
+    return {
+        "results": results + len(failed),
+        "failed": len(failed),
+        "kept": kept,
+        "other": results - matched,
+        "defects": defects,
+    }
+
+
+def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str, Answer]]:
+    for line, row in read_jsonl(path):
+        where = f"{path}:{line}"
+        response, key = row.get("response") or {}, row.get("custom_id")
+        if not isinstance(key, str) or "response" not in row:
+            raise InputError(
+                f"{where}: no line of a batch's results: `custom_id` and `response` are wanted"
+                f" (found: {', '.join(row) or 'none'})"
+            )
+        try:
+            if row.get("error") or response["status_code"] != 200:
+                said = row.get("error") or response.get("body")
+                failed.append(f"{where}: {' '.join(str(said).split())[:200]}")
+                continue
+            body = response["body"]
+            choice, usage = body["choices"][0], body.get("usage") or {}
+            answer = Answer(
+                choice["message"].get("content") or "",
+                choice.get("finish_reason") or "stop",
+                usage.get("prompt_tokens", 0),
+                usage.get("completion_tokens", 0),
+                now(),
+                asking.parameters,
+            )
+        except (KeyError, IndexError, TypeError, AttributeError):
+            failed.append(f"{where}: no completion in its response")
+            continue
+        yield key, answer

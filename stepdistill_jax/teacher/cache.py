@@ -1,0 +1,107 @@
+"""Answers that were paid for, in one SQLite file; several processes may use it at once."""
+
+import contextlib
+import json
+import os
+import pathlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.teacher.answers import Answer
+
+SCHEMA = 1
+_TABLE = """
+CREATE TABLE IF NOT EXISTS {name} (
+    key TEXT PRIMARY KEY, model TEXT, time TEXT, text TEXT, finish_reason TEXT,
+    prompt_tokens INTEGER, completion_tokens INTEGER, parameters TEXT
+) WITHOUT ROWID"""
+_COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, parameters"
+
+
+class AnswerCache:
+    """Whole, readable answers by key; what failed is never put here.
+
+    An answer is on its way to the disk when `put` returns: it survives the death of the process.
+    """
+
+    def __init__(self, path: os.PathLike | str):
+        """Opens the file or makes it.
+
+        Raises:
+            InputError: it cannot be written, or is something else.
+        """
+        self.path = pathlib.Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, SCHEMA):
+                raise InputError(
+                    f"--cache {path}: written by another version (its schema is {version}, ours"
+                    f" {SCHEMA}); give another file"
+                )
+            self._db.execute(_TABLE.format(name="answers"))
+            self._db.execute(f"PRAGMA user_version={SCHEMA}")
+            self._db.execute("CREATE TEMP TABLE fetched AS SELECT * FROM answers WHERE 0")
+            self._db.execute("CREATE UNIQUE INDEX temp.fetched_key ON fetched (key)")
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(
+                f"--cache {path}: cannot be used as an SQLite file ({error})"
+            ) from None
+
+    def get(self, key: str) -> Answer | None:
+        """The answer of that key."""
+        return self._get("answers", key)
+
+    def put(self, key: str, model: str, answer: Answer) -> Answer:
+        """Keeps a whole, readable answer; gives back the one that is kept.
+
+        That is another process's where it was first.
+        """
+        row = (key, model, answer.time, answer.text, answer.finish_reason)
+        row += (answer.prompt_tokens, answer.completion_tokens, json.dumps(answer.parameters))
+        done = self._db.execute("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?)", row)
+        return answer if done.rowcount else self._get("answers", key) or answer
+
+    def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
+        """Holds answers of a batch, readable or not, until the process ends; their number."""
+        count = 0
+        with self._transaction():
+            for key, answer in answers:
+                row = (key, "", answer.time, answer.text, answer.finish_reason)
+                row += (answer.prompt_tokens, answer.completion_tokens)
+                row += (json.dumps(answer.parameters),)
+                self._db.execute("INSERT OR REPLACE INTO fetched VALUES (?,?,?,?,?,?,?,?)", row)
+                count += 1
+        return count
+
+    def fetched(self, key: str) -> Answer | None:
+        """An answer that `fetch` holds."""
+        return self._get("fetched", key)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def _get(self, table: str, key: str) -> Answer | None:
+        found = self._db.execute(f"SELECT {_COLUMNS} FROM {table} WHERE key = ?", (key,))  # noqa: S608
+        row = found.fetchone()
+        if row is None:
+            return None
+        text, finish_reason, prompt_tokens, completion_tokens, time, parameters = row
+        return Answer(
+            text, finish_reason, prompt_tokens, completion_tokens, time, json.loads(parameters)
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")

@@ -1,0 +1,257 @@
+"""One question to an OpenAI-compatible server, sent again while there is hope."""
+
+import asyncio
+import datetime
+import email.utils
+import json
+import os
+import random
+import time
+from typing import Any, Protocol
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.progress import log
+from stepdistill_jax.teacher.answers import Answer
+from stepdistill_jax.teacher.prompts import estimate_tokens
+from stepdistill_jax.teacher.settings import Settings
+
+RATE_LIMIT_PATIENCE = 6 * 3600.0  # seconds that one question waits behind a rate limit
+LONGEST_BACKOFF = 60.0
+SENT_AGAIN = (408, 409, 425, 429)  # and 5xx; any other 4xx means that the request is wrong
+NO_KEY = "none"  # what local servers, which ask for no key, are sent
+HIDDEN = "***"
+
+
+class Teacher(Protocol):
+    """Whoever can be asked."""
+
+    async def ask(self, prompt: str, parameters: dict[str, Any]) -> Answer:
+        """One answer, complete or not."""
+        ...
+
+    async def close(self) -> None:
+        """Frees what it holds."""
+        ...
+
+
+class ServerError(Exception):
+    """No answer after all attempts; says what the last one met with."""
+
+
+class SentAgain(Exception):
+    """This attempt failed and another may not.
+
+    Attributes:
+        status: of HTTP; 0 where there was none.
+        wait: seconds that the server asks for; None where it does not.
+    """
+
+    def __init__(self, message: str, status: int = 0, wait: float | None = None):
+        """`message` for people."""
+        super().__init__(message)
+        self.status, self.wait = status, wait
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class ChatClient:
+    """Asks `chat/completions` of a server.
+
+    The key goes from the environment to the HTTP client and nowhere else: each message and each
+    answer that leaves this class has it blotted out.
+    """
+
+    def __init__(self, settings: Settings):
+        """Makes the connection pool; nothing is sent.
+
+        Raises:
+            InputError: a library or the key is missing.
+        """
+        try:
+            import httpx
+            import openai
+            import tenacity
+        except ImportError as error:
+            raise InputError(
+                f"annotate needs {error.name}, which is not installed: pip install"
+                " 'stepdistill-jax[teacher]'"
+            ) from None
+        self._settings, self._openai, self._tenacity = settings, openai, tenacity
+        self._key = os.environ.get(settings.api_key_env, "").strip()
+        if not self._key and settings.server is None:
+            raise InputError(
+                f"${settings.api_key_env} is not set: the key is read from the environment"
+                " (--api-key-env NAME names another variable; --base-url another server)"
+            )
+        self._httpx, self._verify = httpx, httpx.create_ssl_context()
+        self._clients: list[Any] = []
+        try:
+            self._free = [self._new_client()]
+        except Exception as error:  # a base URL that is none
+            raise InputError(self.hide(f"--base-url {settings.server}: {error}")) from None
+        self._open_at = 0.0  # no request before this, on the monotonic clock
+
+    def hide(self, text: str) -> str:
+        """`text` without the key."""
+        return text.replace(self._key, HIDDEN) if len(self._key) >= 6 else text
+
+    async def ask(self, prompt: str, parameters: dict[str, Any]) -> Answer:
+        """The first answer that comes.
+
+        Args:
+            prompt: the user's message.
+            parameters: further fields of the request.
+
+        Raises:
+            InputError: the server refuses the request: with its own message.
+            ServerError: it does not answer.
+        """
+        attempts = self._tenacity.AsyncRetrying(
+            retry=self._tenacity.retry_if_exception_type(SentAgain),
+            wait=self._wait,
+            stop=self._is_hopeless,
+            reraise=True,
+        )
+        try:
+            return await attempts(self._once, prompt, parameters)
+        except SentAgain as error:
+            raise ServerError(str(error)) from None
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        for client in self._clients:
+            await client.close()
+
+    def _new_client(self) -> Any:
+        """A client with one connection.
+
+        One for each request under way: a pool of them looks at every connection for every request
+        (httpcore 1.0), which at 64 at once takes as long as all the rest.
+        """
+        one = self._httpx.Limits(max_connections=1, max_keepalive_connections=1)
+        http = self._httpx.AsyncClient(
+            limits=one, timeout=self._settings.timeout, follow_redirects=True, verify=self._verify
+        )
+        client = self._openai.AsyncOpenAI(
+            api_key=self._key or NO_KEY,
+            base_url=self._settings.server,
+            max_retries=0,  # ours obey Retry-After for all requests at once
+            http_client=http,
+        )
+        self._clients.append(client)
+        return client
+
+    async def _once(self, prompt: str, parameters: dict) -> Answer:
+        while (wait := self._open_at - time.monotonic()) > 0:
+            await asyncio.sleep(wait * (1 + 0.1 * random.random()))
+        openai = self._openai
+        client = self._free.pop() if self._free else self._new_client()
+        try:
+            # the raw response: the client's own parser lets what is no completion pass
+            response = await client.chat.completions.with_raw_response.create(
+                model=self._settings.name,
+                messages=[{"role": "user", "content": prompt}],
+                extra_body=parameters,
+            )
+            content = response.content
+        except openai.APITimeoutError:
+            raise SentAgain(f"no answer within {self._settings.timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise SentAgain(self.hide(f"{type(cause).__name__}: {cause}")) from None
+        except openai.APIStatusError as error:
+            raise self._of_status(error) from None
+        except openai.OpenAIError as error:
+            raise SentAgain(self.hide(f"{type(error).__name__}: {error}")) from None
+        finally:
+            self._free.append(client)
+        return self._read(prompt, content, parameters)
+
+    def _read(self, prompt: str, content: bytes, parameters: dict) -> Answer:
+        """The answer of a response's body, whatever else the server put there."""
+        try:
+            body = json.loads(content)
+            if isinstance(body, dict) and body.get("error"):
+                raise SentAgain(self.hide(f"the server answers with an error: {body['error']}"))
+            choice = body["choices"][0]
+            text = choice["message"].get("content") or ""
+            usage = body.get("usage") or {}
+            if not isinstance(text, str) or not isinstance(usage, dict):
+                raise TypeError
+            text.encode()  # half a surrogate pair cannot be written
+            used = [
+                count if isinstance(count := usage.get(name), int) else estimate_tokens(len(said))
+                for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
+            ]
+            reason = str(choice.get("finish_reason") or "stop")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+            start = content[:80].decode("utf-8", "replace")
+            raise SentAgain(self.hide(f"the server's answer is no completion: {start!r}")) from None
+        return Answer(self.hide(text), reason, used[0], used[1], now(), parameters)
+
+    def _of_status(self, error: Any) -> Exception:
+        status, body = error.status_code, error.body
+        message = body.get("message") if isinstance(body, dict) else None
+        message = " ".join(str(message or error.message).split())[:300]
+        said = self.hide(f"HTTP {status}: {message}")
+        out_of_money = isinstance(body, dict) and body.get("code") == "insufficient_quota"
+        if status < 500 and (status not in SENT_AGAIN or out_of_money):
+            return InputError(
+                f"the server refuses the request for model {self._settings.model}: {said}"
+                f"{_hint(status, message, self._settings)}"
+            )
+        wait = retry_after(error.response.headers)
+        if wait:
+            self._pause(wait, said)
+        return SentAgain(said, status, wait)
+
+    def _pause(self, wait: float, said: str) -> None:
+        """All requests wait: one that goes on now would only be refused, too."""
+        until = time.monotonic() + wait
+        if until > self._open_at + 0.5 and wait >= 5:
+            log(f"{said}: the server asks to wait {wait:.0f} s")
+        self._open_at = max(self._open_at, until)
+
+    def _wait(self, state: Any) -> float:
+        asked = state.outcome.exception().wait
+        if asked is not None:
+            # not all at the same moment
+            return asked + random.uniform(0, min(1.0, 0.1 * asked + 0.05))
+        longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** (state.attempt_number - 1))
+        return random.uniform(longest / 2, longest)
+
+    def _is_hopeless(self, state: Any) -> bool:
+        if state.outcome.exception().status == 429:
+            return (state.seconds_since_start or 0.0) > RATE_LIMIT_PATIENCE
+        return state.attempt_number >= self._settings.attempts
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that `retry-after-ms` or `Retry-After` (seconds or a date) asks for; None without."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            return max(0.0, float(value) * scale)
+        except ValueError:
+            pass
+        try:
+            date = email.utils.parsedate_to_datetime(value)
+            return max(0.0, date.timestamp() - time.time())
+        except (ValueError, TypeError):
+            continue
+    return None
+
+
+def _hint(status: int, message: str, settings: Settings) -> str:
+    if status in (401, 403):
+        return f" (the key is read from ${settings.api_key_env})"
+    if "temperature" in message:
+        return " (--temperature default sends none)"
+    if "max_tokens" in message or "max_completion_tokens" in message:
+        return " (--max-tokens says how long an answer may be)"
+    return ""

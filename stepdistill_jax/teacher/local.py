@@ -1,0 +1,174 @@
+"""A teacher without a server: a transformers directory, sequence to sequence or causal."""
+
+import asyncio
+import pathlib
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.teacher.answers import Answer
+from stepdistill_jax.teacher.client import now
+
+NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # what a completion that is done goes on with
+
+
+class LocalTeacher:
+    """Generates with torch, the questions that wait in one batch."""
+
+    def __init__(self, directory: str, batch_size: int):
+        """Loads the model and its tokenizer from disk.
+
+        Args:
+            directory: as `save_pretrained` writes it, tokenizer included.
+            batch_size: most prompts at once.
+
+        Raises:
+            InputError: torch is missing, or the directory holds no such model.
+        """
+        try:
+            import torch
+            import transformers
+        except ImportError:
+            raise InputError(
+                "--teacher hf:DIR needs torch, which is not installed: pip install"
+                " 'stepdistill-jax[torch]'"
+            ) from None
+        if not pathlib.Path(directory, "config.json").is_file():
+            raise InputError(f"--teacher hf:{directory}: no config.json there")
+        try:
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            kind = (
+                transformers.AutoModelForSeq2SeqLM
+                if config.is_encoder_decoder
+                else transformers.AutoModelForCausalLM
+            )
+            model: Any = kind.from_pretrained(directory, local_files_only=True)
+            self._model = model.eval()
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, padding_side="left"
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--teacher hf:{directory}: cannot be loaded ({error})") from None
+        if torch.cuda.is_available():
+            self._model = self._model.to("cuda")
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._causal = not config.is_encoder_decoder
+        self._batch_size = batch_size
+        self._waiting: list[tuple[str, dict[str, Any], asyncio.Future]] = []
+        self._worker: asyncio.Task | None = None
+
+    async def ask(self, prompt: str, parameters: dict[str, Any]) -> Answer:
+        """One answer, generated together with what else waits."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((prompt, parameters, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    async def close(self) -> None:
+        """Ends what is waiting."""
+        if self._worker is not None:
+            self._worker.cancel()
+
+    async def _work(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0)  # let those of the same moment join
+            batch = self._waiting[: self._batch_size]
+            del self._waiting[: self._batch_size]
+            try:
+                prompts = [prompt for prompt, _, _ in batch]
+                answers = await asyncio.to_thread(self.generate, prompts, batch[0][1])
+            except Exception as error:
+                for _, _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, _, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+    def generate(self, prompts: list[str], parameters: dict[str, Any]) -> list[Answer]:
+        """One answer per prompt.
+
+        Args:
+            prompts: wrapped by the tokenizer's chat template where it has one.
+            parameters: `max_tokens`, `temperature` (0 is greedy), `top_p`, `top_k`.
+        """
+        import torch
+
+        encoded = self._encode(prompts).to(self._model.device)
+        temperature = parameters.get("temperature", 1.0)
+        how: dict[str, Any] = {"do_sample": temperature > 0}
+        if temperature > 0:
+            names = ("temperature", "top_p", "top_k")
+            how |= {name: parameters[name] for name in names if name in parameters}
+        with torch.inference_mode():
+            output = self._model.generate(
+                **encoded,
+                max_new_tokens=parameters["max_tokens"],
+                stopping_criteria=self._ends(encoded["input_ids"].shape[1]),
+                pad_token_id=self._tokenizer.pad_token_id,
+                **how,
+            )
+        if self._causal:
+            output = output[:, encoded["input_ids"].shape[1] :]
+        else:
+            output = output[:, 1:]  # the decoder's start
+        prompt_tokens = encoded["attention_mask"].sum(dim=1).tolist()
+        return [
+            self._answer(ids, count, parameters)
+            for ids, count in zip(output.tolist(), prompt_tokens, strict=True)
+        ]
+
+    def _ends(self, prompt_length: int) -> list[Any] | None:
+        """Where a causal model is done with the question and goes on to one of its own."""
+        import torch
+
+        if not self._causal:
+            return None
+
+        def begins_a_question(ids: Any, _scores: Any, **_: Any) -> Any:
+            # what the latest tokens made; a mark is shorter than 16 tokens
+            latest = ids[:, max(prompt_length, ids.shape[1] - 16) :]
+            texts = self._tokenizer.batch_decode(latest, skip_special_tokens=True)
+            done = [any(mark in text for mark in NEXT_QUESTIONS) for text in texts]
+            return torch.tensor(done, device=ids.device)
+
+        return [begins_a_question]
+
+    def _encode(self, prompts: list[str]) -> Any:
+        if self._tokenizer.chat_template:
+            prompts = [
+                self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+                for prompt in prompts
+            ]
+        encoded = self._tokenizer(
+            prompts,
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=not self._tokenizer.chat_template,
+        )
+        encoded.pop("token_type_ids", None)
+        return encoded
+
+    def _answer(self, ids: list[int], prompt_tokens: int, parameters: dict[str, Any]) -> Answer:
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        at = next((i for i, token in enumerate(ids) if token in ends), None)
+        own = ids if at is None else ids[:at]
+        while own and own[-1] == self._tokenizer.pad_token_id:  # others of the batch went on
+            own = own[:-1]
+        text = self._tokenizer.decode(own, skip_special_tokens=True)
+        ended = at is not None or any(stop in text for stop in NEXT_QUESTIONS)
+        used = len(own) + (at is not None)
+        return Answer(text, "stop" if ended else "length", prompt_tokens, used, now(), parameters)
+
+
+def fingerprint(directory: str) -> list[list[Any]]:
+    """Name, size and time of change of the directory's files: another model is other answers."""
+    files = sorted(p for p in pathlib.Path(directory).glob("*") if p.is_file())
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -1,0 +1,281 @@
+"""Many rows at once, written in order: bounded requests, bounded memory, a clean stop."""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import signal
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.progress import Bar
+from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
+from stepdistill_jax.teacher.asking import Asking
+from stepdistill_jax.teacher.budget import Budget, BudgetReached
+from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.client import ServerError, Teacher, now
+from stepdistill_jax.teacher.output import RowFile
+from stepdistill_jax.teacher.rows import Row
+from stepdistill_jax.teacher.vote import Sample, output_row
+from stepdistill_jax.text.metrics import metric_fn
+
+FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
+ANSWERS_BEFORE_RATE = 20  # before the share of truncated ones says something
+EXIT_STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
+DEFECT_TEXT = 200  # characters of an answer in the list of defects
+
+
+class Stopped(Exception):
+    """The run ends early; what was answered is kept, and the same command goes on from there.
+
+    Attributes:
+        hopeless: what is under way need not be waited for.
+    """
+
+    def __init__(self, reason: str, *, hopeless: bool = False):
+        """`reason` for people."""
+        super().__init__(reason)
+        self.hopeless = hopeless
+
+
+@dataclasses.dataclass
+class Counts:
+    """Of a run. `defects` are those of the answers that were used, by name."""
+
+    rows: int = 0
+    with_rationale: int = 0
+    with_label: int = 0
+    right: int = 0
+    requests: int = 0
+    truncated: int = 0
+    asked_again: int = 0
+    defects: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    first_defects: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Run:
+    """One pass over the rows."""
+
+    def __init__(
+        self,
+        asking: Asking,
+        teacher: Teacher | None,
+        cache: AnswerCache,
+        budget: Budget,
+        output: RowFile,
+        defects: RowFile,
+        bar: Bar,
+    ):
+        """Nothing is asked yet; without a teacher every answer must be in the cache."""
+        self._asking, self._settings = asking, asking.settings
+        self._teacher, self._cache, self._budget = teacher, cache, budget
+        self._output, self._defects, self._bar = output, defects, bar
+        self._slots = asyncio.Semaphore(self._settings.concurrency)
+        self._under_way: dict[str, asyncio.Task[Sample]] = {}
+        self._stop: Exception | None = None
+        self._failures = 0
+        self.counts = Counts()
+
+    async def all(self, rows: Iterator[Row]) -> None:
+        """Asks for every row and writes it.
+
+        A window of rows is under way, four for each request at once, so that a slow answer at its
+        head does not keep the others from going on.
+
+        Raises:
+            Stopped: a cap was reached, or the server is down; answers under way were waited for.
+            InputError: the server refuses a request, or too many answers are truncated.
+        """
+        most = max(64, 4 * self._settings.concurrency)
+        window: collections.deque[tuple[Row, str, asyncio.Task | list[Sample]]] = (
+            collections.deque()
+        )
+        try:
+            for row in rows:
+                window.append((row, *self._begin(row)))
+                while window and (len(window) >= most or self._is_done(window[0][2])):
+                    await self._write(*window.popleft())
+                if self._stop is not None:
+                    break
+            while window:
+                await self._write(*window.popleft())
+        except (Stopped, InputError) as error:
+            # what is under way is paid for; those who wait for their turn see `_stop`
+            tasks = [work for _, _, work in window if isinstance(work, asyncio.Task)]
+            if isinstance(error, Stopped) and error.hopeless:
+                for task in (*tasks, *self._under_way.values()):
+                    task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        if self._stop is not None:
+            raise self._stop
+
+    @staticmethod
+    def _is_done(work: asyncio.Task | list[Sample]) -> bool:
+        return not isinstance(work, asyncio.Task) or work.done()
+
+    def _begin(self, row: Row) -> tuple[str, asyncio.Task | list[Sample]]:
+        prompt = self._asking.prompt(row)
+        keys = self._asking.keys(prompt)
+        known = [self._asking.known(self._cache, key, row) for key in keys]
+        found = [sample for sample in known if sample is not None]
+        if len(found) == len(keys):
+            self._bar.update(1)
+            return prompt, found
+        return prompt, asyncio.create_task(self._samples(row, prompt, keys, known))
+
+    async def _samples(
+        self, row: Row, prompt: str, keys: list[str], known: list[Sample | None]
+    ) -> list[Sample]:
+        work = [
+            _ready(sample) if sample is not None else self._shared(key, row, prompt)
+            for key, sample in zip(keys, known, strict=True)
+        ]
+        samples = await asyncio.gather(*work, return_exceptions=True)
+        for sample in samples:
+            if isinstance(sample, BaseException):
+                raise sample
+        cost = self._budget.cost
+        values = {"tokens": self._budget.tokens} | ({} if cost is None else {"cost": cost})
+        self._bar.update(1, **values)
+        return samples  # type: ignore[return-value]
+
+    async def _shared(self, key: str, row: Row, prompt: str) -> Sample:
+        """The answer of a key, asked once for all rows that have this prompt."""
+        task = self._under_way.get(key)
+        if task is None:
+            task = asyncio.create_task(self._ask(key, row, prompt))
+            self._under_way[key] = task
+            task.add_done_callback(lambda _: self._under_way.pop(key, None))
+        return await task
+
+    async def _ask(self, key: str, row: Row, prompt: str) -> Sample:
+        answer, reading = Answer(""), Reading()
+        for attempt in range(1 + self._settings.retries):
+            try:
+                answer = await self._one(prompt)
+            except ServerError as error:
+                self._failed(error)
+                answer = Answer(str(error), "error", time=now())
+                return answer, Reading(problems=("server_error",))
+            reading = self._asking.read(answer, row)
+            if reading.usable:
+                return self._cache.put(key, self._settings.name, answer), reading
+            if "truncated" in reading.problems:
+                self._count_truncated()
+            # the same question is cut or held back again
+            if {"truncated", "filtered"} & set(reading.problems):
+                break
+            self.counts.asked_again += attempt < self._settings.retries
+        return answer, reading
+
+    async def _one(self, prompt: str) -> Answer:
+        async with self._slots:
+            self._check_stop()
+            if self._teacher is None:  # the file has changed since it was counted
+                self._end(InputError("the input changed while it was read; start again"))
+            try:
+                async with self._budget.request(prompt, self._settings.max_tokens):
+                    self._check_stop()
+                    answer = await self._teacher.ask(prompt, self._asking.parameters)
+                    self._budget.spend(prompt, answer)
+            except BudgetReached as error:
+                self._end(Stopped(f"the next request might go over {error}"))
+            except InputError as error:
+                self._end(error)
+        self.counts.requests += 1
+        self._failures = 0
+        return answer
+
+    def _check_stop(self) -> None:
+        if self._stop is not None:
+            raise self._stop
+
+    def _end(self, reason: Exception) -> NoReturn:
+        self._stop = self._stop or reason
+        raise self._stop
+
+    def _failed(self, error: ServerError) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES_IN_A_ROW:
+            reason = f"{self._failures} requests in a row failed; the last: {error}"
+            self._end(Stopped(reason, hopeless=True))
+
+    def _count_truncated(self) -> None:
+        self.counts.truncated += 1
+        answers, most = self.counts.requests, self._settings.max_truncated
+        if answers >= ANSWERS_BEFORE_RATE and self.counts.truncated > most * answers:
+            self._end(
+                InputError(
+                    f"{self.counts.truncated} of {answers} answers were cut at --max-tokens"
+                    f" {self._settings.max_tokens} before their end: give more tokens, or a"
+                    " reasoning model less --reasoning-effort (--max-truncated"
+                    f" {most:g} is the share that is borne); whole answers are kept"
+                )
+            )
+
+    async def _write(self, row: Row, prompt: str, work: asyncio.Task | list[Sample]) -> None:
+        samples = await work if isinstance(work, asyncio.Task) else work
+        settings = self._settings
+        result = output_row(
+            row,
+            samples,
+            task=settings.task,
+            source=settings.source,
+            label_given=settings.label_given,
+            provenance=self._asking.provenance(prompt),
+        )
+        self._output.add(result)
+        self._tally(row, samples, result)
+        if self.counts.rows % 256 == 0:
+            await asyncio.sleep(0)  # a file that is all in the cache still hears signals
+
+    def _tally(self, row: Row, samples: list[Sample], result: dict[str, Any]) -> None:
+        counts = self.counts
+        counts.rows += 1
+        counts.with_rationale += any(reading.usable for _, reading in samples)
+        if row.label and not self._settings.label_given:
+            counts.with_label += 1
+            matches = metric_fn(metric_name(self._settings.task))
+            counts.right += matches(result.get("llm_label", ""), row.label)
+        for i, (answer, reading) in enumerate(samples):
+            for kind in reading.problems:
+                counts.defects[kind] += 1
+                counts.first_defects.setdefault(kind, f"row {row.number}")
+                text = " ".join(answer.text.split())[:DEFECT_TEXT]
+                self._defects.add(
+                    {"kind": kind, "row": row.number, "id": row.id, "sample": i, "text": text}
+                )
+
+
+async def _ready(sample: Sample) -> Sample:
+    return sample
+
+
+async def run_until_signal(work: Any) -> None:
+    """Awaits `work`; SIGTERM cancels it.
+
+    Raises:
+        SystemExit: 75, after SIGTERM.
+    """
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    received = []
+
+    def stop() -> None:
+        received.append("SIGTERM")
+        task.cancel()
+
+    # not in the main thread, or not on this system: the signal then ends the process as always
+    with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+        loop.add_signal_handler(signal.SIGTERM, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if received:
+            raise SystemExit(EXIT_STOPPED) from None
+        raise
+    finally:
+        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+            loop.remove_signal_handler(signal.SIGTERM)

@@ -1,0 +1,179 @@
+"""How a teacher is asked: everything that `annotate` can be told."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from stepdistill_jax.errors import InputError
+
+LOCAL = "hf:"
+SAMPLING_TEMPERATURE = 0.7  # of several samples, unless one is given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of `annotate`, named as the command's flags are.
+
+    Attributes:
+        task: `cqa`, `svamp`, `esnli`, `anli`, or `generic` for anybody's own rows.
+        model: name of the server's model; None with `teacher`.
+        teacher: `hf:DIR`, a local transformers directory instead of a server.
+        base_url: of an OpenAI-compatible server; None is $OPENAI_BASE_URL, else OpenAI's.
+        api_key_env: environment variable that holds the key. It is read by the client only.
+        exemplars: JSON lines with `input`, `rationale`, `label` instead of the task's own.
+        instructions: text instead of the template's.
+        choices: allowed answers of rows that name none.
+        samples: answers per row; the label is voted for when there are several.
+        temperature: None is 0 for one sample and 0.7 for several; `default` sends none.
+        max_tokens: most tokens of an answer, a model's reasoning included.
+        reasoning_effort: passed on if given.
+        parameters: more fields of the request (`{"top_p": 0.9}`).
+        label_given: the gold label is told, and its rationale asked for.
+        concurrency: requests at once; for a local teacher, prompts in a batch.
+        retries: how often an answer that cannot be read is asked for again.
+        attempts: how often a request is sent before a server error is taken for an answer.
+        timeout: of a request, in seconds.
+        max_truncated: share of truncated answers above which the run stops, after 20 answers.
+        max_tokens_total, max_cost: what this run may use at most, in tokens and in money.
+        price_input, price_output: money per million tokens.
+        cache: SQLite file; None is `teacher_cache.sqlite` beside the output.
+        batch_file: ("write", FILE) or ("read", FILE, ...): OpenAI's batch format.
+        dry_run: shows the first prompt and what the file would cost; asks nothing.
+        backoff: seconds, scale of the waits between attempts.
+    """
+
+    task: str
+    model: str | None = None
+    teacher: str | None = None
+    base_url: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    exemplars: os.PathLike | str | None = None
+    instructions: str = ""
+    choices: Sequence[str] = ()
+    samples: int = 1
+    temperature: float | str | None = None
+    max_tokens: int = 1024
+    reasoning_effort: str | None = None
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    label_given: bool = False
+    concurrency: int = 16
+    retries: int = 1
+    attempts: int = 8
+    timeout: float = 300.0
+    max_truncated: float = 0.05
+    max_tokens_total: int | None = None
+    max_cost: float | None = None
+    price_input: float | None = None
+    price_output: float | None = None
+    cache: os.PathLike | str | None = None
+    batch_file: Sequence[str] = ()
+    dry_run: bool = False
+    backoff: float = 1.0
+
+    def __post_init__(self):
+        """Refuses what cannot be meant.
+
+        Raises:
+            InputError: names the flag.
+        """
+        if (self.model is None) == (self.teacher is None):
+            raise InputError("--model M (of a server) or --teacher hf:DIR is wanted, one of them")
+        if self.teacher is not None and not self.teacher.startswith(LOCAL):
+            raise InputError(f"--teacher: {LOCAL}DIR is wanted, got {self.teacher!r}")
+        for name in ("samples", "max_tokens", "concurrency", "attempts", "max_tokens_total"):
+            _check(name, getattr(self, name), 1, whole=True)
+        _check("retries", self.retries, 0, whole=True)
+        for name in ("timeout", "max_cost", "price_input", "price_output", "max_truncated"):
+            _check(name, getattr(self, name), 0)
+        if isinstance(self.temperature, str) and self.temperature != "default":
+            raise InputError(
+                f"--temperature: a number or `default` is wanted, got {self.temperature!r}"
+            )
+        if not isinstance(self.temperature, str):
+            _check("temperature", self.temperature, 0)
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError(
+                f"--samples {self.samples} --temperature 0: every sample would be the same"
+            )
+        self._check_prices()
+        self._check_parameters()
+        if self.batch_file and (
+            len(self.batch_file) < 2 or self.batch_file[0] not in ("write", "read")
+        ):
+            raise InputError("--batch-file: `write FILE` or `read FILE...` is wanted")
+        if self.batch_file and self.teacher:
+            raise InputError("--batch-file is for servers, --teacher hf:DIR needs none")
+
+    def _check_prices(self) -> None:
+        prices = (self.price_input, self.price_output)
+        if (prices[0] is None) != (prices[1] is None):
+            raise InputError("--price-input and --price-output (per million tokens) go together")
+        if self.max_cost is not None and prices[0] is None:
+            raise InputError(
+                "--max-cost needs the prices per million tokens: --price-input and --price-output"
+            )
+
+    def _check_parameters(self) -> None:
+        taken = {
+            "model": "--model",
+            "messages": "--instructions and --exemplars",
+            "temperature": "--temperature",
+            "max_tokens": "--max-tokens",
+            "max_completion_tokens": "--max-tokens",
+            "reasoning_effort": "--reasoning-effort",
+            "n": "--samples",
+        }
+        for name in self.parameters:
+            if name in taken:
+                raise InputError(f"--parameter {name}: say it by {taken[name]}")
+            if name == "stream":
+                raise InputError("--parameter stream: answers are read whole")
+
+    @property
+    def name(self) -> str:
+        """Who is asked: `gpt-x`, `hf:flan-t5-xl`."""
+        if self.teacher is None:
+            return str(self.model)
+        directory = os.path.abspath(self.teacher.removeprefix(LOCAL))
+        return LOCAL + os.path.basename(directory)
+
+    @property
+    def source(self) -> str:
+        """`source` of the rationales: `name`, and whether it knew the label."""
+        return f"{self.name} (label given)" if self.label_given else self.name
+
+    @property
+    def server(self) -> str | None:
+        """The server's URL; None is OpenAI's."""
+        return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
+
+    def request_parameters(self) -> dict[str, Any]:
+        """Fields of a request besides model and messages."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = SAMPLING_TEMPERATURE if self.samples > 1 else 0.0
+        found: dict[str, Any] = dict(self.parameters)
+        if temperature != "default":
+            found["temperature"] = temperature
+        if self.reasoning_effort:
+            found["reasoning_effort"] = self.reasoning_effort
+        return found | {self._limit_name(): self.max_tokens}
+
+    def _limit_name(self) -> str:
+        """OpenAI's reasoning models know only the newer name, many other servers only the older."""
+        host = urlsplit(self.server).hostname or "" if self.server else "api.openai.com"
+        newer = any(host == h or host.endswith("." + h) for h in ("openai.com", "openai.azure.com"))
+        return "max_completion_tokens" if newer and not self.teacher else "max_tokens"
+
+
+def _check(name: str, value: Any, least: float, *, whole: bool = False) -> None:
+    if value is None:
+        return
+    flag = f"--{name.replace('_', '-')}"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < least or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        raise InputError(f"{flag}: a {kind} from {least} is wanted, got {value!r}")

@@ -1,0 +1,179 @@
+"""A server that answers like a teacher without being one: to try `annotate` with no model and no key.
+
+`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. The tests give it
+replies of their own: errors, slow ones, broken ones.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+PORT = 8399
+_LETTERED = re.compile(r"^\((\w)\) (.*)$", re.MULTILINE)
+_LISTED = re.compile(r"^- (.*)$", re.MULTILINE)
+_GIVEN = re.compile(r"^Right \w+: (.*)$", re.MULTILINE)
+
+
+@dataclasses.dataclass
+class Reply:
+    """What the server says.
+
+    Attributes:
+        text: the answer's content.
+        finish_reason: of it.
+        status, headers: of HTTP.
+        body: the whole response instead of a completion with `text`.
+        delay: seconds before it.
+        cut: bytes of the body after which the connection is closed; None sends all of it.
+        tokens: (prompt, completion) of `usage`; None counts 4 characters a token.
+    """
+
+    text: str = ""
+    finish_reason: str = "stop"
+    status: int = 200
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+    body: bytes | None = None
+    delay: float = 0.0
+    cut: int | None = None
+    tokens: tuple[int, int] | None = None
+
+
+def by_rule(request: dict[str, Any]) -> Reply:
+    """A well-formed answer to the last question of a prompt; which label, its digest decides."""
+    prompt = request["messages"][-1]["content"]
+    is_pair = prompt.rstrip().endswith("Explanation:")
+    question = re.split(r"^Premise:|^Q:", prompt, flags=re.MULTILINE)[-1].strip()
+    number = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4])
+    about = " ".join(question.split()[:8]).rstrip(".?,:")
+    given = _GIVEN.search(question)
+    choices = [f"({x}) {c}" for x, c in _LETTERED.findall(question)] or _LISTED.findall(question)
+    if given:
+        label = given[1]
+    elif is_pair:
+        label = ("entailment", "neutral", "contradiction")[number % 3]
+    elif choices:
+        label = choices[number % len(choices)]
+    else:
+        label = f"({' + '.join(re.findall(r'[0-9]+', question)[:2] or ['1'])})"
+    if is_pair and "Answer:" in prompt:
+        return Reply(f"This is about {about}. Answer: {label}")
+    if "EQUATION" in prompt:
+        return Reply(f"This is about {about}. The answer is {label}.")
+    return Reply(f"This is about {about}. So the answer is {label}.")
+
+
+class StubServer:
+    """Serves `chat/completions` from a thread of its own.
+
+    Attributes:
+        requests: how many came.
+        most_at_once: the most that were under way at the same time.
+        last_head: of the latest request, its line and headers.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any]], Reply] = by_rule, port: int = 0):
+        """Listens on 127.0.0.1 once `serve` is entered; port 0 is any that is free."""
+        self._reply, self._port = reply, port
+        self.requests = self.most_at_once = self._open = 0
+        self.last_head = ""
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def url(self) -> str:
+        """What `--base-url` is given."""
+        return f"http://127.0.0.1:{self._port}/v1"
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator["StubServer"]:
+        """Answers while entered."""
+        ready = threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), daemon=True)
+        thread.start()
+        if not ready.wait(10) or self._loop is None:
+            raise OSError(f"port {self._port} cannot be listened on")
+        try:
+            yield self
+        finally:
+            self._loop.call_soon_threadsafe(self._end.set)
+            thread.join(10)
+
+    async def _run(self, ready: threading.Event) -> None:
+        self._end = asyncio.Event()
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self._port, backlog=512)
+        self._port = server.sockets[0].getsockname()[1]
+        self._loop = asyncio.get_running_loop()
+        ready.set()
+        await self._end.wait()
+        server.close()
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self._one(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client left, or the server ends
+        finally:
+            writer.close()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Answers one request of a connection; whether it stays open."""
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+        length = re.search(r"^content-length: *(\d+)", head, re.IGNORECASE | re.MULTILINE)
+        request = json.loads(await reader.readexactly(int(length[1])) if length else b"{}")
+        self.last_head = head
+        self.requests += 1
+        self._open += 1
+        self.most_at_once = max(self.most_at_once, self._open)
+        try:
+            reply = self._reply(request)
+            if reply.delay:
+                await asyncio.sleep(reply.delay)
+            body = _completion(request, reply) if reply.body is None else reply.body
+            headers = {"Content-Type": "application/json", "Content-Length": len(body)}
+            lines = [f"{name}: {value}\r\n" for name, value in (headers | reply.headers).items()]
+            start = f"HTTP/1.1 {reply.status} {'OK' if reply.status == 200 else 'No'}\r\n"
+            writer.write(f"{start}{''.join(lines)}\r\n".encode() + body[: reply.cut])
+            await writer.drain()
+            return reply.cut is None
+        finally:
+            self._open -= 1
+
+
+def _completion(request: dict[str, Any], reply: Reply) -> bytes:
+    prompt = request["messages"][-1]["content"]
+    used = reply.tokens or (len(prompt) // 4, len(reply.text) // 4 + 1)
+    message = {"role": "assistant", "content": reply.text}
+    body = {
+        "id": "stub",
+        "object": "chat.completion",
+        "created": 0,
+        "model": request.get("model"),
+        "choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}],
+        "usage": {
+            "prompt_tokens": used[0],
+            "completion_tokens": used[1],
+            "total_tokens": sum(used),
+        },
+    }
+    return json.dumps(body).encode()
+
+
+def main() -> None:
+    """Serves until it is interrupted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=PORT)
+    server = StubServer(port=parser.parse_args().port)
+    with server.serve(), contextlib.suppress(KeyboardInterrupt):
+        print(f"listening at {server.url}", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

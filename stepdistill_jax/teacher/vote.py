@@ -1,0 +1,88 @@
+"""From a row's answers to a row of the output: the voted label, and a rationale that argues for it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
+from stepdistill_jax.teacher.rows import Row
+from stepdistill_jax.text.metrics import metric_fn
+
+Sample = tuple[Answer, Reading]
+
+
+def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
+    """The commonest label as it was first written, and its share; of a tie, the first.
+
+    Example: `vote(["(84 / 2)", "(4 * 2)", "42"], "value_match")` is ("(84 / 2)", 2 / 3).
+    """
+    matches = metric_fn(metric)
+    counts: list[list[Any]] = []  # [label, votes], in the order of their first appearance
+    for label in labels:
+        same = next((entry for entry in counts if matches(label, entry[0])), None)
+        if same is None:
+            counts.append([label, 1])
+        else:
+            same[1] += 1
+    label, votes = max(counts, key=lambda entry: entry[1])
+    return label, votes / len(labels)
+
+
+def output_row(
+    row: Row,
+    samples: Sequence[Sample],
+    *,
+    task: str,
+    source: str,
+    label_given: bool,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """A row of the generic format.
+
+    Args:
+        row: the question.
+        samples: its answers, in order.
+        task: for how labels are compared.
+        source: of the rationales.
+        label_given: the teacher knew the label: then it is no label of its own, and no vote.
+        provenance: of the row; the answers are added to it.
+
+    Returns:
+        `id`, `input` and what the row had; `rationale`, `rationales` and `llm_label` where an answer
+        was usable; `weight` times the vote's share where there are several samples; `provenance`.
+    """
+    result: dict[str, Any] = {"id": row.id, "input": row.input}
+    if row.label:
+        result["label"] = row.label
+    usable = [reading for _, reading in samples if reading.usable]
+    weight, rationale = row.weight, ""
+    if usable and label_given:
+        rationale = usable[0].rationale
+    elif usable:
+        label, share = vote([reading.label for reading in usable], metric_name(task))
+        result["llm_label"] = label
+        matches = metric_fn(metric_name(task))
+        rationale = next(r.rationale for r in usable if matches(r.label, label))
+        if len(samples) > 1:
+            weight *= share
+    if rationale:
+        result["rationale"] = rationale
+    rationales = [
+        {"text": r.rationale, "source": source, "label": row.label if label_given else r.label}
+        for r in usable
+    ]
+    rationales += row.rationales
+    if rationales:
+        result["rationales"] = rationales
+    if weight != 1.0 or (len(samples) > 1 and usable and not label_given):
+        result["weight"] = round(weight, 6)
+    if row.choices:
+        result["choices"] = list(row.choices)
+    answers = []
+    for answer, reading in samples:
+        entry = dataclasses.asdict(answer)
+        if reading.problems:
+            entry["problems"] = list(reading.problems)
+        answers.append(entry)
+    result["provenance"] = provenance | {"answers": answers}
+    return result

@@ -1,0 +1,336 @@
+"""`annotate` against a real HTTP server that answers well, badly, late or not at all."""
+
+import hashlib
+import tracemalloc
+
+import pytest
+
+from stepdistill_jax.data.readers import jsonl
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.teacher import annotate
+from stepdistill_jax.teacher.asking import Estimate, load_asking, unanswered
+from stepdistill_jax.teacher.rows import check_rows
+from stepdistill_jax.teacher.settings import Settings
+from stepdistill_jax.teacher.stub_server import Reply, by_rule
+
+GOOD = Reply("Because. So the answer is yes.")
+
+
+def questions(count, **fields):
+    return [{"input": f"Is parcel {i} late?", "label": "yes"} | fields for i in range(count)]
+
+
+def test_rows_come_out_in_order_whatever_the_order_of_the_answers(annotating):
+    def reply(request):
+        number = int(request["messages"][0]["content"].split("parcel ")[-1].split()[0])
+        return Reply("Hm. So the answer is no.", delay=0.05 if number % 3 == 0 else 0.0)
+
+    rows = questions(30)
+    rows[4] |= {"id": "mine", "weight": 2.0}
+    result, out = annotating(rows, reply)
+    assert [row["input"] for row in out] == [row["input"] for row in rows]
+    assert [row["id"] for row in out[:6]] == ["1", "2", "3", "4", "mine", "6"]
+    assert out[4]["weight"] == 2.0
+    assert {(r["label"], r["llm_label"], r["rationale"]) for r in out} == {("yes", "no", "Hm.")}
+    assert (result["rows"], result["with_rationale"], result["requests"]) == (30, 30, 30)
+    assert result["teacher_accuracy"] == 0.0
+    assert result["stopped"] is None
+    assert annotating.defects == []
+
+
+def test_the_output_says_where_each_rationale_is_from(annotating):
+    _, out = annotating(questions(1), lambda _: Reply(GOOD.text, tokens=(90, 12)), temperature=0.5)
+    provenance = out[0]["provenance"]
+    (answer,) = provenance["answers"]
+    assert provenance["model"] == out[0]["rationales"][0]["source"] == "stub"
+    assert answer["text"] == GOOD.text
+    assert (answer["finish_reason"], answer["time"][:2]) == ("stop", "20")
+    assert (answer["prompt_tokens"], answer["completion_tokens"]) == (90, 12)
+    assert answer["parameters"] == {"temperature": 0.5, "max_tokens": 1024}
+
+
+def test_the_prompt_of_a_dry_run_is_the_one_that_is_sent(annotating):
+    sent = []
+
+    def reply(request):
+        sent.append(request)
+        return GOOD
+
+    shown, _ = annotating(questions(2), reply, dry_run=True)
+    assert sent == []
+    assert not list(annotating.folder.glob("*.sqlite*"))
+    _, out = annotating(questions(2), reply, concurrency=1)
+    assert sent[0]["messages"] == [{"role": "user", "content": shown["prompt"]}]
+    assert {k: v for k, v in sent[0].items() if k not in ("messages", "model")} == shown[
+        "parameters"
+    ]
+    digest = hashlib.sha256(shown["prompt"].encode()).hexdigest()
+    assert out[0]["provenance"]["prompt_sha256"] == digest
+
+
+def test_a_dry_run_prices_what_is_not_in_the_cache(annotating):
+    annotating(questions(3))
+    prices = {"price_input": 1.0, "price_output": 10.0, "max_tokens": 100}
+    shown, _ = annotating(questions(5), dry_run=True, **prices)
+    assert (shown["rows"], shown["answers"]) == (5, 2)
+    assert shown["most_completion_tokens"] == 200
+    tokens = 2 * len(shown["prompt"]) / 4
+    assert shown["prompt_tokens"] == pytest.approx(tokens, abs=2)
+    assert shown["most_cost"] == pytest.approx(shown["prompt_tokens"] / 1e6 + 200 * 10 / 1e6)
+
+
+def test_a_second_run_asks_nothing_and_writes_the_same_bytes(annotating):
+    annotating(questions(20))
+    first = annotating.output.read_bytes()
+    result, _ = annotating(questions(20))
+    assert annotating.server.requests == 0
+    assert result["to_ask"] == 0
+    assert annotating.output.read_bytes() == first
+
+
+def test_a_file_that_is_all_in_the_cache_needs_no_key(annotating, monkeypatch):
+    annotating(questions(2))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    source = annotating.write(questions(2))
+    annotate(source, annotating.output, task="generic", choices=("yes", "no"), model="stub")
+
+
+@pytest.mark.parametrize(
+    ("changed", "asks"),
+    [
+        ({"temperature": 0.3}, True),
+        ({"model": "other"}, True),
+        ({"instructions": "Think."}, True),
+        ({"parameters": {"top_p": 0.5}}, True),
+        ({"max_tokens": 2048}, False),  # a whole answer is whole under a higher limit, too
+        ({"concurrency": 1}, False),
+    ],
+    ids=str,
+)
+def test_answers_are_kept_by_prompt_model_and_parameters(annotating, changed, asks):
+    annotating(questions(2))
+    annotating(questions(2), **changed)
+    assert annotating.server.requests == (2 if asks else 0)
+
+
+def test_rows_of_one_prompt_are_asked_once(annotating):
+    rows = [{"input": "Is it late?", "label": "yes"}] * 9
+    _, out = annotating(rows, lambda _: Reply(GOOD.text, delay=0.05))
+    assert annotating.server.requests == 1
+    assert [row["rationale"] for row in out] == ["Because."] * 9
+
+
+def test_failures_are_never_answers_of_a_later_run(annotating):
+    """First run all malformed: the second asks again (a cache of failures would not)."""
+    result, out = annotating(questions(6), lambda _: Reply("I do not know."))
+    assert (result["with_rationale"], result["defects"]) == (0, {"no_answer": 6})
+    assert all("rationale" not in row and "llm_label" not in row for row in out)
+    assert [d["row"] for d in annotating.defects] == [1, 2, 3, 4, 5, 6]
+    assert annotating.defects[0]["text"] == "I do not know."
+    result, out = annotating(questions(6))
+    assert annotating.server.requests == 6
+    assert result["with_rationale"] == 6
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_again(annotating):
+    seen = set()
+
+    def reply(request):
+        prompt = request["messages"][0]["content"]
+        first = prompt not in seen
+        seen.add(prompt)
+        return Reply("Hm.") if first else GOOD
+
+    result, _ = annotating(questions(5), reply, retries=1)
+    assert (result["with_rationale"], result["asked_again"], result["requests"]) == (5, 5, 10)
+    assert result["defects"] == {}
+
+
+def test_concurrency_is_used_and_never_exceeded(annotating):
+    annotating(questions(60), lambda _: Reply(GOOD.text, delay=0.02), concurrency=7)
+    assert annotating.server.most_at_once == 7
+
+
+# ---- votes and given labels
+
+
+def test_samples_are_voted_on(annotating):
+    texts = iter(
+        ["A. So the answer is no.", "B. So the answer is yes.", "C. So the answer is yes."]
+    )
+    _, out = annotating(questions(1), lambda _: Reply(next(texts)), samples=3, concurrency=1)
+    (row,) = out
+    assert (row["llm_label"], row["rationale"], row["weight"]) == ("yes", "B.", 0.666667)
+    assert [r["text"] for r in row["rationales"]] == ["A.", "B.", "C."]
+    assert [a["parameters"]["temperature"] for a in row["provenance"]["answers"]] == [0.7] * 3
+
+
+def test_more_samples_of_an_old_run_are_only_those_that_are_missing(annotating):
+    annotating(questions(4), samples=2)
+    annotating(questions(4), samples=5)
+    assert annotating.server.requests == 12
+
+
+def test_the_rationale_of_a_given_label_is_marked(annotating):
+    prompts = []
+
+    def reply(request):
+        prompts.append(request["messages"][0]["content"])
+        return Reply("Hm. So the answer is yes.")
+
+    rows = [*questions(1), {"input": "Is it early?", "label": "no"}]
+    result, out = annotating(rows, reply, label_given=True, concurrency=1)
+    assert prompts[0].endswith("Right answer: yes\nA:")
+    assert out[0]["rationales"] == [{"text": "Hm.", "source": "stub (label given)", "label": "yes"}]
+    assert out[0]["provenance"]["label_given"] is True
+    assert "llm_label" not in out[0] and "teacher_accuracy" not in result
+    assert result["defects"] == {"label_not_the_given_one": 1}
+    assert "rationale" not in out[1]
+
+
+# ---- caps and truncation
+
+
+def test_a_cap_in_tokens_is_not_crossed_and_the_next_run_goes_on(annotating):
+    def reply(_):
+        return Reply(GOOD.text, delay=0.002, tokens=(60, 10))
+
+    caps = {"max_tokens": 50, "max_tokens_total": 1500, "concurrency": 8}
+    result, out = annotating(questions(40), reply, **caps)
+    assert "--max-tokens-total 1500" in result["stopped"]
+    assert out is None  # the output has its name only when it is whole
+    used = result["prompt_tokens"] + result["completion_tokens"]
+    assert 1500 - 2 * 150 < used <= 1500
+    first = annotating.server.requests
+    assert used == 70 * first
+    result, out = annotating(questions(40), reply)
+    assert annotating.server.requests == 40 - first
+    assert len(out) == 40
+    assert not list(annotating.folder.glob("*.partial"))
+
+
+def test_a_cap_in_money_is_not_crossed(annotating):
+    prices = {"price_input": 1000.0, "price_output": 5000.0, "max_tokens": 20}
+    reply = lambda _: Reply(GOOD.text, tokens=(60, 10))  # noqa: E731
+    result, _ = annotating(questions(40), reply, max_cost=2.0, concurrency=4, **prices)
+    assert "--max-cost 2" in result["stopped"]
+    assert 1.7 < result["cost"] <= 2.0
+    assert result["cost"] == pytest.approx(result["requests"] * 0.11)
+
+
+def test_too_many_truncated_answers_stop_the_run_early(annotating):
+    def reply(request):
+        cut = annotating.server.requests % 4 == 0
+        return Reply("Well, first", "length") if cut else GOOD
+
+    with pytest.raises(InputError, match=r"--max-tokens 64 .*--reasoning-effort"):
+        annotating(questions(400), reply, max_tokens=64, concurrency=4)
+    assert 20 <= annotating.server.requests <= 32
+    assert not annotating.output.exists()
+
+
+def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
+    def reply(request):
+        return Reply("Well", "length") if "parcel 7 " in request["messages"][0]["content"] else GOOD
+
+    result, out = annotating(questions(40), reply, retries=3)
+    assert (result["truncated"], result["defects"]) == (1, {"truncated": 1})
+    assert annotating.server.requests == 40
+    assert "rationale" not in out[7]
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "says"),
+    [
+        ([{"question": "x"}], {}, r"in.jsonl:1: no field 'input'"),
+        (questions(2) + [{"input": 7.5}], {}, r"in.jsonl:3: .*must be text"),
+        ([{"input": "a", "id": "x"}, {"input": "b", "id": "x"}], {}, "'x' stands twice"),
+        ([{"input": "a"}], {"label_given": True}, r"row 1 .*has no label"),
+        ([], {}, "no rows"),
+        (questions(1), {"samples": 2, "temperature": 0.0}, "every sample would be the same"),
+        (questions(1), {"max_cost": 1.0}, "--price-input"),
+        (questions(1), {"parameters": {"temperature": 1}}, "--temperature"),
+        (questions(1), {"teacher": "hf:x"}, "one of them"),
+        (questions(1), {"concurrency": 0}, "--concurrency"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_paid_for(annotating, rows, settings, says):
+    with pytest.raises(InputError, match=says):
+        annotating(rows, **settings)
+    assert annotating.server is None or annotating.server.requests == 0
+
+
+def test_an_output_that_another_run_writes_is_refused(annotating):
+    import fcntl
+
+    with open(annotating.folder / "out.jsonl.partial", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another run is writing it"):
+            annotating(questions(1))
+
+
+def test_the_output_is_read_by_prepare_jsonl(annotating):
+    annotating(questions(40), samples=3)
+    reading = jsonl.read(annotating.output)
+    rows = [row for split in reading.splits.values() for row in split]
+    assert len(rows) == 40
+    example = rows[0].example
+    assert example.rationale and example.llm_label in ("yes", "no")
+    assert len(example.rationales) == 3 and example.rationales[0].source == "stub"
+    assert example.choices == ("yes", "no")
+    assert {row.example.weight for row in rows} <= {1.0, 0.666667}
+
+
+def test_counting_a_file_streams_it(annotating):
+    """8 MB of rows are read, rendered and looked up in less than 2 MB."""
+    source = annotating.write({"input": f"{i} " + "x" * 2000} for i in range(4000))
+    assert source.stat().st_size > 8e6
+    asking = load_asking(Settings(task="generic", model="m"))
+    estimate = Estimate()
+    tracemalloc.start()
+    for _ in unanswered(asking, check_rows(source, (), label_given=False), None, estimate):
+        pass
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert estimate.rows == estimate.answers == 4000
+    assert peak < 2e6
+
+
+@pytest.mark.parametrize(("concurrency", "window"), [(4, 64), (20, 80)])
+def test_only_a_window_of_rows_is_under_way(annotating, concurrency, window):
+    """However long the first row takes, no more than the window's others are asked before it."""
+    others, refused = set(), []
+
+    def reply(request):
+        prompt = request["messages"][0]["content"]
+        if "parcel 0 " not in prompt:
+            others.add(prompt)
+            return GOOD
+        # once all of them are there, three times more: might one come that should not?
+        if sum(count >= window - 1 for count in refused) < 3:
+            refused.append(len(others))
+            return Reply(status=503, body=b"{}", headers={"retry-after-ms": "40"})
+        held.append(len(others))
+        return GOOD
+
+    held = []
+    annotating(questions(200), reply, concurrency=concurrency, attempts=10_000)
+    assert held == [window - 1]
+    assert len(others) == 199
+
+
+def test_tasks_of_the_paper_are_answered_by_their_own_rules(annotating):
+    rows = [{"input": "Premise: A dog.\nHypothesis: An animal.", "label": "entailment"}]
+    for task in ("esnli", "anli"):
+        _, out = annotating(rows, by_rule, task=task, choices=())
+        assert out[0]["llm_label"] in ("entailment", "neutral", "contradiction")
+    rows = [{"input": "Where is salt?", "label": "sea", "choices": ["sky", "sea"]}]
+    _, out = annotating(rows, by_rule, task="cqa", choices=())
+    assert out[0]["llm_label"] in ("sky", "sea")
+    rows = [{"input": "There are 3 cats and 4 dogs. How many?", "label": "( 3 + 4 )"}]
+    result, out = annotating(rows, by_rule, task="svamp", choices=())
+    assert out[0]["llm_label"] == "(3 + 4)"
+    assert result["teacher_accuracy"] == 1.0

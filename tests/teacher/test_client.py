@@ -1,0 +1,206 @@
+"""What goes wrong between us and a server, over real sockets."""
+
+import email.utils
+import time
+
+import pytest
+
+from stepdistill_jax.commands.main import main
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.teacher import annotate
+from stepdistill_jax.teacher.client import retry_after
+from stepdistill_jax.teacher.stub_server import Reply, StubServer
+
+GOOD = Reply("Because. So the answer is yes.")
+BROKEN = {
+    "500": Reply(status=500, body=b'{"error": {"message": "inner"}}'),
+    "503 in HTML": Reply(status=503, body=b"<html>", headers={"Content-Type": "text/html"}),
+    "408": Reply(status=408, body=b"{}"),
+    "broken JSON": Reply(body=b'{"choices": [{"mess'),
+    "HTML instead of JSON": Reply(body=b"<html>hi</html>", headers={"Content-Type": "text/html"}),
+    "no choices": Reply(body=b'{"choices": []}'),
+    "a list": Reply(body=b"[]"),
+    "an error with status 200": Reply(body=b'{"error": {"message": "overloaded"}}'),
+    "cut in the body": Reply(GOOD.text, cut=20),
+    "closed without a word": Reply(GOOD.text, cut=0),
+    "half a surrogate": Reply(body=b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
+}
+
+
+def questions(count):
+    return [{"input": f"Is parcel {i} late?", "label": "yes"} for i in range(count)]
+
+
+def once_in(n, bad):
+    """Every n-th request is answered by `bad`."""
+    count = iter(range(1, 1_000_000))
+    return lambda _: bad if next(count) % n == 1 else GOOD
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_answer_is_asked_for_again_and_every_row_is_there(annotating, name):
+    result, out = annotating(questions(6), once_in(3, BROKEN[name]), concurrency=2)
+    assert result["with_rationale"] == len(out) == 6
+    assert result["defects"] == {}
+    assert annotating.server.requests == 6 + 3  # requests 1, 4 and 7 of 9
+
+
+def test_a_slow_answer_is_given_up_and_asked_for_again(annotating):
+    slow = Reply(GOOD.text, delay=5.0)
+    start = time.monotonic()
+    result, _ = annotating(questions(4), once_in(4, slow), timeout=0.3)
+    assert result["with_rationale"] == 4
+    assert time.monotonic() - start < 4
+
+
+def test_a_row_that_the_server_never_answers_is_a_defect_and_the_others_go_on(annotating):
+    def reply(request):
+        poison = "parcel 3 " in request["messages"][0]["content"]
+        return BROKEN["500"] if poison else GOOD
+
+    result, out = annotating(questions(8), reply, attempts=3)
+    assert result["defects"] == {"server_error": 1}
+    assert annotating.server.requests == 7 + 3
+    assert [("rationale" in row) for row in out] == [True] * 3 + [False] + [True] * 4
+    assert "HTTP 500: inner" in annotating.defects[0]["text"]
+
+
+def test_a_server_that_is_down_stops_the_run_before_all_rows_have_failed(annotating):
+    result, out = annotating(questions(500), lambda _: BROKEN["500"], attempts=2, concurrency=4)
+    assert "10 requests in a row failed; the last: HTTP 500: inner" in result["stopped"]
+    assert annotating.server.requests <= 2 * (10 + 4)
+    assert out is None
+
+
+def test_nobody_listening_stops_the_run(annotating):
+    source = annotating.write(questions(3))
+    result = annotate(
+        source,
+        annotating.output,
+        task="generic",
+        model="m",
+        base_url="http://127.0.0.1:9/v1",
+        attempts=2,
+        backoff=0.01,
+    )
+    assert "no request got an answer" in result["stopped"]
+
+
+def test_retry_after_is_obeyed_by_all_requests(annotating):
+    times, refused = [], []
+
+    def reply(_):
+        times.append(time.monotonic())
+        if len(times) == 5:
+            refused.append(times[-1])
+            return Reply(status=429, body=b"{}", headers={"Retry-After": "1"})
+        return Reply(GOOD.text, delay=0.01)
+
+    result, _ = annotating(questions(30), reply, concurrency=4)
+    assert result["with_rationale"] == 30
+    (at,) = refused
+    # those under way at the refusal may still arrive; then nobody comes for a second
+    early = [t for t in times if at + 0.1 < t < at + 0.99]
+    assert early == []
+    assert len([t for t in times if t >= at + 0.99]) >= 20
+
+
+def test_a_storm_of_refusals_loses_no_row(annotating):
+    """A limit of 10 requests each 0.1 s, against 16 at once: far more refusals than `attempts`."""
+    window = {"start": 0.0, "count": 0}
+    refusals = []
+
+    def reply(_):
+        now = time.monotonic()
+        if now - window["start"] > 0.1:
+            window.update(start=now, count=0)
+        window["count"] += 1
+        if window["count"] > 10:
+            refusals.append(now)
+            return Reply(status=429, body=b"{}", headers={"retry-after-ms": "100"})
+        return GOOD
+
+    result, out = annotating(questions(200), reply, concurrency=16, attempts=2)
+    assert result["with_rationale"] == len(out) == 200
+    assert len(refusals) > 10
+    assert annotating.server.requests == 200 + len(refusals)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (401, b'{"error": {"message": "Incorrect API key"}}', r"401: Incorrect .*\$OPENAI_API_KEY"),
+        (404, b'{"error": {"message": "no model stub"}}', "model stub: HTTP 404: no model stub"),
+        (400, b'{"error": {"message": "temperature must be 1"}}', "--temperature default"),
+        (400, b'{"error": {"message": "max_tokens too large"}}', "--max-tokens"),
+        (
+            429,
+            b'{"error": {"message": "You ran out", "code": "insufficient_quota"}}',
+            "You ran out",
+        ),
+    ],
+)
+def test_a_refused_request_stops_at_once_with_the_servers_message(annotating, status, body, says):
+    with pytest.raises(InputError, match=says) as error:
+        annotating(questions(300), lambda _: Reply(status=status, body=body), concurrency=4)
+    assert annotating.server.requests <= 4
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_answered_before_a_refusal_is_kept(annotating):
+    def reply(_):
+        return GOOD if annotating.server.requests <= 50 else Reply(status=402, body=b"{}")
+
+    with pytest.raises(InputError, match="HTTP 402"):
+        annotating(questions(100), reply, concurrency=4)
+    annotating(questions(100))
+    assert annotating.server.requests == 50
+
+
+def test_the_key_is_sent_and_stands_in_no_file_no_output_and_no_error(annotating, key, capfd):
+    """A server that repeats the key wherever it can: in an answer, in errors, in broken bodies."""
+    echo = Reply(f"Your key is {key}. So the answer is yes.")
+    _, out = annotating(questions(3), lambda _: echo)
+    assert f"authorization: bearer {key}" in annotating.server.last_head.lower()
+    assert out[0]["rationale"] == "Your key is ***."
+    said = f'{{"error": {{"message": "bad key {key}"}}}}'.encode()
+    results = []
+    for body, status in ((said, 500), (said, 200), (f"<{key}>".encode(), 200)):
+        broken = Reply(status=status, body=body)
+        result, _ = annotating(questions(2), lambda _, r=broken: r, attempts=2, temperature=0.2)
+        results.append(repr(result))
+        assert "no request got an answer" in result["stopped"]
+    defects = (annotating.folder / "out.defects.jsonl.partial").read_text()
+    assert "***" in defects
+    source = str(annotating.write(questions(4)))
+    argv = ["annotate", source, str(annotating.output), "--task", "generic", "--model", "m"]
+    with StubServer(lambda _: Reply(status=401, body=said)).serve() as server:
+        assert main([*argv, "--base-url", server.url, "--debug", "--json"]) == 2
+    stdout, stderr = capfd.readouterr()
+    assert "HTTP 401: bad key ***" in stderr
+    written = [p.read_bytes() for p in annotating.folder.rglob("*") if p.is_file()]
+    assert len(written) >= 3
+    assert not any(key.encode() in text for text in written)
+    assert not any(key in text for text in (*results, stdout, stderr))
+
+
+def test_a_missing_key_is_named_by_its_variable(annotating, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    source = annotating.write(questions(1))
+    with pytest.raises(InputError, match=r"\$MY_KEY is not set"):
+        annotate(source, annotating.output, task="generic", model="m", api_key_env="MY_KEY")
+
+
+def test_a_server_of_ones_own_needs_no_key(annotating, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    result, _ = annotating(questions(1), lambda _: GOOD)
+    assert result["with_rationale"] == 1
+
+
+def test_retry_after_is_seconds_milliseconds_or_a_date():
+    date = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert retry_after({"retry-after": "2.5"}) == 2.5
+    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert retry_after({"retry-after": date}) == pytest.approx(30, abs=2)
+    assert retry_after({"retry-after": "soon"}) is None
+    assert retry_after({}) is None
