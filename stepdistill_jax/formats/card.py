@@ -1,9 +1,11 @@
 """The model card: `README.md` of an exported directory."""
 
+import dataclasses
 from typing import Any
 
 from stepdistill_jax.formats.directory import TaskInfo
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import LoraConfig, T5Config
+from stepdistill_jax.text.vocabulary import BYTES, Vocabulary
 
 _METRICS = {
     "label_accuracy": "validation label accuracy",
@@ -19,9 +21,9 @@ tags: [t5, distillation, distilling-step-by-step]
 
 # {task}, T5 distilled step by step
 
-A T5 v1.1 of {parameters} parameters ({encoder} encoder and {decoder} decoder layers, width {width}), trained by
+{family} of {parameters} parameters ({encoder} encoder and {decoder} decoder layers, width {width}), trained by
 `stepdistill-jax` {version} with *Distilling Step-by-Step* (Hsieh et al. 2023, arXiv:2305.02301): the
-objectives below share one model, and only the first is asked when it serves.
+objectives below share one model, and only the first is asked when it serves.{adapters}
 
 | objective | input | target | weight |
 |---|---|---|---|
@@ -38,44 +40,91 @@ not stated here.
 
 Inputs longer than {input_length} tokens are cut; an answer has at most {max_decode_len}.
 
+With the package that trained it, a file of `{{"input": ...}}` lines (the prefix is added):
+
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
 ```
 
+With `transformers`:
+
 ```python
-from transformers import AutoTokenizer, T5ForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-model = T5ForConditionalGeneration.from_pretrained("THIS_FOLDER")
-inputs = tokenizer({prompt!r}, return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))
+model = AutoModelForSeq2SeqLM.from_pretrained("THIS_FOLDER")
+inputs = tokenizer({prompt!r}, truncation=True, return_tensors="pt")
+ids = model.generate(**inputs, do_sample=False)[0]
+print(tokenizer.decode(ids, skip_special_tokens=True))
+```
+
+{notes}
+
+With CTranslate2 (`pip install ctranslate2 transformers torch`, the last two for the conversion alone):
+
+```python
+import ctranslate2
+from ctranslate2.converters import TransformersConverter
+from transformers import AutoTokenizer
+
+
+class Converter(TransformersConverter):
+    def load_model(self, *args, **kwargs):
+        model = super().load_model(*args, **kwargs)
+        # transformers 5 says true for every T5; the converter takes it for "logits are scaled down"
+        model.config.tie_word_embeddings = {scaled}
+        return model
+
+
+Converter("THIS_FOLDER").convert("THIS_FOLDER/ctranslate2", force=True)
+translator = ctranslate2.Translator("THIS_FOLDER/ctranslate2", compute_type="float32")
+tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
+tokens = tokenizer.convert_ids_to_tokens(tokenizer({prompt!r}, truncation=True)["input_ids"])
+result = translator.translate_batch(
+    [tokens], beam_size=1, min_decoding_length=0, max_decoding_length={max_decode_len},
+    length_penalty=0, return_scores=True,
+)[0]
+ids = tokenizer.convert_tokens_to_ids(result.hypotheses[0])
+print(tokenizer.decode(ids, skip_special_tokens=True), result.scores[0])
 ```
 """
+
+_SPECIAL = """\
+Texts that spell a special token (`</s>`, `<pad>`, `<unk>`) are split into letters by `stepdistill`, and are that token for
+`transformers`."""
+_UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width; this model
+was trained without, so scores and sampling are wrong there, and greedy labels are not."""
 
 
 def model_card(
     task_info: TaskInfo,
     config: T5Config,
+    vocabulary: Vocabulary,
     *,
     num_parameters: int,
     version: str,
     step: int,
     metrics: dict[str, Any],
+    lora: LoraConfig | None = None,
 ) -> str:
-    """The card's text.
+    """The card's text. Its Python lines work as they stand.
 
     Args:
         task_info: how the model was trained and is asked.
         config: its sizes.
+        vocabulary: bytes make it a ByT5.
         num_parameters: of all tensors.
         version: of this package.
         step: of the checkpoint.
         metrics: kept with it; those of validation are shown.
+        lora: the adapters that were trained, if they were; `config` is of the merged model.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
     fingerprint = task_info.provenance.get("fingerprint")
     if isinstance(fingerprint, dict):
         facts += [f"- Fingerprint of {split}: `{value}`" for split, value in fingerprint.items()]
+    started = task_info.provenance.get("config", {}).get("init_from")
+    facts.append(f"- Started from {f'`{started}`' if started else 'random weights'}")
     facts.append(f"- Step {step}")
     if metrics.get("validated"):
         facts += [
@@ -87,6 +136,10 @@ def model_card(
         facts.append("- No validation was run at this step")
     return _CARD.format(
         task=task_info.task,
+        family=family(config, vocabulary),
+        adapters=_adapters(lora),
+        notes=_SPECIAL + (_UMT5 if not config.shared_relative_position_bias else ""),
+        scaled=config.scale_decoder_outputs,
         parameters=f"{num_parameters:,}",
         encoder=config.num_encoder_layers,
         decoder=config.num_decoder_layers,
@@ -100,4 +153,30 @@ def model_card(
         input_length=task_info.input_length,
         max_decode_len=task_info.max_decode_len,
         prompt=task_info.objectives[0].input_template.replace("{input}", "..."),
+    )
+
+
+def family(config: T5Config, vocabulary: Vocabulary) -> str:
+    """What a reader knows the architecture as, with its article; mT5 and Flan-T5 are T5 v1.1."""
+    if vocabulary.source == BYTES:
+        return "A ByT5"
+    if not config.shared_relative_position_bias:
+        return "A UMT5"
+    if config.mlp_activations == ("relu",):
+        return (
+            "A T5 v1.0 (ReLU)" if config.logits_via_embedding else "A T5 (ReLU, own output layer)"
+        )
+    if config.logits_via_embedding:
+        return "A T5 (gated GELU, output layer tied to the embedding)"
+    return "A T5 v1.1 (gated GELU)"
+
+
+def _adapters(lora: LoraConfig | None) -> str:
+    if lora is None:
+        return ""
+    ranks = {f.name: getattr(lora, f.name) for f in dataclasses.fields(lora) if f.name != "alpha"}
+    shown = ", ".join(f"{name} {rank}" for name, rank in ranks.items() if rank)
+    return (
+        f" Low-rank adapters were trained and are merged into the weights (rank {shown};"
+        f" alpha {lora.alpha:g})."
     )

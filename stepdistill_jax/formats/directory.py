@@ -11,8 +11,10 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, read_json, write_json
-from stepdistill_jax.formats import hf
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.formats.names import HEAD
+from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
+from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
+from stepdistill_jax.models.config import LoraConfig, T5Config
 from stepdistill_jax.objectives import Objective
 from stepdistill_jax.text.vocabulary import (
     BYTES,
@@ -24,8 +26,10 @@ from stepdistill_jax.text.vocabulary import (
 )
 
 CONFIG, TASK_INFO, SPIECE = "config.json", "stepdistill.json", "spiece.model"
+FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 FORMAT_VERSION = 1
+LORA = "stepdistill_lora"  # in a workdir's config.json: its checkpoints hold adapters
 
 # `feed_forward_proj` of Hugging Face -> our activations
 _FEED_FORWARD = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
@@ -131,7 +135,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     directory = pathlib.Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory")
-    if not (directory / CONFIG).is_file():
+    if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
         raise InputError(f"{directory}: not a model directory or workdir (it has no {CONFIG})")
     config = read_config(directory)
     vocabulary = _read_vocabulary(directory)
@@ -166,16 +170,21 @@ def _to_hf_config(config: T5Config) -> dict[str, Any]:
         "pad_token_id": PAD_ID,
         "dtype": "float32",
         "use_cache": True,
-    }
+    } | ({LORA: dataclasses.asdict(config.lora)} if config.lora else {})
 
 
 def read_config(directory: os.PathLike | str) -> T5Config:
     """The model's sizes, from the raw `config.json`; tied or not as the weights there say.
 
+    A T5X checkpoint has no `config.json`: there, the shapes of its parameters say them.
+
     Raises:
         InputError: a field that is missing or wrong, or an architecture that is no T5.
     """
-    path = pathlib.Path(directory) / CONFIG
+    directory = pathlib.Path(directory)
+    path = directory / CONFIG
+    if not path.is_file() and find_t5x(directory):
+        return config_from_shapes(directory, open_weights(directory).shapes())
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a JSON object is wanted")
@@ -191,10 +200,11 @@ def read_config(directory: os.PathLike | str) -> T5Config:
     sizes: dict[str, Any] = {ours: _size(path, raw, theirs) for ours, theirs in _SIZES.items()}
     if raw.get("num_decoder_layers") is None:  # transformers: as deep as the encoder
         raw["num_decoder_layers"] = raw["num_layers"]
-    if hf.has_weights(directory):
-        tied = hf.HEAD not in hf.Weights(directory).shapes()
-    else:
-        tied = bool(raw.get("tie_word_embeddings", True))
+    tied = _flag(path, raw, "tie_word_embeddings", True)
+    if has_weights(directory):
+        weights = open_weights(directory)
+        # a table that is there twice is tied, unless the file says that it began as a copy
+        tied = HEAD not in weights.shapes() or (tied and not has_own_head(weights))
     return T5Config(
         **sizes,
         num_decoder_layers=_size(path, raw, "num_decoder_layers"),
@@ -206,7 +216,18 @@ def read_config(directory: os.PathLike | str) -> T5Config:
         shared_relative_position_bias=_MODEL_TYPES[model_type],
         logits_via_embedding=tied,
         scale_decoder_outputs=_flag(path, raw, "scale_decoder_outputs", tied),
+        # weights in the Hugging Face layout are plain
+        lora=None if has_weights(directory) else _read_lora(path, raw),
     )
+
+
+def _read_lora(path: pathlib.Path, raw: dict) -> LoraConfig | None:
+    if (given := raw.get(LORA)) is None:
+        return None
+    try:
+        return LoraConfig(**given)
+    except (InputError, TypeError) as error:
+        raise InputError(f"{path}: {LORA}: {error}") from None
 
 
 def _size(path: pathlib.Path, raw: dict, name: str, default: int | None = None) -> int:
@@ -238,7 +259,22 @@ def _read_vocabulary(directory: pathlib.Path) -> Vocabulary:
         return load_vocabulary(BYTES)
     raise InputError(
         f"{directory}: no vocabulary (neither {SPIECE} nor a {TOKENIZER_CONFIG} of ByT5)"
+        f"{_where_to_find_it(directory)}"
     )
+
+
+def _where_to_find_it(directory: pathlib.Path) -> str:
+    if (directory / FAST_TOKENIZER).is_file():
+        return (
+            f"; the {FAST_TOKENIZER} here has no {SPIECE} in it, and transformers 5 saves only that:"
+            f" copy {SPIECE} from the directory of the model that this one was made from"
+        )
+    if find_t5x(directory):
+        return (
+            f"; a T5X checkpoint has none: copy the sentencepiece.model that its gin file names here as"
+            f' {SPIECE}, or for ByT5 write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
+        )
+    return ""
 
 
 def read_task_info(directory: os.PathLike | str) -> TaskInfo:

@@ -3,157 +3,39 @@
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 from jax.sharding import SingleDeviceSharding
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, fsync_folder, read_json
+from stepdistill_jax.files import PARTIAL, fsync_folder, write_json
+from stepdistill_jax.formats.names import HEAD, IGNORED, hf_names, is_transposed
+from stepdistill_jax.formats.tensors import Weights
+from stepdistill_jax.formats.weights import INDEX, WEIGHTS, has_own_head, open_weights
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
-_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
-# copies of `shared.weight` that some writers keep, and a table that v1.0 files hold and T5 never reads
-_IGNORED = (
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
-)
-# files that `transformers` reads and we do not -> what its `from_pretrained` has to be told
-_OTHER_FORMATS = {
-    "pytorch_model.bin": "",
-    "pytorch_model.bin.index.json": "",
-    "flax_model.msgpack": ", from_flax=True",
-    "flax_model.msgpack.index.json": ", from_flax=True",
-    "tf_model.h5": ", from_tf=True",
-    "tf_model.h5.index.json": ", from_tf=True",
-}
-
-
-def hf_names(config: T5Config) -> dict[str, str]:
-    """Our path -> Hugging Face tensor name, `{}` standing for the layer.
-
-    Example: `decoder/layers/mlp/wo/kernel` -> `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
-    """
-    table = {
-        "token_embedder": "shared.weight",
-        "encoder/encoder_norm/scale": "encoder.final_layer_norm.weight",
-        "decoder/decoder_norm/scale": "decoder.final_layer_norm.weight",
-    }
-    if not config.logits_via_embedding:
-        table["logits_dense/kernel"] = HEAD
-    gates = ("wi",) if len(config.mlp_activations) == 1 else ("wi_0", "wi_1")
-    for side, attention, norm in (
-        ("encoder", "attention", "pre_attention_layer_norm"),
-        ("decoder", "self_attention", "pre_self_attention_layer_norm"),
-    ):
-        ours, block = f"{side}/layers/", f"{side}.block.{{}}.layer."
-        bias = "0.SelfAttention.relative_attention_bias.weight"
-        if config.shared_relative_position_bias:  # only block 0 has a table; all layers share it
-            table[f"{side}/relpos_bias/rel_embedding"] = f"{side}.block.0.layer.{bias}"
-        else:
-            table[f"{ours}relpos_bias/rel_embedding"] = block + bias
-        table[f"{ours}{norm}/scale"] = f"{block}0.layer_norm.weight"
-        for name, letter in _ATTENTION.items():
-            table[f"{ours}{attention}/{name}/kernel"] = f"{block}0.SelfAttention.{letter}.weight"
-        if side == "decoder":
-            table[f"{ours}pre_cross_attention_layer_norm/scale"] = f"{block}1.layer_norm.weight"
-            for name, letter in _ATTENTION.items():
-                path = f"{ours}encoder_decoder_attention/{name}/kernel"
-                table[path] = f"{block}1.EncDecAttention.{letter}.weight"
-        last = 2 if side == "decoder" else 1
-        table[f"{ours}pre_mlp_layer_norm/scale"] = f"{block}{last}.layer_norm.weight"
-        for name in (*gates, "wo"):
-            table[f"{ours}mlp/{name}/kernel"] = f"{block}{last}.DenseReluDense.{name}.weight"
-    return table
-
-
-def is_transposed(path: str) -> bool:
-    """Torch keeps matrices as [out, in], and the bias as [buckets, heads] where ours is [heads, buckets]."""
-    return path.endswith(("/kernel", "/rel_embedding"))
-
-
-class Weights:
-    """Tensors of `model.safetensors`, or of its shards with an index; nothing is read until sliced."""
-
-    def __init__(self, directory: os.PathLike | str):
-        """Reads the headers.
-
-        Raises:
-            InputError: no safetensors in the directory, a shard that is missing, a broken file.
-        """
-        directory = pathlib.Path(directory)
-        self.files = _weight_files(directory)
-        self._slices = {}
-        for file in self.files:
-            try:
-                opened = safetensors.safe_open(file, "numpy")
-                self._slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            except FileNotFoundError:
-                raise InputError(f"{file}: named in {INDEX}, and missing") from None
-            except (safetensors.SafetensorError, OSError) as error:
-                raise InputError(f"{file}: not a whole safetensors file ({error})") from None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape."""
-        return {name: tuple(s.get_shape()) for name, s in self._slices.items()}
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One slice of a tensor, as it is stored."""
-        return self._slices[name][index]
-
-
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    index = directory / INDEX
-    if index.is_file():
-        names = read_json(index).get("weight_map", {}).values()
-        if not names or not all(isinstance(n, str) and pathlib.Path(n).name == n for n in names):
-            raise InputError(f"{index}: `weight_map` must name files of this folder")
-        return [directory / name for name in sorted(set(names))]
-    raise InputError(f"{directory}: no {WEIGHTS}{_how_to_convert(directory)}")
-
-
-def _how_to_convert(directory: pathlib.Path) -> str:
-    """What else is there, and the command that makes safetensors of it; empty if nothing is."""
-    there = [name for name in _OTHER_FORMATS if (directory / name).is_file()]
-    if not there:
-        return ""
-    flags = _OTHER_FORMATS[there[0]]  # torch's comes first: any version of `transformers` reads it
-    old = " by transformers below 5, which still reads them" if flags else ""
-    folder = repr(os.fspath(directory))
-    return (
-        f", only {', '.join(there)}; convert them once{old}: python -c"
-        f' "from transformers import T5ForConditionalGeneration as T;'
-        f" T.from_pretrained({folder}{flags})"
-        f'.save_pretrained({folder}, safe_serialization=True)"'
-    )
-
-
-def has_weights(directory: os.PathLike | str) -> bool:
-    """Whether the directory holds weights, be it in a format that `Weights` refuses."""
-    names = (WEIGHTS, INDEX, *_OTHER_FORMATS)
-    return any((pathlib.Path(directory) / name).is_file() for name in names)
+MAX_SHARD_SIZE = 5 * 10**9  # bytes; Hugging Face's "5GB"
 
 
 def load_params(
     directory: os.PathLike | str, config: T5Config, shardings: Any | None = None
 ) -> Any:
-    """Parameters of a Hugging Face directory as float32, whatever they are stored as.
+    """Parameters of a model directory as float32, whatever they are stored as.
+
+    Memory: each process reads the slices of its own devices, one parameter at a time, so beyond them it
+    holds one slice on the host (tests/formats/test_memory.py measures it).
 
     Args:
-        directory: with `model.safetensors`, or its shards and their index.
+        directory: with weights in a format that `formats.weights.open_weights` reads.
         config: of the model, from `formats.directory.read_model_files`.
         shardings: of each parameter (`sharding.param_shardings`): then each process reads only the
             slices of its own devices. None puts everything on the default device.
@@ -165,21 +47,22 @@ def load_params(
         InputError: tensors that are missing, unknown, of a wrong shape or type: all of them in one
             line.
     """
-    weights, table = Weights(directory), hf_names(config)
+    weights, table = open_weights(directory), hf_names(config)
     abstract = jax.eval_shape(nn.meta.unbox, abstract_params(config))
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
     if flat.keys() != table.keys():
         raise AssertionError(f"model and table disagree on {sorted(flat.keys() ^ table.keys())}")
-    _check(directory, weights.shapes(), _expected(flat, table))
+    _check(directory, weights, _expected(flat, table))
     placed: dict[str, Any] = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
     if shardings is not None:
         placed = flax.traverse_util.flatten_dict(shardings, sep="/")
-    arrays = {
-        path: jax.make_array_from_callback(
-            x.shape, placed[path], _reader(weights, table[path], path, x)
-        )
-        for path, x in flat.items()
-    }
+    arrays = {}
+    # the largest first: its host copy is needed while little else is there
+    for path, x in sorted(flat.items(), key=lambda item: -math.prod(item[1].shape)):
+        read = _reader(weights, table[path], path, x)
+        array = jax.make_array_from_callback(x.shape, placed[path], read)
+        # the copy to the device may still run: host buffers would pile up
+        arrays[path] = array.block_until_ready()
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
@@ -187,17 +70,19 @@ def _reader(
     weights: Weights, name: str, path: str, x: jax.ShapeDtypeStruct
 ) -> Callable[[Any], np.ndarray]:
     # reads the slice `index` of our array out of one tensor, or of one tensor per layer
-    transposed = is_transposed(path)
-
-    def one(name, index):
-        part = weights.read(name, index[::-1] if transposed else index)
-        return np.ascontiguousarray(part.T if transposed else part, x.dtype)
-
     def read(index):
-        if "{}" not in name:
-            return one(name, index)
-        layers = range(*index[0].indices(x.shape[0]))
-        return np.stack([one(name.format(i), index[1:]) for i in layers])
+        sizes = [len(range(*i.indices(n))) for i, n in zip(index, x.shape, strict=True)]
+        out = np.empty(sizes, x.dtype)
+        into = out  # the same memory in torch's orientation
+        if is_transposed(path):
+            into = np.swapaxes(out, -1, -2)
+            index = (*index[:-2], index[-1], index[-2])
+        if "{}" in name:
+            layers = range(*index[0].indices(x.shape[0]))
+            weights.read_layers(name, layers, index[1:], into)
+        else:
+            into[...] = weights.read(name, index)
+        return out
 
     return read
 
@@ -216,43 +101,75 @@ def _expected(
 
 
 def _check(
-    directory: os.PathLike | str,
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
+    directory: os.PathLike | str, weights: Weights, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
-    wrong = [
-        f"{name} is {list(found[name])}, {list(shape)} is wanted"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
+    found = weights.shapes()
+    ignored: set[str] = set(IGNORED)
+    if HEAD in found and HEAD not in expected and not has_own_head(weights):
+        ignored.add(HEAD)
+    both = [name for name in expected if name in found]
+    wrong_shapes = [
+        f"{name} is {list(found[name])}, {list(expected[name])} is wanted"
+        for name in both
+        if found[name] != expected[name]
+    ]
+    wrong_types = [
+        f"{name} is {weights.dtype(name)}, floats are wanted"
+        for name in both
+        if not jnp.issubdtype(weights.dtype(name), jnp.floating)
     ]
     problems = [
         f"{len(names)} {kind}: {', '.join(sorted(names))}"
         for kind, names in (
             ("missing", expected.keys() - found.keys()),
-            ("unknown", found.keys() - expected.keys() - set(_IGNORED)),
-            ("of a wrong shape", wrong),
+            ("unknown", found.keys() - expected.keys() - ignored),
+            ("of a wrong shape", wrong_shapes),
+            ("of a wrong type", wrong_types),
         )
         if names
     ]
     if problems:
-        raise InputError(f"{directory}: weights do not fit config.json; {'; '.join(problems)}")
+        whole = (pathlib.Path(directory) / "config.json").is_file()
+        what = "do not fit config.json" if whole else "are not those of a T5"  # T5X has none
+        raise InputError(f"{directory}: weights {what}; {'; '.join(problems)}")
 
 
 def to_hf(params: Any, config: T5Config) -> dict[str, np.ndarray]:
     """Hugging Face name -> contiguous float32 tensor, the layers taken apart."""
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    tensors = {}
+    return {name: _tensor(*part) for name, part in _parts(params, config)}
+
+
+def _parts(params: Any, config: T5Config) -> Iterator[tuple[str, tuple[Any, int | None, bool]]]:
+    # name, (our array, the layer of it, whether torch has it the other way round)
+    flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     for path, name in hf_names(config).items():
-        whole = np.asarray(flat[path], np.float32)
-        for i in range(len(whole)) if "{}" in name else [None]:
-            part = whole if i is None else whole[i]
-            # safetensors writes the buffer of a transposed view as it lies: wrong values, no error
-            tensors[name.format(i)] = np.ascontiguousarray(part.T if is_transposed(path) else part)
-    return tensors
+        for layer in range(flat[path].shape[0]) if "{}" in name else [None]:
+            yield name.format(layer), (flat[path], layer, is_transposed(path))
 
 
-def save_params(directory: os.PathLike | str, params: Any, config: T5Config) -> int:
-    """Writes `model.safetensors` (float32), reads it back and compares.
+def _tensor(array: Any, layer: int | None, transposed: bool) -> np.ndarray:
+    part = np.asarray(array if layer is None else array[layer], np.float32)
+    # safetensors writes the buffer of a transposed view as it lies: wrong values, no error
+    return np.ascontiguousarray(part.T if transposed else part)
+
+
+def save_params(
+    directory: os.PathLike | str,
+    params: Any,
+    config: T5Config,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> int:
+    """Writes float32 safetensors, reads them back and compares.
+
+    One file, or, past `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as Hugging Face
+    cuts them. Beyond the parameters, the tensors of one shard are in memory. Safetensors that were in the directory are replaced.
+
+    Args:
+        directory: of the model; must be there.
+        params: parameters of a `models.t5.T5`, unboxed.
+        config: of the model.
+        max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
 
     Returns:
         The number of parameters.
@@ -260,10 +177,47 @@ def save_params(directory: os.PathLike | str, params: Any, config: T5Config) -> 
     Raises:
         OSError: what was read back differs from what was written.
     """
-    path = pathlib.Path(directory) / WEIGHTS
-    partial = path.with_name(WEIGHTS + PARTIAL)
-    tensors = to_hf(params, config)
-    safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})
+    directory = pathlib.Path(directory)
+    parts = dict(_parts(params, config))
+    sizes = {name: 4 * _count(array, layer) for name, (array, layer, _) in parts.items()}
+    shards = _cut(sizes, max_shard_size)
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [WEIGHTS]
+    # an index that is here would lead a reader to old and new shards while they are written
+    (directory / INDEX).unlink(missing_ok=True)
+    for file, names in zip(files, shards, strict=True):
+        _save_file(directory / file, {name: _tensor(*parts[name]) for name in names})
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = {"total_size": sum(sizes.values())}
+        write_json(directory / INDEX, {"metadata": total, "weight_map": where})
+    old = {path.name for path in directory.glob("model-[0-9]*-of-[0-9]*.safetensors")} | {WEIGHTS}
+    for name in old - set(files):
+        (directory / name).unlink(missing_ok=True)
+    return sum(sizes.values()) // 4
+
+
+def _count(array: Any, layer: int | None) -> int:
+    return math.prod(array.shape if layer is None else array.shape[1:])
+
+
+def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in their order, a new shard where the next tensor would not fit."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _save_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    safetensors.numpy.save_file(dict(tensors), partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # the library writes 0600; a server is often another user
     with open(partial, "rb") as f:
         os.fsync(f.fileno())
@@ -273,4 +227,3 @@ def save_params(directory: os.PathLike | str, params: Any, config: T5Config) -> 
                 raise OSError(f"{partial}: {name} reads back differently from what was written")
     os.replace(partial, path)
     fsync_folder(path.parent)
-    return sum(math.prod(t.shape) for t in tensors.values())

@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import ml_dtypes
@@ -14,7 +12,6 @@ import safetensors.numpy
 from stepdistill_jax import sharding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf
-from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params, init_params
 
@@ -167,73 +164,6 @@ def test_a_truncated_file_is_named(directory, tmp_path):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
             hf.load_params(tmp_path, CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("files", "found", "command"),
-    [
-        (
-            ["pytorch_model.bin", "tf_model.h5"],
-            r"only pytorch_model\.bin, tf_model\.h5; convert them once: python -c",
-            r"T\.from_pretrained\('(.*)'\)\.save_pretrained\('\1', safe_serialization=True\)\"$",
-        ),
-        (
-            ["flax_model.msgpack"],
-            r"only flax_model\.msgpack; convert them once by transformers below 5",
-            r"T\.from_pretrained\('(.*)', from_flax=True\)\.save_pretrained\('\1', ",
-        ),
-    ],
-)
-def test_weights_in_another_format_are_named_with_the_way_to_convert_them(
-    tmp_path, files, found, command
-):
-    with pytest.raises(InputError, match=r"no model\.safetensors$"):
-        hf.load_params(tmp_path, CONFIG)
-    for name in files:
-        (tmp_path / name).touch()
-    with pytest.raises(InputError, match=f"{found}.*{command}"):
-        hf.load_params(tmp_path, CONFIG)
-
-
-def test_the_command_that_is_named_converts_torch_weights(make_torch_bin, tmp_path):
-    torch_weights = make_torch_bin(tmp_path)
-    with pytest.raises(InputError) as error:  # before anything is trained or decoded
-        read_config(tmp_path)
-    code = str(error.value).split('python -c "')[1].removesuffix('"')
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    config = read_config(tmp_path)
-    assert not config.logits_via_embedding, "the head is one of its own, as in T5 v1.1"
-    got = hf.to_hf(hf.load_params(tmp_path, config), config)
-    assert got.keys() <= torch_weights.keys() and "lm_head.weight" in got
-    for name, tensor in got.items():
-        np.testing.assert_array_equal(tensor, torch_weights[name])
-
-
-@pytest.fixture
-def make_torch_bin():
-    """Writes config.json and pytorch_model.bin as the published T5 v1.1 have them."""
-    torch = pytest.importorskip("torch", reason="torch is not installed: no such file to convert")
-    import transformers
-
-    def write(folder):
-        config = transformers.T5Config(
-            vocab_size=64,
-            d_model=16,
-            d_kv=4,
-            d_ff=24,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-        )
-        model = transformers.T5ForConditionalGeneration(config)
-        weights = {name: t.clone() for name, t in model.state_dict().items()}
-        weights["lm_head.weight"] = torch.randn(64, 16)  # transformers 5 ties what it makes
-        torch.save(weights, folder / "pytorch_model.bin")
-        raw = config.to_dict() | {"architectures": ["T5ForConditionalGeneration"]}
-        (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": False}))
-        return {name: t.numpy() for name, t in weights.items()}
-
-    return write
 
 
 def test_a_write_that_went_wrong_is_seen_and_leaves_nothing_to_trust(params, tmp_path, monkeypatch):

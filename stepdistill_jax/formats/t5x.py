@@ -1,0 +1,286 @@
+"""T5X checkpoints, presented under Hugging Face's torch names; optimizer state is left alone.
+
+After t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}: the first T5X form is a `checkpoint` file of
+msgpack, in which a parameter is an array or a TensorStore spec of a zarr folder beside it; the later is Orbax's.
+Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
+"""
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import read_json
+from stepdistill_jax.formats.mapped_msgpack import read_tree
+from stepdistill_jax.formats.names import HEAD, hf_names, is_transposed
+from stepdistill_jax.formats.tensors import Index, Tensor, Transposed, Weights
+from stepdistill_jax.models.config import T5Config
+
+CHECKPOINT, METADATA, OCDBT = "checkpoint", "_METADATA", "manifest.ocdbt"
+_PLACEHOLDER = "PLACEHOLDER://"
+_LAYER_AXIS = 1  # param_scan_axis of t5x's minimal models
+# our path -> Hugging Face name, for every kind of T5
+_NAMES = {
+    path: name
+    for shared in (True, False)
+    for activations in (("relu",), ("gelu", "linear"))
+    for path, name in hf_names(
+        T5Config(shared_relative_position_bias=shared, mlp_activations=activations)
+    ).items()
+}
+
+
+def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
+    """The folder of a T5X checkpoint: `directory`, its `state`, or its newest `checkpoint_STEP`."""
+    directory = pathlib.Path(directory)
+    steps = {
+        int(match[1]): path
+        for path in directory.glob("checkpoint_*")
+        if (match := re.fullmatch(r"checkpoint_(\d+)", path.name))
+    }
+    places = [directory] + [steps[step] for step in sorted(steps, reverse=True)]
+    for place in places:
+        for folder in (place, place / "state"):
+            if (folder / METADATA).is_file() or (folder / CHECKPOINT).is_file():
+                return folder
+    return None
+
+
+def open_t5x(directory: pathlib.Path) -> Weights:
+    """The parameters (`target`) of a T5X checkpoint.
+
+    Raises:
+        InputError: a file that is missing or cut, a version before 2, or no parameters in it.
+    """
+    if (folder := find_t5x(directory)) is None:
+        raise InputError(f"{directory}: no T5X checkpoint (neither {CHECKPOINT} nor {METADATA})")
+    stored = _open_orbax(folder) if (folder / METADATA).is_file() else _open_first_form(folder)
+    tensors: dict[str, Tensor] = {}
+    stacks: dict[str, Tensor] = {}
+    for path, array in stored.items():
+        ours, layer = _our_path(path)
+        name = _NAMES.get(ours)
+        if name is None:  # what no T5 has, as it is called: the check lists it
+            tensors[path] = _Stored(array, path, stacked=False, folder=folder)
+            continue
+        tensor: Any = _Stored(array, ours, stacked=layer == "", folder=folder)
+        tensor = Transposed(tensor) if is_transposed(ours) and len(tensor.shape) > 1 else tensor
+        if layer == "":
+            stacks[name] = tensor
+            tensors |= {name.format(i): _Layer(tensor, i) for i in range(tensor.shape[0])}
+        else:
+            tensors[name.format(layer)] = tensor
+    return Weights(tensors, stacks)
+
+
+def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
+    """The model that a T5X checkpoint holds, which has no `config.json`.
+
+    Shapes do not tell the activation: `wi` is taken for v1.0's ReLU, `wi_0` and `wi_1` for v1.1's gated GELU.
+
+    Raises:
+        InputError: tensors without which a T5's sizes cannot be told.
+    """
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    bias, gated = f"{attention}.relative_attention_bias.weight", "wi_0"
+    if f"encoder.block.0.layer.1.DenseReluDense.{gated}.weight" not in shapes:
+        gated = "wi"
+    mlp = f"encoder.block.0.layer.1.DenseReluDense.{gated}.weight"
+    needed = ("shared.weight", bias, f"{attention}.q.weight", mlp)
+    if lacking := [name for name in needed if len(shapes.get(name, ())) != 2]:
+        raise InputError(
+            f"{directory}: no T5 in this T5X checkpoint ({', '.join(lacking)} missing)"
+        )
+    vocab_size, emb_dim = shapes["shared.weight"]
+    num_buckets, num_heads = shapes[bias]
+    tied = HEAD not in shapes
+
+    def depth(side: str) -> int:
+        blocks = [re.match(rf"{side}\.block\.(\d+)\.", name) for name in shapes]
+        return 1 + max((int(match[1]) for match in blocks if match), default=0)
+
+    return T5Config(
+        vocab_size=vocab_size,
+        emb_dim=emb_dim,
+        num_heads=num_heads,
+        head_dim=max(1, shapes[f"{attention}.q.weight"][0] // max(1, num_heads)),
+        mlp_dim=shapes[mlp][0],
+        num_encoder_layers=depth("encoder"),
+        num_decoder_layers=depth("decoder"),
+        mlp_activations=("relu",) if gated == "wi" else ("gelu", "linear"),
+        num_buckets=num_buckets,
+        shared_relative_position_bias=bias.replace("block.0", "block.1") not in shapes,
+        logits_via_embedding=tied,
+        scale_decoder_outputs=tied,
+    )
+
+
+def _our_path(path: str) -> tuple[str, str | None]:
+    """Our path, and the layer: a number, "" for all of them in one array, None for none."""
+    if path == "token_embedder/embedding":
+        return "token_embedder", None
+    if path == "decoder/logits_dense/kernel":
+        return "logits_dense/kernel", None
+    if match := re.fullmatch(r"(encoder|decoder)/layers_(\d+)/(.+)", path):
+        return f"{match[1]}/layers/{match[3]}", match[2]
+    if match := re.fullmatch(r"(encoder|decoder)/\1/(.+)", path):
+        return f"{match[1]}/layers/{match[2]}", ""
+    return path, None
+
+
+class _Stored:
+    """A parameter as [layers if stacked, in, out]: heads and their width joined, the layer first."""
+
+    def __init__(self, array: Tensor, path: str, *, stacked: bool, folder: pathlib.Path):
+        self._array, self._path, self._folder = array, path, folder
+        sizes = list(array.shape)
+        self._stacked = stacked and len(sizes) > _LAYER_AXIS
+        layers = [sizes.pop(_LAYER_AXIS)] if self._stacked else []
+        # scalable_t5 keeps [embed, heads, kv], and [heads, kv, embed] of the way out
+        self._joined = None
+        if len(sizes) == 3 and path.endswith("/kernel"):
+            self._joined = 0 if path.endswith("/out/kernel") else 1
+            self._width = sizes.pop(self._joined + 1)
+            sizes[self._joined] *= self._width
+        self.shape = (*layers, *sizes)
+        # version 2 wrote bfloat16 as the 16 bits that it is
+        self._bits = np.dtype(_numpy_dtype(array)) == np.uint16
+        self.dtype = np.dtype(ml_dtypes.bfloat16) if self._bits else np.dtype(_numpy_dtype(array))
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        wanted = [slice(*i.indices(n)) for i, n in zip(index, self.shape, strict=True)]
+        layers = [wanted.pop(0)] if self._stacked else []
+        cut = None
+        if self._joined is not None:  # whole heads are read, then cut
+            j, width = self._joined, self._width
+            low, high = wanted[j].start // width, -(-wanted[j].stop // width)
+            cut = slice(wanted[j].start - low * width, wanted[j].stop - low * width)
+            wanted[j : j + 1] = [slice(low, high), slice(0, width)]
+        wanted[_LAYER_AXIS:_LAYER_AXIS] = layers
+        try:
+            part = np.asarray(self._array[tuple(wanted)])
+        except (ValueError, OSError) as error:  # a chunk that is missing or cut
+            reason = str(error).split(" [")[0]
+            raise InputError(f"{self._folder}: {self._path} cannot be read ({reason})") from None
+        if self._bits:
+            part = part.view(ml_dtypes.bfloat16)
+        if self._stacked:
+            part = np.moveaxis(part, _LAYER_AXIS, 0)
+        if self._joined is None:
+            return part
+        j = self._joined + self._stacked
+        sizes = (*part.shape[:j], math.prod(part.shape[j : j + 2]), *part.shape[j + 2 :])
+        return part.reshape(sizes)[(slice(None),) * j + (cut,)]
+
+
+class _Layer:
+    def __init__(self, stack: Tensor, layer: int):
+        self._stack, self._layer = stack, layer
+        self.shape, self.dtype = stack.shape[1:], stack.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        return self._stack[(slice(self._layer, self._layer + 1), *index)][0]
+
+
+def _numpy_dtype(array: Any) -> Any:
+    return array.dtype if isinstance(array.dtype, np.dtype) else array.dtype.numpy_dtype
+
+
+def _open_first_form(folder: pathlib.Path) -> dict[str, Tensor]:
+    file = folder / CHECKPOINT
+    with open(file, "rb") as f:
+        start = f.read(21)
+    if start == b"model_checkpoint_path":
+        raise InputError(
+            f"{file}: of TensorFlow's T5, not of T5X; convert it with t5x's convert_tf_checkpoint"
+        )
+    tree = read_tree(file)
+    version = tree.get("version", 0)
+    state = tree.get("optimizer", tree)
+    if "optimizer" in tree and (not isinstance(version, int) or version < 2):
+        raise InputError(f"{file}: T5X checkpoints from version 2 on can be read, got {version!r}")
+    target = state.get("target") if isinstance(state, dict) else None
+    if not isinstance(target, dict) or not target:
+        raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
+    ocdbt = (folder / OCDBT).is_file()  # Orbax's first form keeps its tree in this file, too
+    tensors, folders = {}, {}
+    for path, leaf in _leaves(target):
+        if isinstance(leaf, dict):
+            if not isinstance(store := leaf["kvstore"], dict):
+                store = {}
+            # before TensorStore 0.1.14 the path lay beside `kvstore`
+            folders[path] = _inside(folder, store.get("path", leaf.get("path")))
+        elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
+            folders[path] = _inside(folder, leaf.removeprefix(_PLACEHOLDER))
+        elif hasattr(leaf, "shape"):
+            tensors[path] = leaf
+        else:
+            raise InputError(f"{file}: {path} is no array")
+    return tensors | _open_arrays(folder, folders, ocdbt=ocdbt, driver="zarr")
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and not value.keys() >= {"driver", "kvstore", "metadata"}:
+            yield from _leaves(value, f"{above}{key}/")
+        else:
+            yield above + key, value
+
+
+def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
+    file = folder / METADATA
+    raw = read_json(file)
+    try:
+        keys = [
+            [str(part["key"]) for part in entry["key_metadata"]]
+            for entry in raw["tree_metadata"].values()
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{file}: not what Orbax writes (no `tree_metadata`)") from None
+    names = {"/".join(key[1:]): ".".join(key) for key in keys if key[0] == "target"}
+    if not names:
+        raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
+    folders = {path: _inside(folder, name) for path, name in names.items()}
+    driver = "zarr3" if raw.get("use_zarr3") else "zarr"
+    return _open_arrays(folder, folders, ocdbt=(folder / OCDBT).is_file(), driver=driver)
+
+
+def _inside(folder: pathlib.Path, name: Any) -> str:
+    # a checkpoint is someone else's file: it may name arrays of its own folder only
+    name = name.rstrip("/") if isinstance(name, str) else ""
+    if not name or pathlib.PurePath(name).name != name or name == "..":
+        raise InputError(f"{folder / CHECKPOINT}: an array must lie in this folder, got {name!r}")
+    return name
+
+
+def _open_arrays(
+    folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
+) -> dict[str, Tensor]:
+    """Path -> TensorStore of the zarr array `name` in the folder, or in its OCDBT database."""
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{folder.absolute()}/"}
+
+    def spec(name: str) -> dict[str, Any]:
+        if ocdbt:
+            store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        else:
+            store = base | {"path": f"{base['path']}{name}/"}
+        # a chunk that is missing would else be read as zeros
+        return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
+
+    futures = {path: tensorstore.open(spec(name), read=True) for path, name in names.items()}
+    opened = {}
+    for path, future in futures.items():
+        try:
+            opened[path] = future.result()
+        except (ValueError, OSError) as error:
+            reason = str(error).split(" [")[0].split("\n")[0]
+            raise InputError(f"{folder}: {names[path]} cannot be read ({reason})") from None
+    return opened

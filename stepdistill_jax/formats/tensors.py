@@ -1,0 +1,115 @@
+"""What a source of weights is, whatever file it comes from: named tensors that are read by slices."""
+
+import mmap
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import read_json
+from stepdistill_jax.formats.names import EMBEDDING, EMBEDDING_COPIES
+
+Index = tuple[slice, ...]
+
+
+class Tensor(Protocol):
+    """A numpy view of a mapped file, or what reads like one: nothing is in memory until sliced."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class Weights:
+    """Tensors under Hugging Face's torch names, in torch's orientation ([out, in] matrices)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], stacks: Mapping[str, Tensor] | None = None):
+        """Takes the tensors of a file.
+
+        Args:
+            tensors: by name. A copy of the embedding stands in for `shared.weight` where it lacks.
+            stacks: where the layers of a name (`{}` in it) are stored together: [layers, *shape].
+                Reading them at once spares decompressing the same chunk for each layer.
+        """
+        self.tensors, self.stacks = dict(tensors), dict(stacks or {})
+        copies = [name for name in EMBEDDING_COPIES if name in self.tensors]
+        if copies and EMBEDDING not in self.tensors:
+            self.tensors[EMBEDDING] = self.tensors[copies[0]]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type that a tensor is stored in."""
+        return np.dtype(self.tensors[name].dtype)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """One slice of a tensor, as it is stored; of a mapped file it is a view."""
+        return np.asarray(self.tensors[name][index])
+
+    def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
+        """Fills `out` [layers, ...] with the slice `index` of `name`, `{}` being each of `layers`."""
+        if name in self.stacks:
+            out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]
+            return
+        for i, layer in enumerate(layers):
+            out[i] = self.read(name.format(layer), index)
+
+
+class Transposed:
+    """A tensor with its last two axes exchanged; for those that are no numpy arrays."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor
+        *layers, rows, columns = tensor.shape
+        self.shape, self.dtype = (*layers, columns, rows), tensor.dtype
+
+    def __getitem__(self, index: Index) -> np.ndarray:
+        *layers, rows, columns = index
+        return np.swapaxes(np.asarray(self._tensor[(*layers, columns, rows)]), -1, -2)
+
+
+def transpose(tensor: Tensor) -> Tensor:
+    """A tensor with its two axes exchanged; nothing is read."""
+    return tensor.T if isinstance(tensor, np.ndarray) else Transposed(tensor)
+
+
+def map_file(path: os.PathLike | str) -> mmap.mmap:
+    """The bytes of a file, read when they are looked at.
+
+    Raises:
+        InputError: no such file, or an empty one.
+    """
+    try:
+        with open(path, "rb") as f:
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: empty
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
+    """The files that an index (`*.index.json`) names.
+
+    Raises:
+        InputError: a name that is no file of the index's own folder, or a file that is missing.
+    """
+    raw = read_json(index)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(n, str) and pathlib.Path(n).name == n for n in names):
+        raise InputError(f"{index}: `weight_map` must name files of this folder")
+    files = [index.parent / name for name in sorted(set(names))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: named in {index.name}, and missing")
+    return files

@@ -1,0 +1,134 @@
+"""Tokenizer files that `transformers` and `tokenizers` open to the ids that training saw.
+
+`T5Tokenizer` of transformers 5 rebuilds every vocabulary as T5's own: unk is 2, no piece is a byte.
+The vocabularies of mT5 and UMT5 have byte pieces (and UMT5's unk is 3), so texts would get other ids.
+So `tokenizer.json` is built here from the SentencePiece model, and opened as it is.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import atomic_write, read_json, write_json
+from stepdistill_jax.formats.directory import FAST_TOKENIZER, SPIECE, TOKENIZER_CONFIG
+from stepdistill_jax.text.vocabulary import EOS_ID, SentencePieceVocabulary, Vocabulary
+
+# Texts in which a wrong normalizer, unknown id or byte piece, or a lost space shows. Left out is what the
+# `tokenizers` library cannot do as SentencePiece does: texts that spell a special piece (`</s>`, `<0x41>`)
+# and rare orders of several combining marks on one letter.
+PROBES = (
+    "predict: What is it? Answer Choices: (a) a, b (b) c",
+    "",
+    " ",
+    "  two  spaces ",
+    "tab\tline\nbreak\r\nend",
+    "\x00\x01a\x7fb\x1bc",
+    "no-break\u00a0space, wide\u3000space, thin\u2009space",
+    "zero\u200bwidth, joiner\u200d, soft\u00adhyphen, \ufeffmark",
+    "É ½ ﬁ ™ ① ǅ ß \uff21\uff22 \uff11 \U0001d518 \u017f",
+    "e\u0301 n\u0303 A\u030a o\u0308",
+    "日本語 한국어 \u1100\u1161\u11a8 हिन्दी ไทย مرحبا שלום ελληνικά",
+    "🎉 👍🏽 👨\u200d👩\u200d👧 🇩🇪",
+    "<extra_id_0> a<extra_id_99>b <mask>",
+    "1,000.50 + 3 = 1_003.5; ''\"\"`` {[( )]} \\ / | ~ ^ ° €",
+    "\U0010ffff \ufffd \ue000",
+    "x" * 300,
+)
+_JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
+
+
+def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
+    """Completes the files that `formats.directory.write_model_files` wrote, and checks them.
+
+    A SentencePiece vocabulary gets `tokenizer.json`; bytes need none. What `transformers` then opens
+    must give our ids on `PROBES`, texts included that no training data has.
+
+    Raises:
+        InputError: other ids, or a SentencePiece model that is not of the kind that T5 uses.
+    """
+    directory = pathlib.Path(directory)
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        _write_fast_tokenizer(directory / FAST_TOKENIZER, directory / SPIECE)
+        config = read_json(directory / TOKENIZER_CONFIG)
+        config.pop("extra_ids", None)
+        config |= {
+            # the name that transformers 4 and 5 both take for "tokenizer.json as it is"
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        write_json(directory / TOKENIZER_CONFIG, config)
+    check_tokenizer(directory, vocabulary)
+
+
+def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
+    """Compares the ids of `transformers` with ours on `PROBES`.
+
+    Raises:
+        InputError: the first text whose ids differ.
+    """
+    from transformers import AutoTokenizer  # 2 to 3 s
+
+    # without a longest input: it would warn of those that are longer
+    tokenizer = AutoTokenizer.from_pretrained(directory, model_max_length=10**9)
+    for text in PROBES:
+        got, wanted = tokenizer(text)["input_ids"], [*vocabulary.encode(text), EOS_ID]
+        if got != wanted:
+            raise InputError(
+                f"{vocabulary.source}: cannot be exported, since transformers would give other ids than"
+                f" training had: {text!r} is {got}, not {wanted}"
+            )
+
+
+def _write_fast_tokenizer(path: pathlib.Path, spiece: pathlib.Path) -> None:
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+    )
+
+    generated: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+    proto = generated.ModelProto.FromString(spiece.read_bytes())
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != trainer.UNIGRAM:
+        raise InputError(
+            f"{spiece}: not a unigram model, which every T5 has; it cannot be exported"
+        )
+    pieces = [piece.piece for piece in proto.pieces]
+    tokenizer = Tokenizer(
+        models.Unigram(
+            [(piece.piece, piece.score) for piece in proto.pieces],
+            unk_id=trainer.unk_id,
+            byte_fallback=trainer.byte_fallback,
+        )
+    )
+    steps = []
+    if normalizer.precompiled_charsmap:
+        if SentencePieceProcessor(model_file=str(spiece)).normalize(_JAMO).endswith(_SYLLABLE):
+            # `Precompiled` takes letters of 6 bytes and more mark by mark; so they are composed before
+            steps.append(normalizers.NFC())
+        steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
+    if normalizer.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" +"), " ")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if normalizer.add_dummy_prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    decoder = decoders.Metaspace(prepend_scheme=scheme)
+    if trainer.byte_fallback:
+        decoder = decoders.Sequence([decoders.ByteFallback(), decoder])
+    tokenizer.decoder = decoder
+    eos = pieces[EOS_ID]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", eos], pair=["$A", eos, "$B", eos], special_tokens=[(eos, EOS_ID)]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(pieces[i], special=True) for i in (0, EOS_ID, trainer.unk_id)]
+    )
+    with atomic_write(path) as f:
+        f.write(tokenizer.to_str(pretty=True))

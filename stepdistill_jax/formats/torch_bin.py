@@ -1,0 +1,54 @@
+"""`pytorch_model.bin`, read by torch without running what a pickle may carry."""
+
+import pathlib
+import re
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.tensors import Tensor
+
+
+def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
+    """Tensors of one file (or one of its shards) by name.
+
+    The zip form, which torch writes since 1.6, is mapped; the older form is read whole.
+
+    Raises:
+        InputError: torch is not installed, the file is cut, or it holds other things than tensors.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise InputError(
+            f"{path}: torch is needed to read it; install stepdistill-jax[torch], or use a"
+            " directory with model.safetensors"
+        ) from None
+    try:
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # on broken bytes its unpickler raises whatever comes up
+        if found := re.search(r"GLOBAL (\S+)|Trying to (?:call|build)", str(error)):
+            raise InputError(
+                f"{path}: its pickle calls {found[1] or 'code'}, and reading it would run that;"
+                " refused: a file of tensors is wanted"
+            ) from None
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a whole file of torch ({reason})") from None
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items() if isinstance(state, dict) else [("", None)]:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path}: a dictionary of tensors is wanted, as save_pretrained writes"
+            )
+        tensors[name] = _view(tensor.detach(), torch)
+    return tensors
+
+
+def _view(tensor, torch) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()

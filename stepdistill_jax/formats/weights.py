@@ -1,0 +1,88 @@
+"""The weights of a model directory, whatever format they are in."""
+
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.flax_msgpack import open_flax
+from stepdistill_jax.formats.names import EMBEDDING, HEAD
+from stepdistill_jax.formats.safetensors_file import open_safetensors
+from stepdistill_jax.formats.t5x import find_t5x, open_t5x
+from stepdistill_jax.formats.tensors import Tensor, Weights, shard_files
+from stepdistill_jax.formats.torch_bin import open_torch
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_INDEX_SUFFIX = ".index.json"
+# the first that is there is read; msgpack before torch's, since it needs no torch
+_READERS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
+    WEIGHTS: open_safetensors,
+    "flax_model.msgpack": open_flax,
+    "pytorch_model.bin": open_torch,
+}
+_TENSORFLOW = "tf_model.h5"
+_BLOCK = 1024  # rows that are compared at once
+
+
+def open_weights(directory: os.PathLike | str) -> Weights:
+    """The tensors of a directory; nothing but headers is read.
+
+    In this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
+    `pytorch_model.bin`, its shards, a T5X checkpoint.
+
+    Raises:
+        InputError: no weights, or weights that cannot be read; one line with the file.
+    """
+    directory = pathlib.Path(directory)
+    for name, reader in _READERS.items():
+        if (directory / name).is_file():
+            return Weights(reader(directory / name))
+        if (index := directory / (name + _INDEX_SUFFIX)).is_file():
+            tensors: dict[str, Tensor] = {}
+            for file in shard_files(index):
+                tensors |= reader(file)
+            return Weights(tensors)
+    if find_t5x(directory):
+        return open_t5x(directory)
+    raise InputError(f"{directory}: no {WEIGHTS}{_how_to_convert(directory)}")
+
+
+def has_weights(directory: os.PathLike | str) -> bool:
+    """Whether the directory holds weights, be it in a format that `open_weights` refuses."""
+    directory = pathlib.Path(directory)
+    names = [n + suffix for n in (*_READERS, _TENSORFLOW) for suffix in ("", _INDEX_SUFFIX)]
+    return any((directory / n).is_file() for n in names) or find_t5x(directory) is not None
+
+
+def has_own_head(weights: Weights) -> bool:
+    """Whether there is an output layer that is no copy of the embedding.
+
+    The files of v1.0 that older tools wrote keep the tied table a second time, as `lm_head.weight`.
+    """
+    shapes = weights.shapes()
+    if HEAD not in shapes:
+        return False
+    if shapes[HEAD] != shapes.get(EMBEDDING) or len(shapes[HEAD]) != 2:
+        return True
+    for start in range(0, shapes[HEAD][0], _BLOCK):  # the first block tells them apart
+        index = (slice(start, start + _BLOCK), slice(None))
+        if not np.array_equal(weights.read(HEAD, index), weights.read(EMBEDDING, index)):
+            return True
+    return False
+
+
+def _how_to_convert(directory: pathlib.Path) -> str:
+    """The command that makes safetensors of TensorFlow weights; empty if there are none."""
+    names = (_TENSORFLOW, _TENSORFLOW + _INDEX_SUFFIX)
+    there = [name for name in names if (directory / name).is_file()]
+    if not there:
+        return ""
+    folder = repr(os.fspath(directory))
+    return (
+        f", only {', '.join(there)}; convert them once by transformers below 5, which still reads"
+        ' them: python -c "from transformers import T5ForConditionalGeneration as T;'
+        f" T.from_pretrained({folder}, from_tf=True)"
+        f'.save_pretrained({folder}, safe_serialization=True)"'
+    )

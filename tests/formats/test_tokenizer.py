@@ -1,0 +1,120 @@
+"""The exported tokenizer gives `transformers` the ids that training saw, whatever kind of vocabulary."""
+
+import random
+
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats import tokenizer as exported_tokenizer
+from stepdistill_jax.formats.directory import SPIECE, read_model_files, write_model_files
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.text.vocabulary import EOS_ID, load_vocabulary
+
+TEXTS = [
+    "with rain in the forecast , the truck takes the narrow bridge .",
+    "(a) yes (b) no 0 1 2 3",
+]
+# mT5 falls back to bytes, and UMT5 has a piece <s> before its <unk>
+BYTE_FALLBACK = {"byte_fallback": True, "vocab_size": 400}
+KINDS = {
+    "t5": {},
+    "mt5": BYTE_FALLBACK,
+    "umt5": {**BYTE_FALLBACK, "bos_id": 2, "unk_id": 3},
+    "other_unknown_id": {"bos_id": 2, "unk_id": 3},
+    "no_normalizer": {"normalization_rule_name": "identity"},
+}
+
+
+def train(folder, **settings):
+    import sentencepiece
+
+    given = {"vocab_size": 100, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | settings
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_prefix=str(folder / "spiece"),
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        **given,
+    )
+    return load_vocabulary(folder / SPIECE)
+
+
+@pytest.fixture(scope="module", params=[*KINDS, "byt5"])
+def opened(request, tmp_path_factory):
+    """(our vocabulary, what transformers opens, the kind's name)."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "byt5":
+        vocabulary = load_vocabulary("bytes")
+    else:
+        vocabulary = train(tmp_path_factory.mktemp("source"), **KINDS[request.param])
+    config = T5Config(vocab_size=512, shared_relative_position_bias=request.param != "umt5")
+    write_model_files(folder, config, vocabulary, None)
+    exported_tokenizer.write_tokenizer(folder, vocabulary)
+    assert read_model_files(folder).vocabulary.encode("a b") == vocabulary.encode("a b")
+    return vocabulary, AutoTokenizer.from_pretrained(folder), request.param
+
+
+def test_every_letter_of_unicode_has_our_ids(opened):
+    vocabulary, tokenizer, _ = opened
+    letters = [chr(i) for i in range(0x1F6FF) if not 0xD800 <= i < 0xE000]
+    for start in range(0, len(letters), 97):  # among others, so that nothing is cut away
+        text = "a " + "-".join(letters[start : start + 97]) + " b"
+        got, wanted = tokenizer(text)["input_ids"], [*vocabulary.encode(text), EOS_ID]
+        assert got == wanted, hex(start)
+
+
+def test_random_texts_have_our_ids_and_come_back_as_our_text(opened):
+    vocabulary, tokenizer, _ = opened
+    rng = random.Random(0)
+    letters = [chr(i) for i in (*range(0x20, 0x7F), *range(0xC0, 0x250), 0x3000, 0x200B, 0x1F389)]
+    for _ in range(300):
+        text = "".join(rng.choices(letters, k=20)) + rng.choice(TEXTS)[: rng.randrange(30)]
+        ids = [*vocabulary.encode(text), EOS_ID]
+        assert tokenizer(text)["input_ids"] == ids, text
+        if tokenizer.unk_token_id not in ids:
+            assert tokenizer.decode(ids, skip_special_tokens=True).strip() == (
+                vocabulary.decode(ids).strip()
+            )
+
+
+def test_a_pair_of_rows_is_padded_and_the_end_of_sequence_kept(opened):
+    _, tokenizer, _ = opened
+    ids = tokenizer(["a b c d", "a"], padding=True, truncation=True, max_length=3)["input_ids"]
+    assert [len(row) for row in ids] == [3, 3]
+    assert ids[0][-1] == 1 and ids[1][-1] in (0, 1)
+
+
+def test_decomposed_letters_have_our_ids(opened):
+    import unicodedata
+
+    vocabulary, tokenizer, kind = opened
+    for text in ("Tiếng Việt", "한국어", "ὕδωρ", "Ångström"):
+        text = unicodedata.normalize("NFD", text)
+        assert tokenizer(text)["input_ids"] == [*vocabulary.encode(text), EOS_ID], kind
+
+
+def test_the_sentinels_of_t5_are_ordinary_text(opened):
+    vocabulary, tokenizer, _ = opened
+    ids = tokenizer("<extra_id_0>")["input_ids"]
+    assert ids == [*vocabulary.encode("<extra_id_0>"), EOS_ID]
+    assert max(ids) < vocabulary.size
+
+
+def test_other_ids_stop_the_export_with_the_text(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    vocabulary = train(tmp_path / "source", **BYTE_FALLBACK)
+    write_model_files(tmp_path / "model", T5Config(vocab_size=512), vocabulary, None)
+    # what transformers makes of the files alone: T5Tokenizer, which knows no byte pieces
+    with pytest.raises(InputError, match="transformers would give other ids than training had"):
+        exported_tokenizer.check_tokenizer(tmp_path / "model", vocabulary)
+
+
+def test_a_model_that_is_not_unigram_is_refused(tmp_path):
+    (tmp_path / "source").mkdir()
+    vocabulary = train(tmp_path / "source", model_type="bpe")
+    write_model_files(tmp_path / "model", T5Config(vocab_size=512), vocabulary, None)
+    with pytest.raises(InputError, match="not a unigram model"):
+        exported_tokenizer.write_tokenizer(tmp_path / "model", vocabulary)
