@@ -10,14 +10,18 @@ from typing import Any
 import gin
 
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.objectives import ARMS, Objective
 from stepdistill_jax.sharding import Layout
+from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 
 ROOT = "train"
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
     ROOT: TrainConfig,
     "optimizer": OptimizerConfig,
+    "supervision": Supervision,
+    "lora": LoraConfig,
     "Layout": Layout,
     "Objective": Objective,
     **ARMS,

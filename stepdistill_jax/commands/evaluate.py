@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         output=args.output,
         data_dir=args.data_dir,
         batch_size=args.batch_size,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
         task_module=args.module,
     )
     step = "" if result["step"] is None else f" step {result['step']}"

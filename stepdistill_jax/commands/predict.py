@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--step` and `--batch-size`, which `evaluate` has, too."""
+    """`--step`, `--batch-size`, `--num-beams` and `--length-penalty`, which `evaluate` has, too."""
     parser.add_argument(
         "--step",
         default="best",
@@ -62,6 +62,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="rows at once (default: 64)"
+    )
+    parser.add_argument(
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers pursued at once by beam search (default: 1, the likeliest token each time)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="with beams: a score is divided by length ** X (default: 1; above 0 favours long"
+        " answers)",
     )
 
 
@@ -83,6 +97,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         step=args.step,
         batch_size=args.batch_size,
         max_decode_len=args.max_decode_len,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
         with_rationale=args.with_rationale,
         prefix=args.prefix,
         on_error=args.on_error,

@@ -4,19 +4,23 @@ The imports are not lazy: a function that is named like its module (`predict`) i
 `inference.predict(...)` if it is bound after the module has been imported.
 """
 
+from stepdistill_jax.inference.beam import beam_search
 from stepdistill_jax.inference.decode import Decoded, LabelDecoder, greedy_decode
 from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.inference.export import export
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.predict import predict
+from stepdistill_jax.inference.sampling import sample_decode
 
 __all__ = [
     "Decoded",
     "LabelDecoder",
     "LoadedModel",
+    "beam_search",
     "evaluate",
     "export",
     "greedy_decode",
     "load_model",
     "predict",
+    "sample_decode",
 ]

@@ -1,9 +1,8 @@
-"""Greedy decoding with a key-value cache, and the batching of rows of any length around it."""
+"""Greedy decoding, and the batching of rows of any length around it."""
 
 import collections
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from stepdistill_jax.inference.token_loop import decode_tokens
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5, start_cache
 from stepdistill_jax.sharding import (
     LOGICAL_AXIS_RULES,
     batch_shards,
     place_rows,
     replicated,
 )
-from stepdistill_jax.text.vocabulary import EOS_ID, PAD_ID
+from stepdistill_jax.text.vocabulary import EOS_ID
 
 SMALLEST_BUCKET = 32
 
@@ -43,49 +42,13 @@ def greedy_decode(
         natural log of the probability of those ids, the end of sequence included; finished [batch]
         bool, false where `max_decode_len` ids came without an end (and in rows of zeros).
     """
-    model, batch = T5(config), encoder_input_tokens.shape[0]
-    segments = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
-    filler = jnp.sum(segments, axis=-1) == 0
-    encoded: Any = model.apply({"params": params}, encoder_input_tokens, segments, method="encode")
-    cache = start_cache(params, encoded, config, max_decode_len)
-    cross = {name: cache.pop(name) for name in ("cross_key", "cross_value")}
-    state = {
-        "index": jnp.int32(0),
-        "last": jnp.full((batch, 1), PAD_ID, jnp.int32),
-        "done": filler,
-        "ids": jnp.full((batch, max_decode_len), PAD_ID, jnp.int32),
-        "scores": jnp.zeros(batch, jnp.float32),
-        "cache": cache,
-    }
-
-    def body(state):
-        logits, cache = model.apply(
-            {"params": params},
-            state["last"],
-            {**state["cache"], **cross},  # the cross part never changes, so it is no loop state
-            segments,
-            state["index"],
-            method="decode_step",
-        )
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        log_prob = jnp.max(nn.log_softmax(logits, axis=-1), axis=-1)
-        ids = jnp.where(state["done"], PAD_ID, best)
-        return {
-            "index": state["index"] + 1,
-            "last": ids[:, None],
-            "done": state["done"] | (ids == EOS_ID),
-            "ids": jax.lax.dynamic_update_slice_in_dim(
-                state["ids"], ids[:, None], state["index"], axis=1
-            ),
-            "scores": state["scores"] + jnp.where(state["done"], 0.0, log_prob),
-            "cache": {name: cache[name] for name in state["cache"]},
-        }
-
-    def unfinished(state):
-        return (state["index"] < max_decode_len) & ~jnp.all(state["done"])
-
-    state = jax.lax.while_loop(unfinished, body, state)
-    return state["ids"], state["scores"], state["done"] & ~filler
+    return decode_tokens(
+        params,
+        config,
+        encoder_input_tokens,
+        lambda logits, _: jnp.argmax(logits, axis=-1),
+        max_decode_len=max_decode_len,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +98,13 @@ def bucketed(
 
 
 class LabelDecoder:
-    """Greedy answers to rows of ids, whatever their number, lengths and order.
+    """Answers to rows of ids, whatever their number, lengths and order; greedy unless told.
 
     Keeps its compiled functions: one per bucket of input lengths. A row's answer does not depend on
     the rows beside it.
 
-    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`.
+    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`; with beams:
+    `LabelDecoder(..., decode_fn=functools.partial(beam_search, num_beams=4))`.
     """
 
     def __init__(
@@ -150,6 +114,7 @@ class LabelDecoder:
         max_decode_len: int,
         batch_size: int = 64,
         mesh: Mesh | None = None,
+        decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
     ):
         """Compiles nothing yet.
 
@@ -159,13 +124,17 @@ class LabelDecoder:
             batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes.
             mesh: where `params` live and rows are spread; None is the default device. On several
                 processes each must ask for the same rows, and each gets all answers.
+            decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
+                encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
         """
         shards = batch_shards(mesh) if mesh else 1
         self.batch_size = -(-batch_size // shards) * shards
         self.max_decode_len = max_decode_len
         self._mesh = mesh
         self._decode = jax.jit(
-            functools.partial(_decode_batch, config=config, max_decode_len=max_decode_len),
+            lambda params, encoder_input_tokens: decode_fn(
+                params, config, encoder_input_tokens, max_decode_len=max_decode_len
+            ),
             out_shardings=replicated(mesh) if mesh else None,
         )
 
@@ -219,7 +188,3 @@ class LabelDecoder:
             return
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
             yield
-
-
-def _decode_batch(params, encoder_input_tokens, *, config, max_decode_len):
-    return greedy_decode(params, config, encoder_input_tokens, max_decode_len=max_decode_len)

@@ -13,6 +13,7 @@ from typing import Any
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.files import check_writable, write_json
+from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import load_model
 from stepdistill_jax.inference.predict import cut_ids, how_to_ask, predict
@@ -32,10 +33,13 @@ def evaluate(
     output: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
     batch_size: int = 64,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them.
 
-    For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`.
+    For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`, those of beams in
+    `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is given).
 
     Args:
         path: workdir or model directory.
@@ -45,29 +49,36 @@ def evaluate(
         output: JSON file for the result; None writes none.
         data_dir: where the dataset is prepared.
         batch_size: rows decoded at once.
+        num_beams, length_penalty: as for `predict`.
 
     Returns:
-        What `predict` returns, and `task`, `split`, `step`.
+        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
 
     Raises:
-        InputError: no such model, step, dataset or split.
+        InputError: no such model, step, dataset or split, or a bad option.
     """
+    search(num_beams, length_penalty)  # a bad value is said before anything is read
     dataset = open_prepared(task, data_dir)
     if output is not None:
         check_writable(output, "--output")
     found = resolve_step(path, step) if is_workdir(path) else None
+    beams = "" if num_beams == 1 else f"-beams{num_beams}"
+    penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch) if found is None else pathlib.Path(path) / PREDICTIONS
         result = predict(
             path,
             dataset.file(split),
-            folder / f"{task}-{split}-{found}.jsonl",
+            folder / f"{task}-{split}-{found}{beams}{penalty}.jsonl",
             task=task,
             step=step if found is None else found,
             batch_size=batch_size,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
             data_dir=data_dir,
         )
-    result = {"task": task, "split": split, "step": found} | result
+    told = {"num_beams": num_beams, "length_penalty": length_penalty}
+    result = {"task": task, "split": split, "step": found, **told} | result
     if output is not None:
         write_json(output, result)
     return result
@@ -82,6 +93,8 @@ def evaluate_tokens(
     allowed: Sequence[str] = (),
     step: str | int = "best",
     batch_size: int = 64,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
 ) -> dict[str, Any]:
     """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
 
@@ -93,17 +106,22 @@ def evaluate_tokens(
         allowed: the possible labels, where they are few.
         step: of a workdir: `best`, `last` or a number.
         batch_size: rows decoded at once.
+        num_beams, length_penalty: as for `predict`.
 
     Returns:
-        What `predict` returns, and `step`.
+        What `predict` returns, and `step`, `num_beams`, `length_penalty`.
 
     Raises:
-        InputError: no such model or step.
+        InputError: no such model or step, or a bad option.
     """
+    decode_fn = search(num_beams, length_penalty)
     model = load_model(path, step)
     asking = how_to_ask(model)
     decoder = LabelDecoder(
-        model.config, max_decode_len=asking.decode_lengths[0], batch_size=batch_size
+        model.config,
+        max_decode_len=asking.decode_lengths[0],
+        batch_size=batch_size,
+        decode_fn=decode_fn,
     )
     tally, cut = Tally(metric, allowed), [cut_ids(ids, asking.input_length) for ids in inputs]
     start = time.perf_counter()
@@ -115,6 +133,8 @@ def evaluate_tokens(
         tally.add(row, model.vocabulary.decode(ids))
     return {
         "step": model.step,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
         **tally.summary(),
         "unfinished": int((~decoded.finished).sum()),
         "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),

@@ -1,4 +1,4 @@
-"""From a workdir to a directory that Hugging Face tools open."""
+"""From a trained model to a directory that other tools open: Hugging Face's layout, or StableHLO."""
 
 import dataclasses
 import os
@@ -11,43 +11,62 @@ from stepdistill_jax.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, fsync_folder
 from stepdistill_jax.formats.card import model_card
-from stepdistill_jax.formats.directory import SPIECE, write_model_files
+from stepdistill_jax.formats.directory import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    TaskInfo,
+    read_config,
+    write_model_files,
+)
 from stepdistill_jax.formats.hf import save_params
+from stepdistill_jax.formats.tokenizer import write_tokenizer
 from stepdistill_jax.inference.model import LoadedModel, load_model
-from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.inference.predict import how_to_ask
+from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 
-FAST_TOKENIZER = "tokenizer.json"
-# what a wrong normalizer, a dummy vocabulary or a lost space would show in
-_PROBES = ("predict: a, b", "", "  two  spaces ", "line\nbreak", "É ½ ﬁ 日本語", "<extra_id_0>")
+FORMATS = ("hf", "jax")
+CARD = "README.md"
 
 
 def export(
-    workdir: os.PathLike | str, model_dir: os.PathLike | str, *, step: str | int = "best"
+    workdir: os.PathLike | str,
+    model_dir: os.PathLike | str,
+    *,
+    step: str | int = "best",
+    format: str = "hf",
 ) -> dict[str, Any]:
-    """Writes configuration, weights, tokenizer, task and model card of one step.
+    """Writes one step's model for others to run.
 
-    `predict` gives the same bytes on `model_dir` as on the workdir at that step.
+    `hf`: configuration, weights, tokenizer, task and model card in Hugging Face's layout; `predict`
+    gives the same bytes on `model_dir` as on the workdir at that step. `jax`: the label decoder as a
+    `jax.export` program with its weights beside it, which runs where only jax is installed; the
+    `README.md` in it says how.
 
     Args:
-        workdir: of a training run.
+        workdir: of a training run; for `jax` a model directory will do, too.
         model_dir: must be absent or empty; it appears whole or not at all.
         step: `best`, `last` or a number.
+        format: `hf` or `jax`.
 
     Returns:
-        `model_dir`, `step`, `parameters`, `files`.
+        `model_dir`, `step`, `format`, `parameters`, `files`.
 
     Raises:
-        InputError: not a workdir, no such step, or a `model_dir` that holds something.
+        InputError: no such format, not a workdir, no such step, a `model_dir` that holds something,
+            or a vocabulary that `transformers` would read in another way.
     """
+    if format not in FORMATS:
+        raise InputError(f"--format: {' or '.join(FORMATS)} is wanted, got {format!r}")
     target = pathlib.Path(model_dir)
     _check_target(target)
-    if not is_workdir(workdir):
+    if format == "hf" and not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints to export)")
     model = load_model(workdir, step)
+    write = {"hf": _write_hf, "jax": _write_jax}[format]
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        parameters = _write(partial, model)
+        parameters = write(partial, model)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,6 +75,7 @@ def export(
     return {
         "model_dir": str(model_dir),
         "step": model.step,
+        "format": format,
         "parameters": parameters,
         "files": sorted(p.name for p in target.iterdir()),
     }
@@ -71,44 +91,61 @@ def _check_target(target: pathlib.Path) -> None:
         raise InputError(f"{target}: cannot be written (no permission in {nearest})")
 
 
-def _write(folder: pathlib.Path, model: LoadedModel) -> int:
-    step = int(model.step or 0)
-    metrics = saved_steps(model.path)[step]
-    info = model.task_info
-    if info is not None:
-        origin = {
-            "step": step,
-            "metrics": metrics,
-            "exported_by": stepdistill_jax.__version__,
-        }
-        info = dataclasses.replace(info, provenance=info.provenance | origin)
+def _write_hf(folder: pathlib.Path, model: LoadedModel) -> int:
+    info, metrics = _task_info(model), _metrics(model)
     write_model_files(folder, model.config, model.vocabulary, info)
+    write_tokenizer(folder, model.vocabulary)  # before the weights: it may refuse
     parameters = save_params(folder, model.params, model.config)
-    if (folder / SPIECE).is_file():
-        _write_fast_tokenizer(folder, model.vocabulary)
     if info is not None:
         card = model_card(
             info,
             model.config,
+            model.vocabulary,
             num_parameters=parameters,
             version=stepdistill_jax.__version__,
-            step=step,
+            step=int(model.step or 0),
             metrics=metrics,
+            lora=read_config(model.path).lora,
         )
-        with atomic_write(folder / "README.md") as f:
+        with atomic_write(folder / CARD) as f:
             f.write(card)
     return parameters
 
 
-def _write_fast_tokenizer(folder: pathlib.Path, vocabulary: Vocabulary) -> None:
-    """`tokenizer.json`, which tools other than `transformers` want, checked against our ids."""
-    from transformers import T5Tokenizer  # 2 to 3 s
+def _write_jax(folder: pathlib.Path, model: LoadedModel) -> int:
+    asking = how_to_ask(model)
+    write_model_files(folder, model.config, model.vocabulary, _task_info(model))
+    for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
+        (folder / name).unlink()  # for `transformers`, which finds no weights here
+    exported, parameters = write_decoder(
+        folder, model.params, model.config, max_decode_len=asking.decode_lengths[0]
+    )
+    readme = decoder_readme(
+        exported,
+        model.vocabulary,
+        task=model.task_info.task if model.task_info else model.path.resolve().name,
+        prompt=asking.objectives[0].input_template.replace("{input}", "..."),
+        num_parameters=parameters,
+        input_length=asking.input_length,
+        max_decode_len=asking.decode_lengths[0],
+    )
+    with atomic_write(folder / CARD) as f:
+        f.write(readme)
+    return parameters
 
-    tokenizer = T5Tokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.save(str(folder / FAST_TOKENIZER))
-    for text in _PROBES:
-        got, wanted = tokenizer(text)["input_ids"], [*vocabulary.encode(text), EOS_ID]
-        if got != wanted:
-            raise RuntimeError(
-                f"the exported tokenizer gives other ids for {text!r}: {got}, not {wanted}"
-            )
+
+def _metrics(model: LoadedModel) -> dict[str, Any]:
+    return {} if model.step is None else saved_steps(model.path)[model.step]
+
+
+def _task_info(model: LoadedModel) -> TaskInfo | None:
+    """What `stepdistill.json` will say: the task, and which step this is."""
+    info = model.task_info
+    if info is None or model.step is None:
+        return info
+    origin = {
+        "step": model.step,
+        "metrics": _metrics(model),
+        "exported_by": stepdistill_jax.__version__,
+    }
+    return dataclasses.replace(info, provenance=info.provenance | origin)

@@ -17,6 +17,7 @@ from stepdistill_jax.files import digest
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import abstract_params
 from stepdistill_jax.sharding import param_shardings
 from stepdistill_jax.text.vocabulary import Vocabulary
@@ -28,7 +29,8 @@ class LoadedModel:
 
     Attributes:
         path: the directory that it came from.
-        config, params: of the `T5`; activations are float32 whatever it was trained with.
+        config, params: of the `T5`; activations are float32 whatever it was trained with, and
+            adapters are merged.
         vocabulary: text to ids and back.
         task_info: how it was asked during training; None for a bare Hugging Face directory.
         step: of the checkpoint; None where the directory holds one model only.
@@ -78,7 +80,8 @@ def load_model(
             shardings,
         )
         params = restore_params(path, found, abstract)
-    return LoadedModel(path, files.config, params, files.vocabulary, files.task_info, found)
+    params, config = merge(params, files.config)
+    return LoadedModel(path, config, params, files.vocabulary, files.task_info, found)
 
 
 def params_fingerprint(params: Any) -> str:

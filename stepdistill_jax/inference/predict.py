@@ -14,6 +14,7 @@ import numpy as np
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest, sha256
+from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import LoadedModel, load_model, params_fingerprint
 from stepdistill_jax.inference.output import PartialOutput
@@ -70,6 +71,8 @@ def predict(
     step: str | int = "best",
     batch_size: int = 64,
     max_decode_len: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
     with_rationale: bool = False,
     prefix: str | None = None,
     on_error: str = "stop",
@@ -92,6 +95,10 @@ def predict(
         batch_size: rows decoded at once.
         max_decode_len: most ids of a label; None is what training found enough (64 where the
             directory does not say).
+        num_beams: answers pursued at once (`inference.beam_search`); 1 takes the likeliest token each
+            time.
+        length_penalty: with beams, the power of an answer's length that its score is divided by;
+            None is 1.
         with_rationale: also decodes the objective `rationale`, for looking; the label does not
             depend on it.
         prefix: text before the input instead of the model's own template.
@@ -108,6 +115,7 @@ def predict(
             meantime, or an output that another run is writing; a former output is left as it was.
     """
     _check_options(input, output, batch_size, max_decode_len, on_error)
+    decode_fn = search(num_beams, length_penalty)
     total = count_rows(input, on_error)
     model = load_model(path, step)
     asking = how_to_ask(
@@ -125,13 +133,14 @@ def predict(
             "vocabulary": model.vocabulary.fingerprint,
             "asking": dataclasses.asdict(asking),
             "batch_size": batch_size,
+            "search": [num_beams, length_penalty],
             "input": before,
             "device": jax.devices()[0].device_kind,
         }
     )
     partial = PartialOutput(output, key)
     try:
-        result = _run(model, asking, input, partial, total, batch_size)
+        result = _run(model, asking, input, partial, total, batch_size, decode_fn)
         if result["rows"] != total or _digest_or_none(input) != before:
             partial.discard()
             raise InputError(
@@ -215,6 +224,7 @@ def _run(
     partial: PartialOutput,
     total: int,
     batch_size: int,
+    decode_fn: Callable,
 ) -> dict[str, Any]:
     tally = Tally(asking.metric, asking.labels)
     counts = {name: partial.state.get(name, 0) for name in ("unfinished", "cut_inputs")}
@@ -227,7 +237,9 @@ def _run(
     for row, done in zip(itertools.islice(rows, len(earlier)), earlier, strict=False):
         tally.add(row, done["label"])
     decoders = [
-        LabelDecoder(model.config, max_decode_len=length, batch_size=batch_size)
+        LabelDecoder(
+            model.config, max_decode_len=length, batch_size=batch_size, decode_fn=decode_fn
+        )
         for length in asking.decode_lengths
     ]
     start = time.perf_counter()

@@ -21,6 +21,7 @@ from stepdistill_jax.models.layers import (
     mask_bias,
     same_segment,
 )
+from stepdistill_jax.models.lora import has_adapters
 
 Cache = dict[str, jax.Array]
 
@@ -67,7 +68,10 @@ class DecoderLayer(nn.Module):
             cross_keys, cross_values = cache["cross_key"], cache["cross_value"]
         x = x + drop(attention(h, keys, values, self_bias, deterministic=off))
         h = RMSNorm(c, name="pre_cross_attention_layer_norm")(x)
-        x = x + drop(cross(h, cross_keys, cross_values, cross_bias, deterministic=off))
+        # beams of one input are so many queries to the same keys: no copy of these per beam
+        queries = h.reshape(cross_keys.shape[0], -1, h.shape[-1])
+        y = cross(queries, cross_keys, cross_values, cross_bias, deterministic=off)
+        x = x + drop(y.reshape(x.shape))
         h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
         x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
@@ -218,7 +222,8 @@ class T5(nn.Module):
         """One token for each row.
 
         Args:
-            ids: [batch, 1] int32, the previous token (0 first).
+            ids: [batch, 1] int32, the previous token (0 first). In a beam search [batch * beams, 1],
+                and so are `key` and `value` of the cache; what comes from the encoder is [batch].
             cache: from `start_cache`.
             encoder_segment_ids: [batch, length], 0 is padding.
             index: scalar int32, position of the token that is decoded.
@@ -256,7 +261,12 @@ def start_cache(
     Returns:
         `key`, `value` [layers, batch, max_decode_len, heads, kv] zeros; `cross_key`, `cross_value`
         [layers, batch, length, heads, kv].
+
+    Raises:
+        ValueError: the parameters or the configuration have adapters, which decoding would leave out.
     """
+    if config.lora is not None or has_adapters(params):
+        raise ValueError("decoding wants plain weights: call models.lora.merge first")
     kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
     heads = (config.num_heads, config.head_dim)
 

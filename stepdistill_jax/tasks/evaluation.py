@@ -8,6 +8,7 @@ from stepdistill_jax.data.prepared import PreparedDataset, default_data_dir
 from stepdistill_jax.files import check_writable, write_json
 from stepdistill_jax.formats.directory import SPIECE, TaskInfo, read_model_files
 from stepdistill_jax.inference import evaluate as evaluate_prepared
+from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.objectives import label_only
 from stepdistill_jax.tasks.load import load_task
@@ -24,6 +25,8 @@ def evaluate(
     output: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
     batch_size: int = 64,
+    num_beams: int = 1,
+    length_penalty: float | None = None,
     task_module: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them; what `stepdistill evaluate` calls.
@@ -39,15 +42,17 @@ def evaluate(
         output: JSON file for the result; None writes none.
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
         batch_size: rows decoded at once.
+        num_beams, length_penalty: as for `inference.predict`.
         task_module: module that registers the task; None is the one that the model was trained
             with, if it was trained on this task.
 
     Returns:
-        What `predict` returns, and `task`, `split`, `step`.
+        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
 
     Raises:
-        InputError: no such model, step, task, split or module.
+        InputError: no such model, step, task, split or module, or a bad option.
     """
+    search(num_beams, length_penalty)  # a bad value is said before anything is read
     if output is not None:
         check_writable(output, "--output")
     info = read_model_files(path).task_info
@@ -64,6 +69,8 @@ def evaluate(
             output=output,
             data_dir=folder,
             batch_size=batch_size,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
         )
     spiece = pathlib.Path(path) / SPIECE
     data = load_task(
@@ -86,6 +93,8 @@ def evaluate(
         allowed=data.labels,
         step=step,
         batch_size=batch_size,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
     )
     result = {"task": task, "split": split} | result
     if output is not None:

@@ -1,4 +1,7 @@
-"""Greedy decoding against teacher forcing, and its independence of batches, buckets and meshes."""
+"""Greedy decoding against teacher forcing; for all searches: no effect of batch, bucket or mesh."""
+
+import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -9,15 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdistill_jax import sharding
+from stepdistill_jax.inference.beam import beam_search
 from stepdistill_jax.inference.decode import (
     LabelDecoder,
     bucket_length,
     bucketed,
     greedy_decode,
 )
+from stepdistill_jax.inference.sampling import sample_decode
 from stepdistill_jax.models.t5 import T5, abstract_params
 
 MAX_DECODE_LEN = 10
+SEARCHES = {
+    "greedy": greedy_decode,
+    "beam": functools.partial(beam_search, num_beams=4),
+    "sampling": functools.partial(sample_decode, rng=jax.random.key(3), temperature=0.8, top_k=50),
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +97,71 @@ def test_greedy_decode_pads_after_the_end_and_leaves_fillers_alone(
     np.testing.assert_allclose(scores[[0, 2]], decoded.scores[[stopped, endless]], atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [1, 45])
-def test_an_answer_does_not_depend_on_batch_size_or_order(
-    tiny_config, tiny_params, rows, decoded, batch_size
+@pytest.fixture(scope="module")
+def decoded_by(tiny_config, tiny_params, rows):
+    """The answers of a search, in batches of 8 and in the order of `rows`."""
+
+    @functools.cache
+    def decode(search):
+        decoder = LabelDecoder(
+            tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=8, decode_fn=SEARCHES[search]
+        )
+        return decoder(tiny_params, rows)
+
+    return decode
+
+
+@pytest.mark.parametrize(
+    "search, batch_size, longest",
+    [
+        ("greedy", 1, None),
+        ("greedy", 45, None),
+        ("greedy", 46, 90),
+        ("greedy", 46, 250),
+        ("beam", 1, None),
+        ("beam", 46, 250),
+        ("sampling", 1, None),
+        ("sampling", 46, 250),
+    ],
+)
+def test_an_answer_does_not_depend_on_batch_size_order_or_bucket(
+    tiny_config, tiny_params, rows, decoded_by, search, batch_size, longest
 ):
+    decoded = decoded_by(search)
     order = np.random.default_rng(batch_size).permutation(len(rows))
-    other = LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=batch_size)
-    got = other(tiny_params, [rows[i] for i in order])
+    asked = [rows[i] for i in order]
+    if longest:  # all 46 rows are one batch, padded to the bucket of this one: 96 or 256, not 64
+        asked.insert(17, [*np.random.default_rng(longest).integers(3, 128, longest - 1), 1])
+    other = LabelDecoder(
+        tiny_config,
+        max_decode_len=MAX_DECODE_LEN,
+        batch_size=batch_size,
+        decode_fn=SEARCHES[search],
+    )
+    got = other(tiny_params, asked)
+    if longest:
+        assert other._decode._cache_size() == 1
+        del got.ids[17]
+        got = dataclasses.replace(
+            got, scores=np.delete(got.scores, 17), finished=np.delete(got.finished, 17)
+        )
+    assert len(set(map(tuple, decoded.ids))) > 10, "the test needs rows with different answers"
     assert got.ids == [decoded.ids[i] for i in order]
-    # measured: 8e-6
-    np.testing.assert_allclose(got.scores, decoded.scores[order], atol=1e-5)
+    # measured: 6e-6, at scores of up to -43
+    np.testing.assert_allclose(got.scores, decoded.scores[order], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(got.finished, decoded.finished[order])
+
+
+def test_a_function_of_the_users_own_is_asked_like_greedy_decode(tiny_config, tiny_params):
+    def longest_answer(params, config, encoder_input_tokens, *, max_decode_len):
+        assert config is tiny_config and params.keys() == tiny_params.keys()
+        ids = jnp.broadcast_to(encoder_input_tokens[:, :1], (2, max_decode_len))
+        return ids, jnp.array([-1.0, -2.0]), jnp.array([False, False])
+
+    decoder = LabelDecoder(tiny_config, max_decode_len=3, batch_size=2, decode_fn=longest_answer)
+    got = decoder(tiny_params, [[9, 1], [8, 7, 1]])
+    assert got.ids == [[9] * 3, [8] * 3]
+    assert got.scores.tolist() == [-2, -1], "the longer input comes first in the batch"
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
@@ -168,13 +232,21 @@ def test_bucketed_holds_each_row_once_the_longest_first(lengths, batch_size):
     assert widths == sorted(widths, reverse=True)
 
 
-def test_a_mesh_gives_the_same_answers(tiny_config, tiny_params, rows, decoded):
+@pytest.mark.parametrize("search", ["greedy", "beam"])
+def test_a_mesh_gives_the_same_answers(tiny_config, tiny_params, rows, decoded_by, search):
+    decoded = decoded_by(search)
     assert len(jax.devices()) == 8
     mesh = sharding.make_mesh(sharding.Layout(data=2, fsdp=2, tensor=2))
     params = jax.device_put(
         tiny_params, sharding.param_shardings(mesh, abstract_params(tiny_config))
     )
-    decoder = LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=9, mesh=mesh)
+    decoder = LabelDecoder(
+        tiny_config,
+        max_decode_len=MAX_DECODE_LEN,
+        batch_size=9,
+        mesh=mesh,
+        decode_fn=SEARCHES[search],
+    )
     assert decoder.batch_size == 12, "rounded up to a multiple of the 4 parts of a batch"
     got = decoder(params, rows)
     assert got.ids == decoded.ids
