@@ -29,6 +29,7 @@ LOGICAL_AXIS_RULES = (
     ("length", None),
     ("kv", None),
     ("relpos_buckets", None),
+    ("lora", None),
 )
 
 

@@ -1,6 +1,7 @@
 """Sizes of a T5, and the published families by name."""
 
 import dataclasses
+import math
 from typing import Any
 
 from stepdistill_jax.errors import InputError, nearest
@@ -8,6 +9,43 @@ from stepdistill_jax.errors import InputError, nearest
 ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: a rank per projection, 0 for none (Hu et al. 2021, arXiv:2106.09685).
+
+    The names are those of the parameter tree; a rank holds for every layer of both sides.
+
+    Attributes:
+        query, key, value, out: of self-attention and of attention to the encoder.
+        wi: of the feed-forward block's first projection, or of both where it is gated.
+        wo: of its second one.
+        alpha: an adapter's output is multiplied by alpha / rank.
+
+    Raises:
+        InputError: a rank that is no whole number from 0, ranks that are all 0, alpha not above 0.
+    """
+
+    query: int = 0
+    key: int = 0
+    value: int = 0
+    out: int = 0
+    wi: int = 0
+    wo: int = 0
+    alpha: float = 16.0
+
+    def __post_init__(self):
+        ranks = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        alpha = ranks.pop("alpha")
+        for name, rank in ranks.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+                raise InputError(f"lora.{name}: a whole number from 0 is wanted, got {rank!r}")
+        if not any(ranks.values()):
+            raise InputError(f"lora: a rank above 0 is wanted for one of {', '.join(ranks)}")
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not 0 < alpha < math.inf:
+            raise InputError(f"lora.alpha: a number above 0 is wanted, got {alpha!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +69,8 @@ class T5Config:
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
         remat_policy: what the backward pass recomputes: `none`, `minimal` (all but matmul
             results), `full` (everything inside a layer).
+        lora: adapters beside the projections; None is the plain model, the only one that decodes
+            (`models.lora.merge`).
 
     Raises:
         InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy.
@@ -53,6 +93,7 @@ class T5Config:
     scale_decoder_outputs: bool = False
     dtype: str = "float32"
     remat_policy: str = "none"
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if self.dtype == "float16":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.lora import LoraDense
 
 NEG_INF = -1e9
 
@@ -40,8 +41,15 @@ def dense(
     axes: tuple[str, str],
     stddev: float,
     name: str | None = None,
-) -> nn.Dense:
-    """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh."""
+    projection: str | None = None,
+) -> nn.Dense | LoraDense:
+    """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh.
+
+    It has an adapter where `config.lora` has a rank for `projection`.
+    """
+    if config.lora and projection and (rank := getattr(config.lora, projection)):
+        scale = config.lora.alpha / rank
+        return LoraDense(features, axes, stddev, rank, scale, config.dtype, name=name)
     init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
     return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init, name=name)
 
@@ -55,10 +63,11 @@ class Attention(nn.Module):
         c = self.config
         joined = c.num_heads * c.head_dim
         # T5 does not divide the scores by sqrt(head_dim): it is folded into the initial query kernel
-        self.query = dense(c, joined, ("embed", "joined_kv"), (c.emb_dim * c.head_dim) ** -0.5)
-        self.key = dense(c, joined, ("embed", "joined_kv"), c.emb_dim**-0.5)
-        self.value = dense(c, joined, ("embed", "joined_kv"), c.emb_dim**-0.5)
-        self.out = dense(c, c.emb_dim, ("joined_kv", "embed"), joined**-0.5)
+        stddev, axes = (c.emb_dim * c.head_dim) ** -0.5, ("embed", "joined_kv")
+        self.query = dense(c, joined, axes, stddev, projection="query")
+        self.key = dense(c, joined, axes, c.emb_dim**-0.5, projection="key")
+        self.value = dense(c, joined, axes, c.emb_dim**-0.5, projection="value")
+        self.out = dense(c, c.emb_dim, ("joined_kv", "embed"), joined**-0.5, projection="out")
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def _split(self, x: jax.Array) -> jax.Array:
@@ -102,10 +111,10 @@ class Mlp(nn.Module):
         names = ["wi"] if len(c.mlp_activations) == 1 else ["wi_0", "wi_1"]
         h = jnp.ones((), c.dtype)
         for name, activation in zip(names, c.mlp_activations, strict=True):
-            project = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5, name=name)
+            project = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5, name, "wi")
             h = h * _ACTIVATION_FNS[activation](project(x))
         h = nn.Dropout(c.dropout_rate)(h, deterministic=deterministic)
-        wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5, name="wo")
+        wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5, "wo", "wo")
         return wo(nn.with_logical_constraint(h, ("batch", "length", "mlp")))
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.predict import cut_ids
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.sharding import place_rows
 from stepdistill_jax.tasks.load import TaskData
@@ -21,8 +22,12 @@ from stepdistill_jax.training.step import jit_eval_step
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """Everything that a validation needs, made once; `compute` is called with new parameters."""
+    """Everything that a validation needs, made once; `compute` is called with new parameters.
 
+    Adapters are merged first: what is measured is the model that will be exported.
+    """
+
+    config: T5Config
     data: TaskData
     batches: Batches
     decoder: LabelDecoder
@@ -42,11 +47,13 @@ class Validator:
         batch_size: int,
     ) -> "Validator":
         """`batches` goes through the split once, in order; `batch_size` is the decoder's, in rows."""
+        plain = dataclasses.replace(config, lora=None)
         return cls(
+            config,
             data,
             batches,
-            LabelDecoder(config, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
-            jit_eval_step(abstract, mesh, model=T5(config), num_objectives=len(data.objectives)),
+            LabelDecoder(plain, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
+            jit_eval_step(abstract, mesh, model=T5(plain), num_objectives=len(data.objectives)),
             mesh,
         )
 
@@ -57,6 +64,7 @@ class Validator:
         match (by text, or by value for equations); `accuracy/<objective>` is the share of target
         tokens that are the likeliest under teacher forcing; losses are nats per token.
         """
+        params, _ = merge(params, self.config)
         names = [o.name for o in self.data.objectives]
         totals = np.zeros((3, len(names)))  # loss, correct, count; float64 over many batches
         for step in range(self.batches.num_steps):

@@ -119,6 +119,11 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
         f" {run.batches.steps_per_epoch:.1f} steps an epoch; model of"
         f" {described['parameters']:,} parameters; objective weights: {weights}"
     )
+    if described["trained_parameters"] != described["parameters"]:
+        log(
+            f"LoRA: {described['trained_parameters']:,} parameters are trained"
+            f" ({described['trained_parameters'] / described['parameters']:.2%})"
+        )
     for split, objectives in described["cut"].items():
         for name, counts in objectives.items():
             for feature, count in counts.items():

@@ -13,6 +13,7 @@ import numpy as np
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, digest, read_json, write_json
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
+from stepdistill_jax.models.lora import split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
 from stepdistill_jax.training.workdir import RUN
@@ -32,7 +33,7 @@ LIFE_FIELDS = (
     "started",
 )
 # of the model's configuration, what TrainConfig has already said
-OF_CONFIG = ("dtype", "dropout_rate", "remat_policy")
+OF_CONFIG = ("dtype", "dropout_rate", "remat_policy", "lora")
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def describe(run: Run) -> dict[str, Any]:
     described = {
         "config": run.config.to_json(),
         "model": dataclasses.asdict(run.model),
-        "parameters": sum(int(np.prod(x.shape)) for x in jax.tree.leaves(run.abstract.params)),
+        "parameters": _count(run.abstract.params),
+        "trained_parameters": _count(split(run.abstract.params)[0]),
         "weights": {o.name: o.weight for o in run.data.objectives},
         "seeds": dict.fromkeys(("init", "dropout", "data_order"), run.config.seed),
         "fingerprint": fingerprint,
@@ -62,6 +64,10 @@ def describe(run: Run) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return json.loads(json.dumps(described, default=str))
+
+
+def _count(tree: Any) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def _weights_digest(directory: str | None) -> str | None:

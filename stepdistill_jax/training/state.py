@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.lora import combine, split
 from stepdistill_jax.models.t5 import abstract_params, init_params
 from stepdistill_jax.sharding import param_shardings, replicated
 
@@ -20,8 +21,9 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
         step: scalar int32, updates done; the data position, too.
-        params: float32 tree of `models.t5`.
-        opt_state: of the optax transformation.
+        params: float32 tree of `models.t5`, all of it.
+        opt_state: of the optax transformation, for what is trained (`models.lora.split`): the
+            adapters alone where there are any.
         rng: typed key; dropout of step k uses fold_in(rng, k).
     """
 
@@ -35,7 +37,8 @@ def create_state(params: Any, tx: optax.GradientTransformation, seed: int) -> Tr
     """Step 0 with the given parameters."""
     # a key of its own: init has used fold 0 of the seed
     rng = jax.random.fold_in(jax.random.key(seed), 1)
-    return TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=rng)
+    opt_state = tx.init(split(params)[0])
+    return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng)
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
@@ -59,8 +62,8 @@ def abstract_state(config: T5Config, tx: optax.GradientTransformation, mesh: Mes
         tx,
         functools.partial(_moment_sharding, mesh),
         state.opt_state,
-        params,
-        shardings,
+        split(params)[0],
+        split(shardings)[0],
         transform_non_params=lambda _: replicated(mesh),
     )
     placed = state.replace(
@@ -86,6 +89,19 @@ def init_state(
         return create_state(params, tx, seed)
 
     return jax.jit(init, out_shardings=shardings_of(abstract))()
+
+
+def with_new_adapters(base: Any, config: T5Config, abstract: TrainState, *, seed: int) -> Any:
+    """Placed plain weights with the adapters that `init_state` would draw beside them.
+
+    XLA drops the random base of `init_params`, since nothing asks for it.
+    """
+
+    def init() -> Any:
+        return split(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))[0]
+
+    shardings = shardings_of(split(abstract.params)[0])
+    return combine(jax.jit(init, out_shardings=shardings)(), base)
 
 
 def state_from_params(

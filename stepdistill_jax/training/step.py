@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from stepdistill_jax.models.lora import base_of, combine, split
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
 from stepdistill_jax.training.loss import (
@@ -59,6 +60,7 @@ def train_step(
 
     The counts of the whole batch are known before it is cut into slices, so each slice adds its
     share of the exact gradient: the result does not depend on slices, devices or packing.
+    With adapters, gradient, clip and update are theirs alone.
 
     Args:
         state: donated by the jitted form.
@@ -76,29 +78,30 @@ def train_step(
     scale = loss_scale(jnp.sum(jnp.stack(counts), axis=0), weights)
     dropout = model.config.dropout_rate > 0
     step_rng = jax.random.fold_in(state.rng, state.step)
+    trained, frozen = split(state.params)
 
-    def slice_loss(params, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
+    def slice_loss(trained, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
         apply = {"enable_dropout": True, "rngs": {"dropout": rng}} if dropout else {}
-        sums = batch_sums(model, params, part, num_objectives, **apply)
+        sums = batch_sums(model, combine(trained, frozen), part, num_objectives, **apply)
         return jnp.vdot(scale, sums.loss), sums
 
     value_and_grad = jax.value_and_grad(slice_loss, has_aux=True)
     if num_microbatches == 1:
-        (_, sums), grads = value_and_grad(state.params, batch, step_rng)
+        (_, sums), grads = value_and_grad(trained, batch, step_rng)
     else:
 
         def add_slice(carry, part_and_index):
             part, index = part_and_index
             rng = jax.random.fold_in(step_rng, index)
-            (_, sums), grads = value_and_grad(state.params, part, rng)
+            (_, sums), grads = value_and_grad(trained, part, rng)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        zeros = (ObjectiveSums.empty(num_objectives), jax.tree.map(jnp.zeros_like, state.params))
+        zeros = (ObjectiveSums.empty(num_objectives), jax.tree.map(jnp.zeros_like, trained))
         parts = (slices_of(batch, num_microbatches), jnp.arange(num_microbatches))
         (sums, grads), _ = jax.lax.scan(add_slice, zeros, parts)
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = tx.update(grads, state.opt_state, trained)
+    params = combine(optax.apply_updates(trained, updates), frozen)
     metrics: Metrics = {
         "sums": sums,
         "loss": sums.weighted_loss(weights),
@@ -136,10 +139,10 @@ def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """`eval_step` compiled once per batch shape."""
+    """`eval_step` compiled once per batch shape; of the plain model, its adapters merged before."""
     step = jax.jit(
         functools.partial(eval_step, **static),
-        in_shardings=(shardings_of(abstract.params), batch_sharding(mesh)),
+        in_shardings=(shardings_of(base_of(abstract.params)), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )
     return in_mesh(step, mesh)

@@ -1,0 +1,126 @@
+"""Low-rank adapters (LoRA): the projection that has one, and the way back to plain weights.
+
+Hu et al. 2021 (arXiv:2106.09685, section 4.1): y = x W + (alpha / rank) (x A) B, with W frozen. W, A
+and B are `kernel`, `lora_a` and `lora_b` of a projection.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
+
+from stepdistill_jax.models.config import T5Config
+
+LORA_A, LORA_B = "lora_a", "lora_b"
+
+
+class LoraDense(nn.Module):
+    """A matrix without bias plus the product of two thin ones; the full product is never made.
+
+    B begins as zeros, so the module begins as its kernel alone. A is drawn as in the authors' code:
+    uniform, of the same bounds as a kernel of its width, 1 / sqrt(inputs).
+
+    Attributes:
+        features: outputs.
+        axes: logical axes of the kernel.
+        stddev: of the initial kernel.
+        rank: columns of A and rows of B.
+        scale: alpha / rank.
+        dtype: of the output, and of the arithmetic; parameters are float32.
+    """
+
+    features: int
+    axes: tuple[str, str]
+    stddev: float
+    rank: int
+    scale: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., inputs] -> [..., features]."""
+        inputs, (rows, columns) = x.shape[-1], self.axes
+        named, normal = nn.with_logical_partitioning, nn.initializers.normal
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        kernel: Any = self.param(
+            "kernel", named(normal(self.stddev), self.axes), (inputs, self.features)
+        )
+        a: Any = self.param(LORA_A, named(uniform, (rows, "lora")), (inputs, self.rank))
+        b: Any = self.param(
+            LORA_B, named(nn.initializers.zeros, ("lora", columns)), (self.rank, self.features)
+        )
+        x, kernel, a, b = (y.astype(self.dtype) for y in (x, kernel, a, b))
+        return x @ kernel + ((x @ a) * self.scale) @ b
+
+
+def has_adapters(params: Any) -> bool:
+    """Whether a parameter tree (or one of shapes or shardings) holds adapters."""
+    return any(path[-1] == LORA_A for path in flatten_dict(params))
+
+
+def split(params: Any) -> tuple[Any, Any]:
+    """(trained, frozen): the adapters and the rest, or everything and {} where there are none."""
+    if not has_adapters(params):
+        return params, {}
+    trained, frozen = {}, {}
+    for path, x in flatten_dict(params).items():
+        (trained if path[-1] in (LORA_A, LORA_B) else frozen)[path] = x
+    return unflatten_dict(trained), unflatten_dict(frozen)
+
+
+def combine(trained: Any, frozen: Any) -> Any:
+    """The whole tree of what `split` took apart."""
+    if not frozen:
+        return trained
+    return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
+
+
+def base_of(params: Any) -> Any:
+    """The tree of the plain model, without adapters; nothing is merged."""
+    trained, frozen = split(params)
+    return frozen or trained
+
+
+def merge(params: Any, config: T5Config) -> tuple[Any, T5Config]:
+    """Plain weights that give the same outputs: W + (alpha / rank) A B in float32.
+
+    Inside `jax.jit` or outside. Outside, a merged kernel lies on the devices as its kernel did;
+    everything else is shared with `params`, not copied.
+
+    Args:
+        params: unboxed parameters of a `T5` of `config`, layers stacked.
+        config: says alpha and ranks; without LoRA both come back as they are.
+
+    Returns:
+        The parameters and the configuration of the model without LoRA.
+
+    Raises:
+        ValueError: `params` and `config` disagree on whether there are adapters.
+    """
+    if has_adapters(params) != (config.lora is not None):
+        raise ValueError("parameters and configuration disagree on whether there are adapters")
+    if config.lora is None:
+        return params, config
+    adapters, frozen = split(params)
+    merged: dict[tuple[str, ...], Any] = flatten_dict(frozen)
+    thin: dict[tuple[str, ...], Any] = flatten_dict(adapters)
+    for path, a in thin.items():
+        if path[-1] == LORA_A:
+            kernel, b = merged[*path[:-1], "kernel"], thin[*path[:-1], LORA_B]
+            sharding = None if isinstance(kernel, Tracer) else kernel.sharding
+            scale = config.lora.alpha / a.shape[-1]
+            merged[*path[:-1], "kernel"] = _add_product(kernel, a, b, scale, sharding)
+    return unflatten_dict(merged), dataclasses.replace(config, lora=None)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "sharding"))
+def _add_product(kernel, a, b, scale: float, sharding) -> jax.Array:
+    # [layers, inputs, features] + scale [layers, inputs, rank] [layers, rank, features]
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # accelerators round otherwise
+    whole = kernel + scale * product
+    return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)
