@@ -12,13 +12,15 @@ from stepdistill_jax.data.prepared import (
     PreparedDataset,
     default_data_dir,
 )
+from stepdistill_jax.data.reading import UNLABELLED
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.files import digest
 from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
-from stepdistill_jax.tasks.registry import TaskSpec
+from stepdistill_jax.tasks.registry import Column, TaskSpec
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
+from stepdistill_jax.tasks.supervision import Supervision, most_rationales
 from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 from stepdistill_jax.text.vocabulary import BYTES, Vocabulary, load_vocabulary
@@ -41,6 +43,8 @@ class TaskData:
         metric: name in `text.metrics.METRICS`.
         vocabulary: of inputs and targets.
         labels: the distinct labels where they are few, else empty.
+        most_rationales: of an example, each a row of its own in the stores.
+        sample_rationales: whether a batch takes one of an example's rationales, or all there are.
     """
 
     name: str
@@ -51,6 +55,13 @@ class TaskData:
     metric: str
     vocabulary: Vocabulary
     labels: tuple[str, ...] = ()
+    most_rationales: int = 1
+    sample_rationales: bool = False
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What `rows` of each store hold."""
+        return registry.columns_of(self.objectives, self.most_rationales)
 
     @property
     def fingerprint(self) -> str:
@@ -71,6 +82,7 @@ def load_task(
     vocabulary: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
+    supervision: Supervision | None = None,
 ) -> TaskData:
     """The tokens of a task's split; tokenised on first use, memory-mapped from then on.
 
@@ -84,10 +96,12 @@ def load_task(
         vocabulary: path of a `spiece.model`, or `bytes`; None is the task's own.
         data_dir: of prepared datasets and token stores; None is the default one.
         task_module: module that registers the task; imported first.
+        supervision: which label and rationales are taken; None takes each row as it is, those
+            without a label, too.
 
     Raises:
-        InputError: an unknown task or split, a task that cannot be read, or a plain task whose
-            vocabulary is not the one asked for.
+        InputError: an unknown task or split, a task that cannot be read, a plain task whose
+            vocabulary is not the one asked for, or a supervision that its rows do not offer.
     """
     folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
@@ -95,37 +109,75 @@ def load_task(
         _check_split(task, split, found.splits)
         objectives = resolve(objectives)
         vocabulary = os.fspath(found.spiece_model if vocabulary is None else vocabulary)
+        parts = _parts_of(found, split, supervision)
+        most = 1
+        if supervision is not None and supervision.rationales != "first":
+            most = max(most_rationales(found.file(part)) for part in parts)
 
         def prepared_task():
-            return registry.joint_task(_spec_of(found, vocabulary), objectives, vocabulary)
+            spec = _spec_of(found, vocabulary, {split: "+".join(parts)})
+            return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 
+        columns = registry.columns_of(objectives, most)
+        key = [found.fingerprint, _key_of(supervision), parts]
         store, opened = _joint_store(
-            prepared_task, task, split, objectives, vocabulary, folder, found.fingerprint
+            prepared_task, task, split, objectives, columns, vocabulary, folder, key
         )
         return TaskData(
-            task, split, objectives, (store,), (1.0,), found.metric, opened, found.labels
+            task,
+            split,
+            objectives,
+            (store,),
+            (1.0,),
+            found.metric,
+            opened,
+            found.labels,
+            most,
+            supervision is not None and supervision.rationales == "sample",
         )
     if isinstance(found, TaskSpec):
         _check_split(task, split, found.source.splits)
         objectives = resolve(objectives)
         vocabulary = os.fspath(found.vocabulary if vocabulary is None else vocabulary)
+        _one_rationale(task, supervision)
         key = [module_digest(task_module), describe([found.source, found.preprocessors])]
+        key.append(_key_of(supervision))
         store, opened = _joint_store(
-            lambda: registry.joint_task(found, objectives, vocabulary),
+            lambda: registry.joint_task(found, objectives, vocabulary, supervision),
             task,
             split,
             objectives,
+            registry.columns_of(objectives),
             vocabulary,
             folder,
             [*key, _files(found, split)],
             compare=True,
         )
         return TaskData(task, split, objectives, (store,), (1.0,), found.metric, opened)
+    _one_rationale(task, supervision)
+    if supervision is not None and supervision.label_source != "gold":
+        raise InputError(
+            f"task {task!r}: LABEL_SOURCE={supervision.label_source} needs the fields label and"
+            " llm_label; a plain SeqIO task or mixture brings targets of its own (add_task has them)"
+        )
     return _load_plain(found, split, vocabulary, folder, task_module)
 
 
+def _one_rationale(task: str, supervision: Supervision | None) -> None:
+    if supervision is not None and supervision.needs_list:
+        raise InputError(
+            f"task {task!r}: RATIONALES={supervision.rationales} with rationale_source="
+            f"{supervision.rationale_source} needs the list `rationales` of a prepared dataset"
+            " (`stepdistill prepare jsonl` keeps it)"
+        )
+
+
+def _key_of(supervision: Supervision | None) -> Any:
+    return None if supervision is None else dataclasses.asdict(supervision)
+
+
 def _joint_store(
-    make_task, name, split, objectives, vocabulary, folder, key, compare=False
+    make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
 ) -> tuple[TokenStore, Vocabulary]:
     """The store of all objectives of a prepared dataset or an `add_task` task."""
     opened = load_vocabulary(vocabulary)
@@ -133,8 +185,8 @@ def _joint_store(
         make_task,
         name=name,
         split=split,
-        objectives=[o.name for o in objectives],
-        prefixes=[f"{o.name}_" for o in objectives],
+        objectives=[c.name for c in columns],
+        prefixes=[f"{c.name}_" for c in columns],
         key=[key, [[o.input_template, o.target_template] for o in objectives], opened.fingerprint],
         data_dir=folder,
         compare=compare,
@@ -144,19 +196,32 @@ def _joint_store(
 
 def _with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
     if not store.num_examples:
-        raise InputError(f"task {name!r}: split {split!r} has no rows")
+        raise InputError(
+            f"task {name!r}: split {split!r} has no rows (training leaves out those without the"
+            " label that LABEL_SOURCE asks for)"
+        )
     return store
 
 
-def _spec_of(dataset: PreparedDataset, vocabulary: str) -> TaskSpec:
-    """A prepared dataset as `add_task` would have it."""
+def _parts_of(
+    dataset: PreparedDataset, split: str, supervision: Supervision | None
+) -> tuple[str, ...]:
+    """The prepared splits that make up one: rows without a gold label add to train, if asked for."""
+    takes_teachers = supervision is not None and supervision.label_source != "gold"
+    if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
+        return (split, UNLABELLED)
+    return (split,)
+
+
+def _spec_of(dataset: PreparedDataset, vocabulary: str, splits: dict[str, str]) -> TaskSpec:
+    """A prepared dataset as `add_task` would have it; `splits` maps names to TFDS's."""
     tensorflow()
     import seqio
 
     source = seqio.TfdsDataSource(
         f"{dataset.name}:{VERSION}",
         tfds_data_dir=os.fspath(dataset.directory.parent),
-        splits=list(dataset.splits),
+        splits=splits,
     )
     return TaskSpec(dataset.name, source, (), (), vocabulary, dataset.metric)
 

@@ -10,11 +10,19 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.objectives import Objective, fields_of
 
 
-def render(dataset: Any, *, task: str, source: str, objectives: Mapping[str, Objective]) -> Any:
+def render(
+    dataset: Any,
+    *,
+    task: str,
+    source: str,
+    objectives: Mapping[str, Objective],
+    variants: Mapping[str, int] | None = None,
+) -> Any:
     """SeqIO preprocessor: an example's fields -> `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
     Like `Objective.render`, in TensorFlow. It runs over the element's types first, so that a
-    missing field is named before a row is read.
+    missing field is named before a row is read. A prefix of `variants` reads that rationale of the
+    row (`tasks.supervision.choose`) instead of the first.
     """
     tf = tensorflow()
     spec = dataset.element_spec
@@ -43,16 +51,19 @@ def render(dataset: Any, *, task: str, source: str, objectives: Mapping[str, Obj
                 parts.append(row.get(field, tf.constant("")))
         return tf.strings.join(parts)
 
-    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+    def convert(given: Mapping[str, Any]) -> dict[str, Any]:
         out = {}
         for prefix, objective in objectives.items():
+            row = dict(given)
+            if number := (variants or {}).get(prefix):
+                row["rationale"] = given[f"rationale.{number}"]
             present = tf.constant(True)
             for field in fields_of(objective.target_template):
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
             out[f"{prefix}inputs"] = to_text(objective.input_template, row)
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
-        out["weight"] = tf.cast(row.get("weight", 1.0), tf.float32)
+        out["weight"] = tf.cast(given.get("weight", 1.0), tf.float32)
         return out
 
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)

@@ -12,9 +12,10 @@ from typing import Any, cast
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import Objective, resolve
+from stepdistill_jax.objectives import Objective, fields_of, resolve
 from stepdistill_jax.tasks.preprocessors import empty_absent_targets, in_turn, render
 from stepdistill_jax.tasks.sources import Rows, RowsOfFunction, describe_source, named_errors
+from stepdistill_jax.tasks.supervision import Supervision, choose
 from stepdistill_jax.text.metrics import accuracy, metric_fn
 from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 
@@ -179,13 +180,52 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     }
 
 
-def joint_task(spec: TaskSpec, objectives: Sequence[Objective], vocabulary: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One row of each example in a token store.
+
+    Attributes:
+        objective: number of its objective, from 1.
+        variant: which of an example's rationales it holds, from 0.
+        name: in the store; its features are `NAME_inputs` and `NAME_targets`.
+    """
+
+    objective: int
+    variant: int
+    name: str
+
+
+def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
+    """A column per objective; one per rationale where an objective's target holds a rationale."""
+    columns = []
+    for number, o in enumerate(objectives, 1):
+        count = rationales if "rationale" in fields_of(o.target_template) else 1
+        columns += [Column(number, v, f"{o.name}.{v}" if v else o.name) for v in range(count)]
+    return tuple(columns)
+
+
+def joint_task(
+    spec: TaskSpec,
+    objectives: Sequence[Objective],
+    vocabulary: str,
+    supervision: Supervision | None = None,
+    most: int = 1,
+) -> Any:
     """One unregistered `seqio.Task` whose rows hold all objectives' features side by side.
 
-    The source is read once, so that the rows of an example cannot come apart. Features are
-    `OBJECTIVE_inputs` and `OBJECTIVE_targets`.
+    The source is read once, so that the rows of an example cannot come apart. Features are those
+    of `columns_of(objectives, most)`. Without a supervision every example stays as it is.
     """
     import seqio
+
+    columns = columns_of(objectives, most)
+    chosen = []
+    if supervision is not None:
+        chosen = [
+            functools.partial(
+                choose, task=spec.name, supervision=supervision, metric=spec.metric, most=most
+            )
+        ]
 
     feature = seqio.Feature(seqio_vocabulary(vocabulary), add_eos=True)
     return seqio.Task(
@@ -193,18 +233,20 @@ def joint_task(spec: TaskSpec, objectives: Sequence[Objective], vocabulary: str)
         source=spec.source,
         preprocessors=[
             *spec.preprocessors,
+            *chosen,
             functools.partial(
                 render,
                 task=spec.name,
                 source=describe_source(spec.source),
-                objectives={f"{o.name}_": o for o in objectives},
+                objectives={f"{c.name}_": objectives[c.objective - 1] for c in columns},
+                variants={f"{c.name}_": c.variant for c in columns},
             ),
             seqio.preprocessors.tokenize,
             seqio.preprocessors.append_eos,
             empty_absent_targets,
         ],
         output_features={
-            f"{o.name}_{side}": feature for o in objectives for side in ("inputs", "targets")
+            f"{c.name}_{side}": feature for c in columns for side in ("inputs", "targets")
         },
     )
 

@@ -83,7 +83,8 @@ class RowsOfFunction:
                 raise InputError(
                     f"{where}: field {name!r} must be a text, got {type(value).__name__}"
                 )
-            if name in ("input", "label") and not value:
+            # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
+            if (name == "input" or (name == "label" and not row.get("llm_label"))) and not value:
                 raise InputError(f"{where}: field {name!r} is empty")
             fields[name] = value or ""
         factor = row.get("weight")

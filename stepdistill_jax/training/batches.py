@@ -8,7 +8,7 @@ import numpy as np
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.load import TaskData
-from stepdistill_jax.training.order import ExampleIds, Order, nested_pools
+from stepdistill_jax.training.order import ExampleIds, Order, draws, nested_pools
 from stepdistill_jax.training.packing import (
     PROBED_ROWS,
     PROBES,
@@ -30,7 +30,8 @@ class Batches:
     """`batches(step)` is the global batch of a step, the same in every process and in any order.
 
     A step takes `batch_size` examples, each with the rows of all its objectives; an absent target
-    leaves its row out. Examples come in a permutation per epoch, drawn from (seed, epoch).
+    leaves its row out, and several rationales make several rows (or one that is drawn anew in each
+    epoch, `TaskData.sample_rationales`). Examples come in a permutation per epoch, drawn from (seed, epoch).
 
     Two examples, the second of weight 0.5 and without a rationale (objective 2), packed:
 
@@ -81,11 +82,19 @@ class Batches:
 
     @functools.cached_property
     def _tables(self) -> tuple[TokenTable, ...]:
-        """Ids, offsets and cut lengths, for each store and objective."""
+        """Ids, offsets and cut lengths, for each store and column."""
         return tuple(
-            TokenTable.of(rows, store.weights, self.input_length, self.target_length, number, i)
+            TokenTable.of(
+                rows,
+                store.weights,
+                self.input_length,
+                self.target_length,
+                number,
+                column.objective,
+                column.variant,
+            )
             for number, store in enumerate(self.data.stores)
-            for i, rows in enumerate(store.rows, 1)
+            for column, rows in zip(self.data.columns, store.rows, strict=True)
         )
 
     def _tables_of(self, store: int) -> list[TokenTable]:
@@ -152,7 +161,8 @@ class Batches:
             for store, usable in enumerate(self._usable):
                 mine = stores == store
                 indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
-            sizes = self.sizes_of(ExampleIds(stores, indices))
+            epochs = rng.integers(1 << 30, size=self.batch_size)
+            sizes = self.sizes_of(ExampleIds(stores, indices, epochs))
             probes.append(first_fit(sizes, self.lengths[0]).num_rows)
         return probes
 
@@ -162,8 +172,8 @@ class Batches:
         if self.pack:
             return ((self.input_length, self.target_length),)
         longest = []
-        for objective in range(1, len(self.data.objectives) + 1):
-            tables = [t for t in self._tables if t.objective == objective]
+        for group in self._padded_groups:
+            tables = [t for t in self._tables if self._padded_group(t) == group]
             longest.append(
                 (
                     max(1, *(int(t.input_lengths.max(initial=0)) for t in tables)),
@@ -171,6 +181,14 @@ class Batches:
                 )
             )
         return tuple(longest)
+
+    def _padded_group(self, table: TokenTable) -> tuple[int, int]:
+        """Unpacked, a group has one row per example: several rationales make several groups."""
+        return table.objective, 0 if self.data.sample_rationales else table.variant
+
+    @functools.cached_property
+    def _padded_groups(self) -> list[tuple[int, int]]:
+        return sorted({self._padded_group(table) for table in self._tables})
 
     def examples(self, step: int) -> ExampleIds:
         """The examples of a step, in the order in which they are drawn."""
@@ -185,12 +203,28 @@ class Batches:
     def rows_of(self, drawn: ExampleIds) -> list[tuple[TokenTable, np.ndarray, np.ndarray]]:
         """(table, examples of it with a target, their places in the step) of drawn examples."""
         found = []
+        chosen = self._chosen(drawn) if self.data.sample_rationales else {}
         for table in self._tables:
             places = np.flatnonzero(drawn.stores == table.store)
             places = places[table.target_lengths[drawn.indices[places]] > 0]
+            if (of := (table.store, table.objective)) in chosen:
+                places = places[chosen[of][places] == table.variant]
             if len(places):
                 found.append((table, drawn.indices[places], places))
         return found
+
+    def _chosen(self, drawn: ExampleIds) -> dict[tuple[int, int], np.ndarray]:
+        """(store, objective) -> [examples] the variant that each drawn example shows this time."""
+        random = draws(drawn, self.seed)
+        chosen = {}
+        for of in dict.fromkeys((t.store, t.objective) for t in self._tables if t.variant):
+            tables = [t for t in self._tables if (t.store, t.objective) == of]
+            mine = drawn.stores == of[0]
+            rows = np.where(mine, drawn.indices, 0)  # of other stores: not looked at
+            count = np.sum([t.target_lengths[rows] > 0 for t in tables], axis=0)
+            # an example's rationales fill its variants from the first on
+            chosen[of] = (random % np.maximum(count, 1).astype(np.uint64)).astype(np.int64)
+        return chosen
 
     def sizes_of(self, drawn: ExampleIds) -> np.ndarray:
         """[rows, 2] input and target length of each row, in the order of `rows_of`."""
@@ -211,12 +245,12 @@ class Batches:
         return (group,)
 
     def _padded(self, drawn: ExampleIds) -> Batch:
-        """One group for each objective; row i is the i-th example's."""
+        """One group for each objective (and rationale); row i is the i-th example's."""
         count = round_up(self.batch_size, self.row_multiple)
         groups = []
-        for objective, lengths in enumerate(self.lengths, 1):
+        for of, lengths in zip(self._padded_groups, self.lengths, strict=True):
             group = empty_group(count, *lengths)
-            rows = [r for r in self.rows_of(drawn) if r[0].objective == objective]
+            rows = [r for r in self.rows_of(drawn) if self._padded_group(r[0]) == of]
             if rows:
                 place_tokens(group, rows, None)
             groups.append(group)

@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.sharding import Layout
+from stepdistill_jax.tasks.supervision import Supervision
 
 OPTIMIZERS = ("adamw", "adafactor")
 
@@ -52,7 +54,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last four is the gin macro of the same name in capitals.
+    """One run. Each field but the last five is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
@@ -71,9 +73,11 @@ class TrainConfig:
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
         optimizer: update rule and schedule.
+        supervision: which label and rationales are trained on (LABEL_SOURCE, RATIONALES).
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
         remat_policy: `none`, `minimal` or `full`.
+        lora: trains adapters of these ranks and nothing else; None trains every weight.
     """
 
     task: str
@@ -95,9 +99,11 @@ class TrainConfig:
     seed: int = 0
     data_fraction: float = 1.0
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    supervision: Supervision = dataclasses.field(default_factory=Supervision)
     model_family: str = "t5_v1_1"
     dropout_rate: float = 0.1
     remat_policy: str = "none"
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "objectives", resolve(self.objectives))
@@ -121,6 +127,8 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise InputError(f"{name.upper()}: a number is wanted, got {value!r}")
+        if not isinstance(self.lora, LoraConfig | None):
+            raise InputError(f"train.lora: @lora() or None is wanted, got {self.lora!r}")
         if not 0 < self.data_fraction <= 1:
             raise InputError(f"DATA_FRACTION: 0 < x <= 1 is wanted, got {self.data_fraction}")
         if not 0 < self.learning_rate < math.inf:

@@ -62,6 +62,7 @@ def inspect(
         vocabulary=_vocabulary_of(config),
         data_dir=data_dir,
         task_module=task_module or config.task_module,
+        supervision=config.supervision if split == "train" else None,
     )
     batches = Batches(
         data,
@@ -106,22 +107,24 @@ def _vocabulary_of(config: TrainConfig) -> str | None:
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
-    """[rows] uncut tokens of the rows that have a target."""
+    """[rows] uncut tokens of the rows that have a target; `objective` counts from 0."""
     return np.concatenate(
         [
-            store.rows[objective][feature].lengths[store.rows[objective]["targets"].lengths > 0]
+            rows[feature].lengths[rows["targets"].lengths > 0]
             for store in data.stores
+            for column, rows in zip(data.columns, store.rows, strict=True)
+            if column.objective == objective + 1
         ]
     )
 
 
 def _objective_figures(data: TaskData, number: int, objective: Objective) -> dict[str, Any]:
     inputs, targets = (_lengths(data, number, feature) for feature in ("inputs", "targets"))
-    examples = sum(store.num_examples for store in data.stores)
+    first = next(i for i, c in enumerate(data.columns) if c.objective == number + 1)
     return {
         "weight": objective.weight,
         "rows": len(inputs),
-        "absent": examples - len(inputs),
+        "absent": sum(int((s.rows[first]["targets"].lengths == 0).sum()) for s in data.stores),
         "inputs": _length_figures(inputs),
         "targets": _length_figures(targets),
     }

@@ -13,10 +13,25 @@ MIXTURE_BLOCK = 65_536
 
 
 class ExampleIds(NamedTuple):
-    """Examples: [examples] int64 number of the store, and row in that store."""
+    """Examples: [examples] int64 number of the store, row in that store, and epoch of the draw."""
 
     stores: np.ndarray
     indices: np.ndarray
+    epochs: np.ndarray
+
+
+def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
+    """[examples] uint64, uniform: a function of (seed, store, row, epoch) of each example alone.
+
+    The mixing is splitmix64's (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+    """
+    mixed = np.full(len(drawn.indices), seed, np.uint64)
+    for part in drawn:
+        mixed += np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
@@ -60,13 +75,14 @@ class Order:
                 block_stores, block_turns = self._block(int(b))
                 at = position[block == b] - b * MIXTURE_BLOCK
                 stores[block == b], turns[block == b] = block_stores[at], block_turns[at]
-        indices = np.empty(len(position), np.int64)
+        indices, epochs = np.empty((2, len(position)), np.int64)
         for store, pool in enumerate(self.pools):
             mine = np.flatnonzero(stores == store)
             epoch, place = np.divmod(turns[mine], len(pool))
+            epochs[mine] = epoch
             for e in np.unique(epoch):
                 indices[mine[epoch == e]] = self._epoch(store, int(e))[place[epoch == e]]
-        return ExampleIds(stores, indices)
+        return ExampleIds(stores, indices, epochs)
 
     def _in_order(self, position: np.ndarray) -> ExampleIds:
         ends = np.cumsum([len(pool) for pool in self.pools])
@@ -74,7 +90,7 @@ class Order:
         stores = np.searchsorted(ends, position, side="right")
         rows = position - np.concatenate([[0], ends])[stores]
         indices = [int(self.pools[s][r]) for s, r in zip(stores, rows, strict=True)]
-        return ExampleIds(stores, np.array(indices, np.int64))
+        return ExampleIds(stores, np.array(indices, np.int64), np.zeros(len(stores), np.int64))
 
     @functools.cached_property
     def _epoch(self):

@@ -25,6 +25,7 @@ class TokenTable:
         inputs_cut, targets_cut: [examples] bool, longer than the configured length.
         weights: [examples] float32 factor of the loss.
         store, objective: number of the store from 0, of the objective from 1.
+        variant: which of an example's rationales, from 0.
     """
 
     inputs: TokenRows
@@ -36,10 +37,14 @@ class TokenTable:
     weights: np.ndarray
     store: int
     objective: int
+    variant: int = 0
 
     @classmethod
-    def of(cls, rows, weights, input_length: int, target_length: int, store: int, objective: int):
-        """The table of a `TokenStore.rows` entry at the configured lengths."""
+    def of(cls, rows, weights, input_length: int, target_length: int, *place: int):
+        """The table of a `TokenStore.rows` entry at the configured lengths.
+
+        `place` is store, objective and variant.
+        """
         inputs, targets = rows["inputs"], rows["targets"]
         return cls(
             inputs,
@@ -49,8 +54,7 @@ class TokenTable:
             inputs.lengths > input_length,
             targets.lengths > target_length,
             weights,
-            store,
-            objective,
+            *place,
         )
 
     def load(self, capacity: tuple[int, int]) -> np.ndarray:

@@ -15,6 +15,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.lora import base_of
 from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import batch_shards, make_mesh
 from stepdistill_jax.tasks.load import TaskData, has_split, load_task
@@ -30,6 +31,7 @@ from stepdistill_jax.training.state import (
     init_state,
     shardings_of,
     state_from_params,
+    with_new_adapters,
 )
 from stepdistill_jax.training.workdir import check_workdir
 
@@ -51,11 +53,14 @@ class Run:
     validator: Validator | None
 
     def initial_state(self) -> TrainState:
-        """Step 0: the weights of `init_from`, or random ones."""
+        """Step 0: the weights of `init_from`, or random ones; adapters are always new."""
         if self.config.init_from is None:
             return init_state(self.model, self.tx, self.abstract, seed=self.config.seed)
-        shardings = shardings_of(self.abstract.params)
-        params = load_params(self.config.init_from, self.model, shardings)
+        plain = dataclasses.replace(self.model, lora=None)
+        shardings = shardings_of(base_of(self.abstract.params))
+        params = load_params(self.config.init_from, plain, shardings)
+        if self.model.lora is not None:
+            params = with_new_adapters(params, self.model, self.abstract, seed=self.config.seed)
         return state_from_params(params, self.tx, self.abstract, seed=self.config.seed)
 
 
@@ -79,7 +84,7 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
         "data_dir": data_dir,
         "task_module": config.task_module,
     }
-    data = load_task(config.task, split="train", **source)
+    data = load_task(config.task, split="train", supervision=config.supervision, **source)
     if model is None:
         model = t5_config(
             config.model_family,
@@ -88,6 +93,7 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
             dtype=config.dtype,
             dropout_rate=config.dropout_rate,
             remat_policy=config.remat_policy,
+            lora=config.lora,
         )
     if data.vocab_size > model.vocab_size:
         raise InputError(
@@ -111,7 +117,9 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if has_split(config.task, VALIDATION, data_dir=data_dir, task_module=config.task_module):
-        held_out = load_task(config.task, split=VALIDATION, **source)
+        held_out = load_task(
+            config.task, split=VALIDATION, supervision=config.supervision.held_out(), **source
+        )
         validator = Validator.create(
             held_out,
             Batches(held_out, row_multiple=batch_shards(mesh), shuffle=False, **cut),
@@ -142,6 +150,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
         dtype=config.dtype,
         dropout_rate=config.dropout_rate,
         remat_policy=config.remat_policy,
+        lora=config.lora,
     )
 
 

@@ -169,7 +169,7 @@ def test_label_and_rationale_of_an_example_are_in_one_step(problem, pack):
     examples, weights, lengths, _ = problem
     batches = make(problem, pack=pack, seed=5)
     for step in range(5):
-        _, drawn = batches.examples(step)
+        drawn = batches.examples(step).indices
         want = expected([examples[i] for i in drawn], [weights[i] for i in drawn], lengths)
         assert sorted(segments(batches(step))) == sorted(want)
 
@@ -284,7 +284,7 @@ def test_few_rows_are_empty():
 def test_without_packing_row_i_is_example_i(problem):
     examples, _, lengths, batch_size = problem
     batches = make(problem, seed=3, pack=False)
-    _, drawn = batches.examples(2)
+    drawn = batches.examples(2).indices
     groups = batches(2)
     assert len(groups) == 2
     for objective, group in enumerate(groups):

@@ -1,0 +1,142 @@
+"""Which label and which rationales of an example are trained on."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.text.metrics import metric_fn
+
+LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
+RATIONALES = ("first", "all", "sample")
+KEEP = "is_kept"  # a field of its own: a weight of 0 is a mistake in the data and is to be named
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervision:
+    """What a run takes from an example that may have two labels and several rationales.
+
+    Attributes:
+        label_source: `gold`; `llm`, the teacher's own (standard distillation); `gold_else_llm`; or
+            `agree`, gold where the teacher gave the same, by the task's metric. An example without
+            the label that is asked for is left out, with all its rows.
+        disagree_weight: under `agree` the factor of an example whose teacher said something else or
+            nothing; 0 leaves it out.
+        rationales: `first` (the example's `rationale`), `all` of its `rationales`, each a row of
+            its own, or `sample`, one of them, drawn anew in each epoch by the seed. Under `agree`
+            `all` and `sample` leave out a rationale that argues for another label.
+        rationale_source: only rationales of this `source` (`human`, a teacher's name); None takes
+            any.
+
+    Raises:
+        InputError: a value that is none of these.
+    """
+
+    label_source: str = "gold"
+    disagree_weight: float = 0.0
+    rationales: str = "first"
+    rationale_source: str | None = None
+
+    def __post_init__(self):
+        for macro, value, known in (
+            ("LABEL_SOURCE", self.label_source, LABEL_SOURCES),
+            ("RATIONALES", self.rationales, RATIONALES),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"{macro}: one of {', '.join(known)} is wanted, got {value!r}"
+                    f"{nearest(str(value), known)}"
+                )
+        if not 0 <= self.disagree_weight <= 1:
+            raise InputError(
+                f"disagree_weight: 0 <= x <= 1 is wanted, got {self.disagree_weight!r}"
+            )
+        if self.disagree_weight and self.label_source != "agree":
+            raise InputError("disagree_weight: needs LABEL_SOURCE=agree")
+
+    @property
+    def needs_list(self) -> bool:
+        """Whether the row's list `rationales` is read, and not `rationale` alone."""
+        return self.rationales != "first" or self.rationale_source is not None
+
+    def held_out(self) -> "Supervision":
+        """That of validation: gold labels; the teacher's only where a row has no gold one.
+
+        A run that trains on gold alone never compares itself with a teacher.
+        """
+        return Supervision("gold" if self.label_source == "gold" else "gold_else_llm")
+
+
+def most_rationales(path: pathlib.Path) -> int:
+    """The longest list `rationales` of a prepared SPLIT.jsonl, at least 1."""
+    most = 1
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            if '"rationales"' in line:
+                most = max(most, len(json.loads(line).get("rationales", ())))
+    return most
+
+
+def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
+    """SeqIO preprocessor: the label that is trained on as `label`, rationales, and the weight.
+
+    Rationale 0 is in the field `rationale`, those after it in `rationale.1` to `rationale.MOST-1`;
+    an absent one is empty.
+
+    Raises:
+        InputError: the supervision reads a list `rationales` and the rows have none.
+    """
+    tf = tensorflow()
+    s, matches = supervision, metric_fn(metric)
+    if s.needs_list and "rationales" not in dataset.element_spec:
+        raise InputError(
+            f"task {task!r}: RATIONALES={s.rationales} with rationale_source={s.rationale_source}"
+            " reads the list `rationales`, which its rows lack; `stepdistill prepare jsonl` keeps it"
+        )
+
+    def same_label(labels: np.ndarray, label: bytes) -> np.ndarray:
+        return np.array([matches(x.decode(), label.decode()) for x in np.ravel(labels)], bool)
+
+    def agrees(labels: Any, label: Any) -> Any:
+        found = tf.numpy_function(same_label, [labels, label], tf.bool)
+        found.set_shape([None])
+        return found & (tf.strings.length(labels) > 0)
+
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        none = tf.constant("")
+        gold, llm = row.get("label", none), row.get("llm_label", none)
+        weight, factor, label = tf.cast(row.get("weight", 1.0), tf.float32), 1.0, gold
+        if s.label_source == "llm":
+            label = llm
+        elif s.label_source == "gold_else_llm":
+            label = tf.where(tf.strings.length(gold) > 0, gold, llm)
+        elif s.label_source == "agree":
+            factor = tf.where(agrees(llm[None], gold)[0], 1.0, s.disagree_weight)
+        keep = (tf.strings.length(label) > 0) & (factor > 0)
+        found = {"rationale": row.get("rationale", none)}
+        if s.needs_list:
+            found = numbered(row, label)
+        rest = {name: x for name, x in row.items() if name != "rationales"}
+        return rest | found | {"label": label, "weight": weight * factor, KEEP: keep}
+
+    def numbered(row: Mapping[str, Any], label: Any) -> dict[str, Any]:
+        listed = row["rationales"]
+        keep = tf.strings.length(listed["text"]) > 0
+        if s.rationale_source is not None:
+            keep &= listed["source"] == s.rationale_source
+        if s.label_source == "agree" and s.rationales != "first":
+            keep &= (tf.strings.length(listed["label"]) == 0) | agrees(listed["label"], label)
+        texts = tf.boolean_mask(listed["text"], keep)
+        if s.rationale_source is None:  # a row may have the one field without the list
+            no_list = tf.size(listed["text"]) == 0
+            texts = tf.cond(no_list, lambda: row["rationale"][None], lambda: texts)
+        texts = tf.concat([texts, tf.fill([most], "")], 0)[:most]
+        return {f"rationale.{i}" if i else "rationale": texts[i] for i in range(most)}
+
+    chosen = dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+    return chosen.filter(lambda row: row[KEEP])
