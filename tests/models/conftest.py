@@ -1,66 +1,45 @@
-"""Random T5 v1.1 models of `transformers` (torch): the oracle of parity."""
+"""The oracle of parity: random models of `transformers` (torch), one for each family."""
 
-import numpy as np
+import importlib.util
+import pathlib
+import sys
+
 import pytest
 
-SIZES = {
-    "vocab_size": 512,
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 3,
-    "num_decoder_layers": 2,
-    "num_heads": 8,
-}
+from stepdistill_jax.models.config import SIZES as FAMILIES
 
 
-def random_hf(directory, *, tied=False, seed=0, **sizes):
-    """A model whose norm scales and biases are random, too: 1 and 0 would hide mistakes."""
-    torch = pytest.importorskip("torch", reason="torch is not installed: no oracle to compare with")
-    import transformers
-
-    torch.manual_seed(seed)
-    config = transformers.T5Config(
-        **{**SIZES, **sizes},
-        feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
-        scale_decoder_outputs=tied,
-    )
-    model = transformers.T5ForConditionalGeneration(config)
-    if not tied:  # transformers 5 ties every head, whatever its configuration says
-        shape = model.lm_head.weight.shape
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(shape) * 0.3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "layer_norm" in name:
-                p.mul_(1 + 0.3 * torch.randn_like(p))
-            if "relative_attention_bias" in name:
-                p.normal_(std=1.0)
-    model.save_pretrained(directory)
-    model = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
-    if not tied:
-        assert model.lm_head.weight is not model.shared.weight
-    return model
+def _load_oracle():
+    # a test file cannot import its neighbours by name
+    name, path = "stepdistill_models_oracle", pathlib.Path(__file__).with_name("oracle.py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
-def make_random_hf():
-    return random_hf
+def oracle():
+    """The module `oracle.py`; torch is not needed for all of it."""
+    return _load_oracle()
 
 
 @pytest.fixture(scope="session")
-def torch_model(tmp_path_factory):
-    """(torch model, its directory)."""
-    directory = tmp_path_factory.mktemp("random_hf")
-    return random_hf(directory), directory
+def make_random_hf(oracle):
+    """`oracle.random_hf`; skips without torch."""
+    pytest.importorskip("torch", reason="torch is not installed: no oracle to compare with")
+    return oracle.random_hf
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, make_random_hf, tmp_path_factory):
+    """(name, model of `transformers`, its directory)."""
+    directory = tmp_path_factory.mktemp(request.param)
+    return request.param, make_random_hf(directory, family=request.param), directory
 
 
 @pytest.fixture(scope="session")
-def padded_batch():
-    """Ids longer than `max_distance`, with rows of several lengths; -100 where no loss counts."""
-    rng = np.random.default_rng(0)
-    source = rng.integers(2, 512, (4, 150)).astype(np.int32)
-    source[1, 60:] = source[2, 9:] = 0
-    target = rng.integers(2, 512, (4, 140)).astype(np.int32)
-    target[1, 5:] = target[3, 77:] = 0
-    return source, target
+def padded_batch(oracle):
+    """(source, target) ids longer than `max_distance`, with rows of several lengths."""
+    return oracle.padded_batch()

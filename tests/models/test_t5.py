@@ -1,6 +1,5 @@
-"""Our T5 v1.1 against `transformers` (torch), and what must hold whatever the weights are."""
+"""What must hold of a T5 whatever its weights are; test_parity.py compares with `transformers`."""
 
-import copy
 import dataclasses
 import functools
 
@@ -9,12 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from stepdistill_jax import sharding
-from stepdistill_jax.formats import hf
-from stepdistill_jax.formats.directory import read_config
-from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5, abstract_params, init_params
 
@@ -54,13 +49,6 @@ def forward_with_dropout(config, params, batch, key):
     return T5(config).apply({"params": params}, batch, enable_dropout=True, rngs=rngs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def mean_loss(config, params, batch, target):
-    logits = forward(config, params, batch)
-    picked = jnp.take_along_axis(nn.log_softmax(logits), target[..., None], -1)[..., 0]
-    return -jnp.sum(jnp.where(target > 0, picked, 0.0)) / jnp.sum(target > 0)
-
-
 @pytest.fixture(scope="module")
 def tiny():
     return jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
@@ -75,81 +63,10 @@ def tiny_batch():
     return teacher_forced(source, target)
 
 
-@pytest.fixture(scope="module")
-def ours(torch_model):
-    _, directory = torch_model
-    config = read_config(directory)
-    return config, hf.load_params(directory, config)
-
-
-def torch_outputs(model, source, target):
-    import torch
-
-    labels = torch.tensor(np.where(target > 0, target, -100), dtype=torch.long)
-    mask = torch.tensor(source > 0)
-    model.zero_grad()
-    out = model(input_ids=torch.tensor(source), attention_mask=mask, labels=labels)
-    out.loss.backward()
-    return out
-
-
-def test_encoder_states_logits_and_loss_equal_those_of_transformers(
-    torch_model, padded_batch, ours
-):
-    source, target = padded_batch
-    want = torch_outputs(torch_model[0], source, target)
-    config, params = ours
-    assert not config.logits_via_embedding
-    assert (config.num_encoder_layers, config.num_decoder_layers) == (3, 2)
-    batch = teacher_forced(source, target)
-    encoded = T5(config).apply(
-        {"params": params}, source, batch["encoder_segment_ids"], method="encode"
-    )
-    states = want.encoder_last_hidden_state.detach().numpy()
-    # padding positions hold numbers that nobody reads
-    np.testing.assert_allclose(encoded[source > 0], states[source > 0], rtol=1e-4, atol=1e-4)
-    logits = np.asarray(forward(config, params, batch))
-    reference = want.logits.detach().numpy()
-    assert reference.std() > 1
-    # measured maxima: states 4e-6, logits 9e-6, loss 1e-6
-    np.testing.assert_allclose(logits[target > 0], reference[target > 0], rtol=1e-4, atol=1e-4)
-    loss = mean_loss(config, params, batch, target)
-    np.testing.assert_allclose(loss, want.loss.item(), rtol=1e-5)
-
-
-def test_gradients_of_all_parameters_equal_those_of_transformers(torch_model, padded_batch, ours):
-    source, target = padded_batch
-    config, params = ours
-    model = torch_model[0]
-    torch_outputs(model, source, target)
-    grads = jax.jit(
-        jax.grad(lambda p: mean_loss(config, p, teacher_forced(source, target), target))
-    )
-    got = hf.to_hf(grads(params), config)
-    want = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    assert got.keys() == want.keys()
-    for name, gradient in want.items():
-        gap = np.linalg.norm(got[name] - gradient) / np.linalg.norm(gradient)
-        assert gap < 1e-4, (name, gap)
-
-
-def test_a_tied_head_is_scaled_as_in_transformers(make_random_hf, padded_batch, tmp_path):
-    source, target = padded_batch
-    model = make_random_hf(tmp_path, tied=True)
-    assert "lm_head.weight" not in safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    config = read_config(tmp_path)
-    assert config.logits_via_embedding
-    params = hf.load_params(tmp_path, config)
-    got = np.asarray(forward(config, params, teacher_forced(source, target)))
-    want = torch_outputs(model, source, target).logits.detach().numpy()
-    np.testing.assert_allclose(got[target > 0], want[target > 0], rtol=1e-4, atol=1e-4)
-
-
-def test_packed_examples_have_the_logits_of_examples_alone(ours):
-    config, params = ours
+def test_packed_examples_have_the_logits_of_examples_alone(tiny):
     rng = np.random.default_rng(2)
-    sources = [rng.integers(2, 512, n) for n in (9, 30, 4)]
-    targets = [rng.integers(2, 512, n) for n in (12, 3, 7)]
+    sources = [rng.integers(2, 64, n) for n in (9, 30, 4)]
+    targets = [rng.integers(2, 64, n) for n in (12, 3, 7)]
     packed = {name: np.zeros((1, length), np.int32) for name, length in PACKED_LENGTHS.items()}
     at = dict.fromkeys(packed, 0)
 
@@ -167,8 +84,8 @@ def test_packed_examples_have_the_logits_of_examples_alone(ours):
         row = teacher_forced(*(x[None].astype(np.int32) for x in (source, target)))
         for name, x in row.items():
             alone[name][i, : x.shape[1]] = x[0]
-    got = np.asarray(forward(config, params, packed))[0]
-    want, start = np.asarray(forward(config, params, alone)), 0
+    got = np.asarray(forward(TINY, tiny, packed))[0]
+    want, start = np.asarray(forward(TINY, tiny, alone)), 0
     for i, target in enumerate(targets):
         stop = start + len(target)
         np.testing.assert_allclose(got[start:stop], want[i, : len(target)], atol=5e-5)
@@ -276,34 +193,3 @@ def test_logits_are_the_same_on_eight_devices(tiny, layout):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.LOGICAL_AXIS_RULES):
         got = jax.jit(T5(TINY).apply)({"params": placed}, batch)
     np.testing.assert_allclose(np.asarray(got), want, atol=2e-5)
-
-
-def test_greedy_answers_equal_those_of_generate(torch_model, ours):
-    import torch
-
-    config, params = ours
-    model = copy.deepcopy(torch_model[0])
-    strength = 1.6  # a random head never says EOS: then early stopping would not be compared
-    with torch.no_grad():
-        model.lm_head.weight[1] *= strength
-    kernel = params["logits_dense"]["kernel"].at[:, 1].multiply(strength)
-    params = {**params, "logits_dense": {"kernel": kernel}}
-    rng = np.random.default_rng(0)
-    rows = [[*rng.integers(2, 512, rng.integers(5, 31)).tolist(), 1] for _ in range(60)]
-    got = LabelDecoder(config, max_decode_len=16, batch_size=20)(params, rows)
-    source = np.zeros((60, 32), np.int64)
-    for i, row in enumerate(rows):
-        source[i, : len(row)] = row
-    # use_cache: transformers 5 raises where encoder and decoder differ in depth
-    want = model.generate(
-        torch.tensor(source),
-        attention_mask=torch.tensor(source > 0),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=16,
-        use_cache=False,
-    ).numpy()[:, 1:]
-    assert 5 < got.finished.sum() < 60
-    for ids, row in zip(got.ids, want, strict=True):
-        assert ids == row[: len(ids)].tolist()
-        assert not row[len(ids) :].any()
