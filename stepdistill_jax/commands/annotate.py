@@ -299,7 +299,8 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
     if result["stopped"]:
         print(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
-            f" are in {output}.partial; the same command goes on and pays for no answer twice",
+            f" are in {output}.partial; the same command goes on: it pays for no whole answer twice,"
+            " and asks again for those that could not be read",
             file=sys.stderr,
         )
         print(used)

@@ -53,7 +53,7 @@ def prepare(
         "splits": {SPLIT: {"rows", "with_rationale", "teacher_accuracy", "teacher_accuracy_by_text",
         "teacher_accuracy_repaired", "defects": {KIND: count}, "first_defects": {KIND: "file:row"},
         "vocabulary": {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}}}. Accuracies
-        are shares of all rows, None where they do not apply; a changed row does not come back the
+        are shares of all rows with a gold label, None where they do not apply; a changed row does not come back the
         same from encoding and decoding, a changed-whitespace row does but for its whitespace.
 
     Raises:

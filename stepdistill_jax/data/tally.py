@@ -10,7 +10,7 @@ import numpy as np
 from stepdistill_jax.data.defects import HARMLESS
 from stepdistill_jax.data.example import Defect
 from stepdistill_jax.data.readers.fields import hash64
-from stepdistill_jax.data.reading import Row
+from stepdistill_jax.data.reading import UNLABELLED, Row
 
 TEACHER_FIGURES = ("teacher_accuracy", "teacher_accuracy_by_text", "teacher_accuracy_repaired")
 MAX_LABELS = 50
@@ -113,10 +113,11 @@ def shared_inputs(tallies: Mapping[str, Tally]) -> list[str]:
     """Warns of inputs that are trained on and then asked for again."""
     if "train" not in tallies:
         return []
-    seen = np.unique(np.frombuffer(tallies["train"]._inputs, np.uint64))
+    trained_on = [tallies[split]._inputs for split in ("train", UNLABELLED) if split in tallies]
+    seen = np.unique(np.concatenate([np.frombuffer(x, np.uint64) for x in trained_on]))
     counts = {
         split: int(np.isin(np.frombuffer(tally._inputs, np.uint64), seen).sum())
         for split, tally in tallies.items()
-        if split != "train"
+        if split not in ("train", UNLABELLED)
     }
     return [f"{n} inputs of {split} stand in train, too" for split, n in counts.items() if n]

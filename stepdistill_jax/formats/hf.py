@@ -142,7 +142,10 @@ def to_hf(params: Any, config: T5Config) -> dict[str, np.ndarray]:
 def _parts(params: Any, config: T5Config) -> Iterator[tuple[str, tuple[Any, int | None, bool]]]:
     # name, (our array, the layer of it, whether torch has it the other way round)
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
-    for path, name in hf_names(config).items():
+    table = hf_names(config)
+    if flat.keys() != table.keys():  # e.g. adapters that nobody merged
+        raise ValueError(f"params and config disagree on {sorted(flat.keys() ^ table.keys())}")
+    for path, name in table.items():
         for layer in range(flat[path].shape[0]) if "{}" in name else [None]:
             yield name.format(layer), (flat[path], layer, is_transposed(path))
 

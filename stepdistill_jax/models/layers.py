@@ -42,16 +42,28 @@ def dense(
     stddev: float,
     name: str | None = None,
     projection: str | None = None,
+    float32_sums: bool = False,
 ) -> nn.Dense | LoraDense:
     """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh.
 
-    It has an adapter where `config.lora` has a rank for `projection`.
+    It has an adapter where `config.lora` has a rank for `projection`. With `float32_sums` the output
+    is float32, whatever the factors are: else two logits may round to one number.
     """
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
         return LoraDense(features, axes, stddev, rank, scale, config.dtype, name=name)
     init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
-    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init, name=name)
+    dot_general = None
+    if float32_sums:
+        dot_general = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    return nn.Dense(
+        features,
+        use_bias=False,
+        dtype=config.dtype,
+        kernel_init=init,
+        dot_general=dot_general,
+        name=name,
+    )
 
 
 class Attention(nn.Module):

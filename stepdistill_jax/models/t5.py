@@ -155,13 +155,15 @@ class T5(nn.Module):
         self.token_embedder: Any = self.param("token_embedder", init, (c.vocab_size, c.emb_dim))
         self.encoder, self.decoder = Encoder(c), Decoder(c)
         if not c.logits_via_embedding:
-            self.logits_dense = dense(c, c.vocab_size, ("embed", "vocab"), c.emb_dim**-0.5)
+            axes = ("embed", "vocab")
+            self.logits_dense = dense(c, c.vocab_size, axes, c.emb_dim**-0.5, float32_sums=True)
 
     def _embed(self, ids: jax.Array) -> jax.Array:
         # [batch, length] -> [batch, length, embed]. The width is gathered first: a lookup whose
         # width is cut over fsdp forces XLA into a full rematerialization
         table = nn.with_logical_constraint(self.token_embedder, ("vocab", None))
-        x = jnp.take(table.astype(self.config.dtype), ids, axis=0)
+        # cast after the lookup: its gradient sums over equal tokens, which bfloat16 would stop at 256
+        x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def _logits(self, x: jax.Array) -> jax.Array:
@@ -169,11 +171,11 @@ class T5(nn.Module):
         if self.config.scale_decoder_outputs:
             x = x * self.config.emb_dim**-0.5
         if self.config.logits_via_embedding:
-            logits = x @ self.token_embedder.T.astype(self.config.dtype)
+            table = self.token_embedder.astype(self.config.dtype)
+            logits = jnp.einsum("ble,ve->blv", x, table, preferred_element_type=jnp.float32)
         else:
             logits = self.logits_dense(x)
-        logits = nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
-        return logits.astype(jnp.float32)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
 
     def encode(
         self, encoder_input_tokens, encoder_segment_ids, *, enable_dropout: bool = False

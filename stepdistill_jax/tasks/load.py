@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from stepdistill_jax.data.builder import VERSION, tensorflow
 from stepdistill_jax.data.prepared import (
     PreparedDataset,
@@ -20,7 +22,7 @@ from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
 from stepdistill_jax.tasks.registry import Column, TaskSpec
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
-from stepdistill_jax.tasks.supervision import Supervision, most_rationales
+from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
 from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 from stepdistill_jax.text.vocabulary import BYTES, Vocabulary, load_vocabulary
@@ -123,6 +125,14 @@ def load_task(
         store, opened = _joint_store(
             prepared_task, task, split, objectives, columns, vocabulary, folder, key
         )
+        explained = [
+            rows["targets"].lengths > 0
+            for column, rows in zip(columns, store.rows, strict=True)
+            if column.reads_rationale
+        ]
+        if supervision is not None and explained:
+            count = int(np.any(explained, axis=0).sum())
+            check_rationales(task, found.file(split), supervision, count, store.num_examples)
         return TaskData(
             task,
             split,

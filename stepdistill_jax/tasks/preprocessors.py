@@ -61,7 +61,9 @@ def render(
             for field in fields_of(objective.target_template):
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
-            out[f"{prefix}inputs"] = to_text(objective.input_template, row)
+            inputs = to_text(objective.input_template, row)
+            # of several rationales most are absent in most rows: their inputs are not kept
+            out[f"{prefix}inputs"] = tf.where(present, inputs, "") if number else inputs
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
         out["weight"] = tf.cast(given.get("weight", 1.0), tf.float32)
         return out

@@ -188,19 +188,23 @@ class Column:
         objective: number of its objective, from 1.
         variant: which of an example's rationales it holds, from 0.
         name: in the store; its features are `NAME_inputs` and `NAME_targets`.
+        reads_rationale: whether its target holds a rationale.
     """
 
     objective: int
     variant: int
     name: str
+    reads_rationale: bool
 
 
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
     """A column per objective; one per rationale where an objective's target holds a rationale."""
     columns = []
     for number, o in enumerate(objectives, 1):
-        count = rationales if "rationale" in fields_of(o.target_template) else 1
-        columns += [Column(number, v, f"{o.name}.{v}" if v else o.name) for v in range(count)]
+        reads = "rationale" in fields_of(o.target_template)
+        for variant in range(rationales if reads else 1):
+            name = f"{o.name}.{variant}" if variant else o.name
+            columns.append(Column(number, variant, name, reads))
     return tuple(columns)
 
 

@@ -74,7 +74,9 @@ class RowsOfFunction:
         fields: dict[str, Any] = {}
         for name in self.FIELDS:
             value = row.get(name)
-            if name in ("input", "label") and name not in row:
+            # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
+            wanted = name == "input" or (name == "label" and not row.get("llm_label"))
+            if wanted and name not in row:
                 raise InputError(
                     f"{where}: field {name!r} is missing, the row has"
                     f" {', '.join(map(str, row)) or 'none'}{nearest(name, map(str, row))}"
@@ -83,8 +85,7 @@ class RowsOfFunction:
                 raise InputError(
                     f"{where}: field {name!r} must be a text, got {type(value).__name__}"
                 )
-            # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
-            if (name == "input" or (name == "label" and not row.get("llm_label"))) and not value:
+            if wanted and not value:
                 raise InputError(f"{where}: field {name!r} is empty")
             fields[name] = value or ""
         factor = row.get("weight")

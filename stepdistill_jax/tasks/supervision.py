@@ -1,5 +1,6 @@
 """Which label and which rationales of an example are trained on."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -9,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.readers.paper_layout import TEACHER
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.progress import log
 from stepdistill_jax.text.metrics import metric_fn
 
 LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
@@ -30,8 +33,8 @@ class Supervision:
         rationales: `first` (the example's `rationale`), `all` of its `rationales`, each a row of
             its own, or `sample`, one of them, drawn anew in each epoch by the seed. Under `agree`
             `all` and `sample` leave out a rationale that argues for another label.
-        rationale_source: only rationales of this `source` (`human`, a teacher's name); None takes
-            any.
+        rationale_source: only rationales of this `source` (`human`, `llm`, a teacher's name); None
+            takes any. A row's `rationale` that stands in no list is the teacher's, `llm`.
 
     Raises:
         InputError: a value that is none of these.
@@ -80,6 +83,33 @@ def most_rationales(path: pathlib.Path) -> int:
             if '"rationales"' in line:
                 most = max(most, len(json.loads(line).get("rationales", ())))
     return most
+
+
+def check_rationales(
+    task: str, path: pathlib.Path, supervision: Supervision, with_rationale: int, examples: int
+) -> None:
+    """Says how many examples have a rationale of the source that is asked for.
+
+    Raises:
+        InputError: none has: training would be on labels alone; lists the sources that there are.
+    """
+    if supervision.rationale_source is None:
+        return
+    if not with_rationale:
+        sources: collections.Counter[str] = collections.Counter()
+        with open(path, encoding="utf-8") as f:
+            for line in f:
+                sources.update({r["source"] for r in json.loads(line).get("rationales", ())})
+        named = ", ".join(f"{name or '(none)'} in {n}" for name, n in sources.most_common())
+        raise InputError(
+            f"supervision.rationale_source: no row of {task} that is trained on has a rationale of"
+            f" source {supervision.rationale_source!r} (rows by source: {named or 'no lists'})"
+            f"{nearest(supervision.rationale_source, sources)}"
+        )
+    log(
+        f"{task}: {with_rationale} of {examples} examples have a rationale of source"
+        f" {supervision.rationale_source!r}"
+    )
 
 
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
@@ -132,7 +162,8 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
         if s.label_source == "agree" and s.rationales != "first":
             keep &= (tf.strings.length(listed["label"]) == 0) | agrees(listed["label"], label)
         texts = tf.boolean_mask(listed["text"], keep)
-        if s.rationale_source is None:  # a row may have the one field without the list
+        # a row may have the one field, the teacher's, without the list
+        if s.rationale_source in (None, TEACHER):
             no_list = tf.size(listed["text"]) == 0
             texts = tf.cond(no_list, lambda: row["rationale"][None], lambda: texts)
         texts = tf.concat([texts, tf.fill([most], "")], 0)[:most]

@@ -13,7 +13,7 @@ from stepdistill_jax.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.asking import Asking, Estimate, unanswered
 from stepdistill_jax.teacher.cache import AnswerCache
-from stepdistill_jax.teacher.client import now
+from stepdistill_jax.teacher.client import content_text, now
 from stepdistill_jax.teacher.rows import check_rows
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
@@ -128,7 +128,7 @@ def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str
             body = response["body"]
             choice, usage = body["choices"][0], body.get("usage") or {}
             answer = Answer(
-                choice["message"].get("content") or "",
+                content_text(choice["message"].get("content")),
                 choice.get("finish_reason") or "stop",
                 usage.get("prompt_tokens", 0),
                 usage.get("completion_tokens", 0),

@@ -36,8 +36,7 @@ class Budget:
 
     def __post_init__(self):
         """Nothing is under way."""
-        self._open: dict[int, tuple[int, int]] = {}
-        self._next = 0
+        self._open: dict[int, tuple[int, int]] = {}  # by the reservation's identity
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
 
@@ -61,37 +60,38 @@ class Budget:
         return (prompt_tokens * self.price_input + completion_tokens * self.price_output) / 1e6
 
     @contextlib.asynccontextmanager
-    async def request(self, prompt: str, longest_answer: int) -> AsyncIterator[None]:
+    async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
         """Around a request: waits until it is sure to fit.
 
         Raises:
             BudgetReached: it will not, whatever those that are under way use.
         """
-        if self.max_tokens is None and self.max_cost is None:
-            yield
-            return
-        prompt_tokens = estimate_tokens(len(prompt))
-        prompt_tokens = max(prompt_tokens, int(self._tokens_per_character * len(prompt)) + 1)
-        async with self._changed:
-            while name := self._exceeded(prompt_tokens, longest_answer):
-                if not self._open:
-                    raise BudgetReached(name)
-                await self._changed.wait()
-            number, self._next = self._next, self._next + 1
-            self._open[number] = (prompt_tokens, longest_answer)
+        reservation = Reservation(self, prompt, longest_answer)
+        await reservation.renew()
         try:
-            yield
+            yield reservation
         finally:
-            del self._open[number]
-            async with self._changed:
-                self._changed.notify_all()
+            await self._close(reservation)
 
     def spend(self, prompt: str, answer: Answer) -> None:
         """Counts an answer, readable or not."""
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
-        ratio = answer.prompt_tokens / max(len(prompt), 1)
+        self._count(prompt, answer.prompt_tokens, answer.completion_tokens)
+
+    def _count(self, prompt: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+        ratio = prompt_tokens / max(len(prompt), 1)
         self._tokens_per_character = max(self._tokens_per_character, ratio)
+
+    def _most(self, prompt: str, longest_answer: int) -> tuple[int, int]:
+        """The most tokens of prompt and answer that a request may use."""
+        learned = int(self._tokens_per_character * len(prompt)) + 1
+        return max(estimate_tokens(len(prompt)), learned), longest_answer
+
+    async def _close(self, reservation: "Reservation") -> None:
+        self._open.pop(id(reservation), None)
+        async with self._changed:
+            self._changed.notify_all()
 
     def _exceeded(self, prompt_tokens: int, completion_tokens: int) -> str | None:
         prompts = self.prompt_tokens + prompt_tokens + sum(p for p, _ in self._open.values())
@@ -103,3 +103,46 @@ class Budget:
         if self.max_cost is not None and cost is not None and cost > self.max_cost:
             return f"--max-cost {self.max_cost:g}"
         return None
+
+
+class Reservation:
+    """Room in a budget for one question, which may be sent more than once."""
+
+    def __init__(self, budget: Budget, prompt: str, longest_answer: int):
+        """Nothing is reserved before `renew`."""
+        self._budget, self._prompt, self._longest = budget, prompt, longest_answer
+
+    async def renew(self) -> None:
+        """Before each attempt: waits until it is sure to fit, if its room was used up.
+
+        Raises:
+            BudgetReached: it will not, whatever those that are under way use.
+        """
+        budget = self._budget
+        if (budget.max_tokens is None and budget.max_cost is None) or id(self) in budget._open:
+            return
+        async with budget._changed:
+            # once more after each wait: the estimate may have learned
+            while name := budget._exceeded(*budget._most(self._prompt, self._longest)):
+                if not budget._open:
+                    raise BudgetReached(name)
+                await budget._changed.wait()
+            budget._open[id(self)] = budget._most(self._prompt, self._longest)
+
+    async def lose(self, used: tuple[int, int] | None) -> None:
+        """Counts an attempt that gave no answer.
+
+        Args:
+            used: tokens of prompt and answer; None, where nobody knows, counts all that was
+                reserved: a server may have worked on an answer that we gave up.
+        """
+        budget = self._budget
+        if used == (0, 0):
+            return
+        if used is None:
+            most = budget._open.get(id(self)) or budget._most(self._prompt, self._longest)
+            budget.prompt_tokens += most[0]
+            budget.completion_tokens += most[1]
+        else:
+            budget._count(self._prompt, *used)
+        await budget._close(self)

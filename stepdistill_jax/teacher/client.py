@@ -1,6 +1,7 @@
 """One question to an OpenAI-compatible server, sent again while there is hope."""
 
 import asyncio
+import collections
 import datetime
 import email.utils
 import json
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.progress import log
 from stepdistill_jax.teacher.answers import Answer
+from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.prompts import estimate_tokens
 from stepdistill_jax.teacher.settings import Settings
 
@@ -25,8 +27,10 @@ HIDDEN = "***"
 class Teacher(Protocol):
     """Whoever can be asked."""
 
-    async def ask(self, prompt: str, parameters: dict[str, Any]) -> Answer:
-        """One answer, complete or not."""
+    async def ask(
+        self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
+    ) -> Answer:
+        """One answer, complete or not; attempts that failed are counted by `reservation`."""
         ...
 
     async def close(self) -> None:
@@ -44,12 +48,22 @@ class SentAgain(Exception):
     Attributes:
         status: of HTTP; 0 where there was none.
         wait: seconds that the server asks for; None where it does not.
+        used: tokens of prompt and answer that are paid for all the same; None is not known.
+        count: how many failures of its kind this question has met with, itself included. Refusals
+            for the rate (429) are a kind of their own: they say nothing of the server's health.
     """
 
-    def __init__(self, message: str, status: int = 0, wait: float | None = None):
+    def __init__(
+        self,
+        message: str,
+        status: int = 0,
+        wait: float | None = None,
+        used: tuple[int, int] | None = (0, 0),
+    ):
         """`message` for people."""
         super().__init__(message)
-        self.status, self.wait = status, wait
+        self.status, self.wait, self.used = status, wait, used
+        self.count = 1
 
 
 def now() -> str:
@@ -98,17 +112,35 @@ class ChatClient:
         """`text` without the key."""
         return text.replace(self._key, HIDDEN) if len(self._key) >= 6 else text
 
-    async def ask(self, prompt: str, parameters: dict[str, Any]) -> Answer:
+    async def ask(
+        self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
+    ) -> Answer:
         """The first answer that comes.
 
         Args:
             prompt: the user's message.
             parameters: further fields of the request.
+            reservation: counts what failed attempts use, and lets further ones wait for their turn.
 
         Raises:
+            BudgetReached: a further attempt might go over a cap.
             InputError: the server refuses the request: with its own message.
             ServerError: it does not answer.
         """
+        counts: collections.Counter[bool] = collections.Counter()
+
+        async def attempt() -> Answer:
+            if reservation is not None:
+                await reservation.renew()
+            try:
+                return await self._once(prompt, parameters)
+            except SentAgain as error:
+                counts[error.status == 429] += 1
+                error.count = counts[error.status == 429]
+                if reservation is not None:
+                    await reservation.lose(error.used)
+                raise
+
         attempts = self._tenacity.AsyncRetrying(
             retry=self._tenacity.retry_if_exception_type(SentAgain),
             wait=self._wait,
@@ -116,7 +148,7 @@ class ChatClient:
             reraise=True,
         )
         try:
-            return await attempts(self._once, prompt, parameters)
+            return await attempts(attempt)
         except SentAgain as error:
             raise ServerError(str(error)) from None
 
@@ -157,11 +189,13 @@ class ChatClient:
                 extra_body=parameters,
             )
             content = response.content
-        except openai.APITimeoutError:
-            raise SentAgain(f"no answer within {self._settings.timeout:g} s") from None
+        except openai.APITimeoutError as error:
+            said = f"no answer within {self._settings.timeout:g} s"
+            raise SentAgain(said, used=self._used_by(error)) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise SentAgain(self.hide(f"{type(cause).__name__}: {cause}")) from None
+            said = self.hide(f"{type(cause).__name__}: {cause}")
+            raise SentAgain(said, used=self._used_by(error)) from None
         except openai.APIStatusError as error:
             raise self._of_status(error) from None
         except openai.OpenAIError as error:
@@ -170,16 +204,23 @@ class ChatClient:
             self._free.append(client)
         return self._read(prompt, content, parameters)
 
+    def _used_by(self, error: Exception) -> tuple[int, int] | None:
+        """By an attempt without an answer: not known, but nothing where no connection was made."""
+        unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
+        return (0, 0) if isinstance(error.__cause__, unmade) else None
+
     def _read(self, prompt: str, content: bytes, parameters: dict) -> Answer:
         """The answer of a response's body, whatever else the server put there."""
+        body = None
         try:
             body = json.loads(content)
             if isinstance(body, dict) and body.get("error"):
-                raise SentAgain(self.hide(f"the server answers with an error: {body['error']}"))
+                said = self.hide(f"the server answers with an error: {body['error']}")
+                raise SentAgain(said, used=_usage(body) or (0, 0))
             choice = body["choices"][0]
-            text = choice["message"].get("content") or ""
+            text = content_text(choice["message"].get("content"))
             usage = body.get("usage") or {}
-            if not isinstance(text, str) or not isinstance(usage, dict):
+            if not isinstance(usage, dict):
                 raise TypeError
             text.encode()  # half a surrogate pair cannot be written
             used = [
@@ -188,15 +229,20 @@ class ChatClient:
             ]
             reason = str(choice.get("finish_reason") or "stop")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            start = content[:80].decode("utf-8", "replace")
-            raise SentAgain(self.hide(f"the server's answer is no completion: {start!r}")) from None
+            # hidden before it is cut: the cut might leave the first part of the key
+            start = self.hide(content.decode("utf-8", "replace"))[:80]
+            raise SentAgain(
+                self.hide(f"the server's answer is no completion: {start!r}"),
+                used=_usage(body) if isinstance(body, dict) else (0, 0),
+            ) from None
         return Answer(self.hide(text), reason, used[0], used[1], now(), parameters)
 
     def _of_status(self, error: Any) -> Exception:
         status, body = error.status_code, error.body
         message = body.get("message") if isinstance(body, dict) else None
-        message = " ".join(str(message or error.message).split())[:300]
-        said = self.hide(f"HTTP {status}: {message}")
+        # hidden before it is cut: the cut might leave the first part of the key
+        message = self.hide(" ".join(str(message or error.message).split()))[:300]
+        said = f"HTTP {status}: {message}"
         out_of_money = isinstance(body, dict) and body.get("code") == "insufficient_quota"
         if status < 500 and (status not in SENT_AGAIN or out_of_money):
             return InputError(
@@ -216,17 +262,44 @@ class ChatClient:
         self._open_at = max(self._open_at, until)
 
     def _wait(self, state: Any) -> float:
-        asked = state.outcome.exception().wait
+        error = state.outcome.exception()
+        asked = error.wait
         if asked is not None:
             # not all at the same moment
             return asked + random.uniform(0, min(1.0, 0.1 * asked + 0.05))
-        longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** (state.attempt_number - 1))
+        # six hours of refusals are more doublings than a float holds
+        longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(error.count - 1, 64))
         return random.uniform(longest / 2, longest)
 
     def _is_hopeless(self, state: Any) -> bool:
-        if state.outcome.exception().status == 429:
+        error = state.outcome.exception()
+        if error.status == 429:
             return (state.seconds_since_start or 0.0) > RATE_LIMIT_PATIENCE
-        return state.attempt_number >= self._settings.attempts
+        return error.count >= self._settings.attempts
+
+
+def content_text(content: Any) -> str:
+    """A message's content: a text, or a list of parts of which the texts count.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content or "", str):
+        raise TypeError
+    return content or ""
+
+
+def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
+    """What a body says that it cost, usable or not; None where it does not say."""
+    usage = body.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        return None
+    return max(0, prompt), max(0, completion)
 
 
 def retry_after(headers: Any) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.teacher.answers import Answer
+from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.client import now
 
 NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # what a completion that is done goes on with
@@ -57,8 +58,10 @@ class LocalTeacher:
         self._waiting: list[tuple[str, dict[str, Any], asyncio.Future]] = []
         self._worker: asyncio.Task | None = None
 
-    async def ask(self, prompt: str, parameters: dict[str, Any]) -> Answer:
-        """One answer, generated together with what else waits."""
+    async def ask(
+        self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
+    ) -> Answer:
+        """One answer, generated together with what else waits; there is one attempt."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, parameters, future))
         if self._worker is None or self._worker.done():

@@ -23,6 +23,7 @@ class Row:
         weight: of the example's loss.
         rationales: what the row has already, as `rationales` of the generic format.
         rationale: of an exemplar, the one that is shown.
+        llm_label: what a teacher said before, if the row has it.
     """
 
     number: int
@@ -33,13 +34,15 @@ class Row:
     weight: float = 1.0
     rationales: tuple[dict[str, str], ...] = ()
     rationale: str = ""
+    llm_label: str = ""
 
 
 def read_rows(path: os.PathLike | str, choices: Sequence[str] = ()) -> Iterator[Row]:
     """Each row of a JSON-lines file, one at a time.
 
     Args:
-        path: rows {"input", "id"?, "label"?, "choices"?, "weight"?, "rationale"?, "rationales"?}.
+        path: rows {"input", "id"?, "label"?, "choices"?, "weight"?, "rationale"?, "rationales"?,
+            "llm_label"?}.
         choices: of rows that have none of their own.
 
     Raises:
@@ -64,6 +67,7 @@ def parse_row(row: dict[str, Any], number: int, where: str, choices: Sequence[st
         fields.weight(row, "weight", where),
         rationales,
         rationale,
+        fields.optional_text(row, "llm_label", where),
     )
 
 

@@ -145,6 +145,10 @@ class Run:
         """The answer of a key, asked once for all rows that have this prompt."""
         task = self._under_way.get(key)
         if task is None:
+            # a row of the same prompt may have got it since `_begin` looked
+            known = self._asking.known(self._cache, key, row)
+            if known is not None:
+                return known
             task = asyncio.create_task(self._ask(key, row, prompt))
             self._under_way[key] = task
             task.add_done_callback(lambda _: self._under_way.pop(key, None))
@@ -176,9 +180,10 @@ class Run:
             if self._teacher is None:  # the file has changed since it was counted
                 self._end(InputError("the input changed while it was read; start again"))
             try:
-                async with self._budget.request(prompt, self._settings.max_tokens):
+                request = self._budget.request(prompt, self._settings.max_tokens)
+                async with request as reservation:
                     self._check_stop()
-                    answer = await self._teacher.ask(prompt, self._asking.parameters)
+                    answer = await self._teacher.ask(prompt, self._asking.parameters, reservation)
                     self._budget.spend(prompt, answer)
             except BudgetReached as error:
                 self._end(Stopped(f"the next request might go over {error}"))
@@ -234,11 +239,13 @@ class Run:
     def _tally(self, row: Row, samples: list[Sample], result: dict[str, Any]) -> None:
         counts = self.counts
         counts.rows += 1
-        counts.with_rationale += any(reading.usable for _, reading in samples)
+        answered = any(reading.usable for _, reading in samples)
+        counts.with_rationale += answered
         if row.label and not self._settings.label_given:
             counts.with_label += 1
             matches = metric_fn(metric_name(self._settings.task))
-            counts.right += matches(result.get("llm_label", ""), row.label)
+            # without an answer, a label there is the one that the row had before
+            counts.right += answered and matches(result["llm_label"], row.label)
         for i, (answer, reading) in enumerate(samples):
             for kind in reading.problems:
                 counts.defects[kind] += 1

@@ -49,11 +49,13 @@ def output_row(
 
     Returns:
         `id`, `input` and what the row had; `rationale`, `rationales` and `llm_label` where an answer
-        was usable; `weight` times the vote's share where there are several samples; `provenance`.
+        was usable (else the `llm_label` that the row had); `weight` times the vote's share where there are several samples; `provenance`.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:
         result["label"] = row.label
+    if row.llm_label:
+        result["llm_label"] = row.llm_label  # unless there is a new one
     usable = [reading for _, reading in samples if reading.usable]
     weight, rationale = row.weight, ""
     if usable and label_given:

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -156,5 +155,10 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
 
 def max_decode_len(data: TaskData, target_length: int) -> int:
     """Tokens of the longest label of the train split with its end, rounded up to a multiple of 8."""
-    longest = max(int(np.diff(store.rows[0]["targets"].offsets).max()) for store in data.stores)
+    longest = max(
+        int(rows["targets"].lengths.max())
+        for store in data.stores
+        for column, rows in zip(data.columns, store.rows, strict=True)
+        if column.objective == 1
+    )
     return round_up(min(longest, target_length), 8)

@@ -56,3 +56,10 @@ def test_a_large_file_takes_the_memory_of_a_piece(path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12e6  # the file is 20 MB; measured 5.3 MB
+
+
+def test_half_a_surrogate_pair_is_named_by_its_item(tmp_path):
+    path = tmp_path / "texts.json"
+    path.write_text('["fine", "\\ud83d"]')
+    with pytest.raises(InputError, match=r"texts\.json: item 2 is no valid text"):
+        list(json_list.read_texts(path))

@@ -215,3 +215,21 @@ def test_an_empty_file_is_named(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match=r"train\.jsonl: no rows in it"):
         jsonl.read(tmp_path).splits  # noqa: B018
+
+
+def test_a_row_that_only_the_teacher_has_labelled_is_kept_without_a_gold_label(tmp_path):
+    rows = _read_rows(tmp_path, {"input": "a", "llm_label": "yes"}, ROW | {"llm_label": "no"})
+    assert [(r.example.label, r.example.llm_label) for r in rows] == [("", "yes"), ("yes", "no")]
+    assert [r.right for r in rows] == [{}, {"teacher_accuracy": False}]
+
+
+def test_a_row_that_annotate_got_no_answer_for_is_left_out_and_told(tmp_path):
+    unanswered = {"input": "b", "provenance": {"model": "m"}}
+    _write(tmp_path / "test.jsonl", [ROW, unanswered, ROW | {"provenance": {}}, unanswered])
+    reading = jsonl.read(tmp_path)
+    assert len(_only(reading)) == 2
+    (note,) = [n for n in reading.notes if "left out, the first at" in n]
+    assert note.startswith("2 rows ") and note.endswith("test.jsonl:2")
+    _write(tmp_path / "test.jsonl", [{"input": "b"}])
+    with pytest.raises(InputError, match="no field 'label'"):
+        _only(jsonl.read(tmp_path))

@@ -91,7 +91,12 @@ def test_bfloat16_is_near_float32_of_transformers_and_of_ours(
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied"), [("t5_v1_1", True), ("umt5", True), ("t5_v1_0", False)], ids=str
+    ("kind", "tied"),
+    [
+        ("t5_v1_1", True),
+        pytest.param("umt5", True, marks=pytest.mark.slow),
+        pytest.param("t5_v1_0", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_head_that_the_family_does_not_have_is_read_from_the_weights(
     make_random_hf, oracle, padded_batch, tmp_path, kind, tied

@@ -1,5 +1,6 @@
 """`annotate` against a real HTTP server that answers well, badly, late or not at all."""
 
+import asyncio
 import hashlib
 import tracemalloc
 
@@ -7,9 +8,14 @@ import pytest
 
 from stepdistill_jax.data.readers import jsonl
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.progress import progress
 from stepdistill_jax.teacher import annotate
+from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.asking import Estimate, load_asking, unanswered
-from stepdistill_jax.teacher.rows import check_rows
+from stepdistill_jax.teacher.budget import Budget
+from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.rows import Row, check_rows
+from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings
 from stepdistill_jax.teacher.stub_server import Reply, by_rule
 
@@ -118,6 +124,28 @@ def test_rows_of_one_prompt_are_asked_once(annotating):
     _, out = annotating(rows, lambda _: Reply(GOOD.text, delay=0.05))
     assert annotating.server.requests == 1
     assert [row["rationale"] for row in out] == ["Because."] * 9
+
+
+def test_an_answer_that_comes_after_the_first_look_is_not_paid_for_again(tmp_path):
+    """There is no teacher: to ask would be an error."""
+
+    async def go():
+        asking = load_asking(Settings(task="generic", model="m"))
+        cache = AnswerCache(tmp_path / "cache.sqlite")
+        with progress(1, "test") as bar:
+            run = Run(asking, None, cache, Budget(), None, None, bar)
+            prompt, task = run._begin(Row(1, "1", "Is it late?"))
+            cache.put(asking.key(prompt, 0), "m", Answer(GOOD.text))
+            return await task
+
+    ((answer, reading),) = asyncio.run(go())
+    assert (answer.text, reading.label) == (GOOD.text, "yes")
+
+
+def test_a_label_that_the_row_had_is_kept_and_is_no_answer_of_this_teacher(annotating):
+    rows = questions(1, llm_label="yes")
+    result, out = annotating(rows, lambda _: Reply("Hm."))
+    assert (out[0]["llm_label"], result["teacher_accuracy"]) == ("yes", 0.0)
 
 
 def test_failures_are_never_answers_of_a_later_run(annotating):

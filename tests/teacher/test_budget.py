@@ -36,6 +36,33 @@ def test_a_request_waits_while_one_under_way_might_use_up_the_cap():
     assert tokens == 17
 
 
+def test_a_further_attempt_waits_for_others_before_it_gives_up():
+    """Cap 60, each 2 + 20: after a loss of 20, the second attempt fits once the other is done."""
+
+    async def go():
+        budget, order = Budget(max_tokens=60), []
+
+        async def retried():
+            async with budget.request("abcd", 20) as reservation:
+                await reservation.lose((1, 19))
+                await reservation.renew()
+                order.append("again")
+                await reservation.lose(None)
+                with pytest.raises(BudgetReached, match="--max-tokens-total 60"):
+                    await reservation.renew()
+
+        async def other():
+            async with budget.request("abcd", 20):
+                await asyncio.sleep(0.01)
+                order.append("other")
+                budget.spend("abcd", Answer("", prompt_tokens=1, completion_tokens=5))
+
+        await asyncio.gather(other(), retried())
+        return order, budget.tokens
+
+    assert asyncio.run(go()) == (["other", "again"], 20 + 6 + 22)
+
+
 def test_the_prompt_estimate_learns_from_what_the_server_counts():
     async def go():
         budget = Budget(max_tokens=100)

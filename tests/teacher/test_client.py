@@ -1,6 +1,7 @@
 """What goes wrong between us and a server, over real sockets."""
 
 import email.utils
+import json
 import time
 
 import pytest
@@ -182,6 +183,59 @@ def test_the_key_is_sent_and_stands_in_no_file_no_output_and_no_error(annotating
     assert len(written) >= 3
     assert not any(key.encode() in text for text in written)
     assert not any(key in text for text in (*results, stdout, stderr))
+
+
+def test_a_key_that_straddles_the_cut_of_a_message_leaves_no_part_of_it(annotating, key):
+    body = ("x" * 70 + key).encode()  # cut after 80
+    annotating(questions(1), lambda _: Reply(body=body), attempts=1)
+    for name in ("out.defects.jsonl.partial", "out.jsonl.partial"):
+        written = (annotating.folder / name).read_text()
+        assert "x***" in written
+        assert key[:6] not in written
+
+
+def test_a_refusals_message_hides_the_key_before_it_is_cut(annotating, key):
+    body = json.dumps({"error": {"message": "x" * 290 + key}}).encode()
+    with pytest.raises(InputError, match=r"x\*\*\*") as error:
+        annotating(questions(1), lambda _: Reply(status=400, body=body))
+    assert key[:6] not in str(error.value)
+
+
+def test_refusals_for_the_rate_are_no_failures_of_the_server(annotating):
+    replies = iter([*[Reply(status=429, body=b"{}")] * 8, BROKEN["503 in HTML"], GOOD])
+    result, _ = annotating(questions(1), lambda _: next(replies), attempts=2, backoff=0.001)
+    assert (result["with_rationale"], annotating.server.requests) == (1, 10)
+
+
+def test_content_in_parts_is_their_text(annotating):
+    parts = [
+        {"type": "text", "text": "Because. So the "},
+        {"type": "text", "text": "answer is no."},
+    ]
+    body = json.dumps({"choices": [{"message": {"content": parts}}]}).encode()
+    _, out = annotating(questions(1), lambda _: Reply(body=body), attempts=1)
+    assert (out[0]["rationale"], out[0]["llm_label"]) == ("Because.", "no")
+
+
+def test_what_unusable_answers_cost_counts_towards_the_cap(annotating):
+    usage = {"prompt_tokens": 500, "completion_tokens": 500}
+    body = {"choices": [{"message": {"content": 7}}], "usage": usage}
+    reply = Reply(body=json.dumps(body).encode())
+    caps = {"max_tokens": 500, "max_tokens_total": 3000, "concurrency": 1}
+    result, _ = annotating(questions(20), lambda _: reply, **caps)
+    assert "--max-tokens-total 3000" in result["stopped"]
+    assert 2 <= annotating.server.requests <= 3
+    used = result["prompt_tokens"] + result["completion_tokens"]
+    assert used == 1000 * annotating.server.requests
+
+
+@pytest.mark.parametrize("reply", [Reply(GOOD.text, delay=5.0), Reply(GOOD.text, cut=20)])
+def test_an_attempt_that_was_given_up_counts_all_that_was_reserved(annotating, reply):
+    caps = {"max_tokens": 500, "max_tokens_total": 1800, "concurrency": 1, "timeout": 0.2}
+    result, _ = annotating(questions(20), lambda _: reply, **caps)
+    assert "--max-tokens-total 1800" in result["stopped"]
+    assert annotating.server.requests == 3
+    assert result["completion_tokens"] == 1500
 
 
 def test_a_missing_key_is_named_by_its_variable(annotating, monkeypatch):

@@ -65,3 +65,9 @@ def test_rationales_that_were_there_stay_behind_the_teachers():
     nothing = row([("r1", "")], rationales=human)
     assert nothing["rationales"] == list(human)
     assert "llm_label" not in nothing and "rationale" not in nothing
+
+
+def test_a_label_of_an_earlier_teacher_stays_until_there_is_a_new_one():
+    assert row([("r1", "gold")], label_given=True, llm_label="old")["llm_label"] == "old"
+    assert row([("r1", "")], llm_label="old")["llm_label"] == "old"
+    assert row([("r1", "x")], llm_label="old")["llm_label"] == "x"

@@ -25,6 +25,12 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
                     raise InputError(
                         f"{path}: item {number} must be text, got {type(value).__name__}"
                     )
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise InputError(
+                        f"{path}: item {number} is no valid text (half a surrogate pair)"
+                    ) from None
                 yield value
     except (OSError, UnicodeDecodeError, _NotAList):
         # read once more as a whole, for a message that names the line

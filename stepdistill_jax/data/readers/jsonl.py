@@ -20,6 +20,7 @@ from stepdistill_jax.text.metrics import text_match
 
 VERSION = 1
 FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
+PROVENANCE = "provenance"  # what `annotate` adds to each row
 TEACHER_FIELDS = ("rationale", "rationales", "llm_label")
 RATIONALE_FIELDS = ("text", "source", "label")
 
@@ -66,8 +67,9 @@ def read(
     def rows() -> Iterator[tuple[str, Row]]:
         unread: set[str] = set()
         found: set[str] = set()
+        unanswered: list[str] = []
         for split, path in files.items():
-            for row in _read_file(path, field_map, teacher, unread):
+            for row in _read_file(path, field_map, teacher, unread, unanswered):
                 target = split
                 if one_file:
                     target = _third(row)
@@ -82,6 +84,11 @@ def read(
             for split in wanted
             if split not in found
         ]
+        if unanswered:
+            told.append(
+                f"{len(unanswered)} rows that a teacher was asked about and that nobody has labelled"
+                f" are left out, the first at {unanswered[0]}"
+            )
         notes.extend(note for note in told if note not in notes)
 
     return Reading(
@@ -129,7 +136,11 @@ def _third(row: Row) -> str:
 
 
 def _read_file(
-    path: pathlib.Path, field_map: Mapping[str, str], teacher: bool, unread: set[str]
+    path: pathlib.Path,
+    field_map: Mapping[str, str],
+    teacher: bool,
+    unread: set[str],
+    unanswered: list[str],
 ) -> Iterator[Row]:
     names = {name: field_map.get(name, name) for name in FIELDS}
     dropped = set() if teacher else {names[name] for name in TEACHER_FIELDS}
@@ -143,6 +154,12 @@ def _read_file(
         if dropped:
             source_row = {k: v for k, v in source_row.items() if k not in dropped}
         count += 1
+        # `annotate` leaves a row without an answer as it was
+        if PROVENANCE in source_row and not any(
+            source_row.get(names[name]) for name in ("label", "llm_label")
+        ):
+            unanswered.append(where)
+            continue
         yield _row(source_row, names, path.name, line, where, ids, str(count))
     if not count:
         raise InputError(f"{path}: no rows in it")
