@@ -100,7 +100,7 @@ def check_rationales(
         with open(path, encoding="utf-8") as f:
             for line in f:
                 listed = json.loads(line).get("rationales", ())
-                sources.update(dict.fromkeys(r["source"] for r in listed))
+                sources.update(list(dict.fromkeys(r["source"] for r in listed)))
         named = ", ".join(f"{name or '(none)'} in {n}" for name, n in sources.most_common())
         raise InputError(
             f"supervision.rationale_source: no row of {task} that is trained on has a rationale of"
