@@ -149,6 +149,42 @@ def check_writable(path: os.PathLike | str, name: str = "") -> None:
         raise InputError(f"{name}: cannot be written (no permission in {nearest})")
 
 
+def open_locked(path: pathlib.Path) -> IO[bytes]:
+    """Opens `path` to append; no other process can until it is closed.
+
+    Raises:
+        InputError: another one has it open.
+        OSError: it cannot be written.
+    """
+    while True:
+        file = open(path, "ab")  # noqa: SIM115
+        try:
+            _lock(file)
+            # a run that ended in between has renamed or removed what we opened
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: IO[bytes]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no POSIX system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{file.name}: another run is writing it; wait for that one, or give another output"
+        ) from None
+    except OSError:  # some network file systems have no locks
+        return
+
+
 def sha256(path: os.PathLike | str) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as f:

@@ -1,13 +1,19 @@
 """A streamed output file: `.partial` until it is whole, and continued where an earlier run stopped."""
 
-import contextlib
 import json
 import os
 import pathlib
-from typing import IO, Any
+from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, check_writable, fsync_folder, read_json, write_json
+from stepdistill_jax.files import (
+    PARTIAL,
+    check_writable,
+    fsync_folder,
+    open_locked,
+    read_json,
+    write_json,
+)
 
 
 class PartialOutput:
@@ -31,7 +37,7 @@ class PartialOutput:
         check_writable(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_locked(self.partial)
+            self._file = open_locked(self.partial)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         self.state = self._sound_state()
@@ -93,39 +99,3 @@ class PartialOutput:
         if not self._file.closed and self.state["rows"] == 0:
             self.discard()
         self._file.close()
-
-
-def _open_locked(path: pathlib.Path) -> IO[bytes]:
-    """Opens `path` to append; no other process can until it is closed.
-
-    Raises:
-        InputError: another one has it open.
-        OSError: it cannot be written.
-    """
-    while True:
-        file = open(path, "ab")  # noqa: SIM115
-        try:
-            _lock(file)
-            # a run that ended in between has renamed or removed what we opened
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _lock(file: IO[bytes]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no POSIX system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{file.name}: another run is writing it; wait for that one, or give another output"
-        ) from None
-    except OSError:  # some network file systems have no locks
-        return

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, check_writable, fsync_folder
+from stepdistill_jax.files import PARTIAL, check_writable, fsync_folder, open_locked
 
 
 class RowFile:
@@ -27,15 +27,10 @@ class RowFile:
         check_writable(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.partial, "ab")  # noqa: SIM115
+            self._file = open_locked(self.partial)
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        try:
-            self._lock()
-            self._file.truncate(0)
-        except BaseException:
-            self._file.close()
-            raise
+        self._file.truncate(0)
 
     def add(self, row: dict[str, Any]) -> None:
         """Writes one row."""
@@ -56,23 +51,3 @@ class RowFile:
             # under the lock, which the close ends
             self.partial.unlink(missing_ok=True)
         self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no POSIX system
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a run that ended in between has renamed what was opened
-            if os.path.exists(self.partial) and os.path.samestat(
-                os.stat(self.partial), os.fstat(self._file.fileno())
-            ):
-                return
-        except BlockingIOError:
-            pass
-        except OSError:  # some network file systems have no locks
-            return
-        raise InputError(
-            f"{self.partial}: another run is writing it; wait for that one, or give another output"
-        )

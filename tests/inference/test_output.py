@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from stepdistill_jax import files
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import output as output_module
 from stepdistill_jax.inference import predict
@@ -35,15 +36,15 @@ def test_a_second_run_on_an_output_is_refused_and_the_first_one_ends_well(
 
 def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
-    lock = output_module._lock
+    lock = files._lock
 
     def late(file):  # the other run ends between our open and our lock
-        monkeypatch.setattr(output_module, "_lock", lock)
+        monkeypatch.setattr(files, "_lock", lock)
         os.replace(tmp_path / "out.jsonl.partial", out)
         out.write_text("the other's\n")
         lock(file)
 
-    monkeypatch.setattr(output_module, "_lock", late)
+    monkeypatch.setattr(files, "_lock", late)
     ours = output_module.PartialOutput(out, "key")
     ours.append([{"id": "1"}])
     assert out.read_text() == "the other's\n"
