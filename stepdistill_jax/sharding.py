@@ -3,13 +3,17 @@
 `jax.jit` with shardings is the successor of `pjit`: GSPMD cuts the step by the shardings below.
 """
 
+import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepdistill_jax.errors import InputError, nearest
@@ -31,35 +35,53 @@ LOGICAL_AXIS_RULES = (
     ("relpos_buckets", None),
     ("lora", None),
 )
+# logical axis -> the field of `models.config.T5Config` that is its size
+_FIELDS = {
+    "vocab": "vocab_size",
+    "mlp": "mlp_dim",
+    "heads": "num_heads",
+    "joined_kv": "num_heads x head_dim",
+    "embed": "emb_dim",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes; one of them may be -1, "all devices that are left".
+    """Sizes of the mesh axes; one of `data`, `fsdp` and `tensor` may be -1, "all devices left".
 
     Attributes:
-        data: copies of the parameters, each with rows of its own.
+        data: copies of the parameters inside a slice, each with rows of its own.
         fsdp: parts into which parameters and rows are cut.
-        tensor: parts into which heads and feed-forward width are cut.
+        tensor: parts into which heads, feed-forward width and vocabulary are cut.
+        dcn_data: groups of devices, joined by the data centre's network (DCN), that hold a copy
+            each; -1 is one for each slice (MaxText's `dcn_data_parallelism`). The mesh's axis
+            `data` is dcn_data x data.
     """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    dcn_data: int = 1
 
 
 LAYOUTS: dict[str, Layout] = {
     "data": Layout(data=-1),
     "fsdp": Layout(fsdp=-1),
     "fsdp_tensor": Layout(fsdp=-1, tensor=2),
+    "tensor": Layout(tensor=-1),
+    "hybrid": Layout(fsdp=-1, dcn_data=-1),
 }
 
 
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a layout (or of its name) over all devices, or over the given ones.
 
+    Slices lie outermost, so what is cut inside a copy travels over the fast links of one slice. Where
+    devices do not know their slice, or are virtual ones of one machine (CPU), each process counts
+    as one, and `dcn_data` cuts the devices, in order of processes, into equal blocks.
+
     Raises:
-        InputError: an unknown layout, or one whose sizes do not divide the devices.
+        InputError: an unknown layout, or one whose sizes do not fit the devices; names the nearest.
     """
     if isinstance(layout, str):
         if layout not in LAYOUTS:
@@ -68,24 +90,96 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
                 f"{nearest(layout, LAYOUTS)}"
             )
         layout = LAYOUTS[layout]
-    devices = jax.devices() if devices is None else devices
-    sizes = [layout.data, layout.fsdp, layout.tensor]
-    fixed = math.prod(s for s in sizes if s != -1)
-    if sizes.count(-1) > 1 or fixed < 1 or len(devices) % fixed:
-        raise InputError(
-            f"LAYOUT: data x fsdp x tensor = {' x '.join(map(str, sizes))} does not divide"
-            f" {len(devices)} devices"
-        )
-    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    if math.prod(sizes) != len(devices):
-        raise InputError(
-            f"LAYOUT: data x fsdp x tensor = {' x '.join(map(str, sizes))} uses"
-            f" {math.prod(sizes)} of {len(devices)} devices"
-        )
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = _sizes(layout, devices)
     # Auto: GSPMD propagates; JAX's default, Explicit, wants a sharding on each operation
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: list[Any]) -> int:
+    """Number of slices; of processes, where devices do not know their slice."""
+    found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
+    # JAX counts the hosts of one machine as one slice: several processes there rehearse several
+    if None in found or (len(found) == 1 and devices[0].platform == "cpu"):
+        found = collections.Counter(d.process_index for d in devices)
+    if len(set(found.values())) > 1:
+        raise InputError(
+            f"LAYOUT: slices of equal size are wanted, got {sorted(found.values())} devices"
+        )
+    return len(found)
+
+
+def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) of the mesh, copies across slices included in data."""
+    count, copies = len(devices), layout.dcn_data
+    if copies == -1 and (copies := _slices(devices)) == 1:
+        raise InputError(
+            f"LAYOUT: hybrid keeps a copy in each slice, and these {count} devices are one slice;"
+            " set LAYOUT=fsdp, or Layout.dcn_data to a number of copies"
+        )
+    if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:
+        raise InputError(
+            f"LAYOUT: dcn_data={copies} does not fit {slices} slices; nearest that does:"
+            f" dcn_data={slices}"
+        )
+    wanted = (copies, layout.data, layout.fsdp, layout.tensor)
+    given = [size for size in wanted if size != -1]
+    used = math.prod(given)
+    fits = min(given) >= 1 and count % used == 0 and (len(given) == 3 or used == count)
+    if not fits or len(given) < 3:
+        names = (*(("dcn_data",) * (copies != 1)), *AXES)
+        raise InputError(
+            f"LAYOUT: {' x '.join(names)} = {' x '.join(map(str, wanted[-len(names) :]))} does not"
+            f" fit {count} devices; nearest that does: {_nearest_layout(wanted, count)}"
+        )
+    copies, data, fsdp, tensor = (count // used if size == -1 else size for size in wanted)
+    return copies * data, fsdp, tensor
+
+
+def _nearest_layout(
+    wanted: Sequence[int], count: int, *, embed: int = 0, cut_by_tensor: int = 0
+) -> str:
+    """The layout of `count` devices whose factors to `wanted` are smallest, as text.
+
+    Args:
+        wanted: dcn_data, data, fsdp, tensor; -1 is free.
+        count: devices.
+        embed, cut_by_tensor: what fsdp and tensor have to divide; 0 is anything.
+    """
+
+    def distance(layout: Sequence[int]) -> tuple[float, ...]:
+        gaps = [
+            0.0 if asked == -1 else abs(math.log(size / max(asked, 1)))
+            for asked, size in zip(wanted, layout, strict=True)
+        ]
+        # of equally near ones the plainest, then the one that keeps the copies
+        return round(sum(gaps), 9), sum(size > 1 for size in layout), *gaps[:2], gaps[3]
+
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    layouts = [
+        (copies, data, count // (copies * data * tensor), tensor)
+        for copies in (divisors if wanted[0] != 1 else [1])
+        for data, tensor in itertools.product(divisors, repeat=2)
+        if count % (copies * data * tensor) == 0 and cut_by_tensor % tensor == 0
+    ]
+    best = min((x for x in layouts if embed % x[2] == 0), key=distance)
+    named = zip(("dcn_data", *AXES), best, strict=True)
+    return ", ".join(f"{name}={size}" for name, size in named if size > 1) or "data=1"
+
+
+def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
+    """[data, fsdp, tensor] devices, slices along the first axes that they divide."""
+    # splitting a physical axis is better than no mesh, and is tried last
+    options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
+    slices = len({getattr(d, "slice_index", None) for d in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, **options)
+    outer, left = [], slices  # sizes multiply to all devices, so 1 is left in the end
+    for size in sizes:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    inner = [size // o for size, o in zip(sizes, outer, strict=True)]
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, **options)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -116,5 +210,45 @@ def place_rows(batch: Any, mesh: Mesh) -> Any:
 
 
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """Shardings of a tree of logically partitioned boxes (`models.t5.abstract_params`)."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_AXIS_RULES)
+    """Shardings of a tree of logically partitioned boxes (`models.t5.abstract_params`).
+
+    Raises:
+        InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and
+            the nearest layout that divides all.
+    """
+    specs = nn.get_partition_spec(boxed)
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
+    _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings)
+    return shardings
+
+
+def _check_divisible(mesh: Mesh, params: Any, specs: Any, shardings: Any) -> None:
+    """Each dimension is a multiple of its mesh axis: jit refuses else, and GSPMD would pad.
+
+    Heads are cut whole: the relative bias is a table by head.
+    """
+    wrong: dict[str, str] = {}
+    cut: dict[str, int] = dict.fromkeys(AXES, 0)  # greatest common divisor of what an axis cuts
+
+    def check(path, param, spec, sharding) -> None:
+        for size, logical, axis in zip(param.shape, spec, sharding.spec, strict=False):
+            if axis is None:
+                continue
+            cut[axis] = math.gcd(cut[axis], size)
+            if size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                wrong.setdefault(
+                    f"{axis}={mesh.shape[axis]} does not divide {_FIELDS[logical]}={size}",
+                    f"{name} {list(param.shape)}",
+                )
+
+    jax.tree_util.tree_map_with_path(check, params, specs, shardings)
+    if wrong:
+        wanted = (1, *(mesh.shape[axis] for axis in AXES))
+        nearest_layout = _nearest_layout(
+            wanted, mesh.size, embed=cut["fsdp"], cut_by_tensor=cut["tensor"]
+        )
+        raise InputError(
+            f"LAYOUT: {', '.join(f'{what} ({where})' for what, where in wrong.items())}; nearest"
+            f" layout of {mesh.size} devices that does: {nearest_layout}"
+        )

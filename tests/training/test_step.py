@@ -1,6 +1,7 @@
 """The step gives the same update however the batch is cut: devices, slices, packing."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -96,13 +97,9 @@ def largest_gap(gradient, expected):
     return max(jax.tree.leaves(gaps))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [Layout(data=8), Layout(fsdp=8), Layout(data=2, fsdp=2, tensor=2)],
-    ids=["data", "fsdp", "data_fsdp_tensor"],
-)
-def test_eight_devices_give_the_update_of_one(data, one_device, layout):
-    assert jax.device_count() == 8
+def test_eight_devices_give_the_update_of_one(data, one_device):
+    """Cut in every way at once; `test_layouts.py` takes ten steps on each layout."""
+    layout = Layout(data=2, fsdp=2, tensor=2)
     losses, gradient = updates(batches(data)(0), layout, devices=8, steps=3)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-6)  # measured 2e-7
     assert largest_gap(gradient, one_device[1]) < 1e-5  # measured 2e-6
@@ -152,6 +149,17 @@ def test_the_state_is_donated_and_cut(data):
     step = jit_train_step(abstract, mesh, model=T5(MODEL), tx=tx, objective_weights=WEIGHTS)
     step(state, place_rows(batches(data)(0), mesh))
     assert kernel.is_deleted()
+
+
+def test_a_state_is_born_sharded():
+    """Making it takes a device its share of memory, and nothing of the size of the whole."""
+    config, tx = t5_config("t5_v1_1", "small", vocab_size=32128), optax.adamw(1e-3)
+    abstract = abstract_state(config, tx, make_mesh("fsdp"))
+    init = jax.jit(functools.partial(init_state, config, tx, abstract, seed=0))
+    memory = init.lower().compile().memory_analysis()
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.params))
+    assert memory.output_size_in_bytes < 3 * whole / 8 * 1.01
+    assert memory.temp_size_in_bytes < whole / 8
 
 
 def test_adafactor_moments_are_cut_like_their_parameter():

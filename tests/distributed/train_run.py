@@ -1,0 +1,21 @@
+"""Run by processes of a job: `train` on the embedded dataset; its summary goes to a file."""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from stepdistill_jax.training import TrainConfig, train
+
+given = json.loads(sys.argv[1])
+assert jax.device_count() == given["device_count"]
+try:
+    summary = train(
+        TrainConfig(**given["config"]), workdir=given["workdir"], data_dir=given["data_dir"]
+    )
+except SystemExit as stop:
+    print("left with", stop.code, file=sys.stderr, flush=True)
+    raise
+name = f"summary_{jax.process_count()}_{jax.process_index()}.json"
+(pathlib.Path(given["workdir"]) / name).write_text(json.dumps(summary))
