@@ -1,7 +1,9 @@
-"""The one error that a user can mend."""
+"""The one error that a user can mend, and the exit code of a run that only wants to be started again."""
 
 import difflib
 from collections.abc import Iterable
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
 
 
 class InputError(ValueError):

@@ -1,17 +1,105 @@
-"""Reading and writing files that a later reader may trust."""
+"""Reading and writing files that a later reader may trust; paths in an object store."""
 
 import contextlib
+import functools
 import hashlib
+import importlib.util
+import io
 import json
 import os
 import pathlib
+import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from stepdistill_jax.errors import InputError
 
 PARTIAL = ".partial"
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what fsspec reads each with
+# a URL, or what pathlib makes of one of ours: `gs:/bucket/run`
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
+
+
+def _url(path: os.PathLike | str) -> str | None:
+    """`SCHEME://REST` of a path that is a URL."""
+    text = os.fspath(path)
+    if (match := _URL.match(text)) is None:
+        return None
+    return f"{match[1] or match[2]}://{text[match.end() :].strip('/')}"
+
+
+def is_remote(path: os.PathLike | str) -> bool:
+    """Whether a path is in an object store (`gs://`, `s3://`) rather than on this machine."""
+    return (_url(path) or "").partition("://")[0] in _STORES
+
+
+def as_path(path: os.PathLike | str) -> pathlib.Path:
+    """A user's path: pathlib's, or one with its methods (`etils.epath`) in an object store.
+
+    In a store there are no appends, no renames, no locks, and no folder without a file in it.
+
+    Raises:
+        InputError: another kind of URL, or a package is missing that reads the store.
+    """
+    if (url := _url(path)) is None:
+        return pathlib.Path(path)
+    scheme, _, rest = url.partition("://")
+    if scheme not in _STORES:
+        raise InputError(f"{url}: a local path, gs://BUCKET/... or s3://BUCKET/... is wanted")
+    if not rest:
+        raise InputError(f"{url}: the bucket is missing; {scheme}://BUCKET/FOLDER is wanted")
+    _prepare_stores()
+    if importlib.util.find_spec(_STORES[scheme]) is None:
+        raise InputError(f"{url}: {scheme}:// needs a package: pip install {_STORES[scheme]}")
+    from etils import epath
+
+    return cast(pathlib.Path, epath.Path(url))
+
+
+def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
+    """The pathlib path of what must be on this machine.
+
+    Args:
+        path: as the user gave it.
+        name: what it is called in a message, e.g. `--data-dir`.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if (url := _url(path)) is not None:
+        raise InputError(
+            f"{name} {url}: must be on this machine, copy it here; only a workdir may be in a store"
+        )
+    return pathlib.Path(path)
+
+
+@functools.cache
+def _prepare_stores() -> None:
+    """Once, before the first path in a store is touched."""
+    # epath would read them by TensorFlow wherever that is installed; predict must not import it
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    import fsspec.config
+
+    # a listing that is kept does not show what TensorStore or another process wrote since
+    for scheme in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
+@functools.cache
+def local_copy(path: pathlib.Path) -> pathlib.Path:
+    """A file for a library that reads local ones only: `path`, or a copy that lives as long as we do."""
+    if not is_remote(path):
+        return path
+    import atexit
+
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="stepdistill-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = folder / path.name
+    copy.write_bytes(path.read_bytes())
+    return copy
 
 
 def fsync_folder(folder: pathlib.Path) -> None:
@@ -23,10 +111,25 @@ def fsync_folder(folder: pathlib.Path) -> None:
         os.close(handle)
 
 
+def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts every file below a local folder into a store, whole; what is there is replaced."""
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        (target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+
+
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was."""
-    path = pathlib.Path(path)
+    """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
+
+    In an object store the whole file is one put, which is atomic there.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        with io.BytesIO() if "b" in mode else io.StringIO() as f:
+            yield f
+            whole = f.getvalue()
+        path.write_bytes(whole if isinstance(whole, bytes) else whole.encode())
+        return
     partial = path.with_name(path.name + PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
@@ -51,7 +154,7 @@ def read_json(path: os.PathLike | str) -> Any:
         InputError: the file is missing, not UTF-8, or not JSON; names path and line.
     """
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        return json.loads(as_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -91,6 +194,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
     Raises:
         InputError: there is no such file, or it is one that cannot be read twice; names the path.
     """
+    path = local_path(path, "input")
     try:
         # before it is opened: the open of a pipe waits for its writer
         if stat.S_ISDIR(mode := os.stat(path).st_mode):
@@ -138,8 +242,8 @@ def check_writable(path: os.PathLike | str, name: str = "") -> None:
     Raises:
         InputError: it is a folder, or lies in one that cannot be written to.
     """
-    name = f"{name} {path}" if name else f"{path}"
-    path = pathlib.Path(path).absolute()
+    path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
+    path = path.absolute()
     if path.is_dir():
         raise InputError(f"{name}: is a folder, a file to write is wanted")
     nearest = next(parent for parent in path.parents if os.path.lexists(parent))

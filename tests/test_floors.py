@@ -12,10 +12,10 @@ NAME = "stepdistill_jax"
 
 # lowest first; what stands on one floor may not import its neighbours, but for the first
 FLOORS = (
-    ("errors", "files", "objectives", "progress", "text", "versions"),
+    ("errors", "files", "objectives", "progress", "roll_call", "text", "versions"),
     ("data",),
     ("models",),
-    ("sharding",),
+    ("sharding", "distributed", "compile_cache"),
     ("formats",),
     ("checkpoints",),
     ("inference",),

@@ -7,13 +7,16 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
+from stepdistill_jax.checkpoints import s3
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_json
+from stepdistill_jax.files import as_path, is_remote, read_json
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "state", "metadata")
 KEPT_LATEST = 2
+COMMITTED = "commit_success.txt"
 
 
 def rank(metrics: dict[str, Any]) -> Any:
@@ -31,14 +34,18 @@ class Checkpoints:
 
     def __init__(self, workdir: os.PathLike | str):
         """Opens (or makes) the folder; what a kill in the middle of a save left behind is removed."""
+        folder = _folder(workdir)
+        # renaming a folder in a store copies its files one by one
+        mode = AtomicityMode.COMMIT_FILE if is_remote(folder) else AtomicityMode.AUTO
         self._manager = ocp.CheckpointManager(
-            (pathlib.Path(workdir) / FOLDER).absolute(),
+            folder,
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=AnyPreservationPolicy(
                     [LatestN(n=KEPT_LATEST), BestN(get_metric_fn=rank, n=1)]
                 ),
                 best_fn=rank,
+                atomicity_options=AtomicityOptions(mode),
                 cleanup_tmp_directories=True,
             ),
         )
@@ -97,17 +104,30 @@ class Checkpoints:
             self._manager.close()
 
 
+def _folder(workdir: os.PathLike | str) -> pathlib.Path:
+    path = as_path(workdir) / FOLDER
+    if not is_remote(path):
+        return path.absolute()
+    if os.fspath(path).startswith(s3.S3):
+        s3.enable()
+    return path
+
+
 def is_workdir(path: os.PathLike | str) -> bool:
     """Whether `path` is a training run's folder rather than an exported model."""
-    return (pathlib.Path(path) / FOLDER).is_dir()
+    return _folder(path).is_dir()
 
 
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
     """Metrics of each finished step, oldest first; no manager is opened, so a live run is not disturbed."""
-    steps = {}
-    for folder in (pathlib.Path(workdir) / FOLDER).iterdir():
+    steps, remote = {}, is_remote(workdir)
+    if remote and not is_workdir(workdir):
+        return {}  # a store has no empty folders
+    for folder in _folder(workdir).iterdir():
         metadata = folder / "metadata" / "metadata"
-        if folder.name.isdigit() and metadata.is_file():
+        # a store has no rename that ends a save: there, Orbax writes this file last
+        last = folder / COMMITTED if remote else metadata
+        if folder.name.isdigit() and last.is_file():
             steps[int(folder.name)] = read_json(metadata)
     return dict(sorted(steps.items()))
 
@@ -138,7 +158,7 @@ def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
     Raises:
         InputError: the checkpoint holds other shapes than the model.
     """
-    path = (pathlib.Path(workdir) / FOLDER / str(step) / "params").absolute()
+    path = _folder(workdir) / str(step) / "params"
     restore_args = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype),
         abstract,

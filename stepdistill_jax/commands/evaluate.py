@@ -5,14 +5,12 @@ import pathlib
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
-from stepdistill_jax.commands.predict import add_model_arguments
+from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache, stopped_by_sigterm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `evaluate`."""
-    parser.add_argument(
-        "path", metavar="WORKDIR_OR_MODEL", type=pathlib.Path, help="what to evaluate"
-    )
+    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="what to evaluate")
     parser.add_argument(
         "--task",
         required=True,
@@ -28,22 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `tasks.evaluate` and prints its summary."""
+    """Calls `tasks.evaluate` and prints its summary; of several processes, the first one does."""
+    join_and_cache(args.path)
+    from stepdistill_jax.distributed import is_first
     from stepdistill_jax.inference.tally import in_words
     from stepdistill_jax.tasks import evaluate
 
-    result = evaluate(
-        args.path,
-        task=args.task,
-        split=args.split,
-        step=args.step,
-        output=args.output,
-        data_dir=args.data_dir,
-        batch_size=args.batch_size,
-        num_beams=args.num_beams,
-        length_penalty=args.length_penalty,
-        task_module=args.module,
-    )
-    step = "" if result["step"] is None else f" step {result['step']}"
-    print(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
+    with stopped_by_sigterm():
+        result = evaluate(
+            args.path,
+            task=args.task,
+            split=args.split,
+            step=args.step,
+            output=args.output,
+            data_dir=args.data_dir,
+            batch_size=args.batch_size,
+            layout=args.layout,
+            num_beams=args.num_beams,
+            length_penalty=args.length_penalty,
+            task_module=args.module,
+        )
+    if is_first():
+        step = "" if result["step"] is None else f" step {result['step']}"
+        print(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
     return result

@@ -10,7 +10,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workdir",
         metavar="WORKDIR",
-        type=pathlib.Path,
         help="folder of a training run (with --format jax also a model directory)",
     )
     parser.add_argument(

@@ -1,7 +1,8 @@
 """`stepdistill`: finds the command, runs it, and turns errors into exit codes.
 
 0 done; 2 bad usage, config or input, said in one line; 1 a failure in the run; 75 stopped by a
-signal after a clean save, to be started again; 130 interrupted from the keyboard.
+signal after a clean save, to be started again; 130 interrupted from the keyboard. One of several
+processes ends by SIGABRT where JAX lost another one: start all of them again.
 """
 
 import argparse
@@ -15,7 +16,9 @@ from typing import Any
 
 from stepdistill_jax import __version__
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
+from stepdistill_jax.distributed import is_first, leave
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.roll_call import ProcessesMissing
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -25,6 +28,7 @@ COMMANDS = {
     "prepare": "read a dataset with its rationales, check it, and write it as TFDS and JSONL",
     "annotate": "ask a large model for the rationales and labels of a JSONL file",
     "inspect": "show rows as the model sees them, and what the lengths would cut",
+    "plan": "memory, FLOPs and traffic of a config on N devices, without them",
     "train": "train a config in a workdir, or resume it",
     "evaluate": "accuracy of a workdir or model on a split",
     "predict": "labels and scores for the rows of a JSONL file",
@@ -33,8 +37,17 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns its exit code."""
-    argv = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
+    """Runs one command line; returns its exit code, or ends here where others run with this process."""
+    try:
+        code = _exit_code(split_gin_flags(sys.argv[1:] if argv is None else list(argv)))
+    except SystemExit as stop:
+        leave(stop.code if isinstance(stop.code, int) else FAILED)
+        raise
+    leave(code)
+    return code
+
+
+def _exit_code(argv: list[str]) -> int:
     debug = "--debug" in argv
     try:
         return _run(argv)
@@ -50,6 +63,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ProcessesMissing, MemoryError) as error:
+        # what their one line says is all that there is to know
+        if debug:
+            traceback.print_exc()
+        print(f"stepdistill: failed: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     except Exception as error:
         traceback.print_exc()
@@ -79,7 +98,7 @@ def _run(argv: list[str]) -> int:
     if args.debug:
         os.environ["JAX_TRACEBACK_FILTERING"] = "off"
     result = run(args)
-    if args.json:
+    if args.json and is_first():
         print(json.dumps(_plain(result or {})), flush=True)
     # a run that ended before its work did, and has said why
     return FAILED if (result or {}).get("stopped") else OK

@@ -1,7 +1,11 @@
 """`stepdistill predict`: labels and scores for the rows of a JSON-lines file."""
 
 import argparse
+import contextlib
 import pathlib
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
@@ -10,9 +14,7 @@ from stepdistill_jax.errors import InputError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `predict`."""
-    parser.add_argument(
-        "path", metavar="WORKDIR_OR_MODEL", type=pathlib.Path, help="what to predict with"
-    )
+    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="what to predict with")
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--step`, `--batch-size`, `--num-beams` and `--length-penalty`, which `evaluate` has, too."""
+    """`--step`, `--batch-size`, `--layout`, `--num-beams`, `--length-penalty`: also of `evaluate`."""
     parser.add_argument(
         "--step",
         default="best",
@@ -61,7 +63,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="which checkpoint of a workdir (default: best by validation)",
     )
     parser.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="rows at once (default: 64)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="rows at once, on all devices together (default: 64 for each that has rows of its own)",
+    )
+    parser.add_argument(
+        "--layout",
+        default="data",
+        metavar="NAME",
+        help="how all devices of all processes share the work: `data` (default) gives each the whole"
+        " model and rows of its own; `tensor` or `fsdp` cuts a model that one cannot hold",
     )
     parser.add_argument(
         "--num-beams",
@@ -80,29 +92,72 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.predict` and prints its summary."""
+    """Calls `inference.predict` and prints its summary; of several processes, the first one does."""
     if args.module:
         raise InputError(
             "--module: predict imports no SeqIO task; leave it out, labels are compared as the"
             " model's own task says (`evaluate --module` reads a split of such a task)"
         )
+    join_and_cache(args.path)
+    from stepdistill_jax.distributed import is_first
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.tally import in_words
 
-    result = predict(
-        args.path,
-        args.input,
-        args.output,
-        task=args.task,
-        step=args.step,
-        batch_size=args.batch_size,
-        max_decode_len=args.max_decode_len,
-        num_beams=args.num_beams,
-        length_penalty=args.length_penalty,
-        with_rationale=args.with_rationale,
-        prefix=args.prefix,
-        on_error=args.on_error,
-        data_dir=args.data_dir,
-    )
-    print(f"{args.output}: {in_words(result)}")
+    with stopped_by_sigterm():
+        result = predict(
+            args.path,
+            args.input,
+            args.output,
+            task=args.task,
+            step=args.step,
+            batch_size=args.batch_size,
+            layout=args.layout,
+            max_decode_len=args.max_decode_len,
+            num_beams=args.num_beams,
+            length_penalty=args.length_penalty,
+            with_rationale=args.with_rationale,
+            prefix=args.prefix,
+            on_error=args.on_error,
+            data_dir=args.data_dir,
+        )
+    if is_first():
+        print(f"{args.output}: {in_words(result)}")
     return result
+
+
+def join_and_cache(path: str) -> None:
+    """Joins the other processes; what is compiled for a workdir is kept beside it."""
+    from stepdistill_jax.distributed import join
+
+    join()
+    from stepdistill_jax import compile_cache
+    from stepdistill_jax.checkpoints.manager import is_workdir
+
+    if is_workdir(path):  # a model directory may lie anywhere
+        compile_cache.enable(compile_cache.beside(path))
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """A SIGTERM leaves with 75: what is done is kept, and a second start goes on from there.
+
+    With several processes `jax.distributed` catches it, and they stop together after a batch.
+    """
+    import jax
+
+    from stepdistill_jax.errors import EXIT_STOPPED
+    from stepdistill_jax.progress import log
+
+    def stop(_number, _frame) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
+        log("stopped by SIGTERM; start again to go on")
+        raise SystemExit(EXIT_STOPPED)
+
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,6 @@
 """`stepdistill train`: trains a config in a workdir, or goes on with what was begun there."""
 
 import argparse
-import pathlib
 from typing import Any
 
 from stepdistill_jax.commands.arguments import (
@@ -16,10 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument(
         "--workdir",
-        type=pathlib.Path,
         required=True,
         metavar="DIR",
-        help="folder of checkpoints, metrics and model; an unfinished run there is gone on with",
+        help="folder of checkpoints, metrics and model, also gs:// or s3://; an unfinished run there is"
+        " gone on with",
     )
     add_data_arguments(parser)
 
@@ -27,12 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config and calls `training.train`; the last step's metrics."""
     from stepdistill_jax.commands.gin_config import load_config
+    from stepdistill_jax.distributed import join
 
+    join()
     bindings = list(args.gin_bindings)
     if args.module:
         bindings.append(f"TASK_MODULE={args.module}")
     config, text = load_config(args.config, args.overrides, args.gin_files, bindings)
     require_seqio("train")
+    from stepdistill_jax import compile_cache
     from stepdistill_jax.training import train
 
+    compile_cache.enable(compile_cache.beside(args.workdir))
     return train(config, workdir=args.workdir, data_dir=args.data_dir, config_text=text)

@@ -12,7 +12,7 @@ from stepdistill_jax.data import prepared, writing
 from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.tally import shared_inputs
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import check_writable, read_json
+from stepdistill_jax.files import check_writable, local_path, read_json
 from stepdistill_jax.text.vocabulary import SentencePieceVocabulary
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_writable(page, "--report")
     reading = _read(name, source, field_map, teacher)
-    data_dir = prepared.default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
     with writing.locked(data_dir, dataset_name):
         found = _existing(dataset_name, data_dir)
@@ -113,7 +113,7 @@ def ensure_prepared(
     Raises:
         InputError: as `open_prepared`.
     """
-    folder = prepared.default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    folder = prepared.data_folder(data_dir)
     if name == prepared.EMBEDDED and not (folder / name / prepared.FILE).is_file():
         logger.info("preparing the embedded dataset %r in %s", name, folder)
         prepare(name, data_dir=folder)
@@ -152,7 +152,7 @@ def _read(
         return delivery.read()
     if source is None:
         raise InputError(f"prepare {name}: say where its files are with --source")
-    source = pathlib.Path(source)
+    source = local_path(source, "--source")
     if name == "jsonl":
         from stepdistill_jax.data.readers import jsonl
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import read_json, read_jsonl
+from stepdistill_jax.files import local_path, read_json, read_jsonl
 
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"
@@ -94,6 +94,15 @@ def default_data_dir() -> pathlib.Path:
     return pathlib.Path(platformdirs.user_cache_dir("stepdistill", appauthor=False))
 
 
+def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
+    """`data_dir`, or the default one for None.
+
+    Raises:
+        InputError: it is a URL: token stores are memory-mapped, which takes a file system.
+    """
+    return local_path(default_data_dir() if data_dir is None else data_dir, "--data-dir")
+
+
 def prepared_names(data_dir: os.PathLike | str) -> list[str]:
     """Names of the datasets that are prepared in `data_dir`."""
     return sorted(path.parent.name for path in pathlib.Path(data_dir).glob(f"[!.]*/{FILE}"))
@@ -110,7 +119,7 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
         InputError: it is not prepared there (lists those that are, and how to prepare it), or what
             is there is damaged.
     """
-    directory = (default_data_dir() if data_dir is None else pathlib.Path(data_dir)) / name
+    directory = data_folder(data_dir) / name
     path = directory / FILE
     if not path.is_file():
         names = prepared_names(directory.parent)

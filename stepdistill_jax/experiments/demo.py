@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +12,11 @@ import numpy as np
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.experiments.plots import learning_curves
-from stepdistill_jax.files import read_json, write_json
+from stepdistill_jax.files import local_path, read_json, write_json
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info
+from stepdistill_jax.inference.asking import encode_input
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import LoadedModel, load_model
-from stepdistill_jax.inference.predict import encode_input
 from stepdistill_jax.progress import log
 from stepdistill_jax.text.metrics import accuracy, majority_baseline
 from stepdistill_jax.training.config import TrainConfig
@@ -68,7 +67,7 @@ def demo(
         `arms` (rows of the table), `majority_baseline`, `plot`, and `rows`: test rows with the
         label and, for looking, the rationale that the step-by-step model gives.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = local_path(workdir, "--workdir")
     task = next(iter(arms.values()))[0].task
     dataset = ensure_prepared(task, data_dir)
     results, curves, shown = [], {}, []

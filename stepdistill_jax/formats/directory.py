@@ -10,7 +10,14 @@ import shutil
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, read_json, write_json
+from stepdistill_jax.files import (
+    as_path,
+    atomic_write,
+    is_remote,
+    local_copy,
+    read_json,
+    write_json,
+)
 from stepdistill_jax.formats.names import HEAD
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
@@ -90,7 +97,7 @@ def write_model_files(
     The tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell one would get other
     ids than here, and a small vocabulary would get ids beyond the embedding.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / CONFIG, _to_hf_config(config))
     tokenizer: dict[str, Any] = {
@@ -103,7 +110,8 @@ def write_model_files(
     if isinstance(vocabulary, SentencePieceVocabulary):
         tokenizer["tokenizer_class"] = "T5Tokenizer"
         target = directory / SPIECE
-        if not (target.exists() and target.samefile(vocabulary.path)):
+        in_place = not is_remote(target) and target.exists() and target.samefile(vocabulary.path)
+        if not in_place:
             with open(vocabulary.path, "rb") as source, atomic_write(target, "wb") as f:
                 shutil.copyfileobj(source, f)
     generation = {
@@ -132,7 +140,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     Raises:
         InputError: a file or field that is missing, wrong, or not supported; names both.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory}: no such model directory")
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
@@ -181,7 +189,7 @@ def read_config(directory: os.PathLike | str) -> T5Config:
     Raises:
         InputError: a field that is missing or wrong, or an architecture that is no T5.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     path = directory / CONFIG
     if not path.is_file() and find_t5x(directory):
         return config_from_shapes(directory, open_weights(directory).shapes())
@@ -253,7 +261,7 @@ def _flag(path: pathlib.Path, raw: dict, name: str, default: bool) -> bool:
 
 def _read_vocabulary(directory: pathlib.Path) -> Vocabulary:
     if (directory / SPIECE).is_file():
-        return load_vocabulary(directory / SPIECE)
+        return load_vocabulary(local_copy(directory / SPIECE))
     tokenizer = directory / TOKENIZER_CONFIG
     if tokenizer.is_file() and read_json(tokenizer).get("tokenizer_class") == "ByT5Tokenizer":
         return load_vocabulary(BYTES)
@@ -283,7 +291,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     Raises:
         InputError: the file, a field that is missing, or one of a wrong type; names both.
     """
-    path = pathlib.Path(directory) / TASK_INFO
+    path = as_path(directory) / TASK_INFO
     raw = read_json(path)
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
         raise InputError(f"{path}: `format` is missing; this is no {TASK_INFO}")

@@ -11,13 +11,12 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax.sharding import SingleDeviceSharding
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, fsync_folder, write_json
+from stepdistill_jax.files import write_json
 from stepdistill_jax.formats.names import HEAD, IGNORED, hf_names, is_transposed
+from stepdistill_jax.formats.safetensors_file import write_safetensors
 from stepdistill_jax.formats.tensors import Weights
 from stepdistill_jax.formats.weights import INDEX, WEIGHTS, has_own_head, open_weights
 from stepdistill_jax.models.config import T5Config
@@ -166,7 +165,8 @@ def save_params(
     """Writes float32 safetensors, reads them back and compares.
 
     One file, or, past `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as Hugging Face
-    cuts them. Beyond the parameters, the tensors of one shard are in memory. Safetensors that were in the directory are replaced.
+    cuts them. Beyond the parameters, one tensor is in memory. Safetensors that were in the directory
+    are replaced.
 
     Args:
         directory: of the model; must be there.
@@ -182,7 +182,8 @@ def save_params(
     """
     directory = pathlib.Path(directory)
     parts = dict(_parts(params, config))
-    sizes = {name: 4 * _count(array, layer) for name, (array, layer, _) in parts.items()}
+    shapes = {name: _shape(*part) for name, part in parts.items()}
+    sizes = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
     shards = _cut(sizes, max_shard_size)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -190,7 +191,8 @@ def save_params(
     # an index that is here would lead a reader to old and new shards while they are written
     (directory / INDEX).unlink(missing_ok=True)
     for file, names in zip(files, shards, strict=True):
-        _save_file(directory / file, {name: _tensor(*parts[name]) for name in names})
+        of_file = {name: shapes[name] for name in names}
+        write_safetensors(directory / file, of_file, lambda name: _tensor(*parts[name]))
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = {"total_size": sum(sizes.values())}
@@ -201,8 +203,9 @@ def save_params(
     return sum(sizes.values()) // 4
 
 
-def _count(array: Any, layer: int | None) -> int:
-    return math.prod(array.shape if layer is None else array.shape[1:])
+def _shape(array: Any, layer: int | None, transposed: bool) -> tuple[int, ...]:
+    shape = tuple(array.shape if layer is None else array.shape[1:])
+    return shape[::-1] if transposed else shape
 
 
 def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
@@ -216,17 +219,3 @@ def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _save_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    partial = path.with_name(path.name + PARTIAL)
-    safetensors.numpy.save_file(dict(tensors), partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # the library writes 0600; a server is often another user
-    with open(partial, "rb") as f:
-        os.fsync(f.fileno())
-    with safetensors.safe_open(partial, "numpy") as again:
-        for name, tensor in tensors.items():
-            if not np.array_equal(again.get_tensor(name), tensor, equal_nan=True):
-                raise OSError(f"{partial}: {name} reads back differently from what was written")
-    os.replace(partial, path)
-    fsync_folder(path.parent)

@@ -1,13 +1,16 @@
-"""`model.safetensors`, mapped: slices are views of the file's pages."""
+"""`model.safetensors`: mapped for reading, so slices are views of its pages; written tensor by tensor."""
 
 import json
+import math
 import pathlib
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
 import safetensors
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import atomic_write
 from stepdistill_jax.formats.tensors import Tensor, map_file
 
 _DTYPES = {
@@ -43,3 +46,47 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         view = memoryview(data)[start + begin : start + end]
         tensors[name] = np.frombuffer(view, dtype).reshape(entry["shape"])
     return tensors
+
+
+def write_safetensors(
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], np.ndarray],
+) -> None:
+    """Writes float32 tensors, reads them back and compares.
+
+    The bytes are those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which holds
+    all tensors of a file twice while it writes; here one is held at a time.
+
+    Args:
+        path: of the file; it appears whole or not at all.
+        shapes: of each tensor by name.
+        tensor: makes a tensor, contiguous float32; called twice for each name.
+
+    Raises:
+        OSError: what was read back differs from what was written.
+    """
+    names = sorted(shapes)  # the library's order, where all are of one type
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        size = 4 * math.prod(shapes[name])
+        header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [at, at + size]}
+        at += size
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)  # the data begin at a multiple of 8
+    with atomic_write(path, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            f.write(tensor(name).data)
+        f.flush()
+        again = open_safetensors(pathlib.Path(f.name))
+        for name in names:
+            if not _same(again[name], tensor(name)):
+                raise OSError(f"{f.name}: {name} reads back differently from what was written")
+
+
+def _same(a: Tensor, b: np.ndarray) -> bool:
+    # bits: a NaN equals itself
+    a = np.asarray(a)
+    return a.dtype == b.dtype and np.array_equal(a.view(np.uint32), b.view(np.uint32))

@@ -10,12 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from stepdistill_jax.inference.token_loop import decode_tokens
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.sharding import (
     LOGICAL_AXIS_RULES,
+    batch_sharding,
     batch_shards,
     place_rows,
     replicated,
@@ -23,6 +24,7 @@ from stepdistill_jax.sharding import (
 from stepdistill_jax.text.vocabulary import EOS_ID
 
 SMALLEST_BUCKET = 32
+ROWS_PER_DEVICE = 64
 
 
 def greedy_decode(
@@ -112,7 +114,7 @@ class LabelDecoder:
         config: T5Config,
         *,
         max_decode_len: int,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         mesh: Mesh | None = None,
         decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
     ):
@@ -121,22 +123,35 @@ class LabelDecoder:
         Args:
             config: of the model; dropout is off.
             max_decode_len: most tokens of an answer, the end of sequence included.
-            batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes.
+            batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes. None is
+                64 for each part of the mesh that has rows of its own.
             mesh: where `params` live and rows are spread; None is the default device. On several
                 processes each must ask for the same rows, and each gets all answers.
             decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
                 encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
         """
         shards = batch_shards(mesh) if mesh else 1
-        self.batch_size = -(-batch_size // shards) * shards
+        wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
+        self.batch_size = -(-wanted // shards) * shards
         self.max_decode_len = max_decode_len
         self._mesh = mesh
-        self._decode = jax.jit(
-            lambda params, encoder_input_tokens: decode_fn(
-                params, config, encoder_input_tokens, max_decode_len=max_decode_len
-            ),
-            out_shardings=replicated(mesh) if mesh else None,
-        )
+
+        def decode(params, encoder_input_tokens):
+            return decode_fn(params, config, encoder_input_tokens, max_decode_len=max_decode_len)
+
+        self._whole_model = mesh is not None and mesh.shape["data"] == mesh.size
+        if mesh is not None and self._whole_model:
+            # each device has all parameters and goes through its rows by itself: GSPMD would ask
+            # all of them at each token whether all are done, and gather the logits of beams
+            rows = batch_sharding(mesh).spec
+            decode = jax.shard_map(
+                decode,
+                mesh=mesh,
+                in_specs=(PartitionSpec(), rows),
+                out_specs=rows,
+                check_vma=False,
+            )
+        self._decode = jax.jit(decode, out_shardings=replicated(mesh) if mesh else None)
 
     def __call__(
         self,
@@ -183,7 +198,7 @@ class LabelDecoder:
 
     @contextlib.contextmanager
     def _context(self) -> Iterator[None]:
-        if not self._mesh:
+        if self._mesh is None or self._whole_model:
             yield
             return
         with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):

@@ -3,6 +3,7 @@
 `tasks.evaluate` takes the tasks that only SeqIO can read, too.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
@@ -12,14 +13,17 @@ from typing import Any
 
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.files import check_writable, write_json
+from stepdistill_jax.files import as_path, check_writable, is_remote, upload, write_json
+from stepdistill_jax.inference.asking import cut_ids, how_to_ask
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.decode import LabelDecoder
-from stepdistill_jax.inference.model import load_model
-from stepdistill_jax.inference.predict import cut_ids, how_to_ask, predict
+from stepdistill_jax.inference.model import device_mesh, load_model
+from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.inference.tally import Tally
+from stepdistill_jax.inference.together import everywhere, is_first, on_first, require_same
 from stepdistill_jax.progress import progress
+from stepdistill_jax.sharding import Layout
 
 PREDICTIONS = "predictions"
 
@@ -32,7 +36,8 @@ def evaluate(
     step: str | int = "best",
     output: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
 ) -> dict[str, Any]:
@@ -48,8 +53,7 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where the dataset is prepared.
-        batch_size: rows decoded at once.
-        num_beams, length_penalty: as for `predict`.
+        batch_size, layout, num_beams, length_penalty: as for `predict`.
 
     Returns:
         What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
@@ -58,29 +62,34 @@ def evaluate(
         InputError: no such model, step, dataset or split, or a bad option.
     """
     search(num_beams, length_penalty)  # a bad value is said before anything is read
-    dataset = open_prepared(task, data_dir)
+    source = everywhere(lambda: open_prepared(task, data_dir).file(split))
     if output is not None:
-        check_writable(output, "--output")
-    found = resolve_step(path, step) if is_workdir(path) else None
+        on_first(lambda: check_writable(output, "--output"))
+    found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
     beams = "" if num_beams == 1 else f"-beams{num_beams}"
     penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
     with tempfile.TemporaryDirectory() as scratch:
-        folder = pathlib.Path(scratch) if found is None else pathlib.Path(path) / PREDICTIONS
+        kept = None if found is None else as_path(path) / PREDICTIONS
+        remote = kept is not None and is_remote(kept)
+        folder = pathlib.Path(scratch) if kept is None or remote else kept
         result = predict(
             path,
-            dataset.file(split),
+            source,
             folder / f"{task}-{split}-{found}{beams}{penalty}.jsonl",
             task=task,
             step=step if found is None else found,
             batch_size=batch_size,
+            layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
             data_dir=data_dir,
         )
+        if kept is not None and remote:
+            on_first(lambda: upload(folder, kept))
     told = {"num_beams": num_beams, "length_penalty": length_penalty}
     result = {"task": task, "split": split, "step": found, **told} | result
     if output is not None:
-        write_json(output, result)
+        on_first(lambda: write_json(output, result))
     return result
 
 
@@ -92,7 +101,8 @@ def evaluate_tokens(
     metric: str,
     allowed: Sequence[str] = (),
     step: str | int = "best",
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
 ) -> dict[str, Any]:
@@ -105,8 +115,7 @@ def evaluate_tokens(
         metric: how they are compared.
         allowed: the possible labels, where they are few.
         step: of a workdir: `best`, `last` or a number.
-        batch_size: rows decoded at once.
-        num_beams, length_penalty: as for `predict`.
+        batch_size, layout, num_beams, length_penalty: as for `predict`.
 
     Returns:
         What `predict` returns, and `step`, `num_beams`, `length_penalty`.
@@ -115,18 +124,22 @@ def evaluate_tokens(
         InputError: no such model or step, or a bad option.
     """
     decode_fn = search(num_beams, length_penalty)
-    model = load_model(path, step)
+    mesh = device_mesh(layout)
+    model = load_model(path, step, mesh=mesh)
     asking = how_to_ask(model)
     decoder = LabelDecoder(
         model.config,
         max_decode_len=asking.decode_lengths[0],
         batch_size=batch_size,
+        mesh=mesh,
         decode_fn=decode_fn,
     )
     tally, cut = Tally(metric, allowed), [cut_ids(ids, asking.input_length) for ids in inputs]
+    require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
-    with progress(len(inputs), "evaluate") as bar:
-        decoded = decoder(model.params, cut, bar.update)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(len(inputs), "evaluate")) if is_first() else None
+        decoded = decoder(model.params, cut, bar.update if bar else None)
     seconds = time.perf_counter() - start
     for number, (ids, label) in enumerate(zip(decoded.ids, labels, strict=True), 1):
         row = Row(str(number), {"input": "", "label": label})

@@ -9,7 +9,7 @@ from typing import Any
 import stepdistill_jax
 from stepdistill_jax.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, fsync_folder
+from stepdistill_jax.files import atomic_write, fsync_folder, local_path
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.directory import (
     GENERATION_CONFIG,
@@ -20,8 +20,8 @@ from stepdistill_jax.formats.directory import (
 )
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.formats.tokenizer import write_tokenizer
+from stepdistill_jax.inference.asking import how_to_ask
 from stepdistill_jax.inference.model import LoadedModel, load_model
-from stepdistill_jax.inference.predict import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 
 FORMATS = ("hf", "jax")
@@ -57,7 +57,7 @@ def export(
     """
     if format not in FORMATS:
         raise InputError(f"--format: {' or '.join(FORMATS)} is wanted, got {format!r}")
-    target = pathlib.Path(model_dir)
+    target = local_path(model_dir, "MODEL_DIR")
     _check_target(target)
     if format == "hf" and not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints to export)")

@@ -3,23 +3,24 @@
 import dataclasses
 import os
 import pathlib
-import zlib
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step, restore_params
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import digest
-from stepdistill_jax.formats.directory import TaskInfo, read_model_files
+from stepdistill_jax.files import as_path, digest, local_path
+from stepdistill_jax.formats.directory import ModelFiles, TaskInfo, read_model_files
 from stepdistill_jax.formats.hf import load_params
+from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import abstract_params
-from stepdistill_jax.sharding import param_shardings
+from stepdistill_jax.sharding import Layout, make_mesh, param_shardings
 from stepdistill_jax.text.vocabulary import Vocabulary
 
 
@@ -52,28 +53,25 @@ def load_model(
     Args:
         path: a folder with `checkpoints/`, or one in the Hugging Face layout.
         step: `best` by validation, `last`, or a number; a model directory has only one.
-        mesh: where the parameters are placed; None is the default device.
+        mesh: where the parameters are placed; None is the default device. Over devices of several
+            processes, all must call this; process 0 chooses the step.
 
     Raises:
         InputError: not a model, no such step, or weights that do not fit the configuration.
     """
-    path = pathlib.Path(path)
-    files = read_model_files(path)
-    if not is_workdir(path) and step not in ("best", "last"):
-        raise InputError(
-            f"--step {step}: {path} is a model directory, which holds one model; leave --step out,"
-            " or give the workdir"
-        )
+    path = as_path(path)
+    found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
+    # all have read these before Orbax lets them wait for each other
+    files = everywhere(lambda: _read_files(path, step, found))
     boxed = abstract_params(files.config)
     if mesh:
         shardings = param_shardings(mesh, boxed)
     else:
         one = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, nn.meta.unbox(boxed))
-    if not is_workdir(path):
-        params, found = load_params(path, files.config, shardings), None
+    if found is None:
+        params = everywhere(lambda: load_params(path, files.config, shardings))
     else:
-        found = resolve_step(path, step)
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             nn.meta.unbox(boxed),
@@ -84,6 +82,51 @@ def load_model(
     return LoadedModel(path, config, params, files.vocabulary, files.task_info, found)
 
 
+def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> ModelFiles:
+    files = read_model_files(path)
+    if found is not None:
+        resolve_step(path, found)
+    elif step not in ("best", "last"):
+        raise InputError(
+            f"--step {step}: {path} is a model directory, which holds one model; leave --step out,"
+            " or give the workdir"
+        )
+    else:
+        local_path(path, "model directory")
+    return files
+
+
+def device_mesh(layout: str | Layout) -> Mesh | None:
+    """The mesh of a layout over all devices of all processes; None where there is one device only.
+
+    Raises:
+        InputError: an unknown layout, or one that does not fit the devices.
+    """
+    mesh = make_mesh(layout)
+    return mesh if mesh.size > 1 else None
+
+
 def params_fingerprint(params: Any) -> str:
-    """A checksum of all parameters: the same for a checkpoint and for its export."""
-    return digest([zlib.crc32(np.ascontiguousarray(x).data) for x in jax.tree.leaves(params)])
+    """A checksum of all parameters: the same for a checkpoint and for its export.
+
+    It is computed where the parameters live and does not depend on how they are cut. On several
+    processes all must call it.
+    """
+    sums = [_checksum(x) for x in jax.tree.leaves(params)]
+    return digest([np.asarray(x).tolist() for x in sums])
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """[2] uint32: the sum, and that of the squares, of each element's bits mixed with its place.
+
+    Integers modulo 2^32: exact in any order, so over any cut of the array.
+    """
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    # multiplications and shifts of MurmurHash3
+    h = jax.lax.bitcast_convert_type(x, jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.stack([jnp.sum(h, dtype=jnp.uint32), jnp.sum(h * h, dtype=jnp.uint32)])

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from stepdistill_jax.errors import InputError
@@ -14,6 +15,7 @@ from stepdistill_jax.files import (
     read_json,
     write_json,
 )
+from stepdistill_jax.inference.together import on_first
 
 
 class PartialOutput:
@@ -99,3 +101,54 @@ class PartialOutput:
         if not self._file.closed and self.state["rows"] == 0:
             self.discard()
         self._file.close()
+
+
+class SharedOutput:
+    """A `PartialOutput` of several processes: process 0 has the file, all make the same calls.
+
+    What fails on process 0 is raised on all. With one process it is the `PartialOutput`.
+
+    Attributes:
+        path: of the output.
+        state: of the file, on every process: `rows` that are done, and the counts of `append`.
+    """
+
+    def __init__(self, path: os.PathLike | str, key: str):
+        """As `PartialOutput`."""
+        self.path = pathlib.Path(path)
+        self._partial: PartialOutput | None = None
+
+        def open_partial() -> dict[str, Any]:
+            self._partial = PartialOutput(path, key)
+            return self._partial.state
+
+        self.state: dict[str, Any] = on_first(open_partial)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows that an earlier run wrote; none but on process 0, which counts the answers."""
+        return self._partial.rows() if self._partial else []
+
+    def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
+        """As `PartialOutput.append`."""
+
+        def append(partial: PartialOutput) -> dict[str, Any]:
+            partial.append(rows, **counts)
+            return partial.state
+
+        self.state = self._do(append)
+
+    def finish(self) -> None:
+        """As `PartialOutput.finish`."""
+        self._do(PartialOutput.finish)
+
+    def discard(self) -> None:
+        """As `PartialOutput.discard`."""
+        self._do(PartialOutput.discard)
+
+    def close(self) -> None:
+        """As `PartialOutput.close`; waits for nobody, so it may be called while an error is raised."""
+        if self._partial:
+            self._partial.close()
+
+    def _do(self, action: Callable[[PartialOutput], Any]) -> Any:
+        return on_first(lambda: action(self._partial) if self._partial else None)

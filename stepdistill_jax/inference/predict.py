@@ -1,65 +1,52 @@
-"""Labels for a file of inputs, streamed: what is done is kept, and a second start goes on from there."""
+"""Labels for a file of inputs, streamed: what is done is kept, and a second start goes on from there.
 
+Several processes read the same input and decode each batch together; process 0 writes.
+"""
+
+import contextlib
 import dataclasses
 import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import digest, sha256
+from stepdistill_jax.errors import EXIT_STOPPED, InputError
+from stepdistill_jax.files import digest, local_path, sha256
+from stepdistill_jax.inference.asking import (
+    RATIONALE,
+    Asking,
+    encode_input,
+    how_to_ask,
+)
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.decode import LabelDecoder
-from stepdistill_jax.inference.model import LoadedModel, load_model, params_fingerprint
-from stepdistill_jax.inference.output import PartialOutput
+from stepdistill_jax.inference.model import (
+    LoadedModel,
+    device_mesh,
+    load_model,
+    params_fingerprint,
+)
+from stepdistill_jax.inference.output import SharedOutput
 from stepdistill_jax.inference.rows import Row, count_rows, read_rows
 from stepdistill_jax.inference.tally import Tally
-from stepdistill_jax.objectives import LABEL_INPUT, RATIONALE_INPUT, Objective
-from stepdistill_jax.progress import log, progress
-from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
-
-WINDOW_ROWS = 4096  # decoded together, then written and synced: what a crash costs at most
-ON_ERROR = ("stop", "skip")
-RATIONALE = "rationale"
-# for a directory that does not say: the paper's prefixes and lengths
-BARE_OBJECTIVES = (
-    Objective("label", LABEL_INPUT, "{label}"),
-    Objective(RATIONALE, RATIONALE_INPUT, "{rationale}"),
+from stepdistill_jax.inference.together import (
+    everywhere,
+    is_first,
+    on_first,
+    require_same,
+    stop_agreed,
 )
-BARE_INPUT_LENGTH, BARE_LABEL_LENGTH, BARE_RATIONALE_LENGTH = 1024, 64, 256
+from stepdistill_jax.progress import log, progress
+from stepdistill_jax.sharding import Layout
 
-
-@dataclasses.dataclass(frozen=True)
-class Asking:
-    """How a model is asked.
-
-    Attributes:
-        objectives: the label's, and the rationale's where it is wanted, too.
-        prefix: replaces the label objective's template by this text and the input.
-        input_length: most ids of an input, the end of sequence included; longer ones are cut.
-        decode_lengths: most ids of an answer, per objective.
-        metric, labels: the task's.
-    """
-
-    objectives: tuple[Objective, ...]
-    prefix: str | None
-    input_length: int
-    decode_lengths: tuple[int, ...]
-    metric: str
-    labels: tuple[str, ...]
-
-    def prompts(self, row: Row) -> list[str]:
-        """One text per objective."""
-        texts = [objective.render(row.fields)[0] for objective in self.objectives]
-        if self.prefix is not None:
-            texts[0] = self.prefix + row.fields["input"]
-        return texts
+# decoded together, then written and synced: what a crash costs at most
+WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger one counts
+ON_ERROR = ("stop", "skip")
 
 
 def predict(
@@ -69,7 +56,8 @@ def predict(
     *,
     task: str | None = None,
     step: str | int = "best",
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    layout: str | Layout = "data",
     max_decode_len: int | None = None,
     num_beams: int = 1,
     length_penalty: float | None = None,
@@ -88,11 +76,15 @@ def predict(
         output: JSON lines `id`, `label`, `score` (natural log of the probability of the label, its
             end of sequence included, 6 digits), and `rationale` if asked for. It gets its name when
             it is whole; a file of that name is replaced only then. A run that was stopped goes on
-            where it was, with the same bytes in the end.
+            where it was: with the same bytes in the end, or, on other devices or in other batches,
+            with the same labels and scores within 1e-5.
         task: prepared dataset that says how labels are compared and which there are; None is the
             model's own.
         step: of a workdir: `best`, `last` or a number.
-        batch_size: rows decoded at once.
+        batch_size: rows decoded at once, on all devices together; None is 64 for each device that
+            has rows of its own.
+        layout: how the devices of all processes share the work (`sharding.LAYOUTS`): `data` gives
+            each the whole model and rows of its own, `tensor` cuts a model that one cannot hold.
         max_decode_len: most ids of a label; None is what training found enough (64 where the
             directory does not say).
         num_beams: answers pursued at once (`inference.beam_search`); 1 takes the likeliest token each
@@ -113,43 +105,63 @@ def predict(
     Raises:
         InputError: bad options, model, or row (file and line), an input that changed in the
             meantime, or an output that another run is writing; a former output is left as it was.
+            One that only one of several processes meets is raised on all.
+        SystemExit: with 75, one of several processes got a SIGTERM; started again, it goes on.
     """
     _check_options(input, output, batch_size, max_decode_len, on_error)
     decode_fn = search(num_beams, length_penalty)
-    total = count_rows(input, on_error)
-    model = load_model(path, step)
-    asking = how_to_ask(
-        model,
-        task=task,
-        max_decode_len=max_decode_len,
-        with_rationale=with_rationale,
-        prefix=prefix,
-        data_dir=data_dir,
+    mesh = device_mesh(layout)
+    total, before = everywhere(lambda: (count_rows(input, on_error), sha256(input)))
+    model = load_model(path, step, mesh=mesh)
+    asking = everywhere(
+        lambda: how_to_ask(
+            model,
+            task=task,
+            max_decode_len=max_decode_len,
+            with_rationale=with_rationale,
+            prefix=prefix,
+            data_dir=data_dir,
+        )
     )
-    before = sha256(input)
+    # not the batch size and the number of devices: they move a score by its last digit, and who was
+    # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
     key = digest(
         {
             "params": params_fingerprint(model.params),
             "vocabulary": model.vocabulary.fingerprint,
             "asking": dataclasses.asdict(asking),
-            "batch_size": batch_size,
             "search": [num_beams, length_penalty],
             "input": before,
             "device": jax.devices()[0].device_kind,
         }
     )
-    partial = PartialOutput(output, key)
-    try:
-        result = _run(model, asking, input, partial, total, batch_size, decode_fn)
-        if result["rows"] != total or _digest_or_none(input) != before:
-            partial.discard()
-            raise InputError(
-                f"{input}: it changed while it was read ({total} good rows at first, then"
-                f" {result['rows']}); start again when it is whole"
-            )
-        partial.finish()
-    finally:
-        partial.close()
+    require_same(key, "input or model")
+    decoders = [
+        LabelDecoder(
+            model.config,
+            max_decode_len=length,
+            batch_size=batch_size,
+            mesh=mesh,
+            decode_fn=decode_fn,
+        )
+        for length in asking.decode_lengths
+    ]
+    with contextlib.closing(SharedOutput(output, key)) as shared:
+        result = _run(model, asking, decoders, input, shared, total)
+
+        def unchanged():
+            if result["rows"] != total or _digest_or_none(input) != before:
+                raise InputError(
+                    f"{input}: it changed while it was read ({total} good rows at first, then"
+                    f" {result['rows']}); start again when it is whole"
+                )
+
+        try:
+            everywhere(unchanged)
+        except InputError:
+            shared.discard()
+            raise
+        shared.finish()
     return result
 
 
@@ -159,105 +171,79 @@ def _check_options(input, output, batch_size, max_decode_len, on_error) -> None:
             raise InputError(f"{flag}: a whole number above 0 is wanted, got {value!r}")
     if on_error not in ON_ERROR:
         raise InputError(f"--on-error: {' or '.join(ON_ERROR)} is wanted, got {on_error!r}")
-    if pathlib.Path(input).resolve() == pathlib.Path(output).resolve():
+    if local_path(input, "input").resolve() == local_path(output, "output").resolve():
         raise InputError(f"{output}: input and output are the same file")
-
-
-def how_to_ask(
-    model: LoadedModel,
-    *,
-    task: str | None = None,
-    max_decode_len: int | None = None,
-    with_rationale: bool = False,
-    prefix: str | None = None,
-    data_dir: os.PathLike | str | None = None,
-) -> Asking:
-    """What the model's `stepdistill.json` says, or the paper's habits where it has none.
-
-    Raises:
-        InputError: an unprepared `task`, or a rationale of a model that was not trained to give one.
-    """
-    info = model.task_info
-    objectives = info.objectives if info else BARE_OBJECTIVES
-    lengths = [info.max_decode_len if info else BARE_LABEL_LENGTH]
-    if max_decode_len is not None:
-        lengths = [max_decode_len]
-    chosen = [objectives[0]]
-    if with_rationale:
-        found = [o for o in objectives[1:] if o.name == RATIONALE]
-        if not found:
-            raise InputError(
-                f"--with-rationale: {model.path} has no objective named {RATIONALE!r}"
-                f" (it has {', '.join(o.name for o in objectives)})"
-            )
-        chosen += found
-        lengths.append(info.target_length if info else BARE_RATIONALE_LENGTH)
-    metric, labels = (info.metric, info.labels) if info else ("text_match", ())
-    if task is not None:
-        dataset = open_prepared(task, data_dir)
-        metric, labels = dataset.metric, dataset.labels
-    return Asking(
-        tuple(chosen),
-        prefix,
-        info.input_length if info else BARE_INPUT_LENGTH,
-        tuple(lengths),
-        metric,
-        labels,
-    )
-
-
-def encode_input(vocabulary: Vocabulary, text: str, input_length: int) -> tuple[list[int], bool]:
-    """(ids with their end of sequence, whether they were cut), as training batches cut them."""
-    ids = [*vocabulary.encode(text), EOS_ID]
-    return cut_ids(ids, input_length), len(ids) > input_length
-
-
-def cut_ids(ids: Sequence[int], length: int) -> list[int]:
-    """At most `length` ids, the last one still the end of sequence: `[5, 6, 7, 1]` -> `[5, 6, 1]`."""
-    return list(ids) if len(ids) <= length else [*ids[: length - 1], EOS_ID]
 
 
 def _run(
     model: LoadedModel,
     asking: Asking,
+    decoders: list[LabelDecoder],
     input: os.PathLike | str,
-    partial: PartialOutput,
+    shared: SharedOutput,
     total: int,
-    batch_size: int,
-    decode_fn: Callable,
 ) -> dict[str, Any]:
     tally = Tally(asking.metric, asking.labels)
-    counts = {name: partial.state.get(name, 0) for name in ("unfinished", "cut_inputs")}
+    counts = {name: shared.state.get(name, 0) for name in ("unfinished", "cut_inputs")}
     skipped = []
     rows = _good_rows(input, skipped)
-    earlier = partial.rows()
-    if earlier:
-        log(f"{partial.path}: {len(earlier)} rows are done, going on from there")
-    # not strict: fewer rows than before are found by the caller, who counts them
-    for row, done in zip(itertools.islice(rows, len(earlier)), earlier, strict=False):
-        tally.add(row, done["label"])
-    decoders = [
-        LabelDecoder(
-            model.config, max_decode_len=length, batch_size=batch_size, decode_fn=decode_fn
-        )
-        for length in asking.decode_lengths
-    ]
+    done = shared.state["rows"]
+    if done and is_first():
+        log(f"{shared.path}: {done} rows are done, going on from there")
+
+    def count_earlier() -> None:
+        earlier = shared.rows()  # all are there, or none: only the process that writes counts
+        for number, row in enumerate(itertools.islice(rows, done)):
+            if earlier:
+                tally.add(row, earlier[number]["label"])
+
+    everywhere(count_earlier)
+    window_rows = max(WINDOW_ROWS, WINDOW_BATCHES * decoders[0].batch_size)
+
+    def next_window() -> list[Row]:
+        window = everywhere(lambda: list(itertools.islice(rows, window_rows)))
+        require_same([row.fields for row in window], "input")
+        return window
+
     start = time.perf_counter()
-    description = f"predict {pathlib.Path(input).name}"
-    with progress(total, description, done=len(earlier)) as bar:
-        while window := list(itertools.islice(rows, WINDOW_ROWS)):
-            answers = _decode_window(model, asking, decoders, window, counts, bar.update)
-            partial.append(answers, **counts)
+    with _until_stopped(total, f"predict {pathlib.Path(input).name}", shared) as update:
+        while window := next_window():
+            answers = _decode_window(model, asking, decoders, window, counts, update)
+            shared.append(answers, **counts)
             for row, answer in zip(window, answers, strict=True):
                 tally.add(row, answer["label"])
     seconds = time.perf_counter() - start
-    new = tally.rows - len(earlier)
-    return {
-        **tally.summary(),
-        **counts,
-        "skipped": len(skipped),
-        "rows_per_second": round(new / seconds, 3) if new else 0.0,
-    }
+    new = tally.rows - done
+    return on_first(
+        lambda: {
+            **tally.summary(),
+            **counts,
+            "skipped": len(skipped),
+            "rows_per_second": round(new / seconds, 3) if new else 0.0,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _until_stopped(
+    total: int, description: str, shared: SharedOutput
+) -> Iterator[Callable[[int], None]]:
+    """Yields what is called after each batch: it shows the progress, and leaves after a signal."""
+    batches = itertools.count(1)
+    with contextlib.ExitStack() as stack:
+        bar = None
+        if is_first():
+            bar = stack.enter_context(progress(total, description, done=shared.state["rows"]))
+
+        def update(rows: int) -> None:
+            if bar:
+                bar.update(rows)
+            if stop_agreed(next(batches)):
+                if is_first():
+                    log(f"stopped by a signal: {shared.state['rows']} rows are kept; start again")
+                raise SystemExit(EXIT_STOPPED)
+
+        yield update
 
 
 def _digest_or_none(path: os.PathLike | str) -> str | None:
@@ -272,7 +258,8 @@ def _good_rows(input: os.PathLike | str, skipped: list[InputError]) -> Iterator[
         if isinstance(row, Row):
             yield row
         else:
-            log(f"skipped: {row}")
+            if is_first():
+                log(f"skipped: {row}")
             skipped.append(row)
 
 

@@ -9,7 +9,7 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA H200": 989e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
+    "TPU v5": 459e12,  # the name that JAX gives a v5p
     "TPU v6 lite": 918e12,
 }
 
@@ -33,8 +33,29 @@ def train_flops(config: T5Config, *, rows: int, input_length: int, target_length
         input_length: encoder positions of a row.
         target_length: decoder positions of a row.
     """
+    weights, adapters, scores = _forward_flops(config, input_length, target_length)
+    trained = 3 * adapters + (3 if config.lora is None else 2) * weights
+    return float(rows * (trained + 3 * scores))
+
+
+def recomputed_flops(
+    config: T5Config, *, rows: int, input_length: int, target_length: int
+) -> float:
+    """FLOPs of the matmuls that the backward pass does again under the config's `remat_policy`.
+
+    `minimal` keeps what products with weights give and recomputes attention's own two products;
+    `full` recomputes each layer's forward pass. Neither recomputes the output layer.
+    """
+    weights, adapters, scores = _forward_flops(config, input_length, target_length)
+    head = 2 * target_length * config.emb_dim * config.vocab_size
+    again = {"none": 0, "minimal": scores, "full": weights - head + adapters + scores}
+    return float(rows * again[config.remat_policy])
+
+
+def _forward_flops(config: T5Config, inputs: int, targets: int) -> tuple[int, int, int]:
+    """A row's forward pass: products with weights, with adapters, and inside attention."""
     c = config
-    joined, inputs, targets = c.num_heads * c.head_dim, input_length, target_length
+    joined = c.num_heads * c.head_dim
     gates = len(c.mlp_activations)
     # per position: the weights, and the adapters' of LoRA, of one layer
     attention, mlp = 2 * 4 * c.emb_dim * joined, 2 * (gates + 1) * c.emb_dim * c.mlp_dim
@@ -54,5 +75,4 @@ def train_flops(config: T5Config, *, rows: int, input_length: int, target_length
     adapters = layers(thin_attention, thin_mlp, thin_cross_inputs)
     scores = c.num_encoder_layers * inputs * inputs
     scores += c.num_decoder_layers * targets * (targets + inputs)
-    trained = 3 * adapters + (3 if c.lora is None else 2) * weights
-    return float(rows * (trained + 3 * 4 * joined * scores))
+    return weights, adapters, 4 * joined * scores

@@ -1,19 +1,19 @@
 """Accuracy on a split of any task: a prepared dataset, or one that only SeqIO can read."""
 
 import os
-import pathlib
 from typing import Any
 
-from stepdistill_jax.data.prepared import PreparedDataset, default_data_dir
+from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.files import check_writable, write_json
-from stepdistill_jax.formats.directory import SPIECE, TaskInfo, read_model_files
+from stepdistill_jax.formats.directory import TaskInfo, read_model_files
 from stepdistill_jax.inference import evaluate as evaluate_prepared
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.evaluate import evaluate_tokens
+from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.objectives import label_only
+from stepdistill_jax.sharding import Layout
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
-from stepdistill_jax.text.vocabulary import BYTES
 
 
 def evaluate(
@@ -24,7 +24,8 @@ def evaluate(
     step: str | int = "best",
     output: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
     task_module: str | None = None,
@@ -41,8 +42,7 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
-        batch_size: rows decoded at once.
-        num_beams, length_penalty: as for `inference.predict`.
+        batch_size, layout, num_beams, length_penalty: as for `inference.predict`.
         task_module: module that registers the task; None is the one that the model was trained
             with, if it was trained on this task.
 
@@ -54,12 +54,13 @@ def evaluate(
     """
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     if output is not None:
-        check_writable(output, "--output")
-    info = read_model_files(path).task_info
+        on_first(lambda: check_writable(output, "--output"))
+    files = everywhere(lambda: read_model_files(path))
+    info = files.task_info
     if task_module is None:
         task_module = _own_module(info, task)
-    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
-    found = find_task(task, data_dir=folder, task_module=task_module)
+    folder = data_folder(data_dir)
+    found = everywhere(lambda: find_task(task, data_dir=folder, task_module=task_module))
     if isinstance(found, PreparedDataset):
         return evaluate_prepared(
             path,
@@ -69,17 +70,19 @@ def evaluate(
             output=output,
             data_dir=folder,
             batch_size=batch_size,
+            layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
         )
-    spiece = pathlib.Path(path) / SPIECE
-    data = load_task(
-        task,
-        split=split,
-        objectives=info.objectives[:1] if info else label_only(),
-        vocabulary=spiece if spiece.is_file() else BYTES,
-        data_dir=folder,
-        task_module=task_module,
+    data = everywhere(
+        lambda: load_task(
+            task,
+            split=split,
+            objectives=info.objectives[:1] if info else label_only(),
+            vocabulary=files.vocabulary.source,
+            data_dir=folder,
+            task_module=task_module,
+        )
     )
     inputs, labels = [], []
     for store in data.stores:
@@ -93,12 +96,13 @@ def evaluate(
         allowed=data.labels,
         step=step,
         batch_size=batch_size,
+        layout=layout,
         num_beams=num_beams,
         length_penalty=length_penalty,
     )
     result = {"task": task, "split": split} | result
     if output is not None:
-        write_json(output, result)
+        on_first(lambda: write_json(output, result))
     return result
 
 

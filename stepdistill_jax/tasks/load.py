@@ -12,7 +12,7 @@ import numpy as np
 from stepdistill_jax.data.builder import VERSION, tensorflow
 from stepdistill_jax.data.prepared import (
     PreparedDataset,
-    default_data_dir,
+    data_folder,
 )
 from stepdistill_jax.data.reading import UNLABELLED
 from stepdistill_jax.errors import InputError, nearest
@@ -105,7 +105,7 @@ def load_task(
         InputError: an unknown task or split, a task that cannot be read, a plain task whose
             vocabulary is not the one asked for, or a supervision that its rows do not offer.
     """
-    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
     if isinstance(found, PreparedDataset):
         _check_split(task, split, found.splits)

@@ -13,7 +13,7 @@ from stepdistill_jax.data.prepared import (
     EMBEDDED,
     FILE,
     PreparedDataset,
-    default_data_dir,
+    data_folder,
     prepared_names,
 )
 from stepdistill_jax.errors import InputError, nearest
@@ -124,7 +124,7 @@ def splits_of(
     task: str, *, data_dir: os.PathLike | str | None = None, task_module: str | None = None
 ) -> tuple[str, ...]:
     """Names of a task's splits; a mixture has those of its tasks."""
-    folder = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
     if isinstance(found, PreparedDataset):
         return tuple(found.splits)

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_writable
+from stepdistill_jax.files import check_writable, local_path
 from stepdistill_jax.progress import log, progress
 from stepdistill_jax.teacher.asking import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.batch import read_batch, write_batch
@@ -49,12 +49,12 @@ def annotate(
         InputError: bad settings or rows, or a server that refuses the request.
     """
     chosen = Settings(**settings)
-    input, output = pathlib.Path(input), pathlib.Path(output)
+    input, output = local_path(input, "input"), local_path(output, "output")
     if input.resolve() == output.resolve():
         raise InputError(f"{output}: input and output are the same file")
     check_writable(output)
     asking = load_asking(chosen)
-    cache_path = pathlib.Path(chosen.cache or output.parent / CACHE_NAME)
+    cache_path = local_path(chosen.cache or output.parent / CACHE_NAME, "--cache")
     if chosen.dry_run:
         cache = AnswerCache(cache_path) if cache_path.exists() else None
         try:

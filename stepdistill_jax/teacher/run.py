@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import EXIT_STOPPED, InputError
 from stepdistill_jax.progress import Bar
 from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
 from stepdistill_jax.teacher.asking import Asking
@@ -22,7 +22,6 @@ from stepdistill_jax.text.metrics import metric_fn
 
 FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
 ANSWERS_BEFORE_RATE = 20  # before the share of truncated ones says something
-EXIT_STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
 DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 

@@ -24,6 +24,8 @@ class OptimizerConfig:
         b1, b2, eps: AdamW's.
         weight_decay: of either; the paper's is 0, optax's default is not.
         clip_norm: global gradient norm above which gradients are scaled down.
+        mu_dtype: AdamW's first moment is kept as `float32` or `bfloat16` (optax's name); the second,
+            an average of squares over 1 / (1 - b2) steps, would stop to move in bfloat16.
     """
 
     name: str = "adamw"
@@ -34,6 +36,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    mu_dtype: str = "float32"
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
@@ -50,11 +53,19 @@ class OptimizerConfig:
                 "OptimizerConfig: warmup_steps >= 0 and clip_norm > 0 are wanted, got"
                 f" {self.warmup_steps} and {self.clip_norm}"
             )
+        if self.mu_dtype not in ("float32", "bfloat16"):
+            raise InputError(
+                f"OptimizerConfig.mu_dtype: float32 or bfloat16 is wanted, got {self.mu_dtype!r}"
+            )
+        if self.mu_dtype != "float32" and self.name != "adamw":
+            raise InputError(
+                f"OptimizerConfig.mu_dtype: {self.name} keeps no first moment; leave it at float32"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last five is the gin macro of the same name in capitals.
+    """One run. Each field but the last seven is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
@@ -72,12 +83,17 @@ class TrainConfig:
         layout: name or sizes of the mesh.
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
+        profile_steps: first and last step of a profile in `WORKDIR/profile`; None writes none.
         optimizer: update rule and schedule.
         supervision: which label and rationales are trained on (LABEL_SOURCE, RATIONALES).
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
         remat_policy: `none`, `minimal` or `full`.
         lora: trains adapters of these ranks and nothing else; None trains every weight.
+        watchdog_medians: a step that takes so many times the median of the recent ones is stuck, and
+            the process ends; 0 never.
+        watchdog_min_secs: but not before so many seconds; 12 times as many for the first step, a
+            validation and a save.
     """
 
     task: str
@@ -98,12 +114,15 @@ class TrainConfig:
     layout: str | Layout = "data"
     seed: int = 0
     data_fraction: float = 1.0
+    profile_steps: tuple[int, int] | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     supervision: Supervision = dataclasses.field(default_factory=Supervision)
     model_family: str = "t5_v1_1"
     dropout_rate: float = 0.1
     remat_policy: str = "none"
     lora: LoraConfig | None = None
+    watchdog_medians: float = 20.0
+    watchdog_min_secs: float = 600.0
 
     def __post_init__(self):
         object.__setattr__(self, "objectives", resolve(self.objectives))
@@ -129,6 +148,13 @@ class TrainConfig:
                 raise InputError(f"{name.upper()}: a number is wanted, got {value!r}")
         if not isinstance(self.lora, LoraConfig | None):
             raise InputError(f"train.lora: @lora() or None is wanted, got {self.lora!r}")
+        if self.profile_steps is not None:
+            object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
+        if not self.watchdog_medians >= 0 or not self.watchdog_min_secs > 0:
+            raise InputError(
+                "train.watchdog_medians >= 0 and train.watchdog_min_secs > 0 are wanted, got"
+                f" {self.watchdog_medians} and {self.watchdog_min_secs}"
+            )
         if not 0 < self.data_fraction <= 1:
             raise InputError(f"DATA_FRACTION: 0 < x <= 1 is wanted, got {self.data_fraction}")
         if not 0 < self.learning_rate < math.inf:
@@ -137,3 +163,14 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""
         return dataclasses.asdict(self)
+
+
+def _first_and_last(steps: Any) -> tuple[int, int]:
+    whole = (
+        isinstance(steps, (list, tuple)) and len(steps) == 2 and all(type(s) is int for s in steps)
+    )
+    if not whole or not 1 <= steps[0] <= steps[1]:
+        raise InputError(
+            f"PROFILE_STEPS: [FIRST, LAST] with 1 <= FIRST <= LAST is wanted, got {steps!r}"
+        )
+    return steps[0], steps[1]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from stepdistill_jax.inference.asking import cut_ids
 from stepdistill_jax.inference.decode import LabelDecoder
-from stepdistill_jax.inference.predict import cut_ids
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import T5

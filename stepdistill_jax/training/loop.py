@@ -8,18 +8,22 @@ from typing import Any
 import jax
 
 from stepdistill_jax.checkpoints.manager import Checkpoints, resolve_step, saved_steps
+from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.progress import log, progress
-from stepdistill_jax.sharding import place_rows
+from stepdistill_jax.sharding import batch_shards, place_rows
 from stepdistill_jax.training.batches import iterate
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.memory import out_of_memory_explained
 from stepdistill_jax.training.milestones import Milestones
+from stepdistill_jax.training.profile import StepProfile
 from stepdistill_jax.training.provenance import claim_workdir, describe
 from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_train_step
-from stepdistill_jax.training.stopping import EXIT_STOPPED, StopSignals
+from stepdistill_jax.training.stopping import StopSignals
+from stepdistill_jax.training.watchdog import Watchdog
 from stepdistill_jax.training.writers import MetricsWriter, last_step_metrics
 
 
@@ -47,24 +51,32 @@ def train(
         InputError: a setting, dataset or workdir that does not fit; before anything is compiled.
         SystemExit: 75, stopped by a signal after a clean save.
         FloatingPointError: the loss is not finite; names the step.
+        MemoryError: a device has no room for a step; names the settings that decide.
     """
     with StopSignals() as stop:
         run = assemble(config, workdir, data_dir)
         described = describe(run)
         claim_workdir(run, described, config_text)
-        _introduce(run, described)
-        return _train(run, stop)
+        if jax.process_index() == 0:
+            _introduce(run, described)
+        with out_of_memory_explained(config):
+            return _train(run, stop)
 
 
 def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
     config, began = run.config, time.monotonic()
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run.workdir)))
+        watchdog = closing.enter_context(
+            Watchdog(config.watchdog_medians, config.watchdog_min_secs)
+        )
         state = _start(run, checkpoints)
         start = int(state.step)
-        writer = MetricsWriter(run.workdir, start_step=start, active=jax.process_index() == 0)
+        first = jax.process_index() == 0
+        writer = MetricsWriter(run.workdir, start_step=start, active=first)
         closing.enter_context(contextlib.closing(writer))
-        bar = closing.enter_context(progress(config.train_steps, "train", done=start))
+        shown = progress(config.train_steps, "train", done=start) if first else None
+        bar = closing.enter_context(shown) if shown else None
         record = StepRecorder(run, writer, bar)
         milestones = Milestones(run, checkpoints, record)
         if start:
@@ -77,15 +89,20 @@ def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
             objective_weights=tuple(o.weight for o in run.data.objectives),
             num_microbatches=config.num_microbatches,
         )
+        profile = closing.enter_context(StepProfile(run.workdir, config.profile_steps))
         source = iterate(run.batches, start, config.train_steps)
         for step in range(start + 1, config.train_steps + 1):
-            asked = time.monotonic()
-            batch = next(source)
-            waited = time.monotonic() - asked
-            state, device_metrics = step_fn(state, place_rows(batch, run.mesh))
-            record.note(step, batch, device_metrics, waited)
+            with profile.step(step):
+                asked = time.monotonic()
+                batch = next(source)
+                waited = time.monotonic() - asked
+                state, device_metrics = step_fn(state, place_rows(batch, run.mesh))
+                record.note(step, batch, device_metrics, waited)
+            profile.ended(step, record.flush)
             stopping = stop.agreed(step)
-            milestones.reached(step, state, stopping=stopping)
+            watchdog.step(step)
+            with watchdog.slow():
+                milestones.reached(step, state, stopping=stopping)
             if stopping and (step < config.train_steps or milestones.validation_due(step)):
                 checkpoints.wait()
                 log(f"{stop.received or 'stopped'}: saved step {step}; start again to go on")
@@ -109,11 +126,7 @@ def _start(run: Run, checkpoints: Checkpoints) -> TrainState:
 def _introduce(run: Run, described: dict[str, Any]) -> None:
     """What will be trained, in a few lines."""
     weights = ", ".join(f"{name} {weight:g}" for name, weight in described["weights"].items())
-    log(
-        f"process {jax.process_index() + 1}/{jax.process_count()},"
-        f" {jax.local_device_count()} of {jax.device_count()} devices ({described['device']}),"
-        f" mesh {described['mesh']}"
-    )
+    log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
     log(
         f"{run.config.task}: {run.batches.num_examples} examples,"
         f" {run.batches.steps_per_epoch:.1f} steps an epoch; model of"
@@ -124,6 +137,8 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
             f"LoRA: {described['trained_parameters']:,} parameters are trained"
             f" ({described['trained_parameters'] / described['parameters']:.2%})"
         )
+    if (empty := empty_rows(run)) is not None:
+        log(f"warning: {empty}")
     for split, objectives in described["cut"].items():
         for name, counts in objectives.items():
             for feature, count in counts.items():
@@ -132,6 +147,22 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
                         f"warning: {count} {feature} of {name} in {split} are longer than the"
                         " config's length and are cut; `stepdistill inspect` proposes lengths"
                     )
+
+
+def empty_rows(run: Run) -> str | None:
+    """What to say where the layout leaves most rows of a batch empty, by the first one; else None."""
+    groups = run.batches(1)
+    rows = sum(g["encoder_segment_ids"].shape[0] for g in groups)
+    full = sum(int((g["encoder_segment_ids"] > 0).any(1).sum()) for g in groups)
+    if 2 * full >= rows:
+        return None
+    shards, slices = batch_shards(run.mesh), run.config.num_microbatches
+    return (
+        f"{1 - full / rows:.0%} of a batch's rows are empty: {run.config.batch_size} examples fill"
+        f" {full} rows, and rows come in multiples of {shards * slices} ({shards} batch shards x"
+        f" {slices} microbatches); a larger BATCH_SIZE, fewer microbatches or devices, or a tensor"
+        " layout wastes less"
+    )
 
 
 def _summary(run: Run, last: dict[str, Any], examples_per_second: float) -> dict[str, Any]:

@@ -60,5 +60,6 @@ class Milestones:
 
     def _save(self, step: int, state: TrainState, metrics: dict[str, Any]) -> None:
         self._record.flush()  # a loss that is not finite must not be saved
+        self._record.sync()
         self._checkpoints.save(step, state.params, state.replace(params=None), metrics)
         self._record.throughput.pause()

@@ -31,6 +31,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         )
     else:
         rule = optax.adamw(
-            learning_rate_fn, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
+            learning_rate_fn,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            mu_dtype=o.mu_dtype,
         )
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)

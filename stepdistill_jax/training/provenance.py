@@ -5,6 +5,7 @@ import datetime
 import json
 import pathlib
 import subprocess
+import time
 from typing import Any
 
 import jax
@@ -21,7 +22,17 @@ from stepdistill_jax.versions import version_block
 
 # What may differ between a run and its resume: nothing here changes the loss that is minimised.
 # INIT_FROM may have moved; what it held is in the fingerprint.
-FREE_FIELDS = ("layout", "num_microbatches", "checkpoint_every", "init_from")
+FREE_FIELDS = (
+    "layout",
+    "num_microbatches",
+    "checkpoint_every",
+    "init_from",
+    "profile_steps",
+    "watchdog_medians",
+    "watchdog_min_secs",
+)
+SEEN_SECS = 30.0  # until a file of another host is seen on a network disk
+TEXT_BYTES = 2048
 # what may be another in each life of a run
 LIFE_FIELDS = (
     "versions",
@@ -123,24 +134,32 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
 
     Raises:
         InputError: the workdir holds another run (names what differs), or cannot be written; or the
-            processes of this run do not see the same data.
+            processes of this run do not see the same config, data or workdir. In every process.
     """
     _agree(described)
     path = run.workdir / RUN
     earlier = read_json(path) if path.exists() else None
-    if earlier is not None and (found := differences(earlier, described)):
-        raise InputError(
+    found = differences(earlier, described) if earlier is not None else []
+    problem = ""
+    if found:
+        problem = (
             f"{run.workdir}: holds a run with other settings ({'; '.join(found)});"
             " use the same ones to resume it, or another --workdir"
         )
-    if jax.process_index() != 0:
-        return
+    elif jax.process_index() == 0:
+        problem = _write(run, described, earlier, config_text)
+    _raise_everywhere(problem)
+    _raise_everywhere(_not_shared(path))
+
+
+def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str | None) -> str:
+    """The workdir's files; what went wrong, or nothing."""
     life = {name: described[name] for name in LIFE_FIELDS}
     lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
     try:
         run.workdir.mkdir(parents=True, exist_ok=True)
         # first, so that a kill between the files below leaves a folder that is known as this run's
-        write_json(path, {**(earlier or described), "lives": lives})
+        write_json(run.workdir / RUN, {**(earlier or described), "lives": lives})
         if not (run.workdir / GENERATION_CONFIG).exists():  # the last that is written
             info = task_info(run, described)
             write_model_files(run.workdir, run.model, run.data.vocabulary, info)
@@ -148,22 +167,66 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
             with atomic_write(run.workdir / "config.gin") as f:
                 f.write(config_text)
     except OSError as error:
-        raise InputError(f"--workdir {run.workdir}: {error.strerror} ({error.filename})") from None
+        return f"--workdir {run.workdir}: {error.strerror or error} ({error.filename})"
+    return ""
 
 
 def _agree(described: dict[str, Any]) -> None:
     """Raises where a process of this run has another config or other data than the first."""
     if jax.process_count() == 1:
         return
+    same = digest([described["config"], described["fingerprint"]])
+    problem = ""
+    if _of_first(same) != same:
+        problem = (
+            f"it has another config or other data than process 0 ({described['fingerprint']});"
+            " give all the same --data-dir"
+        )
+    _raise_everywhere(problem)
+
+
+def _not_shared(path: pathlib.Path) -> str:
+    """What is wrong where this process does not see the file as process 0 has just written it."""
+    if jax.process_count() == 1:
+        return ""
+    wanted = _of_first(digest(read_json(path)) if jax.process_index() == 0 else "")
+    deadline = time.monotonic() + SEEN_SECS
+    while True:
+        if path.exists() and digest(read_json(path)) == wanted:
+            return ""
+        if time.monotonic() > deadline:
+            return (
+                f"--workdir {path.parent}: it does not see there what process 0 has"
+                " written; all processes want one folder, on a disk that their hosts share"
+            )
+        time.sleep(0.5)
+
+
+def _of_first(text: str) -> str:
+    """Process 0's text (ASCII, at most TEXT_BYTES) in every process."""
     from jax.experimental import multihost_utils
 
-    same = digest([described["config"], described["fingerprint"]])
-    number = np.frombuffer(bytes.fromhex(same), np.uint32)
-    if not np.array_equal(multihost_utils.broadcast_one_to_all(number), number):
-        raise InputError(
-            f"process {jax.process_index()} has another config or other data than process 0"
-            f" ({described['fingerprint']}); give all the same --data-dir"
-        )
+    return _text(multihost_utils.broadcast_one_to_all(_bytes(text)))
+
+
+def _raise_everywhere(problem: str) -> None:
+    """Raises the first problem in all processes: one that raised alone would leave the others waiting."""
+    problems = [problem]
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        problems = [_text(row) for row in multihost_utils.process_allgather(_bytes(problem))]
+    for process, message in enumerate(problems):
+        if message:
+            raise InputError(f"process {process}: {message}" if process else message)
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES), np.uint8)
+
+
+def _text(array: Any) -> str:
+    return np.asarray(array, np.uint8).tobytes().decode(errors="replace").strip()
 
 
 def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:

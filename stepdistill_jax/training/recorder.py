@@ -20,8 +20,8 @@ SILENT_STEPS = 20  # an objective without a target token for so long is worth a 
 class StepRecorder:
     """Writes a step's metrics one step late, so that reading them never holds up the devices."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, bar: Bar):
-        """`last` is the newest line that was written."""
+    def __init__(self, run: Run, writer: MetricsWriter, bar: Bar | None):
+        """`last` is the newest line that was written; no bar: another process does the talking."""
         self._run, self._writer, self._bar = run, writer, bar
         self._learning_rate = make_schedule(run.config)
         self._names = [o.name for o in run.data.objectives]
@@ -40,8 +40,13 @@ class StepRecorder:
         """Writes a validation on a line of its own."""
         self._writer.write(step, metrics)
         shown = metrics[f"eval/{VALIDATION}/label_accuracy"]
-        self._bar.update(0, **{"validation accuracy": shown})
+        if self._bar is not None:
+            self._bar.update(0, **{"validation accuracy": shown})
         self.throughput.pause()
+
+    def sync(self) -> None:
+        """Before a checkpoint: what is written is then where a resume from it looks."""
+        self._writer.sync()
 
     def flush(self) -> None:
         """Writes the step that is kept.
@@ -75,9 +80,10 @@ class StepRecorder:
                 f" {'nothing is saved yet' if saved is None else f'step {saved} is saved'};"
                 " a lower LEARNING_RATE may help"
             )
-        self._warn(step, metrics)
-        losses = {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
-        self._bar.update(1, **losses)
+        if self._bar is not None:
+            self._warn(step, metrics)
+            losses = {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
+            self._bar.update(1, **losses)
 
     def _warn(self, step: int, metrics: dict[str, float]) -> None:
         self._zero_steps = self._zero_steps + 1 if metrics["loss"] == 0.0 else 0

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.checkpoints.manager import is_workdir
 from stepdistill_jax.data.prepare import ensure_prepared
-from stepdistill_jax.data.prepared import EMBEDDED, default_data_dir
+from stepdistill_jax.data.prepared import EMBEDDED, data_folder
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import as_path, local_path
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_config
@@ -69,7 +70,7 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
     Raises:
         InputError: anything that does not fit together, before a step is compiled.
     """
-    workdir, data_dir = pathlib.Path(workdir), pathlib.Path(data_dir or default_data_dir())
+    workdir, data_dir = as_path(workdir), data_folder(data_dir)
     check_workdir(workdir)
     mesh = make_mesh(config.layout)
     vocabulary, model = BYTES if config.model_family == "byt5" else None, None
@@ -142,7 +143,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
             f"INIT_FROM: {config.init_from} is a training run;"
             " `stepdistill export` makes a model directory of it"
         )
-    files = read_model_files(workdir if resumed else config.init_from)
+    files = read_model_files(workdir if resumed else local_path(config.init_from, "INIT_FROM"))
     log(f"INIT_FROM {config.init_from}: its config.json decides the model, not MODEL_SIZE")
     return files.vocabulary.source, dataclasses.replace(
         files.config,

@@ -6,8 +6,6 @@ import threading
 
 import jax
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
-
 
 class StopSignals:
     """While entered, notes the signals instead of dying from them; a second one stops at once.

@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import uuid
 
 from stepdistill_jax.checkpoints.manager import FOLDER
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import is_remote
 from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
 
 RUN = "run.json"
@@ -16,11 +18,10 @@ def check_workdir(workdir: pathlib.Path) -> None:
     Raises:
         InputError: it cannot be written, or holds a model or checkpoints without a `run.json`.
     """
-    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise InputError(f"--workdir {workdir}: {nearest} is a file, a folder is wanted")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir {workdir}: no right to write in {nearest}")
+    if is_remote(workdir):
+        _check_store(workdir)
+    else:
+        _check_local(workdir)
     if (workdir / RUN).is_file():
         return
     for name in (FOLDER, CONFIG, TASK_INFO, "model.safetensors"):
@@ -29,3 +30,25 @@ def check_workdir(workdir: pathlib.Path) -> None:
                 f"--workdir {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
                 " choose another folder"
             )
+
+
+def _check_local(workdir: pathlib.Path) -> None:
+    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--workdir {workdir}: {nearest} is a file, a folder is wanted")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir {workdir}: no right to write in {nearest}")
+
+
+def _check_store(workdir: pathlib.Path) -> None:
+    """Writes and removes a small object: rights in a store show only when they are used."""
+    probe = workdir / f".{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # each store's client has errors of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(
+            f"--workdir {workdir}: cannot be written ({reason}); is the bucket there, and are the"
+            " credentials set?"
+        ) from None

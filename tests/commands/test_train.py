@@ -30,7 +30,7 @@ def test_train_passes_config_folders_and_text(called, tmp_path, capsys):
     ((config, kwargs),) = called
     expected, text = load_config("demo_step_by_step", ["TRAIN_STEPS=3", "SEED=4"])
     assert config == expected
-    assert kwargs == {"workdir": workdir, "data_dir": data_dir, "config_text": text}
+    assert kwargs == {"workdir": str(workdir), "data_dir": data_dir, "config_text": text}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3, "loss": 0.5}
 
 

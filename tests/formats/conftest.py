@@ -205,3 +205,23 @@ def write_t5x_orbax():
         saver.save(folder / "state", args=ocp.args.PyTreeSave(state))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def train_spiece():
+    """Makes a small SentencePiece model by the library itself; gives its file."""
+    import sentencepiece
+
+    def train(folder, texts, **settings):
+        given = {"vocab_size": 100, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts * 20),
+            model_prefix=str(folder / "spiece"),
+            hard_vocab_limit=False,
+            minloglevel=2,
+            num_threads=1,
+            **given | settings,
+        )
+        return folder / "spiece.model"
+
+    return train

@@ -73,23 +73,10 @@ HARD_TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory):
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("vocabulary")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
-        model_prefix=str(folder / "own_name"),
-        vocab_size=120,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-        num_threads=1,
-    )
-    return load_vocabulary(folder / "own_name.model")
+def vocabulary(tmp_path_factory, train_spiece):
+    file = train_spiece(tmp_path_factory.mktemp("vocabulary"), TEXTS, vocab_size=120)
+    # any name will do
+    return load_vocabulary(file.rename(file.with_name("own_name.model")))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Weights there and back, slices only, and what does not fit is listed."""
 
 import json
-import pathlib
 
 import jax
 import ml_dtypes
@@ -11,7 +10,7 @@ import safetensors.numpy
 
 from stepdistill_jax import sharding
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats import hf
+from stepdistill_jax.formats import hf, safetensors_file
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params, init_params
 
@@ -167,15 +166,15 @@ def test_a_truncated_file_is_named(directory, tmp_path):
 
 
 def test_a_write_that_went_wrong_is_seen_and_leaves_nothing_to_trust(params, tmp_path, monkeypatch):
-    write = safetensors.numpy.save_file
+    read = safetensors_file.open_safetensors
 
-    def flips_a_bit(tensors, path, metadata):
-        write(tensors, path, metadata)
-        damaged = bytearray(pathlib.Path(path).read_bytes())
+    def flips_a_bit(path):
+        damaged = bytearray(path.read_bytes())
         damaged[-1] ^= 1
-        pathlib.Path(path).write_bytes(damaged)
+        path.write_bytes(damaged)
+        return read(path)
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", flips_a_bit)
+    monkeypatch.setattr(safetensors_file, "open_safetensors", flips_a_bit)
     with pytest.raises(OSError, match="reads back differently"):
         hf.save_params(tmp_path, params, CONFIG)
     assert not (tmp_path / "model.safetensors").exists()

@@ -1,12 +1,15 @@
 """Safetensors that are written: cut into shards, replaced whole, read by others."""
 
+import gc
 import json
 import stat
+import weakref
 
 import jax
 import numpy as np
 import pytest
 import safetensors
+import safetensors.numpy
 
 from stepdistill_jax import sharding
 from stepdistill_jax.formats import hf
@@ -86,33 +89,44 @@ def test_parameters_on_a_mesh_are_written_whole(v1_1, sharded, assert_same_param
     assert_same_params(hf.load_params(tmp_path, config), params)
 
 
-def test_only_one_shard_is_in_memory(v1_1, tmp_path, monkeypatch):
-    """Tensors of a shard are dropped before the next is made."""
-    import gc
-    import weakref
-
+def test_one_tensor_at_a_time_is_in_memory(v1_1, tmp_path, monkeypatch):
     config, params = v1_1
-    alive, write = [], hf._save_file
+    alive, make = [], hf._tensor
 
-    def watched(path, tensors):
+    def watched(*part):
         gc.collect()
         assert not [ref for ref in alive if ref() is not None]
-        alive.extend(weakref.ref(t) for t in tensors.values() if t.flags.owndata)
-        write(path, tensors)
+        tensor = np.array(make(*part))  # a copy of its own, which nothing else keeps alive
+        alive.append(weakref.ref(tensor))
+        return tensor
 
-    monkeypatch.setattr(hf, "_save_file", watched)
+    monkeypatch.setattr(hf, "_tensor", watched)
     hf.save_params(tmp_path, jax.device_put(params), config, max_shard_size=LIMIT)
-    assert alive
+    assert len(alive) == 2 * len(json.loads((tmp_path / INDEX).read_text())["weight_map"])
+
+
+@pytest.mark.parametrize("limit", [LIMIT, 10**9])
+def test_the_bytes_are_those_of_the_library(family, tmp_path, limit):
+    _, config, params = family
+    hf.save_params(tmp_path, params, config, max_shard_size=limit)
+    tensors, names = hf.to_hf(params, config), []
+    for path in tmp_path.glob("*.safetensors"):
+        with safetensors.safe_open(path, "numpy") as opened:
+            held = list(opened.keys())
+        want = {name: tensors[name] for name in held}
+        assert path.read_bytes() == safetensors.numpy.save(want, metadata={"format": "pt"})
+        names += held
+    assert sorted(names) == sorted(tensors)
 
 
 def test_a_failed_write_leaves_no_index(v1_1, tmp_path, monkeypatch):
     config, params = v1_1
     hf.save_params(tmp_path, params, config, max_shard_size=LIMIT)
 
-    def fails(path, tensors):
+    def fails(path, shapes, tensor):
         raise OSError("disk full")
 
-    monkeypatch.setattr(hf, "_save_file", fails)
+    monkeypatch.setattr(hf, "write_safetensors", fails)
     with pytest.raises(OSError, match="disk full"):
         hf.save_params(tmp_path, params, config, max_shard_size=LIMIT)
     assert not (tmp_path / INDEX).exists()

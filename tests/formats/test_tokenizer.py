@@ -6,7 +6,7 @@ import pytest
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import tokenizer as exported_tokenizer
-from stepdistill_jax.formats.directory import SPIECE, read_model_files, write_model_files
+from stepdistill_jax.formats.directory import read_model_files, write_model_files
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.text.vocabulary import EOS_ID, load_vocabulary
 
@@ -25,23 +25,8 @@ KINDS = {
 }
 
 
-def train(folder, **settings):
-    import sentencepiece
-
-    given = {"vocab_size": 100, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | settings
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
-        model_prefix=str(folder / "spiece"),
-        hard_vocab_limit=False,
-        minloglevel=2,
-        num_threads=1,
-        **given,
-    )
-    return load_vocabulary(folder / SPIECE)
-
-
 @pytest.fixture(scope="module", params=[*KINDS, "byt5"])
-def opened(request, tmp_path_factory):
+def opened(request, tmp_path_factory, train_spiece):
     """(our vocabulary, what transformers opens, the kind's name)."""
     from transformers import AutoTokenizer
 
@@ -49,7 +34,8 @@ def opened(request, tmp_path_factory):
     if request.param == "byt5":
         vocabulary = load_vocabulary("bytes")
     else:
-        vocabulary = train(tmp_path_factory.mktemp("source"), **KINDS[request.param])
+        file = train_spiece(tmp_path_factory.mktemp("source"), TEXTS, **KINDS[request.param])
+        vocabulary = load_vocabulary(file)
     config = T5Config(vocab_size=512, shared_relative_position_bias=request.param != "umt5")
     write_model_files(folder, config, vocabulary, None)
     exported_tokenizer.write_tokenizer(folder, vocabulary)
@@ -103,18 +89,18 @@ def test_the_sentinels_of_t5_are_ordinary_text(opened):
     assert max(ids) < vocabulary.size
 
 
-def test_other_ids_stop_the_export_with_the_text(tmp_path, monkeypatch):
+def test_other_ids_stop_the_export_with_the_text(tmp_path, train_spiece, monkeypatch):
     (tmp_path / "source").mkdir()
-    vocabulary = train(tmp_path / "source", **BYTE_FALLBACK)
+    vocabulary = load_vocabulary(train_spiece(tmp_path / "source", TEXTS, **BYTE_FALLBACK))
     write_model_files(tmp_path / "model", T5Config(vocab_size=512), vocabulary, None)
     # what transformers makes of the files alone: T5Tokenizer, which knows no byte pieces
     with pytest.raises(InputError, match="transformers would give other ids than training had"):
         exported_tokenizer.check_tokenizer(tmp_path / "model", vocabulary)
 
 
-def test_a_model_that_is_not_unigram_is_refused(tmp_path):
+def test_a_model_that_is_not_unigram_is_refused(tmp_path, train_spiece):
     (tmp_path / "source").mkdir()
-    vocabulary = train(tmp_path / "source", model_type="bpe")
+    vocabulary = load_vocabulary(train_spiece(tmp_path / "source", TEXTS, model_type="bpe"))
     write_model_files(tmp_path / "model", T5Config(vocab_size=512), vocabulary, None)
     with pytest.raises(InputError, match="not a unigram model"):
         exported_tokenizer.write_tokenizer(tmp_path / "model", vocabulary)

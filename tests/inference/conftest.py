@@ -1,5 +1,6 @@
 """A tiny untrained model as workdir and as model directory: enough to be asked, and quick."""
 
+import importlib
 import json
 
 import jax
@@ -133,3 +134,29 @@ def write_rows(tmp_path):
 @pytest.fixture
 def read_rows_of():
     return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Makes `predict` work in windows of so many rows, and stop in the n-th of them.
+
+    Gives the sizes of the windows that are begun, over all runs.
+    """
+
+    def cut(rows, stop_in=None):
+        # `inference.predict` is the function
+        module = importlib.import_module("stepdistill_jax.inference.predict")
+        decode_window, windows = module._decode_window, []
+
+        def watched(*args):
+            windows.append(len(args[3]))
+            if len(windows) == stop_in:
+                raise KeyboardInterrupt
+            return decode_window(*args)
+
+        monkeypatch.setattr(module, "_decode_window", watched)
+        monkeypatch.setattr(module, "WINDOW_ROWS", rows)
+        monkeypatch.setattr(module, "WINDOW_BATCHES", 0)
+        return windows
+
+    return cut

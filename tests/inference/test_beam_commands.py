@@ -1,6 +1,5 @@
 """`--num-beams` and `--length-penalty` of `predict` and `evaluate`, and their Python arguments."""
 
-import importlib
 import json
 
 import pytest
@@ -10,9 +9,6 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import LabelDecoder, evaluate, load_model, predict
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.evaluate import evaluate_tokens
-
-# `inference.predict` is the function
-predict_module = importlib.import_module("stepdistill_jax.inference.predict")
 
 
 def run(capsys, *arguments):
@@ -97,19 +93,10 @@ def test_tokens_are_searched_like_texts(model_dir, data_dir):
     ids=["beams", "length penalty"],
 )
 def test_a_partial_output_of_another_search_is_not_continued(
-    model_dir, questions, write_rows, tmp_path, monkeypatch, options
+    model_dir, questions, write_rows, tmp_path, small_windows, options
 ):
-    monkeypatch.setattr(predict_module, "WINDOW_ROWS", 20)
     source, out = write_rows(questions[:30]), tmp_path / "out.jsonl"
-    decode_window, windows = predict_module._decode_window, []
-
-    def stops(*args):
-        windows.append(len(args[3]))
-        if len(windows) == 2:
-            raise KeyboardInterrupt
-        return decode_window(*args)
-
-    monkeypatch.setattr(predict_module, "_decode_window", stops)
+    windows = small_windows(20, stop_in=2)
     with pytest.raises(KeyboardInterrupt):
         predict(model_dir, source, out, num_beams=2)
     predict(model_dir, source, out, **options)

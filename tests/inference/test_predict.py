@@ -14,14 +14,10 @@ import pytest
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import load_model, predict
 from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.sharding import Layout
 
 # `inference.predict` is the function
 predict_module = importlib.import_module("stepdistill_jax.inference.predict")
-
-
-@pytest.fixture
-def small_windows(monkeypatch):
-    monkeypatch.setattr(predict_module, "WINDOW_ROWS", 40)
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +85,12 @@ def test_labels_do_not_depend_on_batch_size_or_order(
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    model_dir, questions, small_windows, write_rows, tmp_path, monkeypatch, capsys
+    model_dir, questions, small_windows, write_rows, tmp_path, capsys
 ):
     source, out, whole = write_rows(questions), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    small_windows(40)
     want_summary = predict(model_dir, source, whole, batch_size=32)
-    decode_window, windows = predict_module._decode_window, []
-
-    def counted(*args):
-        windows.append(len(args[3]))
-        if len(windows) == 4:
-            raise KeyboardInterrupt
-        return decode_window(*args)
-
-    monkeypatch.setattr(predict_module, "_decode_window", counted)
+    windows = small_windows(40, stop_in=4)
     with pytest.raises(KeyboardInterrupt):
         predict(model_dir, source, out, batch_size=32)
     assert not out.exists()
@@ -125,7 +114,7 @@ def test_a_killed_process_costs_its_last_window_only(
     code = """
 import importlib, os, signal, sys
 module = importlib.import_module("stepdistill_jax.inference.predict")
-module.WINDOW_ROWS = 40
+module.WINDOW_ROWS, module.WINDOW_BATCHES = 40, 0
 decode_window, windows = module._decode_window, []
 def killed(*args):
     windows.append(1)
@@ -138,26 +127,36 @@ module.predict(*sys.argv[1:])
     command = [sys.executable, "-c", code, str(model_dir), str(source), str(out)]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert not out.exists()
+    small_windows(40)
     predict(model_dir, source, out)
     assert "160 rows are done" in capsys.readouterr().err
     predict(model_dir, source, whole)
     assert out.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("change", ["input", "option", "model"])
-def test_a_partial_output_of_something_else_is_not_continued(
-    model_dir, workdir, questions, small_windows, write_rows, tmp_path, monkeypatch, change
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 24}, {"layout": Layout(fsdp=4, tensor=2)}], ids=["batch", "layout"]
+)
+def test_a_stopped_run_goes_on_in_other_batches_and_on_other_devices(
+    model_dir, questions, answers, small_windows, write_rows, read_rows_of, tmp_path, options
 ):
     source, out = write_rows(questions[:90]), tmp_path / "out.jsonl"
-    decode_window, windows = predict_module._decode_window, []
+    windows = small_windows(40, stop_in=2)
+    with pytest.raises(KeyboardInterrupt):
+        predict(model_dir, source, out)
+    predict(model_dir, source, out, **options)
+    assert windows[2:] == [40, 10]
+    for row, want in zip(read_rows_of(out), answers[1], strict=False):
+        assert row["score"] == pytest.approx(want["score"], abs=1.1e-5)
+        assert row | {"score": 0} == want | {"score": 0}
 
-    def stops(*args):
-        windows.append(len(args[3]))
-        if len(windows) == 2:
-            raise KeyboardInterrupt
-        return decode_window(*args)
 
-    monkeypatch.setattr(predict_module, "_decode_window", stops)
+@pytest.mark.parametrize("change", ["input", "option", "model"])
+def test_a_partial_output_of_something_else_is_not_continued(
+    model_dir, workdir, questions, small_windows, write_rows, tmp_path, change
+):
+    source, out = write_rows(questions[:90]), tmp_path / "out.jsonl"
+    windows = small_windows(40, stop_in=2)
     with pytest.raises(KeyboardInterrupt):
         predict(model_dir, source, out)
     options = {}
@@ -167,9 +166,6 @@ def test_a_partial_output_of_something_else_is_not_continued(
         options["prefix"] = "explain: "
     if change == "model":
         model_dir, options["step"] = workdir, 5
-    del windows[:]
-    windows.append(None)  # the second call is not stopped again
-    windows.append(None)
     predict(model_dir, source, out, **options)
     assert windows[2:] == [40, 40, 10]
     assert not (tmp_path / "out.jsonl.partial").exists()
@@ -247,6 +243,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
     # long rows: a reader must not have the whole file in its buffer
     rows = [q | {"unread": "x" * 10_000} for q in questions[:90]]
     source, out = write_rows(rows), tmp_path / "out.jsonl"
+    small_windows(40)
     decode_window = predict_module._decode_window
 
     def changes(*args):

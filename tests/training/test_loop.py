@@ -16,6 +16,7 @@ from stepdistill_jax.checkpoints.manager import resolve_step, restore_params, sa
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.config import OptimizerConfig
+from stepdistill_jax.training.loop import empty_rows
 from stepdistill_jax.training.run import assemble
 from stepdistill_jax.training.writers import read_metrics
 
@@ -213,6 +214,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, delivery_data_d
     with pytest.raises(FloatingPointError, match=r"step \d+: loss"):
         train(config, workdir=tmp_path, data_dir=delivery_data_dir)
     assert not [s for s in saved_steps(tmp_path) if s > 5]
+
+
+def test_a_layout_that_leaves_most_rows_empty_is_told(tmp_path, delivery_data_dir):
+    """Rows are a multiple of 8 batch shards x 2 microbatches; two examples fill one."""
+    few = TrainConfig(**SETTINGS | {"batch_size": 2, "num_microbatches": 2})
+    said = empty_rows(assemble(few, tmp_path, delivery_data_dir))
+    assert "94% of a batch's rows are empty: 2 examples fill 1 rows" in said
+    assert "multiples of 16 (8 batch shards x 2 microbatches)" in said
+    many = TrainConfig(**SETTINGS | {"batch_size": 64})
+    assert empty_rows(assemble(many, tmp_path, delivery_data_dir)) is None
 
 
 def test_a_config_knows_its_ranges():

@@ -1,0 +1,178 @@
+"""`stepdistill plan`: what a config needs on N devices, and the cheapest layout that fits."""
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
+from stepdistill_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{end}B": (base ** (power + 1))
+    for end, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("KMGT")
+}
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `plan`."""
+    add_config_arguments(parser)
+    parser.add_argument("--devices", type=_count, help="how many (16)")
+    parser.add_argument(
+        "--hbm", metavar="SIZE", help="memory of one device, such as 80GB (the default) or 16GiB"
+    )
+    parser.add_argument(
+        "--layout",
+        metavar="NAME",
+        help="only this one, with the config's remat policy; without it layouts are compared",
+    )
+    parser.add_argument(
+        "--topology",
+        metavar="TPU",
+        help="compile with the TPU compiler for a slice such as v5e:8x8 (needs the extra [tpu])",
+    )
+    parser.add_argument(
+        "--rows", type=_count, help="packed rows of a step, as `stepdistill inspect` shows them"
+    )
+    add_data_dir_argument(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is wanted, got {text!r}")
+    return int(text)
+
+
+def parse_size(text: str) -> int:
+    """`80GB` -> 80e9, `16GiB` -> 16 x 2**30.
+
+    Raises:
+        InputError: no number with one of these units.
+    """
+    found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B?)", text.strip())
+    if found is None or found.group(2) not in _UNITS or found.group(1).count(".") > 1:
+        raise InputError(f"--hbm {text}: a size such as 80GB or 16GiB is wanted")
+    size = int(float(found.group(1).strip(".") or 0) * _UNITS[found.group(2)])
+    if size < 1:
+        raise InputError(f"--hbm {text}: a size above 0 is wanted")
+    return size
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Reads the config, plans, and prints the tables."""
+    if args.topology and args.devices:
+        raise InputError("--devices: the topology says how many there are; leave one of them out")
+    hbm = None if args.hbm is None else parse_size(args.hbm)
+    from rich.console import Console
+
+    from stepdistill_jax.commands.gin_config import load_config
+    from stepdistill_jax.planning import plan
+
+    config, _ = load_config(args.config, args.overrides, args.gin_files, args.gin_bindings)
+    result = plan(
+        config,
+        devices=args.devices or 16,
+        hbm=hbm,
+        layout=args.layout,
+        topology=args.topology,
+        rows=args.rows,
+        data_dir=args.data_dir,
+    )
+    show(result, Console(width=None if Console().is_terminal else 140, highlight=False))
+    return result
+
+
+def show(result: dict[str, Any], console: "Console") -> None:
+    """Prints what `planning.plan` found."""
+    for assumption in result["assumptions"]:
+        console.print(f"Assumed: {assumption}")
+    console.print(_table(result))
+    best = result["best"]
+    one = best or min(
+        (c for c in result["candidates"] if "flops" in c),
+        key=lambda c: c["per_device"]["total"],
+        default=None,
+    )
+    if one is not None:
+        _show_one(one, result, console)
+    if best is None:
+        console.print("[bold]Nothing fits.[/bold] What would help:")
+        for line in result["advice"]:
+            console.print(f"  {line}", soft_wrap=True)
+    elif best["flags"]:
+        console.print(
+            f"[bold]Cheapest that fits:[/bold] {best['name']}, remat {best['remat_policy']}"
+        )
+        console.print(f"  {best['flags']}", soft_wrap=True)
+    else:
+        console.print(f"[bold]{best['name']} fits.[/bold]")
+
+
+def _table(result: dict[str, Any]):
+    from rich.table import Table
+
+    table = Table(
+        title=f"One of {result['devices']} devices ({result['device_kind']}), GiB of"
+        f" {result['limit'] / GIB:.1f} usable",
+        title_justify="left",
+    )
+    for column in ("layout", "remat", "rows", "params", "optimizer", "gradients", "activations"):
+        table.add_column(column, justify="left" if column in ("layout", "remat") else "right")
+    for column in ("total", "sent a step", "TFLOPs", "fits"):
+        table.add_column(column, justify="right")
+    for c in result["candidates"]:
+        best = c is result["best"]
+        sizes = c.get("per_device", {})
+        cells = [
+            f"{sizes[name] / GIB:.2f}" if name in sizes else "-"
+            for name in ("params", "optimizer", "gradients", "activations", "total")
+        ]
+        more = ["-", "-"]
+        if "flops" in c:
+            more = [f"{c['wire_bytes'] / GIB:.2f}", f"{c['flops']['per_device'] / 1e12:.3g}"]
+        rows = " + ".join(str(rows) for rows, *_ in c.get("groups", ())) or "-"
+        table.add_row(
+            c["name"], c.get("remat_policy", "any"), rows, *cells, *more,
+            "cheapest" if best and len(result["candidates"]) > 1 else "yes" if c["fits"] else "no",
+            style="bold" if best else None,
+        )  # fmt: skip
+    return table
+
+
+def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -> None:
+    """Collectives, FLOPs and times of one candidate."""
+    from rich.table import Table
+
+    console.print(
+        f"Collectives of a step on one device, {one['name']}, remat {one['remat_policy']}:"
+    )
+    table = Table()
+    for column in ("kind", "count", "results, GiB", "sent, GiB"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, c in one["collectives"].items():
+        cells = (f"{c[name] / GIB:.3f}" for name in ("bytes", "wire_bytes"))
+        table.add_row(kind, str(c["count"]), *cells)
+    console.print(table if one["collectives"] else "  none")
+    flops = one["flops"]
+    console.print(
+        f"FLOPs of a step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
+        f" {flops['per_device']:.3g} a device"
+    )
+    times = ", ".join(
+        f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()
+    )
+    if times:
+        console.print(
+            f"At least, at the bfloat16 peak and with free links: {times}", soft_wrap=True
+        )
+    host = result["host_bytes"]
+    console.print(
+        f"Host memory: {host['save'] / GIB:.2f} GiB to save,"
+        f" {host['restore'] / GIB:.2f} GiB to restore, for each device of the host"
+    )
+    if one["unknown_loops"]:
+        console.print(f"{one['unknown_loops']} loops of unknown length were counted as one run")

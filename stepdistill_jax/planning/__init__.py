@@ -1,0 +1,3 @@
+"""What a run needs, before a device is rented: `plan` compiles the step on abstract arrays."""
+
+from stepdistill_jax.planning.plan import plan as plan

@@ -1,0 +1,231 @@
+"""One layout and one remat policy: the training step compiled on abstract arrays, and its figures."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.flops import recomputed_flops, train_flops
+from stepdistill_jax.models.lora import split
+from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.objectives import resolve
+from stepdistill_jax.planning.collectives import Collective, by_kind, collectives
+from stepdistill_jax.planning.workload import Workload
+from stepdistill_jax.sharding import batch_sharding, batch_shards
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.optimizer import make_optimizer
+from stepdistill_jax.training.packing import round_up
+from stepdistill_jax.training.state import TrainState, abstract_state
+from stepdistill_jax.training.step import in_mesh, jit_train_step
+
+# FLOPs that cost as much as sending one byte: a TPU v5e multiplies 197e12 and sends 200e9 bytes a
+# second (its data sheet), an H100 989e12 and 450e9 over NVLink
+FLOPS_PER_BYTE = 1000
+CPU_OPTIONS: Any = {"xla_backend_optimization_level": 0}
+_INT_FEATURES = {
+    "encoder_input_tokens": 1,
+    "encoder_segment_ids": 1,
+    "decoder_input_tokens": 2,
+    "decoder_target_tokens": 2,
+    "decoder_segment_ids": 2,
+    "decoder_objective_ids": 2,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What one device needs for a step, in bytes and FLOPs.
+
+    Attributes:
+        layout: sizes of the mesh axes.
+        remat_policy: of the model.
+        num_microbatches: slices of the step.
+        groups: (rows, input length, target length) as compiled.
+        state: `params` and `optimizer` bytes of a device, by arithmetic.
+        arguments: parameters, optimizer state and batch, as the compiler counts them.
+        gradients: float32, of what is trained; by arithmetic, a part of `temp`.
+        temp: the compiler's buffers beside arguments and results.
+        total: the most that is held at once: arguments, buffers, and results that reuse no argument.
+        operations: the collectives, largest first.
+        unknown_loops: loops with collectives that were counted as one run.
+        model_flops, recomputed_flops: of the whole step, over all devices.
+        compile_seconds: on this machine.
+    """
+
+    layout: dict[str, int]
+    remat_policy: str
+    num_microbatches: int
+    groups: tuple[tuple[int, int, int], ...]
+    state: dict[str, int]
+    arguments: int
+    gradients: int
+    temp: int
+    total: int
+    operations: tuple[Collective, ...]
+    unknown_loops: int
+    model_flops: float
+    recomputed_flops: float
+    compile_seconds: float
+
+    @property
+    def devices(self) -> int:
+        """All of the mesh."""
+        return math.prod(self.layout.values())
+
+    @property
+    def flops_per_device(self) -> float:
+        """Of a step, the recomputed ones included."""
+        return (self.model_flops + self.recomputed_flops) / self.devices
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that a device sends in a step."""
+        return sum(c.wire_bytes for c in self.operations)
+
+    @property
+    def cost(self) -> float:
+        """What layouts and policies are ranked by: FLOPs, a sent byte being `FLOPS_PER_BYTE`."""
+        return self.flops_per_device + FLOPS_PER_BYTE * self.wire_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; sizes are bytes of one device."""
+        return {
+            "layout": self.layout,
+            "remat_policy": self.remat_policy,
+            "num_microbatches": self.num_microbatches,
+            "groups": [list(group) for group in self.groups],
+            "per_device": {
+                **self.state,
+                "arguments": self.arguments,
+                "gradients": self.gradients,
+                "activations": max(0, self.temp - self.gradients),
+                "temp": self.temp,
+                "total": self.total,
+            },
+            "collectives": by_kind(list(self.operations)),
+            "wire_bytes": round(self.wire_bytes),
+            "unknown_loops": self.unknown_loops,
+            "flops": {
+                "step": self.model_flops,
+                "recomputed": self.recomputed_flops,
+                "per_device": self.flops_per_device,
+            },
+            "cost": self.cost,
+            "compile_seconds": round(self.compile_seconds, 2),
+        }
+
+
+def rounded_groups(
+    work: Workload, mesh: Mesh, num_microbatches: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Groups with their rows rounded up to what devices and slices share out, as `Batches` does."""
+    multiple = batch_shards(mesh) * num_microbatches
+    return tuple(
+        (round_up(rows, multiple), inputs, targets) for rows, inputs, targets in work.groups
+    )
+
+
+def abstract_batch(groups: Sequence[tuple[int, int, int]], mesh: Mesh) -> tuple[dict, ...]:
+    """Groups of `training.batches` as shapes, cut by rows."""
+    sharding = batch_sharding(mesh)
+
+    def array(*shape, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return tuple(
+        {name: array(group[0], group[side]) for name, side in _INT_FEATURES.items()}
+        | {"decoder_loss_weights": array(group[0], group[2], dtype=jnp.float32)}
+        for group in groups
+    )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of abstract arrays with shardings: the largest part that one device holds of each."""
+    leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Parameters and optimizer state of one device."""
+    return {
+        "params": bytes_per_device(state.params),
+        "optimizer": bytes_per_device(state.opt_state),
+    }
+
+
+def lower_step(
+    config: TrainConfig, model: T5Config, groups: Sequence[tuple[int, int, int]], mesh: Mesh
+) -> tuple[jax.stages.Lowered, TrainState]:
+    """`training.step.train_step` lowered for these shapes, and the abstract state.
+
+    Raises:
+        InputError: an axis of the mesh does not divide what it cuts.
+    """
+    tx = make_optimizer(config)
+    state = abstract_state(model, tx, mesh)
+    step = jit_train_step(
+        state,
+        mesh,
+        model=T5(model),
+        tx=tx,
+        objective_weights=tuple(o.weight for o in resolve(config.objectives)),
+        num_microbatches=config.num_microbatches,
+    )
+    return in_mesh(step.__wrapped__.lower, mesh)(state, abstract_batch(groups, mesh)), state
+
+
+def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) -> Figures:
+    """Compiles one candidate and reads its figures.
+
+    Args:
+        config: its layout and remat policy are not used.
+        work: of `workload`.
+        mesh: over virtual devices or a topology's.
+        remat_policy: `none`, `minimal` or `full`.
+
+    Raises:
+        InputError: an axis of the mesh does not divide what it cuts.
+        MemoryError: the TPU compiler finds that the step does not fit; its own words.
+    """
+    began = time.perf_counter()
+    model = dataclasses.replace(work.model, remat_policy=remat_policy)
+    groups = rounded_groups(work, mesh, config.num_microbatches)
+    lowered, state = lower_step(config, model, groups, mesh)
+    # machine code of virtual devices never runs: its optimisation changes no figure
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    try:
+        compiled = lowered.compile(CPU_OPTIONS if on_cpu else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(" ".join(str(error).split())[:400]) from None
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and hlo is not None  # both backends tell
+    operations, unknown = collectives(hlo, mesh.size)
+    shapes = [
+        {"rows": rows, "input_length": inputs, "target_length": targets}
+        for rows, inputs, targets in groups
+    ]
+    arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Figures(
+        layout=dict(mesh.shape),
+        remat_policy=remat_policy,
+        num_microbatches=config.num_microbatches,
+        groups=groups,
+        state=state_bytes(state),
+        arguments=arguments,
+        gradients=bytes_per_device(split(state.params)[0]),
+        temp=temp,
+        total=arguments + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        operations=tuple(operations),
+        unknown_loops=unknown,
+        model_flops=sum(train_flops(model, **shape) for shape in shapes),
+        recomputed_flops=sum(recomputed_flops(model, **shape) for shape in shapes),
+        compile_seconds=time.perf_counter() - began,
+    )

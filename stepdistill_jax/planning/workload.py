@@ -1,0 +1,121 @@
+"""What a step of a config works on: the model and the shapes of its rows, read or assumed."""
+
+import dataclasses
+import os
+import pathlib
+
+from stepdistill_jax.data.prepared import data_folder, prepared_names
+from stepdistill_jax.formats.directory import read_config, read_model_files
+from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.tasks.load import TaskData, load_task
+from stepdistill_jax.text.vocabulary import BYTES
+from stepdistill_jax.training.batches import Batches
+from stepdistill_jax.training.config import TrainConfig
+
+# ids of the published models; test_configs checks their parameter counts
+PUBLISHED_VOCABULARY = {"mt5": 250_112, "byt5": 384, "umt5": 256_384}
+T5_VOCABULARY = 32_128
+STEPS_LOOKED_AT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Shapes of a step.
+
+    Attributes:
+        model: the configuration that `train` would build.
+        groups: (rows, input length, target length) of each group of a batch, before rows are rounded
+            up to what the devices share out.
+        assumptions: sentences; empty where everything was read.
+    """
+
+    model: T5Config
+    groups: tuple[tuple[int, int, int], ...]
+    assumptions: tuple[str, ...]
+
+
+def workload(
+    config: TrainConfig,
+    *,
+    rows: int | None = None,
+    data_dir: os.PathLike | str | None = None,
+) -> Workload:
+    """Model and rows of a config; a prepared dataset is looked at, none is needed.
+
+    Args:
+        config: of the run.
+        rows: packed rows of a step, as `stepdistill inspect` shows them; None is the most of the
+            first 32 steps on the prepared dataset or, without one, a row for each example.
+        data_dir: of prepared datasets; None is the default one.
+
+    Raises:
+        InputError: an INIT_FROM that is there and cannot be read, an unknown family or size.
+    """
+    data_dir, assumptions = data_folder(data_dir), []
+    data = _prepared(config, data_dir)
+    model = _model(config, data, assumptions)
+    lengths = (config.input_length, config.target_length)
+    if rows is not None:
+        groups = ((rows, *lengths),)
+    elif data is not None:
+        batches = Batches(
+            data, config.batch_size, *lengths, seed=config.seed, pack=config.pack,
+            data_fraction=config.data_fraction,
+        )  # fmt: skip
+        # the largest of the shapes that `train` compiles is for a batch that all but never comes
+        taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
+        groups = tuple(
+            (max(len(batch[i]["encoder_segment_ids"]) for batch in taken), *pair)
+            for i, pair in enumerate(batches.lengths)
+        )
+    else:
+        count = 1 if config.pack else len(config.objectives)
+        groups = ((config.batch_size, *lengths),) * count
+        assumptions.append(
+            f"dataset {config.task!r} is not prepared here: "
+            + (
+                "one packed row for each example of a step (short rows pack into fewer: --rows)"
+                if config.pack
+                else "rows as long as INPUT_LENGTH and TARGET_LENGTH"
+            )
+        )
+    return Workload(model, groups, tuple(assumptions))
+
+
+def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:
+    """The tokens of a prepared dataset, with its own vocabulary where INIT_FROM is not at hand."""
+    if config.task not in prepared_names(data_dir):
+        return None
+    vocabulary = None
+    if config.init_from is not None and os.path.isdir(config.init_from):
+        vocabulary = read_model_files(config.init_from).vocabulary.source
+    return load_task(
+        config.task,
+        split="train",
+        objectives=config.objectives,
+        vocabulary=BYTES if config.model_family == "byt5" else vocabulary,
+        data_dir=data_dir,
+        supervision=config.supervision,
+    )
+
+
+def _model(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> T5Config:
+    settings = {
+        "dtype": config.dtype,
+        "dropout_rate": config.dropout_rate,
+        "remat_policy": config.remat_policy,
+        "lora": config.lora,
+    }
+    if config.init_from is not None and os.path.isdir(config.init_from):
+        return dataclasses.replace(read_config(config.init_from), **settings)
+    if config.init_from is None and data is not None:
+        vocab_size = data.vocab_size
+    else:
+        vocab_size = PUBLISHED_VOCABULARY.get(config.model_family, T5_VOCABULARY)
+        missing = (
+            f"dataset {config.task!r} is not prepared here"
+            if config.init_from is None
+            else f"INIT_FROM {config.init_from} is not here: {config.model_family} {config.model_size}"
+        )
+        assumptions.append(f"{missing}, with the published vocabulary of {vocab_size}")
+    return t5_config(config.model_family, config.model_size, vocab_size=vocab_size, **settings)

@@ -1,0 +1,61 @@
+"""A profile of a few steps, for TensorBoard's profile plugin, XProf and Perfetto."""
+
+import pathlib
+import tempfile
+from collections.abc import Callable
+
+import jax
+
+from stepdistill_jax.files import is_remote, upload
+from stepdistill_jax.progress import log
+
+FOLDER = "profile"
+
+
+class StepProfile:
+    """While entered, traces the steps `first` to `last` into `WORKDIR/profile`, on process 0 only.
+
+    The files are `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz` there. A run that ends
+    in the middle leaves what it has.
+    """
+
+    def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
+        """`steps` None traces nothing."""
+        self._folder = workdir / FOLDER
+        self._scratch = tempfile.TemporaryDirectory() if is_remote(workdir) else None
+        self._steps = steps if jax.process_index() == 0 else None
+        self._written: pathlib.Path | None = None  # where, while tracing
+
+    def __enter__(self) -> "StepProfile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()
+
+    def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
+        """Marks a step in the trace; begins it where this step is the first of them."""
+        if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
+            self._start()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def ended(self, step: int, flush: Callable[[], None]) -> None:
+        """Ends the trace after its last step; `flush` waits for the devices."""
+        if self._written is not None and self._steps is not None and step == self._steps[1]:
+            flush()
+            self._stop()
+
+    def _start(self) -> None:
+        if self._written is None:
+            # the profiler writes local files only
+            remote = is_remote(self._folder)
+            self._written = pathlib.Path(tempfile.mkdtemp()) if remote else self._folder
+            jax.profiler.start_trace(self._written)
+
+    def _stop(self) -> None:
+        if self._written is None:
+            return
+        written, self._written = self._written, None
+        jax.profiler.stop_trace()
+        if written != self._folder:
+            upload(written, self._folder)
+        log(f"profile of steps {self._steps}: `tensorboard --logdir {self._folder}`, or Perfetto")

@@ -1,0 +1,237 @@
+"""Eight devices: the answers of one in any layout, and parameters that are recognised however they are cut."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from stepdistill_jax import sharding
+from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import write_model_files
+from stepdistill_jax.inference import LabelDecoder, evaluate, load_model, predict
+from stepdistill_jax.inference.beam import beam_search
+from stepdistill_jax.inference.decode import greedy_decode
+from stepdistill_jax.inference.evaluate import evaluate_tokens
+from stepdistill_jax.inference.model import params_fingerprint
+from stepdistill_jax.inference.sampling import sample_decode
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.text.vocabulary import load_vocabulary
+
+CONFIG = T5Config(128, 32, 8, 8, 48, 2, 2)  # eight heads: `tensor` cuts them over all devices
+SEARCHES = {
+    "greedy": greedy_decode,
+    "beam": functools.partial(beam_search, num_beams=4),
+    "sampling": functools.partial(sample_decode, rng=jax.random.key(3), temperature=0.8, top_k=50),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = jax.jit(init_params, static_argnums=0)(
+        CONFIG, jax.random.key(2)
+    )  # ends after 2 to 6 tokens
+    head = np.array(params["logits_dense"]["kernel"])
+    head[:, 1] *= 3
+    params["logits_dense"]["kernel"] = jax.numpy.asarray(head)
+    return params
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(1)
+    return [[*rng.integers(3, 128, rng.integers(1, 31)).tolist(), 1] for _ in range(21)]
+
+
+@functools.cache
+def mesh_of(layout):
+    return sharding.make_mesh(layout)
+
+
+def placed(params, layout):
+    return jax.device_put(
+        params, sharding.param_shardings(mesh_of(layout), abstract_params(CONFIG))
+    )
+
+
+@pytest.fixture(scope="module")
+def one_device(params, rows):
+    """The answers of a search on one device."""
+
+    @functools.cache
+    def decode(search):
+        decoder = LabelDecoder(CONFIG, max_decode_len=6, batch_size=21, decode_fn=SEARCHES[search])
+        return decoder(params, rows)
+
+    return decode
+
+
+@pytest.mark.parametrize(
+    "search, layout, batch_size",
+    [
+        ("greedy", "data", 16),  # 21 rows: the last batch has 5, fewer than devices
+        ("greedy", "fsdp", 21),
+        ("greedy", "tensor", 16),
+        ("beam", "data", 16),
+        ("beam", "tensor", 16),
+        ("beam", "fsdp_tensor", None),
+        ("sampling", "data", 16),
+    ],
+)
+def test_a_layout_gives_the_answers_of_one_device(
+    params, rows, one_device, search, layout, batch_size
+):
+    decoder = LabelDecoder(
+        CONFIG,
+        max_decode_len=6,
+        batch_size=batch_size,
+        mesh=mesh_of(layout),
+        decode_fn=SEARCHES[search],
+    )
+    want, got = one_device(search), decoder(placed(params, layout), rows)
+    assert got.ids == want.ids
+    assert len({len(ids) for ids in got.ids}) > 2
+    np.testing.assert_array_equal(got.finished, want.finished)
+    np.testing.assert_allclose(got.scores, want.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_fewer_rows_than_devices(params, rows, one_device, count):
+    decoder = LabelDecoder(CONFIG, max_decode_len=6, mesh=mesh_of("data"))
+    got = decoder(placed(params, "data"), rows[:count])
+    assert got.ids == one_device("greedy").ids[:count]
+
+
+def test_the_batch_grows_with_the_devices_that_have_rows():
+    sizes = {
+        layout: LabelDecoder(CONFIG, max_decode_len=6, mesh=mesh_of(layout)).batch_size
+        for layout in ("data", "fsdp", "fsdp_tensor", "tensor")
+    }
+    assert sizes == {"data": 512, "fsdp": 512, "fsdp_tensor": 256, "tensor": 64}
+    assert LabelDecoder(CONFIG, max_decode_len=6).batch_size == 64
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_devices_that_have_the_whole_model_do_not_wait_for_each_other(params, search):
+    """Nothing is sent at a token: only ids, scores and ends are gathered, once."""
+    mesh = mesh_of("data")
+    decoder = LabelDecoder(CONFIG, max_decode_len=6, mesh=mesh, decode_fn=SEARCHES[search])
+    tokens = jax.ShapeDtypeStruct((64, 32), np.int32, sharding=sharding.batch_sharding(mesh))
+    compiled = decoder._decode.lower(placed(params, "data"), tokens).compile().as_text()
+    sent = re.findall(r"= (\S+) (?:all-|collective-|reduce-scatter)[\w-]+\(", compiled)
+    assert sorted(shape.split("{")[0] for shape in sent) == ["f32[64]", "pred[64]", "s32[64,6]"]
+
+
+def test_a_fingerprint_does_not_depend_on_how_parameters_are_cut(params):
+    want = params_fingerprint(params)
+    for layout in ("data", "fsdp_tensor"):
+        assert params_fingerprint(placed(params, layout)) == want
+    assert params_fingerprint(jax.tree.map(np.asarray, params)) == want
+
+
+def test_a_fingerprint_sees_a_bit_a_place_and_a_shape(params):
+    def changed(change):
+        flat = np.array(params["token_embedder"])
+        return params_fingerprint({**params, "token_embedder": change(flat)})
+
+    def flip(x):
+        x.view(np.uint32)[5, 7] ^= 1
+        return x
+
+    def swap(x):
+        x[5, 7], x[9, 7] = x[9, 7], x[5, 7]
+        return x
+
+    found = [changed(f) for f in (lambda x: x, flip, swap, np.transpose, lambda x: x[::-1])]
+    assert found[0] == params_fingerprint(params)
+    assert len(set(found)) == len(found)
+    assert params_fingerprint({"a": np.zeros(3, np.float32)}) != params_fingerprint(
+        {"a": np.zeros(4, np.float32)}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(params, task_info, spiece, tmp_path_factory):
+    """A workdir that was saved from a cut over eight devices."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    write_model_files(folder, CONFIG, load_vocabulary(spiece), task_info)
+    cut = placed(params, "fsdp")
+    assert not cut["token_embedder"].sharding.is_fully_replicated
+    checkpoints = Checkpoints(folder)
+    metrics = {"step": 4, "validated": True, "label_accuracy": 0.5, "label_loss": 1.0}
+    checkpoints.save(4, cut, {"step": np.int32(4)}, metrics)
+    checkpoints.close()
+    return folder
+
+
+def test_predict_and_evaluate_give_the_labels_of_any_layout(
+    run, questions, write_rows, read_rows_of, tmp_path
+):
+    source, answers, results = write_rows(questions[:30]), [], []
+    data_dir = tmp_path / "data"
+    (data_dir / "roads" / "1.0.0").mkdir(parents=True)
+    described = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 30}, "labels": []}
+    (data_dir / "roads" / "dataset.json").write_text(json.dumps(described))
+    write_rows(
+        [q | {"id": str(i)} for i, q in enumerate(questions[:30])], data_dir / "roads/test.jsonl"
+    )
+    vocabulary = load_model(run).vocabulary
+    ids = [[*vocabulary.encode("predict: " + q["input"]), 1] for q in questions[:30]]
+    labels = [q["label"] for q in questions[:30]]
+    out, mixed = tmp_path / "out.jsonl", sharding.Layout(data=2, fsdp=2, tensor=2)
+    for layout in ("data", mixed):
+        results.append(predict(run, source, out, layout=layout))
+        answers.append(read_rows_of(out))
+    results.append(evaluate(run, task="roads", data_dir=data_dir, layout=mixed))
+    results.append(evaluate_tokens(run, ids, labels, metric="text_match", layout=mixed))
+    for result in results:
+        for name in ("rows", "accuracy", "unfinished", "cut_inputs", "collapsed"):
+            assert result[name] == results[0][name], name
+    for other in answers[1:]:
+        for row, want in zip(other, answers[0], strict=True):
+            assert row["score"] == pytest.approx(want["score"], abs=1.1e-5)
+            assert row | {"score": 0} == want | {"score": 0}
+
+
+def test_an_unknown_layout_and_one_that_does_not_fit_are_refused(run, write_rows, tmp_path):
+    source, out = write_rows([{"input": "a"}]), tmp_path / "out.jsonl"
+    for layout in ("fspd", sharding.Layout(tensor=3)):
+        with pytest.raises(InputError, match="LAYOUT"):
+            predict(run, source, out, layout=layout)
+    assert not out.exists()
+
+
+ONE_DEVICE = """
+import json, sys
+import jax
+from stepdistill_jax.inference import export, load_model
+from stepdistill_jax.inference.model import params_fingerprint
+assert jax.device_count() == 1
+export(sys.argv[1], sys.argv[2])
+prints = [params_fingerprint(load_model(path).params) for path in sys.argv[1:]]
+print(json.dumps(prints))
+"""
+
+
+def test_what_eight_devices_saved_is_exported_on_one(run, params, tmp_path):
+    """One process of one device exports it; eight devices, each a part of it, read the export."""
+    folder = tmp_path / "model"
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_DEVICE, str(run), str(folder)],
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [params_fingerprint(params)] * 2
+    model = load_model(folder, mesh=mesh_of("fsdp"))
+    assert not model.params["token_embedder"].sharding.is_fully_replicated
+    for got, want in zip(jax.tree.leaves(model.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(want))

@@ -1,0 +1,281 @@
+"""`plan` against arithmetic and against each other; against real memory in test_truth."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
+from stepdistill_jax.models.flops import recomputed_flops, train_flops
+from stepdistill_jax.planning import plan
+from stepdistill_jax.planning.compiling import rounded_groups
+from stepdistill_jax.planning.plan import layouts_for
+from stepdistill_jax.planning.workload import workload
+from stepdistill_jax.sharding import Layout, make_mesh
+from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+
+GIB = 2**30
+CONFIG = TrainConfig(
+    task="not_prepared", batch_size=16, input_length=64, target_length=32, dropout_rate=0.0
+)
+# T5 v1.1 tiny with T5's vocabulary: embedding, head, 2 + 1 layers, norms, two tables of 4 x 32
+ENCODER_LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+DECODER_LAYER = 8 * 64 * 64 + 3 * 64 * 128 + 3 * 64
+TINY = 2 * 32128 * 64 + 2 * ENCODER_LAYER + DECODER_LAYER + 2 * 64 + 2 * 4 * 32
+BATCH = 16 * (2 * 64 + 5 * 32) * 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_data_and_8_devices(tmp_path_factory):
+    assert jax.device_count() == 8  # `plan` would make its own where JAX has none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPDISTILL_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
+def only(config=CONFIG, devices=8, **arguments):
+    (candidate,) = plan(config, devices=devices, **arguments)["candidates"]
+    return candidate
+
+
+@pytest.fixture(scope="module")
+def fsdp():
+    return only(layout="fsdp")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return only(devices=1, layout="data")
+
+
+def test_arguments_are_parameters_optimizer_and_batch_by_arithmetic(one_device):
+    sizes = one_device["per_device"]
+    assert sizes["params"] == sizes["gradients"] == 4 * TINY
+    # two moments, and the counts of AdamW and its schedule
+    assert sizes["optimizer"] == 2 * 4 * TINY + 2 * 4
+    # the step and the key of dropout (unused here, so not an argument) beside it
+    rest = sizes["arguments"] - sizes["params"] - sizes["optimizer"] - BATCH
+    assert 0 <= rest <= 64
+
+
+def test_fsdp_cuts_state_by_the_devices(fsdp):
+    replicated = 4 * 2 * 4 * 32  # the two tables of the relative bias are cut by heads alone
+    sizes = fsdp["per_device"]
+    assert sizes["params"] == (4 * TINY - replicated) // 8 + replicated
+    assert sizes["arguments"] == pytest.approx(sizes["params"] + sizes["optimizer"], abs=BATCH)
+
+
+def test_fsdp_sends_each_weight_a_fixed_number_of_times(fsdp):
+    """Gathered forward and backward, its gradient summed: at most 4 times, here without remat."""
+    assert fsdp["collectives"].keys() == {"all-gather", "all-reduce"}
+    assert 3 * 4 * TINY < fsdp["wire_bytes"] < 4 * 4 * TINY
+    assert fsdp["unknown_loops"] == 0
+
+
+def test_flops_are_those_of_the_formula(fsdp):
+    model = t5_config("t5_v1_1", "tiny", vocab_size=32128)
+    shape = {"rows": 16, "input_length": 64, "target_length": 32}
+    assert fsdp["flops"]["step"] == train_flops(model, **shape)
+    assert fsdp["flops"]["per_device"] == train_flops(model, **shape) / 8
+
+
+def test_recomputation_by_hand():
+    """One layer each, 3 inputs, 2 targets, width 4, 1 head of 2, feed-forward 5, one gate, 8 ids."""
+    model = T5Config(8, 4, 1, 2, 5, 1, 1, mlp_activations=("relu",), remat_policy="full")
+    shape = {"rows": 1, "input_length": 3, "target_length": 2}
+    products = 2 * 4 * 2  # a token through one projection of attention
+    encoder = 3 * (4 * products + 2 * 2 * 4 * 5)
+    decoder = 2 * (6 * products + 2 * 2 * 4 * 5) + 3 * 2 * products
+    scores = 2 * 2 * 2 * (3 * 3 + 2 * 2 + 2 * 3)
+    assert recomputed_flops(model, **shape) == encoder + decoder + scores
+    head = 2 * 2 * 4 * 8
+    assert train_flops(model, **shape) == 3 * (encoder + decoder + scores + head)
+    minimal = dataclasses.replace(model, remat_policy="minimal")
+    assert recomputed_flops(minimal, **shape) == scores
+    assert recomputed_flops(dataclasses.replace(model, remat_policy="none"), **shape) == 0
+
+
+@pytest.mark.slow
+def test_each_way_to_save_memory_saves_it(one_device):
+    base = one_device["per_device"]
+
+    def other(**changes):
+        return only(dataclasses.replace(CONFIG, **changes), 1, layout="data")["per_device"]
+
+    minimal, full = other(remat_policy="minimal"), other(remat_policy="full")
+    assert base["activations"] > minimal["activations"] > full["activations"]
+    assert other(num_microbatches=2)["activations"] < base["activations"]
+    moment = other(optimizer=OptimizerConfig(mu_dtype="bfloat16"))
+    assert base["optimizer"] - moment["optimizer"] == 2 * TINY
+    adafactor = other(optimizer=OptimizerConfig(name="adafactor"))
+    # only the vocabulary's two tables have two sides of 128 or more: 32128 + 64 does not
+    assert adafactor["optimizer"] < 0.55 * base["optimizer"]
+    lora = other(lora=LoraConfig(query=2))
+    assert lora["gradients"] * 100 < base["gradients"]
+    assert lora["params"] > base["params"]
+
+
+@pytest.mark.slow
+def test_the_cheapest_of_those_that_fit_is_named():
+    found = plan(CONFIG, devices=8, hbm=10**9)
+    names = [c["name"] for c in found["candidates"]]
+    assert set(names) == {"data", "fsdp", "fsdp_tensor 4x2", "fsdp_tensor 2x4"}
+    assert all(c["fits"] for c in found["candidates"])
+    assert found["best"]["cost"] == min(c["cost"] for c in found["candidates"])
+    assert "--gin_file layouts/" in found["best"]["flags"]
+    assert any("published vocabulary of 32128" in text for text in found["assumptions"])
+    assert any("one packed row for each example" in text for text in found["assumptions"])
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_recomputed_or_left_out():
+    state = 3 * 4 * TINY
+    found = plan(CONFIG, devices=8, hbm=state)  # a tenth is left free: `data` has no room
+    data, *others = found["candidates"]
+    assert data["fits"] is False
+    assert "alone do not fit" in data["error"]
+    assert found["best"] in others
+    assert found["best"]["per_device"]["total"] <= 0.9 * state
+
+
+@pytest.mark.slow
+def test_where_nothing_fits_it_says_what_would():
+    found = plan(CONFIG, devices=8, hbm=8 * 10**6)
+    assert found["best"] is None
+    by_name = [(c["name"], c.get("remat_policy")) for c in found["candidates"]]
+    assert ("fsdp", "full") in by_name
+    for way in ("--devices ", "bfloat16.gin", "adafactor.gin"):
+        assert any(way in line for line in found["advice"]), found["advice"]
+
+
+@pytest.mark.parametrize(
+    ("size", "devices", "expected"),
+    [
+        ("small", 1, ["data"]),
+        ("small", 8, ["data", "fsdp", "fsdp_tensor 4x2"]),  # 6 heads
+        ("base", 5, ["data"]),
+        (
+            "xxl",
+            64,
+            ["data", "fsdp", *(f"fsdp_tensor {64 // t}x{t}" for t in (2, 4, 8)), "tensor"],
+        ),
+    ],
+)
+def test_only_layouts_that_divide_the_model_are_tried(size, devices, expected):
+    model = t5_config("t5_v1_1", size, vocab_size=32128)
+    assert list(layouts_for(model, devices)) == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows"), [(Layout(fsdp=8), 16), (Layout(fsdp=4, tensor=2), 8)], ids=["8", "4x2"]
+)
+def test_rows_are_rounded_up_to_the_devices_and_slices(layout, rows):
+    groups = rounded_groups(workload(CONFIG, rows=3), make_mesh(layout), num_microbatches=2)
+    assert groups == ((rows, 64, 32),)
+
+
+def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir):
+    config = TrainConfig(task="delivery", batch_size=64, input_length=64, target_length=32)
+    found = workload(config, data_dir=delivery_data_dir)
+    assert found.assumptions == ()
+    assert found.model.vocab_size < 10_000
+    ((rows, *lengths),) = found.groups
+    assert lengths == [64, 32]
+    assert 0 < rows < 2 * 64  # several of the short rows in one
+
+
+def test_more_devices_than_the_process_has_are_refused():
+    with pytest.raises(InputError, match="already has 8 CPU devices"):
+        plan(CONFIG, devices=16)
+
+
+def test_a_layout_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="does not fit 8 devices"):
+        plan(CONFIG, devices=8, layout=Layout(fsdp=3))
+
+
+def test_a_topology_without_the_tpu_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(InputError, match=r"stepdistill-jax\[tpu\]"):
+        plan(CONFIG, topology="v5e:4x4")
+
+
+GROWTH = """
+import json, re, sys
+import jax
+from stepdistill_jax.planning.compiling import lower_step, figures
+from stepdistill_jax.planning.devices import virtual_devices
+from stepdistill_jax.planning.workload import workload
+from stepdistill_jax.sharding import make_mesh
+from stepdistill_jax.training.config import TrainConfig
+
+config = TrainConfig(
+    task="none", batch_size=64, input_length=64, target_length=32, model_size="small"
+)
+work, result = workload(config, data_dir=sys.argv[1]), {}
+everything = virtual_devices(64)
+for count in (8, 64):
+    mesh = make_mesh("fsdp", everything[:count])
+    result[count] = figures(config, work, mesh, "full").to_json()
+    lowered, _ = lower_step(config, work.model, work.groups, mesh)
+    shapes = re.findall(r"\\w\\[([\\d,]+)\\]", lowered.compile({"xla_backend_optimization_level": 0}).as_text())
+    sizes = [[int(d) for d in shape.split(",")] for shape in shapes]
+    # [rows or less, 32, vocabulary]: rows of the largest logits on one device
+    result[count]["logits_rows"] = max(s[0] for s in sizes if s[-2:] == [32, 32128] and len(s) == 3)
+print(json.dumps(result))
+"""
+
+
+@pytest.mark.slow
+def test_from_8_to_64_devices_no_term_grows(tmp_path):
+    """fsdp, 64 rows: state as 1/N, traffic bounded by the parameters, logits cut by rows."""
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )  # fmt: skip
+    few, many = (json.loads(done.stdout.splitlines()[-1])[n] for n in ("8", "64"))
+    parameters = 4 * 76_961_152  # T5 v1.1 small, float32
+    assert few["per_device"]["arguments"] / many["per_device"]["arguments"] == pytest.approx(
+        8, rel=0.02
+    )
+    for name in ("gradients", "params", "optimizer"):
+        assert many["per_device"][name] < parameters * 2 / 64 * 1.02
+    for found in (few, many):
+        # gathered forward and backward, and the gradient summed over a ring, which sends it twice
+        assert found["wire_bytes"] < 4.1 * parameters
+        assert found["unknown_loops"] == 0
+    # all of it but the (N - 1) / N of a ring
+    assert many["wire_bytes"] / few["wire_bytes"] == pytest.approx((63 / 64) / (7 / 8), rel=0.02)
+    assert few["flops"]["per_device"] == 8 * many["flops"]["per_device"]
+    assert (few["logits_rows"], many["logits_rows"]) == (8, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "layout", "tensor"), [(64, "fsdp", 1), (256, "fsdp_tensor", 2)]
+)
+def test_xxl_is_planned(devices, layout, tensor, tmp_path):
+    """T5 v1.1 XXL: 11.1e9 parameters, inputs 1024, targets 256; about 10 s and under 1 GiB."""
+    config = tmp_path / "xxl.gin"
+    parts = ("train", "models/t5_v1_1", "objectives/step_by_step", "optimizers/adamw")
+    config.write_text(
+        "".join(f'include "{part}.gin"\n' for part in (*parts, "memory/remat_full"))
+        + 'TASK = "cqa"\nMODEL_SIZE = "xxl"\nINPUT_LENGTH = 1024\nTARGET_LENGTH = 256\nTRAIN_STEPS = 9\n'
+    )
+    command = ["plan", config, "--devices", str(devices), "--layout", layout, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "stepdistill_jax", *command, "--data-dir", tmp_path],
+        capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": ""},
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    (candidate,) = found["candidates"]
+    assert candidate["fits"]
+    assert candidate["layout"]["tensor"] == tensor
+    # weights and two moments in float32, cut over all devices
+    state = candidate["per_device"]["params"] + candidate["per_device"]["optimizer"]
+    assert state == pytest.approx(12 * 11_135_332_352 / devices, rel=0.001)
