@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One host, several GPUs: one process over all of them (JAX's way), or one process for each.
+#
+# usage: launch/multi_gpu.sh [--process-per-gpu] [--max-restarts R] [--dry-run] -- COMMAND ...
+#
+#   --process-per-gpu  one process for each GPU, as a job of several hosts has them
+#   --max-restarts R   with --process-per-gpu: how often to start again after a lost process (2)
+#   --dry-run          print what would be run
+#
+#   launch/multi_gpu.sh -- stepdistill train cqa_base_step_by_step --workdir runs/cqa --set LAYOUT=data
+#
+# CUDA_VISIBLE_DEVICES, if set, picks the GPUs. Exits as COMMAND does, or as local.sh.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source-path=SCRIPTDIR source=xla_flags.sh
+. "$here/xla_flags.sh"
+
+usage() { sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+die() { echo "multi_gpu.sh: error: $*" >&2; exit 2; }
+
+per_gpu='' dry_run='' options=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --process-per-gpu) per_gpu=1 ;;
+    --max-restarts) options+=("$1" "${2-}"); shift ;;
+    --dry-run) dry_run=1; options+=("$1") ;;
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    *) die "unknown option '$1'; the command comes after '--' (see --help)" ;;
+  esac
+  shift || die "an option has no value (see --help)"
+done
+[ $# -gt 0 ] || die "no command after '--', e.g. -- stepdistill train CONFIG --workdir DIR"
+
+listed=$(nvidia-smi -L 2>&1) || die "nvidia-smi does not work here: ${listed%%$'\n'*}"
+gpus=$(grep -c '^GPU ' <<<"$listed" || true)
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+  [ ${#visible[@]} -le "$gpus" ] || die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#visible[@]} GPUs, nvidia-smi lists $gpus"
+  gpus=${#visible[@]}
+fi
+[ "$gpus" -gt 0 ] || die "no GPU: nvidia-smi -L lists none, or CUDA_VISIBLE_DEVICES is empty"
+
+add_xla_flags gpu
+export EXPECT_DEVICES=$gpus
+if [ -n "$per_gpu" ]; then
+  exec python3 "$here/processes.py" -n "$gpus" --gpus ${options[@]+"${options[@]}"} -- "$@"
+elif [ -n "$dry_run" ]; then
+  printf '%q ' env EXPECT_DEVICES="$gpus" XLA_FLAGS="$XLA_FLAGS" "$@"; echo
+else
+  exec "$@"
+fi

@@ -1,0 +1,216 @@
+"""Runs N processes of one command on this host: the common part of `local.sh` and `multi_gpu.sh`.
+
+Standard library only: it runs under the `python3` that is there, whatever environment COMMAND lives
+in. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which
+`stepdistill` reads before it touches JAX.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import queue
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+STOPPED = 75  # left after a clean save, on a signal
+LOST = 128 + signal.SIGABRT  # what JAX's coordination service does to the peers of a lost process
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # as SIGTERM
+# set by the scripts; for --dry-run
+SHOWN = ("JAX_PLATFORMS", "XLA_FLAGS", "EXPECT_DEVICES")
+
+
+def main():
+    """Starts, and starts again after a lost process; returns the exit code of the whole."""
+    args = parse()
+    if args.dry_run:
+        for process in range(args.n):
+            added = {k: os.environ[k] for k in SHOWN if k in os.environ}
+            added |= variables(process, args, "PORT")
+            shown = [f"{k}={shlex.quote(v)}" for k, v in added.items()]
+            print(" ".join(shown), shlex.join(args.command))
+        return 0
+    for attempt in range(args.max_restarts + 1):
+        group = Group(args)
+        code, line = verdict(group.run(), group.signalled)
+        again = code == LOST and not group.signalled
+        left = args.max_restarts - attempt
+        if again and left:
+            line += f"; starting again, {left} left"
+        elif again:
+            line += "; start the same command again to resume"
+        if line:
+            say(line)
+        if not (again and left):
+            break
+    return code
+
+
+def parse():
+    """The flags; the scripts explain them to users."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("-n", type=int, required=True)
+    parser.add_argument("--gpus", action="store_true", help="process K sees the K-th GPU only")
+    parser.add_argument("--max-restarts", type=int, default=2)
+    parser.add_argument("--grace", type=float, default=5, help="seconds")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("command", nargs="+")
+    return parser.parse_args()
+
+
+def variables(process, args, port):
+    """What `process` has in its environment beside ours."""
+    added = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(args.n),
+        "JAX_PROCESS_ID": str(process),
+    }
+    return added | ({"JAX_LOCAL_DEVICE_IDS": str(process)} if args.gpus else {})
+
+
+class Group:
+    """The processes of one attempt."""
+
+    def __init__(self, args):
+        self.grace = args.grace
+        self.signalled = False
+        self.ends = queue.Queue()  # (process, exit code), in the order in which they end
+        port = free_port()
+        self.processes, self.threads = [], []
+        # a signal that comes while we start waits until all can be told
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        for k in range(args.n):
+            try:
+                process = start(args.command, os.environ | variables(k, args, port), k, mask)
+            except OSError as error:
+                self._kill()
+                say(f"error: cannot start {args.command[0]!r}: {error.strerror}")
+                raise SystemExit(2) from None
+            self.processes.append(process)
+            for stream in filter(None, (process.stdout, process.stderr)):
+                self._thread(relay, stream, f"[{k}] ".encode())
+            self._thread(lambda k=k, p=process: self.ends.put((k, shell_code(p.wait()))))
+        for number in FORWARDED:
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup
+                signal.signal(number, self._forward)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _thread(self, target, *args):
+        self.threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self.threads[-1].start()
+
+    def run(self):
+        """Waits for all. Returns [(process, exit code, whether we had told it to end)] in order."""
+        ended, deadline, told = [], None, False
+        while len(ended) < len(self.processes):
+            try:
+                wait = None if deadline is None else max(0, deadline - time.monotonic())
+                process, code = self.ends.get(timeout=wait)
+                ended.append((process, code, told))
+                if deadline is None and code not in (0, STOPPED):
+                    deadline = time.monotonic() + self.grace
+            except queue.Empty:
+                (self._kill if told else self._terminate)()
+                told, deadline = True, time.monotonic() + self.grace
+        self._kill()  # what a process left behind
+        for thread in self.threads:
+            thread.join(timeout=2)
+        return ended
+
+    def _forward(self, *_):
+        """The first signal lets them save and leave; a second one ends them."""
+        (self._kill if self.signalled else self._terminate)()
+        self.signalled = True
+
+    def _terminate(self):
+        for process in self.processes:
+            process.send_signal(signal.SIGTERM)  # does nothing once it has ended
+
+    def _kill(self):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: its children, too
+
+
+def start(command, environment, process, mask):
+    """Process 0 keeps our standard output; a terminal's Ctrl-C reaches them through us alone."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def in_child():
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if libc:  # PR_SET_PDEATHSIG: `kill -9` of the launcher leaves no orphans either
+            libc.prctl(1, signal.SIGTERM)
+
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=None if process == 0 else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=in_child,
+    )
+
+
+def relay(stream, prefix):
+    """Copies lines to standard error, each with its process in front; reads on if nobody listens."""
+    for line in stream:
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno(), prefix + line.rstrip(b"\n") + b"\n")
+
+
+def verdict(ends, signalled):
+    """Exit code of the whole, and one line on why it is not 0."""
+    failed = [(k, code) for k, code, told in ends if code not in (0, STOPPED) and not told]
+    if not failed:  # whoever was told to end comes after one that failed
+        stopped = any(code == STOPPED for _, code, _ in ends)
+        return (STOPPED, "stopped; the same command goes on from there") if stopped else (0, "")
+    # a peer's loss ends a process by SIGABRT, sometimes with 1, never by another signal
+    process, code = min(failed, key=lambda end: (end[1] == LOST, not signal_name(end[1])))
+    by = signal_name(code)
+    if not by:
+        same = sorted(k for k, c in failed if c == code)
+        told = any(told for _, _, told in ends)
+        line = f"process {', '.join(map(str, same))} failed with exit code {code}"
+        return code, line + ("; ended the others" if told else "")
+    if signalled:
+        return code, f"process {process} ended by {by} after the signal, without a save"
+    line = f"a peer process was lost: process {process} ended first, by {by}"
+    if code == LOST:
+        line += " (JAX does that when another one died or hangs: see what it wrote last)"
+    return LOST, line
+
+
+def signal_name(code):
+    """`SIGKILL` for 137; empty for an exit code that stands for no signal."""
+    try:
+        return signal.Signals(code - 128).name
+    except ValueError:
+        return ""
+
+
+def shell_code(returncode):
+    """-9 -> 137, as a shell says it."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def say(line):
+    """One line of ours on standard error."""
+    with contextlib.suppress(OSError):
+        print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
