@@ -37,6 +37,9 @@ while [ $# -gt 0 ]; do
 done
 [[ $processes =~ ^[1-9][0-9]*$ ]] || die "-n '$processes' is no number of processes"
 [[ $devices =~ ^[1-9][0-9]*$ ]] || die "-d '$devices' is no number of devices"
+for number in ${options[@]+"${options[@]}"}; do
+  [[ $number =~ ^(--.*|[0-9]+(\.[0-9]+)?)$ ]] || die "'$number' is no number (see --help)"
+done
 [ $# -gt 0 ] || die "no command after '--', e.g. -- stepdistill train CONFIG --workdir DIR"
 
 cpu_devices "$devices"

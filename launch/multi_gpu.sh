@@ -30,6 +30,9 @@ while [ $# -gt 0 ]; do
   esac
   shift || die "an option has no value (see --help)"
 done
+for number in ${options[@]+"${options[@]}"}; do
+  [[ $number =~ ^(--.*|[0-9]+)$ ]] || die "'$number' is no number (see --help)"
+done
 [ $# -gt 0 ] || die "no command after '--', e.g. -- stepdistill train CONFIG --workdir DIR"
 
 listed=$(nvidia-smi -L 2>&1) || die "nvidia-smi does not work here: ${listed%%$'\n'*}"

@@ -17,7 +17,10 @@ MAX_BYTES = 4 * 2**30  # of our folder, least recently used first; a user's own 
 def beside(workdir: os.PathLike | str) -> str:
     """The folder for what is compiled for a workdir: in its parent, be that in an object store."""
     path = as_path(workdir)
-    return os.fspath((path if is_remote(path) else path.absolute()).parent / FOLDER)
+    if not is_remote(path):
+        return os.fspath(path.absolute().parent / FOLDER)
+    in_bucket_root = len(path.parts) <= 3  # `gs:`, `/`, the bucket: its parent is no place of ours
+    return os.fspath((path if in_bucket_root else path.parent) / FOLDER)
 
 
 def enable(folder: os.PathLike | str) -> None:

@@ -173,7 +173,7 @@ def _under_srun() -> bool:
     if not all(name in os.environ for name in _SLURM):
         return False
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
-    return tasks.isdigit() and int(tasks) > 1
+    return tasks.isdecimal() and int(tasks) > 1
 
 
 def _devices_of_task() -> list[int] | None:
@@ -210,13 +210,13 @@ def _whole(name: str, least: int) -> int | None:
     text = os.environ.get(name)
     if not text:
         return None
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise InputError(f"{name}={text}: a whole number from {least} is wanted")
     return int(text)
 
 
 def _host_and_port(name: str, address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"{name}={address}: HOST:PORT is wanted")
     return host.strip("[]"), int(port)

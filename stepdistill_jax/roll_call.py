@@ -5,6 +5,8 @@ process 0 answers all of them at once: go on, or who is missing. Then JAX's serv
 """
 
 import contextlib
+import errno
+import re
 import selectors
 import socket
 import time
@@ -12,8 +14,10 @@ import time
 from stepdistill_jax.errors import InputError
 
 GREETING = "stepdistill-roll-call"
+_GREETING = re.compile(rf"{GREETING} (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
 GO, MISSING, REFUSED = "go", "missing", "refused"
 RETRY_SECS = 0.5
+GREETING_SECS = 1.0  # between a connection and its greeting, which is sent at once
 ANSWER_SECS = 10.0  # more than process 0 may need to answer after its own time-out
 
 
@@ -58,8 +62,9 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
     while True:
         try:
             return socket.create_server(address, family=family, dualstack_ipv6=both, backlog=1024)
-        except OSError as error:  # an earlier life of the job may be about to leave the port
-            if time.monotonic() > deadline:
+        except OSError as error:
+            # an earlier life of the job may be about to leave the port
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise InputError(
                     f"port {address[1]} of the coordinator cannot be opened ({error.strerror});"
                     " another program or an earlier start of the job has it"
@@ -82,17 +87,17 @@ def _call(server: socket.socket, num_processes: int, deadline: float, timeout_se
             for key, _ in ready:
                 if key.fileobj is server:
                     connection = connections.enter_context(server.accept()[0])
-                    connection.settimeout(ANSWER_SECS)
+                    connection.settimeout(GREETING_SECS)
                     selector.register(connection, selectors.EVENT_READ)
                     continue
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                greeting = _receive(connection)
-                if not greeting.startswith(GREETING):  # gone again, or not one of us
+                greeting = _GREETING.fullmatch(_receive(connection, packets=2))
+                if greeting is None:  # gone again, or not one of us
                     selector.unregister(connection)
                     present = {i: c for i, c in present.items() if c is not connection}
                     continue
-                count, number = map(int, greeting.split()[1:3])
+                count, number = map(int, greeting.groups())
                 if refusal := _refusal(count, number, num_processes, present):
                     _tell({**present, -1: connection}, f"{REFUSED} {refusal}")
                     raise InputError(refusal)
@@ -132,11 +137,16 @@ def _answer(
     raise ProcessesMissing(f"{_missing([0], num_processes, timeout_secs)}; {host}:{port}: {reason}")
 
 
-def _receive(connection: socket.socket) -> str:
-    """The line that was sent; empty at the end or where it is not text."""
+def _receive(connection: socket.socket, packets: int = 64) -> str:
+    """The line that was sent; empty at the end or where it is not text.
+
+    `packets` bounds how long one who sends drop by drop is listened to.
+    """
     received = b""
     with contextlib.suppress(OSError):
-        while not received.endswith(b"\n") and (part := connection.recv(4096)):
+        for _ in range(packets):
+            if received.endswith(b"\n") or not (part := connection.recv(4096)):
+                break
             received += part
     return received.decode("ascii", errors="replace").strip()
 

@@ -90,6 +90,8 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
                 f"{nearest(layout, LAYOUTS)}"
             )
         layout = LAYOUTS[layout]
+    elif not isinstance(layout, Layout):
+        raise InputError(f"LAYOUT: a layout's name or @Layout() is wanted, got {layout!r}")
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(layout, devices)
     # Auto: GSPMD propagates; JAX's default, Explicit, wants a sharding on each operation
@@ -114,8 +116,8 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
         raise InputError(
-            f"LAYOUT: hybrid keeps a copy in each slice, and these {count} devices are one slice;"
-            " set LAYOUT=fsdp, or Layout.dcn_data to a number of copies"
+            f"LAYOUT: hybrid keeps a copy in each slice, and there is one slice ({count} devices);"
+            " fsdp is the layout of one slice (or bind Layout.dcn_data to a number of copies)"
         )
     if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:
         raise InputError(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stepdistill_jax.compile_cache import FOLDER, prune
+from stepdistill_jax.compile_cache import FOLDER, beside, prune
 
 COUNTING = """
 import json, sys
@@ -139,3 +139,16 @@ def test_the_programs_used_last_are_kept(tmp_path):
     prune(tmp_path, 250)
     assert len(list(tmp_path.iterdir())) == 3
     prune(tmp_path / "nowhere", 250)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "cache"),
+    [
+        ("gs://bucket/runs/cqa", "gs://bucket/runs/.jax_cache"),
+        ("gs://bucket/cqa", "gs://bucket/.jax_cache"),
+        ("gs://bucket", "gs://bucket/.jax_cache"),
+    ],
+)
+def test_the_cache_of_a_bucket_stays_in_the_bucket(workdir, cache):
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: no gs:// to name")
+    assert beside(workdir) == cache

@@ -75,9 +75,10 @@ def test_processes_without_a_coordinator_do_not_train_side_by_side(environment):
         find_job()
 
 
-def test_an_address_has_a_port(environment):
-    environment(JAX_COORDINATOR_ADDRESS="host", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
-    with pytest.raises(InputError, match="JAX_COORDINATOR_ADDRESS=host: HOST:PORT is wanted"):
+@pytest.mark.parametrize("address", ["host", "host:", "host:99999", "host:0", "host:²"])
+def test_an_address_has_a_port(environment, address):
+    environment(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
+    with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address}: HOST:PORT is want"):
         distributed.join()
 
 

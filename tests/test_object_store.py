@@ -6,10 +6,13 @@ import pathlib
 
 import fsspec
 import pytest
+from etils.epath import gpath
 from fsspec.implementations.memory import MemoryFileSystem
 
 from stepdistill_jax import files
+from stepdistill_jax.checkpoints import manifest
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step, saved_steps
+from stepdistill_jax.checkpoints.manifest import seal
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.compile_cache import beside
 from stepdistill_jax.data.prepared import data_folder
@@ -72,6 +75,9 @@ def store(monkeypatch, tmp_path):
     """Objects by key. Nothing of a run may appear in the current folder: none named `s3:`."""
     monkeypatch.setitem(files._STORES, "s3", "fsspec")  # the package that is looked for
     fsspec.register_implementation("s3", Store, clobber=True)
+    # epath asks once whether TensorFlow reads its paths; a test before may have had it ask
+    monkeypatch.setenv("EPATH_USE_TF", "false")
+    gpath._is_tf_installed.cache_clear()
     monkeypatch.chdir(tmp_path)
     Store.objects.clear()
     Store.puts.clear()
@@ -150,16 +156,52 @@ def put(name, value=""):
     (as_path(RUN) / name).write_text(value if isinstance(value, str) else json.dumps(value))
 
 
-def test_a_step_counts_once_orbax_has_ended_its_save(store):
-    """There a save ends with a file of its own, where on a disk it ends with a rename."""
+def put_step(step, array="a" * 100):
+    """What Orbax leaves in a store, where a save ends with a file of its own, not with a rename."""
+    put(f"checkpoints/{step}/params/d/array", array)
+    put(f"checkpoints/{step}/commit_success.txt")
+    return as_path(RUN) / "checkpoints" / str(step)
+
+
+def test_a_step_counts_once_it_is_sealed(store):
     assert saved_steps(RUN) == {}
     assert not is_workdir(RUN)
     for step in (2, 4, 6):
-        put(f"checkpoints/{step}/metadata/metadata", {"step": step, "validated": False})
-    for step in (2, 4):
-        put(f"checkpoints/{step}/commit_success.txt")
-    assert list(saved_steps(RUN)) == [2, 4]
+        folder = put_step(step)
+        if step < 6:
+            seal(folder, {"step": step, "validated": False})
+    assert saved_steps(RUN) == {s: {"step": s, "validated": False} for s in (2, 4)}
     assert resolve_step(RUN, "last") == 4
+
+
+def test_an_array_is_not_read_again_to_seal_it_in_a_store(store, monkeypatch):
+    monkeypatch.setattr(manifest, "READ_IN_STORE", 50)
+    folder, read = put_step(2), []
+    plain_open = Store._open
+    monkeypatch.setattr(Store, "_open", lambda *a, **k: read.append(a[1]) or plain_open(*a, **k))
+    seal(folder, {"step": 2})
+    assert manifest.defect(folder) is None
+    assert not [name for name in read if name.endswith("array")]
+    put("checkpoints/2/params/d/array", "a" * 99)
+    assert manifest.defect(folder) == "params/d/array: 99 bytes, 100 were saved"
+
+
+def test_a_damaged_step_in_a_store_is_moved_inside_it(store, capfd):
+    """The newest has lost a file, the one before it is as it was; the one after is being uploaded."""
+    for step in (2, 4):
+        seal(put_step(step), {"step": step})
+    put("checkpoints/6/params/d/array", "half")
+    folder, root = as_path(RUN) / "checkpoints", "/bucket/runs/a/checkpoints"
+    (folder / "4" / "params" / "d" / "array").unlink()
+    assert manifest.set_aside_unsound(folder) == 2
+    assert (
+        "checkpoints/4: params/d/array: missing; set aside as 4.damaged-1" in capfd.readouterr().err
+    )
+    names = {name.removeprefix(root) for name in store if name.startswith(root)}
+    assert {"/4.damaged-1/manifest.json", "/4.damaged-1/commit_success.txt"} <= names
+    assert not [name for name in names if name.startswith("/4/")]
+    assert "/6/params/d/array" in names  # Orbax removes it
+    assert list(saved_steps(RUN)) == [2]
 
 
 def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store):

@@ -71,7 +71,13 @@ def test_a_job_that_contradicts_itself_is_bad_input_everywhere(port, numbers, co
 
 def test_one_that_came_and_died_is_missing_and_a_stranger_is_no_process(port):
     def visit():
-        for greeting in (b"stepdistill-roll-call 4 2\n", b"GET / HTTP/1.1\r\n\r\n"):
+        for greeting in (
+            b"stepdistill-roll-call 4 2\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"stepdistill-roll-call\n",
+            b"stepdistill-roll-call a b\n",
+            b"no end of line",
+        ):
             while True:
                 try:
                     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:

@@ -115,7 +115,10 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
             "dcn_data x data x fsdp x tensor = 3 x 1 x -1 x 1 does not fit 8 devices; nearest that"
             " does: dcn_data=4, fsdp=2",
         ),
-        ("hybrid", "these 8 devices are one slice; set LAYOUT=fsdp, or Layout.dcn_data"),
+        (
+            "hybrid",
+            "keeps a copy in each slice, and there is one slice",
+        ),
         ("fdsp", "one of data, fsdp, fsdp_tensor, tensor, hybrid is wanted.*mean 'fsdp'"),
     ],
     ids=str,
@@ -126,7 +129,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_nearest(layout, message)
 
 
 def test_several_processes_of_one_slice_are_one_slice():
-    with pytest.raises(InputError, match="these 8 devices are one slice"):
+    with pytest.raises(InputError, match="there is one slice"):
         make_mesh("hybrid", slices(1))
 
 

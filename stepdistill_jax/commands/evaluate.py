@@ -1,7 +1,6 @@
 """`stepdistill evaluate`: accuracy of a model on a split of a dataset."""
 
 import argparse
-import pathlib
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
@@ -19,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="test", help="of the dataset (default: test)")
     add_model_arguments(parser)
-    parser.add_argument(
-        "--output", type=pathlib.Path, metavar="F.json", help="also write the result to a file"
-    )
+    parser.add_argument("--output", metavar="F.json", help="also write the result to a file")
     add_data_arguments(parser)
 
 

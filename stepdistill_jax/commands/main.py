@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 from stepdistill_jax import __version__
+from stepdistill_jax.checkpoints.manifest import CheckpointError
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
 from stepdistill_jax.distributed import is_first, leave
 from stepdistill_jax.errors import InputError, nearest
@@ -30,6 +31,7 @@ COMMANDS = {
     "inspect": "show rows as the model sees them, and what the lengths would cut",
     "plan": "memory, FLOPs and traffic of a config on N devices, without them",
     "train": "train a config in a workdir, or resume it",
+    "checkpoints": "list a workdir's saved steps, and whether they are as they were saved",
     "evaluate": "accuracy of a workdir or model on a split",
     "predict": "labels and scores for the rows of a JSONL file",
     "export": "write a workdir's model as a Hugging Face directory",
@@ -64,7 +66,7 @@ def _exit_code(argv: list[str]) -> int:
         # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ProcessesMissing, MemoryError) as error:
+    except (ProcessesMissing, CheckpointError, MemoryError) as error:
         # what their one line says is all that there is to know
         if debug:
             traceback.print_exc()
@@ -100,8 +102,8 @@ def _run(argv: list[str]) -> int:
     result = run(args)
     if args.json and is_first():
         print(json.dumps(_plain(result or {})), flush=True)
-    # a run that ended before its work did, and has said why
-    return FAILED if (result or {}).get("stopped") else OK
+    # a run that ended before its work did, and has said why; checkpoints that are not as saved
+    return FAILED if any((result or {}).get(name) for name in ("stopped", "damaged")) else OK
 
 
 def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import pathlib
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,13 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
-        type=pathlib.Path,
         help='rows {"input": ...}, and if known "id", "label", "choices"',
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        type=pathlib.Path,
         help='rows {"id", "label", "score"}; a stopped run goes on where it was',
     )
     parser.add_argument(

@@ -3,7 +3,6 @@
 `tasks.evaluate` takes the tasks that only SeqIO can read, too.
 """
 
-import contextlib
 import os
 import pathlib
 import tempfile
@@ -21,8 +20,7 @@ from stepdistill_jax.inference.model import device_mesh, load_model
 from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.inference.tally import Tally
-from stepdistill_jax.inference.together import everywhere, is_first, on_first, require_same
-from stepdistill_jax.progress import progress
+from stepdistill_jax.inference.together import everywhere, on_first, require_same, until_stopped
 from stepdistill_jax.sharding import Layout
 
 PREDICTIONS = "predictions"
@@ -137,9 +135,8 @@ def evaluate_tokens(
     tally, cut = Tally(metric, allowed), [cut_ids(ids, asking.input_length) for ids in inputs]
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress(len(inputs), "evaluate")) if is_first() else None
-        decoded = decoder(model.params, cut, bar.update if bar else None)
+    with until_stopped(len(inputs), "evaluate") as update:
+        decoded = decoder(model.params, cut, update)
     seconds = time.perf_counter() - start
     for number, (ids, label) in enumerate(zip(decoded.ids, labels, strict=True), 1):
         row = Row(str(number), {"input": "", "label": label})

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step, restore_params
+from stepdistill_jax.checkpoints.manager import FOLDER, is_workdir, resolve_step, restore_params
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, digest, local_path
+from stepdistill_jax.files import as_path, digest, is_remote, local_path, sampled_digest
 from stepdistill_jax.formats.directory import ModelFiles, TaskInfo, read_model_files
 from stepdistill_jax.formats.hf import load_params
-from stepdistill_jax.inference.together import everywhere, on_first
+from stepdistill_jax.inference.together import everywhere, on_first, require_same
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import abstract_params
@@ -57,12 +57,15 @@ def load_model(
             processes, all must call this; process 0 chooses the step.
 
     Raises:
-        InputError: not a model, no such step, or weights that do not fit the configuration.
+        InputError: not a model, no such step, one whose files are not as they were saved (names
+            another that is good), or weights that do not fit the configuration.
     """
     path = as_path(path)
-    found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
+    found = on_first(lambda: resolve_step(path, step, read="params") if is_workdir(path) else None)
     # all have read these before Orbax lets them wait for each other
     files = everywhere(lambda: _read_files(path, step, found))
+    # under a cut each process reads its part: two models would become a third
+    require_same(everywhere(lambda: _weights(path, found)), "model")
     boxed = abstract_params(files.config)
     if mesh:
         shardings = param_shardings(mesh, boxed)
@@ -94,6 +97,13 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
     else:
         local_path(path, "model directory")
     return files
+
+
+def _weights(path: pathlib.Path, found: int | None) -> str:
+    """What tells the weights from others; empty in a store, which all processes share."""
+    if jax.process_count() == 1 or is_remote(path):
+        return ""
+    return sampled_digest(path if found is None else path / FOLDER / str(found) / "params")
 
 
 def device_mesh(layout: str | Layout) -> Mesh | None:

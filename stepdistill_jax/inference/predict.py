@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepdistill_jax.errors import EXIT_STOPPED, InputError
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest, local_path, sha256
 from stepdistill_jax.inference.asking import (
     RATIONALE,
@@ -39,9 +39,9 @@ from stepdistill_jax.inference.together import (
     is_first,
     on_first,
     require_same,
-    stop_agreed,
+    until_stopped,
 )
-from stepdistill_jax.progress import log, progress
+from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import Layout
 
 # decoded together, then written and synced: what a crash costs at most
@@ -206,7 +206,11 @@ def _run(
         return window
 
     start = time.perf_counter()
-    with _until_stopped(total, f"predict {pathlib.Path(input).name}", shared) as update:
+    with until_stopped(
+        total,
+        f"predict {pathlib.Path(input).name}",
+        kept=lambda: shared.state["rows"],
+    ) as update:
         while window := next_window():
             answers = _decode_window(model, asking, decoders, window, counts, update)
             shared.append(answers, **counts)
@@ -222,28 +226,6 @@ def _run(
             "rows_per_second": round(new / seconds, 3) if new else 0.0,
         }
     )
-
-
-@contextlib.contextmanager
-def _until_stopped(
-    total: int, description: str, shared: SharedOutput
-) -> Iterator[Callable[[int], None]]:
-    """Yields what is called after each batch: it shows the progress, and leaves after a signal."""
-    batches = itertools.count(1)
-    with contextlib.ExitStack() as stack:
-        bar = None
-        if is_first():
-            bar = stack.enter_context(progress(total, description, done=shared.state["rows"]))
-
-        def update(rows: int) -> None:
-            if bar:
-                bar.update(rows)
-            if stop_agreed(next(batches)):
-                if is_first():
-                    log(f"stopped by a signal: {shared.state['rows']} rows are kept; start again")
-                raise SystemExit(EXIT_STOPPED)
-
-        yield update
 
 
 def _digest_or_none(path: os.PathLike | str) -> str | None:

@@ -4,15 +4,18 @@ Every process must come to these calls in the same order. So an error that only 
 told to all: they end together, instead of waiting for one that has left.
 """
 
+import contextlib
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import EXIT_STOPPED, InputError
 from stepdistill_jax.files import digest
+from stepdistill_jax.progress import log, progress
 
 T = TypeVar("T")
 _BLOCK = 1024  # bytes; messages are filled up to few sizes, so few programs compile
@@ -90,6 +93,35 @@ def stop_agreed(batch: int) -> bool:
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(batch)
+
+
+@contextlib.contextmanager
+def until_stopped(
+    total: int, description: str, kept: Callable[[], int] = lambda: 0
+) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with the rows of each batch: it shows the progress, and leaves after a signal.
+
+    Args:
+        total: rows.
+        description: of the bar, which process 0 shows.
+        kept: how many rows are safe when it is called.
+
+    Raises:
+        SystemExit: 75, on all processes after the same batch, once one of them got a SIGTERM.
+    """
+    batches = itertools.count(1)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(total, description, done=kept())) if is_first() else None
+
+        def update(rows: int) -> None:
+            if bar:
+                bar.update(rows)
+            if stop_agreed(next(batches)):
+                if is_first():
+                    log(f"stopped by a signal: {kept()} rows are kept; start again")
+                raise SystemExit(EXIT_STOPPED)
+
+        yield update
 
 
 def _told(error: Exception | None) -> list[Any] | None:

@@ -40,8 +40,9 @@ class Milestones:
         if self.validation_due(step) and not saved_steps(self._run.workdir)[step]["validated"]:
             metrics = self._validate(step, state)
             self._best = max(rank(metrics), self._best or rank(metrics))
-            self._checkpoints.delete(step)
-            self._save(step, state, metrics)
+            self._record.flush()
+            self._record.sync()
+            self._checkpoints.set_metrics(step, metrics)
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any]:
         validator = self._run.validator
@@ -59,7 +60,7 @@ class Milestones:
         }
 
     def _save(self, step: int, state: TrainState, metrics: dict[str, Any]) -> None:
-        self._record.flush()  # a loss that is not finite must not be saved
+        self._record.flush()  # raises where too many steps were not finite, before the step is saved
         self._record.sync()
         self._checkpoints.save(step, state.params, state.replace(params=None), metrics)
         self._record.throughput.pause()

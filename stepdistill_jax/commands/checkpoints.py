@@ -1,0 +1,95 @@
+"""`stepdistill checkpoints`: a workdir's saved steps, and whether they are as they were saved."""
+
+import argparse
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+
+MB = 1e6
+COLUMNS = ("step", "state", "MB", "label accuracy", "label loss", "", "problem")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `checkpoints`."""
+    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, also gs:// or s3://")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file and compare it with its digest"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Prints a table. Only reads, also while the run is live.
+
+    Returns:
+        `checkpoints`: for each `step`, `state`, `bytes`, `metrics`, `problem`, `folder`; `best` and
+        `last`, step numbers or None; `damaged`: the steps that are, for which the command exits
+        with 1.
+    """
+    result = look(args.workdir, verify=args.verify)
+    rows = [COLUMNS, *(_cells(entry, result) for entry in result["checkpoints"])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+    return result
+
+
+def look(workdir: str, *, verify: bool) -> dict[str, Any]:
+    """What `run` returns.
+
+    A step is `good` where all of it was read and is as it was saved, `sealed` where only names and
+    sizes were compared; `damaged`; or `unsealed`: it is being saved, or its save was cut off.
+
+    Raises:
+        InputError: not a workdir.
+    """
+    from stepdistill_jax.checkpoints.manager import checkpoints_folder, is_workdir, rank
+    from stepdistill_jax.checkpoints.manifest import UNSEALED, defect, saved, set_aside
+
+    if not is_workdir(workdir):
+        raise InputError(f"{workdir}: not a workdir (it has no checkpoints)")
+    folder = checkpoints_folder(workdir)
+    entries, known = [], {}
+    for step in saved(folder):
+        problem = step.problem or (defect(step.folder) if verify else None)
+        if not step.folder.exists():
+            continue  # a live run no longer keeps it
+        state = "good" if verify else "sealed"
+        if problem is not None:
+            state = "unsealed" if problem == UNSEALED else "damaged"
+        elif step.metrics is not None:
+            known[step.number] = step.metrics
+        entries.append(
+            {
+                "step": step.number,
+                "state": state,
+                "bytes": step.size,
+                "metrics": step.metrics,
+                "problem": problem,
+                "folder": str(step.folder),
+            }
+        )
+    for path in set_aside(folder):
+        number = int(path.name.partition(".")[0])
+        aside = {"step": number, "state": "set aside", "bytes": None, "metrics": None}
+        entries.append(aside | {"problem": path.name, "folder": str(path)})
+    return {
+        "checkpoints": entries,
+        "best": max(known, key=lambda n: rank(known[n]), default=None),
+        "last": max(known, default=None),
+        "damaged": [e["step"] for e in entries if e["state"] == "damaged"],
+    }
+
+
+def _cells(entry: dict[str, Any], result: dict[str, Any]) -> tuple[str, ...]:
+    metrics = entry["metrics"] or {}
+    scores = (metrics.get(name) for name in ("label_accuracy", "label_loss"))
+    usable = entry["state"] in ("good", "sealed")
+    marks = [name for name in ("best", "last") if usable and entry["step"] == result[name]]
+    return (
+        str(entry["step"]),
+        entry["state"],
+        "-" if entry["bytes"] is None else f"{entry['bytes'] / MB:.1f}",
+        *("-" if score is None else f"{score:.4f}" for score in scores),
+        ", ".join(marks),
+        entry["problem"] or "",
+    )
