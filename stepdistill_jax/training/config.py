@@ -11,6 +11,7 @@ from stepdistill_jax.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 
 OPTIMIZERS = ("adamw", "adafactor")
+NONFINITE = ("skip", "stop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last seven is the gin macro of the same name in capitals.
+    """One run. Each field but the last eleven is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
@@ -94,6 +95,14 @@ class TrainConfig:
             the process ends; 0 never.
         watchdog_min_secs: but not before so many seconds; 12 times as many for the first step, a
             validation and a save.
+        on_nonfinite: a step whose loss or gradient is not finite is `skip`ped (no update; counted,
+            and its examples reported), or the run will `stop` there.
+        max_consecutive_nonfinite: after so many in a row the run goes on from the last good
+            checkpoint's parameters; the second time it stops.
+        spike_factor: a loss above so many times the median of the last 100 steps is reported with
+            its examples; 0 never.
+        grace_secs: after a stop signal the process ends within so many seconds, saved or not; 0 is
+            no limit.
     """
 
     task: str
@@ -123,6 +132,10 @@ class TrainConfig:
     lora: LoraConfig | None = None
     watchdog_medians: float = 20.0
     watchdog_min_secs: float = 600.0
+    on_nonfinite: str = "skip"
+    max_consecutive_nonfinite: int = 5
+    spike_factor: float = 0.0
+    grace_secs: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "objectives", resolve(self.objectives))
@@ -150,15 +163,38 @@ class TrainConfig:
             raise InputError(f"train.lora: @lora() or None is wanted, got {self.lora!r}")
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
+            if self.profile_steps[0] > self.train_steps:
+                raise InputError(
+                    f"PROFILE_STEPS: {list(self.profile_steps)} begins after the last step"
+                    f" (TRAIN_STEPS={self.train_steps})"
+                )
         if not self.watchdog_medians >= 0 or not self.watchdog_min_secs > 0:
             raise InputError(
                 "train.watchdog_medians >= 0 and train.watchdog_min_secs > 0 are wanted, got"
                 f" {self.watchdog_medians} and {self.watchdog_min_secs}"
             )
+        self._check_trouble()
         if not 0 < self.data_fraction <= 1:
             raise InputError(f"DATA_FRACTION: 0 < x <= 1 is wanted, got {self.data_fraction}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"LEARNING_RATE: x > 0 is wanted, got {self.learning_rate}")
+
+    def _check_trouble(self) -> None:
+        if self.on_nonfinite not in NONFINITE:
+            raise InputError(
+                f"train.on_nonfinite: one of {', '.join(NONFINITE)} is wanted, got"
+                f" {self.on_nonfinite!r}{nearest(str(self.on_nonfinite), NONFINITE)}"
+            )
+        count = self.max_consecutive_nonfinite
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise InputError(
+                f"train.max_consecutive_nonfinite: a whole number above 0 is wanted, got {count!r}"
+            )
+        for name in ("spike_factor", "grace_secs"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
+                raise InputError(f"train.{name}: a number from 0 is wanted, got {value!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,6 +13,7 @@ from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import place_rows
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.text.metrics import accuracy
@@ -33,6 +35,7 @@ class Validator:
     decoder: LabelDecoder
     eval_step: Callable
     mesh: Mesh
+    on_batch: Callable[[], None]
 
     @classmethod
     def create(
@@ -45,8 +48,13 @@ class Validator:
         mesh: Mesh,
         max_decode_len: int,
         batch_size: int,
+        on_batch: Callable[[], None] = lambda: None,
     ) -> "Validator":
-        """`batches` goes through the split once, in order; `batch_size` is the decoder's, in rows."""
+        """Makes both compiled functions.
+
+        `batches` goes through the split once, in order; `batch_size` is the decoder's, in rows;
+        `on_batch` is called after each batch of either, and may raise to end a validation.
+        """
         plain = dataclasses.replace(config, lora=None)
         return cls(
             config,
@@ -55,13 +63,15 @@ class Validator:
             LabelDecoder(plain, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
             jit_eval_step(abstract, mesh, model=T5(plain), num_objectives=len(data.objectives)),
             mesh,
+            on_batch,
         )
 
     def compute(self, params: Any) -> dict[str, float]:
         """Metrics of the split, each named `eval/<split>/...`.
 
         Every process runs the same batches. `label_accuracy` is the share of decoded labels that
-        match (by text, or by value for equations); `accuracy/<objective>` is the share of target
+        match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
+        one answer (also said on standard error), else 0; `accuracy/<objective>` is the share of target
         tokens that are the likeliest under teacher forcing; losses are nats per token.
         """
         params, _ = merge(params, self.config)
@@ -70,6 +80,7 @@ class Validator:
         for step in range(self.batches.num_steps):
             sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
+            self.on_batch()
         metrics: dict[str, float] = {}
         for name, loss, correct, count in zip(names, *totals, strict=True):
             if count > 0:
@@ -92,9 +103,16 @@ class Validator:
                 for i in range(store.num_examples)
             ]
             labels += store.label_texts
-        decoded = self.decoder(params, prompts)
+        decoded = self.decoder(params, prompts, on_progress=lambda _: self.on_batch())
         predictions = [self.data.vocabulary.decode(ids) for ids in decoded.ids]
+        collapsed = len(predictions) > 1 and len(set(predictions)) == 1
+        if collapsed and jax.process_index() == 0:
+            log(
+                f"warning: all {len(predictions)} answers in {self.data.split} are"
+                f" {predictions[0]!r}: so far the model does not tell the inputs apart"
+            )
         return {
             "label_accuracy": accuracy(predictions, labels, self.data.metric),
             "unfinished": float(np.mean(~np.asarray(decoded.finished))),
+            "collapsed": float(collapsed),
         }

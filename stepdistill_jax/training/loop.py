@@ -8,12 +8,13 @@ from typing import Any
 import jax
 
 from stepdistill_jax.checkpoints.manager import Checkpoints, resolve_step, saved_steps
-from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.progress import log, progress
 from stepdistill_jax.sharding import batch_shards, place_rows
 from stepdistill_jax.training.batches import iterate
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.guard import RollBack, advice, roll_back
+from stepdistill_jax.training.lock import locked
 from stepdistill_jax.training.memory import out_of_memory_explained
 from stepdistill_jax.training.milestones import Milestones
 from stepdistill_jax.training.profile import StepProfile
@@ -22,7 +23,7 @@ from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_train_step
-from stepdistill_jax.training.stopping import StopSignals
+from stepdistill_jax.training.stopping import StopSignals, Told
 from stepdistill_jax.training.watchdog import Watchdog
 from stepdistill_jax.training.writers import MetricsWriter, last_step_metrics
 
@@ -50,17 +51,32 @@ def train(
     Raises:
         InputError: a setting, dataset or workdir that does not fit; before anything is compiled.
         SystemExit: 75, stopped by a signal after a clean save.
-        FloatingPointError: the loss is not finite; names the step.
+        FloatingPointError: the loss is not finite, and skipping the step is not enough or not
+            wanted; names the step.
         MemoryError: a device has no room for a step; names the settings that decide.
     """
-    with StopSignals() as stop:
-        run = assemble(config, workdir, data_dir)
-        described = describe(run)
-        claim_workdir(run, described, config_text)
-        if jax.process_index() == 0:
-            _introduce(run, described)
-        with out_of_memory_explained(config):
-            return _train(run, stop)
+    with StopSignals(config.grace_secs) as stop:
+        run = assemble(config, workdir, data_dir, on_validation_batch=stop.interrupt)
+        stop.leave_if_told()
+        with locked(run.workdir), out_of_memory_explained(config):
+            described = describe(run)
+            claim_workdir(run, described, config_text)
+            if jax.process_index() == 0:
+                _introduce(run, described)
+            return _train_on(run, stop)
+
+
+def _train_on(run: Run, stop: StopSignals) -> dict[str, Any]:
+    """`_train`, again from an older checkpoint's parameters where numbers have gone wrong for good."""
+    while True:
+        try:
+            try:
+                return _train(run, stop)
+            except RollBack as wanted:
+                step = wanted.step
+            roll_back(run, step, speaks=jax.process_index() == 0)
+        except FloatingPointError as error:
+            raise advice(run, error) from None
 
 
 def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
@@ -77,10 +93,12 @@ def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
         closing.enter_context(contextlib.closing(writer))
         shown = progress(config.train_steps, "train", done=start) if first else None
         bar = closing.enter_context(shown) if shown else None
-        record = StepRecorder(run, writer, bar)
+        record = StepRecorder(run, writer, bar, start=start)
         milestones = Milestones(run, checkpoints, record)
+        stop.leave_if_told()
         if start:
-            milestones.settle(start, state)
+            with stop.held():
+                milestones.settle(start, state)
         step_fn = jit_train_step(
             run.abstract,
             run.mesh,
@@ -98,15 +116,20 @@ def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
                 waited = time.monotonic() - asked
                 state, device_metrics = step_fn(state, place_rows(batch, run.mesh))
                 record.note(step, batch, device_metrics, waited)
+            stop.started()
             profile.ended(step, record.flush)
-            stopping = stop.agreed(step)
+            stopping = stop.agreed()
             watchdog.step(step)
             with watchdog.slow():
-                milestones.reached(step, state, stopping=stopping)
+                try:
+                    milestones.reached(step, state, stopping=stopping)
+                except Told:  # in the validation: the resume will do it
+                    stopping = True
+                    milestones.reached(step, state, stopping=True)
             if stopping and (step < config.train_steps or milestones.validation_due(step)):
-                checkpoints.wait()
-                log(f"{stop.received or 'stopped'}: saved step {step}; start again to go on")
-                raise SystemExit(EXIT_STOPPED)
+                with watchdog.slow():
+                    checkpoints.wait()
+                stop.leave(f"saved step {step}")
         record.flush()
     seconds = time.monotonic() - began
     return _summary(run, record.last, (config.train_steps - start) * config.batch_size / seconds)

@@ -1,6 +1,7 @@
 """A profile of a few steps, for TensorBoard's profile plugin, XProf and Perfetto."""
 
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -22,7 +23,6 @@ class StepProfile:
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
         """`steps` None traces nothing."""
         self._folder = workdir / FOLDER
-        self._scratch = tempfile.TemporaryDirectory() if is_remote(workdir) else None
         self._steps = steps if jax.process_index() == 0 else None
         self._written: pathlib.Path | None = None  # where, while tracing
 
@@ -58,4 +58,5 @@ class StepProfile:
         jax.profiler.stop_trace()
         if written != self._folder:
             upload(written, self._folder)
+            shutil.rmtree(written, ignore_errors=True)
         log(f"profile of steps {self._steps}: `tensorboard --logdir {self._folder}`, or Perfetto")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, digest, read_json, write_json
+from stepdistill_jax.files import atomic_write, digest, read_json, sampled_digest, write_json
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.training.config import TrainConfig
@@ -30,6 +30,11 @@ FREE_FIELDS = (
     "profile_steps",
     "watchdog_medians",
     "watchdog_min_secs",
+    # what a run does about trouble is changed in order to go on after it
+    "on_nonfinite",
+    "max_consecutive_nonfinite",
+    "spike_factor",
+    "grace_secs",
 )
 SEEN_SECS = 30.0  # until a file of another host is seen on a network disk
 TEXT_BYTES = 2048
@@ -175,12 +180,15 @@ def _agree(described: dict[str, Any]) -> None:
     """Raises where a process of this run has another config or other data than the first."""
     if jax.process_count() == 1:
         return
-    same = digest([described["config"], described["fingerprint"]])
+    given = described["config"]["init_from"]
+    # run.json has sizes only; under a cut each process reads its part, and two models would become a third
+    weights = sampled_digest(pathlib.Path(given)) if given and pathlib.Path(given).is_dir() else ""
+    same = digest([described["config"], described["fingerprint"], weights])
     problem = ""
     if _of_first(same) != same:
         problem = (
-            f"it has another config or other data than process 0 ({described['fingerprint']});"
-            " give all the same --data-dir"
+            "it has another config, other data or another INIT_FROM than process 0"
+            f" ({described['fingerprint']}); give all the same files"
         )
     _raise_everywhere(problem)
 

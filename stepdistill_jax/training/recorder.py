@@ -1,14 +1,13 @@
 """A step's numbers, from the device to files and the progress bar."""
 
-import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from stepdistill_jax.checkpoints.manager import saved_steps
 from stepdistill_jax.progress import Bar, log
 from stepdistill_jax.training.batches import Batch
+from stepdistill_jax.training.guard import Guard
 from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.run import VALIDATION, Run
 from stepdistill_jax.training.throughput import Throughput
@@ -20,9 +19,17 @@ SILENT_STEPS = 20  # an objective without a target token for so long is worth a 
 class StepRecorder:
     """Writes a step's metrics one step late, so that reading them never holds up the devices."""
 
-    def __init__(self, run: Run, writer: MetricsWriter, bar: Bar | None):
-        """`last` is the newest line that was written; no bar: another process does the talking."""
-        self._run, self._writer, self._bar = run, writer, bar
+    def __init__(self, run: Run, writer: MetricsWriter, bar: Bar | None, *, start: int):
+        """`last` is the newest line that was written.
+
+        Args:
+            run: the run.
+            writer: of the lines.
+            bar: of the progress; without one another process does the talking.
+            start: step that the run goes on from.
+        """
+        self._writer, self._bar = writer, bar
+        self._guard = Guard(run, writer, start=start, speaks=bar is not None)
         self._learning_rate = make_schedule(run.config)
         self._names = [o.name for o in run.data.objectives]
         self._silent = dict.fromkeys(self._names, 0)
@@ -52,7 +59,8 @@ class StepRecorder:
         """Writes the step that is kept.
 
         Raises:
-            FloatingPointError: its loss or gradient is not finite; its line is written all the same.
+            FloatingPointError, RollBack: its loss or gradient is not finite, see `Guard.enforce`; its
+                line is written all the same.
         """
         if self._pending is None:
             return
@@ -71,19 +79,17 @@ class StepRecorder:
         metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
         metrics |= self.throughput.of_step(batch)
         metrics["timing/seconds_waiting_for_data"] = waited
+        self._guard.count(step, metrics)
+        metrics["skipped_steps"] = self._guard.skipped
         self._writer.write(step, metrics)
         self.last = {"step": step, **metrics}
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            saved = max(saved_steps(self._run.workdir), default=None)
-            raise FloatingPointError(
-                f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']};"
-                f" {'nothing is saved yet' if saved is None else f'step {saved} is saved'};"
-                " a lower LEARNING_RATE may help"
-            )
         if self._bar is not None:
             self._warn(step, metrics)
-            losses = {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
-            self._bar.update(1, **losses)
+            shown = {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
+            if self._guard.skipped:
+                shown["skipped steps"] = self._guard.skipped
+            self._bar.update(1, **shown)
+        self._guard.enforce(step, metrics)
 
     def _warn(self, step: int, metrics: dict[str, float]) -> None:
         self._zero_steps = self._zero_steps + 1 if metrics["loss"] == 0.0 else 0

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 
 import optax
 from jax.sharding import Mesh
@@ -64,8 +65,14 @@ class Run:
         return state_from_params(params, self.tx, self.abstract, seed=self.config.seed)
 
 
-def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathLike | str | None):
-    """Opens data, model and mesh for a config.
+def assemble(
+    config: TrainConfig,
+    workdir: os.PathLike | str,
+    data_dir: os.PathLike | str | None,
+    *,
+    on_validation_batch: Callable[[], None] = lambda: None,
+) -> Run:
+    """Opens data, model and mesh for a config; the last argument is the validator's `on_batch`.
 
     Raises:
         InputError: anything that does not fit together, before a step is compiled.
@@ -128,6 +135,7 @@ def assemble(config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathL
             mesh=mesh,
             max_decode_len=max_decode_len(data, config.target_length),
             batch_size=round_up(config.batch_size, batch_shards(mesh)),
+            on_batch=on_validation_batch,
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")

@@ -60,7 +60,8 @@ def train_step(
 
     The counts of the whole batch are known before it is cut into slices, so each slice adds its
     share of the exact gradient: the result does not depend on slices, devices or packing.
-    With adapters, gradient, clip and update are theirs alone.
+    With adapters, gradient, clip and update are theirs alone. Where loss or gradient is not finite
+    parameters and optimizer stay as they were; the step counts all the same.
 
     Args:
         state: donated by the jitted form.
@@ -100,14 +101,35 @@ def train_step(
         parts = (slices_of(batch, num_microbatches), jnp.arange(num_microbatches))
         (sums, grads), _ = jax.lax.scan(add_slice, zeros, parts)
 
-    updates, opt_state = tx.update(grads, state.opt_state, trained)
-    params = combine(optax.apply_updates(trained, updates), frozen)
-    metrics: Metrics = {
-        "sums": sums,
-        "loss": sums.weighted_loss(weights),
-        "grad_norm": optax.global_norm(grads),
-    }
+    loss, grad_norm = sums.weighted_loss(weights), optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, _scheduled_at(state.opt_state, state.step), trained)
+    updated = (optax.apply_updates(trained, updates), opt_state)
+    updated, opt_state = _if_finite(loss, grad_norm, updated, (trained, state.opt_state))
+    metrics: Metrics = {"sums": sums, "loss": loss, "grad_norm": grad_norm}
+    params = combine(updated, frozen)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any) -> Any:
+    """`updated`, or `before` where loss or gradient is not finite.
+
+    Not `optax.apply_if_finite`: its counters would be part of every checkpoint, it looks at each
+    gradient once more, and after its last error it lets the update through. The norm is needed for
+    the clip anyway, and XLA makes the choice while it writes the update.
+    """
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
+
+
+def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
+    """The learning rate stays a function of the step where updates were skipped."""
+
+    def at_step(x: Any) -> Any:
+        return x._replace(count=step) if isinstance(x, optax.ScaleByScheduleState) else x
+
+    return jax.tree.map(
+        at_step, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+    )
 
 
 def eval_step(params, batch: Batch, *, model: T5, num_objectives: int) -> ObjectiveSums:

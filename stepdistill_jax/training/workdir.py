@@ -37,7 +37,9 @@ def _check_local(workdir: pathlib.Path) -> None:
     if not nearest.is_dir():
         raise InputError(f"--workdir {workdir}: {nearest} is a file, a folder is wanted")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir {workdir}: no right to write in {nearest}")
+        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY  # and so even for root
+        reason = "is on a read-only file system" if read_only else "gives no right to write"
+        raise InputError(f"--workdir {workdir}: {nearest} {reason}")
 
 
 def _check_store(workdir: pathlib.Path) -> None:

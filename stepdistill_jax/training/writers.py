@@ -1,17 +1,22 @@
-"""Where the numbers of a run go: `metrics.jsonl` and TensorBoard events."""
+"""Where the numbers of a run go: `metrics.jsonl`, `flagged_batches.jsonl`, TensorBoard events."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import as_path, atomic_write, is_remote, upload
 
 METRICS = "metrics.jsonl"
+FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
+FLUSH_SECS = 30.0  # of TensorBoard's events
 UPLOAD_SECS = 60.0  # an object cannot be appended to: each upload sends the whole file again
 
 
@@ -38,26 +43,37 @@ class MetricsWriter:
         if is_remote(workdir):
             self._scratch = tempfile.TemporaryDirectory(prefix="stepdistill-")
             self._uploaded, folder = time.monotonic(), pathlib.Path(self._scratch.name)
-            if (self._workdir / METRICS).exists():
-                (folder / METRICS).write_bytes((self._workdir / METRICS).read_bytes())
-        _cut_back(folder / METRICS, start_step)
+            for name in (METRICS, FLAGGED):
+                if (self._workdir / name).exists():
+                    (folder / name).write_bytes((self._workdir / name).read_bytes())
+        self._folder = folder
+        for name in (METRICS, FLAGGED):
+            _cut_back(folder / name, start_step)
         self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (for the whole run)
-        from tensorboardX import SummaryWriter
-
-        self._board = SummaryWriter(str(folder), purge_step=start_step + 1, flush_secs=30)
+        self._board = _Board(folder, start_step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line `{"step": step, ...}`, complete on a local disk when the process is killed."""
+        """One line `{"step": step, ...}`, complete on a local disk when the process is killed.
+
+        Raises:
+            OSError: it cannot be written (a full disk); names the file.
+        """
         if not self._active:
             return
-        # strict JSON knows no NaN
-        finite = {n: v if math.isfinite(v) else None for n, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        with _named(self._folder / METRICS):
+            self._file.write(_line(step, metrics))
+            self._file.flush()
+        self._board.write(step, metrics)
         if self._scratch is not None and time.monotonic() - self._uploaded > UPLOAD_SECS:
             self.sync()
+
+    def flag(self, step: int, entry: dict[str, Any]) -> None:
+        """A line of `flagged_batches.jsonl`; errors as `write`."""
+        if not self._active:
+            return
+        path = self._folder / FLAGGED
+        with _named(path), open(path, "a", encoding="utf-8") as f:
+            f.write(_line(step, entry))
 
     def sync(self) -> None:
         """Uploads what is written, where the workdir is in a store: before a checkpoint is saved.
@@ -72,18 +88,81 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes both."""
         if self._active:
-            self._file.close()
+            with _named(self._folder / METRICS):
+                self._file.close()
             self._board.close()
             if self._scratch is not None:
                 with self._scratch as folder:
                     upload(pathlib.Path(folder), self._workdir)
 
 
+class _Board:
+    """A file of TensorBoard events.
+
+    Not tensorboardX's SummaryWriter: its thread dies of a full disk in silence, and the run then
+    waits for ever at a queue that nobody empties.
+    """
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{start_step}"
+        self._path = folder / name
+        self._records = RecordWriter(os.fspath(self._path))
+        self._add(Event(file_version="brain.Event:2"))
+        # hides what a lost life wrote of later steps
+        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > FLUSH_SECS:
+            self.flush()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with _named(self._path):
+            self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        with _named(self._path):
+            self._records.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with _named(self._path):
+            self._records.close()
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """The error of a write to an open file does not say which."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def _line(step: int, entry: dict[str, Any]) -> str:
+    # strict JSON knows no NaN
+    finite = {
+        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in entry.items()
+    }
+    return json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n"
+
+
 def _cut_back(path: pathlib.Path, start_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             step = json.loads(line)["step"]
         except (json.JSONDecodeError, KeyError, TypeError):
@@ -110,8 +189,18 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     path = as_path(workdir) / METRICS
     if not path.exists():
         raise InputError(f"{path}: no such file; {workdir} is not a training run")
+    return _whole_lines(path)
+
+
+def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
+    """Lines of a run's `flagged_batches.jsonl`, oldest first; none where nothing was flagged."""
+    path = as_path(workdir) / FLAGGED
+    return _whole_lines(path) if path.exists() else []
+
+
+def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

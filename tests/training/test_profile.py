@@ -53,3 +53,9 @@ def test_a_run_that_ends_inside_the_profile_leaves_what_it_has(tmp_path):
 def test_other_values_are_bad_input(steps):
     with pytest.raises(InputError, match=r"PROFILE_STEPS: \[FIRST, LAST\]"):
         TrainConfig(**SETTINGS, profile_steps=steps)
+
+
+def test_steps_after_the_last_one_are_bad_input():
+    steps = [SETTINGS["train_steps"] + 1, SETTINGS["train_steps"] + 9]
+    with pytest.raises(InputError, match="begins after the last step"):
+        TrainConfig(**SETTINGS, profile_steps=steps)

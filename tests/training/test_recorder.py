@@ -7,12 +7,18 @@ from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.loss import ObjectiveSums
+from stepdistill_jax.training.order import ExampleIds
 from stepdistill_jax.training.recorder import SILENT_STEPS, StepRecorder
 
 
 class Lines(list):
+    flagged = ()
+
     def write(self, step, metrics):
         self.append({"step": step, **metrics})
+
+    def flag(self, step, entry):
+        self.flagged += ((step, entry["reason"]),)
 
 
 @pytest.fixture
@@ -23,9 +29,10 @@ def recorder(tmp_path):
         data=types.SimpleNamespace(objectives=step_by_step()),
         model=t5_config("t5_v1_1", "tiny", vocab_size=128),
         workdir=tmp_path,
+        batches=types.SimpleNamespace(examples=lambda step: ExampleIds(*np.zeros((3, 0), int))),
     )
     bar = types.SimpleNamespace(update=lambda *_, **__: None)
-    return StepRecorder(run, Lines(), bar)
+    return StepRecorder(run, Lines(), bar, start=0)
 
 
 def note(recorder, step, *, loss=2.0, rationale_tokens=0):
@@ -88,8 +95,9 @@ def test_a_loss_of_exactly_zero_is_warned_of(recorder, capsys):
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_names_its_step_and_what_is_saved(recorder, loss):
+def test_a_loss_that_is_not_finite_is_counted_flagged_and_written(recorder, loss, capsys):
     note(recorder, 7, loss=loss)
-    with pytest.raises(FloatingPointError, match=r"step 7: loss .* nothing is saved yet"):
-        recorder.flush()
-    assert recorder._writer[-1]["step"] == 7
+    recorder.flush()
+    assert recorder._writer[-1]["step"] == 7 and recorder._writer[-1]["skipped_steps"] == 1
+    assert recorder._writer.flagged == ((7, "nonfinite"),)
+    assert f"step 7: loss {loss}" in capsys.readouterr().err
