@@ -21,8 +21,8 @@ DEFAULT_HBM = 80 * 10**9  # an A100 or H100
 # of a device's memory, for the runtime, buffers of its collectives, and gaps between arrays
 HEADROOM = 0.1
 # What a host holds while Orbax saves and restores the part of one device, as multiples of it: a copy of
-# the arrays, and 0.32 and 0.47 times as much as measured on a CPU (benchmarks/memory.py), rounded up
-SAVE_FACTOR, RESTORE_FACTOR = 1.35, 1.5
+# the arrays, and 0.32 and 0.68 times as much as measured on a CPU (benchmarks/memory.py), rounded up
+SAVE_FACTOR, RESTORE_FACTOR = 1.35, 1.7
 TENSOR_PARTS = (2, 4, 8)
 
 
