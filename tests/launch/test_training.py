@@ -15,7 +15,7 @@ from stepdistill_jax.checkpoints.manager import saved_steps
 from stepdistill_jax.training.writers import read_metrics
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
-pytestmark = pytest.mark.slow  # half a minute to a minute each
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute to a minute each
 
 # `stepdistill`, which also says at a save what share of params and optimizer state this process holds
 COMMAND = """
