@@ -136,9 +136,9 @@ def _raise_first(told: list[Any], own: Exception | None) -> None:
     # one error decides for all, so that all go on or unwind in the same way
     for process, error in enumerate(told):
         if error is not None:
-            if process == jax.process_index() and own is not None:
-                raise own
             is_input, message = error
+            if process == jax.process_index() and own is not None and not is_input:
+                raise own  # with its traceback
             raise (InputError if is_input else RuntimeError)(f"process {process}: {message}")
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, digest, read_json, sampled_digest, write_json
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
+from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
@@ -37,7 +38,6 @@ FREE_FIELDS = (
     "grace_secs",
 )
 SEEN_SECS = 30.0  # until a file of another host is seen on a network disk
-TEXT_BYTES = 2048
 # what may be another in each life of a run
 LIFE_FIELDS = (
     "versions",
@@ -143,22 +143,27 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     """
     _agree(described)
     path = run.workdir / RUN
+    earlier = everywhere(lambda: _earlier(run.workdir, described))
+    on_first(lambda: _write(run, described, earlier, config_text))
+    if jax.process_count() > 1:
+        written = on_first(lambda: digest(read_json(path)))
+        everywhere(lambda: _wait_for(path, written))
+
+
+def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """What `run.json` says of an earlier life of this run; None where there is none."""
+    path = workdir / RUN
     earlier = read_json(path) if path.exists() else None
-    found = differences(earlier, described) if earlier is not None else []
-    problem = ""
-    if found:
-        problem = (
-            f"{run.workdir}: holds a run with other settings ({'; '.join(found)});"
+    if earlier is not None and (found := differences(earlier, described)):
+        raise InputError(
+            f"{workdir}: holds a run with other settings ({'; '.join(found)});"
             " use the same ones to resume it, or another --workdir"
         )
-    elif jax.process_index() == 0:
-        problem = _write(run, described, earlier, config_text)
-    _raise_everywhere(problem)
-    _raise_everywhere(_not_shared(path))
+    return earlier
 
 
-def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str | None) -> str:
-    """The workdir's files; what went wrong, or nothing."""
+def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str | None) -> None:
+    """The workdir's files."""
     life = {name: described[name] for name in LIFE_FIELDS}
     lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
     try:
@@ -172,8 +177,9 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
             with atomic_write(run.workdir / "config.gin") as f:
                 f.write(config_text)
     except OSError as error:
-        return f"--workdir {run.workdir}: {error.strerror or error} ({error.filename})"
-    return ""
+        raise InputError(
+            f"--workdir {run.workdir}: {error.strerror or error} ({error.filename})"
+        ) from None
 
 
 def _agree(described: dict[str, Any]) -> None:
@@ -184,57 +190,28 @@ def _agree(described: dict[str, Any]) -> None:
     # run.json has sizes only; under a cut each process reads its part, and two models would become a third
     weights = sampled_digest(pathlib.Path(given)) if given and pathlib.Path(given).is_dir() else ""
     same = digest([described["config"], described["fingerprint"], weights])
-    problem = ""
-    if _of_first(same) != same:
-        problem = (
-            "it has another config, other data or another INIT_FROM than process 0"
-            f" ({described['fingerprint']}); give all the same files"
-        )
-    _raise_everywhere(problem)
+    first = on_first(lambda: same)
+
+    def agrees() -> None:
+        if same != first:
+            raise InputError(
+                "it has another config, other data or another INIT_FROM than process 0"
+                f" ({described['fingerprint']}); give all the same files"
+            )
+
+    everywhere(agrees)
 
 
-def _not_shared(path: pathlib.Path) -> str:
-    """What is wrong where this process does not see the file as process 0 has just written it."""
-    if jax.process_count() == 1:
-        return ""
-    wanted = _of_first(digest(read_json(path)) if jax.process_index() == 0 else "")
+def _wait_for(path: pathlib.Path, written: str) -> None:
+    """Raises where this process does not see the file as process 0 has just written it."""
     deadline = time.monotonic() + SEEN_SECS
-    while True:
-        if path.exists() and digest(read_json(path)) == wanted:
-            return ""
+    while not (path.exists() and digest(read_json(path)) == written):
         if time.monotonic() > deadline:
-            return (
+            raise InputError(
                 f"--workdir {path.parent}: it does not see there what process 0 has"
                 " written; all processes want one folder, on a disk that their hosts share"
             )
         time.sleep(0.5)
-
-
-def _of_first(text: str) -> str:
-    """Process 0's text (ASCII, at most TEXT_BYTES) in every process."""
-    from jax.experimental import multihost_utils
-
-    return _text(multihost_utils.broadcast_one_to_all(_bytes(text)))
-
-
-def _raise_everywhere(problem: str) -> None:
-    """Raises the first problem in all processes: one that raised alone would leave the others waiting."""
-    problems = [problem]
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        problems = [_text(row) for row in multihost_utils.process_allgather(_bytes(problem))]
-    for process, message in enumerate(problems):
-        if message:
-            raise InputError(f"process {process}: {message}" if process else message)
-
-
-def _bytes(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES), np.uint8)
-
-
-def _text(array: Any) -> str:
-    return np.asarray(array, np.uint8).tobytes().decode(errors="replace").strip()
 
 
 def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
