@@ -12,10 +12,7 @@ import pytest
 from stepdistill_jax.checkpoints.manager import Checkpoints
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.sharding import LAYOUTS, Layout, make_mesh, place_rows
-from stepdistill_jax.tasks.load import TaskData
-from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -31,29 +28,8 @@ ALL = LAYOUTS | {"hybrid": Layout(dcn_data=2, fsdp=-1)}  # eight virtual devices
 
 
 @pytest.fixture(scope="module")
-def batches(tmp_path_factory) -> list:
+def batches(data) -> list:
     """Ten batches; rows differ much in their tokens of label and rationale."""
-    rng = np.random.default_rng(0)
-
-    def ids(low, high):
-        return [*rng.integers(3, 128, rng.integers(low, high)).tolist(), 1]
-
-    def example(i):
-        inputs, rationale = ids(3, 30), ids(5, 40) if i % 7 else []
-        return TokenExample([(inputs, ids(1, 4)), (inputs, rationale)], weight=1 + i % 3)
-
-    folder = tmp_path_factory.mktemp("store")
-    store = write_store(folder, ("label", "rationale"), map(example, range(40)))
-    data = TaskData(
-        name="synthetic",
-        split="train",
-        objectives=step_by_step(*WEIGHTS),
-        stores=(store,),
-        rates=(1.0,),
-        metric="text_match",
-        vocabulary=None,
-        labels=(),
-    )
     made = Batches(data, 16, 64, 64, seed=0, row_multiple=16)
     return [made(step) for step in range(STEPS)]
 

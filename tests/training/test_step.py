@@ -10,43 +10,14 @@ import pytest
 
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.objectives import label_only, step_by_step
+from stepdistill_jax.objectives import label_only
 from stepdistill_jax.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.tasks.load import TaskData
-from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import jit_train_step
 
 MODEL = dataclasses.replace(t5_config("t5_v1_1", "tiny", vocab_size=128), dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> TaskData:
-    """40 examples, every seventh without a rationale, lengths very uneven, weights of their own."""
-    rng = np.random.default_rng(0)
-
-    def ids(low, high):
-        return [*rng.integers(3, 128, rng.integers(low, high)).tolist(), 1]
-
-    def example(i):
-        inputs, rationale = ids(3, 30), ids(5, 40) if i % 7 else []
-        return TokenExample([(inputs, ids(1, 4)), (inputs, rationale)], weight=1 + i % 3)
-
-    store = write_store(
-        tmp_path_factory.mktemp("store"), ("label", "rationale"), map(example, range(40))
-    )
-    return TaskData(
-        name="synthetic",
-        split="train",
-        objectives=step_by_step(*WEIGHTS),
-        stores=(store,),
-        rates=(1.0,),
-        metric="text_match",
-        vocabulary=None,
-        labels=(),
-    )
 
 
 def batches(data, **changes):
