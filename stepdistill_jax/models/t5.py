@@ -166,10 +166,11 @@ class T5(nn.Module):
         x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return x * self.config.emb_dim**-0.5 if self.config.scale_decoder_outputs else x
+
     def _logits(self, x: jax.Array) -> jax.Array:
         # [batch, length, embed] -> [batch, length, vocab]; float32 for the softmax
-        if self.config.scale_decoder_outputs:
-            x = x * self.config.emb_dim**-0.5
         if self.config.logits_via_embedding:
             table = self.token_embedder.astype(self.config.dtype)
             logits = jnp.einsum("ble,ve->blv", x, table, preferred_element_type=jnp.float32)
@@ -190,7 +191,11 @@ class T5(nn.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Logits of each target position under teacher forcing.
+        """Logits of each target position: [batch, target length, vocab] float32; see `states`."""
+        return self._logits(self.states(batch, enable_dropout=enable_dropout))
+
+    def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
+        """The decoder's states under teacher forcing; times `output_kernel` they are the logits.
 
         Args:
             batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
@@ -199,7 +204,7 @@ class T5(nn.Module):
             enable_dropout: needs the rng collection `dropout`.
 
         Returns:
-            [batch, target length, vocab] float32.
+            [batch, target length, embed].
         """
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
         encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
@@ -216,7 +221,7 @@ class T5(nn.Module):
             0,
             deterministic=not enable_dropout,
         )
-        return self._logits(x)
+        return self._scaled(x)
 
     def decode_step(
         self, ids: jax.Array, cache: Cache, encoder_segment_ids: jax.Array, index: jax.Array
@@ -245,7 +250,14 @@ class T5(nn.Module):
             index,
             deterministic=True,
         )
-        return self._logits(x)[:, 0], {**cache, **new}
+        return self._logits(self._scaled(x))[:, 0], {**cache, **new}
+
+
+def output_kernel(params: Mapping, config: T5Config) -> jax.Array:
+    """[embed, vocab]: `T5.states` times this are the logits; the embedding's own where it is tied."""
+    if config.logits_via_embedding:
+        return params["token_embedder"].T
+    return params["logits_dense"]["kernel"]
 
 
 def start_cache(

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
+
+from stepdistill_jax.training.cross_entropy import cross_entropy
 
 Group = Mapping[str, jax.Array]
 Batch = Sequence[Group]
@@ -51,27 +52,34 @@ def token_weights(group: Group, num_objectives: int) -> jax.Array:
     return of * group["decoder_loss_weights"][..., None]
 
 
-def objective_sums(logits: jax.Array, group: Group, num_objectives: int) -> ObjectiveSums:
-    """Totals of one group of rows.
+def objective_sums(
+    states: jax.Array, kernel: jax.Array, group: Group, scale: jax.Array
+) -> tuple[jax.Array, ObjectiveSums]:
+    """Totals of one group of rows, and its share of the loss.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, each a mean
-    of cross-entropies over target tokens. The division is left to the caller, who knows the counts
+    of cross-entropies over target tokens. The scale is left to the caller, who knows the counts
     of the global batch: a mean of means would weigh a token by the slice that it fell into.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens the sums are
     (2 ln 4, 3 ln 4) and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
 
     Args:
-        logits: [batch, length, vocab] float32.
+        states: [batch, length, embed] of the decoder.
+        kernel: [embed, vocab]; logits are states x kernel.
         group: `decoder_target_tokens`, `decoder_objective_ids` (0 padding, i for the i-th
             objective) and `decoder_loss_weights`, all [batch, length].
-        num_objectives: N.
+        scale: [objectives] float32, of `loss_scale`.
+
+    Returns:
+        sum over o of scale_o x loss_o, a scalar with a gradient, and the sums, which have none.
     """
-    targets, weights = group["decoder_target_tokens"], token_weights(group, num_objectives)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-    return ObjectiveSums(
+    weights = token_weights(group, len(scale))
+    targets = group["decoder_target_tokens"]
+    loss, nll, correct = cross_entropy(states, kernel, targets, weights @ scale)
+    sums = ObjectiveSums(
         loss=jnp.einsum("bl,blo->o", nll, weights),
         correct=jnp.einsum("bl,blo->o", correct, weights),
         count=weights.sum((0, 1)),
     )
+    return loss, sums

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from stepdistill_jax.models.lora import base_of, combine, split
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.t5 import T5, output_kernel
 from stepdistill_jax.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
 from stepdistill_jax.training.loss import (
     Batch,
@@ -25,13 +25,16 @@ from stepdistill_jax.training.state import TrainState, shardings_of
 Metrics = dict[str, jax.Array | ObjectiveSums]
 
 
-def batch_sums(model: T5, params, batch: Batch, num_objectives: int, **apply) -> ObjectiveSums:
-    """Totals per objective over all groups of a batch."""
-    sums = ObjectiveSums.empty(num_objectives)
+def batch_sums(
+    model: T5, params, batch: Batch, scale: jax.Array, **apply
+) -> tuple[jax.Array, ObjectiveSums]:
+    """Loss and totals per objective over all groups of a batch."""
+    loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
-        logits: Any = model.apply({"params": params}, group, **apply)
-        sums = sums.merge(objective_sums(logits, group, num_objectives))
-    return sums
+        states: Any = model.apply({"params": params}, group, method="states", **apply)
+        part, part_sums = objective_sums(states, output_kernel(params, model.config), group, scale)
+        loss, sums = loss + part, sums.merge(part_sums)
+    return loss, sums
 
 
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
@@ -83,8 +86,7 @@ def train_step(
 
     def slice_loss(trained, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
         apply = {"enable_dropout": True, "rngs": {"dropout": rng}} if dropout else {}
-        sums = batch_sums(model, combine(trained, frozen), part, num_objectives, **apply)
-        return jnp.vdot(scale, sums.loss), sums
+        return batch_sums(model, combine(trained, frozen), part, scale, **apply)
 
     value_and_grad = jax.value_and_grad(slice_loss, has_aux=True)
     if num_microbatches == 1:
@@ -134,7 +136,7 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 
 def eval_step(params, batch: Batch, *, model: T5, num_objectives: int) -> ObjectiveSums:
     """Totals of a batch without dropout."""
-    return batch_sums(model, params, batch, num_objectives)
+    return batch_sums(model, params, batch, jnp.zeros(num_objectives))[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:

@@ -78,7 +78,7 @@ def test_scaled_logits_are_divided_by_the_root_of_the_width(bare_directory):
 
     def logits(scaled):
         model = T5(dataclasses.replace(config, scale_decoder_outputs=scaled))
-        return model.apply({"params": params}, x, method="_logits")
+        return model.apply({"params": params}, x, method=lambda m, x: m._logits(m._scaled(x)))
 
     np.testing.assert_allclose(logits(True), logits(False) / 4, rtol=1e-5)  # 16 ** 0.5
     want = x @ np.asarray(params["token_embedder"]).T

@@ -225,8 +225,11 @@ for count in (8, 64):
     lowered, _ = lower_step(config, work.model, work.groups, mesh)
     shapes = re.findall(r"\\w\\[([\\d,]+)\\]", lowered.compile({"xla_backend_optimization_level": 0}).as_text())
     sizes = [[int(d) for d in shape.split(",")] for shape in shapes]
-    # [rows or less, 32, vocabulary]: rows of the largest logits on one device
-    result[count]["logits_rows"] = max(s[0] for s in sizes if s[-2:] == [32, 32128] and len(s) == 3)
+    # [tokens, vocabulary]: the largest logits on one device; [512, vocabulary] is the kernel
+    result[count]["logits_tokens"] = max(
+        s[0] for s in sizes if s[-1:] == [32128] and len(s) == 2 and s[0] != 512
+    )
+    assert [512, 32128] in sizes and not any(s[-1] == 32128 for s in sizes if len(s) > 2)
 print(json.dumps(result))
 """
 
@@ -252,7 +255,7 @@ def test_from_8_to_64_devices_no_term_grows(tmp_path):
     # all of it but the (N - 1) / N of a ring
     assert many["wire_bytes"] / few["wire_bytes"] == pytest.approx((63 / 64) / (7 / 8), rel=0.02)
     assert few["flops"]["per_device"] == 8 * many["flops"]["per_device"]
-    assert (few["logits_rows"], many["logits_rows"]) == (8, 1)
+    assert (few["logits_tokens"], many["logits_tokens"]) == (8 * 32, 32)
 
 
 @pytest.mark.slow

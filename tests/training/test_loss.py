@@ -7,6 +7,12 @@ from stepdistill_jax.training.loss import ObjectiveSums, loss_scale, objective_s
 RNG = np.random.default_rng(0)
 
 
+def sums_of(logits, group, num_objectives=2):
+    """The totals where the states are the logits."""
+    kernel = jnp.eye(logits.shape[-1])
+    return objective_sums(jnp.asarray(logits), kernel, group, jnp.zeros(num_objectives))[1]
+
+
 def random_group(rows=3, length=7, vocab=11, num_objectives=2):
     return RNG.normal(size=(rows, length, vocab)).astype(np.float32), {
         "decoder_target_tokens": RNG.integers(0, vocab, (rows, length)),
@@ -21,7 +27,7 @@ def test_uniform_logits_give_the_docstrings_loss():
         "decoder_objective_ids": np.array([[1, 1, 2, 2, 2, 0]]),
         "decoder_loss_weights": np.array([[1.0, 1, 1, 1, 1, 0]], np.float32),
     }
-    sums = objective_sums(jnp.zeros((1, 6, 4)), group, 2)
+    sums = sums_of(jnp.zeros((1, 6, 4)), group)
     np.testing.assert_allclose(sums.loss, np.log(4) * np.array([2, 3]), rtol=1e-6)
     np.testing.assert_array_equal(sums.count, [2, 3])
     np.testing.assert_allclose(sums.weighted_loss(jnp.array([1.0, 0.5])), 2.0794, atol=1e-4)
@@ -43,7 +49,7 @@ def test_sums_equal_a_loop_in_numpy():
             loss[objective - 1] -= weight * np.log(exp[target] / exp.sum())
             correct[objective - 1] += weight * (scores.argmax() == target)
             count[objective - 1] += weight
-    sums = objective_sums(jnp.asarray(logits), group, 2)
+    sums = sums_of(logits, group)
     np.testing.assert_allclose(sums.loss, loss, rtol=1e-5)
     np.testing.assert_allclose(sums.correct, correct, rtol=1e-5)
     np.testing.assert_allclose(sums.count, count, rtol=1e-5)
@@ -52,16 +58,14 @@ def test_sums_equal_a_loop_in_numpy():
 def test_an_objective_without_tokens_adds_zero_not_nan():
     logits, group = random_group()
     group["decoder_objective_ids"] = np.ones_like(group["decoder_objective_ids"])
-    sums = objective_sums(jnp.asarray(logits), group, 2)
+    sums = sums_of(logits, group)
     assert sums.count[1] == 0
     expected = sums.loss[0] / sums.count[0]
     np.testing.assert_allclose(sums.weighted_loss(jnp.array([1.0, 5.0])), expected, rtol=1e-6)
 
 
 def test_merging_empty_sums_changes_nothing_and_order_does_not_matter():
-    parts = [
-        objective_sums(jnp.asarray(logits), g, 2) for logits, g in (random_group(), random_group())
-    ]
+    parts = [sums_of(logits, g) for logits, g in (random_group(), random_group())]
     one, other = parts[0].merge(parts[1]), parts[1].merge(parts[0])
     for field in ("loss", "correct", "count"):
         np.testing.assert_array_equal(getattr(one, field), getattr(other, field))

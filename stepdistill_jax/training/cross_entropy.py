@@ -1,0 +1,133 @@
+"""Cross-entropy over a large vocabulary without its logits: a chunk of tokens at a time.
+
+Logits of 2,048 tokens x 32,128 ids are 263 MB in float32, and a plain loss keeps several copies of
+them for the backward pass. Here the forward pass computes the gradient of each chunk while its logits
+are there, as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), so
+they are computed once and never whole.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from stepdistill_jax.sharding import BATCH_AXES
+
+# of one device; fewer make small matrix products, more fall out of a CPU's cache
+CHUNK_TOKENS = 512
+
+
+@jax.custom_vjp
+def cross_entropy(
+    states: jax.Array, kernel: jax.Array, targets: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sum over tokens of scale x (-log softmax(states kernel)[target]), and what it is made of.
+
+    Args:
+        states: [batch, length, embed], of the decoder; its dtype is that of the products.
+        kernel: [embed, vocab].
+        targets: [batch, length] int32.
+        scale: [batch, length] float32, a token's share in the sum; no gradient.
+
+    Returns:
+        The sum, a float32 scalar, the only output with a gradient; each token's negative log
+        probability in nats [batch, length] float32; and whether no id is likelier than the target
+        [batch, length] float32 (ties count; argmax would take the first of them).
+    """
+    nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, False, False)
+    return jnp.vdot(scale, nll), nll, correct
+
+
+def _forward(states, kernel, targets, scale):
+    nll, correct, *grads = _on_own_rows(
+        states.value,
+        kernel.value,
+        targets.value,
+        scale.value,
+        states.perturbed,
+        kernel.perturbed,
+    )
+    return (jnp.vdot(scale.value, nll), nll, correct), tuple(grads)
+
+
+def _backward(grads, cotangents):
+    along = cotangents[0]
+    if isinstance(along, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    return *(None if g is None else (along * g).astype(g.dtype) for g in grads), None, None
+
+
+cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad: bool):
+    """`_chunked` on each device's rows; the kernel is gathered once, its gradient added up once.
+
+    Under GSPMD alone the loop would do both for each chunk.
+    """
+
+    def local(states, kernel, targets, scale):
+        outputs = _chunked(states, kernel, targets, scale, states_grad, kernel_grad)
+        if kernel_grad and mesh_axes:
+            outputs = *outputs[:3], jax.lax.psum(outputs[3], mesh_axes)
+        return outputs
+
+    # not those of size 1: XLA cannot add up over nothing (RET_CHECK in its partitioner)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
+    if not mesh_axes:
+        return local(states, kernel, targets, scale)
+    rows = P(mesh_axes)
+    return jax.shard_map(
+        local,
+        in_specs=(rows, P(), rows, rows),
+        out_specs=(rows, rows, rows if states_grad else None, P() if kernel_grad else None),
+        axis_names=set(mesh_axes),
+        check_vma=False,
+    )(states, kernel, targets, scale)
+
+
+def _chunked(states, kernel, targets, scale, states_grad: bool, kernel_grad: bool):
+    """([batch, length] nll, correct, gradients of the sum by states and kernel, or None each)."""
+    rows, length, _ = states.shape
+    tokens = rows * length
+    chunks = -(-tokens // CHUNK_TOKENS)
+    size = -(-tokens // chunks)
+    weights: Any = kernel.astype(states.dtype)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = x.reshape(tokens, *x.shape[2:])
+        x = jnp.pad(x, ((0, chunks * size - tokens),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(chunks, size, *x.shape[1:])
+
+    def joined(x: jax.Array) -> jax.Array:
+        return x.reshape(chunks * size, *x.shape[2:])[:tokens].reshape(rows, length, *x.shape[2:])
+
+    def add_chunk(kernel_sum, chunk):
+        x, target, share = chunk
+        logits = jnp.dot(x, weights, preferred_element_type=jnp.float32)
+        highest = logits.max(-1, keepdims=True)
+        exp = jnp.exp(logits - highest)
+        total = exp.sum(-1, keepdims=True)
+        is_target = jnp.arange(logits.shape[-1])[None, :] == target[:, None]
+        of_target = jnp.where(is_target, logits, 0.0).sum(-1, keepdims=True)
+        nll, correct = jnp.log(total) + highest - of_target, of_target >= highest
+        x_grad = None
+        if states_grad or kernel_grad:
+            slope = exp * (share[:, None] / total) - jnp.where(is_target, share[:, None], 0.0)
+            slope = slope.astype(weights.dtype)
+        if states_grad:
+            x_grad = jnp.dot(slope, weights.T)
+        if kernel_grad:
+            kernel_sum += jnp.dot(x.T, slope, preferred_element_type=jnp.float32)
+        return kernel_sum, (nll[:, 0], correct[:, 0].astype(jnp.float32), x_grad)
+
+    empty = jnp.zeros(kernel.shape, jnp.float32) if kernel_grad else None
+    parts = (cut(states), cut(targets), cut(scale))
+    grad_of_kernel, (nll, correct, grad_of_states) = jax.lax.scan(add_chunk, empty, parts)
+    if grad_of_states is not None:
+        grad_of_states = joined(grad_of_states)
+    if grad_of_kernel is not None:
+        grad_of_kernel = grad_of_kernel.astype(kernel.dtype)
+    return joined(nll), joined(correct), grad_of_states, grad_of_kernel

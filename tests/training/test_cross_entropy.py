@@ -1,0 +1,102 @@
+"""The chunked loss beside the plain one: values, gradients, layouts, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from stepdistill_jax.sharding import make_mesh
+from stepdistill_jax.training import cross_entropy as module
+from stepdistill_jax.training.cross_entropy import cross_entropy
+
+ROWS, LENGTH, EMBED, VOCAB = 8, 7, 16, 48
+
+
+def problem(dtype=jnp.float32, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    states = jax.random.normal(keys[0], (ROWS, LENGTH, EMBED), dtype)
+    kernel = jax.random.normal(keys[1], (EMBED, VOCAB))
+    targets = jax.random.randint(keys[2], (ROWS, LENGTH), 0, VOCAB)
+    scale = jax.random.uniform(keys[3], (ROWS, LENGTH)).at[:, -2:].set(0.0)
+    return states, kernel, targets, scale
+
+
+def plain(states, kernel, targets, scale):
+    kernel = kernel.astype(states.dtype)
+    logits = jnp.einsum("bld,dv->blv", states, kernel, preferred_element_type=jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.vdot(scale, nll), nll, (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+
+
+def value_and_grads(function, *args):
+    def total(states, kernel):
+        value, *rest = function(states, kernel, *args[2:])
+        return 3.0 * value, rest  # a factor from outside reaches the gradient
+
+    return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*args[:2])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 8, 56, 1000])  # 5 leaves a part of a chunk over
+def test_any_chunk_gives_the_plain_losss_values_and_gradients(chunk_tokens, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
+    ours, theirs = (jax.jit(lambda *a, f=f: value_and_grads(f, *a)) for f in (cross_entropy, plain))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
+        ours(*problem()),
+        theirs(*problem()),
+    )
+
+
+def test_bfloat16_states_have_float32_losses_and_kernel_gradients():
+    args = problem(jnp.bfloat16)
+    (total, (nll, _)), (states_grad, kernel_grad) = value_and_grads(cross_entropy, *args)
+    assert total.dtype == nll.dtype == kernel_grad.dtype == jnp.float32
+    assert states_grad.dtype == jnp.bfloat16
+    (_, (wanted, _)), (states_wanted, kernel_wanted) = value_and_grads(plain, *args)
+    np.testing.assert_allclose(nll, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(kernel_grad, kernel_wanted, atol=0.02 * np.abs(kernel_wanted).max())
+    states_grad, states_wanted = (np.float32(x) for x in (states_grad, states_wanted))
+    np.testing.assert_allclose(states_grad, states_wanted, atol=0.02 * np.abs(states_wanted).max())
+
+
+@pytest.mark.parametrize("layout", ["data", "fsdp", "fsdp_tensor", "tensor"])
+def test_each_layout_gives_what_one_device_gives(layout, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 4)
+    args = problem()
+    wanted = jax.jit(lambda *a: value_and_grads(cross_entropy, *a))(*args)
+    mesh = make_mesh(layout)
+    rows, kernel = P(("data", "fsdp")), P("fsdp", "tensor")
+    shardings = [NamedSharding(mesh, spec) for spec in (rows, kernel, rows, rows)]
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, s) for x, s in zip(args, shardings, strict=True)]
+        found = jax.jit(lambda *a: value_and_grads(cross_entropy, *a))(*placed)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), found, wanted)
+
+
+def products(function, *args) -> int:
+    return str(jax.make_jaxpr(function)(*args)).count("dot_general[")
+
+
+def test_a_frozen_kernel_and_a_plain_evaluation_cost_no_product_for_gradients():
+    states, kernel, targets, scale = problem()
+    loss = lambda *args: cross_entropy(*args, targets, scale)[0]  # noqa: E731
+    both = products(jax.grad(loss, argnums=(0, 1)), states, kernel)
+    assert both - products(jax.grad(loss), states, kernel) == 1
+    assert both - products(loss, states, kernel) == 2
+
+
+def test_logits_are_never_whole_in_memory():
+    rows, length, vocab = 64, 64, 4096
+    shapes = ((rows, length, 32), jnp.float32), ((32, vocab), jnp.float32)
+    shapes += ((rows, length), jnp.int32), ((rows, length), jnp.float32)
+    args = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    used = [
+        jax.jit(lambda *a, f=f: value_and_grads(f, *a)).lower(*args).compile().memory_analysis()
+        for f in (cross_entropy, plain)
+    ]
+    ours, theirs = (analysis.temp_size_in_bytes for analysis in used)
+    logits = rows * length * vocab * 4
+    assert theirs > logits and ours < 0.6 * logits  # an eighth of them, a few times
