@@ -1,6 +1,7 @@
 # make            what there is
 # make demo       from a fresh clone to the method at work: .venv, pinned install, `stepdistill demo`
 # make test       the same set-up, then the tests
+# make faults     kills, damage, bad input and a soak; writes the table of docs/reliability.md
 #
 # PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
 # PIP_FLAGS=...       more flags for pip install, say a mirror
@@ -15,14 +16,16 @@ BENCH_FLAGS ?=
 PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types format bench constraints clean
+.PHONY: help demo test test-slow faults lint types audit format bench constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
 	@echo "make test         install the test tools, too, and run the tests"
 	@echo "make test-slow    the tests that take longer"
+	@echo "make faults       all faults (40 minutes), the table of docs/reliability.md is written anew"
 	@echo "make lint         formatting and ruff"
 	@echo "make types        pyright"
+	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"
 	@echo "make format       rewrite the files as the formatter wants them"
 	@echo "make bench        speed beside SeqIO, SentencePiece and transformers (minutes on 2 CPU cores)"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"
@@ -61,12 +64,16 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@echo "== the tests, without those marked slow"
-	$(BIN)/python -m pytest -n auto -m "not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n auto -m "not slow and not faults" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
 	@echo "== the tests marked slow"
 	@# exit 5: none is marked, which is no failure
-	$(BIN)/python -m pytest -n auto -m slow $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -n auto -m "slow and not faults" $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+
+faults: $(VENV)/.installed-test
+	@echo "== faults: kills, damage, bad input, a soak"
+	$(BIN)/python -m pytest -n auto tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-test
 	@echo "== formatting and lint"
@@ -76,6 +83,11 @@ lint: $(VENV)/.installed-test
 types: $(VENV)/.installed-test
 	@echo "== types (pyright fetches itself from npm on its first run)"
 	$(BIN)/pyright
+
+audit: $(BIN)/python
+	@echo "== known holes in constraints.txt"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) 'pip-audit>=2.10,<3'
+	$(BIN)/python -m pip_audit --no-deps --disable-pip -r constraints.txt
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""Rows per second of label decoding: our `LabelDecoder`, and `generate` of transformers.
+"""Rows per second of label decoding: our engines, `generate` of transformers, and CTranslate2.
 
     python benchmarks/decode_throughput.py --size small --vocab-size 32128 --json
 
@@ -7,9 +7,18 @@ same prompts, those of a split's label objective. Random weights never end an an
 row of the end of sequence is made longer until some do. Both sides go by batches of like length,
 the longest first; the peer's are padded to their longest row only and are not filled up. All labels
 must be equal.
+
+`ours` and `transformers` begin and end with ids. `ours_ctranslate2` is `predict` on the directory of
+`export --format ctranslate2`, and `ctranslate2` the plain lines that a user would write: both from one
+file of JSON lines to another, the model's start included, with a worker of one thread per core. The
+`_int8` ones have int8 weights.
 """
 
 import argparse
+import json
+import os
+import pathlib
+import statistics
 import tempfile
 
 import timing
@@ -88,6 +97,73 @@ def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]
     return decode
 
 
+def our_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
+    """Labels by `predict`, through files."""
+    from stepdistill_jax.inference import predict
+
+    def decode() -> list[str]:
+        out = source.with_name("ours.jsonl")
+        batch_size = args.batch_size * args.threads  # of all workers together
+        settings = {"max_decode_len": args.max_decode_len, "batch_size": batch_size}
+        predict(directory, source, out, engine="ctranslate2", **settings)
+        return [json.loads(line)["label"] for line in out.read_text().splitlines()]
+
+    return decode
+
+
+def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
+    """The same by CTranslate2 and SentencePiece alone."""
+    import sentencepiece
+
+    ctranslate2 = timing.peer_module("ctranslate2")
+    processor = sentencepiece.SentencePieceProcessor(model_file=f"{directory}/spiece.model")
+
+    def decode() -> list[str]:
+        translator = ctranslate2.Translator(
+            directory, device="cpu", inter_threads=args.threads, intra_threads=1
+        )
+        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        prompts = processor.encode(["predict: " + row["input"] for row in rows], out_type=str)
+        results = translator.translate_batch(
+            [[*tokens, "</s>"] for tokens in prompts],
+            max_batch_size=args.batch_size,
+            beam_size=1,
+            max_input_length=0,
+            min_decoding_length=0,
+            max_decoding_length=args.max_decode_len,
+            length_penalty=0,
+            return_scores=True,
+        )
+        size = processor.get_piece_size()
+        labels = []
+        with open(source.with_name("peer.jsonl"), "w") as f:
+            for number, result in enumerate(results, 1):
+                ids = processor.piece_to_id(result.hypotheses[0])
+                # a name that is no piece has the unknown id
+                pieces = zip(ids, result.hypotheses[0], strict=True)
+                known = [
+                    i for i, name in pieces if 0 < i < size and processor.id_to_piece(i) == name
+                ]
+                labels.append(processor.decode(known))
+                answer = {"id": str(number), "label": labels[-1], "score": result.scores[0]}
+                f.write(json.dumps(answer) + "\n")
+            os.fsync(f.fileno())
+        return labels
+
+    return decode
+
+
+def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
+    """How many labels of the other engines are those of `ours`; float32 must agree on all."""
+    equal = {}
+    for name, answers in labels.items():
+        same = sum(a == b for a, b in zip(answers, labels["ours"], strict=True))
+        if not name.endswith("int8"):
+            assert same == len(answers), f"{name}: {len(answers) - same} labels differ"
+        equal[name] = f"{same} of {len(answers)}"
+    return equal
+
+
 def contender(decode, count: int) -> timing.Contender:
     def work() -> int:
         decode()
@@ -99,30 +175,53 @@ def contender(decode, count: int) -> timing.Contender:
 def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
     timing.peer_module("torch", args.threads)
+    timing.peer_module("ctranslate2")
+    from stepdistill_jax.data.prepared import open_prepared
+    from stepdistill_jax.inference import export
     from stepdistill_jax.tasks.load import load_task
 
     data = load_task(args.task, split=args.split, data_dir=args.data_dir)
     prompts = data.stores[0].rows[0]["inputs"]
     rows = [prompts[i].tolist() for i in range(min(args.rows, len(prompts)))]
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = f"{scratch}/model"
         save_random_model(directory, args, data)
         decoders = {
             "ours": our_decoder(directory, args, rows),
             "transformers": peer_decoder(directory, args, rows),
         }
-    ours, theirs = (decode() for decode in decoders.values())
-    equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    assert equal == len(rows), f"{len(rows) - equal} of {len(rows)} labels differ"
-    rates = timing.alternate(
-        {name: contender(decode, len(rows)) for name, decode in decoders.items()}, args.rounds
-    )
+        source = pathlib.Path(scratch) / "in.jsonl"
+        lines = open_prepared(args.task, args.data_dir).file(args.split).read_text().splitlines()
+        source.write_text("".join(line + "\n" for line in lines[: len(rows)]))
+        for suffix, quantization in (("", "float32"), ("_int8", "int8")):
+            converted = f"{scratch}/{quantization}"
+            export(directory, converted, format="ctranslate2", quantization=quantization)
+            decoders[f"ours_ctranslate2{suffix}"] = our_predict(converted, args, source)
+            decoders[f"ctranslate2{suffix}"] = peer_predict(converted, args, source)
+        answers = {name: decode() for name, decode in decoders.items()}
+        ours = answers["ours"]
+        assert answers["transformers"] == ours, "transformers answers other ids"
+        for name in ("ours", "transformers"):
+            answers[name] = list(map(data.vocabulary.decode, answers[name]))
+        equal = compare_labels(answers)
+        rates = timing.alternate(
+            {name: contender(decode, len(rows)) for name, decode in decoders.items()}, args.rounds
+        )
+    middle = {name: statistics.median(rate) for name, rate in rates.items()}
+    pairs = [
+        ("ours_ctranslate2", "ctranslate2"),
+        ("ours_ctranslate2_int8", "ctranslate2_int8"),
+        ("ours_ctranslate2", "transformers"),
+        ("ours_ctranslate2_int8", "transformers"),
+    ]
     timing.report(
         args,
         rates,
         unit="rows_per_second",
-        equal_labels=f"{equal} of {len(rows)}",
+        equal_labels=equal,
         ended=sum(row[-1] == 1 for row in ours),
         tokens=sum(map(len, ours)),
+        further_ratios={f"{a} / {b}": round(middle[a] / middle[b], 3) for a, b in pairs},
     )
 
 

@@ -121,14 +121,23 @@ def leave(code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    timer = threading.Timer(GRACE_SECS, os._exit, (code,))
-    timer.daemon = True
-    timer.start()
+    end_soon(code)
     import jax
 
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
     os._exit(code)
+
+
+def end_soon(code: int) -> None:
+    """Ends this process with `code` after `GRACE_SECS`, if it has not ended by itself.
+
+    After a save that could not begin, threads of Orbax hold up a process at its exit for minutes; so
+    does a compilation that a signal has interrupted.
+    """
+    timer = threading.Timer(GRACE_SECS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def find_job() -> Job | None:

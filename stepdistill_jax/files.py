@@ -1,11 +1,14 @@
 """Reading and writing files that a later reader may trust; paths in an object store."""
 
+import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import pathlib
 import re
@@ -18,6 +21,17 @@ from typing import IO, Any, cast
 from stepdistill_jax.errors import InputError
 
 PARTIAL = ".partial"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
+_TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
+_NO_TEXT = {  # what a file that is no text begins with, and what to do with it
+    b"\x1f\x8b": "it is gzip's, so unpack it first",
+    b"PK\x03\x04": "it is a zip archive, so unpack it first",
+    b"PAR1": "it is Parquet, so write it as JSON lines first",
+    b"SQLite format 3": "it is an SQLite file",
+    b"\xff\xfe": "it looks like UTF-16, so save it as UTF-8",
+    b"\xfe\xff": "it looks like UTF-16, so save it as UTF-8",
+}
 _STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what fsspec reads each with
 # a URL, or what pathlib makes of one of ours: `gs:/bucket/run`
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
@@ -37,7 +51,7 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """A user's path: pathlib's, or one with its methods (`etils.epath`) in an object store.
+    """A user's path: pathlib's, or one with its methods (`StorePath`) in an object store.
 
     In a store there are no appends, no renames, no locks, and no folder without a file in it.
 
@@ -54,9 +68,43 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
     _prepare_stores()
     if importlib.util.find_spec(_STORES[scheme]) is None:
         raise InputError(f"{url}: {scheme}:// needs a package: pip install {_STORES[scheme]}")
-    from etils import epath
+    from stepdistill_jax.store_path import StorePath
 
-    return cast(pathlib.Path, epath.Path(url))
+    return cast(pathlib.Path, StorePath(url))
+
+
+class StoreError(Exception):
+    """A store that gave no answer, after its client has tried again for a while; one line with the URL.
+
+    No OSError: who takes a file that cannot be read for a damaged one must not take this for one.
+
+    Attributes:
+        reason: without the URL.
+    """
+
+    def __init__(self, url: os.PathLike | str, error: Exception):
+        self.reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        super().__init__(
+            f"{os.fspath(url)}: {self.reason}; is the bucket there, can it be reached, and do the"
+            " credentials allow it?"
+        )
+
+
+@contextlib.contextmanager
+def asked(path: os.PathLike | str) -> Iterator[None]:
+    """Around what asks a store about `path`: each client has errors of its own, most without the URL.
+
+    Raises:
+        StoreError: for all of them but "no such file" and the like; of a local path nothing is changed.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, StoreError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise StoreError(path, error) from error
 
 
 def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
@@ -83,6 +131,8 @@ def _prepare_stores() -> None:
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec.config
 
+    # it writes the traceback of each error that it also raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # a listing that is kept does not show what TensorStore or another process wrote since
     for scheme in ("gs", "gcs", "s3"):
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
@@ -118,6 +168,17 @@ def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: os.PathLike | str) -> Iterator[None]:
+    """Around writes to an open file: the error of a full or broken disk does not say which it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in _DISK_ERRORS:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
 
@@ -132,7 +193,7 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
         return
     partial = path.with_name(path.name + PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
+    with naming(path), open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
         yield f
         f.flush()
         os.fsync(f.fileno())
@@ -153,12 +214,12 @@ def read_json(path: os.PathLike | str) -> Any:
     Raises:
         InputError: the file is missing, not UTF-8, or not JSON; names path and line.
     """
+    if not is_remote(path):
+        check_file(path, "a JSON file")
     try:
         return json.loads(as_path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: is a folder, a JSON file is wanted") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -173,19 +234,59 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     """The object of one line of a JSON-lines file.
 
     Raises:
-        InputError: it is not UTF-8 or not a JSON object; says what is wrong, without file and line.
+        InputError: it is not UTF-8, not a JSON object, or one in which a key stands twice; says what
+            is wrong, without file and line.
     """
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError:
-        raise InputError("not UTF-8") from None
+        raise InputError(f"not UTF-8{_no_text(raw)}") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"broken JSON ({error.msg})") from None
+        raise InputError(f"broken JSON ({error.msg}){_no_text(raw)}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
         raise InputError(f"JSON that cannot be read ({error})") from None
     if not isinstance(row, dict):
         raise InputError(f"a JSON object is wanted, got {type(row).__name__}")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python would take the last one in silence
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} stands twice in one object")
+    return found
+
+
+def _no_text(raw: bytes) -> str:
+    """`; it is gzip's, so unpack it first` of what begins like that."""
+    return next((f"; {what}" for magic, what in _NO_TEXT.items() if raw.startswith(magic)), "")
+
+
+def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
+    """Refuses what is no regular file: the open of a pipe waits for its writer, a device never ends.
+
+    Args:
+        path: on this machine.
+        wanted: what should be there, for the message.
+
+    Raises:
+        InputError: there is no such file, it is a folder, pipe or device, or it may not be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL in the name
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder, {wanted} is wanted")
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{path}: is a pipe or device; it is read more than once, so save it to a file first"
+        )
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: cannot be read (no permission)")
 
 
 def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
@@ -195,29 +296,37 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
         InputError: there is no such file, or it is one that cannot be read twice; names the path.
     """
     path = local_path(path, "input")
+    check_file(path, "a JSON-lines file")
     try:
-        # before it is opened: the open of a pipe waits for its writer
-        if stat.S_ISDIR(mode := os.stat(path).st_mode):
-            raise InputError(f"{path}: is a folder, a JSON-lines file is wanted")
-        if not stat.S_ISREG(mode):
-            raise InputError(
-                f"{path}: is a pipe or device; it is read more than once, so save it to a file first"
-            )
-        file = open(path, "rb")  # noqa: SIM115  (closed below)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        with open(path, "rb") as file:
+            for number, raw in _lines(file):
+                if raw is None:
+                    yield number, InputError(f"{path}:{number}: {_TOO_LONG}")
+                    continue
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if not raw.strip():
+                    continue
+                try:
+                    row: dict[str, Any] | InputError = parse_json_line(raw)
+                except InputError as error:
+                    row = InputError(f"{path}:{number}: {error}")
+                yield number, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    with file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if not raw.strip():
-                continue
-            try:
-                yield number, parse_json_line(raw)
-            except InputError as error:
-                yield number, InputError(f"{path}:{number}: {error}")
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line); None for one that is too long, which is passed over piece by piece."""
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(raw) <= MAX_LINE_BYTES:
+            yield number, raw
+            continue
+        yield number, None
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(MAX_LINE_BYTES)
 
 
 def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:

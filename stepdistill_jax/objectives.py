@@ -24,7 +24,8 @@ class Objective:
         weight: factor of its mean cross-entropy in the loss; at least 0.
 
     Raises:
-        InputError: a weight below 0, a name that is not lower_snake, or an unknown field.
+        InputError: a weight that is no number from 0, a name that is not lower_snake, a template that
+            is no text, or has an unknown field or anything in its braces but the field's name.
     """
 
     name: str
@@ -35,15 +36,20 @@ class Objective:
     FIELDS: ClassVar[tuple[str, ...]] = ("input", "label", "rationale", "llm_label")
 
     def __post_init__(self):
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise InputError(f"Objective.name: lower_snake_case is wanted, got {self.name!r}")
-        if not self.weight >= 0:
-            raise InputError(f"Objective {self.name}: weight must be at least 0, got {self.weight}")
+        name, weight = self.name, self.weight
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise InputError(f"Objective.name: lower_snake_case is wanted, got {name!r}")
+        # float32 holds it
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 <= weight <= 3.4e38:
+            raise InputError(f"Objective {name}: weight must be at least 0, got {weight!r}")
         for template in (self.input_template, self.target_template):
+            if not isinstance(template, str):
+                raise InputError(f"Objective {name}: a template is text, got {template!r}")
             for field in fields_of(template):
                 if field not in self.FIELDS:
                     raise InputError(
-                        f"Objective {self.name}: unknown field {{{field}}} in {template!r}"
+                        f"Objective {name}: unknown field {{{field}}} in {template!r}"
                         f" (known: {', '.join(self.FIELDS)}){nearest(field, self.FIELDS)}"
                     )
 
@@ -56,11 +62,22 @@ class Objective:
 
 
 def fields_of(template: str) -> tuple[str, ...]:
-    """Names of the `{fields}` of a template, in order."""
+    """Names of the `{fields}` of a template, in order.
+
+    Raises:
+        InputError: a brace without its pair, or a field that is more than a name. Templates come with
+            model directories: `{input:>9999999999}` would fill the memory, and a field inside a
+            format would read attributes (`{input:{label.__class__}}`).
+    """
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"template {template!r}: {error}") from None
+    for _, name, spec, conversion in parsed:
+        if spec or conversion:
+            raise InputError(
+                f"template {template!r}: in braces a field's name alone is wanted, at {name!r}"
+            )
     return tuple(name for _, name, _, _ in parsed if name is not None)
 
 
@@ -109,7 +126,7 @@ def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
         return ARMS[objectives]()
     if isinstance(objectives, Objective):
         objectives = (objectives,)
-    objectives = tuple(objectives)
+    objectives = tuple(objectives) if isinstance(objectives, Sequence) else ()
     if not objectives or not all(isinstance(o, Objective) for o in objectives):
         raise InputError("OBJECTIVES: an arm's name or one or more Objective(...) are wanted")
     names = [o.name for o in objectives]

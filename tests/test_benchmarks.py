@@ -20,7 +20,10 @@ UNITS = {"input": "rows_per_second", "train": "examples_per_second", "decode": "
 PEERS = {
     "input": {"seqio", "sentencepiece"},
     "train": {"transformers", "transformers_bfloat16"},
-    "decode": {"transformers"},
+    "decode": {
+        "transformers",
+        *("ctranslate2", "ours_ctranslate2", "ctranslate2_int8", "ours_ctranslate2_int8"),
+    },
 }
 
 

@@ -6,8 +6,9 @@ import pathlib
 
 import fsspec
 import pytest
-from etils.epath import gpath
+from etils.epath import backend, gpath
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from stepdistill_jax import files
 from stepdistill_jax.checkpoints import manifest
@@ -78,10 +79,13 @@ def store(monkeypatch, tmp_path):
     # epath asks once whether TensorFlow reads its paths; a test before may have had it ask
     monkeypatch.setenv("EPATH_USE_TF", "false")
     gpath._is_tf_installed.cache_clear()
+    backend.fsspec_backend._get_filesystem.cache_clear()
     monkeypatch.chdir(tmp_path)
     Store.objects.clear()
     Store.puts.clear()
     yield Store.objects
+    del _registry["s3"]  # the real one comes back when it is asked for
+    backend.fsspec_backend._get_filesystem.cache_clear()
     assert not [p for p in tmp_path.iterdir() if ":" in p.name]
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import shutil
 import signal
 import socket
@@ -53,37 +54,7 @@ assert not {"tensorflow", "seqio"} & sys.modules.keys()
 print(json.dumps([evaluated, read_metrics(workdir), saved_steps(workdir)]))
 """
 
-# gcp-storage-emulator, and what TensorStore asks of Google beyond it: the generation of what is
-# downloaded, and requests that hold only for one generation
-GCS = """
-import sys
-from http import HTTPStatus
-from gcp_storage_emulator.exceptions import NotFound
-from gcp_storage_emulator.handlers import objects
-def conditional(handler, sends):
-    def handle(request, response, storage, *args, **kwargs):
-        name = request.query["name"][0] if sends else request.params["object_id"]
-        try:
-            found = storage.get_file_obj(request.params["bucket_name"], name)["generation"]
-        except NotFound:
-            found = "0"
-        wanted = request.query.get("ifGenerationMatch", [found])[0]
-        known = request.query.get("ifGenerationNotMatch", [None])[0]
-        if wanted != found or known == found:
-            _ = request.data if sends else None
-            failed = wanted != found or sends
-            response.status = HTTPStatus.PRECONDITION_FAILED if failed else HTTPStatus.NOT_MODIFIED
-            return
-        response["x-goog-generation"] = found
-        handler(request, response, storage, *args, **kwargs)
-    return handle
-objects.download = conditional(objects.download, sends=False)
-def insert(request, *args, plain=objects.insert, checked=conditional(objects.insert, sends=True)):
-    return (checked if "name" in request.query else plain)(request, *args)
-objects.insert = insert
-from gcp_storage_emulator.server import create_server
-create_server("localhost", int(sys.argv[1]), in_memory=True, default_bucket="bucket").run()
-"""
+GCS = pathlib.Path(__file__).parent / "faults" / "gcs_server.py"
 
 
 def child(code, *args, env, cwd):
@@ -132,7 +103,7 @@ def gs(tmp_path):
     pytest.importorskip("gcp_storage_emulator", reason="gcp-storage-emulator is not installed")
     host = f"http://localhost:{(port := free_port())}"
     server = subprocess.Popen(
-        [sys.executable, "-c", GCS, str(port)],
+        [sys.executable, GCS, str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=tmp_path,

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from stepdistill_jax.inference import export, predict
 from stepdistill_jax.training.writers import read_metrics
 
 
@@ -186,6 +187,24 @@ def other_tools_agree(tmp_path, task):
         gap = agrees(tmp_path / "known_model", texts, rows)
         print(f"{task} {agrees.__name__}: largest gap of a score {gap:.2g}")
         assert gap < 1.5e-4  # measured 3e-5; rows known by heart make large logits
+    own_ctranslate2_agrees(tmp_path, rows)
+
+
+def own_ctranslate2_agrees(tmp_path, rows):
+    """`predict` on `export --format ctranslate2`: all labels in float32, most in int8."""
+    pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+    same = {}
+    for quantization in ("float32", "int8"):
+        folder, out = tmp_path / quantization, tmp_path / f"{quantization}.jsonl"
+        export(tmp_path / "known", folder, format="ctranslate2", quantization=quantization)
+        predict(folder, tmp_path / "some.jsonl", out)
+        answers = [json.loads(line) for line in out.read_text().splitlines()]
+        pairs = list(zip(answers, rows, strict=True))
+        same[quantization] = sum(a["label"] == row["label"] for a, row in pairs)
+        if quantization == "float32":
+            assert max(abs(a["score"] - row["score"]) for a, row in pairs) < 1.5e-4
+    print(f"labels of CTranslate2 that are those of `predict`, of {len(rows)}: {same}")
+    assert same["float32"] == len(rows) and same["int8"] >= 0.85 * len(rows)  # measured 0.925
 
 
 @pytest.fixture(scope="module")

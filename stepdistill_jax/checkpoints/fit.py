@@ -19,9 +19,15 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
         fits: what the tree comes from, for the message: "the model's config.json".
 
     Raises:
-        InputError: a leaf differs; names the first, and how many do.
+        InputError: a leaf differs; names the first, and how many do. Or Orbax cannot read what is there.
     """
-    saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)
+    try:
+        saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{item_folder}: is no checkpoint that Orbax can read ({reason})"
+        ) from error
     wanted = _leaves(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))
     problems = [
         f"{name} is {saved.get(name, 'not in it')}, {wanted.get(name, 'nothing of that name')} is wanted"

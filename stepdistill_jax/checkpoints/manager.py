@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,7 @@ from stepdistill_jax.checkpoints.manifest import (
     set_aside_unsound,
 )
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, is_remote
+from stepdistill_jax.files import StoreError, as_path, is_remote
 
 FOLDER = "checkpoints"
 PARAMS, STATE = ITEMS = ("params", "state")
@@ -75,6 +76,8 @@ class Checkpoints:
         Raises:
             CheckpointError: there are steps, and none of them is good.
         """
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_not_raised)
         self._folder = folder = checkpoints_folder(workdir)
         _on_first(lambda: (purge(folder), set_aside_unsound(folder)))
         self._metrics = saved_steps(workdir)
@@ -145,19 +148,28 @@ class Checkpoints:
 
         Raises:
             InputError: it holds another tree, shape or dtype; names the leaf.
-            CheckpointError: it is damaged; names the file.
+            CheckpointError: it is damaged, or cannot be read by this process; names the file.
         """
         if step != self._verified:
             _on_first(lambda: self._require_sound(step))
         for item, wanted in ((PARAMS, params), (STATE, rest)):
             folder = self._folder / str(step) / item
             require_fit(folder, wanted, "this run's model and optimizer")
-        got = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
-            ),
-        )
+        try:
+            got = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(params), state=ocp.args.StandardRestore(rest)
+                ),
+            )
+        except Exception as error:
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # of the devices: no room, or a lost peer
+            # say a host that does not see what process 0 has verified
+            raise CheckpointError(
+                f"{self._folder / str(step)}: process {jax.process_index()} cannot restore it"
+                f" ({_reason(error)})"
+            ) from error
         return got["params"], got["state"]
 
     def _require_sound(self, step: int) -> None:
@@ -205,12 +217,23 @@ class Checkpoints:
                     again()
             del self._metrics[self._saving]
             reason = _reason(error)
-            last = max(saved_steps(self._folder.parent), default=None)
-            kept = "no step is saved yet" if last is None else f"step {last} is saved"
+            try:
+                last = max(saved_steps(self._folder.parent), default=None)
+                kept = "no step is saved yet" if last is None else f"step {last} is saved"
+            except StoreError:  # gone as a whole
+                kept = "what was saved before cannot be seen either"
             raise CheckpointError(
                 f"{self._folder / str(self._saving)}: not saved ({reason}); {kept}; start again when"
                 " it can be written"
             ) from error
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """False for the log of a traceback of what Orbax also raises: `_said` says it in one line."""
+    if not record.exc_info:
+        return True
+    from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
+    return not from_orbax and not isinstance(record.exc_info[1], StoreError)
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from stepdistill_jax.files import atomic_write, is_remote
+from stepdistill_jax.files import asked, atomic_write, is_remote
 from stepdistill_jax.progress import log
 
 MANIFEST = "manifest.json"
@@ -196,7 +196,28 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
         same = False
     if not same:
         raise ValueError(f"{MANIFEST}: other bytes than were saved")
+    if not _is_manifest(body):
+        raise ValueError(f"{MANIFEST}: not one of ours")
     return body
+
+
+def _is_manifest(body: Any) -> bool:
+    """Whether it has what `seal` writes: its crc32 can be computed by anyone who makes up the rest."""
+    metrics, files = body.get("metrics"), body.get("files")
+    if body.keys() != {"metrics", "files"} or not all(
+        isinstance(x, dict) for x in (metrics, files)
+    ):
+        return False
+    ranked = ("step", *(("label_accuracy", "label_loss") if metrics.get("validated") else ()))
+    if not all(type(metrics.get(name)) in (int, float) for name in ranked):
+        return False
+    return all(
+        isinstance(entry, list)
+        and len(entry) == 2
+        and type(entry[0]) is int
+        and isinstance(entry[1], str | None)
+        for entry in files.values()
+    )
 
 
 def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -210,8 +231,9 @@ def _files(step_folder: pathlib.Path) -> dict[str, int]:
     if is_remote(step_folder):
         import fsspec
 
-        store, root = fsspec.core.url_to_fs(os.fspath(step_folder))
-        listed = store.find(root, detail=True)
+        with asked(step_folder):
+            store, root = fsspec.core.url_to_fs(os.fspath(step_folder))
+            listed = store.find(root, detail=True)
         sizes = {n.removeprefix(root).lstrip("/"): info["size"] for n, info in listed.items()}
     else:
         sizes = {}
@@ -234,7 +256,7 @@ def _digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
 
     def digest(name: str) -> str:
         crc = 0
-        with (step_folder / name).open("rb") as f:
+        with asked(step_folder / name), (step_folder / name).open("rb") as f:
             while block := f.read(_BLOCK):
                 crc = zlib.crc32(block, crc)
         return f"{crc:08x}"
@@ -261,9 +283,10 @@ def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
     """Inside the store: nothing is downloaded. A kill in the middle leaves both folders."""
     import fsspec
 
-    store, root = fsspec.core.url_to_fs(os.fspath(step_folder))
-    _, goal = fsspec.core.url_to_fs(os.fspath(target))
-    names = store.find(root)
-    for name in names:
-        store.cp_file(name, goal.rstrip("/") + name.removeprefix(root.rstrip("/")))
-    store.rm(names)
+    with asked(step_folder):
+        store, root = fsspec.core.url_to_fs(os.fspath(step_folder))
+        _, goal = fsspec.core.url_to_fs(os.fspath(target))
+        names = store.find(root)
+        for name in names:
+            store.cp_file(name, goal.rstrip("/") + name.removeprefix(root.rstrip("/")))
+        store.rm(names)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import check_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,8 +223,9 @@ def _instructions(text: str) -> str:
     if not text.startswith("@"):
         return text
     try:
+        check_file(text[1:])
         return pathlib.Path(text[1:]).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"--instructions {text}: cannot be read ({error})") from None
 
 
@@ -234,7 +236,7 @@ def _choices(text: str | None) -> tuple[str, ...]:
     if text.lstrip().startswith("["):
         try:
             parts = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--choices: broken JSON ({error})") from None
     found = tuple(part.strip() for part in parts if isinstance(part, str))
     if len(found) != len(parts) or not all(found):
@@ -257,6 +259,8 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f"--parameter: NAME=JSON is wanted, got {pair!r}")
         try:
             found[name] = json.loads(value)
+        except RecursionError:
+            raise InputError(f"--parameter {name}: JSON that cannot be read") from None
         except ValueError:
             found[name] = value  # a bare word is a text
     return found

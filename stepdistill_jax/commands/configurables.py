@@ -56,7 +56,9 @@ def selector_of(name: str) -> str:
     if short in CONFIGURABLES:
         return short
     try:
-        gin.get_configurable(name)
+        found = gin.get_configurable(name)
+        if getattr(found, "__module__", "").partition(".")[0] == "gin":
+            raise KeyError(name)  # gin's own, which would call what it is given
     except Exception:  # gin raises KeyError, ValueError or TypeError here, by the name's form
         raise InputError(
             f"no configurable is called {name!r} (known: {', '.join(CONFIGURABLES)})"

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
-from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache, stopped_by_sigterm
+from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache, stopped_by_signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.inference.tally import in_words
     from stepdistill_jax.tasks import evaluate
 
-    with stopped_by_sigterm():
+    with stopped_by_signals():
         result = evaluate(
             args.path,
             task=args.task,
@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             layout=args.layout,
             num_beams=args.num_beams,
             length_penalty=args.length_penalty,
+            engine=args.engine,
             task_module=args.module,
         )
     if is_first():

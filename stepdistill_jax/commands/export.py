@@ -1,4 +1,4 @@
-"""`stepdistill export`: a trained model as a Hugging Face directory, or as StableHLO."""
+"""`stepdistill export`: a trained model as a Hugging Face directory, as StableHLO, or for CTranslate2."""
 
 import argparse
 import pathlib
@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workdir",
         metavar="WORKDIR",
-        help="folder of a training run (with --format jax also a model directory)",
+        help="folder of a training run (but with --format hf also a model directory)",
     )
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", type=pathlib.Path, help="new folder to write"
@@ -23,10 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=("hf", "jax"),
+        choices=("hf", "jax", "ctranslate2"),
         default="hf",
-        help="hf (default): what transformers and CTranslate2 open; jax: the label decoder as StableHLO"
-        " with its weights, for a process that has only jax",
+        help="hf (default): what transformers opens; jax: the label decoder as StableHLO with its"
+        " weights, for a process that has only jax; ctranslate2: for CTranslate2, which is faster on CPUs",
+    )
+    parser.add_argument(
+        "--quantization",
+        metavar="float32|int8",
+        help="of the weights with --format ctranslate2 (default: float32)",
     )
 
 
@@ -34,7 +39,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `inference.export` and says what is there."""
     from stepdistill_jax.inference import export
 
-    result = export(args.workdir, args.model_dir, step=args.step, format=args.format)
+    result = export(
+        args.workdir,
+        args.model_dir,
+        step=args.step,
+        format=args.format,
+        quantization=args.quantization,
+    )
     step = "" if result["step"] is None else f"step {result['step']}, "
     print(
         f"{args.model_dir}: {step}{result['parameters']:,} parameters; {', '.join(result['files'])}"

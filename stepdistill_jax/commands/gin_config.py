@@ -175,9 +175,13 @@ def _check_value(key: Key, final: Bindings) -> None:
     """The literal that a parameter of ours gets, directly or through macros, has its type."""
     if key.is_macro or key.selector not in CONFIGURABLES:
         return
-    binding = final[key]
+    binding, seen = final[key], {key}
     while _is_reference(binding.value) and _is_macro(binding.value):
-        binding = final[_macro_key(binding.value)]
+        macro = _macro_key(binding.value)
+        if macro in seen:
+            raise InputError(f"{binding.where}: %{macro} leads back to itself")
+        seen.add(macro)
+        binding = final[macro]
     if any(_references(binding.value)):
         return
     try:
@@ -219,10 +223,17 @@ def _build(final: Bindings, config: str) -> TrainConfig:
             else:
                 gin.bind_parameter(tuple(key), binding.value)
         return gin.get_configurable(ROOT)()
+    except RecursionError:
+        raise InputError(
+            f"{config}: a reference leads back to itself, as @train() in a parameter of train does"
+        ) from None
     except (TypeError, ValueError, RuntimeError) as error:
         # gin appends lines of context to what passes through it
         message = str(error).strip().split("\n")[0]
-        culprit = final.get(Key("", message.partition(":")[0], ""))
+        # a macro, a binding, or the parameter alone
+        name = message.partition(":")[0]
+        named = (b for k, b in final.items() if name in (str(k), k.parameter))
+        culprit = next(named, None)
         raise InputError(f"{culprit.where if culprit else config}: {message}") from None
     finally:
         gin.clear_config()

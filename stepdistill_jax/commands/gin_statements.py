@@ -7,9 +7,11 @@ in the current folder first; its tokenizer and parser are used here, its state i
 import ast
 import dataclasses
 import importlib
+import os
 import pathlib
 import re
 import tokenize
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +22,9 @@ from stepdistill_jax.commands.configurables import check_parameter, selector_of
 from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.lookup import search_current_folder
+
+MAX_BYTES = 1 << 18  # of a file; gin reads 10,000 lines a second
+MAX_FILES = 200  # that one config includes, one inside another and one after another
 
 
 class Key(NamedTuple):
@@ -64,17 +69,33 @@ def shown(path: pathlib.Path) -> str:
         return str(path)
 
 
-def read_bindings(path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> list[Binding]:
+def read_bindings(
+    path: pathlib.Path,
+    parents: tuple[pathlib.Path, ...] = (),
+    left: Iterator[int] | None = None,
+) -> list[Binding]:
     """Bindings of a gin file and of the files that it includes, in order.
 
-    An included file is looked for beside the including one, then among the shipped parts.
+    An included file is looked for beside the including one, then among the shipped parts. A statement
+    `import MODULE` runs that module: a config is code.
+
+    Args:
+        path: of the file.
+        parents: the files that include it.
+        left: how many more may be included.
 
     Raises:
         InputError: a missing file, a syntax error, an unknown configurable or parameter, an
-            include of itself, or one name bound twice in one file; names file and line.
+            include of itself, too many or too large files, or one name bound twice in one file; names
+            file and line.
     """
+    left = iter(range(MAX_FILES)) if left is None else left
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(
+                f"{shown(path)}: larger than {MAX_BYTES >> 10} KiB, so it is no config"
+            )
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{shown(path)}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -88,7 +109,9 @@ def read_bindings(path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) ->
                 part = _find_include(statement.filename, path)
                 if part in (*parents, path.resolve()):
                     raise InputError(f"include {statement.filename!r} leads back to itself")
-                bindings += read_bindings(part, (*parents, path.resolve()))
+                if next(left, None) is None:
+                    raise InputError(f"more than {MAX_FILES} includes in all")
+                bindings += read_bindings(part, (*parents, path.resolve()), left)
             elif isinstance(statement, config_parser.ImportStatement):
                 _import(statement)
             elif isinstance(statement, config_parser.BindingStatement):
@@ -127,9 +150,11 @@ def _statements(path: pathlib.Path, text: str) -> Iterator[tuple[int, Any]]:
         if quoted := re.search(r"Failed to parse token '(.*)'", message or "", re.DOTALL):
             message = f"{quoted[1]} is no value; write text in quotes"
         raise InputError(f"{shown(path)}:{line}: {_one_line(message)}") from None
-    except ValueError as error:  # a reference that cannot be resolved
+    except (ValueError, RecursionError) as error:  # an unknown reference, 1,000 brackets
         line = parser.current_token.start[0] if parser else 1
-        raise InputError(f"{shown(path)}:{line}: {_first_line(error)}") from None
+        deep = isinstance(error, RecursionError)
+        message = "too many brackets in brackets" if deep else _first_line(error)
+        raise InputError(f"{shown(path)}:{line}: {message}") from None
 
 
 def _one_line(message: str | None) -> str:
@@ -144,7 +169,7 @@ def _first_line(error: Exception) -> str:
 def _find_include(name: str, including: pathlib.Path) -> pathlib.Path:
     folders = (including.parent, shipped_folder("gin"), shipped_folder("configs"))
     for folder in folders:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # pathlib raises at a name of 5,000 letters
             return (folder / name).resolve()
     raise InputError(
         f"include {name!r}: no such file beside {including.name} or in {shown(folders[1])}"
@@ -163,8 +188,9 @@ def _import(statement: config_parser.ImportStatement) -> None:
             if not statement.is_from:
                 raise
             importlib.import_module(name.rpartition(".")[0])
-    except ImportError as error:
-        raise InputError(f"{statement.format()}: {_one_line(str(error))}") from None
+    except (Exception, SystemExit) as error:  # it is the user's code: whatever comes up
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise InputError(f"{statement.format()}: {kind}{_one_line(str(error))}") from error
 
 
 def parse_override(text: str, flag: str) -> Binding:
@@ -193,11 +219,13 @@ def _parse_value(text: str, where: str) -> Any:
     if text[0] in "@%":
         try:
             return config_parser.ConfigParser(text, _Delegate()).parse_value()
-        except (SyntaxError, ValueError, tokenize.TokenError) as error:
+        except (SyntaxError, ValueError, tokenize.TokenError, RecursionError) as error:
             message = error.msg if isinstance(error, SyntaxError) else _first_line(error)
             raise InputError(f"{where}: {_one_line(message)}") from None
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():  # `1or 2` would be a SyntaxWarning before our own line
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         pass
     if text[0] in "[({'\"" or "\n" in text:

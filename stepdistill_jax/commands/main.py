@@ -6,6 +6,7 @@ processes ends by SIGABRT where JAX lost another one: start all of them again.
 """
 
 import argparse
+import errno
 import importlib
 import json
 import math
@@ -17,8 +18,9 @@ from typing import Any
 from stepdistill_jax import __version__
 from stepdistill_jax.checkpoints.manifest import CheckpointError
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
-from stepdistill_jax.distributed import is_first, leave
-from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.distributed import end_soon, is_first, leave
+from stepdistill_jax.errors import InputError, nearest, printable
+from stepdistill_jax.files import StoreError
 from stepdistill_jax.roll_call import ProcessesMissing
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -43,10 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = _exit_code(split_gin_flags(sys.argv[1:] if argv is None else list(argv)))
     except SystemExit as stop:
-        leave(stop.code if isinstance(stop.code, int) else FAILED)
+        _leave(stop.code if isinstance(stop.code, int) else FAILED, owns_process=argv is None)
         raise
-    leave(code)
+    _leave(code, owns_process=argv is None)
     return code
+
+
+def _leave(code: int, *, owns_process: bool) -> None:
+    leave(code)
+    if code != OK and owns_process:  # not where a notebook called `main([...])`
+        end_soon(code)
 
 
 def _exit_code(argv: list[str]) -> int:
@@ -57,7 +65,7 @@ def _exit_code(argv: list[str]) -> int:
         if debug:
             traceback.print_exc()
         # one line, whatever a library's text in it looked like
-        print(f"stepdistill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"stepdistill: error: {printable(error)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("stepdistill: interrupted", file=sys.stderr)
@@ -66,11 +74,11 @@ def _exit_code(argv: list[str]) -> int:
         # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ProcessesMissing, CheckpointError, MemoryError) as error:
+    except (ProcessesMissing, CheckpointError, StoreError, MemoryError) as error:
         # what their one line says is all that there is to know
         if debug:
             traceback.print_exc()
-        print(f"stepdistill: failed: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"stepdistill: failed: {printable(error)}", file=sys.stderr)
         return FAILED
     except Exception as error:
         traceback.print_exc()
@@ -99,7 +107,14 @@ def _run(argv: list[str]) -> int:
         return OK if args.version else BAD_INPUT
     if args.debug:
         os.environ["JAX_TRACEBACK_FILTERING"] = "off"
-    result = run(args)
+    try:
+        result = run(args)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # pathlib asks the system about any name
+            raise
+        raise InputError(
+            f"{printable(error.filename, 200)}: longer than a file's name can be"
+        ) from None
     if args.json and is_first():
         print(json.dumps(_plain(result or {})), flush=True)
     # a run that ended before its work did, and has said why; checkpoints that are not as saved

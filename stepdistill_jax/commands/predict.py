@@ -2,13 +2,18 @@
 
 import argparse
 import contextlib
+import os
+import select
 import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import EXIT_STOPPED, InputError
+
+STOP_CODES: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: 130}
+STOP_SECS = 2.0  # for Python to unwind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at a bad row: stop, or leave it out and say so (default: stop)",
+        help="at a bad row: stop, or leave it out and list it in OUTPUT.skipped.jsonl (default: stop)",
     )
     add_data_arguments(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--step`, `--batch-size`, `--layout`, `--num-beams`, `--length-penalty`: also of `evaluate`."""
+    """What chooses the model and how it decodes: also of `evaluate`."""
     parser.add_argument(
         "--step",
         default="best",
@@ -86,6 +91,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="with beams: a score is divided by length ** X (default: 1; above 0 favours long"
         " answers)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("jax", "ctranslate2"),
+        help="what decodes (default: ctranslate2 on a directory of `export --format ctranslate2`, else"
+        " jax)",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.tally import in_words
 
-    with stopped_by_sigterm():
+    with stopped_by_signals():
         result = predict(
             args.path,
             args.input,
@@ -115,6 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with_rationale=args.with_rationale,
             prefix=args.prefix,
             on_error=args.on_error,
+            engine=args.engine,
             data_dir=args.data_dir,
         )
     if is_first():
@@ -123,38 +135,73 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def join_and_cache(path: str) -> None:
-    """Joins the other processes; what is compiled for a workdir is kept beside it."""
+    """Joins the other processes, and sets JAX up for what `path` is.
+
+    What is compiled for a workdir is kept beside it.
+    """
     from stepdistill_jax.distributed import join
 
     join()
     from stepdistill_jax import compile_cache
     from stepdistill_jax.checkpoints.manager import is_workdir
+    from stepdistill_jax.formats.directory import is_ctranslate2
 
+    if is_ctranslate2(path):  # JAX computes nothing: it must not take an accelerator's memory
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
     if is_workdir(path):  # a model directory may lie anywhere
         compile_cache.enable(compile_cache.beside(path))
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """A SIGTERM leaves with 75: what is done is kept, and a second start goes on from there.
+def stopped_by_signals() -> Iterator[None]:
+    """A SIGTERM leaves with 75, Ctrl-C with 130: what is done is kept, and a second start goes on.
 
-    With several processes `jax.distributed` catches it, and they stop together after a batch.
+    Python runs a handler only between its own instructions, and a compile or a batch of a large model
+    may be minutes without one. So a thread reads the signals, too: it ends the process 2 seconds after
+    the first, and at a second one. Nothing is lost by that, as nothing is by a kill.
+
+    With several processes `jax.distributed` catches SIGTERM, and they stop together after a batch.
     """
     import jax
 
-    from stepdistill_jax.errors import EXIT_STOPPED
     from stepdistill_jax.progress import log
 
     def stop(_number, _frame) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends it at once
         log("stopped by SIGTERM; start again to go on")
-        raise SystemExit(EXIT_STOPPED)
+        raise SystemExit(STOP_CODES[signal.SIGTERM])
 
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    threading.Thread(target=_end_when_stuck, args=(reads,), daemon=True).start()
+    handler_before = signal.signal(signal.SIGTERM, stop)
+    fd_before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.set_wakeup_fd(fd_before)
+        signal.signal(signal.SIGTERM, handler_before)
+        os.close(writes)
+
+
+def _end_when_stuck(reads: int) -> None:
+    """Reads the numbers of signals as they come; the other end is closed when the command is left."""
+    from stepdistill_jax.progress import log
+
+    first = None
+    with os.fdopen(reads, "rb", buffering=0) as told:
+        while data := told.read(1):
+            if data[0] not in STOP_CODES:
+                continue
+            if first is not None:
+                os._exit(128 + data[0])
+            first = data[0]
+            if not select.select([told], [], [], STOP_SECS)[0]:
+                log(
+                    f"stopped {STOP_SECS:.0f} s after {signal.Signals(first).name}; start again to go on"
+                )
+                os._exit(STOP_CODES[first])

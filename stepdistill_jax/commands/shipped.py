@@ -1,5 +1,6 @@
 """Finds `gin/` and `configs/`, in a checkout or in an installed wheel."""
 
+import os
 import pathlib
 
 import stepdistill_jax
@@ -39,15 +40,15 @@ def find_config(name: str) -> pathlib.Path:
         InputError: neither; names the nearest shipped one.
     """
     path = pathlib.Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # pathlib raises at a name of 5,000 letters
         return path
     known = shipped_configs()
     if path.stem in known and path.suffix in ("", ".gin") and str(path.parent) in (".", "configs"):
         return known[path.stem]
     part = shipped_folder("gin") / name.removeprefix("gin/")
-    if part.is_file():
+    if os.path.isfile(part):
         return part
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{name}: is a folder, a config file is wanted")
     raise InputError(
         f"{name}: no such config file, and no shipped config of that name"

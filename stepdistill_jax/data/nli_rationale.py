@@ -8,7 +8,7 @@ LABELS = ("entailment", "neutral", "contradiction")  # in the order of their num
 ESNLI_MARKER = "Answer:"
 ANLI_NEXT = "Premise:"
 
-_NEXT_PAIR = re.compile(r"(?:^|\n)\s*Premise:")  # the name at the start of a line
+_NEXT_PAIR = re.compile(r"(?:^|\n)[^\S\n]*Premise:")  # the name at the start of a line
 _HEDGES = re.compile(r"\b(?:not|or|nor|neither|cannot)\b|n't\b")
 
 

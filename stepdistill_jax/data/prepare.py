@@ -4,7 +4,6 @@ import importlib
 import logging
 import os
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,15 +66,21 @@ def prepare(
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
     with writing.locked(data_dir, dataset_name):
-        found = _existing(dataset_name, data_dir)
+        found, damage = _existing(dataset_name, data_dir)
         with writing.work_folder(data_dir, dataset_name) as work:
             new = work / dataset_name
             tallies, fingerprint = writing.write_rows(reading, new)
+            if not tallies:
+                raise InputError(
+                    f"prepare {name}: no row of the source can be used: {'; '.join(reading.notes)}"
+                )
             reused = found is not None and found.fingerprint == fingerprint
             if not reused:
                 writing.write_rest(dataset_name, new, reading, tallies, fingerprint)
                 writing.replace(new, directory, work / "replaced")
     notes = [*reading.notes, *shared_inputs(tallies)]
+    if damage:
+        notes.append(f"what was there was damaged, and is written anew: {damage}")
     if found is not None:
         notes.append(
             "sources and rows are unchanged: nothing to do"
@@ -114,7 +119,7 @@ def ensure_prepared(
         InputError: as `open_prepared`.
     """
     folder = prepared.data_folder(data_dir)
-    if name == prepared.EMBEDDED and not (folder / name / prepared.FILE).is_file():
+    if name == prepared.EMBEDDED and not prepared.is_prepared(name, folder):
         logger.info("preparing the embedded dataset %r in %s", name, folder)
         prepare(name, data_dir=folder)
     return prepared.open_prepared(name, folder)
@@ -129,7 +134,7 @@ def _dataset_name(name: str, new_name: str | None) -> str:
         if name == "jsonl":
             raise InputError("prepare jsonl: say what to call the dataset with --name")
         return name
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", new_name):
+    if not prepared.NAME.fullmatch(new_name):
         raise InputError(f"--name: lower_snake_case is wanted (e.g. my_task), got {new_name!r}")
     if new_name in NAMES and new_name != name:
         raise InputError(f"--name: {new_name!r} belongs to `prepare {new_name}`, choose another")
@@ -161,19 +166,28 @@ def _read(
     return reader.read(source, teacher=teacher)
 
 
-def _existing(name: str, data_dir: pathlib.Path) -> prepared.PreparedDataset | None:
-    """What is prepared under that name; None if nothing is, or it is damaged and to be replaced.
+def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDataset | None, str]:
+    """What is prepared under that name, and what is damaged of it; damaged, it is to be replaced.
 
     Raises:
         InputError: the folder holds something that is not ours to replace.
     """
     folder = data_dir / name
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"{folder}: is there and is no folder; move it away, or choose another --name or"
+            " --data-dir"
+        )
     if folder.exists() and not (folder / prepared.FILE).exists() and any(folder.iterdir()):
         raise InputError(
             f"{folder}: is there and was not written by `prepare` (no {prepared.FILE}), so it is"
             " left as it is; move it away, or choose another --name or --data-dir"
         )
+    if not (folder / prepared.FILE).exists():
+        return None, ""
     try:
-        return prepared.open_prepared(name, data_dir)
-    except InputError:
-        return None
+        found = prepared.open_prepared(name, data_dir)
+        found.check()
+    except InputError as error:
+        return None, str(error).partition("; run `")[0]
+    return found, ""

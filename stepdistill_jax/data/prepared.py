@@ -1,19 +1,25 @@
 """Finding and opening what `prepare` wrote; reads no TensorFlow."""
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import local_path, read_json, read_jsonl
+from stepdistill_jax.files import check_file, digest, local_path, read_json, read_jsonl, sha256
+from stepdistill_jax.text.metrics import METRICS
 
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"
 TFDS_VERSION = "1.0.0"  # and the name of the folder of the TFDS files
 ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or an export's
 EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; no path's
+SPLIT = re.compile(r"[a-z]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class PreparedDataset:
         metric: `text_match` or `value_match`.
         splits: number of rows by split.
         labels: the labels of train, sorted, where they are at most 50 and rows have no choices.
+        files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty in a
+            dataset of a version before it was kept.
     """
 
     name: str
@@ -35,6 +43,30 @@ class PreparedDataset:
     metric: str
     splits: dict[str, int]
     labels: tuple[str, ...] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def check(self, *names: str) -> None:
+        """Compares files with what `prepare` wrote; all of them where none is named.
+
+        Args:
+            names: files of `files`, or folders above some of them.
+
+        Raises:
+            InputError: one is gone or has other bytes; names it.
+        """
+        wanted = [
+            f
+            for f in self.files
+            if not names or any(f == n or f.startswith(f"{n}/") for n in names)
+        ]
+        for name in wanted:
+            path = self.directory / name
+            check_file(path)
+            stat = path.stat()
+            if _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self.files[name]:
+                raise InputError(
+                    f"{path}: not as `prepare` wrote it; {how_to_prepare(self.name)}, which writes it anew"
+                )
 
     @property
     def spiece_model(self) -> pathlib.Path:
@@ -49,19 +81,21 @@ class PreparedDataset:
                 f"{path}: no vocabulary, since {self.name} was prepared without a train split;"
                 " take a model directory's (INIT_FROM) or `bytes`"
             )
+        self.check(VOCABULARY)
         return path
 
     def file(self, split: str) -> pathlib.Path:
         """SPLIT.jsonl.
 
         Raises:
-            InputError: the dataset has no such split; names those it has.
+            InputError: the dataset has no such split (names those it has), or the file was edited.
         """
         if split not in self.splits:
             raise InputError(
                 f"{self.name}: no split {split!r} (it has {', '.join(self.splits)})"
                 f"{nearest(split, self.splits)}"
             )
+        self.check(f"{split}.jsonl")
         return self.directory / f"{split}.jsonl"
 
     def examples(self, split: str) -> Iterator[Example]:
@@ -72,6 +106,33 @@ class PreparedDataset:
         """
         path = self.file(split)  # checked at the call, not at the first row
         return (example_from_json(row) for _, row in read_jsonl(path))
+
+
+@functools.lru_cache(64)
+def _digest(path: pathlib.Path, *_changes: int) -> str:
+    return sha256(path)
+
+
+def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
+    """Digest of sources, reader, options and rows (a digest by split): any change changes it.
+
+    Rows are in it beside their sources, so that a changed reader shows even if its version was
+    forgotten.
+
+    Args:
+        about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
+        rows: sha256 of each SPLIT.jsonl.
+    """
+    reader = about["reader"]
+    return digest(
+        {
+            "format": about["format"],
+            "reader": [reader["name"], reader["version"], about["metric"]],
+            "options": about["options"],
+            "sources": about["sources"],
+            "splits": dict(rows),
+        }
+    )
 
 
 def example_from_json(row: dict) -> Example:
@@ -121,7 +182,7 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
     """
     directory = data_folder(data_dir) / name
     path = directory / FILE
-    if not path.is_file():
+    if not is_prepared(name, directory.parent):
         names = prepared_names(directory.parent)
         raise InputError(
             f"dataset {name!r} is not prepared in {directory.parent}"
@@ -130,23 +191,49 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
         )
     stored = read_json(path)
     try:
-        dataset = PreparedDataset(
-            name,
-            directory,
-            stored["fingerprint"],
-            stored["metric"],
-            dict(stored["splits"]),
-            tuple(stored["labels"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        dataset = _described(name, directory, stored)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error!r}); {how_to_prepare(name)}") from None
-    needed = [f"{split}.jsonl" for split in dataset.splits] + [TFDS_VERSION]
+    needed = [*(f"{split}.jsonl" for split in dataset.splits), TFDS_VERSION]
     if "train" in dataset.splits:
         needed.append(VOCABULARY)
     for file in (directory / part for part in needed):
         if not file.exists():
             raise InputError(f"{file}: gone; {how_to_prepare(name)}")
     return dataset
+
+
+def is_prepared(name: str, data_dir: pathlib.Path) -> bool:
+    """Whether `data_dir` holds a prepared dataset of that name, whole or not."""
+    # os.path's answer for a name that no file can have is no
+    return bool(NAME.fullmatch(name)) and os.path.isfile(data_dir / name / FILE)
+
+
+def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> PreparedDataset:
+    """The dataset of a dataset.json.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: it is not as `prepare` wrote it.
+    """
+    splits, labels, files = stored["splits"], stored["labels"], stored.get("files", {})
+    if not splits:
+        raise ValueError("it has no split")
+    for split, count in splits.items():
+        if not SPLIT.fullmatch(split) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"a split {split!r} of {count!r} rows")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise TypeError("the labels are no list of texts")
+    if stored["metric"] not in METRICS:
+        raise ValueError(f"no metric {stored['metric']!r}")
+    for file in files:
+        if pathlib.PurePosixPath(file).is_absolute() or ".." in pathlib.PurePosixPath(file).parts:
+            raise ValueError(f"a file {file!r} outside")
+    rows = {split: files.get(f"{split}.jsonl") for split in splits}
+    if files and fingerprint(stored, rows) != stored["fingerprint"]:
+        raise ValueError("the fingerprint is that of another description")
+    return PreparedDataset(
+        name, directory, str(stored["fingerprint"]), stored["metric"], splits, tuple(labels), files
+    )
 
 
 def how_to_prepare(name: str) -> str:

@@ -12,8 +12,8 @@ CHOICE_MARKER = "So the answer is"
 EQUATION_MARKER = "The answer is"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-_LETTER = re.compile(r"\(([a-z])\)\s*([^\n]*)", re.IGNORECASE)
-_PARENTHESES = re.compile(r"\(.*\)")
+# not IGNORECASE, under which [a-z] takes in the long s and the dotless i
+_LETTER = re.compile(r"\(([a-zA-Z])\)\s*([^\n]*)")
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*\s*$")
 
 
@@ -107,8 +107,7 @@ def parse_equation(text: str) -> Parsed:
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
         return Parsed(problems=problems)
-    found = _PARENTHESES.search(answer)
-    equation = found[0] if found else ""
+    equation = _in_parentheses(answer)
     whole = _without_stop(answer.split("\n")[0])
     if not equation:
         problems += ("no_parentheses",)
@@ -156,6 +155,18 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()
     return ("truncated",)
+
+
+def _in_parentheses(text: str) -> str:
+    r"""From the first `(` to the last `)` of the first line that has both; empty where none has.
+
+    `\(.*\)` says the same, in the square of the time where nothing closes.
+    """
+    for line in text.split("\n"):
+        first, last = line.find("("), line.rfind(")")
+        if 0 <= first < last:
+            return line[first : last + 1]
+    return ""
 
 
 def _without_stop(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from stepdistill_jax.text import arithmetic
 
+MAX_LENGTH = 100_000  # characters of a text that are looked at
 # counts are bounded: without it a text of brackets costs the square of its length
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,18})(?:\.\d{1,500})?"
 _TERM = rf"(?:\( ?){{0,8}}{_NUMBER}(?: ?\)){{0,8}}"
@@ -26,11 +27,11 @@ def wrong_sums(text: str) -> list[str]:
     `50% * 4 = 2`) is not judged. A result may be rounded to the digits that it shows, and a sum may
     be carried on as in `3 + 4 = 7 + 1 = 8`.
     """
-    text = " ".join(text.translate(_TYPED).split())
+    text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []
     for found in _EQUATIONS.finditer(text):
         sides = [side.strip() for side in found[0].split("=")]
-        if _hangs_on(text[: found.start()][-2:]):
+        if _hangs_on(text[max(found.start() - 2, 0) : found.start()]):
             sides = sides[1:]
         if text[found.end() : found.end() + 1].isalnum() or text.startswith("%", found.end()):
             sides = sides[:-1]

@@ -16,7 +16,7 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, in_order
 from stepdistill_jax.data.tally import Tally
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, digest, fsync_folder, read_jsonl, write_json
+from stepdistill_jax.files import atomic_write, fsync_folder, read_jsonl, sha256, write_json
 from stepdistill_jax.progress import progress
 from stepdistill_jax.text import train_vocabulary as training
 
@@ -66,24 +66,20 @@ def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally]
                 defects.write(_line(about | vars(defect)))
             bar.update()
     rows = {split: state.hexdigest() for split, state in digests.items()}
-    return {split: tallies[split] for split in in_order(tallies)}, fingerprint(reading, rows)
-
-
-def fingerprint(reading: Reading, rows: Mapping[str, str]) -> str:
-    """Digest of sources, reader, options and rows (a digest by split): any change changes it.
-
-    Rows are in it beside their sources, so that a changed reader shows even if its version was
-    forgotten.
-    """
-    return digest(
-        {
-            "format": FORMAT,
-            "reader": [reading.reader, reading.version, reading.metric],
-            "options": reading.options,
-            "sources": reading.sources,
-            "splits": dict(rows),
-        }
+    return {split: tallies[split] for split in in_order(tallies)}, prepared.fingerprint(
+        describe(reading), rows
     )
+
+
+def describe(reading: Reading) -> dict[str, Any]:
+    """The part of dataset.json that is known before a row is read; the fingerprint is of it."""
+    return {
+        "metric": reading.metric,
+        "reader": {"name": reading.reader, "version": reading.version},
+        "format": FORMAT,
+        "options": reading.options,
+        "sources": reading.sources,
+    }
 
 
 def write_rest(
@@ -108,20 +104,22 @@ def write_rest(
             path = folder / prepared.VOCABULARY
             training.train_vocabulary(_texts(folder / "train.jsonl", tallies["train"]), path)
             vocabulary = round_trip.round_trips(folder, counts)
+    files = {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     write_json(
         folder / prepared.FILE,
         {
             "name": name,
             "fingerprint": fingerprint,
-            "metric": reading.metric,
             "splits": counts,
             "labels": tallies["train"].labels if "train" in tallies else [],
-            "reader": {"name": reading.reader, "version": reading.version},
-            "format": FORMAT,
-            "options": reading.options,
-            "sources": reading.sources,
+            **describe(reading),
             "notes": reading.notes,
             "vocabulary": vocabulary,
+            "files": files,
         },
     )
 

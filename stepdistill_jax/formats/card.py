@@ -60,7 +60,8 @@ print(tokenizer.decode(ids, skip_special_tokens=True))
 
 {notes}
 
-With CTranslate2 (`pip install ctranslate2 transformers torch`, the last two for the conversion alone):
+For CTranslate2, which is faster on CPUs, `stepdistill export THIS_FOLDER NEW_FOLDER --format ctranslate2` writes a
+directory. Without that package (`pip install ctranslate2 transformers torch`, the last two for the conversion alone):
 
 ```python
 import ctranslate2
@@ -123,7 +124,8 @@ def model_card(
     fingerprint = task_info.provenance.get("fingerprint")
     if isinstance(fingerprint, dict):
         facts += [f"- Fingerprint of {split}: `{value}`" for split, value in fingerprint.items()]
-    started = task_info.provenance.get("config", {}).get("init_from")
+    trained = task_info.provenance.get("config")
+    started = trained.get("init_from") if isinstance(trained, dict) else None
     facts.append(f"- Started from {f'`{started}`' if started else 'random weights'}")
     facts.append(f"- Step {step}")
     if metrics.get("validated"):

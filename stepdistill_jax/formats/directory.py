@@ -15,14 +15,15 @@ from stepdistill_jax.files import (
     atomic_write,
     is_remote,
     local_copy,
-    read_json,
     write_json,
 )
 from stepdistill_jax.formats.names import HEAD
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
+from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
-from stepdistill_jax.models.config import LoraConfig, T5Config
+from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
 from stepdistill_jax.objectives import Objective
+from stepdistill_jax.text.metrics import METRICS
 from stepdistill_jax.text.vocabulary import (
     BYTES,
     EOS_ID,
@@ -35,6 +36,7 @@ from stepdistill_jax.text.vocabulary import (
 CONFIG, TASK_INFO, SPIECE = "config.json", "stepdistill.json", "spiece.model"
 FAST_TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS = "model.bin", "shared_vocabulary.json"
 FORMAT_VERSION = 1
 LORA = "stepdistill_lora"  # in a workdir's config.json: its checkpoints hold adapters
 
@@ -131,6 +133,15 @@ def write_model_files(
     write_json(directory / GENERATION_CONFIG, generation)
 
 
+def is_ctranslate2(directory: os.PathLike | str) -> bool:
+    """Whether a folder of this machine is one of CTranslate2's (`formats.ctranslate2`), whole or not."""
+    folder = as_path(directory)
+    names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
+    if is_remote(folder) or not any((folder / name).is_file() for name in names):
+        return False
+    return not has_weights(folder)  # a `model.bin` of another tool may lie beside them
+
+
 def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     """Configuration, vocabulary and task of a model directory or workdir.
 
@@ -146,7 +157,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
         raise InputError(f"{directory}: not a model directory or workdir (it has no {CONFIG})")
     config = read_config(directory)
-    vocabulary = _read_vocabulary(directory)
+    vocabulary = read_vocabulary(directory)
     if vocabulary.size > config.vocab_size:
         raise InputError(
             f"{directory / CONFIG}: vocab_size {config.vocab_size} is below the"
@@ -193,15 +204,19 @@ def read_config(directory: os.PathLike | str) -> T5Config:
     path = directory / CONFIG
     if not path.is_file() and find_t5x(directory):
         return config_from_shapes(directory, open_weights(directory).shapes())
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a JSON object is wanted")
-    if (model_type := raw.get("model_type")) not in _MODEL_TYPES:
+    if is_ctranslate2(directory):
+        raise InputError(
+            f"{directory}: a CTranslate2 directory, which `predict` and `evaluate` alone read; give the"
+            " one that it was made from"
+        )
+    raw = read_object(path)
+    # tuples: what is looked up may be a list, which has no hash
+    if (model_type := raw.get("model_type")) not in tuple(_MODEL_TYPES):
         raise InputError(
             f"{path}: model_type must be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}"
         )
     kind = raw.get("feed_forward_proj", "relu")  # the default of transformers
-    if kind not in _FEED_FORWARD:
+    if kind not in tuple(_FEED_FORWARD):
         raise InputError(
             f"{path}: feed_forward_proj must be one of {', '.join(_FEED_FORWARD)}, got {kind!r}"
         )
@@ -213,20 +228,30 @@ def read_config(directory: os.PathLike | str) -> T5Config:
         weights = open_weights(directory)
         # a table that is there twice is tied, unless the file says that it began as a copy
         tied = HEAD not in weights.shapes() or (tied and not has_own_head(weights))
-    return T5Config(
-        **sizes,
-        num_decoder_layers=_size(path, raw, "num_decoder_layers"),
-        mlp_activations=_FEED_FORWARD[kind],
-        dropout_rate=_number(path, raw, "dropout_rate", 0.1),
-        num_buckets=_size(path, raw, "relative_attention_num_buckets", 32),
-        max_distance=_size(path, raw, "relative_attention_max_distance", 128),
-        layer_norm_epsilon=_number(path, raw, "layer_norm_epsilon", 1e-6),
-        shared_relative_position_bias=_MODEL_TYPES[model_type],
-        logits_via_embedding=tied,
-        scale_decoder_outputs=_flag(path, raw, "scale_decoder_outputs", tied),
-        # weights in the Hugging Face layout are plain
-        lora=None if has_weights(directory) else _read_lora(path, raw),
-    )
+    sizes |= {
+        "num_decoder_layers": _size(path, raw, "num_decoder_layers"),
+        "num_buckets": _size(path, raw, "relative_attention_num_buckets", 32),
+        "max_distance": _size(path, raw, "relative_attention_max_distance", 128),
+    }
+    rates: dict[str, Any] = {
+        "dropout_rate": _number(path, raw, "dropout_rate", 0.1),
+        "layer_norm_epsilon": _number(path, raw, "layer_norm_epsilon", 1e-6),
+    }
+    scaled = _flag(path, raw, "scale_decoder_outputs", tied)
+    # weights in the Hugging Face layout are plain
+    lora = None if has_weights(directory) else _read_lora(path, raw)
+    try:
+        return T5Config(
+            **sizes,
+            **rates,
+            mlp_activations=_FEED_FORWARD[kind],
+            shared_relative_position_bias=_MODEL_TYPES[model_type],
+            logits_via_embedding=tied,
+            scale_decoder_outputs=scaled,
+            lora=lora,
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _read_lora(path: pathlib.Path, raw: dict) -> LoraConfig | None:
@@ -238,11 +263,15 @@ def _read_lora(path: pathlib.Path, raw: dict) -> LoraConfig | None:
         raise InputError(f"{path}: {LORA}: {error}") from None
 
 
-def _size(path: pathlib.Path, raw: dict, name: str, default: int | None = None) -> int:
+def _size(
+    path: pathlib.Path, raw: dict, name: str, default: int | None = None, most: int | None = None
+) -> int:
     value = raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = f"got {value!r}" if name in raw else "it is missing"
         raise InputError(f"{path}: {name} must be a whole number above 0, {found}")
+    if value > (most := most or (MAX_LAYERS if name.endswith("_layers") else MAX_SIZE)):
+        raise InputError(f"{path}: {name} must be at most {most}, got {value!r}")
     return value
 
 
@@ -259,11 +288,16 @@ def _flag(path: pathlib.Path, raw: dict, name: str, default: bool) -> bool:
     return value
 
 
-def _read_vocabulary(directory: pathlib.Path) -> Vocabulary:
+def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
+    """The vocabulary of a model directory or workdir.
+
+    Raises:
+        InputError: there is none, or one that cannot be read.
+    """
     if (directory / SPIECE).is_file():
         return load_vocabulary(local_copy(directory / SPIECE))
     tokenizer = directory / TOKENIZER_CONFIG
-    if tokenizer.is_file() and read_json(tokenizer).get("tokenizer_class") == "ByT5Tokenizer":
+    if tokenizer.is_file() and read_object(tokenizer).get("tokenizer_class") == "ByT5Tokenizer":
         return load_vocabulary(BYTES)
     raise InputError(
         f"{directory}: no vocabulary (neither {SPIECE} nor a {TOKENIZER_CONFIG} of ByT5)"
@@ -292,8 +326,8 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
         InputError: the file, a field that is missing, or one of a wrong type; names both.
     """
     path = as_path(directory) / TASK_INFO
-    raw = read_json(path)
-    if not isinstance(raw, dict) or not isinstance(raw.get("format"), int):
+    raw = read_object(path)
+    if type(raw.get("format")) is not int or raw["format"] < 1:
         raise InputError(f"{path}: `format` is missing; this is no {TASK_INFO}")
     if raw["format"] > FORMAT_VERSION:
         raise InputError(
@@ -310,13 +344,15 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     labels = field("labels", list, "a list of texts")
     if not all(isinstance(label, str) for label in labels):
         raise InputError(f"{path}: labels must be a list of texts, got {labels!r}")
+    if (metric := field("metric", str, "a text")) not in METRICS:
+        raise InputError(f"{path}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     return TaskInfo(
         task=field("task", str, "a text"),
         objectives=_read_objectives(path, field("objectives", list, "a list")),
-        input_length=_size(path, raw, "input_length"),
-        target_length=_size(path, raw, "target_length"),
-        max_decode_len=_size(path, raw, "max_decode_len"),
-        metric=field("metric", str, "a text"),
+        input_length=_size(path, raw, "input_length", most=MAX_LENGTH),
+        target_length=_size(path, raw, "target_length", most=MAX_LENGTH),
+        max_decode_len=_size(path, raw, "max_decode_len", most=MAX_LENGTH),
+        metric=metric,
         labels=tuple(labels),
         provenance=field("provenance", dict, "an object"),
     )
@@ -324,13 +360,15 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
 
 def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
     names = [f.name for f in dataclasses.fields(Objective)]
+    if not raw:
+        raise InputError(f"{path}: objectives must name at least one")
     for o in raw:
         if not isinstance(o, dict) or not all(name in o for name in names):
             raise InputError(f"{path}: objectives must have {', '.join(names)}, got {o!r}")
     try:
         objectives = tuple(Objective(**{name: o[name] for name in names}) for o in raw)
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{path}: objectives: {error}") from None
-    if not objectives:
-        raise InputError(f"{path}: objectives must name at least one")
+    if len({o.name for o in objectives}) < len(objectives):
+        raise InputError(f"{path}: objectives: each needs a name of its own")
     return objectives

@@ -35,16 +35,22 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     data = map_file(path)
     start = 8 + int.from_bytes(data[:8], "little")
     tensors: dict[str, Tensor] = {}
-    for name, entry in json.loads(data[8:start]).items():
+    for name, entry in json.loads(data[8:start], object_pairs_hook=list):
         if name == "__metadata__":
             continue
+        entry = dict(entry)
+        if name in tensors:  # which of the two would be read depends on the library
+            raise InputError(f"{path}: {name} is there twice")
         if (dtype := _DTYPES.get(entry["dtype"])) is None:
             raise InputError(
                 f"{path}: {name} is stored as {entry['dtype']}, one of {', '.join(_DTYPES)} is wanted"
             )
         begin, end = entry["data_offsets"]
         view = memoryview(data)[start + begin : start + end]
-        tensors[name] = np.frombuffer(view, dtype).reshape(entry["shape"])
+        try:
+            tensors[name] = np.frombuffer(view, dtype).reshape(entry["shape"])
+        except ValueError as error:  # a shape of 100 sizes, or of 2**63 times 0
+            raise InputError(f"{path}: {name} has no shape for an array ({error})") from None
     return tensors
 
 

@@ -5,6 +5,7 @@ msgpack, in which a parameter is an array or a TensorStore spec of a zarr folder
 Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
 """
 
+import functools
 import math
 import os
 import pathlib
@@ -16,14 +17,21 @@ import ml_dtypes
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_json
 from stepdistill_jax.formats.mapped_msgpack import read_tree
 from stepdistill_jax.formats.names import HEAD, hf_names, is_transposed
-from stepdistill_jax.formats.tensors import Index, Tensor, Transposed, Weights
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.formats.tensors import (
+    Index,
+    Tensor,
+    Transposed,
+    Weights,
+    is_file_name,
+    read_object,
+)
+from stepdistill_jax.models.config import MAX_LAYERS, T5Config
 
 CHECKPOINT, METADATA, OCDBT = "checkpoint", "_METADATA", "manifest.ocdbt"
 _PLACEHOLDER = "PLACEHOLDER://"
+_SMALL, _UNPACKED = 64 << 20, 2000  # bytes; gzip, which T5X writes, makes 1000 of one at most
 _LAYER_AXIS = 1  # param_scan_axis of t5x's minimal models
 # our path -> Hugging Face name, for every kind of T5
 _NAMES = {
@@ -72,6 +80,8 @@ def open_t5x(directory: pathlib.Path) -> Weights:
         tensor: Any = _Stored(array, ours, stacked=layer == "", folder=folder)
         tensor = Transposed(tensor) if is_transposed(ours) and len(tensor.shape) > 1 else tensor
         if layer == "":
+            if tensor.shape[0] > MAX_LAYERS:  # before a name is made for each
+                raise InputError(f"{folder}: {path} claims {tensor.shape[0]} layers")
             stacks[name] = tensor
             tensors |= {name.format(i): _Layer(tensor, i) for i in range(tensor.shape[0])}
         else:
@@ -105,20 +115,23 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
         blocks = [re.match(rf"{side}\.block\.(\d+)\.", name) for name in shapes]
         return 1 + max((int(match[1]) for match in blocks if match), default=0)
 
-    return T5Config(
-        vocab_size=vocab_size,
-        emb_dim=emb_dim,
-        num_heads=num_heads,
-        head_dim=max(1, shapes[f"{attention}.q.weight"][0] // max(1, num_heads)),
-        mlp_dim=shapes[mlp][0],
-        num_encoder_layers=depth("encoder"),
-        num_decoder_layers=depth("decoder"),
-        mlp_activations=("relu",) if gated == "wi" else ("gelu", "linear"),
-        num_buckets=num_buckets,
-        shared_relative_position_bias=bias.replace("block.0", "block.1") not in shapes,
-        logits_via_embedding=tied,
-        scale_decoder_outputs=tied,
-    )
+    try:
+        return T5Config(
+            vocab_size=vocab_size,
+            emb_dim=emb_dim,
+            num_heads=num_heads,
+            head_dim=max(1, shapes[f"{attention}.q.weight"][0] // max(1, num_heads)),
+            mlp_dim=shapes[mlp][0],
+            num_encoder_layers=depth("encoder"),
+            num_decoder_layers=depth("decoder"),
+            mlp_activations=("relu",) if gated == "wi" else ("gelu", "linear"),
+            num_buckets=num_buckets,
+            shared_relative_position_bias=bias.replace("block.0", "block.1") not in shapes,
+            logits_via_embedding=tied,
+            scale_decoder_outputs=tied,
+        )
+    except InputError as error:
+        raise InputError(f"{directory}: {error}") from None
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
@@ -127,7 +140,7 @@ def _our_path(path: str) -> tuple[str, str | None]:
         return "token_embedder", None
     if path == "decoder/logits_dense/kernel":
         return "logits_dense/kernel", None
-    if match := re.fullmatch(r"(encoder|decoder)/layers_(\d+)/(.+)", path):
+    if match := re.fullmatch(r"(encoder|decoder)/layers_(\d{1,9})/(.+)", path):
         return f"{match[1]}/layers/{match[3]}", match[2]
     if match := re.fullmatch(r"(encoder|decoder)/\1/(.+)", path):
         return f"{match[1]}/layers/{match[2]}", ""
@@ -235,7 +248,7 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any
 
 def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
     file = folder / METADATA
-    raw = read_json(file)
+    raw = read_object(file)
     try:
         keys = [
             [str(part["key"]) for part in entry["key_metadata"]]
@@ -254,7 +267,7 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
 def _inside(folder: pathlib.Path, name: Any) -> str:
     # a checkpoint is someone else's file: it may name arrays of its own folder only
     name = name.rstrip("/") if isinstance(name, str) else ""
-    if not name or pathlib.PurePath(name).name != name or name == "..":
+    if not is_file_name(name):
         raise InputError(f"{folder / CHECKPOINT}: an array must lie in this folder, got {name!r}")
     return name
 
@@ -277,10 +290,26 @@ def _open_arrays(
 
     futures = {path: tensorstore.open(spec(name), read=True) for path, name in names.items()}
     opened = {}
+    stored = functools.cache(lambda: _bytes_in(folder))  # a walk over all chunks of all arrays
     for path, future in futures.items():
         try:
             opened[path] = future.result()
         except (ValueError, OSError) as error:
             reason = str(error).split(" [")[0].split("\n")[0]
             raise InputError(f"{folder}: {names[path]} cannot be read ({reason})") from None
+        claimed = _claimed_bytes(opened[path])
+        if claimed > _SMALL and claimed > _UNPACKED * stored():
+            raise InputError(
+                f"{folder}: {names[path]} claims {claimed} bytes, and {stored()} are stored here in all"
+            )
     return opened
+
+
+def _claimed_bytes(array: Any) -> int:
+    """Of the array, or of one chunk where that is larger: TensorStore ends the process at one of 2**60."""
+    chunk = array.chunk_layout.read_chunk.shape
+    return _numpy_dtype(array).itemsize * max(math.prod(array.shape), math.prod(chunk))
+
+
+def _bytes_in(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,5 +1,6 @@
 """What a source of weights is, whatever file it comes from: named tensors that are read by slices."""
 
+import json
 import mmap
 import os
 import pathlib
@@ -13,6 +14,7 @@ from stepdistill_jax.files import read_json
 from stepdistill_jax.formats.names import EMBEDDING, EMBEDDING_COPIES
 
 Index = tuple[slice, ...]
+MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB
 
 
 class Tensor(Protocol):
@@ -97,19 +99,45 @@ def map_file(path: os.PathLike | str) -> mmap.mmap:
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object of one of a model directory's small files.
+
+    Raises:
+        InputError: no such file, not JSON, no object, too large, or text that is no Unicode.
+    """
+    if path.is_file() and path.stat().st_size > MAX_JSON:
+        raise InputError(
+            f"{path}: larger than {MAX_JSON >> 20} MiB, so it is not what its name says"
+        )
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a JSON object is wanted")
+    try:
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: has half a surrogate pair, which is no text") from None
+    return raw
+
+
 def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
     """The files that an index (`*.index.json`) names.
 
     Raises:
         InputError: a name that is no file of the index's own folder, or a file that is missing.
     """
-    raw = read_json(index)
-    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    weight_map = read_object(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(n, str) and pathlib.Path(n).name == n for n in names):
+    if not names or not all(map(is_file_name, names)):
         raise InputError(f"{index}: `weight_map` must name files of this folder")
     files = [index.parent / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: named in {index.name}, and missing")
     return files
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether something that a file says is a plain name, which cannot lead out of its folder."""
+    if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
+        return False
+    return name not in ("", ".", "..") and pathlib.PurePath(name).name == name

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import warnings
 import zipfile
 
 import ml_dtypes
@@ -14,7 +15,9 @@ from stepdistill_jax.formats.tensors import Tensor
 def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
     """Tensors of one file (or one of its shards) by name.
 
-    The zip form, which torch writes since 1.6, is mapped; the older form is read whole.
+    The zip form, which torch writes since 1.6, is mapped; the older form is read whole. A zip whose
+    members are compressed is refused: torch never writes one, its map would show compressed bytes as weights, and
+    a pickle of 2 MB could unpack to 2 GB.
 
     Raises:
         InputError: torch is not installed, the file is cut, or it holds other things than tensors.
@@ -27,9 +30,14 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
             " directory with model.safetensors"
         ) from None
     try:
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _require_plain(path)
+        with warnings.catch_warnings():  # of the pickle's age, before our own line
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError:
+        raise
     except Exception as error:  # on broken bytes its unpickler raises whatever comes up
         if found := re.search(r"GLOBAL (\S+)|Trying to (?:call|build)", str(error)):
             raise InputError(
@@ -44,8 +52,25 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
             raise InputError(
                 f"{path}: a dictionary of tensors is wanted, as save_pretrained writes"
             )
-        tensors[name] = _view(tensor.detach(), torch)
+        tensor = tensor.detach()
+        try:
+            size = tensor.numel() * tensor.element_size()
+            if size > tensor.untyped_storage().nbytes():  # a view of one number may claim any shape
+                raise TypeError(f"its shape wants {size} bytes, and fewer are stored")
+            tensors[name] = _view(tensor, torch)
+        except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantized, ...
+            reason = str(error).split("\n")[0]
+            raise InputError(f"{path}: {name} cannot be read ({reason})") from None
     return tensors
+
+
+def _require_plain(path: pathlib.Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise InputError(
+                    f"{path}: {member.filename} in it is compressed; torch writes none so"
+                )
 
 
 def _view(tensor, torch) -> np.ndarray:

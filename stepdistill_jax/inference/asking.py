@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.model import LoadedModel
 from stepdistill_jax.inference.rows import Row
+from stepdistill_jax.models.config import MAX_LENGTH
 from stepdistill_jax.objectives import LABEL_INPUT, RATIONALE_INPUT, Objective
 from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
 
@@ -48,7 +50,7 @@ class Asking:
 
 
 def how_to_ask(
-    model: LoadedModel,
+    model: LoadedModel | Engine,
     *,
     task: str | None = None,
     max_decode_len: int | None = None,
@@ -65,6 +67,8 @@ def how_to_ask(
     objectives = info.objectives if info else BARE_OBJECTIVES
     lengths = [info.max_decode_len if info else BARE_LABEL_LENGTH]
     if max_decode_len is not None:
+        if not 1 <= max_decode_len <= MAX_LENGTH:
+            raise InputError(f"--max-decode-len: 1 to {MAX_LENGTH} is wanted, got {max_decode_len}")
         lengths = [max_decode_len]
     chosen = [objectives[0]]
     if with_rationale:

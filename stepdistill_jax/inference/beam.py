@@ -142,6 +142,11 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
             )
     if num_beams == 1:
         return greedy_decode
+    return _search(num_beams, float(length_penalty))
+
+
+@functools.lru_cache(maxsize=8)  # one function for one search, so that it is compiled once
+def _search(num_beams: int, length_penalty: float) -> Callable:
     return functools.partial(beam_search, num_beams=num_beams, length_penalty=length_penalty)
 
 

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -99,10 +100,35 @@ def bucketed(
         yield places, batch
 
 
+@functools.lru_cache(maxsize=8)
+def _jit_decode(
+    config: T5Config, max_decode_len: int, mesh: Mesh | None, decode_fn: Callable
+) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The compiled function of a `LabelDecoder`; the next one of its kind in this process gets it, too.
+
+    A service that calls `predict` again and again compiles once, and JAX, which keeps what it has
+    traced, does not grow.
+    """
+
+    def decode(params, encoder_input_tokens):
+        return decode_fn(params, config, encoder_input_tokens, max_decode_len=max_decode_len)
+
+    if mesh is None:
+        return jax.jit(decode)
+    if mesh.shape["data"] == mesh.size:
+        # each device has all parameters and goes through its rows by itself: GSPMD would ask
+        # all of them at each token whether all are done, and gather the logits of beams
+        rows = batch_sharding(mesh).spec
+        decode = jax.shard_map(
+            decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+        )
+    return jax.jit(decode, out_shardings=replicated(mesh))
+
+
 class LabelDecoder:
     """Answers to rows of ids, whatever their number, lengths and order; greedy unless told.
 
-    Keeps its compiled functions: one per bucket of input lengths. A row's answer does not depend on
+    Keeps what it compiles: a program per bucket of input lengths. A row's answer does not depend on
     the rows beside it.
 
     Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`; with beams:
@@ -135,23 +161,8 @@ class LabelDecoder:
         self.batch_size = -(-wanted // shards) * shards
         self.max_decode_len = max_decode_len
         self._mesh = mesh
-
-        def decode(params, encoder_input_tokens):
-            return decode_fn(params, config, encoder_input_tokens, max_decode_len=max_decode_len)
-
         self._whole_model = mesh is not None and mesh.shape["data"] == mesh.size
-        if mesh is not None and self._whole_model:
-            # each device has all parameters and goes through its rows by itself: GSPMD would ask
-            # all of them at each token whether all are done, and gather the logits of beams
-            rows = batch_sharding(mesh).spec
-            decode = jax.shard_map(
-                decode,
-                mesh=mesh,
-                in_specs=(PartitionSpec(), rows),
-                out_specs=rows,
-                check_vma=False,
-            )
-        self._decode = jax.jit(decode, out_shardings=replicated(mesh) if mesh else None)
+        self._decode = _jit_decode(config, max_decode_len, mesh, decode_fn)
 
     def __call__(
         self,

@@ -15,8 +15,7 @@ from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.files import as_path, check_writable, is_remote, upload, write_json
 from stepdistill_jax.inference.asking import cut_ids, how_to_ask
 from stepdistill_jax.inference.beam import search
-from stepdistill_jax.inference.decode import LabelDecoder
-from stepdistill_jax.inference.model import device_mesh, load_model
+from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.inference.tally import Tally
@@ -38,6 +37,7 @@ def evaluate(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them.
 
@@ -51,7 +51,7 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where the dataset is prepared.
-        batch_size, layout, num_beams, length_penalty: as for `predict`.
+        batch_size, layout, num_beams, length_penalty, engine: as for `predict`.
 
     Returns:
         What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
@@ -80,6 +80,7 @@ def evaluate(
             layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
+            engine=engine,
             data_dir=data_dir,
         )
         if kept is not None and remote:
@@ -103,6 +104,7 @@ def evaluate_tokens(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    engine: str | None = None,
 ) -> dict[str, Any]:
     """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
 
@@ -113,7 +115,7 @@ def evaluate_tokens(
         metric: how they are compared.
         allowed: the possible labels, where they are few.
         step: of a workdir: `best`, `last` or a number.
-        batch_size, layout, num_beams, length_penalty: as for `predict`.
+        batch_size, layout, num_beams, length_penalty, engine: as for `predict`.
 
     Returns:
         What `predict` returns, and `step`, `num_beams`, `length_penalty`.
@@ -121,22 +123,21 @@ def evaluate_tokens(
     Raises:
         InputError: no such model or step, or a bad option.
     """
-    decode_fn = search(num_beams, length_penalty)
-    mesh = device_mesh(layout)
-    model = load_model(path, step, mesh=mesh)
-    asking = how_to_ask(model)
-    decoder = LabelDecoder(
-        model.config,
-        max_decode_len=asking.decode_lengths[0],
+    model = open_engine(
+        path,
+        engine,
+        step=step,
         batch_size=batch_size,
-        mesh=mesh,
-        decode_fn=decode_fn,
+        layout=layout,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
     )
+    asking = how_to_ask(model)
     tally, cut = Tally(metric, allowed), [cut_ids(ids, asking.input_length) for ids in inputs]
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
     with until_stopped(len(inputs), "evaluate") as update:
-        decoded = decoder(model.params, cut, update)
+        decoded = model.decode(cut, asking.decode_lengths[0], update)
     seconds = time.perf_counter() - start
     for number, (ids, label) in enumerate(zip(decoded.ids, labels, strict=True), 1):
         row = Row(str(number), {"input": "", "label": label})

@@ -1,6 +1,7 @@
-"""From a trained model to a directory that other tools open: Hugging Face's layout, or StableHLO."""
+"""From a trained model to a directory that others open: Hugging Face's layout, StableHLO, CTranslate2's."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -11,6 +12,8 @@ from stepdistill_jax.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, fsync_folder, local_path
 from stepdistill_jax.formats.card import model_card
+from stepdistill_jax.formats.ctranslate2 import check_quantization, write_ctranslate2
+from stepdistill_jax.formats.ctranslate2_readme import ctranslate2_readme
 from stepdistill_jax.formats.directory import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
@@ -24,7 +27,7 @@ from stepdistill_jax.inference.asking import how_to_ask
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 
-FORMATS = ("hf", "jax")
+FORMATS = ("hf", "jax", "ctranslate2")
 CARD = "README.md"
 
 
@@ -34,35 +37,45 @@ def export(
     *,
     step: str | int = "best",
     format: str = "hf",
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Writes one step's model for others to run.
 
     `hf`: configuration, weights, tokenizer, task and model card in Hugging Face's layout; `predict`
     gives the same bytes on `model_dir` as on the workdir at that step. `jax`: the label decoder as a
     `jax.export` program with its weights beside it, which runs where only jax is installed; the
-    `README.md` in it says how.
+    `README.md` in it says how. `ctranslate2`: a directory for CTranslate2, which decodes faster on
+    CPUs; `predict` reads it, and its `README.md` says what else does.
 
     Args:
-        workdir: of a training run; for `jax` a model directory will do, too.
+        workdir: of a training run; but for `hf` a model directory will do, too.
         model_dir: must be absent or empty; it appears whole or not at all.
         step: `best`, `last` or a number.
-        format: `hf` or `jax`.
+        format: `hf`, `jax` or `ctranslate2`.
+        quantization: of the weights of `ctranslate2`: `float32` (None, too) or `int8`.
 
     Returns:
         `model_dir`, `step`, `format`, `parameters`, `files`.
 
     Raises:
-        InputError: no such format, not a workdir, no such step, a `model_dir` that holds something,
+        InputError: no such format or quantization, not a workdir, no such step, a `model_dir` that holds something,
             or a vocabulary that `transformers` would read in another way.
     """
     if format not in FORMATS:
         raise InputError(f"--format: {' or '.join(FORMATS)} is wanted, got {format!r}")
+    if quantization is not None and format != "ctranslate2":
+        raise InputError(f"--quantization: only of --format ctranslate2; {format} is float32")
+    check_quantization(quantization)
     target = local_path(model_dir, "MODEL_DIR")
     _check_target(target)
     if format == "hf" and not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints to export)")
     model = load_model(workdir, step)
-    write = {"hf": _write_hf, "jax": _write_jax}[format]
+    write = {
+        "hf": _write_hf,
+        "jax": _write_jax,
+        "ctranslate2": functools.partial(_write_ctranslate2, quantization=quantization),
+    }[format]
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -124,6 +137,26 @@ def _write_jax(folder: pathlib.Path, model: LoadedModel) -> int:
         exported,
         model.vocabulary,
         task=model.task_info.task if model.task_info else model.path.resolve().name,
+        prompt=asking.objectives[0].input_template.replace("{input}", "..."),
+        num_parameters=parameters,
+        input_length=asking.input_length,
+        max_decode_len=asking.decode_lengths[0],
+    )
+    with atomic_write(folder / CARD) as f:
+        f.write(readme)
+    return parameters
+
+
+def _write_ctranslate2(folder: pathlib.Path, model: LoadedModel, quantization: str | None) -> int:
+    info = _task_info(model)
+    parameters = write_ctranslate2(
+        folder, model.params, model.config, model.vocabulary, info, quantization
+    )
+    asking = how_to_ask(model)
+    readme = ctranslate2_readme(
+        model.vocabulary,
+        task=info.task if info else model.path.resolve().name,
+        quantization=quantization,
         prompt=asking.objectives[0].input_template.replace("{input}", "..."),
         num_parameters=parameters,
         input_length=asking.input_length,

@@ -1,65 +1,114 @@
 """A streamed output file: `.partial` until it is whole, and continued where an earlier run stopped."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import (
     PARTIAL,
     check_writable,
+    digest,
     fsync_folder,
+    local_path,
+    naming,
     open_locked,
     read_json,
     write_json,
 )
 from stepdistill_jax.inference.together import on_first
+from stepdistill_jax.progress import log
+
+_to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+
+
+def partial_of(output: os.PathLike | str) -> pathlib.Path:
+    """Where rows are until the output is whole."""
+    output = local_path(output, "output")
+    return output.with_name(output.name + PARTIAL)
+
+
+def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
+    """Where it is kept what is sound in `partial_of`."""
+    return partial_of(output).with_name(partial_of(output).name + ".json")
 
 
 class PartialOutput:
     """JSON lines that are appended window by window.
 
-    A small file beside OUTPUT.partial says how many of its bytes are sound, and what it was made
-    from (`key`); a run with another key starts anew. The file is locked while it is open, so a
-    second run on the same output is refused.
+    A small file beside OUTPUT.partial says how many of its bytes are sound, their checksum, and what
+    they were made from (`key`); a run with another key starts anew. The file is locked while it is
+    open, so a second run on the same output is refused.
+
+    Attributes:
+        path: of the output.
+        state: `rows` and `bytes` that are done, and the counts of `append`.
     """
 
-    def __init__(self, path: os.PathLike | str, key: str):
+    def __init__(self, path: os.PathLike | str, key: dict[str, str]):
         """Opens OUTPUT.partial and cuts it back to its last whole window.
+
+        Args:
+            path: of the output.
+            key: digests by the name of what each is of, for a message.
 
         Raises:
             InputError: the output cannot be written there, or another run is writing it.
         """
         self.path = pathlib.Path(path)
-        self.partial = self.path.with_name(self.path.name + PARTIAL)
-        self.sidecar = self.path.with_name(self.path.name + PARTIAL + ".json")
-        self._key = key
+        self.partial, self.sidecar = partial_of(path), sidecar_of(path)
         check_writable(path)
+        self._open()
+        state = self._sound_state()
+        if state and state["key"] != key:
+            self._set_aside(state, key)
+            state = None
+        self.state = state or {"key": key, "bytes": 0, "rows": 0, "crc32": 0}
+        self._file.truncate(self.state["bytes"])
+
+    def _open(self) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_locked(self.partial)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
-        self.state = self._sound_state()
-        self._file.truncate(self.state["bytes"])
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
 
-    def _sound_state(self) -> dict[str, Any]:
+    def _sound_state(self) -> dict[str, Any] | None:
+        """What an earlier run left, if its sidecar and its bytes are as it wrote them."""
         try:
             state = read_json(self.sidecar)
-        except InputError:
+            if state.pop("digest") != digest(state):
+                raise ValueError("another digest")
+        # no file, no JSON, no object, no digest, text that is no Unicode
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             state = None
-        if not isinstance(state, dict) or state.get("key") != self._key:
-            state = {"bytes": 0}
-        if 0 < state["bytes"] <= os.path.getsize(self.partial):
+        if state and _crc32(self.partial, state["bytes"]) == state["crc32"]:
             return state
-        return {"key": self._key, "bytes": 0, "rows": 0}
+        if os.path.getsize(self.partial) and os.path.lexists(self.sidecar):
+            log(f"warning: {self.partial}: it is not as it was written; begun anew")
+        return None
 
-    def rows(self) -> list[dict[str, Any]]:
+    def _set_aside(self, state: dict[str, Any], key: dict[str, str]) -> None:
+        """Renames the rows of something else: to redo them may take hours, and a flag is soon mistyped."""
+        for path in (self.partial, self.sidecar):
+            os.replace(path, f"{path}.old")
+        was = " and ".join(name for name in key if state["key"].get(name) != key[name])
+        log(
+            f"warning: {self.partial}: {state['rows']} rows of another {was}; set aside as"
+            f" {self.partial.name}.old, begun anew"
+        )
+        self._file.close()
+        self._open()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that an earlier run wrote."""
-        with open(self.partial, encoding="utf-8") as f:
-            return [json.loads(line) for line in f]
+        with open(self.partial, encoding="utf-8", newline="\n") as f:
+            for line in f:
+                yield json.loads(line)
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
         """Writes one window; once this returns, it survives a power loss.
@@ -68,17 +117,19 @@ class PartialOutput:
             rows: one JSON object each.
             counts: kept in `state` for the next run.
         """
-        for row in rows:
-            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        data = "".join(f"{_to_json(row)}\n" for row in rows).encode()
+        with naming(self.partial):
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.state = {
-            "key": self._key,
-            "bytes": self._file.tell(),
+            "key": self.state["key"],
+            "bytes": self.state["bytes"] + len(data),
             "rows": self.state["rows"] + len(rows),
+            "crc32": zlib.crc32(data, self.state["crc32"]),
             **counts,
         }
-        write_json(self.sidecar, self.state)
+        write_json(self.sidecar, self.state | {"digest": digest(self.state)})
 
     def finish(self) -> None:
         """Gives the output its name."""
@@ -86,21 +137,37 @@ class PartialOutput:
         os.fsync(self._file.fileno())
         os.replace(self.partial, self.path)
         fsync_folder(self.path.parent)
-        self.sidecar.unlink(missing_ok=True)
+        self._remove_sidecar()
         self._file.close()
 
     def discard(self) -> None:
         """Removes what is there: no later run may go on from it."""
         # under the lock, which the close ends: another run may make these files right after it
         self.partial.unlink(missing_ok=True)
-        self.sidecar.unlink(missing_ok=True)
+        self._remove_sidecar()
         self._file.close()
+
+    def _remove_sidecar(self) -> None:
+        self.sidecar.unlink(missing_ok=True)
+        partial_of(self.sidecar).unlink(missing_ok=True)  # a kill while it was being written
 
     def close(self) -> None:
         """Leaves what is there for a later run; an empty beginning is removed."""
-        if not self._file.closed and self.state["rows"] == 0:
-            self.discard()
-        self._file.close()
+        # what a full disk has left in the buffer is of a window that is not sound, and was told
+        with contextlib.suppress(OSError):
+            if not self._file.closed and self.state["rows"] == 0:
+                self.discard()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _crc32(path: pathlib.Path, size: int) -> int | None:
+    """Of the first bytes of a file; None where it has fewer."""
+    checksum = 0
+    with open(path, "rb") as f:
+        while size and (data := f.read(min(size, 2**20))):
+            checksum, size = zlib.crc32(data, checksum), size - len(data)
+    return None if size else checksum
 
 
 class SharedOutput:
@@ -113,7 +180,7 @@ class SharedOutput:
         state: of the file, on every process: `rows` that are done, and the counts of `append`.
     """
 
-    def __init__(self, path: os.PathLike | str, key: str):
+    def __init__(self, path: os.PathLike | str, key: dict[str, str]):
         """As `PartialOutput`."""
         self.path = pathlib.Path(path)
         self._partial: PartialOutput | None = None
@@ -124,9 +191,9 @@ class SharedOutput:
 
         self.state: dict[str, Any] = on_first(open_partial)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that an earlier run wrote; none but on process 0, which counts the answers."""
-        return self._partial.rows() if self._partial else []
+        return self._partial.rows() if self._partial else iter(())
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
         """As `PartialOutput.append`."""

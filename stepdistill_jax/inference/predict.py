@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import digest, local_path, sha256
+from stepdistill_jax.files import digest, local_path
 from stepdistill_jax.inference.asking import (
     RATIONALE,
     Asking,
@@ -24,15 +23,10 @@ from stepdistill_jax.inference.asking import (
     how_to_ask,
 )
 from stepdistill_jax.inference.beam import search
-from stepdistill_jax.inference.decode import LabelDecoder
-from stepdistill_jax.inference.model import (
-    LoadedModel,
-    device_mesh,
-    load_model,
-    params_fingerprint,
-)
-from stepdistill_jax.inference.output import SharedOutput
-from stepdistill_jax.inference.rows import Row, count_rows, read_rows
+from stepdistill_jax.inference.engines import Engine, open_engine
+from stepdistill_jax.inference.output import SharedOutput, partial_of, sidecar_of
+from stepdistill_jax.inference.rows import InputFile, Row, next_window, read_rows
+from stepdistill_jax.inference.skipped import SkippedRows, skipped_of
 from stepdistill_jax.inference.tally import Tally
 from stepdistill_jax.inference.together import (
     everywhere,
@@ -64,12 +58,13 @@ def predict(
     with_rationale: bool = False,
     prefix: str | None = None,
     on_error: str = "stop",
+    engine: str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Decodes the label of each input row, in order.
+    """Decodes the label of each input row, in order, in memory that does not grow with the rows.
 
     Args:
-        path: workdir or model directory.
+        path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
         input: JSON lines in a regular file, with the fields of `prepare jsonl`: `input`, and if
             known `id`, `label`, `choices`. An empty `input` is asked as the prefix alone; one that
             is longer than in training is cut and counted.
@@ -94,7 +89,9 @@ def predict(
         with_rationale: also decodes the objective `rationale`, for looking; the label does not
             depend on it.
         prefix: text before the input instead of the model's own template.
-        on_error: `stop` at a bad row, or `skip` it (counted in the result).
+        on_error: `stop` at a bad row, or `skip` it: counted in the result, and listed with line and
+            reason in OUTPUT.skipped.jsonl.
+        engine: `jax` or `ctranslate2` (`inference.engines`); None is what the directory is for.
         data_dir: where `task` is prepared.
 
     Returns:
@@ -109,10 +106,17 @@ def predict(
         SystemExit: with 75, one of several processes got a SIGTERM; started again, it goes on.
     """
     _check_options(input, output, batch_size, max_decode_len, on_error)
-    decode_fn = search(num_beams, length_penalty)
-    mesh = device_mesh(layout)
-    total, before = everywhere(lambda: (count_rows(input, on_error), sha256(input)))
-    model = load_model(path, step, mesh=mesh)
+    search(num_beams, length_penalty)  # a bad value is said before anything is read
+    source = everywhere(lambda: InputFile(input, on_error))
+    model = open_engine(
+        path,
+        engine,
+        step=step,
+        batch_size=batch_size,
+        layout=layout,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+    )
     asking = everywhere(
         lambda: how_to_ask(
             model,
@@ -125,42 +129,20 @@ def predict(
     )
     # not the batch size and the number of devices: they move a score by its last digit, and who was
     # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
-    key = digest(
-        {
-            "params": params_fingerprint(model.params),
-            "vocabulary": model.vocabulary.fingerprint,
-            "asking": dataclasses.asdict(asking),
-            "search": [num_beams, length_penalty],
-            "input": before,
-            "device": jax.devices()[0].device_kind,
-        }
-    )
+    key = {
+        "model": model.identity,
+        "input": source.digest,
+        "options": digest([dataclasses.asdict(asking), num_beams, length_penalty]),
+        "device": model.device,
+    }
     require_same(key, "input or model")
-    decoders = [
-        LabelDecoder(
-            model.config,
-            max_decode_len=length,
-            batch_size=batch_size,
-            mesh=mesh,
-            decode_fn=decode_fn,
-        )
-        for length in asking.decode_lengths
-    ]
-    with contextlib.closing(SharedOutput(output, key)) as shared:
-        result = _run(model, asking, decoders, input, shared, total)
-
-        def unchanged():
-            if result["rows"] != total or _digest_or_none(input) != before:
-                raise InputError(
-                    f"{input}: it changed while it was read ({total} good rows at first, then"
-                    f" {result['rows']}); start again when it is whole"
-                )
-
-        try:
-            everywhere(unchanged)
-        except InputError:
-            shared.discard()
-            raise
+    with (
+        contextlib.closing(SharedOutput(output, key)) as shared,
+        contextlib.closing(SkippedRows(output)) as skipped,
+    ):
+        result = _run(model, asking, source, shared, skipped)
+        _require_unchanged(source, shared, result["rows"])
+        on_first(skipped.finish)
         shared.finish()
     return result
 
@@ -171,48 +153,47 @@ def _check_options(input, output, batch_size, max_decode_len, on_error) -> None:
             raise InputError(f"{flag}: a whole number above 0 is wanted, got {value!r}")
     if on_error not in ON_ERROR:
         raise InputError(f"--on-error: {' or '.join(ON_ERROR)} is wanted, got {on_error!r}")
-    if local_path(input, "input").resolve() == local_path(output, "output").resolve():
-        raise InputError(f"{output}: input and output are the same file")
+    source = local_path(input, "input")
+    for name in (lambda path: local_path(path, "output"), partial_of, sidecar_of, skipped_of):
+        path = name(output)
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise InputError(
+                f"{path}: it is the input, and would be written to; rename one of them"
+            )
 
 
 def _run(
-    model: LoadedModel,
+    model: Engine,
     asking: Asking,
-    decoders: list[LabelDecoder],
-    input: os.PathLike | str,
+    source: InputFile,
     shared: SharedOutput,
-    total: int,
+    skipped: SkippedRows,
 ) -> dict[str, Any]:
     tally = Tally(asking.metric, asking.labels)
     counts = {name: shared.state.get(name, 0) for name in ("unfinished", "cut_inputs")}
-    skipped = []
-    rows = _good_rows(input, skipped)
+    rows = _good_rows(source, skipped)
     done = shared.state["rows"]
     if done and is_first():
         log(f"{shared.path}: {done} rows are done, going on from there")
 
     def count_earlier() -> None:
         earlier = shared.rows()  # all are there, or none: only the process that writes counts
-        for number, row in enumerate(itertools.islice(rows, done)):
-            if earlier:
-                tally.add(row, earlier[number]["label"])
+        for row in itertools.islice(rows, done):
+            if answer := next(earlier, None):
+                tally.add(row, answer["label"])
 
     everywhere(count_earlier)
-    window_rows = max(WINDOW_ROWS, WINDOW_BATCHES * decoders[0].batch_size)
-
-    def next_window() -> list[Row]:
-        window = everywhere(lambda: list(itertools.islice(rows, window_rows)))
-        require_same([row.fields for row in window], "input")
-        return window
-
+    window_rows = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
     start = time.perf_counter()
     with until_stopped(
-        total,
-        f"predict {pathlib.Path(input).name}",
+        source.total,
+        f"predict {pathlib.Path(source.path).name}",
         kept=lambda: shared.state["rows"],
     ) as update:
-        while window := next_window():
-            answers = _decode_window(model, asking, decoders, window, counts, update)
+        while window := everywhere(lambda: next_window(rows, window_rows)):
+            require_same([row.fields for row in window], "input")
+            answers = _decode_window(model, asking, window, counts, update)
+            _require_unchanged(source, shared)  # what has been kept was made from this input
             shared.append(answers, **counts)
             for row, answer in zip(window, answers, strict=True):
                 tally.add(row, answer["label"])
@@ -222,42 +203,40 @@ def _run(
         lambda: {
             **tally.summary(),
             **counts,
-            "skipped": len(skipped),
+            "skipped": skipped.count,
             "rows_per_second": round(new / seconds, 3) if new else 0.0,
         }
     )
 
 
-def _digest_or_none(path: os.PathLike | str) -> str | None:
+def _require_unchanged(source: InputFile, shared: SharedOutput, rows: int | None = None) -> None:
     try:
-        return sha256(path)
-    except OSError:  # it has been removed
-        return None
+        everywhere(lambda: source.check(rows))
+    except InputError:
+        shared.discard()
+        raise
 
 
-def _good_rows(input: os.PathLike | str, skipped: list[InputError]) -> Iterator[Row]:
-    for row in read_rows(input):  # under `stop`, `count_rows` has found that all are good
+def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Row]:
+    for row in read_rows(source.path):  # under `stop`, `InputFile` has found that all are good
         if isinstance(row, Row):
             yield row
         else:
-            if is_first():
-                log(f"skipped: {row}")
-            skipped.append(row)
+            skipped.add(row)
 
 
 def _decode_window(
-    model: LoadedModel,
+    model: Engine,
     asking: Asking,
-    decoders: list[LabelDecoder],
     window: list[Row],
     counts: dict[str, int],
     update: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = [{"id": row.id} for row in window]
     prompts = zip(*map(asking.prompts, window), strict=True)
-    for i, (decoder, texts) in enumerate(zip(decoders, prompts, strict=True)):
+    for i, (length, texts) in enumerate(zip(asking.decode_lengths, prompts, strict=True)):
         encoded = [encode_input(model.vocabulary, text, asking.input_length) for text in texts]
-        decoded = decoder(model.params, [ids for ids, _ in encoded], update if i == 0 else None)
+        decoded = model.decode([ids for ids, _ in encoded], length, update if i == 0 else None)
         if not np.isfinite(decoded.scores).all():
             raise InputError(f"{model.path}: the model gives NaN; its weights are damaged")
         for answer, ids, score in zip(answers, decoded.ids, decoded.scores, strict=True):

@@ -7,9 +7,10 @@ from typing import Any
 
 from stepdistill_jax.data.readers import fields
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import json_lines
+from stepdistill_jax.files import json_lines, local_path, sha256
 
 OPTIONAL_TEXTS = ("label", "rationale", "llm_label")
+WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +33,52 @@ class Row:
         """The gold answer; empty where it is not known."""
         return self.fields.get("label", "")
 
+    @property
+    def chars(self) -> int:
+        """Length of its texts."""
+        return sum(map(len, self.fields.values())) + sum(map(len, self.choices))
 
-def read_rows(path: os.PathLike | str) -> Iterator[Row | InputError]:
+
+class BadRow(InputError):
+    """What is wrong with a row.
+
+    Attributes:
+        line: of the file, from 1.
+        reason: the message without file and line.
+    """
+
+    def __init__(self, where: str, line: int, reason: str):
+        """`where` is the file's path."""
+        super().__init__(f"{where}:{line}: {reason}")
+        self.line, self.reason = line, reason
+
+
+def read_rows(path: os.PathLike | str) -> Iterator[Row | BadRow]:
     """Each row of a JSON-lines file, or what is wrong with it; blank lines are skipped.
 
     Raises:
         InputError: the file cannot be read.
     """
+    path = local_path(path, "input")
     for number, (line, found) in enumerate(json_lines(path), 1):
-        if isinstance(found, InputError):
-            yield found
-            continue
+        where = f"{path}:{line}"
         try:
-            yield parse_row(found, number, f"{path}:{line}")
+            if isinstance(found, InputError):
+                raise found
+            yield parse_row(found, number, where)
         except InputError as error:
-            yield error
+            yield BadRow(str(path), line, str(error).removeprefix(f"{where}: "))
+
+
+def next_window(rows: Iterator[Row], most_rows: int) -> list[Row]:
+    """The next rows: `most_rows`, or as many as have 16 million characters; empty at the end."""
+    window, chars = [], 0
+    for row in rows:
+        window.append(row)
+        chars += row.chars
+        if len(window) == most_rows or chars >= WINDOW_CHARS:
+            break
+    return window
 
 
 def parse_row(row: dict[str, Any], number: int, where: str) -> Row:
@@ -87,3 +119,47 @@ def count_rows(path: os.PathLike | str, on_error: str) -> int:
         elif on_error == "stop":
             raise InputError(f"{row} (--on-error skip goes on without such rows)")
     return good
+
+
+class InputFile:
+    """A file of rows that must stay as it is while it is read; read twice before that.
+
+    Attributes:
+        path: of the file.
+        total: number of good rows.
+        digest: of its bytes.
+    """
+
+    def __init__(self, path: os.PathLike | str, on_error: str):
+        """Raises InputError as `count_rows`."""
+        self.path = path
+        self._stamp = self._stat()
+        self.total = count_rows(path, on_error)
+        self.digest = sha256(path)
+
+    def _stat(self) -> tuple[int, ...] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:  # it has been removed
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def check(self, rows: int | None = None) -> None:
+        """Refuses a file that has changed; cheap while its size and time are as they were.
+
+        Args:
+            rows: how many good ones were read, at the end; all bytes are compared then.
+
+        Raises:
+            InputError: it is another file, has other bytes, or is gone.
+        """
+        stamp = self._stat()
+        if rows is None and stamp == self._stamp:
+            return
+        if rows not in (None, self.total) or stamp is None or sha256(self.path) != self.digest:
+            then = "" if rows in (None, self.total) else f", then {rows}"
+            raise InputError(
+                f"{self.path}: it changed while it was read ({self.total} good rows at first{then});"
+                " start again when it is whole"
+            )
+        self._stamp = stamp

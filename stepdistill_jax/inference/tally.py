@@ -4,25 +4,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.text.metrics import is_valid, majority_baseline, metric_fn
+from stepdistill_jax.text.metrics import LabelCounts, is_valid, metric_fn
 
 
 class Tally:
-    """Counts over rows in any order; nothing is averaged before the end."""
+    """Counts over rows in any order, in bounded memory; nothing is averaged before the end."""
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):
         """`metric` compares answers; `labels` are the task's, where they are few."""
         self._matches = metric_fn(metric)
         self._metric, self._allowed = metric, tuple(labels)
         self.rows = self._right = self._invalid = self._checked = 0
-        self._labels: list[str] = []
+        self._labels = LabelCounts(metric)
         self._distinct: set[str] = set()
 
     def add(self, row: Row, prediction: str) -> None:
         """Counts one answer."""
         self.rows += 1
         if row.label:
-            self._labels.append(row.label)
+            self._labels.add(row.label)
             self._right += self._matches(prediction, row.label)
         valid = is_valid(prediction, metric=self._metric, labels=self._allowed, choices=row.choices)
         if valid is not None:
@@ -38,11 +38,11 @@ class Tally:
         says what is. `collapsed` is whether two or more rows all got one answer.
         """
         result: dict[str, Any] = {"rows": self.rows}
-        if self._labels:
-            result["accuracy"] = self._right / len(self._labels)
-            result["majority_baseline"] = majority_baseline(self._labels, self._metric)
-        if len(self._labels) not in (0, self.rows):
-            result["rows_with_label"] = len(self._labels)
+        if labelled := self._labels.rows:
+            result["accuracy"] = self._right / labelled
+            result["majority_baseline"] = self._labels.majority()
+        if labelled not in (0, self.rows):
+            result["rows_with_label"] = labelled
         result["invalid_labels"] = self._invalid if self._checked else None
         result["collapsed"] = self.rows > 1 and len(self._distinct) == 1
         return result

@@ -6,6 +6,11 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError, nearest
 
+# Far above any T5, and small enough that a config.json which claims more is refused before a name is made for
+# each layer, or a number leaves 32 bits.
+MAX_SIZE, MAX_LAYERS = 2**24, 1000
+MAX_LENGTH = 2**16  # ids of an input or of an answer
+
 ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "minimal", "full")
@@ -73,7 +78,8 @@ class T5Config:
             (`models.lora.merge`).
 
     Raises:
-        InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy.
+        InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy, a size
+            out of bounds.
     """
 
     vocab_size: int = 32128
@@ -114,6 +120,21 @@ class T5Config:
             )
         if not 0 <= self.dropout_rate < 1:
             raise InputError(f"dropout_rate: 0 <= rate < 1 is wanted, got {self.dropout_rate}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        widths = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_buckets")
+        layers = ("num_encoder_layers", "num_decoder_layers")
+        for names, most in ((widths, MAX_SIZE), (layers, MAX_LAYERS)):
+            for name in names:
+                if not 1 <= getattr(self, name) <= most:
+                    raise InputError(f"{name}: 1 to {most} is wanted, got {getattr(self, name)}")
+        # else the logarithm of `models.layers.relative_buckets` has no scale
+        if self.num_buckets < 4 or not self.num_buckets // 2 < self.max_distance <= MAX_SIZE:
+            raise InputError(
+                f"relative positions: at least 4 buckets and a distance from {self.num_buckets // 2 + 1} to"
+                f" {MAX_SIZE} are wanted, got {self.num_buckets} and {self.max_distance}"
+            )
 
 
 # Width, heads, head width, feed-forward width, encoder and decoder depth. `tiny` is the demo's.

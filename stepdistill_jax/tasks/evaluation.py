@@ -5,7 +5,8 @@ from typing import Any
 
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.files import check_writable, write_json
-from stepdistill_jax.formats.directory import TaskInfo, read_model_files
+from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
+from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
 from stepdistill_jax.inference import evaluate as evaluate_prepared
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.evaluate import evaluate_tokens
@@ -28,6 +29,7 @@ def evaluate(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    engine: str | None = None,
     task_module: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them; what `stepdistill evaluate` calls.
@@ -42,7 +44,7 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
-        batch_size, layout, num_beams, length_penalty: as for `inference.predict`.
+        batch_size, layout, num_beams, length_penalty, engine: as for `inference.predict`.
         task_module: module that registers the task; None is the one that the model was trained
             with, if it was trained on this task.
 
@@ -55,7 +57,8 @@ def evaluate(
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     if output is not None:
         on_first(lambda: check_writable(output, "--output"))
-    files = everywhere(lambda: read_model_files(path))
+    read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
+    files = everywhere(lambda: read(path))
     info = files.task_info
     if task_module is None:
         task_module = _own_module(info, task)
@@ -73,6 +76,7 @@ def evaluate(
             layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
+            engine=engine,
         )
     data = everywhere(
         lambda: load_task(
@@ -99,6 +103,7 @@ def evaluate(
         layout=layout,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        engine=engine,
     )
     result = {"task": task, "split": split} | result
     if output is not None:

@@ -109,6 +109,7 @@ def load_task(
     found = find_task(task, data_dir=folder, task_module=task_module)
     if isinstance(found, PreparedDataset):
         _check_split(task, split, found.splits)
+        found.check(f"{split}.jsonl")
         objectives = resolve(objectives)
         vocabulary = os.fspath(found.spiece_model if vocabulary is None else vocabulary)
         parts = _parts_of(found, split, supervision)
@@ -117,6 +118,7 @@ def load_task(
             most = max(most_rationales(found.file(part)) for part in parts)
 
         def prepared_task():
+            found.check(VERSION)  # TFDS's files, before they are read for the one time
             spec = _spec_of(found, vocabulary, {split: "+".join(parts)})
             return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 

@@ -1,7 +1,6 @@
 """Finds what a task's name means, and imports the module that registers it."""
 
 import importlib
-import importlib.util
 import os
 import pathlib
 import sys
@@ -11,9 +10,9 @@ from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import (
     EMBEDDED,
-    FILE,
     PreparedDataset,
     data_folder,
+    is_prepared,
     prepared_names,
 )
 from stepdistill_jax.errors import InputError, nearest
@@ -35,8 +34,9 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     if task in registry.SPECS:
         return registry.SPECS[task]
     registered = registry.registered_names()
-    is_prepared = task == EMBEDDED or (data_dir / task / FILE).is_file()
-    if is_prepared and not (task_module is not None and task in registered):
+    if (task == EMBEDDED or is_prepared(task, data_dir)) and not (
+        task_module is not None and task in registered
+    ):
         return ensure_prepared(task, data_dir)
     if task in registered:
         import seqio
@@ -62,32 +62,33 @@ def import_task_module(name: str) -> None:
     tensorflow()  # before the module does it: accelerators must be hidden first
     search_current_folder()
     try:
-        missing = importlib.util.find_spec(name) is None
-    except (ImportError, ValueError):
-        missing = True
-    if missing:
-        hint = ""
-        if name.endswith(".py") or "/" in name:
-            hint = (
-                f"; write it as a module, {name.removesuffix('.py').strip('./').replace('/', '.')}"
-            )
-        raise InputError(
-            f"TASK_MODULE (--module): no module {name!r} on the Python path or in"
-            f" {os.getcwd()}{hint}"
-        )
-    try:
-        importlib.import_module(name)
+        if all(name.split(".")) and "\0" not in name:
+            importlib.import_module(name)
+            return
     except InputError:
         raise
-    except Exception as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
-        raise InputError(
-            f"TASK_MODULE (--module) {name!r} cannot be imported:"
-            f" {type(error).__name__}: {error}{where}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        # else it is the module, or a package above it, that needs another one
+        if absent is None or not f"{name}.".startswith(f"{absent}."):
+            raise _not_importable(name, error) from error
+    hint = ""
+    if name.endswith(".py") or "/" in name:
+        hint = f"; write it as a module, {name.removesuffix('.py').strip('./').replace('/', '.')}"
+    raise InputError(
+        f"TASK_MODULE (--module): no module {name!r} on the Python path or in {os.getcwd()}{hint}"
+    )
+
+
+def _not_importable(name: str, error: BaseException) -> InputError:
+    """Also of a module that ends the process: it would end ours, with its own exit code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+    return InputError(
+        f"TASK_MODULE (--module) {name!r} cannot be imported: {type(error).__name__}: {error}{where}"
+    )
 
 
 def search_current_folder() -> None:

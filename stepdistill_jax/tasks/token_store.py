@@ -1,14 +1,17 @@
 """Token ids on disk, written once per dataset, split and vocabulary; no TensorFlow."""
 
 import array
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import functools
+import glob
 import json
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,10 +19,12 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.files import digest, sha256
+from stepdistill_jax.progress import log
 
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
 FEATURES = ("inputs", "targets")
+_READERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +120,7 @@ def write_store(
 
     Several processes may write at once, on a shared folder, too: each gets a whole store, and one
     that was written in the meantime and is the same is taken instead of being replaced, since
-    others may have its files open.
+    others may have its files open. `remove_partial` removes what a killed one left.
 
     Args:
         directory: the store's own folder.
@@ -125,17 +130,17 @@ def write_store(
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-"))
+    partial = _beside(directory)
     partial.chmod(0o755)  # mkdtemp's 0700 would keep the others on a shared folder out
     try:
         count = _write_files(partial, len(objectives), examples)
-        hashes = {p.name: sha256(p) for p in sorted(partial.iterdir())}
+        sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
         manifest = {
             "version": FORMAT_VERSION,
-            "fingerprint": digest([list(objectives), hashes]),
+            "fingerprint": _fingerprint(partial, objectives, sizes),
             "objectives": list(objectives),
             "num_examples": count,
-            "sizes": {name: (partial / name).stat().st_size for name in hashes},
+            "sizes": sizes,
             "about": dict(about or {}),
         }
         with open(partial / MANIFEST, "w", encoding="utf-8") as f:
@@ -175,6 +180,32 @@ def _write_files(
     return len(weights)
 
 
+def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
+    """Digest of the objectives and of every byte of the files."""
+    names = list(names)
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        hashes = pool.map(sha256, [folder / name for name in names])
+        return digest([list(objectives), dict(zip(names, hashes, strict=True))])
+
+
+def _beside(directory: pathlib.Path) -> pathlib.Path:
+    """A new folder for what becomes, or was, the store there."""
+    return pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=_partial_prefix(directory)))
+
+
+def _partial_prefix(directory: pathlib.Path) -> str:
+    return f".partial-{directory.name}-{socket.gethostname()}-"
+
+
+def remove_partial(directory: pathlib.Path) -> None:
+    """Removes what killed processes of this host left beside a store, where no other one can write it.
+
+    Not what other hosts left: some shared file systems grant a lock to one process of each host.
+    """
+    for left in directory.parent.glob(glob.escape(_partial_prefix(directory)) + "*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _file_name(objective: int, feature: str, what: str) -> str:
     return f"{objective + 1}-{feature}.{what}"
 
@@ -198,7 +229,7 @@ def _put(partial: pathlib.Path, directory: pathlib.Path) -> TokenStore:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        old = pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=".partial-old-"))
+        old = _beside(directory)
         with contextlib.suppress(FileNotFoundError):  # another process has just moved it
             os.replace(directory, old)
         shutil.rmtree(old, ignore_errors=True)
@@ -210,45 +241,69 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
 
 
 def open_store(directory: os.PathLike | str) -> TokenStore | None:
-    """The store in a folder; None where no whole one of this format is.
+    """The store in a folder; None where none of this format is, or one that is not as it was written.
 
-    None, too, where another process replaces it at that moment: whoever then writes one finds the
-    other's in place.
+    All of it is read and compared with its fingerprint; a difference is said in a warning. None, too,
+    where another process replaces it at that moment: whoever then writes one finds the other's in
+    place.
     """
     directory = pathlib.Path(directory)
+    if not (directory / MANIFEST).is_file():
+        return None
+    identity = None
     try:
         identity = _identity(directory)
         with open(directory / MANIFEST, encoding="utf-8") as f:
             manifest = json.load(f)
         if manifest["version"] != FORMAT_VERSION:
             return None
-        for name, size in manifest["sizes"].items():
-            if (directory / name).stat().st_size != size:
-                return None
-        objectives = tuple(manifest["objectives"])
-        rows = tuple(
-            {
-                feature: TokenRows(
-                    ids=_map(directory / _file_name(i, feature, "ids"), np.int32),
-                    offsets=np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
-                )
-                for feature in FEATURES
-            }
-            for i in range(len(objectives))
-        )
-        store = TokenStore(
-            directory,
-            manifest["fingerprint"],
-            objectives,
-            rows,
-            np.fromfile(directory / "weights", np.float32),
-            manifest["about"],
-            _map(directory / "labels.jsonl", np.uint8),
-        )
-        # else the files may be of two stores
-        return store if _identity(directory) == identity else None
-    except (OSError, ValueError, KeyError):
-        return None
+        problem = _damage(directory, manifest)
+        if problem is None:
+            store = _opened(directory, manifest)
+            # else the files may be of two stores
+            return store if _identity(directory) == identity else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+    with contextlib.suppress(FileNotFoundError):
+        if problem and _identity(directory) == identity:
+            log(f"warning: {directory}: {problem}; the task is tokenised anew")
+    return None
+
+
+def _opened(directory: pathlib.Path, manifest: Mapping[str, Any]) -> TokenStore:
+    objectives = tuple(manifest["objectives"])
+    rows = tuple(
+        {
+            feature: TokenRows(
+                ids=_map(directory / _file_name(i, feature, "ids"), np.int32),
+                offsets=np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
+            )
+            for feature in FEATURES
+        }
+        for i in range(len(objectives))
+    )
+    return TokenStore(
+        directory,
+        manifest["fingerprint"],
+        objectives,
+        rows,
+        np.fromfile(directory / "weights", np.float32),
+        manifest["about"],
+        _map(directory / "labels.jsonl", np.uint8),
+    )
+
+
+def _damage(directory: pathlib.Path, manifest: Mapping[str, Any]) -> str | None:
+    """What is not as it was written."""
+    if not isinstance(manifest["about"], dict):
+        return "its manifest does not say what it was made from"
+    for name, size in manifest["sizes"].items():
+        if (found := (directory / name).stat().st_size) != size:
+            return f"{name} has {found} bytes, {size} were written"
+    found = _fingerprint(directory, manifest["objectives"], manifest["sizes"])
+    if found != manifest["fingerprint"]:
+        return "its files have other bytes than were written"
+    return None
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from stepdistill_jax.tasks.token_store import (
     TokenStore,
     is_same,
     open_store,
+    remove_partial,
     write_store,
 )
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "token_store"
 COMPARED_ROWS = 32
+MAX_ID = 10**7  # no vocabulary has a tenth of it
 
 
 def stored_tokens(
@@ -74,7 +76,9 @@ def stored_tokens(
     reading = Reading(make_task(), split, prefixes)
     if found is not None and reading.is_kept_in(found):
         return found
-    with _alone(directory):
+    with _alone(directory) as alone:
+        if alone:
+            remove_partial(directory)
         theirs = open_store(directory)  # of a process that was alone before
         if (
             theirs is not None
@@ -98,12 +102,14 @@ def stored_tokens(
 
 
 @contextlib.contextmanager
-def _alone(directory: pathlib.Path) -> Iterator[None]:
-    """One process at a time; all at once where the file system has no locks, which costs time only."""
+def _alone(directory: pathlib.Path) -> Iterator[bool]:
+    """One process at a time (True); all at once where the file system has no locks, which costs time."""
     with contextlib.ExitStack() as stack:
+        alone = False
         with contextlib.suppress(OSError):
             stack.enter_context(locked(directory.parent, directory.name))
-        yield
+            alone = True
+        yield alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +200,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
         decode = task.output_features[features[0][1]].vocabulary.decode
         for number, row in enumerate(dataset.as_numpy_iterator(), 1):
             where = f"task {task.name!r}, split {split!r}, row {number}"
-            ids = [(row[i].astype(np.int32), row[t].astype(np.int32)) for i, t in features]
+            ids = [(_ids(row, i, where), _ids(row, t, where)) for i, t in features]
             for (inputs, targets), (name, _) in zip(ids, features, strict=True):
                 if len(targets) and not len(inputs):
                     raise InputError(
@@ -209,6 +215,20 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
             elif not isinstance(text, str):
                 text = decode(ids[0][1].tolist())
             yield TokenExample(ids, weight, text)
+
+
+def _ids(row: Any, feature: str, where: str) -> np.ndarray:
+    """A feature's ids: [length] int32.
+
+    Raises:
+        InputError: another shape, no whole numbers, or one that is no id.
+    """
+    ids = np.asarray(row[feature])
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError(f"{where}: {feature!r} must be ids [length], got {ids.dtype} {ids.shape}")
+    if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_ID:
+        raise InputError(f"{where}: {feature!r} has ids from {ids.min()} to {ids.max()}")
+    return ids.astype(np.int32)
 
 
 def _seed(task: Any) -> int | None:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_writable, local_path
+from stepdistill_jax.files import check_file, check_writable, local_path
 from stepdistill_jax.progress import log, progress
 from stepdistill_jax.teacher.asking import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.batch import read_batch, write_batch
@@ -50,6 +50,7 @@ def annotate(
     """
     chosen = Settings(**settings)
     input, output = local_path(input, "input"), local_path(output, "output")
+    check_file(input, "a JSON-lines file")
     if input.resolve() == output.resolve():
         raise InputError(f"{output}: input and output are the same file")
     check_writable(output)

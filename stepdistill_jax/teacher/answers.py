@@ -105,7 +105,7 @@ def _parse(task: str, text: str, row: Row) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _parse_free(text: str) -> tuple[str, str, tuple[str, ...]]:
-    own, *more = re.split(r"^\s*Q:", text, maxsplit=1, flags=re.MULTILINE)
+    own, *more = re.split(r"^[^\S\n]*Q:", text, maxsplit=1, flags=re.MULTILINE)
     rationale, label, problems = _split(own, CHOICE_MARKER, more)
     return rationale, label.removesuffix(".").rstrip(), problems
 

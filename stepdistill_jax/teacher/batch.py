@@ -7,13 +7,14 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from stepdistill_jax.data.readers.fields import names_of
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, read_jsonl
 from stepdistill_jax.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.asking import Asking, Estimate, unanswered
 from stepdistill_jax.teacher.cache import AnswerCache
-from stepdistill_jax.teacher.client import content_text, now
+from stepdistill_jax.teacher.client import content_text, now, token_count
 from stepdistill_jax.teacher.rows import check_rows
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
@@ -118,7 +119,7 @@ def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str
         if not isinstance(key, str) or "response" not in row:
             raise InputError(
                 f"{where}: no line of a batch's results: `custom_id` and `response` are wanted"
-                f" (found: {', '.join(row) or 'none'})"
+                f" (found: {names_of(row)})"
             )
         try:
             if row.get("error") or response["status_code"] != 200:
@@ -127,15 +128,18 @@ def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str
                 continue
             body = response["body"]
             choice, usage = body["choices"][0], body.get("usage") or {}
+            text = content_text(choice["message"].get("content"))
+            reason = str(choice.get("finish_reason") or "stop")
+            f"{key}{text}{reason}".encode()  # half a surrogate pair cannot be written
             answer = Answer(
-                content_text(choice["message"].get("content")),
-                choice.get("finish_reason") or "stop",
-                usage.get("prompt_tokens", 0),
-                usage.get("completion_tokens", 0),
+                text,
+                reason,
+                token_count(usage.get("prompt_tokens"), 0),
+                token_count(usage.get("completion_tokens"), 0),
                 now(),
                 asking.parameters,
             )
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             failed.append(f"{where}: no completion in its response")
             continue
         yield key, answer

@@ -1,6 +1,7 @@
 """Answers that were paid for, in one SQLite file; several processes may use it at once."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,16 @@ CREATE TABLE IF NOT EXISTS {name} (
     key TEXT PRIMARY KEY, model TEXT, time TEXT, text TEXT, finish_reason TEXT,
     prompt_tokens INTEGER, completion_tokens INTEGER, parameters TEXT
 ) WITHOUT ROWID"""
+# the second where SQLite's own message holds bytes of a damaged file
+_DAMAGED = (sqlite3.Error, UnicodeDecodeError)
+# a file that is sound, as far as these say
+_FOR_NOW = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+)
 _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, parameters"
 
 
@@ -47,10 +58,21 @@ class AnswerCache:
             self._db.execute(f"PRAGMA user_version={SCHEMA}")
             self._db.execute("CREATE TEMP TABLE fetched AS SELECT * FROM answers WHERE 0")
             self._db.execute("CREATE UNIQUE INDEX temp.fetched_key ON fetched (key)")
-        except (sqlite3.Error, OSError) as error:
-            raise InputError(
-                f"--cache {path}: cannot be used as an SQLite file ({error})"
-            ) from None
+        except InputError:
+            raise
+        except (*_DAMAGED, OSError) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> InputError:
+        """Of a file that is none of SQLite's, a damaged one, a full disk."""
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
+            return InputError(
+                f"--cache {self.path}: {error}; what is in it is kept: start again when that is mended"
+            )
+        return InputError(
+            f"--cache {self.path}: cannot be used as an SQLite file ({error}); move it away, or give"
+            " another file"
+        )
 
     def get(self, key: str) -> Answer | None:
         """The answer of that key."""
@@ -63,7 +85,10 @@ class AnswerCache:
         """
         row = (key, model, answer.time, answer.text, answer.finish_reason)
         row += (answer.prompt_tokens, answer.completion_tokens, json.dumps(answer.parameters))
-        done = self._db.execute("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?)", row)
+        try:
+            done = self._db.execute("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?)", row)
+        except _DAMAGED as error:
+            raise self._unusable(error) from None
         return answer if done.rowcount else self._get("answers", key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
@@ -87,14 +112,23 @@ class AnswerCache:
         self._db.close()
 
     def _get(self, table: str, key: str) -> Answer | None:
-        found = self._db.execute(f"SELECT {_COLUMNS} FROM {table} WHERE key = ?", (key,))  # noqa: S608
-        row = found.fetchone()
-        if row is None:
-            return None
-        text, finish_reason, prompt_tokens, completion_tokens, time, parameters = row
-        return Answer(
-            text, finish_reason, prompt_tokens, completion_tokens, time, json.loads(parameters)
-        )
+        try:
+            found = self._db.execute(f"SELECT {_COLUMNS} FROM {table} WHERE key = ?", (key,))  # noqa: S608
+            row = found.fetchone()
+            if row is None:
+                return None
+            text, reason, *counts, time, parameters = row
+            # earlier versions kept what a batch's results said: null, or a fraction
+            prompt, completion = (int(n or 0) if isinstance(n, float | None) else n for n in counts)
+            answer = Answer(text, reason, prompt, completion, time, json.loads(parameters))
+        except _DAMAGED as error:
+            raise self._unusable(error) from None
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            answer = None
+        types = [] if answer is None else [type(v) for v in dataclasses.astuple(answer)]
+        if types != [str, str, int, int, str, dict]:
+            raise self._unusable(ValueError(f"the answer {key} is damaged"))
+        return answer
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

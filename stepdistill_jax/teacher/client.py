@@ -19,6 +19,7 @@ from stepdistill_jax.teacher.settings import Settings
 
 RATE_LIMIT_PATIENCE = 6 * 3600.0  # seconds that one question waits behind a rate limit
 LONGEST_BACKOFF = 60.0
+MOST_TOKENS = 10**12  # of one answer; a larger count is nonsense
 SENT_AGAIN = (408, 409, 425, 429)  # and 5xx; any other 4xx means that the request is wrong
 NO_KEY = "none"  # what local servers, which ask for no key, are sent
 HIDDEN = "***"
@@ -222,12 +223,12 @@ class ChatClient:
             usage = body.get("usage") or {}
             if not isinstance(usage, dict):
                 raise TypeError
-            text.encode()  # half a surrogate pair cannot be written
             used = [
-                count if isinstance(count := usage.get(name), int) else estimate_tokens(len(said))
+                token_count(usage.get(name), estimate_tokens(len(said)))
                 for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
             ]
-            reason = str(choice.get("finish_reason") or "stop")
+            reason = self.hide(str(choice.get("finish_reason") or "stop"))
+            f"{text}{reason}".encode()  # half a surrogate pair cannot be written
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             # hidden before it is cut: the cut might leave the first part of the key
             start = self.hide(content.decode("utf-8", "replace"))[:80]
@@ -291,6 +292,12 @@ def content_text(content: Any) -> str:
     return content or ""
 
 
+def token_count(value: Any, otherwise: int) -> int:
+    """A count as a server gives it; `otherwise` where it is none."""
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_count and 0 <= value <= MOST_TOKENS else otherwise
+
+
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
     """What a body says that it cost, usable or not; None where it does not say."""
     usage = body.get("usage")
@@ -299,7 +306,7 @@ def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     if not isinstance(prompt, int) or not isinstance(completion, int):
         return None
-    return max(0, prompt), max(0, completion)
+    return token_count(prompt, 0), token_count(completion, 0)
 
 
 def retry_after(headers: Any) -> float | None:
@@ -309,13 +316,13 @@ def retry_after(headers: Any) -> float | None:
         if value is None:
             continue
         try:
-            return max(0.0, float(value) * scale)
+            return min(max(0.0, float(value) * scale), RATE_LIMIT_PATIENCE)  # it may say `inf`
         except ValueError:
             pass
         try:
             date = email.utils.parsedate_to_datetime(value)
-            return max(0.0, date.timestamp() - time.time())
-        except (ValueError, TypeError):
+            return min(max(0.0, date.timestamp() - time.time()), RATE_LIMIT_PATIENCE)
+        except (ValueError, TypeError, OverflowError):
             continue
     return None
 

@@ -36,18 +36,20 @@ class LocalTeacher:
         if not pathlib.Path(directory, "config.json").is_file():
             raise InputError(f"--teacher hf:{directory}: no config.json there")
         try:
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            # a directory's own Python code is never run, nor asked about
+            how = {"local_files_only": True, "trust_remote_code": False}
+            config = transformers.AutoConfig.from_pretrained(directory, **how)
             kind = (
                 transformers.AutoModelForSeq2SeqLM
                 if config.is_encoder_decoder
                 else transformers.AutoModelForCausalLM
             )
-            model: Any = kind.from_pretrained(directory, local_files_only=True)
+            model: Any = kind.from_pretrained(directory, **how)
             self._model = model.eval()
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, padding_side="left"
+                directory, padding_side="left", **how
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # torch, safetensors and tokenizers raise what they like
             raise InputError(f"--teacher hf:{directory}: cannot be loaded ({error})") from None
         if torch.cuda.is_available():
             self._model = self._model.to("cuda")

@@ -34,7 +34,11 @@ class Prompter:
     _template: Any
 
     def prompt(self, row: Row) -> str:
-        """The whole text that the teacher reads, as one message of the user."""
+        """The whole text that the teacher reads, as one message of the user.
+
+        Raises:
+            InputError: the row has more choices than there are letters.
+        """
         text = self._template.render(
             instructions=self.instructions,
             exemplars=[self._shown(exemplar) for exemplar in self.exemplars],
@@ -44,6 +48,11 @@ class Prompter:
         return text.strip()
 
     def _shown(self, row: Row) -> dict[str, Any]:
+        if self.task == "cqa" and len(row.choices) > len(LETTERS):
+            raise InputError(
+                f"row {row.number} (id {row.id!r}): {len(row.choices)} choices, the letters end at"
+                f" {len(LETTERS)}; --task {GENERIC} needs none"
+            )
         return {
             "question": with_choices(row, lettered=self.task == "cqa"),
             "answer": self._answer(row),

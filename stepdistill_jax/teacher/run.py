@@ -164,7 +164,10 @@ class Run:
                 return answer, Reading(problems=("server_error",))
             reading = self._asking.read(answer, row)
             if reading.usable:
-                return self._cache.put(key, self._settings.name, answer), reading
+                try:
+                    return self._cache.put(key, self._settings.name, answer), reading
+                except InputError as error:  # what cannot be kept is not to be paid for
+                    self._end(error)
             if "truncated" in reading.problems:
                 self._count_truncated()
             # the same question is cut or held back again

@@ -98,6 +98,7 @@ class Settings:
             raise InputError(
                 f"--samples {self.samples} --temperature 0: every sample would be the same"
             )
+        self._check_texts()
         self._check_prices()
         self._check_parameters()
         if self.batch_file and (
@@ -106,6 +107,20 @@ class Settings:
             raise InputError("--batch-file: `write FILE` or `read FILE...` is wanted")
         if self.batch_file and self.teacher:
             raise InputError("--batch-file is for servers, --teacher hf:DIR needs none")
+
+    def _check_texts(self) -> None:
+        texts = [("choices", choice) for choice in self.choices]
+        texts += [(n, getattr(self, n)) for n in ("model", "instructions", "reasoning_effort")]
+        for name, text in texts:
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag}: no valid UTF-8 or Unicode ({text!a})") from None
+        try:
+            urlsplit(self.server or "")
+        except ValueError as error:
+            raise InputError(f"--base-url {self.server}: {error}") from None
 
     def _check_prices(self) -> None:
         prices = (self.price_input, self.price_output)

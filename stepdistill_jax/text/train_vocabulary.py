@@ -5,7 +5,7 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write
@@ -22,7 +22,8 @@ def train_vocabulary(
     """Trains a unigram model on `texts` and writes it to `path`, atomically.
 
     The same texts give the same bytes (one thread, no sampling). Every character of the texts that
-    are read becomes a piece, so none of them is unknown.
+    are read becomes a piece, so none of them is unknown; where they are more than `vocab_size`, the
+    commonest do, half as many as there are pieces.
 
     Args:
         texts: inputs and targets as the model will read them, prefixes included.
@@ -30,13 +31,30 @@ def train_vocabulary(
         vocab_size: upper bound of the number of pieces; a small text gives fewer.
 
     Raises:
-        InputError: there is no text to learn from.
+        InputError: there is no text to learn from, or nothing that the trainer takes for text.
     """
-    import sentencepiece
-
     if not any(text.strip() for text in texts):
         raise InputError(f"{path}: a vocabulary needs text to learn from, all of it is empty")
     texts = texts[:: -(-len(texts) // MAX_TEXTS)]
+    try:
+        model = _train(texts, vocab_size)
+    except RuntimeError:  # more different characters than pieces
+        counts = collections.Counter(c for text in texts for c in text)
+        kept = {c for c, _ in counts.most_common(vocab_size // 2)}
+        try:
+            model = _train([_only(kept, text) for text in texts], vocab_size)
+        except RuntimeError as error:
+            raise InputError(
+                f"{path}: no vocabulary can be trained on these texts ({error})"
+            ) from None
+    with atomic_write(path, "wb") as f:
+        f.write(model)
+
+
+def _train(texts: Sequence[str], vocab_size: int) -> bytes:
+    """The model's file."""
+    import sentencepiece
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=itertools.chain(texts, _words_in_other_places(texts)),
@@ -53,8 +71,11 @@ def train_vocabulary(
         num_threads=1,
         minloglevel=2,
     )
-    with atomic_write(path, "wb") as f:
-        f.write(model.getvalue())
+    return model.getvalue()
+
+
+def _only(kept: Set[str], text: str) -> str:
+    return "".join(c if c in kept else " " for c in text)
 
 
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:

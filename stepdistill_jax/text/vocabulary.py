@@ -6,10 +6,11 @@ import pathlib
 from typing import Protocol
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import digest, sha256
+from stepdistill_jax.files import check_file, digest, sha256
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTES = "bytes"
+MAX_BYTES = 128 << 20  # of a model's file; that of a quarter of a million pieces has 5
 
 
 class Vocabulary(Protocol):
@@ -23,6 +24,11 @@ class Vocabulary(Protocol):
 
     @property
     def source(self) -> str: ...
+
+    @property
+    def unk_id(self) -> int: ...
+
+    def pieces(self) -> list[str]: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -41,8 +47,11 @@ class SentencePieceVocabulary:
         import sentencepiece
 
         self.path = pathlib.Path(path)
-        if not self.path.is_file():
+        if not os.path.exists(self.path):
             raise InputError(f"{path}: no such vocabulary")
+        check_file(self.path, "a SentencePiece model")
+        if self.path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: not a SentencePiece model (more than {MAX_BYTES >> 20} MiB)")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -66,6 +75,15 @@ class SentencePieceVocabulary:
         """Digest of the file."""
         return self._digest
 
+    @property
+    def unk_id(self) -> int:
+        """The id of what no piece covers."""
+        return self._processor.unk_id()
+
+    def pieces(self) -> list[str]:
+        """The piece of each id."""
+        return self._processor.id_to_piece(list(range(self.size)))
+
     @functools.cached_property
     def _digest(self) -> str:
         return sha256(self.path)
@@ -88,6 +106,11 @@ class ByteVocabulary:
     size = 256 + 3
     fingerprint = digest(BYTES)
     source = BYTES  # what `load_vocabulary` takes for it
+    unk_id = UNK_ID
+
+    def pieces(self) -> list[str]:
+        """A name for each id, as `transformers` has them: a byte is the character of its number."""
+        return ["<pad>", "</s>", "<unk>", *map(chr, range(256))]
 
     def encode(self, text: str) -> list[int]:
         """Ids without the end of sequence."""

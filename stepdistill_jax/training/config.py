@@ -2,16 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig
 from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 
 OPTIMIZERS = ("adamw", "adafactor")
 NONFINITE = ("skip", "stop")
+INT32, INT64, FLOAT32 = 2**31 - 1, 2**63 - 1, 3.4e38  # what steps, seeds and rates are kept in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +51,14 @@ class OptimizerConfig:
             raise InputError(
                 f"OptimizerConfig.schedule: linear or constant is wanted, got {self.schedule!r}"
             )
-        if self.warmup_steps < 0 or not self.clip_norm > 0:
-            raise InputError(
-                "OptimizerConfig: warmup_steps >= 0 and clip_norm > 0 are wanted, got"
-                f" {self.warmup_steps} and {self.clip_norm}"
-            )
+        where = "optimizer."
+        _check_whole(f"{where}warmup_steps", self.warmup_steps, 0)
+        for name in ("b1", "b2"):
+            _check_number(f"{where}{name}", getattr(self, name), lambda x: 0 <= x < 1, "0 <= x < 1")
+        _check_number(f"{where}eps", self.eps, lambda x: x > 0, "x > 0")
+        _check_number(f"{where}weight_decay", self.weight_decay, lambda x: x >= 0, "x >= 0")
+        if self.clip_norm != math.inf:
+            _check_number(f"{where}clip_norm", self.clip_norm, lambda x: x > 0, "x > 0")
         if self.mu_dtype not in ("float32", "bfloat16"):
             raise InputError(
                 f"OptimizerConfig.mu_dtype: float32 or bfloat16 is wanted, got {self.mu_dtype!r}"
@@ -141,26 +146,36 @@ class TrainConfig:
         object.__setattr__(self, "objectives", resolve(self.objectives))
         for name in (
             "batch_size",
-            "input_length",
-            "target_length",
             "train_steps",
             "eval_every",
             "checkpoint_every",
             "num_microbatches",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name.upper()}: a whole number above 0 is wanted, got {value!r}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
-            raise InputError(f"SEED: a whole number from 0 is wanted, got {self.seed!r}")
+            _check_whole(name.upper(), getattr(self, name), 1)
+        for name in ("input_length", "target_length"):
+            _check_whole(name.upper(), getattr(self, name), 1, MAX_LENGTH)
+        _check_whole("SEED", self.seed, 0, INT64)
+        for name in ("task", "model_size", "dtype", "model_family", "remat_policy"):
+            if not isinstance(value := getattr(self, name), str):
+                raise InputError(f"{name.upper()}: text is wanted, got {value!r}")
+        for name in ("task_module", "init_from"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise InputError(f"{name.upper()}: text or None is wanted, got {value!r}")
         if not isinstance(self.pack, bool):
             raise InputError(f"PACK: True or False is wanted, got {self.pack!r}")
-        for name in ("learning_rate", "data_fraction"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise InputError(f"{name.upper()}: a number is wanted, got {value!r}")
-        if not isinstance(self.lora, LoraConfig | None):
-            raise InputError(f"train.lora: @lora() or None is wanted, got {self.lora!r}")
+        rate, share, dropout = self.learning_rate, self.data_fraction, self.dropout_rate
+        _check_number("LEARNING_RATE", rate, lambda x: x > 0, "x > 0")
+        _check_number("DATA_FRACTION", share, lambda x: 0 < x <= 1, "0 < x <= 1")
+        _check_number("train.dropout_rate", dropout, lambda x: 0 <= x < 1, "0 <= x < 1")
+        for name, kind, wanted in (
+            ("lora", LoraConfig | None, "@lora() or None"),
+            ("optimizer", OptimizerConfig, "@optimizer()"),
+            ("supervision", Supervision, "@supervision()"),
+        ):
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(f"train.{name}: {wanted} is wanted, got {value!r}")
+        if not isinstance(self.layout, str | Layout):
+            raise InputError(f"LAYOUT: a layout's name or @Layout() is wanted, got {self.layout!r}")
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
             if self.profile_steps[0] > self.train_steps:
@@ -168,16 +183,7 @@ class TrainConfig:
                     f"PROFILE_STEPS: {list(self.profile_steps)} begins after the last step"
                     f" (TRAIN_STEPS={self.train_steps})"
                 )
-        if not self.watchdog_medians >= 0 or not self.watchdog_min_secs > 0:
-            raise InputError(
-                "train.watchdog_medians >= 0 and train.watchdog_min_secs > 0 are wanted, got"
-                f" {self.watchdog_medians} and {self.watchdog_min_secs}"
-            )
         self._check_trouble()
-        if not 0 < self.data_fraction <= 1:
-            raise InputError(f"DATA_FRACTION: 0 < x <= 1 is wanted, got {self.data_fraction}")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"LEARNING_RATE: x > 0 is wanted, got {self.learning_rate}")
 
     def _check_trouble(self) -> None:
         if self.on_nonfinite not in NONFINITE:
@@ -185,20 +191,34 @@ class TrainConfig:
                 f"train.on_nonfinite: one of {', '.join(NONFINITE)} is wanted, got"
                 f" {self.on_nonfinite!r}{nearest(str(self.on_nonfinite), NONFINITE)}"
             )
-        count = self.max_consecutive_nonfinite
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise InputError(
-                f"train.max_consecutive_nonfinite: a whole number above 0 is wanted, got {count!r}"
-            )
-        for name in ("spike_factor", "grace_secs"):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < math.inf:
-                raise InputError(f"train.{name}: a number from 0 is wanted, got {value!r}")
+        _check_whole("train.max_consecutive_nonfinite", self.max_consecutive_nonfinite, 1)
+        for name in ("watchdog_medians", "spike_factor"):
+            _check_number(f"train.{name}", getattr(self, name), lambda x: x >= 0, "a number from 0")
+        # a timer cannot be set to more
+        secs = self.grace_secs
+        _check_number("train.grace_secs", secs, lambda x: 0 <= x <= 1e8, "a number from 0 to 1e8")
+        secs = self.watchdog_min_secs
+        _check_number("train.watchdog_min_secs", secs, lambda x: 0 < x <= 1e8, "0 < x <= 1e8")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""
         return dataclasses.asdict(self)
+
+
+def _check_whole(name: str, value: Any, least: int, most: int = INT32) -> None:
+    if type(value) is not int or value < least:
+        wanted = "above 0" if least else "from 0"
+        raise InputError(f"{name}: a whole number {wanted} is wanted, got {value!r}")
+    if value > most:
+        raise InputError(f"{name}: at most {most} is wanted, got {value!r}")
+
+
+def _check_number(name: str, value: Any, is_good: Callable[[float], bool], wanted: str) -> None:
+    """`is_good` is asked about numbers alone; NaN and what float32 cannot hold never pass."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name}: a number is wanted, got {value!r}")
+    if not abs(value) <= FLOAT32 or not is_good(value):
+        raise InputError(f"{name}: {wanted} is wanted, got {value!r}")
 
 
 def _first_and_last(steps: Any) -> tuple[int, int]:

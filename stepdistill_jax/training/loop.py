@@ -89,7 +89,8 @@ def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
         state = _start(run, checkpoints)
         start = int(state.step)
         first = jax.process_index() == 0
-        writer = MetricsWriter(run.workdir, start_step=start, active=first)
+        validated = saved_steps(run.workdir).get(start, {}).get("validated", True)
+        writer = MetricsWriter(run.workdir, start_step=start, validated=validated, active=first)
         closing.enter_context(contextlib.closing(writer))
         shown = progress(config.train_steps, "train", done=start) if first else None
         bar = closing.enter_context(shown) if shown else None

@@ -6,7 +6,7 @@ import uuid
 
 from stepdistill_jax.checkpoints.manager import FOLDER
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import is_remote
+from stepdistill_jax.files import StoreError, is_remote
 from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
 
 RUN = "run.json"
@@ -48,8 +48,8 @@ def _check_store(workdir: pathlib.Path) -> None:
     try:
         probe.write_bytes(b"")
         probe.unlink()
-    except Exception as error:  # each store's client has errors of its own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    except (StoreError, FileNotFoundError) as error:  # the latter: no such bucket
+        reason = error.reason if isinstance(error, StoreError) else f"no such bucket: {error}"
         raise InputError(
             f"--workdir {workdir}: cannot be written ({reason}); is the bucket there, and are the"
             " credentials set?"

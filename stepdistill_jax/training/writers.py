@@ -1,6 +1,5 @@
 """Where the numbers of a run go: `metrics.jsonl`, `flagged_batches.jsonl`, TensorBoard events."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,11 +7,10 @@ import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, atomic_write, is_remote, upload
+from stepdistill_jax.files import as_path, atomic_write, is_remote, naming, upload
 
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
@@ -27,12 +25,21 @@ class MetricsWriter:
     every `UPLOAD_SECS`, before each checkpoint, and at the end.
     """
 
-    def __init__(self, workdir: os.PathLike | str, *, start_step: int, active: bool = True):
+    def __init__(
+        self,
+        workdir: os.PathLike | str,
+        *,
+        start_step: int,
+        validated: bool = True,
+        active: bool = True,
+    ):
         """Opens both files.
 
         Args:
             workdir: the run's folder.
             start_step: the last step that counts; later lines are of a life that was lost.
+            validated: False where the validation of `start_step` is still to be done; a line of it is
+                of a life that was killed before its checkpoint had it.
             active: False on all but the first process.
         """
         self._active = active
@@ -47,8 +54,8 @@ class MetricsWriter:
                 if (self._workdir / name).exists():
                     (folder / name).write_bytes((self._workdir / name).read_bytes())
         self._folder = folder
-        for name in (METRICS, FLAGGED):
-            _cut_back(folder / name, start_step)
+        _cut_back(folder / METRICS, start_step, validated)
+        _cut_back(folder / FLAGGED, start_step)
         self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (for the whole run)
         self._board = _Board(folder, start_step)
 
@@ -60,7 +67,7 @@ class MetricsWriter:
         """
         if not self._active:
             return
-        with _named(self._folder / METRICS):
+        with naming(self._folder / METRICS):
             self._file.write(_line(step, metrics))
             self._file.flush()
         self._board.write(step, metrics)
@@ -72,7 +79,7 @@ class MetricsWriter:
         if not self._active:
             return
         path = self._folder / FLAGGED
-        with _named(path), open(path, "a", encoding="utf-8") as f:
+        with naming(path), open(path, "a", encoding="utf-8") as f:
             f.write(_line(step, entry))
 
     def sync(self) -> None:
@@ -88,7 +95,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes both."""
         if self._active:
-            with _named(self._folder / METRICS):
+            with naming(self._folder / METRICS):
                 self._file.close()
             self._board.close()
             if self._scratch is not None:
@@ -126,28 +133,17 @@ class _Board:
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
-        with _named(self._path):
+        with naming(self._path):
             self._records.write(event.SerializeToString())
 
     def flush(self) -> None:
-        with _named(self._path):
+        with naming(self._path):
             self._records.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        with _named(self._path):
+        with naming(self._path):
             self._records.close()
-
-
-@contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
-    """The error of a write to an open file does not say which."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def _line(step: int, entry: dict[str, Any]) -> str:
@@ -158,16 +154,16 @@ def _line(step: int, entry: dict[str, Any]) -> str:
     return json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n"
 
 
-def _cut_back(path: pathlib.Path, start_step: int) -> None:
+def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
-            step = json.loads(line)["step"]
+            step = (entry := json.loads(line))["step"]
         except (json.JSONDecodeError, KeyError, TypeError):
             break  # half a line, left by a kill
-        if step <= start_step:
+        if step < start_step or (step == start_step and (validated or "loss" in entry)):
             kept.append(line + "\n")
     with atomic_write(path) as f:
         f.writelines(kept)

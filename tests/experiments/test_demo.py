@@ -10,6 +10,7 @@ from stepdistill_jax.experiments.plots import series, smoothed
 from stepdistill_jax.training import TrainConfig
 
 
+@pytest.mark.slow
 def test_the_demo_compares_its_arms_and_finds_them_done_the_second_time(
     tmp_path, delivery_data_dir
 ):

@@ -1,7 +1,9 @@
 """Who may write in a workdir: one run at a time, on a disk that takes it, with the data that it had."""
 
+import importlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -10,26 +12,26 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from stepdistill_jax.checkpoints.manager import saved_steps
+from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import TaskInfo, write_model_files
+from stepdistill_jax.formats.hf import save_params
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.objectives import step_by_step
+from stepdistill_jax.tasks.token_store import MANIFEST, TokenExample, open_store, write_store
+from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.lock import locked
 from stepdistill_jax.training.writers import read_metrics
 
-SETTINGS = {
-    "task": "delivery",
-    "batch_size": 16,
-    "input_length": 64,
-    "target_length": 64,
-    "train_steps": 12,
-    "eval_every": 12,
-    "checkpoint_every": 5,
-    "learning_rate": 1e-3,
-    "layout": "fsdp",
-}
+predict_module = importlib.import_module("stepdistill_jax.inference.predict")
+FLIPS = 200
 HOLDER = """
 import pathlib, sys, time
 from stepdistill_jax.training.lock import locked
@@ -39,6 +41,7 @@ with locked(pathlib.Path(sys.argv[1])):
 """
 RUN = """
 import json, sys
+from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.training import TrainConfig, train
 train(TrainConfig(**json.loads(sys.argv[1])), workdir=sys.argv[2], data_dir=sys.argv[3])
 """
@@ -65,7 +68,9 @@ def mounted(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path, delivery_data_dir):
+def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(
+    tmp_path, delivery_data_dir, settings, survives
+):
     workdir = tmp_path / "run"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(workdir)], stdout=subprocess.PIPE, text=True
@@ -73,34 +78,44 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(tmp_path, deliv
     try:
         assert holder.stdout.readline() == "locked\n"
         who = rf"process {holder.pid} on {re.escape(socket.gethostname())} \(since 20.* is training"
-        with pytest.raises(InputError, match=who):
-            train(TrainConfig(**SETTINGS), workdir=workdir, data_dir=delivery_data_dir)
-        assert [p.name for p in workdir.iterdir()] == ["run.lock"]
+        with survives("a second run in a workdir") as seen:
+            seen.append("exit 2 with process, host and time of the first")
+            with pytest.raises(InputError, match=who):
+                train(TrainConfig(**settings), workdir=workdir, data_dir=delivery_data_dir)
+            assert [p.name for p in workdir.iterdir()] == ["run.lock"]
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    assert (workdir / "run.lock").exists()
-    mine = pytest.raises(InputError, match=f"process {os.getpid()} ")
-    with locked(workdir), mine, locked(workdir):
-        pass
-    assert not (workdir / "run.lock").exists()
-    with locked(workdir):
-        pass
+    with survives("the lock of a killed run") as seen:
+        seen.append("no obstacle")
+        assert (workdir / "run.lock").exists()
+        mine = pytest.raises(InputError, match=f"process {os.getpid()} ")
+        with locked(workdir), mine, locked(workdir):
+            pass
+        assert not (workdir / "run.lock").exists()
+        with locked(workdir):
+            pass
 
 
-def test_a_read_only_disk_is_named_before_anything_is_done(mounted, delivery_data_dir):
+def test_a_read_only_disk_is_named_before_anything_is_done(
+    mounted, delivery_data_dir, settings, survives
+):
     """A mount, since modes do not hold root back."""
     disk = mounted("size=1m,ro")
-    with pytest.raises(InputError, match=f"--workdir {disk}/run: {disk} is on a read-only file"):
-        train(TrainConfig(**SETTINGS), workdir=disk / "run", data_dir=delivery_data_dir)
+    said = f"--workdir {disk}/run: {disk} is on a read-only file"
+    with survives("a workdir on a read-only mount") as seen, pytest.raises(InputError, match=said):
+        seen.append("exit 2, named")
+        train(TrainConfig(**settings), workdir=disk / "run", data_dir=delivery_data_dir)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_disk_that_gets_full_ends_the_run_and_a_resume_goes_on(mounted, delivery_data_dir):
+def test_a_disk_that_gets_full_ends_the_run_and_a_resume_goes_on(
+    mounted, delivery_data_dir, settings, survives
+):
     disk = mounted("size=64m")
     workdir, many = disk / "run", 20_000
-    given = SETTINGS | {"train_steps": many, "eval_every": many, "checkpoint_every": many}
+    given = settings | {"train_steps": many, "eval_every": many, "checkpoint_every": many}
     command = [sys.executable, "-c", RUN, json.dumps(given), str(workdir), str(delivery_data_dir)]
 
     def run(step, then):
@@ -132,18 +147,59 @@ def test_a_disk_that_gets_full_ends_the_run_and_a_resume_goes_on(mounted, delive
             while True:
                 f.write(bytes(4096))
 
-    assert run(3, told)[0] == 75
-    (saved,) = saved_steps(workdir)
-    code, errors = run(saved + 3, fill)
-    assert code == 1, errors
-    last = errors.strip().splitlines()[-1]
-    assert re.search(rf"No space left on device: '{workdir}/(metrics.jsonl|events.out.*)'", last)
-    (disk / "filler").unlink()
-    code, errors = run(saved + 3, told)
-    assert code == 75 and f"from step {saved}" in errors, errors
-    newest = max(saved_steps(workdir))
-    lines = [x["step"] for x in read_metrics(workdir)]
-    assert newest > saved and lines == list(range(1, newest + 1))
+    with survives("a full disk (tmpfs) at a line of metrics") as seen:
+        seen.append("exit 1 with the path, goes on once there is room")
+        assert run(3, told)[0] == 75
+        (saved,) = saved_steps(workdir)
+        code, errors = run(saved + 3, fill)
+        assert code == 1, errors
+        last = errors.strip().splitlines()[-1]
+        assert re.search(
+            rf"No space left on device: '{workdir}/(metrics.jsonl|events.out.*)'", last
+        )
+        (disk / "filler").unlink()
+        code, errors = run(saved + 3, told)
+        assert code == 75 and f"from step {saved}" in errors, errors
+        newest = max(saved_steps(workdir))
+        lines = [x["step"] for x in read_metrics(workdir)]
+        assert newest > saved and lines == list(range(1, newest + 1))
+
+
+@pytest.fixture
+def byte_model(tmp_path):
+    """A random model of bytes: one layer, answers of a few tokens."""
+    vocabulary, folder = load_vocabulary(BYTES), tmp_path / "model"
+    config = T5Config(384, 32, 2, 8, 16, 1, 1)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    info = TaskInfo("roads", step_by_step(), 32, 24, 4)
+    write_model_files(folder, config, vocabulary, info)
+    save_params(folder, params, config)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_disk_that_gets_full_keeps_whole_windows_of_predictions(
+    mounted, byte_model, tmp_path, capsys, monkeypatch, survives
+):
+    rows, whole = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl"
+    rows.write_text("".join(f'{{"id": {i}, "input": "{i} boxes"}}\n' for i in range(600)))
+    monkeypatch.setattr(predict_module, "WINDOW_ROWS", 100)
+    monkeypatch.setattr(predict_module, "WINDOW_BATCHES", 0)
+    command = ["predict", str(byte_model), str(rows), "--batch-size", "96"]
+    assert main([*command, str(whole)]) == 0
+    disk = mounted("size=28k")
+    out = disk / "out.jsonl"
+    with survives("a full disk (tmpfs) at a window of predictions") as seen:
+        seen.append("exit 1 with the path, whole windows kept, goes on byte for byte")
+        capsys.readouterr()
+        assert main([*command, str(out)]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"No space left on device: '{out}\.partial", last), last
+        kept = json.loads((disk / "out.jsonl.partial.json").read_text())["rows"]
+        assert kept in (100, 200, 300, 400, 500) and not out.exists()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        assert main([*command, str(out)]) == 0
+        assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.fixture
@@ -167,14 +223,51 @@ def jsonl(tmp_path):
 
 
 @pytest.mark.slow
-def test_data_that_was_changed_in_place_is_refused(jsonl, tmp_path):
-    config = TrainConfig(**SETTINGS | {"task": "sayings", "train_steps": 2, "eval_every": 2})
+def test_data_that_was_changed_in_place_is_refused(jsonl, tmp_path, capsys, settings, survives):
+    config = TrainConfig(**settings | {"task": "sayings", "train_steps": 2, "eval_every": 2})
     data_dir = jsonl("yes")
     train(config, workdir=tmp_path / "run", data_dir=data_dir)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    jsonl("no")  # the same files, the same numbers of rows
-    with pytest.raises(InputError, match=r"other settings \(fingerprint.train was"):
-        train(config, workdir=tmp_path / "run", data_dir=data_dir)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    jsonl("yes")
-    assert train(config, workdir=tmp_path / "run", data_dir=data_dir)["step"] == 2
+    with survives("a dataset prepared anew, with other rows, under a resumed run") as seen:
+        seen.append("exit 2, the fingerprints named")
+        jsonl("no")  # the same files, the same numbers of rows
+        with pytest.raises(InputError, match=r"other settings \(fingerprint.train was"):
+            train(config, workdir=tmp_path / "run", data_dir=data_dir)
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+        jsonl("yes")
+        assert train(config, workdir=tmp_path / "run", data_dir=data_dir)["step"] == 2
+    with survives("a flipped bit in the token store under a resumed run") as seen:
+        seen.append("said, tokenised anew, the run goes on")
+        (ids,) = (data_dir / "token_store").glob("sayings-train-*/1-inputs.ids")
+        whole = ids.read_bytes()
+        ids.write_bytes(whole[:9] + bytes([whole[9] ^ 4]) + whole[10:])
+        capsys.readouterr()
+        assert train(config, workdir=tmp_path / "run", data_dir=data_dir)["step"] == 2
+        said = f"warning: {ids.parent}: its files have other bytes than were written"
+        assert said in capsys.readouterr().err
+        assert ids.read_bytes() == whole
+
+
+def test_any_flipped_bit_of_a_token_store_is_found(tmp_path, record_fault):
+    """One in the manifest may lie in what it only tells, so the rows are compared, too."""
+    rows = [TokenExample([([5, i, 1], [7, 1])], 1.0, f"{i} boxes") for i in range(50)]
+    whole = write_store(tmp_path / "s", ["label"], rows, {"task": "x"})
+    files, draw, wrong = sorted((tmp_path / "s").iterdir()), random.Random(0), []
+    for trial in range(FLIPS):
+        path = files[trial % len(files)]
+        data = path.read_bytes()
+        place = draw.randrange(len(data))
+        flipped = bytes([data[place] ^ 1 << draw.randrange(8)])
+        path.write_bytes(data[:place] + flipped + data[place + 1 :])
+        found = open_store(tmp_path / "s")
+        if found is not None and (path.name != MANIFEST or found.fingerprint != whole.fingerprint):
+            wrong.append((path.name, place))
+        path.write_bytes(data)
+    record_fault(
+        "one flipped bit in a token store",
+        tried=FLIPS,
+        survived=FLIPS - len(wrong),
+        seen=f"in {len(files)} files; tokenised anew",
+    )
+    assert not wrong
+    assert open_store(tmp_path / "s") is not None

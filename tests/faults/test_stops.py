@@ -1,8 +1,6 @@
-"""A stop signal in each phase of `train`, in real processes; the resume ends as nobody had stopped it.
+"""A stop signal in each phase of `train`, in real processes; the resume ends as nobody had stopped it."""
 
-`STOPS_LOG=FILE` keeps the seconds from the signal to the end of the process, phase by phase.
-"""
-
+import contextlib
 import json
 import os
 import shutil
@@ -16,23 +14,12 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import restore_params, saved_steps
+from stepdistill_jax.checkpoints.manager import Checkpoints, restore_params, saved_steps
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.training.writers import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.timeout(300)
-SETTINGS = {
-    "task": "delivery",
-    "batch_size": 16,
-    "input_length": 64,
-    "target_length": 64,
-    "train_steps": 12,
-    "eval_every": 12,
-    "checkpoint_every": 5,
-    "learning_rate": 1e-3,
-    "layout": "fsdp",
-}
 # holds the run at one place until FOLDER/go is there; a place in C++ cannot be called off
 CHILD = """
 import ctypes, json, os, pathlib, sys, time
@@ -124,22 +111,31 @@ def children():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, delivery_data_dir):
+def undisturbed(tmp_path_factory, delivery_data_dir, settings):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    train(TrainConfig(**SETTINGS), workdir=workdir, data_dir=delivery_data_dir)
+    train(TrainConfig(**settings), workdir=workdir, data_dir=delivery_data_dir)
     return workdir
 
 
-def start(children, phase, folder, workdir, data_dir, process=None, **changes):
-    """A run that is held in its phase; returns when it is."""
-    env = os.environ | ({} if process is None else process)
-    arguments = [phase, str(folder), json.dumps(SETTINGS | changes), str(workdir), str(data_dir)]
-    children.append(
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE, text=True, env=env
+@pytest.fixture
+def start(children, settings, tmp_path, delivery_data_dir):
+    """`start(phase, workdir)`: a run that will be held in its phase."""
+
+    def begun(phase, workdir, process=None, **changes):
+        env = os.environ | ({} if process is None else process)
+        given = json.dumps(settings | changes)
+        arguments = [phase, str(tmp_path), given, str(workdir), str(delivery_data_dir)]
+        children.append(
+            subprocess.Popen(
+                [sys.executable, "-c", CHILD, *arguments],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
         )
-    )
-    return children[-1]
+        return children[-1]
+
+    return begun
 
 
 def wait_for(path, *processes):
@@ -161,8 +157,8 @@ def stop(child, folder, number=signal.SIGTERM):
     return time.monotonic() - told, errors
 
 
-def params_of(workdir, data_dir):
-    abstract = assemble(TrainConfig(**SETTINGS), workdir, data_dir).abstract.params
+def params_of(workdir, data_dir, config):
+    abstract = assemble(config, workdir, data_dir).abstract.params
     return [np.asarray(x) for x in jax.tree.leaves(restore_params(workdir, 12, abstract))]
 
 
@@ -172,17 +168,43 @@ def untimed(workdir):
     ]
 
 
-def assert_goes_on_as(undisturbed, workdir, data_dir):
-    assert train(TrainConfig(**SETTINGS), workdir=workdir, data_dir=data_dir)["step"] == 12
-    for a, b in zip(params_of(workdir, data_dir), params_of(undisturbed, data_dir), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert untimed(workdir) == untimed(undisturbed)
+@pytest.fixture
+def assert_goes_on(undisturbed, delivery_data_dir, settings):
+    """`assert_goes_on(workdir)`: the resume ends as the run that nobody stopped."""
+
+    def checked(workdir):
+        config = TrainConfig(**settings)
+        assert train(config, workdir=workdir, data_dir=delivery_data_dir)["step"] == 12
+        got, wanted = (params_of(w, delivery_data_dir, config) for w in (workdir, undisturbed))
+        for a, b in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert untimed(workdir) == untimed(undisturbed)
+
+    return checked
 
 
-def record(phase, seconds):
-    if log := os.environ.get("STOPS_LOG"):
-        with open(log, "a") as f:
-            f.write(f"{phase} {seconds:.2f}\n")
+@pytest.fixture
+def cut_off_in_settle(delivery_data_dir, settings):
+    """`cut_off_in_settle(workdir)`: a resume that ends between the validation's line and the manifest."""
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    def resumed(workdir):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(Checkpoints, "set_metrics", killed)
+            train(TrainConfig(**settings), workdir=workdir, data_dir=delivery_data_dir)
+
+    return resumed
+
+
+def test_a_validation_that_its_checkpoint_does_not_have_is_written_once(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, start_step=0)) as writer:
+        for step, line in ((11, "loss"), (12, "loss"), (12, "eval/validation/loss")):
+            writer.write(step, {line: 1.5})
+    for validated, lines in ((True, 3), (False, 2)):
+        MetricsWriter(tmp_path, start_step=12, validated=validated).close()
+        assert len(read_metrics(tmp_path)) == lines
 
 
 @pytest.mark.parametrize(
@@ -193,24 +215,24 @@ def record(phase, seconds):
         "compiling",
     ],
 )
-def test_before_the_first_step_the_run_ends_at_once(
-    undisturbed, children, tmp_path, delivery_data_dir, phase
-):
+def test_before_the_first_step_the_run_ends_at_once(undisturbed, start, tmp_path, survives, phase):
     workdir = tmp_path / "run"
     if phase == "restoring":
         shutil.copytree(undisturbed, workdir)
-    child = start(children, phase, tmp_path, workdir, delivery_data_dir)
+    child = start(phase, workdir)
     wait_for(tmp_path / "held", child)
-    child.send_signal(signal.SIGTERM)
-    told = time.monotonic()
-    _, errors = child.communicate(timeout=60)  # nobody lets it go on
-    record(phase, time.monotonic() - told)
-    assert child.returncode == 75, errors
-    assert time.monotonic() - told < 12, errors
-    assert "start again" in errors
-    assert not (workdir / "checkpoints" / "1").exists()
-    if phase == "restoring":
-        assert saved_steps(workdir) == saved_steps(undisturbed)
+    with survives(f"SIGTERM while {phase}") as seen:
+        child.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        _, errors = child.communicate(timeout=60)  # nobody lets it go on
+        seconds = time.monotonic() - told
+        seen += ["exit 75", f"{seconds:.1f} s after the signal"]
+        assert child.returncode == 75, errors
+        assert seconds < 12, errors
+        assert "start again" in errors
+        assert not (workdir / "checkpoints" / "1").exists()
+        if phase == "restoring":
+            assert saved_steps(workdir) == saved_steps(undisturbed)
 
 
 @pytest.mark.parametrize(
@@ -223,57 +245,66 @@ def test_before_the_first_step_the_run_ends_at_once(
     ],
 )
 def test_later_the_step_is_saved_and_the_resume_is_bitwise(
-    undisturbed, children, tmp_path, delivery_data_dir, phase
+    start, assert_goes_on, cut_off_in_settle, tmp_path, survives, phase
 ):
     workdir = tmp_path / "run"
-    child = start(children, phase, tmp_path, workdir, delivery_data_dir)
+    child = start(phase, workdir)
     wait_for(tmp_path / "held", child)
     number = signal.SIGINT if phase == "training" else signal.SIGTERM
-    seconds, errors = stop(child, tmp_path, number)
-    record(phase, seconds)
-    assert child.returncode == 75, errors
-    assert f"{number.name}: saved step {SAVED[phase]};" in errors
-    assert seconds < 60, errors
-    assert max(saved_steps(workdir)) == SAVED[phase]
-    assert not saved_steps(workdir)[SAVED[phase]]["validated"]
-    assert not [x for x in read_metrics(workdir) if "eval/validation/loss" in x]
-    assert_goes_on_as(undisturbed, workdir, delivery_data_dir)
+    with survives(f"{number.name} during {phase}") as seen:
+        seconds, errors = stop(child, tmp_path, number)
+        seen += ["exit 75", f"saved {seconds:.1f} s after the signal", "the resume is bitwise"]
+        assert child.returncode == 75, errors
+        assert f"{number.name}: saved step {SAVED[phase]};" in errors
+        assert seconds < 60, errors
+        assert max(saved_steps(workdir)) == SAVED[phase]
+        assert not saved_steps(workdir)[SAVED[phase]]["validated"]
+        assert not [x for x in read_metrics(workdir) if "eval/validation/loss" in x]
+        if phase == "validation":
+            cut_off_in_settle(workdir)
+            assert [x for x in read_metrics(workdir) if "eval/validation/loss" in x]
+            assert not saved_steps(workdir)[SAVED[phase]]["validated"]
+        assert_goes_on(workdir)
 
 
 @pytest.mark.slow
-def test_a_second_signal_stops_at_once(undisturbed, children, tmp_path, delivery_data_dir):
+def test_a_second_signal_stops_at_once(start, assert_goes_on, tmp_path, survives):
     workdir = tmp_path / "run"
-    child = start(children, "saving", tmp_path, workdir, delivery_data_dir)
+    child = start("saving", workdir)
     wait_for(tmp_path / "held", child)
-    child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    assert child.poll() is None
-    child.send_signal(signal.SIGTERM)
-    told = time.monotonic()
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 128 + signal.SIGTERM, errors
-    assert time.monotonic() - told < 5 and "a second signal" in errors
-    assert_goes_on_as(undisturbed, workdir, delivery_data_dir)
+    with survives("a second SIGTERM during a save") as seen:
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        _, errors = child.communicate(timeout=60)
+        seconds = time.monotonic() - told
+        seen += ["exit 143", f"{seconds:.1f} s after it", "the resume is bitwise"]
+        assert child.returncode == 128 + signal.SIGTERM, errors
+        assert seconds < 5 and "a second signal" in errors
+        assert_goes_on(workdir)
 
 
 @pytest.mark.slow
-def test_the_grace_time_ends_a_run_that_cannot_save(
-    undisturbed, children, tmp_path, delivery_data_dir
-):
+def test_the_grace_time_ends_a_run_that_cannot_save(start, assert_goes_on, tmp_path, survives):
     workdir = tmp_path / "run"
-    child = start(children, "saving", tmp_path, workdir, delivery_data_dir, grace_secs=1.5)
+    child = start("saving", workdir, grace_secs=1.5)
     wait_for(tmp_path / "held", child)
-    child.send_signal(signal.SIGTERM)
-    told = time.monotonic()
-    _, errors = child.communicate(timeout=60)
-    assert child.returncode == 75, errors
-    assert 1.4 < time.monotonic() - told < 10 and "without a save" in errors
-    assert_goes_on_as(undisturbed, workdir, delivery_data_dir)
+    with survives("SIGTERM, and a save that takes longer than 1.5 s of grace") as seen:
+        child.send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        _, errors = child.communicate(timeout=60)
+        seconds = time.monotonic() - told
+        seen += ["exit 75", f"{seconds:.1f} s after the signal", "the resume is bitwise"]
+        assert child.returncode == 75, errors
+        assert 1.4 < seconds < 10 and "without a save" in errors
+        assert_goes_on(workdir)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["tokenising", "decoding"])
-def test_of_two_processes_one_is_told_and_both_stop(children, tmp_path, delivery_data_dir, phase):
+def test_of_two_processes_one_is_told_and_both_stop(start, tmp_path, survives, phase):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -287,18 +318,20 @@ def test_of_two_processes_one_is_told_and_both_stop(children, tmp_path, delivery
             "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         }
         given = {"eval_every": 2, "train_steps": 4}
-        job.append(start(children, phase, tmp_path, workdir, delivery_data_dir, env, **given))
+        job.append(start(phase, workdir, env, **given))
     for process in range(2):
         wait_for(tmp_path / f"held{process}", *job)
-    job[1].send_signal(signal.SIGTERM)
-    told = time.monotonic()
-    time.sleep(3)  # until JAX has told the other process
-    (tmp_path / "go").touch()
-    errors = [child.communicate(timeout=200)[1] for child in job]
-    record(f"{phase}, two processes", time.monotonic() - told)
-    assert [child.returncode for child in job] == [75, 75], errors
-    if phase == "decoding":
-        assert saved_steps(workdir)[2]["validated"] is False
-        assert errors[0].count("saved step 2;") == 1
-    else:
-        assert not (workdir / "run.json").exists()
+    with survives(f"SIGTERM to one of two processes during {phase}") as seen:
+        job[1].send_signal(signal.SIGTERM)
+        told = time.monotonic()
+        time.sleep(3)  # until JAX has told the other process
+        (tmp_path / "go").touch()
+        errors = [child.communicate(timeout=200)[1] for child in job]
+        seconds = time.monotonic() - told
+        seen += ["both exit 75", f"{seconds:.1f} s after the signal"]
+        assert [child.returncode for child in job] == [75, 75], errors
+        if phase == "decoding":
+            assert saved_steps(workdir)[2]["validated"] is False
+            assert errors[0].count("saved step 2;") == 1
+        else:
+            assert not (workdir / "run.json").exists()

@@ -149,7 +149,7 @@ def small_windows(monkeypatch):
         decode_window, windows = module._decode_window, []
 
         def watched(*args):
-            windows.append(len(args[3]))
+            windows.append(len(args[2]))
             if len(windows) == stop_in:
                 raise KeyboardInterrupt
             return decode_window(*args)

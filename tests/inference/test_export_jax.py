@@ -164,7 +164,9 @@ def test_without_flatbuffers_the_package_to_install_is_named(workdir, tmp_path, 
 
 
 def test_an_unknown_format_and_a_failure_leave_nothing(workdir, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--format: hf or jax is wanted, got 'onnx'"):
+    with pytest.raises(
+        InputError, match="--format: hf or jax or ctranslate2 is wanted, got 'onnx'"
+    ):
         export(workdir, tmp_path / "model", format="onnx")
 
     def fails(*_):

@@ -45,7 +45,7 @@ def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_pat
         lock(file)
 
     monkeypatch.setattr(files, "_lock", late)
-    ours = output_module.PartialOutput(out, "key")
+    ours = output_module.PartialOutput(out, {"input": "digest"})
     ours.append([{"id": "1"}])
     assert out.read_text() == "the other's\n"
     ours.finish()

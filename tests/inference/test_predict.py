@@ -243,7 +243,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
     # long rows: a reader must not have the whole file in its buffer
     rows = [q | {"unread": "x" * 10_000} for q in questions[:90]]
     source, out = write_rows(rows), tmp_path / "out.jsonl"
-    small_windows(40)
+    windows = small_windows(40)
     decode_window = predict_module._decode_window
 
     def changes(*args):
@@ -262,6 +262,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
     monkeypatch.setattr(predict_module, "_decode_window", changes)
     with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read \(90 good rows"):
         predict(model_dir, source, out)
+    assert windows == [40], "it is noticed before the next window"
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == [] if change == "is removed" else left == ["in.jsonl"]
 
@@ -384,7 +385,7 @@ def test_missing_files_and_impossible_outputs_are_refused(model_dir, write_rows,
     for arguments, message in (
         ((model_dir, tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
         ((tmp_path / "none", source, tmp_path / "o"), "none: no such model directory"),
-        ((model_dir, source, source), "the same file"),
+        ((model_dir, source, source), "it is the input"),
         ((model_dir, source, tmp_path), "is a folder"),
         ((model_dir, tmp_path, tmp_path / "o"), "is a folder"),
         ((model_dir, source, source / "o"), "cannot be written"),

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -11,10 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import saved_steps
 from stepdistill_jax.training.writers import read_metrics
 
-LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute to a minute each
 
 # `stepdistill`, which also says at a save what share of params and optimizer state this process holds
@@ -84,43 +81,6 @@ def test_local_trains_over_two_processes_with_the_losses_of_one(
         "demo_step_by_step", tmp_path, delivery_data_dir, launch,
         TRAIN_STEPS=3, EVAL_EVERY=3, BATCH_SIZE=8,
     )  # fmt: skip
-
-
-def process_of(workdir, rank):
-    """Its number in the system."""
-    for entry in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_bytes()
-            variables = (entry / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # ended meanwhile
-        if str(workdir).encode() in command and f"JAX_PROCESS_ID={rank}".encode() in variables:
-            return int(entry.name)
-    return None
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
-def test_local_starts_again_after_a_process_was_killed(tmp_path, delivery_data_dir):
-    """kill -9 of one of two in the middle: the launcher goes on from the last checkpoint."""
-    workdir = tmp_path / "run"
-    command = train(
-        "demo_step_by_step", workdir, delivery_data_dir, LAYOUT="fsdp",
-        TRAIN_STEPS=40, EVAL_EVERY=40, CHECKPOINT_EVERY=1, BATCH_SIZE=8,
-    )  # fmt: skip
-    run = subprocess.Popen(
-        ["bash", str(LAUNCH / "local.sh"), "-n", "2", "--", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (workdir / "checkpoints").exists() or not saved_steps(workdir):
-        assert time.monotonic() < deadline and run.poll() is None, run.communicate()
-        time.sleep(0.05)
-    os.kill(process_of(workdir, 1), signal.SIGKILL)
-    output, errors = run.communicate(timeout=280)
-    assert run.returncode == 0, errors
-    assert json.loads(output.splitlines()[-1])["step"] == 40
-    assert "process 1 ended first, by SIGKILL; starting again, 2 left" in errors
-    assert [line["step"] for line in read_metrics(workdir) if "loss" in line] == list(range(1, 41))
 
 
 def test_local_trains_cqa_over_two_processes_with_the_losses_of_one(tmp_path, paper_data, launch):

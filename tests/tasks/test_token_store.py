@@ -1,4 +1,6 @@
 import json
+import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -6,7 +8,12 @@ import textwrap
 import numpy as np
 import pytest
 
-from stepdistill_jax.tasks.token_store import TokenExample, open_store, write_store
+from stepdistill_jax.tasks.token_store import (
+    TokenExample,
+    open_store,
+    remove_partial,
+    write_store,
+)
 
 EXAMPLES = [
     TokenExample([([5, 6, 1], [7, 1]), ([8, 1], [9, 9, 1])], 1.0, "seven"),
@@ -66,6 +73,23 @@ def test_an_error_while_writing_leaves_the_old_store(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
+def test_what_a_killed_writer_left_beside_a_store_is_removed(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name in ("s", "other"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill leaves it no time
+            write_store(tmp_path / name, ["label"], map(killed, "x"))
+    assert len(list(tmp_path.iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: "another")  # its lock may not be ours
+        remove_partial(tmp_path / "s")
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_partial(tmp_path / "s")
+    assert [p.name.split("-")[1] for p in tmp_path.iterdir()] == ["other"]
+
+
 def test_a_replaced_store_stays_readable_for_those_who_have_it_open(tmp_path):
     old = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
     new = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES[:1])
@@ -101,11 +125,11 @@ def test_processes_that_write_and_read_at_once_all_get_whole_stores(tmp_path, ki
         (folder / f"ready-{me}").touch()
         while len(list(folder.glob("ready-*"))) < 2:
             time.sleep(0.001)
-        for k in range(200):
+        for k in range(60):
             length = 2 + (k + int(me)) % kinds
             rows = [TokenExample([([7] * length, [length, 1])], 1.0, str(length))] * length
-            store = write_store(folder / "at" / str(k // 50), ["label"], iter(rows))
-            for store in (store, open_store(folder / "at" / str(k // 50))):
+            store = write_store(folder / "at" / str(k // 15), ["label"], iter(rows))
+            for store in (store, open_store(folder / "at" / str(k // 15))):
                 if store is None:  # the other one replaces it just now
                     assert kinds > 1
                     continue
@@ -127,11 +151,21 @@ def test_processes_that_write_and_read_at_once_all_get_whole_stores(tmp_path, ki
     assert sorted(p.name for p in (tmp_path / "at").iterdir()) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "manifest", "version", "absent"])
-def test_a_damaged_store_is_no_store(tmp_path, damage):
+SAID = {
+    "flipped": "its files have other bytes",
+    "truncated": "1-inputs.ids has 19 bytes, 20 were written",
+    "missing": "FileNotFoundError",
+    "manifest": "JSONDecodeError",
+}
+
+
+@pytest.mark.parametrize("damage", [*SAID, "version", "absent"])
+def test_a_damaged_store_is_no_store(tmp_path, capsys, damage):
     write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
     manifest, ids = tmp_path / "s" / "manifest.json", tmp_path / "s" / "1-inputs.ids"
-    if damage == "truncated":
+    if damage == "flipped":
+        ids.write_bytes(bytes([ids.read_bytes()[0] ^ 1]) + ids.read_bytes()[1:])
+    elif damage == "truncated":
         ids.write_bytes(ids.read_bytes()[:-1])
     elif damage == "missing":
         ids.unlink()
@@ -141,6 +175,12 @@ def test_a_damaged_store_is_no_store(tmp_path, damage):
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 0}))
     place = "elsewhere" if damage == "absent" else "s"
     assert open_store(tmp_path / place) is None
+    said = capsys.readouterr().err
+    if damage in SAID:
+        assert said.startswith(f"warning: {tmp_path}/s: ") and said.count("\n") == 1
+        assert SAID[damage] in said and "tokenised anew" in said
+    else:
+        assert not said
 
 
 def test_ids_are_memory_mapped_int32(tmp_path):

@@ -257,6 +257,17 @@ def test_too_many_truncated_answers_stop_the_run_early(annotating):
     assert not annotating.output.exists()
 
 
+def test_where_an_answer_cannot_be_kept_no_more_are_paid_for(annotating, monkeypatch):
+    def full(*_):
+        raise InputError("--cache: database or disk is full")
+
+    monkeypatch.setattr(AnswerCache, "put", full)
+    with pytest.raises(InputError, match="disk is full"):
+        annotating(questions(400), lambda _: GOOD, concurrency=4)
+    assert annotating.server.requests <= 8  # of a window of 64 rows
+    assert not annotating.output.exists()
+
+
 def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
     def reply(request):
         return Reply("Well", "length") if "parcel 7 " in request["messages"][0]["content"] else GOOD

@@ -31,6 +31,33 @@ def test_fetched_answers_are_no_answers_until_they_are_put(tmp_path):
     assert cache.get("k") is None
 
 
+@pytest.mark.parametrize("counts", [(None, None), (12.5, None), (7, 3)])
+def test_an_answer_that_an_earlier_version_kept_from_a_batch_is_read(tmp_path, counts):
+    """It kept the counts as the results said them."""
+    cache = AnswerCache(tmp_path / "c.sqlite")
+    cache.put("k", "m", Answer("a", parameters={"temperature": 0.5}))
+    with sqlite3.connect(tmp_path / "c.sqlite") as db:
+        db.execute("UPDATE answers SET prompt_tokens = ?, completion_tokens = ?", counts)
+    db.close()
+    answer = cache.get("k")
+    assert (answer.prompt_tokens, answer.completion_tokens) == tuple(int(n or 0) for n in counts)
+    cache.close()
+
+
+@pytest.mark.parametrize("trouble", ["full", "locked"])
+def test_a_sound_file_that_cannot_be_written_is_not_said_to_be_none(tmp_path, trouble):
+    cache, other = (AnswerCache(tmp_path / "c.sqlite") for _ in range(2))
+    cache._db.execute("PRAGMA busy_timeout=1")
+    if trouble == "full":
+        cache._db.execute("PRAGMA max_page_count=1")
+    else:
+        other._db.execute("BEGIN IMMEDIATE")
+    with pytest.raises(InputError, match=rf"c.sqlite: .* {trouble}; what is in it is kept"):
+        for i in range(20):
+            cache.put(f"{i}", "m", Answer("a" * 5000))
+    other.close()
+
+
 def _put(path, start):
     cache = AnswerCache(path)
     for i in range(start, start + 300):

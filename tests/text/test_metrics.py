@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.text.metrics import accuracy, is_valid, majority_baseline
+from stepdistill_jax.text.metrics import LabelCounts, accuracy, is_valid, majority_baseline
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,17 @@ def test_majority_baseline_counts_equal_values_together():
 def test_majority_baseline_is_the_best_accuracy_of_a_constant_answer(labels):
     best = max(accuracy([answer] * len(labels), labels, "text_match") for answer in labels)
     assert majority_baseline(labels, "text_match") == best
+
+
+@given(st.lists(st.sampled_from("aaaabcdefghijklm"), max_size=60), st.integers(1, 8))
+def test_counts_of_more_labels_than_fit_are_low_by_a_known_share_at_most(labels, most):
+    counts = LabelCounts("text_match")
+    counts.MOST = most
+    for label in labels:
+        counts.add(label)
+        assert len(counts._counts) <= most
+    exact = majority_baseline(labels, "text_match")
+    assert exact - 1 / (most + 1) <= counts.majority() <= exact
 
 
 def test_a_valid_answer_is_a_choice_of_the_row_if_it_has_some():

@@ -121,7 +121,8 @@ def plain(tree):
 
 
 @pytest.mark.parametrize(
-    ("optimizer_name", "pairs"), [("adafactor", "all"), ("adamw", "neighbours")]
+    ("optimizer_name", "pairs"),
+    [pytest.param("adafactor", "all", marks=pytest.mark.slow), ("adamw", "neighbours")],
 )
 def test_a_checkpoint_of_any_layout_restores_on_any_other(tmp_path, optimizer_name, pairs):
     """One device among them: parameters, moments, step and key, bitwise."""

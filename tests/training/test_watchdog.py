@@ -1,9 +1,7 @@
-"""Real processes that hang, and one that only slept."""
+"""Real processes that hang, and one that only slept; one of two: tests/faults/test_cluster.py."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -119,46 +117,3 @@ def test_data_that_never_come_end_a_run_that_can_go_on(tmp_path, delivery_data_d
     assert process.returncode == 134, err
     assert "after step 14" in err and "in stopping" in err
     assert (tmp_path / "checkpoints" / "10").is_dir()
-
-
-@pytest.mark.slow
-def test_one_of_two_processes_that_is_frozen_ends_the_other(tmp_path, delivery_data_dir):
-    """By the watchdog (1) or by JAX's heartbeat (SIGABRT), whichever is sooner."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    overrides = {k.upper(): v for k, v in SETTINGS.items() if k != "watchdog_min_secs"}
-    argv = [sys.executable, "-m", "stepdistill_jax", "train", "demo_step_by_step"]
-    argv += ["--workdir", tmp_path / "w", "--data-dir", delivery_data_dir]
-    argv += ["--set", "train.watchdog_min_secs=15.0"]
-    argv += [x for k, v in overrides.items() for x in ("--set", f"{k}={v}")]
-    pair = [
-        subprocess.Popen(
-            list(map(str, argv)),
-            env=os.environ
-            | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-            | {"JAX_PROCESS_ID": str(i), "XLA_FLAGS": ""},
-            stderr=(tmp_path / f"err{i}").open("w"),
-        )
-        for i in range(2)
-    ]
-    try:
-        deadline, metrics = time.monotonic() + 200, tmp_path / "w" / "metrics.jsonl"
-        while not metrics.exists() or '"step": 30,' not in metrics.read_text():
-            assert time.monotonic() < deadline and pair[0].poll() is None
-            time.sleep(0.1)
-        pair[1].send_signal(signal.SIGSTOP)
-        began = time.monotonic()
-        code = pair[0].wait(90)
-        seconds, err = time.monotonic() - began, (tmp_path / "err0").read_text()
-    finally:
-        for process in pair:
-            process.kill()
-            process.wait()
-    assert code in (1, -signal.SIGABRT), err
-    assert seconds < 75
-    if code == 1:
-        assert "stuck: nothing for" in err and "in _train" in err
-    else:
-        assert "JAX distributed service detected fatal errors" in err
-    print(f"ended with {code} after {seconds:.0f} s")

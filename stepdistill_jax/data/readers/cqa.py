@@ -38,6 +38,11 @@ def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
             return None
     label = fields.text(row, "answer", where)
     choices = fields.texts(row, "choices", where)
+    if len(choices) > len(LETTERS):
+        raise InputError(
+            f"{where}: the field 'choices' has {len(choices)} of them, the letters end at"
+            f" {len(LETTERS)}"
+        )
     question = question_with_choices(fields.text(row, "question", where, strip=False), choices)
     defects: tuple[Defect, ...] = ()
     if len(set(choices)) < len(choices):
@@ -48,7 +53,7 @@ def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
     parsed = None
     if record.teacher is not None:
         # the published figures compare with the choices as they stand in the file, blanks included
-        parsed = parse_choice(record.teacher.text, row.get("choices") or ())
+        parsed = parse_choice(record.teacher.text, [str(c) for c in row.get("choices") or ()])
     explanation = fields.optional_text(row, "abstractive_explanation", where)
     return paper_layout.judged(
         Example(example_id, question, label, choices=choices),
@@ -75,7 +80,8 @@ def _as_in_the_paper(row: dict, where: str) -> dict:
         raise InputError(f"{inside}: {len(letters)} labels, but {len(texts)} texts")
     if key and key not in letters:
         raise InputError(
-            f"{where}: the field 'answerKey' is {key!r}, the choices are {', '.join(letters)}"
+            f"{where}: the field 'answerKey' is {key!r}, the choices are"
+            f" {', '.join(letters) or 'none'}"
         )
     answer = texts[letters.index(key)] if key else ""
     return {**row, "choices": list(texts), "answer": answer}

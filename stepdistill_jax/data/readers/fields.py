@@ -1,11 +1,15 @@
 """Typed fields of a JSON row; every complaint names file, line and field."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.errors import InputError
+
+MAX_WEIGHT, MIN_WEIGHT = 1e30, 1e-30  # well within a float32, which the step computes in
+MOST_NAMES = 20  # of a row's fields in a message
 
 
 def text(
@@ -28,11 +32,17 @@ def text(
         InputError: it is absent, empty, no text, or no valid Unicode.
     """
     if name not in row:
-        raise InputError(f"{where}: no field {name!r} (found: {', '.join(row) or 'none'})")
+        raise InputError(f"{where}: no field {name!r} (found: {names_of(row)})")
     value = None if row[name] is None else as_text(row[name], name, where)
     if value is None or not (blank or value.strip()):
         raise InputError(f"{where}: the field {name!r} is empty")
     return value.strip() if strip else value
+
+
+def names_of(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields for a message: `id, question`, or `none`."""
+    names = [*itertools.islice(row, MOST_NAMES), *(["..."] if len(row) > MOST_NAMES else [])]
+    return ", ".join(names) or "none"
 
 
 def optional_text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -72,14 +82,18 @@ def texts(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
 
 
 def weight(row: Mapping[str, Any], name: str, where: str) -> float:
-    """A finite number above 0; 1.0 where it is absent or null."""
+    """A number above 0 that a float32 holds; 1.0 where it is absent or null."""
     value = row.get(name)
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{where}: the field {name!r} must be a number, got {_kind(value)}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise InputError(f"{where}: the field {name!r} must be above 0, got {value}")
+    if not MIN_WEIGHT <= value <= MAX_WEIGHT:
+        raise InputError(
+            f"{where}: the field {name!r} must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+        )
     return float(value)
 
 

@@ -1,5 +1,6 @@
 """Anybody's own rows as JSON lines, without code."""
 
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +15,8 @@ from stepdistill_jax.data.reading import (
     tenth,
     train_or_validation,
 )
-from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import read_jsonl, sha256
+from stepdistill_jax.errors import InputError, nearest, printable
+from stepdistill_jax.files import check_file, read_jsonl, sha256
 from stepdistill_jax.text.metrics import text_match
 
 VERSION = 1
@@ -52,7 +53,7 @@ def read(
     _check_map(field_map)
     notes: list[str] = []
     files = _files(source, notes)
-    one_file = not source.is_dir()
+    one_file = not os.path.isdir(source)
     if one_file:
         notes.append(
             f"{source}: one file, so it is cut by the hashed ids: validation and test are a tenth"
@@ -77,7 +78,9 @@ def read(
                     target = train_or_validation(row)
                 found.add(target)
                 yield target, row
-        told = [f"fields that were not read: {', '.join(sorted(unread))}"] if unread else []
+        told = []
+        if unread:
+            told = [f"fields that were not read: {printable(', '.join(sorted(unread)))}"]
         wanted = SPLITS if one_file else ("train", "validation") if "train" in files else ()
         told += [
             f"the split {split} is left out: of so few rows none falls into it"
@@ -112,9 +115,10 @@ def _check_map(field_map: Mapping[str, str]) -> None:
 
 
 def _files(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
-    if not source.is_dir():
-        if not source.exists():
+    if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
+        if not os.path.exists(source):
             raise InputError(f"--source {source}: no such file or folder")
+        check_file(source)
         return {"train": source}
     files = {s: p for s in SPLITS if (p := source / f"{s}.jsonl").exists()}
     others = sorted(p.name for p in source.glob("*.jsonl") if p not in files.values())
@@ -126,6 +130,8 @@ def _files(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
     for split in ("train", "test"):
         if split not in files:
             notes.append(f"{source / split}.jsonl: no such file, so the split {split} is left out")
+    for path in files.values():
+        check_file(path, "a JSON-lines file")
     if others:
         notes.append(f"{source}: files that were not read: {', '.join(others)}")
     return files
@@ -170,7 +176,7 @@ def _check_mapped_fields(field_map: Mapping[str, str], row: Mapping[str, Any], w
         if theirs not in row:
             raise InputError(
                 f"--map {name}={theirs}: {where} has no field {theirs!r}"
-                f" (found: {', '.join(row) or 'none'}){nearest(theirs, row)}"
+                f" (found: {fields.names_of(row)}){nearest(theirs, row)}"
             )
 
 
@@ -188,7 +194,7 @@ def _row(
     for name in ("input",) if llm_label else ("input", "label"):
         if names[name] not in row:
             raise InputError(
-                f"{where}: no field {names[name]!r} (found: {', '.join(row) or 'none'});"
+                f"{where}: no field {names[name]!r} (found: {fields.names_of(row)});"
                 f" --map {name}=FIELD says which is meant"
             )
     example_id = fields.optional_text(row, names["id"], where) or number

@@ -33,7 +33,7 @@ def gold(row: dict[str, Any], where: str) -> str:
     """
     name = "gold_label" if "gold_label" in row and "label" not in row else "label"
     if name not in row:
-        raise InputError(f"{where}: no field {name!r} (found: {', '.join(row) or 'none'})")
+        raise InputError(f"{where}: no field {name!r} (found: {fields.names_of(row)})")
     value = fields.optional_text(row, name, where)
     if value in _NO_GOLD:
         return ""

@@ -5,6 +5,7 @@ Exports of the same corpora (SPLIT.jsonl, no llm/) are found, too.
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from stepdistill_jax.data.reading import (
     train_or_validation,
 )
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_jsonl, sha256
+from stepdistill_jax.files import check_file, read_jsonl, sha256
 
 FILE_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 EXPORT_STEMS = {  # of SPLIT.jsonl, or .json; the last are Hugging Face's names of ANLI's rounds
@@ -112,8 +113,8 @@ def read(
                     f"{source / 'llm' / part}_CoT_0.json: no such file, so the split {split} has"
                     " labels only"
                 )
-        sources |= {str(file.relative_to(source)): sha256(file) for file in teachers.get(split, ())}
-        sources[path.name] = sha256(path)
+        for file in (*teachers.get(split, ()), path):
+            sources[str(file.relative_to(source))] = digest_of(file)
     if "validation" not in inputs:
         notes.append(_held_out(source / f"{prefix}_valid.json", "train" in inputs))
     if not teacher:
@@ -126,6 +127,16 @@ def read(
                 yield train_or_validation(row) if cut else split, row
 
     return Reading(name, version, metric, rows, sources, {"teacher": teacher}, notes)
+
+
+def digest_of(path: pathlib.Path) -> str:
+    """Of a file of the source.
+
+    Raises:
+        InputError: it is no regular file.
+    """
+    check_file(path, "a JSON file")
+    return sha256(path)
 
 
 def file_rows(
@@ -244,7 +255,7 @@ def _input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
     """The folder of the files and the file of each split: the paper's, else an export's."""
-    if not source.is_dir():
+    if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
         raise InputError(f"--source {source}: no such folder")
     folders = list(dict.fromkeys((source, source / prefix, source / name)))
     for folder in folders:

@@ -12,7 +12,6 @@ from stepdistill_jax.data.rationale import parse_equation
 from stepdistill_jax.data.readers import fields, paper_layout
 from stepdistill_jax.data.reading import UNLABELLED, Reading, Row, defect
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import sha256
 from stepdistill_jax.text import arithmetic
 from stepdistill_jax.text.metrics import value_match
 
@@ -43,7 +42,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
                 )
         return reading
     teachers = paper_layout.teacher_files(folder, "train") if teacher else []
-    digests = {f"{EXTRA}/{f.relative_to(folder)}": sha256(f) for f in (path, *teachers)}
+    digests = {
+        f"{EXTRA}/{f.relative_to(folder)}": paper_layout.digest_of(f) for f in (path, *teachers)
+    }
     reading.sources.update(digests)
     reading.notes.append(
         f"{path}: its rows are the split {UNLABELLED}: no gold label, the teacher's where it gave one"

@@ -1,0 +1,269 @@
+"""CTranslate2's directory: what a specialised engine for CPUs reads, with all that `predict` needs.
+
+The specification is filled from our parameters, by no torch and no `transformers`. CTranslate2's own
+converter takes the flag `tie_word_embeddings` for "logits are scaled down", and transformers 5 says
+that of every T5, so a v1.1 that goes through it has wrong probabilities.
+"""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import stepdistill_jax
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import local_path, read_json, sha256, write_json
+from stepdistill_jax.formats.directory import (
+    CONFIG,
+    CTRANSLATE2_MODEL,
+    CTRANSLATE2_TOKENS,
+    GENERATION_CONFIG,
+    SPIECE,
+    TASK_INFO,
+    TOKENIZER_CONFIG,
+    TaskInfo,
+    read_task_info,
+    read_vocabulary,
+    write_model_files,
+)
+from stepdistill_jax.formats.hf import to_hf
+from stepdistill_jax.formats.names import EMBEDDING, HEAD
+from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.text.vocabulary import EOS_ID, PAD_ID, Vocabulary
+
+QUANTIZATIONS = ("float32", "int8")
+OURS = "stepdistill"  # in config.json, which CTranslate2 reads for names that it knows
+
+
+@dataclasses.dataclass(frozen=True)
+class CTranslate2Files:
+    """A CTranslate2 directory, but for the model.
+
+    Attributes:
+        vocabulary, task_info: as of a model directory.
+        tokens: the model's name of each id, as many as it has rows in its embedding.
+        sha256: of `model.bin`, when it was written.
+    """
+
+    vocabulary: Vocabulary
+    task_info: TaskInfo | None
+    tokens: list[str]
+    sha256: str
+
+
+def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
+    """CTranslate2, or a module of it.
+
+    Args:
+        wanted_by: the flag that asks for it, for the message.
+        module: its name.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(
+            f"{wanted_by}: CTranslate2 cannot be imported ({error});"
+            " pip install 'stepdistill-jax[ctranslate2]'"
+        ) from None
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Refuses what is none of `QUANTIZATIONS`; None is float32.
+
+    Raises:
+        InputError: the reason, for float16.
+    """
+    if quantization == "float16":
+        raise InputError(
+            "--quantization: float16 gives NaN, since T5's feed-forward layers overflow in it"
+            " (OpenNMT/CTranslate2#1074); int8 is smaller and faster"
+        )
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise InputError(
+            f"--quantization: {' or '.join(QUANTIZATIONS)} is wanted, got {quantization!r}"
+        )
+
+
+def write_ctranslate2(
+    directory: os.PathLike | str,
+    params: Any,
+    config: T5Config,
+    vocabulary: Vocabulary,
+    task_info: TaskInfo | None,
+    quantization: str | None = None,
+) -> int:
+    """Writes model, vocabulary and task; CTranslate2 and `predict` need nothing else.
+
+    Beyond the parameters, a copy of them is in memory.
+
+    Args:
+        directory: a new folder, or an empty one.
+        params: parameters of a `T5`, unboxed, without adapters.
+        config: of the model: any family.
+        vocabulary: its text to ids.
+        task_info: how it is asked.
+        quantization: one of `QUANTIZATIONS`; None is float32. int8 is of all matrices, a scale for
+            each of their rows; what they are multiplied with is quantized while it runs.
+
+    Returns:
+        The number of parameters.
+
+    Raises:
+        InputError: no such quantization, or CTranslate2 is not installed.
+    """
+    check_quantization(quantization)
+    specs = import_ctranslate2("--format ctranslate2", "ctranslate2.specs")
+    folder = pathlib.Path(directory)
+    write_model_files(folder, config, vocabulary, task_info)
+    (folder / GENERATION_CONFIG).unlink()  # for `transformers`, which finds no weights here
+    if (folder / SPIECE).is_file():  # the other one names the vocabulary of ByT5
+        (folder / TOKENIZER_CONFIG).unlink()
+    tensors = to_hf(params, config)
+    num_parameters = sum(x.size for x in tensors.values())
+    spec = _spec(specs, tensors, config)
+    tokens = token_names(vocabulary, config.vocab_size)
+    spec.register_source_vocabulary(tokens)
+    spec.register_target_vocabulary(tokens)
+    spec.config.bos_token = spec.config.decoder_start_token = tokens[PAD_ID]
+    spec.config.eos_token = tokens[EOS_ID]
+    spec.config.unk_token = tokens[vocabulary.unk_id]
+    spec.config.layer_norm_epsilon = config.layer_norm_epsilon
+    spec.validate()
+    spec.optimize(quantization=None if quantization == "float32" else quantization)
+    spec.save(os.fspath(folder))
+    for name in (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS):
+        with open(folder / name, "rb") as f:
+            os.fsync(f.fileno())
+    ours = {
+        "version": stepdistill_jax.__version__,
+        "quantization": quantization or "float32",
+        "vocab_size": config.vocab_size,
+        "sha256": sha256(folder / CTRANSLATE2_MODEL),
+    }
+    write_json(folder / CONFIG, read_json(folder / CONFIG) | {OURS: ours})
+    return num_parameters
+
+
+def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
+    """What `write_ctranslate2` wrote, but for the model.
+
+    Raises:
+        InputError: a file that is missing, damaged or of another model.
+    """
+    folder = local_path(directory, "model directory")
+    for name in (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS, CONFIG):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{folder}: {name} is missing; a CTranslate2 directory is not whole without it"
+            )
+    ours = read_object(folder / CONFIG).get(OURS)
+    size = ours.get("vocab_size") if isinstance(ours, dict) else None
+    if not isinstance(ours, dict) or type(size) is not int or "sha256" not in ours:
+        raise InputError(
+            f"{folder / CONFIG}: not written by `stepdistill export --format ctranslate2`; other"
+            " converters may scale the logits of a T5, so export the model from its own directory"
+        )
+    vocabulary, tokens = read_vocabulary(folder), read_json(folder / CTRANSLATE2_TOKENS)
+    # CTranslate2 does not compare their number with the model's
+    whole = isinstance(tokens, list) and len(tokens) == size
+    if not whole or tokens != token_names(vocabulary, size):
+        raise InputError(
+            f"{folder / CTRANSLATE2_TOKENS}: not the vocabulary of {SPIECE if (folder / SPIECE).is_file() else 'ByT5'}"
+            " that lies beside it; copy or export the directory again"
+        )
+    info = read_task_info(folder) if (folder / TASK_INFO).is_file() else None
+    return CTranslate2Files(vocabulary, info, tokens, str(ours["sha256"]))
+
+
+def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
+    """Reads the whole model and compares its digest: CTranslate2 runs on damaged weights.
+
+    Raises:
+        InputError: it is not what was written.
+    """
+    path = pathlib.Path(directory) / CTRANSLATE2_MODEL
+    if sha256(path) != files.sha256:
+        raise InputError(
+            f"{path}: is damaged, or of another model (its digest is not the one in {CONFIG});"
+            " copy or export the directory again"
+        )
+
+
+def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
+    """The pieces, then a name for each further row of the embedding.
+
+    No piece has a space in it, so none has such a name: CTranslate2 finds ids by names.
+    """
+    pieces = vocabulary.pieces()
+    return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
+
+
+def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
+    gated = len(config.mlp_activations) == 2
+    activations = specs.common_spec.Activation
+    spec = specs.TransformerSpec.from_config(
+        (config.num_encoder_layers, config.num_decoder_layers),
+        config.num_heads,
+        activation=activations.GELUTanh if gated else activations.RELU,
+        ffn_glu=gated,
+        relative_attention_bias=True,
+        rms_norm=True,
+    )
+
+    def take(*names: str) -> np.ndarray:
+        # quantization writes into it, and what JAX lends is read-only
+        parts = [tensors.pop(name) for name in names]
+        return np.concatenate(parts) if len(parts) > 1 else np.require(parts[0], requirements="W")
+
+    embedding = take(EMBEDDING)
+    spec.encoder.embeddings[0].weight = spec.decoder.embeddings.weight = embedding
+    spec.decoder.projection.weight = embedding if config.logits_via_embedding else take(HEAD)
+    if config.scale_decoder_outputs:
+        spec.decoder.scale_outputs = config.emb_dim**-0.5
+    for side, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+        stack.scale_embeddings = False
+        stack.layer_norm.gamma = take(f"{side}.final_layer_norm.weight")
+        for i, layer in enumerate(stack.layer):
+            _set_layer(layer, f"{side}.block.{i}.layer.", take, config, gated)
+            if i and config.shared_relative_position_bias:
+                first = stack.layer[0].self_attention.relative_attention_bias
+                layer.self_attention.relative_attention_bias = first
+    assert not tensors, f"tensors that nobody read: {', '.join(tensors)}"
+    return spec
+
+
+def _set_layer(
+    layer: Any, block: str, take: Callable[..., np.ndarray], config: T5Config, gated: bool
+) -> None:
+    """One layer of either side; `block` begins the names of its tensors."""
+    own = f"{block}0.SelfAttention."
+    attention = layer.self_attention
+    attention.queries_scale = 1.0  # T5 does not divide by sqrt(head_dim)
+    attention.layer_norm.gamma = take(f"{block}0.layer_norm.weight")
+    attention.linear[0].weight = take(*(f"{own}{x}.weight" for x in "qkv"))
+    attention.linear[1].weight = take(f"{own}o.weight")
+    attention.relative_attention_max_distance = np.int32(config.max_distance)
+    if not config.shared_relative_position_bias or ".block.0." in block:
+        attention.relative_attention_bias = take(f"{own}relative_attention_bias.weight")
+    last = f"{block}1."
+    if hasattr(layer, "attention"):
+        cross, last = f"{block}1.EncDecAttention.", f"{block}2."
+        layer.attention.queries_scale = 1.0
+        layer.attention.layer_norm.gamma = take(f"{block}1.layer_norm.weight")
+        layer.attention.linear[0].weight = take(f"{cross}q.weight")
+        layer.attention.linear[1].weight = take(*(f"{cross}{x}.weight" for x in "kv"))
+        layer.attention.linear[2].weight = take(f"{cross}o.weight")
+    dense = f"{last}DenseReluDense."
+    layer.ffn.layer_norm.gamma = take(f"{last}layer_norm.weight")
+    layer.ffn.linear_0.weight = take(f"{dense}wi{'_0' if gated else ''}.weight")
+    if gated:
+        layer.ffn.linear_0_noact.weight = take(f"{dense}wi_1.weight")
+    layer.ffn.linear_1.weight = take(f"{dense}wo.weight")

@@ -1,0 +1,77 @@
+"""The `README.md` of a CTranslate2 directory."""
+
+import stepdistill_jax
+from stepdistill_jax.text.vocabulary import BYTES, Vocabulary
+
+_README = """\
+# {task} for CTranslate2
+
+A T5 of {parameters} parameters in {quantization}, for CTranslate2 on the cores of a CPU (`pip install ctranslate2`). With the
+package that wrote it (`stepdistill-jax` {version}), a file of `{{"input": ...}}` lines, the prefix is added:
+
+```
+stepdistill predict THIS_FOLDER in.jsonl out.jsonl
+```
+
+By itself; an input has at most {input_length} tokens, an answer {max_decode_len}:
+
+```python
+import ctranslate2
+{load}
+translator = ctranslate2.Translator("THIS_FOLDER", device="cpu")
+tokens = [{encode}, "</s>"]
+result = translator.translate_batch(
+    [tokens], beam_size=1, max_input_length=0, min_decoding_length=0,
+    max_decoding_length={max_decode_len}, length_penalty=0, return_scores=True,
+)[0]
+print({decode}, result.scores[0])
+```
+
+The score is the natural log of the probability of the answer, its end included.
+"""
+_SPIECE = {
+    "load": """import sentencepiece
+
+vocabulary = sentencepiece.SentencePieceProcessor(model_file="THIS_FOLDER/spiece.model")""",
+    "encode": "*vocabulary.encode({prompt!r}, out_type=str)",
+    "decode": "vocabulary.decode(result.hypotheses[0])",
+}
+_BYTES = {
+    "load": "",
+    "encode": "*map(chr, {prompt!r}.encode())",
+    "decode": "bytes(ord(t) for t in result.hypotheses[0] if len(t) == 1).decode(errors='ignore')",
+}
+
+
+def ctranslate2_readme(
+    vocabulary: Vocabulary,
+    *,
+    task: str,
+    quantization: str | None,
+    prompt: str,
+    num_parameters: int,
+    input_length: int,
+    max_decode_len: int,
+) -> str:
+    """The text of `README.md`. Its Python lines work as they stand.
+
+    Args:
+        vocabulary: of the model.
+        task: what it answers.
+        quantization: of the weights; None is float32.
+        prompt: an example, with the prefix.
+        num_parameters: of all tensors.
+        input_length, max_decode_len: as of `TaskInfo`.
+    """
+    how = _BYTES if vocabulary.source == BYTES else _SPIECE
+    return _README.format(
+        task=task,
+        parameters=f"{num_parameters:,}",
+        quantization=quantization or "float32",
+        version=stepdistill_jax.__version__,
+        input_length=input_length,
+        max_decode_len=max_decode_len,
+        load=how["load"],
+        encode=how["encode"].format(prompt=prompt),
+        decode=how["decode"],
+    )

@@ -1,0 +1,296 @@
+"""What decodes rows of ids: our own decoder on whatever JAX runs on, or CTranslate2 on CPU cores."""
+
+import collections
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import as_path, digest, local_path
+from stepdistill_jax.formats.ctranslate2 import (
+    check_model,
+    import_ctranslate2,
+    read_ctranslate2,
+)
+from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2
+from stepdistill_jax.inference.beam import LENGTH_PENALTY, search
+from stepdistill_jax.inference.decode import ROWS_PER_DEVICE, Decoded, LabelDecoder
+from stepdistill_jax.inference.model import device_mesh, load_model, params_fingerprint
+from stepdistill_jax.sharding import Layout
+from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
+
+ENGINES = ("jax", "ctranslate2")
+
+
+class Engine(Protocol):
+    """A model and what runs it.
+
+    Attributes:
+        path: the directory that it came from.
+        vocabulary, task_info: how it is asked.
+        step: of the checkpoint; None where the directory holds one model only.
+        batch_size: rows decoded at once.
+        identity: the same where the same model gives the same answers.
+        device: what it runs on.
+    """
+
+    path: pathlib.Path
+    vocabulary: Vocabulary
+    task_info: TaskInfo | None
+    step: int | None
+    device: str
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def identity(self) -> str: ...
+
+    def decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_decode_len: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Decoded:
+        """Answers of `rows`, in their order.
+
+        Args:
+            rows: ids of each input with its end of sequence; none is empty.
+            max_decode_len: most tokens of an answer, the end of sequence included.
+            on_progress: called with the number of rows of each batch that is done.
+        """
+        ...
+
+
+def open_engine(
+    path: os.PathLike | str,
+    engine: str | None = None,
+    *,
+    step: str | int = "best",
+    batch_size: int | None = None,
+    layout: str | Layout = "data",
+    num_beams: int = 1,
+    length_penalty: float | None = None,
+) -> Engine:
+    """Opens a workdir or model directory with the engine that reads it.
+
+    Args:
+        path: of any kind of directory that we write.
+        engine: `jax` or `ctranslate2`; None is what the directory is for.
+        step, batch_size, layout, num_beams, length_penalty: as for `predict`.
+
+    Raises:
+        InputError: an engine that does not read the directory, or a bad option or model.
+    """
+    if engine not in (None, *ENGINES):
+        raise InputError(f"--engine: {' or '.join(ENGINES)} is wanted, got {engine!r}")
+    converted = is_ctranslate2(path)
+    if engine == "jax" and converted:
+        raise InputError(
+            f"--engine jax: {path} is a CTranslate2 directory; give the one that it was made from"
+        )
+    if engine == "ctranslate2" and not converted and as_path(path).is_dir():
+        raise InputError(
+            f"--engine ctranslate2: {path} is no CTranslate2 directory; make one:"
+            f" stepdistill export {path} NEW_FOLDER --format ctranslate2"
+        )
+    if converted:
+        return CTranslate2Engine(
+            path,
+            step=step,
+            batch_size=batch_size,
+            layout=layout,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+        )
+    return JaxEngine(
+        path,
+        step=step,
+        batch_size=batch_size,
+        layout=layout,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+    )
+
+
+class JaxEngine:
+    """Our decoder; on several processes all must make the same calls."""
+
+    def __init__(
+        self,
+        path: os.PathLike | str,
+        *,
+        step: str | int,
+        batch_size: int | None,
+        layout: str | Layout,
+        num_beams: int,
+        length_penalty: float | None,
+    ):
+        """As `open_engine`."""
+        self._decode_fn = search(num_beams, length_penalty)
+        self._mesh = device_mesh(layout)
+        model = load_model(path, step, mesh=self._mesh)
+        self._config, self._params = model.config, model.params
+        self.path, self.step = model.path, model.step
+        self.vocabulary, self.task_info = model.vocabulary, model.task_info
+        self._decoders: dict[int, LabelDecoder] = {}
+        self._asked_batch_size = batch_size
+        self.device = jax.devices()[0].device_kind
+
+    @property
+    def batch_size(self) -> int:
+        """On all devices together."""
+        return self._decoder(1).batch_size
+
+    @property
+    def identity(self) -> str:
+        """Of the parameters, as they are in memory."""
+        return digest([params_fingerprint(self._params), self.vocabulary.fingerprint])
+
+    def decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_decode_len: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Decoded:
+        """As `Engine.decode`."""
+        return self._decoder(max_decode_len)(self._params, rows, on_progress)
+
+    def _decoder(self, max_decode_len: int) -> LabelDecoder:
+        if max_decode_len not in self._decoders:  # it keeps what it has compiled
+            self._decoders[max_decode_len] = LabelDecoder(
+                self._config,
+                max_decode_len=max_decode_len,
+                batch_size=self._asked_batch_size,
+                mesh=self._mesh,
+                decode_fn=self._decode_fn,
+            )
+        return self._decoders[max_decode_len]
+
+
+class CTranslate2Engine:
+    """CTranslate2, with a worker for each core that this process may use, all on one copy of the weights.
+
+    One thread each: threads that share a matrix product wait for the slowest of them, so that two
+    beside a busy core were six times slower than one.
+    """
+
+    device: str = "cpu"
+    step: int | None = None
+
+    def __init__(
+        self,
+        path: os.PathLike | str,
+        *,
+        step: str | int,
+        batch_size: int | None,
+        layout: str | Layout,
+        num_beams: int,
+        length_penalty: float | None,
+    ):
+        """As `open_engine`; reads the whole file of weights."""
+        search(num_beams, length_penalty)  # says what is wrong with them
+        if step not in ("best", "last"):
+            raise InputError(
+                f"--step {step}: {path} is a CTranslate2 directory, which holds one model"
+            )
+        if layout != "data":
+            raise InputError(
+                "--layout: CTranslate2 runs the whole model on the cores of a CPU; leave it out"
+            )
+        if jax.process_count() > 1:
+            raise InputError(
+                f"{path}: CTranslate2 runs in one process, and this one is of {jax.process_count()};"
+                " start it by itself"
+            )
+        library = import_ctranslate2(f"{path}")
+        self.path = local_path(path, "model directory")
+        files = read_ctranslate2(path)
+        check_model(path, files)
+        self.vocabulary, self.task_info = files.vocabulary, files.task_info
+        self.identity = digest(["ctranslate2", files.sha256, files.vocabulary.fingerprint])
+        self._names, self._ids = files.tokens, {name: i for i, name in enumerate(files.tokens)}
+        self._beams = num_beams
+        given = LENGTH_PENALTY if length_penalty is None else length_penalty
+        self._penalty = 0.0 if num_beams == 1 else given
+        self._workers = usable_cores()
+        rows = ROWS_PER_DEVICE if batch_size is None else -(-batch_size // self._workers)
+        self.batch_size = rows * self._workers
+        try:
+            self._translator = library.Translator(
+                os.fspath(self.path), device="cpu", inter_threads=self._workers, intra_threads=1
+            )
+        except (RuntimeError, ValueError) as error:
+            message = " ".join(str(error).split())
+            raise InputError(f"{self.path}: CTranslate2 cannot open it ({message})") from None
+
+    def decode(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_decode_len: int,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Decoded:
+        """As `Engine.decode`.
+
+        Raises:
+            InputError: a row of nothing but its end of sequence, which CTranslate2 does not decode.
+        """
+        decoded = Decoded(
+            [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+        )
+
+        def collect(places: list[int], results: list[Any]) -> None:
+            for place, result in zip(places, results, strict=True):
+                result = result.result()
+                ids = [self._ids[name] for name in result.hypotheses[0]]
+                if not ids:
+                    raise InputError(
+                        f"{self.path}: CTranslate2 has no answer to an empty prompt (an empty input"
+                        " under an empty prefix); leave such rows out, or ask the directory that"
+                        " this one was made from"
+                    )
+                decoded.ids[place], decoded.finished[place] = ids, ids[-1] == EOS_ID
+                decoded.scores[place] = result.scores[0] * len(ids) ** self._penalty
+            if on_progress:
+                on_progress(len(places))
+
+        # the longest first: they end with the others. Few rows are shared out among the workers
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        at_once = min(self.batch_size, len(rows))
+        size = max(1, -(-at_once // self._workers))
+        queued = collections.deque()
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
+            queued.append((places, self._start([rows[i] for i in places], max_decode_len)))
+            # enough for a worker that is faster than the others; whoever stops waits for all of them
+            if len(queued) > 2 * self._workers:
+                collect(*queued.popleft())
+        while queued:
+            collect(*queued.popleft())
+        return decoded
+
+    def _start(self, rows: list[Sequence[int]], max_decode_len: int) -> list[Any]:
+        """One batch, put into the queue: a result to wait for per row."""
+        return self._translator.translate_batch(
+            [[self._names[i] for i in row] for row in rows],
+            asynchronous=True,
+            beam_size=self._beams,
+            length_penalty=self._penalty,
+            max_decoding_length=max_decode_len,
+            # by default it cuts inputs at 1024 tokens, and forbids the end of sequence at first
+            max_input_length=0,
+            min_decoding_length=0,
+            return_scores=True,
+            return_end_token=True,
+        )
+
+
+def usable_cores() -> int:
+    """Number of CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
