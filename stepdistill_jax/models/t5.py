@@ -4,6 +4,7 @@ A batch's way through: `T5.__call__` -> `Encoder` -> `Decoder` -> logits. Decodi
 modules apart: `encode` once, `start_cache` once, `decode_step` per token.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -308,6 +309,7 @@ _FEATURES = (
 )
 
 
+@functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB of each trace
 def abstract_params(config: T5Config) -> Any:
     """The parameter tree as boxed shapes with logical axis names; nothing is allocated."""
     batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))

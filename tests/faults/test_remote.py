@@ -230,10 +230,10 @@ def undisturbed(tmp_path_factory, delivery_data_dir):
     return outcome(run, folder / "run", folder / "model")
 
 
-def our_lines(done):
+def our_lines(stderr):
     """What `stepdistill` says at its end, and tracebacks of it; not the noise of native libraries."""
     ours = ("stepdistill:", f'  File "{PACKAGE}')
-    return [line for line in done.stderr.splitlines() if line.startswith(ours)]
+    return [line for line in stderr.splitlines() if line.startswith(ours)]
 
 
 @pytest.mark.faults
@@ -269,7 +269,7 @@ def test_what_fails_for_good_ends_the_run_in_one_line_and_a_later_start_goes_on(
         # s3fs, too, tries for minutes
         lives.append(run(CHILD, *training(workdir, delivery_data_dir), AWS_MAX_ATTEMPTS="1"))
         seconds.append(time.monotonic() - began)
-        return our_lines(lives[-1])
+        return our_lines(lives[-1].stderr)
 
     def denied(method, path):
         return 403 if method == "PUT" and "/checkpoints/6/params/" in path else None
@@ -397,11 +397,11 @@ def test_a_store_that_does_not_answer_is_one_line(
             filled = [{"RUN": run, "DATA": str(delivery_data_dir)}.get(x, x) for x in argv]
             capfd.readouterr()
             code = main([command, *filled])
-            ended[command] = code, capfd.readouterr().err.splitlines()
+            ended[command] = code, our_lines(capfd.readouterr().err)
         proxy.shutdown()
     sound = {c: code in (1, 2) and len(x) == 1 and run in x[0] for c, (code, x) in ended.items()}
     # where there was no answer, nothing is known of a workdir
-    guessed = [x for _, x in ended.values() if "not a workdir" in x[0] and wrong != "no bucket"]
+    guessed = [x for _, x in ended.values() if "not a workdir" in str(x) and wrong != "no bucket"]
     record_fault(
         f"{scheme}://: {wrong}, at the start of {', '.join(COMMANDS)}",
         tried=len(ended),

@@ -15,6 +15,7 @@ from stepdistill_jax import sharding
 from stepdistill_jax.inference.beam import beam_search
 from stepdistill_jax.inference.decode import (
     LabelDecoder,
+    _jit_decode,
     bucket_length,
     bucketed,
     greedy_decode,
@@ -28,6 +29,12 @@ SEARCHES = {
     "beam": functools.partial(beam_search, num_beams=4),
     "sampling": functools.partial(sample_decode, rng=jax.random.key(3), temperature=0.8, top_k=50),
 }
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """What is compiled is kept for the next decoder; here it is counted, and traced with stand-ins."""
+    _jit_decode.cache_clear()
 
 
 @pytest.fixture(scope="module")
