@@ -87,14 +87,16 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     notes += sorted(f"Not tried: {r.nodeid}: {r.longrepr[2]}" for r in stats.get("skipped", ()))
     rows = _rows(sorted(reports, key=_place))
     minutes = (time.monotonic() - config.faults_started) / 60
-    notes.insert(0, f"{_machine()}; {len(rows)} kinds in {minutes:.0f} minutes.")
+    notes.insert(0, f"{_machine()}; {minutes:.0f} minutes.")
     page = pathlib.Path(path)
     before, rest = page.read_text(encoding="utf-8").split(START_MARK)
     table, after = rest.split(END_MARK)
     if config.option.keyword or config.args != [FOLDER]:  # renews these rows, keeps the others
         earlier, newer = _rows_of(table), {row["fault"]: row for row in rows}
-        rows = [newer.pop(row["fault"], row) for row in earlier] + list(newer.values())
-        notes.append("The other rows are of an earlier run of all.")
+        known = {row["fault"] for row in earlier}
+        rows = [newer.get(row["fault"], row) for row in earlier]
+        rows += [row for fault, row in newer.items() if fault not in known]
+        notes.append(f"{len(rows) - len(newer)} of {len(rows)} rows are of an earlier run of all.")
     text = _table(rows, notes)
     page.write_text(f"{before}{START_MARK}\n\n{text}\n{END_MARK}{after}", encoding="utf-8")
     terminalreporter.write_line(f"{path}: {len(rows)} kinds of faults")

@@ -26,8 +26,8 @@ MORE_THREADS = 4  # pools start theirs one by one
 # TensorStore 0.1.86 never lets go of what `Spec.to_json` returns, and Orbax asks for it for each array:
 # 61 KB a save, counted by tracemalloc
 SAVE_MB = 0.07
-# of an exported directory, which is what a service opens (a workdir takes 0.2 MB, Orbax's): 0.03 MB
-CALL_MB = 0.05
+# of an exported directory, which is what a service opens (a workdir takes 0.2 MB, Orbax's): 0.005 MB
+CALL_MB = 0.01
 WARM_UP = 30  # calls: by then the C library holds what each of them frees, about 100 MB
 
 PREDICTS = """
