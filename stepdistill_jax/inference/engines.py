@@ -98,16 +98,8 @@ def open_engine(
             f"--engine ctranslate2: {path} is no CTranslate2 directory; make one:"
             f" stepdistill export {path} NEW_FOLDER --format ctranslate2"
         )
-    if converted:
-        return CTranslate2Engine(
-            path,
-            step=step,
-            batch_size=batch_size,
-            layout=layout,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-        )
-    return JaxEngine(
+    kind = CTranslate2Engine if converted else JaxEngine
+    return kind(
         path,
         step=step,
         batch_size=batch_size,

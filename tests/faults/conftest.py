@@ -68,6 +68,13 @@ def survives(record_fault):
     return block
 
 
+@pytest.fixture(scope="session")
+def printed():
+    """`printed(recorded)`: those of the recorded warnings that Python would print."""
+    quiet = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+    return lambda recorded: [str(w.message) for w in recorded if not issubclass(w.category, quiet)]
+
+
 def pytest_addoption(parser):
     parser.addoption("--faults-table", metavar="FILE", help="write the table of faults into FILE")
 

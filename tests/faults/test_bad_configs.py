@@ -45,14 +45,8 @@ def table(name: str, columns: int) -> list[list[str]]:
     return rows
 
 
-def shown(recorded: list[warnings.WarningMessage]) -> list[str]:
-    """The warnings that Python would print before the line."""
-    quiet = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-    return [str(w.message) for w in recorded if not issubclass(w.category, quiet)]
-
-
 @pytest.fixture
-def refused(tmp_path, capsys):
+def refused(tmp_path, capsys, printed):
     """`refused(config, wanted, *flags)`: the one line of `train`, which made no workdir."""
 
     def refused(config, wanted: str, *flags: str) -> str:
@@ -62,7 +56,7 @@ def refused(tmp_path, capsys):
         out, err = capsys.readouterr()
         assert code == 2, err
         assert err.count("\n") == 1 and err.startswith("stepdistill: error: "), err
-        assert wanted in err and out == "" and not shown(recorded)
+        assert wanted in err and out == "" and not printed(recorded)
         assert len(err) < 3000 and time.monotonic() - start < SECONDS
         assert not workdir.exists()
         return err

@@ -85,14 +85,8 @@ def state(folder: pathlib.Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def shown(recorded: list[warnings.WarningMessage]) -> list[str]:
-    """The warnings that Python would print before the line."""
-    quiet = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-    return [str(w.message) for w in recorded if not issubclass(w.category, quiet)]
-
-
 @pytest.fixture
-def refused(tmp_path, capsys):
+def refused(tmp_path, capsys, printed):
     """`refused(model, wanted, argv=None)`: the one line; checks exit code, time, memory, and what is there."""
 
     def refused(model: pathlib.Path, wanted: str, argv: list[str] | None = None) -> str:
@@ -107,7 +101,7 @@ def refused(tmp_path, capsys):
         seconds, (out, err) = time.monotonic() - start, capsys.readouterr()
         assert code == 2, err
         assert err.count("\n") == 1 and err.startswith("stepdistill: error: "), err
-        assert wanted in err and out == "" and not shown(recorded)
+        assert wanted in err and out == "" and not printed(recorded)
         assert state(tmp_path) == before, "something was written"
         assert seconds < SECONDS
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
