@@ -75,9 +75,15 @@ def run_processes(commands, settings=({}, {}), during=None, devices=1):
         during(pair)
     outputs = [p.communicate(timeout=200) for p in pair]
     codes = [p.returncode for p in pair]
-    # Gloo writes there, too
-    printed = [re.sub(r"(?m)^\[Gloo\].*\n", "", out) for out, _ in outputs]
+    printed = [without_gloo(out) for out, _ in outputs]
     return codes, printed, [err for _, err in outputs]
+
+
+def without_gloo(printed):
+    """Lines but those of gloo, whose threads write theirs piece by piece into each other's."""
+    words = "Rank|is connected to|peer ranks.|Expected number of connected peer ranks is :"
+    pieces = re.compile(rf"\[Gloo\]|{words}|[\d\s]")
+    return "".join(line for line in printed.splitlines(True) if pieces.sub("", line))
 
 
 def save_model(folder, logits_scale):
