@@ -128,7 +128,8 @@ def _show_rows(result: dict, console: "Console", colours: dict[str, str], brief:
             line = Text("  ")
             line.append(f"{segment['objective']}", f"bold {colour}")
             line.append(f" {segment['input_tokens']} -> {segment['target_tokens']}{weight}: ")
-            line.append(segment["input"], "dim")
+            read = segment["input"] if segment["input_tokens"] else "(the same encoding)"
+            line.append(read, "dim")
             line.append(" -> ")
             line.append(segment["target"], colour)
             console.print(line)
@@ -184,7 +185,8 @@ def _show_fill(result: dict, console: "Console") -> None:
         highlight=False,
     )
     table = Table(title="Packed lengths tried", title_justify="left")
-    for column in ("INPUT_LENGTH", "TARGET_LENGTH", "rows", "inputs", "targets", "all", "cut"):
+    filled = ("inputs", "targets", "all")
+    for column in ("INPUT_LENGTH", "TARGET_LENGTH", "rows", *filled, "cut", "GFLOP a step"):
         table.add_column(column, justify="right")
     for candidate in result["candidates"]:
         fill = candidate["fill"]
@@ -192,8 +194,9 @@ def _show_fill(result: dict, console: "Console") -> None:
             str(candidate["input_length"]),
             str(candidate["target_length"]),
             f"{candidate['rows_per_step']:g}",
-            *(f"{fill[side]:.0%}" for side in ("inputs", "targets", "all")),
+            *(f"{fill[side]:.0%}" for side in filled),
             str(candidate["cut_inputs"] + candidate["cut_targets"]),
+            f"{candidate['flops_per_step'] / 1e9:,.4g}",
             style="bold" if candidate == result["proposed"] else None,
         )
     console.print(table)

@@ -1,6 +1,7 @@
 """`stepdistill train`: trains a config in a workdir, or goes on with what was begun there."""
 
 import argparse
+import time
 from typing import Any
 
 from stepdistill_jax.commands.arguments import (
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config and calls `training.train`; the last step's metrics."""
+    began = time.monotonic()
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.distributed import join
 
@@ -38,4 +40,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.training import train
 
     compile_cache.enable(compile_cache.beside(args.workdir))
-    return train(config, workdir=args.workdir, data_dir=args.data_dir, config_text=text)
+    return train(
+        config, workdir=args.workdir, data_dir=args.data_dir, config_text=text, began=began
+    )

@@ -5,7 +5,7 @@ from typing import Any
 
 from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.models.config import LoraConfig, T5Config
-from stepdistill_jax.text.vocabulary import BYTES, Vocabulary
+from stepdistill_jax.text.vocabulary import BYTES, PAD_ID, Vocabulary
 
 _METRICS = {
     "label_accuracy": "validation label accuracy",
@@ -57,7 +57,7 @@ inputs = tokenizer({prompt!r}, truncation=True, return_tensors="pt")
 ids = model.generate(**inputs, do_sample=False)[0]
 print(tokenizer.decode(ids, skip_special_tokens=True))
 ```
-
+{others}
 {notes}
 
 For CTranslate2, which is faster on CPUs, `stepdistill export THIS_FOLDER NEW_FOLDER --format ctranslate2` writes a
@@ -90,6 +90,16 @@ print(tokenizer.decode(ids, skip_special_tokens=True), result.scores[0])
 ```
 """
 
+_OTHER = """
+The decoder is given {prefix!r} before the {name}, which it then goes on with:
+
+```python
+inputs = tokenizer({prompt!r}, truncation=True, return_tensors="pt")
+start = inputs["input_ids"].new_tensor([{ids}])
+ids = model.generate(**inputs, decoder_input_ids=start, do_sample=False, max_new_tokens={length})[0]
+print(tokenizer.decode(ids[start.shape[1] :], skip_special_tokens=True))
+```
+"""
 _SPECIAL = """\
 Texts that spell a special token (`</s>`, `<pad>`, `<unk>`) are split into letters by `stepdistill`, and are that token for
 `transformers`."""
@@ -136,6 +146,7 @@ def model_card(
         ]
     else:
         facts.append("- No validation was run at this step")
+    prefixed = [o for o in task_info.objectives if o.decoder_prefix]
     return _CARD.format(
         task=task_info.task,
         family=family(config, vocabulary),
@@ -150,6 +161,16 @@ def model_card(
         objectives="\n".join(
             f"| {o.name} | `{o.input_template}` | `{o.target_template}` | {o.weight:g} |"
             for o in task_info.objectives
+        ),
+        others="".join(
+            _OTHER.format(
+                name=o.name,
+                prefix=o.decoder_prefix,
+                prompt=o.input_template.replace("{input}", "..."),
+                ids=[PAD_ID, *vocabulary.encode(o.decoder_prefix)],
+                length=task_info.target_length,
+            )
+            for o in prefixed
         ),
         facts="\n".join(facts),
         input_length=task_info.input_length,

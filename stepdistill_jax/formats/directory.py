@@ -22,7 +22,7 @@ from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
 from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
-from stepdistill_jax.objectives import Objective
+from stepdistill_jax.objectives import Objective, check_first
 from stepdistill_jax.text.metrics import METRICS
 from stepdistill_jax.text.vocabulary import (
     BYTES,
@@ -360,13 +360,15 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
 
 def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
     names = [f.name for f in dataclasses.fields(Objective)]
+    needed = [name for name in names if name != "decoder_prefix"]  # younger than the format
     if not raw:
         raise InputError(f"{path}: objectives must name at least one")
     for o in raw:
-        if not isinstance(o, dict) or not all(name in o for name in names):
-            raise InputError(f"{path}: objectives must have {', '.join(names)}, got {o!r}")
+        if not isinstance(o, dict) or not all(name in o for name in needed):
+            raise InputError(f"{path}: objectives must have {', '.join(needed)}, got {o!r}")
     try:
-        objectives = tuple(Objective(**{name: o[name] for name in names}) for o in raw)
+        objectives = tuple(Objective(**{name: o[name] for name in names if name in o}) for o in raw)
+        check_first(objectives)
     except InputError as error:
         raise InputError(f"{path}: objectives: {error}") from None
     if len({o.name for o in objectives}) < len(objectives):

@@ -100,6 +100,27 @@ class Attention(nn.Module):
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
+    def over_states(self, x, encoded, transposed, bias) -> jax.Array:
+        """`__call__` with the keys and values of `encoded` [batch, k, embed], which are never made.
+
+        A score q . (K e) is (K^T q) . e, and the mean of V e is V of the mean of e: equal but for
+        rounding. A query costs embed / kv times as much, so `kv` queries of one input cost what its
+        keys and values would have; below that this is less work, and it keeps no copy per layer.
+        `transposed` is the same [batch, embed, k]: turned round once, not at each call.
+        """
+        c = self.config
+
+        def kernel(projection: nn.Module) -> jax.Array:  # [embed, heads, kv]
+            joined: Any = projection.get_variable("params", "kernel")
+            return joined.astype(c.dtype).reshape(-1, c.num_heads, c.head_dim)
+
+        queries = jnp.einsum("bqhd,ehd->bhqe", self._split(self.query(x)), kernel(self.key))
+        scores = jnp.einsum("bhqe,bek->bhqk", queries, transposed)
+        weights = nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(c.dtype)
+        means = jnp.einsum("bhqk,bke->bhqe", weights, encoded)
+        mixed = jnp.einsum("bhqe,ehd->bqhd", means, kernel(self.value))
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
 
 _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,

@@ -46,7 +46,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """`cache` None: teacher forcing. Else this layer's key, value, cross_key and cross_value."""
+    """`cache` None: teacher forcing. Else this layer's key and value, and of the input `encoded` or cross_key, cross_value."""
 
     config: T5Config
     deterministic: bool
@@ -61,17 +61,21 @@ class DecoderLayer(nn.Module):
         cross = Attention(c, name="encoder_decoder_attention")
         h = RMSNorm(c, name="pre_self_attention_layer_norm")(x)
         keys, values = attention.keys_values(h)
-        if cache is None:
-            cross_keys, cross_values = cross.keys_values(encoded)
-        else:
+        if cache is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], keys, index, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache["value"], values, index, axis=1)
-            cross_keys, cross_values = cache["cross_key"], cache["cross_value"]
         x = x + drop(attention(h, keys, values, self_bias, deterministic=off))
         h = RMSNorm(c, name="pre_cross_attention_layer_norm")(x)
-        # beams of one input are so many queries to the same keys: no copy of these per beam
-        queries = h.reshape(cross_keys.shape[0], -1, h.shape[-1])
-        y = cross(queries, cross_keys, cross_values, cross_bias, deterministic=off)
+        if cache is None:
+            y = cross(h, *cross.keys_values(encoded), cross_bias, deterministic=off)
+        else:
+            # beams of one input are so many queries to the same keys: no copy of these per beam
+            queries = h.reshape(cross_bias.shape[0], -1, h.shape[-1])
+            if encoded is not None:
+                y = cross.over_states(queries, *encoded, cross_bias)
+            else:
+                given = cache["cross_key"], cache["cross_value"]
+                y = cross(queries, *given, cross_bias, deterministic=off)
         x = x + drop(y.reshape(x.shape))
         h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
         x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
@@ -201,7 +205,8 @@ class T5(nn.Module):
         Args:
             batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
                 `decoder_input_tokens`, `decoder_segment_ids` [batch, target length]. Segment 0 is
-                padding; a decoder segment reads the encoder segment of the same number.
+                padding; a decoder segment reads the encoder segment of the same number, or the one
+                that `decoder_encoder_segment_ids` [batch, target length] names where it is given.
             enable_dropout: needs the rng collection `dropout`.
 
         Returns:
@@ -216,7 +221,7 @@ class T5(nn.Module):
             None,
             encoded,
             same_segment(target, target) & causal,
-            same_segment(target, source),
+            same_segment(batch.get("decoder_encoder_segment_ids", target), source),
             position,
             position,
             0,
@@ -225,7 +230,12 @@ class T5(nn.Module):
         return self._scaled(x)
 
     def decode_step(
-        self, ids: jax.Array, cache: Cache, encoder_segment_ids: jax.Array, index: jax.Array
+        self,
+        ids: jax.Array,
+        cache: Cache,
+        encoder_segment_ids: jax.Array,
+        index: jax.Array,
+        encoded: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """One token for each row.
 
@@ -235,6 +245,8 @@ class T5(nn.Module):
             cache: from `start_cache`.
             encoder_segment_ids: [batch, length], 0 is padding.
             index: scalar int32, position of the token that is decoded.
+            encoded: where the cache has no keys and values of it, [batch, length, embed] from `encode`
+                and the same [batch, embed, length].
 
         Returns:
             Logits [batch, vocab] float32 and the cache with this position filled in.
@@ -243,7 +255,7 @@ class T5(nn.Module):
         x, new = self.decoder(
             self._embed(ids),
             cache,
-            None,
+            encoded,
             (key <= index)[None, None, None, :],
             (encoder_segment_ids > 0)[:, None, None, :],
             index[None],
@@ -252,6 +264,39 @@ class T5(nn.Module):
             deterministic=True,
         )
         return self._logits(self._scaled(x))[:, 0], {**cache, **new}
+
+    def target_states(
+        self,
+        decoder_input_tokens: jax.Array,
+        decoder_segment_ids: jax.Array,
+        cache: Cache,
+        encoder_segment_ids: jax.Array,
+    ) -> jax.Array:
+        """`states` of given targets, from the keys and values that `start_cache` keeps of the inputs.
+
+        Args:
+            decoder_input_tokens, decoder_segment_ids: [batch, target length] int32. Each segment is a
+                target by itself, 0 is padding; all of a row read the same input.
+            cache: from `start_cache`, of so many positions; nothing is put into it.
+            encoder_segment_ids: [batch, length], 0 is padding.
+
+        Returns:
+            [batch, target length, embed].
+        """
+        position, segments = jnp.arange(decoder_input_tokens.shape[1]), decoder_segment_ids
+        causal = (position[:, None] >= position[None, :])[None, None]
+        x, _ = self.decoder(
+            self._embed(decoder_input_tokens),
+            cache,
+            None,
+            same_segment(segments, segments) & causal,
+            (encoder_segment_ids > 0)[:, None, None, :],
+            position,
+            position,
+            0,
+            deterministic=True,
+        )
+        return self._scaled(x)
 
 
 def output_kernel(params: Mapping, config: T5Config) -> jax.Array:
@@ -262,7 +307,12 @@ def output_kernel(params: Mapping, config: T5Config) -> jax.Array:
 
 
 def start_cache(
-    params: Mapping, encoded: jax.Array, config: T5Config, max_decode_len: int
+    params: Mapping,
+    encoded: jax.Array,
+    config: T5Config,
+    max_decode_len: int,
+    *,
+    cross: bool = True,
 ) -> Cache:
     """An empty decoder cache, with the cross-attention's keys and values of all layers filled in.
 
@@ -272,6 +322,8 @@ def start_cache(
         params: parameters of a `T5` (unboxed).
         encoded: [batch, length, embed] from `T5.encode`.
         max_decode_len: positions of self-attention to hold.
+        cross: false leaves these out; `decode_step` wants `encoded` itself then, which is less work
+            where the rows of an input and their tokens are fewer than `head_dim`.
 
     Returns:
         `key`, `value` [layers, batch, max_decode_len, heads, kv] zeros; `cross_key`, `cross_value`
@@ -293,12 +345,10 @@ def start_cache(
     empty = jnp.zeros(
         (config.num_decoder_layers, encoded.shape[0], max_decode_len, *heads), config.dtype
     )
-    return {
-        "key": empty,
-        "value": empty,
-        "cross_key": project("key"),
-        "cross_value": project("value"),
-    }
+    cache = {"key": empty, "value": empty}
+    if cross:
+        cache |= {"cross_key": project("key"), "cross_value": project("value")}
+    return cache
 
 
 _FEATURES = (

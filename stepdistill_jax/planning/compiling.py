@@ -14,13 +14,14 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.objectives import resolve
+from stepdistill_jax.objectives import resolve, share_encoding
 from stepdistill_jax.planning.collectives import Collective, by_kind, collectives
 from stepdistill_jax.planning.workload import Workload
 from stepdistill_jax.sharding import batch_sharding, batch_shards
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.packing import round_up
+from stepdistill_jax.training.placing import DECODER_ENCODER_SEGMENTS
 from stepdistill_jax.training.state import TrainState, abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_train_step
 
@@ -131,15 +132,18 @@ def rounded_groups(
     )
 
 
-def abstract_batch(groups: Sequence[tuple[int, int, int]], mesh: Mesh) -> tuple[dict, ...]:
-    """Groups of `training.batches` as shapes, cut by rows."""
+def abstract_batch(
+    groups: Sequence[tuple[int, int, int]], mesh: Mesh, *, shared: bool = False
+) -> tuple[dict, ...]:
+    """Groups of `training.batches` as shapes, cut by rows; `shared`: targets name their encoding."""
+    features = _INT_FEATURES | ({DECODER_ENCODER_SEGMENTS: 2} if shared else {})
     sharding = batch_sharding(mesh)
 
     def array(*shape, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return tuple(
-        {name: array(group[0], group[side]) for name, side in _INT_FEATURES.items()}
+        {name: array(group[0], group[side]) for name, side in features.items()}
         | {"decoder_loss_weights": array(group[0], group[2], dtype=jnp.float32)}
         for group in groups
     )
@@ -177,7 +181,9 @@ def lower_step(
         objective_weights=tuple(o.weight for o in resolve(config.objectives)),
         num_microbatches=config.num_microbatches,
     )
-    return in_mesh(step.__wrapped__.lower, mesh)(state, abstract_batch(groups, mesh)), state
+    shared = config.pack and share_encoding(resolve(config.objectives))
+    batch = abstract_batch(groups, mesh, shared=shared)
+    return in_mesh(step.__wrapped__.lower, mesh)(state, batch), state
 
 
 def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) -> Figures:

@@ -1,6 +1,7 @@
 """Accuracy on a split of any task: a prepared dataset, or one that only SeqIO can read."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
@@ -8,6 +9,7 @@ from stepdistill_jax.files import check_writable, write_json
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
 from stepdistill_jax.inference import evaluate as evaluate_prepared
+from stepdistill_jax.inference.allowed import check_choices
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.together import everywhere, on_first
@@ -29,6 +31,8 @@ def evaluate(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    choices: os.PathLike | str | Sequence[str] | None = None,
+    choices_temperature: float = 1.0,
     engine: str | None = None,
     task_module: str | None = None,
 ) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
-        batch_size, layout, num_beams, length_penalty, engine: as for `inference.predict`.
+        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
+            `inference.predict`.
         task_module: module that registers the task; None is the one that the model was trained
             with, if it was trained on this task.
 
@@ -55,6 +60,7 @@ def evaluate(
         InputError: no such model, step, task, split or module, or a bad option.
     """
     search(num_beams, length_penalty)  # a bad value is said before anything is read
+    check_choices(choices, choices_temperature, num_beams)
     if output is not None:
         on_first(lambda: check_writable(output, "--output"))
     read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
@@ -76,6 +82,8 @@ def evaluate(
             layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
+            choices=choices,
+            choices_temperature=choices_temperature,
             engine=engine,
         )
     data = everywhere(
@@ -103,6 +111,8 @@ def evaluate(
         layout=layout,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        choices=choices,
+        choices_temperature=choices_temperature,
         engine=engine,
     )
     result = {"task": task, "split": split} | result

@@ -1,6 +1,7 @@
 """From a task's name to token stores: prepared datasets, `add_task`, and plain SeqIO tasks."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -20,6 +21,7 @@ from stepdistill_jax.files import digest
 from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
+from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.registry import Column, TaskSpec
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
@@ -65,10 +67,21 @@ class TaskData:
         """What `rows` of each store hold."""
         return registry.columns_of(self.objectives, self.most_rationales)
 
+    @functools.cached_property
+    def decoder_prefixes(self) -> tuple[tuple[int, ...], ...]:
+        """Ids of each objective's `decoder_prefix`, mostly none."""
+        return tuple(
+            tuple(self.vocabulary.encode(o.decoder_prefix)) if o.decoder_prefix else ()
+            for o in self.objectives
+        )
+
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides a batch: the stores' contents and their rates."""
-        return digest([[store.fingerprint for store in self.stores], list(self.rates)])
+        """Digest of everything that decides a batch: the stores' contents, their rates, prefixes."""
+        parts = [[store.fingerprint for store in self.stores], list(self.rates)]
+        if any(self.decoder_prefixes):
+            parts.append(list(map(list, self.decoder_prefixes)))
+        return digest(parts)
 
     @property
     def vocab_size(self) -> int:
@@ -119,6 +132,9 @@ def load_task(
 
         def prepared_task():
             found.check(VERSION)  # TFDS's files, before they are read for the one time
+            if PreparedRows.can_read(supervision):
+                labelled = supervision is not None
+                return PreparedRows(found, split, objectives, load_vocabulary(vocabulary), labelled)
             spec = _spec_of(found, vocabulary, {split: "+".join(parts)})
             return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 

@@ -51,6 +51,7 @@ def render(
                 parts.append(row.get(field, tf.constant("")))
         return tf.strings.join(parts)
 
+    @tf.autograph.experimental.do_not_convert  # plain TensorFlow, no need to read its source
     def convert(given: Mapping[str, Any]) -> dict[str, Any]:
         out = {}
         for prefix, objective in objectives.items():
@@ -78,6 +79,7 @@ def empty_absent_targets(dataset: Any) -> Any:
     """
     tf = tensorflow()
 
+    @tf.autograph.experimental.do_not_convert
     def convert(row: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(row)
         for name in row:

@@ -66,7 +66,8 @@ def add_task(
         source: a function from a split's name to rows (dicts with `input`, `label` and optionally
             `rationale`, `llm_label`, `weight`), or any `seqio.DataSource` of such rows.
         splits: names of the splits; only for a function.
-        objectives: an arm's name or objectives; each becomes a task.
+        objectives: an arm's name or objectives; each becomes a task. A `decoder_prefix` is not in
+            its targets: training puts it before them.
         vocabulary: path of a `spiece.model`, or `bytes`; a run with INIT_FROM uses its model's.
         metric: `text_match` or `value_match`.
         preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.

@@ -1,4 +1,4 @@
-"""Runs a SeqIO task once and keeps its tokens; opens them without TensorFlow afterwards."""
+"""Reads a task once and keeps its tokens; opens them without TensorFlow afterwards."""
 
 import contextlib
 import dataclasses
@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.writing import locked
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest
 from stepdistill_jax.progress import progress
+from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.sources import files_of, named_errors, rows_digest
 from stepdistill_jax.tasks.token_store import (
     FORMAT_VERSION,
@@ -51,7 +53,7 @@ def stored_tokens(
     One process at a time tokenises a split; the others wait and open what it wrote.
 
     Args:
-        make_task: gives the `seqio.Task`; called only if it must run.
+        make_task: gives the `seqio.Task` or the `PreparedRows`; called only if it must run.
         name: of the task, for the folder and messages.
         split: of the task.
         objectives: names of the store's objectives.
@@ -73,7 +75,8 @@ def stored_tokens(
     found = open_store(directory)
     if found is not None and not compare:
         return found
-    reading = Reading(make_task(), split, prefixes)
+    task = make_task()
+    reading = Reading(task, split, prefixes)
     if found is not None and reading.is_kept_in(found):
         return found
     with _alone(directory) as alone:
@@ -90,11 +93,15 @@ def stored_tokens(
         if compare:
             # read before the rows are tokenised: what changes in between is noticed next time
             about |= {"source": reading.digest, "repeats": reading.repeats()}
-        total = reading.task.source.num_input_examples(split)
+        if isinstance(task, PreparedRows):
+            total, examples = len(task), iter(task)
+        else:
+            total = task.source.num_input_examples(split)
+            examples = read_tokens(task, split, prefixes)
         with progress(total, f"tokenising {name} {split}") as bar:
 
             def counted() -> Iterator[TokenExample]:
-                for example in read_tokens(reading.task, split, prefixes):
+                for example in examples:
                     yield example
                     bar.update(1)
 
@@ -198,7 +205,9 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
             None, split, shuffle=False, seed=_seed(task), num_epochs=1, try_in_mem_cache=False
         )
         decode = task.output_features[features[0][1]].vocabulary.decode
-        for number, row in enumerate(dataset.as_numpy_iterator(), 1):
+        label_text = f"{features[0][1]}_pretokenized"
+        wanted = [*itertools.chain.from_iterable(features), "weight", label_text]
+        for number, row in enumerate(_rows(dataset, wanted), 1):
             where = f"task {task.name!r}, split {split!r}, row {number}"
             ids = [(_ids(row, i, where), _ids(row, t, where)) for i, t in features]
             for (inputs, targets), (name, _) in zip(ids, features, strict=True):
@@ -209,12 +218,40 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
             weight = float(row.get("weight", 1.0))
             if not (weight > 0 and math.isfinite(weight)):
                 raise InputError(f"{where}: the field 'weight' must be above 0, got {weight}")
-            text = row.get(f"{features[0][1]}_pretokenized")
+            text = row.get(label_text)
             if isinstance(text, bytes):
                 text = text.decode()
             elif not isinstance(text, str):
                 text = decode(ids[0][1].tolist())
             yield TokenExample(ids, weight, text)
+
+
+def _rows(dataset: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a dataset as NumPy, at least with those of the wanted features that it has.
+
+    They leave TensorFlow several at once, padded and then cut again: one by one, two thirds of the
+    time would go into the passage. Only scalars and [length] can be padded without a look at them.
+    """
+    spec, tf = dataset.element_spec, tensorflow()
+    wanted = [name for name in wanted if name in spec]
+    plain = all(isinstance(spec[n], tf.TensorSpec) and spec[n].shape.rank in (0, 1) for n in wanted)
+    if not (wanted and plain):
+        yield from dataset.as_numpy_iterator()
+        return
+    vectors = [name for name in wanted if spec[name].shape.rank == 1]
+
+    @tf.autograph.experimental.do_not_convert
+    def with_lengths(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {n: row[n] for n in wanted}, {n: tf.size(row[n]) for n in vectors}
+
+    shapes = {n: [None] if n in vectors else [] for n in wanted}, {n: [] for n in vectors}
+    batches = dataset.map(with_lengths).padded_batch(COMPARED_ROWS, padded_shapes=shapes)
+    for columns, lengths in batches.prefetch(2).as_numpy_iterator():
+        for i in range(len(columns[wanted[0]])):
+            yield {
+                name: column[i, : lengths[name][i]] if name in lengths else column[i]
+                for name, column in columns.items()
+            }
 
 
 def _ids(row: Any, feature: str, where: str) -> np.ndarray:

@@ -32,6 +32,8 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]: ...
+
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -92,6 +94,10 @@ class SentencePieceVocabulary:
         """Ids without the end of sequence."""
         return self._processor.encode(text)
 
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on all cores."""
+        return self._processor.encode(texts)
+
     def decode(self, ids: list[int]) -> str:
         """Text up to the first end of sequence; ids that are not pieces are left out."""
         ids = [int(i) for i in ids]
@@ -115,6 +121,10 @@ class ByteVocabulary:
     def encode(self, text: str) -> list[int]:
         """Ids without the end of sequence."""
         return [b + 3 for b in text.encode()]
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each."""
+        return list(map(self.encode, texts))
 
     def decode(self, ids: list[int]) -> str:
         """Text up to the first end of sequence; broken UTF-8 is dropped."""

@@ -7,18 +7,23 @@ from collections.abc import Iterator
 import numpy as np
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.objectives import share_encoding
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.training.order import ExampleIds, Order, draws, nested_pools
 from stepdistill_jax.training.packing import (
     PROBED_ROWS,
     PROBES,
-    TokenTable,
     choose_row_counts,
-    empty_group,
     first_fit,
     most_rows,
-    place_tokens,
     round_up,
+)
+from stepdistill_jax.training.placing import (
+    Encodings,
+    Rows,
+    TokenTable,
+    empty_group,
+    place_tokens,
 )
 
 Group = dict[str, np.ndarray]
@@ -43,14 +48,27 @@ class Batches:
         decoder_objective_ids   1  1  2  2  2  1  1  0
         decoder_loss_weights    1  1  1  1  1 .5 .5  0
 
+    Where all objectives have one input (`share_encoding`), an example's targets read one encoder
+    segment; each is a decoder segment that says which. The same examples, objective 2 with the
+    decoder prefix 9, whose tokens count nowhere:
+
+        encoder_input_tokens        20  5  1 20  6  1
+        encoder_segment_ids          1  1  1  2  2  2
+        decoder_target_tokens        7  1  9  8  9  1  7  1
+        decoder_input_tokens         0  7  0  9  8  9  0  7
+        decoder_segment_ids          1  1  2  2  2  2  3  3
+        decoder_encoder_segment_ids  1  1  1  1  1  1  2  2
+        decoder_objective_ids        1  1  0  2  2  2  1  1
+        decoder_loss_weights         1  1  0  1  1  1 .5 .5
+
     Attributes:
         data: token stores and objectives.
         batch_size: examples a step.
-        input_length, target_length: tokens of a packed row; longer inputs and targets are cut, the
-            end of sequence stays as their last id.
+        input_length, target_length: tokens of a packed row; longer inputs and targets (with their
+            decoder prefix) are cut, the end of sequence stays as their last id.
         seed: of the order, and of which examples a `data_fraction` keeps.
         pack: False gives one group for each objective, row i for the i-th example, as long as its
-            longest row.
+            longest row, and encodes an input anew for each of them.
         row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
         data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
         shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
@@ -73,6 +91,12 @@ class Batches:
                 raise ValueError(f"Batches.{name}: at least 1 is wanted, got {getattr(self, name)}")
         if not 0 < self.data_fraction <= 1:
             raise ValueError(f"Batches.data_fraction: 0 < x <= 1, got {self.data_fraction}")
+        for objective, prefix in zip(self.data.objectives, self.data.decoder_prefixes, strict=True):
+            if len(prefix) >= self.target_length:
+                raise InputError(
+                    f"TARGET_LENGTH={self.target_length}: nothing is left for a target of"
+                    f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
+                )
         for store, pool in enumerate(self._order.pools):
             if not len(pool):
                 raise InputError(
@@ -80,12 +104,18 @@ class Batches:
                     " example with a target"
                 )
 
+    @property
+    def shared(self) -> bool:
+        """Whether the targets of an example read one encoding of its input."""
+        return self.pack and share_encoding(self.data.objectives)
+
     @functools.cached_property
     def _tables(self) -> tuple[TokenTable, ...]:
         """Ids, offsets and cut lengths, for each store and column."""
         return tuple(
             TokenTable.of(
                 rows,
+                self.data.decoder_prefixes[column.objective - 1],
                 store.weights,
                 self.input_length,
                 self.target_length,
@@ -138,13 +168,13 @@ class Batches:
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
-            tables = self._tables_of(store)
             # a batch that crosses the end of an epoch may hold an example once for each
             epochs = (self.batch_size - 1) // len(self._order.pools[store]) + 2
-            load = np.sum([t.load((self.input_length, self.target_length)) for t in tables], axis=0)
-            present = np.sum([t.target_lengths > 0 for t in tables], axis=0)
+            encodings = self._all_encodings(store)
+            shares = encodings.sizes / (self.input_length, self.target_length)
+            load = np.bincount(encodings.places, shares.sum(1))
             loads.append(np.repeat(load[usable], epochs))
-            rows_each.append(np.repeat(present[usable], epochs))
+            rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
         bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
         return choose_row_counts(self._probe(), bound, self.row_multiple)
 
@@ -162,8 +192,8 @@ class Batches:
                 mine = stores == store
                 indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
             epochs = rng.integers(1 << 30, size=self.batch_size)
-            sizes = self.sizes_of(ExampleIds(stores, indices, epochs))
-            probes.append(first_fit(sizes, self.lengths[0]).num_rows)
+            rows = self.rows_of(ExampleIds(stores, indices, epochs))
+            probes.append(first_fit(self.encodings_of(rows).sizes, self.lengths[0]).num_rows)
         return probes
 
     @functools.cached_property
@@ -177,7 +207,7 @@ class Batches:
             longest.append(
                 (
                     max(1, *(int(t.input_lengths.max(initial=0)) for t in tables)),
-                    max(1, *(int(t.target_lengths.max(initial=0)) for t in tables)),
+                    max(1, *(int(t.decoder_lengths.max(initial=0)) for t in tables)),
                 )
             )
         return tuple(longest)
@@ -200,7 +230,7 @@ class Batches:
         drawn = self.examples(step)
         return self._packed(drawn) if self.pack else self._padded(drawn)
 
-    def rows_of(self, drawn: ExampleIds) -> list[tuple[TokenTable, np.ndarray, np.ndarray]]:
+    def rows_of(self, drawn: ExampleIds) -> Rows:
         """(table, examples of it with a target, their places in the step) of drawn examples."""
         found = []
         chosen = self._chosen(drawn) if self.data.sample_rationales else {}
@@ -226,22 +256,31 @@ class Batches:
             chosen[of] = (random % np.maximum(count, 1).astype(np.uint64)).astype(np.int64)
         return chosen
 
-    def sizes_of(self, drawn: ExampleIds) -> np.ndarray:
-        """[rows, 2] input and target length of each row, in the order of `rows_of`."""
-        return np.concatenate(
-            [
-                np.stack([table.input_lengths[e], table.target_lengths[e]], 1)
-                for table, e, _ in self.rows_of(drawn)
-            ]
-            or [np.zeros((0, 2), np.int64)]
-        )
+    def encodings_of(self, rows: Rows) -> Encodings:
+        """Which of the rows of `rows_of` read one encoding, and its sizes."""
+        return Encodings.of(rows, self.target_length, shared=self.shared)
+
+    def _all_encodings(self, store: int) -> Encodings:
+        """Those of all examples of a store, each at the place of its number, with all rationales."""
+        rows = []
+        for table in self._tables_of(store):
+            present = np.flatnonzero(table.target_lengths > 0)
+            rows.append((table, present, present))
+        return self.encodings_of(rows)
+
+    def sizes(self) -> np.ndarray:
+        """[encodings, 2] input and target length of what is packed, of all examples of the data."""
+        stores = range(len(self.data.stores))
+        return np.concatenate([self._all_encodings(store).sizes for store in stores])
 
     def _packed(self, drawn: ExampleIds) -> Batch:
         """One group of packed rows."""
-        packing = first_fit(self.sizes_of(drawn), self.lengths[0])
+        rows = self.rows_of(drawn)
+        encodings = self.encodings_of(rows)
+        packing = first_fit(encodings.sizes, self.lengths[0])
         count = next(c for c in self.row_counts if c >= packing.num_rows)
-        group = empty_group(count, *self.lengths[0])
-        place_tokens(group, self.rows_of(drawn), packing)
+        group = empty_group(count, *self.lengths[0], shared=self.shared)
+        place_tokens(group, rows, encodings, packing)
         return (group,)
 
     def _padded(self, drawn: ExampleIds) -> Batch:
@@ -252,7 +291,7 @@ class Batches:
             group = empty_group(count, *lengths)
             rows = [r for r in self.rows_of(drawn) if self._padded_group(r[0]) == of]
             if rows:
-                place_tokens(group, rows, None)
+                place_tokens(group, rows, self.encodings_of(rows), None)
             groups.append(group)
         return tuple(groups)
 

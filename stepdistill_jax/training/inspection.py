@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.objectives import Objective
 from stepdistill_jax.tasks.load import TaskData, load_task
 from stepdistill_jax.training.batches import Batches, Group
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.packing import round_up
+from stepdistill_jax.training.placing import DECODER_ENCODER_SEGMENTS
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10
 FEW_ROWS = 4  # a step of fewer packed rows can not be shared out over devices
-GOOD_ENOUGH = 0.02  # of fill, that shorter rows may cost
+UNCUT = 1 << 30  # tokens: no row is longer
+LITTLE_MORE = 1.01  # work of a step that shorter rows may cost
 
 
 def inspect(
@@ -41,14 +45,16 @@ def inspect(
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
         `vocabulary_size`;
         `objectives`: {name: {"weight", "rows", "absent", "inputs", "targets"}}, the last two with
-            "min", "mean", "median", "p99", "max" (tokens, uncut) and "histogram" (list of
-            {"from", "to", "rows"});
+            "min", "mean", "median", "p99", "max" (tokens, uncut, targets with their decoder prefix)
+            and "histogram" (list of {"from", "to", "rows"});
         `cut`: {name: {"inputs", "targets"}} rows that are longer than the lengths;
         `fill`: {"inputs", "targets", "all"} share of cells that hold a token;
         `rows_per_step`, `row_counts`: packed rows;
         `shown`: list of rows, each a list of {"objective", "input", "target", "input_tokens",
-            "target_tokens", "weight"};
-        `candidates`: packed lengths with what they would give, and `proposed`, one of them.
+            "target_tokens", "weight"}; a target that reads the encoding of the one before it has
+            the input "" of 0 tokens;
+        `candidates`: packed lengths with what they would give, matmul FLOPs of a step included
+            (`flops_per_step`, padding counted), and `proposed`, that with the fewest.
 
     Raises:
         InputError: unknown task or split.
@@ -74,7 +80,8 @@ def inspect(
         data_fraction=config.data_fraction if split == "train" else 1.0,
     )
     measured = _measure(batches)
-    candidates = [_candidate(batches, *pair) for pair in _candidate_lengths(data)]
+    model = _model_of(config, data)
+    candidates = [_candidate(batches, model, *pair) for pair in _candidate_lengths(batches)]
     return {
         "task": data.name,
         "split": split,
@@ -106,11 +113,21 @@ def _vocabulary_of(config: TrainConfig) -> str | None:
     return read_model_files(config.init_from).vocabulary.source
 
 
+def _model_of(config: TrainConfig, data: TaskData) -> T5Config:
+    """The model that would be trained, of which the lengths' costs depend."""
+    if config.init_from is None:
+        return t5_config(config.model_family, config.model_size, vocab_size=data.vocab_size)
+    from stepdistill_jax.formats.directory import read_config
+
+    return read_config(config.init_from)
+
+
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
     """[rows] uncut tokens of the rows that have a target; `objective` counts from 0."""
+    prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
         [
-            rows[feature].lengths[rows["targets"].lengths > 0]
+            rows[feature].lengths[rows["targets"].lengths > 0] + prefix
             for store in data.stores
             for column, rows in zip(data.columns, store.rows, strict=True)
             if column.objective == objective + 1
@@ -178,33 +195,38 @@ def _shown(batches: Batches, rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]]:
-    """The examples of one packed row, as text."""
-    for segment in range(1, int(group["encoder_segment_ids"][row].max()) + 1):
-        source = group["encoder_segment_ids"][row] == segment
-        target = group["decoder_segment_ids"][row] == segment
+    """The targets of one packed row with what they read, as text."""
+    own = group["decoder_segment_ids"][row]
+    read = group.get(DECODER_ENCODER_SEGMENTS, group["decoder_segment_ids"])[row]
+    before = 0
+    for segment in range(1, int(own.max()) + 1):
+        target = own == segment
+        source = group["encoder_segment_ids"][row] == read[target][0]
+        if read[target][0] == before:
+            source = np.zeros_like(source)
+        before = read[target][0]
         inputs = group["encoder_input_tokens"][row][source].tolist()
         targets = group["decoder_target_tokens"][row][target].tolist()
-        objective = int(group["decoder_objective_ids"][row][target][0])
+        # the last token: the first may be a decoder prefix's, which is of no objective
+        objective = int(group["decoder_objective_ids"][row][target][-1])
         yield {
             "objective": data.objectives[objective - 1].name,
             "input": data.vocabulary.decode(inputs),
             "target": data.vocabulary.decode(targets),
             "input_tokens": len(inputs),
             "target_tokens": len(targets),
-            "weight": float(group["decoder_loss_weights"][row][target][0]),
+            "weight": float(group["decoder_loss_weights"][row][target][-1]),
         }
 
 
-def _candidate_lengths(data: TaskData) -> list[tuple[int, int]]:
+def _candidate_lengths(batches: Batches) -> list[tuple[int, int]]:
     """Packed lengths worth a try: room for 1 to 8 of the longest inputs, targets in proportion.
 
     The longest is the 99.9th percentile, so that one stray row does not set the length of all.
+    Inputs from 128 on are multiples of 64, which accelerators cut into tiles; the rest of 8.
     """
-    every = range(len(data.objectives))
-    inputs, targets = (
-        np.concatenate([_lengths(data, o, feature) for o in every])
-        for feature in ("inputs", "targets")
-    )
+    uncut = dataclasses.replace(batches, input_length=UNCUT, target_length=UNCUT, pack=True)
+    inputs, targets = uncut.sizes().T
     longest_input, longest_target = (
         float(np.percentile(lengths, 99.9, method="higher")) for lengths in (inputs, targets)
     )
@@ -212,29 +234,37 @@ def _candidate_lengths(data: TaskData) -> list[tuple[int, int]]:
     found = []
     for fold in (1, 1.5, 2, 3, 4, 6, 8):
         input_length = round_up(longest_input * fold, 8)
+        if input_length > 128 and fold > 1:
+            input_length = 64 * round(input_length / 64)
         for slack in (1.0, 1.1, 1.25):
             target_length = max(longest_target, input_length * proportion * slack)
             found.append((input_length, round_up(target_length, 8)))
     return sorted(set(found))
 
 
-def _candidate(batches: Batches, input_length: int, target_length: int) -> dict[str, Any]:
+def _candidate(
+    batches: Batches, model: T5Config, input_length: int, target_length: int
+) -> dict[str, Any]:
     """What packing to these lengths would give."""
-    other = dataclasses.replace(
-        batches, input_length=input_length, target_length=target_length, pack=True
-    )
-    cut = other.cut_counts().values()
+    lengths = {"input_length": input_length, "target_length": target_length}
+    other = dataclasses.replace(batches, **lengths, pack=True)
+    cut, measured = other.cut_counts().values(), _measure(other)
+    once = max if batches.shared else sum  # an input that is read once is cut once
     return {
-        "input_length": input_length,
-        "target_length": target_length,
-        **_measure(other),
-        "cut_inputs": sum(c["inputs"] for c in cut),
+        **lengths,
+        **measured,
+        "flops_per_step": measured["rows_per_step"] * train_flops(model, rows=1, **lengths),
+        "cut_inputs": once(c["inputs"] for c in cut),
         "cut_targets": sum(c["targets"] for c in cut),
     }
 
 
 def _choose(candidates: list[dict[str, Any]]) -> dict[str, Any]:
-    """The shortest rows whose fill is within 0.02 of the best, of those with rows to share out."""
+    """The lengths whose steps are the least work, of those with rows to share out.
+
+    Padding is work for nothing, and so is attention between the examples of a long row; within 1%
+    the shorter rows, whose attention takes less memory.
+    """
     several = [c for c in candidates if c["rows_per_step"] >= FEW_ROWS] or candidates[:1]
-    best = max(c["fill"]["all"] for c in several)
-    return next(c for c in several if c["fill"]["all"] >= best - GOOD_ENOUGH)
+    least = min(c["flops_per_step"] for c in several)
+    return next(c for c in several if c["flops_per_step"] <= LITTLE_MORE * least)

@@ -21,6 +21,7 @@ from stepdistill_jax.training.profile import StepProfile
 from stepdistill_jax.training.provenance import claim_workdir, describe
 from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import Run, assemble
+from stepdistill_jax.training.startup import StartUp
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_train_step
 from stepdistill_jax.training.stopping import StopSignals, Told
@@ -34,6 +35,7 @@ def train(
     workdir: os.PathLike | str,
     data_dir: os.PathLike | str | None = None,
     config_text: str | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Trains `config` in `workdir`, or goes on where an earlier life of the same run stopped.
 
@@ -42,6 +44,8 @@ def train(
         workdir: folder of checkpoints, metrics and model files; made if absent.
         data_dir: where `prepare` put the dataset.
         config_text: gin text to keep as `config.gin`.
+        began: when the command did, of `time.monotonic()`, for the line that says how long the first
+            step took to come; None is now.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ..., `examples_per_second` (mean
@@ -55,6 +59,8 @@ def train(
             wanted; names the step.
         MemoryError: a device has no room for a step; names the settings that decide.
     """
+    startup = StartUp(began)
+    startup.done("imports")
     with StopSignals(config.grace_secs) as stop:
         run = assemble(config, workdir, data_dir, on_validation_batch=stop.interrupt)
         stop.leave_if_told()
@@ -63,31 +69,31 @@ def train(
             claim_workdir(run, described, config_text)
             if jax.process_index() == 0:
                 _introduce(run, described)
-            return _train_on(run, stop)
+            startup.done("data")
+            return _train_on(run, stop, startup)
 
 
-def _train_on(run: Run, stop: StopSignals) -> dict[str, Any]:
+def _train_on(run: Run, stop: StopSignals, startup: StartUp | None) -> dict[str, Any]:
     """`_train`, again from an older checkpoint's parameters where numbers have gone wrong for good."""
     while True:
         try:
             try:
-                return _train(run, stop)
+                return _train(run, stop, startup)
             except RollBack as wanted:
-                step = wanted.step
+                step, startup = wanted.step, None
             roll_back(run, step, speaks=jax.process_index() == 0)
         except FloatingPointError as error:
             raise advice(run, error) from None
 
 
-def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
+def _train(run: Run, stop: StopSignals, startup: StartUp | None) -> dict[str, Any]:
     config, began = run.config, time.monotonic()
     with contextlib.ExitStack() as closing:
         checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run.workdir)))
         watchdog = closing.enter_context(
             Watchdog(config.watchdog_medians, config.watchdog_min_secs)
         )
-        state = _start(run, checkpoints)
-        start = int(state.step)
+        start, state = _start(run, checkpoints)
         first = jax.process_index() == 0
         validated = saved_steps(run.workdir).get(start, {}).get("validated", True)
         writer = MetricsWriter(run.workdir, start_step=start, validated=validated, active=first)
@@ -110,12 +116,21 @@ def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
         )
         profile = closing.enter_context(StepProfile(run.workdir, config.profile_steps))
         source = iterate(run.batches, start, config.train_steps)
+        if startup:
+            startup.done("state")
         for step in range(start + 1, config.train_steps + 1):
             with profile.step(step):
                 asked = time.monotonic()
                 batch = next(source)
                 waited = time.monotonic() - asked
                 state, device_metrics = step_fn(state, place_rows(batch, run.mesh))
+                if startup:
+                    startup.done("compiling")
+                    jax.block_until_ready(device_metrics)
+                    startup.done("step")
+                    if first:
+                        log(startup.line())
+                    startup = None
                 record.note(step, batch, device_metrics, waited)
             stop.started()
             profile.ended(step, record.flush)
@@ -136,15 +151,15 @@ def _train(run: Run, stop: StopSignals) -> dict[str, Any]:
     return _summary(run, record.last, (config.train_steps - start) * config.batch_size / seconds)
 
 
-def _start(run: Run, checkpoints: Checkpoints) -> TrainState:
-    """The newest checkpoint's state, or a new one."""
+def _start(run: Run, checkpoints: Checkpoints) -> tuple[int, TrainState]:
+    """(its step, the newest checkpoint's state), or a new one, which devices may still be making."""
     step = checkpoints.latest_step()
     if step is None:
-        return run.initial_state()
+        return 0, run.initial_state()
     rest = run.abstract.replace(params=None)
     params, rest = checkpoints.restore(step, run.abstract.params, rest)
     log(f"resumed {run.workdir} from step {step}")
-    return rest.replace(params=params)
+    return step, rest.replace(params=params)
 
 
 def _introduce(run: Run, described: dict[str, Any]) -> None:

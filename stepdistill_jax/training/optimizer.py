@@ -1,8 +1,10 @@
 """Update rules and schedules."""
 
+import functools
+
 import optax
 
-from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -10,18 +12,29 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
     The same values as the linear schedule of `transformers`, which the paper's code uses.
     """
-    o, peak = config.optimizer, config.learning_rate
+    return _schedule(config.optimizer, config.learning_rate, config.train_steps)
+
+
+def _schedule(o: OptimizerConfig, peak: float, train_steps: int) -> optax.Schedule:
     rise = optax.linear_schedule(0.0, peak, max(o.warmup_steps, 1))
     if o.schedule == "constant":
         after = optax.constant_schedule(peak)
     else:
-        after = optax.linear_schedule(peak, 0.0, max(config.train_steps - o.warmup_steps, 1))
+        after = optax.linear_schedule(peak, 0.0, max(train_steps - o.warmup_steps, 1))
     return optax.join_schedules([rise, after], [o.warmup_steps]) if o.warmup_steps else after
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW (the paper) or Adafactor (T5X's habit: decay 0.8, scaled by the parameter)."""
-    o, learning_rate_fn = config.optimizer, make_schedule(config)
+    """Clip, then AdamW (the paper) or Adafactor (T5X's habit: decay 0.8, scaled by the parameter).
+
+    The same object for the same settings: runs of one process share what is compiled with it.
+    """
+    return _optimizer(config.optimizer, config.learning_rate, config.train_steps)
+
+
+@functools.lru_cache(maxsize=8)
+def _optimizer(o: OptimizerConfig, peak: float, train_steps: int) -> optax.GradientTransformation:
+    learning_rate_fn = _schedule(o, peak, train_steps)
     if o.name == "adafactor":
         rule = optax.adafactor(
             learning_rate_fn,

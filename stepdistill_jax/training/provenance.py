@@ -116,13 +116,14 @@ def _commit() -> str | None:
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`FIELD was A, is B` for each setting that would change the result of a resumed run."""
-    # a setting that an older version did not have yet was at its default
+    # a setting that an older version did not have yet was at its default, also one of an objective
     defaults = json.loads(json.dumps(TrainConfig(task="").to_json()))
     found = []
     for key in ("config", "fingerprint", "model"):
         old, new = before.get(key, {}), now[key]
         if key == "config":
             old = defaults | old
+            old["objectives"] = [{"decoder_prefix": ""} | o for o in old["objectives"]]
         for name in sorted(old.keys() | new.keys()):
             skipped = FREE_FIELDS if key == "config" else OF_CONFIG if key == "model" else ()
             gone = key == "fingerprint" and name == "init_from" and name not in new

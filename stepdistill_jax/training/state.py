@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -35,8 +36,12 @@ class TrainState(struct.PyTreeNode):
 
 def create_state(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """Step 0 with the given parameters."""
+    return _first_state(params, tx, jax.random.key(seed))
+
+
+def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     # a key of its own: init has used fold 0 of the seed
-    rng = jax.random.fold_in(jax.random.key(seed), 1)
+    rng = jax.random.fold_in(key, 1)
     opt_state = tx.init(split(params)[0])
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng)
 
@@ -79,16 +84,33 @@ def shardings_of(abstract: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
+def hashable(abstract: Any) -> tuple[tuple, Any]:
+    """The leaves of a tree of abstract arrays and what is around them: a key for what is compiled."""
+    leaves, tree = jax.tree.flatten(abstract)
+    return tuple(leaves), tree
+
+
+def _key_data(seed: int) -> np.ndarray:
+    """An argument, not a constant of the program: runs that differ in seed compile once."""
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
 def init_state(
     config: T5Config, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
     """A random state, each part made on the device that keeps it."""
+    return _jit_init(config, tx, *hashable(abstract))(_key_data(seed))
 
-    def init() -> TrainState:
-        params = init_params(config, jax.random.fold_in(jax.random.key(seed), 0))
-        return create_state(params, tx, seed)
 
-    return jax.jit(init, out_shardings=shardings_of(abstract))()
+@functools.lru_cache(maxsize=4)
+def _jit_init(config: T5Config, tx: optax.GradientTransformation, leaves: tuple, tree: Any):
+    def init(key_data) -> TrainState:
+        key = jax.random.wrap_key_data(key_data)
+        params = init_params(config, jax.random.fold_in(key, 0))
+        return _first_state(params, tx, key)
+
+    return jax.jit(init, out_shardings=shardings_of(jax.tree.unflatten(tree, leaves)))
 
 
 def with_new_adapters(base: Any, config: T5Config, abstract: TrainState, *, seed: int) -> Any:

@@ -20,7 +20,7 @@ from stepdistill_jax.training.loss import (
     objective_sums,
     token_weights,
 )
-from stepdistill_jax.training.state import TrainState, shardings_of
+from stepdistill_jax.training.state import TrainState, hashable, shardings_of
 
 Metrics = dict[str, jax.Array | ObjectiveSums]
 
@@ -151,10 +151,18 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """`train_step` compiled once per batch shape, with explicit shardings; the state is donated."""
-    shardings = shardings_of(abstract)
+    """`train_step` compiled once per batch shape, with explicit shardings; the state is donated.
+
+    The same function for the same arguments: runs that differ in seed or data alone compile once.
+    """
+    return _jit_train_step(*hashable(abstract), mesh, tuple(static.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Callable:
+    shardings = shardings_of(jax.tree.unflatten(tree, leaves))
     step = jax.jit(
-        functools.partial(train_step, **static),
+        functools.partial(train_step, **dict(static)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -163,10 +171,18 @@ def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """`eval_step` compiled once per batch shape; of the plain model, its adapters merged before."""
+    """`eval_step` compiled once per batch shape; of the plain model, its adapters merged before.
+
+    The same function for the same arguments, as `jit_train_step`.
+    """
+    return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _jit_eval_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Callable:
     step = jax.jit(
-        functools.partial(eval_step, **static),
-        in_shardings=(shardings_of(base_of(abstract.params)), batch_sharding(mesh)),
+        functools.partial(eval_step, **dict(static)),
+        in_shardings=(shardings_of(jax.tree.unflatten(tree, leaves)), batch_sharding(mesh)),
         out_shardings=replicated(mesh),
     )
     return in_mesh(step, mesh)

@@ -30,7 +30,8 @@ class Throughput:
         seconds, self._last = max(now - self._last, 1e-9), now
         targets = [g["decoder_segment_ids"] > 0 for g in batch]
         inputs = [g["encoder_segment_ids"] > 0 for g in batch]
-        real_targets = sum(int(t.sum()) for t in targets)
+        # not those of a decoder prefix, which are given
+        real_targets = sum(int((g["decoder_objective_ids"] > 0).sum()) for g in batch)
         flops = sum(
             train_flops(
                 self._config,

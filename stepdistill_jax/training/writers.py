@@ -1,10 +1,12 @@
 """Where the numbers of a run go: `metrics.jsonl`, `flagged_batches.jsonl`, TensorBoard events."""
 
+import importlib
 import json
 import math
 import os
 import pathlib
 import socket
+import sys
 import tempfile
 import time
 from typing import Any
@@ -111,6 +113,7 @@ class _Board:
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
+        _import_tensorboardx()
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
 
@@ -144,6 +147,18 @@ class _Board:
     def close(self) -> None:
         with naming(self._path):
             self._records.close()
+
+
+def _import_tensorboardx() -> None:
+    """Without torch: its `__init__` wants what is installed, seconds for nothing that we use."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # "there is none", by Python's rules
+    try:
+        importlib.import_module("tensorboardX")
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 def _line(step: int, entry: dict[str, Any]) -> str:

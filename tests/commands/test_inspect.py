@@ -41,6 +41,25 @@ def test_a_configs_lengths_can_be_set(capsys, delivery_data_dir):
     assert found["cut"]["label"] == {"inputs": 0, "targets": 0}
 
 
+def test_targets_that_read_one_encoding_are_shown_so(capsys, delivery_data_dir):
+    argv = ("demo_shared_encoder", "--data-dir", delivery_data_dir, "--rows", "1")
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    told = " ".join(out.split())
+    assert "label 15 -> 2: predict: with" in told
+    assert "rationale 0 -> 18: (the same encoding) -> explain: " in told
+    code, out, _ = run(capsys, *argv, "--json")
+    assert code == 0
+    found = json.loads(out.splitlines()[-1])
+    # 32 examples, two a row: 30 of 32 input cells, 2 x (2 + 2 + 16) of 48 target cells
+    assert found["rows_per_step"] == 16
+    assert found["fill"]["inputs"] == pytest.approx(30 / 32, abs=1e-3)
+    assert found["fill"]["targets"] == pytest.approx(40 / 48, abs=1e-3)
+    (row,) = found["shown"]
+    tokens = [(s["objective"], s["input_tokens"], s["target_tokens"]) for s in row]
+    assert tokens == [("label", 15, 2), ("rationale", 0, 18)] * 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 
 from stepdistill_jax import sharding
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5, abstract_params, init_params
+from stepdistill_jax.models.t5 import T5, abstract_params, init_params, start_cache
 
 TINY = T5Config(
     vocab_size=64,
@@ -193,3 +193,29 @@ def test_logits_are_the_same_on_eight_devices(tiny, layout):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.LOGICAL_AXIS_RULES):
         got = jax.jit(T5(TINY).apply)({"params": placed}, batch)
     np.testing.assert_allclose(np.asarray(got), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_step_over_the_encoder_states_has_the_logits_of_their_keys_and_values(
+    tiny, tiny_batch, beams
+):
+    source = jnp.asarray(tiny_batch["encoder_input_tokens"])
+    segments, model = (source > 0).astype(jnp.int32), T5(TINY)
+
+    @jax.jit
+    def logits(ids):
+        encoded = model.apply({"params": tiny}, source, segments, method="encode")
+        states, last = (encoded, encoded.swapaxes(1, 2)), []
+        for cross, given in ((True, None), (False, states)):
+            cache = start_cache(tiny, encoded, TINY, 2, cross=cross)
+            for name in ("key", "value"):
+                cache[name] = jnp.repeat(cache[name], beams, axis=1)
+            for index in range(2):
+                step = ids, cache, segments, jnp.int32(index), given
+                found, cache = model.apply({"params": tiny}, *step, method="decode_step")
+            last.append(found)
+        return last
+
+    want, got = logits(jnp.arange(3 * beams)[:, None] + 7)
+    assert np.asarray(want).std() > 0.1
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -13,11 +13,12 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.planning import plan
-from stepdistill_jax.planning.compiling import rounded_groups
+from stepdistill_jax.planning.compiling import lower_step, rounded_groups
 from stepdistill_jax.planning.plan import layouts_for
 from stepdistill_jax.planning.workload import workload
 from stepdistill_jax.sharding import Layout, make_mesh
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.placing import empty_group
 
 GIB = 2**30
 CONFIG = TrainConfig(
@@ -177,6 +178,18 @@ def test_only_layouts_that_divide_the_model_are_tried(size, devices, expected):
 def test_rows_are_rounded_up_to_the_devices_and_slices(layout, rows):
     groups = rounded_groups(workload(CONFIG, rows=3), make_mesh(layout), num_microbatches=2)
     assert groups == ((rows, 64, 32),)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_arrays_of_targets_that_share_an_encoding_are_those_of_training(pack):
+    config = dataclasses.replace(CONFIG, objectives="shared_encoder", pack=pack)
+    work, mesh = workload(config, rows=3), make_mesh(Layout(), jax.devices()[:1])
+    lowered, _ = lower_step(config, work.model, work.groups, mesh)
+    (planned,) = lowered.args_info[0][1]
+    real = empty_group(3, 64, 32, shared=pack)
+    assert {n: (a.shape, a.dtype) for n, a in planned.items()} == {
+        n: (a.shape, a.dtype) for n, a in real.items()
+    }
 
 
 def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir):

@@ -5,6 +5,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.objectives import copy_control, step_by_step
 from stepdistill_jax.tasks.load import has_split, load_task, splits_of
+from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
 from stepdistill_jax.text.vocabulary import EOS_ID, ByteVocabulary, SentencePieceVocabulary
 from stepdistill_jax.training.batches import Batches
@@ -68,6 +70,49 @@ def test_seqios_ids_are_those_of_our_vocabulary(seqio, delivery_data_dir, kind):
     assert theirs.vocab_size == ours.size
 
 
+ROWS_AS_THEY_STAND = [
+    {"input": f"{text}?", "label": "a", "rationale": text.strip()} for text in HARD_STRINGS
+] + [
+    {"input": "a weight", "label": "b", "weight": 0.1},
+    {"input": "by the teacher alone", "llm_label": "c", "rationale": "since"},
+]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("vocabulary", ["spiece.model", "bytes"])
+def test_rows_that_are_taken_as_they_stand_have_the_tokens_that_seqio_gives(
+    seqio, delivery_data_dir, tmp_path, monkeypatch, vocabulary, labelled
+):
+    from stepdistill_jax.tasks.prepared_rows import PreparedRows
+
+    # not one of these very rows, in which ways to cut a text tie: SentencePiece's versions differ there
+    if vocabulary != "bytes":
+        vocabulary = delivery_data_dir / "delivery" / vocabulary
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS_AS_THEY_STAND)
+    (tmp_path / "mine.jsonl").write_text(rows)
+    prepare("jsonl", source=tmp_path / "mine.jsonl", new_name="mine", data_dir=tmp_path)
+    supervision = Supervision() if labelled else None
+
+    def load():
+        return load_task(
+            "mine",
+            split="train",
+            vocabulary=vocabulary,
+            data_dir=tmp_path,
+            supervision=supervision,
+        )
+
+    ours = load()
+    shutil.rmtree(tmp_path / "token_store")
+    monkeypatch.setattr(PreparedRows, "can_read", lambda supervision: False)
+    theirs = load()
+    assert ids_of(ours.stores[0]) == ids_of(theirs.stores[0])
+    assert ours.stores[0].label_texts == theirs.stores[0].label_texts
+    assert ours.stores[0].weights.tolist() == theirs.stores[0].weights.tolist()
+    assert ours.fingerprint == theirs.fingerprint
+    assert ours.stores[0].num_examples > len(ROWS_AS_THEY_STAND) / 2
+
+
 @pytest.mark.parametrize("objectives", [step_by_step(), copy_control()], ids=["steps", "copy"])
 def test_a_prepared_dataset_is_a_task_without_code(delivery_data_dir, objectives):
     data = load_task("delivery", split="train", objectives=objectives, data_dir=delivery_data_dir)
@@ -112,8 +157,11 @@ def test_rows_with_defects_keep_their_place(tmp_path):
     assert again.stores[0].fingerprint != store.fingerprint
 
 
-def test_a_second_run_imports_no_tensorflow(delivery_data_dir):
-    load_task("delivery", split="train", data_dir=delivery_data_dir)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "again"])
+def test_a_prepared_dataset_needs_no_tensorflow(delivery_data_dir, tmp_path, first):
+    (tmp_path / "delivery").symlink_to(delivery_data_dir / "delivery")
+    if not first:
+        load_task("delivery", split="train", data_dir=tmp_path)
     code = """
         import sys
         from stepdistill_jax.tasks import load_task
@@ -124,7 +172,7 @@ def test_a_second_run_imports_no_tensorflow(delivery_data_dir):
         print(len(batch[0]), sorted(heavy & set(sys.modules)))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(delivery_data_dir)],
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=120,
