@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             layout=args.layout,
             num_beams=args.num_beams,
             length_penalty=args.length_penalty,
+            choices=args.choices,
+            choices_temperature=args.choices_temperature,
             engine=args.engine,
             task_module=args.module,
         )

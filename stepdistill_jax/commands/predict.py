@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        help='rows {"id", "label", "score"}; a stopped run goes on where it was',
+        help='rows {"id", "label", "score"}, with --choices "probability" and "choices", too; a stopped'
+        " run goes on where it was",
     )
     parser.add_argument(
         "--task", metavar="NAME", help="prepared dataset that says how labels are compared"
@@ -92,6 +93,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         " answers)",
     )
     parser.add_argument(
+        "--choices",
+        metavar="FILE|row|labels",
+        help="score each allowed label instead of decoding, so that the answer is always one of them:"
+        " a file of labels, each row's `choices`, or the task's labels",
+    )
+    parser.add_argument(
+        "--choices-temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="of the probabilities of choices (default: 1; `evaluate --choices` names a better one)",
+    )
+    parser.add_argument(
         "--engine",
         choices=("jax", "ctranslate2"),
         help="what decodes (default: ctranslate2 on a directory of `export --format ctranslate2`, else"
@@ -123,6 +137,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             max_decode_len=args.max_decode_len,
             num_beams=args.num_beams,
             length_penalty=args.length_penalty,
+            choices=args.choices,
+            choices_temperature=args.choices_temperature,
             with_rationale=args.with_rationale,
             prefix=args.prefix,
             on_error=args.on_error,

@@ -11,6 +11,7 @@ from stepdistill_jax.inference.export import export
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.sampling import sample_decode
+from stepdistill_jax.inference.serving import serve
 
 __all__ = [
     "Decoded",
@@ -23,4 +24,5 @@ __all__ = [
     "load_model",
     "predict",
     "sample_decode",
+    "serve",
 ]

@@ -1,7 +1,7 @@
 """Beam search, with the scores, candidates and stopping rule of Hugging Face's `generate`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +25,7 @@ def beam_search(
     encoder_input_tokens: jax.Array,
     *,
     max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
     num_beams: int,
     length_penalty: float = LENGTH_PENALTY,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -44,6 +45,7 @@ def beam_search(
         encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
             batch: it is done from the start.
         max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
         num_beams: at 1 it is `greedy_decode`, as in Hugging Face, and nothing competes.
         length_penalty: above 0 it favours long answers, at 0 lengths are not looked at.
 
@@ -57,9 +59,20 @@ def beam_search(
     """
     _check(num_beams, length_penalty)
     if num_beams == 1:
-        return greedy_decode(params, config, encoder_input_tokens, max_decode_len=max_decode_len)
+        return greedy_decode(
+            params,
+            config,
+            encoder_input_tokens,
+            max_decode_len=max_decode_len,
+            decoder_prefix=decoder_prefix,
+        )
     begin = start(
-        params, config, encoder_input_tokens, max_decode_len=max_decode_len, beams=num_beams
+        params,
+        config,
+        encoder_input_tokens,
+        max_decode_len=max_decode_len,
+        beams=num_beams,
+        decoder_prefix=decoder_prefix,
     )
     batch = encoder_input_tokens.shape[0]
     ids = jnp.full((batch, num_beams, max_decode_len), PAD_ID, jnp.int32)
@@ -71,7 +84,7 @@ def beam_search(
             "ids": ids,
             "log_probs": jnp.full((batch, num_beams), NOTHING).at[:, 0].set(0.0),
         },
-        "last": jnp.full(batch * num_beams, PAD_ID, jnp.int32),
+        "last": begin.last,
         "cache": begin.cache,
         "ended": {
             "ids": ids,
@@ -84,7 +97,7 @@ def beam_search(
 
     def body(state):
         index, running = state["index"], state["running"]
-        logits, cache = begin.step(state["last"], state["cache"], index)
+        logits, cache = begin.step(state["last"], state["cache"], begin.memory, index)
         log_probs, beams, tokens = _candidates(logits, running["log_probs"])
         candidates = {
             "ids": jax.lax.dynamic_update_slice_in_dim(

@@ -29,7 +29,12 @@ ROWS_PER_DEVICE = 64
 
 
 def greedy_decode(
-    params: Any, config: T5Config, encoder_input_tokens: jax.Array, *, max_decode_len: int
+    params: Any,
+    config: T5Config,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The most probable next token, again and again, until each row has said its end.
 
@@ -39,6 +44,7 @@ def greedy_decode(
         encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
             batch: it is done from the start.
         max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
 
     Returns:
         ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
@@ -49,9 +55,17 @@ def greedy_decode(
         params,
         config,
         encoder_input_tokens,
-        lambda logits, _: jnp.argmax(logits, axis=-1),
+        lambda logits, *_: _likeliest(logits),
         max_decode_len=max_decode_len,
+        decoder_prefix=decoder_prefix,
     )
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    """`argmax` of [rows, vocab], the first of equals; XLA's own goes id by id on a CPU."""
+    last = logits.shape[-1] - 1
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == best, jnp.arange(last + 1), last), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +84,15 @@ class Decoded:
 
 
 def bucket_length(length: int) -> int:
-    """The padded length of a row: 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, ...
+    """The padded length of a row: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
 
-    Few values, so few shapes compile (10 up to 1024); at most a third of a batch is padding that
+    Few values, so few shapes compile (21 up to 1024); at most a fifth of a batch is padding that
     its longest row did not need, apart from the shortest rows.
     """
     power = SMALLEST_BUCKET
-    while power < length:
-        if power > SMALLEST_BUCKET and power * 3 // 2 >= length:
-            return power * 3 // 2
+    while 2 * power < length:
         power *= 2
-    return power
+    return max(SMALLEST_BUCKET, -(-length // (power // 4)) * (power // 4))
 
 
 def bucketed(
@@ -102,27 +114,61 @@ def bucketed(
 
 @functools.lru_cache(maxsize=8)
 def _jit_decode(
-    config: T5Config, max_decode_len: int, mesh: Mesh | None, decode_fn: Callable
+    config: T5Config,
+    max_decode_len: int,
+    mesh: Mesh | None,
+    decode_fn: Callable,
+    decoder_prefix: tuple[int, ...],
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """The compiled function of a `LabelDecoder`; the next one of its kind in this process gets it, too.
 
     A service that calls `predict` again and again compiles once, and JAX, which keeps what it has
     traced, does not grow.
     """
+    options: dict[str, Any] = {"max_decode_len": max_decode_len}
+    if decoder_prefix:
+        options["decoder_prefix"] = decoder_prefix
 
     def decode(params, encoder_input_tokens):
-        return decode_fn(params, config, encoder_input_tokens, max_decode_len=max_decode_len)
+        return decode_fn(params, config, encoder_input_tokens, **options)
 
+    return jit_over_rows(decode, mesh)
+
+
+def jit_over_rows(fn: Callable, mesh: Mesh | None) -> Callable:
+    """`fn(params, arrays)` under `jax.jit`: of trees of [rows, ...]; each device gets all results."""
     if mesh is None:
-        return jax.jit(decode)
-    if mesh.shape["data"] == mesh.size:
+        return jax.jit(fn)
+    if whole_model(mesh):
         # each device has all parameters and goes through its rows by itself: GSPMD would ask
         # all of them at each token whether all are done, and gather the logits of beams
         rows = batch_sharding(mesh).spec
-        decode = jax.shard_map(
-            decode, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+        fn = jax.shard_map(
+            fn, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
         )
-    return jax.jit(decode, out_shardings=replicated(mesh))
+    return jax.jit(fn, out_shardings=replicated(mesh))
+
+
+def whole_model(mesh: Mesh) -> bool:
+    """Whether each device has all parameters, and rows of its own."""
+    return mesh.shape["data"] == mesh.size
+
+
+@contextlib.contextmanager
+def mesh_context(mesh: Mesh | None) -> Iterator[None]:
+    """What a function of `jit_over_rows` is called in."""
+    if mesh is None or whole_model(mesh):
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+        yield
+
+
+def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
+    """`batch_size`, or 64 for each part of the mesh that has rows of its own; rounded up to fill these."""
+    shards = batch_shards(mesh) if mesh else 1
+    wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
+    return -(-wanted // shards) * shards
 
 
 class LabelDecoder:
@@ -143,6 +189,7 @@ class LabelDecoder:
         batch_size: int | None = None,
         mesh: Mesh | None = None,
         decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
+        decoder_prefix: Sequence[int] = (),
     ):
         """Compiles nothing yet.
 
@@ -155,14 +202,13 @@ class LabelDecoder:
                 processes each must ask for the same rows, and each gets all answers.
             decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
                 encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
+            decoder_prefix: ids that every answer goes on from (an objective's `decoder_prefix`);
+                where there are some, `decode_fn` is called with them, too.
         """
-        shards = batch_shards(mesh) if mesh else 1
-        wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
-        self.batch_size = -(-wanted // shards) * shards
+        self.batch_size = rows_at_once(batch_size, mesh)
         self.max_decode_len = max_decode_len
         self._mesh = mesh
-        self._whole_model = mesh is not None and mesh.shape["data"] == mesh.size
-        self._decode = _jit_decode(config, max_decode_len, mesh, decode_fn)
+        self._decode = _jit_decode(config, max_decode_len, mesh, decode_fn, tuple(decoder_prefix))
 
     def __call__(
         self,
@@ -198,7 +244,7 @@ class LabelDecoder:
         # one batch is always queued behind the one that runs, so the device does not wait for us
         queued = collections.deque()
         for places, batch in bucketed(rows, self.batch_size):
-            with self._context():
+            with mesh_context(self._mesh):
                 placed = place_rows(batch, self._mesh) if self._mesh else batch
                 queued.append((places, self._decode(params, placed)))
             if len(queued) > 1:
@@ -206,11 +252,3 @@ class LabelDecoder:
         while queued:
             collect(*queued.popleft())
         return decoded
-
-    @contextlib.contextmanager
-    def _context(self) -> Iterator[None]:
-        if self._mesh is None or self._whole_model:
-            yield
-            return
-        with jax.set_mesh(self._mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
-            yield

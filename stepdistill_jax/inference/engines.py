@@ -3,7 +3,7 @@
 import collections
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,7 +18,13 @@ from stepdistill_jax.formats.ctranslate2 import (
 )
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2
 from stepdistill_jax.inference.beam import LENGTH_PENALTY, search
-from stepdistill_jax.inference.decode import ROWS_PER_DEVICE, Decoded, LabelDecoder
+from stepdistill_jax.inference.choices import CHUNK_TOKENS, ChoiceScorer
+from stepdistill_jax.inference.decode import (
+    ROWS_PER_DEVICE,
+    Decoded,
+    LabelDecoder,
+    rows_at_once,
+)
 from stepdistill_jax.inference.model import device_mesh, load_model, params_fingerprint
 from stepdistill_jax.sharding import Layout
 from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
@@ -55,6 +61,7 @@ class Engine(Protocol):
         rows: Sequence[Sequence[int]],
         max_decode_len: int,
         on_progress: Callable[[int], None] | None = None,
+        decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
         """Answers of `rows`, in their order.
 
@@ -62,7 +69,17 @@ class Engine(Protocol):
             rows: ids of each input with its end of sequence; none is empty.
             max_decode_len: most tokens of an answer, the end of sequence included.
             on_progress: called with the number of rows of each batch that is done.
+            decoder_prefix: ids that every answer goes on from; they are no part of it or its score.
         """
+        ...
+
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Log probabilities of given answers to each row: `choices.ChoiceScorer`, without parameters."""
         ...
 
 
@@ -129,14 +146,15 @@ class JaxEngine:
         self._config, self._params = model.config, model.params
         self.path, self.step = model.path, model.step
         self.vocabulary, self.task_info = model.vocabulary, model.task_info
-        self._decoders: dict[int, LabelDecoder] = {}
+        self._decoders: dict[tuple[int, tuple[int, ...], int], LabelDecoder] = {}
+        self._scorers: dict[int, ChoiceScorer] = {}
         self._asked_batch_size = batch_size
         self.device = jax.devices()[0].device_kind
 
     @property
     def batch_size(self) -> int:
         """On all devices together."""
-        return self._decoder(1).batch_size
+        return rows_at_once(self._asked_batch_size, self._mesh)
 
     @property
     def identity(self) -> str:
@@ -148,20 +166,46 @@ class JaxEngine:
         rows: Sequence[Sequence[int]],
         max_decode_len: int,
         on_progress: Callable[[int], None] | None = None,
+        decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
         """As `Engine.decode`."""
-        return self._decoder(max_decode_len)(self._params, rows, on_progress)
+        size = self._rows_at_once(len(rows))
+        decoder = self._decoder(max_decode_len, tuple(decoder_prefix), size)
+        return decoder(self._params, rows, on_progress)
 
-    def _decoder(self, max_decode_len: int) -> LabelDecoder:
-        if max_decode_len not in self._decoders:  # it keeps what it has compiled
-            self._decoders[max_decode_len] = LabelDecoder(
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """As `Engine.score`."""
+        size = self._rows_at_once(len(rows))
+        if size not in self._scorers:
+            self._scorers[size] = ChoiceScorer(self._config, batch_size=size, mesh=self._mesh)
+        return self._scorers[size](self._params, rows, answers, on_progress)
+
+    def _rows_at_once(self, rows: int) -> int:
+        """The batch size for so many: filler rows take time, and its halves are few shapes."""
+        size = self.batch_size
+        while size > 1 and size // 2 >= rows:
+            size //= 2
+        return size
+
+    def _decoder(
+        self, max_decode_len: int, prefix: tuple[int, ...], batch_size: int
+    ) -> LabelDecoder:
+        key = max_decode_len, prefix, batch_size
+        if key not in self._decoders:  # it keeps what it has compiled
+            self._decoders[key] = LabelDecoder(
                 self._config,
                 max_decode_len=max_decode_len,
-                batch_size=self._asked_batch_size,
+                batch_size=batch_size,
                 mesh=self._mesh,
                 decode_fn=self._decode_fn,
+                decoder_prefix=prefix,
             )
-        return self._decoders[max_decode_len]
+        return self._decoders[key]
 
 
 class CTranslate2Engine:
@@ -225,12 +269,21 @@ class CTranslate2Engine:
         rows: Sequence[Sequence[int]],
         max_decode_len: int,
         on_progress: Callable[[int], None] | None = None,
+        decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
         """As `Engine.decode`.
 
         Raises:
-            InputError: a row of nothing but its end of sequence, which CTranslate2 does not decode.
+            InputError: a row of nothing but its end of sequence, which CTranslate2 does not decode; or
+                a decoder prefix where lengths compete, of which CTranslate2 takes it for a part.
         """
+        prefix = [self._names[i] for i in decoder_prefix]
+        if prefix and self._penalty:
+            raise InputError(
+                f"{self.path}: CTranslate2 counts the decoder's prefix of a rationale as a part of it"
+                " when beams of different lengths compete; give --length-penalty 0, or ask the"
+                " directory that this one was made from"
+            )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )
@@ -245,6 +298,7 @@ class CTranslate2Engine:
                         " under an empty prefix); leave such rows out, or ask the directory that"
                         " this one was made from"
                     )
+                ids = ids[len(prefix) :]
                 decoded.ids[place], decoded.finished[place] = ids, ids[-1] == EOS_ID
                 decoded.scores[place] = result.scores[0] * len(ids) ** self._penalty
             if on_progress:
@@ -257,7 +311,8 @@ class CTranslate2Engine:
         queued = collections.deque()
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            queued.append((places, self._start([rows[i] for i in places], max_decode_len)))
+            results = self._start([rows[i] for i in places], max_decode_len, prefix)
+            queued.append((places, results))
             # enough for a worker that is faster than the others; whoever stops waits for all of them
             if len(queued) > 2 * self._workers:
                 collect(*queued.popleft())
@@ -265,20 +320,76 @@ class CTranslate2Engine:
             collect(*queued.popleft())
         return decoded
 
-    def _start(self, rows: list[Sequence[int]], max_decode_len: int) -> list[Any]:
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """As `Engine.score`; an input is encoded once for each of its answers."""
+        scores = [np.zeros(len(of_row), np.float32) for of_row in answers]
+
+        def collect(pairs: list[tuple[int, int]], results: list[Any]) -> None:
+            for (place, number), result in zip(pairs, results, strict=True):
+                scores[place][number] = sum(result.result().log_probs)
+            done = sum(number == len(answers[place]) - 1 for place, number in pairs)
+            if on_progress and done:
+                on_progress(done)
+
+        queued = collections.deque()
+        for pairs in self._pairs(rows, answers):
+            results = self._translator.score_batch(
+                [[self._names[i] for i in rows[place]] for place, _ in pairs],
+                # it adds the end of sequence itself
+                [[self._names[i] for i in answers[place][n][:-1]] for place, n in pairs],
+                max_input_length=0,
+                asynchronous=True,
+            )
+            queued.append((pairs, results))
+            if len(queued) > 2 * self._workers:
+                collect(*queued.popleft())
+        while queued:
+            collect(*queued.popleft())
+        return scores
+
+    def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
+        """Batches of (row, answer): like inputs, the longest first, few tokens of answers at a time."""
+        pairs, longest = [], 0
+        for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+            for number, ids in enumerate(answers[place]):
+                new_longest = max(longest, len(ids))
+                # all of a batch have logits at the same time
+                if pairs and (len(pairs) + 1) * new_longest > CHUNK_TOKENS:
+                    yield pairs
+                    pairs, new_longest = [], len(ids)
+                pairs.append((place, number))
+                longest = new_longest
+        if pairs:
+            yield pairs
+
+    def _start(
+        self, rows: list[Sequence[int]], max_decode_len: int, prefix: list[str]
+    ) -> list[Any]:
         """One batch, put into the queue: a result to wait for per row."""
         return self._translator.translate_batch(
             [[self._names[i] for i in row] for row in rows],
+            target_prefix=[prefix] * len(rows) if prefix else None,
             asynchronous=True,
             beam_size=self._beams,
             length_penalty=self._penalty,
-            max_decoding_length=max_decode_len,
+            max_decoding_length=len(prefix) + max_decode_len,
             # by default it cuts inputs at 1024 tokens, and forbids the end of sequence at first
             max_input_length=0,
             min_decoding_length=0,
             return_scores=True,
             return_end_token=True,
         )
+
+
+def require_finite(model: Engine, scores: np.ndarray) -> None:
+    """Refuses a model whose answers have no probabilities."""
+    if not np.isfinite(scores).all():
+        raise InputError(f"{model.path}: the model gives NaN; its weights are damaged")
 
 
 def usable_cores() -> int:

@@ -3,6 +3,7 @@
 `tasks.evaluate` takes the tasks that only SeqIO can read, too.
 """
 
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -12,7 +13,9 @@ from typing import Any
 
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import as_path, check_writable, is_remote, upload, write_json
+from stepdistill_jax.inference.allowed import ROW, allow, check_choices, choose
 from stepdistill_jax.inference.asking import cut_ids, how_to_ask
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.engines import open_engine
@@ -37,12 +40,15 @@ def evaluate(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    choices: os.PathLike | str | Sequence[str] | None = None,
+    choices_temperature: float = 1.0,
     engine: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them.
 
     For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`, those of beams in
-    `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is given).
+    `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is given), those of
+    choices in `-choices.jsonl`.
 
     Args:
         path: workdir or model directory.
@@ -51,7 +57,8 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where the dataset is prepared.
-        batch_size, layout, num_beams, length_penalty, engine: as for `predict`.
+        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
+            `predict`.
 
     Returns:
         What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
@@ -60,12 +67,14 @@ def evaluate(
         InputError: no such model, step, dataset or split, or a bad option.
     """
     search(num_beams, length_penalty)  # a bad value is said before anything is read
+    check_choices(choices, choices_temperature, num_beams)
     source = everywhere(lambda: open_prepared(task, data_dir).file(split))
     if output is not None:
         on_first(lambda: check_writable(output, "--output"))
     found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
     beams = "" if num_beams == 1 else f"-beams{num_beams}"
     penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
+    chosen = "" if choices is None else "-choices"
     with tempfile.TemporaryDirectory() as scratch:
         kept = None if found is None else as_path(path) / PREDICTIONS
         remote = kept is not None and is_remote(kept)
@@ -73,13 +82,15 @@ def evaluate(
         result = predict(
             path,
             source,
-            folder / f"{task}-{split}-{found}{beams}{penalty}.jsonl",
+            folder / f"{task}-{split}-{found}{beams}{penalty}{chosen}.jsonl",
             task=task,
             step=step if found is None else found,
             batch_size=batch_size,
             layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
+            choices=choices,
+            choices_temperature=choices_temperature,
             engine=engine,
             data_dir=data_dir,
         )
@@ -104,6 +115,8 @@ def evaluate_tokens(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    choices: os.PathLike | str | Sequence[str] | None = None,
+    choices_temperature: float = 1.0,
     engine: str | None = None,
 ) -> dict[str, Any]:
     """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
@@ -115,7 +128,8 @@ def evaluate_tokens(
         metric: how they are compared.
         allowed: the possible labels, where they are few.
         step: of a workdir: `best`, `last` or a number.
-        batch_size, layout, num_beams, length_penalty, engine: as for `predict`.
+        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
+            `predict`; `labels` are `allowed`, and rows have no choices of their own.
 
     Returns:
         What `predict` returns, and `step`, `num_beams`, `length_penalty`.
@@ -123,6 +137,11 @@ def evaluate_tokens(
     Raises:
         InputError: no such model or step, or a bad option.
     """
+    check_choices(choices, choices_temperature, num_beams)
+    if choices == ROW:
+        raise InputError(
+            "--choices row: rows of a SeqIO task have no field `choices`; give a file of labels"
+        )
     model = open_engine(
         path,
         engine,
@@ -132,22 +151,34 @@ def evaluate_tokens(
         num_beams=num_beams,
         length_penalty=length_penalty,
     )
-    asking = how_to_ask(model)
-    tally, cut = Tally(metric, allowed), [cut_ids(ids, asking.input_length) for ids in inputs]
+    asking = dataclasses.replace(how_to_ask(model), labels=tuple(allowed))
+    chooser = None
+    if choices is not None:
+        chooser = everywhere(lambda: allow(choices, asking, model, choices_temperature))
+    tally, cut = (
+        Tally(metric, allowed, choices_temperature),
+        [cut_ids(ids, asking.input_length) for ids in inputs],
+    )
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
+    rows = [Row(str(i), {"input": "", "label": label}) for i, label in enumerate(labels, 1)]
+    unfinished = 0
     with until_stopped(len(inputs), "evaluate") as update:
-        decoded = model.decode(cut, asking.decode_lengths[0], update)
+        if chooser:
+            answers = choose(model, cut, rows, chooser, update)
+        else:
+            decoded = model.decode(cut, asking.decode_lengths[0], update)
+            answers = [{"label": model.vocabulary.decode(ids)} for ids in decoded.ids]
+            unfinished = int((~decoded.finished).sum())
     seconds = time.perf_counter() - start
-    for number, (ids, label) in enumerate(zip(decoded.ids, labels, strict=True), 1):
-        row = Row(str(number), {"input": "", "label": label})
-        tally.add(row, model.vocabulary.decode(ids))
+    for row, answer in zip(rows, answers, strict=True):
+        tally.add(row, answer["label"], answer.get("choices"))
     return {
         "step": model.step,
         "num_beams": num_beams,
         "length_penalty": length_penalty,
         **tally.summary(),
-        "unfinished": int((~decoded.finished).sum()),
+        "unfinished": unfinished,
         "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),
         "skipped": 0,
         "rows_per_second": round(len(inputs) / seconds, 3) if len(inputs) else 0.0,

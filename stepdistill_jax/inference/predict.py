@@ -9,13 +9,12 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import numpy as np
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest, local_path
+from stepdistill_jax.inference.allowed import Allowed, allow, check_choices, choose
 from stepdistill_jax.inference.asking import (
     RATIONALE,
     Asking,
@@ -23,9 +22,9 @@ from stepdistill_jax.inference.asking import (
     how_to_ask,
 )
 from stepdistill_jax.inference.beam import search
-from stepdistill_jax.inference.engines import Engine, open_engine
+from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
 from stepdistill_jax.inference.output import SharedOutput, partial_of, sidecar_of
-from stepdistill_jax.inference.rows import InputFile, Row, next_window, read_rows
+from stepdistill_jax.inference.rows import InputFile, Row, next_window
 from stepdistill_jax.inference.skipped import SkippedRows, skipped_of
 from stepdistill_jax.inference.tally import Tally
 from stepdistill_jax.inference.together import (
@@ -40,6 +39,7 @@ from stepdistill_jax.sharding import Layout
 
 # decoded together, then written and synced: what a crash costs at most
 WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger one counts
+WINDOW_LABELS = 64  # more choices than these make it smaller
 ON_ERROR = ("stop", "skip")
 
 
@@ -55,6 +55,8 @@ def predict(
     max_decode_len: int | None = None,
     num_beams: int = 1,
     length_penalty: float | None = None,
+    choices: os.PathLike | str | Sequence[str] | None = None,
+    choices_temperature: float = 1.0,
     with_rationale: bool = False,
     prefix: str | None = None,
     on_error: str = "stop",
@@ -86,6 +88,11 @@ def predict(
             time.
         length_penalty: with beams, the power of an answer's length that its score is divided by;
             None is 1.
+        choices: the answers that are allowed: `row` (each row's `choices`), `labels` (the task's), a
+            file of them, or a list. Instead of decoding, each is scored, exactly, and the likeliest is
+            the label; rows get `probability` and `choices`, too (`inference.allowed`). A rationale is
+            decoded as ever.
+        choices_temperature: of these probabilities; `best_temperature` of a validation split, say.
         with_rationale: also decodes the objective `rationale`, for looking; the label does not
             depend on it.
         prefix: text before the input instead of the model's own template.
@@ -97,7 +104,8 @@ def predict(
     Returns:
         `rows`, `accuracy` and `majority_baseline` (only where rows have labels), `invalid_labels`,
         `unfinished` (rows that reached `max_decode_len` without an end), `rows_per_second`
-        (compilation included), `collapsed`, `cut_inputs`, `skipped`.
+        (compilation included), `collapsed`, `cut_inputs`, `skipped`; with choices and labels also
+        what `Calibration.summary` has.
 
     Raises:
         InputError: bad options, model, or row (file and line), an input that changed in the
@@ -107,6 +115,7 @@ def predict(
     """
     _check_options(input, output, batch_size, max_decode_len, on_error)
     search(num_beams, length_penalty)  # a bad value is said before anything is read
+    check_choices(choices, choices_temperature, num_beams, max_decode_len)
     source = everywhere(lambda: InputFile(input, on_error))
     model = open_engine(
         path,
@@ -127,12 +136,18 @@ def predict(
             data_dir=data_dir,
         )
     )
+    allowed = None
+    if choices is not None:
+        allowed = everywhere(lambda: allow(choices, asking, model, choices_temperature))
+        if not allowed.labels:  # what the vocabulary makes of a row's choices is known only now
+            source = everywhere(lambda: InputFile(input, on_error, allowed.check))
+    options = [dataclasses.asdict(asking), num_beams, length_penalty]
     # not the batch size and the number of devices: they move a score by its last digit, and who was
     # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
     key = {
         "model": model.identity,
         "input": source.digest,
-        "options": digest([dataclasses.asdict(asking), num_beams, length_penalty]),
+        "options": digest(options if allowed is None else [*options, allowed.key]),
         "device": model.device,
     }
     require_same(key, "input or model")
@@ -140,7 +155,7 @@ def predict(
         contextlib.closing(SharedOutput(output, key)) as shared,
         contextlib.closing(SkippedRows(output)) as skipped,
     ):
-        result = _run(model, asking, source, shared, skipped)
+        result = _run(model, asking, source, shared, skipped, allowed)
         _require_unchanged(source, shared, result["rows"])
         on_first(skipped.finish)
         shared.finish()
@@ -168,8 +183,9 @@ def _run(
     source: InputFile,
     shared: SharedOutput,
     skipped: SkippedRows,
+    allowed: Allowed | None,
 ) -> dict[str, Any]:
-    tally = Tally(asking.metric, asking.labels)
+    tally = Tally(asking.metric, asking.labels, allowed.temperature if allowed else 1.0)
     counts = {name: shared.state.get(name, 0) for name in ("unfinished", "cut_inputs")}
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
@@ -180,10 +196,12 @@ def _run(
         earlier = shared.rows()  # all are there, or none: only the process that writes counts
         for row in itertools.islice(rows, done):
             if answer := next(earlier, None):
-                tally.add(row, answer["label"])
+                tally.add(row, answer["label"], answer.get("choices"))
 
     everywhere(count_earlier)
     window_rows = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
+    if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each
+        window_rows = max(1, window_rows * WINDOW_LABELS // len(allowed.labels))
     start = time.perf_counter()
     with until_stopped(
         source.total,
@@ -192,11 +210,11 @@ def _run(
     ) as update:
         while window := everywhere(lambda: next_window(rows, window_rows)):
             require_same([row.fields for row in window], "input")
-            answers = _decode_window(model, asking, window, counts, update)
+            answers = _decode_window(model, asking, window, counts, update, allowed)
             _require_unchanged(source, shared)  # what has been kept was made from this input
             shared.append(answers, **counts)
             for row, answer in zip(window, answers, strict=True):
-                tally.add(row, answer["label"])
+                tally.add(row, answer["label"], answer.get("choices"))
     seconds = time.perf_counter() - start
     new = tally.rows - done
     return on_first(
@@ -218,7 +236,7 @@ def _require_unchanged(source: InputFile, shared: SharedOutput, rows: int | None
 
 
 def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Row]:
-    for row in read_rows(source.path):  # under `stop`, `InputFile` has found that all are good
+    for row in source.rows():  # under `stop`, `InputFile` has found that all are good
         if isinstance(row, Row):
             yield row
         else:
@@ -231,14 +249,27 @@ def _decode_window(
     window: list[Row],
     counts: dict[str, int],
     update: Callable[[int], None],
+    allowed: Allowed | None,
 ) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = [{"id": row.id} for row in window]
     prompts = zip(*map(asking.prompts, window), strict=True)
     for i, (length, texts) in enumerate(zip(asking.decode_lengths, prompts, strict=True)):
         encoded = [encode_input(model.vocabulary, text, asking.input_length) for text in texts]
-        decoded = model.decode([ids for ids, _ in encoded], length, update if i == 0 else None)
-        if not np.isfinite(decoded.scores).all():
-            raise InputError(f"{model.path}: the model gives NaN; its weights are damaged")
+        if i == 0:
+            counts["cut_inputs"] += sum(cut for _, cut in encoded)
+            if allowed is not None:
+                rows = [ids for ids, _ in encoded]
+                for answer, chosen in zip(
+                    answers, choose(model, rows, window, allowed, update), strict=True
+                ):
+                    answer |= chosen
+                continue
+        prefix = asking.objectives[i].decoder_prefix
+        given = {"decoder_prefix": model.vocabulary.encode(prefix)} if prefix else {}
+        decoded = model.decode(
+            [ids for ids, _ in encoded], length, update if i == 0 else None, **given
+        )
+        require_finite(model, decoded.scores)
         for answer, ids, score in zip(answers, decoded.ids, decoded.scores, strict=True):
             text = model.vocabulary.decode(ids)
             if i == 0:
@@ -248,5 +279,4 @@ def _decode_window(
                 answer[RATIONALE] = text
         if i == 0:
             counts["unfinished"] += int((~decoded.finished).sum())
-            counts["cut_inputs"] += sum(cut for _, cut in encoded)
     return answers

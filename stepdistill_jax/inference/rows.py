@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from stepdistill_jax.data.readers import fields
@@ -53,8 +53,14 @@ class BadRow(InputError):
         self.line, self.reason = line, reason
 
 
-def read_rows(path: os.PathLike | str) -> Iterator[Row | BadRow]:
+def read_rows(
+    path: os.PathLike | str, check_row: Callable[[Row], None] | None = None
+) -> Iterator[Row | BadRow]:
     """Each row of a JSON-lines file, or what is wrong with it; blank lines are skipped.
+
+    Args:
+        path: of the file.
+        check_row: raises InputError, the reason alone, at a row that will not do.
 
     Raises:
         InputError: the file cannot be read.
@@ -65,9 +71,13 @@ def read_rows(path: os.PathLike | str) -> Iterator[Row | BadRow]:
         try:
             if isinstance(found, InputError):
                 raise found
-            yield parse_row(found, number, where)
+            row = parse_row(found, number, where)
+            if check_row:
+                check_row(row)
         except InputError as error:
             yield BadRow(str(path), line, str(error).removeprefix(f"{where}: "))
+        else:
+            yield row
 
 
 def next_window(rows: Iterator[Row], most_rows: int) -> list[Row]:
@@ -102,18 +112,18 @@ def parse_row(row: dict[str, Any], number: int, where: str) -> Row:
     )
 
 
-def count_rows(path: os.PathLike | str, on_error: str) -> int:
+def count_rows(rows: Iterator[Row | BadRow], on_error: str) -> int:
     """Number of good rows: a bad one in the middle is known before the first is decoded.
 
     Args:
-        path: a JSON-lines file.
+        rows: of `read_rows`.
         on_error: `stop` or `skip`.
 
     Raises:
         InputError: the file cannot be read, or under `stop` the first bad row: file and line.
     """
     good = 0
-    for row in read_rows(path):
+    for row in rows:
         if isinstance(row, Row):
             good += 1
         elif on_error == "stop":
@@ -130,12 +140,21 @@ class InputFile:
         digest: of its bytes.
     """
 
-    def __init__(self, path: os.PathLike | str, on_error: str):
-        """Raises InputError as `count_rows`."""
-        self.path = path
+    def __init__(
+        self,
+        path: os.PathLike | str,
+        on_error: str,
+        check_row: Callable[[Row], None] | None = None,
+    ):
+        """Raises InputError as `count_rows`; `check_row` as for `read_rows`."""
+        self.path, self._check_row = path, check_row
         self._stamp = self._stat()
-        self.total = count_rows(path, on_error)
+        self.total = count_rows(self.rows(), on_error)
         self.digest = sha256(path)
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """`read_rows` of it."""
+        return read_rows(self.path, self._check_row)
 
     def _stat(self) -> tuple[int, ...] | None:
         try:

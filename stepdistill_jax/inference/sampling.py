@@ -1,6 +1,7 @@
 """Answers drawn at random, each row's draw depending on nothing but the key and the row."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ def sample_decode(
     encoder_input_tokens: jax.Array,
     *,
     max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
     rng: jax.Array,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -37,6 +39,7 @@ def sample_decode(
         encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
             batch: it is done from the start.
         max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
         rng: a key of `jax.random`.
         temperature: divides the logits; above 0.
         top_k: then only the `top_k` likeliest tokens (and those as likely as the last of them) can
@@ -63,13 +66,18 @@ def sample_decode(
         raise InputError(f"top_p: 0 <= top_p <= 1 is wanted, got {top_p!r}")
     keys = row_keys(rng, encoder_input_tokens)
 
-    def choose(logits, index):
+    def choose(logits, index, places):
         allowed = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys[places], index)
         return jax.vmap(jax.random.categorical)(now, allowed)
 
     return decode_tokens(
-        params, config, encoder_input_tokens, choose, max_decode_len=max_decode_len
+        params,
+        config,
+        encoder_input_tokens,
+        choose,
+        max_decode_len=max_decode_len,
+        decoder_prefix=decoder_prefix,
     )
 
 

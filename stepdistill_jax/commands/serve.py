@@ -1,0 +1,92 @@
+"""`stepdistill serve`: labels over HTTP."""
+
+import argparse
+from typing import Any
+
+from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `serve`."""
+    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="what answers")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine alone; it knows neither TLS nor"
+        " passwords)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="0 is any that is free (default: 8000)"
+    )
+    parser.add_argument(
+        "--max-wait-ms",
+        type=float,
+        default=5.0,
+        metavar="X",
+        help="how long a row waits for others to share a batch with (default: 5)",
+    )
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most rows that are not yet answered; more are refused with 503 (default: 256)",
+    )
+    parser.add_argument(
+        "--timeout-secs",
+        type=float,
+        default=30.0,
+        metavar="X",
+        help="after which a request is given up with 504 (default: 30)",
+    )
+    parser.add_argument(
+        "--grace-secs",
+        type=float,
+        default=20.0,
+        metavar="X",
+        help="for the requests that are under way at SIGTERM or Ctrl-C (default: 20)",
+    )
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--max-decode-len",
+        type=int,
+        metavar="N",
+        help="most tokens of a label (default: what training found enough)",
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help="text before each input (default: the model's own; `predict: ` if it names none)",
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Calls `inference.serve`, which returns after a signal, and prints its summary."""
+    join_and_cache(args.path)
+    from stepdistill_jax.distributed import end_soon
+    from stepdistill_jax.inference import serve
+
+    result = serve(
+        args.path,
+        host=args.host,
+        port=args.port,
+        max_wait_ms=args.max_wait_ms,
+        max_queue=args.max_queue,
+        timeout_secs=args.timeout_secs,
+        grace_secs=args.grace_secs,
+        step=args.step,
+        batch_size=args.batch_size,
+        layout=args.layout,
+        max_decode_len=args.max_decode_len,
+        num_beams=args.num_beams,
+        length_penalty=args.length_penalty,
+        choices=args.choices,
+        choices_temperature=args.choices_temperature,
+        prefix=args.prefix,
+        engine=args.engine,
+    )
+    print(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
+    result["stopped"] = result["unanswered"] > 0
+    if result.pop("busy"):  # nobody waits for it, so the exit does not either
+        end_soon(1 if result["stopped"] else 0)
+    return result

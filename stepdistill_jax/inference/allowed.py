@@ -1,0 +1,266 @@
+"""Which answers `--choices` allows, their ids, and what is written of them."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.data.readers.fields import as_text
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.files import check_file, digest, local_path, read_json
+from stepdistill_jax.inference.asking import BARE_INPUT_LENGTH, Asking
+from stepdistill_jax.inference.engines import Engine, require_finite
+from stepdistill_jax.inference.rows import Row
+from stepdistill_jax.objectives import Objective, fields_of
+from stepdistill_jax.text.metrics import normalize
+from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
+
+ROW, LABELS = "row", "labels"
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+_KEPT = 2**16  # labels whose ids are kept: rows name the same ones again and again
+
+
+class Allowed:
+    """The answers that each row may have, and what they cost the model.
+
+    Attributes:
+        labels: the allowed ones where they are the same for all rows; empty where each row has its own.
+        temperature: of the probabilities.
+        key: differs where the answers or what is written of them may differ.
+    """
+
+    def __init__(
+        self,
+        choices: os.PathLike | str | Sequence[str],
+        *,
+        labels: Sequence[str],
+        objective: Objective,
+        vocabulary: Vocabulary,
+        most_ids: int,
+        temperature: float = 1.0,
+    ):
+        """Reads the labels, where they are not the rows' own.
+
+        Args:
+            choices: `row` (each row's field `choices`), `labels` (those of the task), a file (one label a
+                line, or a JSON list if its name ends in .json), or the labels themselves.
+            labels: of the task; empty where it has no closed set.
+            objective: the label's; its target template says what the model was trained to write.
+            vocabulary: of the model.
+            most_ids: of an answer, the end of sequence included; training cut longer ones.
+            temperature: of the probabilities; scores have none.
+
+        Raises:
+            InputError: no such file, fewer than two labels, one that stands twice or that the model
+                cannot tell from another or was not trained to write, or a bad temperature.
+        """
+        if fields_of(objective.target_template) != ("label",):
+            raise InputError(
+                f"--choices: the model writes {objective.target_template!r}, so a label alone has no"
+                " probability of its own"
+            )
+        self._objective, self._vocabulary, self._most_ids = objective, vocabulary, most_ids
+        self.temperature = check_temperature(temperature)
+        self._ids_of = functools.lru_cache(_KEPT)(self._encode)
+        self.labels: tuple[str, ...] = ()
+        if choices != ROW:
+            name, found = _read_labels(choices, labels)
+            self.labels = _each_checked(found, name)
+            try:
+                self._ids = self._checked(self.labels)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        self.key = digest([ROW if choices == ROW else self.labels, self.temperature])
+
+    def of(self, row: Row) -> tuple[str, ...]:
+        """The labels of a row, each once, in the order given."""
+        return self.labels or _each_once(row.choices)
+
+    def ids(self, row: Row) -> list[tuple[int, ...]]:
+        """The ids of these, with their end of sequence."""
+        return self._ids if self.labels else self._checked(self.of(row))
+
+    def check(self, row: Row) -> None:
+        """Refuses a row without choices, or with some that the model cannot tell apart.
+
+        Raises:
+            InputError: the reason.
+        """
+        if self.labels:
+            return
+        if not row.choices:
+            raise InputError("no field 'choices', which --choices row scores (or it is empty)")
+        self.ids(row)
+
+    def answer(self, row: Row, scores: np.ndarray) -> dict[str, Any]:
+        """What is written of a row, all numbers but the score with 6 significant digits.
+
+        Args:
+            row: the question.
+            scores: [labels of the row], natural logs of their probabilities.
+
+        Returns:
+            `label`, the one of the highest score, or the first of those; `score`, its own;
+            `probability`, its share in the sum over all allowed ones; `choices`, this share of each.
+        """
+        labels, scores = self.of(row), np.asarray(scores, np.float64)
+        best = int(scores.argmax())
+        shares = np.exp((scores - scores[best]) / self.temperature)
+        shares /= shares.sum()
+        probabilities = [float(f"{share:.6g}") for share in shares]
+        return {
+            "label": labels[best],
+            "score": round(float(scores[best]), 6) + 0.0,  # a rounded -0.0 would be written as such
+            "probability": probabilities[best],
+            "choices": dict(zip(labels, probabilities, strict=True)),
+        }
+
+    def _encode(self, label: str) -> tuple[int, ...]:
+        """As training encodes a target, but never cut."""
+        _, target = self._objective.render({"label": label})
+        return (*self._vocabulary.encode(target), EOS_ID)
+
+    def _checked(self, labels: Sequence[str]) -> list[tuple[int, ...]]:
+        found: dict[tuple[int, ...], str] = {}
+        for label in labels:
+            ids = self._ids_of(label)
+            if len(ids) == 1:
+                raise InputError(f"the label {label!r} has no ids in the model's vocabulary")
+            if len(ids) > self._most_ids:
+                raise InputError(
+                    f"the label {label!r:.60} has {len(ids)} ids, and the model was trained to write"
+                    f" at most {self._most_ids}"
+                )
+            if ids in found:
+                raise InputError(
+                    f"the labels {found[ids]!r} and {label!r} have the same ids in the model's"
+                    " vocabulary, so it cannot tell them apart"
+                )
+            found[ids] = label
+        return list(found)
+
+
+def check_choices(
+    choices: Any, temperature: float, num_beams: int, max_decode_len: int | None = None
+) -> None:
+    """Refuses options that do not go together with `choices`, or that mean nothing without it."""
+    check_temperature(temperature)
+    if choices is None:
+        if temperature != 1.0:
+            raise InputError("--choices-temperature: there is none without --choices")
+    elif num_beams != 1:
+        raise InputError("--num-beams: --choices scores all that are allowed, and searches nothing")
+    elif max_decode_len is not None:
+        raise InputError("--max-decode-len: --choices decodes no label; leave it out")
+
+
+def allow(
+    choices: os.PathLike | str | Sequence[str],
+    asking: Asking,
+    model: Engine,
+    temperature: float = 1.0,
+) -> Allowed:
+    """The answers of `predict`'s `choices`, for this model and task; InputError as `Allowed`."""
+    info = model.task_info
+    return Allowed(
+        choices,
+        labels=asking.labels,
+        objective=asking.objectives[0],
+        vocabulary=model.vocabulary,
+        most_ids=info.target_length if info else BARE_INPUT_LENGTH,
+        temperature=temperature,
+    )
+
+
+def choose(
+    model: Engine,
+    inputs: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    allowed: Allowed,
+    update: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The likeliest allowed answer of each row, as `Allowed.answer` writes it.
+
+    Args:
+        model: opened by `open_engine`.
+        inputs: ids of each row's prompt (`encode_input`).
+        rows: the questions themselves.
+        allowed: of `allow`.
+        update: called with the number of rows of each batch that is done.
+
+    Raises:
+        InputError: the model gives NaN.
+    """
+    scores = model.score(inputs, [allowed.ids(row) for row in rows], update)
+    for of_row in scores:
+        require_finite(model, of_row)
+    return [allowed.answer(row, of_row) for row, of_row in zip(rows, scores, strict=True)]
+
+
+def check_temperature(temperature: float) -> float:
+    """`temperature`, or an InputError where it is none."""
+    if isinstance(temperature, bool) or not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
+        raise InputError(
+            f"--choices-temperature: {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} is wanted,"
+            f" got {temperature!r}"
+        )
+    return float(temperature)
+
+
+def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
+    """Labels but for those that are as an earlier one: questions of CommonsenseQA repeat some."""
+    found: dict[str, str] = {}
+    for label in labels:
+        found.setdefault(normalize(label), label)
+    return tuple(found.values())
+
+
+def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
+    """(where they are from, the labels as they stand there)."""
+    if choices == LABELS:
+        if not of_task:
+            raise InputError(
+                "--choices labels: the task has no closed set of labels; give a file of them, or `row`"
+                " where rows have `choices`"
+            )
+        return "--choices labels", list(of_task)
+    if isinstance(choices, str | os.PathLike):
+        return f"{choices}", _read_file(choices)
+    return "--choices", list(choices)
+
+
+def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
+    """Texts of two or more labels, none blank, none twice; `name` says where they stand."""
+    labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
+    first: dict[str, int] = {}
+    for number, label in enumerate(labels, 1):
+        if not label:
+            raise InputError(f"{name}: label {number} is blank")
+        if (before := first.setdefault(normalize(label), number)) != number:
+            raise InputError(f"{name}: the label {label!r} stands twice (as {before} and {number})")
+    if len(labels) < 2:
+        raise InputError(f"{name}: at least two labels are wanted, found {len(labels)}")
+    return tuple(labels)
+
+
+def _read_file(path: os.PathLike | str) -> list[Any]:
+    local = local_path(path, "--choices")
+    if not local.exists():
+        raise InputError(
+            f"--choices {path}: no such file; `row` takes each row's own, `labels` those of the task"
+        )
+    check_file(local, "a file of labels")
+    if local.suffix == ".json":
+        found = read_json(local)
+        if not isinstance(found, list):
+            raise InputError(f"{path}: a JSON list of labels is wanted")
+        return found
+    try:
+        lines = local.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return [line for line in lines if line.strip()]
