@@ -36,6 +36,9 @@ COMMANDS = {
     "checkpoints": "list a workdir's saved steps, and whether they are as they were saved",
     "evaluate": "accuracy of a workdir or model on a split",
     "predict": "labels and scores for the rows of a JSONL file",
+    "sweep": "arms x data fractions x seeds, trained and evaluated; resumable",
+    "report": "runs compared: one HTML page, its plots and tables",
+    "serve": "labels and scores over HTTP",
     "export": "write a workdir's model as a Hugging Face directory",
 }
 
@@ -118,7 +121,8 @@ def _run(argv: list[str]) -> int:
     if args.json and is_first():
         print(json.dumps(_plain(result or {})), flush=True)
     # a run that ended before its work did, and has said why; checkpoints that are not as saved
-    return FAILED if any((result or {}).get(name) for name in ("stopped", "damaged")) else OK
+    ended_badly = ("stopped", "damaged", "failed_cells")
+    return FAILED if any((result or {}).get(name) for name in ended_badly) else OK
 
 
 def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:

@@ -103,12 +103,16 @@ def demo(
 
 def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
     """Decoded text and token counts of an objective's prompts, at most `length` tokens each."""
-    template = info.objectives[objective].input_template
+    asked = info.objectives[objective]
     rows = [
-        encode_input(model.vocabulary, template.format(input=text), info.input_length)[0]
+        encode_input(model.vocabulary, asked.input_template.format(input=text), info.input_length)[
+            0
+        ]
         for text in texts
     ]
-    decoded = LabelDecoder(model.config, max_decode_len=length)(model.params, rows)
+    prefix = model.vocabulary.encode(asked.decoder_prefix) if asked.decoder_prefix else ()
+    decoder = LabelDecoder(model.config, max_decode_len=length, decoder_prefix=prefix)
+    decoded = decoder(model.params, rows)
     return [model.vocabulary.decode(ids) for ids in decoded.ids], [len(i) for i in decoded.ids]
 
 

@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -30,6 +32,7 @@ def test_train_passes_config_folders_and_text(called, tmp_path, capsys):
     ((config, kwargs),) = called
     expected, text = load_config("demo_step_by_step", ["TRAIN_STEPS=3", "SEED=4"])
     assert config == expected
+    assert 0 <= time.monotonic() - kwargs.pop("began") < 60
     assert kwargs == {"workdir": str(workdir), "data_dir": data_dir, "config_text": text}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3, "loss": 0.5}
 
@@ -77,7 +80,8 @@ def test_train_without_seqio_is_exit_2(called, tmp_path, capsys, monkeypatch):
 
 
 def test_two_steps_in_a_process_of_its_own(delivery_data_dir, tmp_path):
-    command = [sys.executable, "-m", "stepdistill_jax", "train", "demo_step_by_step", "--json"]
+    command = [sys.executable, "-X", "importtime", "-m", "stepdistill_jax", "train", "--json"]
+    command += ["demo_step_by_step"]
     command += ["--workdir", str(tmp_path / "run"), "--data-dir", str(delivery_data_dir)]
     for setting in ("TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=8"):
         command += ["--set", setting]
@@ -90,3 +94,13 @@ def test_two_steps_in_a_process_of_its_own(delivery_data_dir, tmp_path):
     assert {"loss", "loss/label", "loss/rationale", "examples_per_second"} <= set(last)
     text = (tmp_path / "run" / "config.gin").read_text()
     assert "TRAIN_STEPS = 2" in text
+    lines = done.stderr.splitlines()
+    (said,) = (line for line in lines if line.startswith("first step after "))
+    assert re.sub(r"[\d.]+", "0", said) == (
+        "first step after 0 s: imports 0, data 0, state 0, compiling 0, step 0"
+    )
+    # seconds at each start that no step needs, whether they are installed or not
+    imported = {x.rpartition("| ")[2].strip() for x in lines if x.startswith("import time:")}
+    assert "jax" in imported
+    heavy = ("tensorflow.", "seqio.", "torch.", "transformers.")  # parts: attempts are listed, too
+    assert [name for name in imported if name.startswith(heavy)] == []

@@ -1,0 +1,114 @@
+"""`stepdistill report`: one page about runs, with its pictures and tables."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from stepdistill_jax.commands.arguments import add_data_dir_argument
+
+if TYPE_CHECKING:
+    from stepdistill_jax.experiments.comparison import Comparison
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `report`."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUNS",
+        help="folders of `sweep`, workdirs of `train`, or folders with some of these inside",
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder of report.html, and of its pictures (SVG, PNG) and tables (CSV, LaTeX)",
+    )
+    parser.add_argument(
+        "--split", default="test", metavar="SPLIT", help="whose answers are compared (test)"
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="arm that the others are held against (label_only, or else one with its objectives)",
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=500,
+        metavar="N",
+        help="rows of the split that the page shows with each arm's answer (500)",
+    )
+    add_data_dir_argument(parser)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Calls `experiments.report`, prints a table, and gives it as values."""
+    from rich.console import Console
+
+    from stepdistill_jax.experiments.report import report
+
+    written = report(
+        args.runs,
+        output=args.output,
+        split=args.split,
+        baseline=args.baseline,
+        examples=args.examples,
+        data_dir=args.data_dir,
+    )
+    console = Console()
+    for comparison in written.comparisons:
+        _show(comparison, args.split, console)
+    for entry in written.left_out:
+        console.print(f"left out: {entry['run']}: {entry['why']}", markup=False, soft_wrap=True)
+    console.print(f"\n{written.page}", markup=False, highlight=False, soft_wrap=True)
+    return {
+        "page": str(written.page),
+        "files": [str(path) for path in written.files],
+        "comparisons": [_values(c) for c in written.comparisons],
+        "left_out": list(written.left_out),
+    }
+
+
+def _show(comparison: "Comparison", split: str, console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from stepdistill_jax.experiments.report import headline
+
+    table = Table(title=Text(f"{comparison.name}: accuracy on {split}"))
+    table.add_column("arm")
+    for column in ("fraction", "labels", "runs", "accuracy ± 95%", "collapsed"):
+        table.add_column(column, justify="right")
+    for p in comparison.points:
+        half = " " * 9 if p.high is None else f" ± {p.high - p.accuracy:.4f}"
+        table.add_row(
+            Text(p.arm),
+            f"{p.fraction:g}",
+            f"{p.labels:.0f}",
+            str(len(p.runs)),
+            f"{p.accuracy:.4f}{half}",
+            str(p.collapsed or ""),
+        )
+    console.print(table)
+    for name in ("teacher", "majority"):
+        value = getattr(comparison, name)
+        if value is not None:
+            words = {"teacher": "The teacher", "majority": "Always giving the commonest label"}
+            console.print(f"{words[name]}: {value:.4f}.", highlight=False)
+    for sentence in headline(comparison):
+        console.print(sentence, markup=False, highlight=False)
+
+
+def _values(comparison: "Comparison") -> dict[str, Any]:
+    fields = ("arm", "fraction", "labels", "accuracy", "low", "high", "collapsed")
+    return {
+        "name": comparison.name,
+        "baseline": comparison.baseline,
+        "teacher_accuracy": comparison.teacher,
+        "majority_baseline": comparison.majority,
+        "points": [
+            {f: getattr(p, f) for f in fields} | {"runs": len(p.runs)} for p in comparison.points
+        ],
+        "enough": [vars(e) for e in comparison.enough],
+        "tests": [vars(t) for t in comparison.tests],
+    }

@@ -1,0 +1,22 @@
+"""What the paper measured, to stand beside what is measured here."""
+
+from stepdistill_jax.experiments.comparison import Point
+
+BASE_PARAMETERS = 247_577_856  # T5 v1.1 base
+
+# Hsieh et al. 2023 (arXiv:2305.02301): T5 v1.1 base from the published weights, all of the gold labels,
+# accuracy on test; rationales by PaLM
+ACCURACY = {
+    "esnli": {"label_only": 0.8838, "step_by_step": 0.8951},
+    "anli": {"label_only": 0.4358, "step_by_step": 0.4958},
+    "cqa": {"label_only": 0.6219, "step_by_step": 0.6329},
+    "svamp": {"label_only": 0.6263, "step_by_step": 0.6550},
+}
+
+
+def paper_accuracy(point: Point) -> float | None:
+    """The paper's figure for a point of its kind: its dataset, arm and size of model, all of the data."""
+    run = point.runs[0]
+    if point.fraction != 1 or run.parameters != BASE_PARAMETERS:
+        return None
+    return ACCURACY.get(run.task, {}).get(point.arm)

@@ -1,0 +1,234 @@
+"""`stepdistill report`: runs compared, as one HTML page and as pictures and tables for a paper."""
+
+import base64
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax import __version__
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.experiments import tables
+from stepdistill_jax.experiments.comparison import Comparison, compare
+from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure, size_figure
+from stepdistill_jax.experiments.results import read_runs
+from stepdistill_jax.experiments.stats import DRAWS
+from stepdistill_jax.files import atomic_write, check_writable, local_path
+
+PAGE = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found, and where it is written.
+
+    Attributes:
+        page: the HTML file.
+        files: all that was written, the page first.
+        comparisons: see `comparison.compare`.
+        left_out: runs that are in no table, `run` and `why` each.
+    """
+
+    page: pathlib.Path
+    files: Sequence[pathlib.Path]
+    comparisons: Sequence[Comparison]
+    left_out: Sequence[dict[str, str]]
+
+
+def report(
+    runs: Sequence[os.PathLike | str],
+    *,
+    output: os.PathLike | str,
+    split: str = "test",
+    baseline: str | None = None,
+    examples: int = 500,
+    data_dir: os.PathLike | str | None = None,
+) -> Report:
+    """Compares runs and writes `report.html`, and each picture and table as files of its own.
+
+    The page needs no network and nothing beside it. The same runs give the same bytes.
+
+    Args:
+        runs: workdirs, folders of `sweep`, or folders with some of these inside.
+        output: folder; made if absent, its files of a former report are replaced.
+        split: whose answers are compared.
+        baseline: arm that others are held against; None is as in `compare`.
+        examples: rows that are shown with their answers, evenly spread over the split.
+        data_dir: where the datasets are prepared; without one there are neither tests nor examples.
+
+    Raises:
+        InputError: a path without runs, none that has answered the split, no such baseline, or a
+            folder that cannot be written.
+    """
+    if examples < 0:
+        raise InputError(f"--examples: a number from 0 is wanted, got {examples}")
+    folder = local_path(output, "--output")
+    check_writable(folder / PAGE, "--output")
+    found, left_out = read_runs(runs, split=split, data_dir=data_dir)
+    comparisons, doubled = compare(found, baseline)
+    left_out = [*left_out, *doubled]
+    files, shown = [], []
+    for comparison, suffix in zip(comparisons, _suffixes(comparisons), strict=True):
+        written, about = _write_comparison(comparison, folder, suffix, split)
+        files += written
+        shown.append(about | _examples(comparison, examples))
+    sizes = size_figure(comparisons, split, folder / "size")
+    files += [] if sizes is None else [sizes, sizes.with_suffix(".png")]
+    every = tables.runs_table(comparisons, split)
+    files += every.write(folder)
+    page = folder / PAGE
+    with atomic_write(page) as f:
+        f.write(
+            _page(
+                comparisons=shown,
+                size_figure=sizes and _embedded(sizes),
+                runs_table=every,
+                runs=len(every.rows),
+                left_out=left_out,
+                split=split,
+                title="Runs compared: "
+                + ", ".join(dict.fromkeys(r.task for c in comparisons for r in c.runs)),
+            )
+        )
+    return Report(page, [page, *files], comparisons, left_out)
+
+
+def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
+    """Of file names: none for a single comparison, else what its name makes, and its number if need be."""
+    if len(comparisons) == 1:
+        return [""]
+    names = [re.sub(r"[^A-Za-z0-9.]+", "-", c.name).strip("-.")[:80] for c in comparisons]
+    return [
+        f"-{name}" if name and names.count(name) == 1 else f"-{name}-{i}"
+        for i, name in enumerate(names, 1)
+    ]
+
+
+def _write_comparison(
+    comparison: Comparison, folder: pathlib.Path, suffix: str, split: str
+) -> tuple[list[pathlib.Path], dict[str, Any]]:
+    """The files of a comparison, and what the page says of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    accuracy = accuracy_figure(comparison, split, folder / f"accuracy{suffix}")
+    learning = learning_figure(comparison, folder / f"learning{suffix}")
+    figures = [f for f in (accuracy, learning) if f is not None]
+    made = {
+        "accuracy": tables.accuracy_table(comparison, f"accuracy{suffix}"),
+        "tests": tables.tests_table(comparison, f"tests{suffix}"),
+        "cost": tables.cost_table(comparison, f"cost{suffix}"),
+    }
+    written = [path for f in figures for path in (f, f.with_suffix(".png"))]
+    written += [path for table in made.values() for path in table.write(folder)]
+    return written, {
+        **made,
+        "name": comparison.name,
+        "headline": headline(comparison),
+        "accuracy_figure": _embedded(accuracy),
+        "learning_figure": learning and _embedded(learning),
+        "collapsed": [
+            f"{r.arm} {r.fraction:g} seed {r.seed}: accuracy {r.accuracy:.4f}, always"
+            f" {r.answers[0]!r}"
+            if r.answers
+            else f"{r.arm} {r.fraction:g} seed {r.seed}: accuracy {r.accuracy:.4f}"
+            for p in comparison.points
+            for r in p.runs
+            if r.collapsed
+        ],
+        "no_tests": (
+            "there is one arm only"
+            if len(comparison.arms) == 1
+            else "no two arms have runs at the same fraction whose answers can be compared row by row"
+        ),
+    }
+
+
+def headline(comparison: Comparison) -> list[str]:
+    """How little data each arm needs for what the baseline reaches with all of it, in words."""
+    said = []
+    base = comparison.baseline
+    for e in comparison.enough:
+        full = comparison.of_arm(base)[-1].fraction
+        data = "all of the data" if full == 1 else f"{full:g} of the data"
+        theirs = f"{base}'s accuracy with {data} ({e.target:.4f}, {e.baseline_labels:.0f} labels)"
+        if e.fraction is None or e.labels is None:
+            said.append(f"{e.arm} does not reach {theirs} at any fraction tried.")
+            continue
+        times = e.baseline_labels / e.labels
+        fewer = f", {times:.3g} times fewer" if times > 1 else ""
+        part = "the same data" if e.fraction == full else f"{e.fraction:g} of it"
+        sentence = f"{e.arm} reaches {theirs} with {part} ({e.labels:.0f} labels{fewer})."
+        if e.tested and e.surely is None:
+            sentence += " At no share is it better beyond chance (95%)."
+        elif e.tested:
+            sentence += f" It is better beyond chance (95%) from a share of {e.surely:g} on."
+        last = comparison.of_arm(e.arm)[-1]
+        if e.reverse is None:
+            sentence += (
+                f" {base} does not reach {e.arm}'s {last.accuracy:.4f} at any fraction tried."
+            )
+        said.append(sentence)
+    return said
+
+
+def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
+    """Rows with the answers of one run of each arm: the largest fraction's first seed."""
+    chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
+    chosen = [run for run in chosen if run.right is not None]
+    if not chosen or not count:
+        return {"examples": []}
+    golds = [run.gold for run in chosen if run.gold]
+    explained = next((g for g in golds if any(e.rationale for e in g.examples)), golds[0])
+    rows = len(explained.examples)
+    picked = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int))
+    found = []
+    for i in picked.tolist():
+        example = explained.examples[i]
+        answers = [
+            {
+                "arm": run.arm,
+                "label": run.answers[i] if run.answers else "",
+                "right": bool(run.right[i]) if run.right is not None else False,
+                "rationale": run.rationales[i] if run.rationales else "",
+            }
+            for run in chosen
+        ]
+        fields = ("id", "input", "label", "llm_label", "rationale")
+        found.append({f: getattr(example, f) for f in fields} | {"answers": answers})
+    fractions = ", ".join(dict.fromkeys(f"{run.fraction:g}" for run in chosen))
+    seeds = ", ".join(dict.fromkeys(str(run.seed) for run in chosen))
+    return {
+        "examples": found,
+        "rows": rows,
+        "arms": [run.arm for run in chosen],
+        "shown": f"at fraction {fractions} with seed {seeds}",
+    }
+
+
+def _embedded(figure: pathlib.Path) -> str:
+    """A data URI: as an image, an SVG runs nothing and shares no names with the page."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
+
+
+def _page(**values: Any) -> str:
+    """The HTML text. What comes from data is escaped; the one script is known by its digest."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("stepdistill_jax.experiments"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    script = environment.get_template("filter.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        script_hash=f"sha256-{digest}",
+        version=__version__,
+        draws=DRAWS,
+        **values,
+    )

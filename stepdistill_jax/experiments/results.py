@@ -1,0 +1,287 @@
+"""What runs left behind: settings, answers on a split, curves, cost. Neither weights nor devices are touched."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.checkpoints.manager import resolve_step
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP, WITH_RATIONALE
+from stepdistill_jax.files import digest, local_path, read_json, read_jsonl
+from stepdistill_jax.inference.evaluate import PREDICTIONS
+from stepdistill_jax.objectives import ARMS
+from stepdistill_jax.text.metrics import metric_fn
+from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.writers import METRICS, read_metrics
+
+DEPTH = 5  # folders that are looked through for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gold:
+    """A split of a prepared dataset.
+
+    Attributes:
+        key: digest of ids, inputs and labels: two datasets that differ in rationales alone share it.
+        examples: its rows, in order.
+        metric: how labels are compared.
+        fingerprint: of the dataset.
+    """
+
+    key: str
+    examples: Sequence[Example]
+    metric: str
+    fingerprint: str
+
+    def right(self, labels: Sequence[str]) -> np.ndarray:
+        """[rows] bool."""
+        matches = metric_fn(self.metric)
+        return np.array(
+            [matches(got, e.label) for got, e in zip(labels, self.examples, strict=True)], bool
+        )
+
+    @functools.cached_property
+    def teacher(self) -> float | None:
+        """The teacher's accuracy over all rows, None where it has answered none.
+
+        A row without an answer counts as wrong, as in the paper.
+        """
+        if not any(e.llm_label for e in self.examples):
+            return None
+        return float(self.right([e.llm_label for e in self.examples]).mean())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RunResult:
+    """One run that has answered the split.
+
+    Attributes:
+        workdir: its folder.
+        arm, fraction, seed: of a sweep, else by its objectives and config.
+        grid: VALUE by NAME of a sweep's grid.
+        config: of `run.json`.
+        gold: the split that it answered; None where its dataset is not prepared here.
+        labels: labelled examples trained on.
+        parameters: of the model.
+        step: the one that answered.
+        accuracy, rows: on the split.
+        majority: accuracy of always giving the commonest label; None where it was not kept.
+        collapsed: all answers are the same.
+        answers: the labels given, in the order of the rows; None without `gold`.
+        right: [rows] bool, the same.
+        rationales: of the model, where they were decoded.
+        lines: of `metrics.jsonl`.
+    """
+
+    workdir: pathlib.Path
+    arm: str
+    fraction: float
+    seed: int
+    grid: Mapping[str, str]
+    config: Mapping[str, Any]
+    gold: Gold | None
+    labels: int
+    parameters: int
+    step: int | None
+    accuracy: float
+    rows: int
+    majority: float | None
+    collapsed: bool
+    answers: Sequence[str] | None
+    right: np.ndarray | None
+    rationales: Sequence[str] | None
+    lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def task(self) -> str:
+        """That it was trained on."""
+        return self.config["task"]
+
+    @property
+    def gold_key(self) -> str:
+        """What runs must share to be compared."""
+        return self.task if self.gold is None else self.gold.key
+
+    @functools.cached_property
+    def cost(self) -> tuple[float, float]:
+        """(seconds, FLOPs) of its training steps: compiling included, validation and saving not."""
+        seconds = flops = 0.0
+        for line in self.lines:
+            rate = line.get("timing/examples_per_second")
+            if rate:
+                took = self.config["batch_size"] / rate
+                seconds += took
+                flops += (line.get("timing/tflops_per_second") or 0.0) * 1e12 * took
+        return seconds, flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A workdir, and what its sweep calls it (empty where it is of none)."""
+
+    workdir: pathlib.Path
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_runs(
+    paths: Sequence[os.PathLike | str],
+    *,
+    split: str,
+    data_dir: os.PathLike | str | None = None,
+) -> tuple[list[RunResult], list[dict[str, str]]]:
+    """All runs below `paths` that have answered `split`, and those left out: `run` and `why` each.
+
+    Args:
+        paths: workdirs, folders of `sweep`, or folders with some of these inside.
+        split: of the datasets.
+        data_dir: where they are prepared.
+
+    Raises:
+        InputError: a path without a run, a damaged file, or no run that has answered the split.
+    """
+    folder = data_folder(data_dir)
+
+    @functools.cache
+    def gold(task: str) -> Gold | None:
+        if not is_prepared(task, folder):
+            return None
+        dataset = open_prepared(task, folder)
+        if split not in dataset.splits:
+            return None
+        examples = list(dataset.examples(split))
+        key = digest([[e.id, e.input, e.label] for e in examples])
+        return Gold(key, examples, dataset.metric, dataset.fingerprint)
+
+    runs, left_out = [], []
+    for found in find_runs(paths):
+        read = _read(found, split, gold)
+        if isinstance(read, str):
+            left_out.append({"run": str(found.workdir), "why": read})
+        else:
+            runs.append(read)
+    if not runs:
+        first = left_out[0]
+        raise InputError(f"{first['run']}: {first['why']}; no other run has answers on {split}")
+    return runs, left_out
+
+
+def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
+    """Every workdir below `paths`, once, in their order.
+
+    Raises:
+        InputError: there is no such folder, or none in it.
+    """
+    found: dict[pathlib.Path, Found] = {}
+    for given in paths:
+        path = local_path(given, "report")
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; a workdir or a sweep's folder is wanted")
+        here = list(_below(path, DEPTH))
+        if not here:
+            raise InputError(f"{path}: neither a run nor a sweep, and none in it")
+        for run in here:
+            found.setdefault(run.workdir.resolve(), run)
+    return list(found.values())
+
+
+def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
+    if (path / RUN).is_file():
+        yield Found(path)
+    elif (path / SWEEP).is_file():
+        cells = read_json(path / SWEEP).get("cells", {})
+        for name, told in cells.items():
+            if (path / name / RUN).is_file():
+                yield Found(path / name, told)
+    elif depth:
+        for child in sorted(p for p in path.iterdir() if p.is_dir()):
+            yield from _below(child, depth - 1)
+
+
+def _read(found: Found, split: str, gold_of) -> RunResult | str:
+    """The run, or why it is left out."""
+    workdir, told = found.workdir, found.told
+    described = read_json(workdir / RUN)
+    try:
+        config, labels = described["config"], described["examples"]
+        task, parameters = config["task"], described["parameters"]
+        fraction, seed = config["data_fraction"], config["seed"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{workdir / RUN}: damaged ({error!r})") from None
+    evaluation = workdir / EVALUATION / f"{split}.json"
+    kept = read_json(evaluation) if evaluation.is_file() else {}
+    gold = gold_of(task)
+    if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
+        return f"answered {task} before it was prepared anew"
+    step = kept.get("step")
+    if step is None:
+        try:
+            step = resolve_step(workdir, "best")
+        except InputError as error:
+            return str(error).removeprefix(f"{workdir}: ")
+    file = workdir / PREDICTIONS / f"{task}-{split}-{step}.jsonl"
+    answers = rationales = right = None
+    if gold is not None:
+        if not file.is_file():
+            command = f"stepdistill evaluate {workdir} --task {task} --split {split}"
+            return f"has no answers on {split}: run `{command}`"
+        answers = _column(file, gold, "label")
+        if answers is None:
+            return f"{file.name} answers other rows than {task}'s {split} has: evaluate it again"
+        right = gold.right(answers)
+        explained = file.with_name(f"{file.stem}{WITH_RATIONALE}.jsonl")
+        rationales = _column(explained, gold, "rationale") if explained.is_file() else None
+    elif "accuracy" not in kept:
+        return f"the dataset {task} with a split {split} is not prepared here"
+    return RunResult(
+        workdir=workdir,
+        arm=str(told.get("arm") or arm_of(config["objectives"])),
+        fraction=float(fraction),
+        seed=int(seed),
+        grid={str(k): str(v) for k, v in told.get("grid", {}).items()},
+        config=config,
+        gold=gold,
+        labels=int(labels),
+        parameters=int(parameters),
+        step=step,
+        accuracy=float(kept["accuracy"] if right is None else right.mean()),
+        rows=int(kept["rows"] if right is None else len(right)),
+        majority=kept.get("majority_baseline"),
+        collapsed=(
+            bool(kept["collapsed"]) if answers is None else len(answers) > 1 == len(set(answers))
+        ),
+        answers=answers,
+        right=right,
+        rationales=rationales,
+        lines=read_metrics(workdir) if (workdir / METRICS).is_file() else [],
+    )
+
+
+def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
+    """A field of each row; None where the rows are not those of `gold`."""
+    rows = [row for _, row in read_jsonl(file)]
+    if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
+        return None
+    return [str(row.get(name, "")) for row in rows]
+
+
+def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
+    """Name of the arm that has these objectives, weights aside; else the objectives' own names.
+
+    Example: `label+rationale` with another template than `step_by_step` stays `label+rationale`.
+    """
+
+    def shape(items) -> list[tuple]:
+        fields = ("name", "input_template", "target_template", "decoder_prefix")
+        return [tuple(o.get(f, "") for f in fields) for o in items]
+
+    for name, arm in ARMS.items():
+        if shape(map(dataclasses.asdict, arm())) == shape(objectives):
+            return name
+    return "+".join(str(o.get("name")) for o in objectives)

@@ -1,0 +1,358 @@
+"""Arms x fractions x seeds x a grid: one run after another in one process, and each evaluated."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from stepdistill_jax.checkpoints.manager import saved_steps
+from stepdistill_jax.data.prepare import ensure_prepared
+from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
+from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
+from stepdistill_jax.files import as_path, read_json, write_json
+from stepdistill_jax.inference import predict
+from stepdistill_jax.inference.asking import RATIONALE
+from stepdistill_jax.inference.evaluate import PREDICTIONS
+from stepdistill_jax.objectives import Objective
+from stepdistill_jax.progress import log
+from stepdistill_jax.tasks import evaluate
+from stepdistill_jax.tasks.load import has_split
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.lock import locked
+from stepdistill_jax.training.loop import train
+from stepdistill_jax.training.provenance import differences
+from stepdistill_jax.training.workdir import RUN
+
+SWEEP = "sweep.json"
+EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
+WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
+WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        arm: what its curve is called.
+        fraction, seed: of its config.
+        grid: VALUE as typed, by NAME, of what else differs between cells.
+        config: the run.
+        text: gin text to keep as `config.gin`.
+    """
+
+    arm: str
+    fraction: float
+    seed: int
+    grid: Mapping[str, str]
+    config: TrainConfig
+    text: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Of its workdir in the sweep's folder: `step_by_step/0.25/3`, `ARM/NAME=VALUE/0.25/3`."""
+        return cell_path(self.arm, self.fraction, self.seed, self.grid)
+
+    @property
+    def name(self) -> str:
+        """For people: `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
+        return cell_name(self.arm, self.fraction, self.seed, self.grid)
+
+
+def cell_path(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
+    """See `Cell.path`; what a folder's name should not hold becomes `-`."""
+    values = ",".join(f"{k}={re.sub(r'[^A-Za-z0-9._+-]+', '-', v)}" for k, v in grid.items())
+    return "/".join([arm, *([values] if values else []), repr(float(fraction)), str(seed)])
+
+
+def cell_name(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
+    """See `Cell.name`."""
+    return " ".join([arm, f"{fraction:g}", f"seed {seed}", *(f"{k}={v}" for k, v in grid.items())])
+
+
+def sweep(
+    cells: Sequence[Cell],
+    *,
+    workdir: os.PathLike | str,
+    data_dir: os.PathLike | str | None = None,
+    split: str | None = "test",
+    with_rationale: bool = False,
+    retries: int = 1,
+    asked: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains and evaluates the cells that are not done yet, in order.
+
+    A cell is done when its last step is saved and its evaluation written: both are looked for in its
+    workdir, so a sweep that was killed at any point goes on exactly. Cells that differ only in seed,
+    fraction or a number that no program holds are compiled once.
+
+    Args:
+        cells: what to train, on one task or several.
+        workdir: folder of `sweep.json` and of a workdir for each cell.
+        data_dir: where the dataset is prepared.
+        split: read by the best step of each run, to `evaluation/SPLIT.json` and `predictions/`; None
+            evaluates nothing.
+        with_rationale: also decodes the rationale of each row of the split, for looking, where an arm
+            has that objective.
+        retries: how often a cell that failed is tried again, after all others.
+        asked: what was typed, kept in `sweep.json`.
+
+    Returns:
+        `workdir`, `done` and `skipped` (numbers of cells: in all, and of those before this start),
+        `failed_cells` ({"cell", "workdir", "error"} each), `seconds`.
+
+    Raises:
+        InputError: a cell whose workdir holds another run, two cells in one folder, no such split;
+            before the first one trains.
+        SystemExit: 75, stopped by a signal; what was trained is saved.
+    """
+    if jax.process_count() > 1:
+        raise InputError(
+            "sweep runs in one process; `--print slurm` or `--print xpk` writes the commands of its"
+            " cells for many hosts"
+        )
+    folder, data_dir = as_path(workdir), data_folder(data_dir)
+    began = time.monotonic()
+    datasets = _check_cells(cells, folder, data_dir, split)
+    with _stopped_by_signals(), locked(folder):
+        _check_workdirs(cells, folder, datasets)
+        record = _Record(folder, cells, {"split": split, **(asked or {})})
+        done = [c for c in cells if _is_done(c, folder, split, with_rationale)]
+        for cell in done:
+            record.note(cell, state=DONE, error=None)
+        record.write()
+        if done:
+            log(f"{len(done)} of {len(cells)} cells are done already")
+
+        def work(cell: Cell) -> None:
+            workdir = folder / cell.path
+            if not _is_trained(cell, workdir):
+                train(cell.config, workdir=workdir, data_dir=data_dir, config_text=cell.text)
+            if split is not None:
+                _evaluate(cell, workdir, data_dir, split, with_rationale, datasets)
+
+        _run(cells, [c for c in cells if c not in done], work, retries, record)
+    failed = [
+        {"cell": c.name, "workdir": str(folder / c.path), "error": record.of(c)["error"]}
+        for c in cells
+        if record.of(c)["state"] == FAILED
+    ]
+    for entry in failed:
+        log(f"failed: {entry['cell']}: {entry['error']}")
+    return {
+        "workdir": str(folder),
+        "cells": len(cells),
+        "done": len(cells) - len(failed),
+        "skipped": len(done),
+        "failed_cells": failed,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _run(
+    cells: Sequence[Cell],
+    left: Sequence[Cell],
+    work: Callable[[Cell], None],
+    retries: int,
+    record: "_Record",
+) -> None:
+    """`work` on the cells that are left; those that fail again, behind all others."""
+    waiting, ended, spent = [(cell, 1) for cell in left], 0, 0.0
+    while waiting:
+        cell, attempt = waiting.pop(0)
+        left_secs = spent / ended * (len(waiting) + 1) if ended else None
+        eta = "" if left_secs is None else f"  ETA {datetime.timedelta(seconds=int(left_secs))}"
+        again = f"  (attempt {attempt})" if attempt > 1 else ""
+        log(f"=== cell {cells.index(cell) + 1}/{len(cells)} {cell.name}{again}{eta}")
+        start = time.monotonic()
+        record.note(cell, state=RUNNING, error=None, started=_now())
+        record.write()
+        told: dict[str, Any] = {"state": STOPPED}
+        try:
+            work(cell)
+            told = {"state": DONE}
+        except Exception as error:
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            told = {"state": FAILED, "error": printable(f"{kind}{error}", 500)}
+            log(f"cell {cell.name} failed: {told['error']}")
+            if attempt <= retries:
+                waiting.append((cell, attempt + 1))
+        finally:
+            record.note(cell, **told, seconds=time.monotonic() - start)
+            record.write()
+        ended, spent = ended + 1, spent + time.monotonic() - start
+
+
+def _evaluate(
+    cell: Cell,
+    workdir: pathlib.Path,
+    data_dir: pathlib.Path,
+    split: str,
+    with_rationale: bool,
+    datasets: Mapping[str, str | None],
+) -> None:
+    """Answers of the best step, and `evaluation/SPLIT.json` last: it says that all is there."""
+    config = cell.config
+    result = evaluate(
+        workdir, task=config.task, split=split, data_dir=data_dir, task_module=config.task_module
+    )
+    dataset = datasets[config.task]
+    if with_rationale and dataset and any(o.name == RATIONALE for o in _others(config)):
+        name = f"{config.task}-{split}-{result['step']}{WITH_RATIONALE}.jsonl"
+        predict(
+            workdir,
+            open_prepared(config.task, data_dir).file(split),
+            workdir / PREDICTIONS / name,
+            task=config.task,
+            step=result["step"],
+            with_rationale=True,
+            data_dir=data_dir,
+        )
+    kept = result | {"dataset": dataset, "with_rationale": with_rationale}
+    write_json(workdir / EVALUATION / f"{split}.json", kept)
+
+
+def _others(config: TrainConfig) -> Sequence[Objective]:
+    assert not isinstance(config.objectives, str)  # TrainConfig has resolved it
+    return config.objectives[1:]
+
+
+def _is_trained(cell: Cell, workdir: pathlib.Path) -> bool:
+    if not (workdir / RUN).is_file():
+        return False
+    metrics = saved_steps(workdir).get(cell.config.train_steps)
+    return metrics is not None and bool(metrics.get("validated", True))
+
+
+def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale: bool) -> bool:
+    workdir = folder / cell.path
+    if not _is_trained(cell, workdir):
+        return False
+    if split is None:
+        return True
+    path = workdir / EVALUATION / f"{split}.json"
+    if not path.is_file():
+        return False
+    return not with_rationale or bool(read_json(path).get("with_rationale"))
+
+
+def _check_cells(
+    cells: Sequence[Cell], folder: pathlib.Path, data_dir: pathlib.Path, split: str | None
+) -> dict[str, str | None]:
+    """Fingerprint of each task's prepared dataset (None of a task that only SeqIO knows)."""
+    if (folder / RUN).is_file():
+        raise InputError(f"--workdir {folder}: is a run of its own, not a folder of runs")
+    if not cells:
+        raise InputError("sweep: there is no cell; give at least one arm, fraction and seed")
+    paths: dict[str, Cell] = {}
+    for cell in cells:
+        if (other := paths.setdefault(cell.path, cell)) is not cell:
+            raise InputError(
+                f"sweep: {other.name} and {cell.name} would share {folder / cell.path}; name each"
+                " arm, fraction, seed and value once"
+            )
+    datasets = {}
+    for task, module in {(c.config.task, c.config.task_module): None for c in cells}:
+        if task == EMBEDDED:
+            ensure_prepared(task, data_dir)
+        if split and not has_split(task, split, data_dir=data_dir, task_module=module):
+            raise InputError(f"--evaluate {split}: {task} has no such split; or give `none`")
+        prepared = is_prepared(task, data_dir)
+        datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
+    return datasets
+
+
+def _check_workdirs(
+    cells: Sequence[Cell], folder: pathlib.Path, datasets: Mapping[str, str | None]
+) -> None:
+    """Refuses, before anything trains, a cell whose workdir holds a run of another config or data."""
+    for cell in cells:
+        workdir = folder / cell.path
+        if not (workdir / RUN).is_file():
+            continue
+        before = read_json(workdir / RUN)
+        now = {k: before.get(k, {}) for k in ("fingerprint", "model")}
+        # as JSON has it: tuples are lists there
+        now["config"] = json.loads(json.dumps(cell.config.to_json(), default=str))
+        if found := differences(before, now):
+            raise InputError(
+                f"{workdir}: holds a run with other settings ({'; '.join(found)}); use the same ones"
+                " to go on with this sweep, or another --workdir"
+            )
+        for file in sorted((workdir / EVALUATION).glob("*.json")):
+            old, new = read_json(file).get("dataset"), datasets[cell.config.task]
+            if old and new and old != new:
+                raise InputError(
+                    f"{file}: is of {cell.config.task} before it was prepared anew; use another"
+                    " --workdir"
+                )
+
+
+class _Record:
+    """`sweep.json`: what was asked, and each cell's state; cells of earlier starts stay in it."""
+
+    def __init__(self, folder: pathlib.Path, cells: Sequence[Cell], asked: Mapping[str, Any]):
+        self._path = folder / SWEEP
+        kept = read_json(self._path) if self._path.is_file() else {"asked": [], "cells": {}}
+        try:
+            self._asked, self._cells = list(kept["asked"]), dict(kept["cells"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{self._path}: is not what `sweep` writes; move it away") from None
+        if not any({**earlier, "at": None} == {"at": None, **asked} for earlier in self._asked):
+            self._asked.append({"at": _now(), **asked})
+        for cell in cells:
+            new = {"state": WAITING, "error": None}
+            names = {"arm": cell.arm, "fraction": cell.fraction, "seed": cell.seed}
+            known = self._cells.get(cell.path, {})
+            self._cells[cell.path] = {**new, **known, **names, "grid": dict(cell.grid)}
+
+    def of(self, cell: Cell) -> dict[str, Any]:
+        """What is known of a cell."""
+        return self._cells[cell.path]
+
+    def note(self, cell: Cell, **values: Any) -> None:
+        """Changes what is known of a cell; `seconds` are added up over its lives."""
+        entry = self._cells[cell.path]
+        if "seconds" in values:
+            values["seconds"] = round(entry.get("seconds", 0.0) + values["seconds"], 1)
+            values["ended"] = _now()
+        entry |= values
+
+    def write(self) -> None:
+        """The file, atomically."""
+        write_json(self._path, {"asked": self._asked, "cells": self._cells})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Between runs a SIGTERM or Ctrl-C leaves with 75 at once; within one, `train` does, when it is saved."""
+
+    def stop(number, _frame) -> None:
+        log(
+            f"{signal.Signals(number).name}: stopped between two steps of work; start again to go on"
+        )
+        raise SystemExit(EXIT_STOPPED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

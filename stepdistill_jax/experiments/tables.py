@@ -1,0 +1,175 @@
+"""A report's tables: once as rows, then as CSV, LaTeX and HTML."""
+
+import csv
+import dataclasses
+import io
+import pathlib
+import re
+from collections.abc import Sequence
+
+from stepdistill_jax.experiments.comparison import Comparison
+from stepdistill_jax.experiments.paper import paper_accuracy
+from stepdistill_jax.experiments.results import RunResult
+from stepdistill_jax.files import atomic_write
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table as people read it.
+
+    Attributes:
+        name: of its files.
+        head: names of the columns.
+        rows: texts; an empty one is a thing that is not known.
+        numbers: columns that are set flush right.
+    """
+
+    name: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[int]
+
+    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """NAME.csv and NAME.tex."""
+        written = []
+        for suffix, text in ((".csv", self.csv()), (".tex", self.latex())):
+            written.append(folder / f"{self.name}{suffix}")
+            with atomic_write(written[-1]) as f:
+                f.write(text)
+        return written
+
+    def csv(self) -> str:
+        """With a line of names."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerows([self.head, *self.rows])
+        return out.getvalue()
+
+    def latex(self) -> str:
+        r"""A `tabular` for \input; it needs the package booktabs."""
+        columns = "".join("r" if i in self.numbers else "l" for i in range(len(self.head)))
+        lines = [
+            "% needs \\usepackage{booktabs}",
+            f"\\begin{{tabular}}{{{columns}}}",
+            "\\toprule",
+            _latex_row(self.head),
+            "\\midrule",
+            *map(_latex_row, self.rows),
+            "\\bottomrule",
+            "\\end{tabular}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _latex_row(row: Sequence[str]) -> str:
+    cells = (re.sub(r"[\\~^&%$#_{}]", lambda m: _LATEX[m[0]], " ".join(c.split())) for c in row)
+    return " & ".join(cells) + " \\\\"
+
+
+def accuracy_table(comparison: Comparison, name: str) -> Table:
+    """A row for each arm and fraction; with the paper's figures where it has some of these."""
+    head = ("arm", "fraction", "labels", "runs", "accuracy", "95% low", "95% high", "collapsed")
+    head += ("accuracy without these",)
+    rows = [
+        (
+            p.arm,
+            f"{p.fraction:g}",
+            f"{p.labels:.0f}",
+            str(len(p.runs)),
+            _share(p.accuracy),
+            _share(p.low),
+            _share(p.high),
+            str(p.collapsed),
+            _share(p.accuracy_of_others),
+        )
+        for p in comparison.points
+    ]
+    paper = [_share(paper_accuracy(p)) for p in comparison.points]
+    if any(paper):
+        head += ("paper, T5 base",)
+        rows = [(*row, figure) for row, figure in zip(rows, paper, strict=True)]
+    return Table(name, head, rows, range(1, len(head)))
+
+
+def tests_table(comparison: Comparison, name: str) -> Table:
+    """A row for each two arms at each fraction."""
+    head = ("fraction", "first", "second", "second - first", "95% low", "95% high", "p", "p (Holm)")
+    head += ("only first right", "only second right", "McNemar p, each seed")
+    rows = [
+        (
+            f"{t.fraction:g}",
+            t.first,
+            t.second,
+            f"{t.difference:+.4f}",
+            f"{t.low:+.4f}",
+            f"{t.high:+.4f}",
+            _p(t.p),
+            _p(t.p_holm),
+            str(t.only_first),
+            str(t.only_second),
+            " ".join(map(_p, t.mcnemar)),
+        )
+        for t in comparison.tests
+    ]
+    return Table(name, head, rows, (0, *range(3, len(head) - 1)))
+
+
+def cost_table(comparison: Comparison, name: str) -> Table:
+    """What a run of each arm costs at its largest fraction: means over its runs."""
+    head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
+    rows = []
+    for arm in comparison.arms:
+        point = comparison.of_arm(arm)[-1]
+        costs = [r.cost for r in point.runs]
+        rows.append(
+            (
+                arm,
+                f"{point.fraction:g}",
+                f"{point.runs[0].parameters:,}",
+                str(point.runs[0].config["train_steps"]),
+                f"{sum(s for s, _ in costs) / len(costs):.1f}",
+                f"{sum(f for _, f in costs) / len(costs) / 1e12:.4g}",
+            )
+        )
+    return Table(name, head, rows, range(1, len(head)))
+
+
+def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:
+    """Every run, for whoever wants to compute something else."""
+    head = ("comparison", "arm", "fraction", "seed", "labels", "parameters", "best step")
+    head += (f"accuracy on {split}", "rows", "collapsed", "seconds", "TFLOP", "workdir")
+    rows = [(c.name, *_run(run)) for c in comparisons for p in c.points for run in p.runs]
+    return Table("runs", head, rows, range(2, len(head) - 1))
+
+
+def _run(run: RunResult) -> tuple[str, ...]:
+    seconds, flops = run.cost
+    return (
+        run.arm,
+        f"{run.fraction:g}",
+        str(run.seed),
+        str(run.labels),
+        str(run.parameters),
+        str(run.step),
+        _share(run.accuracy),
+        str(run.rows),
+        "yes" if run.collapsed else "no",
+        f"{seconds:.1f}",
+        f"{flops / 1e12:.4g}",
+        str(run.workdir),
+    )
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"

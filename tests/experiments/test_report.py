@@ -1,0 +1,283 @@
+"""Reports on runs that are made up, so that every figure is known beforehand."""
+
+import base64
+import csv
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.experiments.report import headline, report
+from stepdistill_jax.experiments.results import Gold, arm_of
+
+HOSTILE = "since <script>alert(1)</script> & <img src=http://x.test/a.png>"
+CURVES = {
+    ("label_only", 0.25): [0.5, 0.6, 0.64],
+    ("label_only", 1.0): [0.7, 0.72, 0.74],
+    ("step_by_step", 0.25): [0.7, 0.71, 0.78],
+    ("step_by_step", 1.0): [0.9, 0.9, 0.96],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_sweep):
+    """A sweep of CURVES, one run collapsed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return make_sweep(folder, CURVES, collapsed=[("label_only", 0.25, 0)], rationale=HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, folder, delivery_data_dir):
+    """The report on it, and where that is."""
+    output = tmp_path_factory.mktemp("report")
+    return report([folder], output=output, data_dir=delivery_data_dir), output
+
+
+def test_the_curve_has_what_the_answers_say(made):
+    (comparison,), output = made[0].comparisons, made[1]
+    points = {(p.arm, p.fraction): p for p in comparison.points}
+    assert list(points) == list(CURVES)  # the baseline first, small fractions first
+    for key, accuracies in CURVES.items():
+        assert points[key].accuracy == pytest.approx(sum(accuracies) / 3)
+        assert len(points[key].runs) == 3 and points[key].labels == 1500 * key[1]
+    best = points["step_by_step", 1.0]
+    # 0.02 is the standard error of 0.9, 0.9, 0.96; 4.303 Student's quantile for 2 degrees
+    assert (best.low, best.high) == pytest.approx((0.92 - 0.0861, 0.92 + 0.0861), abs=1e-4)
+    assert comparison.majority == 0.5 and comparison.teacher is None
+    rows = list(csv.DictReader((output / "accuracy.csv").read_text().splitlines()))
+    assert [float(r["accuracy"]) for r in rows] == [
+        pytest.approx(p.accuracy, abs=5e-5) for p in comparison.points
+    ]
+
+
+def test_a_collapsed_run_is_counted_named_and_set_apart(made):
+    (comparison,), output = made[0].comparisons, made[1]
+    first = comparison.points[0]
+    assert first.collapsed == 1 and first.accuracy_of_others == pytest.approx(0.62)
+    assert sum(p.collapsed for p in comparison.points) == 1
+    page = (output / "report.html").read_text()
+    assert "label_only 0.25 seed 0: accuracy 0.5000, always &#39;smooth&#39;" in page
+
+
+def test_the_smallest_fraction_that_is_enough(made):
+    (comparison,) = made[0].comparisons
+    (enough,) = comparison.enough
+    assert (enough.arm, enough.fraction, enough.labels) == ("step_by_step", 0.25, 375)
+    assert enough.target == pytest.approx(0.72) and enough.baseline_labels == 1500
+    assert enough.tested and enough.surely == 1.0  # 0.73 against 0.72 is not beyond chance
+    assert enough.reverse is None
+    (sentence,) = headline(comparison)
+    assert (
+        "with 0.25 of it (375 labels, 4 times fewer). It is better beyond chance (95%) from a share of 1 on"
+        in sentence
+    )
+
+
+def test_arms_are_tested_on_the_same_rows(made):
+    (comparison,) = made[0].comparisons
+    full = comparison.tests[-1]
+    assert (full.fraction, full.first, full.second) == (1.0, "label_only", "step_by_step")
+    assert full.difference == pytest.approx(0.2)
+    assert full.low < 0.2 < full.high and full.low > 0.1 and full.p_holm < 0.01
+    assert full.seeds == [0, 1, 2] and max(full.mcnemar) < 1e-6
+    first, second = (
+        [r.right for r in comparison.of_arm(a)[-1].runs] for a in ("label_only", "step_by_step")
+    )
+    alone = [int((a & ~b).sum()) for a, b in zip(first, second, strict=True)]
+    assert full.only_first == sum(alone)
+
+
+def test_cost_is_added_up_over_the_steps(made):
+    (row, _) = csv.DictReader((made[1] / "cost.csv").read_text().splitlines())
+    assert (row["steps"], row["seconds of steps"], row["TFLOP of steps"]) == ("40", "20.0", "40")
+
+
+class Seen(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.scripts, self.addresses, self._in_script = [], [], [], False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self._in_script = tag == "script"
+        self.addresses += [v for k, v in attrs if k in ("src", "href", "action", "data")]
+
+    def handle_data(self, data):
+        if self._in_script:
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag):
+        self._in_script = False
+
+
+def test_the_page_is_whole_by_itself_and_shows_hostile_text_as_text(made):
+    text = (made[1] / "report.html").read_text()
+    page = Seen()
+    page.feed(text)
+    assert len(page.scripts) == 1 and "alert" not in page.scripts[0]
+    assert {a.split(":")[0] for a in page.addresses} == {"data", "#how"}
+    assert not {"link", "iframe", "object"} & set(page.tags)
+    assert page.tags.count("article") == 500
+    assert (
+        text.count("since &lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;img") == 1000
+    )  # of two arms
+    for uri in (a for a in page.addresses if a.startswith("data:")):
+        assert base64.b64decode(uri.partition(",")[2]).startswith(b"<?xml")
+
+
+def test_pictures_and_tables_are_files_too(made):
+    written, output = made
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in written.files)
+    names = ("accuracy", "tests", "cost", "runs")
+    assert {f"{n}{s}" for n in names for s in (".csv", ".tex")} < {p.name for p in written.files}
+    assert (output / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    latex = (output / "accuracy.tex").read_text()
+    assert "step\\_by\\_step & 0.25 & 375 & 3 & 0.7300" in latex
+    assert latex.count("\\\\\n") == 5  # of the head and four rows
+
+
+def test_the_same_runs_give_the_same_bytes(made, folder, tmp_path, delivery_data_dir):
+    again = tmp_path / "again"
+    report([folder], output=again, data_dir=delivery_data_dir)
+    for path in made[1].iterdir():
+        if path.suffix != ".png":
+            assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_runs_of_other_settings_are_compared_apart(tmp_path, make_run, delivery_data_dir):
+    right = [True] * 400 + [False] * 100
+    for rate in (0.001, 0.002):
+        for arm in ("label_only", "step_by_step"):
+            make_run(tmp_path / f"runs/{arm}/{rate}", arm, 1.0, 0, right, learning_rate=rate)
+    done = report([tmp_path / "runs"], output=tmp_path / "out", data_dir=delivery_data_dir)
+    names = [f"delivery, LEARNING_RATE={rate}" for rate in (0.001, 0.002)]
+    assert [c.name for c in done.comparisons] == names
+    assert all(c.arms == ["label_only", "step_by_step"] for c in done.comparisons)
+    assert (tmp_path / "out/accuracy-delivery-LEARNING-RATE-0.001.csv").is_file()
+
+
+def test_the_baseline_is_an_arm_of_labels_alone(tmp_path, make_sweep, delivery_data_dir):
+    folder = make_sweep(tmp_path / "s", {("step_by_step", 1.0): [0.9], ("label_only", 1.0): [0.7]})
+    cells = json.loads((folder / "sweep.json").read_text())
+    for entry in cells["cells"].values():
+        entry["arm"] = f"my_{entry['arm']}"
+    (folder / "sweep.json").write_text(json.dumps(cells))
+    done = report([folder], output=tmp_path / "a", data_dir=delivery_data_dir)
+    assert done.comparisons[0].arms == ["my_label_only", "my_step_by_step"]
+    asked = {"output": tmp_path / "b", "baseline": "my_step_by_step"}
+    done = report([folder], data_dir=delivery_data_dir, **asked)
+    assert done.comparisons[0].arms == ["my_step_by_step", "my_label_only"]
+
+
+def test_what_an_arm_alone_sets_is_the_arms(tmp_path, make_run, delivery_data_dir):
+    right = [True] * 400 + [False] * 100
+    make_run(tmp_path / "a", "label_only", 1.0, 0, right, learning_rate=0.001)
+    make_run(tmp_path / "b", "step_by_step", 1.0, 0, right, learning_rate=0.002)
+    done = report(
+        [tmp_path / "a", tmp_path / "b"], output=tmp_path / "out", data_dir=delivery_data_dir
+    )
+    assert [c.arms for c in done.comparisons] == [["label_only", "step_by_step"]]
+
+
+def test_runs_that_cannot_be_compared_are_left_out_and_named(tmp_path, make_run, delivery_data_dir):
+    right = [True] * 400 + [False] * 100
+    runs = {name: tmp_path / "runs" / name for name in ("a", "b", "c", "d", "e")}
+    for workdir in runs.values():
+        make_run(workdir, "label_only", 1.0, 0, right)
+    (runs["c"] / "predictions/delivery-test-40.jsonl").unlink()
+    file = runs["d"] / "predictions/delivery-test-40.jsonl"
+    file.write_text(file.read_text().partition("\n")[2])
+    (runs["e"] / "evaluation/test.json").write_text('{"step": 40, "dataset": "older"}')
+    done = report([tmp_path / "runs"], output=tmp_path / "out", data_dir=delivery_data_dir)
+    why = {pathlib.Path(e["run"]).name: e["why"] for e in done.left_out}
+    assert list(why) == ["c", "d", "e", "b"]
+    assert "stepdistill evaluate" in why["c"] and "other rows" in why["d"]
+    assert "prepared anew" in why["e"] and f"settings of {runs['a']}" in why["b"]
+    assert all(text in (tmp_path / "out/report.html").read_text() for text in why)
+
+
+def test_without_the_dataset_there_is_the_accuracy_that_was_kept(tmp_path, make_run):
+    make_run(tmp_path / "run", "label_only", 1.0, 0, [True] * 500)
+    kept = {"step": 40, "accuracy": 0.625, "rows": 500, "collapsed": False}
+    (tmp_path / "run/evaluation/test.json").write_text(json.dumps(kept))
+    done = report([tmp_path / "run"], output=tmp_path / "out", data_dir=tmp_path / "nothing")
+    (point,) = done.comparisons[0].points
+    assert point.accuracy == 0.625 and point.low is None
+    assert not done.comparisons[0].tests
+    assert "there is one arm only" in done.page.read_text()
+
+
+def test_the_teacher_is_right_in_a_share_of_all_rows():
+    labels = [("yes", "yes"), ("no", "yes"), ("yes", ""), ("no", "no")]
+    rows = [Example(str(i), "q", gold, llm_label=llm) for i, (gold, llm) in enumerate(labels)]
+    assert Gold("k", rows, "text_match", "f").teacher == 0.5
+    assert Gold("k", [Example("1", "q", "yes")], "text_match", "f").teacher is None
+
+
+def test_an_arm_is_known_by_its_objectives_whatever_they_weigh():
+    label = {"name": "label", "input_template": "predict: {input}", "target_template": "{label}"}
+    assert arm_of([label | {"weight": 7.0}]) == "label_only"
+    assert arm_of([label, {"name": "hint", "input_template": "", "target_template": ""}]) == (
+        "label+hint"
+    )
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "part"),
+    [
+        (["nowhere"], {}, "nowhere: no such folder"),
+        (["empty"], {}, "neither a run nor a sweep"),
+        (["run"], {"baseline": "label_olny"}, "did you mean"),
+        (["run"], {"split": "validation"}, "no other run has answers on validation"),
+        (["run"], {"examples": -1}, "--examples"),
+        (["gs://bucket/run"], {}, "must be on this machine"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(
+    tmp_path, make_run, delivery_data_dir, monkeypatch, paths, options, part
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "run", "label_only", 1.0, 0, [True] * 500)
+    with pytest.raises(InputError, match=part):
+        report(paths, output="out", data_dir=delivery_data_dir, **options)
+    assert not (tmp_path / "out").exists()
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+ASKS = """<script>
+const form = document.querySelector("form"), [first, second] = form.querySelectorAll("select");
+[first.value, second.value] = ["0", "1"];
+form.dispatchEvent(new Event("input", {bubbles: true}));
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+def test_a_browser_filters_the_examples(made, tmp_path):
+    def browse(page, *flags):
+        command = [CHROMIUM, "--headless", *QUIET.split(), "--disable-sync"]
+        command += [f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+    (comparison,), page = made[0].comparisons, made[0].page
+    # the page's own script runs under the page's own policy
+    assert "<output>500 shown</output>" in browse(page, "--dump-dom")
+    asking = tmp_path / "asking.html"
+    text = re.sub("<meta http-equiv=.*?>", "", page.read_text())  # the policy forbids our script
+    asking.write_text(text.replace("</body>", f"{ASKS}</body>"))
+    shown = browse(asking, "--dump-dom")
+    first, second = (comparison.of_arm(a)[-1].runs[0].right for a in comparison.arms)
+    wanted = int((~first & second).sum())
+    assert f"<output>{wanted} shown</output>" in shown
+    assert len(re.findall(r"<article[^>]* hidden", shown)) == 500 - wanted
+    picture = tmp_path / "page.png"
+    browse(page, f"--screenshot={picture}", "--window-size=1100,1600")
+    assert picture.stat().st_size > 50_000
