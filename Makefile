@@ -6,7 +6,7 @@
 # PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
 # PIP_FLAGS=...       more flags for pip install, say a mirror
 # PYTEST_FLAGS=...    more flags for pytest
-# BENCH_FLAGS=...     flags for every benchmark, e.g. "--threads 1 --task cqa --data-dir DIR"
+# BENCH_FLAGS=...     flags of benchmarks/run_all.py, e.g. "--only input,startup --data-dir DIR"
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ BENCH_FLAGS ?=
 PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults lint types audit format bench constraints clean
+.PHONY: help demo test test-slow faults lint types audit format bench experiments constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
@@ -27,7 +27,9 @@ help:
 	@echo "make types        pyright"
 	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"
 	@echo "make format       rewrite the files as the formatter wants them"
-	@echo "make bench        speed beside SeqIO, SentencePiece and transformers (minutes on 2 CPU cores)"
+	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (25 minutes on 2 quiet cores);"
+	@echo "                  docs/benchmarks.md is written anew"
+	@echo "make experiments  the claim and its controls, 110 small runs; writes docs/experiments.md"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
 
@@ -94,12 +96,11 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-bench
-	@echo "== input: rows per second"
-	$(BIN)/python benchmarks/input_throughput.py --json $(BENCH_FLAGS)
-	@echo "== training: examples per second"
-	$(BIN)/python benchmarks/train_throughput.py --json $(BENCH_FLAGS)
-	@echo "== decoding: rows per second"
-	$(BIN)/python benchmarks/decode_throughput.py --json $(BENCH_FLAGS)
+	@echo "== benchmarks, one after another; docs/benchmarks.md gets their figures"
+	$(BIN)/python benchmarks/run_all.py $(BENCH_FLAGS)
+
+experiments: $(VENV)/.installed
+	$(BIN)/python benchmarks/claim.py --workdir runs/claim
 
 constraints:
 	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \

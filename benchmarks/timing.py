@@ -20,6 +20,8 @@ from stepdistill_jax.errors import InputError
 
 # Idle OpenMP threads that spin take the cores of whoever has the next turn.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+# A step's large buffers come fresh from the kernel, page by page; huge pages take that cost from all.
+HUGE_PAGES = "glibc.malloc.hugetlb=1"
 BUSY = 0.2  # cores in use by others above which figures are not to be trusted
 
 # A contender prepares a round, untimed, and returns the work, which returns how many units it did.
@@ -27,9 +29,20 @@ Contender = Callable[[int], Callable[[], int]]
 
 
 def start(
-    description: str, add_arguments: Callable[[argparse.ArgumentParser], None], *, rounds: int
+    description: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    *,
+    rounds: int,
+    huge_pages: bool = True,
 ) -> argparse.Namespace:
-    """Parses the command line, takes `--threads` cores and keeps every library to them."""
+    """Parses the command line, takes `--threads` cores and keeps every library to them.
+
+    Args:
+        description: for `--help`.
+        add_arguments: adds the benchmark's own.
+        rounds: default of `--rounds`.
+        huge_pages: glibc asks the kernel for them, for all contenders alike.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -47,6 +60,8 @@ def start(
     for name, value in vars(args).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name != "seed":
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is wanted")
+    if huge_pages:
+        _with_huge_pages()
     if usable:  # elsewhere JAX, which has no setting for it, uses every core
         os.sched_setaffinity(0, usable[: args.threads])
     os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(args.threads)}
@@ -54,6 +69,15 @@ def start(
         os.environ.setdefault(name, value)
     args.began, args.load = Clock.now(), load()
     return args
+
+
+def _with_huge_pages() -> None:
+    """Starts this program again with `HUGE_PAGES`, which glibc reads when a process begins."""
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] == "glibc" and "glibc.malloc.hugetlb" not in given:
+        tunables = ":".join(filter(None, (given, HUGE_PAGES)))
+        environment = os.environ | {"GLIBC_TUNABLES": tunables}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def peer_module(name: str, threads: int | None = None) -> Any:
@@ -73,13 +97,16 @@ def peer_module(name: str, threads: int | None = None) -> Any:
     return module
 
 
-def fill_in_lengths(args: argparse.Namespace) -> None:
+def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") -> None:
     """Packed row lengths that were not given: those that `stepdistill inspect` proposes."""
     from stepdistill_jax.training.config import TrainConfig
     from stepdistill_jax.training.inspection import inspect
 
     if args.input_length is None or args.target_length is None:
-        config = TrainConfig(task=args.task, batch_size=args.batch_size)
+        settings = {"batch_size": args.batch_size, "objectives": objectives}
+        if "size" in args:
+            settings["model_size"] = args.size
+        config = TrainConfig(task=args.task, **settings)
         proposed = inspect(config, data_dir=args.data_dir)["proposed"]
         args.input_length = args.input_length or proposed["input_length"]
         args.target_length = args.target_length or proposed["target_length"]
@@ -174,7 +201,7 @@ def report(
             for name, value in vars(args).items()
             if name not in ("json", "began", "load", "threads", "rounds")
         },
-        "openmp": {name: os.environ.get(name) for name in PASSIVE},
+        "environment": {name: os.environ.get(name) for name in (*PASSIVE, "GLIBC_TUNABLES")},
         **more,
     }
     print(f"{result['device']}, {args.threads} threads, {args.rounds} rounds, load {args.load}")

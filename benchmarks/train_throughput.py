@@ -7,6 +7,8 @@ draw the same examples, and must give the same loss without dropout before anyth
 peer is what the paper's public code does (Hsieh et al. 2023, arXiv:2305.02301), on today's
 `transformers`: two forward passes a step, labels and rationales each padded to their longest row,
 the sum of both mean losses by weight, gradients clipped to 1, AdamW in its fused form.
+`ours_shared_encoder` is our step on the same examples, each encoded once for both targets; another
+loss, so it is compared with nothing.
 """
 
 import argparse
@@ -166,10 +168,16 @@ def main() -> None:
     from stepdistill_jax.formats.hf import save_params
     from stepdistill_jax.tasks.load import load_task
 
+    shared_args = argparse.Namespace(**vars(args))
     timing.fill_in_lengths(args)
+    timing.fill_in_lengths(shared_args, "shared_encoder")
     data = load_task(args.task, split="train", data_dir=args.data_dir)
     ours = Ours(args, data)
-    contenders = {"ours": ours.contender}
+    shared = Ours(
+        shared_args,
+        load_task(args.task, split="train", objectives="shared_encoder", data_dir=args.data_dir),
+    )
+    contenders = {"ours": ours.contender, "ours_shared_encoder": shared.contender}
     losses = {"ours": ours.loss()}
     with tempfile.TemporaryDirectory() as directory:
         write_model_files(directory, ours.config, data.vocabulary, None)
@@ -183,7 +191,12 @@ def main() -> None:
             assert gap < allowed, f"not the same work: losses of the first batch {losses}"
     rates = timing.alternate(contenders, args.rounds)
     timing.report(
-        args, rates, unit="examples_per_second", parameters=ours.parameters, first_loss=losses
+        args,
+        rates,
+        unit="examples_per_second",
+        parameters=ours.parameters,
+        first_loss=losses,
+        shared_encoder_lengths=[shared_args.input_length, shared_args.target_length],
     )
 
 

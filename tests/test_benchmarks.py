@@ -1,10 +1,12 @@
 """The benchmarks run at a tiny size; what their figures are worth only a quiet machine can tell."""
 
 import argparse
+import asyncio
 import importlib.util
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -15,25 +17,32 @@ SMALL = {
     "input": ["--seconds", "0.05", "--batch-size", "4"],
     "train": ["--size", "tiny", "--steps", "1", "--batch-size", "2", "--autocast"],
     "decode": ["--size", "tiny", "--rows", "6", "--batch-size", "4"],
+    "choices": ["--size", "tiny", "--rows", "6", "--batch-size", "4"],
+    "serving_cost": ["--size", "tiny", "--rows", "6", "--batch-size", "4"],
 }
-UNITS = {"input": "rows_per_second", "train": "examples_per_second", "decode": "rows_per_second"}
+UNITS = dict.fromkeys(SMALL, "rows_per_second") | {"train": "examples_per_second"}
 PEERS = {
     "input": {"seqio", "sentencepiece"},
-    "train": {"transformers", "transformers_bfloat16"},
+    "train": {"transformers", "transformers_bfloat16", "ours_shared_encoder"},
     "decode": {
         "transformers",
         *("ctranslate2", "ours_ctranslate2", "ctranslate2_int8", "ours_ctranslate2_int8"),
     },
+    "choices": {"greedy"},
+    "serving_cost": {"label_only", "shared_encoder", "rationale_first"},
 }
 
 
-def run(name, *argv, environment=None):
+def run(name, *argv, environment=None, timeout=280):
+    script = BENCHMARKS / f"{name}.py"
+    if not script.exists():
+        script = BENCHMARKS / f"{name}_throughput.py"
     return subprocess.run(
-        [sys.executable, BENCHMARKS / f"{name}_throughput.py", "--threads", "1", *argv],
+        [sys.executable, script, "--threads", "1", *argv],
         env={**os.environ, "XLA_FLAGS": "", **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
     )
 
 
@@ -62,9 +71,41 @@ def test_each_benchmark_ends_with_figures_of_ours_and_of_its_peers(name, deliver
         assert any(line.startswith(peer) for line in table)
     assert result["threads"] == 1
     assert result["device"].startswith("cpu")
+    if platform.libc_ver()[0] == "glibc":
+        assert "glibc.malloc.hugetlb=1" in result["environment"]["GLIBC_TUNABLES"]
+    if name == "input":
+        assert result["building"].keys() == {"as_they_stand", "through_seqio"}
+        assert all(way["rows_per_second"] > 0 for way in result["building"].values())
+    if name == "serving_cost":
+        work = result["work"]
+        assert work["ours"] == work["shared_encoder"]
+        assert work["ours"] == work["label_only"] | {"compilations": 0}
+        dearer = result["times_dearer"]["rationale_first"]
+        assert dearer["decoded_tokens_per_row"] > 3 and dearer["gflop_per_row"] > 1
 
 
-@pytest.mark.parametrize("name", ["train", "decode"])
+@pytest.mark.slow
+def test_latency_is_of_one_row_and_of_a_server_at_each_rate(delivery_data_dir):
+    small = ("--size", "tiny", "--rows", "6", "--input-length", "32", "--rounds", "1")
+    load = ("--rates", "20", "500", "--seconds", "1", "--batch-size", "2", "--max-queue", "2")
+    done = run("latency", "--data-dir", delivery_data_dir, "--json", *small, *load)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    peers = {"transformers", "ours_ctranslate2", "ours_ctranslate2_int8"}
+    assert result["peers"].keys() == peers
+    assert {row["engine"] for row in result["one_row"]} == {"ours", *peers}
+    assert [(row["engine"], row["rate"]) for row in result["http"]] == [
+        (engine, rate) for engine in ("jax", "ctranslate2") for rate in ("alone", 20.0, 500.0)
+    ]
+    for row in result["one_row"] + result["http"]:
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+    for row in result["http"]:
+        assert row["answered_per_second"] > 0 and row["refused"] < row["requests"]
+        assert row["refused"] == 0 or row["rate"] != "alone"
+        assert row["refused"] > 0 or row["rate"] != 500.0
+
+
+@pytest.mark.parametrize("name", ["train", "decode", "latency"])
 def test_without_torch_one_line_says_what_to_install(name, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")")
     done = run(name, environment={"PYTHONPATH": str(tmp_path)})
@@ -104,6 +145,48 @@ def test_contenders_take_turns_and_the_warm_up_is_not_counted(timing):
     assert all(rate > 0 for r in rates.values() for rate in r)
 
 
+@pytest.fixture
+def latency(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("latency")
+    for name in ("latency", "timing"):
+        del sys.modules[name]
+
+
+def test_a_percentile_is_the_smallest_that_so_many_do_not_exceed(latency):
+    seconds = [number / 1000 for number in range(200, 0, -1)]
+    assert latency.percentiles(seconds) == {"p50_ms": 100.0, "p95_ms": 190.0, "p99_ms": 198.0}
+    assert latency.percentiles([0.25]) == {"p50_ms": 250.0, "p95_ms": 250.0, "p99_ms": 250.0}
+
+
+def test_requests_come_whether_or_not_the_server_keeps_up_and_their_wait_counts(latency):
+    """A server of 20 a second that gets 200 a second for a fifth of a second."""
+
+    async def answer(reader, writer):
+        while await reader.readline():
+            while (line := await reader.readline()) != b"\r\n":
+                length = int(line.split()[1]) if line.startswith(b"Content-Length") else 0
+            await reader.readexactly(length)
+            async with turn:
+                await asyncio.sleep(0.05)
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 14\r\n\r\n{"label": "b"}')
+
+    async def main():
+        served = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = served.sockets[0].getsockname()[1]
+        client = latency.Client(f"http://127.0.0.1:{port}", {"a": "b"})
+        count = await latency.open_loop(client, ["a"], 200.0, 0.2, seed=0)
+        served.close()
+        return count, client
+
+    turn = asyncio.Lock()
+    count, client = asyncio.run(main())
+    assert 20 < count == len(client.seconds) < 60 and client.wrong == client.refused == 0
+    # the n-th answer comes after n times 50 ms, and its client came in the first 200
+    assert max(client.seconds) > count * 0.05 - 0.25
+    assert sum(client.seconds) / count > count * 0.05 / 2 - 0.25
+
+
 def report(timing, rates, *, others=0.0, json=False):
     """The figures of a run of ten seconds of which ours worked four, others so many."""
     began = timing.Clock.now()
@@ -129,3 +212,87 @@ def test_the_ratio_is_of_medians_and_above_1_where_ours_is_faster(timing, capsys
 def test_figures_of_a_machine_that_others_kept_busy_are_marked(timing, capsys):
     report(timing, {"ours": [1.0], "peer": [1.0]}, others=15.0)
     assert "others kept 1.5 cores busy" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_start_up_has_its_parts_and_is_sooner_where_an_earlier_run_left_something(
+    delivery_data_dir,
+):
+    options = ["--data-dir", delivery_data_dir, "--size", "tiny", "--rounds", "1", "--json"]
+    done = run("startup", *options, timeout=560)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    for row in rows.values():
+        parts = [row[p] for p in ("imports", "data", "state", "compiling", "step")]
+        assert min(parts) >= 0
+        assert sum(parts) == pytest.approx(row["first_step"], abs=0.1)
+    assert min(rows[n]["cpu"] for n in ("cold", "new_program")) > 1.5 * rows["again"]["cpu"]
+
+
+@pytest.fixture
+def run_all(monkeypatch, tmp_path):
+    """The module with three benchmarks: one that works, one that fails, and one that is not there."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("run_all")
+    result = {
+        "ours": {"rows_per_second": 60.0, "lowest": 50.25, "highest": 1234.5},
+        "peers": {"peer": {"rows_per_second": 20.0, "lowest": 10.0, "highest": 30.0}},
+        "ratio": {"peer": 3.0},
+        "first_loss": {"ours": 9.25, "peer": 9.25},
+        "http": [{"rate": "alone", "p50_ms": 12.345}],
+        **{"threads": 1, "rounds": 3, "device": "cpu (x)", "busy_cores": 0.5, "settings": {}},
+    }
+    (tmp_path / "works.py").write_text(f"print('a table')\nprint({json.dumps(result)!r})")
+    (tmp_path / "fails.py").write_text("import sys\nprint('{}')\nsys.exit('no room')")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    parts = {n: module.Part(n, n.title(), "--size 1", "--less") for n in ("works", "fails", "gone")}
+    monkeypatch.setattr(module, "PARTS", parts)
+    yield module
+    for name in ("run_all", "page", "timing"):
+        del sys.modules[name]
+
+
+def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
+    run_all, delivery_data_dir, tmp_path, monkeypatch
+):
+    page = tmp_path / "page.md"
+    command = ["run_all.py", "--data-dir", str(delivery_data_dir), "--output", str(page)]
+    command += ["--task", "delivery"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="without figures: fails, gone"):
+        run_all.main()
+    text = page.read_text()
+    assert text.startswith("# Benchmarks\n")
+    machine, works, fails, gone = text.split("<!-- begin ")[1:]
+    assert "| jax | " in machine
+    assert "|  | rows per second | lowest | highest | ours is |" in works
+    assert "| ours | 60 | 50.25 | 1,234 |  |" in works
+    assert "| peer | 20 | 10 | 30 | 3.00x |" in works
+    assert "- first loss: ours 9.25, peer 9.25" in works
+    assert "Http:\n\n|  | rate | p50 ms |\n| --- | --- | --- |\n| 1 | alone | 12.35 |" in works
+    assert "cpu (x); 1 thread; 3 rounds;" in works
+    assert "not to be quoted" in works
+    said = f"python benchmarks/works.py --size 1 --task delivery --data-dir {delivery_data_dir}"
+    assert f"`{said} --json`" in works
+    assert "failed, exit code 1: no room" in fails
+    assert "skipped, gone.py is not here" in gone
+    # one of them again: what stands between its marks is renewed, all else stays
+    edited = text.replace("## Gone", "## Kept").replace(
+        "<!-- begin works", "Words.\n\n<!-- begin works"
+    )
+    page.write_text(edited.replace("1,234", "old"))
+    monkeypatch.setattr(sys, "argv", [*command, "--only", "works", "--quick"])
+    run_all.main()
+    again = page.read_text()
+    assert "--less --json`" in again
+    assert again.replace(" --less", "") == edited
+
+
+def test_run_all_refuses_an_unknown_benchmark_and_quick_figures_in_the_docs(run_all, monkeypatch):
+    for flags, message in (
+        (["--only", "work"], "no benchmark 'work'; did you mean 'works'"),
+        (["--quick"], "name another --output"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["run_all.py", *flags])
+        with pytest.raises(run_all.InputError, match=message):
+            run_all.main()

@@ -140,6 +140,8 @@ def test_the_wheel_holds_the_package_with_its_parts_and_configs(wheel):
         assert {f"stepdistill_jax/_{folder}/{name}" for name in gin_files(folder)} <= names
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "stepdistill_jax").rglob("*.py")}
     assert modules <= names
+    templates = {p for p in (ROOT / "stepdistill_jax").rglob("templates/*") if p.is_file()}
+    assert {p.relative_to(ROOT).as_posix() for p in templates} <= names
     assert not [name for name in names if name.endswith("~")]
 
 

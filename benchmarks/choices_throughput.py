@@ -1,0 +1,109 @@
+"""Rows per second of `--choices`, every allowed label scored, beside plain greedy decoding.
+
+    python benchmarks/choices_throughput.py --task cqa --size small --vocab-size 32128 --json
+    python benchmarks/choices_throughput.py --task cqa --model runs/cqa --json
+
+The same model and prompts. Allowed are a row's own choices, or where rows have none the task's labels.
+Weights are random, and answers without meaning, unless `--model` names a workdir or model directory;
+then the accuracies of both and the number of invalid greedy answers are those of that model.
+"""
+
+import argparse
+import tempfile
+
+import timing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", default="test", help="of the dataset")
+    parser.add_argument("--model", help="workdir or model directory; default: random weights")
+    parser.add_argument("--size", default="small", help="of T5 v1.1, where weights are random")
+    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
+    parser.add_argument("--rows", type=int, default=256, help="of the split, at most")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows at once")
+    parser.add_argument(
+        "--max-decode-len", type=int, help="of a greedy answer; default: the model's"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+
+
+def model_of(args: argparse.Namespace, dataset, scratch: str) -> str:
+    from models import save_random_model
+
+    from stepdistill_jax.text.vocabulary import load_vocabulary
+
+    if args.model:
+        return args.model
+    vocabulary = load_vocabulary(dataset.spiece_model)
+    settings = {"size": args.size, "vocab_size": args.vocab_size, "seed": args.seed}
+    save_random_model(f"{scratch}/model", vocabulary, **settings)
+    return f"{scratch}/model"
+
+
+def main() -> None:
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    import itertools
+    import statistics
+
+    from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.errors import InputError
+    from stepdistill_jax.inference.allowed import allow, choose
+    from stepdistill_jax.inference.asking import encode_input, how_to_ask
+    from stepdistill_jax.inference.engines import open_engine
+    from stepdistill_jax.inference.rows import BadRow, read_rows
+    from stepdistill_jax.inference.tally import Tally
+
+    dataset = ensure_prepared(args.task, args.data_dir)
+    rows = [
+        row
+        for row in itertools.islice(read_rows(dataset.file(args.split)), args.rows)
+        if not isinstance(row, BadRow)
+    ]
+    if not rows:
+        raise InputError(f"{args.task}: {args.split} has no rows")
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = open_engine(model_of(args, dataset, scratch), batch_size=args.batch_size)
+        asking = how_to_ask(
+            engine, task=args.task, max_decode_len=args.max_decode_len, data_dir=args.data_dir
+        )
+        allowed = allow("row" if rows[0].choices else "labels", asking, engine)
+        prompts = [
+            encode_input(engine.vocabulary, asking.prompts(row)[0], asking.input_length)[0]
+            for row in rows
+        ]
+
+        def choices():
+            return choose(engine, prompts, rows, allowed)
+
+        def greedy():
+            decoded = engine.decode(prompts, asking.decode_lengths[0])
+            return [{"label": engine.vocabulary.decode(ids)} for ids in decoded.ids]
+
+        found = {}
+        for name, answer in (("choices", choices), ("greedy", greedy)):
+            tally = Tally(asking.metric, asking.labels)
+            for row, got in zip(rows, answer(), strict=True):
+                tally.add(row, got["label"], got.get("choices"))
+            found[name] = tally.summary()
+
+        def contender(answer) -> timing.Contender:
+            return lambda number: lambda: len(answer())
+
+        rates = timing.alternate(
+            {"ours": contender(choices), "greedy": contender(greedy)}, args.rounds
+        )
+    counts = [[len(ids) for ids in allowed.ids(row)] for row in rows]
+    timing.report(
+        args,
+        rates,
+        unit="rows_per_second",
+        accuracy={name: result["accuracy"] for name, result in found.items()},
+        invalid_labels={name: result["invalid_labels"] for name, result in found.items()},
+        expected_calibration_error=found["choices"]["expected_calibration_error"],
+        choices_per_row=round(statistics.mean(map(len, counts)), 2),
+        tokens_of_choices_per_row=round(statistics.mean(map(sum, counts)), 2),
+    )
+
+
+if __name__ == "__main__":
+    timing.run(main)

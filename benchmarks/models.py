@@ -1,0 +1,42 @@
+"""Models that the benchmarks ask: random weights of a T5 v1.1, in a directory that `predict` opens."""
+
+import os
+from typing import Any
+
+
+def save_random_model(
+    directory: os.PathLike | str,
+    vocabulary: Any,
+    *,
+    size: str,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    ends: float = 3.0,
+    task_info: Any = None,
+) -> None:
+    """Writes one whose answers end now and then, or never.
+
+    Args:
+        directory: a new one.
+        vocabulary: of the prompts.
+        size: of T5 v1.1.
+        vocab_size: rows of the embedding, where they are more than the vocabulary's.
+        seed: of the weights.
+        ends: factor of the output row of the end of sequence: at 3 it is the likeliest token now and
+            then, at 0 never.
+        task_info: how it is asked; None writes none.
+    """
+    import jax
+
+    from stepdistill_jax.formats.directory import write_model_files
+    from stepdistill_jax.formats.hf import save_params
+    from stepdistill_jax.models.config import t5_config
+    from stepdistill_jax.models.t5 import init_params
+    from stepdistill_jax.text.vocabulary import EOS_ID
+
+    config = t5_config("t5_v1_1", size, vocab_size=max(vocabulary.size, vocab_size or 0))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
+    head = params["logits_dense"]["kernel"]  # [emb_dim, vocab_size]
+    params["logits_dense"]["kernel"] = head.at[:, EOS_ID].multiply(ends)
+    write_model_files(directory, config, vocabulary, task_info)
+    save_params(directory, params, config)

@@ -1,0 +1,123 @@
+"""Markdown of docs/benchmarks.md: sections of figures between marks, in a text that stays."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import timing
+
+from stepdistill_jax.files import atomic_write
+
+LIBRARIES = (
+    *("stepdistill-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2"),
+    *("seqio", "tensorflow", "tensorflow-text", "sentencepiece"),
+)
+# of a result: shown in a place of its own, or of no interest to a reader
+NOT_FACTS = {"ours", "peers", "ratio", "rows", "threads", "device", "rounds", "busy_cores", "load"}
+NOT_FACTS |= {"settings", "environment"}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """A row of figures for each contender, or for each of the result's `rows`."""
+    if isinstance(result.get("rows"), dict):
+        return _table(result["rows"])
+    rows = {"ours": result["ours"], **result["peers"]}
+    if ratios := result.get("ratio"):
+        rows = {
+            n: {**row, "ours_is": f"{ratios[n]:.2f}x" if n in ratios else None}
+            for n, row in rows.items()
+        }
+    return _table(rows)
+
+
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = [["", *(column.replace("_", " ") for column in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[name, *(number(row.get(c)) for c in columns)] for name, row in rows.items()]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def number(value: Any) -> str:
+    """Four digits of a number; other things as they are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if abs(value) >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def facts(result: dict[str, Any]) -> Iterator[str]:
+    """What a benchmark says beside its figures: a line each, tables last."""
+    tables = {}
+    for name, value in result.items():
+        if name in NOT_FACTS or value is None or value == {}:
+            continue
+        title = name.replace("_", " ")
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            tables[title] = {str(i): row for i, row in enumerate(value, 1)}
+        elif isinstance(value, dict) and all(isinstance(row, dict) for row in value.values()):
+            tables[title] = value
+        elif isinstance(value, dict):
+            yield f"- {title}: " + ", ".join(f"{key} {number(x)}" for key, x in value.items())
+        elif isinstance(value, list):
+            yield f"- {title}: " + ", ".join(map(number, value))
+        else:
+            yield f"- {title}: {number(value)}"
+    for title, rows in tables.items():
+        yield from ("", f"{title[0].upper()}{title[1:]}:", "", *_table(rows))
+
+
+def conditions(result: dict[str, Any], today: str, seconds: float) -> str:
+    """When and where a section's figures were taken."""
+    parts = [today, result.get("device") or timing.device()]
+    for name in ("threads", "rounds"):
+        if name in result:
+            one = f"{name[:-1]}{'' if result[name] == 1 else 's'}"
+            parts.append(f"{result[name]} {one}")
+    parts.append(f"{seconds:.0f} s in all")
+    busy = result.get("busy_cores")
+    warning = ""
+    if busy is not None:
+        parts.append(f"others kept {busy} cores busy")
+        warning = " **A busy machine: not to be quoted.**" if busy > timing.BUSY else ""
+    return f"{'; '.join(parts)}.{warning}"
+
+
+def machine() -> str:
+    """Processor, memory, system and versions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rows = {"processor": f"{timing.device()}, {cores} cores"}
+    memory = pathlib.Path("/proc/meminfo")
+    if memory.exists():
+        kib = int(memory.read_text().split()[1])
+        rows["memory"] = f"{kib / 2**20:.1f} GiB"
+    huge = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if huge.exists():
+        rows["transparent huge pages"] = re.findall(r"\[(\w+)\]", huge.read_text())[0]
+    rows |= {"system": platform.platform(), "Python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            rows[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            rows[name] = "not installed"
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["## Machine and versions of the last run", "", "| | |", "|---|---|", *lines])
+
+
+def write(path: pathlib.Path, texts: dict[str, str]) -> None:
+    """Puts each text between its marks; without marks it is added at the end."""
+    whole = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
+    for name, text in texts.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        marked = f"{begin}\n{text}\n{end}"
+        before, found, rest = whole.partition(begin)
+        if found and end in rest:
+            whole = before + marked + rest.partition(end)[2]
+        else:
+            whole = f"{whole.rstrip()}\n\n{marked}\n"
+    with atomic_write(path) as f:
+        f.write(whole)

@@ -1,0 +1,251 @@
+"""Runs the benchmarks one after another and writes their figures into docs/benchmarks.md.
+
+    python benchmarks/run_all.py
+    python benchmarks/run_all.py --only input,startup --task cqa
+
+Each is a process of its own. A figure goes between the marks `<!-- begin NAME -->` and `<!-- end NAME
+-->` of the file; all other text there stays, and with `--only` the other figures, too. One that
+failed or could not run says so in its place, and the exit code is then 1.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import page
+import timing
+
+from stepdistill_jax.data.prepare import ensure_prepared
+from stepdistill_jax.data.prepared import data_folder, is_prepared
+from stepdistill_jax.errors import InputError, nearest
+
+HERE = pathlib.Path(__file__).resolve().parent
+OUTPUT = HERE.parent / "docs" / "benchmarks.md"
+TIMEOUT_SECS = 1800.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One benchmark with its flags.
+
+    Attributes:
+        script: in the folder of this file, without `.py`.
+        title: heading of its section.
+        flags: with which it is run.
+        quick: flags that are added under `--quick`; the last of two counts.
+        on_task: whether it takes `--task` and `--data-dir`.
+        printed: whether the table that it prints is copied, instead of one made of its figures.
+    """
+
+    script: str
+    title: str
+    flags: str = ""
+    quick: str = "--rounds 1"
+    on_task: bool = True
+    printed: bool = False
+
+
+T5 = "--vocab-size 32128"
+TINY = "--rounds 1 --size tiny --vocab-size 8000"
+TRAIN = f"{TINY} --batch-size 4"
+DECODE = f"{TINY} --rows 8 --batch-size 4"
+PARTS = {
+    "input": Part(
+        "input_throughput",
+        "Input: batches of a step, two threads",
+        "--threads 2",
+        "--rounds 1 --seconds 0.2",
+    ),
+    "input_1": Part(
+        "input_throughput",
+        "Input: batches of a step, one thread",
+        "--threads 1",
+        "--rounds 1 --seconds 0.2",
+    ),
+    "train_small": Part(
+        "train_throughput",
+        "Training: T5 v1.1 small, two threads",
+        f"--size small {T5} --batch-size 64 --steps 1 --rounds 2 --autocast --threads 2",
+        TRAIN,
+    ),
+    "train_small_1": Part(
+        "train_throughput",
+        "Training: T5 v1.1 small, one thread",
+        f"--size small {T5} --batch-size 16 --steps 1 --rounds 2 --autocast --threads 1",
+        TRAIN,
+    ),
+    "train_base": Part(
+        "train_throughput",
+        "Training: T5 v1.1 base, two threads",
+        f"--size base {T5} --batch-size 16 --steps 1 --rounds 2 --autocast --threads 2",
+        TRAIN,
+    ),
+    "train_base_1": Part(
+        "train_throughput",
+        "Training: T5 v1.1 base, one thread",
+        f"--size base {T5} --batch-size 8 --steps 1 --rounds 2 --autocast --threads 1",
+        TRAIN,
+    ),
+    "decode_small": Part(
+        "decode_throughput",
+        "Decoding labels: T5 v1.1 small, two threads",
+        f"--size small {T5} --rows 128 --rounds 3 --threads 2",
+        DECODE,
+    ),
+    "decode_small_1": Part(
+        "decode_throughput",
+        "Decoding labels: T5 v1.1 small, one thread",
+        f"--size small {T5} --rows 64 --rounds 2 --threads 1",
+        DECODE,
+    ),
+    "decode_base": Part(
+        "decode_throughput",
+        "Decoding labels: T5 v1.1 base, two threads",
+        f"--size base {T5} --rows 64 --rounds 2 --threads 2",
+        DECODE,
+    ),
+    "choices": Part(
+        "choices_throughput",
+        "Scoring each allowed label",
+        f"--size small {T5} --rows 64 --rounds 2",
+        DECODE,
+    ),
+    "serving_cost": Part(
+        "serving_cost",
+        "What a model trained step-by-step costs to serve",
+        f"--size small {T5} --rows 64 --rounds 2",
+        DECODE,
+    ),
+    "latency": Part(
+        "latency",
+        "Latency: one row, and a server under load",
+        f"--size small {T5} --seconds 10",
+        f"{TINY} --rows 6 --input-length 32 --rates 20 --seconds 1 --batch-size 2",
+    ),
+    "startup": Part(
+        "startup",
+        "Start-up: seconds to the end of the first step",
+        "--size small --rounds 2",
+        "--size tiny --rounds 1",
+    ),
+    "prepare": Part(
+        "prepare_throughput",
+        "Preparing e-SNLI, made-up rows",
+        "--rows 100000",
+        "--rows 500",
+        on_task=False,
+    ),
+    "memory": Part(
+        "memory",
+        "Memory of a training step",
+        "--steps 1",
+        "--size tiny --input-length 64 --target-length 32",
+        on_task=False,
+        printed=True,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"benchmarks: {', '.join(PARTS)}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", help="a prepared dataset; default: cqa, where it is, or delivery")
+    parser.add_argument("--data-dir", type=pathlib.Path, help="where it lies")
+    parser.add_argument("--only", help="names of benchmarks, with commas; default: all")
+    parser.add_argument("--quick", action="store_true", help="tiny ones: do they run at all?")
+    parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="the file to write")
+    args = parser.parse_args()
+    names = args.only.split(",") if args.only else list(PARTS)
+    for name in names:
+        if name not in PARTS:
+            raise InputError(f"--only: no benchmark {name!r}{nearest(name, PARTS)}")
+    if args.quick and args.output == OUTPUT:
+        raise InputError("--quick: its figures are of no worth; name another --output")
+    if args.task is None:
+        args.task = "cqa" if is_prepared("cqa", data_folder(args.data_dir)) else "delivery"
+    ensure_prepared(args.task, args.data_dir)
+    failed = []
+    for name in names:
+        command = command_of(PARTS[name], args)
+        print(f"== {name}: {' '.join(command)}", file=sys.stderr, flush=True)
+        text, worked = section(PARTS[name], command)
+        if not worked:
+            failed.append(name)
+        page.write(args.output, {"machine": page.machine(), name: text})  # a long run may be ended
+        print(text, flush=True)
+    print(f"wrote {args.output}", flush=True)
+    if failed:
+        sys.exit(f"without figures: {', '.join(failed)}")
+
+
+def command_of(part: Part, args: argparse.Namespace) -> list[str]:
+    """What is run, as a user would type it."""
+    command = ["python", f"benchmarks/{part.script}.py", *part.flags.split()]
+    if part.on_task:
+        command += ["--task", args.task]
+        command += ["--data-dir", os.fspath(args.data_dir)] if args.data_dir else []
+    return [*command, *(part.quick.split() if args.quick else ()), "--json"]
+
+
+def section(part: Part, command: list[str]) -> tuple[str, bool]:
+    """(markdown of a benchmark's section, whether it has figures)."""
+    today = datetime.date.today().isoformat()
+    lines = [f"## {part.title}", "", f"`{' '.join(command)}`", ""]
+    began = time.monotonic()
+    output, problem = run_alone(HERE / f"{part.script}.py", command[2:])
+    seconds = time.monotonic() - began
+    if problem is not None:
+        return "\n".join([*lines, f"**No figures** ({today}): {problem}"]), False
+    *printed, last = output.splitlines()
+    result = json.loads(last)
+    if part.printed:
+        lines += [*(line for line in printed if line.startswith("|")), ""]
+    else:
+        lines += [*page.table(result), ""]
+    if found := list(page.facts(result)):
+        lines += [*found, ""]
+    return "\n".join([*lines, page.conditions(result, today, seconds)]), True
+
+
+def run_alone(script: pathlib.Path, flags: list[str]) -> tuple[str, str | None]:
+    """(standard output, None), or ("", why there is none)."""
+    if not script.exists():
+        return "", f"skipped, {script.name} is not here"
+    with subprocess.Popen(
+        [sys.executable, os.fspath(script), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that what it started ends with it
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=TIMEOUT_SECS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return "", f"failed, not done after {TIMEOUT_SECS:g} s"
+    print(errors, file=sys.stderr, end="", flush=True)
+    said = (errors.strip().splitlines() or ["(nothing was said)"])[-1]
+    if process.returncode:
+        what = "skipped" if process.returncode == 2 else f"failed, exit code {process.returncode}"
+        return "", f"{what}: {said}"
+    try:
+        json.loads((output.splitlines() or [""])[-1])
+    except json.JSONDecodeError:
+        return "", "failed: its last line is no JSON"
+    return output, None
+
+
+if __name__ == "__main__":
+    timing.run(main)

@@ -1,0 +1,224 @@
+"""What the rationale costs where labels are served: `predict` of models that differ in what trained them.
+
+    python benchmarks/serving_cost.py --task cqa --size small --vocab-size 32128 --json
+
+`ours` was trained step by step, its peers `label_only` and with the `shared_encoder`: three model
+directories with the `stepdistill.json` of their arm. An answer's length depends on the weights alone,
+so all have the same ones, random, whose answers never end: each has as many tokens as a label of the
+train split has on average. The same prompts, no program compiled for the second and third, and the
+same bytes of answers are required before anything is timed.
+
+`rationale_first` writes its rationale and then the label, as one answer of the mean length of both:
+what serving costs where the model has to give reasons in order to be right.
+
+From one file of JSON lines to another, the model's start included; `without_start` leaves that out.
+"""
+
+import argparse
+import contextlib
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import timing
+
+ARMS = {"ours": "step_by_step", "label_only": "label_only", "shared_encoder": "shared_encoder"}
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--split", default="test", help="of the dataset")
+    parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
+    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
+    parser.add_argument("--rows", type=int, default=256, help="of the split, at most")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows decoded at once")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+
+
+def target_lengths(path: pathlib.Path, vocabulary) -> dict[str, list[int]]:
+    """Tokens, the end of sequence included, of the labels and of what a rationale-first model writes."""
+    from stepdistill_jax.inference.rows import Row, read_rows
+
+    lengths: dict[str, list[int]] = {"label": [], "rationale_first": []}
+    for row in read_rows(path):
+        if isinstance(row, Row) and row.label and row.fields.get("rationale"):
+            label, both = row.label, f"{row.fields['rationale']} {row.label}"
+            for name, text in (("label", label), ("rationale_first", both)):
+                lengths[name].append(len(vocabulary.encode(text)) + 1)
+    return lengths
+
+
+def in_batches(lengths: list[int], batch_size: int) -> dict[str, float]:
+    """The mean, and how many tokens a batch goes on for: those of its longest answer."""
+    longest = [
+        max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)
+    ]
+    return {
+        "mean": round(statistics.mean(lengths), 2),
+        "longest_of_a_batch": round(statistics.mean(longest), 2),
+    }
+
+
+def save_models(scratch: pathlib.Path, args: argparse.Namespace, vocabulary, lengths) -> Any:
+    """One directory per arm, all with the same weights; returns their configuration."""
+    from models import save_random_model
+
+    from stepdistill_jax.formats.directory import TaskInfo, read_model_files
+    from stepdistill_jax.objectives import LABEL_INPUT, Objective, resolve
+
+    arms: dict[str, Any] = {name: resolve(arm) for name, arm in ARMS.items()}
+    arms["rationale_first"] = (Objective("label", LABEL_INPUT, "{rationale} {label}"),)
+    for name, objectives in arms.items():
+        kind = "rationale_first" if name == "rationale_first" else "label"
+        save_random_model(
+            scratch / name,
+            vocabulary,
+            size=args.size,
+            vocab_size=args.vocab_size,
+            seed=args.seed,
+            ends=0.0,
+            task_info=TaskInfo(args.task, objectives, 1024, 256, round(lengths[kind]["mean"])),
+        )
+    return read_model_files(scratch / "ours").config
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """What `predict` has decoded and compiled meanwhile."""
+    import jax
+
+    from stepdistill_jax.inference.engines import JaxEngine
+
+    seen: dict[str, Any] = {"prompts": [], "answers": [], "compiled": 0}
+    decode = JaxEngine.decode
+
+    def watched_decode(self, rows, max_decode_len, *args, **kwargs):
+        decoded = decode(self, rows, max_decode_len, *args, **kwargs)
+        seen["prompts"] += [list(row) for row in rows]
+        seen["answers"] += [list(ids) for ids in decoded.ids]
+        return decoded
+
+    def count(event: str, _: float, **__) -> None:
+        seen["compiled"] += event == COMPILED
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    JaxEngine.decode = watched_decode
+    try:
+        yield seen
+    finally:
+        JaxEngine.decode = decode
+        jax.monitoring.unregister_event_duration_listener(count)
+
+
+class Served:
+    """`predict` of each model on the same rows."""
+
+    def __init__(self, scratch: pathlib.Path, args: argparse.Namespace, lines: list[str]):
+        self._scratch, self._batch_size, self._count = scratch, args.batch_size, len(lines)
+        self.source = scratch / "in.jsonl"
+        self.source.write_text("".join(line + "\n" for line in lines))
+        self.without_start: dict[str, list[float]] = {}
+
+    def predict(self, name: str) -> float:
+        """Rows per second of decoding; the answers are in `answers(name)`."""
+        from stepdistill_jax.inference import predict
+
+        output = self._scratch / f"{name}.jsonl"
+        options = {"batch_size": self._batch_size}
+        return predict(self._scratch / name, self.source, output, **options)["rows_per_second"]
+
+    def answers(self, name: str) -> bytes:
+        """The file that `predict` wrote."""
+        return (self._scratch / f"{name}.jsonl").read_bytes()
+
+    def contender(self, name: str) -> timing.Contender:
+        """Of `timing.alternate`; round 0 is not counted here, either."""
+
+        def of_round(number):
+            def work() -> int:
+                rate = self.predict(name)
+                if number:
+                    self.without_start.setdefault(name, []).append(rate)
+                return self._count
+
+            return work
+
+        return of_round
+
+
+def look(served: Served, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Tokens and compilations of each model; AssertionError where the arms do not do the same work."""
+    found = {}
+    for name in names:
+        with watched() as seen:
+            served.predict(name)
+        found[name] = seen
+    first = found["label_only"]
+    for name in ARMS:
+        for what in ("prompts", "answers"):
+            assert found[name][what] == first[what], f"{name}: other {what} than label_only"
+        if name != "label_only":
+            assert not found[name]["compiled"], f"{name}: programs that label_only does not need"
+        assert served.answers(name) == served.answers("label_only"), f"{name}: other answers"
+    assert found["rationale_first"]["prompts"] == first["prompts"], "rationale_first: other prompts"
+    return {
+        name: {
+            "prompt_tokens_per_row": round(statistics.mean(map(len, seen["prompts"])), 2),
+            "decoded_tokens_per_row": round(statistics.mean(map(len, seen["answers"])), 2),
+            "compilations": seen["compiled"],
+        }
+        for name, seen in found.items()
+    }
+
+
+def main() -> None:
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.errors import InputError
+    from stepdistill_jax.models.flops import train_flops
+    from stepdistill_jax.text.vocabulary import load_vocabulary
+
+    dataset = ensure_prepared(args.task, args.data_dir)
+    vocabulary = load_vocabulary(dataset.spiece_model)
+    lengths = target_lengths(dataset.file("train"), vocabulary)
+    if not lengths["label"]:
+        raise InputError(f"{args.task}: no row of train has a label and a rationale")
+    lengths = {name: in_batches(found, args.batch_size) for name, found in lengths.items()}
+    lines = dataset.file(args.split).read_text(encoding="utf-8").splitlines()[: args.rows]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = pathlib.Path(folder)
+        config = save_models(scratch, args, vocabulary, lengths)
+        served = Served(scratch, args, lines)
+        names = ["label_only", "ours", "shared_encoder", "rationale_first"]
+        work = look(served, names)
+        rates = timing.alternate({name: served.contender(name) for name in names}, args.rounds)
+    for figures in work.values():  # a forward pass is a third of a step
+        tokens = (figures["prompt_tokens_per_row"], figures["decoded_tokens_per_row"])
+        shape = {"rows": 1, "input_length": tokens[0], "target_length": tokens[1]}
+        figures["gflop_per_row"] = round(train_flops(config, **shape) / 3e9, 3)
+    middle = {name: statistics.median(rate) for name, rate in served.without_start.items()}
+    timing.report(
+        args,
+        rates,
+        unit="rows_per_second",
+        work=work,
+        target_tokens=lengths,
+        without_start={name: round(rate, 2) for name, rate in middle.items()},
+        times_dearer={
+            name: {
+                "rows_per_second": round(middle["ours"] / middle[name], 3),
+                **{
+                    what: round(work[name][what] / work["ours"][what], 3)
+                    for what in ("gflop_per_row", "decoded_tokens_per_row")
+                },
+            }
+            for name in names
+            if name != "ours"
+        },
+    )
+
+
+if __name__ == "__main__":
+    timing.run(main)
