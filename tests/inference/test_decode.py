@@ -137,9 +137,9 @@ def decoded_by(tiny_config, tiny_params, rows):
         ("greedy", 45, None),
         ("greedy", 46, 90),
         ("greedy", 46, 250),
-        ("beam", 1, None),
+        pytest.param("beam", 1, None, marks=pytest.mark.slow),
         ("beam", 46, 250),
-        ("sampling", 1, None),
+        pytest.param("sampling", 1, None, marks=pytest.mark.slow),
         ("sampling", 46, 250),
     ],
 )

@@ -175,6 +175,7 @@ def one_update(run, layout, devices, num_microbatches=1):
     return found, jax.tree.map(np.asarray, split(state.params)[0])
 
 
+@pytest.mark.slow
 def test_eight_devices_and_two_slices_give_the_update_of_one(tmp_path, delivery_data_dir):
     # rows of a batch are a multiple of 4 parts x 2 slices
     run = run_of(tmp_path, delivery_data_dir, num_microbatches=2)
