@@ -34,23 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
 
 
-def save_random_model(directory: str, args: argparse.Namespace, data) -> None:
-    import jax
-
-    from stepdistill_jax.formats.directory import write_model_files
-    from stepdistill_jax.formats.hf import save_params
-    from stepdistill_jax.models.config import t5_config
-    from stepdistill_jax.models.t5 import init_params
-    from stepdistill_jax.text.vocabulary import EOS_ID
-
-    config = t5_config("t5_v1_1", args.size, vocab_size=max(data.vocab_size, args.vocab_size or 0))
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(args.seed))
-    head = params["logits_dense"]["kernel"]  # [emb_dim, vocab_size]
-    params["logits_dense"]["kernel"] = head.at[:, EOS_ID].multiply(3.0)
-    write_model_files(directory, config, data.vocabulary, None)
-    save_params(directory, params, config)
-
-
 def our_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]):
     """A function without arguments that gives the answers' ids."""
     from stepdistill_jax.inference.decode import LabelDecoder
@@ -176,6 +159,8 @@ def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
     timing.peer_module("torch", args.threads)
     timing.peer_module("ctranslate2")
+    from models import save_random_model
+
     from stepdistill_jax.data.prepared import open_prepared
     from stepdistill_jax.inference import export
     from stepdistill_jax.tasks.load import load_task
@@ -185,7 +170,9 @@ def main() -> None:
     rows = [prompts[i].tolist() for i in range(min(args.rows, len(prompts)))]
     with tempfile.TemporaryDirectory() as scratch:
         directory = f"{scratch}/model"
-        save_random_model(directory, args, data)
+        vocab_size = max(data.vocab_size, args.vocab_size or 0)
+        settings = {"size": args.size, "vocab_size": vocab_size, "seed": args.seed}
+        save_random_model(directory, data.vocabulary, **settings)
         decoders = {
             "ours": our_decoder(directory, args, rows),
             "transformers": peer_decoder(directory, args, rows),

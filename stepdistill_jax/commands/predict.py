@@ -34,19 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task", metavar="NAME", help="prepared dataset that says how labels are compared"
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--max-decode-len",
-        type=int,
-        metavar="N",
-        help="most tokens of a label (default: what training found enough)",
-    )
+    add_asking_arguments(parser)
     parser.add_argument(
         "--with-rationale", action="store_true", help="also decode a rationale, for looking"
-    )
-    parser.add_argument(
-        "--prefix",
-        metavar="TEXT",
-        help="text before each input (default: the model's own; `predict: ` if it names none)",
     )
     parser.add_argument(
         "--on-error",
@@ -55,6 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at a bad row: stop, or leave it out and list it in OUTPUT.skipped.jsonl (default: stop)",
     )
     add_data_arguments(parser)
+
+
+def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a text is asked: also of `serve`."""
+    parser.add_argument(
+        "--max-decode-len",
+        type=int,
+        metavar="N",
+        help="most tokens of a label (default: what training found enough)",
+    )
+    parser.add_argument(
+        "--prefix",
+        metavar="TEXT",
+        help="text before each input (default: the model's own; `predict: ` if it names none)",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,11 @@
 import argparse
 from typing import Any
 
-from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache
+from stepdistill_jax.commands.predict import (
+    add_asking_arguments,
+    add_model_arguments,
+    join_and_cache,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,17 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the requests that are under way at SIGTERM or Ctrl-C (default: 20)",
     )
     add_model_arguments(parser)
-    parser.add_argument(
-        "--max-decode-len",
-        type=int,
-        metavar="N",
-        help="most tokens of a label (default: what training found enough)",
-    )
-    parser.add_argument(
-        "--prefix",
-        metavar="TEXT",
-        help="text before each input (default: the model's own; `predict: ` if it names none)",
-    )
+    add_asking_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
