@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+# tests compile many small programs and run each a few times: LLVM's optimisation costs more than it gives
+TEST_ENV := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
@@ -66,12 +68,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	@echo "== the tests, without those marked slow"
-	$(BIN)/python -m pytest -n auto -m "not slow and not faults" $(PYTEST_FLAGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not faults" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
 	@echo "== the tests marked slow"
 	@# exit 5: none is marked, which is no failure
-	$(BIN)/python -m pytest -n auto -m "slow and not faults" $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not faults" $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 
 faults: $(VENV)/.installed-test
 	@echo "== faults: kills, damage, bad input, a soak"

@@ -221,13 +221,27 @@ def other_run(tmp_path_factory, delivery_data_dir):
 @pytest.mark.parametrize(
     "args,named",
     [
-        (("train", "demo_step_by_step", "--workdir", "w", "--set", "BATCH_SISE=8"), "BATCH_SIZE"),
-        (("train", "no_such.gin", "--workdir", "w"), "no_such.gin"),
-        (("train", "demo_step_by_step", "--workdir", "w", "--set", "TASK=delivry"), "delivery"),
+        pytest.param(
+            ("train", "demo_step_by_step", "--workdir", "w", "--set", "BATCH_SISE=8"),
+            "BATCH_SIZE",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("train", "no_such.gin", "--workdir", "w"), "no_such.gin", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("train", "demo_step_by_step", "--workdir", "w", "--set", "TASK=delivry"),
+            "delivery",
+            marks=pytest.mark.slow,
+        ),
         (("prepare", "jsonl", "--source", "broken.jsonl", "--name", "mine"), "broken.jsonl:7"),
-        (("predict", "nowhere", "good.jsonl", "out.jsonl"), "nowhere"),
+        pytest.param(
+            ("predict", "nowhere", "good.jsonl", "out.jsonl"), "nowhere", marks=pytest.mark.slow
+        ),
         (("predict", "RUN", "broken.jsonl", "out.jsonl"), "broken.jsonl:7"),
-        (("evaluate", "nowhere", "--task", "delivery"), "nowhere"),
+        pytest.param(
+            ("evaluate", "nowhere", "--task", "delivery"), "nowhere", marks=pytest.mark.slow
+        ),
         (("train", "demo_label_only", "--workdir", "RUN", "--set", "TRAIN_STEPS=2"), "TRAIN_STEPS"),
     ],
     ids=[

@@ -117,14 +117,8 @@ def test_the_task_in_code_takes_under_25_lines():
     assert len(files()["my_tasks.py"].splitlines()) < 25
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param("jsonl", marks=pytest.mark.slow),
-        pytest.param("add_task", marks=pytest.mark.slow),
-        "seqio",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_each_way_trains(reader, prepared, way):
     prepared(way)
     overrides = [argument for setting in SHORT for argument in ("--set", setting)]

@@ -193,6 +193,7 @@ def test_without_a_checkpoint_before_the_run_stops(trained, tmp_path, survives):
             trained(tmp_path, {2, 3, 4})
 
 
+@pytest.mark.slow
 def test_stop_ends_the_run_at_the_step_and_a_resume_may_skip_it(trained, tmp_path, survives):
     with survives('a loss that is no number, `train.on_nonfinite = "stop"`') as seen:
         seen.append("exit 1 with the step; a resume may skip it")
@@ -203,6 +204,7 @@ def test_stop_ends_the_run_at_the_step_and_a_resume_may_skip_it(trained, tmp_pat
         assert flags(tmp_path) == [(7, "nonfinite")]
 
 
+@pytest.mark.slow
 def test_a_spike_is_reported_and_changes_nothing(
     trained, clean, tmp_path, capsys, monkeypatch, survives
 ):

@@ -51,6 +51,7 @@ def test_predict_writes_the_answers_of_a_beam_search(
     assert labels != list(map(model.vocabulary.decode, plain.ids)), "the test needs a difference"
 
 
+@pytest.mark.slow
 def test_evaluate_says_how_it_searched_and_keeps_the_answers_apart(
     workdir, model_dir, data_dir, tmp_path, capsys
 ):
@@ -87,6 +88,7 @@ def test_tokens_are_searched_like_texts(model_dir, data_dir):
     assert result["unfinished"] != plain["unfinished"], "the test needs a difference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5}],

@@ -51,7 +51,13 @@ def inputs():
 
 
 @pytest.mark.parametrize(
-    "num_encoder_layers, length_penalty", [(2, 1.0), (2, 0.0), (2, 2.0), (3, 0.6)]
+    "num_encoder_layers, length_penalty",
+    [
+        (2, 1.0),
+        pytest.param(2, 0.0, marks=pytest.mark.slow),
+        pytest.param(2, 2.0, marks=pytest.mark.slow),
+        (3, 0.6),
+    ],
 )
 def test_sequences_and_scores_are_those_of_generate(
     make_pair, inputs, num_encoder_layers, length_penalty

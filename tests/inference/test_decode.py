@@ -138,9 +138,9 @@ def decoded_by(tiny_config, tiny_params, rows):
         ("greedy", 46, 90),
         ("greedy", 46, 250),
         pytest.param("beam", 1, None, marks=pytest.mark.slow),
-        ("beam", 46, 250),
+        pytest.param("beam", 46, 250, marks=pytest.mark.slow),
         pytest.param("sampling", 1, None, marks=pytest.mark.slow),
-        ("sampling", 46, 250),
+        pytest.param("sampling", 46, 250, marks=pytest.mark.slow),
     ],
 )
 def test_an_answer_does_not_depend_on_batch_size_order_or_bucket(
@@ -157,9 +157,10 @@ def test_an_answer_does_not_depend_on_batch_size_order_or_bucket(
         batch_size=batch_size,
         decode_fn=SEARCHES[search],
     )
+    compiled = other._decode._cache_size()  # shared with the decoders of its kind in this process
     got = other(tiny_params, asked)
     if longest:
-        assert other._decode._cache_size() == 1
+        assert other._decode._cache_size() == compiled + 1
         del got.ids[17]
         got = dataclasses.replace(
             got, scores=np.delete(got.scores, 17), finished=np.delete(got.finished, 17)
@@ -251,7 +252,10 @@ def test_bucketed_holds_each_row_once_the_longest_first(lengths, batch_size):
     assert widths == sorted(widths, reverse=True)
 
 
-@pytest.mark.parametrize("search, batch_size", [("greedy", 9), ("greedy", 45), ("beam", 9)])
+@pytest.mark.parametrize(
+    "search, batch_size",
+    [("greedy", 9), ("greedy", 45), pytest.param("beam", 9, marks=pytest.mark.slow)],
+)
 def test_a_mesh_gives_the_same_answers(
     tiny_config, tiny_params, rows, decoded_by, search, batch_size
 ):

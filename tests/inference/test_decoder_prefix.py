@@ -63,12 +63,14 @@ def test_scores_are_those_of_teacher_forcing_after_the_prefix(
     assert 0 < greedy.finished.sum() < ROWS
 
 
+@pytest.mark.slow
 def test_another_prefix_gives_other_answers(tiny_config, tiny_params, inputs, greedy):
     for other in ((), PREFIX[:-1]):
         found = answers(tiny_config, tiny_params, inputs, decoder_prefix=other)
         assert sum(a != b for a, b in zip(found.ids, greedy.ids, strict=True)) > ROWS // 2
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_from_it_too(tiny_config, tiny_params, inputs, greedy):
     likeliest = functools.partial(sample_decode, rng=jax.random.key(0), top_k=1)
     found = answers(tiny_config, tiny_params, inputs, decode_fn=likeliest, decoder_prefix=PREFIX)

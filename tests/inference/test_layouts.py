@@ -79,10 +79,10 @@ def one_device(params, rows):
         ("greedy", "data", 16),  # 21 rows: the last batch has 5, fewer than devices
         ("greedy", "fsdp", 21),
         ("greedy", "tensor", 16),
-        ("beam", "data", 16),
-        ("beam", "tensor", 16),
+        pytest.param("beam", "data", 16, marks=pytest.mark.slow),
+        pytest.param("beam", "tensor", 16, marks=pytest.mark.slow),
         ("beam", "fsdp_tensor", None),
-        ("sampling", "data", 16),
+        pytest.param("sampling", "data", 16, marks=pytest.mark.slow),
     ],
 )
 def test_a_layout_gives_the_answers_of_one_device(
@@ -220,6 +220,7 @@ print(json.dumps(prints))
 """
 
 
+@pytest.mark.slow
 def test_what_eight_devices_saved_is_exported_on_one(run, params, tmp_path):
     """One process of one device exports it; eight devices, each a part of it, read the export."""
     folder = tmp_path / "model"

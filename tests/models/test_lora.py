@@ -69,7 +69,10 @@ def forward(config, params, batch):
     return T5(config).apply({"params": params}, batch)
 
 
-@pytest.mark.parametrize("changes", [{}, V1_0], ids=["v1.1", "v1.0"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="v1.1"), pytest.param(V1_0, id="v1.0", marks=pytest.mark.slow)],
+)
 def test_adapters_begin_as_the_base_exactly(changes, batch):
     config = adapted(**changes)
     params = params_of(config, zero_b=True)
@@ -127,6 +130,7 @@ def test_a_rank_adds_adapters_to_its_projection_alone(projection):
     assert jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, plain)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_adapters_follows_from_that_of_the_merged_kernel(batch):
     """y = x (W + s A B): with G the gradient by the merged kernel, dA = s G B^T and dB = s A^T G."""
     config, targets = adapted(), jnp.roll(batch["decoder_input_tokens"], -1, axis=1)

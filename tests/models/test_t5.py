@@ -152,6 +152,7 @@ def test_dropout_needs_asking_for_and_follows_its_key(smallest, tiny_batch):
     np.testing.assert_allclose(logits(3, without), logits(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_loss_nor_gradients(smallest, tiny_batch):
     def loss_and_gradients(config):
         def loss(params):

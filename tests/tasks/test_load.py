@@ -344,8 +344,8 @@ def take_one_away(labels):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (append, r"\(after row 32; 90 rows, before 60\)"),
-        (change_one, r"\(after row 32\)"),
+        pytest.param(append, r"\(after row 32; 90 rows, before 60\)", marks=pytest.mark.slow),
+        pytest.param(change_one, r"\(after row 32\)", marks=pytest.mark.slow),
         (take_one_away, r"\(after row 32; 59 rows, before 60\)"),
     ],
 )

@@ -54,7 +54,10 @@ def end_in_the_middle(process, server, number, count):
 
 @pytest.mark.parametrize(
     ("number", "code", "count"),
-    [(signal.SIGKILL, -signal.SIGKILL, 2000), (signal.SIGTERM, 75, 200)],
+    [
+        (signal.SIGKILL, -signal.SIGKILL, 2000),
+        pytest.param(signal.SIGTERM, 75, 200, marks=pytest.mark.slow),
+    ],
     ids=["9", "15"],
 )
 def test_a_killed_run_goes_on_without_paying_twice(command, number, code, count):

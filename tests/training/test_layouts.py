@@ -79,11 +79,11 @@ def one_device(batches):
 @pytest.mark.parametrize(
     ("layout", "settings"),
     [
-        ("data", {}),
-        ("fsdp", {"optimizer_name": "adafactor"}),
         ("fsdp_tensor", {"num_microbatches": 2}),
-        ("tensor", {}),
-        ("hybrid", {}),
+        pytest.param("data", {}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"optimizer_name": "adafactor"}, marks=pytest.mark.slow),
+        pytest.param("tensor", {}, marks=pytest.mark.slow),
+        pytest.param("hybrid", {}, marks=pytest.mark.slow),
     ],
 )
 def test_ten_steps_on_eight_devices_are_those_of_one(batches, one_device, layout, settings):

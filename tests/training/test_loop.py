@@ -131,6 +131,7 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed, delivery_data
     assert again | {"examples_per_second": 0} == summary | {"examples_per_second": 0}
 
 
+@pytest.mark.slow  # tests/faults has a quicker one
 def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
     undisturbed, tmp_path, delivery_data_dir
 ):
@@ -154,6 +155,7 @@ def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
     assert saved_steps(tmp_path) == saved_steps(workdir)
 
 
+@pytest.mark.slow  # tests/faults has a quicker one
 def test_sigterm_saves_and_leaves_with_75_and_the_resume_is_bitwise(
     undisturbed, tmp_path, delivery_data_dir
 ):
@@ -209,6 +211,7 @@ def test_the_best_step_is_the_best_validation(undisturbed):
     assert summary["best_step"] == best["step"] == resolve_step(workdir, "best")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, delivery_data_dir):
     config = TrainConfig(**SETTINGS | {"learning_rate": 1e30})
     with pytest.raises(FloatingPointError, match=r"steps 2 to 6: loss .*no checkpoint"):

@@ -62,6 +62,7 @@ def assert_bitwise(one, other):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_the_adapters_alone_move_and_both_losses_fall(trained, delivery_data_dir):
     run = run_of(trained, delivery_data_dir)
     before, after = run.initial_state().params, params_at(trained, 20, run)
@@ -86,6 +87,7 @@ def test_the_optimizer_holds_nothing_of_the_base(delivery_data_dir, tmp_path):
     assert numbers <= 2 * sum(x.size for x in adapters.values()) + 2  # two counters
 
 
+@pytest.mark.slow
 def test_run_json_says_how_many_parameters_are_trained(trained):
     run = json.loads((trained / "run.json").read_text())
     # 3 attentions of 3 layers' worth (2 encoder, 1 decoder x 2) and 3 gated blocks, by hand
@@ -96,6 +98,7 @@ def test_run_json_says_how_many_parameters_are_trained(trained):
     assert run["config"]["lora"] == dataclasses.asdict(LORA)
 
 
+@pytest.mark.slow
 def test_a_resume_from_a_checkpoint_is_bitwise(trained, tmp_path, delivery_data_dir):
     """As after a kill between steps 10 and 20; dropout is on."""
     shutil.copytree(trained, tmp_path / "run")
@@ -107,6 +110,7 @@ def test_a_resume_from_a_checkpoint_is_bitwise(trained, tmp_path, delivery_data_
     assert saved_steps(tmp_path / "run") == saved_steps(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, dataclasses.replace(LORA, alpha=9.0)], ids=str)
 def test_a_resume_with_other_adapters_is_refused(trained, delivery_data_dir, lora):
     with pytest.raises(InputError, match="LORA was"):
@@ -120,6 +124,7 @@ def exported(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_export_is_a_plain_model(trained, exported):
     config = json.loads((trained / "config.json").read_text())
     assert config.pop("stepdistill_lora") == dataclasses.asdict(LORA)
@@ -133,6 +138,7 @@ def test_an_export_is_a_plain_model(trained, exported):
     assert_bitwise(tensors, expected)
 
 
+@pytest.mark.slow
 def test_predict_answers_as_the_validation_and_as_the_export(
     trained, exported, tmp_path, delivery_data_dir
 ):
@@ -144,6 +150,7 @@ def test_predict_answers_as_the_validation_and_as_the_export(
     np.testing.assert_allclose(result["accuracy"], measured, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_init_from_gets_new_adapters_beside_its_weights(exported, tmp_path, delivery_data_dir):
     run = run_of(tmp_path, delivery_data_dir, init_from=str(exported))
     state = run.initial_state()

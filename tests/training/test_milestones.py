@@ -62,11 +62,8 @@ def undisturbed(tmp_path_factory, delivery_data_dir):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [3, pytest.param(6, marks=pytest.mark.slow)],
-    ids=["at_a_validation", "at_the_last_step"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [3, 6], ids=["at_a_validation", "at_the_last_step"])
 def test_a_stop_loses_no_validation(undisturbed, tmp_path, delivery_data_dir, stop_at):
     code, errors = run(tmp_path, delivery_data_dir, stop_at=stop_at)
     assert code == 75, errors

@@ -66,6 +66,7 @@ def test_a_workdir_that_cannot_be_is_named(tmp_path):
             check_workdir(workdir)
 
 
+@pytest.mark.slow
 def test_each_life_is_kept_and_a_moved_init_from_is_no_difference(tmp_path, delivery_data_dir):
     from stepdistill_jax.inference import export
 

@@ -212,7 +212,7 @@ def assert_same_update(got, expected):
 
 @pytest.mark.parametrize(
     ("objectives", "pack"),
-    [(UNSHARED, True), (SHARED, False)],
+    [(UNSHARED, True), pytest.param(SHARED, False, marks=pytest.mark.slow)],
     ids=["packed", "PACK=False"],
 )
 def test_loss_and_gradient_are_those_of_encoding_the_input_for_each_target(
@@ -228,7 +228,10 @@ def test_loss_and_gradient_are_those_of_encoding_the_input_for_each_target(
 
 @pytest.mark.parametrize(
     ("layout", "devices", "slices"),
-    [(Layout(data=2, fsdp=2, tensor=2), 8, 1), (Layout(), 1, 4)],
+    [
+        (Layout(data=2, fsdp=2, tensor=2), 8, 1),
+        pytest.param(Layout(), 1, 4, marks=pytest.mark.slow),
+    ],
     ids=["8 devices", "4 slices"],
 )
 def test_devices_and_slices_change_nothing(packed, layout, devices, slices):

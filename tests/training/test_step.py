@@ -76,7 +76,7 @@ def test_eight_devices_give_the_update_of_one(data, one_device):
     assert largest_gap(gradient, one_device[1]) < 1e-5  # measured 2e-6
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_four_slices_give_the_update_of_one(data, one_device, devices):
     layout = Layout(data=devices)
     losses, gradient = updates(batches(data)(0), layout, devices, num_microbatches=4, steps=3)
@@ -92,6 +92,7 @@ def test_padded_rows_give_the_update_of_packed_ones(data, one_device):
     assert largest_gap(gradient, one_device[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_rationale_of_weight_zero_is_label_only_training(data):
     """The same label rows, without the rationale rows, give the same gradient."""
     both = batches(data, pack=False)(0)
@@ -144,21 +145,29 @@ def test_adafactor_moments_are_cut_like_their_parameter():
     assert cut.sharding.shard_shape(cut.shape) == (2, 8)
 
 
-def test_dropout_depends_on_seed_and_step_alone(data):
+def losses_with_dropout(data, devices=1, seed=0):
+    """Of two steps; the learning rate is 0, so only the mask differs."""
     dropped = dataclasses.replace(MODEL, dropout_rate=0.3)
-    losses = {}
-    for name, devices, seed in (("one", 1, 0), ("again", 1, 0), ("eight", 8, 0), ("other", 1, 1)):
-        mesh, tx = make_mesh(Layout(data=devices), jax.devices()[:devices]), optax.sgd(0.0)
-        abstract = abstract_state(dropped, tx, mesh)
-        state = init_state(dropped, tx, abstract, seed=0)
-        state = state.replace(rng=jax.device_put(jax.random.key(seed), abstract.rng.sharding))
-        step = jit_train_step(abstract, mesh, model=T5(dropped), tx=tx, objective_weights=WEIGHTS)
-        found = []
-        for _ in range(2):
-            state, metrics = step(state, place_rows(batches(data)(0), mesh))
-            found.append(float(metrics["loss"]))
-        losses[name] = found
-    assert losses["one"] == losses["again"]
-    np.testing.assert_allclose(losses["eight"], losses["one"], rtol=1e-6)
-    assert losses["one"][0] != losses["one"][1]  # the learning rate is 0: only the mask differs
-    assert losses["other"] != losses["one"]
+    mesh, tx = make_mesh(Layout(data=devices), jax.devices()[:devices]), optax.sgd(0.0)
+    abstract = abstract_state(dropped, tx, mesh)
+    state = init_state(dropped, tx, abstract, seed=0)
+    state = state.replace(rng=jax.device_put(jax.random.key(seed), abstract.rng.sharding))
+    step = jit_train_step(abstract, mesh, model=T5(dropped), tx=tx, objective_weights=WEIGHTS)
+    found = []
+    for _ in range(2):
+        state, metrics = step(state, place_rows(batches(data)(0), mesh))
+        found.append(float(metrics["loss"]))
+    return found
+
+
+def test_dropout_depends_on_seed_and_step(data):
+    first, second = losses_with_dropout(data)
+    assert losses_with_dropout(data) == [first, second]
+    assert first != second
+    assert losses_with_dropout(data, seed=1) != [first, second]
+
+
+@pytest.mark.slow
+def test_dropout_does_not_depend_on_devices(data):
+    eight, one = losses_with_dropout(data, devices=8), losses_with_dropout(data)
+    np.testing.assert_allclose(eight, one, rtol=1e-6)
