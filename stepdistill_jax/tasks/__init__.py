@@ -4,6 +4,7 @@
 """
 
 _EXPORTS = {
+    "add_span_corruption": "span_corruption",
     "add_task": "registry",
     "evaluate": "evaluation",
     "load_task": "load",
