@@ -12,7 +12,10 @@ NAME = "stepdistill_jax"
 
 # lowest first; what stands on one floor may not import its neighbours, but for the first
 FLOORS = (
-    ("errors", "files", "objectives", "progress", "roll_call", "store_path", "text", "versions"),
+    (
+        *("errors", "files", "objectives", "progress", "roll_call", "schedules", "store_path"),
+        *("text", "versions"),
+    ),
     ("data",),
     ("models",),
     ("sharding", "distributed", "compile_cache"),

@@ -12,6 +12,7 @@ import gin
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.objectives import ARMS, Objective
+from stepdistill_jax.schedules import Schedule, cosine_schedule, linear_schedule
 from stepdistill_jax.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
@@ -24,6 +25,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "lora": LoraConfig,
     "Layout": Layout,
     "Objective": Objective,
+    "linear_schedule": linear_schedule,
+    "cosine_schedule": cosine_schedule,
     **ARMS,
 }
 
@@ -94,6 +97,8 @@ def check_type(selector: str, parameter: str, name: str, value: Any) -> None:
     wanted = typing.get_args(annotation) if union else (annotation,)
     if float in wanted:
         wanted = (*wanted, int)
+    # a schedule comes by reference only, so a literal is to be of the other kinds
+    wanted = tuple(kind for kind in wanted if kind is not Schedule)
     if type(value) in wanted or not all(kind in (*_WORDS, type(None)) for kind in wanted):
         return
     words = [

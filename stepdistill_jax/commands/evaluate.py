@@ -18,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="test", help="of the dataset (default: test)")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--with-rationale",
+        action="store_true",
+        help="also decode the rationales: how near they are to the dataset's, and whether they lead to"
+        " the model's own labels",
+    )
     parser.add_argument("--output", metavar="F.json", help="also write the result to a file")
     add_data_arguments(parser)
 
@@ -26,6 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `tasks.evaluate` and prints its summary; of several processes, the first one does."""
     join_and_cache(args.path)
     from stepdistill_jax.distributed import is_first
+    from stepdistill_jax.inference import rationale_quality
     from stepdistill_jax.inference.tally import in_words
     from stepdistill_jax.tasks import evaluate
 
@@ -43,10 +50,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             length_penalty=args.length_penalty,
             choices=args.choices,
             choices_temperature=args.choices_temperature,
+            with_rationale=args.with_rationale,
             engine=args.engine,
             task_module=args.module,
         )
     if is_first():
         step = "" if result["step"] is None else f" step {result['step']}"
         print(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
+        if args.with_rationale:
+            print(rationale_quality.in_words(result["rationale"]))
     return result

@@ -147,9 +147,11 @@ def _show_lengths(result: dict, console: "Console", colours: dict[str, str]) -> 
     )
     for name, figures in result["objectives"].items():
         absent = f", {figures['absent']} examples without" if figures["absent"] else ""
+        weight = figures["weight"]
         console.print(
             Text(f"{name}", f"bold {colours[name]}"),
-            f"weight {figures['weight']:g}, {figures['rows']} rows{absent}",
+            f"weight {weight if isinstance(weight, str) else format(weight, 'g')},"
+            f" {figures['rows']} rows{absent}",
             highlight=False,
         )
         for side, limit in (("inputs", "input_length"), ("targets", "target_length")):

@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for jsonl: our field = yours, for each that is called otherwise",
     )
     parser.add_argument(
+        "--fields",
+        metavar="NAME,...",
+        help="for jsonl: other texts of a row to keep, which objectives may name in their templates",
+    )
+    parser.add_argument(
         "--no-teacher",
         dest="teacher",
         action="store_false",
@@ -61,6 +66,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         source=args.source,
         new_name=args.new_name,
         field_map=parse_map(args.field_map),
+        fields=[name.strip() for name in args.fields.split(",")] if args.fields else (),
         teacher=args.teacher,
         report=args.report,
         data_dir=args.data_dir,

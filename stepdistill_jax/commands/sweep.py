@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-rationale",
         action="store_true",
-        help="also decode the rationales of that split, for the examples of `report`",
+        help="also decode the rationales of that split, for `report`",
     )
     parser.add_argument(
         "--retries",

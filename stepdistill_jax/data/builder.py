@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,15 +82,15 @@ def _quiet() -> Iterator[None]:
             os.close(saved)
 
 
-def features() -> Any:
-    """TFDS features of a row; they mirror Example, absent texts are empty."""
+def features(more: Sequence[str] = ()) -> Any:
+    """TFDS features of a row; they mirror Example, absent texts are empty, `more` are such texts."""
     tensorflow()
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {
-            **{name: text() for name in TEXT_FEATURES},
+            **{name: text() for name in (*TEXT_FEATURES, *more)},
             "weight": tfds.features.Scalar(np.float32),
             "choices": tfds.features.Sequence(text()),
             "rationales": tfds.features.Sequence(
@@ -100,7 +100,7 @@ def features() -> Any:
     )
 
 
-def to_record(row: Mapping[str, Any]) -> bytes:
+def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
     """A row of SPLIT.jsonl as the `tf.train.Example` that TFDS writes of it (tested against TFDS).
 
     Written out here since TFDS's own encoder, which serves any features, takes 18 times as long.
@@ -111,7 +111,7 @@ def to_record(row: Mapping[str, Any]) -> bytes:
     def texts(*values: str) -> Any:
         return train.Feature(bytes_list=train.BytesList(value=[v.encode() for v in values]))
 
-    feature = {name: texts(row.get(name, "")) for name in TEXT_FEATURES}
+    feature = {name: texts(row.get(name, "")) for name in (*TEXT_FEATURES, *more)}
     weight = row.get("weight", 1.0)
     feature["weight"] = train.Feature(float_list=train.FloatList(value=[weight]))
     feature["choices"] = texts(*row.get("choices", ()))
@@ -122,7 +122,9 @@ def to_record(row: Mapping[str, Any]) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def build(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> None:
+def build(
+    name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
+) -> None:
     """Writes `folder/1.0.0/`, so that `tfds.load(name, data_dir=folder.parent)` opens it.
 
     Rows keep their order: read unshuffled, they come as given.
@@ -131,6 +133,7 @@ def build(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> None:
         name: lower_snake name of the dataset.
         folder: called as the dataset; holds SPLIT.jsonl.
         splits: number of rows by split.
+        more: names of the texts of `Example.more`.
     """
     tf = tensorflow()
     import tensorflow_datasets as tfds
@@ -154,7 +157,7 @@ def build(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> None:
                 lengths.append(0)
                 with tf.io.TFRecordWriter(os.fspath(path)) as writer:
                     for row in itertools.islice(rows, SHARD_ROWS):
-                        record = to_record(row)
+                        record = to_record(row, more)
                         writer.write(record)
                         lengths[-1] += 1
                         size += len(record)
@@ -169,7 +172,7 @@ def build(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> None:
             )
     tfds.folder_dataset.write_metadata(
         data_dir=version,
-        features=features(),
+        features=features(more),
         split_infos=infos,
         filename_template=template,
         disable_shuffling=True,
@@ -177,14 +180,18 @@ def build(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> None:
 
 
 @contextlib.contextmanager
-def building(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> Iterator[None]:
+def building(
+    name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
+) -> Iterator[None]:
     """`build`, before what is done inside."""
-    build(name, folder, splits)
+    build(name, folder, splits, more)
     yield
 
 
 @contextlib.contextmanager
-def build_aside(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> Iterator[None]:
+def build_aside(
+    name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
+) -> Iterator[None]:
     """`build` in another process, while this one does what is done inside.
 
     The other one ends when this one does, however it ends.
@@ -193,7 +200,7 @@ def build_aside(name: str, folder: pathlib.Path, splits: Mapping[str, int]) -> I
         InputError: TensorFlow cannot be used there.
         RuntimeError: it failed; its own words are on standard error.
     """
-    arguments = json.dumps([name, os.fspath(folder), dict(splits)])
+    arguments = json.dumps([name, os.fspath(folder), dict(splits), list(more)])
     command = [sys.executable, "-m", "stepdistill_jax.data.builder", arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -218,10 +225,10 @@ def _main(arguments: str) -> int:
         os.read(0, 1)  # unbuffered: a lock that is held at exit would be fatal
         os._exit(1)
 
-    name, folder, splits = json.loads(arguments)
+    name, folder, splits, more = json.loads(arguments)
     threading.Thread(target=end_with_the_other, daemon=True).start()
     try:
-        build(name, pathlib.Path(folder), splits)
+        build(name, pathlib.Path(folder), splits, more)
     except InputError as error:
         print(error)
         return 2

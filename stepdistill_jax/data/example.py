@@ -1,6 +1,7 @@
 """What one row of a dataset holds, whatever file it came from."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -26,6 +27,7 @@ class Example:
         llm_label: the teacher's own answer.
         weight: factor of the example's loss tokens, above 0.
         choices: the allowed answers, in order; empty when the answer is free.
+        more: other texts that objectives may name, by field (`prepare jsonl --fields`).
     """
 
     id: str
@@ -36,6 +38,18 @@ class Example:
     llm_label: str = ""
     weight: float = 1.0
     choices: tuple[str, ...] = ()
+    more: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What a template may name."""
+        return {
+            "input": self.input,
+            "label": self.label,
+            "rationale": self.rationale,
+            "llm_label": self.llm_label,
+            **self.more,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The row of `SPLIT.jsonl`; absent fields are left out, a label is always there."""
@@ -52,6 +66,7 @@ class Example:
             row["weight"] = self.weight
         if self.choices:
             row["choices"] = list(self.choices)
+        row |= {name: text for name, text in self.more.items() if text}
         return row
 
 

@@ -4,7 +4,7 @@ import importlib
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data import prepared, writing
@@ -25,6 +25,7 @@ def prepare(
     source: os.PathLike | str | None = None,
     new_name: str | None = None,
     field_map: Mapping[str, str] | None = None,
+    fields: Sequence[str] = (),
     teacher: bool = True,
     report: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
@@ -43,6 +44,7 @@ def prepare(
             and optionally validation.jsonl and test.jsonl.
         new_name: what to call the dataset, lower_snake_case; needed for `jsonl`.
         field_map: for `jsonl`, our field to the source's, e.g. {"input": "question"}.
+        fields: for `jsonl`, names of other texts of a row to keep, for objectives that name them.
         teacher: False reads no teacher texts.
         report: folder for NAME.html, a page about the dataset.
         data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
@@ -62,7 +64,7 @@ def prepare(
     if report is not None:
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_writable(page, "--report")
-    reading = _read(name, source, field_map, teacher)
+    reading = _read(name, source, field_map, fields, teacher)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
     with writing.locked(data_dir, dataset_name):
@@ -145,10 +147,13 @@ def _read(
     name: str,
     source: os.PathLike | str | None,
     field_map: Mapping[str, str] | None,
+    fields: Sequence[str],
     teacher: bool,
 ) -> Reading:
     if field_map and name != "jsonl":
         raise InputError(f"--map: only `prepare jsonl` has fields to map, not {name}")
+    if fields and name != "jsonl":
+        raise InputError(f"--fields: only `prepare jsonl` has more fields to keep, not {name}")
     if name == "delivery":
         from stepdistill_jax.data.readers import delivery
 
@@ -161,7 +166,7 @@ def _read(
     if name == "jsonl":
         from stepdistill_jax.data.readers import jsonl
 
-        return jsonl.read(source, field_map=field_map or {}, teacher=teacher)
+        return jsonl.read(source, field_map=field_map or {}, more=fields, teacher=teacher)
     reader = importlib.import_module(f"stepdistill_jax.data.readers.{name}")
     return reader.read(source, teacher=teacher)
 

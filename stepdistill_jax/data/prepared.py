@@ -20,6 +20,8 @@ ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files
 EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; no path's
 SPLIT = re.compile(r"[a-z]+")
+ROW_FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
+_OWN = frozenset(ROW_FIELDS) - {"rationales", "choices"}  # taken as they stand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PreparedDataset:
         metric: `text_match` or `value_match`.
         splits: number of rows by split.
         labels: the labels of train, sorted, where they are at most 50 and rows have no choices.
+        fields: names of other texts that rows may have (`Example.more`).
         files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty in a
             dataset of a version before it was kept.
     """
@@ -43,6 +46,7 @@ class PreparedDataset:
     metric: str
     splits: dict[str, int]
     labels: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self, *names: str) -> None:
@@ -138,11 +142,10 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 def example_from_json(row: dict) -> Example:
     """An Example of a row that `Example.to_json` wrote."""
     return Example(
-        **{
-            **row,
-            "rationales": tuple(Rationale(**r) for r in row.get("rationales", ())),
-            "choices": tuple(row.get("choices", ())),
-        }
+        **{name: value for name, value in row.items() if name in _OWN},
+        rationales=tuple(Rationale(**r) for r in row.get("rationales", ())),
+        choices=tuple(row.get("choices", ())),
+        more={name: value for name, value in row.items() if name not in ROW_FIELDS},
     )
 
 
@@ -223,6 +226,9 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
             raise ValueError(f"a split {split!r} of {count!r} rows")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise TypeError("the labels are no list of texts")
+    more = stored.get("options", {}).get("fields", [])
+    if not isinstance(more, list) or not all(isinstance(field, str) for field in more):
+        raise TypeError("the fields are no list of names")
     if stored["metric"] not in METRICS:
         raise ValueError(f"no metric {stored['metric']!r}")
     for file in files:
@@ -232,7 +238,14 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
     if files and fingerprint(stored, rows) != stored["fingerprint"]:
         raise ValueError("the fingerprint is that of another description")
     return PreparedDataset(
-        name, directory, str(stored["fingerprint"]), stored["metric"], splits, tuple(labels), files
+        name,
+        directory,
+        str(stored["fingerprint"]),
+        stored["metric"],
+        splits,
+        tuple(labels),
+        tuple(more),
+        files,
     )
 
 

@@ -42,6 +42,7 @@ class Reading:
         sources: digest of each file that is read, by its name within the source.
         options: what else the rows depend on (field map, no teacher), JSON-like.
         notes: things to tell the user, e.g. that a split is left out; whole once `rows` is done.
+        fields: names of the texts that `Example.more` may hold.
     """
 
     reader: str
@@ -51,6 +52,7 @@ class Reading:
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, object] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    fields: tuple[str, ...] = ()
 
     @functools.cached_property
     def splits(self) -> dict[str, list[Row]]:

@@ -99,7 +99,7 @@ def write_rest(
     vocabulary: dict[str, dict[str, int]] = {}
     aside = sum(counts.values()) >= PARALLEL_ROWS
     build = builder.build_aside if aside else builder.building
-    with build(name, folder, counts):
+    with build(name, folder, counts, reading.fields):
         if "train" in tallies:
             path = folder / prepared.VOCABULARY
             training.train_vocabulary(_texts(folder / "train.jsonl", tallies["train"]), path)
@@ -149,8 +149,8 @@ def _texts(path: pathlib.Path, tally: Tally) -> list[str]:
 
 
 def _texts_of(example: Example) -> list[str]:
-    fields = {name: getattr(example, name) for name in objectives.Objective.FIELDS}
-    texts = [text for o in objectives.step_by_step() for text in o.render(fields) if text]
+    texts = [text for o in objectives.step_by_step() for text in o.render(example.texts) if text]
+    texts += example.more.values()
     return texts + [r.text for r in example.rationales if r.text != example.rationale]
 
 

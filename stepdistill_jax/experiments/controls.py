@@ -81,5 +81,5 @@ def prepare_control(
             rows = spoil(examples, kind, share, seed=seed) if split == "train" else whole
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             pathlib.Path(scratch, f"{split}.jsonl").write_text(text, encoding="utf-8")
-        prepare("jsonl", source=scratch, new_name=control, data_dir=folder)
+        prepare("jsonl", source=scratch, new_name=control, fields=dataset.fields, data_dir=folder)
     return open_prepared(control, folder)

@@ -19,6 +19,8 @@ from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
 from stepdistill_jax.files import atomic_write, check_writable, local_path
+from stepdistill_jax.inference.rationale_quality import INCONSISTENT, VERDICTS
+from stepdistill_jax.objectives import fields_of
 
 PAGE = "report.html"
 
@@ -122,9 +124,13 @@ def _write_comparison(
         "tests": tables.tests_table(comparison, f"tests{suffix}"),
         "cost": tables.cost_table(comparison, f"cost{suffix}"),
     }
+    rationales = tables.rationale_table(comparison, f"rationales{suffix}")
+    if rationales.rows:
+        made["rationales"] = rationales
     written = [path for f in figures for path in (f, f.with_suffix(".png"))]
     written += [path for table in made.values() for path in table.write(folder)]
     return written, {
+        "rationales": None,
         **made,
         "name": comparison.name,
         "headline": headline(comparison),
@@ -148,7 +154,10 @@ def _write_comparison(
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """How little data each arm needs for what the baseline reaches with all of it, in words."""
+    """How little data each arm needs for what the baseline reaches with all of it, in words.
+
+    And which arms need a teacher at test time.
+    """
     said = []
     base = comparison.baseline
     for e in comparison.enough:
@@ -172,6 +181,13 @@ def headline(comparison: Comparison) -> list[str]:
                 f" {base} does not reach {e.arm}'s {last.accuracy:.4f} at any fraction tried."
             )
         said.append(sentence)
+    for arm in comparison.arms:
+        first = comparison.of_arm(arm)[-1].runs[0].config["objectives"][0]
+        if shown := [name for name in fields_of(first["input_template"]) if name != "input"]:
+            said.append(
+                f"{arm} reads {' and '.join(shown)} of each row beside its input: a teacher has to"
+                " write that at test time, too."
+            )
     return said
 
 
@@ -188,15 +204,19 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
     found = []
     for i in picked.tolist():
         example = explained.examples[i]
-        answers = [
-            {
-                "arm": run.arm,
-                "label": run.answers[i] if run.answers else "",
-                "right": bool(run.right[i]) if run.right is not None else False,
-                "rationale": run.rationales[i] if run.rationales else "",
-            }
-            for run in chosen
-        ]
+        answers = []
+        for run in chosen:
+            named, verdict = run.verdict(i)
+            answers.append(
+                {
+                    "arm": run.arm,
+                    "label": run.answers[i] if run.answers else "",
+                    "right": bool(run.right[i]) if run.right is not None else False,
+                    "rationale": run.rationales[i] if run.rationales else "",
+                    "named": named if verdict == INCONSISTENT else None,
+                    "verdict": VERDICTS.index(verdict) if verdict else "-",
+                }
+            )
         fields = ("id", "input", "label", "llm_label", "rationale")
         found.append({f: getattr(example, f) for f in fields} | {"answers": answers})
     fractions = ", ".join(dict.fromkeys(f"{run.fraction:g}" for run in chosen))
@@ -205,6 +225,11 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
         "examples": found,
         "rows": rows,
         "arms": [run.arm for run in chosen],
+        "judged": [
+            (i, run.arm)
+            for i, run in enumerate(chosen)
+            if any(e["answers"][i]["verdict"] != "-" for e in found)
+        ],
         "shown": f"at fraction {fractions} with seed {seeds}",
     }
 

@@ -13,9 +13,11 @@ from stepdistill_jax.checkpoints.manager import resolve_step
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP, WITH_RATIONALE
+from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP
 from stepdistill_jax.files import digest, local_path, read_json, read_jsonl
-from stepdistill_jax.inference.evaluate import PREDICTIONS
+from stepdistill_jax.inference.asking import RATIONALE
+from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
+from stepdistill_jax.inference.rationale_quality import named_answer
 from stepdistill_jax.objectives import ARMS
 from stepdistill_jax.text.metrics import metric_fn
 from stepdistill_jax.training.workdir import RUN
@@ -33,12 +35,14 @@ class Gold:
         examples: its rows, in order.
         metric: how labels are compared.
         fingerprint: of the dataset.
+        labels: the task's, where they are few.
     """
 
     key: str
     examples: Sequence[Example]
     metric: str
     fingerprint: str
+    labels: Sequence[str] = ()
 
     def right(self, labels: Sequence[str]) -> np.ndarray:
         """[rows] bool."""
@@ -77,6 +81,7 @@ class RunResult:
         answers: the labels given, in the order of the rows; None without `gold`.
         right: [rows] bool, the same.
         rationales: of the model, where they were decoded.
+        explained: what these are worth (`RationaleTally.summary` and `unfinished`), where it was kept.
         lines: of `metrics.jsonl`.
     """
 
@@ -97,6 +102,7 @@ class RunResult:
     answers: Sequence[str] | None
     right: np.ndarray | None
     rationales: Sequence[str] | None
+    explained: Mapping[str, Any] | None
     lines: Sequence[Mapping[str, Any]]
 
     @property
@@ -108,6 +114,24 @@ class RunResult:
     def gold_key(self) -> str:
         """What runs must share to be compared."""
         return self.task if self.gold is None else self.gold.key
+
+    @property
+    def rationale_token_accuracy(self) -> float | None:
+        """Share of the validation's rationale tokens that its step finds the likeliest; teacher forcing."""
+        key = f"eval/validation/accuracy/{RATIONALE}"
+        found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
+        return found[-1] if found else None
+
+    def verdict(self, row: int) -> tuple[str | None, str | None]:
+        """`named_answer` of its label and its rationale for a row; (None, None) without them."""
+        if self.gold is None or self.answers is None or self.rationales is None:
+            return None, None
+        return named_answer(
+            self.rationales[row],
+            self.answers[row],
+            metric=self.gold.metric,
+            labels=self.gold.examples[row].choices or self.gold.labels,
+        )
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
@@ -157,7 +181,7 @@ def read_runs(
             return None
         examples = list(dataset.examples(split))
         key = digest([[e.id, e.input, e.label] for e in examples])
-        return Gold(key, examples, dataset.metric, dataset.fingerprint)
+        return Gold(key, examples, dataset.metric, dataset.fingerprint, dataset.labels)
 
     runs, left_out = [], []
     for found in find_runs(paths):
@@ -226,6 +250,9 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
         except InputError as error:
             return str(error).removeprefix(f"{workdir}: ")
     file = workdir / PREDICTIONS / f"{task}-{split}-{step}.jsonl"
+    explained = file.with_name(f"{file.stem}{WITH_RATIONALE}.jsonl")
+    if not file.is_file():
+        file = explained  # the labels are the same
     answers = rationales = right = None
     if gold is not None:
         if not file.is_file():
@@ -235,7 +262,6 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
         if answers is None:
             return f"{file.name} answers other rows than {task}'s {split} has: evaluate it again"
         right = gold.right(answers)
-        explained = file.with_name(f"{file.stem}{WITH_RATIONALE}.jsonl")
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif "accuracy" not in kept:
         return f"the dataset {task} with a split {split} is not prepared here"
@@ -259,6 +285,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
         answers=answers,
         right=right,
         rationales=rationales,
+        explained=kept.get(RATIONALE),
         lines=read_metrics(workdir) if (workdir / METRICS).is_file() else [],
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -20,10 +21,8 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
 from stepdistill_jax.files import as_path, read_json, write_json
-from stepdistill_jax.inference import predict
 from stepdistill_jax.inference.asking import RATIONALE
-from stepdistill_jax.inference.evaluate import PREDICTIONS
-from stepdistill_jax.objectives import Objective
+from stepdistill_jax.objectives import gives_rationale, resolve
 from stepdistill_jax.progress import log
 from stepdistill_jax.tasks import evaluate
 from stepdistill_jax.tasks.load import has_split
@@ -35,7 +34,6 @@ from stepdistill_jax.training.workdir import RUN
 
 SWEEP = "sweep.json"
 EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
-WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 
 
@@ -102,8 +100,8 @@ def sweep(
         data_dir: where the dataset is prepared.
         split: read by the best step of each run, to `evaluation/SPLIT.json` and `predictions/`; None
             evaluates nothing.
-        with_rationale: also decodes the rationale of each row of the split, for looking, where an arm
-            has that objective.
+        with_rationale: also decodes the rationale of each row of the split, where an arm gives one,
+            and says what it is worth: `rationale` in `evaluation/SPLIT.json`.
         retries: how often a cell that failed is tried again, after all others.
         asked: what was typed, kept in `sweep.json`.
 
@@ -203,28 +201,22 @@ def _evaluate(
 ) -> None:
     """Answers of the best step, and `evaluation/SPLIT.json` last: it says that all is there."""
     config = cell.config
-    result = evaluate(
-        workdir, task=config.task, split=split, data_dir=data_dir, task_module=config.task_module
+    answer = functools.partial(
+        evaluate,
+        workdir,
+        task=config.task,
+        split=split,
+        data_dir=data_dir,
+        task_module=config.task_module,
     )
+    result = answer()
     dataset = datasets[config.task]
-    if with_rationale and dataset and any(o.name == RATIONALE for o in _others(config)):
-        name = f"{config.task}-{split}-{result['step']}{WITH_RATIONALE}.jsonl"
-        predict(
-            workdir,
-            open_prepared(config.task, data_dir).file(split),
-            workdir / PREDICTIONS / name,
-            task=config.task,
-            step=result["step"],
-            with_rationale=True,
-            data_dir=data_dir,
-        )
     kept = result | {"dataset": dataset, "with_rationale": with_rationale}
+    if with_rationale:
+        kept[RATIONALE] = None
+        if dataset and gives_rationale(resolve(config.objectives)):
+            kept[RATIONALE] = answer(step=result["step"], with_rationale=True)[RATIONALE]
     write_json(workdir / EVALUATION / f"{split}.json", kept)
-
-
-def _others(config: TrainConfig) -> Sequence[Objective]:
-    assert not isinstance(config.objectives, str)  # TrainConfig has resolved it
-    return config.objectives[1:]
 
 
 def _is_trained(cell: Cell, workdir: pathlib.Path) -> bool:
@@ -243,7 +235,7 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     path = workdir / EVALUATION / f"{split}.json"
     if not path.is_file():
         return False
-    return not with_rationale or bool(read_json(path).get("with_rationale"))
+    return not with_rationale or RATIONALE in read_json(path)
 
 
 def _check_cells(

@@ -11,6 +11,7 @@ from stepdistill_jax.experiments.comparison import Comparison
 from stepdistill_jax.experiments.paper import paper_accuracy
 from stepdistill_jax.experiments.results import RunResult
 from stepdistill_jax.files import atomic_write
+from stepdistill_jax.inference.rationale_quality import VERDICTS
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -121,6 +122,42 @@ def tests_table(comparison: Comparison, name: str) -> Table:
     return Table(name, head, rows, (0, *range(3, len(head) - 1)))
 
 
+def rationale_table(comparison: Comparison, name: str) -> Table:
+    """What the rationales of each arm and fraction are worth, where they were decoded; and the teacher's.
+
+    Means over the runs. Counts are shares of the rows; the token accuracy is that of validation.
+    """
+    head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
+    counts = ("empty", "unfinished", *VERDICTS)
+    rows, teacher = [], None
+    for point in comparison.points:
+        runs = [r for r in point.runs if r.explained]
+        told = [r.explained for r in runs if r.explained]
+        if not told:
+            continue
+        teacher = teacher or told[0]["teacher"]
+        rows.append(
+            (
+                point.arm,
+                f"{point.fraction:g}",
+                str(len(runs)),
+                _mean([t["rouge_l"] for t in told]),
+                _mean([t["chrf"] for t in told], ".1f"),
+                _mean([r.rationale_token_accuracy for r in runs]),
+                _mean([t["mean_words"] for t in told], ".1f"),
+                *(
+                    _mean([t[c] if t[c] is None else t[c] / t["rows"] for t in told])
+                    for c in counts
+                ),
+            )
+        )
+    if teacher:
+        shares = [_share(teacher[verdict] / sum(teacher.values())) for verdict in VERDICTS]
+        rows.append(("teacher", *[""] * (len(head) + 1), *shares))
+    head += tuple(c.replace("_", " ") for c in counts)
+    return Table(name, head, rows, range(1, len(head)))
+
+
 def cost_table(comparison: Comparison, name: str) -> Table:
     """What a run of each arm costs at its largest fraction: means over its runs."""
     head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
@@ -165,6 +202,12 @@ def _run(run: RunResult) -> tuple[str, ...]:
         f"{flops / 1e12:.4g}",
         str(run.workdir),
     )
+
+
+def _mean(values: Sequence[float | None], form: str = ".4f") -> str:
+    """Empty where one is not known."""
+    known = [value for value in values if value is not None]
+    return format(sum(known) / len(known), form) if len(known) == len(values) else ""
 
 
 def _share(value: float | None) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.models.config import LoraConfig, T5Config
+from stepdistill_jax.objectives import Objective
 from stepdistill_jax.text.vocabulary import BYTES, PAD_ID, Vocabulary
 
 _METRICS = {
@@ -151,7 +152,9 @@ def model_card(
         task=task_info.task,
         family=family(config, vocabulary),
         adapters=_adapters(lora),
-        notes=_SPECIAL + (_UMT5 if not config.shared_relative_position_bias else ""),
+        notes=_SPECIAL
+        + (_UMT5 if not config.shared_relative_position_bias else "")
+        + _answers(task_info.objectives[0]),
         scaled=config.scale_decoder_outputs,
         parameters=f"{num_parameters:,}",
         encoder=config.num_encoder_layers,
@@ -166,7 +169,7 @@ def model_card(
             _OTHER.format(
                 name=o.name,
                 prefix=o.decoder_prefix,
-                prompt=o.input_template.replace("{input}", "..."),
+                prompt=_prompt(o),
                 ids=[PAD_ID, *vocabulary.encode(o.decoder_prefix)],
                 length=task_info.target_length,
             )
@@ -175,8 +178,27 @@ def model_card(
         facts="\n".join(facts),
         input_length=task_info.input_length,
         max_decode_len=task_info.max_decode_len,
-        prompt=task_info.objectives[0].input_template.replace("{input}", "..."),
+        prompt=_prompt(task_info.objectives[0]),
     )
+
+
+def _prompt(objective: Objective) -> str:
+    return objective.input_template.format_map(dict.fromkeys(objective.fields, "..."))
+
+
+def _answers(objective: Objective) -> str:
+    """What others have to do with a text that is more than a label, or a prompt that needs more."""
+    said = ""
+    if objective.writes_more:
+        said += f"\n\nAn answer is written as `{objective.target_template}`: `stepdistill` gives its label alone."
+        before = objective.target_template.partition(f"{{{objective.label_field}}}")[0]
+        words = before.rpartition("}")[2].strip()
+        if words and objective.target_template.endswith("}"):
+            said += f" The label stands behind the last {words!r}."
+    if objective.read_beside_input:
+        named = " and ".join(objective.read_beside_input)
+        said += f"\n\nThe prompt shows {named} beside the input: somebody has to write that for each row."
+    return said
 
 
 def family(config: T5Config, vocabulary: Vocabulary) -> str:

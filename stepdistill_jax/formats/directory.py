@@ -23,6 +23,7 @@ from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
 from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
 from stepdistill_jax.objectives import Objective, check_first
+from stepdistill_jax.schedules import Schedule
 from stepdistill_jax.text.metrics import METRICS
 from stepdistill_jax.text.vocabulary import (
     BYTES,
@@ -367,7 +368,11 @@ def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
         if not isinstance(o, dict) or not all(name in o for name in needed):
             raise InputError(f"{path}: objectives must have {', '.join(needed)}, got {o!r}")
     try:
-        objectives = tuple(Objective(**{name: o[name] for name in names if name in o}) for o in raw)
+        given = [{name: o[name] for name in names if name in o} for o in raw]
+        for o in given:
+            if isinstance(o["weight"], dict):
+                o["weight"] = Schedule.from_json(o["weight"])
+        objectives = tuple(Objective(**o) for o in given)
         check_first(objectives)
     except InputError as error:
         raise InputError(f"{path}: objectives: {error}") from None

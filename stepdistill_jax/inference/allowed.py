@@ -56,7 +56,7 @@ class Allowed:
             InputError: no such file, fewer than two labels, one that stands twice or that the model
                 cannot tell from another or was not trained to write, or a bad temperature.
         """
-        if fields_of(objective.target_template) != ("label",):
+        if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
                 f"--choices: the model writes {objective.target_template!r}, so a label alone has no"
                 " probability of its own"
@@ -119,7 +119,7 @@ class Allowed:
 
     def _encode(self, label: str) -> tuple[int, ...]:
         """As training encodes a target, but never cut."""
-        _, target = self._objective.render({"label": label})
+        target = self._objective.target_template.format_map({self._objective.label_field: label})
         return (*self._vocabulary.encode(target), EOS_ID)
 
     def _checked(self, labels: Sequence[str]) -> list[tuple[int, ...]]:

@@ -10,10 +10,17 @@ from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.model import LoadedModel
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.models.config import MAX_LENGTH
-from stepdistill_jax.objectives import LABEL_INPUT, RATIONALE_INPUT, Objective
+from stepdistill_jax.objectives import (
+    LABEL_INPUT,
+    RATIONALE_INPUT,
+    Objective,
+    fields_of,
+    gives_rationale,
+)
 from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
 
 RATIONALE = "rationale"
+WRITTEN = ("id", "score", "probability", "choices")  # of each answer, whatever a template names
 # for a directory that does not say: the paper's prefixes and lengths
 BARE_OBJECTIVES = (
     Objective("label", LABEL_INPUT, "{label}"),
@@ -40,6 +47,16 @@ class Asking:
     decode_lengths: tuple[int, ...]
     metric: str
     labels: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of a row that its prompts show beside the input."""
+        shown = [o.read_beside_input for o in self.objectives[self.prefix is not None :]]
+        return tuple(dict.fromkeys(name for names in shown for name in names))
+
+    def lacks(self, row: Row) -> tuple[str, ...]:
+        """Those of `reads` that a row has not."""
+        return tuple(name for name in self.reads if not row.fields.get(name))
 
     def prompts(self, row: Row) -> list[str]:
         """One text per objective."""
@@ -73,13 +90,13 @@ def how_to_ask(
     chosen = [objectives[0]]
     if with_rationale:
         found = [o for o in objectives[1:] if o.name == RATIONALE]
-        if not found:
+        if not gives_rationale(objectives):
             raise InputError(
                 f"--with-rationale: {model.path} has no objective named {RATIONALE!r}"
                 f" (it has {', '.join(o.name for o in objectives)})"
             )
         chosen += found
-        lengths.append(info.target_length if info else BARE_RATIONALE_LENGTH)
+        lengths += [info.target_length if info else BARE_RATIONALE_LENGTH] * len(found)
     metric, labels = (info.metric, info.labels) if info else ("text_match", ())
     if task is not None:
         dataset = open_prepared(task, data_dir)
@@ -92,6 +109,19 @@ def how_to_ask(
         metric,
         labels,
     )
+
+
+def read_answer(objective: Objective, text: str) -> tuple[dict[str, str], bool]:
+    """What is written of an answer, and whether its label was found.
+
+    `label` and the other fields of the target. Without the words between them nobody knows where
+    the label begins: it is empty then, and all of the text is the `rationale`, or `text` where the
+    target has no rationale.
+    """
+    if (found := objective.parse(text)) is not None:
+        return {name: found[name] for name in found if name not in WRITTEN}, True
+    rest = RATIONALE if RATIONALE in fields_of(objective.target_template) else "text"
+    return {"label": "", rest: text}, False
 
 
 def encode_input(vocabulary: Vocabulary, text: str, input_length: int) -> tuple[list[int], bool]:

@@ -12,20 +12,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
-from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.data.prepared import PreparedDataset, open_prepared
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, check_writable, is_remote, upload, write_json
+from stepdistill_jax.files import as_path, check_writable, is_remote, read_jsonl, upload, write_json
 from stepdistill_jax.inference.allowed import ROW, allow, check_choices, choose
-from stepdistill_jax.inference.asking import cut_ids, how_to_ask
+from stepdistill_jax.inference.asking import RATIONALE, cut_ids, how_to_ask, read_answer
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.predict import predict
+from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.inference.tally import Tally
 from stepdistill_jax.inference.together import everywhere, on_first, require_same, until_stopped
 from stepdistill_jax.sharding import Layout
 
 PREDICTIONS = "predictions"
+WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 
 
 def evaluate(
@@ -42,13 +44,14 @@ def evaluate(
     length_penalty: float | None = None,
     choices: os.PathLike | str | Sequence[str] | None = None,
     choices_temperature: float = 1.0,
+    with_rationale: bool = False,
     engine: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them.
 
     For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`, those of beams in
     `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is given), those of
-    choices in `-choices.jsonl`.
+    choices in `-choices.jsonl`, those with rationales in `-rationale.jsonl`.
 
     Args:
         path: workdir or model directory.
@@ -59,30 +62,37 @@ def evaluate(
         data_dir: where the dataset is prepared.
         batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
             `predict`.
+        with_rationale: also decodes the rationales, and says what they are worth.
 
     Returns:
-        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
+        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
+        rationales also `rationale`, that is what `RationaleTally.summary` has and `unfinished` (those
+        that reached their greatest length without an end).
 
     Raises:
-        InputError: no such model, step, dataset or split, or a bad option.
+        InputError: no such model, step, dataset or split, a bad option, or rationales of a model
+            that was not trained to give them.
     """
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     check_choices(choices, choices_temperature, num_beams)
-    source = everywhere(lambda: open_prepared(task, data_dir).file(split))
+    dataset = everywhere(lambda: open_prepared(task, data_dir))
+    source = everywhere(lambda: dataset.file(split))
     if output is not None:
         on_first(lambda: check_writable(output, "--output"))
     found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
     beams = "" if num_beams == 1 else f"-beams{num_beams}"
     penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
     chosen = "" if choices is None else "-choices"
+    explained = WITH_RATIONALE if with_rationale else ""
     with tempfile.TemporaryDirectory() as scratch:
         kept = None if found is None else as_path(path) / PREDICTIONS
         remote = kept is not None and is_remote(kept)
         folder = pathlib.Path(scratch) if kept is None or remote else kept
+        answers = folder / f"{task}-{split}-{found}{beams}{penalty}{chosen}{explained}.jsonl"
         result = predict(
             path,
             source,
-            folder / f"{task}-{split}-{found}{beams}{penalty}{chosen}.jsonl",
+            answers,
             task=task,
             step=step if found is None else found,
             batch_size=batch_size,
@@ -91,9 +101,14 @@ def evaluate(
             length_penalty=length_penalty,
             choices=choices,
             choices_temperature=choices_temperature,
+            with_rationale=with_rationale,
             engine=engine,
             data_dir=data_dir,
         )
+        if with_rationale:
+            unfinished = result.pop("unfinished_rationales", result["unfinished"])  # one answer
+            figures = on_first(lambda: _rationale_figures(dataset, split, answers))
+            result["rationale"] = figures | {"unfinished": unfinished}
         if kept is not None and remote:
             on_first(lambda: upload(folder, kept))
     told = {"num_beams": num_beams, "length_penalty": length_penalty}
@@ -101,6 +116,16 @@ def evaluate(
     if output is not None:
         on_first(lambda: write_json(output, result))
     return result
+
+
+def _rationale_figures(
+    dataset: PreparedDataset, split: str, answers: pathlib.Path
+) -> dict[str, Any]:
+    tally = RationaleTally(dataset.metric, dataset.labels)
+    rows = (row for _, row in read_jsonl(answers))
+    for example, row in zip(dataset.examples(split), rows, strict=True):
+        tally.add(example, row["label"], row.get(RATIONALE, ""))
+    return tally.summary()
 
 
 def evaluate_tokens(
@@ -163,12 +188,20 @@ def evaluate_tokens(
     start = time.perf_counter()
     rows = [Row(str(i), {"input": "", "label": label}) for i, label in enumerate(labels, 1)]
     unfinished = 0
+    told: dict[str, Any] = {"reads": list(asking.reads)} if asking.reads else {}
+    answers: list[dict[str, Any]]
     with until_stopped(len(inputs), "evaluate") as update:
         if chooser:
             answers = choose(model, cut, rows, chooser, update)
         else:
             decoded = model.decode(cut, asking.decode_lengths[0], update)
-            answers = [{"label": model.vocabulary.decode(ids)} for ids in decoded.ids]
+            read = [
+                read_answer(asking.objectives[0], model.vocabulary.decode(ids))
+                for ids in decoded.ids
+            ]
+            answers = [{**answer} for answer, _ in read]
+            if asking.objectives[0].writes_more:
+                told["unparsed"] = sum(not parsed for _, parsed in read)
             unfinished = int((~decoded.finished).sum())
     seconds = time.perf_counter() - start
     for row, answer in zip(rows, answers, strict=True):
@@ -178,6 +211,7 @@ def evaluate_tokens(
         "num_beams": num_beams,
         "length_penalty": length_penalty,
         **tally.summary(),
+        **told,
         "unfinished": unfinished,
         "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),
         "skipped": 0,

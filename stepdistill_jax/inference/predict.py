@@ -20,6 +20,7 @@ from stepdistill_jax.inference.asking import (
     Asking,
     encode_input,
     how_to_ask,
+    read_answer,
 )
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
@@ -70,8 +71,10 @@ def predict(
         input: JSON lines in a regular file, with the fields of `prepare jsonl`: `input`, and if
             known `id`, `label`, `choices`. An empty `input` is asked as the prefix alone; one that
             is longer than in training is cut and counted.
-        output: JSON lines `id`, `label`, `score` (natural log of the probability of the label, its
-            end of sequence included, 6 digits), and `rationale` if asked for. It gets its name when
+        output: JSON lines `id`, `label`, `score` (natural log of the probability of the answer, its
+            end of sequence included, 6 digits), and `rationale` if asked for. Where the model writes
+            more than a label, that is parsed out of its answer, and the other fields of the target
+            are there, too (`asking.read_answer`). It gets its name when
             it is whole; a file of that name is replaced only then. A run that was stopped goes on
             where it was: with the same bytes in the end, or, on other devices or in other batches,
             with the same labels and scores within 1e-5.
@@ -105,7 +108,9 @@ def predict(
         `rows`, `accuracy` and `majority_baseline` (only where rows have labels), `invalid_labels`,
         `unfinished` (rows that reached `max_decode_len` without an end), `rows_per_second`
         (compilation included), `collapsed`, `cut_inputs`, `skipped`; with choices and labels also
-        what `Calibration.summary` has.
+        what `Calibration.summary` has; with rationales `unfinished_rationales`. Of a model that
+        writes more than a label also `unparsed` (answers without one), and of one that reads more
+        than the input `reads` (these fields) and `incomplete_inputs` (rows without one of them).
 
     Raises:
         InputError: bad options, model, or row (file and line), an input that changed in the
@@ -136,11 +141,12 @@ def predict(
             data_dir=data_dir,
         )
     )
-    allowed = None
+    allowed = check = None
     if choices is not None:
         allowed = everywhere(lambda: allow(choices, asking, model, choices_temperature))
-        if not allowed.labels:  # what the vocabulary makes of a row's choices is known only now
-            source = everywhere(lambda: InputFile(input, on_error, allowed.check))
+        check = None if allowed.labels else allowed.check
+    if check or asking.reads:  # what the model wants of a row is known only now
+        source = everywhere(lambda: InputFile(input, on_error, check, asking.reads))
     options = [dataclasses.asdict(asking), num_beams, length_penalty]
     # not the batch size and the number of devices: they move a score by its last digit, and who was
     # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
@@ -186,7 +192,11 @@ def _run(
     allowed: Allowed | None,
 ) -> dict[str, Any]:
     tally = Tally(asking.metric, asking.labels, allowed.temperature if allowed else 1.0)
-    counts = {name: shared.state.get(name, 0) for name in ("unfinished", "cut_inputs")}
+    names = ["unfinished", "cut_inputs"]
+    names += ["unfinished_rationales"] if len(asking.objectives) > 1 else []
+    names += ["unparsed" for o in asking.objectives[:1] if o.writes_more]
+    names += ["incomplete_inputs"] if asking.reads else []
+    counts = {name: shared.state.get(name, 0) for name in names}
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
     if done and is_first():
@@ -221,6 +231,7 @@ def _run(
         lambda: {
             **tally.summary(),
             **counts,
+            **({"reads": list(asking.reads)} if asking.reads else {}),
             "skipped": skipped.count,
             "rows_per_second": round(new / seconds, 3) if new else 0.0,
         }
@@ -252,6 +263,8 @@ def _decode_window(
     allowed: Allowed | None,
 ) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = [{"id": row.id} for row in window]
+    if asking.reads:
+        counts["incomplete_inputs"] += sum(bool(asking.lacks(row)) for row in window)
     prompts = zip(*map(asking.prompts, window), strict=True)
     for i, (length, texts) in enumerate(zip(asking.decode_lengths, prompts, strict=True)):
         encoded = [encode_input(model.vocabulary, text, asking.input_length) for text in texts]
@@ -273,10 +286,15 @@ def _decode_window(
         for answer, ids, score in zip(answers, decoded.ids, decoded.scores, strict=True):
             text = model.vocabulary.decode(ids)
             if i == 0:
+                found, parsed = read_answer(asking.objectives[0], text)
                 # + 0.0: a rounded -0.0 would be written as such
-                answer |= {"label": text, "score": round(float(score), 6) + 0.0}
+                answer |= {"label": found["label"], "score": round(float(score), 6) + 0.0}
+                answer |= found
+                if not parsed:
+                    counts["unparsed"] += 1
             else:
                 answer[RATIONALE] = text
-        if i == 0:
-            counts["unfinished"] += int((~decoded.finished).sum())
+        counts["unfinished" if i == 0 else "unfinished_rationales"] += int(
+            (~decoded.finished).sum()
+        )
     return answers

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from stepdistill_jax.data.readers import fields
@@ -54,13 +54,16 @@ class BadRow(InputError):
 
 
 def read_rows(
-    path: os.PathLike | str, check_row: Callable[[Row], None] | None = None
+    path: os.PathLike | str,
+    check_row: Callable[[Row], None] | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[Row | BadRow]:
     """Each row of a JSON-lines file, or what is wrong with it; blank lines are skipped.
 
     Args:
         path: of the file.
         check_row: raises InputError, the reason alone, at a row that will not do.
+        more: as for `parse_row`.
 
     Raises:
         InputError: the file cannot be read.
@@ -71,7 +74,7 @@ def read_rows(
         try:
             if isinstance(found, InputError):
                 raise found
-            row = parse_row(found, number, where)
+            row = parse_row(found, number, where, more)
             if check_row:
                 check_row(row)
         except InputError as error:
@@ -91,19 +94,21 @@ def next_window(rows: Iterator[Row], most_rows: int) -> list[Row]:
     return window
 
 
-def parse_row(row: dict[str, Any], number: int, where: str) -> Row:
+def parse_row(row: dict[str, Any], number: int, where: str, more: Sequence[str] = ()) -> Row:
     """The question of a JSON object; its texts are read as those of a dataset are.
 
     Args:
         row: the object.
         number: of the row, from 1.
         where: `file:line`.
+        more: names of other texts that a prompt shows; a row may be without.
 
     Raises:
         InputError: a field that is missing or of a wrong type.
     """
     texts = {"input": fields.text(row, "input", where, strip=False, blank=True)}
-    texts |= {name: fields.optional_text(row, name, where) for name in OPTIONAL_TEXTS}
+    names = dict.fromkeys((*OPTIONAL_TEXTS, *more))
+    texts |= {name: fields.optional_text(row, name, where) for name in names}
     has_id = fields.optional_text(row, "id", where) != ""
     return Row(
         row["id"] if has_id else str(number),
@@ -132,7 +137,7 @@ def count_rows(rows: Iterator[Row | BadRow], on_error: str) -> int:
 
 
 class InputFile:
-    """A file of rows that must stay as it is while it is read; read twice before that.
+    """A file of rows that must stay as it is while it is read; it is read several times.
 
     Attributes:
         path: of the file.
@@ -145,16 +150,33 @@ class InputFile:
         path: os.PathLike | str,
         on_error: str,
         check_row: Callable[[Row], None] | None = None,
+        reads: Sequence[str] = (),
     ):
-        """Raises InputError as `count_rows`; `check_row` as for `read_rows`."""
-        self.path, self._check_row = path, check_row
+        """Raises InputError as `count_rows`, and where one of the fields `reads` is in no row.
+
+        `check_row` as for `read_rows`; `reads` are what prompts show beside the input.
+        """
+        self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
         self.total = count_rows(self.rows(), on_error)
+        self._require_fields()
         self.digest = sha256(path)
 
     def rows(self) -> Iterator[Row | BadRow]:
         """`read_rows` of it."""
-        return read_rows(self.path, self._check_row)
+        return read_rows(self.path, self._check_row, self._reads)
+
+    def _require_fields(self) -> None:
+        absent = set(self._reads) if self.total else set()
+        for row in self.rows() if absent else ():
+            absent -= row.fields.keys() if isinstance(row, Row) else set()
+            if not absent:
+                return
+        if absent:
+            raise InputError(
+                f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"
+                " beside the input (a teacher has to write it, at test time, too)"
+            )
 
     def _stat(self) -> tuple[int, ...] | None:
         try:

@@ -76,12 +76,15 @@ def in_words(summary: dict[str, Any]) -> str:
     for name, words in (
         ("invalid_labels", "invalid labels"),
         ("unfinished", "unfinished"),
+        ("unparsed", "answers without a label"),
+        ("unfinished_rationales", "unfinished rationales"),
         ("gold_not_a_choice", "gold labels that are no choice"),
         ("cut_inputs", "inputs cut"),
+        ("incomplete_inputs", "inputs without a field that the model reads"),
         ("skipped", "bad rows skipped"),
     ):
         count = summary.get(name)
-        if count is not None and (count or name in ("invalid_labels", "unfinished")):
+        if count is not None and (count or name in ("invalid_labels", "unfinished", "unparsed")):
             share = f" ({count / rows:.1%})" if count and rows and name != "skipped" else ""
             parts.append(f"{words} {count}{share}")
     if "expected_calibration_error" in summary:
@@ -93,6 +96,11 @@ def in_words(summary: dict[str, Any]) -> str:
         )
     parts.append(f"{summary['rows_per_second']:.1f} rows/s")
     line = "  ".join(parts)
+    if summary.get("reads"):
+        line += (
+            f"\nthe model reads {' and '.join(summary['reads'])} of each row beside its input: a teacher"
+            " has to write that at test time, too"
+        )
     if summary["collapsed"]:
         line += (
             f"\nall {rows} answers are the same: the model does not tell the inputs apart"

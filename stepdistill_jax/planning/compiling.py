@@ -180,6 +180,7 @@ def lower_step(
         tx=tx,
         objective_weights=tuple(o.weight for o in resolve(config.objectives)),
         num_microbatches=config.num_microbatches,
+        extra_loss=config.extra_loss,
     )
     shared = config.pack and share_encoding(resolve(config.objectives))
     batch = abstract_batch(groups, mesh, shared=shared)

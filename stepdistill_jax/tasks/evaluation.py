@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import check_writable, write_json
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
@@ -33,6 +34,7 @@ def evaluate(
     length_penalty: float | None = None,
     choices: os.PathLike | str | Sequence[str] | None = None,
     choices_temperature: float = 1.0,
+    with_rationale: bool = False,
     engine: str | None = None,
     task_module: str | None = None,
 ) -> dict[str, Any]:
@@ -50,11 +52,13 @@ def evaluate(
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
         batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
             `inference.predict`.
+        with_rationale: of a prepared dataset: also decodes the rationales, and says what they are worth.
         task_module: module that registers the task; None is the one that the model was trained
             with, if it was trained on this task.
 
     Returns:
-        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`.
+        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
+        rationales also `rationale` (see `inference.evaluate`).
 
     Raises:
         InputError: no such model, step, task, split or module, or a bad option.
@@ -84,7 +88,13 @@ def evaluate(
             length_penalty=length_penalty,
             choices=choices,
             choices_temperature=choices_temperature,
+            with_rationale=with_rationale,
             engine=engine,
+        )
+    if with_rationale:
+        raise InputError(
+            f"--with-rationale: {task} is a SeqIO task, of which only the labels are compared; leave it"
+            " out, or prepare the rows as a dataset (`stepdistill prepare jsonl`)"
         )
     data = everywhere(
         lambda: load_task(

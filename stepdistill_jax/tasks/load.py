@@ -124,6 +124,9 @@ def load_task(
         _check_split(task, split, found.splits)
         found.check(f"{split}.jsonl")
         objectives = resolve(objectives)
+        _check_fields(found, objectives)
+        if supervision is not None and split == "train":
+            supervision = supervision.for_objectives(objectives)
         vocabulary = os.fspath(found.spiece_model if vocabulary is None else vocabulary)
         parts = _parts_of(found, split, supervision)
         most = 1
@@ -166,6 +169,8 @@ def load_task(
     if isinstance(found, TaskSpec):
         _check_split(task, split, found.source.splits)
         objectives = resolve(objectives)
+        if supervision is not None and split == "train":
+            supervision = supervision.for_objectives(objectives)
         vocabulary = os.fspath(found.vocabulary if vocabulary is None else vocabulary)
         _one_rationale(task, supervision)
         key = [module_digest(task_module), describe([found.source, found.preprocessors])]
@@ -200,6 +205,30 @@ def _one_rationale(task: str, supervision: Supervision | None) -> None:
         )
 
 
+def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> None:
+    """Raises InputError where a template names a field that the dataset does not keep."""
+    known = (*Objective.FIELDS, *dataset.fields)
+    for objective in objectives:
+        for field in objective.fields:
+            if field not in known:
+                raise InputError(
+                    f"OBJECTIVES: objective {objective.name} names the field {{{field}}}, and dataset"
+                    f" {dataset.name!r} has {', '.join(known)}{nearest(field, known)}; `stepdistill"
+                    f" prepare jsonl --fields {field}` keeps one of your own rows"
+                )
+
+
+def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
+    """Raises InputError where the words that a label is parsed by do not survive the vocabulary."""
+    for words in objective.words if objective.writes_more else ():
+        if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
+            raise InputError(
+                f"OBJECTIVES: the words {words!r} in target_template of {objective.name} tell where"
+                f" the label is, and the vocabulary {vocabulary.source} can only write {written!r};"
+                " choose others"
+            )
+
+
 def _key_of(supervision: Supervision | None) -> Any:
     return None if supervision is None else dataclasses.asdict(supervision)
 
@@ -209,13 +238,17 @@ def _joint_store(
 ) -> tuple[TokenStore, Vocabulary]:
     """The store of all objectives of a prepared dataset or an `add_task` task."""
     opened = load_vocabulary(vocabulary)
+    _check_words(objectives[0], opened)
+    first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]
+    if any(o.read_beside_input for o in objectives) or (first.label_field and not first.is_plain):
+        templates.append(["labels and absent inputs by field"])  # unlike stores of older versions
     store = stored_tokens(
         make_task,
         name=name,
         split=split,
         objectives=[c.name for c in columns],
         prefixes=[f"{c.name}_" for c in columns],
-        key=[key, [[o.input_template, o.target_template] for o in objectives], opened.fingerprint],
+        key=[key, templates, opened.fingerprint],
         data_dir=folder,
         compare=compare,
     )

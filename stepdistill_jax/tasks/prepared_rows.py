@@ -51,11 +51,13 @@ class PreparedRows:
             yield from self._tokenised(several)
 
     def _tokenised(self, examples: Sequence[Example]) -> Iterator[TokenExample]:
-        rows = [[o.render(vars(e)) for o in self.objectives] for e in examples]
+        rows = [[o.render(e.texts) for o in self.objectives] for e in examples]
+        own = not self.objectives[0].label_field
         ids = iter(self.vocabulary.encode_many([t for r in rows for pair in r for t in pair]))
         for example, texts in zip(examples, rows, strict=True):
             pairs = []
             for _, target in texts:
                 inputs, targets = [*next(ids), EOS_ID], [*next(ids), EOS_ID]
                 pairs.append((inputs, targets if target else []))  # absent: no end of sequence
-            yield TokenExample(pairs, float(np.float32(example.weight)), texts[0][1])
+            label = texts[0][1] if own else example.label
+            yield TokenExample(pairs, float(np.float32(example.weight)), label)

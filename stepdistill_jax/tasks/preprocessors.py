@@ -7,7 +7,9 @@ from typing import Any
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.objectives import Objective, fields_of
+from stepdistill_jax.objectives import Objective
+
+LABEL_TEXT = "label text"  # no name that a field of a dataset can have
 
 
 def render(
@@ -20,15 +22,16 @@ def render(
 ) -> Any:
     """SeqIO preprocessor: an example's fields -> `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
+    Also `LABEL_TEXT`, the label, where the first objective's target is not that of each row.
+
     Like `Objective.render`, in TensorFlow. It runs over the element's types first, so that a
     missing field is named before a row is read. A prefix of `variants` reads that rationale of the
     row (`tasks.supervision.choose`) instead of the first.
     """
     tf = tensorflow()
-    spec = dataset.element_spec
+    spec, first = dataset.element_spec, next(iter(objectives.values()))
     fields = sorted(spec) if isinstance(spec, dict) else []
-    templates = [t for o in objectives.values() for t in (o.input_template, o.target_template)]
-    for field in dict.fromkeys(f for t in templates for f in fields_of(t)):
+    for field in dict.fromkeys(f for o in objectives.values() for f in o.fields):
         if field not in fields and field in ("rationale", "llm_label"):
             continue  # optional
         if field not in fields:
@@ -59,13 +62,15 @@ def render(
             if number := (variants or {}).get(prefix):
                 row["rationale"] = given[f"rationale.{number}"]
             present = tf.constant(True)
-            for field in fields_of(objective.target_template):
+            for field in objective.needed:
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
             inputs = to_text(objective.input_template, row)
             # of several rationales most are absent in most rows: their inputs are not kept
             out[f"{prefix}inputs"] = tf.where(present, inputs, "") if number else inputs
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
+        if "label" in given and first.label_field and not first.is_plain:
+            out[LABEL_TEXT] = given["label"]
         out["weight"] = tf.cast(given.get("weight", 1.0), tf.float32)
         return out
 

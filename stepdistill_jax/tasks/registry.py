@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import Objective, fields_of, resolve
+from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.tasks.preprocessors import empty_absent_targets, in_turn, render
 from stepdistill_jax.tasks.sources import Rows, RowsOfFunction, describe_source, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, choose
@@ -64,7 +64,8 @@ def add_task(
     Args:
         name: of the mixture.
         source: a function from a split's name to rows (dicts with `input`, `label` and optionally
-            `rationale`, `llm_label`, `weight`), or any `seqio.DataSource` of such rows.
+            `rationale`, `llm_label`, `weight`; and texts that `objectives` name beside these), or
+            any `seqio.DataSource` of such rows.
         splits: names of the splits; only for a function.
         objectives: an arm's name or objectives; each becomes a task. A `decoder_prefix` is not in
             its targets: training puts it before them.
@@ -85,11 +86,14 @@ def add_task(
     if not re.fullmatch(r"[A-Za-z][\w.]*", name):
         raise InputError(f"add_task: a name of letters, digits and _ is wanted, got {name!r}")
     metric_fn(metric)
+    objectives = resolve(objectives)
     if callable(source) and not isinstance(source, seqio.DataSource):
         if not splits:
             raise InputError(f"add_task({name!r}): say which splits=[...] the function can read")
+        named = dict.fromkeys(field for o in objectives for field in o.fields)
+        more = [field for field in named if field not in Objective.FIELDS]
         source = seqio.FunctionDataSource(
-            RowsOfFunction(name, cast(Rows, source)), splits=list(splits)
+            RowsOfFunction(name, cast(Rows, source), more), splits=list(splits)
         )
     elif splits is not None:
         raise InputError(
@@ -101,9 +105,7 @@ def add_task(
             f" seqio.DataSource, got {type(source).__name__}"
         )
     load_vocabulary(vocabulary)
-    spec = TaskSpec(
-        name, source, tuple(preprocessors), resolve(objectives), os.fspath(vocabulary), metric
-    )
+    spec = TaskSpec(name, source, tuple(preprocessors), objectives, os.fspath(vocabulary), metric)
     names = [f"{name}_{o.name}" for o in spec.objectives]
     taken = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     for one in (*names, name):
@@ -159,7 +161,11 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     if objective is spec.objectives[0]:
 
         def label_accuracy(targets, predictions):
-            return {"accuracy": accuracy(predictions, targets, spec.metric)}
+            labels, answers = (
+                [(objective.parse(text) or {"label": ""})["label"] for text in texts]
+                for texts in (targets, predictions)
+            )
+            return {"accuracy": accuracy(answers, labels, spec.metric)}
 
         metric_fns = [label_accuracy]
     return {
@@ -202,7 +208,7 @@ def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Co
     """A column per objective; one per rationale where an objective's target holds a rationale."""
     columns = []
     for number, o in enumerate(objectives, 1):
-        reads = "rationale" in fields_of(o.target_template)
+        reads = "rationale" in o.fields
         for variant in range(rationales if reads else 1):
             name = f"{o.name}.{variant}" if variant else o.name
             columns.append(Column(number, variant, name, reads))

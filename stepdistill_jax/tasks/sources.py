@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.readers.fields import weight
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.objectives import Objective
 
 AT_ONCE = 32  # rows that a function is asked for ahead
 
@@ -24,17 +25,20 @@ Rows = Callable[..., Iterable[Mapping[str, Any]]]
 class RowsOfFunction:
     """A user's function of rows as the `dataset_fn` of a `seqio.FunctionDataSource`."""
 
-    FIELDS = ("input", "label", "rationale", "llm_label")
-
-    def __init__(self, task: str, rows: Rows):
-        self.task, self.rows = task, rows
+    def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
+        """`more` are names of other texts, which a row must have; they may be empty."""
+        self.task, self.rows, self.more = task, rows, tuple(more)
         self.failure: Exception | None = None  # TensorFlow would bury it in a trace of its own
         self.__name__ = getattr(rows, "__qualname__", type(rows).__name__)
         self.__module__ = getattr(rows, "__module__", __name__)
 
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*Objective.FIELDS, *self.more)
+
     def __call__(self, split: str, shuffle_files: bool, seed: int | None = None) -> Any:
         tf = tensorflow()
-        signature = {name: tf.TensorSpec((None,), tf.string) for name in self.FIELDS}
+        signature = {name: tf.TensorSpec((None,), tf.string) for name in self._names}
         signature["weight"] = tf.TensorSpec((None,), tf.float32)
         return tf.data.Dataset.from_generator(
             functools.partial(self._several, split), output_signature=signature
@@ -81,11 +85,11 @@ class RowsOfFunction:
         if not isinstance(row, Mapping):
             raise InputError(f"{where}: a dict is wanted, got {type(row).__name__}")
         fields: dict[str, Any] = {}
-        for name in self.FIELDS:
+        for name in self._names:
             value = row.get(name)
             # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
             wanted = name == "input" or (name == "label" and not row.get("llm_label"))
-            if wanted and name not in row:
+            if (wanted or name in self.more) and name not in row:
                 raise InputError(
                     f"{where}: field {name!r} is missing, the row has"
                     f" {', '.join(map(str, row)) or 'none'}{nearest(name, map(str, row))}"

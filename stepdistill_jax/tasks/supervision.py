@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,15 @@ import numpy as np
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.readers.paper_layout import TEACHER
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.objectives import Objective
 from stepdistill_jax.progress import log
 from stepdistill_jax.text.metrics import metric_fn
 
 LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
 RATIONALES = ("first", "all", "sample")
-KEEP = "is_kept"  # a field of its own: a weight of 0 is a mistake in the data and is to be named
+# a field of its own, with a name that no dataset's can have: a weight of 0 is a mistake in the data
+# and is to be named
+KEEP = "is kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,12 @@ class Supervision:
     def needs_list(self) -> bool:
         """Whether the row's list `rationales` is read, and not `rationale` alone."""
         return self.rationales != "first" or self.rationale_source is not None
+
+    def for_objectives(self, objectives: Sequence[Objective]) -> "Supervision":
+        """That of training on these: where the teacher's label is the target no gold one is needed."""
+        if objectives[0].label_field == "llm_label" and self.label_source == "gold":
+            return dataclasses.replace(self, label_source="llm")
+        return self
 
     def held_out(self) -> "Supervision":
         """That of validation: gold labels; the teacher's only where a row has no gold one.

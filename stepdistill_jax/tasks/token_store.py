@@ -61,7 +61,8 @@ class TokenExample:
     Attributes:
         rows: (input ids, target ids) for each objective; an empty target means the row is absent.
         weight: factor of its tokens' loss.
-        label_text: target text of the first objective, which predictions are compared with.
+        label_text: the label, which predictions are compared with; the first objective's target
+            where it holds none.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -106,7 +107,7 @@ class TokenStore:
 
     @functools.cached_property
     def label_texts(self) -> list[str]:
-        """Target text of the first objective for each example; parsed when it is asked for."""
+        """`TokenExample.label_text` of each example; parsed when it is asked for."""
         return [json.loads(line) for line in self.labels.tobytes().splitlines()]
 
 

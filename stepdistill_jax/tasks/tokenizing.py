@@ -19,6 +19,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import digest
 from stepdistill_jax.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
+from stepdistill_jax.tasks.preprocessors import LABEL_TEXT
 from stepdistill_jax.tasks.sources import files_of, named_errors, rows_digest
 from stepdistill_jax.tasks.token_store import (
     FORMAT_VERSION,
@@ -206,7 +207,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
         )
         decode = task.output_features[features[0][1]].vocabulary.decode
         label_text = f"{features[0][1]}_pretokenized"
-        wanted = [*itertools.chain.from_iterable(features), "weight", label_text]
+        wanted = [*itertools.chain.from_iterable(features), "weight", label_text, LABEL_TEXT]
         for number, row in enumerate(_rows(dataset, wanted), 1):
             where = f"task {task.name!r}, split {split!r}, row {number}"
             ids = [(_ids(row, i, where), _ids(row, t, where)) for i, t in features]
@@ -218,7 +219,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
             weight = float(row.get("weight", 1.0))
             if not (weight > 0 and math.isfinite(weight)):
                 raise InputError(f"{where}: the field 'weight' must be above 0, got {weight}")
-            text = row.get(label_text)
+            text = row.get(LABEL_TEXT, row.get(label_text))
             if isinstance(text, bytes):
                 text = text.decode()
             elif not isinstance(text, str):

@@ -1,8 +1,9 @@
-"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`."""
+"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`; `ExtraLoss` to add a term."""
 
 _EXPORTS = {
     "TrainConfig": "config",
     "OptimizerConfig": "config",
+    "ExtraLoss": "extra_loss",
     "train": "loop",
     "inspect": "inspection",
 }

@@ -71,6 +71,7 @@ class Batches:
             longest row, and encodes an input anew for each of them.
         row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
         data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
+        loss_mean: `example` divides a row's weight by the number of its target tokens.
         shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
             last with fewer examples in the same shapes.
     """
@@ -84,6 +85,7 @@ class Batches:
     row_multiple: int = 1
     data_fraction: float = 1.0
     shuffle: bool = True
+    loss_mean: str = "token"
 
     def __post_init__(self):
         for name in ("batch_size", "input_length", "target_length", "row_multiple"):
@@ -122,6 +124,7 @@ class Batches:
                 number,
                 column.objective,
                 column.variant,
+                loss_mean=self.loss_mean,
             )
             for number, store in enumerate(self.data.stores)
             for column, rows in zip(self.data.columns, store.rows, strict=True)

@@ -10,9 +10,11 @@ from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig
 from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
+from stepdistill_jax.training.extra_loss import ExtraLoss
 
 OPTIMIZERS = ("adamw", "adafactor")
 NONFINITE = ("skip", "stop")
+LOSS_MEANS = ("token", "example")
 INT32, INT64, FLOAT32 = 2**31 - 1, 2**63 - 1, 3.4e38  # what steps, seeds and rates are kept in
 
 
@@ -71,7 +73,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last eleven is the gin macro of the same name in capitals.
+    """One run. Each field but the last thirteen is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
@@ -79,6 +81,7 @@ class TrainConfig:
         model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
         init_from: model directory to start from; None is random.
         objectives: an arm's name or objectives.
+        extra_loss: one more term of the loss; None adds nothing to the compiled step.
         batch_size: examples (not rows) a step.
         pack: several rows in one; False pads each objective to its own length.
         input_length, target_length: tokens of a packed row, and where longer rows are cut.
@@ -95,6 +98,10 @@ class TrainConfig:
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
         remat_policy: `none`, `minimal` or `full`.
+        loss_mean: an objective's loss is the mean over its target tokens in the global batch
+            (`token`, the paper's), or over its targets of each one's mean (`example`).
+        token_weights: for names of objectives, the field of the train rows that has a weight for each
+            word of the target, e.g. {"rationale": "rationale_weights"}; None weighs all alike.
         lora: trains adapters of these ranks and nothing else; None trains every weight.
         watchdog_medians: a step that takes so many times the median of the recent ones is stuck, and
             the process ends; 0 never.
@@ -115,6 +122,7 @@ class TrainConfig:
     model_size: str = "tiny"
     init_from: str | None = None
     objectives: str | tuple[Objective, ...] = "step_by_step"
+    extra_loss: ExtraLoss | None = None
     batch_size: int = 64
     pack: bool = True
     input_length: int = 512
@@ -134,6 +142,8 @@ class TrainConfig:
     model_family: str = "t5_v1_1"
     dropout_rate: float = 0.1
     remat_policy: str = "none"
+    loss_mean: str = "token"
+    token_weights: dict[str, str] | None = None
     lora: LoraConfig | None = None
     watchdog_medians: float = 20.0
     watchdog_min_secs: float = 600.0
@@ -183,7 +193,37 @@ class TrainConfig:
                     f"PROFILE_STEPS: {list(self.profile_steps)} begins after the last step"
                     f" (TRAIN_STEPS={self.train_steps})"
                 )
+        self._check_loss()
         self._check_trouble()
+
+    def _check_loss(self) -> None:
+        if self.loss_mean not in LOSS_MEANS:
+            raise InputError(
+                f"train.loss_mean: one of {', '.join(LOSS_MEANS)} is wanted, got"
+                f" {self.loss_mean!r}{nearest(str(self.loss_mean), LOSS_MEANS)}"
+            )
+        fields = self.token_weights
+        if fields is not None and not (
+            isinstance(fields, dict)
+            and fields
+            and all(isinstance(x, str) for f in fields.items() for x in f)
+        ):
+            raise InputError(
+                f'train.token_weights: {{"OBJECTIVE": "FIELD"}} or None is wanted, got {fields!r}'
+            )
+        extra = self.extra_loss
+        if extra is None:
+            return
+        if not isinstance(extra, ExtraLoss):
+            raise InputError(f"EXTRA_LOSS: an ExtraLoss (@my_loss()) is wanted, got {extra!r}")
+        try:
+            hash(extra)
+        except TypeError as error:
+            raise InputError(
+                f"EXTRA_LOSS: {type(extra).__name__} must be a frozen dataclass of plain values: {error}"
+            ) from None
+        if extra.name in {o.name for o in resolve(self.objectives)}:
+            raise InputError(f"EXTRA_LOSS: an objective is called {extra.name!r}, too")
 
     def _check_trouble(self) -> None:
         if self.on_nonfinite not in NONFINITE:
@@ -202,7 +242,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""
-        return dataclasses.asdict(self)
+        extra = self.extra_loss and self.extra_loss.to_json()
+        return dataclasses.asdict(self) | {"extra_loss": extra}
 
 
 def _check_whole(name: str, value: Any, least: int, most: int = INT32) -> None:

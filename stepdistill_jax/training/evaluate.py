@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stepdistill_jax.inference.asking import cut_ids
+from stepdistill_jax.inference.asking import cut_ids, read_answer
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.progress import log
+from stepdistill_jax.schedules import end_value
 from stepdistill_jax.sharding import place_rows
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.text.metrics import accuracy
@@ -71,8 +72,11 @@ class Validator:
 
         Every process runs the same batches. `label_accuracy` is the share of decoded labels that
         match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
-        one answer (also said on standard error), else 0; `accuracy/<objective>` is the share of target
-        tokens that are the likeliest under teacher forcing; losses are nats per token.
+        one answer (also said on standard error), else 0; where targets are more than a label, `unparsed` is
+        the share of answers without one, which count as wrong; `accuracy/<objective>` is the share of target
+        tokens that are the likeliest under teacher forcing, each weighed as in the loss. Losses are
+        nats per token; `loss` takes the weights that schedules end with, so that those of several
+        steps compare, and has no extra loss.
         """
         params, _ = merge(params, self.config)
         names = [o.name for o in self.data.objectives]
@@ -86,7 +90,7 @@ class Validator:
             if count > 0:
                 metrics[f"loss/{name}"] = float(loss / count)
                 metrics[f"accuracy/{name}"] = float(correct / count)
-        weights = {o.name: o.weight for o in self.data.objectives}
+        weights = {o.name: end_value(o.weight) for o in self.data.objectives}
         metrics["loss"] = sum(
             w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
         )
@@ -104,15 +108,20 @@ class Validator:
             ]
             labels += store.label_texts
         decoded = self.decoder(params, prompts, on_progress=lambda _: self.on_batch())
-        predictions = [self.data.vocabulary.decode(ids) for ids in decoded.ids]
+        objective = self.data.objectives[0]
+        texts = map(self.data.vocabulary.decode, decoded.ids)
+        read = [read_answer(objective, text) for text in texts]
+        predictions = [answer["label"] for answer, _ in read]
         collapsed = len(predictions) > 1 and len(set(predictions)) == 1
         if collapsed and jax.process_index() == 0:
             log(
                 f"warning: all {len(predictions)} answers in {self.data.split} are"
-                f" {predictions[0]!r}: so far the model does not tell the inputs apart"
+                f" {'' if read[0][1] else 'without a label, and so '}{predictions[0]!r}: so far the model does not tell the inputs apart"
             )
+        unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}
         return {
             "label_accuracy": accuracy(predictions, labels, self.data.metric),
             "unfinished": float(np.mean(~np.asarray(decoded.finished))),
             "collapsed": float(collapsed),
+            **(unparsed if objective.writes_more else {}),
         }

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill_jax import schedules
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
-from stepdistill_jax.objectives import Objective
+from stepdistill_jax.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.tasks.load import TaskData, load_task
+from stepdistill_jax.tasks.token_weights import with_token_weights
 from stepdistill_jax.training.batches import Batches, Group
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.packing import round_up
@@ -44,14 +46,14 @@ def inspect(
     Returns:
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
         `vocabulary_size`;
-        `objectives`: {name: {"weight", "rows", "absent", "inputs", "targets"}}, the last two with
-            "min", "mean", "median", "p99", "max" (tokens, uncut, targets with their decoder prefix)
-            and "histogram" (list of {"from", "to", "rows"});
+        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows", "absent",
+            "inputs", "targets"}}, the last two with "min", "mean", "median", "p99", "max" (tokens,
+            uncut, targets with their decoder prefix) and "histogram" (list of {"from", "to", "rows"});
         `cut`: {name: {"inputs", "targets"}} rows that are longer than the lengths;
         `fill`: {"inputs", "targets", "all"} share of cells that hold a token;
         `rows_per_step`, `row_counts`: packed rows;
         `shown`: list of rows, each a list of {"objective", "input", "target", "input_tokens",
-            "target_tokens", "weight"}; a target that reads the encoding of the one before it has
+            "target_tokens", "weight" (of its last target token)}; a target that reads the encoding of the one before it has
             the input "" of 0 tokens;
         `candidates`: packed lengths with what they would give, matmul FLOPs of a step included
             (`flops_per_step`, padding counted), and `proposed`, that with the fewest.
@@ -61,15 +63,28 @@ def inspect(
     """
     if isinstance(config, str):
         config = TrainConfig(task=config, task_module=task_module)
+    objectives = resolve(config.objectives)
+    supervision = config.supervision if split == "train" else None
+    if split == "validation":  # as `train` reads it
+        supervision = config.supervision.for_objectives(objectives).held_out()
+        objectives = held_out_objectives(objectives)
     data = load_task(
         config.task,
         split=split,
-        objectives=config.objectives,
+        objectives=objectives,
         vocabulary=_vocabulary_of(config),
         data_dir=data_dir,
         task_module=task_module or config.task_module,
-        supervision=config.supervision if split == "train" else None,
+        supervision=supervision,
     )
+    if config.token_weights is not None and split == "train":
+        data = with_token_weights(
+            data,
+            config.token_weights,
+            supervision=config.supervision,
+            data_dir=data_dir,
+            task_module=task_module or config.task_module,
+        )
     batches = Batches(
         data,
         config.batch_size,
@@ -78,6 +93,7 @@ def inspect(
         seed=config.seed,
         pack=config.pack,
         data_fraction=config.data_fraction if split == "train" else 1.0,
+        loss_mean=config.loss_mean,
     )
     measured = _measure(batches)
     model = _model_of(config, data)
@@ -139,7 +155,7 @@ def _objective_figures(data: TaskData, number: int, objective: Objective) -> dic
     inputs, targets = (_lengths(data, number, feature) for feature in ("inputs", "targets"))
     first = next(i for i, c in enumerate(data.columns) if c.objective == number + 1)
     return {
-        "weight": objective.weight,
+        "weight": schedules.described(objective.weight),
         "rows": len(inputs),
         "absent": sum(int((s.rows[first]["targets"].lengths == 0).sum()) for s in data.stores),
         "inputs": _length_figures(inputs),

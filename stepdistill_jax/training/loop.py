@@ -113,6 +113,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp | None) -> dict[str, An
             tx=run.tx,
             objective_weights=tuple(o.weight for o in run.data.objectives),
             num_microbatches=config.num_microbatches,
+            extra_loss=config.extra_loss,
         )
         profile = closing.enter_context(StepProfile(run.workdir, config.profile_steps))
         source = iterate(run.batches, start, config.train_steps)
@@ -164,7 +165,8 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[int, TrainState]:
 
 def _introduce(run: Run, described: dict[str, Any]) -> None:
     """What will be trained, in a few lines."""
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in described["weights"].items())
+    extra = [run.config.extra_loss] if run.config.extra_loss else []
+    weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
     log(
         f"{run.config.task}: {run.batches.num_examples} examples,"

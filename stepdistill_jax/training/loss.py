@@ -35,6 +35,11 @@ class ObjectiveSums(struct.PyTreeNode):
         """Sums of both."""
         return jax.tree.map(jnp.add, self, other)
 
+    def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
+        """Adds to the last column, an extra loss's, which no token belongs to."""
+        loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
+        return self.replace(loss=loss, count=count)
+
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
         """sum over o of weight_o x mean of o; an objective without tokens adds 0."""
         return jnp.vdot(loss_scale(self.count, objective_weights), self.loss)

@@ -1,9 +1,13 @@
 """Update rules and schedules."""
 
 import functools
+from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from stepdistill_jax.schedules import Schedule, Weight
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 
 
@@ -22,6 +26,33 @@ def _schedule(o: OptimizerConfig, peak: float, train_steps: int) -> optax.Schedu
     else:
         after = optax.linear_schedule(peak, 0.0, max(train_steps - o.warmup_steps, 1))
     return optax.join_schedules([rise, after], [o.warmup_steps]) if o.warmup_steps else after
+
+
+def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
+    """[weights] float32 of the update that takes `step` to the next; constants where all are."""
+    if not any(isinstance(weight, Schedule) for weight in weights):
+        return jnp.asarray(weights, jnp.float32)
+    now = [weight_schedule(w)(step) if isinstance(w, Schedule) else w for w in weights]
+    return jnp.stack([jnp.asarray(w, jnp.float32) for w in now])
+
+
+def weight_schedule(s: Schedule) -> optax.Schedule:
+    """weight(step) of a `Schedule`."""
+    if s.shape == "linear":
+        changing = optax.linear_schedule(
+            s.init_value, s.end_value, s.transition_steps, s.transition_begin
+        )
+    else:
+        # optax's falls to a share of its first value, which may be 0 here
+        fall = optax.cosine_decay_schedule(1.0, s.transition_steps)
+
+        def changing(step):
+            share = fall(jnp.maximum(step - s.transition_begin, 0))
+            return s.end_value + (s.init_value - s.end_value) * share
+
+    # rounding would leave a weight of -1e-7 where it ends with 0
+    end = s.transition_begin + s.transition_steps
+    return lambda step: jnp.where(step >= end, s.end_value, changing(step))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:

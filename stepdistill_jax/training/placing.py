@@ -24,7 +24,8 @@ class TokenTable:
             row.
         inputs_cut, targets_cut: [examples] bool, longer than the configured length.
         prefix: [tokens] int32 of the objective's `decoder_prefix`.
-        weights: [examples] float32 factor of the loss.
+        weights: [examples] float32 factor of each target token's loss.
+        token_weights: [tokens] float32, another one of each of `targets.ids`; None is 1.
         store, objective: number of the store from 0, of the objective from 1.
         variant: which of an example's rationales, from 0.
     """
@@ -40,25 +41,53 @@ class TokenTable:
     store: int
     objective: int
     variant: int = 0
+    token_weights: np.ndarray | None = None
 
     @classmethod
-    def of(cls, rows, prefix, weights, input_length: int, target_length: int, *place: int):
+    def of(
+        cls,
+        rows,
+        prefix,
+        weights,
+        input_length: int,
+        target_length: int,
+        *place: int,
+        loss_mean: str = "token",
+    ):
         """The table of a `TokenStore.rows` entry at the configured lengths, the prefix included.
 
-        `place` is store, objective and variant.
+        `place` is store, objective and variant. With `loss_mean` "example" the tokens of a target
+        share its weight, so that the sums of the step are over targets: nothing else is compiled.
         """
+        token_weights = rows.get("token_weights")
         inputs, targets = rows["inputs"], rows["targets"]
         target_length -= len(prefix)
+        target_lengths = np.minimum(targets.lengths, target_length)
+        if (
+            token_weights is not None
+        ):  # the end of sequence that a cut row keeps weighs 1, as others do
+            cut = (targets.lengths > target_length) & (target_lengths > 0)
+            token_weights = token_weights.copy()
+            token_weights[targets.offsets[:-1][cut] + target_lengths[cut] - 1] = 1
+        if loss_mean == "example":
+            shares: np.ndarray = target_lengths
+            if token_weights is not None:
+                sums = np.concatenate([[0], np.cumsum(token_weights, dtype=np.float64)])
+                first = targets.offsets[:-1]
+                shares = sums[first + target_lengths] - sums[first]
+            weights = np.divide(weights, shares, out=np.zeros(len(weights)), where=shares > 0)
+            weights = weights.astype(np.float32)
         return cls(
             inputs,
             targets,
             np.minimum(inputs.lengths, input_length),
-            np.minimum(targets.lengths, target_length),
+            target_lengths,
             inputs.lengths > input_length,
             targets.lengths > target_length,
             np.asarray(prefix, np.int32),
             weights,
             *place,
+            token_weights=token_weights,
         )
 
     @functools.cached_property
@@ -163,7 +192,9 @@ def place_tokens(
     previous = np.concatenate([[0], tokens[:-1]])
     previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0
     objectives = np.repeat([t.objective for t, _ in examples], [len(e) for _, e in examples])
-    weights = np.concatenate([table.weights[e] for table, e in examples])
+    weights = np.repeat(np.concatenate([table.weights[e] for table, e in examples]), lengths)
+    if any(table.token_weights is not None for table, _ in examples):
+        weights[~is_prefix] *= np.concatenate([_token_weights(t, e) for t, e in examples])
 
     def put(name: str, values: np.ndarray) -> None:
         group[name].reshape(-1)[at] = values
@@ -172,7 +203,7 @@ def place_tokens(
     put("decoder_input_tokens", previous)
     put("decoder_segment_ids", np.repeat(_from_the_left(row, start), lengths))
     put("decoder_objective_ids", np.where(is_prefix, 0, np.repeat(objectives, lengths)))
-    put("decoder_loss_weights", np.where(is_prefix, 0, np.repeat(weights, lengths)))
+    put("decoder_loss_weights", np.where(is_prefix, 0, weights))
     if DECODER_ENCODER_SEGMENTS in group:
         put(DECODER_ENCODER_SEGMENTS, np.repeat(packing.segment[of_row], lengths))
 
@@ -212,6 +243,14 @@ def _decoder_tokens(rows: Rows, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
     return is_prefix, tokens
 
 
+def _token_weights(table: TokenTable, examples: np.ndarray) -> np.ndarray:
+    """[tokens] factors of the targets of these examples, without their prefixes."""
+    lengths = table.target_lengths[examples]
+    if table.token_weights is None:
+        return np.ones(lengths.sum(), np.float32)
+    return table.token_weights[_places(table.targets, examples, lengths)]
+
+
 def _from_the_left(row: np.ndarray, start: np.ndarray) -> np.ndarray:
     """[rows] the number of each in its packed row, from 1."""
     order = np.lexsort((start, row))
@@ -233,10 +272,16 @@ def _tokens(
 ) -> np.ndarray:
     """[tokens] the first `lengths` ids of each row; a cut row keeps its end of sequence."""
     ends = np.cumsum(lengths)
-    first = rows.offsets[examples] - (ends - lengths)
-    tokens = rows.ids[np.repeat(first, lengths) + np.arange(ends[-1])]
+    tokens = rows.ids[_places(rows, examples, lengths)]
     if cut.any():
         last = rows.ids[rows.offsets[examples[cut] + 1] - 1]
         at = ends[cut] - 1
         tokens[at] = np.where(last == EOS_ID, EOS_ID, tokens[at])
     return tokens
+
+
+def _places(rows: TokenRows, examples: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[tokens] where the first `lengths` ids of each row stand in `rows.ids`."""
+    ends = np.cumsum(lengths)
+    first = rows.offsets[examples] - (ends - lengths)
+    return np.repeat(first, lengths) + np.arange(ends[-1])

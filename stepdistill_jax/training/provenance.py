@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from stepdistill_jax import schedules
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, digest, read_json, sampled_digest, write_json
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
@@ -66,7 +67,7 @@ def describe(run: Run) -> dict[str, Any]:
         "model": dataclasses.asdict(run.model),
         "parameters": _count(run.abstract.params),
         "trained_parameters": _count(split(run.abstract.params)[0]),
-        "weights": {o.name: o.weight for o in run.data.objectives},
+        "weights": {o.name: schedules.described(o.weight) for o in run.data.objectives},
         "seeds": dict.fromkeys(("init", "dropout", "data_order"), run.config.seed),
         "fingerprint": fingerprint,
         "examples": run.batches.num_examples,

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from stepdistill_jax.progress import Bar, log
+from stepdistill_jax.schedules import Schedule
 from stepdistill_jax.training.batches import Batch
 from stepdistill_jax.training.guard import Guard
 from stepdistill_jax.training.optimizer import make_schedule
@@ -32,6 +33,8 @@ class StepRecorder:
         self._guard = Guard(run, writer, start=start, speaks=bar is not None)
         self._learning_rate = make_schedule(run.config)
         self._names = [o.name for o in run.data.objectives]
+        extra = [run.config.extra_loss] if run.config.extra_loss else []
+        self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
         self._silent = dict.fromkeys(self._names, 0)
         self._zero_steps = 0
         self._pending: tuple[int, Batch, dict, float] | None = None
@@ -69,13 +72,18 @@ class StepRecorder:
         got = jax.tree.map(np.asarray, device_metrics)
         sums = got["sums"]
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
-        for i, name in enumerate(self._names):
-            metrics[f"target_tokens/{name}"] = float(
-                sum(int((g["decoder_objective_ids"] == i + 1).sum()) for g in batch)
-            )
+        for i, (name, weight) in enumerate(self._weights.items()):
+            of_tokens = name in self._names  # an extra loss has no target tokens
+            if of_tokens:
+                metrics[f"target_tokens/{name}"] = float(
+                    sum(int((g["decoder_objective_ids"] == i + 1).sum()) for g in batch)
+                )
             if sums.count[i] > 0:
                 metrics[f"loss/{name}"] = float(sums.loss[i] / sums.count[i])
-                metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
+                if of_tokens:
+                    metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
+            if isinstance(weight, Schedule):
+                metrics[f"loss_weight/{name}"] = float(got["weights"][i])
         metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
         metrics |= self.throughput.of_step(batch)
         metrics["timing/seconds_waiting_for_data"] = waited

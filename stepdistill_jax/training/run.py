@@ -17,9 +17,11 @@ from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_file
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.lora import base_of
+from stepdistill_jax.objectives import held_out_objectives
 from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import batch_shards, make_mesh
 from stepdistill_jax.tasks.load import TaskData, has_split, load_task
+from stepdistill_jax.tasks.token_weights import with_token_weights
 from stepdistill_jax.text.vocabulary import BYTES
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
@@ -92,6 +94,14 @@ def assemble(
         "task_module": config.task_module,
     }
     data = load_task(config.task, split="train", supervision=config.supervision, **source)
+    if config.token_weights is not None:
+        data = with_token_weights(
+            data,
+            config.token_weights,
+            supervision=config.supervision,
+            data_dir=data_dir,
+            task_module=config.task_module,
+        )
     if model is None:
         model = t5_config(
             config.model_family,
@@ -113,6 +123,7 @@ def assemble(
         "target_length": config.target_length,
         "seed": config.seed,
         "pack": config.pack,
+        "loss_mean": config.loss_mean,
     }
     batches = Batches(
         data,
@@ -124,8 +135,12 @@ def assemble(
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if has_split(config.task, VALIDATION, data_dir=data_dir, task_module=config.task_module):
+        source["objectives"] = held_out_objectives(data.objectives)
         held_out = load_task(
-            config.task, split=VALIDATION, supervision=config.supervision.held_out(), **source
+            config.task,
+            split=VALIDATION,
+            supervision=config.supervision.for_objectives(data.objectives).held_out(),
+            **source,
         )
         validator = Validator.create(
             held_out,

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.models.lora import base_of, combine, split
 from stepdistill_jax.models.t5 import T5, output_kernel
+from stepdistill_jax.schedules import Schedule, Weight
 from stepdistill_jax.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
+from stepdistill_jax.training.extra_loss import ExtraLoss
 from stepdistill_jax.training.loss import (
     Batch,
     ObjectiveSums,
@@ -20,21 +22,41 @@ from stepdistill_jax.training.loss import (
     objective_sums,
     token_weights,
 )
+from stepdistill_jax.training.optimizer import weights_at
 from stepdistill_jax.training.state import TrainState, hashable, shardings_of
 
 Metrics = dict[str, jax.Array | ObjectiveSums]
 
 
 def batch_sums(
-    model: T5, params, batch: Batch, scale: jax.Array, **apply
+    model: T5,
+    params,
+    batch: Batch,
+    scale: jax.Array,
+    extra_loss: ExtraLoss | None = None,
+    **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Loss and totals per objective over all groups of a batch."""
+    """Loss and totals per objective over all groups of a batch; those of an extra loss come last."""
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
         states: Any = model.apply({"params": params}, group, method="states", **apply)
-        part, part_sums = objective_sums(states, output_kernel(params, model.config), group, scale)
+        kernel = output_kernel(params, model.config)
+        part, part_sums = objective_sums(states, kernel, group, scale)
         loss, sums = loss + part, sums.merge(part_sums)
+        if extra_loss is not None:
+            total = extra_loss.total(states, kernel, group).astype(jnp.float32)
+            loss += scale[-1] * total
+            sums = sums.with_last(total, extra_loss.count(group))
     return loss, sums
+
+
+def batch_counts(batch: Batch, columns: int, extra_loss: ExtraLoss | None) -> jax.Array:
+    """[columns] float32: what the totals of `batch_sums` are divided by, from the ids alone."""
+    counts = [token_weights(group, columns).sum((0, 1)) for group in batch]
+    total = jnp.sum(jnp.stack(counts), axis=0)
+    if extra_loss is not None:
+        total = total.at[-1].add(sum(extra_loss.count(group) for group in batch))
+    return total
 
 
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
@@ -56,8 +78,9 @@ def train_step(
     *,
     model: T5,
     tx: optax.GradientTransformation,
-    objective_weights: tuple[float, ...],
+    objective_weights: tuple[Weight, ...],
     num_microbatches: int = 1,
+    extra_loss: ExtraLoss | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Loss and gradient of the global batch, then one update.
 
@@ -71,22 +94,24 @@ def train_step(
         batch: groups of rows, see `training.batches`.
         model: the module whose parameters `state` holds.
         tx: the transformation whose state `state` holds.
-        objective_weights: one per objective.
+        objective_weights: one per objective; a `Schedule` is computed from the state's step.
         num_microbatches: divides the rows of each group.
+        extra_loss: one more term of the loss, with its own weight.
 
     Returns:
-        The new state, and `sums`, `loss` (nats per token) and `grad_norm` (before the clip).
+        The new state, and `sums`, `loss` (nats per token), `grad_norm` (before the clip) and, where
+        one is a schedule, `weights` of this step; an extra loss is the last of `sums` and `weights`.
     """
-    num_objectives, weights = len(objective_weights), jnp.asarray(objective_weights, jnp.float32)
-    counts = [token_weights(group, num_objectives).sum((0, 1)) for group in batch]
-    scale = loss_scale(jnp.sum(jnp.stack(counts), axis=0), weights)
+    all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
+    columns, weights = len(all_weights), weights_at(all_weights, state.step)
+    scale = loss_scale(batch_counts(batch, columns, extra_loss), weights)
     dropout = model.config.dropout_rate > 0
     step_rng = jax.random.fold_in(state.rng, state.step)
     trained, frozen = split(state.params)
 
     def slice_loss(trained, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
         apply = {"enable_dropout": True, "rngs": {"dropout": rng}} if dropout else {}
-        return batch_sums(model, combine(trained, frozen), part, scale, **apply)
+        return batch_sums(model, combine(trained, frozen), part, scale, extra_loss, **apply)
 
     value_and_grad = jax.value_and_grad(slice_loss, has_aux=True)
     if num_microbatches == 1:
@@ -99,7 +124,7 @@ def train_step(
             (_, sums), grads = value_and_grad(trained, part, rng)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        zeros = (ObjectiveSums.empty(num_objectives), jax.tree.map(jnp.zeros_like, trained))
+        zeros = (ObjectiveSums.empty(columns), jax.tree.map(jnp.zeros_like, trained))
         parts = (slices_of(batch, num_microbatches), jnp.arange(num_microbatches))
         (sums, grads), _ = jax.lax.scan(add_slice, zeros, parts)
 
@@ -108,6 +133,8 @@ def train_step(
     updated = (optax.apply_updates(trained, updates), opt_state)
     updated, opt_state = _if_finite(loss, grad_norm, updated, (trained, state.opt_state))
     metrics: Metrics = {"sums": sums, "loss": loss, "grad_norm": grad_norm}
+    if any(isinstance(weight, Schedule) for weight in all_weights):
+        metrics["weights"] = weights
     params = combine(updated, frozen)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 

@@ -31,14 +31,27 @@ def test_json_is_the_last_line(capsys, delivery_data_dir):
     }
 
 
-def test_a_configs_lengths_can_be_set(capsys, delivery_data_dir):
-    argv = ("demo_step_by_step", "--data-dir", delivery_data_dir, "--json")
+def test_a_configs_lengths_can_be_set_and_its_schedules_are_shown(
+    capsys, delivery_data_dir, tmp_path
+):
+    config = tmp_path / "mine.gin"
+    config.write_text(
+        'include "demo_step_by_step.gin"\n'
+        "step_by_step.rationale_weight = @linear_schedule()\n"
+        "linear_schedule.init_value = 3.0\n"
+        "linear_schedule.end_value = 0.0\n"
+        "linear_schedule.transition_steps = 1000\n"
+    )
+    argv = (config, "--data-dir", delivery_data_dir, "--json")
     code, out, _ = run(capsys, *argv, "--set", "INPUT_LENGTH=20", "--set", "TARGET_LENGTH=12")
     assert code == 0
     found = json.loads(out.splitlines()[-1])
     assert (found["input_length"], found["target_length"]) == (20, 12)
     assert found["cut"]["rationale"] == {"inputs": 0, "targets": 1500}
     assert found["cut"]["label"] == {"inputs": 0, "targets": 0}
+    weight = "linear 3 to 0 over steps 0 to 1000"
+    assert found["objectives"]["rationale"]["weight"] == weight
+    assert f"rationale weight {weight}, 1500 rows" in out
 
 
 def test_targets_that_read_one_encoding_are_shown_so(capsys, delivery_data_dir):

@@ -233,3 +233,39 @@ def test_a_row_that_annotate_got_no_answer_for_is_left_out_and_told(tmp_path):
     _write(tmp_path / "test.jsonl", [{"input": "b"}])
     with pytest.raises(InputError, match="no field 'label'"):
         _only(jsonl.read(tmp_path))
+
+
+def test_more_fields_are_kept_where_they_are_named(tmp_path):
+    rows = [ROW | {"contrast": " no sun ", "page": 3}, ROW | {"page": None}]
+    _write(tmp_path / "test.jsonl", rows)
+    options = {"more": ["why_not", "page"], "field_map": {"why_not": "contrast"}}
+    reading = jsonl.read(tmp_path, **options)
+    assert [row.example.more for row in _only(reading)] == [{"why_not": "no sun", "page": "3"}, {}]
+    assert "the field why_not is in 1 of 2 rows" in reading.notes
+    assert not any("not read" in note for note in reading.notes)
+    (left_out, _) = _only(jsonl.read(tmp_path))
+    assert left_out.example.more == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["Why"],
+            "--fields Why: a name in lower_snake_case is wanted; `--fields my_name --map my_",
+        ),
+        (["rationale"], "--fields rationale: it has a meaning of its own and is read anyway"),
+        (["page", "page"], "--fields page,page: name each once"),
+        (["pages"], r"no row of .* in the field 'pages' \(not read: page\); did you mean 'page'"),
+    ],
+)
+def test_more_fields_that_cannot_be_kept_are_refused(tmp_path, more, message):
+    _write(tmp_path / "test.jsonl", [ROW | {"page": "3"}])
+    with pytest.raises(InputError, match=message):
+        _only(jsonl.read(tmp_path, more=more))
+
+
+def test_a_field_that_is_kept_is_text(tmp_path):
+    _write(tmp_path / "test.jsonl", [ROW | {"page": ["3"]}])
+    with pytest.raises(InputError, match=r"test\.jsonl:1: the field 'page' must be text"):
+        _only(jsonl.read(tmp_path, more=["page"]))

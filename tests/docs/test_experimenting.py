@@ -33,6 +33,15 @@ def test_the_report_of_the_page_has_known_flags(capsys):
 def test_the_files_of_the_page_are_those_of_a_report(tmp_path):
     listed = re.findall(r"^\| `(\w+)\.(?:\{(.*?)\}|html)`", PAGE, re.M)
     suffixes = dict(listed)
-    assert set(suffixes) == {"report", "accuracy", "tests", "cost", "learning", "size", "runs"}
+    assert set(suffixes) == {
+        "report",
+        "accuracy",
+        "tests",
+        "rationales",
+        "cost",
+        "learning",
+        "size",
+        "runs",
+    }
     written = Table("tests", ("a",), (("b",),), ()).write(tmp_path)
     assert suffixes["tests"].split(",") == [p.suffix[1:] for p in written]

@@ -22,7 +22,18 @@ def make_run(delivery):
     """Writes a workdir whose answers on test are right in the rows `right` says; gives its answers."""
     examples = list(delivery.examples("test"))
 
-    def make(workdir, arm, fraction, seed, right, *, always=None, rationale=None, **settings):
+    def make(
+        workdir,
+        arm,
+        fraction,
+        seed,
+        right,
+        *,
+        always=None,
+        rationale=None,
+        figures=None,
+        **settings,
+    ):
         config = TrainConfig(
             task="delivery",
             objectives=arm,
@@ -53,6 +64,7 @@ def make_run(delivery):
             explained = "".join(json.dumps(row | {"rationale": rationale}) + "\n" for row in rows)
             file.with_name(f"{file.stem}-rationale.jsonl").write_text(explained)
         kept = {"step": STEP, "dataset": delivery.fingerprint, "majority_baseline": 0.5}
+        kept |= {"with_rationale": bool(rationale), "rationale": figures}
         (workdir / "evaluation" / "test.json").write_text(json.dumps(kept))
         lines = [
             {
@@ -63,7 +75,9 @@ def make_run(delivery):
             }
             for step in range(1, STEP + 1)
         ]
-        lines.append({"step": STEP, "eval/validation/label_accuracy": 0.5})
+        validated = {"label_accuracy": 0.5}
+        validated |= {"accuracy/rationale": 0.75} if figures else {}
+        lines.append({"step": STEP, **{f"eval/validation/{k}": v for k, v in validated.items()}})
         (workdir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         return answers
 

@@ -13,8 +13,10 @@ import pytest
 
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.experiments.comparison import compare
 from stepdistill_jax.experiments.report import headline, report
-from stepdistill_jax.experiments.results import Gold, arm_of
+from stepdistill_jax.experiments.results import Gold, arm_of, read_runs
+from stepdistill_jax.experiments.tables import rationale_table
 
 HOSTILE = "since <script>alert(1)</script> & <img src=http://x.test/a.png>"
 CURVES = {
@@ -150,6 +152,83 @@ def test_the_same_runs_give_the_same_bytes(made, folder, tmp_path, delivery_data
             assert (again / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+TEACHER = {"consistent": 30, "inconsistent": 10, "names_no_label": 0}
+EXPLAINED = {"rows": 500, "references": 500, "rouge_l": 0.5, "chrf": 40.0, "mean_words": 4.0}
+EXPLAINED |= {"empty": 50, "unfinished": 5, "consistent": 240, "inconsistent": 260}
+EXPLAINED |= {"names_no_label": 0, "teacher": TEACHER, "disagreements": []}
+
+
+@pytest.fixture(scope="module")
+def explained(tmp_path_factory, make_run, delivery_data_dir):
+    """The report on two seeds that say `smooth` whatever the label, beside one run without rationales."""
+    folder = tmp_path_factory.mktemp("explained")
+    right = [True] * 400 + [False] * 100
+    make_run(folder / "runs/a", "label_only", 1.0, 0, right)
+    for seed, change in enumerate(({}, {"rouge_l": 0.7, "chrf": 42.0, "empty": 0})):
+        told = {"rationale": "So it is smooth.", "figures": EXPLAINED | change}
+        answers = make_run(folder / f"runs/{seed}", "step_by_step", 1.0, seed, right, **told)
+    done = report([folder / "runs"], output=folder / "out", data_dir=delivery_data_dir)
+    return done, folder / "out", answers
+
+
+def test_rationales_are_a_table_of_means_with_the_teachers_below(explained):
+    done, output, _ = explained
+    assert {output / "rationales.csv", output / "rationales.tex"} < set(done.files)
+    head, first, teacher = csv.reader((output / "rationales.csv").read_text().splitlines())
+    assert dict(zip(head, first, strict=True)) == {
+        "arm": "step_by_step",
+        "fraction": "1",
+        "runs": "2",
+        "ROUGE-L": "0.6000",
+        "chrF": "41.0",
+        "token accuracy": "0.7500",
+        "words": "4.0",
+        "empty": "0.0500",
+        "unfinished": "0.0100",
+        "consistent": "0.4800",
+        "inconsistent": "0.5200",
+        "names no label": "0.0000",
+    }
+    assert teacher == ["teacher", *[""] * 8, "0.7500", "0.2500", "0.0000"]
+    assert "<h3>Rationales</h3>" in (output / "report.html").read_text()
+
+
+def test_without_figures_there_is_no_such_table(made):
+    assert not (made[1] / "rationales.csv").exists()
+    assert "<h3>Rationales</h3>" not in (made[1] / "report.html").read_text()
+
+
+def test_what_was_not_measured_is_left_empty(tmp_path, make_run, delivery_data_dir):
+    unknown = ("rouge_l", "chrf", "consistent", "inconsistent", "names_no_label", "teacher")
+    told = {"rationale": "So.", "figures": EXPLAINED | dict.fromkeys(unknown)}
+    make_run(tmp_path / "run", "step_by_step", 1.0, 0, [True] * 500, **told)
+    runs, _ = read_runs([tmp_path / "run"], split="test", data_dir=delivery_data_dir)
+    (row,) = rationale_table(compare(runs)[0][0], "name").rows
+    assert (row[3], row[4], row[5], *row[-3:]) == ("", "", "0.7500", "", "", "")
+
+
+def test_rows_whose_label_and_reason_disagree_are_marked(explained):
+    _, output, answers = explained
+    page = (output / "report.html").read_text()
+    disagree = answers.count("trouble")
+    assert 0 < disagree < 500
+    assert page.count("label and reason disagree: the reason names smooth") == disagree
+    assert page.count('data-verdict="-1"') == disagree
+    assert page.count('data-verdict="-0"') == 500 - disagree
+    assert page.count('<select name="verdict"') == 1  # label_only gives no reasons
+    assert "step_by_step: label and reason" in page
+
+
+def test_labels_are_read_from_the_answers_with_rationales_where_these_alone_are_there(
+    tmp_path, make_run, delivery_data_dir
+):
+    right = [True] * 400 + [False] * 100
+    make_run(tmp_path / "run", "step_by_step", 1.0, 0, right, rationale="So.")
+    (tmp_path / "run/predictions/delivery-test-40.jsonl").unlink()
+    ((run,), _) = read_runs([tmp_path / "run"], split="test", data_dir=delivery_data_dir)
+    assert run.accuracy == 0.8 and run.verdict(0) == (None, "names_no_label")
+
+
 def test_runs_of_other_settings_are_compared_apart(tmp_path, make_run, delivery_data_dir):
     right = [True] * 400 + [False] * 100
     for rate in (0.001, 0.002):
@@ -259,21 +338,45 @@ form.dispatchEvent(new Event("input", {bubbles: true}));
 </script>"""
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
-def test_a_browser_filters_the_examples(made, tmp_path):
-    def browse(page, *flags):
+ASKS_VERDICT = """<script>
+const form = document.querySelector("form");
+form.elements.verdict.value = "1";
+form.dispatchEvent(new Event("input", {bubbles: true}));
+</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """What chromium makes of a page, with a script of ours at its end."""
+
+    def browse(page, *flags, asks=""):
+        if asks:
+            text = re.sub("<meta http-equiv=.*?>", "", page.read_text())  # it forbids our script
+            page = tmp_path / "asking.html"
+            page.write_text(text.replace("</body>", f"{asks}</body>"))
         command = [CHROMIUM, "--headless", *QUIET.split(), "--disable-sync"]
         command += [f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()]
         return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
+    return browse
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+def test_a_browser_shows_where_label_and_reason_disagree(explained, browse):
+    shown = browse(explained[0].page, "--dump-dom", asks=ASKS_VERDICT)
+    disagree = explained[2].count("trouble")
+    assert f"<output>{disagree} shown</output>" in shown
+    assert len(re.findall(r"<article[^>]* hidden", shown)) == 500 - disagree
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on PATH")
+def test_a_browser_filters_the_examples(made, browse, tmp_path):
     (comparison,), page = made[0].comparisons, made[0].page
     # the page's own script runs under the page's own policy
     assert "<output>500 shown</output>" in browse(page, "--dump-dom")
-    asking = tmp_path / "asking.html"
-    text = re.sub("<meta http-equiv=.*?>", "", page.read_text())  # the policy forbids our script
-    asking.write_text(text.replace("</body>", f"{ASKS}</body>"))
-    shown = browse(asking, "--dump-dom")
+    shown = browse(page, "--dump-dom", asks=ASKS)
     first, second = (comparison.of_arm(a)[-1].runs[0].right for a in comparison.arms)
     wanted = int((~first & second).sum())
     assert f"<output>{wanted} shown</output>" in shown

@@ -193,10 +193,10 @@ TASK_DEFECTS = {
     "template": (
         {
             "objectives": [
-                {"name": "a", "input_template": "{x}", "target_template": "", "weight": 1}
+                {"name": "a", "input_template": "{X}", "target_template": "", "weight": 1}
             ]
         },
-        "unknown field {x}",
+        "unknown field {X}",
     ),
     "labels": ({"labels": [1]}, "labels must be a list of texts"),
     "not ours": ({"format": "REMOVED"}, "`format` is missing"),

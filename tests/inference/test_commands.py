@@ -119,6 +119,8 @@ def test_a_seqio_task_of_a_module_is_evaluated_like_its_texts(
     for name in ("rows", "accuracy", "majority_baseline", "unfinished", "cut_inputs"):
         assert result[name] == want[name]
     assert json.loads((tmp_path / "r.json").read_text()) == result
+    code, _, err = run(capsys, "evaluate", workdir, *flags, "--with-rationale")
+    assert code == 2 and "--with-rationale: plain_roads is a SeqIO task" in err
     # a model that was trained on this task knows its module
     info = read_task_info(model_dir)
     origin = {"config": {"task_module": "roads_module"}}

@@ -1,14 +1,21 @@
 """`evaluate` reads SPLIT.jsonl of a prepared dataset and says what the answers are worth."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
+from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import evaluate, load_model, predict
 from stepdistill_jax.inference.evaluate import evaluate_tokens
+from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.inference.tally import Tally, in_words
+from stepdistill_jax.text.vocabulary import load_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +34,8 @@ def data_dir(tmp_path_factory, questions):
         )
     )
     rows = [{"id": str(i), **q} for i, q in enumerate(questions[:70])]
+    for row in rows[:20]:
+        row |= {"rationale": "with sun , smooth pace", "llm_label": "smooth"}
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder.parent
 
@@ -43,6 +52,43 @@ def test_it_says_what_predict_says_and_keeps_the_answers(
     assert json.loads((tmp_path / "r.json").read_text()) == result
     kept = workdir / "predictions" / "roads-test-3.jsonl"
     assert kept.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_rationales_are_decoded_and_measured(workdir, data_dir, tmp_path, read_rows_of, capsys):
+    argv = ["evaluate", workdir, "--task", "roads", "--data-dir", data_dir, "--with-rationale"]
+    assert main([str(a) for a in (*argv, "--output", tmp_path / "r.json", "--json")]) == 0
+    *said, line = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert result == json.loads((tmp_path / "r.json").read_text())
+    answers = read_rows_of(workdir / "predictions" / "roads-test-3-rationale.jsonl")
+    tally = RationaleTally("text_match", ("smooth", "trouble"))
+    examples = open_prepared("roads", data_dir).examples("test")
+    for example, answer in zip(examples, answers, strict=True):
+        tally.add(example, answer["label"], answer["rationale"])
+    unfinished = result["rationale"].pop("unfinished")
+    assert result["rationale"] == tally.summary()
+    assert result["rationale"]["references"] == 20 and result["rationale"]["chrf"] > 0
+    assert result["rationale"]["teacher"]["consistent"] == 20
+    assert 0 < unfinished < 70  # `predict` counts them
+    assert "unfinished_rationales" not in result
+    assert f"unfinished {unfinished}" in said[1] and said[1].startswith("rationales: ROUGE-L 0.")
+    assert said[2].startswith("label and rationale: consistent ")
+    assert (
+        said[3]
+        == "the teacher's own: consistent 20 (100.0%)  inconsistent 0 (0.0%)  names no label 0 (0.0%)"
+    )
+
+
+def test_rationales_of_a_model_without_that_objective_are_refused(
+    model_dir, data_dir, tmp_path, tiny_config, task_info, spiece
+):
+    own = shutil.copytree(model_dir, tmp_path / "own")
+    info = dataclasses.replace(task_info, objectives=task_info.objectives[:1])
+    write_model_files(own, tiny_config, load_vocabulary(spiece), info)
+    with pytest.raises(
+        InputError, match=r"--with-rationale: .* has no objective named 'rationale'"
+    ):
+        evaluate(own, task="roads", data_dir=data_dir, with_rationale=True)
 
 
 def test_a_model_directory_stays_as_it_is(model_dir, data_dir):

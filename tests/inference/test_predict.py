@@ -301,7 +301,7 @@ def test_the_rationale_is_decoded_beside_the_same_label(
     model_dir, questions, answers, write_rows, read_rows_of, tmp_path
 ):
     source, out = write_rows(questions[:40]), tmp_path / "out.jsonl"
-    predict(model_dir, source, out, batch_size=32, with_rationale=True)
+    summary = predict(model_dir, source, out, batch_size=32, with_rationale=True)
     rows = read_rows_of(out)
     model = load_model(model_dir)
     ids = [[*model.vocabulary.encode("explain: " + q["input"])[:39], 1] for q in questions[:40]]
@@ -311,6 +311,8 @@ def test_the_rationale_is_decoded_beside_the_same_label(
         assert row["label"] == former["label"]
         assert row["score"] == pytest.approx(former["score"], abs=1e-5)
         assert row["rationale"] == model.vocabulary.decode(rationale)
+    assert summary["unfinished_rationales"] == int((~want.finished).sum())
+    assert 0 < summary["unfinished_rationales"] < 40
 
 
 def test_asking_for_the_rationale_of_a_label_model_is_refused(model_dir, task_info):

@@ -2,10 +2,11 @@
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data.example import Defect, Example, Rationale
+from stepdistill_jax.data.prepared import ROW_FIELDS
 from stepdistill_jax.data.readers import fields
 from stepdistill_jax.data.reading import (
     SPLITS,
@@ -17,17 +18,22 @@ from stepdistill_jax.data.reading import (
 )
 from stepdistill_jax.errors import InputError, nearest, printable
 from stepdistill_jax.files import check_file, read_jsonl, sha256
+from stepdistill_jax.objectives import FIELD_NAME
 from stepdistill_jax.text.metrics import text_match
 
 VERSION = 1
-FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
+FIELDS = ROW_FIELDS
 PROVENANCE = "provenance"  # what `annotate` adds to each row
 TEACHER_FIELDS = ("rationale", "rationales", "llm_label")
 RATIONALE_FIELDS = ("text", "source", "label")
 
 
 def read(
-    source: pathlib.Path, *, field_map: Mapping[str, str] | None = None, teacher: bool = True
+    source: pathlib.Path,
+    *,
+    field_map: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
+    teacher: bool = True,
 ) -> Reading:
     """Reads a file, or the train.jsonl, validation.jsonl and test.jsonl of a folder.
 
@@ -42,15 +48,17 @@ def read(
     Args:
         source: file or folder.
         field_map: our field to the source's name for it, e.g. {"input": "question"}.
+        more: names of other texts to keep, which objectives may name; a row may be without.
         teacher: False leaves rationales and teacher labels out.
 
     Raises:
-        InputError: no such file, or a map of a field that we do not have. While rows are read: a
-            field that is mapped and not there, a wrong type, an id that stands twice, an empty label
+        InputError: no such file, a name in `more` that is none, or a map of a field that we do not
+            have. While rows are read: a field that is mapped or in `more` and not there, a wrong type, an id that stands twice, an empty label
             or input, broken JSON; names file, line and field.
     """
     field_map = dict(field_map or {})
-    _check_map(field_map)
+    more = _check_more(more)
+    _check_map(field_map, (*FIELDS, *more))
     notes: list[str] = []
     files = _files(source, notes)
     one_file = not os.path.isdir(source)
@@ -69,8 +77,14 @@ def read(
         unread: set[str] = set()
         found: set[str] = set()
         unanswered: list[str] = []
+        having = dict.fromkeys(more, 0)
+        count = 0
+        names = {name: field_map.get(name, name) for name in (*FIELDS, *more)}
         for split, path in files.items():
-            for row in _read_file(path, field_map, teacher, unread, unanswered):
+            for row in _read_file(path, names, field_map, teacher, unread, unanswered):
+                count += 1
+                for name in row.example.more:
+                    having[name] += 1
                 target = split
                 if one_file:
                     target = _third(row)
@@ -92,6 +106,13 @@ def read(
                 f"{len(unanswered)} rows that a teacher was asked about and that nobody has labelled"
                 f" are left out, the first at {unanswered[0]}"
             )
+        told += [f"the field {name} is in {n} of {count} rows" for name, n in having.items()]
+        if absent := next((name for name, n in having.items() if not n), None):
+            raise InputError(
+                f"--fields {absent}: no row of {source} has a text in the field {names[absent]!r}"
+                f" (not read: {printable(', '.join(sorted(unread))) or 'none'})"
+                f"{nearest(names[absent], unread)}"
+            )
         notes.extend(note for note in told if note not in notes)
 
     return Reading(
@@ -100,18 +121,38 @@ def read(
         "text_match",
         rows,
         {path.name: sha256(path) for path in files.values()},
-        {"field_map": field_map, "teacher": teacher, "cut": one_file},
+        {
+            "field_map": field_map,
+            "teacher": teacher,
+            "cut": one_file,
+            **({"fields": list(more)} if more else {}),
+        },
         notes,
+        more,
     )
 
 
-def _check_map(field_map: Mapping[str, str]) -> None:
+def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
     for name in field_map:
-        if name not in FIELDS:
+        if name not in known:
             raise InputError(
                 f"--map {name}={field_map[name]}: there is no field {name!r} to fill"
-                f" (known: {', '.join(FIELDS)}){nearest(name, FIELDS)}"
+                f" (known: {', '.join(known)}){nearest(name, known)}"
             )
+
+
+def _check_more(more: Sequence[str]) -> tuple[str, ...]:
+    for name in more:
+        if not FIELD_NAME.fullmatch(name):
+            raise InputError(
+                f"--fields {name}: a name in lower_snake_case is wanted; `--fields my_name --map"
+                f" my_name={name}` reads a field that is called otherwise"
+            )
+        if name in (*FIELDS, PROVENANCE):
+            raise InputError(f"--fields {name}: it has a meaning of its own and is read anyway")
+    if len(set(more)) < len(more):
+        raise InputError(f"--fields {','.join(more)}: name each once")
+    return tuple(more)
 
 
 def _files(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
@@ -143,12 +184,12 @@ def _third(row: Row) -> str:
 
 def _read_file(
     path: pathlib.Path,
+    names: Mapping[str, str],
     field_map: Mapping[str, str],
     teacher: bool,
     unread: set[str],
     unanswered: list[str],
 ) -> Iterator[Row]:
-    names = {name: field_map.get(name, name) for name in FIELDS}
     dropped = set() if teacher else {names[name] for name in TEACHER_FIELDS}
     ids = fields.UniqueIds()
     count = 0
@@ -213,6 +254,11 @@ def _row(
         llm_label=llm_label,
         weight=fields.weight(row, names["weight"], where),
         choices=fields.texts(row, names["choices"], where),
+        more={
+            name: text
+            for name, theirs in names.items()
+            if name not in FIELDS and (text := fields.optional_text(row, theirs, where))
+        },
     )
     defects: list[Defect] = []
     if example.choices and example.label and example.label not in example.choices:

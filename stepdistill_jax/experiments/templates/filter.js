@@ -3,11 +3,11 @@ for (const section of document.querySelectorAll(".examples")) {
   const texts = rows.map((row) => row.textContent.toLowerCase());
   const show = () => {
     const text = form.elements.text.value.toLowerCase();
-    const arms = [...form.querySelectorAll("select")].filter((s) => s.value);
+    const asked = [...form.querySelectorAll("select")].filter((s) => s.value);
     let shown = 0;
     rows.forEach((row, i) => {
-      const right = row.dataset.right;
-      const fits = texts[i].includes(text) && arms.every((s) => right[s.dataset.arm] === s.value);
+      const fits = texts[i].includes(text)
+        && asked.every((s) => row.dataset[s.name][s.dataset.arm] === s.value);
       row.hidden = !fits;
       shown += fits;
     });

@@ -11,7 +11,7 @@ import numpy as np
 import stepdistill_jax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed import Allowed
-from stepdistill_jax.inference.asking import Asking, encode_input
+from stepdistill_jax.inference.asking import Asking, encode_input, read_answer
 from stepdistill_jax.inference.engines import (
     CTranslate2Engine,
     Engine,
@@ -59,7 +59,9 @@ class Answerer:
             InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
         """
         where = f"row {number}"
-        parsed = parse_row(row, number, where)
+        parsed = parse_row(row, number, where, self._asking.reads)
+        if absent := self._asking.lacks(parsed):
+            raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
         if self._allowed:
             if not self._allowed.labels and len(parsed.choices) > MAX_CHOICES:
                 raise InputError(f"{where}: more than {MAX_CHOICES} choices")
@@ -99,11 +101,13 @@ class Answerer:
     def _decoded(self, _: Any, rows: list[list[int]]) -> list[dict[str, Any]]:
         length, text = self._asking.decode_lengths[0], self._engine.vocabulary.decode
         decoded = self._engine.decode(rows, length, None, **self._given)
-        return [
+        answers = []
+        for ids, score in zip(decoded.ids, decoded.scores, strict=True):
+            found, _ = read_answer(self._asking.objectives[0], text(ids))
             # + 0.0: a rounded -0.0 would be written as such
-            {"label": text(ids), "score": round(float(score), 6) + 0.0}
-            for ids, score in zip(decoded.ids, decoded.scores, strict=True)
-        ]
+            own = {"label": found["label"], "score": round(float(score), 6) + 0.0}
+            answers.append(own | found)
+        return answers
 
     def _chosen(self, questions: Sequence[Question], rows: list[list[int]]) -> list[dict[str, Any]]:
         assert self._allowed

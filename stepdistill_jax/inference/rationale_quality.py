@@ -1,0 +1,172 @@
+"""What a model's own rationales are worth: beside the dataset's, and beside the model's labels."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.text.metrics import metric_fn, normalize
+
+CONSISTENT, INCONSISTENT, NAMES_NO_LABEL = "consistent", "inconsistent", "names_no_label"
+VERDICTS = (CONSISTENT, INCONSISTENT, NAMES_NO_LABEL)
+SHOWN = 5  # rows of `disagreements`
+# not the 53 of "a53" or the 3 of "1.53"; the minus of "= -53", not that of "79-53"
+_NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
+
+
+def named_label(rationale: str, labels: Sequence[str]) -> str | None:
+    """The label that the rationale names last; None where it names none.
+
+    Whole words are compared, without case, and with or without an English plural's s. Where one label
+    is part of another, the longer one counts.
+
+    Example: `named_label("Of these, only wooded areas have beavers.", ["zoo", "wooded area"])` is
+    "wooded area".
+    """
+    by_text = {normalize(label).casefold(): label for label in labels}
+    longest_first = sorted(filter(None, by_text), key=len, reverse=True)
+    if not longest_first:
+        return None
+    any_label = "|".join(map(re.escape, longest_first))
+    text = normalize(rationale).casefold()
+    found = re.findall(rf"(?<!\w)({any_label})(?:e?s)?(?!\w)", text)
+    return by_text[found[-1]] if found else None
+
+
+def named_number(rationale: str) -> str | None:
+    """The last number in the rationale, without the commas of thousands; None where there is none."""
+    found = _NUMBER.findall(rationale)
+    return found[-1].replace(",", "") if found else None
+
+
+def named_answer(
+    rationale: str, label: str, *, metric: str, labels: Sequence[str]
+) -> tuple[str | None, str | None]:
+    """What a rationale leads to, judged by its text alone, and whether that is the label.
+
+    Args:
+        rationale: a text.
+        label: the answer that it stands beside.
+        metric: the task's: under `value_match` the last number is compared with the label's value.
+        labels: the possible ones (of the row or of the task): a label that is none of them leads nowhere.
+
+    Returns:
+        (answer named last or None, one of VERDICTS). (None, None) where nothing says what the labels
+        are, as in a task of free text.
+    """
+    if metric == "value_match":
+        named = named_number(rationale)
+    elif labels:
+        named = named_label(rationale, labels)
+    else:
+        return None, None
+    if named is None:
+        return None, NAMES_NO_LABEL
+    same = metric_fn(metric)(named.casefold(), label.casefold())
+    return named, CONSISTENT if same else INCONSISTENT
+
+
+def references(example: Example) -> list[str]:
+    """All rationales of a row of a dataset."""
+    if example.rationales:
+        return [r.text for r in example.rationales]
+    return [example.rationale] if example.rationale else []
+
+
+class RationaleTally:
+    """Figures over rows in any order, in bounded memory."""
+
+    def __init__(self, metric: str, labels: Sequence[str] = ()):
+        """`metric` compares answers; `labels` are the task's, where they are few."""
+        # here, since NLTK behind it takes a second to import
+        from rouge_score.rouge_scorer import RougeScorer
+        from sacrebleu.metrics.chrf import CHRF
+
+        self._metric, self._labels = metric, tuple(labels)
+        self._rouge, self._chrf = RougeScorer(["rougeL"]), CHRF()
+        self._rows = self._empty = self._words = self._referenced = 0
+        self._rouge_sum = self._chrf_sum = 0.0
+        self._verdicts: Counter[str | None] = Counter()
+        self._teacher: Counter[str | None] = Counter()
+        self._disagreements: list[dict[str, Any]] = []
+
+    def add(self, example: Example, label: str, rationale: str) -> None:
+        """Counts the label and the rationale that a model gave for a row."""
+        self._rows += 1
+        self._empty += not rationale.strip()
+        self._words += len(rationale.split())
+        if texts := references(example):
+            self._referenced += 1
+            self._rouge_sum += self._rouge.score_multi(texts, rationale)["rougeL"].fmeasure
+            self._chrf_sum += self._chrf.sentence_score(rationale, texts).score
+        options = {"metric": self._metric, "labels": example.choices or self._labels}
+        named, verdict = named_answer(rationale, label, **options)
+        self._verdicts[verdict] += 1
+        if verdict == INCONSISTENT and len(self._disagreements) < SHOWN:
+            row = {"id": example.id, "label": label, "named": named, "rationale": rationale}
+            self._disagreements.append(row)
+        if example.rationale and example.llm_label:
+            self._teacher[named_answer(example.rationale, example.llm_label, **options)[1]] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """What `evaluate` returns as `rationale`, but for `unfinished`.
+
+        `rows`, `empty` (rationales without text), `mean_words` (parted by white space), `references`
+        (rows with a rationale in the dataset). Over these rows, for the best of a row's references:
+        `rouge_l`, the mean F1 (0 to 1), and `chrf`, the mean sentence chrF2 (0 to 100); None without
+        any. `consistent`, `inconsistent`, `names_no_label`: see `named_answer`; None where nothing
+        says what the labels are. `teacher`: these three of its own rationales and labels, or None.
+        `disagreements`: the first rows that are inconsistent.
+        """
+        return {
+            "rows": self._rows,
+            "empty": self._empty,
+            "mean_words": self._words / self._rows if self._rows else 0.0,
+            "references": self._referenced,
+            "rouge_l": self._rouge_sum / self._referenced if self._referenced else None,
+            "chrf": self._chrf_sum / self._referenced if self._referenced else None,
+            **(_counts(self._verdicts) or dict.fromkeys(VERDICTS)),
+            "teacher": _counts(self._teacher),
+            "disagreements": self._disagreements,
+        }
+
+
+def _counts(verdicts: Counter[str | None]) -> dict[str, int] | None:
+    """None where no row could be judged."""
+    counts = {verdict: verdicts[verdict] for verdict in VERDICTS}
+    return counts if any(counts.values()) else None
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """The figures as lines for people, the first disagreements among them.
+
+    Example of the first: `rationales: ROUGE-L 0.412  chrF 38.2  (1221 rows with a reference)
+    24.1 words on average  empty 0  unfinished 3`.
+    """
+    parts = []
+    if figures["references"]:
+        parts.append(f"ROUGE-L {figures['rouge_l']:.3f}  chrF {figures['chrf']:.1f}")
+    parts.append(f"({figures['references']} rows with a reference)")
+    parts.append(f"{figures['mean_words']:.1f} words on average")
+    parts += [f"{name} {figures[name]}" for name in ("empty", "unfinished")]
+    lines = ["rationales: " + "  ".join(parts)]
+    if figures[CONSISTENT] is None:
+        lines.append("label and rationale: not compared, as nothing says which labels there are")
+    else:
+        lines.append(f"label and rationale: {_verdicts_in_words(figures)}")
+    if figures["teacher"]:
+        lines.append(f"the teacher's own: {_verdicts_in_words(figures['teacher'])}")
+    for row in figures["disagreements"]:
+        lines.append(
+            f"  {row['id']}: label {row['label']!r}, reason {row['rationale']!r} names {row['named']!r}"
+        )
+    return "\n".join(lines)
+
+
+def _verdicts_in_words(counts: dict[str, int]) -> str:
+    rows = sum(counts[verdict] for verdict in VERDICTS)
+    return "  ".join(
+        f"{verdict.replace('_', ' ')} {counts[verdict]} ({counts[verdict] / rows:.1%})"
+        for verdict in VERDICTS
+    )

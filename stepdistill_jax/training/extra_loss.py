@@ -1,0 +1,68 @@
+"""One more term of the loss, written by a user: what the step calls, and how it is divided."""
+
+import abc
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.schedules import Schedule, Weight, is_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtraLoss(abc.ABC):
+    """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, both over the global batch.
+
+    A subclass is a frozen dataclass, whose fields are its settings. Both methods are traced inside
+    the compiled step (arrays of jax, no Python branches on their values), once for each group of
+    rows and slice of the batch, and see nothing else of the batch: what they return must be a sum
+    over rows, so that the step does not depend on devices and microbatches. Rows are packed: tokens
+    of several examples lie side by side, told apart by the segment ids.
+
+    Attributes:
+        name: of the metric `loss/<name>`, total over count; lower_snake_case.
+        weight: at least 0, or a `Schedule`; then `loss_weight/<name>` is a metric, too.
+
+    Raises:
+        InputError: a name or weight that is not that.
+    """
+
+    name: ClassVar[str] = ""
+    weight: Weight = 1.0
+
+    def __post_init__(self):
+        kind = type(self).__name__
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise InputError(f"{kind}.name: lower_snake_case is wanted, got {self.name!r}")
+        if not (isinstance(self.weight, Schedule) or is_weight(self.weight)):
+            raise InputError(f"{kind}.weight: at least 0 is wanted, got {self.weight!r}")
+
+    @abc.abstractmethod
+    def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
+        """Scalar: how many terms `total` adds up, from the ids alone.
+
+        It is asked before the model runs, since a slice's share of the gradient has to be known.
+        """
+
+    @abc.abstractmethod
+    def total(
+        self, states: jax.Array, kernel: jax.Array, group: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """Scalar: the sum of the terms of these rows, in nats; finite also where there are none.
+
+        Args:
+            states: [rows, length, embed] of the decoder after its last norm, in the run's dtype.
+            kernel: [embed, vocab] float32; `states @ kernel` are the logits, and the largest array
+                of the step if all are made at once.
+            group: see `training.batches`: [rows, length] each, `decoder_target_tokens`,
+                `decoder_segment_ids`, `decoder_objective_ids` (0 padding, i for the i-th
+                objective), `decoder_loss_weights`, ..., and those of the encoder.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """Class and settings, as `run.json` keeps them and a resume compares them."""
+        kind = type(self)
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(self)}

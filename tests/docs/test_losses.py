@@ -1,0 +1,169 @@
+"""docs/losses.md: its files are written and trained with, its example's numbers and its claims computed."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.training import loop, train
+from stepdistill_jax.training.batches import iterate
+from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.optimizer import make_optimizer
+from stepdistill_jax.training.writers import read_metrics
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "losses.md"
+FILE = re.compile(r"`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The folder of someone who has typed in every file of the page."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name, text in FILE.findall(PAGE.read_text(encoding="utf-8")):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def agreement(reader):
+    """The page's module; once, since gin keeps what it registers."""
+    spec = importlib.util.spec_from_file_location("agreement", reader / "agreement.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["agreement"] = module  # dataclasses look their module up, and a config imports it
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["agreement"]
+
+
+@pytest.fixture
+def group():
+    """Three rows: three examples of which one has no rationale; one example; padding."""
+    group = {
+        n: np.zeros((3, LENGTH), np.int32)
+        for n in ("decoder_encoder_segment_ids", "decoder_objective_ids")
+    }
+    group["decoder_encoder_segment_ids"][0, :11] = [1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3]
+    # the first rationale has a decoder prefix of one token, which is of no objective
+    group["decoder_objective_ids"][0, :11] = [1, 1, 0, 2, 2, 1, 1, 1, 1, 2, 2]
+    group["decoder_encoder_segment_ids"][1, :5] = 1
+    group["decoder_objective_ids"][1, :5] = [1, 1, 2, 2, 2]
+    return group
+
+
+def test_the_example_is_info_nce_over_the_pairs_of_a_row(agreement, group):
+    states = np.random.default_rng(0).normal(size=(3, LENGTH, 4)).astype(np.float32)
+
+    def unit(row, first, last):
+        x = states[row, first:last].sum(0)
+        return x / np.linalg.norm(x)
+
+    answers, rationales = [unit(0, 0, 2), unit(0, 7, 9)], [unit(0, 3, 5), unit(0, 9, 11)]
+    scores = np.array(answers) @ np.array(rationales).T / 0.5
+    wanted = -np.log(np.diag(np.exp(scores)) / np.exp(scores).sum(1)).sum()  # a lone pair adds 0
+    loss = agreement.Agreement(temperature=0.5)
+    assert loss.count(group) == 3
+    total, gradient = jax.jit(jax.value_and_grad(loss.total))(states, None, group)
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+    assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0.01
+    np.testing.assert_allclose(gradient[1:], 0, atol=1e-6)
+    assert not gradient[0, 5:7].any() and not gradient[0, 2].any()
+
+
+def test_all_weights_and_clip_and_epsilon_times_a_half_is_the_same_run():
+    rng = np.random.default_rng(0)
+    start = {"w": rng.normal(size=(3, 4)).astype(np.float32)}
+    gradients = [{"w": rng.normal(size=(3, 4)).astype(np.float32) / n} for n in range(1, 9)]
+
+    def trained(factor, clip_norm, eps):
+        optimizer = OptimizerConfig(clip_norm=clip_norm, eps=eps, weight_decay=0.1)
+        tx = make_optimizer(TrainConfig("t", learning_rate=0.1, train_steps=9, optimizer=optimizer))
+        update, params, state = jax.jit(tx.update), start, jax.jit(tx.init)(start)
+        for g in gradients:  # the first are clipped, the last are not
+            updates, state = update({"w": factor * g["w"]}, state, params)
+            params = jax.tree.map(np.add, params, updates)
+        return np.asarray(params["w"])
+
+    whole = trained(1.0, 1.0, 1e-2)
+    np.testing.assert_array_equal(trained(0.5, 0.5, 0.5e-2), whole)
+    # and each of the two matters
+    assert np.abs(trained(0.5, 1.0, 0.5e-2) - whole).max() > 1e-3
+    assert np.abs(trained(0.5, 0.5, 1e-2) - whole).max() > 1e-3
+
+
+CHANGING = """
+include "agreement.gin"
+shared_encoder.rationale_weight = @linear_schedule()
+linear_schedule.init_value = 1.0
+linear_schedule.end_value = 0.0
+linear_schedule.transition_steps = 4
+BATCH_SIZE = 8
+TRAIN_STEPS = 6
+EVAL_EVERY = 6
+CHECKPOINT_EVERY = 2
+"""
+
+
+@pytest.mark.slow
+def test_its_files_train_and_a_resumed_run_is_the_same(
+    reader, agreement, monkeypatch, delivery_data_dir, tmp_path
+):
+    monkeypatch.chdir(reader)
+    (reader / "changing.gin").write_text(CHANGING)
+    config, text = load_config("changing.gin")
+    where = {"data_dir": delivery_data_dir, "config_text": text}
+    whole = train(config, workdir=tmp_path / "whole", **where)
+    lines = read_metrics(tmp_path / "whole")
+    steps = [x for x in lines if "loss" in x]
+    assert [x["loss_weight/rationale"] for x in steps] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    for x in steps:
+        assert not {"loss_weight/label", "accuracy/agreement", "target_tokens/agreement"} & x.keys()
+        parts = x["loss/label"], x["loss_weight/rationale"] * x["loss/rationale"]
+        wanted = sum(parts) + 0.1 * x["loss/agreement"]
+        assert x["loss"] == pytest.approx(wanted, rel=1e-5)
+    # a validation takes the last weights and no extra loss: here the label's loss alone
+    assert whole["eval/validation/loss"] == whole["eval/validation/loss/label"]
+    told = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert told["weights"] == {"label": 1.0, "rationale": "linear 1 to 0 over steps 0 to 4"}
+    assert told["config"]["extra_loss"] == {
+        "class": "agreement.Agreement",
+        "weight": 0.1,
+        "temperature": 0.1,
+    }
+
+    stop_after(3, config, tmp_path / "cut", **where)
+    train(config, workdir=tmp_path / "cut", **where)
+    assert timeless(read_metrics(tmp_path / "cut")) == timeless(lines)
+    other, _ = load_config("changing.gin", ["Agreement.weight=0.2"])
+    with pytest.raises(InputError, match=r"EXTRA_LOSS was .*0.1.*, is .*0.2"):
+        train(other, workdir=tmp_path / "cut", **where)
+
+
+def stop_after(step, config, workdir, **where):
+    """A life that ends by an error after this step."""
+
+    class Ended(Exception):
+        pass
+
+    def batches(*args, **kwargs):
+        for number, batch in enumerate(iterate(*args, **kwargs)):
+            if number == step:
+                raise Ended
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "iterate", batches)
+        with pytest.raises(Ended):
+            train(config, workdir=workdir, **where)
+
+
+def timeless(lines):
+    return [{k: v for k, v in x.items() if not k.startswith("timing/")} for x in lines]

@@ -1,0 +1,91 @@
+"""The paper's tables: every cell composes, with the paper's settings; its figures stand beside what is measured."""
+
+import itertools
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.commands.main import main
+from stepdistill_jax.experiments import paper
+from stepdistill_jax.experiments.comparison import compare
+from stepdistill_jax.experiments.report import headline
+from stepdistill_jax.experiments.results import read_runs
+from stepdistill_jax.experiments.tables import accuracy_table
+from stepdistill_jax.objectives import ARMS
+from stepdistill_jax.training.config import OptimizerConfig
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "paper.md").read_text("utf-8")
+
+
+def config_of(task, size, arm, fraction):
+    *files, _, setting = paper.flags(size, arm, fraction)
+    return load_config(f"paper_{task}", [setting], files[1::2])[0]
+
+
+@pytest.mark.parametrize("task", paper.DATASETS)
+def test_every_cell_composes(task):
+    # shares of the data are told apart once for each size and arm, not in all 500 cells
+    cells = [c for c in paper.cells() if c[0] == task]
+    assert len(cells) == 125
+    shares = len(paper.FRACTIONS)
+    for i in range(len(cells) // shares):
+        _, size, arm, fraction = cells[i * shares + i % shares]
+        config = config_of(task, size, arm, fraction)
+        assert config.objectives == ARMS[arm]()
+        assert (config.task, config.model_size, config.data_fraction) == (task, size, fraction)
+        assert config.init_from == f"models/t5-v1_1-{size}"
+        assert (config.batch_size, config.train_steps) == (
+            (32, 4_000) if size == "xxl" else (64, 10_000)
+        )
+        assert (config.input_length, config.target_length) == (1024, 256)
+        assert (config.learning_rate, config.dtype) == (5e-5, "float32")
+        assert config.optimizer == OptimizerConfig(clip_norm=1.0, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("name", ["cqa_base_label_only", "cqa_base_step_by_step"])
+def test_the_short_names_are_cells(name):
+    assert load_config(name)[0] == config_of("cqa", "base", name.removeprefix("cqa_base_"), 1.0)
+
+
+def test_the_page_has_the_papers_figures_and_commands_that_compose(capsys):
+    assert paper.accuracy_markdown() in PAGE
+    assert f"That is {len(paper.cells())} cells" in PAGE
+    commands = re.findall(r"^    stepdistill (.*)$", PAGE.replace("\\\n", " "), re.M)
+    typed = {line.split()[0]: shlex.split(line) for line in commands}
+    assert set(typed) == {"train", "prepare", "sweep", "report"}
+    argv = typed["train"]
+    given = {flag: [v for f, v in itertools.pairwise(argv) if f == flag] for flag in argv}
+    config, _ = load_config(argv[1], given["--set"], given["--gin_file"])
+    assert config == config_of("cqa", "xl", "single_task", 0.25)
+    assert main([*typed["sweep"], "--print", "local"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * 5 * 4
+    assert all("paper/base.gin" in line for line in lines)
+
+
+def test_runs_like_the_papers_stand_beside_its_figures(
+    make_run, delivery_data_dir, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(paper, "BASE_PARAMETERS", 1000)
+    monkeypatch.setitem(paper.ACCURACY, "delivery", paper.ACCURACY["cqa"])
+    for arm in ("label_only", "single_task", "rationale_input"):
+        make_run(tmp_path / arm, arm, 1.0, 0, [True] * 500)
+    make_run(tmp_path / "quarter", "single_task", 0.25, 0, [True] * 500)
+    runs, _ = read_runs([tmp_path], split="test", data_dir=delivery_data_dir)
+    (comparison,), _ = compare(runs)
+    table = accuracy_table(comparison, "accuracy")
+    assert table.head[-1] == "paper, T5 base"
+    figures = {(row[0], row[1]): row[-1] for row in table.rows}
+    assert figures == {
+        ("label_only", "1"): "0.6219",
+        ("single_task", "0.25"): "",
+        ("single_task", "1"): "0.6137",
+        ("rationale_input", "1"): "",
+    }
+    (said,) = [sentence for sentence in headline(comparison) if "at test time" in sentence]
+    assert said.startswith(
+        "rationale_input reads rationale of each row beside its input: a teacher"
+    )

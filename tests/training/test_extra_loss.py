@@ -1,0 +1,175 @@
+"""The step's gradient, with weights that change and one more term, against the formula written out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.schedules import linear_schedule
+from stepdistill_jax.sharding import Layout, make_mesh, place_rows
+from stepdistill_jax.training import ExtraLoss, TrainConfig
+from stepdistill_jax.training.batches import Batches
+from stepdistill_jax.training.state import abstract_state, create_state, shardings_of
+from stepdistill_jax.training.step import jit_train_step
+
+MODEL = dataclasses.replace(
+    t5_config("t5_v1_1", "tiny", vocab_size=128),
+    emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1, dropout_rate=0.0,
+)  # fmt: skip
+# of label, rationale and the extra loss; the second stays
+WEIGHTS = (linear_schedule(1.0, 0.0, 10), 0.7)
+
+
+@dataclasses.dataclass(frozen=True)
+class ZLoss(ExtraLoss):
+    """T5X's, of the rationale alone: slices then have very different counts."""
+
+    name = "z_loss"
+
+    def count(self, group):
+        return (group["decoder_objective_ids"] == 2).sum()
+
+    def total(self, states, kernel, group):
+        z = jax.nn.logsumexp(states @ kernel, axis=-1)
+        return (z**2 * (group["decoder_objective_ids"] == 2)).sum()
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Drawn by NumPy: `init_state` would be one more program to compile."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def batch(data):
+    return Batches(data, batch_size=12, input_length=32, target_length=48, seed=0, row_multiple=8)(
+        0
+    )
+
+
+@pytest.fixture(scope="module")
+def written_out(params, batch):
+    """(loss, its three means), gradient as a function of the three weights."""
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def formula(params, weights):
+        (group,) = batch
+        logits = T5(MODEL).apply({"params": params}, group)
+        targets, ids = group["decoder_target_tokens"], group["decoder_objective_ids"]
+        z = jax.nn.logsumexp(logits, axis=-1)
+        nll = z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        label, rationale = ((ids == i) * group["decoder_loss_weights"] for i in (1, 2))
+        means = [
+            (nll * label).sum() / label.sum(),
+            (nll * rationale).sum() / rationale.sum(),
+            (z**2 * (ids == 2)).sum() / (ids == 2).sum(),
+        ]
+        return jnp.vdot(weights, jnp.stack(means)), jnp.stack(means)
+
+    return lambda weights: formula(params, jnp.asarray(weights, jnp.float32))
+
+
+def run(params, batch, devices, num_microbatches, at):
+    """[(metrics, gradient)] of single steps from these steps on, and how often it was compiled."""
+    mesh, tx = (
+        make_mesh(Layout(data=devices), jax.devices()[:devices]),
+        optax.sgd(0.1, momentum=0.9),
+    )
+    abstract = abstract_state(MODEL, tx, mesh)
+    step_fn = jit_train_step(
+        abstract,
+        mesh,
+        model=T5(MODEL),
+        tx=tx,
+        objective_weights=WEIGHTS,
+        num_microbatches=num_microbatches,
+        extra_loss=ZLoss(linear_schedule(0.0, 0.2, 10)),
+    )
+    found = []
+    for step in at:
+        state = create_state(params, tx, seed=0).replace(step=jnp.int32(step))
+        state, metrics = step_fn(
+            jax.device_put(state, shardings_of(abstract)), place_rows(batch, mesh)
+        )
+        found.append((metrics, jax.tree.map(np.array, state.opt_state[0].trace)))
+    return found, step_fn.__wrapped__._cache_size()
+
+
+def check(found, at, written_out):
+    for (metrics, gradient), step in zip(found, at, strict=True):
+        weights = [1 - min(step, 10) / 10, 0.7, 0.2 * min(step, 10) / 10]
+        (loss, means), wanted = written_out(weights)
+        np.testing.assert_allclose(metrics["weights"], weights, atol=1e-6)
+        np.testing.assert_allclose(metrics["sums"].loss / metrics["sums"].count, means, rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+            assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
+
+
+@pytest.mark.slow
+def test_two_slices_give_the_gradient_of_the_formula_at_each_step(params, batch, written_out):
+    counts = [int(ZLoss().count({k: v[i::2] for k, v in batch[0].items()})) for i in (0, 1)]
+    assert counts[0] != counts[1]  # else a mean of means would pass
+    at = (0, 5, 12)
+    found, compiled = run(params, batch, 1, 2, at)
+    check(found, at, written_out)
+    assert compiled == 1
+
+
+@pytest.mark.slow
+def test_eight_devices_give_it_too(params, batch, written_out):
+    check(run(params, batch, 8, 1, (5,))[0], (5,), written_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoName(ZLoss):
+    name = "Z loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Label(ZLoss):
+    name = "label"
+
+
+@pytest.mark.parametrize(
+    "make, wanted",
+    [
+        (lambda: ZLoss(-0.1), "ZLoss.weight: at least 0 is wanted, got -0.1"),
+        (NoName, "NoName.name: lower_snake_case is wanted, got 'Z loss'"),
+        (lambda: "z_loss", "EXTRA_LOSS: an ExtraLoss (@my_loss()) is wanted, got 'z_loss'"),
+        (lambda: ZLoss, "EXTRA_LOSS: an ExtraLoss (@my_loss()) is wanted"),
+        (Label, "EXTRA_LOSS: an objective is called 'label', too"),
+    ],
+)
+def test_a_bad_extra_loss_is_refused(make, wanted):
+    with pytest.raises(InputError) as caught:
+        TrainConfig("delivery", extra_loss=make())
+    assert wanted in str(caught.value)
+
+
+def test_settings_that_cannot_be_compared_are_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Listed(ZLoss):
+        factors: tuple | list = ()
+
+    assert TrainConfig("delivery", extra_loss=Listed(factors=(1, 2))).extra_loss.factors == (1, 2)
+    with pytest.raises(
+        InputError, match=r"Listed must be a frozen dataclass of plain values: .*list"
+    ):
+        TrainConfig("delivery", extra_loss=Listed(factors=[1, 2]))
+
+
+def test_run_json_tells_class_and_settings():
+    told = TrainConfig("delivery", extra_loss=ZLoss(0.5)).to_json()["extra_loss"]
+    assert told == {"class": f"{__name__}.ZLoss", "weight": 0.5}
+    assert TrainConfig("delivery").to_json()["extra_loss"] is None
