@@ -38,9 +38,9 @@ def _whiskers(axis, places: Sequence[float], points: Sequence[Point], i: int, lo
     # a few per cent to the side, so that the whiskers of arms do not cover each other
     at = np.asarray(places) * 1.012 ** (i if i % 2 else -i)
     axis.plot(at, [p.accuracy for p in points], ms=5, **look)
-    known = [(x, p) for x, p in zip(at, points, strict=True) if p.low is not None]
-    for x, p in known:
-        axis.plot([x, x], [max(0.0, p.low), min(1.0, p.high)], color=look["color"], lw=1.1)
+    for x, p in zip(at, points, strict=True):
+        if p.low is not None and p.high is not None:
+            axis.plot([x, x], [max(0.0, p.low), min(1.0, p.high)], color=look["color"], lw=1.1)
 
 
 def _lines(axis, comparison: Comparison) -> None:

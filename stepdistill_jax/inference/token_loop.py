@@ -66,7 +66,9 @@ def start(
     # what `Attention.over_states` says, since its products are small ones
     cross = 2 * beams * (given + max_decode_len) > config.head_dim
     cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
-    memory = {name: cache.pop(name) for name in [*cache] if name.startswith("cross")}
+    memory: dict[str, Any] = {
+        name: cache.pop(name) for name in [*cache] if name.startswith("cross")
+    }
     memory["segments"] = segments
     if not cross:
         memory["encoded"] = (encoded, encoded.swapaxes(1, 2))

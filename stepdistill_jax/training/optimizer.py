@@ -1,7 +1,8 @@
 """Update rules and schedules."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,9 @@ def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
     return jnp.stack([jnp.asarray(w, jnp.float32) for w in now])
 
 
-def weight_schedule(s: Schedule) -> optax.Schedule:
+def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
     """weight(step) of a `Schedule`."""
+    changing: Callable[[Any], Any]
     if s.shape == "linear":
         changing = optax.linear_schedule(
             s.init_value, s.end_value, s.transition_steps, s.transition_begin
@@ -46,9 +48,11 @@ def weight_schedule(s: Schedule) -> optax.Schedule:
         # optax's falls to a share of its first value, which may be 0 here
         fall = optax.cosine_decay_schedule(1.0, s.transition_steps)
 
-        def changing(step):
+        def wave(step):
             share = fall(jnp.maximum(step - s.transition_begin, 0))
             return s.end_value + (s.init_value - s.end_value) * share
+
+        changing = wave
 
     # rounding would leave a weight of -1e-7 where it ends with 0
     end = s.transition_begin + s.transition_steps

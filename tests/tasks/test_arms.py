@@ -12,7 +12,7 @@ from stepdistill_jax.tasks import add_task
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.text.vocabulary import ByteVocabulary
-from stepdistill_jax.training import TrainConfig
+from stepdistill_jax.training import TrainConfig, inspect
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.run import assemble
 
@@ -104,6 +104,19 @@ def test_validation_compares_with_the_gold_label(data_dir, tmp_path, arm):
     assert prompts == ["predict: hot ?" + " rationale: snow" * (arm == "rationale_input")]
     first = validation.objectives[0]
     assert "llm_label" not in first.target_template
+
+
+def test_inspect_reads_validation_as_training_does(data_dir):
+    config = TrainConfig(
+        "mine",
+        objectives="label_only_llm",
+        model_family="byt5",
+        batch_size=2,
+        input_length=64,
+        target_length=64,
+    )
+    found = inspect(config, split="validation", data_dir=data_dir)
+    assert found["objectives"]["label"]["rows"] == 2  # one of them without a teacher's label
 
 
 def test_answers_to_a_target_without_a_label_are_compared_with_the_target(data_dir, tmp_path):
