@@ -77,8 +77,8 @@ def verdicts(comparison: Comparison) -> list[tuple[str, str, str]]:
         if arm != "label_only"
     ]
     enough = next(e for e in comparison.enough if e.arm == "step_by_step")
-    words = next(s for s in headline(comparison) if s.startswith("step_by_step "))
-    saved = enough.fraction is not None and enough.fraction < full
+    words = next(s for s in headline(comparison) if "step_by_step" in s)
+    saved = enough.surely is not None and enough.surely < full
     said.insert(1, ("step_by_step needs fewer labels", "holds" if saved else "is not shown", words))
     for arm in (a for a in comparison.arms if a not in ("label_only", "step_by_step")):
         holds, shown = better("step_by_step", arm)

@@ -132,6 +132,11 @@ class Comparison:
         """The baseline first."""
         return list(dict.fromkeys(p.arm for p in self.points))
 
+    def is_chance(self, point: Point) -> bool:
+        """Whether always giving the commonest label is not shown to be worse than an arm at a fraction."""
+        low = point.accuracy if point.low is None else point.low
+        return self.majority is not None and low <= self.majority
+
     def of_arm(self, arm: str) -> list[Point]:
         """Its points, smallest fraction first."""
         return [p for p in self.points if p.arm == arm]

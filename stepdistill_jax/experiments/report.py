@@ -14,7 +14,7 @@ import numpy as np
 from stepdistill_jax import __version__
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments import tables
-from stepdistill_jax.experiments.comparison import Comparison, compare
+from stepdistill_jax.experiments.comparison import Comparison, Enough, compare
 from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure, size_figure
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
@@ -161,20 +161,25 @@ def headline(comparison: Comparison) -> list[str]:
     said = []
     base = comparison.baseline
     for e in comparison.enough:
-        full = comparison.of_arm(base)[-1].fraction
+        point = comparison.of_arm(base)[-1]
+        full = point.fraction
         data = "all of the data" if full == 1 else f"{full:g} of the data"
         theirs = f"{base}'s accuracy with {data} ({e.target:.4f}, {e.baseline_labels:.0f} labels)"
         if e.fraction is None or e.labels is None:
             said.append(f"{e.arm} does not reach {theirs} at any fraction tried.")
             continue
+        if comparison.is_chance(point):
+            said.append(
+                f"{theirs} is not shown to be above that of always giving the commonest label"
+                f" ({comparison.majority:.4f}), so that {e.arm} reaches it means nothing.{_surely(e)}"
+            )
+            continue
         times = e.baseline_labels / e.labels
         fewer = f", {times:.3g} times fewer" if times > 1 else ""
         part = "the same data" if e.fraction == full else f"{e.fraction:g} of it"
-        sentence = f"{e.arm} reaches {theirs} with {part} ({e.labels:.0f} labels{fewer})."
-        if e.tested and e.surely is None:
-            sentence += " At no share is it better beyond chance (95%)."
-        elif e.tested:
-            sentence += f" It is better beyond chance (95%) from a share of {e.surely:g} on."
+        sentence = (
+            f"{e.arm} reaches {theirs} with {part} ({e.labels:.0f} labels{fewer}).{_surely(e)}"
+        )
         last = comparison.of_arm(e.arm)[-1]
         if e.reverse is None:
             sentence += (
@@ -189,6 +194,14 @@ def headline(comparison: Comparison) -> list[str]:
                 " write that at test time, too."
             )
     return said
+
+
+def _surely(enough: Enough) -> str:
+    if not enough.tested:
+        return ""
+    if enough.surely is None:
+        return f" At no share is {enough.arm} better beyond chance (95%)."
+    return f" {enough.arm} is better beyond chance (95%) from a share of {enough.surely:g} on."
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:

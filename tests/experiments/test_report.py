@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import html.parser
 import json
 import pathlib
@@ -76,9 +77,19 @@ def test_the_smallest_fraction_that_is_enough(made):
     assert enough.reverse is None
     (sentence,) = headline(comparison)
     assert (
-        "with 0.25 of it (375 labels, 4 times fewer). It is better beyond chance (95%) from a share of 1 on"
+        "with 0.25 of it (375 labels, 4 times fewer). step_by_step is better beyond chance (95%) from a share of 1 on"
         in sentence
     )
+
+
+def test_a_baseline_at_chance_is_no_mark_to_reach(made):
+    (comparison,) = made[0].comparisons
+    low = comparison.of_arm("label_only")[-1].low
+    (sentence,) = headline(dataclasses.replace(comparison, majority=low))
+    assert "times fewer" not in sentence
+    assert "so that step_by_step reaches it means nothing. step_by_step is better" in sentence
+    (sentence,) = headline(dataclasses.replace(comparison, majority=low - 1e-6))
+    assert "4 times fewer" in sentence
 
 
 def test_arms_are_tested_on_the_same_rows(made):

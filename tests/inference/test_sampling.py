@@ -162,6 +162,7 @@ def decode(model, inputs, decode_fn, **settings):
     )
 
 
+@pytest.mark.slow
 def test_the_likeliest_id_alone_is_greedy(model):
     inputs = np.random.default_rng(0).integers(2, VOCAB, (40, 7)).astype(np.int32)
     want = decode(model, inputs, greedy_decode)

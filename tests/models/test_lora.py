@@ -81,7 +81,10 @@ def test_adapters_begin_as_the_base_exactly(changes, batch):
     np.testing.assert_array_equal(forward(config, params, batch), expected)
 
 
-@pytest.mark.parametrize("changes", [{}, V1_0], ids=["v1.1", "v1.0"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="v1.1"), pytest.param(V1_0, id="v1.0", marks=pytest.mark.slow)],
+)
 def test_merged_weights_give_the_logits_of_the_adapters(changes, batch):
     config = adapted(**changes)
     params = params_of(config)
