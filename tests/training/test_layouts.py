@@ -180,6 +180,7 @@ for name, layout in layouts.items():
     compile_step(name, layout)
 # the same program without the table's constraint: that the compiler would say it
 T5._embed = lambda self, ids: jnp.take(self.token_embedder, ids, axis=0)
+jax.clear_caches()  # the step of these arguments was traced before
 compile_step("control", layouts["hybrid"])
 """
 
