@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
@@ -111,7 +112,7 @@ def how_to_ask(
     )
 
 
-def read_answer(objective: Objective, text: str) -> tuple[dict[str, str], bool]:
+def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
     """What is written of an answer, and whether its label was found.
 
     `label` and the other fields of the target. Without the words between them nobody knows where
@@ -122,6 +123,13 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, str], bool]:
         return {name: found[name] for name in found if name not in WRITTEN}, True
     rest = RATIONALE if RATIONALE in fields_of(objective.target_template) else "text"
     return {"label": "", rest: text}, False
+
+
+def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
+    """`read_answer`, with the `score` as it is written: 6 digits."""
+    found, parsed = read_answer(objective, text)
+    # + 0.0: a rounded -0.0 would be written as such
+    return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed
 
 
 def encode_input(vocabulary: Vocabulary, text: str, input_length: int) -> tuple[list[int], bool]:

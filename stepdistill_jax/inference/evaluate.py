@@ -199,7 +199,7 @@ def evaluate_tokens(
                 read_answer(asking.objectives[0], model.vocabulary.decode(ids))
                 for ids in decoded.ids
             ]
-            answers = [{**answer} for answer, _ in read]
+            answers = [answer for answer, _ in read]
             if asking.objectives[0].writes_more:
                 told["unparsed"] = sum(not parsed for _, parsed in read)
             unfinished = int((~decoded.finished).sum())

@@ -20,7 +20,7 @@ from stepdistill_jax.inference.asking import (
     Asking,
     encode_input,
     how_to_ask,
-    read_answer,
+    scored_answer,
 )
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
@@ -286,9 +286,7 @@ def _decode_window(
         for answer, ids, score in zip(answers, decoded.ids, decoded.scores, strict=True):
             text = model.vocabulary.decode(ids)
             if i == 0:
-                found, parsed = read_answer(asking.objectives[0], text)
-                # + 0.0: a rounded -0.0 would be written as such
-                answer |= {"label": found["label"], "score": round(float(score), 6) + 0.0}
+                found, parsed = scored_answer(asking.objectives[0], text, score)
                 answer |= found
                 if not parsed:
                     counts["unparsed"] += 1

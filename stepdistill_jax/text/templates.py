@@ -30,13 +30,14 @@ def fields_of(template: str) -> tuple[str, ...]:
     return tuple(name for _, name, _, _ in parsed if name is not None)
 
 
-def words_and_fields(template: str) -> list[tuple[str, str | None]]:
+@functools.lru_cache(256)
+def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """Each field with the words before it; then the words behind the last one, without a field.
 
     Runs of whitespace are one space, and words at either end have one outside, as `parse` writes a
     text.
 
-    Example: `[("", "rationale"), (" so ", "label"), (". ", None)]` of `{rationale} so {label}.`
+    Example: `(("", "rationale"), (" so ", "label"), (". ", None))` of `{rationale} so {label}.`
     """
     found: list[tuple[str, str | None]] = []
     words = ""
@@ -53,7 +54,7 @@ def words_and_fields(template: str) -> list[tuple[str, str | None]]:
             add(field)
             words = ""
     add(None)
-    return found
+    return tuple(found)
 
 
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:

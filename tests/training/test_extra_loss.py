@@ -11,7 +11,7 @@ import pytest
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.schedules import linear_schedule
 from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.training import ExtraLoss, TrainConfig
@@ -39,14 +39,6 @@ class ZLoss(ExtraLoss):
     def total(self, states, kernel, group):
         z = jax.nn.logsumexp(states @ kernel, axis=-1)
         return (z**2 * (group["decoder_objective_ids"] == 2)).sum()
-
-
-@pytest.fixture(scope="module")
-def params():
-    """Drawn by NumPy: `init_state` would be one more program to compile."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module")

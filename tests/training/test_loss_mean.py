@@ -1,7 +1,6 @@
 """The mean over examples: what a batch carries, and the loss against one target at a time."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.sharding import Layout, make_mesh
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state
@@ -47,13 +46,6 @@ def test_the_tokens_of_a_target_share_its_weight(data):
         np.testing.assert_allclose(example.sum(), token[0], rtol=1e-6)
         lengths.add((objective, len(token)))
     assert len(lengths) > 5 and (2, 24) in lengths
-
-
-@pytest.fixture(scope="module")
-def params():
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(init_params, MODEL), jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import numpy as np
 import stepdistill_jax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed import Allowed
-from stepdistill_jax.inference.asking import Asking, encode_input, read_answer
+from stepdistill_jax.inference.asking import Asking, encode_input, scored_answer
 from stepdistill_jax.inference.engines import (
     CTranslate2Engine,
     Engine,
@@ -101,13 +101,10 @@ class Answerer:
     def _decoded(self, _: Any, rows: list[list[int]]) -> list[dict[str, Any]]:
         length, text = self._asking.decode_lengths[0], self._engine.vocabulary.decode
         decoded = self._engine.decode(rows, length, None, **self._given)
-        answers = []
-        for ids, score in zip(decoded.ids, decoded.scores, strict=True):
-            found, _ = read_answer(self._asking.objectives[0], text(ids))
-            # + 0.0: a rounded -0.0 would be written as such
-            own = {"label": found["label"], "score": round(float(score), 6) + 0.0}
-            answers.append(own | found)
-        return answers
+        return [
+            scored_answer(self._asking.objectives[0], text(ids), score)[0]
+            for ids, score in zip(decoded.ids, decoded.scores, strict=True)
+        ]
 
     def _chosen(self, questions: Sequence[Question], rows: list[list[int]]) -> list[dict[str, Any]]:
         assert self._allowed
