@@ -13,7 +13,16 @@ NAME = "stepdistill_jax"
 # lowest first; what stands on one floor may not import its neighbours, but for the first
 FLOORS = (
     (
-        *("errors", "files", "objectives", "progress", "roll_call", "schedules", "store_path"),
+        *(
+            "errors",
+            "files",
+            "host_memory",
+            "objectives",
+            "progress",
+            "roll_call",
+            "schedules",
+            "store_path",
+        ),
         *("text", "versions"),
     ),
     ("data",),

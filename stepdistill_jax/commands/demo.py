@@ -25,8 +25,10 @@ def run(args: argparse.Namespace) -> dict:
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.experiments.demo import demo
+    from stepdistill_jax.host_memory import keep_pages
     from stepdistill_jax.training import inspect
 
+    keep_pages()
     require_seqio("demo")
     console = Console()
     arms = {name: load_config(f"demo_{name}") for name in ARMS}

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             choices_temperature=args.choices_temperature,
             with_rationale=args.with_rationale,
             engine=args.engine,
+            quantization=args.quantization,
             task_module=args.module,
         )
     if is_first():

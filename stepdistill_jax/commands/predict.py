@@ -116,6 +116,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="what decodes (default: ctranslate2 on a directory of `export --format ctranslate2`, else"
         " jax)",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("int8",),
+        help="jax: weights in memory as int8 with a scale for each output, a quarter of the bytes to read"
+        " (default: float32); a CTranslate2 directory has that of its export",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,6 +154,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             prefix=args.prefix,
             on_error=args.on_error,
             engine=args.engine,
+            quantization=args.quantization,
             data_dir=args.data_dir,
         )
     if is_first():

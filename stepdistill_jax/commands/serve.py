@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         choices_temperature=args.choices_temperature,
         prefix=args.prefix,
         engine=args.engine,
+        quantization=args.quantization,
     )
     print(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
     result["stopped"] = result["unanswered"] > 0

@@ -90,7 +90,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax import compile_cache
     from stepdistill_jax.distributed import join
     from stepdistill_jax.experiments.sweep import sweep
+    from stepdistill_jax.host_memory import keep_pages
 
+    keep_pages()
     join()
     compile_cache.enable(compile_cache.beside(os.path.join(args.workdir, "cell")))
     result = sweep(

@@ -29,7 +29,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.distributed import join
+    from stepdistill_jax.host_memory import keep_pages
 
+    keep_pages()
     join()
     bindings = list(args.gin_bindings)
     if args.module:

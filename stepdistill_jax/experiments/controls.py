@@ -1,10 +1,10 @@
-"""Datasets whose rationales are spoilt on purpose: what does a model learn from reasons that are none?"""
+"""Datasets with another train split: rationales that are spoilt on purpose, a teacher that errs."""
 
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from stepdistill_jax.data.prepare import ensure_prepared, prepare
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import InputError
 
-KINDS = ("shuffled", "wrong", "missing")
+KINDS = ("shuffled", "wrong", "missing", "teacher_errs")
 
 
 def spoil(
@@ -25,12 +25,13 @@ def spoil(
     Args:
         examples: of the train split.
         kind: `shuffled` gives each row that of another row, at random; `wrong` that of a row with
-            another label; `missing` gives it none.
+            another label; `missing` gives it none; `teacher_errs` gives it both rationale and label, as
+            the field `llm_label`, of a row with another label, and all other rows their own.
         share: of the rows that have a rationale, chosen at random, to which this happens.
         seed: of what is random.
 
     Raises:
-        InputError: another kind, or one label only where `wrong` needs a second.
+        InputError: another kind, or one label only where a second is needed.
     """
     if kind not in KINDS:
         raise InputError(f"kind: one of {', '.join(KINDS)} is wanted, got {kind!r}")
@@ -40,6 +41,8 @@ def spoil(
     chosen = order[: round(len(order) * share)]
     for row in rows:
         row.pop("rationales", None)
+        if kind == "teacher_errs":
+            row["llm_label"] = row["label"]
     for i, after in zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True):
         if kind == "missing":
             rows[i].pop("rationale", None)
@@ -47,10 +50,13 @@ def spoil(
             rows[i]["rationale"] = examples[after].rationale
         else:
             label = examples[i].label
-            others = [e.rationale for e in examples if e.rationale and e.label != label]
+            others = [e for e in examples if e.rationale and e.label != label]
             if not others:
-                raise InputError("kind wrong: all rows have the same label")
-            rows[i]["rationale"] = others[rng.integers(len(others))]
+                raise InputError(f"kind {kind}: all rows have the same label")
+            other = others[rng.integers(len(others))]
+            rows[i]["rationale"] = other.rationale
+            if kind == "teacher_errs":
+                rows[i]["llm_label"] = other.label
     return rows
 
 
@@ -64,22 +70,48 @@ def prepare_control(
 ) -> PreparedDataset:
     """The dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`; other splits as they are.
 
+    Raises:
+        InputError: as `spoil` and `prepare_variant`.
+    """
+    return prepare_variant(
+        name,
+        f"{name}_{kind}_{round(100 * share)}",
+        lambda examples: spoil(examples, kind, share, seed=seed),
+        data_dir=data_dir,
+    )
+
+
+def prepare_variant(
+    name: str,
+    new_name: str,
+    change: Callable[[Sequence[Example]], Iterable[Mapping[str, Any]]],
+    *,
+    fields: Sequence[str] = (),
+    data_dir: os.PathLike | str | None = None,
+) -> PreparedDataset:
+    """The dataset NEW_NAME: NAME with another train split; other splits as they are.
+
     So its runs answer the same validation and test rows, and may be compared. It is prepared once.
 
+    Args:
+        name, new_name: of a prepared dataset (or `delivery`), and of this one.
+        change: from the train split's examples to the rows of JSON lines that take their place.
+        fields: of these rows, beside the dataset's own, that objectives may name.
+        data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
+
     Raises:
-        InputError: as `spoil` and `open_prepared`.
+        InputError: as `prepare` and `open_prepared`.
     """
     folder = data_folder(data_dir)
-    control = f"{name}_{kind}_{round(100 * share)}"
-    if is_prepared(control, folder):
-        return open_prepared(control, folder)
+    if is_prepared(new_name, folder):
+        return open_prepared(new_name, folder)
     dataset = ensure_prepared(name, folder)
     with tempfile.TemporaryDirectory() as scratch:
         for split in dataset.splits:
             examples = list(dataset.examples(split))
-            whole = [e.to_json() for e in examples]
-            rows = spoil(examples, kind, share, seed=seed) if split == "train" else whole
+            rows = change(examples) if split == "train" else (e.to_json() for e in examples)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             pathlib.Path(scratch, f"{split}.jsonl").write_text(text, encoding="utf-8")
-        prepare("jsonl", source=scratch, new_name=control, fields=dataset.fields, data_dir=folder)
-    return open_prepared(control, folder)
+        fields = [*dataset.fields, *fields]
+        prepare("jsonl", source=scratch, new_name=new_name, fields=fields, data_dir=folder)
+    return open_prepared(new_name, folder)

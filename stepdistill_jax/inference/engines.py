@@ -26,10 +26,12 @@ from stepdistill_jax.inference.decode import (
     rows_at_once,
 )
 from stepdistill_jax.inference.model import device_mesh, load_model, params_fingerprint
+from stepdistill_jax.models.quantized import quantize
 from stepdistill_jax.sharding import Layout
 from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
 
 ENGINES = ("jax", "ctranslate2")
+QUANTIZATIONS = ("int8",)  # of the JAX engine
 
 
 class Engine(Protocol):
@@ -92,19 +94,24 @@ def open_engine(
     layout: str | Layout = "data",
     num_beams: int = 1,
     length_penalty: float | None = None,
+    quantization: str | None = None,
 ) -> Engine:
     """Opens a workdir or model directory with the engine that reads it.
 
     Args:
         path: of any kind of directory that we write.
         engine: `jax` or `ctranslate2`; None is what the directory is for.
-        step, batch_size, layout, num_beams, length_penalty: as for `predict`.
+        step, batch_size, layout, num_beams, length_penalty, quantization: as for `predict`.
 
     Raises:
         InputError: an engine that does not read the directory, or a bad option or model.
     """
     if engine not in (None, *ENGINES):
         raise InputError(f"--engine: {' or '.join(ENGINES)} is wanted, got {engine!r}")
+    if quantization not in (None, *QUANTIZATIONS):
+        raise InputError(
+            f"--quantization: {' or '.join(QUANTIZATIONS)} is wanted, got {quantization!r}"
+        )
     converted = is_ctranslate2(path)
     if engine == "jax" and converted:
         raise InputError(
@@ -115,6 +122,11 @@ def open_engine(
             f"--engine ctranslate2: {path} is no CTranslate2 directory; make one:"
             f" stepdistill export {path} NEW_FOLDER --format ctranslate2"
         )
+    if quantization and converted:
+        raise InputError(
+            f"--quantization: {path} is a CTranslate2 directory, which has that of its export"
+            " (`export --format ctranslate2 --quantization int8`); leave it out"
+        )
     kind = CTranslate2Engine if converted else JaxEngine
     return kind(
         path,
@@ -123,6 +135,7 @@ def open_engine(
         layout=layout,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        quantization=quantization,
     )
 
 
@@ -138,12 +151,15 @@ class JaxEngine:
         layout: str | Layout,
         num_beams: int,
         length_penalty: float | None,
+        quantization: str | None,
     ):
         """As `open_engine`."""
         self._decode_fn = search(num_beams, length_penalty)
         self._mesh = device_mesh(layout)
         model = load_model(path, step, mesh=self._mesh)
         self._config, self._params = model.config, model.params
+        if quantization:
+            self._params, self._config = quantize(model.params, model.config)
         self.path, self.step = model.path, model.step
         self.vocabulary, self.task_info = model.vocabulary, model.task_info
         self._decoders: dict[tuple[int, tuple[int, ...], int], LabelDecoder] = {}
@@ -227,6 +243,7 @@ class CTranslate2Engine:
         layout: str | Layout,
         num_beams: int,
         length_penalty: float | None,
+        quantization: str | None,
     ):
         """As `open_engine`; reads the whole file of weights."""
         search(num_beams, length_penalty)  # says what is wrong with them

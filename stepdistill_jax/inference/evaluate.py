@@ -46,12 +46,14 @@ def evaluate(
     choices_temperature: float = 1.0,
     with_rationale: bool = False,
     engine: str | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them.
 
     For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`, those of beams in
     `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is given), those of
-    choices in `-choices.jsonl`, those with rationales in `-rationale.jsonl`.
+    choices in `-choices.jsonl`, those of int8 weights in `-int8.jsonl`, those with rationales in
+    `-rationale.jsonl`.
 
     Args:
         path: workdir or model directory.
@@ -60,7 +62,7 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where the dataset is prepared.
-        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
+        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine, quantization: as for
             `predict`.
         with_rationale: also decodes the rationales, and says what they are worth.
 
@@ -83,12 +85,15 @@ def evaluate(
     beams = "" if num_beams == 1 else f"-beams{num_beams}"
     penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
     chosen = "" if choices is None else "-choices"
+    rounded = "" if quantization is None else f"-{quantization}"
     explained = WITH_RATIONALE if with_rationale else ""
     with tempfile.TemporaryDirectory() as scratch:
         kept = None if found is None else as_path(path) / PREDICTIONS
         remote = kept is not None and is_remote(kept)
         folder = pathlib.Path(scratch) if kept is None or remote else kept
-        answers = folder / f"{task}-{split}-{found}{beams}{penalty}{chosen}{explained}.jsonl"
+        answers = (
+            folder / f"{task}-{split}-{found}{beams}{penalty}{chosen}{rounded}{explained}.jsonl"
+        )
         result = predict(
             path,
             source,
@@ -103,6 +108,7 @@ def evaluate(
             choices_temperature=choices_temperature,
             with_rationale=with_rationale,
             engine=engine,
+            quantization=quantization,
             data_dir=data_dir,
         )
         if with_rationale:
@@ -143,6 +149,7 @@ def evaluate_tokens(
     choices: os.PathLike | str | Sequence[str] | None = None,
     choices_temperature: float = 1.0,
     engine: str | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
 
@@ -153,7 +160,7 @@ def evaluate_tokens(
         metric: how they are compared.
         allowed: the possible labels, where they are few.
         step: of a workdir: `best`, `last` or a number.
-        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
+        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine, quantization: as for
             `predict`; `labels` are `allowed`, and rows have no choices of their own.
 
     Returns:
@@ -175,6 +182,7 @@ def evaluate_tokens(
         layout=layout,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        quantization=quantization,
     )
     asking = dataclasses.replace(how_to_ask(model), labels=tuple(allowed))
     chooser = None

@@ -135,6 +135,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    x = x.astype(jnp.int32) if x.dtype == jnp.int8 else x
     # multiplications and shifts of MurmurHash3
     h = jax.lax.bitcast_convert_type(x, jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)

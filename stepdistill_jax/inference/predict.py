@@ -62,6 +62,7 @@ def predict(
     prefix: str | None = None,
     on_error: str = "stop",
     engine: str | None = None,
+    quantization: str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
     """Decodes the label of each input row, in order, in memory that does not grow with the rows.
@@ -102,6 +103,8 @@ def predict(
         on_error: `stop` at a bad row, or `skip` it: counted in the result, and listed with line and
             reason in OUTPUT.skipped.jsonl.
         engine: `jax` or `ctranslate2` (`inference.engines`); None is what the directory is for.
+        quantization: `int8` keeps the JAX engine's kernels in memory as int8 with a scale for each
+            output (`models.quantized`); None as float32.
         data_dir: where `task` is prepared.
 
     Returns:
@@ -130,6 +133,7 @@ def predict(
         layout=layout,
         num_beams=num_beams,
         length_penalty=length_penalty,
+        quantization=quantization,
     )
     asking = everywhere(
         lambda: how_to_ask(

@@ -76,6 +76,8 @@ class T5Config:
             results), `full` (everything inside a layer).
         lora: adapters beside the projections; None is the plain model, the only one that decodes
             (`models.lora.merge`).
+        quantized: kernels are int8 with a scale for each output; for decoding alone
+            (`models.quantized.quantize`).
 
     Raises:
         InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy, a size
@@ -100,6 +102,7 @@ class T5Config:
     dtype: str = "float32"
     remat_policy: str = "none"
     lora: LoraConfig | None = None
+    quantized: bool = False
 
     def __post_init__(self):
         if self.dtype == "float16":

@@ -14,6 +14,7 @@ import numpy as np
 
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import LoraDense
+from stepdistill_jax.models.quantized import QuantizedDense, kernel_of
 
 NEG_INF = -1e9
 
@@ -43,7 +44,7 @@ def dense(
     name: str | None = None,
     projection: str | None = None,
     float32_sums: bool = False,
-) -> nn.Dense | LoraDense:
+) -> nn.Dense | LoraDense | QuantizedDense:
     """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh.
 
     It has an adapter where `config.lora` has a rank for `projection`. With `float32_sums` the output
@@ -52,6 +53,8 @@ def dense(
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
         return LoraDense(features, axes, stddev, rank, scale, config.dtype, name=name)
+    if config.quantized:
+        return QuantizedDense(features, axes, config.dtype, float32_sums, name=name)
     init = nn.with_logical_partitioning(nn.initializers.normal(stddev), axes)
     dot_general = None
     if float32_sums:
@@ -111,8 +114,8 @@ class Attention(nn.Module):
         c = self.config
 
         def kernel(projection: nn.Module) -> jax.Array:  # [embed, heads, kv]
-            joined: Any = projection.get_variable("params", "kernel")
-            return joined.astype(c.dtype).reshape(-1, c.num_heads, c.head_dim)
+            params: Any = projection.variables["params"]
+            return kernel_of(params, c.dtype).reshape(-1, c.num_heads, c.head_dim)
 
         queries = jnp.einsum("bqhd,ehd->bhqe", self._split(self.query(x)), kernel(self.key))
         scores = jnp.einsum("bhqe,bek->bhqk", queries, transposed)

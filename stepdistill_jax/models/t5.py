@@ -23,6 +23,7 @@ from stepdistill_jax.models.layers import (
     same_segment,
 )
 from stepdistill_jax.models.lora import has_adapters
+from stepdistill_jax.models.quantized import kernel_of
 
 Cache = dict[str, jax.Array]
 
@@ -303,7 +304,7 @@ def output_kernel(params: Mapping, config: T5Config) -> jax.Array:
     """[embed, vocab]: `T5.states` times this are the logits; the embedding's own where it is tied."""
     if config.logits_via_embedding:
         return params["token_embedder"].T
-    return params["logits_dense"]["kernel"]
+    return kernel_of(params["logits_dense"], jnp.float32)
 
 
 def start_cache(
@@ -338,7 +339,7 @@ def start_cache(
     heads = (config.num_heads, config.head_dim)
 
     def project(name: str) -> jax.Array:
-        kernel = kernels[name]["kernel"].astype(config.dtype)
+        kernel = kernel_of(kernels[name], config.dtype)
         joined = jnp.einsum("ble,nej->nblj", encoded, kernel)
         return joined.reshape(config.num_decoder_layers, *encoded.shape[:2], *heads)
 

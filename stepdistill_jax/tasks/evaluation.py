@@ -36,6 +36,7 @@ def evaluate(
     choices_temperature: float = 1.0,
     with_rationale: bool = False,
     engine: str | None = None,
+    quantization: str | None = None,
     task_module: str | None = None,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them; what `stepdistill evaluate` calls.
@@ -50,7 +51,7 @@ def evaluate(
         step: of a workdir: `best`, `last` or a number.
         output: JSON file for the result; None writes none.
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
-        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine: as for
+        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine, quantization: as for
             `inference.predict`.
         with_rationale: of a prepared dataset: also decodes the rationales, and says what they are worth.
         task_module: module that registers the task; None is the one that the model was trained
@@ -90,6 +91,7 @@ def evaluate(
             choices_temperature=choices_temperature,
             with_rationale=with_rationale,
             engine=engine,
+            quantization=quantization,
         )
     if with_rationale:
         raise InputError(
@@ -124,6 +126,7 @@ def evaluate(
         choices=choices,
         choices_temperature=choices_temperature,
         engine=engine,
+        quantization=quantization,
     )
     result = {"task": task, "split": split} | result
     if output is not None:

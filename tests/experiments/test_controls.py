@@ -4,7 +4,7 @@ import pytest
 
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.experiments.controls import prepare_control, spoil
+from stepdistill_jax.experiments.controls import prepare_control, prepare_variant, spoil
 
 ROWS = [Example(f"r{i}", f"question {i}", "yes" if i % 3 else "no", f"why {i}") for i in range(60)]
 
@@ -32,7 +32,29 @@ def test_missing_ones_are_no_field():
     assert len(changed(rows)) == 30
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "wrong", "missing"])
+def test_a_teacher_that_errs_gives_label_and_rationale_of_another_row():
+    rows = spoil(ROWS, "teacher_errs", 0.2)
+    assert len(changed(rows)) == 12
+    for i, row in enumerate(rows):
+        source = ROWS[int(row["rationale"].split()[1])]
+        assert row["llm_label"] == source.label
+        assert (source.label != ROWS[i].label) == (i in changed(rows))
+
+
+def test_a_variant_has_rows_and_fields_of_its_own(tmp_path):
+    def more(examples):
+        assert len(examples) == 1500
+        return [e.to_json() | {"why_not": "no .", "id": f"v{e.id}"} for e in examples[:40]]
+
+    made = prepare_variant("delivery", "variant", more, fields=["why_not"], data_dir=tmp_path)
+    train = list(made.examples("train"))
+    assert len(train) == 40 and {e.more["why_not"] for e in train} == {"no ."}
+    assert made.splits["test"] == 500 and "why_not" in made.fields
+    again = prepare_variant("delivery", "variant", lambda _: [], data_dir=tmp_path)
+    assert again.fingerprint == made.fingerprint, "prepared once"
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "wrong", "missing", "teacher_errs"])
 def test_all_else_stays_and_a_seed_says_which(kind):
     rows = spoil(ROWS, kind, 0.5, seed=3)
     assert [(r["id"], r["input"], r["label"]) for r in rows] == [

@@ -77,6 +77,15 @@ def test_ids_are_the_argmax_of_teacher_forcing_and_scores_their_log_probability(
         np.testing.assert_allclose(decoded.scores[i], want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
+def test_around_a_whole_batch_each_row_is_answered_once(decoder, tiny_params, rows, decoded, count):
+    done = []
+    found = decoder(tiny_params, rows[:count], done.append)
+    assert found.ids == decoded.ids[:count] and sum(done) == count
+    np.testing.assert_allclose(found.scores, decoded.scores[:count], atol=1e-5)
+    assert found.finished.tolist() == decoded.finished[:count].tolist()
+
+
 @pytest.mark.parametrize("length", [2, 4])
 def test_a_short_answer_is_the_beginning_of_a_long_one(
     tiny_config, tiny_params, rows, decoded, length

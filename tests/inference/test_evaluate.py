@@ -54,6 +54,15 @@ def test_it_says_what_predict_says_and_keeps_the_answers(
     assert kept.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
+def test_answers_of_int8_weights_are_kept_apart(workdir, data_dir):
+    evaluate(workdir, task="roads", data_dir=data_dir)
+    kept = workdir / "predictions" / "roads-test-3.jsonl"
+    before = kept.read_bytes()
+    result = evaluate(workdir, task="roads", data_dir=data_dir, quantization="int8")
+    assert (result["rows"], result["step"]) == (70, 3)
+    assert kept.with_name("roads-test-3-int8.jsonl").read_bytes() != before == kept.read_bytes()
+
+
 def test_rationales_are_decoded_and_measured(workdir, data_dir, tmp_path, read_rows_of, capsys):
     argv = ["evaluate", workdir, "--task", "roads", "--data-dir", data_dir, "--with-rationale"]
     assert main([str(a) for a in (*argv, "--output", tmp_path / "r.json", "--json")]) == 0

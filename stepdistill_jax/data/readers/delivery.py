@@ -46,8 +46,8 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
     )
 
 
-def read() -> Reading:
-    """1,500 + 500 + 500 examples; disjoint, half `smooth` and half `trouble` in each split.
+def every_example() -> dict[str, list[Example]]:
+    """The 13,824 examples that there are, by label, half each; `id` is empty.
 
     The order, and so the choice, is that of a hash of the input: no generator whose stream may
     change with a library.
@@ -58,14 +58,20 @@ def read() -> Reading:
             for table in (WEATHER, VEHICLE, ROAD)
         )
     )
-    made: dict[str, list[Row]] = {"smooth": [], "trouble": []}
+    made: dict[str, list[Example]] = {"smooth": [], "trouble": []}
     for parts in sorted(words, key=lambda parts: _order(report(*(w for _, w in parts)))):
         label, rationale = conclusion(*(kind for kind, _ in parts))
         text = report(*(w for _, w in parts))
-        made[label].append(Row(Example(id="", input=text, label=label, rationale=rationale)))
+        made[label].append(Example(id="", input=text, label=label, rationale=rationale))
+    return made
+
+
+def read() -> Reading:
+    """1,500 + 500 + 500 examples; disjoint, half `smooth` and half `trouble` in each split."""
+    made = every_example()
     splits, start = {}, 0
     for split, rows in ROWS.items():
-        chosen = [row.example for some in made.values() for row in some[start : start + rows // 2]]
+        chosen = [e for some in made.values() for e in some[start : start + rows // 2]]
         chosen.sort(key=lambda example: _order(example.input))
         splits[split] = [
             Row(Example(f"{split}-{i}", e.input, e.label, e.rationale))

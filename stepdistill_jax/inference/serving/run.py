@@ -34,6 +34,7 @@ def serve(
     choices_temperature: float = 1.0,
     prefix: str | None = None,
     engine: str | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Answers over HTTP what `predict` answers through files, until SIGTERM or Ctrl-C.
 
@@ -49,7 +50,7 @@ def serve(
         timeout_secs: after which a request is given up, with 504.
         grace_secs: for the requests that are under way when it is told to stop.
         step, batch_size, layout, max_decode_len, num_beams, length_penalty, choices,
-            choices_temperature, prefix, engine: as for `predict`.
+            choices_temperature, prefix, engine, quantization: as for `predict`.
 
     Returns:
         `rows` that were answered; `unanswered` requests, for which `grace_secs` was too short; `busy`,
@@ -87,6 +88,7 @@ def serve(
             layout=layout,
             num_beams=num_beams,
             length_penalty=length_penalty,
+            quantization=quantization,
         )
         asking = how_to_ask(model, max_decode_len=max_decode_len, prefix=prefix)
         allowed = None
