@@ -13,6 +13,7 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -301,11 +302,11 @@ def claim_rows(comparison: Comparison, shares: Sequence[float]) -> list[str]:
 
 def fewer_labels(comparison: Comparison) -> list[str]:
     """Paragraphs: what step_by_step needs, and whether more labels make up for its rationales."""
-    words = dict(zip([e.arm for e in comparison.enough], headline(comparison), strict=False))
+    words = [s for s in headline(comparison) if re.match(r"label_only\b|.*\bstep_by_step\b", s)]
     (more,), last = comparison.of_arm(MORE_LABELS), comparison.of_arm("step_by_step")[-1]
     reached = "reaches" if more.accuracy >= last.accuracy else "does not reach"
     return [
-        words["step_by_step"],
+        " ".join(words),
         "",
         f"With {more.labels:.0f} labels, every one that can be made ({more.labels / last.labels:.1f} times as many), and"
         f" {more.runs[0].config['train_steps']} steps, label_only {reached} it: {shown(more)}.",

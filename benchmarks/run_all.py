@@ -114,7 +114,7 @@ PARTS = {
     "choices": Part(
         "choices_throughput",
         "Scoring each allowed label",
-        f"--size small {T5} --rows 64 --rounds 2",
+        f"--size small {T5} --rows 64 --rounds 2 --max-decode-len 8",
         DECODE,
     ),
     "serving_cost": Part(

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -93,8 +94,7 @@ def report(
                 runs=len(every.rows),
                 left_out=left_out,
                 split=split,
-                title="Runs compared: "
-                + ", ".join(dict.fromkeys(r.task for c in comparisons for r in c.runs)),
+                title="Runs compared: " + ", ".join(dict.fromkeys(c.name for c in comparisons)),
             )
         )
     return Report(page, [page, *files], comparisons, left_out)
@@ -159,33 +159,18 @@ def headline(comparison: Comparison) -> list[str]:
     And which arms need a teacher at test time.
     """
     said = []
-    base = comparison.baseline
-    for e in comparison.enough:
-        point = comparison.of_arm(base)[-1]
-        full = point.fraction
-        data = "all of the data" if full == 1 else f"{full:g} of the data"
-        theirs = f"{base}'s accuracy with {data} ({e.target:.4f}, {e.baseline_labels:.0f} labels)"
-        if e.fraction is None or e.labels is None:
-            said.append(f"{e.arm} does not reach {theirs} at any fraction tried.")
-            continue
-        if comparison.is_chance(point):
-            said.append(
-                f"{theirs} is not shown to be above that of always giving the commonest label"
-                f" ({comparison.majority:.4f}), so that {e.arm} reaches it means nothing.{_surely(e)}"
-            )
-            continue
-        times = e.baseline_labels / e.labels
-        fewer = f", {times:.3g} times fewer" if times > 1 else ""
-        part = "the same data" if e.fraction == full else f"{e.fraction:g} of it"
-        sentence = (
-            f"{e.arm} reaches {theirs} with {part} ({e.labels:.0f} labels{fewer}).{_surely(e)}"
+    base, point = comparison.baseline, comparison.of_arm(comparison.baseline)[-1]
+    full = point.fraction
+    data = "all of the data" if full == 1 else f"{full:g} of the data"
+    if comparison.enough and comparison.is_chance(point):
+        said.append(
+            f"{base}'s accuracy with {data} ({point.accuracy:.4f}, {point.labels:.0f} labels) is not shown"
+            f" to be above that of always giving the commonest label ({comparison.majority:.4f}):"
+            " that an arm reaches it means nothing."
         )
-        last = comparison.of_arm(e.arm)[-1]
-        if e.reverse is None:
-            sentence += (
-                f" {base} does not reach {e.arm}'s {last.accuracy:.4f} at any fraction tried."
-            )
-        said.append(sentence)
+        said += _better(comparison.enough)
+    else:
+        said += [_reached(comparison, e, data) for e in comparison.enough]
     for arm in comparison.arms:
         first = comparison.of_arm(arm)[-1].runs[0].config["objectives"][0]
         if shown := [name for name in fields_of(first["input_template"]) if name != "input"]:
@@ -196,12 +181,46 @@ def headline(comparison: Comparison) -> list[str]:
     return said
 
 
-def _surely(enough: Enough) -> str:
-    if not enough.tested:
-        return ""
-    if enough.surely is None:
-        return f" At no share is {enough.arm} better beyond chance (95%)."
-    return f" {enough.arm} is better beyond chance (95%) from a share of {enough.surely:g} on."
+def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
+    """With how much of the data an arm reaches what the baseline has with `data`."""
+    base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
+    theirs = (
+        f"{base}'s accuracy with {data} ({enough.target:.4f}, {enough.baseline_labels:.0f} labels)"
+    )
+    if enough.fraction is None or enough.labels is None:
+        return f"{enough.arm} does not reach {theirs} at any fraction tried."
+    times = enough.baseline_labels / enough.labels
+    fewer = f", {times:.3g} times fewer" if times > 1 else ""
+    part = "the same data" if enough.fraction == full else f"{enough.fraction:g} of it"
+    said = [
+        f"{enough.arm} reaches {theirs} with {part} ({enough.labels:.0f} labels{fewer}).",
+        *_better([enough]),
+    ]
+    if enough.reverse is None:
+        last = comparison.of_arm(enough.arm)[-1]
+        said.append(
+            f"{base} does not reach {enough.arm}'s {last.accuracy:.4f} at any fraction tried."
+        )
+    return " ".join(said)
+
+
+def _better(found: Sequence[Enough]) -> list[str]:
+    """From which share on arms are better beyond chance, those of the same share in one sentence."""
+    by_share: dict[float | None, list[str]] = {}
+    for enough in found:
+        if enough.tested:
+            by_share.setdefault(enough.surely, []).append(enough.arm)
+    said = []
+    for share in sorted(by_share, key=lambda share: math.inf if share is None else share):
+        *others, last = by_share[share]
+        arms = f"{', '.join(others)} and {last}" if others else last
+        verb = "are" if others else "is"
+        said.append(
+            f"At no share {verb} {arms} better beyond chance (95%)."
+            if share is None
+            else f"{arms} {verb} better beyond chance (95%) from a share of {share:g} on."
+        )
+    return said
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:

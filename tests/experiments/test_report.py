@@ -85,9 +85,19 @@ def test_the_smallest_fraction_that_is_enough(made):
 def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     (comparison,) = made[0].comparisons
     low = comparison.of_arm("label_only")[-1].low
-    (sentence,) = headline(dataclasses.replace(comparison, majority=low))
-    assert "times fewer" not in sentence
-    assert "so that step_by_step reaches it means nothing. step_by_step is better" in sentence
+    chance = dataclasses.replace(comparison, majority=low)
+    sentence, better = headline(chance)
+    assert "times fewer" not in sentence and sentence.endswith(
+        "that an arm reaches it means nothing."
+    )
+    assert better == "step_by_step is better beyond chance (95%) from a share of 1 on."
+    (enough,) = comparison.enough
+    others = [dataclasses.replace(enough, arm=arm, surely=None) for arm in ("a", "b")]
+    same = dataclasses.replace(enough, arm="c")
+    assert headline(dataclasses.replace(chance, enough=[*others, enough, same]))[1:] == [
+        "step_by_step and c are better beyond chance (95%) from a share of 1 on.",
+        "At no share are a and b better beyond chance (95%).",
+    ]
     (sentence,) = headline(dataclasses.replace(comparison, majority=low - 1e-6))
     assert "4 times fewer" in sentence
 
