@@ -17,7 +17,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from stepdistill_jax import compile_cache
 from stepdistill_jax.commands.gin_config import load_config
@@ -58,7 +58,7 @@ class Arm:
     config: str = "demo_step_by_step"
     part: str | None = None
     settings: Sequence[str] = ()
-    train: object = None
+    train: tuple[str, float] | Callable[[Sequence[Example]], list[dict]] | None = None
 
 
 def more_labels(examples: Sequence[Example]) -> list[dict]:
