@@ -79,11 +79,7 @@ def why_not(examples: Sequence[Example]) -> list[dict]:
     return rows
 
 
-def weights(arm: str) -> list[str]:
-    """The demo's: the label's counts 1, all others together 3."""
-    return [f"{arm}.label_weight=1.0", f"{arm}.rationale_weight=3.0"]
-
-
+# Weights are the demo's, 1 for the label and 3 for all others together.
 # The lengths are those of one or two examples of an arm: attention grows with a packed row's length.
 ARMS = {
     "label_only": Arm("the label alone: standard fine-tuning", CURVE, config="demo_label_only"),
@@ -127,7 +123,7 @@ ARMS = {
         "the same labels, and the rationales that led the teacher to them",
         TWO,
         part="step_by_step_llm",
-        settings=weights("step_by_step_llm"),
+        settings=["step_by_step_llm.label_weight=1.0", "step_by_step_llm.rationale_weight=3.0"],
         train=("teacher_errs", 0.2),
     ),
     "copy_control": Arm(
@@ -321,13 +317,14 @@ def page(comparison: Comparison, seconds: float | None) -> str:
     labels = {p.fraction: f"{p.labels:.0f}" for p in comparison.of_arm("step_by_step")}
     ends = [s for s in shares if s in TWO]
     runs = comparison.runs
+    steps = runs[0].config["train_steps"]
     took = "" if seconds is None else f" It took {seconds / 60:.0f} minutes."
     lines = [
         "# The claim, and what controls make of it",
         "",
         "Written by `make experiments` (`benchmarks/claim.py`), from nothing. The embedded dataset `delivery`, a tiny T5 from"
         f" scratch; {len(ARMS)} arms, {max(len(p.runs) for p in comparison.points)} seeds,"
-        f" {runs[0].config['train_steps']} steps: {len(runs)} runs, {os.cpu_count()} CPU cores, jax"
+        f" {steps} steps: {len(runs)} runs, {os.cpu_count()} CPU cores, jax"
         f" {versions['jax']}.{took}",
         "",
         "![Accuracy of each arm against the share of the labels](images/claim.png)",
@@ -361,7 +358,7 @@ def page(comparison: Comparison, seconds: float | None) -> str:
         "",
         f"Runs that gave every row the same answer: {sum(r.collapsed for r in runs)} of {len(runs)}.",
         "",
-        "This is a made-up task that a tiny model can learn by way of its reasons, and by 1,000 steps it has either seen through it"
+        f"This is a made-up task that a tiny model can learn by way of its reasons, and by {steps:,} steps it has either seen through it"
         " or not: between chance and all right lies little. It shows that the method, this code and the"
         " controls do what they say; how much the method gains on other data, only runs on that data say"
         " ([docs/experimenting.md](experimenting.md)).",
