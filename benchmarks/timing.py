@@ -114,7 +114,7 @@ def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Seconds of wall time, of all cores' work and of this process's work, at one moment."""
+    """Seconds of wall time, of all cores' work and of our processes' work, at one moment."""
 
     wall: float
     machine: float | None
@@ -126,7 +126,8 @@ class Clock:
         if stat.exists():  # user, nice, system, idle, iowait, irq, softirq, steal
             ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
             machine = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
-        return cls(time.perf_counter(), machine, time.process_time())
+        # ours, and that of children that have ended
+        return cls(time.perf_counter(), machine, sum(os.times()[:4]))
 
 
 def busy_cores(since: Clock, until: Clock) -> float | None:
