@@ -59,11 +59,11 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     placed: list[tuple[int, int, int, int, int]] = []  # index, row, input, target, segment
     num_rows = 0
     while len(placed) < len(sizes):
-        room, segment = list(capacity), 0
+        room, segment, closed = list(capacity), 0, False
         while True:
             found = []
-            if room[0] < nearly_full[0] or room[1] < nearly_full[1]:
-                found = _last_two(lists, room, worth)
+            if not closed and (room[0] < nearly_full[0] or room[1] < nearly_full[1]):
+                found, closed = _last_two(lists, room, worth), True
             if not found:
                 fuller = room[0] * capacity[1] < room[1] * capacity[0]
                 found = lists[fuller].first(room) or lists[not fuller].first(room)
@@ -110,12 +110,13 @@ class _Decreasing:
                 return [(self, k)]
         return []
 
-    def some(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
-        """Places of some that fit, about `CANDIDATES` of all lengths."""
-        start, other_room = self._from(room), room[1 - self._side]
-        every = max(1, (len(self._keys) - start) // CANDIDATES)
-        places = range(start, len(self._keys), every)
-        return [(self, k) for k in places if self._other[k] <= other_room]
+    def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
+        """Places of about `CANDIDATES` of all lengths whose own side fits, their inputs, targets."""
+        start = self._from(room)
+        places = range(start, len(self._keys), max(1, (len(self._keys) - start) // CANDIDATES))
+        own = [-key for key in self._keys[start :: places.step]]
+        other = self._other[start :: places.step]
+        return (places, other, own) if self._side else (places, own, other)
 
     def size(self, k: int) -> tuple[int, int]:
         """(input, target length) of one."""
@@ -133,17 +134,32 @@ def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
     """Places of the one or two that fit and fill the most, the later one of a list first."""
-    found = [place for waiting in lists for place in waiting.some(room)]
-    if len(found) < 2:
-        return found
-    inputs, targets = np.array([waiting.size(k) for waiting, k in found]).T
-    both_inputs, both_targets = inputs[:, None] + inputs, targets[:, None] + targets
-    np.fill_diagonal(both_inputs, inputs)  # one by itself
-    np.fill_diagonal(both_targets, targets)
-    fits = (both_inputs <= room[0]) & (both_targets <= room[1])
-    value = np.where(fits, both_inputs * worth[0] + both_targets * worth[1], -1.0)
-    a, b = divmod(int(value.argmax()), len(found))
-    return [found[a]] if a == b else [found[max(a, b)], found[min(a, b)]]
+    (places, inputs, targets), (more_places, more_inputs, more_targets) = (
+        waiting.some(room) for waiting in lists
+    )
+    count = len(places) + len(more_places)
+    if not count:
+        return []
+    both_inputs = _each_two(inputs + more_inputs)
+    both_targets = _each_two(targets + more_targets)
+    value = both_inputs * worth[0] + both_targets * worth[1]
+    value *= (both_inputs <= room[0]) & (both_targets <= room[1])
+    best = int(value.argmax())
+    if not value.item(best):
+        return []
+    first = len(places)
+    return [
+        (lists[0], places[i]) if i < first else (lists[1], more_places[i - first])
+        for i in sorted({*divmod(best, count)}, reverse=True)
+    ]
+
+
+def _each_two(lengths: list[int]) -> np.ndarray:
+    """[n, n] float64 sums of each two of n lengths; on the diagonal one by itself."""
+    single = np.array(lengths, np.float64)
+    sums = np.add.outer(single, single)
+    sums.reshape(-1)[:: len(single) + 1] = single
+    return sums
 
 
 def choose_row_counts(probes: Sequence[int], bound: int, row_multiple: int) -> tuple[int, ...]:
