@@ -72,8 +72,9 @@ class T5Config:
         scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
             (the name is Hugging Face's).
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
-        remat_policy: what the backward pass recomputes: `none`, `minimal` (all but matmul
-            results), `full` (everything inside a layer).
+        remat_policy: what the backward pass recomputes: `none` (no products and no dropout masks, so
+            norms, softmax and activations alone), `minimal` (all but the products with weights),
+            `full` (everything inside a layer).
         lora: adapters beside the projections; None is the plain model, the only one that decodes
             (`models.lora.merge`).
         quantized: kernels are int8 with a scale for each output; for decoding alone

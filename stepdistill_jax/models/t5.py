@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.layers import (
+    DROPOUT_MASK,
     Attention,
+    Dropout,
     Mlp,
     RelativeBias,
     RMSNorm,
@@ -35,7 +37,7 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x, bias, position):
         c, off = self.config, self.deterministic
-        drop = nn.Dropout(c.dropout_rate, deterministic=off)
+        drop = Dropout(c.dropout_rate, deterministic=off)
         if not c.shared_relative_position_bias:
             bias = bias + RelativeBias(c, True, name="relpos_bias")(position, position)
         attention = Attention(c, name="attention")
@@ -55,7 +57,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x, cache, encoded, self_bias, cross_bias, query, key, index):
         c, off = self.config, self.deterministic
-        drop = nn.Dropout(c.dropout_rate, deterministic=off)
+        drop = Dropout(c.dropout_rate, deterministic=off)
         if not c.shared_relative_position_bias:
             self_bias = self_bias + RelativeBias(c, False, name="relpos_bias")(query, key)
         attention = Attention(c, name="self_attention")
@@ -86,12 +88,16 @@ class DecoderLayer(nn.Module):
 
 def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: Any, **kwargs):
     """`length` layers as one compiled body; params are stacked, the layer is axis 0."""
-    if config.remat_policy != "none":
-        policy = {
-            "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            "full": jax.checkpoint_policies.nothing_saveable,
-        }[config.remat_policy]
-        layer = nn.remat(layer, prevent_cse=False, policy=policy)
+    policies = jax.checkpoint_policies
+    policy = {
+        # activations and norms are cheaper to compute again than to write and read
+        "none": policies.save_from_both_policies(
+            policies.dots_saveable, policies.save_only_these_names(DROPOUT_MASK)
+        ),
+        "minimal": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[config.remat_policy]
+    layer = nn.remat(layer, prevent_cse=False, policy=policy)
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
@@ -110,7 +116,7 @@ class Encoder(nn.Module):
     def __call__(self, x, mask, *, deterministic: bool):
         """x [batch, length, embed], mask [batch, 1, q, k] -> [batch, length, embed]."""
         c = self.config
-        drop = nn.Dropout(c.dropout_rate, deterministic=deterministic)
+        drop = Dropout(c.dropout_rate, deterministic=deterministic)
         position = jnp.arange(x.shape[1])
         bias = mask_bias(mask)
         if c.shared_relative_position_bias:
@@ -135,7 +141,7 @@ class Decoder(nn.Module):
     ):
         """x [batch, q, embed]; query, key: positions -> ([batch, q, embed], updated cache or None)."""
         c = self.config
-        drop = nn.Dropout(c.dropout_rate, deterministic=deterministic)
+        drop = Dropout(c.dropout_rate, deterministic=deterministic)
         bias = mask_bias(self_mask)
         if c.shared_relative_position_bias:
             bias = bias + RelativeBias(c, False, name="relpos_bias")(query, key)

@@ -1,0 +1,96 @@
+"""What a training step computes and keeps: random bits of dropout, products, arrays for the backward pass."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.layers import DRAWS, Dropout, dense
+from stepdistill_jax.models.t5 import T5, init_params
+
+MODEL = T5Config(64, 16, 2, 8, 48, 3, 2, dropout_rate=0.1)
+BATCH, INPUTS, TARGETS = 2, 10, 7
+
+
+def dropped(x, rate=0.1, key=0):
+    return np.asarray(
+        Dropout(rate, deterministic=False).apply({}, x, rngs={"dropout": jax.random.key(key)})
+    )
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.97])
+@pytest.mark.parametrize("shape", [(40, 30, 50), (3, 7, 11, 260), (1, 60_000)], ids=str)
+def test_dropout_meets_its_rate_and_keeps_the_mean(rate, shape):
+    x = dropped(jnp.ones(shape), rate)
+    kept = (x != 0).mean()
+    sigma = (rate * (1 - rate) / x.size) ** 0.5
+    assert abs(kept - (1 - rate)) < 5 * sigma + 1 / DRAWS
+    (value,) = set(np.unique(x).tolist()) - {0.0}
+    assert value == pytest.approx(1 / (1 - rate), rel=1 / DRAWS / (1 - rate))
+
+
+def test_dropout_masks_are_independent_of_their_neighbours():
+    """Two values share a random word: half a row apart. Nor do keys, lines or columns go together."""
+    x = dropped(jnp.ones((4, 500, 200)), 0.5) != 0
+    others = {"half": np.roll(x, 250, 1), "next": np.roll(x, 1, 1), "column": np.roll(x, 1, 2)}
+    others["key"] = dropped(jnp.ones((4, 500, 200)), 0.5, key=1) != 0
+    for name, other in others.items():
+        assert abs((x == other).mean() - 0.5) < 5 * 0.5 / x.size**0.5, name
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_dropout_of_any_length_and_of_no_rate(length):
+    x = jnp.ones((3, length, 8))
+    assert dropped(x, 0.5).shape == x.shape
+    np.testing.assert_array_equal(dropped(x, 0.0), x)
+    np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)
+
+
+def kept_arrays(config):
+    """Shape and dtype -> how many arrays the forward pass keeps for the backward pass."""
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    batch = {
+        name: jax.ShapeDtypeStruct((BATCH, length), jnp.int32)
+        for side, length in (("encoder", INPUTS), ("decoder", TARGETS))
+        for name in (f"{side}_input_tokens", f"{side}_segment_ids")
+    }
+
+    def backward(params, batch):
+        rngs = {"dropout": jax.random.key(0)}
+        apply = T5(config).apply
+        return jax.vjp(
+            lambda p: apply({"params": p}, batch, enable_dropout=True, rngs=rngs), params
+        )[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, batch))
+    return collections.Counter((x.shape, x.dtype.name) for x in kept)
+
+
+def test_the_backward_pass_keeps_products_and_dropout_masks_alone():
+    """Of the encoder's feed-forward block: what both projections give, and one mask; of its attention
+    weights: the scores and one mask."""
+    kept = kept_arrays(MODEL)
+    wide = (MODEL.num_encoder_layers, BATCH, INPUTS, MODEL.mlp_dim)
+    flat = (MODEL.num_encoder_layers, BATCH * INPUTS, MODEL.mlp_dim)
+    assert kept[wide, "float32"] + kept[flat, "float32"] == 2
+    assert kept[wide, "bool"] == 1
+    square = (MODEL.num_encoder_layers, BATCH, MODEL.num_heads, INPUTS, INPUTS)
+    assert kept[square, "float32"] == 1
+    assert kept[square, "bool"] == 1
+    full = kept_arrays(dataclasses.replace(MODEL, remat_policy="full"))
+    assert not full[wide, "float32"] + full[flat, "float32"] + full[square, "float32"]
+
+
+def test_the_gradient_of_a_kernel_is_a_product_of_two_matrices():
+    """With batch and length apart, XLA's CPU backend turns one of them round first."""
+    layer = dense(MODEL, 24, ("embed", "mlp"), 0.02)
+    x = jnp.ones((BATCH, INPUTS, MODEL.emb_dim))
+    params = layer.init(jax.random.key(0), x)
+    program = jax.make_jaxpr(jax.grad(lambda p: layer.apply(p, x).sum()))(params)
+    products = [e for e in program.eqns if e.primitive.name == "dot_general"]
+    assert len(products) == 2
+    assert all(v.aval.ndim == 2 for e in products for v in e.invars)
