@@ -29,7 +29,7 @@ help:
 	@echo "make types        pyright"
 	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"
 	@echo "make format       rewrite the files as the formatter wants them"
-	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (25 minutes on 2 quiet cores);"
+	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
 	@echo "                  docs/benchmarks.md is written anew"
 	@echo "make experiments  the claim and its controls, 165 small runs (51 minutes); docs/experiments.md is written anew"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"

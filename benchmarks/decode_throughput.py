@@ -156,7 +156,8 @@ def contender(decode, count: int) -> timing.Contender:
 
 
 def main() -> None:
-    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    # to find huge pages for a model takes the kernel up to a second, now and then, and decoding gains nothing
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3, huge_pages=False)
     timing.peer_module("torch", args.threads)
     timing.peer_module("ctranslate2")
     from models import save_random_model

@@ -78,31 +78,31 @@ PARTS = {
     "train_small_1": Part(
         "train_throughput",
         "Training: T5 v1.1 small, one thread",
-        f"--size small {T5} --batch-size 16 --steps 1 --rounds 2 --autocast --threads 1",
+        f"--size small {T5} --batch-size 64 --steps 1 --rounds 2 --threads 1",
         TRAIN,
     ),
     "train_base": Part(
         "train_throughput",
         "Training: T5 v1.1 base, two threads",
-        f"--size base {T5} --batch-size 16 --steps 1 --rounds 2 --autocast --threads 2",
+        f"--size base {T5} --batch-size 32 --steps 1 --rounds 2 --threads 2",
         TRAIN,
     ),
     "train_base_1": Part(
         "train_throughput",
         "Training: T5 v1.1 base, one thread",
-        f"--size base {T5} --batch-size 8 --steps 1 --rounds 2 --autocast --threads 1",
+        f"--size base {T5} --batch-size 32 --steps 1 --rounds 1 --threads 1",
         TRAIN,
     ),
     "decode_small": Part(
         "decode_throughput",
         "Decoding labels: T5 v1.1 small, two threads",
-        f"--size small {T5} --rows 128 --rounds 3 --threads 2",
+        f"--size small {T5} --rows 2000 --rounds 2 --threads 2",
         DECODE,
     ),
     "decode_small_1": Part(
         "decode_throughput",
         "Decoding labels: T5 v1.1 small, one thread",
-        f"--size small {T5} --rows 64 --rounds 2 --threads 1",
+        f"--size small {T5} --rows 256 --rounds 1 --threads 1",
         DECODE,
     ),
     "decode_base": Part(
