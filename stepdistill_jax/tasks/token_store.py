@@ -220,16 +220,16 @@ def _put(partial: pathlib.Path, directory: pathlib.Path) -> TokenStore:
     if store is None:
         raise OSError(f"{partial}: was damaged while it was written")
     while True:
-        there = open_store(directory)
-        if there is not None and is_same(there, store):
-            shutil.rmtree(partial, ignore_errors=True)
-            return there
         try:
             os.rename(partial, directory)  # fails where a folder with files is
             return dataclasses.replace(store, directory=directory)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+        there = open_store(directory)
+        if there is not None and is_same(there, store):
+            shutil.rmtree(partial, ignore_errors=True)
+            return there
         old = _beside(directory)
         with contextlib.suppress(FileNotFoundError):  # another process has just moved it
             os.replace(directory, old)

@@ -59,11 +59,11 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     placed: list[tuple[int, int, int, int, int]] = []  # index, row, input, target, segment
     num_rows = 0
     while len(placed) < len(sizes):
-        room, segment, closed = list(capacity), 0, False
+        room, segment, paired = list(capacity), 0, False
         while True:
             found = []
-            if not closed and (room[0] < nearly_full[0] or room[1] < nearly_full[1]):
-                found, closed = _last_two(lists, room, worth), True
+            if not paired and (room[0] < nearly_full[0] or room[1] < nearly_full[1]):
+                found, paired = _last_two(lists, room, worth), True
             if not found:
                 fuller = room[0] * capacity[1] < room[1] * capacity[0]
                 found = lists[fuller].first(room) or lists[not fuller].first(room)
@@ -118,16 +118,10 @@ class _Decreasing:
         other = self._other[start :: places.step]
         return (places, other, own) if self._side else (places, own, other)
 
-    def size(self, k: int) -> tuple[int, int]:
-        """(input, target length) of one."""
-        own, other = -self._keys[k], self._other[k]
-        return (other, own) if self._side else (own, other)
-
     def take(self, k: int) -> tuple[int, int, int]:
         """(index, input, target length) of one, which then no longer waits."""
-        size = self.size(k)
-        del self._keys[k], self._other[k]
-        return self._index.pop(k), *size
+        index, own, other = self._index.pop(k), -self._keys.pop(k), self._other.pop(k)
+        return (index, other, own) if self._side else (index, own, other)
 
 
 def _last_two(

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -112,6 +113,22 @@ def test_the_same_store_is_not_replaced(tmp_path):
     # what a store was made from is compared at the next start
     store = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES, {"task": "y"})
     assert store.about == open_store(tmp_path / "s").about == {"task": "y"}
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_the_same_store_that_comes_at_the_last_moment_is_not_replaced(tmp_path, monkeypatch):
+    rename, inodes = os.rename, []
+
+    def after_another(source, target):
+        monkeypatch.setattr(os, "rename", rename)
+        write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+        inodes.append((tmp_path / "s").stat().st_ino)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", after_another)
+    store = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
+    assert [(tmp_path / "s").stat().st_ino] == inodes
+    assert store.num_examples == len(EXAMPLES)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
 
