@@ -46,11 +46,7 @@ MUTANTS = [
         file="stepdistill_jax/data/rationale.py",
         old="own, found, _ = text.partition(next_question)",
         new='own, found, _ = text.partition("\\n" + next_question)',
-        tests=[
-            "tests/data/test_rationale.py",
-            "tests/data/test_nli.py",
-            "tests/data/test_paper_layout.py",
-        ],
+        tests=["tests/data/test_rationale.py::test_each_way_of_failing_to_choose_has_a_name"],
     ),
     Mutant(
         id="D2",
@@ -58,7 +54,7 @@ MUTANTS = [
         file="stepdistill_jax/data/rationale.py",
         old="repaired=by_letter if by_letter in by_text or not by_text else by_text[0],",
         new='repaired=by_letter or (by_text[0] if by_text else ""),',
-        tests=["tests/data/test_rationale.py", "tests/data/test_paper_layout.py"],
+        tests=["tests/data/test_rationale.py::test_each_way_of_failing_to_choose_has_a_name"],
     ),
     Mutant(
         id="D3",
@@ -84,7 +80,7 @@ MUTANTS = [
         file="stepdistill_jax/text/arithmetic.py",
         old='value = value + self._product() if self._take() == "+" else value - self._product()',
         new='value = value + self._product() if self._take() == "+" else value - self.sum()',
-        tests=["tests/text/test_arithmetic.py"],
+        tests=["tests/text/test_arithmetic.py::test_precedence_and_signs"],
     ),
     Mutant(
         id="S1",
@@ -100,7 +96,9 @@ MUTANTS = [
         file="stepdistill_jax/experiments/stats.py",
         old="np.quantile(differences, [0.025, 0.975])",
         new="np.quantile(differences, [0.05, 0.95])",
-        tests=["tests/experiments"],
+        tests=[
+            "tests/experiments/test_stats.py::test_a_difference_of_two_models_has_the_width_that_its_variance_says"
+        ],
     ),
     Mutant(
         id="S3",
@@ -118,7 +116,7 @@ MUTANTS = [
         file="stepdistill_jax/experiments/stats.py",
         old="        found.append(counts.astype(np.float32) @ answers / rows)",
         new="        found.append(np.stack([counts[rng.permutation(len(counts))].astype(np.float32) @ a / rows for a in answers.T], 1))",
-        tests=["tests/experiments/test_stats.py"],
+        tests=["tests/experiments/test_stats.py::test_rows_are_drawn_for_both_arms_together"],
     ),
     Mutant(
         id="S5",
@@ -126,7 +124,9 @@ MUTANTS = [
         file="stepdistill_jax/experiments/comparison.py",
         old="if found is None or found[0] <= 0:",
         new="if found is None or found[1] <= 0:",
-        tests=["tests/experiments/test_report.py"],
+        tests=[
+            "tests/experiments/test_comparison.py::test_an_arm_is_surely_better_where_its_whole_interval_is_above_0"
+        ],
     ),
     Mutant(
         id="S6",
@@ -144,7 +144,7 @@ MUTANTS = [
         file="stepdistill_jax/teacher/client.py",
         old='("retry-after-ms", 1e-3)',
         new='("retry-after-ms", 1.0)',
-        tests=["tests/teacher/test_client.py"],
+        tests=["tests/teacher/test_client.py::test_retry_after_is_seconds_milliseconds_or_a_date"],
     ),
     Mutant(
         id="T2",
@@ -152,7 +152,7 @@ MUTANTS = [
         file="stepdistill_jax/teacher/client.py",
         old=("            self._pause(wait, said)\n        return SentAgain"),
         new=("            pass\n        return SentAgain"),
-        tests=["tests/teacher/test_client.py"],
+        tests=["tests/teacher/test_client.py::test_retry_after_is_obeyed_by_all_requests"],
     ),
     Mutant(
         id="T3",
@@ -160,7 +160,7 @@ MUTANTS = [
         file="stepdistill_jax/teacher/client.py",
         old='reason = self.hide(str(choice.get("finish_reason") or "stop"))',
         new='reason = str(choice.get("finish_reason") or "stop")',
-        tests=["tests/teacher/test_client.py", "tests/test_security.py"],
+        tests=["tests/test_security.py::test_a_key_appears_in_no_file_and_no_line[reason]"],
     ),
     Mutant(
         id="T4",
@@ -168,7 +168,9 @@ MUTANTS = [
         file="stepdistill_jax/teacher/client.py",
         old='message = self.hide(" ".join(str(message or error.message).split()))[:300]',
         new='message = self.hide(" ".join(str(message or error.message).split())[:300])',
-        tests=["tests/teacher/test_client.py"],
+        tests=[
+            "tests/teacher/test_client.py::test_a_refusals_message_hides_the_key_before_it_is_cut"
+        ],
     ),
     Mutant(
         id="T5",
@@ -176,7 +178,9 @@ MUTANTS = [
         file="stepdistill_jax/teacher/budget.py",
         old="        answers += sum(c for _, c in self._open.values())\n",
         new="",
-        tests=["tests/teacher/test_budget.py", "tests/teacher/test_annotate.py"],
+        tests=[
+            "tests/teacher/test_budget.py::test_a_request_waits_while_one_under_way_might_use_up_the_cap"
+        ],
     ),
     Mutant(
         id="T6",
@@ -184,7 +188,9 @@ MUTANTS = [
         file="stepdistill_jax/teacher/budget.py",
         old="        self._tokens_per_character = max(self._tokens_per_character, ratio)\n",
         new="        del ratio\n",
-        tests=["tests/teacher"],
+        tests=[
+            "tests/teacher/test_budget.py::test_the_prompt_estimate_learns_from_what_the_server_counts"
+        ],
     ),
     Mutant(
         id="T7",
@@ -201,9 +207,7 @@ MUTANTS = [
         old="        self._file.truncate(0)\n",
         new="",
         tests=[
-            "tests/teacher/test_annotate.py",
-            "tests/teacher/test_client.py",
-            "tests/teacher/test_kill.py",
+            "tests/teacher/test_annotate.py::test_a_cap_in_tokens_is_not_crossed_and_the_next_run_goes_on"
         ],
     ),
     Mutant(
@@ -220,7 +224,9 @@ MUTANTS = [
         file="stepdistill_jax/teacher/vote.py",
         old="label, votes = max(counts, key=lambda entry: entry[1])",
         new="label, votes = max(reversed(counts), key=lambda entry: entry[1])",
-        tests=["tests/teacher/test_vote.py", "tests/teacher/test_annotate.py"],
+        tests=[
+            "tests/teacher/test_vote.py::test_the_vote_goes_to_the_commonest_label_and_a_tie_to_the_first"
+        ],
     ),
     Mutant(
         id="T11",
@@ -228,7 +234,9 @@ MUTANTS = [
         file="stepdistill_jax/teacher/vote.py",
         old="rationale = next(r.rationale for r in usable if matches(r.label, label))",
         new="rationale = usable[0].rationale",
-        tests=["tests/teacher/test_vote.py", "tests/teacher/test_annotate.py"],
+        tests=[
+            "tests/teacher/test_vote.py::test_the_rationale_is_the_first_that_argues_for_the_voted_label"
+        ],
     ),
     Mutant(
         id="F1",
@@ -256,9 +264,7 @@ MUTANTS = [
         old=("    partial = path.with_name(path.name + PARTIAL)\n    partial.parent.mkdir"),
         new=("    partial = path\n    partial.parent.mkdir"),
         tests=[
-            "tests/test_files.py",
-            "tests/formats/test_hf.py",
-            "tests/faults/test_checkpoints.py",
+            "tests/formats/test_hf.py::test_a_write_that_went_wrong_is_seen_and_leaves_nothing_to_trust"
         ],
     ),
     Mutant(
@@ -267,12 +273,7 @@ MUTANTS = [
         file="stepdistill_jax/files.py",
         old="if len(found) < len(pairs):",
         new="if len(found) < 0:",
-        tests=[
-            "tests/test_files.py",
-            "tests/data/test_jsonl.py",
-            "tests/inference/test_serve.py",
-            "tests/faults/test_bad_data.py",
-        ],
+        tests=["tests/data/test_jsonl.py::test_a_line_that_is_no_row_is_named[key twice]"],
     ),
     Mutant(
         id="F4",
@@ -292,7 +293,9 @@ MUTANTS = [
         file="stepdistill_jax/checkpoints/manager.py",
         old="if step != self._verified:",
         new="if step is None:",
-        tests=["tests/checkpoints", "tests/faults/test_checkpoints.py"],
+        tests=[
+            "tests/faults/test_checkpoints.py::test_an_older_step_is_read_before_it_is_restored"
+        ],
     ),
     Mutant(
         id="C2",
@@ -300,7 +303,7 @@ MUTANTS = [
         file="stepdistill_jax/checkpoints/manager.py",
         old='return (metrics["label_accuracy"], -metrics["label_loss"], -float(metrics["step"]))',
         new='return (metrics["label_accuracy"], metrics["label_loss"], -float(metrics["step"]))',
-        tests=["tests/checkpoints"],
+        tests=["tests/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
     ),
     Mutant(
         id="C3",
@@ -308,7 +311,7 @@ MUTANTS = [
         file="stepdistill_jax/checkpoints/manager.py",
         old="return {*steps[-KEPT_LATEST:], max(steps, key=lambda s: rank(self._metrics[s]))}",
         new="return {*steps[-KEPT_LATEST - 1 :]}",
-        tests=["tests/checkpoints"],
+        tests=["tests/checkpoints/test_manager.py::test_the_newest_two_and_the_best_are_kept"],
     ),
     Mutant(
         id="C4",
@@ -316,7 +319,9 @@ MUTANTS = [
         file="stepdistill_jax/checkpoints/manifest.py",
         old="        if crc != wanted[name][1]:",
         new="        if len(crc) != len(wanted[name][1]):",
-        tests=["tests/faults/test_checkpoints.py"],
+        tests=[
+            "tests/faults/test_checkpoints.py::test_any_flipped_bit_is_found_and_its_file_named"
+        ],
     ),
     Mutant(
         id="C6",
@@ -348,7 +353,7 @@ MUTANTS = [
         file="stepdistill_jax/tasks/token_store.py",
         old='    if found != manifest["fingerprint"]:',
         new="    if not found:",
-        tests=["tests/tasks/test_token_store.py"],
+        tests=["tests/tasks/test_token_store.py::test_a_damaged_store_is_no_store"],
     ),
     Mutant(
         id="B1",
@@ -356,7 +361,7 @@ MUTANTS = [
         file="stepdistill_jax/training/batches.py",
         old="return -(-self.num_examples // self.batch_size)",
         new="return max(1, self.num_examples // self.batch_size)",
-        tests=["tests/training/test_batches.py"],
+        tests=["tests/training/test_batches.py::test_evaluation_reads_each_example_once_in_order"],
     ),
     Mutant(
         id="B2",
@@ -364,7 +369,7 @@ MUTANTS = [
         file="stepdistill_jax/training/placing.py",
         old="    previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0\n",
         new="",
-        tests=["tests/training/test_batches.py"],
+        tests=["tests/training/test_batches.py::test_the_batch_of_the_docstring"],
     ),
     Mutant(
         id="B3",
@@ -372,7 +377,7 @@ MUTANTS = [
         file="stepdistill_jax/training/placing.py",
         old="    if cut.any():",
         new="    if cut.all() and not cut.size:",
-        tests=["tests/training/test_batches.py"],
+        tests=["tests/training/test_batches.py::test_no_token_is_lost_or_doubled"],
     ),
     Mutant(
         id="B4",
@@ -380,7 +385,7 @@ MUTANTS = [
         file="stepdistill_jax/training/order.py",
         old="np.random.default_rng((self.seed, store, 1, epoch))",
         new="np.random.default_rng((self.seed, store, 1, 0))",
-        tests=["tests/training/test_batches.py"],
+        tests=["tests/training/test_batches.py::test_epochs_and_seeds_have_orders_of_their_own"],
     ),
     Mutant(
         id="B5",
@@ -400,7 +405,7 @@ MUTANTS = [
         file="stepdistill_jax/training/placing.py",
         old="            shares: np.ndarray = target_lengths\n",
         new="            shares: np.ndarray = targets.lengths\n",
-        tests=["tests/training/test_loss_mean.py"],
+        tests=["tests/training/test_loss_mean.py::test_the_tokens_of_a_target_share_its_weight"],
     ),
     Mutant(
         id="B7",
@@ -408,7 +413,7 @@ MUTANTS = [
         file="stepdistill_jax/training/packing.py",
         old="start = (capacity[0] - room[0], capacity[1] - room[1])",
         new="start = (max(capacity[0] - room[0] - 1, 0), capacity[1] - room[1])",
-        tests=["tests/training/test_packing.py"],
+        tests=["tests/training/test_packing.py::test_first_fit_docstring"],
     ),
     Mutant(
         id="L1",
@@ -416,7 +421,7 @@ MUTANTS = [
         file="stepdistill_jax/training/loss.py",
         old="return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)",
         new="return jnp.where(counts > 0, objective_weights / jnp.maximum(counts.sum(), 1e-9), 0.0)",
-        tests=["tests/training/test_loss.py"],
+        tests=["tests/training/test_loss.py::test_the_scale_divides_a_weight_by_its_count"],
     ),
     Mutant(
         id="L2",
@@ -424,7 +429,9 @@ MUTANTS = [
         file="stepdistill_jax/objectives.py",
         old=("def step_by_step(\n    label_weight: Weight = 0.5, rationale_weight: Weight = 0.5"),
         new=("def step_by_step(\n    label_weight: Weight = 1.0, rationale_weight: Weight = 0.5"),
-        tests=["tests/test_configs.py", "tests/test_objectives.py"],
+        tests=[
+            "tests/test_objectives.py::test_an_arm_has_a_part_with_its_own_weights[step_by_step]"
+        ],
     ),
     Mutant(
         id="L3",
@@ -432,7 +439,9 @@ MUTANTS = [
         file="stepdistill_jax/training/cross_entropy.py",
         old="jnp.where(is_target, share[:, None], 0.0)",
         new="jnp.where(is_target, jnp.sign(share)[:, None], 0.0)",
-        tests=["tests/training/test_cross_entropy.py"],
+        tests=[
+            "tests/training/test_cross_entropy.py::test_any_chunk_gives_the_plain_losss_values_and_gradients"
+        ],
     ),
     Mutant(
         id="ST1",
@@ -456,7 +465,9 @@ MUTANTS = [
         file="stepdistill_jax/training/step.py",
         old="tx.update(grads, _scheduled_at(state.opt_state, state.step), trained)",
         new="tx.update(grads, state.opt_state, trained)",
-        tests=["tests/faults/test_numbers.py"],
+        tests=[
+            "tests/faults/test_numbers.py::test_a_bad_step_changes_nothing_is_counted_and_names_its_examples"
+        ],
     ),
     Mutant(
         id="ST5",
@@ -464,7 +475,7 @@ MUTANTS = [
         file="stepdistill_jax/training/optimizer.py",
         old="return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)",
         new="return optax.chain(rule, optax.clip_by_global_norm(o.clip_norm))",
-        tests=["tests/training/test_optimizer.py"],
+        tests=["tests/training/test_optimizer.py::test_adamw_takes_the_step_that_its_paper_says"],
     ),
     Mutant(
         id="ST6",
@@ -515,7 +526,9 @@ MUTANTS = [
         file="stepdistill_jax/models/t5.py",
         old="return x * self.config.emb_dim**-0.5 if self.config.scale_decoder_outputs else x",
         new="return x",
-        tests=["tests/models/test_tied_head.py", "tests/golden"],
+        tests=[
+            "tests/models/test_tied_head.py::test_scaled_logits_are_divided_by_the_root_of_the_width"
+        ],
     ),
     Mutant(
         id="M4",
@@ -556,9 +569,7 @@ MUTANTS = [
         old='split_rngs={"params": True, "dropout": True}',
         new='split_rngs={"params": True, "dropout": False}',
         tests=[
-            "tests/models/test_t5.py",
-            "tests/models/test_training_cost.py",
-            "tests/training/test_step.py",
+            "tests/models/test_training_cost.py::test_the_backward_pass_keeps_products_and_dropout_masks_alone"
         ],
     ),
     Mutant(
@@ -567,7 +578,7 @@ MUTANTS = [
         file="stepdistill_jax/models/t5.py",
         old='same_segment(batch.get("decoder_encoder_segment_ids", target), source),',
         new="(source > 0)[:, None, None, :],",
-        tests=["tests/models/test_t5.py"],
+        tests=["tests/models/test_t5.py::test_packed_examples_have_the_logits_of_examples_alone"],
     ),
     Mutant(
         id="M9",
@@ -575,7 +586,9 @@ MUTANTS = [
         file="stepdistill_jax/models/layers.py",
         old="return jnp.where(mask, x * (DRAWS / kept), 0)",
         new="return jnp.where(mask, x, 0)",
-        tests=["tests/models/test_training_cost.py"],
+        tests=[
+            "tests/models/test_training_cost.py::test_dropout_meets_its_rate_and_keeps_the_mean"
+        ],
     ),
     Mutant(
         id="IN1",
@@ -583,7 +596,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/token_loop.py",
         old='"scores": state["scores"] + jnp.where(state["done"], 0.0, log_prob),',
         new='"scores": state["scores"] + log_prob,',
-        tests=["tests/inference/test_decode.py"],
+        tests=[
+            "tests/inference/test_decode.py::test_ids_are_the_argmax_of_teacher_forcing_and_scores_their_log_probability"
+        ],
     ),
     Mutant(
         id="IN2",
@@ -607,7 +622,7 @@ MUTANTS = [
         file="stepdistill_jax/inference/beam.py",
         old="np.arange(1, max_decode_len + 1.0) ** length_penalty",
         new="np.maximum(np.arange(max_decode_len + 0.0), 1) ** length_penalty",
-        tests=["tests/inference/test_beam.py"],
+        tests=["tests/inference/test_beam.py::test_a_wide_beam_finds_the_best_of_all_answers"],
     ),
     Mutant(
         id="IN6",
@@ -623,7 +638,7 @@ MUTANTS = [
         file="stepdistill_jax/inference/sampling.py",
         old="last = jax.lax.top_k(logits, top_k)[0][..., -1:]",
         new="last = jax.lax.top_k(logits, max(top_k - 1, 1))[0][..., -1:]",
-        tests=["tests/inference/test_sampling.py"],
+        tests=["tests/inference/test_sampling.py::test_filtered_logits_are_those_of_transformers"],
     ),
     Mutant(
         id="IN8",
@@ -631,7 +646,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/choices.py",
         old="scores[place] = sums[1:].astype(np.float32)",
         new="scores[place] = (sums[1:] / np.bincount(owners[i].ravel())[1:]).astype(np.float32)",
-        tests=["tests/inference/test_choices.py"],
+        tests=[
+            "tests/inference/test_choices.py::test_what_greedy_decoding_answers_has_its_score_and_wins_where_it_is_likeliest"
+        ],
     ),
     Mutant(
         id="IN11",
@@ -639,7 +656,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/allowed.py",
         old="(scores - scores[best]) / self.temperature",
         new="(scores - scores[best]) * self.temperature",
-        tests=["tests/inference/test_predict_choices.py"],
+        tests=[
+            "tests/inference/test_predict_choices.py::test_a_temperature_flattens_the_probabilities_and_leaves_label_and_score"
+        ],
     ),
     Mutant(
         id="SV1",
@@ -663,7 +682,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/serving/batcher.py",
         old="if self.rows + len(rows) > self.max_queue:",
         new="if self.rows + len(rows) > self.max_queue + 1:",
-        tests=["tests/inference/test_serve_batcher.py"],
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_a_full_queue_takes_all_rows_of_a_request_or_none"
+        ],
     ),
     Mutant(
         id="SV3",
@@ -671,7 +692,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/serving/batcher.py",
         old="                lane.seconds = max(lane.seconds, self._time)\n",
         new="                pass\n",
-        tests=["tests/inference/test_serve_batcher.py"],
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_a_pause_gives_no_lane_a_claim_to_the_engine"
+        ],
     ),
     Mutant(
         id="SV4",
@@ -679,7 +702,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/serving/batcher.py",
         old="for one, answer in zip(batch, answers, strict=True):",
         new="for one, answer in zip(batch, reversed(answers), strict=True):",
-        tests=["tests/inference/test_serve_batcher.py"],
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_rows_that_come_while_a_batch_runs_are_the_next_one"
+        ],
     ),
     Mutant(
         id="FM1",
@@ -687,7 +712,7 @@ MUTANTS = [
         file="stepdistill_jax/formats/torch_bin.py",
         old=".view(ml_dtypes.bfloat16)",
         new=".view(np.float16)",
-        tests=["tests/formats/test_torch_bin.py"],
+        tests=["tests/formats/test_torch_bin.py::test_other_float_types_are_read_to_float32"],
     ),
     Mutant(
         id="FM2",
@@ -695,7 +720,9 @@ MUTANTS = [
         file="stepdistill_jax/formats/hf.py",
         old="if shards[-1] and filled + size > most:",
         new="if shards[-1] and filled > most:",
-        tests=["tests/formats/test_saving.py"],
+        tests=[
+            "tests/formats/test_saving.py::test_shards_are_named_and_indexed_as_hugging_face_does"
+        ],
     ),
     Mutant(
         id="FM3",
@@ -704,9 +731,7 @@ MUTANTS = [
         old='return path.endswith(("/kernel", "/rel_embedding"))',
         new='return path.endswith(("/kernel", "/rel_embedding")) and not path.endswith("attention/query/kernel")',
         tests=[
-            "tests/formats/test_hf.py",
-            "tests/formats/test_families.py",
-            "tests/formats/test_saving.py",
+            "tests/formats/test_hf.py::test_written_tensors_have_the_names_and_orientation_of_torch"
         ],
     ),
     Mutant(
@@ -715,7 +740,7 @@ MUTANTS = [
         file="stepdistill_jax/formats/tensors.py",
         old="out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]",
         new="out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)][::-1]",
-        tests=["tests/formats/test_t5x.py"],
+        tests=["tests/formats/test_t5x.py::test_any_slice_is_that_of_the_whole"],
     ),
     Mutant(
         id="SH1",
@@ -737,7 +762,7 @@ MUTANTS = [
         file="stepdistill_jax/sharding.py",
         old='    ("vocab", "tensor"),\n',
         new='    ("vocab", "fsdp"),\n',
-        tests=["tests/test_sharding.py", "tests/planning/test_plan.py"],
+        tests=["tests/test_sharding.py::test_a_dimension_that_is_not_divided_is_named"],
     ),
 ]
 

@@ -56,3 +56,11 @@ def test_p_is_corrected_for_all_tests_of_a_comparison():
     assert small.p_holm == pytest.approx(3 * small.p)
     assert middle.p_holm == pytest.approx(max(3 * small.p, 2 * middle.p))
     assert large.p_holm == pytest.approx(max(3 * small.p, 2 * middle.p, large.p))
+
+
+@pytest.mark.parametrize(("correct", "surely"), [(103, None), (110, 1.0)])
+def test_an_arm_is_surely_better_where_its_whole_interval_is_above_0(correct, surely):
+    """3 rows more of 200 are not drawn at all in 5% of the draws, 10 in less than 0.01%."""
+    ((comparison,), _) = compare([run("label_only", 100), run("a", correct)])
+    (enough,) = comparison.enough
+    assert enough.fraction == 1.0 and enough.surely == surely
