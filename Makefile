@@ -27,7 +27,7 @@ help:
 	@echo "make test         install the test tools, too, and run the tests"
 	@echo "make test-slow    the tests that take longer"
 	@echo "make faults       all faults (40 minutes), the table of docs/reliability.md is written anew"
-	@echo "make mutants      plant the bugs of tests/mutants.py one at a time and check that a test fails (MINUTES minutes on 2 CPU cores)"
+	@echo "make mutants      plant the bugs of tests/mutants.py, one at a time: a test must fail on each (15 minutes)"
 	@echo "make lint         formatting and ruff"
 	@echo "make types        pyright"
 	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"

@@ -740,7 +740,9 @@ MUTANTS = [
         file="stepdistill_jax/formats/tensors.py",
         old="out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]",
         new="out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)][::-1]",
-        tests=["tests/formats/test_t5x.py::test_any_slice_is_that_of_the_whole"],
+        tests=[
+            "tests/formats/test_t5x.py::test_the_first_form_gives_sizes_and_weights[t5_v1_1-stacked]"
+        ],
     ),
     Mutant(
         id="SH1",
@@ -862,10 +864,9 @@ def try_all(mutants: Sequence[Mutant], jobs: int) -> list[str]:
         print(f"passed in {time.monotonic() - start:.0f} s", flush=True)
         alive = []
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            running = {pool.submit(tried, mutant): mutant for mutant in mutants}
-            for done in concurrent.futures.as_completed(running):
-                outcome, by, seconds = done.result()
-                mutant = running[done]
+            for mutant, (outcome, by, seconds) in zip(
+                mutants, pool.map(tried, mutants), strict=True
+            ):
                 print(f"{outcome:8} {mutant.id:4} {seconds:5.1f} s  {by}", flush=True)
                 if outcome != "killed":
                     alive.append(mutant.id)
@@ -891,6 +892,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default 2)")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     flags = parser.parse_args()
+    if flags.jobs < 1:
+        parser.error(f"--jobs: expected 1 or more, got {flags.jobs}")
     mutants = chosen(flags.only, flags.part)
     if flags.list:
         for mutant in mutants:
