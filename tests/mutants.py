@@ -115,7 +115,10 @@ MUTANTS = [
         what="each run of the bootstrap draws its own rows (unpaired)",
         file="stepdistill_jax/experiments/stats.py",
         old="        found.append(counts.astype(np.float32) @ answers / rows)",
-        new="        found.append(np.stack([counts[rng.permutation(len(counts))].astype(np.float32) @ a / rows for a in answers.T], 1))",
+        new=(
+            "        own = [counts[rng.permutation(len(counts))].astype(np.float32) for _ in right]\n"
+            "        found.append(np.stack([c @ a / rows for c, a in zip(own, answers.T)], 1))"
+        ),
         tests=["tests/experiments/test_stats.py::test_rows_are_drawn_for_both_arms_together"],
     ),
     Mutant(
@@ -729,7 +732,10 @@ MUTANTS = [
         what="square matrices (the encoder's query) are not transposed",
         file="stepdistill_jax/formats/names.py",
         old='return path.endswith(("/kernel", "/rel_embedding"))',
-        new='return path.endswith(("/kernel", "/rel_embedding")) and not path.endswith("attention/query/kernel")',
+        new=(
+            'return path.endswith(("/kernel", "/rel_embedding")) '
+            'and not path.endswith("attention/query/kernel")'
+        ),
         tests=[
             "tests/formats/test_hf.py::test_written_tensors_have_the_names_and_orientation_of_torch"
         ],
