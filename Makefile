@@ -6,25 +6,28 @@
 # PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
 # PIP_FLAGS=...       more flags for pip install, say a mirror
 # PYTEST_FLAGS=...    more flags for pytest
+# MUTANTS_FLAGS=...   flags of tests/mutants.py, e.g. "--part 1/4" or "--only B1,B2"
 # BENCH_FLAGS=...     flags of benchmarks/run_all.py, e.g. "--only input,startup --data-dir DIR"
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+MUTANTS_FLAGS ?=
 BENCH_FLAGS ?=
 # tests compile many small programs and run each a few times: LLVM's optimisation costs more than it gives
 TEST_ENV := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
 PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults lint types audit format bench experiments constraints clean
+.PHONY: help demo test test-slow faults mutants lint types audit format bench experiments constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
 	@echo "make test         install the test tools, too, and run the tests"
 	@echo "make test-slow    the tests that take longer"
 	@echo "make faults       all faults (40 minutes), the table of docs/reliability.md is written anew"
+	@echo "make mutants      plant the bugs of tests/mutants.py, one at a time: a test must fail on each (15 minutes)"
 	@echo "make lint         formatting and ruff"
 	@echo "make types        pyright"
 	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"
@@ -78,6 +81,10 @@ test-slow: $(VENV)/.installed-test
 faults: $(VENV)/.installed-test
 	@echo "== faults: kills, damage, bad input, a soak"
 	$(BIN)/python -m pytest -n auto tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
+
+mutants: $(VENV)/.installed-test
+	@echo "== mutants: planted bugs that the tests must catch"
+	$(TEST_ENV) $(BIN)/python tests/mutants.py $(MUTANTS_FLAGS)
 
 lint: $(VENV)/.installed-test
 	@echo "== formatting and lint"

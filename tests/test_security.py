@@ -255,6 +255,7 @@ def test_files_have_the_users_own_permissions(tmp_path):
         "write_json('a/run.json', {}); AnswerCache('b/cache.sqlite').close()\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "a/run.json").is_file() and (tmp_path / "b/cache.sqlite").is_file()
     for path in tmp_path.rglob("*"):
         assert not path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO), path
 

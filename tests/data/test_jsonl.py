@@ -139,12 +139,13 @@ def test_a_missing_field_lists_those_found(tmp_path):
     ("line", "message"),
     [
         (b'{"input": "q",', r":7: broken JSON"),
+        (b'{"input": "q", "input": "r"}', r":7: .*'input'.* twice"),
         (b'["q", "a"]', r":7: a JSON object is wanted, got list"),
         (b'{"input": "\xff", "label": "a"}', r":7: not UTF-8"),
         (b"[" * 100_000, r":7: JSON that cannot be read"),
         (b'{"id": ' + b"9" * 5000 + b"}", r":7: JSON that cannot be read"),
     ],
-    ids=["cut", "list", "bytes", "nested", "digits"],
+    ids=["cut", "key twice", "list", "bytes", "nested", "digits"],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
     (tmp_path / "mine.jsonl").write_bytes((json.dumps(ROW).encode() + b"\n") * 6 + line + b"\n")

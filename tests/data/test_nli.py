@@ -90,6 +90,9 @@ def anli_source(tmp_path):
     ("text", "rationale", "answer", "repaired", "problems"),
     [
         ("R.\nAnswer: neutral\n\nPremise: A", "R.", "neutral", "neutral", ("runs_on",)),
+        # the label ends at the next premise, wherever it stands
+        ("R. Answer: neutral\nPremise: A", "R.", "neutral", "neutral", ("runs_on",)),
+        ("R. Answer: neutral Premise: A. Answer: entailment", "R.", "neutral", "neutral", ("runs_on",)),
         ("R. Answer: neutral", "R.", "neutral", "neutral", ()),
         ("R. Answer: Neutral.", "R.", "Neutral.", "neutral", ("label_not_a_choice",)),
         ("R. Answer:neutral", "R.", "", "neutral", ("label_not_a_choice",)),

@@ -121,6 +121,17 @@ def test_a_gap_in_the_numbers_of_teacher_files_is_named(cqa_source):
         cqa.read(cqa_source).splits  # noqa: B018
 
 
+def test_teacher_files_are_read_in_the_order_of_their_numbers(cqa_source):
+    """Of more than ten files, `_2` comes before `_10`."""
+    for path in (cqa_source / "llm").glob("test_CoT_*.json"):
+        path.unlink()
+    for i in range(12):
+        text = f"Reason {i}. So the answer is (b) pond."
+        (cqa_source / "llm" / f"test_CoT_{i}.json").write_text(json.dumps([text]))
+    rows = cqa.read(cqa_source).splits["test"]
+    assert [row.example.rationale for row in rows] == [f"Reason {i}." for i in range(12)]
+
+
 def test_broken_json_names_file_and_line(cqa_source):
     lines = (cqa_source / "cqa_test.json").read_text().splitlines()
     lines[6] = lines[6][:-5]

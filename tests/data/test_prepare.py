@@ -60,6 +60,7 @@ def _tfds_rows(name, data_dir, split):
 def test_the_tfds_dataset_holds_the_rows_of_split_jsonl_in_their_order(own):
     _, data_dir, result = own
     dataset = open_prepared("mine", data_dir)
+    assert set(result["splits"]) == {"train", "validation", "test"}
     for split, figures in result["splits"].items():
         ours, theirs = list(dataset.examples(split)), _tfds_rows("mine", data_dir, split)
         assert len(ours) == len(theirs) == figures["rows"] == dataset.splits[split]
@@ -252,6 +253,7 @@ def test_each_word_of_the_embedded_dataset_is_one_piece(delivery_data_dir):
 
     dataset = open_prepared("delivery", delivery_data_dir)
     model = sentencepiece.SentencePieceProcessor(model_file=str(dataset.spiece_model))
+    assert dataset.splits["test"] == 500
     for example in dataset.examples("test"):
         for text in (example.input, example.label, example.rationale):
             assert len(model.encode(text)) == len(text.split())

@@ -56,6 +56,14 @@ def test_rows_are_drawn_for_both_arms_together():
     assert paired_difference(drawn[:, :1], drawn[:, 1:]) == (0.0, 0.0, 1.0)
 
 
+def test_p_of_a_difference_is_two_sided():
+    """10 of 99 draws lie below 0: p is twice (10 + 1) / (99 + 1)."""
+    second = np.where(np.arange(99) < 10, -0.1, 0.1)[:, None]
+    first = np.zeros_like(second)
+    assert paired_difference(first, second)[2] == pytest.approx(0.22)
+    assert paired_difference(second, first)[2] == pytest.approx(0.22)
+
+
 def test_seeds_that_scatter_widen_the_interval_of_an_arm():
     rng = np.random.default_rng(3)
     accuracies = [0.7, 0.7, 0.4, 1.0, 0.7, 0.7]  # an arm with equal seeds and one without, mean 0.7

@@ -48,7 +48,7 @@ def refused(record_fault):
 
     def told(family):
         record_fault(family, tried=len(tried), survived=len(tried) - len(wrong))
-        assert not wrong, "\n".join(wrong)
+        assert tried and not wrong, "\n".join(wrong)
 
     refuse.told = told
     return refuse

@@ -58,6 +58,10 @@ def test_written_tensors_have_the_names_and_orientation_of_torch(directory, para
     for name, want in (
         ("shared.weight", params["token_embedder"]),
         ("lm_head.weight", params["logits_dense"]["kernel"].T),
+        (  # square: a reader takes it in either orientation
+            "encoder.block.1.layer.0.SelfAttention.q.weight",
+            params["encoder"]["layers"]["attention"]["query"]["kernel"][1].T,
+        ),
         (
             "decoder.block.1.layer.1.EncDecAttention.v.weight",
             layers["encoder_decoder_attention"]["value"]["kernel"][1].T,

@@ -53,6 +53,7 @@ def test_other_float_types_are_read_to_float32(torch, state, v1_1, tmp_path, dty
     stored = {name: t.to(getattr(torch, dtype)) for name, t in state.items()}
     torch.save(stored, tmp_path / FILE)
     got = hf.to_hf(hf.load_params(tmp_path, config), config)
+    assert got.keys() == stored.keys()
     for name, tensor in got.items():
         np.testing.assert_array_equal(tensor, stored[name].float().numpy())
 

@@ -147,7 +147,9 @@ def test_the_gradient_of_adapters_follows_from_that_of_the_merged_kernel(batch):
     got = flatten_dict(jax.jit(jax.grad(functools.partial(loss, config)))(params))
     by_kernel = flatten_dict(jax.jit(jax.grad(functools.partial(loss, plain)))(merged))
     flat = flatten_dict(params)
-    for path in [p for p in flat if p[-1] == "lora_a"]:
+    paths = [p for p in flat if p[-1] == "lora_a"]
+    assert paths
+    for path in paths:
         a, b = np.asarray(flat[path]), np.asarray(flat[*path[:-1], "lora_b"])
         g, s = np.asarray(by_kernel[*path[:-1], "kernel"]), 6.0 / a.shape[-1]
         for name, expected in (

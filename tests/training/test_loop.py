@@ -117,10 +117,11 @@ def test_a_run_leaves_what_its_contract_says(undisturbed):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_objectives(undisturbed):
-    for line in read_metrics(undisturbed[0]):
-        if "loss" in line:
-            expected = 0.5 * line["loss/label"] + 0.5 * line["loss/rationale"]
-            np.testing.assert_allclose(line["loss"], expected, rtol=1e-5)
+    steps = [line for line in read_metrics(undisturbed[0]) if "loss" in line]
+    assert len(steps) == 30
+    for line in steps:
+        expected = 0.5 * line["loss/label"] + 0.5 * line["loss/rationale"]
+        np.testing.assert_allclose(line["loss"], expected, rtol=1e-5)
 
 
 def test_a_finished_run_started_again_changes_nothing(undisturbed, delivery_data_dir):

@@ -1,0 +1,919 @@
+"""Plants the bugs listed below, one at a time, and reports which of them the tests catch.
+
+    python tests/mutants.py [--only B1,B2] [--part 2/4] [--jobs 2] [--list]
+    make mutants MUTANTS_FLAGS="--part 1/4"
+
+A mutant replaces one text of one file. It is planted in a copy of the repository, never in the
+working tree, and its tests run there up to the first failure. The same tests run on the code as it
+is first, since a test that fails anyway catches nothing.
+
+Exit status: 0 when the tests caught every mutant. 1 when a mutant survives, its text is not found
+exactly once (rewrite `old` and `new`: the code has moved) or its tests do not run.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """One planted bug: `old` is in `file` exactly once, and one of `tests` fails with `new`."""
+
+    id: str
+    what: str  # what the planted bug does
+    file: str
+    old: str
+    new: str
+    tests: list[str]  # paths or node ids; the fastest one that fails, first
+
+
+MUTANTS = [
+    Mutant(
+        id="D1",
+        what="a rationale is cut at the next question only where a line starts with it",
+        file="stepdistill_jax/data/rationale.py",
+        old="own, found, _ = text.partition(next_question)",
+        new='own, found, _ = text.partition("\\n" + next_question)',
+        tests=["tests/data/test_rationale.py::test_each_way_of_failing_to_choose_has_a_name"],
+    ),
+    Mutant(
+        id="D2",
+        what="an answer's letter wins over the text after it",
+        file="stepdistill_jax/data/rationale.py",
+        old="repaired=by_letter if by_letter in by_text or not by_text else by_text[0],",
+        new='repaired=by_letter or (by_text[0] if by_text else ""),',
+        tests=["tests/data/test_rationale.py::test_each_way_of_failing_to_choose_has_a_name"],
+    ),
+    Mutant(
+        id="D3",
+        what="an e-SNLI label ends at the next premise only where a paragraph starts with it",
+        file="stepdistill_jax/data/nli_rationale.py",
+        old='said, next_pair, _ = after.partition("Premise")',
+        new='said, next_pair, _ = after.partition("\\n\\nPremise")',
+        tests=["tests/data/test_nli.py::test_each_way_of_failing_on_esnli_has_a_name"],
+    ),
+    Mutant(
+        id="D4",
+        what="teacher files are read in the order of their names (_10 before _2)",
+        file="stepdistill_jax/data/readers/paper_layout.py",
+        old='    beyond = set((source / "llm").glob',
+        new=('    files.sort(key=lambda p: p.name)\n    beyond = set((source / "llm").glob'),
+        tests=[
+            "tests/data/test_paper_layout.py::test_teacher_files_are_read_in_the_order_of_their_numbers"
+        ],
+    ),
+    Mutant(
+        id="A1",
+        what="subtraction is right-associative",
+        file="stepdistill_jax/text/arithmetic.py",
+        old='value = value + self._product() if self._take() == "+" else value - self._product()',
+        new='value = value + self._product() if self._take() == "+" else value - self.sum()',
+        tests=["tests/text/test_arithmetic.py::test_precedence_and_signs"],
+    ),
+    Mutant(
+        id="S1",
+        what="the p of the paired bootstrap is one-sided",
+        file="stepdistill_jax/experiments/stats.py",
+        old="min(1.0, 2 * (fewest + 1) / (len(differences) + 1))",
+        new="min(1.0, (fewest + 1) / (len(differences) + 1))",
+        tests=["tests/experiments/test_stats.py::test_p_of_a_difference_is_two_sided"],
+    ),
+    Mutant(
+        id="S2",
+        what="the interval of the paired bootstrap covers 90% instead of 95%",
+        file="stepdistill_jax/experiments/stats.py",
+        old="np.quantile(differences, [0.025, 0.975])",
+        new="np.quantile(differences, [0.05, 0.95])",
+        tests=[
+            "tests/experiments/test_stats.py::test_a_difference_of_two_models_has_the_width_that_its_variance_says"
+        ],
+    ),
+    Mutant(
+        id="S3",
+        what="p_holm is not corrected",
+        file="stepdistill_jax/experiments/comparison.py",
+        old="corrected = holm([t.p for t in found])",
+        new="corrected = [t.p for t in found]",
+        tests=[
+            "tests/experiments/test_comparison.py::test_p_is_corrected_for_all_tests_of_a_comparison"
+        ],
+    ),
+    Mutant(
+        id="S4",
+        what="each run of the bootstrap draws its own rows (unpaired)",
+        file="stepdistill_jax/experiments/stats.py",
+        old="        found.append(counts.astype(np.float32) @ answers / rows)",
+        new=(
+            "        own = [counts[rng.permutation(len(counts))].astype(np.float32) for _ in right]\n"
+            "        found.append(np.stack([c @ a / rows for c, a in zip(own, answers.T)], 1))"
+        ),
+        tests=["tests/experiments/test_stats.py::test_rows_are_drawn_for_both_arms_together"],
+    ),
+    Mutant(
+        id="S5",
+        what="`surely` looks at the high end of the interval",
+        file="stepdistill_jax/experiments/comparison.py",
+        old="if found is None or found[0] <= 0:",
+        new="if found is None or found[1] <= 0:",
+        tests=[
+            "tests/experiments/test_comparison.py::test_an_arm_is_surely_better_where_its_whole_interval_is_above_0"
+        ],
+    ),
+    Mutant(
+        id="S6",
+        what="runs that answered different rows are compared",
+        file="stepdistill_jax/experiments/comparison.py",
+        old="group = groups[run.gold_key, tuple(setting.items())]",
+        new="group = groups[run.task, tuple(setting.items())]",
+        tests=[
+            "tests/experiments/test_comparison.py::test_runs_are_compared_where_they_answered_the_same_rows"
+        ],
+    ),
+    Mutant(
+        id="T1",
+        what="retry-after-ms is taken for seconds",
+        file="stepdistill_jax/teacher/client.py",
+        old='("retry-after-ms", 1e-3)',
+        new='("retry-after-ms", 1.0)',
+        tests=["tests/teacher/test_client.py::test_retry_after_is_seconds_milliseconds_or_a_date"],
+    ),
+    Mutant(
+        id="T2",
+        what="Retry-After delays one request, not all",
+        file="stepdistill_jax/teacher/client.py",
+        old=("            self._pause(wait, said)\n        return SentAgain"),
+        new=("            pass\n        return SentAgain"),
+        tests=["tests/teacher/test_client.py::test_retry_after_is_obeyed_by_all_requests"],
+    ),
+    Mutant(
+        id="T3",
+        what="the key is not hidden in a finish_reason",
+        file="stepdistill_jax/teacher/client.py",
+        old='reason = self.hide(str(choice.get("finish_reason") or "stop"))',
+        new='reason = str(choice.get("finish_reason") or "stop")',
+        tests=["tests/test_security.py::test_a_key_appears_in_no_file_and_no_line[reason]"],
+    ),
+    Mutant(
+        id="T4",
+        what="a message is truncated before the key is hidden",
+        file="stepdistill_jax/teacher/client.py",
+        old='message = self.hide(" ".join(str(message or error.message).split()))[:300]',
+        new='message = self.hide(" ".join(str(message or error.message).split())[:300])',
+        tests=[
+            "tests/teacher/test_client.py::test_a_refusals_message_hides_the_key_before_it_is_cut"
+        ],
+    ),
+    Mutant(
+        id="T5",
+        what="requests under way are not reserved in the budget",
+        file="stepdistill_jax/teacher/budget.py",
+        old="        answers += sum(c for _, c in self._open.values())\n",
+        new="",
+        tests=[
+            "tests/teacher/test_budget.py::test_a_request_waits_while_one_under_way_might_use_up_the_cap"
+        ],
+    ),
+    Mutant(
+        id="T6",
+        what="the budget does not learn the tokens per character",
+        file="stepdistill_jax/teacher/budget.py",
+        old="        self._tokens_per_character = max(self._tokens_per_character, ratio)\n",
+        new="        del ratio\n",
+        tests=[
+            "tests/teacher/test_budget.py::test_the_prompt_estimate_learns_from_what_the_server_counts"
+        ],
+    ),
+    Mutant(
+        id="T7",
+        what="an answer does not reset the failures in a row",
+        file="stepdistill_jax/teacher/run.py",
+        old=("        self.counts.requests += 1\n        self._failures = 0\n"),
+        new="        self.counts.requests += 1\n",
+        tests=["tests/teacher"],
+    ),
+    Mutant(
+        id="T8",
+        what="rows of an earlier run stay in OUTPUT.partial",
+        file="stepdistill_jax/teacher/output.py",
+        old="        self._file.truncate(0)\n",
+        new="",
+        tests=[
+            "tests/teacher/test_annotate.py::test_a_cap_in_tokens_is_not_crossed_and_the_next_run_goes_on"
+        ],
+    ),
+    Mutant(
+        id="T9",
+        what="a server error (5xx) ignores Retry-After",
+        file="stepdistill_jax/teacher/client.py",
+        old="        wait = retry_after(error.response.headers)\n",
+        new="        wait = retry_after(error.response.headers) if status == 429 else None\n",
+        tests=["tests/teacher"],
+    ),
+    Mutant(
+        id="T10",
+        what="the last label wins a tie",
+        file="stepdistill_jax/teacher/vote.py",
+        old="label, votes = max(counts, key=lambda entry: entry[1])",
+        new="label, votes = max(reversed(counts), key=lambda entry: entry[1])",
+        tests=[
+            "tests/teacher/test_vote.py::test_the_vote_goes_to_the_commonest_label_and_a_tie_to_the_first"
+        ],
+    ),
+    Mutant(
+        id="T11",
+        what="the rationale is the first answer's, whatever its label",
+        file="stepdistill_jax/teacher/vote.py",
+        old="rationale = next(r.rationale for r in usable if matches(r.label, label))",
+        new="rationale = usable[0].rationale",
+        tests=[
+            "tests/teacher/test_vote.py::test_the_rationale_is_the_first_that_argues_for_the_voted_label"
+        ],
+    ),
+    Mutant(
+        id="F1",
+        what="atomic_write does not fsync before the rename",
+        file="stepdistill_jax/files.py",
+        old=(
+            "        yield f\n"
+            "        f.flush()\n"
+            "        os.fsync(f.fileno())\n"
+            "    os.replace(partial, path)"
+        ),
+        new=("        yield f\n    os.replace(partial, path)"),
+        tests=[
+            "tests/test_files.py",
+            "tests/checkpoints",
+            "tests/faults/test_checkpoints.py",
+            "tests/inference/test_output.py",
+            "tests/formats/test_saving.py",
+        ],
+    ),
+    Mutant(
+        id="F2",
+        what="atomic_write writes in place",
+        file="stepdistill_jax/files.py",
+        old=("    partial = path.with_name(path.name + PARTIAL)\n    partial.parent.mkdir"),
+        new=("    partial = path\n    partial.parent.mkdir"),
+        tests=[
+            "tests/formats/test_hf.py::test_a_write_that_went_wrong_is_seen_and_leaves_nothing_to_trust"
+        ],
+    ),
+    Mutant(
+        id="F3",
+        what="a key that appears twice is accepted",
+        file="stepdistill_jax/files.py",
+        old="if len(found) < len(pairs):",
+        new="if len(found) < 0:",
+        tests=["tests/data/test_jsonl.py::test_a_line_that_is_no_row_is_named[key twice]"],
+    ),
+    Mutant(
+        id="F4",
+        what="the output of predict is renamed without fsync",
+        file="stepdistill_jax/inference/output.py",
+        old=(
+            "        self._file.flush()\n"
+            "        os.fsync(self._file.fileno())\n"
+            "        os.replace(self.partial, self.path)"
+        ),
+        new=("        self._file.flush()\n        os.replace(self.partial, self.path)"),
+        tests=["tests/inference/test_output.py", "tests/faults/test_predict_at_length.py"],
+    ),
+    Mutant(
+        id="C1",
+        what="restore does not verify an older step",
+        file="stepdistill_jax/checkpoints/manager.py",
+        old="if step != self._verified:",
+        new="if step is None:",
+        tests=[
+            "tests/faults/test_checkpoints.py::test_an_older_step_is_read_before_it_is_restored"
+        ],
+    ),
+    Mutant(
+        id="C2",
+        what="of equal accuracies the higher label loss is best",
+        file="stepdistill_jax/checkpoints/manager.py",
+        old='return (metrics["label_accuracy"], -metrics["label_loss"], -float(metrics["step"]))',
+        new='return (metrics["label_accuracy"], metrics["label_loss"], -float(metrics["step"]))',
+        tests=["tests/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
+    ),
+    Mutant(
+        id="C3",
+        what="the best step is not kept",
+        file="stepdistill_jax/checkpoints/manager.py",
+        old="return {*steps[-KEPT_LATEST:], max(steps, key=lambda s: rank(self._metrics[s]))}",
+        new="return {*steps[-KEPT_LATEST - 1 :]}",
+        tests=["tests/checkpoints/test_manager.py::test_the_newest_two_and_the_best_are_kept"],
+    ),
+    Mutant(
+        id="C4",
+        what="the manifest compares sizes alone",
+        file="stepdistill_jax/checkpoints/manifest.py",
+        old="        if crc != wanted[name][1]:",
+        new="        if len(crc) != len(wanted[name][1]):",
+        tests=[
+            "tests/faults/test_checkpoints.py::test_any_flipped_bit_is_found_and_its_file_named"
+        ],
+    ),
+    Mutant(
+        id="C6",
+        what="a better validated step between two checkpoints is not saved",
+        file="stepdistill_jax/training/milestones.py",
+        old="        if better or stopping or due:",
+        new="        if stopping or due:",
+        tests=["tests/training/test_loop.py", "tests/docs"],
+    ),
+    Mutant(
+        id="TS1",
+        what="a store's fingerprint leaves out the names of the objectives",
+        file="stepdistill_jax/tasks/token_store.py",
+        old="return digest([list(objectives), dict(zip(names, hashes, strict=True))])",
+        new="return digest([len(objectives), dict(zip(names, hashes, strict=True))])",
+        tests=["tests/tasks/test_token_store.py", "tests/tasks/test_load.py"],
+    ),
+    Mutant(
+        id="TS2",
+        what="a store's fingerprint leaves out the names of its files (the order of columns)",
+        file="stepdistill_jax/tasks/token_store.py",
+        old="return digest([list(objectives), dict(zip(names, hashes, strict=True))])",
+        new="return digest([list(objectives), sorted(hashes)])",
+        tests=["tests/tasks/test_token_store.py", "tests/tasks/test_load.py"],
+    ),
+    Mutant(
+        id="TS3",
+        what="the bytes of a store are not compared when it is opened",
+        file="stepdistill_jax/tasks/token_store.py",
+        old='    if found != manifest["fingerprint"]:',
+        new="    if not found:",
+        tests=["tests/tasks/test_token_store.py::test_a_damaged_store_is_no_store"],
+    ),
+    Mutant(
+        id="B1",
+        what="evaluation drops its last, smaller batch",
+        file="stepdistill_jax/training/batches.py",
+        old="return -(-self.num_examples // self.batch_size)",
+        new="return max(1, self.num_examples // self.batch_size)",
+        tests=["tests/training/test_batches.py::test_evaluation_reads_each_example_once_in_order"],
+    ),
+    Mutant(
+        id="B2",
+        what="the first decoder input of a segment is the token before it",
+        file="stepdistill_jax/training/placing.py",
+        old="    previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0\n",
+        new="",
+        tests=["tests/training/test_batches.py::test_the_batch_of_the_docstring"],
+    ),
+    Mutant(
+        id="B3",
+        what="a truncated row loses its end of sequence",
+        file="stepdistill_jax/training/placing.py",
+        old="    if cut.any():",
+        new="    if cut.all() and not cut.size:",
+        tests=["tests/training/test_batches.py::test_no_token_is_lost_or_doubled"],
+    ),
+    Mutant(
+        id="B4",
+        what="every epoch has the same permutation",
+        file="stepdistill_jax/training/order.py",
+        old="np.random.default_rng((self.seed, store, 1, epoch))",
+        new="np.random.default_rng((self.seed, store, 1, 0))",
+        tests=["tests/training/test_batches.py::test_epochs_and_seeds_have_orders_of_their_own"],
+    ),
+    Mutant(
+        id="B5",
+        what="the examples that a data_fraction keeps do not depend on the seed",
+        file="stepdistill_jax/training/order.py",
+        old="np.random.default_rng((seed, store, 0)).permutation(len(examples))",
+        new="np.random.default_rng((0, store, 0)).permutation(len(examples))",
+        tests=[
+            "tests/training/test_batches.py",
+            "tests/tasks/test_supervision.py",
+            "tests/experiments",
+        ],
+    ),
+    Mutant(
+        id="B6",
+        what="loss_mean = 'example' divides by the length before truncation",
+        file="stepdistill_jax/training/placing.py",
+        old="            shares: np.ndarray = target_lengths\n",
+        new="            shares: np.ndarray = targets.lengths\n",
+        tests=["tests/training/test_loss_mean.py::test_the_tokens_of_a_target_share_its_weight"],
+    ),
+    Mutant(
+        id="B7",
+        what="segments of one packed row overlap by one input token",
+        file="stepdistill_jax/training/packing.py",
+        old="start = (capacity[0] - room[0], capacity[1] - room[1])",
+        new="start = (max(capacity[0] - room[0] - 1, 0), capacity[1] - room[1])",
+        tests=["tests/training/test_packing.py::test_first_fit_docstring"],
+    ),
+    Mutant(
+        id="L1",
+        what="one mean over the tokens of all objectives",
+        file="stepdistill_jax/training/loss.py",
+        old="return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)",
+        new="return jnp.where(counts > 0, objective_weights / jnp.maximum(counts.sum(), 1e-9), 0.0)",
+        tests=["tests/training/test_loss.py::test_the_scale_divides_a_weight_by_its_count"],
+    ),
+    Mutant(
+        id="L2",
+        what="step_by_step weighs (1, 0.5)",
+        file="stepdistill_jax/objectives.py",
+        old=("def step_by_step(\n    label_weight: Weight = 0.5, rationale_weight: Weight = 0.5"),
+        new=("def step_by_step(\n    label_weight: Weight = 1.0, rationale_weight: Weight = 0.5"),
+        tests=[
+            "tests/test_objectives.py::test_an_arm_has_a_part_with_its_own_weights[step_by_step]"
+        ],
+    ),
+    Mutant(
+        id="L3",
+        what="the gradient of a token's target ignores the token's share",
+        file="stepdistill_jax/training/cross_entropy.py",
+        old="jnp.where(is_target, share[:, None], 0.0)",
+        new="jnp.where(is_target, jnp.sign(share)[:, None], 0.0)",
+        tests=[
+            "tests/training/test_cross_entropy.py::test_any_chunk_gives_the_plain_losss_values_and_gradients"
+        ],
+    ),
+    Mutant(
+        id="ST1",
+        what="all slices of a step share one dropout key",
+        file="stepdistill_jax/training/step.py",
+        old="rng = jax.random.fold_in(step_rng, index)",
+        new="rng = step_rng",
+        tests=["tests/training/test_step.py", "tests/training/test_layouts.py"],
+    ),
+    Mutant(
+        id="ST3",
+        what="a gradient that is not finite is applied where the loss is finite",
+        file="stepdistill_jax/training/step.py",
+        old="finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)",
+        new="finite = jnp.isfinite(loss)",
+        tests=["tests/training/test_step.py", "tests/faults/test_numbers.py"],
+    ),
+    Mutant(
+        id="ST4",
+        what="skipped steps delay the learning rate",
+        file="stepdistill_jax/training/step.py",
+        old="tx.update(grads, _scheduled_at(state.opt_state, state.step), trained)",
+        new="tx.update(grads, state.opt_state, trained)",
+        tests=[
+            "tests/faults/test_numbers.py::test_a_bad_step_changes_nothing_is_counted_and_names_its_examples"
+        ],
+    ),
+    Mutant(
+        id="ST5",
+        what="gradients are clipped after the update rule",
+        file="stepdistill_jax/training/optimizer.py",
+        old="return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)",
+        new="return optax.chain(rule, optax.clip_by_global_norm(o.clip_norm))",
+        tests=["tests/training/test_optimizer.py::test_adamw_takes_the_step_that_its_paper_says"],
+    ),
+    Mutant(
+        id="ST6",
+        what="Adafactor is not scaled by the parameter, and its decay is 0.99",
+        file="stepdistill_jax/training/optimizer.py",
+        old=("            decay_rate=0.8,\n            multiply_by_parameter_scale=True,"),
+        new=("            decay_rate=0.99,\n            multiply_by_parameter_scale=False,"),
+        tests=["tests/training/test_optimizer.py", "tests/test_configs.py"],
+    ),
+    Mutant(
+        id="ST8",
+        what="dropout uses the key of the initialisation",
+        file="stepdistill_jax/training/state.py",
+        old="rng = jax.random.fold_in(key, 1)",
+        new="rng = jax.random.fold_in(key, 0)",
+        tests=["tests/training/test_step.py", "tests/golden"],
+    ),
+    Mutant(
+        id="EV1",
+        what="validation leaves out its last batch",
+        file="stepdistill_jax/training/evaluate.py",
+        old="for step in range(self.batches.num_steps):",
+        new="for step in range(max(1, self.batches.num_steps - 1)):",
+        tests=["tests/training/test_loop.py", "tests/tasks/test_arms.py", "tests/docs"],
+    ),
+    Mutant(
+        id="EV2",
+        what="`unfinished` is the share that finished",
+        file="stepdistill_jax/training/evaluate.py",
+        old='"unfinished": float(np.mean(~np.asarray(decoded.finished))),',
+        new='"unfinished": float(np.mean(np.asarray(decoded.finished))),',
+        tests=["tests/training/test_loop.py", "tests/docs"],
+    ),
+    Mutant(
+        id="EV3",
+        what="the validation loss is a mean of batch means",
+        file="stepdistill_jax/training/evaluate.py",
+        old="            totals += np.array([sums.loss, sums.correct, sums.count], np.float64)\n",
+        new=(
+            "            share = np.array([sums.loss, sums.correct, sums.count], np.float64)\n"
+            "            totals += share / np.maximum(share[2], 1e-9)\n"
+        ),
+        tests=["tests/training/test_loop.py", "tests/tasks/test_arms.py", "tests/docs"],
+    ),
+    Mutant(
+        id="M3",
+        what="the tied head is not scaled",
+        file="stepdistill_jax/models/t5.py",
+        old="return x * self.config.emb_dim**-0.5 if self.config.scale_decoder_outputs else x",
+        new="return x",
+        tests=[
+            "tests/models/test_tied_head.py::test_scaled_logits_are_divided_by_the_root_of_the_width"
+        ],
+    ),
+    Mutant(
+        id="M4",
+        what="no dropout on the decoder's embeddings",
+        file="stepdistill_jax/models/t5.py",
+        old="        x, cache = layers(drop(x), cache, encoded, bias, mask_bias(cross_mask), query, key, index)",
+        new="        x, cache = layers(x, cache, encoded, bias, mask_bias(cross_mask), query, key, index)",
+        tests=["tests/models", "tests/training/test_step.py"],
+    ),
+    Mutant(
+        id="M5",
+        what="no dropout after the decoder's last norm",
+        file="stepdistill_jax/models/t5.py",
+        old='return drop(RMSNorm(c, name="decoder_norm")(x)), cache',
+        new='return RMSNorm(c, name="decoder_norm")(x), cache',
+        tests=[
+            "tests/models/test_t5.py",
+            "tests/models/test_training_cost.py",
+            "tests/training/test_step.py",
+        ],
+    ),
+    Mutant(
+        id="M6",
+        what="no dropout on the output of cross-attention",
+        file="stepdistill_jax/models/t5.py",
+        old="x = x + drop(y.reshape(x.shape))",
+        new="x = x + y.reshape(x.shape)",
+        tests=[
+            "tests/models/test_t5.py",
+            "tests/models/test_training_cost.py",
+            "tests/training/test_step.py",
+        ],
+    ),
+    Mutant(
+        id="M7",
+        what="all layers share one dropout mask",
+        file="stepdistill_jax/models/t5.py",
+        old='split_rngs={"params": True, "dropout": True}',
+        new='split_rngs={"params": True, "dropout": False}',
+        tests=[
+            "tests/models/test_training_cost.py::test_the_backward_pass_keeps_products_and_dropout_masks_alone"
+        ],
+    ),
+    Mutant(
+        id="M8",
+        what="a packed target reads all inputs of its row",
+        file="stepdistill_jax/models/t5.py",
+        old='same_segment(batch.get("decoder_encoder_segment_ids", target), source),',
+        new="(source > 0)[:, None, None, :],",
+        tests=["tests/models/test_t5.py::test_packed_examples_have_the_logits_of_examples_alone"],
+    ),
+    Mutant(
+        id="M9",
+        what="dropout does not scale up what it keeps",
+        file="stepdistill_jax/models/layers.py",
+        old="return jnp.where(mask, x * (DRAWS / kept), 0)",
+        new="return jnp.where(mask, x, 0)",
+        tests=[
+            "tests/models/test_training_cost.py::test_dropout_meets_its_rate_and_keeps_the_mean"
+        ],
+    ),
+    Mutant(
+        id="IN1",
+        what="a score continues after the end of its answer",
+        file="stepdistill_jax/inference/token_loop.py",
+        old='"scores": state["scores"] + jnp.where(state["done"], 0.0, log_prob),',
+        new='"scores": state["scores"] + log_prob,',
+        tests=[
+            "tests/inference/test_decode.py::test_ids_are_the_argmax_of_teacher_forcing_and_scores_their_log_probability"
+        ],
+    ),
+    Mutant(
+        id="IN2",
+        what="the token loop never ends before max_decode_len",
+        file="stepdistill_jax/inference/token_loop.py",
+        old='return (state["index"] < max_decode_len) & (going > enough)',
+        new='return (state["index"] < max_decode_len) & (going > (enough or -1))',
+        tests=["tests/inference/test_decode.py", "tests/golden"],
+    ),
+    Mutant(
+        id="IN3",
+        what="the few rows that continue are never gathered",
+        file="stepdistill_jax/inference/token_loop.py",
+        old="    while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:",
+        new="    while isinstance(batch, int) and len(sizes) <= 0 and sizes[-1] >= FEWER * FEWEST:",
+        tests=["tests/inference/test_decode.py", "tests/inference/test_layouts.py"],
+    ),
+    Mutant(
+        id="IN5",
+        what="the length penalty counts one token less",
+        file="stepdistill_jax/inference/beam.py",
+        old="np.arange(1, max_decode_len + 1.0) ** length_penalty",
+        new="np.maximum(np.arange(max_decode_len + 0.0), 1) ** length_penalty",
+        tests=["tests/inference/test_beam.py::test_a_wide_beam_finds_the_best_of_all_answers"],
+    ),
+    Mutant(
+        id="IN6",
+        what="after a gather each row draws with another row's key",
+        file="stepdistill_jax/inference/sampling.py",
+        old="(keys[places], index)",
+        new="(keys[: logits.shape[0]], index)",
+        tests=["tests/inference/test_sampling.py", "tests/inference/test_decode.py"],
+    ),
+    Mutant(
+        id="IN7",
+        what="top_k keeps one token too few",
+        file="stepdistill_jax/inference/sampling.py",
+        old="last = jax.lax.top_k(logits, top_k)[0][..., -1:]",
+        new="last = jax.lax.top_k(logits, max(top_k - 1, 1))[0][..., -1:]",
+        tests=["tests/inference/test_sampling.py::test_filtered_logits_are_those_of_transformers"],
+    ),
+    Mutant(
+        id="IN8",
+        what="the score of a choice is a mean over its ids",
+        file="stepdistill_jax/inference/choices.py",
+        old="scores[place] = sums[1:].astype(np.float32)",
+        new="scores[place] = (sums[1:] / np.bincount(owners[i].ravel())[1:]).astype(np.float32)",
+        tests=[
+            "tests/inference/test_choices.py::test_what_greedy_decoding_answers_has_its_score_and_wins_where_it_is_likeliest"
+        ],
+    ),
+    Mutant(
+        id="IN11",
+        what="the temperature multiplies",
+        file="stepdistill_jax/inference/allowed.py",
+        old="(scores - scores[best]) / self.temperature",
+        new="(scores - scores[best]) * self.temperature",
+        tests=[
+            "tests/inference/test_predict_choices.py::test_a_temperature_flattens_the_probabilities_and_leaves_label_and_score"
+        ],
+    ),
+    Mutant(
+        id="SV1",
+        what="a client that leaves while its batch runs shifts the answers of the others",
+        file="stepdistill_jax/inference/serving/batcher.py",
+        old=(
+            "            for one, answer in zip(batch, answers, strict=True):\n"
+            "                if not one.answer.done():\n"
+            "                    one.answer.set_result(answer)"
+        ),
+        new=(
+            "            waiting = [one for one in batch if not one.answer.done()]\n"
+            "            for one, answer in zip(waiting, answers, strict=False):\n"
+            "                one.answer.set_result(answer)"
+        ),
+        tests=["tests/inference/test_serve_batcher.py", "tests/inference/test_serve.py"],
+    ),
+    Mutant(
+        id="SV2",
+        what="the queue takes one row more than max_queue",
+        file="stepdistill_jax/inference/serving/batcher.py",
+        old="if self.rows + len(rows) > self.max_queue:",
+        new="if self.rows + len(rows) > self.max_queue + 1:",
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_a_full_queue_takes_all_rows_of_a_request_or_none"
+        ],
+    ),
+    Mutant(
+        id="SV3",
+        what="a lane that returns is owed its pause",
+        file="stepdistill_jax/inference/serving/batcher.py",
+        old="                lane.seconds = max(lane.seconds, self._time)\n",
+        new="                pass\n",
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_a_pause_gives_no_lane_a_claim_to_the_engine"
+        ],
+    ),
+    Mutant(
+        id="SV4",
+        what="answers are given in reverse order",
+        file="stepdistill_jax/inference/serving/batcher.py",
+        old="for one, answer in zip(batch, answers, strict=True):",
+        new="for one, answer in zip(batch, reversed(answers), strict=True):",
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_rows_that_come_while_a_batch_runs_are_the_next_one"
+        ],
+    ),
+    Mutant(
+        id="FM1",
+        what="bfloat16 is read as float16",
+        file="stepdistill_jax/formats/torch_bin.py",
+        old=".view(ml_dtypes.bfloat16)",
+        new=".view(np.float16)",
+        tests=["tests/formats/test_torch_bin.py::test_other_float_types_are_read_to_float32"],
+    ),
+    Mutant(
+        id="FM2",
+        what="a shard may exceed its limit by one tensor",
+        file="stepdistill_jax/formats/hf.py",
+        old="if shards[-1] and filled + size > most:",
+        new="if shards[-1] and filled > most:",
+        tests=[
+            "tests/formats/test_saving.py::test_shards_are_named_and_indexed_as_hugging_face_does"
+        ],
+    ),
+    Mutant(
+        id="FM3",
+        what="square matrices (the encoder's query) are not transposed",
+        file="stepdistill_jax/formats/names.py",
+        old='return path.endswith(("/kernel", "/rel_embedding"))',
+        new=(
+            'return path.endswith(("/kernel", "/rel_embedding")) '
+            'and not path.endswith("attention/query/kernel")'
+        ),
+        tests=[
+            "tests/formats/test_hf.py::test_written_tensors_have_the_names_and_orientation_of_torch"
+        ],
+    ),
+    Mutant(
+        id="FM4",
+        what="the layers of a stacked checkpoint are read in reverse",
+        file="stepdistill_jax/formats/tensors.py",
+        old="out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]",
+        new="out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)][::-1]",
+        tests=[
+            "tests/formats/test_t5x.py::test_the_first_form_gives_sizes_and_weights[t5_v1_1-stacked]"
+        ],
+    ),
+    Mutant(
+        id="SH1",
+        what="attention is not split over `tensor`",
+        file="stepdistill_jax/sharding.py",
+        old='("joined_kv", "tensor"),',
+        new='("joined_kv", None),',
+        tests=[
+            "tests/test_sharding.py",
+            "tests/formats/test_hf.py",
+            "tests/planning/test_plan.py",
+            "tests/inference/test_layouts.py",
+            "tests/training/test_layouts.py",
+        ],
+    ),
+    Mutant(
+        id="SH2",
+        what="the embedding is split over fsdp by its vocabulary",
+        file="stepdistill_jax/sharding.py",
+        old='    ("vocab", "tensor"),\n',
+        new='    ("vocab", "fsdp"),\n',
+        tests=["tests/test_sharding.py::test_a_dimension_that_is_not_divided_is_named"],
+    ),
+]
+
+
+def problems(mutant: Mutant, root: pathlib.Path = ROOT) -> list[str]:
+    """Why `mutant` cannot be planted or tested in `root`, one line each; none when it can."""
+    file = root / mutant.file
+    times = file.read_text("utf-8").count(mutant.old) if file.is_file() else 0
+    found = []
+    if times != 1:
+        found.append(
+            f"`old` is in {mutant.file} {times} times, expected once; rewrite `old`, `new`"
+        )
+    if not mutant.tests:
+        found.append("no tests are listed")
+    for test in mutant.tests:
+        path, *names = test.split("::")
+        if not (root / path).exists():
+            found.append(f"no such test file: {path}")
+        elif names:
+            name = names[-1].partition("[")[0]
+            if f"def {name}(" not in (root / path).read_text("utf-8"):
+                found.append(f"no such test: {test}")
+    return [f"{mutant.id}: {line}" for line in found]
+
+
+def copy_repository(folder: pathlib.Path) -> None:
+    """Copies the working tree's files to `folder`, without those that git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in names.split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def run_tests(folder: pathlib.Path, tests: Sequence[str], *flags: str) -> tuple[int, str]:
+    """Runs `tests` of the copy in `folder` up to the first failure: pytest's status and output."""
+    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
+    env = os.environ | {"PYTHONPATH": str(folder)}
+    # the compiled programs of the working tree's tests serve the copies, too
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+    flags = (*flags, f"--basetemp={folder}.tmp")
+    done = subprocess.run(
+        [*command, *flags, *tests], cwd=folder, env=env, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def try_mutant(folder: pathlib.Path, mutant: Mutant) -> tuple[str, str]:
+    """Plants `mutant` in the copy in `folder`, tests it and restores the file.
+
+    Returns:
+        "killed" and the node id of the test that failed; "survived" and the tests that passed; or
+        "error" and the end of pytest's output.
+    """
+    path = folder / mutant.file
+    path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
+    # Python knows a stale .pyc by the time and size of its source: each mutant has its own time
+    moment = 1 + [m.id for m in MUTANTS].index(mutant.id)
+    os.utime(path, (moment, moment))
+    try:
+        status, output = run_tests(folder, mutant.tests)
+    finally:
+        shutil.copy2(ROOT / mutant.file, path)
+    failed = re.search(r"^(?:FAILED|ERROR) ([^\[\s]+(?:\[.*?\])?)(?: - .*)?$", output, re.M)
+    if status == 0:
+        return "survived", " ".join(mutant.tests)
+    if status == 1 and failed:
+        return "killed", failed[1]
+    return "error", output[-2000:]
+
+
+def try_all(mutants: Sequence[Mutant], jobs: int) -> list[str]:
+    """Tries `mutants`, `jobs` at once, and prints a line for each; the ids that were not killed."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as work:
+        folders: queue.Queue[pathlib.Path] = queue.Queue()
+        for job in range(jobs):
+            folder = pathlib.Path(work, f"copy{job}")
+            copy_repository(folder)
+            folders.put(folder)
+
+        def tried(mutant: Mutant) -> tuple[str, str, float]:
+            folder = folders.get()
+            start = time.monotonic()
+            try:
+                return *try_mutant(folder, mutant), time.monotonic() - start
+            finally:
+                folders.put(folder)
+
+        print("the tests on the code as it is ...", flush=True)
+        tests = sorted({test for mutant in mutants for test in mutant.tests})
+        start = time.monotonic()
+        status, output = run_tests(pathlib.Path(work, "copy0"), tests, "-n", str(jobs))
+        if status:
+            sys.exit(f"the tests fail without a mutant:\n{output[-2000:]}")
+        print(f"passed in {time.monotonic() - start:.0f} s", flush=True)
+        alive = []
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            for mutant, (outcome, by, seconds) in zip(
+                mutants, pool.map(tried, mutants), strict=True
+            ):
+                print(f"{outcome:8} {mutant.id:4} {seconds:5.1f} s  {by}", flush=True)
+                if outcome != "killed":
+                    alive.append(mutant.id)
+    return alive
+
+
+def chosen(only: str | None, part: str) -> list[Mutant]:
+    """The mutants of `--only` (all without it), and of these every n-th from the k-th (`k/n`)."""
+    ids = only.split(",") if only else [m.id for m in MUTANTS]
+    if unknown := set(ids) - {m.id for m in MUTANTS}:
+        sys.exit(f"--only: no such mutant: {', '.join(sorted(unknown))}")
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        sys.exit(f"--part: expected K/N with K from 1 to N, got {part}")
+    return [m for m in MUTANTS if m.id in ids][int(found[1]) - 1 :: int(found[2])]
+
+
+def main() -> int:
+    """Reads the flags, tries the mutants; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", metavar="ID[,ID]", help="only these mutants")
+    parser.add_argument("--part", metavar="K/N", default="1/1", help="the K-th of N equal parts")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default 2)")
+    parser.add_argument("--list", action="store_true", help="print the mutants and stop")
+    flags = parser.parse_args()
+    if flags.jobs < 1:
+        parser.error(f"--jobs: expected 1 or more, got {flags.jobs}")
+    mutants = chosen(flags.only, flags.part)
+    if flags.list:
+        for mutant in mutants:
+            print(f"{mutant.id:4} {mutant.file}: {mutant.what}")
+        return 0
+    if lines := [line for mutant in mutants for line in problems(mutant)]:
+        print("\n".join(lines), file=sys.stderr)
+        return 1
+    start = time.monotonic()
+    alive = try_all(mutants, flags.jobs)
+    killed = f"{len(mutants) - len(alive)} of {len(mutants)} killed"
+    print(f"{killed} in {(time.monotonic() - start) / 60:.1f} minutes", *alive)
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
