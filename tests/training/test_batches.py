@@ -1,4 +1,5 @@
 import collections
+import itertools
 import pathlib
 
 import hypothesis.strategies as st
@@ -312,6 +313,23 @@ def test_a_smaller_fraction_is_a_subset_of_a_larger():
         used.append(set(np.concatenate(drawn)[: batches.num_examples].tolist()))
     assert used[0] < used[1] < used[2] < used[3]
     assert len(used[0]) == 10
+
+
+def test_the_seed_decides_which_examples_a_fraction_keeps():
+    """Seeds of one fraction then measure the choice of examples, too."""
+    examples = [[([3 + i, 1], [7, 1])] for i in range(80)]
+
+    def kept(seed):
+        data = task_of(store_of(examples))
+        batches = Batches(data, 10, 8, 8, seed=seed, data_fraction=0.25)
+        return {s[0][0] - 3 for k in range(2) for s in segments(batches(k))}
+
+    chosen = [kept(seed) for seed in range(3)]
+    assert [len(k) for k in chosen] == [20] * 3
+    assert chosen[0] == kept(0)
+    # 20 of 80 drawn twice have 5 in common on average
+    common = [len(a & b) for a, b in itertools.combinations(chosen, 2)]
+    assert max(common) < 15, common
 
 
 @pytest.mark.parametrize("pack", [True, False])
