@@ -58,6 +58,31 @@ def test_adamw_takes_the_step_that_its_paper_says():
         np.testing.assert_allclose(params["w"], w, atol=3e-5)  # float32 cancellation
 
 
+def test_adafactor_takes_the_step_that_its_paper_says():
+    """Three steps by hand (Shazeer and Stern 2018, algorithm 4): of a vector, so nothing is factored.
+
+    Each step is relative to the parameter's root mean square, at least 1e-3, and the second moment
+    decays by 1 - t^-0.8.
+    """
+
+    def rms(x):
+        return np.sqrt(np.mean(x**2))
+
+    tx = make_optimizer(config(name="adafactor", clip_norm=100.0))
+    w, v = np.array([30.0, -0.5]), np.zeros(2)
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step, grads in enumerate(np.array([[3.0, 4.0], [0.5, -2.0], [1.0, 8.0]])):
+        updates, state = update({"w": jnp.asarray(grads, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        decay = 1 - (step + 1) ** -0.8
+        v = decay * v + (1 - decay) * grads**2
+        moved = grads / np.sqrt(v)
+        moved /= max(1.0, rms(moved))
+        w = w - 0.5 * (10 - step) / 10 * max(1e-3, rms(w)) * moved
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_each_optimizer_lowers_a_simple_loss(name):
     tx = make_optimizer(
