@@ -17,7 +17,8 @@ from stepdistill_jax.training.evaluate import Validator
 from stepdistill_jax.training.loss import ObjectiveSums
 
 MODEL = T5Config(384, 16, 2, 8, 32, 1, 1)
-ROWS, BATCH, MAX_DECODE_LEN = 11, 4, 6  # two batches of 4 rows and one of 3
+ROWS, BATCH = 11, 4  # two batches of 4 rows and one of 3
+INPUT_LENGTH, MAX_DECODE_LEN = 9, 6
 WEIGHTS = (1.0, 0.7)
 INPUTS = ["abcdefghijk"[: i + 1] for i in range(ROWS)]
 LABELS = [text if i % 2 == 0 else "other" for i, text in enumerate(INPUTS)]
@@ -29,8 +30,9 @@ def encode(text):
 
 def example(i):
     """Later rows have longer rationales, so no two batches have equal token counts."""
-    inputs, rationale = encode(INPUTS[i]), encode("because " * i) if i else []
-    return TokenExample([(inputs, encode(LABELS[i])), (inputs, rationale)], 1 + i % 3, LABELS[i])
+    label = encode(INPUTS[i]), encode(LABELS[i])
+    rationale = encode("why? " + INPUTS[i]), encode("because " * i) if i else []
+    return TokenExample([label, rationale], 1 + i % 3, LABELS[i])
 
 
 EXAMPLES = [example(i) for i in range(ROWS)]
@@ -57,7 +59,7 @@ def echo(params, config, encoder_input_tokens, *, max_decode_len):
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
-    """(metrics without their common prefix, how often `on_batch` was called)."""
+    """(metrics without their common prefix, prompts, how often `on_batch` was called)."""
     store = write_store(tmp_path_factory.mktemp("store"), ("label", "rationale"), EXAMPLES)
     data = TaskData(
         name="synthetic",
@@ -68,22 +70,25 @@ def validation(tmp_path_factory):
         metric="text_match",
         vocabulary=ByteVocabulary(),
     )
-    mesh, calls = make_mesh(Layout(), jax.devices()[:1]), []
+    mesh, prompts, calls = make_mesh(Layout(), jax.devices()[:1]), [], []
     decoder = LabelDecoder(
         MODEL, max_decode_len=MAX_DECODE_LEN, batch_size=BATCH, mesh=mesh, decode_fn=echo
     )
-    batches = Batches(data, BATCH, 16, 96, seed=0, shuffle=False)
+
+    def answer(params, rows, on_progress):
+        prompts.extend(rows)
+        return decoder(params, rows, on_progress)
+
+    batches = Batches(data, BATCH, INPUT_LENGTH, 96, seed=0, shuffle=False)
     assert batches.num_steps == 3
-    validator = Validator(
-        MODEL, data, batches, decoder, made_up_sums, mesh, lambda: calls.append(1)
-    )
+    validator = Validator(MODEL, data, batches, answer, made_up_sums, mesh, lambda: calls.append(1))
     found = validator.compute({"no": np.zeros(1)})
-    return {k.removeprefix("eval/validation/"): v for k, v in found.items()}, len(calls)
+    return {k.removeprefix("eval/validation/"): v for k, v in found.items()}, prompts, len(calls)
 
 
 def test_losses_are_means_over_all_tokens_of_the_split(validation):
     """Neither is a batch left out, nor are means of batches averaged."""
-    metrics, _ = validation
+    metrics, _, _ = validation
     for objective, name in enumerate(("label", "rationale")):
         ids = np.concatenate([e.rows[objective][1] for e in EXAMPLES]).astype(int)
         weights = np.concatenate([[e.weight] * len(e.rows[objective][1]) for e in EXAMPLES])
@@ -94,7 +99,7 @@ def test_losses_are_means_over_all_tokens_of_the_split(validation):
 
 
 def test_answers_are_compared_with_the_labels_of_all_rows(validation):
-    metrics, _ = validation
+    metrics, _, _ = validation
     right = [
         text == label and len(encode(text)) <= MAX_DECODE_LEN
         for text, label in zip(INPUTS, LABELS, strict=True)
@@ -110,5 +115,12 @@ def test_unfinished_is_the_share_of_answers_that_do_not_end_within_max_decode_le
     assert validation[0]["unfinished"] == pytest.approx(6 / ROWS)
 
 
+def test_the_prompts_are_the_labels_inputs_cut_as_in_training(validation):
+    ids = map(encode, INPUTS)
+    expected = [x if len(x) <= INPUT_LENGTH else [*x[: INPUT_LENGTH - 1], EOS_ID] for x in ids]
+    assert validation[1] == expected
+    assert len(encode(INPUTS[-1])) > INPUT_LENGTH
+
+
 def test_on_batch_is_called_after_each_batch_of_losses_and_of_answers(validation):
-    assert validation[1] == 3 + 3
+    assert validation[2] == 3 + 3
