@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,6 @@ import optax
 import pytest
 
 from stepdistill_jax.models.config import T5Config, t5_config
-from stepdistill_jax.models.layers import Dropout
 from stepdistill_jax.models.t5 import T5, init_params
 from stepdistill_jax.objectives import label_only
 from stepdistill_jax.sharding import Layout, make_mesh, place_rows
@@ -162,34 +160,19 @@ class SquareRoot(ExtraLoss):
         return jnp.sqrt((states**2).sum() * group["encoder_input_tokens"][:, 0].sum())
 
 
-class OneLayer(nn.Module):
-    """As much of a model as a step needs; with a T5's layers it would compile for seconds."""
-
-    config: T5Config
-
-    @nn.compact
-    def states(self, batch, *, enable_dropout=False):
-        shape = self.config.vocab_size, self.config.emb_dim
-        table = self.param("token_embedder", nn.initializers.normal(1.0), shape)
-        x = table[batch["decoder_input_tokens"]]
-        return Dropout(self.config.dropout_rate)(x, deterministic=not enable_dropout)
-
-
 @pytest.fixture(scope="module")
-def dropped_step():
+def dropped_step(one_layer):
     """(state, step) of a model with dropout, two slices and an extra loss, compiled once."""
-    config = T5Config(128, 16, 2, 8, 32, 1, 1, dropout_rate=0.3, logits_via_embedding=True)
-    tx = optax.adam(1e-2)
-    table = np.random.default_rng(0).normal(size=(128, 16)).astype(np.float32)
+    (model, params), tx = one_layer(dropout_rate=0.3), optax.adam(1e-2)
     step = functools.partial(
         train_step,
-        model=OneLayer(config),
+        model=model,
         tx=tx,
         objective_weights=WEIGHTS,
         num_microbatches=2,
         extra_loss=SquareRoot(0.1),
     )
-    return create_state({"token_embedder": table}, tx, seed=0), jax.jit(step)
+    return create_state(params, tx, seed=0), jax.jit(step)
 
 
 def equal_rows(first_input=5):
