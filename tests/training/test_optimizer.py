@@ -10,7 +10,7 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.sharding import Layout, make_mesh
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
-from stepdistill_jax.training.state import abstract_state, init_state
+from stepdistill_jax.training.state import abstract_state
 
 
 def config(**optimizer):
@@ -99,9 +99,9 @@ def test_each_optimizer_lowers_a_simple_loss(name):
         )
     )
     params = jnp.array([3.0, -2.0])
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(100):
-        updates, state = tx.update(2 * params, state, params)
+        updates, state = update(2 * params, state, params)
         params = optax.apply_updates(params, updates)
     assert float(jnp.sum(params**2)) < 1.0
 
@@ -155,9 +155,14 @@ def test_the_moments_keep_their_types_through_a_checkpoint(tmp_path):
     model = T5Config(128, 16, 2, 8, 32, 1, 1)
     tx, mesh = make_optimizer(config(mu_dtype="bfloat16")), make_mesh(Layout(fsdp=8))
     abstract = abstract_state(model, tx, mesh)
-    state = init_state(model, tx, abstract, seed=0)
-    # values that bfloat16 holds and that differ from leaf to leaf
-    state = state.replace(opt_state=jax.tree.map(lambda x: x + x.size, state.opt_state))
+
+    def value(x):
+        """A number that bfloat16 holds and that differs from leaf to leaf."""
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jax.device_put(np.full(x.shape, x.size, x.dtype), x.sharding)
+
+    state = jax.tree.map(value, abstract)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state.params, state.replace(params=None), {"step": 1, "validated": False})
     checkpoints.wait()
