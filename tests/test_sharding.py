@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import flax.linen as nn
 import jax
 import pytest
 
@@ -188,3 +189,32 @@ def test_published_models_fit_the_named_layouts(config, layout):
     parts = {"data": 1, "fsdp": 8, "fsdp_tensor": 8}[layout]
     table = shardings["token_embedder"].shard_shape((config.vocab_size, config.emb_dim))
     assert table[0] * table[1] * parts == config.vocab_size * config.emb_dim
+
+
+def test_a_layout_cuts_width_by_fsdp_and_heads_mlp_and_vocabulary_by_tensor():
+    """Of every parameter; T5 v1.1 base has 12 layers, 12 heads of 64 and widths of 768 and 2048."""
+    boxed = abstract_params(t5_config("t5_v1_1", "base", vocab_size=32128))
+    shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(nn.meta.unbox, boxed))
+    shardings = jax.tree.leaves(param_shardings(make_mesh(Layout(fsdp=2, tensor=4)), boxed))
+    width, heads, mlp, vocabulary = 768 // 2, 12 * 64 // 4, 2048 // 4, 32128 // 4
+    shares = {
+        "attention/query/kernel": (12, width, heads),
+        "attention/key/kernel": (12, width, heads),
+        "attention/value/kernel": (12, width, heads),
+        "attention/out/kernel": (12, heads, width),
+        "mlp/wi_0/kernel": (12, width, mlp),
+        "mlp/wi_1/kernel": (12, width, mlp),
+        "mlp/wo/kernel": (12, mlp, width),
+        "layer_norm/scale": (12, width),
+        "coder_norm/scale": (width,),
+        "rel_embedding": (12 // 4, 32),
+        "token_embedder": (vocabulary, width),
+        "logits_dense/kernel": (width, vocabulary),
+    }
+    found = dict.fromkeys(shares, 0)
+    for (path, shape), sharding in zip(shapes, shardings, strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        (end,) = (end for end in shares if name.endswith(end))
+        assert sharding.shard_shape(shape.shape) == shares[end], name
+        found[end] += 1
+    assert all(found.values()), found

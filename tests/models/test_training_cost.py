@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def test_dropout_of_any_length_and_of_no_rate(length):
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x, deterministic=True), x)
 
 
+@functools.cache
 def kept_arrays(config):
     """Shape and dtype -> how many arrays the forward pass keeps for the backward pass."""
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -83,6 +85,34 @@ def test_the_backward_pass_keeps_products_and_dropout_masks_alone():
     assert kept[square, "bool"] == 1
     full = kept_arrays(dataclasses.replace(MODEL, remat_policy="full"))
     assert not full[wide, "float32"] + full[flat, "float32"] + full[square, "float32"]
+
+
+def test_dropout_has_all_the_places_of_t5():
+    """Inside the feed-forward block, on what each sublayer adds, on the attention weights, and at the
+    input and output of both stacks (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
+    m = MODEL
+    encoder, decoder = (m.num_encoder_layers, BATCH), (m.num_decoder_layers, BATCH)
+    places = {
+        "encoder: embeddings, encoder_norm": ((BATCH, INPUTS, m.emb_dim), 2),
+        "encoder layers: outputs of attention, mlp": ((*encoder, INPUTS, m.emb_dim), 2),
+        "encoder layers: attention weights": ((*encoder, m.num_heads, INPUTS, INPUTS), 1),
+        "encoder layers: inside mlp": ((*encoder, INPUTS, m.mlp_dim), 1),
+        "decoder: embeddings, decoder_norm": ((BATCH, TARGETS, m.emb_dim), 2),
+        "decoder layers: outputs of self_attention, encoder_decoder_attention, mlp": (
+            (*decoder, TARGETS, m.emb_dim),
+            3,
+        ),
+        "decoder layers: self_attention weights": ((*decoder, m.num_heads, TARGETS, TARGETS), 1),
+        "decoder layers: encoder_decoder_attention weights": (
+            (*decoder, m.num_heads, TARGETS, INPUTS),
+            1,
+        ),
+        "decoder layers: inside mlp": ((*decoder, TARGETS, m.mlp_dim), 1),
+    }
+    masks = {shape: count for (shape, dtype), count in kept_arrays(m).items() if dtype == "bool"}
+    found = {place: masks.pop(shape, 0) for place, (shape, _) in places.items()}
+    assert found == {place: count for place, (_, count) in places.items()}
+    assert not masks
 
 
 def test_the_gradient_of_a_kernel_is_a_product_of_two_matrices():

@@ -61,6 +61,21 @@ def test_the_fingerprint_follows_the_contents_and_nothing_else(tmp_path):
     assert len({first.fingerprint, swapped.fingerprint, cut.fingerprint, moved.fingerprint}) == 4
 
 
+def test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives(tmp_path):
+    """The same tokens train something else under another name or in another column."""
+    columns = [TokenExample(e.rows[::-1], e.weight, e.label_text) for e in EXAMPLES]
+    sides = [TokenExample([(t, i) for i, t in e.rows], e.weight, e.label_text) for e in EXAMPLES]
+    stores = {
+        "as it is": write_store(tmp_path / "a", ["label", "rationale"], EXAMPLES),
+        "another name": write_store(tmp_path / "b", ["label", "premise"], EXAMPLES),
+        "names exchanged": write_store(tmp_path / "c", ["rationale", "label"], EXAMPLES),
+        "columns exchanged": write_store(tmp_path / "d", ["label", "rationale"], columns),
+        "inputs and targets exchanged": write_store(tmp_path / "e", ["label", "rationale"], sides),
+    }
+    found = {what: store.fingerprint for what, store in stores.items()}
+    assert len(set(found.values())) == len(stores), found
+
+
 def test_an_error_while_writing_leaves_the_old_store(tmp_path):
     old = write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES)
 

@@ -2,10 +2,13 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.layers import Dropout
 from stepdistill_jax.models.t5 import init_params
 from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.tasks.load import TaskData
@@ -37,6 +40,33 @@ def data(tmp_path_factory) -> TaskData:
         vocabulary=None,
         labels=(),
     )
+
+
+class OneLayer(nn.Module):
+    """As much of a model as a step needs; with a T5's layers it would compile for seconds."""
+
+    config: T5Config
+
+    @nn.compact
+    def states(self, batch, *, enable_dropout=False):
+        shape = self.config.vocab_size, self.config.emb_dim
+        table = self.param("token_embedder", nn.initializers.normal(1.0), shape)
+        x = table[batch["decoder_input_tokens"]]
+        return Dropout(self.config.dropout_rate)(x, deterministic=not enable_dropout)
+
+
+@pytest.fixture(scope="session")
+def one_layer():
+    """`one_layer(dropout_rate)`: (a model of one tied embedding, its parameters), for `train_step`."""
+
+    def made(dropout_rate):
+        config = T5Config(
+            128, 16, 2, 8, 32, 1, 1, dropout_rate=dropout_rate, logits_via_embedding=True
+        )
+        table = np.random.default_rng(0).normal(size=(128, 16)).astype(np.float32)
+        return OneLayer(config), {"token_embedder": table}
+
+    return made
 
 
 @pytest.fixture(scope="module")

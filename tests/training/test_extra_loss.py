@@ -17,7 +17,7 @@ from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.training import ExtraLoss, TrainConfig
 from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, create_state, shardings_of
-from stepdistill_jax.training.step import jit_train_step
+from stepdistill_jax.training.step import jit_train_step, train_step
 
 MODEL = dataclasses.replace(
     t5_config("t5_v1_1", "tiny", vocab_size=128),
@@ -48,15 +48,14 @@ def batch(data):
     )
 
 
-@pytest.fixture(scope="module")
-def written_out(params, batch):
-    """(loss, its three means), gradient as a function of the three weights."""
+def written_out(logits_of, params, batch):
+    """(loss, its three means), gradient as a function of the three weights; `logits_of(params, group)`."""
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def formula(params, weights):
         (group,) = batch
-        logits = T5(MODEL).apply({"params": params}, group)
+        logits = logits_of(params, group)
         targets, ids = group["decoder_target_tokens"], group["decoder_objective_ids"]
         z = jax.nn.logsumexp(logits, axis=-1)
         nll = z - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -71,56 +70,56 @@ def written_out(params, batch):
     return lambda weights: formula(params, jnp.asarray(weights, jnp.float32))
 
 
-def run(params, batch, devices, num_microbatches, at):
-    """[(metrics, gradient)] of single steps from these steps on, and how often it was compiled."""
-    mesh, tx = (
-        make_mesh(Layout(data=devices), jax.devices()[:devices]),
-        optax.sgd(0.1, momentum=0.9),
-    )
-    abstract = abstract_state(MODEL, tx, mesh)
-    step_fn = jit_train_step(
-        abstract,
-        mesh,
-        model=T5(MODEL),
-        tx=tx,
-        objective_weights=WEIGHTS,
-        num_microbatches=num_microbatches,
-        extra_loss=ZLoss(linear_schedule(0.0, 0.2, 10)),
-    )
-    found = []
+TX = optax.sgd(0.1, momentum=0.9)  # its trace after one step is the gradient itself
+STATIC = {
+    "tx": TX,
+    "objective_weights": WEIGHTS,
+    "extra_loss": ZLoss(linear_schedule(0.0, 0.2, 10)),
+}
+
+
+def check(step_fn, params, batch, at, formula):
+    """Loss, weights and gradient of single steps from these steps on."""
     for step in at:
-        state = create_state(params, tx, seed=0).replace(step=jnp.int32(step))
-        state, metrics = step_fn(
-            jax.device_put(state, shardings_of(abstract)), place_rows(batch, mesh)
-        )
-        found.append((metrics, jax.tree.map(np.array, state.opt_state[0].trace)))
-    return found, step_fn.__wrapped__._cache_size()
-
-
-def check(found, at, written_out):
-    for (metrics, gradient), step in zip(found, at, strict=True):
+        state = create_state(params, TX, seed=0).replace(step=jnp.int32(step))
+        state, metrics = step_fn(state, batch)
         weights = [1 - min(step, 10) / 10, 0.7, 0.2 * min(step, 10) / 10]
-        (loss, means), wanted = written_out(weights)
+        (loss, means), wanted = formula(weights)
         np.testing.assert_allclose(metrics["weights"], weights, atol=1e-6)
         np.testing.assert_allclose(metrics["sums"].loss / metrics["sums"].count, means, rtol=1e-5)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        gradient = jax.tree.map(np.array, state.opt_state[0].trace)
         for got, want in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
             assert np.linalg.norm(got - want) < 1e-4 * np.linalg.norm(want)
 
 
-@pytest.mark.slow
-def test_two_slices_give_the_gradient_of_the_formula_at_each_step(params, batch, written_out):
+def test_two_slices_give_the_gradient_of_the_formula_at_each_step(one_layer, batch):
     counts = [int(ZLoss().count({k: v[i::2] for k, v in batch[0].items()})) for i in (0, 1)]
     assert counts[0] != counts[1]  # else a mean of means would pass
-    at = (0, 5, 12)
-    found, compiled = run(params, batch, 1, 2, at)
-    check(found, at, written_out)
-    assert compiled == 1
+    model, params = one_layer(dropout_rate=0.0)
+
+    def logits(params, group):
+        states = model.apply({"params": params}, group, method="states")
+        return states @ params["token_embedder"].T
+
+    step_fn = jax.jit(functools.partial(train_step, model=model, num_microbatches=2, **STATIC))
+    check(step_fn, params, batch, (0, 5, 12), written_out(logits, params, batch))
+    assert step_fn._cache_size() == 1
 
 
 @pytest.mark.slow
-def test_eight_devices_give_it_too(params, batch, written_out):
-    check(run(params, batch, 8, 1, (5,))[0], (5,), written_out)
+def test_eight_devices_give_that_of_a_t5_too(params, batch):
+    mesh = make_mesh(Layout(data=8))
+    abstract = abstract_state(MODEL, TX, mesh)
+    step_fn = jit_train_step(abstract, mesh, model=T5(MODEL), num_microbatches=1, **STATIC)
+
+    def placed(state, batch):
+        return step_fn(jax.device_put(state, shardings_of(abstract)), place_rows(batch, mesh))
+
+    def logits(params, group):
+        return T5(MODEL).apply({"params": params}, group)
+
+    check(placed, params, batch, (5,), written_out(logits, params, batch))
 
 
 @dataclasses.dataclass(frozen=True)

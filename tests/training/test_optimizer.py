@@ -10,7 +10,7 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.sharding import Layout, make_mesh
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
-from stepdistill_jax.training.state import abstract_state, init_state
+from stepdistill_jax.training.state import abstract_state
 
 
 def config(**optimizer):
@@ -39,23 +39,53 @@ def test_the_constant_schedule_stays_at_its_peak():
     np.testing.assert_allclose([learning_rate_fn(s) for s in (0, 1, 2, 9)], [0, 0.25, 0.5, 0.5])
 
 
-def test_adamw_takes_the_step_that_its_paper_says():
-    """Two steps by hand: gradients of norm 5 are clipped to 1, no weight decay by default."""
-    tx = make_optimizer(config())
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"b1": 0.8, "b2": 0.98, "eps": 0.05, "weight_decay": 0.3, "clip_norm": 2.0}],
+    ids=["defaults", "given"],
+)
+def test_adamw_takes_the_step_that_its_paper_says(given):
+    """Two steps by hand: gradients of norm 5 and 10 are clipped, no weight decay by default."""
+    o = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0} | given
+    tx = make_optimizer(config(**given))
     params = {"w": jnp.array([1.0, -2.0])}
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     m, v, w = np.zeros(2), np.zeros(2), np.array([1.0, -2.0])
-    for step in range(2):
-        grads = np.array([3.0, 4.0])
-        updates, state = tx.update({"w": jnp.asarray(grads)}, state, params)
+    for step, grads in enumerate(np.array([[3.0, 4.0], [8.0, -6.0]])):
+        updates, state = update({"w": jnp.asarray(grads, jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
-        g = grads / 5
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        g = grads / np.linalg.norm(grads) * o["clip_norm"]
+        m, v = o["b1"] * m + (1 - o["b1"]) * g, o["b2"] * v + (1 - o["b2"]) * g**2
         rate = 0.5 * (10 - step) / 10
-        w = w - rate * (m / (1 - 0.9 ** (step + 1))) / (
-            np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8
-        )
+        m_hat, v_hat = m / (1 - o["b1"] ** (step + 1)), v / (1 - o["b2"] ** (step + 1))
+        w = w - rate * (m_hat / (np.sqrt(v_hat) + o["eps"]) + o["weight_decay"] * w)
         np.testing.assert_allclose(params["w"], w, atol=3e-5)  # float32 cancellation
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.02])
+def test_adafactor_takes_the_step_that_its_paper_says(weight_decay):
+    """Three steps by hand (Shazeer and Stern 2018, algorithm 4): of a vector, so nothing is factored.
+
+    Each step is relative to the parameter's root mean square, at least 1e-3, and the second moment
+    decays by 1 - t^-0.8. Weight decay, which is not in the paper, is no multiple of the rate.
+    """
+
+    def rms(x):
+        return np.sqrt(np.mean(x**2))
+
+    tx = make_optimizer(config(name="adafactor", clip_norm=100.0, weight_decay=weight_decay))
+    w, v = np.array([30.0, -0.5]), np.zeros(2)
+    params = {"w": jnp.asarray(w, jnp.float32)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step, grads in enumerate(np.array([[3.0, 4.0], [0.5, -2.0], [1.0, 8.0]])):
+        updates, state = update({"w": jnp.asarray(grads, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        decay = 1 - (step + 1) ** -0.8
+        v = decay * v + (1 - decay) * grads**2
+        moved = grads / np.sqrt(v)
+        moved /= max(1.0, rms(moved))
+        w = w - 0.5 * (10 - step) / 10 * max(1e-3, rms(w)) * moved - weight_decay * w
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
@@ -69,9 +99,9 @@ def test_each_optimizer_lowers_a_simple_loss(name):
         )
     )
     params = jnp.array([3.0, -2.0])
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(100):
-        updates, state = tx.update(2 * params, state, params)
+        updates, state = update(2 * params, state, params)
         params = optax.apply_updates(params, updates)
     assert float(jnp.sum(params**2)) < 1.0
 
@@ -125,9 +155,14 @@ def test_the_moments_keep_their_types_through_a_checkpoint(tmp_path):
     model = T5Config(128, 16, 2, 8, 32, 1, 1)
     tx, mesh = make_optimizer(config(mu_dtype="bfloat16")), make_mesh(Layout(fsdp=8))
     abstract = abstract_state(model, tx, mesh)
-    state = init_state(model, tx, abstract, seed=0)
-    # values that bfloat16 holds and that differ from leaf to leaf
-    state = state.replace(opt_state=jax.tree.map(lambda x: x + x.size, state.opt_state))
+
+    def value(x):
+        """A number that bfloat16 holds and that differs from leaf to leaf."""
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jax.device_put(np.full(x.shape, x.size, x.dtype), x.sharding)
+
+    state = jax.tree.map(value, abstract)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state.params, state.replace(params=None), {"step": 1, "validated": False})
     checkpoints.wait()

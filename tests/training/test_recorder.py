@@ -1,3 +1,4 @@
+import re
 import types
 
 import numpy as np
@@ -35,7 +36,7 @@ def recorder(tmp_path):
     return StepRecorder(run, Lines(), bar, start=0)
 
 
-def note(recorder, step, *, loss=2.0, rationale_tokens=0):
+def note(recorder, step, *, loss=2.0, grad_norm=1.0, rationale_tokens=0):
     """One row of three label tokens and some rationale tokens, one place of four left empty."""
     ids = np.array([[1, 1, 1, *[2] * rationale_tokens]])
     ones = np.ones_like(ids)
@@ -49,7 +50,7 @@ def note(recorder, step, *, loss=2.0, rationale_tokens=0):
         correct=np.array([1.0, 0.0]),
         count=np.array([3.0, rationale_tokens]),
     )
-    recorder.note(step, (group,), {"loss": loss, "grad_norm": 1.0, "sums": sums}, 0.5)
+    recorder.note(step, (group,), {"loss": loss, "grad_norm": grad_norm, "sums": sums}, 0.5)
 
 
 def test_a_step_is_written_when_the_next_one_runs(recorder):
@@ -94,10 +95,12 @@ def test_a_loss_of_exactly_zero_is_warned_of(recorder, capsys):
     assert capsys.readouterr().err.count("the loss is exactly 0") == 1
 
 
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_counted_flagged_and_written(recorder, loss, capsys):
-    note(recorder, 7, loss=loss)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_step_that_is_not_finite_is_counted_flagged_and_written(recorder, name, number, capsys):
+    """Each of the two suffices: a finite loss may have a gradient that is not."""
+    note(recorder, 7, **{name: number})
     recorder.flush()
     assert recorder._writer[-1]["step"] == 7 and recorder._writer[-1]["skipped_steps"] == 1
     assert recorder._writer.flagged == ((7, "nonfinite"),)
-    assert f"step 7: loss {loss}" in capsys.readouterr().err
+    assert re.search(rf"step 7: .*{name} {number}", capsys.readouterr().err)

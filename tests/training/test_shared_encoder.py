@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.objectives import Objective, share_encoding, shared_encoder, step_by_step
 from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.tasks.load import TaskData
@@ -238,10 +238,9 @@ def test_devices_and_slices_change_nothing(packed, layout, devices, slices):
     assert_same_update(update(packed[0], layout, devices, slices), packed[1])
 
 
-def test_another_examples_input_moves_no_other_loss(packed):
+def test_another_examples_input_moves_no_other_loss(packed, params):
     """Whatever shares the packed row: only the targets of the encoding that changed see it."""
     (group,), _ = packed
-    params = init_params(MODEL, jax.random.key(3))
     states = jax.jit(lambda g: T5(MODEL).apply({"params": params}, g, method="states"))
     before, moved = np.asarray(states(group)), 0
     for segment in range(1, int(group["encoder_segment_ids"].max()) + 1):

@@ -4,17 +4,19 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.t5 import T5, init_params
 from stepdistill_jax.objectives import label_only
 from stepdistill_jax.sharding import Layout, make_mesh, place_rows
+from stepdistill_jax.training import ExtraLoss
 from stepdistill_jax.training.batches import Batches
-from stepdistill_jax.training.state import abstract_state, init_state
-from stepdistill_jax.training.step import jit_train_step
+from stepdistill_jax.training.state import abstract_state, create_state, init_state
+from stepdistill_jax.training.step import jit_train_step, train_step
 
 MODEL = dataclasses.replace(t5_config("t5_v1_1", "tiny", vocab_size=128), dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
@@ -145,29 +147,116 @@ def test_adafactor_moments_are_cut_like_their_parameter():
     assert cut.sharding.shard_shape(cut.shape) == (2, 8)
 
 
-def losses_with_dropout(data, devices=1, seed=0):
-    """Of two steps; the learning rate is 0, so only the mask differs."""
-    dropped = dataclasses.replace(MODEL, dropout_rate=0.3)
-    mesh, tx = make_mesh(Layout(data=devices), jax.devices()[:devices]), optax.sgd(0.0)
-    abstract = abstract_state(dropped, tx, mesh)
-    state = init_state(dropped, tx, abstract, seed=0)
-    state = state.replace(rng=jax.device_put(jax.random.key(seed), abstract.rng.sharding))
-    step = jit_train_step(abstract, mesh, model=T5(dropped), tx=tx, objective_weights=WEIGHTS)
-    found = []
-    for _ in range(2):
-        state, metrics = step(state, place_rows(batches(data)(0), mesh))
-        found.append(float(metrics["loss"]))
-    return found
+@dataclasses.dataclass(frozen=True)
+class SquareRoot(ExtraLoss):
+    """Root of the states' squares; of inputs that start with 0 it is the root of 0, whose slope is infinite."""
+
+    name = "square_root"
+
+    def count(self, group):
+        return jnp.ones(())
+
+    def total(self, states, kernel, group):
+        return jnp.sqrt((states**2).sum() * group["encoder_input_tokens"][:, 0].sum())
 
 
-def test_dropout_depends_on_seed_and_step(data):
-    first, second = losses_with_dropout(data)
-    assert losses_with_dropout(data) == [first, second]
-    assert first != second
-    assert losses_with_dropout(data, seed=1) != [first, second]
+@pytest.fixture(scope="module")
+def dropped_step(one_layer):
+    """(state, step) of a model with dropout, two slices and an extra loss, compiled once."""
+    (model, params), tx = one_layer(dropout_rate=0.3), optax.adam(1e-2)
+    step = functools.partial(
+        train_step,
+        model=model,
+        tx=tx,
+        objective_weights=WEIGHTS,
+        num_microbatches=2,
+        extra_loss=SquareRoot(0.1),
+    )
+    return create_state(params, tx, seed=0), jax.jit(step)
+
+
+def equal_rows(first_input=5):
+    """Two rows, a slice each, of the same tokens; the first trains the label, the second the rationale."""
+    ids = np.array([[first_input, 6, 7, 9, 8, 11, 1]] * 2, np.int32)
+    targets, ones = np.array([[9, 21, 1]] * 2, np.int32), np.ones((2, 3), np.int32)
+    group = {
+        "encoder_input_tokens": ids,
+        "encoder_segment_ids": np.ones_like(ids),
+        "decoder_input_tokens": np.array([[0, 9, 21]] * 2, np.int32),
+        "decoder_segment_ids": ones,
+        "decoder_target_tokens": targets,
+        "decoder_objective_ids": ones * np.array([[1], [2]], np.int32),
+        "decoder_loss_weights": ones.astype(np.float32),
+    }
+    return (group,)
+
+
+def test_equal_rows_in_two_slices_meet_different_dropout_masks(dropped_step):
+    state, step = dropped_step
+    label, rationale, _ = step(state, equal_rows())[1]["sums"].loss
+    assert abs(label - rationale) > 0.01 * label
+
+
+def test_dropout_depends_on_seed_and_step(dropped_step):
+    state, step = dropped_step
+
+    def loss(seed=0, at=0):
+        of_seed = create_state(state.params, optax.adam(1e-2), seed)
+        return float(step(of_seed.replace(step=jnp.int32(at)), equal_rows())[1]["loss"])
+
+    assert loss() == loss()
+    assert len({loss(), loss(at=1), loss(at=2), loss(seed=1)}) == 4
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(dropped_step):
+    """The step counts; the next one goes on from the same parameters and moments."""
+    start, step = dropped_step
+    before, _ = step(start, equal_rows())
+    after, metrics = step(before, equal_rows(first_input=0))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert (before.step, after.step) == (1, 2)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+    good, metrics = step(after, equal_rows())
+    assert np.isfinite(metrics["grad_norm"])
+    assert (good.params["token_embedder"] != after.params["token_embedder"]).any()
+
+
+def test_the_key_of_dropout_has_drawn_no_parameter():
+    """Else a mask would be drawn from the bits that made the weights."""
+    config, tx = T5Config(128, 16, 2, 8, 32, 1, 1), optax.sgd(1.0)
+    abstract = abstract_state(config, tx, make_mesh(Layout(), jax.devices()[:1]))
+
+    @jax.jit
+    def tables():
+        state = init_state(config, tx, abstract, seed=3)
+        keys = [state.rng, *(jax.random.fold_in(state.rng, step) for step in range(3))]
+        keys.append(jax.random.fold_in(jax.random.key(3), 0))  # that of init, as a control
+        init = jax.vmap(lambda key: init_params(config, key)["token_embedder"])
+        return state.params["token_embedder"], init(jnp.stack(keys)), jax.random.key_data(state.rng)
+
+    drawn, of_keys, rng = tables()
+    assert [np.array_equal(drawn, x) for x in of_keys] == [False] * 4 + [True]
+    # weights of a model directory do not change the masks
+    np.testing.assert_array_equal(rng, jax.random.key_data(create_state({}, tx, 3).rng))
+    assert (rng != jax.random.key_data(create_state({}, tx, 4).rng)).any()
 
 
 @pytest.mark.slow
 def test_dropout_does_not_depend_on_devices(data):
-    eight, one = losses_with_dropout(data, devices=8), losses_with_dropout(data)
-    np.testing.assert_allclose(eight, one, rtol=1e-6)
+    def losses(devices):
+        """Of two steps; the learning rate is 0, so only the mask differs."""
+        dropped = dataclasses.replace(MODEL, dropout_rate=0.3)
+        mesh, tx = make_mesh(Layout(data=devices), jax.devices()[:devices]), optax.sgd(0.0)
+        abstract = abstract_state(dropped, tx, mesh)
+        state = init_state(dropped, tx, abstract, seed=0)
+        step = jit_train_step(abstract, mesh, model=T5(dropped), tx=tx, objective_weights=WEIGHTS)
+        found = []
+        for _ in range(2):
+            state, metrics = step(state, place_rows(batches(data)(0), mesh))
+            found.append(float(metrics["loss"]))
+        return found
+
+    one = losses(1)
+    assert one[0] != one[1]
+    np.testing.assert_allclose(losses(8), one, rtol=1e-6)
