@@ -187,6 +187,7 @@ def test_what_the_grace_time_is_too_short_for_is_said_and_exit_1(started, tmp_pa
         for request in requests:
             with contextlib.suppress(httpx.TransportError):
                 assert request.result().status_code == 503
+                assert request.result().headers["connection"] == "close"
     code, out = server.end()
     assert code == 1
     assert json.loads(out[-1]) == {"rows": 0, "unanswered": 3, "stopped": True}
