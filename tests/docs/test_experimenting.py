@@ -25,7 +25,9 @@ def test_the_sweep_of_the_page_is_the_cells_that_it_shows(capsys):
 
 
 def test_the_report_of_the_page_has_known_flags(capsys):
-    for command in commands("report"):
+    found = commands("report")
+    assert found and len(found) == PAGE.count("stepdistill report ")
+    for command in found:
         assert main.main(command) == 2  # there is no such sweep here, and that is all
         assert "no such folder" in capsys.readouterr().err
 
