@@ -129,7 +129,7 @@ def test_a_layout_gives_the_scores_of_one_device(params, asked, layout):
     scorer = ChoiceScorer(CONFIG, batch_size=11, mesh=mesh)
     assert scorer.batch_size % sharding.batch_shards(mesh) == 0
     want = ChoiceScorer(CONFIG, batch_size=13)(params, *asked)
-    for of_row, wanted in zip(scorer(placed, rows, answers), want, strict=False):
+    for of_row, wanted in zip(scorer(placed, rows, answers), want[:11], strict=True):
         np.testing.assert_allclose(of_row, wanted, rtol=0, atol=2e-5)
 
 

@@ -206,24 +206,40 @@ def test_progress_counts_rows_and_not_fillers(decoder, tiny_params, rows):
     assert sum(seen) == len(rows) and len(seen) == 6
 
 
-def test_rows_that_stop_early_end_the_loop(tiny_config, tiny_params, monkeypatch):
-    calls = []
-    step = T5.decode_step
+@pytest.fixture
+def steps(monkeypatch):
+    """The number of rows in each step of the loop over tokens."""
+    seen, step = [], T5.decode_step
 
-    def counted(self, *args):
-        jax.debug.callback(lambda: calls.append(1))
-        return step(self, *args)
+    def watched(self, last, *args):
+        jax.debug.callback(lambda: seen.append(last.shape[0]))
+        return step(self, last, *args)
 
-    monkeypatch.setattr(T5, "decode_step", counted)
-    params = dict(tiny_params, logits_dense={"kernel": jnp.zeros((32, 128)).at[:, 1].set(1.0)})
-    scale = jnp.ones_like(params["decoder"]["decoder_norm"]["scale"])
-    params["decoder"] = dict(params["decoder"], decoder_norm={"scale": scale})
-    decoder = LabelDecoder(tiny_config, max_decode_len=50, batch_size=4)
-    got = decoder(params, [[5, 1], [6, 7, 1], [9, 1]])
+    monkeypatch.setattr(T5, "decode_step", watched)
+    return seen
+
+
+def test_rows_that_stop_early_end_the_loop(tiny_config, tiny_params, rows, decoded, steps):
+    lengths = [len(ids) for ids in decoded.ids]
+    early = [i for i in np.argsort(lengths) if lengths[i] < MAX_DECODE_LEN][-3:]
+    assert max(lengths[i] for i in early) > 1 and decoded.finished[early].all()
+    decoder = LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=4)
+    got = decoder(tiny_params, [rows[i] for i in early])
     jax.effects_barrier()
-    longest = max(map(len, got.ids))
-    assert got.finished.all() or longest == 50
-    assert len(calls) == longest
+    assert got.ids == [decoded.ids[i] for i in early]
+    assert steps == [4] * max(map(len, got.ids))
+
+
+def test_when_a_quarter_of_the_rows_is_left_these_are_decoded_by_themselves(
+    tiny_config, tiny_params, rows, decoded, steps
+):
+    decoder = LabelDecoder(tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=32)
+    got = decoder(tiny_params, rows[:32])
+    jax.effects_barrier()
+    assert got.ids == decoded.ids[:32]
+    going = [sum(len(ids) > step for ids in got.ids) for step in range(MAX_DECODE_LEN)]
+    assert going[0] == 32 and 0 < going[-1] <= 8
+    assert steps == [32 if count > 8 else 8 for count in going]
 
 
 def test_a_row_without_ids_is_refused(decoder, tiny_params):

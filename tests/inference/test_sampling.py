@@ -232,15 +232,18 @@ def test_settings_that_make_no_sense_are_refused(model, settings, message):
 
 
 def test_label_decoder_draws_the_same_in_any_order(model):
+    """The last 8 of 32 rows are gathered and go on by themselves, each with its own key."""
     config, params, _ = model
     decoder = LabelDecoder(
         config,
-        max_decode_len=4,
-        batch_size=4,
+        max_decode_len=16,
+        batch_size=32,
         decode_fn=functools.partial(sample_decode, rng=jax.random.key(7)),
     )
-    rows = [[2 + i % 4, 2 + i // 4, 1] for i in range(9)]
+    rows = [[2 + i % 4, 2 + i // 4 % 4, 2 + i // 16, 1] for i in range(32)]
     want = decoder(params, rows)
     got = decoder(params, rows[::-1])
     assert got.ids[::-1] == want.ids
-    assert len(set(map(tuple, want.ids))) > 4
+    assert len(set(map(tuple, want.ids))) > 16
+    gathered, end = np.sort([len(ids) for ids in want.ids])[[-9, -1]]
+    assert gathered + 2 < end, "the test needs rows that go on after they were gathered"

@@ -368,8 +368,7 @@ def test_a_client_that_leaves_takes_its_rows_along():
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(echo, capfd):
     service, _ = echo
-    host, port = service.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as half:
+    with connected(service) as half:
         half.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         wait_for(lambda: service.service.open == 1)
     wait_for(lambda: service.service.open == 0)
@@ -377,13 +376,105 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(echo, capfd)
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_body_that_never_ends_is_given_up():
-    with running(Echo(), timeout_secs=0.2) as found:
-        found.ready()
-        host, port = found.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            assert slow.recv(100).startswith(b"HTTP/1.1 504 ")
+@contextlib.contextmanager
+def connected(service):
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        yield client
+
+
+def until_closed(client):
+    """Everything that the server still sends, up to the end of the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):  # unread bytes of ours make it a reset
+        while part := client.recv(65536):
+            found += part
+    return found
+
+
+@pytest.mark.parametrize(("line", "status"), [(b"POST /predict", b"413"), (b"GET /health", b"200")])
+def test_a_body_without_end_is_answered_and_read_no_further(echo, monkeypatch, line, status):
+    monkeypatch.setattr(app, "MOST_READ_BYTES", 2 * app.MAX_BODY_BYTES)
+    chunk = b"%x\r\n%s\r\n" % (2**16, b"a" * 2**16)
+    with connected(echo[0]) as client:
+        client.sendall(line + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sent, most = 0, 2**26  # the system holds some of it, but not so much
+        with contextlib.suppress(ConnectionError):
+            while sent < most:
+                sent += client.send(chunk)
+        assert app.MAX_BODY_BYTES < sent < most
+        answer = until_closed(client)
+    assert answer.startswith(b"HTTP/1.1 " + status) and b"connection: close" in answer
+    assert echo[0].ask({"input": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize(("line", "status"), [(b"POST /predict", b"504"), (b"PUT /none", b"404")])
+def test_a_body_that_drips_is_ended_with_its_connection(line, status):
+    with running(Echo(), timeout_secs=0.2) as found, connected(found.ready()) as client:
+        client.sendall(line + b" HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        answer = []
+        reader = threading.Thread(target=lambda: answer.append(until_closed(client)))
+        reader.start()
+        for _ in range(1000):
+            reader.join(0.02)
+            if not reader.is_alive():
+                break
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"1\r\na\r\n")
+        assert answer, "the connection is still open"
+    assert answer[0].startswith(b"HTTP/1.1 " + status) and b"connection: close" in answer[0]
+
+
+def test_a_refusal_waits_for_a_body_that_ends_and_leaves_the_connection_open(echo):
+    with connected(echo[0]) as client:
+        client.sendall(b"POST /none HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\na")
+        client.sendall(b"bcGET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        first, second = until_closed(client).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"404 ") and b"connection: close" not in first
+    assert second.startswith(b"200 ")
+
+
+@pytest.mark.parametrize("part", [2**20, 4096], ids=["at once", "in parts"])
+@pytest.mark.parametrize("place", ["target", "one header", "many headers"])
+def test_a_head_has_at_most_16_kib(echo, place, part):
+    def head(query, headers):
+        return f"GET /health{query} HTTP/1.1\r\nHost:x\r\nConnection:close\r\n{headers}\r\n"
+
+    refused = {"400", "431"}  # 400 while it is not whole yet
+    for size, statuses in ((2**14, {"200"}), (2**14 + 1, refused), (2**17, refused)):
+        filled = size - len(head("", ""))
+        if place == "target":
+            sent = head("?" + "q" * (filled - 1), "")
+        elif place == "one header":
+            sent = head("", "a:" + "b" * (filled - 4) + "\r\n")
+        else:
+            few = filled % 5 + 5
+            sent = head("", "a:b\r\n" * ((filled - few) // 5) + "a:" + "b" * (few - 4) + "\r\n")
+        assert len(sent) == size
+        with connected(echo[0]) as client, contextlib.suppress(ConnectionError):
+            for start in range(0, size, part):
+                client.sendall(sent[start : start + part].encode())
+            got = until_closed(client)
+            assert got[9:12].decode() in statuses and b"connection: close" in got.lower()
+
+
+def test_a_large_body_is_read_in_small_parts(echo, monkeypatch):
+    """So nobody waits until a quarter of a megabyte of tiny chunks has been parsed."""
+    sizes, received = [], server._Protocol.data_received
+
+    def watched(self, data):
+        sizes.append(len(data))
+        received(self, data)
+
+    monkeypatch.setattr(server._Protocol, "data_received", watched)
+    assert echo[0].ask({"input": "a" * 2**18}).status_code == 200
+    assert sum(sizes) > 2**18 and max(sizes) <= 4096
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement():
+    """asyncio sets TCP_NODELAY where the socket's protocol says TCP."""
+    with server.bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
 
 
 def test_a_failure_is_500_without_its_traceback_and_the_log_has_it(capfd):
@@ -541,6 +632,7 @@ def test_a_stop_answers_what_is_under_way_and_takes_nothing_more():
     wait_for(refused)
     engine.go(100)
     assert [len(f.result().json()["rows"]) for f in waiting] == [20] * 3
+    assert [f.result().headers["connection"] for f in waiting] == ["close"] * 3
     found.stop()
     assert (found.service.answered, found.service.unanswered, found.service.open) == (60, 0, 0)
 

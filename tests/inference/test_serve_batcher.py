@@ -173,6 +173,34 @@ def test_who_gives_up_leaves_the_queue_and_is_not_decoded():
     asyncio.run(main())
 
 
+@hypothesis.settings(deadline=None, max_examples=30)
+@hypothesis.given(st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=12))
+@hypothesis.example([0, None, None, None])
+@hypothesis.example([None, 1, None, None, 1, None])
+def test_a_client_that_leaves_while_a_batch_runs_shifts_no_answer(leaves):
+    """Client i leaves during batch `leaves[i]`, which may be its own or another."""
+
+    async def main():
+        engine, number = Engine(held=True), 0
+        async with running(engine, batch_size=4) as batcher:
+            answers = batcher.submit([[i] for i in range(len(leaves))])
+            while not all(answer.done() for answer in answers):
+                await engine.begun()
+                for answer, leaves_in in zip(answers, leaves, strict=True):
+                    if leaves_in == number:
+                        answer.cancel()
+                engine.go()
+                number += 1
+                while len(batcher.told) < number:
+                    await asyncio.sleep(0)
+                for (i,) in engine.batches[number - 1]:
+                    assert answers[i].cancelled() or answers[i].result() == (i,)
+        stay = {i for i, leaves_in in enumerate(leaves) if leaves_in is None}
+        assert stay <= {i for i, answer in enumerate(answers) if not answer.cancelled()}
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_takes_all_rows_of_a_request_or_none():
     async def main():
         engine = Engine(held=True)

@@ -17,6 +17,7 @@ import time
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.inference import predict
 
 for extra in ("starlette", "uvicorn", "prometheus_client", "httpx"):
     pytest.importorskip(extra, reason="an extra that serve needs is not installed")
@@ -187,6 +188,7 @@ def test_what_the_grace_time_is_too_short_for_is_said_and_exit_1(started, tmp_pa
         for request in requests:
             with contextlib.suppress(httpx.TransportError):
                 assert request.result().status_code == 503
+                assert request.result().headers["connection"] == "close"
     code, out = server.end()
     assert code == 1
     assert json.loads(out[-1]) == {"rows": 0, "unanswered": 3, "stopped": True}
@@ -230,15 +232,16 @@ def test_a_stop_while_it_warms_up_waits_for_no_compilation(started, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_clients_of_all_kinds(started, model_dir):
-    """Rows of all lengths, bad ones, clients that leave: every answer is its row's own, memory is bounded."""
+def test_many_clients_of_all_kinds(started, model_dir, write_rows, read_rows_of, tmp_path):
+    """Rows of all lengths, bad ones, clients that leave: answers are `predict`'s, memory is bounded."""
     server = started(COMMAND, model_dir, "--batch-size", "4", "--max-queue", "40")
     server.wait_for_line("ready after")
     wrong, statuses = [], collections.Counter()
     texts = [
         " ".join(["rain", "bridge", "truck", "sun"][i % 4] for i in range(n)) for n in range(1, 50)
     ]
-    want = {}
+    predict(model_dir, write_rows([{"input": text} for text in texts]), tmp_path / "out.jsonl")
+    want = dict(zip(texts, read_rows_of(tmp_path / "out.jsonl"), strict=True))
 
     async def answer(http, row):
         """As a client asks that comes again when the queue is full."""
@@ -262,10 +265,9 @@ def test_many_clients_of_all_kinds(started, model_dir):
                 response = await answer(http, {"input": text, "id": turn})
                 if response.status_code == 200:
                     got = response.json()
-                    label, score = want.setdefault(text, (got["label"], got["score"]))
-                    same = got["label"] == label and got["score"] == pytest.approx(score, abs=1e-4)
-                    if not same or got["id"] != turn:
-                        wrong.append((text, got, label, score))
+                    score = pytest.approx(want[text]["score"], abs=1e-5)
+                    if got != {"id": turn, "label": want[text]["label"], "score": score}:
+                        wrong.append((text, got, want[text]))
 
     def resident():
         status = pathlib.Path(f"/proc/{server._process.pid}/status").read_text()

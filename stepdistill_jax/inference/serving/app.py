@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from stepdistill_jax.errors import InputError, printable
 from stepdistill_jax.files import parse_json_line
@@ -21,9 +22,10 @@ from stepdistill_jax.inference.serving.answerer import Answerer, Question
 from stepdistill_jax.inference.serving.batcher import Batcher, QueueFull
 from stepdistill_jax.progress import log
 
+MAX_HEAD_BYTES = 2**14
 MAX_BODY_BYTES = 2**20
-# so much of a body that is too large is read and thrown away: a client that is still sending it would
-# see a broken connection instead of the answer
+# a client sees a broken connection and not the answer if the connection closes while it is sending:
+# up to this size the rest of a refused body is read and thrown away
 MOST_READ_BYTES = 16 * MAX_BODY_BYTES
 LEFT = 499  # nginx's status of a request whose client has gone; nobody receives it
 STARTING, READY, STOPPING = "warming up", "ready", "stopping"
@@ -59,10 +61,9 @@ class Refused(Exception):
 
 
 class Service:
-    """An application for uvicorn, and the state that it has.
+    """An application for uvicorn, and the state that it has; it warms up as soon as it runs.
 
     Attributes:
-        app: the application; it warms up as soon as it runs.
         state: `warming up`, `ready` or `stopping`.
         answered: rows that have been.
         open: requests that are not answered yet.
@@ -88,7 +89,7 @@ class Service:
             on_batch=self._count_batch,
         )
         self._metrics = metrics.Metrics(lambda: self.batcher.rows, lambda: self.state == READY)
-        self.app = Starlette(
+        self._routes = Starlette(
             routes=[
                 Route("/predict", self._predict, methods=["POST"]),
                 Route("/health", self._health),
@@ -99,6 +100,40 @@ class Service:
             exception_handlers={HTTPException: _plain_error},  # 404 and 405
             lifespan=self._life,
         )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, or runs the service when uvicorn starts its lifespan.
+
+        An answer waits until the request's body has ended. It closes the connection if the body is longer
+        than `MOST_READ_BYTES`, if it has not ended within `timeout_secs`, or if the server is stopping.
+        """
+        if scope["type"] != "http":
+            return await self._routes(scope, receive, send)
+        deadline = asyncio.get_running_loop().time() + self._limits.timeout_secs
+        size, ended = 0, False
+
+        async def received() -> Message:
+            nonlocal size, ended
+            message = await receive()
+            size += len(message.get("body", b""))
+            ended = not message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # a cancelled request has no time left: it is answered at once
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                    async with asyncio.timeout_at(deadline):
+                        while not ended and size <= MOST_READ_BYTES and self.state != STOPPING:
+                            await received()
+                if not ended or self.state == STOPPING:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        if _head_bytes(scope) > MAX_HEAD_BYTES:
+            refusal = _error(431, f"the head of a request has at most {MAX_HEAD_BYTES} bytes")
+            return await refusal(scope, received, answer)
+        return await self._routes(scope, received, answer)
 
     @contextlib.asynccontextmanager
     async def _life(self, _app: Starlette) -> AsyncIterator[None]:
@@ -225,6 +260,19 @@ class Service:
         return JSONResponse(self._answerer.info())
 
 
+def _head_bytes(scope: Scope) -> int:
+    """Returns the size of a request's head, without the spaces around the values of its headers."""
+    query = scope["query_string"]
+    line = [
+        scope["method"].encode(),
+        scope["raw_path"],
+        b"?" + query if query else b"",
+        b"HTTP/1.1",
+    ]
+    headers = sum(len(name) + len(value) + len(":\r\n") for name, value in scope["headers"])
+    return sum(map(len, line)) + len("  \r\n") + headers + len("\r\n")
+
+
 async def _body(request: Request) -> bytes:
     """The body of a request.
 
@@ -235,12 +283,9 @@ async def _body(request: Request) -> bytes:
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size <= MAX_BODY_BYTES:
-            parts.append(part)
-        elif size > MOST_READ_BYTES:
-            break
-    if size > MAX_BODY_BYTES:
-        raise Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes; send fewer rows")
+        if size > MAX_BODY_BYTES:
+            raise Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes; send fewer rows")
+        parts.append(part)
     return b"".join(parts)
 
 

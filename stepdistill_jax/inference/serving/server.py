@@ -1,5 +1,6 @@
 """Uvicorn, its socket, and the signals that stop it."""
 
+import asyncio
 import contextlib
 import ipaddress
 import os
@@ -7,11 +8,13 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.serving.app import STOPPING, Service
+from stepdistill_jax.inference.serving.app import MAX_HEAD_BYTES, STOPPING, Service
 from stepdistill_jax.progress import log
 
 KEEP_ALIVE_SECS = 75  # proxies keep idle connections for a minute, and should be who ends them
@@ -62,8 +65,11 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
         raise InputError(f"--port: 0 to {2**16 - 1} is wanted, got {port}")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = found
+        # asyncio sets TCP_NODELAY only if the socket names its protocol. Without it an answer, which is
+        # two packets, waits 40 ms for the client to acknowledge the first one
+        listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
@@ -82,8 +88,10 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
     """Serves until a signal comes, and `grace_secs` longer at most."""
     server = _Server(
         uvicorn.Config(
-            service.app,
-            http="h11",  # bounds what it keeps of a request's head, which httptools does not
+            service,
+            http=_Protocol,
+            loop="asyncio",  # uvloop ignores the buffer of `_Protocol`
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,  # unfinished; `Service` checks the rest
             ws="none",
             lifespan="on",
             log_config=None,
@@ -121,3 +129,21 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self):
         yield
+
+
+class _Protocol(H11Protocol, asyncio.BufferedProtocol):
+    """Reads 4 KiB at a time, and parses HTTP with h11, which bounds an unfinished head; httptools does not.
+
+    asyncio reads 256 KiB at a time. In chunks of one byte, these are 40,000 events of h11 in a row: no
+    other client would be served for seconds.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._buffer = bytearray(4096)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._buffer[:nbytes]))
