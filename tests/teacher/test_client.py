@@ -1,15 +1,19 @@
 """What goes wrong between us and a server, over real sockets."""
 
 import email.utils
+import gzip
 import json
+import re
 import time
+import tracemalloc
 
 import pytest
 
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.teacher import annotate
-from stepdistill_jax.teacher.client import retry_after
+from stepdistill_jax.teacher.client import ChatClient, retry_after
+from stepdistill_jax.teacher.settings import Settings
 from stepdistill_jax.teacher.stub_server import Reply, StubServer
 
 GOOD = Reply("Because. So the answer is yes.")
@@ -87,23 +91,54 @@ def test_nobody_listening_stops_the_run(annotating):
     assert "no request got an answer" in result["stopped"]
 
 
-def test_retry_after_is_obeyed_by_all_requests(annotating):
+@pytest.mark.parametrize("status", [429, 503])
+def test_retry_after_is_obeyed_by_all_requests(annotating, status):
     times, refused = [], []
 
     def reply(_):
         times.append(time.monotonic())
         if len(times) == 5:
             refused.append(times[-1])
-            return Reply(status=429, body=b"{}", headers={"Retry-After": "1"})
+            return Reply(status=status, body=b"{}", headers={"retry-after-ms": "500"})
         return Reply(GOOD.text, delay=0.01)
 
     result, _ = annotating(questions(30), reply, concurrency=4)
     assert result["with_rationale"] == 30
     (at,) = refused
-    # those under way at the refusal may still arrive; then nobody comes for a second
-    early = [t for t in times if at + 0.1 < t < at + 0.99]
+    # requests under way at the refusal may still arrive; then none comes for half a second
+    early = [t for t in times if at + 0.1 < t < at + 0.49]
     assert early == []
-    assert len([t for t in times if t >= at + 0.99]) >= 20
+    assert len([t for t in times if t >= at + 0.49]) >= 20
+
+
+def test_failures_with_answers_between_them_do_not_stop_the_run(annotating):
+    """Twenty of forty questions fail, never ten in a row."""
+    count = iter(range(1_000))
+    reply = lambda _: BROKEN["500"] if next(count) % 2 else GOOD  # noqa: E731
+    result, out = annotating(questions(40), reply, attempts=1, concurrency=1)
+    assert (result["stopped"], result["defects"]) == (None, {"server_error": 20})
+    assert len(out) == 40
+
+
+@pytest.mark.parametrize("headers", [{}, {"retry-after-ms": "30"}], ids=["bare", "with a wait"])
+def test_a_rate_limit_is_reported_once_with_its_wait(annotating, capsys, headers):
+    refusal = Reply(status=429, body=b'{"error": {"message": "slow down"}}', headers=headers)
+    result, _ = annotating(questions(40), once_in(3, refusal), backoff=0.03)
+    assert result["with_rationale"] == 40
+    lines = [line for line in capsys.readouterr().err.splitlines() if "429" in line]
+    assert annotating.server.requests >= 50
+    assert len(lines) == 1
+    assert re.fullmatch(r"HTTP 429: slow down; waiting 0\.0\d s before .*", lines[0])
+
+
+def test_a_long_wait_is_reported_once_however_many_requests_it_holds_back(capsys):
+    """By a clock of its own: three requests meet one minute's limit, two the next minute's."""
+    client = ChatClient(Settings(task="generic", model="m", base_url="http://127.0.0.1:9/v1"))
+    for now in (100.0, 100.1, 102.0, 161.0, 161.5):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(time, "monotonic", lambda now=now: now)
+            client._report("HTTP 429: slow down", 60.0)
+    assert capsys.readouterr().err.count("waiting 60 s") == 2
 
 
 def test_a_storm_of_refusals_loses_no_row(annotating):
@@ -258,3 +293,44 @@ def test_retry_after_is_seconds_milliseconds_or_a_date():
     assert retry_after({"retry-after": date}) == pytest.approx(30, abs=2)
     assert retry_after({"retry-after": "soon"}) is None
     assert retry_after({}) is None
+
+
+# ---- servers without end
+
+
+def test_the_timeout_covers_a_whole_request_that_drips(annotating):
+    """Each byte comes in time; the answer never does."""
+    drip = Reply(GOOD.text, drip=0.1)
+    result, _ = annotating(questions(4), once_in(100, drip), timeout=0.3)
+    assert result["with_rationale"] == 4
+    assert annotating.server.requests == 5
+
+
+ZEROS = b"0" * 2**20
+BOMB = {"Content-Encoding": "gzip"}
+TOO_LONG = {
+    "an endless answer": (Reply(body=ZEROS, endless=True), "longer than 4 MiB"),
+    "an endless error": (Reply(status=500, body=ZEROS, endless=True), "longer than 4 MiB"),
+    "a long answer": (Reply("x" * 5 * 2**20), "longer than 4 MiB"),
+    "a gzip bomb": (Reply(body=gzip.compress(ZEROS * 64, 1), headers=BOMB), r"compressed \(gzip\)"),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_the_size_of_a_response_is_bounded_in_memory(annotating, name):
+    reply, says = TOO_LONG[name]
+    tracemalloc.start()
+    _, out = annotating(questions(1), lambda _: reply, attempts=2, timeout=20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert out is None
+    (defect,) = annotating.defects_so_far
+    assert re.search(says, defect["text"])
+    assert annotating.server.requests == 2
+    assert peak < 40 * 2**20  # the stub's own copies of 5 MiB included
+
+
+def test_an_answer_within_the_bound_is_read_whole(annotating):
+    long = "x" * 3 * 2**20
+    _, out = annotating(questions(1), lambda _: Reply(f"{long}. So the answer is yes."))
+    assert out[0]["rationale"] == f"{long}."
