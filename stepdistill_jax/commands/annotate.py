@@ -118,14 +118,16 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how often an answer that cannot be read is asked for again (default: 1)",
+        help="how often an answer that cannot be read is asked for again, once the run has had one"
+        " that can (default: 1)",
     )
     group.add_argument(
         "--max-truncated",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop when more answers than this are cut at --max-tokens (default: 0.05)",
+        help="stop when more answers than this are cut at --max-tokens or cannot be used for any"
+        " other reason, after 20 answers (default: 0.05)",
     )
 
 
@@ -330,7 +332,9 @@ def _table(result: dict[str, Any]) -> Any:
     line("rows with a rationale", count, count / rows)
     if "teacher_accuracy" in result:
         share = result["teacher_accuracy"]
-        line("teacher_accuracy", round(share * rows), share, "unread answers count as wrong")
+        labelled = result["with_label"]
+        comment = f"of {labelled} rows with a gold label; unread answers count as wrong"
+        line("teacher_accuracy", round(share * labelled), share, comment)
     line("asked again", result["asked_again"], None, "the first answer could not be read")
     table.add_section()
     for kind, count in result["defects"].items():
