@@ -15,6 +15,7 @@ from stepdistill_jax.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.prompts import estimate_tokens
+from stepdistill_jax.teacher.secret import Secret
 from stepdistill_jax.teacher.settings import Settings
 
 RATE_LIMIT_PATIENCE = 6 * 3600.0  # seconds that one question waits behind a rate limit
@@ -23,7 +24,6 @@ REPORTED_WAIT = 5.0  # seconds; shorter waits are reported only the first time
 MOST_TOKENS = 10**12  # of one answer; a larger count is nonsense
 SENT_AGAIN = (408, 409, 425, 429)  # and 5xx; any other 4xx means that the request is wrong
 NO_KEY = "none"  # what local servers, which ask for no key, are sent
-HIDDEN = "***"
 
 
 class Teacher(Protocol):
@@ -104,6 +104,12 @@ class ChatClient:
                 f"${settings.api_key_env} is not set: the key is read from the environment"
                 " (--api-key-env NAME names another variable; --base-url another server)"
             )
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError(
+                f"${settings.api_key_env} holds a character that no key has: printable ASCII alone"
+                " fits an HTTP header; copy the key again"
+            )
+        self._secret = Secret(self._key)
         self._httpx, self._verify = httpx, httpx.create_ssl_context()
         self._bounded_client = bounded_client
         self._clients: list[Any] = []
@@ -115,8 +121,8 @@ class ChatClient:
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """`text` without the key."""
-        return text.replace(self._key, HIDDEN) if len(self._key) >= 6 else text
+        """`text` without the key, in whatever encoding it stands there."""
+        return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None

@@ -1,11 +1,14 @@
 """What goes wrong between us and a server, over real sockets."""
 
+import base64
 import email.utils
 import gzip
+import html
 import json
 import re
 import time
 import tracemalloc
+import urllib.parse
 
 import pytest
 
@@ -13,6 +16,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.teacher import annotate
 from stepdistill_jax.teacher.client import ChatClient, retry_after
+from stepdistill_jax.teacher.secret import Secret
 from stepdistill_jax.teacher.settings import Settings
 from stepdistill_jax.teacher.stub_server import Reply, StubServer
 
@@ -218,6 +222,88 @@ def test_the_key_is_sent_and_stands_in_no_file_no_output_and_no_error(annotating
     assert len(written) >= 3
     assert not any(key.encode() in text for text in written)
     assert not any(key in text for text in (*results, stdout, stderr))
+
+
+KEY = "sk-Aa/9+b\\c&d"  # characters that encodings write otherwise
+ENCODED = {
+    "JSON": json.dumps(KEY)[1:-1],
+    "JSON with escaped slashes": json.dumps(KEY)[1:-1].replace("/", "\\/"),
+    "JSON with every character as u00XX": "".join(f"\\u{ord(c):04x}" for c in KEY),
+    "JSON in JSON": json.dumps(json.dumps(KEY))[3:-3],
+    "upper-case escapes": "".join(f"\\u{ord(c):04X}" for c in KEY),
+    "a URL": urllib.parse.quote(KEY, safe=""),
+    "a URL in lower case, twice": re.sub(
+        "%..", lambda m: m[0].lower().replace("%", "%25"), urllib.parse.quote(KEY, safe="")
+    ),
+    "HTML": html.escape(KEY),
+    "HTML in numbers": "".join(f"&#{ord(c)};" for c in KEY),
+    "HTML in hexadecimal numbers": "".join(f"&#x{ord(c):X};" for c in KEY),
+    "hex": KEY.encode().hex(),
+    "UTF-16": KEY.encode("utf-16-le").decode("latin-1"),
+    "base64": base64.b64encode(KEY.encode()).decode(),
+    "base64 of a header": base64.b64encode(f"Bearer {KEY}".encode()).decode(),
+    "base64 of a user and the key": base64.b64encode(f"me:{KEY}:".encode()).decode(),
+    "base64 for URLs": base64.urlsafe_b64encode(f"a{KEY}".encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("name", ENCODED)
+def test_the_key_is_hidden_in_every_encoding(name):
+    text = ENCODED[name]
+    hidden = Secret(KEY).hide(f"<{text}>")
+    before, after = hidden.split("***")
+    # base64 leaves what stands around the key, and bits of its first and last byte
+    around = len(base64.b64encode(b"Bearer ")) + 2 if "base64" in name else 0
+    assert len(before) + len(after) <= len("<>\0") + around
+    assert not any(text[at : at + 8] in hidden for at in range(around, len(text) - 8))
+
+
+def test_every_encoding_of_the_key_is_hidden_in_answers_errors_and_broken_bodies(
+    annotating, monkeypatch, capfd
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    texts = " , ".join(ENCODED.values())
+    error = {"error": {"message": texts}}
+    for reply in (
+        Reply(body=ENCODED["JSON with escaped slashes"].encode()),
+        Reply(body=json.dumps(error).encode()),
+        Reply(status=500, body=json.dumps(error).encode()),
+        Reply(f"Because {texts}. So the answer is yes."),
+    ):
+        annotating(questions(1), lambda _, r=reply: r, attempts=1, choices=())
+        files = [p for p in annotating.folder.iterdir() if p.name != "in.jsonl"]
+        written = b"".join(p.read_bytes() for p in files).decode("utf-8", "replace")
+        written += "".join(capfd.readouterr())
+        assert "***" in written
+        for text in ENCODED.values():
+            for form in (text, json.dumps(text)[1:-1], repr(text)[1:-1]):
+                assert form not in written
+        for path in files:
+            path.unlink()
+
+
+@pytest.mark.parametrize("text", ["sk-Aa/9+b", "\\", "%25", "&#0", "sk-", "\0"], ids=ascii)
+def test_text_without_the_key_stays_as_it_is(text):
+    assert Secret(KEY).hide(text * 20_000) == text * 20_000
+
+
+def test_a_key_that_might_be_any_word_is_not_hidden():
+    assert Secret("none").hide("there is none") == "there is none"
+
+
+@pytest.mark.parametrize("bad", ["sk-schlüssel", "sk-a\nb", "sk-\u200babc", "sk-\x7f"], ids=ascii)
+def test_a_key_that_no_header_holds_is_refused_in_one_line(annotating, monkeypatch, capfd, bad):
+    monkeypatch.setenv("MY_KEY", bad)
+    source = str(annotating.write(questions(2)))
+    argv = ["annotate", source, str(annotating.output), "--task", "generic", "--model", "m"]
+    with StubServer().serve() as server:
+        assert main([*argv, "--base-url", server.url, "--api-key-env", "MY_KEY"]) == 2
+    assert server.requests == 0
+    out, err = capfd.readouterr()
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert line.startswith("stepdistill: error: $MY_KEY holds a character that no key has")
+    assert "Traceback" not in err
+    assert not any(part in out + err for part in (bad, ascii(bad)[1:-1]))
 
 
 def test_a_key_that_straddles_the_cut_of_a_message_leaves_no_part_of_it(annotating, key):
