@@ -1,8 +1,12 @@
 """The one error that a user can mend, and the exit code of a run that only wants to be started again."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
 
 
@@ -23,6 +27,15 @@ def printable(text: object, most: int = 2000) -> str:
     if len(line) > most:
         line = f"{line[: most * 3 // 4]} [...] {line[-most // 4 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def escaped(text: object) -> str:
+    r"""Returns `text` with all that can steer a terminal escaped: ESC becomes `\x1b`.
+
+    Keeps line ends and tabs. Escapes the other control characters, marks that turn the writing
+    direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding can write.
+    """
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from stepdistill_jax.errors import escaped
+
 LINE_EVERY_SECS = 10.0
 
 
@@ -18,8 +20,8 @@ class Bar(Protocol):
 
 
 def log(message: str) -> None:
-    """One line on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints a line on standard error; control characters of foreign text as their escapes."""
+    print(escaped(message), file=sys.stderr, flush=True)
 
 
 def format_values(values: dict[str, float]) -> str:
@@ -84,7 +86,7 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
@@ -92,7 +94,7 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
         TextColumn("{task.fields[values]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total, completed=done, rate="", values="")
+        task = bar.add_task(escaped(description), total=total, completed=done, rate="", values="")
         start, shown, count = time.monotonic(), {}, 0
 
         class Rich:

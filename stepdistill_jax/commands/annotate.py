@@ -3,11 +3,12 @@
 import argparse
 import json
 import pathlib
-import sys
 from typing import Any
 
+from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import check_file
+from stepdistill_jax.progress import log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,14 +119,16 @@ def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="how often an answer that cannot be read is asked for again (default: 1)",
+        help="how often an answer that cannot be read is asked for again, once the run has had one"
+        " that can (default: 1)",
     )
     group.add_argument(
         "--max-truncated",
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="stop when more answers than this are cut at --max-tokens (default: 0.05)",
+        help="stop when more answers than this are cut at --max-tokens or cannot be used for any"
+        " other reason, after 20 answers (default: 0.05)",
     )
 
 
@@ -269,47 +272,43 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
 def _show_dry_run(result: dict[str, Any]) -> None:
     from stepdistill_jax.teacher.annotate import in_words
 
-    print(result["prompt"])
-    print("-" * 20)
+    say(result["prompt"])
+    say("-" * 20)
     parameters = json.dumps(result["parameters"], sort_keys=True)
-    print(f"one message of the user, about {result['first_prompt_tokens']} tokens; {parameters}")
-    print(f"{in_words(result)}; nothing was sent")
+    say(f"one message of the user, about {result['first_prompt_tokens']} tokens; {parameters}")
+    say(f"{in_words(result)}; nothing was sent")
     if result["cost"] is None:
-        print("--price-input and --price-output (per million tokens) tell what that costs")
+        say("--price-input and --price-output (per million tokens) tell what that costs")
 
 
 def _show_batch(action: str, result: dict[str, Any]) -> None:
     if action == "write":
         files = ", ".join(result["files"]) or "no file: every answer is in the cache"
-        print(f"{result['rows']} rows, {result['requests']} requests: {files}")
+        say(f"{result['rows']} rows, {result['requests']} requests: {files}")
         return
-    print(
+    say(
         f"{result['results']} results: {result['kept']} kept, {result['failed']} failed,"
         f" {result['other']} of other rows or already kept"
     )
     for kind, count in result["defects"].items():
-        print(f"{kind}: {count}")
+        say(f"{kind}: {count}")
 
 
 def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
     if result["rows"]:
-        console.print(_table(result))
+        console(highlight=False).print(_table(result))
     cost = "" if result["cost"] is None else f", cost {result['cost']:.4g}"
     tokens = f"{result['prompt_tokens']:,} + {result['completion_tokens']:,} tokens"
     used = f"{result['requests']} answers asked for, {tokens}{cost}"
     if result["stopped"]:
-        print(
+        log(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
             f" are in {output}.partial; the same command goes on: it pays for no whole answer twice,"
-            " and asks again for those that could not be read",
-            file=sys.stderr,
+            " and asks again for those that could not be read"
         )
-        print(used)
+        say(used)
     else:
-        print(f"{output}: {result['rows']} rows, {used}")
+        say(f"{output}: {result['rows']} rows, {used}")
 
 
 def _table(result: dict[str, Any]) -> Any:
@@ -330,7 +329,9 @@ def _table(result: dict[str, Any]) -> Any:
     line("rows with a rationale", count, count / rows)
     if "teacher_accuracy" in result:
         share = result["teacher_accuracy"]
-        line("teacher_accuracy", round(share * rows), share, "unread answers count as wrong")
+        labelled = result["with_label"]
+        comment = f"of {labelled} rows with a gold label; unread answers count as wrong"
+        line("teacher_accuracy", round(share * labelled), share, comment)
     line("asked again", result["asked_again"], None, "the first answer could not be read")
     table.add_section()
     for kind, count in result["defects"].items():

@@ -6,7 +6,7 @@ import pathlib
 import platform
 import sys
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, printable
 
 GIN_PREFIX = "--gin."
 
@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """Bad usage is one line and exit 2; the usage text stays behind `--help`."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}; see `{self.prog} --help`\n")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

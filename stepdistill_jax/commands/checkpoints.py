@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import InputError
 
 MB = 1e6
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = [COLUMNS, *(_cells(entry, result) for entry in result["checkpoints"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
     return result
 
 

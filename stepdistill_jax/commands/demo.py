@@ -18,11 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Prepares, shows two rows, trains three arms, and prints one table."""
-    from rich.console import Console
-
     from stepdistill_jax.commands import inspect as inspect_command
     from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.commands.gin_config import load_config
+    from stepdistill_jax.commands.terminal import console
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.experiments.demo import demo
     from stepdistill_jax.host_memory import keep_pages
@@ -30,16 +29,16 @@ def run(args: argparse.Namespace) -> dict:
 
     keep_pages()
     require_seqio("demo")
-    console = Console()
+    screen = console()
     arms = {name: load_config(f"demo_{name}") for name in ARMS}
     config = arms["step_by_step"][0]
     ensure_prepared(config.task, args.data_dir)
-    console.rule("Two examples as the model sees them")
-    inspect_command.show(inspect(config, data_dir=args.data_dir, rows=2), console, brief=True)
-    console.rule("Training")
+    screen.rule("Two examples as the model sees them")
+    inspect_command.show(inspect(config, data_dir=args.data_dir, rows=2), screen, brief=True)
+    screen.rule("Training")
     summary = demo(arms, workdir=args.workdir, data_dir=args.data_dir)
-    console.rule("Same labels, same recipe, same steps")
-    _show(summary, console)
+    screen.rule("Same labels, same recipe, same steps")
+    _show(summary, screen)
     return summary
 
 

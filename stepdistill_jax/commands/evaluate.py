@@ -5,6 +5,7 @@ from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
 from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache, stopped_by_signals
+from stepdistill_jax.commands.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     if is_first():
         step = "" if result["step"] is None else f" step {result['step']}"
-        print(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
+        say(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
         if args.with_rationale:
-            print(rationale_quality.in_words(result["rationale"]))
+            say(rationale_quality.in_words(result["rationale"]))
     return result

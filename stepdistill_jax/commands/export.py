@@ -4,6 +4,8 @@ import argparse
 import pathlib
 from typing import Any
 
+from stepdistill_jax.commands.terminal import say
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `export`."""
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         quantization=args.quantization,
     )
     step = "" if result["step"] is None else f"step {result['step']}, "
-    print(
+    say(
         f"{args.model_dir}: {step}{result['parameters']:,} parameters; {', '.join(result['files'])}"
     )
     return result

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ def _count(text: str) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Finds the config or task, looks at it, prints, and returns the figures."""
-    from rich.console import Console
-
     from stepdistill_jax.training import inspect
 
     result = inspect(
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data_dir=args.data_dir,
         task_module=args.module,
     )
-    show(result, Console())
+    show(result, console())
     return result
 
 

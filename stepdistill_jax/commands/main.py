@@ -12,12 +12,12 @@ import json
 import math
 import os
 import sys
-import traceback
 from typing import Any
 
 from stepdistill_jax import __version__
 from stepdistill_jax.checkpoints.manifest import CheckpointError
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
+from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.distributed import end_soon, is_first, leave
 from stepdistill_jax.errors import InputError, nearest, printable
 from stepdistill_jax.files import StoreError
@@ -66,7 +66,7 @@ def _exit_code(argv: list[str]) -> int:
         return _run(argv)
     except InputError as error:
         if debug:
-            traceback.print_exc()
+            show_traceback()
         # one line, whatever a library's text in it looked like
         print(f"stepdistill: error: {printable(error)}", file=sys.stderr)
         return BAD_INPUT
@@ -80,14 +80,14 @@ def _exit_code(argv: list[str]) -> int:
     except (ProcessesMissing, CheckpointError, StoreError, MemoryError) as error:
         # what their one line says is all that there is to know
         if debug:
-            traceback.print_exc()
+            show_traceback()
         print(f"stepdistill: failed: {printable(error)}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        traceback.print_exc()
+        show_traceback()
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if debug else " (--debug shows JAX's inner frames, too)"
-        print(f"stepdistill: failed: {summary}{hint}", file=sys.stderr)
+        print(f"stepdistill: failed: {printable(summary)}{hint}", file=sys.stderr)
         return FAILED
 
 
@@ -161,10 +161,10 @@ def _print_versions(*, as_json: bool) -> None:
     if as_json:
         print(json.dumps(block))
         return
-    print(f"stepdistill {__version__}")
+    say(f"stepdistill {__version__}")
     width = max(map(len, block))
     for name, value in block.items():
-        print(f"{name:<{width}}  {'not installed' if value is None else value}")
+        say(f"{name:<{width}}  {'not installed' if value is None else value}")
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
+from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.topology and args.devices:
         raise InputError("--devices: the topology says how many there are; leave one of them out")
     hbm = None if args.hbm is None else parse_size(args.hbm)
-    from rich.console import Console
-
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.planning import plan
 
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows=args.rows,
         data_dir=args.data_dir,
     )
-    show(result, Console(width=None if Console().is_terminal else 140, highlight=False))
+    show(result, console(width=None if console().is_terminal else 140, highlight=False))
     return result
 
 

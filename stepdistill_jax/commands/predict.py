@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
+from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 
 STOP_CODES: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: 130}
@@ -158,7 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data_dir=args.data_dir,
         )
     if is_first():
-        print(f"{args.output}: {in_words(result)}")
+        say(f"{args.output}: {in_words(result)}")
     return result
 
 

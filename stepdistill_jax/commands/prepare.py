@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
 
 
@@ -92,25 +93,24 @@ def parse_map(text: str | None) -> dict[str, str]:
     return field_map
 
 
-def show(result: dict[str, Any], console: Any = None) -> None:
+def show(result: dict[str, Any]) -> None:
     """Prints a table per split, the notes, and where the dataset lies."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = console or Console(highlight=False)
+    screen = console(highlight=False)
     for split, figures in result["splits"].items():
-        console.print(_table(split, figures))
+        screen.print(_table(split, figures))
     for note in result["notes"]:
-        console.print(f"note: {escape(note)}")
+        screen.print(f"note: {escape(note)}")
     size = result["vocabulary_size"]
     made = f"vocabulary of {size} pieces, " if size else ""
-    console.print(
+    screen.print(
         f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}every"
         f" defect in defects.jsonl, labels compared by {result['metric']}",
         soft_wrap=True,
     )
     if result["report"]:
-        console.print(f"Report: {escape(result['report'])}", soft_wrap=True)
+        screen.print(f"Report: {escape(result['report'])}", soft_wrap=True)
 
 
 def _table(split: str, figures: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stepdistill_jax.commands.arguments import add_data_dir_argument
+from stepdistill_jax.commands.terminal import console
 
 if TYPE_CHECKING:
     from stepdistill_jax.experiments.comparison import Comparison
@@ -43,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `experiments.report`, prints a table, and gives it as values."""
-    from rich.console import Console
-
     from stepdistill_jax.experiments.report import report
 
     written = report(
@@ -55,12 +54,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         examples=args.examples,
         data_dir=args.data_dir,
     )
-    console = Console()
+    screen = console()
     for comparison in written.comparisons:
-        _show(comparison, args.split, console)
+        _show(comparison, args.split, screen)
     for entry in written.left_out:
-        console.print(f"left out: {entry['run']}: {entry['why']}", markup=False, soft_wrap=True)
-    console.print(f"\n{written.page}", markup=False, highlight=False, soft_wrap=True)
+        screen.print(f"left out: {entry['run']}: {entry['why']}", markup=False, soft_wrap=True)
+    screen.print(f"\n{written.page}", markup=False, highlight=False, soft_wrap=True)
     return {
         "page": str(written.page),
         "files": [str(path) for path in written.files],

@@ -8,6 +8,7 @@ from stepdistill_jax.commands.predict import (
     add_model_arguments,
     join_and_cache,
 )
+from stepdistill_jax.commands.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         engine=args.engine,
         quantization=args.quantization,
     )
-    print(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
+    say(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
     result["stopped"] = result["unanswered"] > 0
     if result.pop("busy"):  # nobody waits for it, so the exit does not either
         end_soon(1 if result["stopped"] else 0)

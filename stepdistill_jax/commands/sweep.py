@@ -12,6 +12,7 @@ from stepdistill_jax.commands.arguments import (
     add_data_arguments,
     require_seqio,
 )
+from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
     )
     failed = f", {len(result['failed_cells'])} failed" if result["failed_cells"] else ""
-    print(f"{result['workdir']}: {result['done']} of {result['cells']} cells are done{failed}")
+    say(f"{result['workdir']}: {result['done']} of {result['cells']} cells are done{failed}")
     return result
 
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from stepdistill_jax.errors import escaped
 from stepdistill_jax.experiments.comparison import Comparison
 from stepdistill_jax.experiments.paper import paper_accuracy
 from stepdistill_jax.experiments.results import RunResult
@@ -47,10 +48,10 @@ class Table:
         return written
 
     def csv(self) -> str:
-        """With a line of names."""
+        """The table as CSV, with a line of names; no cell is a formula to a spreadsheet."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerows([self.head, *self.rows])
+        writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
         return out.getvalue()
 
     def latex(self) -> str:
@@ -67,6 +68,16 @@ class Table:
             "\\end{tabular}",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _no_formula(cell: str) -> str:
+    """`cell`, with an apostrophe before it where a spreadsheet would compute it; numbers stay."""
+    cell = escaped(cell)  # csv does not quote a carriage return, after which a row begins
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t")) else cell
+    return cell
 
 
 def _latex_row(row: Sequence[str]) -> str:

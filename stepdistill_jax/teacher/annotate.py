@@ -39,9 +39,11 @@ def annotate(
         settings: the fields of `Settings`; `task` and `model` (or `teacher`) at least.
 
     Returns:
-        `rows`, `with_rationale`, `requests` that were answered, `to_ask` (answers that were not in the cache), `asked_again`, `truncated`,
-        `prompt_tokens`, `completion_tokens`, `cost` (None without prices), `teacher_accuracy` (only
-        where rows have labels), `defects` (counts by name), `first_defects`, `rows_per_second`,
+        `rows`, `with_rationale`, `requests` that were answered, `to_ask` (answers that were not in
+        the cache), `asked_again`, `truncated`, `prompt_tokens`, `completion_tokens`, `cost` (None
+        without prices), `with_label` and `teacher_accuracy` (only where rows have a gold label: their
+        number, and the share of them that the teacher got right; an answer that cannot be used
+        counts as wrong), `defects` (counts by name), `first_defects`, `rows_per_second`,
         `stopped` (None, or why it ended before the last row). Of a dry run, `prompt` and the
         estimate; of `batch_file`, what `write_batch` or `read_batch` return.
 
@@ -144,7 +146,8 @@ async def _annotate(
         defects_file = RowFile(
             output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
         )
-        estimate = estimated(asking, _estimate(asking, input, cache))
+        read = _estimate(asking, input, cache)
+        estimate = estimated(asking, read)
         log(f"annotate: {in_words(estimate)}")
         budget = Budget(
             settings.max_tokens_total,
@@ -156,7 +159,7 @@ async def _annotate(
         teacher = _teacher(settings) if estimate["answers"] else None
         stopped, start = None, time.perf_counter()
         with progress(estimate["rows"], f"annotate {input.name}") as bar:
-            run = Run(asking, teacher, cache, budget, rows_file, defects_file, bar)
+            run = Run(asking, teacher, cache, budget, rows_file, defects_file, bar, kept=read.kept)
             try:
                 await run_until_signal(run.all(read_rows(input, settings.choices)))
                 if run.counts.rows != estimate["rows"]:
@@ -164,8 +167,12 @@ async def _annotate(
                         f"{input}: it changed while it was read ({estimate['rows']} rows at first,"
                         f" then {run.counts.rows}); start again when it is whole"
                     )
-                if run.counts.defects["server_error"] and not run.counts.requests:
-                    raise Stopped("no request got an answer; see the list of defects")
+                if not run.counts.with_rationale:
+                    answers = "a usable answer" if run.counts.requests else "an answer"
+                    raise Stopped(
+                        f"none of the {run.counts.rows} rows got {answers}; see"
+                        f" {defects_file.partial}"
+                    )
             except Stopped as error:
                 stopped = f"{error}"
             finally:
@@ -196,6 +203,7 @@ def _result(
     counts = run.counts
     result: dict[str, Any] = {"rows": counts.rows, "with_rationale": counts.with_rationale}
     if counts.with_label:
+        result["with_label"] = counts.with_label
         result["teacher_accuracy"] = counts.right / counts.with_label
     return result | {
         "requests": counts.requests,

@@ -89,12 +89,14 @@ class Estimate:
 
     Attributes:
         rows: of the file.
+        kept: answers in the cache, counted for each row that has them.
         answers: that are not in the cache.
         characters: of the prompts of these.
         first_prompt: of the first row.
     """
 
     rows: int = 0
+    kept: int = 0
     answers: int = 0
     characters: int = 0
     first_prompt: str = ""
@@ -137,6 +139,7 @@ def unanswered(
             if (packed := bytes.fromhex(key)) in seen:
                 continue
             if cache is not None and asking.known(cache, key, row):
+                estimate.kept += 1
                 continue
             seen.add(packed)
             estimate.answers += 1

@@ -15,14 +15,15 @@ from stepdistill_jax.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.prompts import estimate_tokens
+from stepdistill_jax.teacher.secret import Secret
 from stepdistill_jax.teacher.settings import Settings
 
 RATE_LIMIT_PATIENCE = 6 * 3600.0  # seconds that one question waits behind a rate limit
 LONGEST_BACKOFF = 60.0
+REPORTED_WAIT = 5.0  # seconds; shorter waits are reported only the first time
 MOST_TOKENS = 10**12  # of one answer; a larger count is nonsense
 SENT_AGAIN = (408, 409, 425, 429)  # and 5xx; any other 4xx means that the request is wrong
 NO_KEY = "none"  # what local servers, which ask for no key, are sent
-HIDDEN = "***"
 
 
 class Teacher(Protocol):
@@ -89,6 +90,8 @@ class ChatClient:
             import httpx
             import openai
             import tenacity
+
+            from stepdistill_jax.teacher.transport import bounded_client
         except ImportError as error:
             raise InputError(
                 f"annotate needs {error.name}, which is not installed: pip install"
@@ -101,17 +104,25 @@ class ChatClient:
                 f"${settings.api_key_env} is not set: the key is read from the environment"
                 " (--api-key-env NAME names another variable; --base-url another server)"
             )
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError(
+                f"${settings.api_key_env} holds a character that no key has: printable ASCII alone"
+                " fits an HTTP header; copy the key again"
+            )
+        self._secret = Secret(self._key)
         self._httpx, self._verify = httpx, httpx.create_ssl_context()
+        self._bounded_client = bounded_client
         self._clients: list[Any] = []
         try:
             self._free = [self._new_client()]
         except Exception as error:  # a base URL that is none
             raise InputError(self.hide(f"--base-url {settings.server}: {error}")) from None
-        self._open_at = 0.0  # no request before this, on the monotonic clock
+        # on the monotonic clock: no request before this, and the end of the wait that was reported
+        self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """`text` without the key."""
-        return text.replace(self._key, HIDDEN) if len(self._key) >= 6 else text
+        """`text` without the key, in whatever encoding it stands there."""
+        return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
@@ -164,15 +175,11 @@ class ChatClient:
         One for each request under way: a pool of them looks at every connection for every request
         (httpcore 1.0), which at 64 at once takes as long as all the rest.
         """
-        one = self._httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        http = self._httpx.AsyncClient(
-            limits=one, timeout=self._settings.timeout, follow_redirects=True, verify=self._verify
-        )
         client = self._openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
             base_url=self._settings.server,
             max_retries=0,  # ours obey Retry-After for all requests at once
-            http_client=http,
+            http_client=self._bounded_client(self._settings.timeout, self._verify),
         )
         self._clients.append(client)
         return client
@@ -183,16 +190,20 @@ class ChatClient:
         openai = self._openai
         client = self._free.pop() if self._free else self._new_client()
         try:
-            # the raw response: the client's own parser lets what is no completion pass
-            response = await client.chat.completions.with_raw_response.create(
-                model=self._settings.name,
-                messages=[{"role": "user", "content": prompt}],
-                extra_body=parameters,
-            )
+            # httpx limits each read alone: a byte now and then would hold a request for ever
+            async with asyncio.timeout(self._settings.timeout):
+                # the raw response: the client's own parser lets what is no completion pass
+                response = await client.chat.completions.with_raw_response.create(
+                    model=self._settings.name,
+                    messages=[{"role": "user", "content": prompt}],
+                    extra_body=parameters,
+                )
             content = response.content
-        except openai.APITimeoutError as error:
-            said = f"no answer within {self._settings.timeout:g} s"
-            raise SentAgain(said, used=self._used_by(error)) from None
+        except (openai.APITimeoutError, TimeoutError) as error:
+            used = self._used_by(error)
+            what = "answer" if used is None else "connection"
+            said = f"no {what} within {self._settings.timeout:g} s"
+            raise SentAgain(said, used=used) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             said = self.hide(f"{type(cause).__name__}: {cause}")
@@ -216,7 +227,7 @@ class ChatClient:
         try:
             body = json.loads(content)
             if isinstance(body, dict) and body.get("error"):
-                said = self.hide(f"the server answers with an error: {body['error']}")
+                said = self.hide(f"the server answers with an error: {body['error']}")[:300]
                 raise SentAgain(said, used=_usage(body) or (0, 0))
             choice = body["choices"][0]
             text = content_text(choice["message"].get("content"))
@@ -227,7 +238,7 @@ class ChatClient:
                 token_count(usage.get(name), estimate_tokens(len(said)))
                 for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
             ]
-            reason = self.hide(str(choice.get("finish_reason") or "stop"))
+            reason = self.hide(str(choice.get("finish_reason") or "stop"))[:100]
             f"{text}{reason}".encode()  # half a surrogate pair cannot be written
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             # hidden before it is cut: the cut might leave the first part of the key
@@ -252,25 +263,32 @@ class ChatClient:
             )
         wait = retry_after(error.response.headers)
         if wait:
-            self._pause(wait, said)
+            # all requests wait: one that is sent now would only be refused, too
+            self._open_at = max(self._open_at, time.monotonic() + wait)
         return SentAgain(said, status, wait)
-
-    def _pause(self, wait: float, said: str) -> None:
-        """All requests wait: one that goes on now would only be refused, too."""
-        until = time.monotonic() + wait
-        if until > self._open_at + 0.5 and wait >= 5:
-            log(f"{said}: the server asks to wait {wait:.0f} s")
-        self._open_at = max(self._open_at, until)
 
     def _wait(self, state: Any) -> float:
         error = state.outcome.exception()
-        asked = error.wait
-        if asked is not None:
+        wait = error.wait
+        if wait is not None:
             # not all at the same moment
-            return asked + random.uniform(0, min(1.0, 0.1 * asked + 0.05))
-        # six hours of refusals are more doublings than a float holds
-        longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(error.count - 1, 64))
-        return random.uniform(longest / 2, longest)
+            wait += random.uniform(0, min(1.0, 0.1 * wait + 0.05))
+        else:
+            # six hours of refusals are more doublings than a float holds
+            longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(error.count - 1, 64))
+            wait = random.uniform(longest / 2, longest)
+        if error.status == 429 or error.wait:
+            self._report(str(error), wait)
+        return wait
+
+    def _report(self, said: str, wait: float) -> None:
+        """Logs the run's first refusal, and each long wait once, not for every request it holds."""
+        until = time.monotonic() + wait
+        is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
+        if self._reported_until and not is_news:
+            return
+        self._reported_until = until
+        log(f"{said}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
 
     def _is_hopeless(self, state: Any) -> bool:
         error = state.outcome.exception()

@@ -21,7 +21,7 @@ from stepdistill_jax.teacher.vote import Sample, output_row
 from stepdistill_jax.text.metrics import metric_fn
 
 FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
-ANSWERS_BEFORE_RATE = 20  # before the share of truncated ones says something
+ANSWERS_BEFORE_RATE = 20  # before the share of unusable ones says something
 DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 
@@ -65,8 +65,15 @@ class Run:
         output: RowFile,
         defects: RowFile,
         bar: Bar,
+        *,
+        kept: int = 0,
     ):
-        """Nothing is asked yet; without a teacher every answer must be in the cache."""
+        """Nothing is asked yet; without a teacher every answer must be in the cache.
+
+        Args:
+            asking, teacher, cache, budget, output, defects, bar: what the run works with.
+            kept: answers of the file that are in the cache, which count as usable.
+        """
         self._asking, self._settings = asking, asking.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
         self._output, self._defects, self._bar = output, defects, bar
@@ -74,6 +81,9 @@ class Run:
         self._under_way: dict[str, asyncio.Task[Sample]] = {}
         self._stop: Exception | None = None
         self._failures = 0
+        self._probe: asyncio.Event | None = None  # set when the first question is done
+        self._questions, self._unusable, self._kept = 0, 0, kept
+        self._problems: collections.Counter[str] = collections.Counter()  # of unusable answers
         self.counts = Counts()
 
     async def all(self, rows: Iterator[Row]) -> None:
@@ -84,7 +94,7 @@ class Run:
 
         Raises:
             Stopped: a cap was reached, or the server is down; answers under way were waited for.
-            InputError: the server refuses a request, or too many answers are truncated.
+            InputError: the server refuses a request, or too many answers are unusable.
         """
         most = max(64, 4 * self._settings.concurrency)
         window: collections.deque[tuple[Row, str, asyncio.Task | list[Sample]]] = (
@@ -154,6 +164,17 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Row, prompt: str) -> Sample:
+        """The first question goes alone: it shows what all the others would meet with."""
+        if self._probe is not None:
+            await self._probe.wait()
+            return await self._answer(key, row, prompt)
+        self._probe = asyncio.Event()
+        try:
+            return await self._answer(key, row, prompt)
+        finally:
+            self._probe.set()
+
+    async def _answer(self, key: str, row: Row, prompt: str) -> Sample:
         answer, reading = Answer(""), Reading()
         for attempt in range(1 + self._settings.retries):
             try:
@@ -164,16 +185,20 @@ class Run:
                 return answer, Reading(problems=("server_error",))
             reading = self._asking.read(answer, row)
             if reading.usable:
+                self._questions += 1
                 try:
                     return self._cache.put(key, self._settings.name, answer), reading
                 except InputError as error:  # what cannot be kept is not to be paid for
                     self._end(error)
-            if "truncated" in reading.problems:
-                self._count_truncated()
+            self.counts.truncated += "truncated" in reading.problems
             # the same question is cut or held back again
             if {"truncated", "filtered"} & set(reading.problems):
                 break
+            # a teacher that never gave a usable answer is not paid twice for each
+            if self._questions and self._questions == self._unusable:
+                break
             self.counts.asked_again += attempt < self._settings.retries
+        self._count_unusable(row, answer, reading)
         return answer, reading
 
     async def _one(self, prompt: str) -> Answer:
@@ -209,18 +234,27 @@ class Run:
             reason = f"{self._failures} requests in a row failed; the last: {error}"
             self._end(Stopped(reason, hopeless=True))
 
-    def _count_truncated(self) -> None:
-        self.counts.truncated += 1
-        answers, most = self.counts.requests, self._settings.max_truncated
-        if answers >= ANSWERS_BEFORE_RATE and self.counts.truncated > most * answers:
-            self._end(
-                InputError(
-                    f"{self.counts.truncated} of {answers} answers were cut at --max-tokens"
-                    f" {self._settings.max_tokens} before their end: give more tokens, or a"
-                    " reasoning model less --reasoning-effort (--max-truncated"
-                    f" {most:g} is the share that is borne); whole answers are kept"
-                )
+    def _count_unusable(self, row: Row, answer: Answer, reading: Reading) -> None:
+        self._questions += 1
+        self._unusable += 1
+        self._problems.update(reading.problems)
+        most, answers = self._settings.max_truncated, self._questions + self._kept
+        if self._questions < ANSWERS_BEFORE_RATE or self._unusable <= most * answers:
+            return
+        if 2 * self._problems["truncated"] >= self._unusable:
+            advice = (
+                f"--max-tokens {self._settings.max_tokens} cuts them before their end: give more"
+                " tokens, or a reasoning model less --reasoning-effort"
             )
+        else:
+            advice = f"the last, of row {row.number}: {' '.join(answer.text.split())[:80]!r}"
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self._problems.most_common())
+        self._end(
+            InputError(
+                f"{self._unusable} of {self._questions} answers could not be used ({kinds}), more"
+                f" than --max-truncated {most:g} allows: {advice}; usable answers are kept"
+            )
+        )
 
     async def _write(self, row: Row, prompt: str, work: asyncio.Task | list[Sample]) -> None:
         samples = await work if isinstance(work, asyncio.Task) else work

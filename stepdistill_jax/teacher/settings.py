@@ -33,10 +33,12 @@ class Settings:
         parameters: more fields of the request (`{"top_p": 0.9}`).
         label_given: the gold label is told, and its rationale asked for.
         concurrency: requests at once; for a local teacher, prompts in a batch.
-        retries: how often an answer that cannot be read is asked for again.
+        retries: how often an answer that cannot be read is asked for again. While no answer of the
+            run could be used, only the first question is.
         attempts: how often a request is sent before a server error is taken for an answer.
         timeout: of a request, in seconds.
-        max_truncated: share of truncated answers above which the run stops, after 20 answers.
+        max_truncated: share of answers, truncated or unusable for any other reason, above which the
+            run stops, after 20 of them. Answers in the cache count as usable ones.
         max_tokens_total, max_cost: what this run may use at most, in tokens and in money.
         price_input, price_output: money per million tokens.
         cache: SQLite file; None is `teacher_cache.sqlite` beside the output.

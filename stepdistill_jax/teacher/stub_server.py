@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 PORT = 8399
@@ -32,6 +32,8 @@ class Reply:
         body: the whole response instead of a completion with `text`.
         delay: seconds before it.
         cut: bytes of the body after which the connection is closed; None sends all of it.
+        drip: seconds after each byte of the body.
+        endless: sends the body again and again, in chunks, until the client leaves.
         tokens: (prompt, completion) of `usage`; None counts 4 characters a token.
     """
 
@@ -42,6 +44,8 @@ class Reply:
     body: bytes | None = None
     delay: float = 0.0
     cut: int | None = None
+    drip: float = 0.0
+    endless: bool = False
     tokens: tuple[int, int] | None = None
 
 
@@ -136,14 +140,30 @@ class StubServer:
             if reply.delay:
                 await asyncio.sleep(reply.delay)
             body = _completion(request, reply) if reply.body is None else reply.body
-            headers = {"Content-Type": "application/json", "Content-Length": len(body)}
-            lines = [f"{name}: {value}\r\n" for name, value in (headers | reply.headers).items()]
+            size = {"Content-Length": len(body)}
+            if reply.endless:
+                size = {"Transfer-Encoding": "chunked"}
+            headers = {"Content-Type": "application/json", **size, **reply.headers}
+            lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
             start = f"HTTP/1.1 {reply.status} {'OK' if reply.status == 200 else 'No'}\r\n"
-            writer.write(f"{start}{''.join(lines)}\r\n".encode() + body[: reply.cut])
-            await writer.drain()
+            writer.write(f"{start}{''.join(lines)}\r\n".encode())
+            async for part in _parts(body[: reply.cut], reply):
+                writer.write(part)
+                await writer.drain()
             return reply.cut is None
         finally:
             self._open -= 1
+
+
+async def _parts(body: bytes, reply: Reply) -> AsyncIterator[bytes]:
+    while reply.endless:
+        yield b"%x\r\n%s\r\n" % (len(body), body)
+    if not reply.drip:
+        yield body
+        return
+    for at in range(len(body)):
+        yield body[at : at + 1]
+        await asyncio.sleep(reply.drip)
 
 
 def _completion(request: dict[str, Any], reply: Reply) -> bytes:

@@ -4,6 +4,7 @@ import base64
 import csv
 import dataclasses
 import html.parser
+import io
 import json
 import pathlib
 import re
@@ -17,7 +18,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.comparison import compare
 from stepdistill_jax.experiments.report import headline, report
 from stepdistill_jax.experiments.results import Gold, arm_of, read_runs
-from stepdistill_jax.experiments.tables import rationale_table
+from stepdistill_jax.experiments.tables import Table, rationale_table
 
 HOSTILE = "since <script>alert(1)</script> & <img src=http://x.test/a.png>"
 CURVES = {
@@ -163,6 +164,29 @@ def test_pictures_and_tables_are_files_too(made):
     latex = (output / "accuracy.tex").read_text()
     assert "step\\_by\\_step & 0.25 & 375 & 3 & 0.7300" in latex
     assert latex.count("\\\\\n") == 5  # of the head and four rows
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=1+1", "'=1+1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"),
+        ("-2+3", "'-2+3"),
+        ("\t=1", "'\t=1"),
+        ("a\r=1", r"a\r=1"),
+        ("-0.5", "-0.5"),
+        ("+0.0312", "+0.0312"),
+        ("-1e-05", "-1e-05"),
+        ("<0.0001", "<0.0001"),
+        ("", ""),
+        ("step-by-step", "step-by-step"),
+    ],
+    ids=repr,
+)
+def test_no_cell_is_a_formula_to_a_spreadsheet_and_numbers_stay_numbers(cell, written):
+    text = Table("t", ("arm", "=head"), [(cell, "x")], ()).csv()
+    assert list(csv.reader(io.StringIO(text, newline=""))) == [["arm", "'=head"], [written, "x"]]
 
 
 def test_the_same_runs_give_the_same_bytes(made, folder, tmp_path, delivery_data_dir):

@@ -61,6 +61,11 @@ class Annotating:
     def defects(self):
         return read(self.folder / "out.defects.jsonl")
 
+    @property
+    def defects_so_far(self):
+        """Those of a run that stopped."""
+        return read(self.folder / "out.defects.jsonl.partial")
+
 
 @pytest.fixture
 def annotating(tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import tracemalloc
 
 import pytest
@@ -96,9 +97,14 @@ def test_a_second_run_asks_nothing_and_writes_the_same_bytes(annotating):
 
 def test_a_file_that_is_all_in_the_cache_needs_no_key(annotating, monkeypatch):
     annotating(questions(2))
+    first = annotating.output.read_bytes()
+    annotating.output.unlink()
     monkeypatch.delenv("OPENAI_API_KEY")
     source = annotating.write(questions(2))
-    annotate(source, annotating.output, task="generic", choices=("yes", "no"), model="stub")
+    choices = ("yes", "no")
+    result = annotate(source, annotating.output, task="generic", choices=choices, model="stub")
+    assert (result["to_ask"], result["requests"]) == (0, 0)
+    assert annotating.output.read_bytes() == first
 
 
 @pytest.mark.parametrize(
@@ -143,21 +149,39 @@ def test_an_answer_that_comes_after_the_first_look_is_not_paid_for_again(tmp_pat
 
 
 def test_a_label_that_the_row_had_is_kept_and_is_no_answer_of_this_teacher(annotating):
-    rows = questions(1, llm_label="yes")
-    result, out = annotating(rows, lambda _: Reply("Hm."))
+    rows = [*questions(1, llm_label="yes"), {"input": "Is it late?"}]
+    vague = lambda request: Reply("Hm.") if "parcel" in str(request) else GOOD  # noqa: E731
+    result, out = annotating(rows, vague)
     assert (out[0]["llm_label"], result["teacher_accuracy"]) == ("yes", 0.0)
 
 
+def test_teacher_accuracy_is_of_the_rows_with_a_gold_label_read_or_not(annotating):
+    """Four of ten rows have a label: two answers are right, one is wrong, one cannot be read."""
+    rows = [{"input": f"Is parcel {i} late?"} for i in range(6)]
+    rows += [{"input": f"Is letter {i} late?", "label": "yes"} for i in range(4)]
+
+    def reply(request):
+        prompt = request["messages"][0]["content"]
+        if "letter 2 " in prompt:
+            return Reply("Hm. So the answer is no.")
+        return Reply("Hm.") if "letter 3 " in prompt else GOOD
+
+    result, _ = annotating(rows, reply)
+    assert (result["with_label"], result["teacher_accuracy"]) == (4, 0.5)
+
+
 def test_failures_are_never_answers_of_a_later_run(annotating):
-    """First run all malformed: the second asks again (a cache of failures would not)."""
-    result, out = annotating(questions(6), lambda _: Reply("I do not know."))
-    assert (result["with_rationale"], result["defects"]) == (0, {"no_answer": 6})
-    assert all("rationale" not in row and "llm_label" not in row for row in out)
+    """First run all but one malformed: the second asks again (a cache of failures would not)."""
+    vague = Reply("I do not know.")
+    reply = lambda request: GOOD if "parcel 6 " in str(request) else vague  # noqa: E731
+    result, out = annotating(questions(7), reply)
+    assert (result["with_rationale"], result["defects"]) == (1, {"no_answer": 6})
+    assert all("rationale" not in row and "llm_label" not in row for row in out[:6])
     assert [d["row"] for d in annotating.defects] == [1, 2, 3, 4, 5, 6]
     assert annotating.defects[0]["text"] == "I do not know."
-    result, out = annotating(questions(6))
+    result, out = annotating(questions(7))
     assert annotating.server.requests == 6
-    assert result["with_rationale"] == 6
+    assert result["with_rationale"] == 7
 
 
 def test_an_answer_that_cannot_be_read_is_asked_for_again(annotating):
@@ -257,6 +281,67 @@ def test_too_many_truncated_answers_stop_the_run_early(annotating):
     assert not annotating.output.exists()
 
 
+def message(content, **fields):
+    choice = {"message": {"content": content, **fields}, "finish_reason": "stop"}
+    return Reply(body=json.dumps({"choices": [choice]}).encode())
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+UNUSABLE = {
+    "null": message(None),
+    "empty": message(""),
+    "tool calls": message(None, tool_calls=[CALL]),
+    "no answer found": message("I do not know."),
+    "filtered": Reply("", "content_filter"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_answers_of_any_kind_stop_the_run_as_truncated_ones_do(annotating, name):
+    """And are not paid for twice: only the first question is asked again."""
+    with pytest.raises(InputError, match=r"20 of 20 .*--max-truncated 0.05"):
+        annotating(questions(400), lambda _: UNUSABLE[name], retries=1, concurrency=4)
+    assert annotating.server.requests <= 1 + 20 + 4
+    assert not annotating.output.exists()
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_small_file_without_any_usable_answer_is_no_success(annotating, name):
+    result, out = annotating(questions(5), lambda _: UNUSABLE[name], retries=1)
+    assert "none of the 5 rows got a usable answer" in result["stopped"]
+    assert result["requests"] == annotating.server.requests <= 6
+    assert out is None
+    assert [d["row"] for d in annotating.defects_so_far] == [1, 2, 3, 4, 5]
+
+
+def test_rows_that_stay_unusable_do_not_stop_a_run_whose_file_is_within_the_share(annotating):
+    """The second run asks for 25 of 600 answers, and none of them can be used."""
+    rows = questions(600)
+    for row in rows[-25:]:
+        row["input"] = row["input"].replace("parcel", "crate")
+    vague = lambda request: Reply("Hm.") if "crate" in str(request) else GOOD  # noqa: E731
+    annotating(rows, vague)
+    result, out = annotating(rows, vague)
+    assert (annotating.server.requests, result["defects"]) == (25, {"no_answer": 25})
+    assert len(out) == 600
+
+
+def test_one_request_is_sent_before_many(annotating):
+    """A refusal, or a server that is no teacher, meets one request and not sixteen."""
+    at_first = []
+
+    def reply(_):
+        at_first.append(annotating.server.most_at_once)
+        return Reply(GOOD.text, delay=0.05)
+
+    annotating(questions(40), reply)
+    assert at_first[0] == 1
+    assert annotating.server.most_at_once == 16
+    with pytest.raises(InputError, match="HTTP 404"):
+        annotating(questions(40), lambda _: Reply(status=404, body=b"{}"), temperature=0.5)
+    assert annotating.server.requests == 1
+
+
 def test_where_an_answer_cannot_be_kept_no_more_are_paid_for(annotating, monkeypatch):
     def full(*_):
         raise InputError("--cache: database or disk is full")
@@ -340,16 +425,16 @@ def test_counting_a_file_streams_it(annotating):
 
 @pytest.mark.parametrize(("concurrency", "window"), [(4, 64), (20, 80)])
 def test_only_a_window_of_rows_is_under_way(annotating, concurrency, window):
-    """However long the first row takes, no more than the window's others are asked before it."""
+    """However long the second row takes, no more than the window's others are asked before it."""
     others, refused = set(), []
 
     def reply(request):
         prompt = request["messages"][0]["content"]
-        if "parcel 0 " not in prompt:
+        if "parcel 1 " not in prompt:
             others.add(prompt)
             return GOOD
         # once all of them are there, three times more: might one come that should not?
-        if sum(count >= window - 1 for count in refused) < 3:
+        if sum(count >= window for count in refused) < 3:
             refused.append(len(others))
             return Reply(status=503, body=b"{}", headers={"retry-after-ms": "40"})
         held.append(len(others))
@@ -357,7 +442,7 @@ def test_only_a_window_of_rows_is_under_way(annotating, concurrency, window):
 
     held = []
     annotating(questions(200), reply, concurrency=concurrency, attempts=10_000)
-    assert held == [window - 1]
+    assert held == [window]  # the first row's, and those of the window but its head
     assert len(others) == 199
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -33,7 +34,10 @@ def typed(tmp_path, capsys, monkeypatch):
     return run
 
 
-def test_the_last_line_is_json_and_the_table_names_each_defect(typed):
+def test_the_last_line_is_json_and_the_table_names_each_defect(typed, tmp_path):
+    rows = [{"input": f"Is parcel {i} late?", "label": "yes" if i < 20 else ""} for i in range(30)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     def reply(request):
         vague = "parcel 4 " in request["messages"][0]["content"]
         return Reply("Hm." if vague else "Late. So the answer is yes.")
@@ -43,7 +47,8 @@ def test_the_last_line_is_json_and_the_table_names_each_defect(typed):
     assert code == 0
     result = json.loads(out.splitlines()[-1])
     assert (result["rows"], result["with_rationale"], result["asked_again"]) == (30, 29, 1)
-    assert result["teacher_accuracy"] == pytest.approx(29 / 30)
+    assert result["teacher_accuracy"] == pytest.approx(19 / 20)
+    assert "19 │ 95.00% │ of 20 rows with a gold label" in re.sub(" +", " ", out)
     assert "no_answer" in out and "first: row 5" in " ".join(out.split())
     assert "30 rows, 30 answers to ask for" in err and "cost about" in err
     assert "30/30" in err and "cost 0.0" in err
@@ -64,6 +69,16 @@ def test_a_cap_ends_with_1_and_says_that_the_command_goes_on(typed):
     assert json.loads(out.splitlines()[-1])["stopped"]
     assert "stopped: the next request might go over --max-tokens-total 3000" in err
     assert "Traceback" not in err
+
+
+def test_a_file_without_a_usable_answer_ends_with_1_and_names_its_defects(typed, tmp_path):
+    rows = "".join(json.dumps({"input": f"Is crate {i} late?"}) + "\n" for i in range(5))
+    (tmp_path / "in.jsonl").write_text(rows)
+    code, out, err = typed(reply=lambda _: Reply(""))
+    assert code == 1
+    assert "stopped: none of the 5 rows got a usable answer; see" in err
+    assert "out.defects.jsonl.partial" in err and "empty" in out
+    assert json.loads(out.splitlines()[-1])["defects"] == {"empty": 5}
 
 
 def test_a_refusal_ends_with_2_in_one_line(typed):

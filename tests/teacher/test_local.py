@@ -99,7 +99,8 @@ def test_a_random_teacher_leaves_rows_without_a_rationale_and_says_why(tmp_path,
     )
     assert (result["rows"], result["with_rationale"]) == (5, 0)
     assert sum(result["defects"].values()) == 5
-    assert '"model": "hf:model"' in output.read_text()
+    assert "none of the 5 rows got a usable answer" in result["stopped"]
+    assert '"model": "hf:model"' in (tmp_path / "out.jsonl.partial").read_text()
 
 
 def test_the_chat_template_of_a_tokenizer_is_used(tmp_path):

@@ -1,0 +1,49 @@
+"""What a command prints: foreign text in it cannot steer the terminal."""
+
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from stepdistill_jax.errors import escaped
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def say(text: object) -> None:
+    """Prints lines on standard output, control characters as their escapes."""
+    print(escaped(text))
+
+
+def show_traceback() -> None:
+    """Prints the traceback of the exception under way on standard error."""
+    print(escaped(traceback.format_exc()), end="", file=sys.stderr)
+
+
+def console(**settings: Any) -> "Console":
+    """Returns rich's console, with the control characters of each text as their escapes.
+
+    Args:
+        settings: of `rich.console.Console`.
+    """
+    from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+    from rich.segment import Segment
+
+    class Escaped:
+        def __init__(self, renderable: ConsoleRenderable):
+            self._renderable = renderable
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            # colours are added after this, from each segment's style
+            for segment in console.render(self._renderable, options):
+                yield segment if segment.control else Segment(escaped(segment.text), segment.style)
+
+    class Escaping(RenderHook):
+        def process_renderables(
+            self, renderables: list[ConsoleRenderable]
+        ) -> list[ConsoleRenderable]:
+            return [Escaped(renderable) for renderable in renderables]
+
+    made = Console(**settings)
+    made.push_render_hook(Escaping())
+    return made

@@ -1,0 +1,57 @@
+"""An HTTP client whose responses are bounded. It imports httpx, so import it where that is needed."""
+
+import ssl
+from collections.abc import AsyncIterator
+
+import httpx
+
+MOST_BYTES = (
+    4 * 2**20
+)  # of a response's body; the longest answers of today's models are under 1 MiB
+UNCOMPRESSED = "identity"
+
+
+def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
+    """Returns a client with one connection that refuses compressed and endless responses.
+
+    It asks for no compression, so the bytes on the wire are the bytes in memory and one count
+    bounds both. The bound covers the bodies of redirects and errors, which httpx reads itself. It is
+    a hook and no transport: a client with its own transport ignores the proxies of the environment.
+
+    Args:
+        timeout: seconds for each read or write. Half of it for the connection: the caller gives up
+            the whole request after `timeout`, and can still tell that nothing was sent.
+        verify: of TLS.
+    """
+    return httpx.AsyncClient(
+        limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+        timeout=httpx.Timeout(timeout, connect=timeout / 2),
+        headers={"Accept-Encoding": UNCOMPRESSED},
+        follow_redirects=True,
+        verify=verify,
+        event_hooks={"response": [_bound]},
+    )
+
+
+async def _bound(response: httpx.Response) -> None:
+    encoding = response.headers.get("Content-Encoding", UNCOMPRESSED).strip().lower()
+    if encoding not in ("", UNCOMPRESSED):
+        raise httpx.ReadError(f"the response is compressed ({encoding[:40]}) without our asking")
+    response.stream = _BoundedStream(response.stream)
+
+
+class _BoundedStream(httpx.AsyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream | httpx.AsyncByteStream):
+        assert isinstance(stream, httpx.AsyncByteStream)
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        count = 0
+        async for chunk in self._stream:
+            count += len(chunk)
+            if count > MOST_BYTES:
+                raise httpx.ReadError(f"the response is longer than {MOST_BYTES // 2**20} MiB")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
