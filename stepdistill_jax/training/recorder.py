@@ -37,14 +37,16 @@ class StepRecorder:
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
         self._silent = dict.fromkeys(self._names, 0)
         self._zero_steps = 0
-        self._pending: tuple[int, Batch, dict, float] | None = None
+        self._pending: tuple[int, Batch, dict, float, float | None] | None = None
         self.last: dict[str, Any] = {}
         self.throughput = Throughput(run.model, batch_size=run.config.batch_size)
 
     def note(self, step: int, batch: Batch, device_metrics: dict, waited: float) -> None:
         """Keeps this step for later and writes the one before it."""
+        # a CPU ends a step before the call returns: by the time of the next one it would count as 0 s
+        ended = self.throughput.now() if device_metrics["loss"].is_ready() else None
         self.flush()
-        self._pending = step, batch, device_metrics, waited
+        self._pending = step, batch, device_metrics, waited, ended
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a validation on a line of its own."""
@@ -67,9 +69,10 @@ class StepRecorder:
         """
         if self._pending is None:
             return
-        step, batch, device_metrics, waited = self._pending
+        step, batch, device_metrics, waited, ended = self._pending
         self._pending = None
-        got = jax.tree.map(np.asarray, device_metrics)
+        got = jax.tree.map(np.asarray, device_metrics)  # waits until the step has ended
+        ended = self.throughput.now() if ended is None else ended
         sums = got["sums"]
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
         for i, (name, weight) in enumerate(self._weights.items()):
@@ -85,7 +88,7 @@ class StepRecorder:
             if isinstance(weight, Schedule):
                 metrics[f"loss_weight/{name}"] = float(got["weights"][i])
         metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
-        metrics |= self.throughput.of_step(batch)
+        metrics |= self.throughput.of_step(batch, ended)
         metrics["timing/seconds_waiting_for_data"] = waited
         self._guard.count(step, metrics)
         metrics["skipped_steps"] = self._guard.skipped

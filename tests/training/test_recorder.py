@@ -5,10 +5,35 @@ import pytest
 
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.training import TrainConfig
+from stepdistill_jax.training import TrainConfig, throughput
 from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.order import ExampleIds
 from stepdistill_jax.training.recorder import SILENT_STEPS, StepRecorder
+
+
+class Result:
+    """A scalar on a device whose step ends `after` seconds from now; who reads it waits for that."""
+
+    def __init__(self, value, clock=None, after=0.0):
+        self.value, self.clock = value, clock
+        self.end = clock.now + after if clock else 0.0
+
+    def is_ready(self):
+        return self.clock is None or self.end <= self.clock.now
+
+    def __array__(self, dtype=None, copy=None):
+        if self.clock is not None:
+            self.clock.now = max(self.clock.now, self.end)
+        return np.array(self.value, dtype)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What `timing/...` is measured by; stands still until a test moves it."""
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
 
 
 class Lines(list):
@@ -49,6 +74,7 @@ def note(recorder, step, *, loss=2.0, rationale_tokens=0):
         correct=np.array([1.0, 0.0]),
         count=np.array([3.0, rationale_tokens]),
     )
+    loss = loss if isinstance(loss, Result) else Result(loss)
     recorder.note(step, (group,), {"loss": loss, "grad_norm": 1.0, "sums": sums}, 0.5)
 
 
@@ -70,6 +96,44 @@ def test_a_step_is_written_when_the_next_one_runs(recorder):
         "timing/seconds_waiting_for_data": 0.5,
     }
     assert {name: line[name] for name in expected} == pytest.approx(expected)
+
+
+def rates(recorder):
+    return [line["timing/examples_per_second"] for line in recorder._writer]
+
+
+def test_a_step_that_ends_before_its_call_returns_has_its_own_time(clock, recorder):
+    """As on a CPU; the last one is not that of a step which nobody waited for."""
+    for step, seconds in enumerate([8.0, 2.0, 4.0], 1):
+        clock.now += seconds
+        note(recorder, step, loss=Result(2.0, clock))
+    clock.now += 60  # on the way to the end
+    recorder.flush()
+    assert rates(recorder) == [2 / 8, 2 / 2, 2 / 4]
+
+
+def test_a_step_that_runs_on_has_the_time_until_it_ended_and_nobody_waits_for_it(clock, recorder):
+    """As on a GPU: each step of 4 s starts when the one before it ends, its call returns at once."""
+    for step in (1, 2, 3):
+        note(recorder, step, loss=Result(2.0, clock, after=104 + 4 * (step - 1) - clock.now))
+        assert clock.now == 100 + 4 * (step - 1), "the step before it was waited for, no other"
+    recorder.flush()
+    assert clock.now == 112
+    assert rates(recorder) == [2 / 4] * 3
+
+
+def test_validation_and_saving_are_no_part_of_a_step(clock, recorder):
+    clock.now += 2
+    note(recorder, 1, loss=Result(2.0, clock))
+    recorder.flush()
+    clock.now += 50
+    recorder.validation(1, {"eval/validation/label_accuracy": 0.5})
+    clock.now += 4
+    note(recorder, 2, loss=Result(2.0, clock))
+    recorder.flush()
+    first, _, second = recorder._writer
+    assert first["timing/examples_per_second"] == 2 / 2
+    assert second["timing/examples_per_second"] == 2 / 4
 
 
 def test_an_objective_without_tokens_is_warned_of_once_and_has_no_loss(recorder, capsys):
