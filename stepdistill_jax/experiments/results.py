@@ -20,7 +20,7 @@ from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
 from stepdistill_jax.inference.rationale_quality import named_answer
 from stepdistill_jax.objectives import ARMS
 from stepdistill_jax.text.metrics import metric_fn
-from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.workdir import RUN, read_run
 from stepdistill_jax.training.writers import METRICS, read_metrics
 
 DEPTH = 5  # folders that are looked through for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
@@ -231,13 +231,9 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
 def _read(found: Found, split: str, gold_of) -> RunResult | str:
     """The run, or why it is left out."""
     workdir, told = found.workdir, found.told
-    described = read_json(workdir / RUN)
-    try:
-        config, labels = described["config"], described["examples"]
-        task, parameters = config["task"], described["parameters"]
-        fraction, seed = config["data_fraction"], config["seed"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{workdir / RUN}: damaged ({error!r})") from None
+    described = read_run(workdir)
+    config = described["config"]
+    task = config["task"]
     evaluation = workdir / EVALUATION / f"{split}.json"
     kept = read_json(evaluation) if evaluation.is_file() else {}
     gold = gold_of(task)
@@ -268,13 +264,13 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     return RunResult(
         workdir=workdir,
         arm=str(told.get("arm") or arm_of(config["objectives"])),
-        fraction=float(fraction),
-        seed=int(seed),
+        fraction=float(config["data_fraction"]),
+        seed=config["seed"],
         grid={str(k): str(v) for k, v in told.get("grid", {}).items()},
         config=config,
         gold=gold,
-        labels=int(labels),
-        parameters=int(parameters),
+        labels=described["examples"],
+        parameters=described["parameters"],
         step=step,
         accuracy=float(kept["accuracy"] if right is None else right.mean()),
         rows=int(kept["rows"] if right is None else len(right)),

@@ -30,7 +30,7 @@ from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.lock import locked
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.provenance import differences
-from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.workdir import RUN, read_run
 
 SWEEP = "sweep.json"
 EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
@@ -272,7 +272,7 @@ def _check_workdirs(
         workdir = folder / cell.path
         if not (workdir / RUN).is_file():
             continue
-        before = read_json(workdir / RUN)
+        before = read_run(workdir)
         now = {k: before.get(k, {}) for k in ("fingerprint", "model")}
         # as JSON has it: tuples are lists there
         now["config"] = json.loads(json.dumps(cell.config.to_json(), default=str))
