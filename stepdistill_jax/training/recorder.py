@@ -31,7 +31,9 @@ class StepRecorder:
         """
         self._writer, self._bar = writer, bar
         self._guard = Guard(run, writer, start=start, speaks=bar is not None)
-        self._learning_rate = make_schedule(run.config)
+        # all at once: an operation of its own would wait in the device's queue for the running step
+        rates = make_schedule(run.config)(np.arange(run.config.train_steps))
+        self._learning_rates = np.broadcast_to(np.asarray(rates), run.config.train_steps)
         self._names = [o.name for o in run.data.objectives]
         extra = [run.config.extra_loss] if run.config.extra_loss else []
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
@@ -43,7 +45,7 @@ class StepRecorder:
 
     def note(self, step: int, batch: Batch, device_metrics: dict, waited: float) -> None:
         """Keeps this step for later and writes the one before it."""
-        # a CPU ends a step before the call returns: by the time of the next one it would count as 0 s
+        # where the call returned after the step's end, `flush` would see it too late
         ended = self.throughput.now() if device_metrics["loss"].is_ready() else None
         self.flush()
         self._pending = step, batch, device_metrics, waited, ended
@@ -87,7 +89,7 @@ class StepRecorder:
                     metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
             if isinstance(weight, Schedule):
                 metrics[f"loss_weight/{name}"] = float(got["weights"][i])
-        metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
+        metrics["learning_rate"] = float(self._learning_rates[step - 1])
         metrics |= self.throughput.of_step(batch, ended)
         metrics["timing/seconds_waiting_for_data"] = waited
         self._guard.count(step, metrics)

@@ -6,7 +6,9 @@ import pytest
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.training import TrainConfig, throughput
+from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.loss import ObjectiveSums
+from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.order import ExampleIds
 from stepdistill_jax.training.recorder import SILENT_STEPS, StepRecorder
 
@@ -47,13 +49,23 @@ class Lines(list):
 
 
 @pytest.fixture
-def recorder(tmp_path):
+def make_recorder(tmp_path):
     (tmp_path / "checkpoints").mkdir()
+    config = {"task": "any", "batch_size": 2, "train_steps": 100}
+    return lambda **settings: _recorder(tmp_path, TrainConfig(**config, **settings))
+
+
+@pytest.fixture
+def recorder(make_recorder):
+    return make_recorder()
+
+
+def _recorder(workdir, config):
     run = types.SimpleNamespace(
-        config=TrainConfig(task="any", batch_size=2, train_steps=100),
+        config=config,
         data=types.SimpleNamespace(objectives=step_by_step()),
         model=t5_config("t5_v1_1", "tiny", vocab_size=128),
-        workdir=tmp_path,
+        workdir=workdir,
         batches=types.SimpleNamespace(examples=lambda step: ExampleIds(*np.zeros((3, 0), int))),
     )
     bar = types.SimpleNamespace(update=lambda *_, **__: None)
@@ -120,6 +132,26 @@ def test_a_step_that_runs_on_has_the_time_until_it_ended_and_nobody_waits_for_it
     recorder.flush()
     assert clock.now == 112
     assert rates(recorder) == [2 / 4] * 3
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"schedule": "constant"}, {"warmup_steps": 10}], ids=str)
+def test_a_line_has_its_learning_rate_and_asks_no_device_for_it(
+    make_recorder, monkeypatch, optimizer
+):
+    asked = []
+    schedule = lambda config: lambda step: asked.append(step) or make_schedule(config)(step)  # noqa: E731
+    monkeypatch.setattr("stepdistill_jax.training.recorder.make_schedule", schedule)
+    settings = {"learning_rate": 1e-3, "optimizer": OptimizerConfig(**optimizer)}
+    recorder = make_recorder(**settings)
+    asked.clear()
+    for step in range(1, 101):
+        note(recorder, step)
+    recorder.flush()
+    assert asked == [], "it would wait in the device's queue until the step that runs has ended"
+    of_step = make_schedule(TrainConfig(task="any", train_steps=100, **settings))
+    want = [float(of_step(step)) for step in range(100)]
+    # a float32 or two apart: one of them computed with a Python integer
+    assert [line["learning_rate"] for line in recorder._writer] == pytest.approx(want, rel=1e-6)
 
 
 def test_validation_and_saving_are_no_part_of_a_step(clock, recorder):
