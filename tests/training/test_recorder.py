@@ -150,8 +150,8 @@ def test_a_line_has_its_learning_rate_and_asks_no_device_for_it(
     assert asked == [], "it would wait in the device's queue until the step that runs has ended"
     of_step = make_schedule(TrainConfig(task="any", train_steps=100, **settings))
     want = [float(of_step(step)) for step in range(100)]
-    # a float32 or two apart: one of them computed with a Python integer
-    assert [line["learning_rate"] for line in recorder._writer] == pytest.approx(want, rel=1e-6)
+    # float32 of the peak, 1e-3: an array and a Python integer round differently
+    assert [line["learning_rate"] for line in recorder._writer] == pytest.approx(want, abs=1e-9)
 
 
 def test_validation_and_saving_are_no_part_of_a_step(clock, recorder):
