@@ -75,7 +75,11 @@ def join() -> None:
         bind = None
         if job.process_id == 0:
             given = os.environ.get(BIND_ADDRESS)
-            bind = _host_and_port(BIND_ADDRESS, given) if given else own_address(host, port)
+            bind = (
+                _host_and_port(BIND_ADDRESS, given)
+                if given
+                else own_address(host, port, timeout_secs)
+            )
         roll_call(
             host,
             port,

@@ -61,27 +61,32 @@ def roll_call(
         greeting = f"{GREETING} {token} {num_processes} {process_id}\n"
         _answer(host, port, greeting, num_processes, deadline, timeout_secs)
         return
-    with _listen(bind or own_address(host, port), deadline) as server:
+    with _listen(bind or own_address(host, port, timeout_secs), deadline) as server:
         _call(server, token, num_processes, deadline, timeout_secs)
 
 
-def own_address(host: str, port: int) -> tuple[str, int]:
+def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
     """Returns the address of this machine that other processes reach as `host`.
 
     The host is empty, all addresses, where a name other than `localhost` stands for the loopback device:
     Debian gives a machine's own name 127.0.1.1, and other hosts find it at another address.
 
     Raises:
-        InputError: nothing here has that name.
+        InputError: after `timeout_secs` the name is still unknown here.
     """
-    try:
-        # IPv4 first: every client tries it where a name has both
-        found = sorted(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), key=lambda x: x[0])
-    except OSError as error:
-        raise InputError(
-            f"the coordinator's host {host!r} is unknown here ({error.strerror})"
-        ) from None
-    address = str(found[0][4][0])
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            break
+        except OSError as error:  # a cluster may give its machines their names late
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"the coordinator's host {host!r} is unknown here ({error.strerror})"
+                ) from None
+            time.sleep(RETRY_SECS)
+    # IPv4 first: every client tries it where a name has both
+    address = str(min(found, key=lambda entry: entry[0])[4][0])
     named = host != "localhost" and host != address
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     return ("" if named and loopback else address), port

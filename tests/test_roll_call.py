@@ -163,7 +163,26 @@ def test_a_name_stands_for_an_address(monkeypatch, host, resolved, listens):
         return [(f, 1, 6, "", (a, 8476)) for f, a in zip(families, resolved, strict=True)]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert own_address(host, 8476) == (listens, 8476)
+    assert own_address(host, 8476, 0) == (listens, 8476)
+
+
+def test_a_name_may_come_late_and_not_at_all(monkeypatch):
+    answers = [
+        OSError(-2, "Name or service not known"),
+        [(socket.AF_INET, 1, 6, "", ("10.0.0.7", 1))],
+    ]
+
+    def getaddrinfo(*_, **__):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    assert own_address("node7", 8476, 20) == ("10.0.0.7", 8476)
+    answers.append(OSError(-2, "Name or service not known"))
+    with pytest.raises(InputError, match="host 'node7' is unknown here"):
+        own_address("node7", 8476, -1)
 
 
 def test_an_address_of_another_machine_is_bad_input():
