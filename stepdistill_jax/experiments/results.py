@@ -14,7 +14,8 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP
-from stepdistill_jax.files import digest, local_path, read_json, read_jsonl
+from stepdistill_jax.files import digest, local_path, read_jsonl
+from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference.asking import RATIONALE
 from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
 from stepdistill_jax.inference.rationale_quality import named_answer
@@ -219,7 +220,9 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
     if (path / RUN).is_file():
         yield Found(path)
     elif (path / SWEEP).is_file():
-        cells = read_json(path / SWEEP).get("cells", {})
+        cells = read_object(path / SWEEP).get("cells")
+        if not isinstance(cells, dict) or not all(isinstance(x, dict) for x in cells.values()):
+            raise InputError(f"{path / SWEEP}: is not what `sweep` writes; move it away")
         for name, told in cells.items():
             if (path / name / RUN).is_file():
                 yield Found(path / name, told)
@@ -235,7 +238,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     config = described["config"]
     task = config["task"]
     evaluation = workdir / EVALUATION / f"{split}.json"
-    kept = read_json(evaluation) if evaluation.is_file() else {}
+    kept = read_object(evaluation) if evaluation.is_file() else {}
     gold = gold_of(task)
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
         return f"answered {task} before it was prepared anew"
@@ -259,7 +262,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
             return f"{file.name} answers other rows than {task}'s {split} has: evaluate it again"
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
-    elif "accuracy" not in kept:
+    elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
         return f"the dataset {task} with a split {split} is not prepared here"
     return RunResult(
         workdir=workdir,

@@ -21,6 +21,7 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
 from stepdistill_jax.files import as_path, read_json, write_json
+from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference.asking import RATIONALE
 from stepdistill_jax.objectives import gives_rationale, resolve
 from stepdistill_jax.progress import log
@@ -235,7 +236,7 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     path = workdir / EVALUATION / f"{split}.json"
     if not path.is_file():
         return False
-    return not with_rationale or RATIONALE in read_json(path)
+    return not with_rationale or RATIONALE in read_object(path)
 
 
 def _check_cells(
@@ -282,7 +283,7 @@ def _check_workdirs(
                 " to go on with this sweep, or another --workdir"
             )
         for file in sorted((workdir / EVALUATION).glob("*.json")):
-            old, new = read_json(file).get("dataset"), datasets[cell.config.task]
+            old, new = read_object(file).get("dataset"), datasets[cell.config.task]
             if old and new and old != new:
                 raise InputError(
                     f"{file}: is of {cell.config.task} before it was prepared anew; use another"
