@@ -1,8 +1,8 @@
 """Runs N processes of one command on this host: the common part of `local.sh` and `multi_gpu.sh`.
 
 Standard library only: it runs under the `python3` that is there, whatever environment COMMAND lives
-in. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, which
-`stepdistill` reads before it touches JAX.
+in. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID and a
+STEPDISTILL_JOB_TOKEN of this start, which `stepdistill` reads before it touches JAX.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import queue
+import secrets
 import shlex
 import signal
 import socket
@@ -80,13 +81,14 @@ class Group:
         self.grace = args.grace
         self.signalled = False
         self.ends = queue.Queue()  # (process, exit code), in the order in which they end
-        port = free_port()
+        port, token = free_port(), {"STEPDISTILL_JOB_TOKEN": secrets.token_hex(16)}
         self.processes, self.threads = [], []
         # a signal that comes while we start waits until all can be told
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         for k in range(args.n):
             try:
-                process = start(args.command, os.environ | variables(k, args, port), k, mask)
+                environment = token | os.environ | variables(k, args, port)
+                process = start(args.command, environment, k, mask)
             except OSError as error:
                 self._kill()
                 say(f"error: cannot start {args.command[0]!r}: {error.strerror}")

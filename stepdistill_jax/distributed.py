@@ -9,7 +9,7 @@ import threading
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.progress import log
-from stepdistill_jax.roll_call import roll_call
+from stepdistill_jax.roll_call import own_address, roll_call
 
 ADDRESS, NUM_PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
@@ -19,6 +19,7 @@ ADDRESS, NUM_PROCESSES, PROCESS_ID = (
 BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
 EXPECT_DEVICES = "EXPECT_DEVICES"
 JOIN_TIMEOUT = "STEPDISTILL_JOIN_TIMEOUT"
+KNOWN_TO_JOB = "STEPDISTILL_JOB_TOKEN"  # the same secret in all processes of a job
 
 JOIN_SECS = 300  # hosts of a pod start minutes apart
 CONNECT_SECS = 120  # of JAX, once all processes are known to be there
@@ -71,14 +72,22 @@ def join() -> None:
     if job is not None:
         timeout_secs = _whole(JOIN_TIMEOUT, 1) or JOIN_SECS
         host, port = _host_and_port(ADDRESS, job.address)
-        bind = os.environ.get(BIND_ADDRESS)
+        bind = None
+        if job.process_id == 0:
+            given = os.environ.get(BIND_ADDRESS)
+            bind = (
+                _host_and_port(BIND_ADDRESS, given)
+                if given
+                else own_address(host, port, timeout_secs)
+            )
         roll_call(
             host,
             port,
             num_processes=job.num_processes,
             process_id=job.process_id,
             timeout_secs=timeout_secs,
-            bind=_host_and_port(BIND_ADDRESS, bind) if bind else None,
+            bind=bind,
+            secret=os.environ.get(KNOWN_TO_JOB),
         )
         import jax
 
@@ -87,6 +96,8 @@ def join() -> None:
             job.num_processes,
             job.process_id,
             local_device_ids=job.local_device_ids,
+            # JAX's default is all addresses
+            coordinator_bind_address=_address(*bind) if bind and bind[0] else None,
             cluster_detection_method="deactivate",  # `find_job` has done it
             initialization_timeout=CONNECT_SECS,
             heartbeat_timeout_seconds=HEARTBEAT_SECS,
@@ -229,3 +240,7 @@ def _host_and_port(name: str, address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise InputError(f"{name}={address}: HOST:PORT is wanted")
     return host.strip("[]"), int(port)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

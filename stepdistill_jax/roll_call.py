@@ -1,11 +1,15 @@
 """Which processes of a job are there, asked before JAX joins them: JAX's own time-out names nobody.
 
-Process 0 listens on the coordinator's port, every other process connects and says its number, and
-process 0 answers all of them at once: go on, or who is missing. Then JAX's service takes the port.
+Process 0 listens on the coordinator's address, every other process connects and sends the job's token and
+its number, and process 0 answers all of them at once: go on, or who is missing. Then JAX's service takes
+the port. A connection without the token is closed and changes nothing.
 """
 
 import contextlib
 import errno
+import hashlib
+import hmac
+import ipaddress
 import re
 import selectors
 import socket
@@ -14,8 +18,8 @@ import time
 from stepdistill_jax.errors import InputError
 
 GREETING = "stepdistill-roll-call"
-_GREETING = re.compile(rf"{GREETING} (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
-GO, MISSING, REFUSED = "go", "missing", "refused"
+_GREETING = re.compile(rf"{GREETING} ([0-9a-f]{{64}}) (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
+GO, MISSING, REFUSED, STRANGER = "go", "missing", "refused", "stranger"
 RETRY_SECS = 0.5
 GREETING_SECS = 1.0  # between a connection and its greeting, which is sent at once
 ANSWER_SECS = 10.0  # more than process 0 may need to answer after its own time-out
@@ -33,15 +37,18 @@ def roll_call(
     process_id: int,
     timeout_secs: float,
     bind: tuple[str, int] | None = None,
+    secret: str | None = None,
 ) -> None:
     """Returns in every process of the job as soon as all of them have called it.
 
     Args:
-        host, port: where process 0 is reached.
+        host, port: where process 0 is reached; written alike in all processes.
         num_processes: of the job.
         process_id: of the caller, counted from 0.
         timeout_secs: how long the others are waited for.
-        bind: where process 0 listens, if not at `port` of all its addresses.
+        bind: where process 0 listens; None is `own_address(host, port)`.
+        secret: known to the job's processes alone; None is `host` and `port`, which keep out other
+            programs and jobs, and nobody who knows them.
 
     Raises:
         ProcessesMissing: in every process that came; names those that did not.
@@ -49,11 +56,40 @@ def roll_call(
             port cannot be opened.
     """
     deadline = time.monotonic() + timeout_secs
+    token = hashlib.sha256((secret or f"{host}:{port}").encode()).hexdigest()
     if process_id:
-        _answer(host, port, num_processes, process_id, deadline, timeout_secs)
+        greeting = f"{GREETING} {token} {num_processes} {process_id}\n"
+        _answer(host, port, greeting, num_processes, deadline, timeout_secs)
         return
-    with _listen(bind or ("", port), deadline) as server:
-        _call(server, num_processes, deadline, timeout_secs)
+    with _listen(bind or own_address(host, port, timeout_secs), deadline) as server:
+        _call(server, token, num_processes, deadline, timeout_secs)
+
+
+def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
+    """Returns the address of this machine that other processes reach as `host`.
+
+    The host is empty, all addresses, where a name other than `localhost` stands for the loopback device:
+    Debian gives a machine's own name 127.0.1.1, and other hosts find it at another address.
+
+    Raises:
+        InputError: after `timeout_secs` the name is still unknown here.
+    """
+    deadline = time.monotonic() + timeout_secs
+    while True:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            break
+        except OSError as error:  # a cluster may give its machines their names late
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"the coordinator's host {host!r} is unknown here ({error.strerror})"
+                ) from None
+            time.sleep(RETRY_SECS)
+    # IPv4 first: every client tries it where a name has both
+    address = str(min(found, key=lambda entry: entry[0])[4][0])
+    named = host != "localhost" and host != address
+    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    return ("" if named and loopback else address), port
 
 
 def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
@@ -63,6 +99,11 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
         try:
             return socket.create_server(address, family=family, dualstack_ipv6=both, backlog=1024)
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise InputError(
+                    f"process 0 runs on a machine without the coordinator's address {address[0]};"
+                    " start it there, or set JAX_COORDINATOR_BIND_ADDRESS to the HOST:PORT to listen on"
+                ) from None
             # an earlier life of the job may be about to leave the port
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise InputError(
@@ -72,32 +113,45 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
             time.sleep(RETRY_SECS)
 
 
-def _call(server: socket.socket, num_processes: int, deadline: float, timeout_secs: float) -> None:
+def _call(
+    server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
+) -> None:
     """Process 0: waits for the others and tells them the outcome."""
     present: dict[int, socket.socket] = {}
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)
+
+        def leave(connection: socket.socket) -> None:
+            selector.unregister(connection)
+            connection.close()
+
         while len(present) < num_processes - 1:
-            ready = selector.select(max(deadline - time.monotonic(), 0))
-            if not ready:
+            left = max(deadline - time.monotonic(), 0)
+            ready = selector.select(left)
+            if not ready or not left:  # strangers who keep coming do not hold it up
                 missing = sorted(set(range(1, num_processes)) - present.keys())
                 message = _missing(missing, num_processes, timeout_secs)
                 _tell(present, f"{MISSING} {message}")
                 raise ProcessesMissing(message)
             for key, _ in ready:
                 if key.fileobj is server:
-                    connection = connections.enter_context(server.accept()[0])
-                    connection.settimeout(GREETING_SECS)
-                    selector.register(connection, selectors.EVENT_READ)
+                    with contextlib.suppress(OSError):  # gone again
+                        connection = connections.enter_context(server.accept()[0])
+                        connection.settimeout(GREETING_SECS)
+                        selector.register(connection, selectors.EVENT_READ)
                     continue
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
                 greeting = _GREETING.fullmatch(_receive(connection, packets=2))
                 if greeting is None:  # gone again, or not one of us
-                    selector.unregister(connection)
                     present = {i: c for i, c in present.items() if c is not connection}
+                    leave(connection)
                     continue
-                count, number = map(int, greeting.groups())
+                if not hmac.compare_digest(greeting[1], token):
+                    _tell({-1: connection}, STRANGER)
+                    leave(connection)
+                    continue
+                count, number = int(greeting[2]), int(greeting[3])
                 if refusal := _refusal(count, number, num_processes, present):
                     _tell({**present, -1: connection}, f"{REFUSED} {refusal}")
                     raise InputError(refusal)
@@ -108,12 +162,12 @@ def _call(server: socket.socket, num_processes: int, deadline: float, timeout_se
 def _answer(
     host: str,
     port: int,
+    greeting: str,
     num_processes: int,
-    process_id: int,
     deadline: float,
     timeout_secs: float,
 ) -> None:
-    """Every other process: says its number to process 0 and waits for the outcome."""
+    """Every other process: greets process 0 and waits for the outcome."""
     reason = ""
     while time.monotonic() < deadline:
         reply = ""
@@ -121,7 +175,7 @@ def _answer(
             with socket.create_connection((host, port), timeout=ANSWER_SECS) as connection:
                 # process 0 began to wait before this moment
                 connection.settimeout(timeout_secs + ANSWER_SECS)
-                connection.sendall(f"{GREETING} {num_processes} {process_id}\n".encode())
+                connection.sendall(greeting.encode())
                 reply = _receive(connection)
             reason = "another program, or an earlier start of the job, answers there"
         except OSError as error:
@@ -133,6 +187,11 @@ def _answer(
             raise ProcessesMissing(message)
         if kind == REFUSED:
             raise InputError(message)
+        if kind == STRANGER:
+            reason = (
+                "another job answers there, or another STEPDISTILL_JOB_TOKEN or spelling of the"
+                " coordinator's address was given to this process"
+            )
         time.sleep(RETRY_SECS)
     raise ProcessesMissing(f"{_missing([0], num_processes, timeout_secs)}; {host}:{port}: {reason}")
 

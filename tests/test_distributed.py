@@ -175,12 +175,19 @@ def test_bad_input_ends_every_process_with_2_and_in_seconds(tmp_path):
 
 
 FAULT = """
-import os, time
+import os, socket, time
 from stepdistill_jax.commands import main, train
 
 def run(args):
     from stepdistill_jax.distributed import join
     join()
+    port = os.environ["JAX_COORDINATOR_ADDRESS"].rpartition(":")[2]
+    for host in ("127.0.0.1", "127.0.0.2"):
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            print("JAX listens on", host)
+        except ConnectionRefusedError:
+            pass
     if os.environ["JAX_PROCESS_ID"] == "1":
         raise ValueError("a fault")
     time.sleep(100)
@@ -195,10 +202,11 @@ def test_a_fault_in_one_process_does_not_wait_for_the_others():
     pair = launch([], [0, 1], of=2, code=FAULT)
     try:
         began = time.monotonic()
-        _, err = pair[1].communicate(timeout=100)
+        out, err = pair[1].communicate(timeout=100)
         assert pair[1].returncode == 1
         assert "stepdistill: failed: ValueError: a fault" in err
         assert time.monotonic() - began < 40
+        assert out == "JAX listens on 127.0.0.1\n", "on no other address of this machine"
     finally:
         for process in pair:
             process.kill()

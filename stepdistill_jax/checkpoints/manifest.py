@@ -1,7 +1,7 @@
 """The manifest of a saved step: its files' sizes and digests, and its metrics; written last.
 
-A step without one was not saved to its end. A step whose files are others than its manifest says is
-damaged.
+A step without one was not saved to its end. A step whose files or whose folder's number differ from its
+manifest is damaged.
 """
 
 import concurrent.futures
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -180,10 +181,15 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
     """`metrics` and `files` of a manifest.
 
     Raises:
-        ValueError: there is none, or it is not what was written; says which.
+        ValueError: there is none, it is not what was written, or it is of another step; says which.
     """
+    path = step_folder / MANIFEST
     try:
-        text = (step_folder / MANIFEST).read_text(encoding="utf-8")
+        if (
+            not is_remote(path) and path.exists() and not path.is_file()
+        ):  # a pipe would be waited for
+            raise ValueError(f"{MANIFEST}: is a pipe or device")
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(UNSEALED) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -198,6 +204,8 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST}: other bytes than were saved")
     if not _is_manifest(body):
         raise ValueError(f"{MANIFEST}: not one of ours")
+    if (number := str(body["metrics"]["step"])) != step_folder.name:
+        raise ValueError(f"{MANIFEST}: of step {number}; rename the folder to {number}")
     return body
 
 
@@ -208,7 +216,9 @@ def _is_manifest(body: Any) -> bool:
         isinstance(x, dict) for x in (metrics, files)
     ):
         return False
-    ranked = ("step", *(("label_accuracy", "label_loss") if metrics.get("validated") else ()))
+    if type(metrics.get("step")) is not int:
+        return False
+    ranked = ("label_accuracy", "label_loss") if metrics.get("validated") else ()
     if not all(type(metrics.get(name)) in (int, float) for name in ranked):
         return False
     return all(
@@ -227,7 +237,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _files(step_folder: pathlib.Path) -> dict[str, int]:
-    """Size of each file below a step's folder by its name in it; not of the manifest."""
+    """Size of each regular file below a step's folder by its name in it; not of the manifest."""
     if is_remote(step_folder):
         import fsspec
 
@@ -240,9 +250,11 @@ def _files(step_folder: pathlib.Path) -> dict[str, int]:
         for folder, _, names in os.walk(step_folder):
             for path in (pathlib.Path(folder, name) for name in names):
                 try:
-                    sizes[path.relative_to(step_folder).as_posix()] = path.stat().st_size
+                    found = path.stat()
                 except FileNotFoundError:  # a live run deletes what it no longer keeps
                     continue
+                if stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                    sizes[path.relative_to(step_folder).as_posix()] = found.st_size
     return {n: sizes[n] for n in sorted(sizes) if not n.startswith(MANIFEST)}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.experiments.plots import learning_curves
-from stepdistill_jax.files import local_path, read_json, write_json
+from stepdistill_jax.files import local_path, write_json
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info
 from stepdistill_jax.inference.asking import encode_input
 from stepdistill_jax.inference.decode import LabelDecoder
@@ -21,7 +21,7 @@ from stepdistill_jax.progress import log
 from stepdistill_jax.text.metrics import accuracy, majority_baseline
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
-from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.workdir import read_run
 from stepdistill_jax.training.writers import read_metrics
 
 SHOWN_ROWS = 3
@@ -81,9 +81,7 @@ def demo(
         info = read_task_info(folder)
         result, predictions = _test(model, info, dataset)
         results.append(
-            ArmResult(
-                name, read_json(folder / RUN)["examples"], config.train_steps, seconds, **result
-            )
+            ArmResult(name, read_run(folder)["examples"], config.train_steps, seconds, **result)
         )
         curves[name] = read_metrics(folder)
         shown = _rationales(model, info, dataset, predictions) or shown

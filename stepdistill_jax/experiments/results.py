@@ -14,13 +14,14 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP
-from stepdistill_jax.files import digest, local_path, read_json, read_jsonl
+from stepdistill_jax.files import digest, local_path, read_jsonl
+from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference.asking import RATIONALE
 from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
 from stepdistill_jax.inference.rationale_quality import named_answer
 from stepdistill_jax.objectives import ARMS
 from stepdistill_jax.text.metrics import metric_fn
-from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.workdir import RUN, read_run
 from stepdistill_jax.training.writers import METRICS, read_metrics
 
 DEPTH = 5  # folders that are looked through for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
@@ -219,7 +220,9 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
     if (path / RUN).is_file():
         yield Found(path)
     elif (path / SWEEP).is_file():
-        cells = read_json(path / SWEEP).get("cells", {})
+        cells = read_object(path / SWEEP).get("cells")
+        if not isinstance(cells, dict) or not all(isinstance(x, dict) for x in cells.values()):
+            raise InputError(f"{path / SWEEP}: is not what `sweep` writes; move it away")
         for name, told in cells.items():
             if (path / name / RUN).is_file():
                 yield Found(path / name, told)
@@ -231,15 +234,11 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
 def _read(found: Found, split: str, gold_of) -> RunResult | str:
     """The run, or why it is left out."""
     workdir, told = found.workdir, found.told
-    described = read_json(workdir / RUN)
-    try:
-        config, labels = described["config"], described["examples"]
-        task, parameters = config["task"], described["parameters"]
-        fraction, seed = config["data_fraction"], config["seed"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{workdir / RUN}: damaged ({error!r})") from None
+    described = read_run(workdir)
+    config = described["config"]
+    task = config["task"]
     evaluation = workdir / EVALUATION / f"{split}.json"
-    kept = read_json(evaluation) if evaluation.is_file() else {}
+    kept = read_object(evaluation) if evaluation.is_file() else {}
     gold = gold_of(task)
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
         return f"answered {task} before it was prepared anew"
@@ -263,18 +262,18 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
             return f"{file.name} answers other rows than {task}'s {split} has: evaluate it again"
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
-    elif "accuracy" not in kept:
+    elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
         return f"the dataset {task} with a split {split} is not prepared here"
     return RunResult(
         workdir=workdir,
         arm=str(told.get("arm") or arm_of(config["objectives"])),
-        fraction=float(fraction),
-        seed=int(seed),
+        fraction=float(config["data_fraction"]),
+        seed=config["seed"],
         grid={str(k): str(v) for k, v in told.get("grid", {}).items()},
         config=config,
         gold=gold,
-        labels=int(labels),
-        parameters=int(parameters),
+        labels=described["examples"],
+        parameters=described["parameters"],
         step=step,
         accuracy=float(kept["accuracy"] if right is None else right.mean()),
         rows=int(kept["rows"] if right is None else len(right)),

@@ -21,6 +21,7 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
 from stepdistill_jax.files import as_path, read_json, write_json
+from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference.asking import RATIONALE
 from stepdistill_jax.objectives import gives_rationale, resolve
 from stepdistill_jax.progress import log
@@ -30,7 +31,7 @@ from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.lock import locked
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.provenance import differences
-from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.workdir import RUN, read_run
 
 SWEEP = "sweep.json"
 EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
@@ -235,7 +236,7 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     path = workdir / EVALUATION / f"{split}.json"
     if not path.is_file():
         return False
-    return not with_rationale or RATIONALE in read_json(path)
+    return not with_rationale or RATIONALE in read_object(path)
 
 
 def _check_cells(
@@ -272,7 +273,7 @@ def _check_workdirs(
         workdir = folder / cell.path
         if not (workdir / RUN).is_file():
             continue
-        before = read_json(workdir / RUN)
+        before = read_run(workdir)
         now = {k: before.get(k, {}) for k in ("fingerprint", "model")}
         # as JSON has it: tuples are lists there
         now["config"] = json.loads(json.dumps(cell.config.to_json(), default=str))
@@ -282,7 +283,7 @@ def _check_workdirs(
                 " to go on with this sweep, or another --workdir"
             )
         for file in sorted((workdir / EVALUATION).glob("*.json")):
-            old, new = read_json(file).get("dataset"), datasets[cell.config.task]
+            old, new = read_object(file).get("dataset"), datasets[cell.config.task]
             if old and new and old != new:
                 raise InputError(
                     f"{file}: is of {cell.config.task} before it was prepared anew; use another"

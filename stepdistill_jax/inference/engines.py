@@ -1,6 +1,7 @@
 """What decodes rows of ids: our own decoder on whatever JAX runs on, or CTranslate2 on CPU cores."""
 
 import collections
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +11,13 @@ import jax
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, digest, local_path
+from stepdistill_jax.files import as_path, digest, local_path, sha256
 from stepdistill_jax.formats.ctranslate2 import (
     check_model,
     import_ctranslate2,
     read_ctranslate2,
 )
-from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2
+from stepdistill_jax.formats.directory import CONFIG, TaskInfo, is_ctranslate2
 from stepdistill_jax.inference.beam import LENGTH_PENALTY, search
 from stepdistill_jax.inference.choices import CHUNK_TOKENS, ChoiceScorer
 from stepdistill_jax.inference.decode import (
@@ -42,7 +43,7 @@ class Engine(Protocol):
         vocabulary, task_info: how it is asked.
         step: of the checkpoint; None where the directory holds one model only.
         batch_size: rows decoded at once.
-        identity: the same where the same model gives the same answers.
+        identity: digest of all files of the model that its answers depend on.
         device: what it runs on.
     """
 
@@ -174,8 +175,12 @@ class JaxEngine:
 
     @property
     def identity(self) -> str:
-        """Of the parameters, as they are in memory."""
-        return digest([params_fingerprint(self._params), self.vocabulary.fingerprint])
+        """Digest of parameters, configuration and vocabulary, as they are in memory.
+
+        `stepdistill.json` is not in it: what it says of prompts and lengths are options of a run.
+        """
+        config = dataclasses.asdict(self._config)
+        return digest([params_fingerprint(self._params), config, self.vocabulary.fingerprint])
 
     def decode(
         self,
@@ -265,7 +270,8 @@ class CTranslate2Engine:
         files = read_ctranslate2(path)
         check_model(path, files)
         self.vocabulary, self.task_info = files.vocabulary, files.task_info
-        self.identity = digest(["ctranslate2", files.sha256, files.vocabulary.fingerprint])
+        config = sha256(self.path / CONFIG)  # CTranslate2 reads it, too
+        self.identity = digest(["ctranslate2", files.sha256, config, files.vocabulary.fingerprint])
         self._names, self._ids = files.tokens, {name: i for i, name in enumerate(files.tokens)}
         self._beams = num_beams
         given = LENGTH_PENALTY if length_penalty is None else length_penalty

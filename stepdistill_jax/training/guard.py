@@ -41,11 +41,11 @@ class Guard:
         for line in read_flagged(run.workdir):
             if line["step"] > start:
                 break
-            if line["reason"] == "nonfinite":
+            if line.get("reason") == "nonfinite":
                 self.skipped += 1
                 self._in_a_row = self._in_a_row + 1 if last == line["step"] - 1 else 1
                 last = line["step"]
-            elif line["reason"] == "rolled_back":
+            elif line.get("reason") == "rolled_back":
                 self._rolled_back, last = True, None
         if last != start:
             self._in_a_row = 0

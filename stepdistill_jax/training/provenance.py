@@ -19,7 +19,7 @@ from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
-from stepdistill_jax.training.workdir import RUN
+from stepdistill_jax.training.workdir import RUN, read_run
 from stepdistill_jax.versions import version_block
 
 # What may differ between a run and its resume: nothing here changes the loss that is minimised.
@@ -155,7 +155,7 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
 def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any] | None:
     """What `run.json` says of an earlier life of this run; None where there is none."""
     path = workdir / RUN
-    earlier = read_json(path) if path.exists() else None
+    earlier = read_run(workdir) if path.exists() else None
     if earlier is not None and (found := differences(earlier, described)):
         raise InputError(
             f"{workdir}: holds a run with other settings ({'; '.join(found)});"

@@ -31,20 +31,24 @@ class StepRecorder:
         """
         self._writer, self._bar = writer, bar
         self._guard = Guard(run, writer, start=start, speaks=bar is not None)
-        self._learning_rate = make_schedule(run.config)
+        # all at once: an operation of its own would wait in the device's queue for the running step
+        rates = make_schedule(run.config)(np.arange(run.config.train_steps))
+        self._learning_rates = np.broadcast_to(np.asarray(rates), run.config.train_steps)
         self._names = [o.name for o in run.data.objectives]
         extra = [run.config.extra_loss] if run.config.extra_loss else []
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
         self._silent = dict.fromkeys(self._names, 0)
         self._zero_steps = 0
-        self._pending: tuple[int, Batch, dict, float] | None = None
+        self._pending: tuple[int, Batch, dict, float, float | None] | None = None
         self.last: dict[str, Any] = {}
         self.throughput = Throughput(run.model, batch_size=run.config.batch_size)
 
     def note(self, step: int, batch: Batch, device_metrics: dict, waited: float) -> None:
         """Keeps this step for later and writes the one before it."""
+        # where the call returned after the step's end, `flush` would see it too late
+        ended = self.throughput.now() if device_metrics["loss"].is_ready() else None
         self.flush()
-        self._pending = step, batch, device_metrics, waited
+        self._pending = step, batch, device_metrics, waited, ended
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes a validation on a line of its own."""
@@ -67,9 +71,10 @@ class StepRecorder:
         """
         if self._pending is None:
             return
-        step, batch, device_metrics, waited = self._pending
+        step, batch, device_metrics, waited, ended = self._pending
         self._pending = None
-        got = jax.tree.map(np.asarray, device_metrics)
+        got = jax.tree.map(np.asarray, device_metrics)  # waits until the step has ended
+        ended = self.throughput.now() if ended is None else ended
         sums = got["sums"]
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
         for i, (name, weight) in enumerate(self._weights.items()):
@@ -84,8 +89,8 @@ class StepRecorder:
                     metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
             if isinstance(weight, Schedule):
                 metrics[f"loss_weight/{name}"] = float(got["weights"][i])
-        metrics["learning_rate"] = float(np.asarray(self._learning_rate(step - 1)))
-        metrics |= self.throughput.of_step(batch)
+        metrics["learning_rate"] = float(self._learning_rates[step - 1])
+        metrics |= self.throughput.of_step(batch, ended)
         metrics["timing/seconds_waiting_for_data"] = waited
         self._guard.count(step, metrics)
         metrics["skipped_steps"] = self._guard.skipped

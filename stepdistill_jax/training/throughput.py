@@ -24,10 +24,16 @@ class Throughput:
         """Forgets the time since the last step."""
         self._last = time.monotonic()
 
-    def of_step(self, batch: Batch) -> dict[str, float]:
-        """`timing/...` and fill of a step that has just ended."""
-        now = time.monotonic()
-        seconds, self._last = max(now - self._last, 1e-9), now
+    def now(self) -> float:
+        """Returns the clock that steps are measured by, in seconds."""
+        return time.monotonic()
+
+    def of_step(self, batch: Batch, ended: float) -> dict[str, float]:
+        """Returns `timing/...` and fill of a step that ended at `ended` of `now`.
+
+        Its time is that since the step before it ended, or since the last `pause`.
+        """
+        seconds, self._last = max(ended - self._last, 1e-9), ended
         targets = [g["decoder_segment_ids"] > 0 for g in batch]
         inputs = [g["encoder_segment_ids"] > 0 for g in batch]
         # not those of a decoder prefix, which are given

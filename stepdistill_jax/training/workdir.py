@@ -3,26 +3,36 @@
 import os
 import pathlib
 import uuid
+from typing import Any
 
 from stepdistill_jax.checkpoints.manager import FOLDER
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import StoreError, is_remote
+from stepdistill_jax.files import StoreError, is_remote, read_json
 from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
 
 RUN = "run.json"
+# what the readers of a run.json rely on; older versions wrote all of it but the last three
+_FIELDS = {"config": dict, "examples": int, "parameters": int}
+_CONFIG_FIELDS = {
+    **{"task": str, "objectives": list, "data_fraction": (int, float), "seed": int},
+    **{"batch_size": int, "train_steps": int},
+}
+_LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list}
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
     """Refuses, before anything is read or written, a folder that a run must not be in.
 
     Raises:
-        InputError: it cannot be written, or holds a model or checkpoints without a `run.json`.
+        InputError: it cannot be written, has a damaged `run.json`, or holds a model or checkpoints
+            without one.
     """
     if is_remote(workdir):
         _check_store(workdir)
     else:
         _check_local(workdir)
     if (workdir / RUN).is_file():
+        read_run(workdir)
         return
     for name in (FOLDER, CONFIG, TASK_INFO, "model.safetensors"):
         if (workdir / name).exists():
@@ -54,3 +64,46 @@ def _check_store(workdir: pathlib.Path) -> None:
             f"--workdir {workdir}: cannot be written ({reason}); is the bucket there, and are the"
             " credentials set?"
         ) from None
+
+
+def read_run(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns the `run.json` of a workdir.
+
+    Raises:
+        InputError: it is missing, damaged, or another program's; names the field.
+    """
+    path = workdir / RUN
+    found = read_json(path)
+    later = {n: kind for n, kind in _LATER_FIELDS.items() if isinstance(found, dict) and n in found}
+    problem = _misfit(found, _FIELDS | later) or _misfit(found["config"], _CONFIG_FIELDS, "config.")
+    if problem is None:
+        lists = {
+            "config.objectives": found["config"]["objectives"],
+            "lives": found.get("lives", []),
+        }
+        problem = next(
+            (f"{n} holds more than objects" for n, x in lists.items() if not _objects(x)), None
+        )
+    if problem:
+        raise InputError(
+            f"{path}: not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
+        )
+    return found
+
+
+def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
+    """Says which field is missing or of another kind; None where all are there."""
+    if not isinstance(found, dict):
+        return f"expected an object, got {_kind(found)}"
+    for name, kind in kinds.items():
+        if not isinstance(value := found.get(name), kind) or isinstance(value, bool):
+            return f"{prefix}{name} is {_kind(value) if name in found else 'missing'}"
+    return None
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _objects(values: list[Any]) -> bool:
+    return all(isinstance(value, dict) for value in values)

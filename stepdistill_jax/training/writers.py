@@ -12,7 +12,16 @@ import time
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, atomic_write, is_remote, naming, upload
+from stepdistill_jax.files import (
+    as_path,
+    atomic_write,
+    check_file,
+    is_remote,
+    naming,
+    parse_json_line,
+    upload,
+)
+from stepdistill_jax.progress import log
 
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
@@ -170,17 +179,15 @@ def _line(step: int, entry: dict[str, Any]) -> str:
 
 
 def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
+    """Removes the lines of later steps and half a last line; a line that cannot be read stays."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            step = (entry := json.loads(line))["step"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            break  # half a line, left by a kill
-        if step < start_step or (step == start_step and (validated or "loss" in entry)):
-            kept.append(line + "\n")
-    with atomic_write(path) as f:
+    for raw, entry in _lines(path):
+        before = entry is None or entry["step"] < start_step
+        if before or (entry["step"] == start_step and (validated or "loss" in entry)):
+            kept.append(raw + b"\n")
+    with atomic_write(path, "wb") as f:
         f.writelines(kept)
 
 
@@ -194,26 +201,47 @@ def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     """Lines of a run's `metrics.jsonl`, oldest first; half a line at the end is left out.
 
+    Any other line that cannot be read is left out with a warning that names it.
+
     Raises:
-        InputError: the folder has no such file.
+        InputError: the folder has no such file, or it is a pipe or device.
     """
     path = as_path(workdir) / METRICS
     if not path.exists():
         raise InputError(f"{path}: no such file; {workdir} is not a training run")
-    return _whole_lines(path)
+    return [entry for _, entry in _lines(path) if entry is not None]
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     """Lines of a run's `flagged_batches.jsonl`, oldest first; none where nothing was flagged."""
     path = as_path(workdir) / FLAGGED
-    return _whole_lines(path) if path.exists() else []
+    return [e for _, e in _lines(path) if e is not None] if path.exists() else []
 
 
-def _whole_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Each line and its object, None for a line that cannot be read; without half a last line.
+
+    A kill cuts off the last line. Whatever else is wrong came from elsewhere: it gets a warning.
+    """
+    if not is_remote(path):
+        check_file(path, "a JSON-lines file")
+    whole, problems = [], []
+    *ended, last = path.read_bytes().split(b"\n")
+    for number, raw in enumerate([*ended, last], 1):
+        if not raw.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            entry = parse_json_line(raw)
+            if type(entry.get("step")) is not int:
+                raise InputError("no step in it")
+        except InputError as error:
+            if number > len(ended):
+                continue
+            entry = None
+            problems.append(f"{path}:{number}: {error}")
+        whole.append((raw, entry))
+    if problems:
+        more = len(problems) - 1
+        also = f" (and {more} more line{'s' if more > 1 else ''})" if more else ""
+        log(f"warning: {problems[0]}{also}; kept in the file, left out of every result")
+    return whole

@@ -1,3 +1,7 @@
+import contextlib
+import json
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +15,8 @@ from stepdistill_jax.checkpoints.manager import (
     restore_params,
     saved_steps,
 )
+from stepdistill_jax.checkpoints.manifest import defect, seal
+from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.sharding import Layout, make_mesh
 
@@ -98,6 +104,60 @@ def test_an_unknown_step_lists_those_that_are_there(tmp_path, step):
     save_all(tmp_path, [validated(2, 0.5)])
     with pytest.raises(InputError, match="one of 2"):
         resolve_step(tmp_path, step)
+
+
+@pytest.fixture
+def renamed(tmp_path):
+    """The steps 2 and 5, the folder of the latter renamed to 6."""
+    save_all(tmp_path, [validated(2, 0.5), validated(5, 0.9)])
+    (tmp_path / "checkpoints" / "5").rename(tmp_path / "checkpoints" / "6")
+    return tmp_path
+
+
+@pytest.mark.parametrize("step", ["6", "last", "best"])
+@pytest.mark.parametrize("read", [None, "params"])
+def test_a_folder_with_another_number_is_no_step_to_read(renamed, step, read):
+    with pytest.raises(
+        InputError, match=r"6: damaged \(manifest.json: of step 5; rename the folder"
+    ):
+        resolve_step(renamed, step, read=read)
+    assert list(saved_steps(renamed)) == [2]
+    assert resolve_step(renamed, "2", read=read) == 2
+
+
+def test_a_resume_quarantines_a_folder_with_another_number(renamed, capfd):
+    folder = renamed / "checkpoints"
+    saved = (folder / "6" / "manifest.json").read_bytes()
+    with contextlib.closing(Checkpoints(renamed)) as checkpoints:
+        assert checkpoints.latest_step() == 2
+    assert (folder / "6.damaged-1" / "manifest.json").read_bytes() == saved
+    assert f"warning: checkpoint {folder}/6: manifest.json: of step 5" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("verify", [[], ["--verify"]], ids=["sealed", "verified"])
+def test_the_command_finds_a_folder_with_another_number(renamed, capsys, verify):
+    assert main(["checkpoints", str(renamed), *verify, "--json"]) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["damaged"], result["best"], result["last"]) == ([6], 2, 2)
+
+
+def test_a_pipe_instead_of_a_manifest_is_damage_and_not_waited_for(renamed):
+    step = renamed / "checkpoints" / "2"
+    (step / "manifest.json").unlink()
+    os.mkfifo(step / "manifest.json")
+    with pytest.raises(InputError, match=r"2: damaged \(manifest.json: is a pipe or device"):
+        resolve_step(renamed, "2")
+
+
+def test_a_pipe_instead_of_an_empty_file_is_damage_and_not_waited_for(tmp_path):
+    step = tmp_path / "7"
+    step.mkdir()
+    (step / "empty").touch()
+    seal(step, unvalidated(7))
+    assert defect(step) is None
+    (step / "empty").unlink()
+    os.mkfifo(step / "empty")
+    assert defect(step) == "empty: missing"
 
 
 def test_a_folder_without_checkpoints_says_so(tmp_path):

@@ -328,6 +328,36 @@ def test_runs_that_cannot_be_compared_are_left_out_and_named(tmp_path, make_run,
     assert all(text in (tmp_path / "out/report.html").read_text() for text in why)
 
 
+@pytest.mark.parametrize("content", ["[]", "null", '{"cells": [1]}', '{"cells": {"run": null}}'])
+def test_a_damaged_file_of_a_sweep_is_one_line(tmp_path, make_run, delivery_data_dir, content):
+    make_run(tmp_path / "run", "label_only", 1.0, 0, [True] * 500)
+    path = tmp_path / "sweep.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"{path}: ")):
+        read_runs([tmp_path], split="test", data_dir=delivery_data_dir)
+
+
+@pytest.mark.parametrize("content", ["[]", "null"])
+def test_a_damaged_evaluation_is_one_line(tmp_path, make_run, delivery_data_dir, content):
+    make_run(tmp_path / "run", "label_only", 1.0, 0, [True] * 500)
+    path = tmp_path / "run" / "evaluation" / "test.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=re.escape(f"{path}: ")):
+        read_runs([tmp_path / "run"], split="test", data_dir=delivery_data_dir)
+
+
+def test_metrics_after_an_unreadable_line_count_and_the_line_is_named(
+    tmp_path, make_run, delivery_data_dir, capsys
+):
+    make_run(tmp_path / "run", "label_only", 1.0, 0, [True] * 500)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b"\xff\n", *lines[3:]]))
+    (run,), _ = read_runs([tmp_path / "run"], split="test", data_dir=delivery_data_dir)
+    assert list(run.lines) == [json.loads(line) for line in lines]
+    assert f"warning: {path}:4: not UTF-8" in capsys.readouterr().err
+
+
 def test_without_the_dataset_there_is_the_accuracy_that_was_kept(tmp_path, make_run):
     make_run(tmp_path / "run", "label_only", 1.0, 0, [True] * 500)
     kept = {"step": 40, "accuracy": 0.625, "rows": 500, "collapsed": False}

@@ -107,6 +107,17 @@ def test_a_stopped_run_goes_on_and_other_weights_begin_anew(
     assert "60 rows are done" not in capsys.readouterr().err
 
 
+def test_rows_of_another_config_are_not_continued(converted, source, small_windows, tmp_path):
+    shutil.copytree(converted["float32"], tmp_path / "model")
+    windows = small_windows(60, stop_in=2)
+    with pytest.raises(KeyboardInterrupt):
+        predict(tmp_path / "model", source, tmp_path / "out.jsonl")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layer_norm_epsilon": 1e-3}))
+    predict(tmp_path / "model", source, tmp_path / "out.jsonl")
+    assert windows[2:] == [60, 60, 30]
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_few_rows_and_every_batch_size_give_the_same_answers(converted, count):
     rng = np.random.default_rng(count)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,37 @@ def test_a_partial_output_of_something_else_is_not_continued(
     predict(model_dir, source, out, **options)
     assert windows[2:] == [40, 40, 10]
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+CHANGED_FILES = [
+    ("model_dir", "config.json", {"layer_norm_epsilon": 1e-3}),
+    ("model_dir", "config.json", {"relative_attention_max_distance": 64}),
+    ("model_dir", "config.json", {"scale_decoder_outputs": True}),
+    ("model_dir", "stepdistill.json", {"input_length": 30}),
+    ("workdir", "config.json", {"layer_norm_epsilon": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "change"),
+    CHANGED_FILES,
+    ids=[f"{k}-{next(iter(c))}" for k, _, c in CHANGED_FILES],
+)
+def test_rows_of_a_model_whose_files_changed_are_not_continued(
+    request, questions, small_windows, write_rows, tmp_path, kind, name, change
+):
+    source, out = write_rows(questions[:60]), tmp_path / "out.jsonl"
+    shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    windows = small_windows(40, stop_in=2)
+    with pytest.raises(KeyboardInterrupt):
+        predict(tmp_path / "model", source, out)
+    rows = (tmp_path / "out.jsonl.partial").read_bytes()
+    file = tmp_path / "model" / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    predict(tmp_path / "model", source, out)
+    assert windows[2:] == [40, 20]
+    assert (tmp_path / "out.jsonl.partial.old").read_bytes() == rows
+    assert out.read_bytes()[: len(rows)] != rows
 
 
 def test_a_former_output_stays_until_the_new_one_is_whole(

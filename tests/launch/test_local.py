@@ -87,6 +87,16 @@ def started(tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_each_start_has_a_token_of_its_own(launch, tmp_path):
+    show = child("open(f'token{rank}', 'a').write(os.environ['STEPDISTILL_JOB_TOKEN'] + '\\n')")
+    for own in ({}, {}, {"STEPDISTILL_JOB_TOKEN": "the user's"}):
+        launch("local.sh", "-n", 2, "--", *show, **own)
+    first, second = ((tmp_path / f"token{rank}").read_text().splitlines() for rank in range(2))
+    assert first == second
+    assert len(first[0]) == len(first[1]) == 32 and first[0] != first[1]
+    assert first[2] == "the user's"
+
+
 def test_environment_of_each_process(launch, tmp_path):
     names = ("JAX_PLATFORMS", "XLA_FLAGS", "EXPECT_DEVICES", "JAX_NUM_PROCESSES",
              "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS")  # fmt: skip

@@ -29,6 +29,19 @@ def test_one_task_a_node_has_all_of_its_gpus(slurm, stubs, hard):
     assert requeues(stubs) == []
 
 
+def test_all_tasks_have_one_token_of_this_start(slurm):
+    def tokens(**given):
+        output, _ = slurm(*task("print(os.environ['STEPDISTILL_JOB_TOKEN'])"), **given).communicate(
+            timeout=30
+        )
+        return output.splitlines()
+
+    (first, same), (second, _) = tokens(), tokens()
+    assert first == same != second
+    assert len(first) == len(second) == 32
+    assert tokens(STEPDISTILL_JOB_TOKEN="given") == ["given"] * 2
+
+
 @pytest.mark.parametrize(
     ("tasks", "gpus", "code"), [(2, 8, 0), (16, 8, 0), (4, 8, 2), (2, 0, 0), (16, 0, 0)]
 )

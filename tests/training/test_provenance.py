@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.provenance import describe, differences
@@ -64,6 +65,43 @@ def test_a_workdir_that_cannot_be_is_named(tmp_path):
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="is a file, a folder is wanted"):
             check_workdir(workdir)
+
+
+CONFIG = TrainConfig(**SETTINGS).to_json()
+DAMAGED = {
+    "a list": [],
+    "null": None,
+    "config is null": {"config": None, "examples": 1, "parameters": 1},
+    "task is null": {"config": CONFIG | {"task": None}, "examples": 1, "parameters": 1},
+    "a null in a list": {"config": CONFIG | {"objectives": [None]}, "examples": 1, "parameters": 1},
+    "no examples": {"config": CONFIG, "examples": None, "parameters": 1},
+    "model is null": {"config": CONFIG, "examples": 1, "parameters": 1, "model": None},
+    "lives are null": {"config": CONFIG, "examples": 1, "parameters": 1, "lives": None},
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("command", ["train", "sweep", "report"])
+def test_a_damaged_run_json_is_one_line_and_left_as_it_is(
+    tmp_path, delivery_data_dir, capfd, command, content
+):
+    workdir = tmp_path / "label_only" / "1.0" / "0"
+    workdir.mkdir(parents=True)
+    path = workdir / "run.json"
+    path.write_text(json.dumps(content))
+    argv = {
+        "train": ["train", "demo_label_only", "--workdir", workdir],
+        "sweep": [
+            *("sweep", "demo_label_only", "--workdir", tmp_path, "--seeds", "0"),
+            *("--arms", "label_only", "--fractions", "1.0", "--evaluate", "none"),
+        ],
+        "report": ["report", workdir, "--output", tmp_path / "out"],
+    }[command]
+    assert main([*map(str, argv), "--data-dir", str(delivery_data_dir)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"stepdistill: error: {path}: not the run.json of a run (")
+    assert path.read_text() == json.dumps(content)
+    assert [p.name for p in workdir.iterdir()] == ["run.json"]
 
 
 @pytest.mark.slow

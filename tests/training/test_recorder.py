@@ -6,10 +6,37 @@ import pytest
 
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.training import TrainConfig
+from stepdistill_jax.training import TrainConfig, throughput
+from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.loss import ObjectiveSums
+from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.order import ExampleIds
 from stepdistill_jax.training.recorder import SILENT_STEPS, StepRecorder
+
+
+class Result:
+    """A scalar on a device whose step ends `after` seconds from now; who reads it waits for that."""
+
+    def __init__(self, value, clock=None, after=0.0):
+        self.value, self.clock = value, clock
+        self.end = clock.now + after if clock else 0.0
+
+    def is_ready(self):
+        return self.clock is None or self.end <= self.clock.now
+
+    def __array__(self, dtype=None, copy=None):
+        if self.clock is not None:
+            self.clock.now = max(self.clock.now, self.end)
+        return np.array(self.value, dtype)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What `timing/...` is measured by; stands still until a test moves it."""
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(throughput, "time", clock)
+    return clock
 
 
 class Lines(list):
@@ -23,13 +50,23 @@ class Lines(list):
 
 
 @pytest.fixture
-def recorder(tmp_path):
+def make_recorder(tmp_path):
     (tmp_path / "checkpoints").mkdir()
+    config = {"task": "any", "batch_size": 2, "train_steps": 100}
+    return lambda **settings: _recorder(tmp_path, TrainConfig(**config, **settings))
+
+
+@pytest.fixture
+def recorder(make_recorder):
+    return make_recorder()
+
+
+def _recorder(workdir, config):
     run = types.SimpleNamespace(
-        config=TrainConfig(task="any", batch_size=2, train_steps=100),
+        config=config,
         data=types.SimpleNamespace(objectives=step_by_step()),
         model=t5_config("t5_v1_1", "tiny", vocab_size=128),
-        workdir=tmp_path,
+        workdir=workdir,
         batches=types.SimpleNamespace(examples=lambda step: ExampleIds(*np.zeros((3, 0), int))),
     )
     bar = types.SimpleNamespace(update=lambda *_, **__: None)
@@ -50,6 +87,7 @@ def note(recorder, step, *, loss=2.0, grad_norm=1.0, rationale_tokens=0):
         correct=np.array([1.0, 0.0]),
         count=np.array([3.0, rationale_tokens]),
     )
+    loss = loss if isinstance(loss, Result) else Result(loss)
     recorder.note(step, (group,), {"loss": loss, "grad_norm": grad_norm, "sums": sums}, 0.5)
 
 
@@ -71,6 +109,64 @@ def test_a_step_is_written_when_the_next_one_runs(recorder):
         "timing/seconds_waiting_for_data": 0.5,
     }
     assert {name: line[name] for name in expected} == pytest.approx(expected)
+
+
+def rates(recorder):
+    return [line["timing/examples_per_second"] for line in recorder._writer]
+
+
+def test_a_step_that_ends_before_its_call_returns_has_its_own_time(clock, recorder):
+    """As on a CPU; the last one is not that of a step which nobody waited for."""
+    for step, seconds in enumerate([8.0, 2.0, 4.0], 1):
+        clock.now += seconds
+        note(recorder, step, loss=Result(2.0, clock))
+    clock.now += 60  # on the way to the end
+    recorder.flush()
+    assert rates(recorder) == [2 / 8, 2 / 2, 2 / 4]
+
+
+def test_a_step_that_runs_on_has_the_time_until_it_ended_and_nobody_waits_for_it(clock, recorder):
+    """As on a GPU: each step of 4 s starts when the one before it ends, its call returns at once."""
+    for step in (1, 2, 3):
+        note(recorder, step, loss=Result(2.0, clock, after=104 + 4 * (step - 1) - clock.now))
+        assert clock.now == 100 + 4 * (step - 1), "the step before it was waited for, no other"
+    recorder.flush()
+    assert clock.now == 112
+    assert rates(recorder) == [2 / 4] * 3
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"schedule": "constant"}, {"warmup_steps": 10}], ids=str)
+def test_a_line_has_its_learning_rate_and_asks_no_device_for_it(
+    make_recorder, monkeypatch, optimizer
+):
+    asked = []
+    schedule = lambda config: lambda step: asked.append(step) or make_schedule(config)(step)  # noqa: E731
+    monkeypatch.setattr("stepdistill_jax.training.recorder.make_schedule", schedule)
+    settings = {"learning_rate": 1e-3, "optimizer": OptimizerConfig(**optimizer)}
+    recorder = make_recorder(**settings)
+    asked.clear()
+    for step in range(1, 101):
+        note(recorder, step)
+    recorder.flush()
+    assert asked == [], "it would wait in the device's queue until the step that runs has ended"
+    of_step = make_schedule(TrainConfig(task="any", train_steps=100, **settings))
+    want = [float(of_step(step)) for step in range(100)]
+    # float32 of the peak, 1e-3: an array and a Python integer round differently
+    assert [line["learning_rate"] for line in recorder._writer] == pytest.approx(want, abs=1e-9)
+
+
+def test_validation_and_saving_are_no_part_of_a_step(clock, recorder):
+    clock.now += 2
+    note(recorder, 1, loss=Result(2.0, clock))
+    recorder.flush()
+    clock.now += 50
+    recorder.validation(1, {"eval/validation/label_accuracy": 0.5})
+    clock.now += 4
+    note(recorder, 2, loss=Result(2.0, clock))
+    recorder.flush()
+    first, _, second = recorder._writer
+    assert first["timing/examples_per_second"] == 2 / 2
+    assert second["timing/examples_per_second"] == 2 / 4
 
 
 def test_an_objective_without_tokens_is_warned_of_once_and_has_no_loss(recorder, capsys):

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.training.writers import MetricsWriter, read_metrics
+from stepdistill_jax.training.writers import MetricsWriter, read_flagged, read_metrics
 
 
 def write(workdir, start_step, steps):
@@ -27,6 +28,45 @@ def test_half_a_line_left_by_a_kill_is_dropped(tmp_path):
     write(tmp_path, 2, [3])
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+UNREADABLE = {
+    "half a line": b'{"step": 3, "lo',
+    "another tool's": b"epoch,loss",
+    "not UTF-8": b'{"step": 3, "note": "\xff"}',
+    "zeros": b"\0" * 40,
+    "a list": b"[3]",
+    "without a step": b'{"loss": 1.5}',
+    "a step that is text": b'{"step": "3"}',
+}
+
+
+@pytest.mark.parametrize("bad", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "flagged_batches.jsonl"])
+def test_an_unreadable_line_in_the_middle_is_kept_and_reported(tmp_path, capsys, name, bad):
+    path = tmp_path / name
+    lines = [b'{"step": %d, "loss": 0.5, "reason": "spike"}' % step for step in range(1, 7)]
+    path.write_bytes(b"\n".join([*lines[:2], bad, *lines[2:], b'{"step": 7, "lo']))
+    read = read_metrics if name == "metrics.jsonl" else read_flagged
+    assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert f"warning: {path}:3: " in capsys.readouterr().err
+    write(tmp_path, 5, [])
+    assert path.read_bytes().splitlines() == [*lines[:2], bad, *lines[2:5]]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"warning: {path}:3: " in said
+
+
+def test_several_unreadable_lines_are_one_warning(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'\xff\n{"step": 1}\n\xff\n\xff\n{"step": 2}\n')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "metrics.jsonl:1: not UTF-8" in said and "and 2 more lines" in said
+
+
+def test_a_pipe_instead_of_metrics_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="is a pipe or device"):
+        read_metrics(tmp_path)
 
 
 def test_tensorboard_reads_the_events(tmp_path):
