@@ -178,6 +178,39 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
+def partial_of(path: os.PathLike | str) -> pathlib.Path:
+    """Where a file is until it is whole: PATH.partial."""
+    path = local_path(path, "output")
+    return path.with_name(path.name + PARTIAL)
+
+
+def opener(path: str, flags: int) -> int:
+    """`opener` of `open` for a file that we write: it follows no link and waits for no pipe.
+
+    Raises:
+        InputError: the path is a link, a second name of another file, a pipe or a device.
+    """
+    refused = InputError(f"{path}: is a link, pipe or device, which is not written to; remove it")
+    # without O_TRUNC: what is there may be somebody's
+    wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, wanted, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise refused from None
+        raise
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise refused
+        if flags & os.O_TRUNC:
+            os.ftruncate(handle, 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
@@ -193,7 +226,8 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
         return
     partial = path.with_name(path.name + PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
+    encoding = None if "b" in mode else "utf-8"
+    with naming(path), open(partial, mode, encoding=encoding, opener=opener) as f:
         yield f
         f.flush()
         os.fsync(f.fileno())
@@ -366,11 +400,11 @@ def open_locked(path: pathlib.Path) -> IO[bytes]:
     """Opens `path` to append; no other process can until it is closed.
 
     Raises:
-        InputError: another one has it open.
+        InputError: another one has it open, or it is a link or no file.
         OSError: it cannot be written.
     """
     while True:
-        file = open(path, "ab")  # noqa: SIM115
+        file = open(path, "ab", opener=opener)  # noqa: SIM115
         try:
             _lock(file)
             # a run that ended in between has renamed or removed what we opened
