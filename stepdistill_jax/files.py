@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 from stepdistill_jax.errors import InputError
 
 PARTIAL = ".partial"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
 _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
@@ -173,7 +173,7 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno not in _DISK_ERRORS:
+        if error.filename is not None or error.errno not in DISK_ERRORS:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
@@ -396,11 +396,16 @@ def check_writable(path: os.PathLike | str, name: str = "") -> None:
         raise InputError(f"{name}: cannot be written (no permission in {nearest})")
 
 
+class InUse(InputError):
+    """Another process writes the file."""
+
+
 def open_locked(path: pathlib.Path) -> IO[bytes]:
     """Opens `path` to append; no other process can until it is closed.
 
     Raises:
-        InputError: another one has it open, or it is a link or no file.
+        InUse: another one has it open.
+        InputError: it is a link or no file.
         OSError: it cannot be written.
     """
     while True:
@@ -425,7 +430,7 @@ def _lock(file: IO[bytes]) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
+        raise InUse(
             f"{file.name}: another run is writing it; wait for that one, or give another output"
         ) from None
     except OSError:  # some network file systems have no locks

@@ -133,23 +133,23 @@ def check_plain(path: _Path) -> None:
         raise InputError(f"{path}: is a {kind}, which would be replaced; give another name")
 
 
-def check_folder(folder: pathlib.Path, index: str, names: Iterable[str], by: str) -> None:
-    """Refuses a folder with a file of a name of ours that the command did not write.
+def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[str]) -> None:
+    """Refuses a folder with a file of the names of a command that the command did not write.
 
     Args:
-        folder: of the outputs; may lie in an object store.
-        index: file that the command writes first, so without it no other one is of its making.
+        folder: of the outputs.
+        index: file that the command writes first; without it no other one is of its making.
+        made: what tells it from others.
         names: of the other files.
-        by: the command.
 
     Raises:
-        InputError: names the file.
+        InputError: as `check_outputs`; names the file.
     """
-    if (folder / index).is_file():
-        return
-    for name in names:
-        if (folder / name).exists():
-            raise stranger(folder / name, by, f" (no {index} beside it)")
+    check_outputs({folder / index: made})
+    for path in (folder / name for name in names):
+        check_plain(path)
+        if path.exists() and not (folder / index).exists():
+            raise stranger(path, made.by, f" (no {index} beside it)")
 
 
 def stranger(path: _Path, by: str, why: str = "") -> InputError:

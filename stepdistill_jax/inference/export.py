@@ -13,7 +13,14 @@ from typing import Any
 import stepdistill_jax
 from stepdistill_jax.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, atomic_write, fsync_folder, local_path, open_locked
+from stepdistill_jax.files import (
+    PARTIAL,
+    InUse,
+    atomic_write,
+    fsync_folder,
+    local_path,
+    open_locked,
+)
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.ctranslate2 import check_quantization, write_ctranslate2
 from stepdistill_jax.formats.ctranslate2_readme import ctranslate2_readme
@@ -69,7 +76,8 @@ def export(
     if quantization is not None and format != "ctranslate2":
         raise InputError(f"--quantization: only of --format ctranslate2; {format} is float32")
     check_quantization(quantization)
-    target = local_path(model_dir, "MODEL_DIR").absolute()
+    target = local_path(model_dir, "MODEL_DIR")
+    target = target if target.name else target.absolute()  # `.`
     _check_target(target)
     if format == "hf" and not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints to export)")
@@ -110,7 +118,7 @@ def _alone(target: pathlib.Path) -> Iterator[None]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = open_locked(lock)
-    except InputError:
+    except InUse:
         raise InputError(
             f"{target}: another export is writing it; wait for that one, or give another folder"
         ) from None

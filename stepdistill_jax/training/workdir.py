@@ -1,35 +1,64 @@
 """Whose folder a workdir is: nobody's yet, this run's, or something else's."""
 
+import io
 import os
 import pathlib
+import tokenize
 import uuid
 
 from stepdistill_jax.checkpoints.manager import FOLDER
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import StoreError, is_remote
-from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
+from stepdistill_jax.formats.directory import CONFIG, GENERATION_CONFIG, TASK_INFO
+from stepdistill_jax.training.writers import FLAGGED, METRICS
 
 RUN = "run.json"
+GIN = "config.gin"  # all that made the run; a run can be begun or gone on with from it
+# what a run writes, so what is there without a run.json is somebody else's
+_NAMES = (
+    *(FOLDER, CONFIG, TASK_INFO, GENERATION_CONFIG, "model.safetensors", "spiece.model"),
+    *(GIN, METRICS, FLAGGED),
+)
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
     """Refuses, before anything is read or written, a folder that a run must not be in.
 
     Raises:
-        InputError: it cannot be written, or holds a model or checkpoints without a `run.json`.
+        InputError: it cannot be written, holds files of a run without a `run.json`, or a config that
+            a person wrote.
     """
     if is_remote(workdir):
         _check_store(workdir)
     else:
         _check_local(workdir)
     if (workdir / RUN).is_file():
+        _check_config(workdir / GIN)
         return
-    for name in (FOLDER, CONFIG, TASK_INFO, "model.safetensors"):
+    for name in _NAMES:
         if (workdir / name).exists():
             raise InputError(
                 f"--workdir {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
-                " choose another folder"
+                " choose another folder, or move that out of it"
             )
+
+
+def _check_config(path: pathlib.Path) -> None:
+    """Refuses to replace a config that a person wrote: ours has bindings alone."""
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        ours = False
+    else:
+        ours = not any(t.type == tokenize.COMMENT or t.string == "include" for t in tokens)
+    if path.is_symlink() or not ours:
+        raise InputError(
+            f"{path}: was not written by `train` (it has comments or includes, or is a link), which"
+            " writes a config of that name; move it out of the workdir, and give its new path"
+        )
 
 
 def _check_local(workdir: pathlib.Path) -> None:
