@@ -98,7 +98,7 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
         InputError: an input is one of them or lies in one, whatever links lead there; names both.
     """
     for given in inputs:
-        if given is None:
+        if given is None or "\0" in os.fspath(given):
             continue
         source = pathlib.Path(os.path.realpath(given))
         for path in written:

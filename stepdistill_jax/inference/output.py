@@ -23,7 +23,7 @@ from stepdistill_jax.inference.together import on_first
 from stepdistill_jax.overwriting import Made
 from stepdistill_jax.progress import log
 
-ROWS = Made("predict", b'{"id": "', ("id", "label", "score"))
+ROWS = Made("predict", b'{"id": ', ("id", "label", "score"))
 SIDECAR = Made("predict", b'{\n  "key": {', ("key", "bytes", "rows", "crc32", "digest"))
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 

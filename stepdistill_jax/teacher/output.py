@@ -10,7 +10,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import fsync_folder, naming, open_locked, partial_of
 from stepdistill_jax.overwriting import Made
 
-ROWS = Made("annotate", b'{"id": "', ("id", "input", "provenance"))
+ROWS = Made("annotate", b'{"id": ', ("id", "input", "provenance"))
 DEFECTS = Made("annotate", b'{"kind": "', ("kind", "row", "id", "sample", "text"))
 
 

@@ -25,15 +25,13 @@ def check_workdir(workdir: pathlib.Path) -> None:
     """Refuses, before anything is read or written, a folder that a run must not be in.
 
     Raises:
-        InputError: it cannot be written, holds files of a run without a `run.json`, or a config that
-            a person wrote.
+        InputError: it cannot be written, or holds files of a run's names without a `run.json`.
     """
     if is_remote(workdir):
         _check_store(workdir)
     else:
         _check_local(workdir)
     if (workdir / RUN).is_file():
-        _check_config(workdir / GIN)
         return
     for name in _NAMES:
         if (workdir / name).exists():
@@ -43,9 +41,17 @@ def check_workdir(workdir: pathlib.Path) -> None:
             )
 
 
-def _check_config(path: pathlib.Path) -> None:
-    """Refuses to replace a config that a person wrote: ours has bindings alone."""
-    if not path.exists():
+def check_config(path: pathlib.Path, new: str) -> None:
+    """Refuses to replace a run's config that a person wrote: the text of `load_config` has bindings alone.
+
+    Args:
+        path: of the config in a workdir.
+        new: text that will be written there.
+
+    Raises:
+        InputError: names the file.
+    """
+    if not path.exists() or path.read_bytes() == new.encode():
         return
     try:
         text = path.read_text(encoding="utf-8")

@@ -24,7 +24,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.inference.decode import Decoded
-from stepdistill_jax.inference.output import PartialOutput
+from stepdistill_jax.inference.output import PartialOutput, outputs_of
 from stepdistill_jax.inference.rows import BadRow, Row
 from stepdistill_jax.inference.skipped import SkippedRows
 from stepdistill_jax.inference.tally import Tally
@@ -249,6 +249,10 @@ def check_damage(echo, lines, newline, last_newline, damage):
                 predict(echo, source, out, stop_in=stop_in)
             sidecars.append((folder / "out.jsonl.partial.json").read_bytes())
         hurt(out, damage, sidecars[0])
+        if not outputs_of(out)[1]:  # neither the rows nor the sidecar is known as ours any more
+            with pytest.raises(InputError, match="was not written by `predict`"):
+                predict(echo, source, out)
+            return
         summary = predict(echo, source, out)
         assert timeless(summary) == timeless(want)
         assert out.read_bytes() == whole.read_bytes()
