@@ -88,7 +88,7 @@ def _exit_code(argv: list[str]) -> int:
         if debug or not full:  # of a full disk, the line names the file
             traceback.print_exc()
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
-        hint = "" if debug else " (--debug shows JAX's inner frames, too)"
+        hint = "" if debug or full else " (--debug shows JAX's inner frames, too)"
         print(f"stepdistill: failed: {summary}{hint}", file=sys.stderr)
         return FAILED
 

@@ -10,6 +10,7 @@ import pytest
 import stepdistill_jax.training
 from stepdistill_jax.commands import main
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.commands.shipped import find_config
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_a_config_in_the_workdir_that_a_person_wrote_is_left_alone(
     delivery_data_dir, tmp_path, capsys
 ):
     config = tmp_path / "config.gin"
-    config.write_text('# three weeks of notes\ninclude "train.gin"\nTASK = "delivery"\n')
+    config.write_text("# three weeks of notes\n" + find_config("demo_label_only").read_text())
     before = config.read_bytes()
     assert _train(config, tmp_path, delivery_data_dir) == 2
     err = capsys.readouterr().err

@@ -62,7 +62,7 @@ class Refusals:
         for name in ("train.jsonl", "spiece.model"):
             (earlier / name).write_text("{}")
         fields = ("name", "fingerprint", "splits", "metric", "reader", "sources")
-        (earlier / "dataset.json").write_text(json.dumps(dict.fromkeys(fields, {})))
+        (earlier / "dataset.json").write_text(json.dumps({name: {} for name in fields}))
         row = {"id": "1", "input": "q", "label": "a", "score": -0.5, "provenance": {}}
         (folder / "out.jsonl").write_text(json.dumps(row) + "\n")
         (folder / "in.jsonl").write_text(GOOD)

@@ -17,7 +17,7 @@ from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.rows import Row, check_rows
 from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings
-from stepdistill_jax.teacher.stub_server import Reply, by_rule
+from stepdistill_jax.teacher.stub_server import Reply, StubServer, by_rule
 
 GOOD = Reply("Because. So the answer is yes.")
 
@@ -409,5 +409,7 @@ def test_a_file_that_annotate_did_not_write_is_left_alone(annotating, name):
 
 def test_a_full_disk_names_the_output(annotating, full_disk):
     rows = [row | {"input": row["input"] + "x" * 200_000} for row in questions(8)]
-    with full_disk(1_000_000), pytest.raises(OSError, match=r"large: .*out\.jsonl\.partial'$"):
-        annotating(rows)
+    source, settings = annotating.write(rows), {"task": "generic", "model": "stub"}
+    named = pytest.raises(OSError, match=r"large: .*out\.jsonl\.partial'$")
+    with StubServer(by_rule).serve() as server, full_disk(1_000_000), named:
+        annotate(source, annotating.output, base_url=server.url, **settings)

@@ -108,7 +108,9 @@ def test_requests_are_never_written_over_an_input_or_another_file(annotating, mo
     theirs.write_text("my notes\n")
     with pytest.raises(InputError, match=r"in-2\.jsonl: is there and was not written by `annotate"):
         annotating(questions(3), batch_file=("write", annotating.folder / "in-2.jsonl"))
-    exemplars = annotating.write(questions(2, rationale="Late."), "requests-2.jsonl")
+    exemplars = annotating.write(
+        [row | {"rationale": "Late."} for row in questions(2)], "requests-2.jsonl"
+    )
     with pytest.raises(InputError, match=r"requests-2\.jsonl: it is the input"):
         annotating(
             questions(3),
