@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 from stepdistill_jax.errors import InputError
 
 PARTIAL = ".partial"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
 _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
@@ -173,9 +173,42 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno not in _DISK_ERRORS:
+        if error.filename is not None or error.errno not in DISK_ERRORS:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def partial_of(path: os.PathLike | str) -> pathlib.Path:
+    """Where a file is until it is whole: PATH.partial."""
+    path = local_path(path, "output")
+    return path.with_name(path.name + PARTIAL)
+
+
+def opener(path: str, flags: int) -> int:
+    """`opener` of `open` for a file that we write: it follows no link and waits for no pipe.
+
+    Raises:
+        InputError: the path is a link, a second name of another file, a pipe or a device.
+    """
+    refused = InputError(f"{path}: is a link, pipe or device, which is not written to; remove it")
+    # without O_TRUNC: what is there may be somebody's
+    wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, wanted, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise refused from None
+        raise
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise refused
+        if flags & os.O_TRUNC:
+            os.ftruncate(handle, 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
 
 
 @contextlib.contextmanager
@@ -193,7 +226,8 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
         return
     partial = path.with_name(path.name + PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), open(partial, mode, encoding=None if "b" in mode else "utf-8") as f:
+    encoding = None if "b" in mode else "utf-8"
+    with naming(path), open(partial, mode, encoding=encoding, opener=opener) as f:
         yield f
         f.flush()
         os.fsync(f.fileno())
@@ -362,15 +396,20 @@ def check_writable(path: os.PathLike | str, name: str = "") -> None:
         raise InputError(f"{name}: cannot be written (no permission in {nearest})")
 
 
+class InUse(InputError):
+    """Another process writes the file."""
+
+
 def open_locked(path: pathlib.Path) -> IO[bytes]:
     """Opens `path` to append; no other process can until it is closed.
 
     Raises:
-        InputError: another one has it open.
+        InUse: another one has it open.
+        InputError: it is a link or no file.
         OSError: it cannot be written.
     """
     while True:
-        file = open(path, "ab")  # noqa: SIM115
+        file = open(path, "ab", opener=opener)  # noqa: SIM115
         try:
             _lock(file)
             # a run that ended in between has renamed or removed what we opened
@@ -391,7 +430,7 @@ def _lock(file: IO[bytes]) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(
+        raise InUse(
             f"{file.name}: another run is writing it; wait for that one, or give another output"
         ) from None
     except OSError:  # some network file systems have no locks

@@ -8,8 +8,11 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import contextlib
 import fcntl
 import pathlib
+import resource
+import stat
 
 # the same tiny steps are compiled by many tests and by the processes that they start; entries are
 # keyed by the program, so an old one is never wrong
@@ -25,6 +28,42 @@ def shared_tmp(tmp_path_factory, worker_id) -> pathlib.Path:
     """One folder for all xdist workers of this run."""
     base = tmp_path_factory.getbasetemp()
     return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture
+def order_on_disk(monkeypatch) -> list[str]:
+    """`fsync NAME` of each file (folders are left out) and `rename NAME`, in their order."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            calls.append(f"fsync {os.path.basename(os.readlink(f'/proc/self/fd/{handle}'))}")
+        fsync(handle)
+
+    def recorded_replace(old, new):
+        calls.append(f"rename {os.path.basename(new)}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    return calls
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(n):` no file grows beyond n bytes, as on a disk that is full."""
+
+    @contextlib.contextmanager
+    def full(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return full
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ FLOORS = (
             "files",
             "host_memory",
             "objectives",
+            "overwriting",
             "progress",
             "roll_call",
             "schedules",

@@ -186,6 +186,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = annotate(
         args.input,
         args.output,
+        read=[args.instructions[1:]] if args.instructions.startswith("@") else (),
         task=args.task,
         model=args.model,
         teacher=args.teacher,

@@ -20,7 +20,7 @@ from stepdistill_jax.commands.arguments import Parser, add_common_arguments, spl
 from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.distributed import end_soon, is_first, leave
 from stepdistill_jax.errors import InputError, nearest, printable
-from stepdistill_jax.files import StoreError
+from stepdistill_jax.files import DISK_ERRORS, StoreError
 from stepdistill_jax.roll_call import ProcessesMissing
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -84,9 +84,11 @@ def _exit_code(argv: list[str]) -> int:
         print(f"stepdistill: failed: {printable(error)}", file=sys.stderr)
         return FAILED
     except Exception as error:
-        show_traceback()
+        full = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename
+        if debug or not full:  # of a full disk, the line names the file
+            show_traceback()
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
-        hint = "" if debug else " (--debug shows JAX's inner frames, too)"
+        hint = "" if debug or full else " (--debug shows JAX's inner frames, too)"
         print(f"stepdistill: failed: {printable(summary)}{hint}", file=sys.stderr)
         return FAILED
 

@@ -11,7 +11,8 @@ from stepdistill_jax.data import prepared, writing
 from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.tally import shared_inputs
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import check_writable, local_path, read_json
+from stepdistill_jax.files import local_path, read_json
+from stepdistill_jax.overwriting import check_apart, check_outputs, stranger
 from stepdistill_jax.text.vocabulary import SentencePieceVocabulary
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,17 @@ def prepare(
         InputError: bad usage or a source that cannot be read as it should; nothing is written.
     """
     dataset_name = _dataset_name(name, new_name)
-    if report is not None:
-        page = pathlib.Path(report) / f"{dataset_name}.html"
-        check_writable(page, "--report")
-    reading = _read(name, source, field_map, fields, teacher)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
+    check_apart([directory], [source])
+    if report is not None:
+        from stepdistill_jax.data.report import PAGE, write_report
+
+        page = pathlib.Path(report) / f"{dataset_name}.html"
+        check_outputs({page: PAGE}, [source], "--report")
+    reading = _read(name, source, field_map, fields, teacher)
     with writing.locked(data_dir, dataset_name):
+        writing.recover(directory)
         found, damage = _existing(dataset_name, data_dir)
         with writing.work_folder(data_dir, dataset_name) as work:
             new = work / dataset_name
@@ -78,8 +83,9 @@ def prepare(
                 )
             reused = found is not None and found.fingerprint == fingerprint
             if not reused:
+                writing.check_replaceable(directory)
                 writing.write_rest(dataset_name, new, reading, tallies, fingerprint)
-                writing.replace(new, directory, work / "replaced")
+                writing.replace(new, directory)
     notes = [*reading.notes, *shared_inputs(tallies)]
     if damage:
         notes.append(f"what was there was damaged, and is written anew: {damage}")
@@ -105,8 +111,6 @@ def prepare(
         for split, counts in read_json(directory / prepared.FILE)["vocabulary"].items():
             result["splits"][split]["vocabulary"] = counts
     if report is not None:
-        from stepdistill_jax.data.report import write_report
-
         write_report(page, result, tallies)
         result["report"] = str(page)
     return result
@@ -183,13 +187,10 @@ def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDatas
             f"{folder}: is there and is no folder; move it away, or choose another --name or"
             " --data-dir"
         )
-    if folder.exists() and not (folder / prepared.FILE).exists() and any(folder.iterdir()):
-        raise InputError(
-            f"{folder}: is there and was not written by `prepare` (no {prepared.FILE}), so it is"
-            " left as it is; move it away, or choose another --name or --data-dir"
-        )
-    if not (folder / prepared.FILE).exists():
+    if not folder.exists() or not any(folder.iterdir()):
         return None, ""
+    if not writing.is_ours(folder):
+        raise stranger(folder, "prepare", f" (no {prepared.FILE} with its fields)")
     try:
         found = prepared.open_prepared(name, data_dir)
         found.check()

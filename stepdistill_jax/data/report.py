@@ -10,7 +10,13 @@ from stepdistill_jax.data.defects import KINDS
 from stepdistill_jax.data.histogram import histogram
 from stepdistill_jax.data.tally import LENGTH_FIELDS, Tally
 from stepdistill_jax.files import atomic_write
+from stepdistill_jax.overwriting import Made
 
+PAGE = Made(
+    "prepare --report",
+    b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    b'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Dataset ',
+)
 Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
 _ACCURACIES = {
@@ -89,9 +95,7 @@ def page(result: Mapping[str, Any], tallies: Mapping[str, Tally]) -> str:
     ]
     body = "\n".join(part for part in parts if part)
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Dataset {name}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"{PAGE.head.decode()}{name}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 

@@ -16,7 +16,16 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, in_order
 from stepdistill_jax.data.tally import Tally
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, fsync_folder, read_jsonl, sha256, write_json
+from stepdistill_jax.files import (
+    atomic_write,
+    fsync_folder,
+    opener,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_json,
+)
+from stepdistill_jax.overwriting import stranger
 from stepdistill_jax.progress import progress
 from stepdistill_jax.text import train_vocabulary as training
 
@@ -24,18 +33,28 @@ FORMAT = 2  # raised when the same rows would be written otherwise
 PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process
 MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
 DEFECTS = "defects.jsonl"
+REPLACED = "replaced"  # in the work folder: the dataset that a new one replaces
+_FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of each dataset.json
+
+
+def recover(final: pathlib.Path) -> None:
+    """Removes what ended runs left beside a dataset, under its lock; first it puts back what they moved."""
+    for left in final.parent.glob(f".{final.name}.partial-*"):
+        if not left.is_dir() or {p.name for p in left.iterdir()} - {final.name, REPLACED}:
+            continue  # not of our making
+        if (left / REPLACED).exists() and not final.exists():
+            os.replace(left / REPLACED, final)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def work_folder(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """A temporary folder beside the final one, gone afterwards; what killed runs left goes, too."""
-    for left in data_dir.glob(f".{name}.partial-*"):  # we hold the lock
-        shutil.rmtree(left, ignore_errors=True)
+    """A temporary folder beside the final one, gone afterwards."""
     work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=data_dir))
     try:
         yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        recover(data_dir / name)
 
 
 def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str]:
@@ -124,10 +143,42 @@ def write_rest(
     )
 
 
-def replace(new: pathlib.Path, final: pathlib.Path, old: pathlib.Path) -> None:
-    """Puts `new` in the place of `final`, which goes to `old`."""
+def is_ours(folder: pathlib.Path) -> bool:
+    """Whether a folder has a dataset.json with the fields that `prepare` writes."""
+    try:
+        stored = read_json(folder / prepared.FILE)
+    except InputError:
+        return False
+    return isinstance(stored, dict) and stored.keys() >= _FIELDS
+
+
+def check_replaceable(folder: pathlib.Path) -> None:
+    """Refuses a prepared folder with a file that `prepare` did not write.
+
+    Args:
+        folder: one that `is_ours`, an empty one, or none.
+
+    Raises:
+        InputError: names the file.
+    """
+    if folder.is_symlink():
+        raise stranger(folder, "prepare", " (it is a link)")
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    stored = read_json(folder / prepared.FILE) if found else {}
+    splits = [f"{split}.jsonl" for split in stored.get("splits", ())]
+    own = {*stored.get("files", ()), *splits, DEFECTS, prepared.FILE, prepared.VOCABULARY}
+    for path in found:
+        name = path.relative_to(folder)
+        # earlier versions kept no list of files
+        listed = stored.get("files") or name.parts[0] != prepared.TFDS_VERSION
+        if listed and name.as_posix() not in own:
+            raise stranger(path, "prepare", ", which would replace its folder")
+
+
+def replace(new: pathlib.Path, final: pathlib.Path) -> None:
+    """Puts `new` in the place of `final`, which goes beside it; `recover` knows where."""
     if final.exists():
-        os.replace(final, old)
+        os.replace(final, new.parent / REPLACED)
     os.replace(new, final)
     fsync_folder(final.parent)
 
@@ -170,7 +221,7 @@ def locked(data_dir: pathlib.Path, name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(data_dir / f".{name}.lock", "w"))
+            lock = stack.enter_context(open(data_dir / f".{name}.lock", "a", opener=opener))
         except OSError as error:
             raise InputError(
                 f"--data-dir {data_dir}: cannot be written ({error.strerror})"

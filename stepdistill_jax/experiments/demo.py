@@ -17,6 +17,7 @@ from stepdistill_jax.formats.directory import TaskInfo, read_task_info
 from stepdistill_jax.inference.asking import encode_input
 from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import LoadedModel, load_model
+from stepdistill_jax.overwriting import Made, check_folder
 from stepdistill_jax.progress import log
 from stepdistill_jax.text.metrics import accuracy, majority_baseline
 from stepdistill_jax.training.config import TrainConfig
@@ -24,6 +25,8 @@ from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.workdir import read_run
 from stepdistill_jax.training.writers import read_metrics
 
+SUMMARY, PLOT = "demo.json", "demo.png"
+MADE = Made("demo", b'{\n  "arms": [', ("arms", "majority_baseline", "plot", "rows"))
 SHOWN_ROWS = 3
 
 
@@ -68,6 +71,7 @@ def demo(
         label and, for looking, the rationale that the step-by-step model gives.
     """
     workdir = local_path(workdir, "--workdir")
+    check_folder(workdir, SUMMARY, MADE, [PLOT])
     task = next(iter(arms.values()))[0].task
     dataset = ensure_prepared(task, data_dir)
     results, curves, shown = [], {}, []
@@ -87,15 +91,15 @@ def demo(
         shown = _rationales(model, info, dataset, predictions) or shown
     labels = [e.label for e in dataset.examples("test")]
     baseline = majority_baseline(labels, dataset.metric)
-    plot = workdir / "demo.png"
-    learning_curves(curves, plot, chance=baseline)
+    plot = workdir / PLOT
     summary = {
         "arms": [dataclasses.asdict(r) for r in results],
         "majority_baseline": baseline,
         "plot": str(plot),
         "rows": shown,
     }
-    write_json(workdir / "demo.json", summary)
+    write_json(workdir / SUMMARY, summary)
+    learning_curves(curves, plot, chance=baseline)
     return summary
 
 

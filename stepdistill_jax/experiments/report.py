@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,20 @@ from stepdistill_jax.experiments.comparison import Comparison, Enough, compare
 from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure, size_figure
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
-from stepdistill_jax.files import atomic_write, check_writable, local_path
+from stepdistill_jax.files import atomic_write, local_path
 from stepdistill_jax.inference.rationale_quality import INCONSISTENT, VERDICTS
 from stepdistill_jax.objectives import fields_of
+from stepdistill_jax.overwriting import Made, check_folder, check_outputs
 
 PAGE = "report.html"
+_HEAD = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src 'unsafe-inline'; script-src 'sha256-"""
+MADE = Made("report", _HEAD.encode())  # the page of any version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,33 +81,39 @@ def report(
     if examples < 0:
         raise InputError(f"--examples: a number from 0 is wanted, got {examples}")
     folder = local_path(output, "--output")
-    check_writable(folder / PAGE, "--output")
+    check_outputs({folder / PAGE: MADE}, name="--output")
     found, left_out = read_runs(runs, split=split, data_dir=data_dir)
     comparisons, doubled = compare(found, baseline)
     left_out = [*left_out, *doubled]
-    files, shown = [], []
-    for comparison, suffix in zip(comparisons, _suffixes(comparisons), strict=True):
-        written, about = _write_comparison(comparison, folder, suffix, split)
-        files += written
-        shown.append(about | _examples(comparison, examples))
-    sizes = size_figure(comparisons, split, folder / "size")
-    files += [] if sizes is None else [sizes, sizes.with_suffix(".png")]
-    every = tables.runs_table(comparisons, split)
-    files += every.write(folder)
-    page = folder / PAGE
-    with atomic_write(page) as f:
-        f.write(
-            _page(
-                comparisons=shown,
-                size_figure=sizes and _embedded(sizes),
-                runs_table=every,
-                runs=len(every.rows),
-                left_out=left_out,
-                split=split,
-                title="Runs compared: " + ", ".join(dict.fromkeys(c.name for c in comparisons)),
-            )
+    with tempfile.TemporaryDirectory() as name:
+        work = pathlib.Path(name)
+        files, shown = [], []
+        for comparison, suffix in zip(comparisons, _suffixes(comparisons), strict=True):
+            written, about = _write_comparison(comparison, work, suffix, split)
+            files += written
+            shown.append(about | _examples(comparison, examples))
+        sizes = size_figure(comparisons, split, work / "size")
+        files += [] if sizes is None else [sizes, sizes.with_suffix(".png")]
+        every = tables.runs_table(comparisons, split)
+        files += every.write(work)
+        text = _page(
+            comparisons=shown,
+            size_figure=sizes and _embedded(sizes),
+            runs_table=every,
+            runs=len(every.rows),
+            left_out=left_out,
+            split=split,
+            title="Runs compared: " + ", ".join(dict.fromkeys(c.name for c in comparisons)),
         )
-    return Report(page, [page, *files], comparisons, left_out)
+        names = [file.name for file in files]
+        check_folder(folder, PAGE, MADE, names)
+        with atomic_write(folder / PAGE) as f:  # first: it says whose the other files are
+            f.write(text)
+        for file in files:
+            with atomic_write(folder / file.name, "wb") as f:
+                f.write(file.read_bytes())
+    written = [folder / name for name in (PAGE, *names)]
+    return Report(written[0], written, comparisons, left_out)
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:

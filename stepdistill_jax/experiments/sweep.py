@@ -20,9 +20,10 @@ from stepdistill_jax.checkpoints.manager import saved_steps
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
-from stepdistill_jax.files import as_path, read_json, write_json
+from stepdistill_jax.files import as_path, is_remote, read_json, write_json
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference.asking import RATIONALE
+from stepdistill_jax.inference.evaluate import check_result
 from stepdistill_jax.objectives import gives_rationale, resolve
 from stepdistill_jax.progress import log
 from stepdistill_jax.tasks import evaluate
@@ -201,7 +202,9 @@ def _evaluate(
     datasets: Mapping[str, str | None],
 ) -> None:
     """Answers of the best step, and `evaluation/SPLIT.json` last: it says that all is there."""
-    config = cell.config
+    config, path = cell.config, workdir / EVALUATION / f"{split}.json"
+    if not is_remote(path):
+        check_result(path)
     answer = functools.partial(
         evaluate,
         workdir,
@@ -217,7 +220,7 @@ def _evaluate(
         kept[RATIONALE] = None
         if dataset and gives_rationale(resolve(config.objectives)):
             kept[RATIONALE] = answer(step=result["step"], with_rationale=True)[RATIONALE]
-    write_json(workdir / EVALUATION / f"{split}.json", kept)
+    write_json(path, kept)
 
 
 def _is_trained(cell: Cell, workdir: pathlib.Path) -> bool:

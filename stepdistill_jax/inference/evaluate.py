@@ -14,7 +14,7 @@ from typing import Any
 from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.data.prepared import PreparedDataset, open_prepared
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, check_writable, is_remote, read_jsonl, upload, write_json
+from stepdistill_jax.files import as_path, is_remote, local_path, read_jsonl, upload, write_json
 from stepdistill_jax.inference.allowed import ROW, allow, check_choices, choose
 from stepdistill_jax.inference.asking import RATIONALE, cut_ids, how_to_ask, read_answer
 from stepdistill_jax.inference.beam import search
@@ -24,10 +24,18 @@ from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.inference.tally import Tally
 from stepdistill_jax.inference.together import everywhere, on_first, require_same, until_stopped
+from stepdistill_jax.overwriting import Made, check_outputs
 from stepdistill_jax.sharding import Layout
 
 PREDICTIONS = "predictions"
+RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
 WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
+
+
+def check_result(output: os.PathLike | str, choices: Any = None) -> None:
+    """Refuses, before the work, a file for the result that must not be written (`check_outputs`)."""
+    inputs = [choices] if isinstance(choices, os.PathLike | str) else []
+    check_outputs({local_path(output, "--output"): RESULT}, inputs, "--output")
 
 
 def evaluate(
@@ -80,7 +88,7 @@ def evaluate(
     dataset = everywhere(lambda: open_prepared(task, data_dir))
     source = everywhere(lambda: dataset.file(split))
     if output is not None:
-        on_first(lambda: check_writable(output, "--output"))
+        on_first(lambda: check_result(output, choices))
     found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
     beams = "" if num_beams == 1 else f"-beams{num_beams}"
     penalty = "" if length_penalty is None else f"-penalty{length_penalty}"

@@ -1,16 +1,26 @@
 """From a trained model to a directory that others open: Hugging Face's layout, StableHLO, CTranslate2's."""
 
+import contextlib
 import dataclasses
 import functools
+import glob
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import stepdistill_jax
 from stepdistill_jax.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, fsync_folder, local_path
+from stepdistill_jax.files import (
+    PARTIAL,
+    InUse,
+    atomic_write,
+    fsync_folder,
+    local_path,
+    open_locked,
+)
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.ctranslate2 import check_quantization, write_ctranslate2
 from stepdistill_jax.formats.ctranslate2_readme import ctranslate2_readme
@@ -67,6 +77,7 @@ def export(
         raise InputError(f"--quantization: only of --format ctranslate2; {format} is float32")
     check_quantization(quantization)
     target = local_path(model_dir, "MODEL_DIR")
+    target = target if target.name else target.absolute()  # `.`
     _check_target(target)
     if format == "hf" and not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints to export)")
@@ -76,14 +87,16 @@ def export(
         "jax": _write_jax,
         "ctranslate2": functools.partial(_write_ctranslate2, quantization=quantization),
     }[format]
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        parameters = write(partial, model)
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with _alone(target):
+        _check_target(target)  # another export may have written it since
+        partial = target.with_name(f".{target.name}{PARTIAL}-{os.getpid()}")
+        try:
+            partial.mkdir()
+            parameters = write(partial, model)
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     fsync_folder(target.parent)
     return {
         "model_dir": str(model_dir),
@@ -92,6 +105,34 @@ def export(
         "parameters": parameters,
         "files": sorted(p.name for p in target.iterdir()),
     }
+
+
+@contextlib.contextmanager
+def _alone(target: pathlib.Path) -> Iterator[None]:
+    """One export at a time to a target; removes what killed ones left.
+
+    Raises:
+        InputError: another export writes there, or the folder cannot be made.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open_locked(lock)
+    except InUse:
+        raise InputError(
+            f"{target}: another export is writing it; wait for that one, or give another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            for left in target.parent.glob(f"{glob.escape(f'.{target.name}{PARTIAL}')}-*"):
+                if left.name.rpartition("-")[2].isdigit():
+                    shutil.rmtree(left, ignore_errors=True)
+            yield
+        finally:
+            if not os.path.getsize(lock):  # ours is empty
+                lock.unlink()
 
 
 def _check_target(target: pathlib.Path) -> None:

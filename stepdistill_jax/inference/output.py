@@ -10,31 +10,45 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import (
-    PARTIAL,
-    check_writable,
     digest,
     fsync_folder,
     local_path,
     naming,
     open_locked,
+    partial_of,
     read_json,
     write_json,
 )
 from stepdistill_jax.inference.together import on_first
+from stepdistill_jax.overwriting import Made
 from stepdistill_jax.progress import log
 
+ROWS = Made("predict", b'{"id": ', ("id", "label", "score"))
+SIDECAR = Made("predict", b'{\n  "key": {', ("key", "bytes", "rows", "crc32", "digest"))
 _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
-def partial_of(output: os.PathLike | str) -> pathlib.Path:
-    """Where rows are until the output is whole."""
-    output = local_path(output, "output")
-    return output.with_name(output.name + PARTIAL)
 
 
 def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
     """Where it is kept what is sound in `partial_of`."""
     return partial_of(output).with_name(partial_of(output).name + ".json")
+
+
+def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
+    """The files that a `PartialOutput` writes, and those known as ours, for `check_outputs`.
+
+    The partial rows tell whose the sidecar is, and the other way round: one of them may be damaged.
+    """
+    partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
+    ours = (os.path.isfile(partial) and ROWS.begins(partial)) or (
+        os.path.isfile(sidecar) and SIDECAR.wrote(sidecar)
+    )
+    made = {local_path(path, "output"): ROWS, sidecar: SIDECAR}
+    made |= {_aside(partial): ROWS, _aside(sidecar): SIDECAR}
+    return made, pair if ours else []
+
+
+def _aside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".old")
 
 
 class PartialOutput:
@@ -61,7 +75,6 @@ class PartialOutput:
         """
         self.path = pathlib.Path(path)
         self.partial, self.sidecar = partial_of(path), sidecar_of(path)
-        check_writable(path)
         self._open()
         state = self._sound_state()
         if state and state["key"] != key:
@@ -95,7 +108,7 @@ class PartialOutput:
     def _set_aside(self, state: dict[str, Any], key: dict[str, str]) -> None:
         """Renames the rows of something else: to redo them may take hours, and a flag is soon mistyped."""
         for path in (self.partial, self.sidecar):
-            os.replace(path, f"{path}.old")
+            os.replace(path, _aside(path))
         was = " and ".join(name for name in key if state["key"].get(name) != key[name])
         log(
             f"warning: {self.partial}: {state['rows']} rows of another {was}; set aside as"

@@ -24,9 +24,9 @@ from stepdistill_jax.inference.asking import (
 )
 from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
-from stepdistill_jax.inference.output import SharedOutput, partial_of, sidecar_of
+from stepdistill_jax.inference.output import SharedOutput, outputs_of
 from stepdistill_jax.inference.rows import InputFile, Row, next_window
-from stepdistill_jax.inference.skipped import SkippedRows, skipped_of
+from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
 from stepdistill_jax.inference.tally import Tally
 from stepdistill_jax.inference.together import (
     everywhere,
@@ -35,6 +35,7 @@ from stepdistill_jax.inference.together import (
     require_same,
     until_stopped,
 )
+from stepdistill_jax.overwriting import check_outputs
 from stepdistill_jax.progress import log
 from stepdistill_jax.sharding import Layout
 
@@ -121,7 +122,8 @@ def predict(
             One that only one of several processes meets is raised on all.
         SystemExit: with 75, one of several processes got a SIGTERM; started again, it goes on.
     """
-    _check_options(input, output, batch_size, max_decode_len, on_error)
+    _check_options(batch_size, max_decode_len, on_error)
+    on_first(lambda: _check_output(output, local_path(input, "input"), choices, path))
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     check_choices(choices, choices_temperature, num_beams, max_decode_len)
     source = everywhere(lambda: InputFile(input, on_error))
@@ -172,19 +174,18 @@ def predict(
     return result
 
 
-def _check_options(input, output, batch_size, max_decode_len, on_error) -> None:
+def _check_options(batch_size, max_decode_len, on_error) -> None:
     for flag, value in (("--batch-size", batch_size), ("--max-decode-len", max_decode_len)):
         if value is not None and (isinstance(value, bool) or value != int(value) or value < 1):
             raise InputError(f"{flag}: a whole number above 0 is wanted, got {value!r}")
     if on_error not in ON_ERROR:
         raise InputError(f"--on-error: {' or '.join(ON_ERROR)} is wanted, got {on_error!r}")
-    source = local_path(input, "input")
-    for name in (lambda path: local_path(path, "output"), partial_of, sidecar_of, skipped_of):
-        path = name(output)
-        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
-            raise InputError(
-                f"{path}: it is the input, and would be written to; rename one of them"
-            )
+
+
+def _check_output(output: os.PathLike | str, *inputs: Any) -> None:
+    made, known = outputs_of(output)
+    files = [path for path in inputs if isinstance(path, os.PathLike | str)]
+    check_outputs(made | {skipped_of(output): LIST}, files, known=known)
 
 
 def _run(

@@ -6,11 +6,13 @@ import os
 import pathlib
 from typing import IO
 
-from stepdistill_jax.files import PARTIAL, local_path, naming
+from stepdistill_jax.files import local_path, naming, opener, partial_of
 from stepdistill_jax.inference.rows import BadRow
 from stepdistill_jax.inference.together import is_first
+from stepdistill_jax.overwriting import Made
 from stepdistill_jax.progress import log
 
+LIST = Made("predict", b'{"line": ', ("line", "error"))
 SHOWN = 20
 _MOST_CHARS = 500  # of a message: it may quote the names of all fields
 
@@ -33,7 +35,7 @@ class SkippedRows:
 
     def __init__(self, output: os.PathLike | str):
         self.path = skipped_of(output)
-        self._partial = self.path.with_name(self.path.name + PARTIAL)
+        self._partial = partial_of(self.path)
         self._file: IO[str] | None = None
         self.count = 0
 
@@ -47,7 +49,7 @@ class SkippedRows:
         elif self.count == SHOWN + 1:
             log(f"skipped: more rows, which {self.path.name} will list")
         if self._file is None:
-            self._file = open(self._partial, "w", encoding="utf-8")  # noqa: SIM115
+            self._file = open(self._partial, "w", encoding="utf-8", opener=opener)  # noqa: SIM115
         row = {"line": bad.line, "error": bad.reason[:_MOST_CHARS]}
         with naming(self._partial):
             self._file.write(json.dumps(row) + "\n")

@@ -6,13 +6,13 @@ from typing import Any
 
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_writable, write_json
+from stepdistill_jax.files import write_json
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
 from stepdistill_jax.inference import evaluate as evaluate_prepared
 from stepdistill_jax.inference.allowed import check_choices
 from stepdistill_jax.inference.beam import search
-from stepdistill_jax.inference.evaluate import evaluate_tokens
+from stepdistill_jax.inference.evaluate import check_result, evaluate_tokens
 from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.objectives import label_only
 from stepdistill_jax.sharding import Layout
@@ -67,7 +67,7 @@ def evaluate(
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     check_choices(choices, choices_temperature, num_beams)
     if output is not None:
-        on_first(lambda: check_writable(output, "--output"))
+        on_first(lambda: check_result(output, choices))
     read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
     files = everywhere(lambda: read(path))
     info = files.task_info

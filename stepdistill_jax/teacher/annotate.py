@@ -4,17 +4,19 @@ import asyncio
 import os
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_file, check_writable, local_path
+from stepdistill_jax.files import check_file, local_path
+from stepdistill_jax.overwriting import check_apart, check_outputs
 from stepdistill_jax.progress import log, progress
 from stepdistill_jax.teacher.asking import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.batch import read_batch, write_batch
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ChatClient, Teacher
-from stepdistill_jax.teacher.output import RowFile
+from stepdistill_jax.teacher.output import DEFECTS, ROWS, RowFile, defects_of
 from stepdistill_jax.teacher.prompts import estimate_tokens
 from stepdistill_jax.teacher.rows import check_rows, read_rows
 from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal
@@ -24,7 +26,11 @@ CACHE_NAME = "teacher_cache.sqlite"
 
 
 def annotate(
-    input: os.PathLike | str, output: os.PathLike | str, **settings: Any
+    input: os.PathLike | str,
+    output: os.PathLike | str,
+    *,
+    read: Sequence[os.PathLike | str] = (),
+    **settings: Any,
 ) -> dict[str, Any]:
     """Asks a teacher about each row, and writes the rows with its rationales, in order.
 
@@ -36,6 +42,7 @@ def annotate(
         output: the generic format of `prepare jsonl`, with `rationale`, `rationales`, `llm_label`
             and `provenance`. It gets its name when it is whole; beside it lies
             OUTPUT.defects.jsonl.
+        read: more files that the settings come from, which must not be written over.
         settings: the fields of `Settings`; `task` and `model` (or `teacher`) at least.
 
     Returns:
@@ -53,11 +60,13 @@ def annotate(
     chosen = Settings(**settings)
     input, output = local_path(input, "input"), local_path(output, "output")
     check_file(input, "a JSON-lines file")
-    if input.resolve() == output.resolve():
-        raise InputError(f"{output}: input and output are the same file")
-    check_writable(output)
-    asking = load_asking(chosen)
     cache_path = local_path(chosen.cache or output.parent / CACHE_NAME, "--cache")
+    action, *paths = map(str, chosen.batch_file or [""])
+    inputs = [input, chosen.exemplars, *read, *(paths if action == "read" else ())]
+    check_apart([cache_path, f"{cache_path}-wal", f"{cache_path}-shm"], inputs)
+    inputs.append(cache_path)
+    check_outputs({output: ROWS, defects_of(output): DEFECTS}, inputs)
+    asking = load_asking(chosen)
     if chosen.dry_run:
         cache = AnswerCache(cache_path) if cache_path.exists() else None
         try:
@@ -68,12 +77,11 @@ def annotate(
     cache = AnswerCache(cache_path)
     try:
         if chosen.batch_file:
-            action, *paths = map(str, chosen.batch_file)
             if action == "read":
                 return read_batch(asking, input, cache, paths)
             if len(paths) > 1:
                 raise InputError("--batch-file write: one FILE is wanted")
-            return write_batch(asking, input, cache, paths[0])
+            return write_batch(asking, input, cache, paths[0], inputs)
         return asyncio.run(_annotate(asking, input, output, cache))
     finally:
         cache.close()
@@ -143,9 +151,7 @@ async def _annotate(
     rows_file = RowFile(output)
     defects_file = None
     try:
-        defects_file = RowFile(
-            output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
-        )
+        defects_file = RowFile(defects_of(output))
         read = _estimate(asking, input, cache)
         estimate = estimated(asking, read)
         log(f"annotate: {in_words(estimate)}")

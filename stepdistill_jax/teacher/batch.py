@@ -4,12 +4,13 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from stepdistill_jax.data.readers.fields import names_of
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import atomic_write, read_jsonl
+from stepdistill_jax.overwriting import Made, check_outputs
 from stepdistill_jax.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.asking import Asking, Estimate, unanswered
@@ -18,11 +19,16 @@ from stepdistill_jax.teacher.client import content_text, now, token_count
 from stepdistill_jax.teacher.rows import check_rows
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
+REQUESTS = Made("annotate --batch-file write", b'{"custom_id": "', ("custom_id", "method", "body"))
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
 
 
 def write_batch(
-    asking: Asking, input: os.PathLike | str, cache: AnswerCache, path: os.PathLike | str
+    asking: Asking,
+    input: os.PathLike | str,
+    cache: AnswerCache,
+    path: os.PathLike | str,
+    inputs: Sequence[os.PathLike | str | None] = (),
 ) -> dict[str, Any]:
     """Writes a request for each answer that is not in the cache.
 
@@ -31,6 +37,7 @@ def write_batch(
         input: the questions.
         cache: of the answers that are there already.
         path: the first file; PATH-2, PATH-3, ... follow where a batch holds no more.
+        inputs: files that must not be written over, as in `check_outputs`.
 
     Returns:
         `rows`, `requests`, `files`.
@@ -43,6 +50,7 @@ def write_batch(
     line = next(lines, None)
     while line is not None:
         name = numbered(pathlib.Path(path), len(files) + 1)
+        check_outputs({name: REQUESTS}, inputs, "--batch-file write")
         count = size = 0
         with atomic_write(name, "wb") as f:
             while line and count < MOST_REQUESTS and size + len(line) <= MOST_BYTES:

@@ -1,12 +1,22 @@
 """A file that is written row by row, and gets its name when it is whole."""
 
+import contextlib
 import json
 import os
 import pathlib
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import PARTIAL, check_writable, fsync_folder, open_locked
+from stepdistill_jax.files import fsync_folder, naming, open_locked, partial_of
+from stepdistill_jax.overwriting import Made
+
+ROWS = Made("annotate", b'{"id": ', ("id", "input", "provenance"))
+DEFECTS = Made("annotate", b'{"kind": "', ("kind", "row", "id", "sample", "text"))
+
+
+def defects_of(output: pathlib.Path) -> pathlib.Path:
+    """The list of defects of an output."""
+    return output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
 
 
 class RowFile:
@@ -23,8 +33,7 @@ class RowFile:
         """
         self._rows = 0
         self.path = pathlib.Path(path)
-        self.partial = self.path.with_name(self.path.name + PARTIAL)
-        check_writable(path)
+        self.partial = partial_of(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_locked(self.partial)
@@ -35,12 +44,14 @@ class RowFile:
     def add(self, row: dict[str, Any]) -> None:
         """Writes one row."""
         self._rows += 1
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        with naming(self.partial):
+            self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
     def finish(self) -> None:
         """Gives the file its name."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.partial):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         os.replace(self.partial, self.path)
         fsync_folder(self.path.parent)
         self._file.close()
@@ -50,4 +61,6 @@ class RowFile:
         if not self._file.closed and not self._rows:
             # under the lock, which the close ends
             self.partial.unlink(missing_ok=True)
-        self._file.close()
+        # a full disk has left rows in the buffer, and was told
+        with contextlib.suppress(OSError):
+            self._file.close()

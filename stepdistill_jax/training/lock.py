@@ -7,12 +7,15 @@ import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import IO
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import is_remote, open_locked
+from stepdistill_jax.files import InUse, is_remote, open_locked
 from stepdistill_jax.inference.together import on_first
+from stepdistill_jax.overwriting import Made, check_outputs
 
 LOCK = "run.lock"
+_HOLDER = Made("train", b"[")
 
 
 @contextlib.contextmanager
@@ -36,19 +39,26 @@ def _take(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     path = workdir / LOCK
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(open_locked(path))
+        check_outputs({path: _HOLDER})
+        file = open_locked(path)
+        held.callback(_close, file)
         held.callback(path.unlink, missing_ok=True)  # before the close: while it is ours
         file.truncate(0)
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         file.write(json.dumps([os.getpid(), socket.gethostname(), since]).encode())
         file.flush()
-    except InputError:
+    except InUse:
         raise InputError(
             f"--workdir {workdir}: {_holder(path)} is training in it; wait for its end, stop it, or"
             " choose another folder"
         ) from None
     except OSError as error:
         raise InputError(f"--workdir {workdir}: {error.strerror or error} ({path})") from None
+
+
+def _close(file: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):  # of a full disk, which was told
+        file.close()
 
 
 def _holder(path: pathlib.Path) -> str:

@@ -19,7 +19,7 @@ from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
-from stepdistill_jax.training.workdir import RUN, read_run
+from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
 # What may differ between a run and its resume: nothing here changes the loss that is minimised.
@@ -146,6 +146,8 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     _agree(described)
     path = run.workdir / RUN
     earlier = everywhere(lambda: _earlier(run.workdir, described))
+    if config_text:
+        on_first(lambda: check_config(run.workdir / GIN, config_text))
     on_first(lambda: _write(run, described, earlier, config_text))
     if jax.process_count() > 1:
         written = on_first(lambda: digest(read_json(path)))
@@ -176,7 +178,7 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
             info = task_info(run, described)
             write_model_files(run.workdir, run.model, run.data.vocabulary, info)
         if config_text:
-            with atomic_write(run.workdir / "config.gin") as f:
+            with atomic_write(run.workdir / GIN) as f:
                 f.write(config_text)
     except OSError as error:
         raise InputError(

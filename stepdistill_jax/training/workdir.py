@@ -1,16 +1,25 @@
 """Whose folder a workdir is: nobody's yet, this run's, or something else's."""
 
+import io
 import os
 import pathlib
+import tokenize
 import uuid
 from typing import Any
 
 from stepdistill_jax.checkpoints.manager import FOLDER
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.files import StoreError, is_remote, read_json
-from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
+from stepdistill_jax.formats.directory import CONFIG, GENERATION_CONFIG, TASK_INFO
+from stepdistill_jax.training.writers import FLAGGED, METRICS
 
 RUN = "run.json"
+GIN = "config.gin"  # all that made the run; a run can be begun or gone on with from it
+# what a run writes, so what is there without a run.json is somebody else's
+_NAMES = (
+    *(FOLDER, CONFIG, TASK_INFO, GENERATION_CONFIG, "model.safetensors", "spiece.model"),
+    *(GIN, METRICS, FLAGGED),
+)
 # what the readers of a run.json rely on; older versions wrote all of it but the last three
 _FIELDS = {"config": dict, "examples": int, "parameters": int}
 _CONFIG_FIELDS = {
@@ -24,7 +33,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
     """Refuses, before anything is read or written, a folder that a run must not be in.
 
     Raises:
-        InputError: it cannot be written, has a damaged `run.json`, or holds a model or checkpoints
+        InputError: it cannot be written, has a damaged `run.json`, or holds files of a run's names
             without one.
     """
     if is_remote(workdir):
@@ -34,12 +43,38 @@ def check_workdir(workdir: pathlib.Path) -> None:
     if (workdir / RUN).is_file():
         read_run(workdir)
         return
-    for name in (FOLDER, CONFIG, TASK_INFO, "model.safetensors"):
+    for name in _NAMES:
         if (workdir / name).exists():
             raise InputError(
                 f"--workdir {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
-                " choose another folder"
+                " choose another folder, or move that out of it"
             )
+
+
+def check_config(path: pathlib.Path, new: str) -> None:
+    """Refuses to replace a run's config that a person wrote: the text of `load_config` has bindings alone.
+
+    Args:
+        path: of the config in a workdir.
+        new: text that will be written there.
+
+    Raises:
+        InputError: names the file.
+    """
+    if not path.exists() or path.read_bytes() == new.encode():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except (ValueError, SyntaxError, tokenize.TokenError):
+        ours = False
+    else:
+        ours = not any(t.type == tokenize.COMMENT or t.string == "include" for t in tokens)
+    if path.is_symlink() or not ours:
+        raise InputError(
+            f"{path}: was not written by `train` (it has comments or includes, or is a link), which"
+            " writes a config of that name; move it out of the workdir, and give its new path"
+        )
 
 
 def _check_local(workdir: pathlib.Path) -> None:

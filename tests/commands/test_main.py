@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -227,3 +228,11 @@ def test_a_reader_that_leaves_is_no_traceback():
     os.read(reader, 10)
     os.close(reader)
     assert process.communicate(timeout=60)[1] == b""
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(fake, capsys):
+    fake(raising(OSError(errno.ENOSPC, "No space left on device", "out.jsonl.partial")))
+    assert main.main(["fake"]) == 1
+    assert capsys.readouterr().err == (
+        "stepdistill: failed: OSError: [Errno 28] No space left on device: 'out.jsonl.partial'\n"
+    )

@@ -10,6 +10,7 @@ import pytest
 import stepdistill_jax.training
 from stepdistill_jax.commands import main
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.commands.shipped import find_config
 
 
 @pytest.fixture
@@ -104,3 +105,46 @@ def test_two_steps_in_a_process_of_its_own(delivery_data_dir, tmp_path):
     assert "jax" in imported
     heavy = ("tensorflow.", "seqio.", "torch.", "transformers.")  # parts: attempts are listed, too
     assert [name for name in imported if name.startswith(heavy)] == []
+
+
+def _train(config, workdir, data_dir, *more):
+    argv = ["train", str(config), "--workdir", str(workdir), "--data-dir", str(data_dir), *more]
+    for setting in ("TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=8"):
+        argv += ["--set", setting]
+    return main.main(argv)
+
+
+def test_a_config_in_the_workdir_that_a_person_wrote_is_left_alone(
+    delivery_data_dir, tmp_path, capsys
+):
+    config = tmp_path / "config.gin"
+    config.write_text("# three weeks of notes\n" + find_config("demo_label_only").read_text())
+    before = config.read_bytes()
+    assert _train(config, tmp_path, delivery_data_dir) == 2
+    err = capsys.readouterr().err
+    assert f"--workdir {tmp_path}: has config.gin and no run.json, so it is not a run" in err
+    assert err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["config.gin"] and config.read_bytes() == before
+
+
+def test_the_config_that_a_run_wrote_is_for_going_on_and_an_edited_one_is_kept(
+    delivery_data_dir, tmp_path, capsys
+):
+    assert _train("demo_label_only", tmp_path, delivery_data_dir) == 0
+    config = tmp_path / "config.gin"
+    before = config.read_bytes()
+    assert _train(config, tmp_path, delivery_data_dir) == 0
+    assert config.read_bytes() == before
+    config.write_bytes(before + b"# a note\n")
+    capsys.readouterr()
+    assert _train(config, tmp_path, delivery_data_dir, "--set", "LAYOUT=fsdp") == 2
+    assert "config.gin: was not written by `train`" in capsys.readouterr().err
+    assert config.read_bytes() == before + b"# a note\n"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "flagged_batches.jsonl", "spiece.model"])
+def test_a_workdir_with_another_tools_files_is_refused(delivery_data_dir, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    assert _train("demo_label_only", tmp_path, delivery_data_dir) == 2
+    assert f"has {name} and no run.json" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == '{"epoch": 1}\n{"epoch": 2}\n'

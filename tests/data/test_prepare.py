@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import shutil
 import subprocess
 import sys
 
@@ -299,3 +300,72 @@ def test_the_original_files_are_prepared_whole(name, paper_data, tmp_path):
         f"{first['file']}:{first['row']}"
         == (result["splits"]["train"]["first_defects"][first["kind"]])
     )
+
+
+def _texts(folder):
+    return {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("described", ['{"title": "mine"}', "", "[]", None])
+def test_a_source_in_the_folder_of_the_dataset_is_never_replaced(tmp_path, described):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    _write(folder / "train.jsonl", _rows(20))
+    (folder / "notes.txt").write_text("years of work")
+    if described is not None:
+        (folder / "dataset.json").write_text(described)
+    before = _texts(folder)
+    with pytest.raises(InputError, match=r"mine: it holds the input .*mine, and would be written"):
+        prepare("jsonl", source=folder, new_name="mine", data_dir=tmp_path)
+    source = _write(tmp_path / "rows.jsonl", _rows(20))
+    with pytest.raises(InputError, match=r"mine: is there and was not written by `prepare`"):
+        prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
+    assert _texts(folder) == before
+
+
+def test_a_file_in_a_prepared_folder_stops_its_rebuild(tmp_path):
+    source = _write(tmp_path / "rows.jsonl", _rows(20))
+    options = {"source": source, "new_name": "mine", "data_dir": tmp_path / "data"}
+    first = prepare("jsonl", **options)
+    notes = tmp_path / "data" / "mine" / "notes.txt"
+    notes.write_text("years of work")
+    assert prepare("jsonl", **options)["reused"]
+    _write(source, _rows(21))
+    with pytest.raises(InputError, match=r"notes\.txt: is there and was not written by `prepare`"):
+        prepare("jsonl", **options)
+    assert notes.read_text() == "years of work"
+    assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
+
+    # a run that is killed between its two renames leaves neither dataset under its name
+    notes.unlink()
+    new = tmp_path / "data" / ".mine.partial-killed" / "mine"
+    shutil.copytree(tmp_path / "data" / "mine", new)
+    done = subprocess.run([sys.executable, "-c", KILLED, new, tmp_path / "data" / "mine"])
+    assert done.returncode == 9 and not (tmp_path / "data" / "mine").exists()
+    source.write_text("broken")
+    with pytest.raises(InputError, match="broken JSON"):
+        prepare("jsonl", **options)
+    assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", "mine"]
+
+
+KILLED = """
+import os, pathlib, sys
+from stepdistill_jax.data import writing
+rename = os.replace
+os.replace = lambda *paths: (rename(*paths), os._exit(9))
+writing.replace(*map(pathlib.Path, sys.argv[1:]))
+"""
+
+
+def test_a_report_replaces_its_own_page_alone(tmp_path, own):
+    source, data_dir, _ = own
+    page = tmp_path / "mine.html"
+    page.write_text("<!DOCTYPE html><title>My page</title>")
+    options = {"source": source, "new_name": "mine", "data_dir": data_dir, "report": tmp_path}
+    with pytest.raises(InputError, match=r"mine\.html: is there and was not written by `prepare"):
+        prepare("jsonl", **options)
+    assert "My page" in page.read_text()
+    page.unlink()
+    for _ in range(2):
+        assert prepare("jsonl", **options)["report"] == str(page)

@@ -461,3 +461,21 @@ def test_a_browser_filters_the_examples(made, browse, tmp_path):
     picture = tmp_path / "page.png"
     browse(page, f"--screenshot={picture}", "--window-size=1100,1600")
     assert picture.stat().st_size > 50_000
+
+
+def test_a_report_replaces_an_earlier_one_and_no_other_file(
+    made, folder, delivery_data_dir, tmp_path
+):
+    again = {"output": tmp_path / "again", "data_dir": delivery_data_dir}
+    shutil.copytree(made[1], again["output"])
+    (again["output"] / "notes.txt").write_text("mine")
+    report([folder], **again)
+    names = {p.name for p in made[1].iterdir()} | {"notes.txt"}
+    assert {p.name for p in again["output"].iterdir()} == names
+    for name in ("report.html", "accuracy.csv"):
+        output = tmp_path / name
+        output.mkdir()
+        (output / name).write_text("mine")
+        with pytest.raises(InputError, match=f"{name}: is there and was not written by `report`"):
+            report([folder], output=output, data_dir=delivery_data_dir)
+        assert [p.read_text() for p in output.iterdir()] == ["mine"]

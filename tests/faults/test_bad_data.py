@@ -59,9 +59,12 @@ class Refusals:
         self.tried, self.wrong = 0, []
         earlier = folder / "data" / "mine"
         earlier.mkdir(parents=True)
-        for name in ("dataset.json", "train.jsonl", "spiece.model"):
+        for name in ("train.jsonl", "spiece.model"):
             (earlier / name).write_text("{}")
-        (folder / "out.jsonl").write_text("earlier\n")
+        fields = ("name", "fingerprint", "splits", "metric", "reader", "sources")
+        (earlier / "dataset.json").write_text(json.dumps({name: {} for name in fields}))
+        row = {"id": "1", "input": "q", "label": "a", "score": -0.5, "provenance": {}}
+        (folder / "out.jsonl").write_text(json.dumps(row) + "\n")
         (folder / "in.jsonl").write_text(GOOD)
 
     def __call__(self, kind, says, *argv):

@@ -271,3 +271,15 @@ def test_any_flipped_bit_of_a_token_store_is_found(tmp_path, record_fault):
     )
     assert not wrong
     assert open_store(tmp_path / "s") is not None
+
+
+def test_a_full_disk_names_the_lock_and_a_file_of_its_name_is_left_alone(tmp_path, full_disk):
+    too_large = pytest.raises(InputError, match=r"File too large \(.*run\.lock\)")
+    with full_disk(0), too_large, locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "run.lock").write_text("my notes")
+    theirs = pytest.raises(InputError, match=r"run\.lock: is there and was not written by `train`")
+    with theirs, locked(tmp_path):
+        pass
+    assert (tmp_path / "run.lock").read_text() == "my notes"

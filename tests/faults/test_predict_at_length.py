@@ -24,7 +24,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.inference.decode import Decoded
-from stepdistill_jax.inference.output import PartialOutput
+from stepdistill_jax.inference.output import PartialOutput, outputs_of
 from stepdistill_jax.inference.rows import BadRow, Row
 from stepdistill_jax.inference.skipped import SkippedRows
 from stepdistill_jax.inference.tally import Tally
@@ -249,6 +249,10 @@ def check_damage(echo, lines, newline, last_newline, damage):
                 predict(echo, source, out, stop_in=stop_in)
             sidecars.append((folder / "out.jsonl.partial.json").read_bytes())
         hurt(out, damage, sidecars[0])
+        if not outputs_of(out)[1]:  # neither the rows nor the sidecar is known as ours any more
+            with pytest.raises(InputError, match="was not written by `predict`"):
+                predict(echo, source, out)
+            return
         summary = predict(echo, source, out)
         assert timeless(summary) == timeless(want)
         assert out.read_bytes() == whole.read_bytes()
@@ -349,17 +353,15 @@ def test_a_finished_list_leaves_that_of_the_next_run_alone(tmp_path):
     assert json.loads((tmp_path / "out.jsonl.skipped.jsonl").read_text())["line"] == 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_list_on_a_full_disk_is_named_and_removed(tmp_path, finished):
-    partial = tmp_path / "out.jsonl.skipped.jsonl.partial"
-    partial.symlink_to("/dev/full")
+def test_a_list_on_a_full_disk_is_named_and_removed(tmp_path, finished, full_disk):
     skipped = SkippedRows(tmp_path / "out.jsonl")
     skipped.add(BadRow("in.jsonl", 1, "bad"))
-    if finished:
-        with pytest.raises(OSError, match=r"out\.jsonl\.skipped\.jsonl\.partial"):
-            skipped.finish()
-    skipped.close()  # raises nothing in the place of what was told
+    with full_disk(0):
+        if finished:
+            with pytest.raises(OSError, match=r"out\.jsonl\.skipped\.jsonl\.partial"):
+                skipped.finish()
+        skipped.close()  # raises nothing in the place of what was told
     assert list(tmp_path.iterdir()) == []
 
 
@@ -400,7 +402,12 @@ def test_rows_of_other_options_are_set_aside_and_can_be_gone_on_from(echo, tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["out.jsonl", "out.jsonl.partial", "out.jsonl.partial.json", "out.jsonl.skipped.jsonl"]
+    "name",
+    [
+        f"out.jsonl{name}{partial}"
+        for name in ("", ".partial.json", ".skipped.jsonl", ".partial.old", ".partial.json.old")
+        for partial in ("", ".partial")
+    ],
 )
 @pytest.mark.parametrize("link", [None, os.symlink, os.link])
 def test_an_input_that_would_be_written_to_is_refused(echo, tmp_path, name, link):
@@ -412,6 +419,24 @@ def test_an_input_that_would_be_written_to_is_refused(echo, tmp_path, name, link
     with pytest.raises(InputError, match=f"{name}: it is the input"):
         predict(echo, source, tmp_path / "out.jsonl")
     assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"out.jsonl{name}{partial}"
+        for name in ("", ".partial.json", ".skipped.jsonl", ".partial.old", ".partial.json.old")
+        for partial in ("", ".partial")
+    ],
+)
+@pytest.mark.parametrize("text", ["my notes\n", '{"id": 1, "label": "mine"}\n'])
+def test_a_file_that_predict_did_not_write_is_left_alone(echo, tmp_path, name, text):
+    source = write_questions(tmp_path / "in.jsonl", 3)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}: is there and was not written by `predict`"):
+        predict(echo, source, tmp_path / "out.jsonl")
+    assert (tmp_path / name).read_text() == text
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", name}
 
 
 def test_a_changed_input_is_noticed_at_the_next_window_and_a_touched_one_is_none(echo, tmp_path):

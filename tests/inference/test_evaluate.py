@@ -179,3 +179,18 @@ def test_tokens_are_evaluated_like_the_texts_that_they_were_made_of(model_dir, d
     want = evaluate(model_dir, task="roads", data_dir=data_dir)
     for name in set(result) - {"rows_per_second"}:
         assert result[name] == want[name], name
+
+
+def test_a_result_replaces_an_earlier_one_and_no_other_file(workdir, data_dir, tmp_path):
+    path = tmp_path / "r.json"
+    for text in ('{"task": "mine"}', "notes"):
+        path.write_text(text)
+        with pytest.raises(
+            InputError, match=r"r\.json: is there and was not written by `evaluate`"
+        ):
+            evaluate(workdir, task="roads", data_dir=data_dir, output=path)
+        assert path.read_text() == text
+    path.unlink()
+    for _ in range(2):
+        evaluate(workdir, task="roads", data_dir=data_dir, output=path)
+    assert json.loads(path.read_text())["task"] == "roads"

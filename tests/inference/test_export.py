@@ -1,5 +1,6 @@
 """An exported directory: the same answers, opened by `transformers`, whole or not there at all."""
 
+import importlib
 import json
 
 import numpy as np
@@ -113,8 +114,6 @@ def test_nothing_is_overwritten(workdir, tmp_path, model_dir):
 
 
 def test_an_export_that_fails_leaves_nothing(workdir, tmp_path, monkeypatch):
-    import importlib
-
     module = importlib.import_module("stepdistill_jax.inference.export")
 
     def fails(*_):
@@ -131,3 +130,29 @@ def test_an_empty_folder_may_be_the_target(workdir, tmp_path):
     target.mkdir()
     export(workdir, target, step="last")
     assert load_model(target).task_info.provenance["step"] == 5
+
+
+def test_what_a_killed_export_left_is_removed_and_other_folders_are_kept(workdir, tmp_path):
+    for name in (".model.partial-123", ".model.partial-notes", ".model2.partial-123"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    export(workdir, tmp_path / "model")
+    left = {".model.partial-notes", ".model2.partial-123", "model"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
+def test_a_second_export_to_a_target_is_refused_and_the_first_one_ends_well(
+    workdir, tmp_path, monkeypatch
+):
+    module = importlib.import_module("stepdistill_jax.inference.export")
+    save_params, refused = module.save_params, []
+
+    def meets_another(*args):
+        with pytest.raises(InputError, match=r"model: another export is writing it"):
+            export(workdir, tmp_path / "model")
+        refused.append(True)
+        return save_params(*args)
+
+    monkeypatch.setattr(module, "save_params", meets_another)
+    export(workdir, tmp_path / "model")
+    assert refused and [p.name for p in tmp_path.iterdir()] == ["model"]

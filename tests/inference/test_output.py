@@ -50,3 +50,18 @@ def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_pat
     assert out.read_text() == "the other's\n"
     ours.finish()
     assert out.read_text() == '{"id": "1"}\n'
+
+
+def test_rows_are_on_disk_before_the_output_gets_its_name(
+    model_dir, questions, write_rows, tmp_path, order_on_disk, monkeypatch
+):
+    source, out = write_rows(questions[:5]), tmp_path / "out.jsonl"
+    append, appended = output_module.PartialOutput.append, []
+
+    def then_buffered(self, rows, **counts):  # what is written after the last window counts, too
+        append(self, rows, **counts)
+        appended.append(len(order_on_disk))
+
+    monkeypatch.setattr(output_module.PartialOutput, "append", then_buffered)
+    predict(model_dir, source, out)
+    assert order_on_disk[appended[-1] :] == ["fsync out.jsonl.partial", "rename out.jsonl"]

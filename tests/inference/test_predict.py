@@ -209,7 +209,8 @@ def test_a_former_output_stays_until_the_new_one_is_whole(
     model_dir, questions, write_rows, tmp_path, monkeypatch
 ):
     source, out = write_rows(questions[:5]), tmp_path / "out.jsonl"
-    out.write_text("former\n")
+    former = '{"id": "1", "label": "former", "score": -1.0}\n'
+    out.write_text(former)
 
     def fails(*_):
         raise RuntimeError("the device is gone")
@@ -218,7 +219,7 @@ def test_a_former_output_stays_until_the_new_one_is_whole(
         patch.setattr(predict_module, "_decode_window", fails)
         with pytest.raises(RuntimeError):
             predict(model_dir, source, out)
-    assert out.read_text() == "former\n"
+    assert out.read_text() == former
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
     predict(model_dir, source, out)
     assert len(out.read_text().splitlines()) == 5

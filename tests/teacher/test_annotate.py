@@ -18,7 +18,7 @@ from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.rows import Row, check_rows
 from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings
-from stepdistill_jax.teacher.stub_server import Reply, by_rule
+from stepdistill_jax.teacher.stub_server import Reply, StubServer, by_rule
 
 GOOD = Reply("Because. So the answer is yes.")
 
@@ -458,3 +458,43 @@ def test_tasks_of_the_paper_are_answered_by_their_own_rules(annotating):
     result, out = annotating(rows, by_rule, task="svamp", choices=())
     assert out[0]["llm_label"] == "(3 + 4)"
     assert result["teacher_accuracy"] == 1.0
+
+
+OUTPUTS = [
+    f"{name}{partial}"
+    for name in ("out.jsonl", "out.defects.jsonl")
+    for partial in ("", ".partial")
+]
+
+
+@pytest.mark.parametrize("role", ["input", "exemplars", "read"])
+@pytest.mark.parametrize("name", [*OUTPUTS, "teacher_cache.sqlite"])
+def test_an_input_that_would_be_written_to_is_refused(annotating, role, name):
+    path = annotating.write(questions(2, rationale="Late."), name)
+    before = path.read_bytes()
+    source = annotating.folder / "in.jsonl"
+    if role == "input":
+        source.symlink_to(name)
+    settings = {} if role == "input" else {role: path if role == "exemplars" else [path]}
+    source = source if role == "input" else annotating.write(questions(2))
+    with pytest.raises(InputError, match=f"{name}: it is the input .*, and would be written to"):
+        annotate(source, annotating.output, task="generic", model="m", **settings)
+    assert path.read_bytes() == before
+    assert {p.name for p in annotating.folder.iterdir()} == {"in.jsonl", name}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_file_that_annotate_did_not_write_is_left_alone(annotating, name):
+    path = annotating.folder / name
+    path.write_text("my notes\n")
+    with pytest.raises(InputError, match=f"{name}: is there and was not written by `annotate`"):
+        annotating(questions(1))
+    assert path.read_text() == "my notes\n" and annotating.server.requests == 0
+
+
+def test_a_full_disk_names_the_output(annotating, full_disk):
+    rows = [row | {"input": row["input"] + "x" * 200_000} for row in questions(8)]
+    source, settings = annotating.write(rows), {"task": "generic", "model": "stub"}
+    named = pytest.raises(OSError, match=r"large: .*out\.jsonl\.partial'$")
+    with StubServer(by_rule).serve() as server, full_disk(1_000_000), named:
+        annotate(source, annotating.output, base_url=server.url, **settings)

@@ -96,3 +96,25 @@ def test_a_file_that_holds_no_results_is_named_by_line(annotating):
     annotating(questions(2), batch_file=("write", path))
     with pytest.raises(InputError, match=r"r.jsonl:1: .*custom_id"):
         annotating(questions(2), batch_file=("read", path))
+
+
+def test_requests_are_never_written_over_an_input_or_another_file(annotating, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_REQUESTS", 2)
+    path = annotating.folder / "in.jsonl"
+    with pytest.raises(InputError, match=r"in\.jsonl: it is the input"):
+        annotating(questions(3), batch_file=("write", path))
+    assert len(lines(path)) == 3
+    theirs = annotating.folder / "in-2.jsonl"
+    theirs.write_text("my notes\n")
+    with pytest.raises(InputError, match=r"in-2\.jsonl: is there and was not written by `annotate"):
+        annotating(questions(3), batch_file=("write", annotating.folder / "in-2.jsonl"))
+    exemplars = annotating.write(
+        [row | {"rationale": "Late."} for row in questions(2)], "requests-2.jsonl"
+    )
+    with pytest.raises(InputError, match=r"requests-2\.jsonl: it is the input"):
+        annotating(
+            questions(3),
+            exemplars=exemplars,
+            batch_file=("write", annotating.folder / "requests.jsonl"),
+        )
+    assert theirs.read_text() == "my notes\n" and len(lines(exemplars)) == 2

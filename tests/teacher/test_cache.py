@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 import sqlite3
 
@@ -84,3 +85,13 @@ def test_another_kind_of_file_is_refused(tmp_path):
     sqlite3.connect(tmp_path / "new").execute("PRAGMA user_version=99")
     with pytest.raises(InputError, match="another version"):
         AnswerCache(tmp_path / "new")
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "theirs.sqlite")) as db:
+        db.execute("CREATE TABLE thesis (chapter TEXT)")
+        db.commit()
+    before = (tmp_path / "theirs.sqlite").read_bytes()
+    with pytest.raises(InputError, match=r"theirs\.sqlite: is there and was not written by"):
+        AnswerCache(tmp_path / "theirs.sqlite")
+    assert (tmp_path / "theirs.sqlite").read_bytes() == before
