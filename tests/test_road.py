@@ -191,9 +191,13 @@ def other_tools_agree(tmp_path, task):
 
 
 def own_ctranslate2_agrees(tmp_path, rows):
-    """`predict` on `export --format ctranslate2`: all labels in float32, most in int8."""
+    """`predict` on `export --format ctranslate2`: all labels in float32, in int8 the clear ones.
+
+    Where the whole answer has a probability above 0.75, the margin of each of its tokens is above
+    log(3) nats: far more than the error of int8.
+    """
     pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
-    same = {}
+    same, clear = {}, 0
     for quantization in ("float32", "int8"):
         folder, out = tmp_path / quantization, tmp_path / f"{quantization}.jsonl"
         export(tmp_path / "known", folder, format="ctranslate2", quantization=quantization)
@@ -203,8 +207,12 @@ def own_ctranslate2_agrees(tmp_path, rows):
         same[quantization] = sum(a["label"] == row["label"] for a, row in pairs)
         if quantization == "float32":
             assert max(abs(a["score"] - row["score"]) for a, row in pairs) < 1.5e-4
+        for answer, row in pairs:
+            if row["score"] > np.log(0.75):
+                clear += 1
+                assert answer["label"] == row["label"]
     print(f"labels of CTranslate2 that are those of `predict`, of {len(rows)}: {same}")
-    assert same["float32"] == len(rows) and same["int8"] >= 0.85 * len(rows)  # measured 0.925
+    assert same["float32"] == len(rows) and clear > len(rows)
 
 
 @pytest.fixture(scope="module")

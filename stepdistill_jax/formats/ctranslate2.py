@@ -37,6 +37,7 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.text.vocabulary import EOS_ID, PAD_ID, Vocabulary
 
 QUANTIZATIONS = ("float32", "int8")
+LARGEST = 127  # of an int8 weight
 OURS = "stepdistill"  # in config.json, which CTranslate2 reads for names that it knows
 
 
@@ -110,8 +111,8 @@ def write_ctranslate2(
         config: of the model: any family.
         vocabulary: its text to ids.
         task_info: how it is asked.
-        quantization: one of `QUANTIZATIONS`; None is float32. int8 is of all matrices, a scale for
-            each of their rows; what they are multiplied with is quantized while it runs.
+        quantization: one of `QUANTIZATIONS`; None is float32. int8 is for all matrices, by
+            `to_int8`; CTranslate2 quantizes what they are multiplied with while it runs.
 
     Returns:
         The number of parameters.
@@ -129,6 +130,8 @@ def write_ctranslate2(
     tensors = to_hf(params, config)
     num_parameters = sum(x.size for x in tensors.values())
     spec = _spec(specs, tensors, config)
+    if quantization == "int8":
+        specs.model_spec.visit_spec(spec, _quantize)
     tokens = token_names(vocabulary, config.vocab_size)
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary(tokens)
@@ -137,7 +140,7 @@ def write_ctranslate2(
     spec.config.unk_token = tokens[vocabulary.unk_id]
     spec.config.layer_norm_epsilon = config.layer_norm_epsilon
     spec.validate()
-    spec.optimize(quantization=None if quantization == "float32" else quantization)
+    spec.optimize()  # stores equal matrices once
     spec.save(os.fspath(folder))
     for name in (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS):
         with open(folder / name, "rb") as f:
@@ -206,6 +209,38 @@ def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
 
 
+def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantizes each row, so that every processor computes the same product.
+
+    CTranslate2 multiplies these weights with 8 bits that have no sign. A processor without VNNI (AMD
+    before Zen 4, Intel before Cascade Lake) adds the products of two adjacent weights in 16 bits,
+    and a larger sum is cut off without a sign of it. So the scale keeps the sum of two adjacent
+    weights within 8 bits, too: 255 * (127 + 1) is less than 2 ** 15.
+
+    Args:
+        matrix: [rows, inputs], float32.
+
+    Returns:
+        int8 [rows, inputs], and the float32 scale [rows] by which each row was multiplied.
+    """
+    adjacent = matrix[:, : matrix.shape[1] // 2 * 2].reshape(len(matrix), -1, 2).sum(2)
+    largest = np.full(len(matrix), 1e-30, np.float32)  # a row of zeros has a finite scale, too
+    for x in (matrix, adjacent):
+        largest = np.maximum(largest, np.maximum(x.max(1, initial=0), -x.min(1, initial=0)))
+    scale = (LARGEST / largest).astype(np.float32)
+    scaled = matrix * scale[:, None]
+    return np.rint(scaled, out=scaled).astype(np.int8), scale
+
+
+def _quantize(part: Any, path: str, value: Any) -> None:
+    """Replaces a matrix of a specification where it takes a scale; `path` ends with its name."""
+    name = path.rpartition("/")[2]
+    if isinstance(value, np.ndarray) and hasattr(part, f"{name}_scale"):
+        weight, scale = to_int8(value)
+        setattr(part, name, weight)
+        setattr(part, f"{name}_scale", scale)
+
+
 def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
     gated = len(config.mlp_activations) == 2
     activations = specs.common_spec.Activation
@@ -219,9 +254,8 @@ def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
     )
 
     def take(*names: str) -> np.ndarray:
-        # quantization writes into it, and what JAX lends is read-only
         parts = [tensors.pop(name) for name in names]
-        return np.concatenate(parts) if len(parts) > 1 else np.require(parts[0], requirements="W")
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     embedding = take(EMBEDDING)
     spec.encoder.embeddings[0].weight = spec.decoder.embeddings.weight = embedding

@@ -13,6 +13,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import (
     check_model,
     read_ctranslate2,
+    to_int8,
     token_names,
     write_ctranslate2,
 )
@@ -152,6 +153,26 @@ def test_int8_is_near_and_leaves_the_parameters_alone(int8):
     translator = ctranslate2.Translator(str(folder), device="cpu")
     assert translator.compute_type == "int8_float32"
     assert json.loads((folder / "config.json").read_text())["stepdistill"]["quantization"] == "int8"
+
+
+@pytest.mark.parametrize("inputs", [1, 2, 7, 64])
+def test_products_of_two_adjacent_int8_weights_fit_into_16_bits(inputs):
+    """Processors without VNNI add two products in 16 bits: 255 is the largest number from outside."""
+    rng = np.random.default_rng(inputs)
+    matrix = rng.normal(size=(50, inputs)).astype(np.float32) * rng.lognormal(size=(50, 1)) ** 9
+    matrix[7] = 0
+    matrix[8] = np.abs(matrix[8]).max()  # the worst: all are the largest
+    want = matrix.astype(np.float32).copy()
+    weights, scale = to_int8(want)
+    assert weights.dtype == np.int8 and scale.dtype == np.float32 and np.isfinite(scale).all()
+    np.testing.assert_array_equal(want, matrix.astype(np.float32))
+    pairs = weights[:, : inputs // 2 * 2].reshape(50, -1, 2).astype(int)
+    for of_all in (pairs.clip(0), pairs.clip(max=0)):  # the others meet a 0
+        assert (np.abs(255 * of_all.sum(2)) < 2**15).all()
+    # half a step, and a step is at most a 63rd of the largest weight
+    gap = np.abs(weights / scale[:, None] - want)
+    assert (gap <= 0.501 / scale[:, None]).all()
+    assert (1 / scale[want.any(1)] <= np.abs(want).max(1)[want.any(1)] / 63).all()
 
 
 def test_names_of_rows_without_a_piece_are_no_pieces(spiece):
