@@ -162,7 +162,11 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often a request is sent before a server's failure is final (default: 8)",
     )
     group.add_argument(
-        "--timeout", type=float, default=300.0, metavar="SECS", help="of a request (default: 300)"
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECS",
+        help="of a whole request (default: 300)",
     )
     group.add_argument(
         "--cache",
