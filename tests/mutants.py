@@ -621,7 +621,7 @@ MUTANTS = [
         file="stepdistill_jax/inference/token_loop.py",
         old='return (state["index"] < max_decode_len) & (going > enough)',
         new='return (state["index"] < max_decode_len) & (going > (enough or -1))',
-        tests=["tests/inference/test_decode.py", "tests/golden"],
+        tests=["tests/inference/test_decode.py::test_rows_that_stop_early_end_the_loop"],
     ),
     Mutant(
         id="IN3",
@@ -629,7 +629,9 @@ MUTANTS = [
         file="stepdistill_jax/inference/token_loop.py",
         old="    while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:",
         new="    while isinstance(batch, int) and len(sizes) <= 0 and sizes[-1] >= FEWER * FEWEST:",
-        tests=["tests/inference/test_decode.py", "tests/inference/test_layouts.py"],
+        tests=[
+            "tests/inference/test_decode.py::test_when_a_quarter_of_the_rows_is_left_these_are_decoded_by_themselves"
+        ],
     ),
     Mutant(
         id="IN5",
@@ -645,7 +647,7 @@ MUTANTS = [
         file="stepdistill_jax/inference/sampling.py",
         old="(keys[places], index)",
         new="(keys[: logits.shape[0]], index)",
-        tests=["tests/inference/test_sampling.py", "tests/inference/test_decode.py"],
+        tests=["tests/inference/test_sampling.py::test_label_decoder_draws_the_same_in_any_order"],
     ),
     Mutant(
         id="IN7",
@@ -689,7 +691,9 @@ MUTANTS = [
             "            for one, answer in zip(waiting, answers, strict=False):\n"
             "                one.answer.set_result(answer)"
         ),
-        tests=["tests/inference/test_serve_batcher.py", "tests/inference/test_serve.py"],
+        tests=[
+            "tests/inference/test_serve_batcher.py::test_a_client_that_leaves_while_a_batch_runs_shifts_no_answer"
+        ],
     ),
     Mutant(
         id="SV2",
