@@ -31,7 +31,7 @@ from stepdistill_jax.inference import export
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.objectives import label_only
 from stepdistill_jax.text.vocabulary import load_vocabulary
-from stepdistill_jax.training import writers
+from stepdistill_jax.training import TrainConfig, writers
 from stepdistill_jax.training.workdir import check_workdir
 from stepdistill_jax.training.writers import MetricsWriter, last_step_metrics, read_metrics
 
@@ -216,7 +216,8 @@ def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store)
     put("config.json", {})
     with pytest.raises(InputError, match=r"has config\.json and no run\.json"):
         check_workdir(as_path(RUN))
-    put("run.json", {})
+    config = TrainConfig(task="any").to_json()
+    put("run.json", {"config": config, "examples": 1, "parameters": 1})
     check_workdir(as_path(RUN))
 
 

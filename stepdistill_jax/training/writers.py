@@ -184,8 +184,11 @@ def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> No
         return
     kept = []
     for raw, entry in _lines(path):
-        before = entry is None or entry["step"] < start_step
-        if before or (entry["step"] == start_step and (validated or "loss" in entry)):
+        if entry is not None and entry["step"] == start_step:
+            counts = validated or "loss" in entry
+        else:
+            counts = entry is None or entry["step"] < start_step
+        if counts:
             kept.append(raw + b"\n")
     with atomic_write(path, "wb") as f:
         f.writelines(kept)
