@@ -212,7 +212,7 @@ def own_ctranslate2_agrees(tmp_path, rows):
                 clear += 1
                 assert answer["label"] == row["label"]
     print(f"labels of CTranslate2 that are those of `predict`, of {len(rows)}: {same}")
-    assert same["float32"] == len(rows) and clear > len(rows)
+    assert same["float32"] == len(rows) and clear > 0
 
 
 @pytest.fixture(scope="module")

@@ -90,9 +90,14 @@ def _problems(call: ast.Call) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_nothing_that_is_read_can_run(file):
-    assert findings(ast.parse(file.read_text("utf-8"))) == []
+def test_nothing_that_is_read_can_run():
+    assert len(FILES) > 100
+    found = [
+        f"{file.relative_to(PACKAGE).as_posix()}:{finding}"
+        for file in FILES
+        for finding in findings(ast.parse(file.read_text("utf-8")))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(

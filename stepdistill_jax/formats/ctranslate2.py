@@ -212,10 +212,10 @@ def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
 def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantizes each row, so that every processor computes the same product.
 
-    CTranslate2 multiplies these weights with 8 bits that have no sign. A processor without VNNI (AMD
+    CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD
     before Zen 4, Intel before Cascade Lake) adds the products of two adjacent weights in 16 bits,
-    and a larger sum is cut off without a sign of it. So the scale keeps the sum of two adjacent
-    weights within 8 bits, too: 255 * (127 + 1) is less than 2 ** 15.
+    and a larger sum saturates silently. So the scale keeps the sum of two adjacent weights within
+    8 bits, too: 255 * (127 + 1) is less than 2 ** 15.
 
     Args:
         matrix: [rows, inputs], float32.

@@ -157,17 +157,18 @@ def test_int8_is_near_and_leaves_the_parameters_alone(int8):
 
 @pytest.mark.parametrize("inputs", [1, 2, 7, 64])
 def test_products_of_two_adjacent_int8_weights_fit_into_16_bits(inputs):
-    """Processors without VNNI add two products in 16 bits: 255 is the largest number from outside."""
+    """Processors without VNNI add two products in 16 bits; an activation is at most 255."""
     rng = np.random.default_rng(inputs)
-    matrix = rng.normal(size=(50, inputs)).astype(np.float32) * rng.lognormal(size=(50, 1)) ** 9
+    matrix = rng.normal(size=(50, inputs)) * rng.lognormal(size=(50, 1)) ** 9
+    matrix = matrix.astype(np.float32)
     matrix[7] = 0
     matrix[8] = np.abs(matrix[8]).max()  # the worst: all are the largest
-    want = matrix.astype(np.float32).copy()
+    want = matrix.copy()
     weights, scale = to_int8(want)
     assert weights.dtype == np.int8 and scale.dtype == np.float32 and np.isfinite(scale).all()
-    np.testing.assert_array_equal(want, matrix.astype(np.float32))
+    np.testing.assert_array_equal(want, matrix)
     pairs = weights[:, : inputs // 2 * 2].reshape(50, -1, 2).astype(int)
-    for of_all in (pairs.clip(0), pairs.clip(max=0)):  # the others meet a 0
+    for of_all in (pairs.clip(0), pairs.clip(max=0)):  # a weight of the other sign meets a 0
         assert (np.abs(255 * of_all.sum(2)) < 2**15).all()
     # half a step, and a step is at most a 63rd of the largest weight
     gap = np.abs(weights / scale[:, None] - want)

@@ -84,7 +84,6 @@ def test_bfloat16_is_near_float32_of_transformers_and_of_ours(
         assert 1e-3 < gaps["states"] < 0.2  # measured 0.070; the lower bound: it is bfloat16
         assert gaps["logits"] < 0.3  # measured 0.10
         assert gaps["logits_rms"] < 0.05  # measured 0.010
-        assert gaps["argmax_equal"] >= 0.95  # measured 0.975 (v1.0, whose logits are the closest)
         assert abs(got.loss - want.loss) < 1e-2  # measured 3.5e-3 of 9.3
         # v1.0: measured 0.10, since its gradients are sums that nearly cancel; the others: 0.038
         assert gaps["gradients"] < (0.3 if name == "t5_v1_0" else 0.15)
