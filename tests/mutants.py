@@ -256,13 +256,7 @@ MUTANTS = [
             "    os.replace(partial, path)"
         ),
         new=("        yield f\n    os.replace(partial, path)"),
-        tests=[
-            "tests/test_files.py",
-            "tests/checkpoints",
-            "tests/faults/test_checkpoints.py",
-            "tests/inference/test_output.py",
-            "tests/formats/test_saving.py",
-        ],
+        tests=["tests/test_overwriting.py::test_a_file_is_on_disk_before_it_gets_its_name"],
     ),
     Mutant(
         id="F2",
@@ -292,7 +286,9 @@ MUTANTS = [
             "        os.replace(self.partial, self.path)"
         ),
         new=("        self._file.flush()\n        os.replace(self.partial, self.path)"),
-        tests=["tests/inference/test_output.py", "tests/faults/test_predict_at_length.py"],
+        tests=[
+            "tests/inference/test_output.py::test_rows_are_on_disk_before_the_output_gets_its_name"
+        ],
     ),
     Mutant(
         id="C1",
