@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def model_of(args: argparse.Namespace, dataset, scratch: str) -> str:
     from models import save_random_model
 
-    from stepdistill_jax.text.vocabulary import load_vocabulary
+    from stepdistill_jax.data.vocabulary import load_vocabulary
 
     if args.model:
         return args.model
@@ -48,10 +48,10 @@ def main() -> None:
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.errors import InputError
     from stepdistill_jax.inference.allowed import allow, choose
-    from stepdistill_jax.inference.asking import encode_input, how_to_ask
+    from stepdistill_jax.inference.counts import Tally
     from stepdistill_jax.inference.engines import open_engine
+    from stepdistill_jax.inference.prompting import encode_input, how_to_ask
     from stepdistill_jax.inference.rows import BadRow, read_rows
-    from stepdistill_jax.inference.tally import Tally
 
     dataset = ensure_prepared(args.task, args.data_dir)
     rows = [

@@ -19,10 +19,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from stepdistill_jax import compile_cache
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.readers.delivery import ROWS, every_example
 from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.experiments import plots
 from stepdistill_jax.experiments.comparison import Comparison, PairTest, Point
@@ -30,9 +29,10 @@ from stepdistill_jax.experiments.controls import prepare_control, prepare_varian
 from stepdistill_jax.experiments.figures import accuracy_figure
 from stepdistill_jax.experiments.report import headline, report
 from stepdistill_jax.experiments.sweep import DONE, SWEEP, Cell, sweep
-from stepdistill_jax.files import read_json
-from stepdistill_jax.host_memory import keep_pages
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime import compile_cache
+from stepdistill_jax.runtime.files import read_json
+from stepdistill_jax.runtime.host_memory import keep_pages
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.versions import version_block
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def our_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]):
     """A function without arguments that gives the answers' ids."""
-    from stepdistill_jax.inference.decode import LabelDecoder
+    from stepdistill_jax.decoding.greedy import LabelDecoder
     from stepdistill_jax.inference.model import load_model
 
     model = load_model(directory)

@@ -43,10 +43,10 @@ def main() -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """{size: {devices: figures of one device}}."""
+    from stepdistill_jax.models.sharding import Layout, make_mesh
     from stepdistill_jax.planning.compiling import figures
     from stepdistill_jax.planning.devices import virtual_devices
     from stepdistill_jax.planning.workload import workload
-    from stepdistill_jax.sharding import Layout, make_mesh
     from stepdistill_jax.training.config import TrainConfig
 
     everything = virtual_devices(max(args.devices))

@@ -55,7 +55,7 @@ def packed_rows(batch) -> int:
 
 
 def our_stream(args, data) -> Callable[[], Iterator[int]]:
-    from stepdistill_jax.training.batches import Batches
+    from stepdistill_jax.batches.batch import Batches
 
     batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
     return lambda: (packed_rows(batches(step)[0]) for step in itertools.count())
@@ -137,9 +137,9 @@ def building(args, dataset) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    from stepdistill_jax.batches.batch import Batches
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.tasks.load import load_task
-    from stepdistill_jax.training.batches import Batches
 
     dataset = ensure_prepared(args.task, args.data_dir)
     timing.fill_in_lengths(args)

@@ -83,9 +83,9 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 def our_engine(directory: pathlib.Path) -> Ask:
     """One row as `serve` asks it, without HTTP."""
-    from stepdistill_jax.inference.asking import how_to_ask
     from stepdistill_jax.inference.engines import open_engine
-    from stepdistill_jax.inference.serving.answerer import Answerer
+    from stepdistill_jax.inference.prompting import how_to_ask
+    from stepdistill_jax.serving.answerer import Answerer
 
     engine = open_engine(directory, batch_size=1)
     answerer = Answerer(engine, how_to_ask(engine))
@@ -98,7 +98,7 @@ def our_engine(directory: pathlib.Path) -> Ask:
 
 def peer(directory: pathlib.Path, args: argparse.Namespace, vocabulary: Any) -> Ask:
     """The same with transformers."""
-    from stepdistill_jax.inference.asking import encode_input
+    from stepdistill_jax.inference.prompting import encode_input
 
     torch = timing.peer_module("torch", args.threads)
     transformers = timing.peer_module("transformers")
@@ -299,11 +299,11 @@ def main() -> None:
     from models import save_random_model
 
     from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.data.vocabulary import load_vocabulary
     from stepdistill_jax.errors import InputError
     from stepdistill_jax.formats.directory import TaskInfo
     from stepdistill_jax.inference import export
-    from stepdistill_jax.inference.asking import BARE_LABEL_LENGTH, BARE_OBJECTIVES
-    from stepdistill_jax.text.vocabulary import load_vocabulary
+    from stepdistill_jax.inference.prompting import BARE_LABEL_LENGTH, BARE_OBJECTIVES
 
     for flag, value in (("--rates", min(args.rates)), ("--seconds", args.seconds)):
         if not value > 0:

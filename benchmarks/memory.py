@@ -132,9 +132,9 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
+    from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
     from stepdistill_jax.planning.compiling import bytes_per_device, lower_step
     from stepdistill_jax.planning.workload import workload
-    from stepdistill_jax.sharding import Layout, make_mesh, place_rows
     from stepdistill_jax.training.optimizer import make_optimizer
     from stepdistill_jax.training.state import init_state
 
@@ -180,10 +180,10 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     """Growth of memory while a state is saved, and while it is restored, beside its own arrays."""
     import jax
 
-    from stepdistill_jax.checkpoints.manager import Checkpoints
+    from stepdistill_jax.models.sharding import Layout, make_mesh
     from stepdistill_jax.planning.compiling import bytes_per_device
     from stepdistill_jax.planning.workload import workload
-    from stepdistill_jax.sharding import Layout, make_mesh
+    from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
     from stepdistill_jax.training.optimizer import make_optimizer
     from stepdistill_jax.training.state import abstract_state, init_state
 

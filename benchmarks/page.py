@@ -10,7 +10,7 @@ from typing import Any
 
 import timing
 
-from stepdistill_jax.files import atomic_write
+from stepdistill_jax.runtime.files import atomic_write
 
 LIBRARIES = (
     *("stepdistill-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2"),

@@ -65,8 +65,8 @@ def save_models(scratch: pathlib.Path, args: argparse.Namespace, vocabulary, len
     """One directory per arm, all with the same weights; returns their configuration."""
     from models import save_random_model
 
+    from stepdistill_jax.data.objectives import LABEL_INPUT, Objective, resolve
     from stepdistill_jax.formats.directory import TaskInfo, read_model_files
-    from stepdistill_jax.objectives import LABEL_INPUT, Objective, resolve
 
     arms: dict[str, Any] = {name: resolve(arm) for name, arm in ARMS.items()}
     arms["rationale_first"] = (Objective("label", LABEL_INPUT, "{rationale} {label}"),)
@@ -176,9 +176,9 @@ def look(served: Served, names: list[str]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
     from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.data.vocabulary import load_vocabulary
     from stepdistill_jax.errors import InputError
     from stepdistill_jax.models.flops import train_flops
-    from stepdistill_jax.text.vocabulary import load_vocabulary
 
     dataset = ensure_prepared(args.task, args.data_dir)
     vocabulary = load_vocabulary(dataset.spiece_model)

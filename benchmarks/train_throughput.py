@@ -35,10 +35,10 @@ class Ours:
     def __init__(self, args: argparse.Namespace, data: Any):
         import jax
 
+        from stepdistill_jax.batches.batch import Batches
         from stepdistill_jax.models.config import t5_config
+        from stepdistill_jax.models.sharding import Layout, make_mesh
         from stepdistill_jax.models.t5 import T5
-        from stepdistill_jax.sharding import Layout, make_mesh
-        from stepdistill_jax.training.batches import Batches
         from stepdistill_jax.training.config import TrainConfig
         from stepdistill_jax.training.optimizer import make_optimizer
         from stepdistill_jax.training.state import abstract_state, init_state

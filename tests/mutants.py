@@ -67,7 +67,7 @@ MUTANTS = [
     Mutant(
         id="D4",
         what="teacher files are read in the order of their names (_10 before _2)",
-        file="stepdistill_jax/data/readers/paper_layout.py",
+        file="stepdistill_jax/data/corpora/paper_layout.py",
         old='    beyond = set((source / "llm").glob',
         new=('    files.sort(key=lambda p: p.name)\n    beyond = set((source / "llm").glob'),
         tests=[
@@ -77,10 +77,10 @@ MUTANTS = [
     Mutant(
         id="A1",
         what="subtraction is right-associative",
-        file="stepdistill_jax/text/arithmetic.py",
+        file="stepdistill_jax/data/arithmetic.py",
         old='value = value + self._product() if self._take() == "+" else value - self._product()',
         new='value = value + self._product() if self._take() == "+" else value - self.sum()',
-        tests=["tests/text/test_arithmetic.py::test_precedence_and_signs"],
+        tests=["tests/data/test_arithmetic.py::test_precedence_and_signs"],
     ),
     Mutant(
         id="S1",
@@ -248,7 +248,7 @@ MUTANTS = [
     Mutant(
         id="F1",
         what="atomic_write does not fsync before the rename",
-        file="stepdistill_jax/files.py",
+        file="stepdistill_jax/runtime/files.py",
         old=(
             "        yield f\n"
             "        f.flush()\n"
@@ -256,12 +256,12 @@ MUTANTS = [
             "    os.replace(partial, path)"
         ),
         new=("        yield f\n    os.replace(partial, path)"),
-        tests=["tests/test_overwriting.py::test_a_file_is_on_disk_before_it_gets_its_name"],
+        tests=["tests/runtime/test_overwriting.py::test_a_file_is_on_disk_before_it_gets_its_name"],
     ),
     Mutant(
         id="F2",
         what="atomic_write writes in place",
-        file="stepdistill_jax/files.py",
+        file="stepdistill_jax/runtime/files.py",
         old=("    partial = path.with_name(path.name + PARTIAL)\n    partial.parent.mkdir"),
         new=("    partial = path\n    partial.parent.mkdir"),
         tests=[
@@ -271,7 +271,7 @@ MUTANTS = [
     Mutant(
         id="F3",
         what="a key that appears twice is accepted",
-        file="stepdistill_jax/files.py",
+        file="stepdistill_jax/runtime/files.py",
         old="if len(found) < len(pairs):",
         new="if len(found) < 0:",
         tests=["tests/data/test_jsonl.py::test_a_line_that_is_no_row_is_named[key twice]"],
@@ -279,7 +279,7 @@ MUTANTS = [
     Mutant(
         id="F4",
         what="the output of predict is renamed without fsync",
-        file="stepdistill_jax/inference/output.py",
+        file="stepdistill_jax/runtime/streams.py",
         old=(
             "        self._file.flush()\n"
             "        os.fsync(self._file.fileno())\n"
@@ -287,13 +287,13 @@ MUTANTS = [
         ),
         new=("        self._file.flush()\n        os.replace(self.partial, self.path)"),
         tests=[
-            "tests/inference/test_output.py::test_rows_are_on_disk_before_the_output_gets_its_name"
+            "tests/runtime/test_streams.py::test_rows_are_on_disk_before_the_output_gets_its_name"
         ],
     ),
     Mutant(
         id="C1",
         what="restore does not verify an older step",
-        file="stepdistill_jax/checkpoints/manager.py",
+        file="stepdistill_jax/runtime/checkpoints/manager.py",
         old="if step != self._verified:",
         new="if step is None:",
         tests=[
@@ -303,23 +303,25 @@ MUTANTS = [
     Mutant(
         id="C2",
         what="of equal accuracies the higher label loss is best",
-        file="stepdistill_jax/checkpoints/manager.py",
+        file="stepdistill_jax/runtime/checkpoints/manager.py",
         old='return (metrics["label_accuracy"], -metrics["label_loss"], -float(metrics["step"]))',
         new='return (metrics["label_accuracy"], metrics["label_loss"], -float(metrics["step"]))',
-        tests=["tests/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
+        tests=["tests/runtime/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
     ),
     Mutant(
         id="C3",
         what="the best step is not kept",
-        file="stepdistill_jax/checkpoints/manager.py",
+        file="stepdistill_jax/runtime/checkpoints/manager.py",
         old="return {*steps[-KEPT_LATEST:], max(steps, key=lambda s: rank(self._metrics[s]))}",
         new="return {*steps[-KEPT_LATEST - 1 :]}",
-        tests=["tests/checkpoints/test_manager.py::test_the_newest_two_and_the_best_are_kept"],
+        tests=[
+            "tests/runtime/checkpoints/test_manager.py::test_the_newest_two_and_the_best_are_kept"
+        ],
     ),
     Mutant(
         id="C4",
         what="the manifest compares sizes alone",
-        file="stepdistill_jax/checkpoints/manifest.py",
+        file="stepdistill_jax/runtime/checkpoints/manifest.py",
         old="        if crc != wanted[name][1]:",
         new="        if len(crc) != len(wanted[name][1]):",
         tests=[
@@ -367,49 +369,49 @@ MUTANTS = [
     Mutant(
         id="B1",
         what="evaluation drops its last, smaller batch",
-        file="stepdistill_jax/training/batches.py",
+        file="stepdistill_jax/batches/batch.py",
         old="return -(-self.num_examples // self.batch_size)",
         new="return max(1, self.num_examples // self.batch_size)",
-        tests=["tests/training/test_batches.py::test_evaluation_reads_each_example_once_in_order"],
+        tests=["tests/batches/test_batch.py::test_evaluation_reads_each_example_once_in_order"],
     ),
     Mutant(
         id="B2",
         what="the first decoder input of a segment is the token before it",
-        file="stepdistill_jax/training/placing.py",
+        file="stepdistill_jax/batches/scatter.py",
         old="    previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0\n",
         new="",
-        tests=["tests/training/test_batches.py::test_the_batch_of_the_docstring"],
+        tests=["tests/batches/test_batch.py::test_the_batch_of_the_docstring"],
     ),
     Mutant(
         id="B3",
         what="a truncated row loses its end of sequence",
-        file="stepdistill_jax/training/placing.py",
+        file="stepdistill_jax/batches/scatter.py",
         old="    if cut.any():",
         new="    if cut.all() and not cut.size:",
-        tests=["tests/training/test_batches.py::test_no_token_is_lost_or_doubled"],
+        tests=["tests/batches/test_batch.py::test_no_token_is_lost_or_doubled"],
     ),
     Mutant(
         id="B4",
         what="every epoch has the same permutation",
-        file="stepdistill_jax/training/order.py",
+        file="stepdistill_jax/batches/sampler.py",
         old="np.random.default_rng((self.seed, store, 1, epoch))",
         new="np.random.default_rng((self.seed, store, 1, 0))",
-        tests=["tests/training/test_batches.py::test_epochs_and_seeds_have_orders_of_their_own"],
+        tests=["tests/batches/test_batch.py::test_epochs_and_seeds_have_orders_of_their_own"],
     ),
     Mutant(
         id="B5",
         what="the examples that a data_fraction keeps do not depend on the seed",
-        file="stepdistill_jax/training/order.py",
+        file="stepdistill_jax/batches/sampler.py",
         old="np.random.default_rng((seed, store, 0)).permutation(len(examples))",
         new="np.random.default_rng((0, store, 0)).permutation(len(examples))",
         tests=[
-            "tests/training/test_batches.py::test_the_seed_decides_which_examples_a_fraction_keeps"
+            "tests/batches/test_batch.py::test_the_seed_decides_which_examples_a_fraction_keeps"
         ],
     ),
     Mutant(
         id="B6",
         what="loss_mean = 'example' divides by the length before truncation",
-        file="stepdistill_jax/training/placing.py",
+        file="stepdistill_jax/batches/scatter.py",
         old="            shares: np.ndarray = target_lengths\n",
         new="            shares: np.ndarray = targets.lengths\n",
         tests=["tests/training/test_loss_mean.py::test_the_tokens_of_a_target_share_its_weight"],
@@ -417,10 +419,10 @@ MUTANTS = [
     Mutant(
         id="B7",
         what="segments of one packed row overlap by one input token",
-        file="stepdistill_jax/training/packing.py",
+        file="stepdistill_jax/batches/packing.py",
         old="start = (capacity[0] - room[0], capacity[1] - room[1])",
         new="start = (max(capacity[0] - room[0] - 1, 0), capacity[1] - room[1])",
-        tests=["tests/training/test_packing.py::test_first_fit_docstring"],
+        tests=["tests/batches/test_packing.py::test_first_fit_docstring"],
     ),
     Mutant(
         id="L1",
@@ -433,11 +435,11 @@ MUTANTS = [
     Mutant(
         id="L2",
         what="step_by_step weighs (1, 0.5)",
-        file="stepdistill_jax/objectives.py",
+        file="stepdistill_jax/data/objectives.py",
         old=("def step_by_step(\n    label_weight: Weight = 0.5, rationale_weight: Weight = 0.5"),
         new=("def step_by_step(\n    label_weight: Weight = 1.0, rationale_weight: Weight = 0.5"),
         tests=[
-            "tests/test_objectives.py::test_an_arm_has_a_part_with_its_own_weights[step_by_step]"
+            "tests/data/test_objectives.py::test_an_arm_has_a_part_with_its_own_weights[step_by_step]"
         ],
     ),
     Mutant(
@@ -509,7 +511,7 @@ MUTANTS = [
     Mutant(
         id="EV1",
         what="validation leaves out its last batch",
-        file="stepdistill_jax/training/evaluate.py",
+        file="stepdistill_jax/training/validation.py",
         old="for step in range(self.batches.num_steps):",
         new="for step in range(max(1, self.batches.num_steps - 1)):",
         tests=[
@@ -519,7 +521,7 @@ MUTANTS = [
     Mutant(
         id="EV2",
         what="`unfinished` is the share that finished",
-        file="stepdistill_jax/training/evaluate.py",
+        file="stepdistill_jax/training/validation.py",
         old='"unfinished": float(np.mean(~np.asarray(decoded.finished))),',
         new='"unfinished": float(np.mean(np.asarray(decoded.finished))),',
         tests=[
@@ -529,7 +531,7 @@ MUTANTS = [
     Mutant(
         id="EV3",
         what="the validation loss is a mean of batch means",
-        file="stepdistill_jax/training/evaluate.py",
+        file="stepdistill_jax/training/validation.py",
         old="            totals += np.array([sums.loss, sums.correct, sums.count], np.float64)\n",
         new=(
             "            share = np.array([sums.loss, sums.correct, sums.count], np.float64)\n"
@@ -604,63 +606,63 @@ MUTANTS = [
     Mutant(
         id="IN1",
         what="a score continues after the end of its answer",
-        file="stepdistill_jax/inference/token_loop.py",
+        file="stepdistill_jax/decoding/token_loop.py",
         old='"scores": state["scores"] + jnp.where(state["done"], 0.0, log_prob),',
         new='"scores": state["scores"] + log_prob,',
         tests=[
-            "tests/inference/test_decode.py::test_ids_are_the_argmax_of_teacher_forcing_and_scores_their_log_probability"
+            "tests/decoding/test_greedy.py::test_ids_are_the_argmax_of_teacher_forcing_and_scores_their_log_probability"
         ],
     ),
     Mutant(
         id="IN2",
         what="the token loop never ends before max_decode_len",
-        file="stepdistill_jax/inference/token_loop.py",
+        file="stepdistill_jax/decoding/token_loop.py",
         old='return (state["index"] < max_decode_len) & (going > enough)',
         new='return (state["index"] < max_decode_len) & (going > (enough or -1))',
-        tests=["tests/inference/test_decode.py::test_rows_that_stop_early_end_the_loop"],
+        tests=["tests/decoding/test_greedy.py::test_rows_that_stop_early_end_the_loop"],
     ),
     Mutant(
         id="IN3",
         what="the few rows that continue are never gathered",
-        file="stepdistill_jax/inference/token_loop.py",
+        file="stepdistill_jax/decoding/token_loop.py",
         old="    while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:",
         new="    while isinstance(batch, int) and len(sizes) <= 0 and sizes[-1] >= FEWER * FEWEST:",
         tests=[
-            "tests/inference/test_decode.py::test_when_a_quarter_of_the_rows_is_left_these_are_decoded_by_themselves"
+            "tests/decoding/test_greedy.py::test_when_a_quarter_of_the_rows_is_left_these_are_decoded_by_themselves"
         ],
     ),
     Mutant(
         id="IN5",
         what="the length penalty counts one token less",
-        file="stepdistill_jax/inference/beam.py",
+        file="stepdistill_jax/decoding/beam.py",
         old="np.arange(1, max_decode_len + 1.0) ** length_penalty",
         new="np.maximum(np.arange(max_decode_len + 0.0), 1) ** length_penalty",
-        tests=["tests/inference/test_beam.py::test_a_wide_beam_finds_the_best_of_all_answers"],
+        tests=["tests/decoding/test_beam.py::test_a_wide_beam_finds_the_best_of_all_answers"],
     ),
     Mutant(
         id="IN6",
         what="after a gather each row draws with another row's key",
-        file="stepdistill_jax/inference/sampling.py",
+        file="stepdistill_jax/decoding/sampling.py",
         old="(keys[places], index)",
         new="(keys[: logits.shape[0]], index)",
-        tests=["tests/inference/test_sampling.py::test_label_decoder_draws_the_same_in_any_order"],
+        tests=["tests/decoding/test_sampling.py::test_label_decoder_draws_the_same_in_any_order"],
     ),
     Mutant(
         id="IN7",
         what="top_k keeps one token too few",
-        file="stepdistill_jax/inference/sampling.py",
+        file="stepdistill_jax/decoding/sampling.py",
         old="last = jax.lax.top_k(logits, top_k)[0][..., -1:]",
         new="last = jax.lax.top_k(logits, max(top_k - 1, 1))[0][..., -1:]",
-        tests=["tests/inference/test_sampling.py::test_filtered_logits_are_those_of_transformers"],
+        tests=["tests/decoding/test_sampling.py::test_filtered_logits_are_those_of_transformers"],
     ),
     Mutant(
         id="IN8",
         what="the score of a choice is a mean over its ids",
-        file="stepdistill_jax/inference/choices.py",
+        file="stepdistill_jax/decoding/choices.py",
         old="scores[place] = sums[1:].astype(np.float32)",
         new="scores[place] = (sums[1:] / np.bincount(owners[i].ravel())[1:]).astype(np.float32)",
         tests=[
-            "tests/inference/test_choices.py::test_what_greedy_decoding_answers_has_its_score_and_wins_where_it_is_likeliest"
+            "tests/decoding/test_choices.py::test_what_greedy_decoding_answers_has_its_score_and_wins_where_it_is_likeliest"
         ],
     ),
     Mutant(
@@ -676,7 +678,7 @@ MUTANTS = [
     Mutant(
         id="SV1",
         what="a client that leaves while its batch runs shifts the answers of the others",
-        file="stepdistill_jax/inference/serving/batcher.py",
+        file="stepdistill_jax/serving/batcher.py",
         old=(
             "            for one, answer in zip(batch, answers, strict=True):\n"
             "                if not one.answer.done():\n"
@@ -688,37 +690,35 @@ MUTANTS = [
             "                one.answer.set_result(answer)"
         ),
         tests=[
-            "tests/inference/test_serve_batcher.py::test_a_client_that_leaves_while_a_batch_runs_shifts_no_answer"
+            "tests/serving/test_batcher.py::test_a_client_that_leaves_while_a_batch_runs_shifts_no_answer"
         ],
     ),
     Mutant(
         id="SV2",
         what="the queue takes one row more than max_queue",
-        file="stepdistill_jax/inference/serving/batcher.py",
+        file="stepdistill_jax/serving/batcher.py",
         old="if self.rows + len(rows) > self.max_queue:",
         new="if self.rows + len(rows) > self.max_queue + 1:",
         tests=[
-            "tests/inference/test_serve_batcher.py::test_a_full_queue_takes_all_rows_of_a_request_or_none"
+            "tests/serving/test_batcher.py::test_a_full_queue_takes_all_rows_of_a_request_or_none"
         ],
     ),
     Mutant(
         id="SV3",
         what="a lane that returns is owed its pause",
-        file="stepdistill_jax/inference/serving/batcher.py",
+        file="stepdistill_jax/serving/batcher.py",
         old="                lane.seconds = max(lane.seconds, self._time)\n",
         new="                pass\n",
-        tests=[
-            "tests/inference/test_serve_batcher.py::test_a_pause_gives_no_lane_a_claim_to_the_engine"
-        ],
+        tests=["tests/serving/test_batcher.py::test_a_pause_gives_no_lane_a_claim_to_the_engine"],
     ),
     Mutant(
         id="SV4",
         what="answers are given in reverse order",
-        file="stepdistill_jax/inference/serving/batcher.py",
+        file="stepdistill_jax/serving/batcher.py",
         old="for one, answer in zip(batch, answers, strict=True):",
         new="for one, answer in zip(batch, reversed(answers), strict=True):",
         tests=[
-            "tests/inference/test_serve_batcher.py::test_rows_that_come_while_a_batch_runs_are_the_next_one"
+            "tests/serving/test_batcher.py::test_rows_that_come_while_a_batch_runs_are_the_next_one"
         ],
     ),
     Mutant(
@@ -765,20 +765,20 @@ MUTANTS = [
     Mutant(
         id="SH1",
         what="attention is not split over `tensor`",
-        file="stepdistill_jax/sharding.py",
+        file="stepdistill_jax/models/sharding.py",
         old='("joined_kv", "tensor"),',
         new='("joined_kv", None),',
         tests=[
-            "tests/test_sharding.py::test_a_layout_cuts_width_by_fsdp_and_heads_mlp_and_vocabulary_by_tensor"
+            "tests/models/test_sharding.py::test_a_layout_cuts_width_by_fsdp_and_heads_mlp_and_vocabulary_by_tensor"
         ],
     ),
     Mutant(
         id="SH2",
         what="the embedding is split over fsdp by its vocabulary",
-        file="stepdistill_jax/sharding.py",
+        file="stepdistill_jax/models/sharding.py",
         old='    ("vocab", "tensor"),\n',
         new='    ("vocab", "fsdp"),\n',
-        tests=["tests/test_sharding.py::test_a_dimension_that_is_not_divided_is_named"],
+        tests=["tests/models/test_sharding.py::test_a_dimension_that_is_not_divided_is_named"],
     ),
 ]
 

@@ -14,8 +14,8 @@ from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.shipped import find_config, shipped_configs, shipped_folder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.sharding import LAYOUTS, make_mesh
 from stepdistill_jax.models.t5 import T5, abstract_params, init_params
-from stepdistill_jax.sharding import LAYOUTS, make_mesh
 from stepdistill_jax.training.config import OptimizerConfig
 
 CONFIGS = shipped_configs()

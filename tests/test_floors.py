@@ -111,7 +111,7 @@ def test_the_package_itself_imports_nothing():
     [
         ("models/t5.py", "from stepdistill_jax.training.config import TrainConfig"),
         ("models/t5.py", "from stepdistill_jax import training"),
-        ("models/t5.py", "import stepdistill_jax.sharding"),
+        ("models/t5.py", "import stepdistill_jax.models.sharding"),
         ("models/t5.py", "from ..training import config"),
         ("sharding.py", "from stepdistill_jax.commands import main"),
         ("inference/predict.py", "def f():\n    from stepdistill_jax.tasks import load"),
@@ -132,7 +132,7 @@ def test_a_step_up_is_seen(relative, source):
     [
         ("training/loop.py", "from stepdistill_jax.models.t5 import T5"),
         ("training/loop.py", "from stepdistill_jax.training.step import train_step"),
-        ("text/metrics.py", "from stepdistill_jax.errors import InputError"),
+        ("data/text_metrics.py", "from stepdistill_jax.errors import InputError"),
         ("commands/main.py", "from stepdistill_jax import __version__\nimport gin"),
         ("data/builder.py", "import tensorflow_datasets as tfds"),
         ("tasks/registry.py", "import seqio\nimport tensorflow as tf"),

@@ -44,9 +44,9 @@ train(TrainConfig(**settings), workdir=workdir, data_dir=data_dir)
 """
 USE = """
 import json, sys
-from stepdistill_jax.checkpoints.manager import saved_steps
+from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.inference import evaluate, export
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.runtime.metrics import read_metrics
 workdir, data_dir, model_dir = sys.argv[1:]
 evaluated = evaluate(workdir, task="delivery", split="test", data_dir=data_dir)
 export(workdir, model_dir)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.inference import export, predict
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.runtime.metrics import read_metrics
 
 
 def stepdistill(*args, cwd, code=0):

@@ -16,8 +16,8 @@ import tomllib
 import pytest
 
 import stepdistill_jax
+from stepdistill_jax.data import arithmetic
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.text import arithmetic
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = pathlib.Path(stepdistill_jax.__file__).parent
@@ -255,7 +255,7 @@ def test_files_have_the_users_own_permissions(tmp_path):
     """What is written follows the umask: nothing is made readable to more people than they said."""
     script = (
         "import os, sys, pathlib; os.umask(0o077); os.chdir(sys.argv[1])\n"
-        "from stepdistill_jax.files import atomic_write, write_json\n"
+        "from stepdistill_jax.runtime.files import atomic_write, write_json\n"
         "from stepdistill_jax.teacher.cache import AnswerCache\n"
         "write_json('a/run.json', {}); AnswerCache('b/cache.sqlite').close()\n"
     )

@@ -7,8 +7,8 @@ from typing import Any
 
 from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_file
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.files import check_file
+from stepdistill_jax.runtime.progress import log
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

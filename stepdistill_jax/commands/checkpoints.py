@@ -43,8 +43,8 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     Raises:
         InputError: not a workdir.
     """
-    from stepdistill_jax.checkpoints.manager import checkpoints_folder, is_workdir, rank
-    from stepdistill_jax.checkpoints.manifest import UNSEALED, defect, saved, set_aside
+    from stepdistill_jax.runtime.checkpoints.manager import checkpoints_folder, is_workdir, rank
+    from stepdistill_jax.runtime.checkpoints.manifest import UNSEALED, defect, saved, set_aside
 
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints)")

@@ -9,11 +9,11 @@ from typing import Any
 
 import gin
 
+from stepdistill_jax.data.objectives import ARMS, Objective
+from stepdistill_jax.data.schedules import Schedule, cosine_schedule, linear_schedule
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.models.config import LoraConfig
-from stepdistill_jax.objectives import ARMS, Objective
-from stepdistill_jax.schedules import Schedule, cosine_schedule, linear_schedule
-from stepdistill_jax.sharding import Layout
+from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 

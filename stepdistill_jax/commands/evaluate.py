@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `tasks.evaluate` and prints its summary; of several processes, the first one does."""
     join_and_cache(args.path)
-    from stepdistill_jax.distributed import is_first
     from stepdistill_jax.inference import rationale_quality
-    from stepdistill_jax.inference.tally import in_words
+    from stepdistill_jax.inference.counts import in_words
+    from stepdistill_jax.runtime.distributed import is_first
     from stepdistill_jax.tasks import evaluate
 
     with stopped_by_signals():

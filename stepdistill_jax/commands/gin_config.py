@@ -24,8 +24,8 @@ from stepdistill_jax.commands.gin_statements import (
     shown,
 )
 from stepdistill_jax.commands.shipped import find_config
+from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.objectives import ARMS
 from stepdistill_jax.training.config import TrainConfig
 
 Bindings = dict[Key, Binding]

@@ -15,13 +15,13 @@ import sys
 from typing import Any
 
 from stepdistill_jax import __version__
-from stepdistill_jax.checkpoints.manifest import CheckpointError
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
 from stepdistill_jax.commands.terminal import say, show_traceback
-from stepdistill_jax.distributed import end_soon, is_first, leave
 from stepdistill_jax.errors import InputError, nearest, printable
-from stepdistill_jax.files import DISK_ERRORS, StoreError
-from stepdistill_jax.roll_call import ProcessesMissing
+from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
+from stepdistill_jax.runtime.distributed import end_soon, is_first, leave
+from stepdistill_jax.runtime.files import DISK_ERRORS, StoreError
+from stepdistill_jax.runtime.rendezvous import ProcessesMissing
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

@@ -133,9 +133,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             " model's own task says (`evaluate --module` reads a split of such a task)"
         )
     join_and_cache(args.path)
-    from stepdistill_jax.distributed import is_first
     from stepdistill_jax.inference import predict
-    from stepdistill_jax.inference.tally import in_words
+    from stepdistill_jax.inference.counts import in_words
+    from stepdistill_jax.runtime.distributed import is_first
 
     with stopped_by_signals():
         result = predict(
@@ -168,12 +168,12 @@ def join_and_cache(path: str) -> None:
 
     What is compiled for a workdir is kept beside it.
     """
-    from stepdistill_jax.distributed import join
+    from stepdistill_jax.runtime.distributed import join
 
     join()
-    from stepdistill_jax import compile_cache
-    from stepdistill_jax.checkpoints.manager import is_workdir
     from stepdistill_jax.formats.directory import is_ctranslate2
+    from stepdistill_jax.runtime import compile_cache
+    from stepdistill_jax.runtime.checkpoints.manager import is_workdir
 
     if is_ctranslate2(path):  # JAX computes nothing: it must not take an accelerator's memory
         import jax
@@ -195,7 +195,7 @@ def stopped_by_signals() -> Iterator[None]:
     """
     import jax
 
-    from stepdistill_jax.progress import log
+    from stepdistill_jax.runtime.progress import log
 
     def stop(_number, _frame) -> None:
         log("stopped by SIGTERM; start again to go on")
@@ -219,7 +219,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 def _end_when_stuck(reads: int) -> None:
     """Reads the numbers of signals as they come; the other end is closed when the command is left."""
-    from stepdistill_jax.progress import log
+    from stepdistill_jax.runtime.progress import log
 
     first = None
     with os.fdopen(reads, "rb", buffering=0) as told:

@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `inference.serve`, which returns after a signal, and prints its summary."""
     join_and_cache(args.path)
-    from stepdistill_jax.distributed import end_soon
     from stepdistill_jax.inference import serve
+    from stepdistill_jax.runtime.distributed import end_soon
 
     result = serve(
         args.path,

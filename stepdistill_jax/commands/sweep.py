@@ -88,10 +88,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(script(args, cells))
         return {"cells": len(cells)}
     require_seqio("sweep")
-    from stepdistill_jax import compile_cache
-    from stepdistill_jax.distributed import join
     from stepdistill_jax.experiments.sweep import sweep
-    from stepdistill_jax.host_memory import keep_pages
+    from stepdistill_jax.runtime import compile_cache
+    from stepdistill_jax.runtime.distributed import join
+    from stepdistill_jax.runtime.host_memory import keep_pages
 
     keep_pages()
     join()
@@ -173,7 +173,7 @@ def _arm(arm: str) -> tuple[list[str], list[str]]:
     comes over the config with all that it binds.
     """
     from stepdistill_jax.commands.shipped import find_config, shipped_folder
-    from stepdistill_jax.objectives import ARMS
+    from stepdistill_jax.data.objectives import ARMS
 
     if arm in ARMS:
         return [f"OBJECTIVES={arm}"], []

@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config and calls `training.train`; the last step's metrics."""
     began = time.monotonic()
     from stepdistill_jax.commands.gin_config import load_config
-    from stepdistill_jax.distributed import join
-    from stepdistill_jax.host_memory import keep_pages
+    from stepdistill_jax.runtime.distributed import join
+    from stepdistill_jax.runtime.host_memory import keep_pages
 
     keep_pages()
     join()
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bindings.append(f"TASK_MODULE={args.module}")
     config, text = load_config(args.config, args.overrides, args.gin_files, bindings)
     require_seqio("train")
-    from stepdistill_jax import compile_cache
+    from stepdistill_jax.runtime import compile_cache
     from stepdistill_jax.training import train
 
     compile_cache.enable(compile_cache.beside(args.workdir))

@@ -18,8 +18,8 @@ import numpy as np
 
 from stepdistill_jax.data.prepared import TFDS_VERSION
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_jsonl
-from stepdistill_jax.progress import progress
+from stepdistill_jax.runtime.files import read_jsonl
+from stepdistill_jax.runtime.progress import progress
 
 VERSION = TFDS_VERSION
 SHARD_ROWS = 100_000

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data import prepared, writing
+from stepdistill_jax.data.counts import shared_inputs
 from stepdistill_jax.data.reading import Reading
-from stepdistill_jax.data.tally import shared_inputs
+from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import local_path, read_json
-from stepdistill_jax.overwriting import check_apart, check_outputs, stranger
-from stepdistill_jax.text.vocabulary import SentencePieceVocabulary
+from stepdistill_jax.runtime.files import local_path, read_json
+from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def _read(
     if fields and name != "jsonl":
         raise InputError(f"--fields: only `prepare jsonl` has more fields to keep, not {name}")
     if name == "delivery":
-        from stepdistill_jax.data.readers import delivery
+        from stepdistill_jax.data.corpora import delivery
 
         if source is not None:
             raise InputError("prepare delivery: it is generated, leave --source out")
@@ -168,10 +168,10 @@ def _read(
         raise InputError(f"prepare {name}: say where its files are with --source")
     source = local_path(source, "--source")
     if name == "jsonl":
-        from stepdistill_jax.data.readers import jsonl
+        from stepdistill_jax.data.corpora import jsonl
 
         return jsonl.read(source, field_map=field_map or {}, more=fields, teacher=teacher)
-    reader = importlib.import_module(f"stepdistill_jax.data.readers.{name}")
+    reader = importlib.import_module(f"stepdistill_jax.data.corpora.{name}")
     return reader.read(source, teacher=teacher)
 
 

@@ -9,9 +9,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stepdistill_jax.data.example import Example, Rationale
+from stepdistill_jax.data.text_metrics import METRICS
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import check_file, digest, local_path, read_json, read_jsonl, sha256
-from stepdistill_jax.text.metrics import METRICS
+from stepdistill_jax.runtime.files import (
+    check_file,
+    digest,
+    local_path,
+    read_json,
+    read_jsonl,
+    sha256,
+)
 
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"

@@ -6,11 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stepdistill_jax.data.counts import LENGTH_FIELDS, Tally
 from stepdistill_jax.data.defects import KINDS
 from stepdistill_jax.data.histogram import histogram
-from stepdistill_jax.data.tally import LENGTH_FIELDS, Tally
-from stepdistill_jax.files import atomic_write
-from stepdistill_jax.overwriting import Made
+from stepdistill_jax.runtime.files import atomic_write
+from stepdistill_jax.runtime.overwriting import Made
 
 PAGE = Made(
     "prepare --report",

@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Iterable
 
 from stepdistill_jax.data import prepared
-from stepdistill_jax.files import read_jsonl
-from stepdistill_jax.text.vocabulary import UNK_ID, SentencePieceVocabulary
+from stepdistill_jax.data.vocabulary import UNK_ID, SentencePieceVocabulary
+from stepdistill_jax.runtime.files import read_jsonl
 
 FIELDS = ("input", "label", "rationale")
 CACHED_TEXTS = 10_000  # labels, above all

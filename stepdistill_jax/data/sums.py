@@ -4,7 +4,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from stepdistill_jax.text import arithmetic
+from stepdistill_jax.data import arithmetic
 
 MAX_LENGTH = 100_000  # characters of a text that are looked at
 # counts are bounded: without it a text of brackets costs the square of its length

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stepdistill_jax import objectives
-from stepdistill_jax.data import prepared
+from stepdistill_jax.data import objectives, prepared
+from stepdistill_jax.data import train_vocabulary as training
+from stepdistill_jax.data.counts import Tally
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, in_order
-from stepdistill_jax.data.tally import Tally
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import (
+from stepdistill_jax.runtime.files import (
     atomic_write,
     fsync_folder,
     opener,
@@ -25,9 +25,8 @@ from stepdistill_jax.files import (
     sha256,
     write_json,
 )
-from stepdistill_jax.overwriting import stranger
-from stepdistill_jax.progress import progress
-from stepdistill_jax.text import train_vocabulary as training
+from stepdistill_jax.runtime.overwriting import stranger
+from stepdistill_jax.runtime.progress import progress
 
 FORMAT = 2  # raised when the same rows would be written otherwise
 PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process

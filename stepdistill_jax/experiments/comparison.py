@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.experiments.results import RunResult, arm_of
 from stepdistill_jax.experiments.stats import (
@@ -18,7 +19,6 @@ from stepdistill_jax.experiments.stats import (
     paired_difference,
     resample,
 )
-from stepdistill_jax.text.metrics import majority_baseline
 from stepdistill_jax.training.provenance import FREE_FIELDS
 
 # of a run's config, what tells arms, fractions and seeds apart, or says nothing of the model

@@ -11,19 +11,19 @@ import numpy as np
 
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import PreparedDataset
+from stepdistill_jax.data.text_metrics import accuracy, majority_baseline
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.experiments.plots import learning_curves
-from stepdistill_jax.files import local_path, write_json
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info
-from stepdistill_jax.inference.asking import encode_input
-from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.inference.model import LoadedModel, load_model
-from stepdistill_jax.overwriting import Made, check_folder
-from stepdistill_jax.progress import log
-from stepdistill_jax.text.metrics import accuracy, majority_baseline
+from stepdistill_jax.inference.prompting import encode_input
+from stepdistill_jax.runtime.files import local_path, write_json
+from stepdistill_jax.runtime.metrics import read_metrics
+from stepdistill_jax.runtime.overwriting import Made, check_folder
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.workdir import read_run
-from stepdistill_jax.training.writers import read_metrics
 
 SUMMARY, PLOT = "demo.json", "demo.png"
 MADE = Made("demo", b'{\n  "arms": [', ("arms", "majority_baseline", "plot", "rows"))

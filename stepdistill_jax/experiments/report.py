@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax import __version__
+from stepdistill_jax.data.objectives import fields_of
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments import tables
 from stepdistill_jax.experiments.comparison import Comparison, Enough, compare
 from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure, size_figure
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
-from stepdistill_jax.files import atomic_write, local_path
 from stepdistill_jax.inference.rationale_quality import INCONSISTENT, VERDICTS
-from stepdistill_jax.objectives import fields_of
-from stepdistill_jax.overwriting import Made, check_folder, check_outputs
+from stepdistill_jax.runtime.files import atomic_write, local_path
+from stepdistill_jax.runtime.overwriting import Made, check_folder, check_outputs
 
 PAGE = "report.html"
 _HEAD = """<!DOCTYPE html>

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.checkpoints.manager import resolve_step
 from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
+from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP
-from stepdistill_jax.files import digest, local_path, read_jsonl
 from stepdistill_jax.formats.tensors import read_object
-from stepdistill_jax.inference.asking import RATIONALE
 from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
+from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.inference.rationale_quality import named_answer
-from stepdistill_jax.objectives import ARMS
-from stepdistill_jax.text.metrics import metric_fn
+from stepdistill_jax.runtime.checkpoints.manager import resolve_step
+from stepdistill_jax.runtime.files import digest, local_path, read_jsonl
+from stepdistill_jax.runtime.metrics import METRICS, read_metrics
 from stepdistill_jax.training.workdir import RUN, read_run
-from stepdistill_jax.training.writers import METRICS, read_metrics
 
 DEPTH = 5  # folders that are looked through for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
 

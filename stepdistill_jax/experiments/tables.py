@@ -11,8 +11,8 @@ from stepdistill_jax.errors import escaped
 from stepdistill_jax.experiments.comparison import Comparison
 from stepdistill_jax.experiments.paper import paper_accuracy
 from stepdistill_jax.experiments.results import RunResult
-from stepdistill_jax.files import atomic_write
 from stepdistill_jax.inference.rationale_quality import VERDICTS
+from stepdistill_jax.runtime.files import atomic_write
 
 _LATEX = {
     "\\": r"\textbackslash{}",

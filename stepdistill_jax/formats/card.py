@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
+from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.vocabulary import BYTES, PAD_ID, Vocabulary
 from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.models.config import LoraConfig, T5Config
-from stepdistill_jax.objectives import Objective
-from stepdistill_jax.text.vocabulary import BYTES, PAD_ID, Vocabulary
 
 _METRICS = {
     "label_accuracy": "validation label accuracy",

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 import stepdistill_jax
+from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import local_path, read_json, sha256, write_json
 from stepdistill_jax.formats.directory import (
     CONFIG,
     CTRANSLATE2_MODEL,
@@ -34,7 +34,7 @@ from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.text.vocabulary import EOS_ID, PAD_ID, Vocabulary
+from stepdistill_jax.runtime.files import local_path, read_json, sha256, write_json
 
 QUANTIZATIONS = ("float32", "int8")
 LARGEST = 127  # of an int8 weight

@@ -1,7 +1,7 @@
 """The `README.md` of a CTranslate2 directory."""
 
 import stepdistill_jax
-from stepdistill_jax.text.vocabulary import BYTES, Vocabulary
+from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
 
 _README = """\
 # {task} for CTranslate2

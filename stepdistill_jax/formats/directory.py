@@ -9,29 +9,29 @@ import pathlib
 import shutil
 from typing import Any
 
-from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import (
-    as_path,
-    atomic_write,
-    is_remote,
-    local_copy,
-    write_json,
-)
-from stepdistill_jax.formats.names import HEAD
-from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
-from stepdistill_jax.formats.tensors import read_object
-from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
-from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
-from stepdistill_jax.objectives import Objective, check_first
-from stepdistill_jax.schedules import Schedule
-from stepdistill_jax.text.metrics import METRICS
-from stepdistill_jax.text.vocabulary import (
+from stepdistill_jax.data.objectives import Objective, check_first
+from stepdistill_jax.data.schedules import Schedule
+from stepdistill_jax.data.text_metrics import METRICS
+from stepdistill_jax.data.vocabulary import (
     BYTES,
     EOS_ID,
     PAD_ID,
     SentencePieceVocabulary,
     Vocabulary,
     load_vocabulary,
+)
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.names import HEAD
+from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
+from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
+from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
+from stepdistill_jax.runtime.files import (
+    as_path,
+    atomic_write,
+    is_remote,
+    local_copy,
+    write_json,
 )
 
 CONFIG, TASK_INFO, SPIECE = "config.json", "stepdistill.json", "spiece.model"

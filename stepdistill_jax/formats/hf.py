@@ -14,13 +14,13 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import write_json
 from stepdistill_jax.formats.names import HEAD, IGNORED, hf_names, is_transposed
 from stepdistill_jax.formats.safetensors_file import write_safetensors
 from stepdistill_jax.formats.tensors import Weights
 from stepdistill_jax.formats.weights import INDEX, WEIGHTS, has_own_head, open_weights
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.runtime.files import write_json
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; Hugging Face's "5GB"
 

@@ -10,8 +10,8 @@ import numpy as np
 import safetensors
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write
 from stepdistill_jax.formats.tensors import Tensor, map_file
+from stepdistill_jax.runtime.files import atomic_write
 
 _DTYPES = {
     "F16": np.float16,

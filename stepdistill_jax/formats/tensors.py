@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_json
 from stepdistill_jax.formats.names import EMBEDDING, EMBEDDING_COPIES
+from stepdistill_jax.runtime.files import read_json
 
 Index = tuple[slice, ...]
 MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB

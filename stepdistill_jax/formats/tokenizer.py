@@ -9,10 +9,10 @@ import os
 import pathlib
 from typing import Any
 
+from stepdistill_jax.data.vocabulary import EOS_ID, SentencePieceVocabulary, Vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, read_json, write_json
 from stepdistill_jax.formats.directory import FAST_TOKENIZER, SPIECE, TOKENIZER_CONFIG
-from stepdistill_jax.text.vocabulary import EOS_ID, SentencePieceVocabulary, Vocabulary
+from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 
 # Texts in which a wrong normalizer, unknown id or byte piece, or a lost space shows. Left out is what the
 # `tokenizers` library cannot do as SentencePiece does: texts that spell a special piece (`</s>`, `<0x41>`)

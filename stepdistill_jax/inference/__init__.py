@@ -4,14 +4,14 @@ The imports are not lazy: a function that is named like its module (`predict`) i
 `inference.predict(...)` if it is bound after the module has been imported.
 """
 
-from stepdistill_jax.inference.beam import beam_search
-from stepdistill_jax.inference.decode import Decoded, LabelDecoder, greedy_decode
+from stepdistill_jax.decoding.beam import beam_search
+from stepdistill_jax.decoding.greedy import Decoded, LabelDecoder, greedy_decode
+from stepdistill_jax.decoding.sampling import sample_decode
 from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.inference.export import export
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.predict import predict
-from stepdistill_jax.inference.sampling import sample_decode
-from stepdistill_jax.inference.serving import serve
+from stepdistill_jax.serving import serve
 
 __all__ = [
     "Decoded",

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.readers.fields import as_text
+from stepdistill_jax.data.corpora.fields import as_text
+from stepdistill_jax.data.objectives import Objective, fields_of
+from stepdistill_jax.data.text_metrics import normalize
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_file, digest, local_path, read_json
-from stepdistill_jax.inference.asking import BARE_INPUT_LENGTH, Asking
 from stepdistill_jax.inference.engines import Engine, require_finite
+from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.objectives import Objective, fields_of
-from stepdistill_jax.text.metrics import normalize
-from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.runtime.files import check_file, digest, local_path, read_json
 
 ROW, LABELS = "row", "labels"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0

@@ -10,26 +10,26 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.decoding.beam import LENGTH_PENALTY, search
+from stepdistill_jax.decoding.choices import CHUNK_TOKENS, ChoiceScorer
+from stepdistill_jax.decoding.greedy import (
+    ROWS_PER_DEVICE,
+    Decoded,
+    LabelDecoder,
+    rows_at_once,
+)
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, digest, local_path, sha256
 from stepdistill_jax.formats.ctranslate2 import (
     check_model,
     import_ctranslate2,
     read_ctranslate2,
 )
 from stepdistill_jax.formats.directory import CONFIG, TaskInfo, is_ctranslate2
-from stepdistill_jax.inference.beam import LENGTH_PENALTY, search
-from stepdistill_jax.inference.choices import CHUNK_TOKENS, ChoiceScorer
-from stepdistill_jax.inference.decode import (
-    ROWS_PER_DEVICE,
-    Decoded,
-    LabelDecoder,
-    rows_at_once,
-)
 from stepdistill_jax.inference.model import device_mesh, load_model, params_fingerprint
 from stepdistill_jax.models.quantized import quantize
-from stepdistill_jax.sharding import Layout
-from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.files import as_path, digest, local_path, sha256
 
 ENGINES = ("jax", "ctranslate2")
 QUANTIZATIONS = ("int8",)  # of the JAX engine

@@ -11,21 +11,28 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.data.prepared import PreparedDataset, open_prepared
+from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, is_remote, local_path, read_jsonl, upload, write_json
 from stepdistill_jax.inference.allowed import ROW, allow, check_choices, choose
-from stepdistill_jax.inference.asking import RATIONALE, cut_ids, how_to_ask, read_answer
-from stepdistill_jax.inference.beam import search
+from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.predict import predict
+from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask, read_answer
 from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.inference.tally import Tally
-from stepdistill_jax.inference.together import everywhere, on_first, require_same, until_stopped
-from stepdistill_jax.overwriting import Made, check_outputs
-from stepdistill_jax.sharding import Layout
+from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
+from stepdistill_jax.runtime.files import (
+    as_path,
+    is_remote,
+    local_path,
+    read_jsonl,
+    upload,
+    write_json,
+)
+from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same, until_stopped
+from stepdistill_jax.runtime.overwriting import Made, check_outputs
 
 PREDICTIONS = "predictions"
 RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))

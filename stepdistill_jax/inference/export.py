@@ -11,16 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import stepdistill_jax
-from stepdistill_jax.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import (
-    PARTIAL,
-    InUse,
-    atomic_write,
-    fsync_folder,
-    local_path,
-    open_locked,
-)
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.ctranslate2 import check_quantization, write_ctranslate2
 from stepdistill_jax.formats.ctranslate2_readme import ctranslate2_readme
@@ -33,9 +24,18 @@ from stepdistill_jax.formats.directory import (
 )
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.formats.tokenizer import write_tokenizer
-from stepdistill_jax.inference.asking import how_to_ask
 from stepdistill_jax.inference.model import LoadedModel, load_model
+from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
+from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
+from stepdistill_jax.runtime.files import (
+    PARTIAL,
+    InUse,
+    atomic_write,
+    fsync_folder,
+    local_path,
+    open_locked,
+)
 
 FORMATS = ("hf", "jax", "ctranslate2")
 CARD = "README.md"

@@ -11,17 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from stepdistill_jax.checkpoints.manager import FOLDER, is_workdir, resolve_step, restore_params
+from stepdistill_jax.data.vocabulary import Vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, digest, is_remote, local_path, sampled_digest
 from stepdistill_jax.formats.directory import ModelFiles, TaskInfo, read_model_files
 from stepdistill_jax.formats.hf import load_params
-from stepdistill_jax.inference.together import everywhere, on_first, require_same
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
+from stepdistill_jax.models.sharding import Layout, make_mesh, param_shardings
 from stepdistill_jax.models.t5 import abstract_params
-from stepdistill_jax.sharding import Layout, make_mesh, param_shardings
-from stepdistill_jax.text.vocabulary import Vocabulary
+from stepdistill_jax.runtime.checkpoints.manager import (
+    FOLDER,
+    is_workdir,
+    resolve_step,
+    restore_params,
+)
+from stepdistill_jax.runtime.files import as_path, digest, is_remote, local_path, sampled_digest
+from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same
 
 
 @dataclasses.dataclass(frozen=True)

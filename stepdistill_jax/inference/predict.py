@@ -12,32 +12,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import digest, local_path
 from stepdistill_jax.inference.allowed import Allowed, allow, check_choices, choose
-from stepdistill_jax.inference.asking import (
+from stepdistill_jax.inference.counts import Tally
+from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
+from stepdistill_jax.inference.prompting import (
     RATIONALE,
     Asking,
     encode_input,
     how_to_ask,
     scored_answer,
 )
-from stepdistill_jax.inference.beam import search
-from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
-from stepdistill_jax.inference.output import SharedOutput, outputs_of
 from stepdistill_jax.inference.rows import InputFile, Row, next_window
 from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
-from stepdistill_jax.inference.tally import Tally
-from stepdistill_jax.inference.together import (
+from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.files import digest, local_path
+from stepdistill_jax.runtime.on_processes import (
     everywhere,
     is_first,
     on_first,
     require_same,
     until_stopped,
 )
-from stepdistill_jax.overwriting import check_outputs
-from stepdistill_jax.progress import log
-from stepdistill_jax.sharding import Layout
+from stepdistill_jax.runtime.overwriting import check_outputs
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.streams import SharedOutput, outputs_of
 
 # decoded together, then written and synced: what a crash costs at most
 WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger one counts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.text.metrics import metric_fn, normalize
+from stepdistill_jax.data.text_metrics import metric_fn, normalize
 
 CONSISTENT, INCONSISTENT, NAMES_NO_LABEL = "consistent", "inconsistent", "names_no_label"
 VERDICTS = (CONSISTENT, INCONSISTENT, NAMES_NO_LABEL)

@@ -6,11 +6,11 @@ import os
 import pathlib
 from typing import IO
 
-from stepdistill_jax.files import local_path, naming, opener, partial_of
 from stepdistill_jax.inference.rows import BadRow
-from stepdistill_jax.inference.together import is_first
-from stepdistill_jax.overwriting import Made
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.files import local_path, naming, opener, partial_of
+from stepdistill_jax.runtime.on_processes import is_first
+from stepdistill_jax.runtime.overwriting import Made
+from stepdistill_jax.runtime.progress import log
 
 LIST = Made("predict", b'{"line": ', ("line", "error"))
 SHOWN = 20

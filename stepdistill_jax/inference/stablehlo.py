@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import stepdistill_jax
+from stepdistill_jax.data.vocabulary import BYTES, EOS_ID, Vocabulary
+from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, fsync_folder
-from stepdistill_jax.inference.decode import greedy_decode
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.text.vocabulary import BYTES, EOS_ID, Vocabulary
+from stepdistill_jax.runtime.files import atomic_write, fsync_folder
 
 DECODER, PARAMS = "label_decoder.jax_export", "params"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from stepdistill_jax.batches.packing import round_up
+from stepdistill_jax.batches.scatter import DECODER_ENCODER_SEGMENTS
+from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.lora import split
+from stepdistill_jax.models.sharding import batch_sharding, batch_shards
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.objectives import resolve, share_encoding
 from stepdistill_jax.planning.collectives import Collective, by_kind, collectives
 from stepdistill_jax.planning.workload import Workload
-from stepdistill_jax.sharding import batch_sharding, batch_shards
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
-from stepdistill_jax.training.packing import round_up
-from stepdistill_jax.training.placing import DECODER_ENCODER_SEGMENTS
 from stepdistill_jax.training.state import TrainState, abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_train_step
 

@@ -8,11 +8,11 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import REMAT_POLICIES, T5Config
 from stepdistill_jax.models.flops import PEAK_FLOPS, peak_flops
+from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning.compiling import Figures, figures, rounded_groups, state_bytes
 from stepdistill_jax.planning.devices import TPU_MEMORY, topology_devices, virtual_devices
 from stepdistill_jax.planning.workload import Workload, workload
-from stepdistill_jax.progress import log
-from stepdistill_jax.sharding import Layout, make_mesh
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state

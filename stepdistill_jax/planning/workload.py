@@ -4,12 +4,12 @@ import dataclasses
 import os
 import pathlib
 
+from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.prepared import data_folder, prepared_names
+from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.formats.directory import read_config, read_model_files
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.tasks.load import TaskData, load_task
-from stepdistill_jax.text.vocabulary import BYTES
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
 
 # ids of the published models; test_configs checks their parameter counts

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import VERSION, tensorflow
+from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.data.prepared import (
     PreparedDataset,
     data_folder,
 )
 from stepdistill_jax.data.reading import UNLABELLED
+from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import digest
-from stepdistill_jax.objectives import Objective, resolve
+from stepdistill_jax.runtime.files import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
@@ -27,7 +28,6 @@ from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
 from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
-from stepdistill_jax.text.vocabulary import BYTES, Vocabulary, load_vocabulary
 
 __all__ = ["TaskData", "has_split", "load_task", "splits_of"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
-from stepdistill_jax.objectives import Objective
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
-from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
 
 AT_ONCE = 1024  # examples whose texts are tokenised together, on all cores
 

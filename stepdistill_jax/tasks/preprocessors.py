@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.objectives import Objective
 
 LABEL_TEXT = "label text"  # no name that a field of a dataset can have
 

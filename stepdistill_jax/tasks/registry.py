@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.objectives import Objective, resolve
+from stepdistill_jax.data.text_metrics import accuracy, metric_fn
+from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import Objective, resolve
 from stepdistill_jax.tasks.preprocessors import empty_absent_targets, in_turn, render
 from stepdistill_jax.tasks.sources import Rows, RowsOfFunction, describe_source, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, choose
-from stepdistill_jax.text.metrics import accuracy, metric_fn
-from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 
 CHECKED_ROWS = 4
 

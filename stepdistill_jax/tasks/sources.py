@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
-from stepdistill_jax.data.readers.fields import weight
+from stepdistill_jax.data.corpora.fields import weight
+from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.objectives import Objective
 
 AT_ONCE = 32  # rows that a function is asked for ahead
 

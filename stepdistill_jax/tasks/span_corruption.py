@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 
 NOISE_DENSITY, MEAN_NOISE_SPAN_LENGTH, SENTINELS = 0.15, 3.0, 100  # those of T5
 

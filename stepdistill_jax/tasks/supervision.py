@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
-from stepdistill_jax.data.readers.paper_layout import TEACHER
+from stepdistill_jax.data.corpora.paper_layout import TEACHER
+from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.objectives import Objective
-from stepdistill_jax.progress import log
-from stepdistill_jax.text.metrics import metric_fn
+from stepdistill_jax.runtime.progress import log
 
 LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
 RATIONALES = ("first", "all", "sample")

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.files import digest, sha256
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.files import digest, sha256
+from stepdistill_jax.runtime.progress import log
 
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"

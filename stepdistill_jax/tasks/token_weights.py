@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
+from stepdistill_jax.data.schedules import is_weight
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.files import digest
-from stepdistill_jax.schedules import is_weight
+from stepdistill_jax.runtime.files import digest
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.lookup import find_task
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.supervision import Supervision
-from stepdistill_jax.text.vocabulary import EOS_ID, Vocabulary
 
 
 def with_token_weights(

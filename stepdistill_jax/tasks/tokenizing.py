@@ -16,8 +16,8 @@ import numpy as np
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.writing import locked
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import digest
-from stepdistill_jax.progress import progress
+from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.preprocessors import LABEL_TEXT
 from stepdistill_jax.tasks.sources import files_of, named_errors, rows_digest

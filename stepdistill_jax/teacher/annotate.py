@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import check_file, local_path
-from stepdistill_jax.overwriting import check_apart, check_outputs
-from stepdistill_jax.progress import log, progress
-from stepdistill_jax.teacher.asking import Asking, Estimate, load_asking, unanswered
+from stepdistill_jax.runtime.files import check_file, local_path
+from stepdistill_jax.runtime.overwriting import check_apart, check_outputs
+from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.teacher.batch import read_batch, write_batch
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ChatClient, Teacher
 from stepdistill_jax.teacher.output import DEFECTS, ROWS, RowFile, defects_of
+from stepdistill_jax.teacher.prompting import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.prompts import estimate_tokens
 from stepdistill_jax.teacher.rows import check_rows, read_rows
 from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal

@@ -6,8 +6,8 @@ import re
 from stepdistill_jax.data.defects import KINDS as PARSER_KINDS
 from stepdistill_jax.data.nli_rationale import parse_anli, parse_esnli
 from stepdistill_jax.data.rationale import CHOICE_MARKER, parse_choice, parse_equation
+from stepdistill_jax.data.text_metrics import metric_fn, normalize
 from stepdistill_jax.teacher.rows import Row
-from stepdistill_jax.text.metrics import metric_fn, normalize
 
 # what can be wrong with an answer: the names of `prepare`, and those that only a server knows of
 KINDS = PARSER_KINDS | {

@@ -7,15 +7,15 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stepdistill_jax.data.readers.fields import names_of
+from stepdistill_jax.data.corpora.fields import names_of
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, read_jsonl
-from stepdistill_jax.overwriting import Made, check_outputs
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.files import atomic_write, read_jsonl
+from stepdistill_jax.runtime.overwriting import Made, check_outputs
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.teacher.answers import Answer
-from stepdistill_jax.teacher.asking import Asking, Estimate, unanswered
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import content_text, now, token_count
+from stepdistill_jax.teacher.prompting import Asking, Estimate, unanswered
 from stepdistill_jax.teacher.rows import check_rows
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.overwriting import stranger
+from stepdistill_jax.runtime.overwriting import stranger
 from stepdistill_jax.teacher.answers import Answer
 
 SCHEMA = 1

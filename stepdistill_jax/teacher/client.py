@@ -11,7 +11,7 @@ import time
 from typing import Any, Protocol
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.prompts import estimate_tokens

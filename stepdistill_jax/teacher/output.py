@@ -7,8 +7,8 @@ import pathlib
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import fsync_folder, naming, open_locked, partial_of
-from stepdistill_jax.overwriting import Made
+from stepdistill_jax.runtime.files import fsync_folder, naming, open_locked, partial_of
+from stepdistill_jax.runtime.overwriting import Made
 
 ROWS = Made("annotate", b'{"id": ', ("id", "input", "provenance"))
 DEFECTS = Made("annotate", b'{"kind": "', ("kind", "row", "id", "sample", "text"))

@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stepdistill_jax.data.readers import fields
+from stepdistill_jax.data.corpora import fields
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_jsonl
+from stepdistill_jax.runtime.files import read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)

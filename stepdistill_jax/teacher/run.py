@@ -8,17 +8,17 @@ import signal
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
-from stepdistill_jax.progress import Bar
+from stepdistill_jax.runtime.progress import Bar
 from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
-from stepdistill_jax.teacher.asking import Asking
 from stepdistill_jax.teacher.budget import Budget, BudgetReached
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ServerError, Teacher, now
 from stepdistill_jax.teacher.output import RowFile
+from stepdistill_jax.teacher.prompting import Asking
 from stepdistill_jax.teacher.rows import Row
 from stepdistill_jax.teacher.vote import Sample, output_row
-from stepdistill_jax.text.metrics import metric_fn
 
 FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
 ANSWERS_BEFORE_RATE = 20  # before the share of unusable ones says something

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
 from stepdistill_jax.teacher.rows import Row
-from stepdistill_jax.text.metrics import metric_fn
 
 Sample = tuple[Answer, Reading]
 

@@ -5,10 +5,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig
-from stepdistill_jax.objectives import Objective, resolve
-from stepdistill_jax.sharding import Layout
+from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.extra_loss import ExtraLoss
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from stepdistill_jax.sharding import BATCH_AXES
+from stepdistill_jax.models.sharding import BATCH_AXES
 
 # of one device; fewer make small matrix products, more fall out of a CPU's cache
 CHUNK_TOKENS = 512

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import jax
 
+from stepdistill_jax.data.schedules import Schedule, Weight, is_weight
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.schedules import Schedule, Weight, is_weight
 
 
 @dataclasses.dataclass(frozen=True)

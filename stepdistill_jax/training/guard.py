@@ -7,11 +7,11 @@ import os
 import statistics
 from typing import Any
 
-from stepdistill_jax.checkpoints.manager import Checkpoints, saved_steps
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, saved_steps
+from stepdistill_jax.runtime.metrics import FLAGGED, MetricsWriter, read_flagged, read_metrics
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.run import Run
-from stepdistill_jax.training.writers import FLAGGED, MetricsWriter, read_flagged, read_metrics
 
 SPIKE_WINDOW = 100  # steps whose median loss is the usual one
 SPIKE_LEAST = 10  # fewer say nothing

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax import schedules
+from stepdistill_jax.batches.batch import Batches, Group
+from stepdistill_jax.batches.packing import round_up
+from stepdistill_jax.batches.scatter import DECODER_ENCODER_SEGMENTS
+from stepdistill_jax.data import schedules
+from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
-from stepdistill_jax.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.tasks.load import TaskData, load_task
 from stepdistill_jax.tasks.token_weights import with_token_weights
-from stepdistill_jax.training.batches import Batches, Group
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.packing import round_up
-from stepdistill_jax.training.placing import DECODER_ENCODER_SEGMENTS
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10

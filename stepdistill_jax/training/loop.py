@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 
-from stepdistill_jax.checkpoints.manager import Checkpoints, resolve_step, saved_steps
+from stepdistill_jax.batches.batch import iterate
+from stepdistill_jax.models.sharding import batch_shards, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.progress import log, progress
-from stepdistill_jax.sharding import batch_shards, place_rows
-from stepdistill_jax.training.batches import iterate
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, resolve_step, saved_steps
+from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics
+from stepdistill_jax.runtime.progress import log, progress
+from stepdistill_jax.runtime.signals import StopSignals, Told
+from stepdistill_jax.runtime.watchdog import Watchdog
+from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.guard import RollBack, advice, roll_back
-from stepdistill_jax.training.lock import locked
 from stepdistill_jax.training.memory import out_of_memory_explained
 from stepdistill_jax.training.milestones import Milestones
 from stepdistill_jax.training.profile import StepProfile
@@ -24,9 +27,6 @@ from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.startup import StartUp
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_train_step
-from stepdistill_jax.training.stopping import StopSignals, Told
-from stepdistill_jax.training.watchdog import Watchdog
-from stepdistill_jax.training.writers import MetricsWriter, last_step_metrics
 
 
 def train(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stepdistill_jax.checkpoints.manager import Checkpoints, rank, saved_steps
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, rank, saved_steps
 from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import VALIDATION, Run
 from stepdistill_jax.training.state import TrainState

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from stepdistill_jax.schedules import Schedule, Weight
+from stepdistill_jax.data.schedules import Schedule, Weight
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import jax
 
-from stepdistill_jax.files import is_remote, upload
-from stepdistill_jax.progress import log
+from stepdistill_jax.runtime.files import is_remote, upload
+from stepdistill_jax.runtime.progress import log
 
 FOLDER = "profile"
 

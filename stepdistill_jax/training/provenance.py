@@ -11,12 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepdistill_jax import schedules
+from stepdistill_jax.data import schedules
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import atomic_write, digest, read_json, sampled_digest, write_json
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
-from stepdistill_jax.inference.together import everywhere, on_first
 from stepdistill_jax.models.lora import split
+from stepdistill_jax.runtime.files import (
+    atomic_write,
+    digest,
+    read_json,
+    sampled_digest,
+    write_json,
+)
+from stepdistill_jax.runtime.on_processes import everywhere, on_first
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepdistill_jax.progress import Bar, log
-from stepdistill_jax.schedules import Schedule
-from stepdistill_jax.training.batches import Batch
+from stepdistill_jax.batches.batch import Batch
+from stepdistill_jax.data.schedules import Schedule
+from stepdistill_jax.runtime.metrics import MetricsWriter
+from stepdistill_jax.runtime.progress import Bar, log
 from stepdistill_jax.training.guard import Guard
 from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.run import VALIDATION, Run
 from stepdistill_jax.training.throughput import Throughput
-from stepdistill_jax.training.writers import MetricsWriter
 
 SILENT_STEPS = 20  # an objective without a target token for so long is worth a warning
 

@@ -8,26 +8,25 @@ from collections.abc import Callable
 import optax
 from jax.sharding import Mesh
 
-from stepdistill_jax.checkpoints.manager import is_workdir
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.batches.packing import round_up
+from stepdistill_jax.data.objectives import held_out_objectives
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
+from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import as_path, local_path
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.lora import base_of
-from stepdistill_jax.objectives import held_out_objectives
-from stepdistill_jax.progress import log
-from stepdistill_jax.sharding import batch_shards, make_mesh
+from stepdistill_jax.models.sharding import batch_shards, make_mesh
+from stepdistill_jax.runtime.checkpoints.manager import is_workdir
+from stepdistill_jax.runtime.files import as_path, local_path
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.load import TaskData, has_split, load_task
 from stepdistill_jax.tasks.token_weights import with_token_weights
-from stepdistill_jax.text.vocabulary import BYTES
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.evaluate import Validator
 from stepdistill_jax.training.optimizer import make_optimizer
-from stepdistill_jax.training.packing import round_up
 from stepdistill_jax.training.state import (
     TrainState,
     abstract_state,
@@ -36,6 +35,7 @@ from stepdistill_jax.training.state import (
     state_from_params,
     with_new_adapters,
 )
+from stepdistill_jax.training.validation import Validator
 from stepdistill_jax.training.workdir import check_workdir
 
 VALIDATION = "validation"

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import combine, split
+from stepdistill_jax.models.sharding import param_shardings, replicated
 from stepdistill_jax.models.t5 import abstract_params, init_params
-from stepdistill_jax.sharding import param_shardings, replicated
 
 
 class TrainState(struct.PyTreeNode):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from stepdistill_jax.data.schedules import Schedule, Weight
 from stepdistill_jax.models.lora import base_of, combine, split
+from stepdistill_jax.models.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
 from stepdistill_jax.models.t5 import T5, output_kernel
-from stepdistill_jax.schedules import Schedule, Weight
-from stepdistill_jax.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
 from stepdistill_jax.training.extra_loss import ExtraLoss
 from stepdistill_jax.training.loss import (
     Batch,

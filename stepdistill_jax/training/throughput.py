@@ -5,9 +5,9 @@ import time
 import jax
 import numpy as np
 
+from stepdistill_jax.batches.batch import Batch
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import peak_flops, train_flops
-from stepdistill_jax.training.batches import Batch
 
 
 class Throughput:

@@ -7,11 +7,11 @@ import tokenize
 import uuid
 from typing import Any
 
-from stepdistill_jax.checkpoints.manager import FOLDER
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import StoreError, is_remote, read_json
 from stepdistill_jax.formats.directory import CONFIG, GENERATION_CONFIG, TASK_INFO
-from stepdistill_jax.training.writers import FLAGGED, METRICS
+from stepdistill_jax.runtime.checkpoints.manager import FOLDER
+from stepdistill_jax.runtime.files import StoreError, is_remote, read_json
+from stepdistill_jax.runtime.metrics import FLAGGED, METRICS
 
 RUN = "run.json"
 GIN = "config.gin"  # all that made the run; a run can be begun or gone on with from it

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import Objective
-from stepdistill_jax.sharding import Layout
+from stepdistill_jax.models.sharding import Layout
 
 MINIMAL = """\
 include "train.gin"
@@ -288,7 +288,7 @@ def test_a_users_module_may_register_a_configurable(write, monkeypatch, tmp_path
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)  # it lies where its user stands
     (tmp_path / "my_objectives_for_gin.py").write_text(
-        "import gin\nfrom stepdistill_jax.objectives import Objective\n"
+        "import gin\nfrom stepdistill_jax.data.objectives import Objective\n"
         "@gin.configurable\n"
         "def my_arm(weight=1.0):\n"
         "    return (Objective('label', 'q: {input}', '{label}', weight),)\n"

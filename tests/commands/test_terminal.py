@@ -12,7 +12,7 @@ import stepdistill_jax
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import escaped
-from stepdistill_jax.progress import log, progress
+from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.teacher.stub_server import Reply, StubServer
 
 PACKAGE = pathlib.Path(stepdistill_jax.__file__).parent

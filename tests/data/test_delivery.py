@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from stepdistill_jax.data.readers import delivery
+from stepdistill_jax.data.corpora import delivery
 
 
 @pytest.fixture(scope="module")

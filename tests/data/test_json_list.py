@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdistill_jax.data.readers import json_list
+from stepdistill_jax.data.corpora import json_list
 from stepdistill_jax.errors import InputError
 
 

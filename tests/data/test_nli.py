@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepdistill_jax.data.corpora import anli, esnli
 from stepdistill_jax.data.defects import KINDS
 from stepdistill_jax.data.example import Rationale
 from stepdistill_jax.data.nli_rationale import LABELS, parse_anli, parse_esnli
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.data.readers import anli, esnli
 from stepdistill_jax.errors import InputError
 
 # (premise, hypothesis, label, explanations, teacher text): every defect once or more

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from stepdistill_jax.data.corpora import cqa, svamp
 from stepdistill_jax.data.example import Rationale
-from stepdistill_jax.data.readers import cqa, svamp
 from stepdistill_jax.data.reading import defect_counts
 from stepdistill_jax.errors import InputError
 

@@ -13,7 +13,7 @@ from stepdistill_jax.data.example import Rationale
 from stepdistill_jax.data.prepare import ensure_prepared, prepare
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import read_jsonl
+from stepdistill_jax.runtime.files import read_jsonl
 
 KEYS = {
     "rows",
@@ -149,7 +149,7 @@ def test_a_source_that_turns_bad_leaves_the_old_dataset(tmp_path, own):
 
 
 def test_a_failure_while_writing_leaves_the_old_dataset_and_no_rubbish(own, monkeypatch, tmp_path):
-    from stepdistill_jax.text import train_vocabulary
+    from stepdistill_jax.data import train_vocabulary
 
     _, data_dir, first = own
 
@@ -272,7 +272,7 @@ def test_the_package_function_is_callable_whatever_was_imported_first():
 
 def test_importing_the_package_loads_no_tensorflow():
     code = (
-        "import sys, stepdistill_jax.data, stepdistill_jax.data.readers.jsonl;"
+        "import sys, stepdistill_jax.data, stepdistill_jax.data.corpora.jsonl;"
         "print({'tensorflow', 'seqio', 'tensorflow_datasets'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,12 +7,12 @@ import re
 import pytest
 import scipy.stats
 
+from stepdistill_jax.data.counts import Tally
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.histogram import binned, histogram, quantile
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.reading import Row, defect
 from stepdistill_jax.data.report import page, wilson
-from stepdistill_jax.data.tally import Tally
 from stepdistill_jax.errors import InputError
 
 VOID = {"meta"}

@@ -15,7 +15,7 @@ import os, runpy, sys, traceback
 path, address, count, me = sys.argv[1:5]
 import jax
 if int(count) > 1:
-    jax.config.update("jax_enable_compilation_cache", False)  # as `stepdistill_jax.distributed.join`
+    jax.config.update("jax_enable_compilation_cache", False)  # as `stepdistill_jax.runtime.distributed.join`
     jax.distributed.initialize(address, int(count), int(me))
 code, sys.argv = 0, [path, *sys.argv[5:]]
 try:

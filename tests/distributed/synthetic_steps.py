@@ -16,14 +16,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows, replicated
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows, replicated
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state, init_state

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints
-from stepdistill_jax.files import open_locked
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats.directory import TaskInfo, write_model_files
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.text.vocabulary import load_vocabulary
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
+from stepdistill_jax.runtime.files import open_locked
 
 pytestmark = pytest.mark.slow  # ten to thirty seconds each
 

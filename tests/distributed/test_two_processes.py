@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import saved_steps
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.runtime.checkpoints.manager import saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute to a minute each
 

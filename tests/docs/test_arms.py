@@ -8,7 +8,7 @@ import pytest
 
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.main import main
-from stepdistill_jax.objectives import ARMS
+from stepdistill_jax.data.objectives import ARMS
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "arms.md").read_text("utf-8")
 

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.batch import iterate
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import loop, train
-from stepdistill_jax.training.batches import iterate
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
-from stepdistill_jax.training.writers import read_metrics
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "losses.md"
 FILE = re.compile(r"`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)

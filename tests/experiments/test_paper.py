@@ -9,12 +9,12 @@ import pytest
 
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.experiments import paper
 from stepdistill_jax.experiments.comparison import compare
 from stepdistill_jax.experiments.report import headline
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.tables import accuracy_table
-from stepdistill_jax.objectives import ARMS
 from stepdistill_jax.training.config import OptimizerConfig
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "paper.md").read_text("utf-8")

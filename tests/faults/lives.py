@@ -17,11 +17,11 @@ import traceback
 
 from jax._src import xla_bridge
 
-from stepdistill_jax.checkpoints.manager import Checkpoints
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.tasks import tokenizing
 from stepdistill_jax.training import loop, run
-from stepdistill_jax.training.evaluate import Validator
+from stepdistill_jax.training.validation import Validator
 
 FOR_DATA = ("seqio", "tensorflow_datasets")  # preparing and tokenising
 

@@ -25,16 +25,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepdistill_jax.checkpoints import manifest
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.formats.weights import open_weights
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.text.vocabulary import load_vocabulary
+from stepdistill_jax.runtime.checkpoints import manifest
 
 CORPUS = pathlib.Path(__file__).parent.parent / "bad_inputs" / "models"
 WEIGHTS, INDEX, TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"

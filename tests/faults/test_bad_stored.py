@@ -11,19 +11,19 @@ import tracemalloc
 
 import pytest
 
+from stepdistill_jax.data.corpora import jsonl
 from stepdistill_jax.data.nli_rationale import parse_anli, parse_esnli
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.data.rationale import parse_choice, parse_equation
-from stepdistill_jax.data.readers import jsonl
+from stepdistill_jax.data.train_vocabulary import train_vocabulary
+from stepdistill_jax.data.vocabulary import MAX_BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.files import MAX_LINE_BYTES, json_lines
+from stepdistill_jax.runtime.files import MAX_LINE_BYTES, json_lines
 from stepdistill_jax.teacher.answers import _parse_free
-from stepdistill_jax.teacher.asking import load_asking
 from stepdistill_jax.teacher.batch import read_batch
 from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.prompting import load_asking
 from stepdistill_jax.teacher.settings import Settings
-from stepdistill_jax.text.train_vocabulary import train_vocabulary
-from stepdistill_jax.text.vocabulary import MAX_BYTES, load_vocabulary
 
 GOOD = '{"id": "one", "input": "is it wet ?", "label": "yes"}\n'
 
@@ -164,7 +164,7 @@ def test_results_of_a_batch(tmp_path, record_fault):
 def prepared(folder):
     """A small prepared dataset as `prepare` leaves it, but for the TFDS files' contents."""
     from stepdistill_jax.data import writing
-    from stepdistill_jax.files import sha256, write_json
+    from stepdistill_jax.runtime.files import sha256, write_json
 
     (folder / "source").mkdir()
     (folder / "source" / "test.jsonl").write_text(GOOD)

@@ -18,16 +18,16 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from stepdistill_jax.checkpoints.manager import (
+from stepdistill_jax.commands.main import main
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.model import load_model
+from stepdistill_jax.runtime.checkpoints.manager import (
     Checkpoints,
     resolve_step,
     restore_params,
     saved_steps,
 )
-from stepdistill_jax.checkpoints.manifest import CheckpointError, defect
-from stepdistill_jax.commands.main import main
-from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.model import load_model
+from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError, defect
 
 FLIPS = 200
 ACCURACY = {1: 0.9, 2: 0.5, 3: 0.6}  # of the saved steps: 1 is the best, 3 the last
@@ -259,7 +259,7 @@ def test_a_name_of_a_folder_that_was_set_aside_is_never_used_again(workdir):
 
 KILLED = """
 import os, signal, sys
-from stepdistill_jax.checkpoints import manager
+from stepdistill_jax.runtime.checkpoints import manager
 sys.path.insert(0, sys.argv[1])
 import test_checkpoints as made
 workdir, where, *steps = sys.argv[2:]
@@ -548,7 +548,7 @@ def test_a_live_run_is_listed_while_it_saves_and_removes(tmp_path):
 
 TRAIN = """
 import json, os, signal, sys
-from stepdistill_jax.checkpoints import manager
+from stepdistill_jax.runtime.checkpoints import manager
 from stepdistill_jax.commands import main
 from stepdistill_jax.training import TrainConfig, train
 settings, workdir, data_dir, kill_at = json.loads(sys.argv[1]), *sys.argv[2:]

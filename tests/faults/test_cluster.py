@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import restore_params, saved_steps
+from stepdistill_jax.runtime.checkpoints.manager import restore_params, saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.writers import read_metrics
 
 pytestmark = pytest.mark.timeout(600)
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
@@ -28,9 +28,9 @@ import os, sys
 victim, how, where, *argv = sys.argv[1:]
 import stepdistill_jax.training.loop as loop
 from orbax.checkpoint import CheckpointManager
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.commands.main import main
-from stepdistill_jax.training.evaluate import Validator
+from stepdistill_jax.training.validation import Validator
 
 PLACES = {
     "step": (loop, "place_rows", 8),

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stepdistill_jax.data.corpora import anli, cqa, esnli, jsonl, svamp
 from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.data.readers import anli, cqa, esnli, jsonl, svamp
 from stepdistill_jax.data.writing import describe, write_rows
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.rows import read_rows
-from stepdistill_jax.teacher.asking import Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.batch import read_batch
 from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.rows import check_rows
 from stepdistill_jax.teacher.settings import Settings
 
@@ -226,7 +226,7 @@ def test_a_description_of_a_dataset(fuzz, tmp_path):
 
 
 def test_a_vocabulary(fuzz, tmp_path, delivery_data_dir):
-    from stepdistill_jax.text.vocabulary import load_vocabulary
+    from stepdistill_jax.data.vocabulary import load_vocabulary
 
     path = tmp_path / "spiece.model"
 

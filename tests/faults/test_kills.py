@@ -17,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from stepdistill_jax.checkpoints.manager import saved_steps
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.runtime.checkpoints.manager import saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
 
 KILLS = 50
 LIVES = pathlib.Path(__file__).with_name("lives.py")

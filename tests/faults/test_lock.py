@@ -15,33 +15,33 @@ import time
 import jax
 import pytest
 
-from stepdistill_jax.checkpoints.manager import saved_steps
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.objectives import step_by_step
+from stepdistill_jax.runtime.checkpoints.manager import saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
+from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.tasks.token_store import MANIFEST, TokenExample, open_store, write_store
-from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.lock import locked
-from stepdistill_jax.training.writers import read_metrics
 
 predict_module = importlib.import_module("stepdistill_jax.inference.predict")
 FLIPS = 200
 HOLDER = """
 import pathlib, sys, time
-from stepdistill_jax.training.lock import locked
+from stepdistill_jax.runtime.workdir_lock import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
 RUN = """
 import json, sys
-from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
+from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.training import TrainConfig, train
 train(TrainConfig(**json.loads(sys.argv[1])), workdir=sys.argv[2], data_dir=sys.argv[3])
 """

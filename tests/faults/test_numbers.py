@@ -10,16 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints, saved_steps
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, saved_steps
+from stepdistill_jax.runtime.metrics import read_flagged, read_metrics
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.guard import SPIKE_LEAST
 from stepdistill_jax.training.milestones import Milestones
 from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.writers import read_flagged, read_metrics
 
 
 class Trainer:

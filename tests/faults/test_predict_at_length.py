@@ -20,18 +20,18 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.data.vocabulary import load_vocabulary
+from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
-from stepdistill_jax.inference.decode import Decoded
-from stepdistill_jax.inference.output import PartialOutput, outputs_of
+from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.rows import BadRow, Row
 from stepdistill_jax.inference.skipped import SkippedRows
-from stepdistill_jax.inference.tally import Tally
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.text.vocabulary import load_vocabulary
+from stepdistill_jax.runtime.streams import PartialOutput, outputs_of
 
 predict_module = importlib.import_module("stepdistill_jax.inference.predict")
 INPUT_LENGTH = 24
@@ -481,7 +481,7 @@ for line in sys.stdin:
 # kills itself at the n-th time that it comes to a place
 KILLED_AT = """
 import os, pathlib, signal
-import stepdistill_jax.inference.output as output
+import stepdistill_jax.runtime.streams as output
 place, left, out = job["place"], [job["nth"]], job["argv"][3]
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 def here():
@@ -672,7 +672,7 @@ HELD_IN = """
 import hashlib, importlib, pathlib, time
 predict = importlib.import_module("stepdistill_jax.inference.predict")
 rows = importlib.import_module("stepdistill_jax.inference.rows")
-decode = importlib.import_module("stepdistill_jax.inference.decode")
+decode = importlib.import_module("stepdistill_jax.decoding.greedy")
 held = pathlib.Path(job["folder"]) / "held"
 def hold():
     held.touch()

@@ -40,8 +40,8 @@ SETTINGS = {
 # TensorStore tries 32 times, a quarter of an hour, before it gives a request up; and the times of steps
 CHILD = """
 import sys, time
-from stepdistill_jax.checkpoints import s3
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.runtime.checkpoints import s3
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.training.recorder import StepRecorder
 service, note, seal = s3._service, StepRecorder.note, Checkpoints._seal
@@ -59,9 +59,9 @@ sys.exit(main())
 """
 LOOK = """
 import hashlib, json, pathlib, sys
-from stepdistill_jax.checkpoints.manager import saved_steps
+from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.inference import export
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.runtime.metrics import read_metrics
 workdir, model_dir = sys.argv[1:]
 export(workdir, model_dir, step="last")
 weights = hashlib.sha256((pathlib.Path(model_dir) / "model.safetensors").read_bytes()).hexdigest()

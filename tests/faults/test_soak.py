@@ -14,8 +14,8 @@ import time
 import pytest
 
 from stepdistill_jax.inference import export
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.writers import read_metrics
 
 MINUTES = float(os.environ.get("FAULTS_SOAK_MINUTES", 15))
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(60 * MINUTES + 600)]

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints, restore_params, saved_steps
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, restore_params, saved_steps
+from stepdistill_jax.runtime.metrics import MetricsWriter, read_metrics
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.writers import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.timeout(300)
 # holds the run at one place until FOLDER/go is there; a place in C++ cannot be called off
@@ -25,13 +25,13 @@ CHILD = """
 import ctypes, json, os, pathlib, sys, time
 phase, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 settings, workdir, data_dir = json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
-from stepdistill_jax.distributed import join, leave
+from stepdistill_jax.runtime.distributed import join, leave
 join()
-import stepdistill_jax.training.evaluate as evaluate
+import stepdistill_jax.training.validation as evaluate
 import stepdistill_jax.training.loop as loop
 import stepdistill_jax.training.run as run
-from stepdistill_jax.checkpoints.manager import Checkpoints
-from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.training.recorder import StepRecorder
 
 def hold():

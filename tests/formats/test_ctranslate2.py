@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import (
     check_model,
@@ -18,10 +20,8 @@ from stepdistill_jax.formats.ctranslate2 import (
     write_ctranslate2,
 )
 from stepdistill_jax.formats.directory import is_ctranslate2, read_config
-from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.text.vocabulary import BYTES, load_vocabulary
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
 

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats.directory import read_config, write_model_files
 from stepdistill_jax.formats.hf import load_params, save_params
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.text.vocabulary import load_vocabulary
 
 # family -> model_type of its directory; mT5 and ByT5 are T5 v1.1 but for sizes and vocabulary
 MODEL_TYPES = {"t5_v1_0": "t5", "t5_v1_1": "t5", "mt5": "t5", "byt5": "t5", "umt5": "umt5"}

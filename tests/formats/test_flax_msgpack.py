@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdistill_jax import sharding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.mapped_msgpack import ChunkedArray, read_tree
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.t5 import abstract_params
 
 FILE = "flax_model.msgpack"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from stepdistill_jax import sharding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf, safetensors_file
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params, init_params
 

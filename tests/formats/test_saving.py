@@ -11,12 +11,12 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from stepdistill_jax import sharding
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import write_model_files
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params
-from stepdistill_jax.text.vocabulary import load_vocabulary
 
 LIMIT = 30_000  # bytes; the embedding of 64 x 32 floats has 8,192
 INDEX = "model.safetensors.index.json"

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepdistill_jax import sharding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config, read_model_files
 from stepdistill_jax.formats.weights import open_weights
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.t5 import abstract_params
 
 TREES = {

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config, write_model_files
-from stepdistill_jax.text.vocabulary import load_vocabulary
 
 FILE = "pytorch_model.bin"
 

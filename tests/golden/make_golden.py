@@ -18,14 +18,14 @@ import jax
 import numpy as np
 import optax
 
-from stepdistill_jax.inference.decode import greedy_decode
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.models.config import SIZES, T5Config, t5_config
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5, init_params
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, create_state
 from stepdistill_jax.training.step import jit_train_step
 

@@ -64,8 +64,8 @@ def tiny_params(tiny_config):
 
 @pytest.fixture(scope="session")
 def task_info():
+    from stepdistill_jax.data.objectives import step_by_step
     from stepdistill_jax.formats.directory import TaskInfo
-    from stepdistill_jax.objectives import step_by_step
 
     return TaskInfo("roads", step_by_step(), 40, 24, 8, "text_match", ("smooth", "trouble"))
 
@@ -73,9 +73,9 @@ def task_info():
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory, tiny_config, tiny_params, task_info, spiece):
     """In the Hugging Face layout, with stepdistill.json."""
+    from stepdistill_jax.data.vocabulary import load_vocabulary
     from stepdistill_jax.formats.directory import write_model_files
     from stepdistill_jax.formats.hf import save_params
-    from stepdistill_jax.text.vocabulary import load_vocabulary
 
     folder = tmp_path_factory.mktemp("model")
     write_model_files(folder, tiny_config, load_vocabulary(spiece), task_info)
@@ -86,9 +86,9 @@ def model_dir(tmp_path_factory, tiny_config, tiny_params, task_info, spiece):
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory, tiny_config, tiny_params, task_info, spiece):
     """Steps 3 (better) and 5; step 3 holds the parameters of `model_dir`."""
-    from stepdistill_jax.checkpoints.manager import Checkpoints
+    from stepdistill_jax.data.vocabulary import load_vocabulary
     from stepdistill_jax.formats.directory import write_model_files
-    from stepdistill_jax.text.vocabulary import load_vocabulary
+    from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 
     folder = tmp_path_factory.mktemp("workdir")
     write_model_files(folder, tiny_config, load_vocabulary(spiece), task_info)

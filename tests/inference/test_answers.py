@@ -9,17 +9,17 @@ import json
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.objectives import Objective, rationale_input, resolve, single_task
 from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.vocabulary import ByteVocabulary
+from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.inference import evaluate, predict
-from stepdistill_jax.inference.asking import how_to_ask
-from stepdistill_jax.inference.decode import Decoded
+from stepdistill_jax.inference.counts import in_words
 from stepdistill_jax.inference.evaluate import evaluate_tokens
-from stepdistill_jax.inference.serving.answerer import Answerer
-from stepdistill_jax.inference.tally import in_words
-from stepdistill_jax.objectives import Objective, rationale_input, resolve, single_task
-from stepdistill_jax.text.vocabulary import ByteVocabulary
+from stepdistill_jax.inference.prompting import how_to_ask
+from stepdistill_jax.serving.answerer import Answerer
 
 WRITTEN = ["it rains so the answer is no", "who knows", "sand so the answer is yes"]
 GOLD = [("wet ?", "no", "it rains"), ("old ?", "no", ""), ("dry ?", "yes", "sand")]

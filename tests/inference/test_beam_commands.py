@@ -5,9 +5,9 @@ import json
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import LabelDecoder, evaluate, load_model, predict
-from stepdistill_jax.inference.beam import search
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import write_ctranslate2
 from stepdistill_jax.inference import engines, export, predict
 from stepdistill_jax.inference.engines import open_engine, usable_cores
 from stepdistill_jax.inference.evaluate import evaluate_tokens
-from stepdistill_jax.text.vocabulary import EOS_ID
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
 
@@ -287,7 +287,7 @@ def test_the_commands_make_it_and_ask_it(workdir, converted, source, tmp_path, c
 def test_weights_that_give_nan_are_said_to_be_damaged(
     tiny_config, tiny_params, task_info, spiece, source, tmp_path
 ):
-    from stepdistill_jax.text.vocabulary import load_vocabulary
+    from stepdistill_jax.data.vocabulary import load_vocabulary
 
     params = jax.tree.map(lambda x: np.full(x.shape, np.nan, np.float32), tiny_params)
     write_ctranslate2(tmp_path / "m", params, tiny_config, load_vocabulary(spiece), task_info)

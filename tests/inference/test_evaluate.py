@@ -8,14 +8,14 @@ import pytest
 
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import evaluate, load_model, predict
+from stepdistill_jax.inference.counts import Tally, in_words
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.inference.tally import Tally, in_words
-from stepdistill_jax.text.vocabulary import load_vocabulary
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import LabelDecoder, export, load_model
 from stepdistill_jax.models.config import LoraConfig, t5_config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.text.vocabulary import load_vocabulary
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 
 LENGTH = 8
 V1_0 = {

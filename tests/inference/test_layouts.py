@@ -11,19 +11,19 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax import sharding
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.data.vocabulary import load_vocabulary
+from stepdistill_jax.decoding.beam import beam_search
+from stepdistill_jax.decoding.greedy import greedy_decode
+from stepdistill_jax.decoding.sampling import sample_decode
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import LabelDecoder, evaluate, load_model, predict
-from stepdistill_jax.inference.beam import beam_search
-from stepdistill_jax.inference.decode import greedy_decode
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.model import params_fingerprint
-from stepdistill_jax.inference.sampling import sample_decode
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params, init_params
-from stepdistill_jax.text.vocabulary import load_vocabulary
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 
 CONFIG = T5Config(128, 32, 8, 8, 48, 2, 2)  # eight heads: `tensor` cuts them over all devices
 SEARCHES = {

@@ -16,13 +16,13 @@ CHILD = """
 import json, os, re, sys, threading, time
 import jax, numpy as np
 from stepdistill_jax import sharding
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.inference import export, load_model
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.t5 import abstract_params, init_params
-from stepdistill_jax.text.vocabulary import load_vocabulary
+from stepdistill_jax.data.vocabulary import load_vocabulary
 
 what, workdir, target = sys.argv[1:]
 jax.block_until_ready(jax.device_put(np.zeros(1000)))

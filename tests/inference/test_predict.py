@@ -12,10 +12,10 @@ import sys
 import numpy as np
 import pytest
 
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import load_model, predict
-from stepdistill_jax.inference.decode import LabelDecoder
-from stepdistill_jax.sharding import Layout
+from stepdistill_jax.models.sharding import Layout
 
 # `inference.predict` is the function
 predict_module = importlib.import_module("stepdistill_jax.inference.predict")

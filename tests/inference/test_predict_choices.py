@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.vocabulary import load_vocabulary
+from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import engines, evaluate, export, load_model, predict
 from stepdistill_jax.inference.allowed import Allowed
 from stepdistill_jax.inference.calibration import Calibration
-from stepdistill_jax.inference.choices import ChoiceScorer
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.model import device_mesh
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.objectives import Objective
-from stepdistill_jax.text.vocabulary import load_vocabulary
 
 LABELS = ["smooth", "trouble", "slow pace"]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdistill_jax.data.readers import jsonl
+from stepdistill_jax.data.corpora import jsonl
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import predict
 from stepdistill_jax.inference.rows import read_rows

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from stepdistill_jax.training.writers import read_metrics
+from stepdistill_jax.runtime.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute to a minute each
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # half a minute to a 
 COMMAND = """
 import sys
 import jax
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.commands.main import main
 save = Checkpoints.save
 def say_and_save(self, step, params, rest, metrics):

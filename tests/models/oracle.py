@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config
-from stepdistill_jax.inference.decode import LabelDecoder
 from stepdistill_jax.models.config import SIZES as FAMILIES
 from stepdistill_jax.models.t5 import T5
 

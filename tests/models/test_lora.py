@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from stepdistill_jax import sharding
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.models.lora import base_of, has_adapters, merge, split

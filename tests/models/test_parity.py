@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.decoding.greedy import LabelDecoder
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepdistill_jax.inference.choices import ChoiceScorer
-from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.decoding.choices import ChoiceScorer
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.quantized import KERNEL, SCALE, kernel_of, quantize
 from stepdistill_jax.models.t5 import T5, abstract_params, init_params

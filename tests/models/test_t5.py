@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepdistill_jax import sharding
+from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5, abstract_params, init_params, start_cache
 

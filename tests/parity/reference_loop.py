@@ -21,15 +21,15 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config, write_model_files
 from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5, init_params
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.tasks.load import load_task
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state, shardings_of, state_from_params

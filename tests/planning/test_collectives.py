@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning.collectives import by_kind, collectives
-from stepdistill_jax.sharding import Layout, make_mesh
 
 HLO = """
 HloModule jit_step

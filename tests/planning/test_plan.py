@@ -9,16 +9,16 @@ import sys
 import jax
 import pytest
 
+from stepdistill_jax.batches.scatter import empty_group
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
+from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning import plan
 from stepdistill_jax.planning.compiling import lower_step, rounded_groups
 from stepdistill_jax.planning.plan import layouts_for
 from stepdistill_jax.planning.workload import workload
-from stepdistill_jax.sharding import Layout, make_mesh
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
-from stepdistill_jax.training.placing import empty_group
 
 GIB = 2**30
 CONFIG = TrainConfig(
@@ -224,7 +224,7 @@ import jax
 from stepdistill_jax.planning.compiling import lower_step, figures
 from stepdistill_jax.planning.devices import virtual_devices
 from stepdistill_jax.planning.workload import workload
-from stepdistill_jax.sharding import make_mesh
+from stepdistill_jax.models.sharding import make_mesh
 from stepdistill_jax.training.config import TrainConfig
 
 config = TrainConfig(

@@ -12,11 +12,11 @@ import json, sys
 from stepdistill_jax.planning.devices import topology_devices
 devices = topology_devices("v5e:2x2")
 import jax, jax.numpy as jnp
-from stepdistill_jax.inference.decode import greedy_decode
+from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.t5 import abstract_params
 from stepdistill_jax.planning import plan
-from stepdistill_jax.sharding import Layout, batch_sharding, make_mesh, param_shardings
+from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, param_shardings
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.step import in_mesh
 import flax.linen as nn

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import ARMS, Objective, step_by_step, step_by_step_multi
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import ARMS, Objective, step_by_step, step_by_step_multi
 from stepdistill_jax.tasks import add_task
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.supervision import Supervision
-from stepdistill_jax.text.vocabulary import ByteVocabulary
 from stepdistill_jax.training import TrainConfig, inspect
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.run import assemble
 
 ROWS = [

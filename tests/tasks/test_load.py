@@ -15,15 +15,15 @@ import types
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import copy_control, step_by_step
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.data.vocabulary import EOS_ID, ByteVocabulary, SentencePieceVocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import copy_control, step_by_step
 from stepdistill_jax.tasks.load import has_split, load_task, splits_of
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
-from stepdistill_jax.text.vocabulary import EOS_ID, ByteVocabulary, SentencePieceVocabulary
-from stepdistill_jax.training.batches import Batches
 
 HARD_STRINGS = [
     "",
@@ -165,7 +165,7 @@ def test_a_prepared_dataset_needs_no_tensorflow(delivery_data_dir, tmp_path, fir
     code = """
         import sys
         from stepdistill_jax.tasks import load_task
-        from stepdistill_jax.training.batches import Batches
+        from stepdistill_jax.batches.batch import Batches
         data = load_task("delivery", split="train", data_dir=sys.argv[1])
         batch = Batches(data, 32, 64, 48, seed=0)(3)
         heavy = {"tensorflow", "tensorflow_datasets", "seqio", "tensorflow_text", "jax"}

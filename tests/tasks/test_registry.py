@@ -5,11 +5,11 @@ import collections
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import Objective, step_by_step
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import Objective, step_by_step
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.registry import add_task
-from stepdistill_jax.training.batches import Batches
 
 ROWS = [
     {

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.vocabulary import EOS_ID, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks import add_span_corruption, load_task
 from stepdistill_jax.tasks.span_corruption import (
@@ -13,7 +14,6 @@ from stepdistill_jax.tasks.span_corruption import (
     random_spans_helper,
     random_spans_noise_mask,
 )
-from stepdistill_jax.text.vocabulary import EOS_ID, load_vocabulary
 
 TEXTS = [
     f"the {kind} takes the {road} ." * 9

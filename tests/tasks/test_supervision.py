@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.supervision import Supervision
-from stepdistill_jax.text.vocabulary import ByteVocabulary
-from stepdistill_jax.training.batches import Batches
 
 ROWS = [
     {

@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.data.objectives import Objective, step_by_step
+from stepdistill_jax.data.vocabulary import EOS_ID, ByteVocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import Objective, step_by_step
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_weights import begins_word, of_tokens, with_token_weights
-from stepdistill_jax.text.vocabulary import EOS_ID, ByteVocabulary
 from stepdistill_jax.training import TrainConfig
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.run import assemble
 
 GOLD = Supervision()

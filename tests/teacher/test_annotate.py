@@ -7,14 +7,14 @@ import tracemalloc
 
 import pytest
 
-from stepdistill_jax.data.readers import jsonl
+from stepdistill_jax.data.corpora import jsonl
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.progress import progress
+from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.teacher import annotate
 from stepdistill_jax.teacher.answers import Answer
-from stepdistill_jax.teacher.asking import Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
+from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.rows import Row, check_rows
 from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings

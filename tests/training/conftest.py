@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.layers import Dropout
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 

@@ -6,9 +6,9 @@ import pytest
 
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.inference import evaluate, export, predict
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.config import OptimizerConfig
-from stepdistill_jax.training.writers import read_metrics
 
 ROWS = [
     {"input": f"{thing} ?", "label": label, "rationale": f"it has {reason} near"}

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stepdistill_jax.sharding import make_mesh
+from stepdistill_jax.models.sharding import make_mesh
 from stepdistill_jax.training import cross_entropy as module
 from stepdistill_jax.training.cross_entropy import cross_entropy
 

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepdistill_jax.inference.decode import LabelDecoder
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.data.vocabulary import EOS_ID, ByteVocabulary
+from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.sharding import Layout, make_mesh
+from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
-from stepdistill_jax.text.vocabulary import EOS_ID, ByteVocabulary
-from stepdistill_jax.training.batches import Batches
-from stepdistill_jax.training.evaluate import Validator
 from stepdistill_jax.training.loss import ObjectiveSums
+from stepdistill_jax.training.validation import Validator
 
 MODEL = T5Config(384, 16, 2, 8, 32, 1, 1)
 ROWS, BATCH = 11, 4  # two batches of 4 rows and one of 3

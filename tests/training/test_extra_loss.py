@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.schedules import linear_schedule
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.schedules import linear_schedule
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.training import ExtraLoss, TrainConfig
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, create_state, shardings_of
 from stepdistill_jax.training.step import jit_train_step, train_step
 

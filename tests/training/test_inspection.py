@@ -4,8 +4,8 @@ import random
 import numpy as np
 import pytest
 
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.training import inspect
 from stepdistill_jax.training.config import TrainConfig
 
@@ -33,9 +33,9 @@ def lengths_data_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bytes_model(tmp_path_factory):
     """A model directory whose vocabulary is bytes."""
+    from stepdistill_jax.data.vocabulary import ByteVocabulary
     from stepdistill_jax.formats.directory import write_model_files
     from stepdistill_jax.models.config import t5_config
-    from stepdistill_jax.text.vocabulary import ByteVocabulary
 
     folder = tmp_path_factory.mktemp("bytes") / "model"
     write_model_files(folder, t5_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None)

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints
+from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.sharding import LAYOUTS, Layout, make_mesh, place_rows
-from stepdistill_jax.training.batches import Batches
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state, init_state
@@ -156,8 +156,8 @@ import flax.linen as nn
 import jax, jax.numpy as jnp, optax
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.sharding import LAYOUTS, Layout, batch_sharding, make_mesh
-from stepdistill_jax.training.placing import empty_group
+from stepdistill_jax.models.sharding import LAYOUTS, Layout, batch_sharding, make_mesh
+from stepdistill_jax.batches.scatter import empty_group
 from stepdistill_jax.training.state import abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_eval_step, jit_train_step
 

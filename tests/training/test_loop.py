@@ -12,13 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.checkpoints.manager import resolve_step, restore_params, saved_steps
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checkpoints.manager import resolve_step, restore_params, saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.loop import empty_rows
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.writers import read_metrics
 
 SETTINGS = {
     "task": "delivery",

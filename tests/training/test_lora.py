@@ -11,20 +11,20 @@ import pytest
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
-from stepdistill_jax.checkpoints.manager import restore_params, saved_steps
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.inference import export, load_model, predict
 from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.models.lora import base_of, split
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows
+from stepdistill_jax.runtime.checkpoints.manager import restore_params, saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.run import assemble
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import jit_train_step
-from stepdistill_jax.training.writers import read_metrics
 
 LORA = LoraConfig(query=4, key=4, value=4, out=4, wi=4, wo=4, alpha=8.0)
 SETTINGS = {

@@ -7,12 +7,12 @@ import numpy as np
 import optax
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.sharding import Layout, make_mesh
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state
 from stepdistill_jax.training.step import jit_eval_step
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints, resolve_step, saved_steps
-from stepdistill_jax.objectives import step_by_step
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, resolve_step, saved_steps
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.milestones import Milestones
 from stepdistill_jax.training.state import TrainState
-from stepdistill_jax.training.writers import read_metrics
 
 SETTINGS = {
     "task": "delivery",

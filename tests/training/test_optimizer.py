@@ -4,10 +4,10 @@ import numpy as np
 import optax
 import pytest
 
-from stepdistill_jax.checkpoints.manager import Checkpoints
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.sharding import Layout, make_mesh
+from stepdistill_jax.models.sharding import Layout, make_mesh
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
 from stepdistill_jax.training.state import abstract_state

@@ -4,13 +4,13 @@ import types
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.sampler import ExampleIds
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.objectives import step_by_step
 from stepdistill_jax.training import TrainConfig, throughput
 from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.optimizer import make_schedule
-from stepdistill_jax.training.order import ExampleIds
 from stepdistill_jax.training.recorder import SILENT_STEPS, StepRecorder
 
 

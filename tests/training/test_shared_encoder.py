@@ -10,19 +10,19 @@ import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import Objective, share_encoding, shared_encoder, step_by_step
+from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.objectives import Objective, share_encoding, shared_encoder, step_by_step
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows
+from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
-from stepdistill_jax.text.vocabulary import ByteVocabulary
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import jit_train_step
-from stepdistill_jax.training.writers import read_metrics
 
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CROSS = "decoder_encoder_segment_ids"

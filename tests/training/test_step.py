@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import label_only
 from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5, init_params
-from stepdistill_jax.objectives import label_only
-from stepdistill_jax.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.training import ExtraLoss
-from stepdistill_jax.training.batches import Batches
 from stepdistill_jax.training.state import abstract_state, create_state, init_state
 from stepdistill_jax.training.step import jit_train_step, train_step
 

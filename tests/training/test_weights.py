@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.data.schedules import Schedule, cosine_schedule, linear_schedule
+from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info, write_model_files
 from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.objectives import step_by_step
-from stepdistill_jax.schedules import Schedule, cosine_schedule, linear_schedule
-from stepdistill_jax.text.vocabulary import ByteVocabulary
 from stepdistill_jax.training.optimizer import weights_at
 
 CONFIG = """\

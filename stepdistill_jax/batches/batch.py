@@ -1,0 +1,322 @@
+"""The batch as a pure function of (data, seed, step): which examples, and where their tokens go."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from stepdistill_jax.batches.packing import (
+    PROBED_ROWS,
+    PROBES,
+    choose_row_counts,
+    first_fit,
+    most_rows,
+    round_up,
+)
+from stepdistill_jax.batches.sampler import ExampleIds, Order, draws, nested_pools
+from stepdistill_jax.batches.scatter import (
+    Encodings,
+    Rows,
+    TokenTable,
+    empty_group,
+    place_tokens,
+)
+from stepdistill_jax.data.objectives import share_encoding
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.tasks.load import TaskData
+
+Group = dict[str, np.ndarray]
+Batch = tuple[Group, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """`batches(step)` is the global batch of a step, the same in every process and in any order.
+
+    A step takes `batch_size` examples, each with the rows of all its objectives; an absent target
+    leaves its row out, and several rationales make several rows (or one that is drawn anew in each
+    epoch, `TaskData.sample_rationales`). Examples come in a permutation per epoch, drawn from (seed, epoch).
+
+    Two examples, the second of weight 0.5 and without a rationale (objective 2), packed:
+
+        encoder_input_tokens   20  5  1 21  5  1 20  6  1  0
+        encoder_segment_ids     1  1  1  2  2  2  3  3  3  0
+        decoder_target_tokens   7  1  8  9  1  7  1  0
+        decoder_input_tokens    0  7  0  8  9  0  7  0
+        decoder_segment_ids     1  1  2  2  2  3  3  0
+        decoder_objective_ids   1  1  2  2  2  1  1  0
+        decoder_loss_weights    1  1  1  1  1 .5 .5  0
+
+    Where all objectives have one input (`share_encoding`), an example's targets read one encoder
+    segment; each is a decoder segment that says which. The same examples, objective 2 with the
+    decoder prefix 9, whose tokens count nowhere:
+
+        encoder_input_tokens        20  5  1 20  6  1
+        encoder_segment_ids          1  1  1  2  2  2
+        decoder_target_tokens        7  1  9  8  9  1  7  1
+        decoder_input_tokens         0  7  0  9  8  9  0  7
+        decoder_segment_ids          1  1  2  2  2  2  3  3
+        decoder_encoder_segment_ids  1  1  1  1  1  1  2  2
+        decoder_objective_ids        1  1  0  2  2  2  1  1
+        decoder_loss_weights         1  1  0  1  1  1 .5 .5
+
+    Attributes:
+        data: token stores and objectives.
+        batch_size: examples a step.
+        input_length, target_length: tokens of a packed row; longer inputs and targets (with their
+            decoder prefix) are cut, the end of sequence stays as their last id.
+        seed: of the order, and of which examples a `data_fraction` keeps.
+        pack: False gives one group for each objective, row i for the i-th example, as long as its
+            longest row, and encodes an input anew for each of them.
+        row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
+        data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
+        loss_mean: `example` divides a row's weight by the number of its target tokens.
+        shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
+            last with fewer examples in the same shapes.
+    """
+
+    data: TaskData
+    batch_size: int
+    input_length: int
+    target_length: int
+    seed: int
+    pack: bool = True
+    row_multiple: int = 1
+    data_fraction: float = 1.0
+    shuffle: bool = True
+    loss_mean: str = "token"
+
+    def __post_init__(self):
+        for name in ("batch_size", "input_length", "target_length", "row_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Batches.{name}: at least 1 is wanted, got {getattr(self, name)}")
+        if not 0 < self.data_fraction <= 1:
+            raise ValueError(f"Batches.data_fraction: 0 < x <= 1, got {self.data_fraction}")
+        for objective, prefix in zip(self.data.objectives, self.data.decoder_prefixes, strict=True):
+            if len(prefix) >= self.target_length:
+                raise InputError(
+                    f"TARGET_LENGTH={self.target_length}: nothing is left for a target of"
+                    f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
+                )
+        for store, pool in enumerate(self._order.pools):
+            if not len(pool):
+                raise InputError(
+                    f"{self.data.name}: store {store + 1} of split {self.data.split} has no"
+                    " example with a target"
+                )
+
+    @property
+    def shared(self) -> bool:
+        """Whether the targets of an example read one encoding of its input."""
+        return self.pack and share_encoding(self.data.objectives)
+
+    @functools.cached_property
+    def _tables(self) -> tuple[TokenTable, ...]:
+        """Ids, offsets and cut lengths, for each store and column."""
+        return tuple(
+            TokenTable.of(
+                rows,
+                self.data.decoder_prefixes[column.objective - 1],
+                store.weights,
+                self.input_length,
+                self.target_length,
+                number,
+                column.objective,
+                column.variant,
+                loss_mean=self.loss_mean,
+            )
+            for number, store in enumerate(self.data.stores)
+            for column, rows in zip(self.data.columns, store.rows, strict=True)
+        )
+
+    def _tables_of(self, store: int) -> list[TokenTable]:
+        return [table for table in self._tables if table.store == store]
+
+    @functools.cached_property
+    def _usable(self) -> tuple[np.ndarray, ...]:
+        """For each store the examples with at least one target."""
+        return tuple(
+            np.flatnonzero(np.any([t.target_lengths > 0 for t in self._tables_of(s)], axis=0))
+            for s in range(len(self.data.stores))
+        )
+
+    @functools.cached_property
+    def _order(self) -> Order:
+        pools = nested_pools(self._usable, self.data_fraction, self.seed)
+        return Order(pools, self.data.rates, self.seed, self.shuffle)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples in use, of all stores together."""
+        return sum(len(pool) for pool in self._order.pools)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which as many examples are taken as there are."""
+        return self.num_examples / self.batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that take each example once, with `shuffle` False."""
+        return -(-self.num_examples // self.batch_size)
+
+    @functools.cached_property
+    def row_counts(self) -> tuple[int, ...]:
+        """Packed row counts, ascending, at most four; the last holds any batch of this data.
+
+        They do not depend on the seed, and on `data_fraction` only where it leaves fewer examples
+        than a batch takes (the last count is larger then): runs that differ in these share their
+        compiled steps.
+        """
+        loads, rows_each = [], []
+        for store, usable in enumerate(self._usable):
+            # a batch that crosses the end of an epoch may hold an example once for each
+            epochs = (self.batch_size - 1) // len(self._order.pools[store]) + 2
+            encodings = self._all_encodings(store)
+            shares = encodings.sizes / (self.input_length, self.target_length)
+            load = np.bincount(encodings.places, shares.sum(1))
+            loads.append(np.repeat(load[usable], epochs))
+            rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
+        bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
+        return choose_row_counts(self._probe(), bound, self.row_multiple)
+
+    def _probe(self) -> list[int]:
+        """Packed rows that random batches need."""
+        shares = np.asarray(self.data.rates, np.float64)
+        if not self.shuffle:
+            shares = np.array([len(usable) for usable in self._usable], np.float64)
+        rng = np.random.default_rng(0)
+        probes = []
+        for _ in range(min(PROBES, max(8, PROBED_ROWS // (self.batch_size * len(self._tables))))):
+            stores = rng.choice(len(shares), self.batch_size, p=shares / shares.sum())
+            indices = np.empty(self.batch_size, np.int64)
+            for store, usable in enumerate(self._usable):
+                mine = stores == store
+                indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
+            epochs = rng.integers(1 << 30, size=self.batch_size)
+            rows = self.rows_of(ExampleIds(stores, indices, epochs))
+            probes.append(first_fit(self.encodings_of(rows).sizes, self.lengths[0]).num_rows)
+        return probes
+
+    @functools.cached_property
+    def lengths(self) -> tuple[tuple[int, int], ...]:
+        """(input, target) length of each group."""
+        if self.pack:
+            return ((self.input_length, self.target_length),)
+        longest = []
+        for group in self._padded_groups:
+            tables = [t for t in self._tables if self._padded_group(t) == group]
+            longest.append(
+                (
+                    max(1, *(int(t.input_lengths.max(initial=0)) for t in tables)),
+                    max(1, *(int(t.decoder_lengths.max(initial=0)) for t in tables)),
+                )
+            )
+        return tuple(longest)
+
+    def _padded_group(self, table: TokenTable) -> tuple[int, int]:
+        """Unpacked, a group has one row per example: several rationales make several groups."""
+        return table.objective, 0 if self.data.sample_rationales else table.variant
+
+    @functools.cached_property
+    def _padded_groups(self) -> list[tuple[int, int]]:
+        return sorted({self._padded_group(table) for table in self._tables})
+
+    def examples(self, step: int) -> ExampleIds:
+        """The examples of a step, in the order in which they are drawn."""
+        first = step * self.batch_size
+        return self._order(np.arange(first, first + self.batch_size))
+
+    def __call__(self, step: int) -> Batch:
+        """The global batch of a step."""
+        drawn = self.examples(step)
+        return self._packed(drawn) if self.pack else self._padded(drawn)
+
+    def rows_of(self, drawn: ExampleIds) -> Rows:
+        """(table, examples of it with a target, their places in the step) of drawn examples."""
+        found = []
+        chosen = self._chosen(drawn) if self.data.sample_rationales else {}
+        for table in self._tables:
+            places = np.flatnonzero(drawn.stores == table.store)
+            places = places[table.target_lengths[drawn.indices[places]] > 0]
+            if (of := (table.store, table.objective)) in chosen:
+                places = places[chosen[of][places] == table.variant]
+            if len(places):
+                found.append((table, drawn.indices[places], places))
+        return found
+
+    def _chosen(self, drawn: ExampleIds) -> dict[tuple[int, int], np.ndarray]:
+        """(store, objective) -> [examples] the variant that each drawn example shows this time."""
+        random = draws(drawn, self.seed)
+        chosen = {}
+        for of in dict.fromkeys((t.store, t.objective) for t in self._tables if t.variant):
+            tables = [t for t in self._tables if (t.store, t.objective) == of]
+            mine = drawn.stores == of[0]
+            rows = np.where(mine, drawn.indices, 0)  # of other stores: not looked at
+            count = np.sum([t.target_lengths[rows] > 0 for t in tables], axis=0)
+            # an example's rationales fill its variants from the first on
+            chosen[of] = (random % np.maximum(count, 1).astype(np.uint64)).astype(np.int64)
+        return chosen
+
+    def encodings_of(self, rows: Rows) -> Encodings:
+        """Which of the rows of `rows_of` read one encoding, and its sizes."""
+        return Encodings.of(rows, self.target_length, shared=self.shared)
+
+    def _all_encodings(self, store: int) -> Encodings:
+        """Those of all examples of a store, each at the place of its number, with all rationales."""
+        rows = []
+        for table in self._tables_of(store):
+            present = np.flatnonzero(table.target_lengths > 0)
+            rows.append((table, present, present))
+        return self.encodings_of(rows)
+
+    def sizes(self) -> np.ndarray:
+        """[encodings, 2] input and target length of what is packed, of all examples of the data."""
+        stores = range(len(self.data.stores))
+        return np.concatenate([self._all_encodings(store).sizes for store in stores])
+
+    def _packed(self, drawn: ExampleIds) -> Batch:
+        """One group of packed rows."""
+        rows = self.rows_of(drawn)
+        encodings = self.encodings_of(rows)
+        packing = first_fit(encodings.sizes, self.lengths[0])
+        count = next(c for c in self.row_counts if c >= packing.num_rows)
+        group = empty_group(count, *self.lengths[0], shared=self.shared)
+        place_tokens(group, rows, encodings, packing)
+        return (group,)
+
+    def _padded(self, drawn: ExampleIds) -> Batch:
+        """One group for each objective (and rationale); row i is the i-th example's."""
+        count = round_up(self.batch_size, self.row_multiple)
+        groups = []
+        for of, lengths in zip(self._padded_groups, self.lengths, strict=True):
+            group = empty_group(count, *lengths)
+            rows = [r for r in self.rows_of(drawn) if self._padded_group(r[0]) == of]
+            if rows:
+                place_tokens(group, rows, self.encodings_of(rows), None)
+            groups.append(group)
+        return tuple(groups)
+
+    def cut_counts(self) -> dict[str, dict[str, int]]:
+        """For each objective how many inputs and targets in use are longer than the lengths."""
+        counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
+        for table in self._tables:
+            pool = self._order.pools[table.store]
+            pool = pool[table.target_lengths[pool] > 0]
+            name = self.data.objectives[table.objective - 1].name
+            counts[name]["inputs"] += int(table.inputs_cut[pool].sum())
+            counts[name]["targets"] += int(table.targets_cut[pool].sum())
+        return counts
+
+
+def iterate(
+    batches: Batches, start: int, stop: int, *, num_threads: int = 1, prefetch: int = 4
+) -> Iterator[Batch]:
+    """Batches of the steps from `start` to before `stop`, made ahead in threads by Grain."""
+    import grain
+
+    if stop <= start:
+        return iter(())
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(options))

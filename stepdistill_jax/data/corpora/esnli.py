@@ -1,0 +1,35 @@
+"""e-SNLI with the teacher's and people's explanations, in the paper's layout or as an export."""
+
+import pathlib
+
+from stepdistill_jax.data.corpora import fields, nli, paper_layout
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.nli_rationale import parse_esnli
+from stepdistill_jax.data.reading import Reading, Row
+
+VERSION = 1
+EXPLANATIONS = ("explanation_1", "explanation_2", "explanation_3")
+
+
+def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
+    """Reads esnli_{train,valid,test}.json and llm/; see `paper_layout.read`.
+
+    A row is {"premise", "hypothesis", "label": 0, 1 or 2, "explanation_1"?, ..., "explanation_3"?};
+    its id is its number.
+    """
+    return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
+
+
+def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
+    row, where = record.fields, record.where
+    label = nli.gold(row, where)
+    if not label:
+        return None
+    explanations = (fields.optional_text(row, name, where) for name in EXPLANATIONS)
+    return paper_layout.judged(
+        Example(str(record.number), nli.question(row, where), label),
+        record,
+        None if record.teacher is None else parse_esnli(record.teacher.text),
+        right=lambda answer: answer == label,
+        human=tuple(text for text in explanations if text),
+    )

@@ -1,0 +1,322 @@
+"""The layout of the paper's files: NAME_SPLIT.json as JSON lines, llm/SPLIT_CoT_I.json as lists.
+
+Exports of the same corpora (SPLIT.jsonl, no llm/) are found, too.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stepdistill_jax.data.corpora import fields
+from stepdistill_jax.data.corpora.json_list import read_texts
+from stepdistill_jax.data.example import Defect, Example, Rationale
+from stepdistill_jax.data.rationale import Parsed
+from stepdistill_jax.data.reading import (
+    DEFECT_TEXT_LENGTH,
+    Reading,
+    Row,
+    defect,
+    train_or_validation,
+)
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.files import check_file, read_jsonl, sha256
+
+FILE_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
+EXPORT_STEMS = {  # of SPLIT.jsonl, or .json; the last are Hugging Face's names of ANLI's rounds
+    "train": ("train", "train_r1"),
+    "validation": ("validation", "valid", "dev", "dev_r1"),
+    "test": ("test", "test_r1"),
+}
+TEACHER, HUMAN = "llm", "human"  # sources of rationales
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherText:
+    """A raw completion and where it stands: the file's name in the source, its number from 1."""
+
+    text: str
+    file: str
+    row: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A row of an input file, and the teacher's text for it (None if no teacher was asked).
+
+    Attributes:
+        fields: the JSON object.
+        file: name of the file in the source.
+        row: line number from 1.
+        number: which of the file's rows it is, from 1; blank lines are none.
+        where: `file:line` for messages, with the path as the user gave it.
+        teacher: the completion.
+    """
+
+    fields: dict[str, Any]
+    file: str
+    row: int
+    number: int
+    where: str
+    teacher: TeacherText | None
+
+
+# a checked row; None for one without a gold label, which is left out and told
+ToRow = Callable[[Record, fields.UniqueIds], Row | None]
+
+
+def read(
+    name: str,
+    version: int,
+    metric: str,
+    source: pathlib.Path,
+    *,
+    teacher: bool,
+    to_row: ToRow,
+    prefix: str | None = None,
+) -> Reading:
+    """Finds every split that is there; its rows are paired with their teacher texts as they are read.
+
+    A split without teacher texts is told and prepared without, but for train, where it is an error.
+
+    Args:
+        name: of the dataset.
+        version: of the reader.
+        metric: how its labels are compared.
+        source: the folder that holds the files, or one that holds it under `prefix` or `name`.
+        teacher: False reads no teacher texts.
+        to_row: checks one row.
+        prefix: of the files, `cqa` for cqa_train.json; None is `name`.
+
+    Raises:
+        InputError: no files or no teacher texts. While rows are read: broken JSON, or not as many
+            texts as rows.
+    """
+    prefix = prefix or name
+    source, inputs = _input_files(source, prefix, name)
+    sources: dict[str, str] = {}
+    notes: list[str] = []
+    teachers: dict[str, list[pathlib.Path]] = {}
+    for part, split in FILE_SPLITS.items():
+        path = inputs.get(split)
+        if path is None:
+            if split != "validation":
+                absent = source / f"{prefix}_{part}.json"
+                notes.append(f"{absent}: no such file, so the split {split} is left out")
+            continue
+        if teacher:
+            teachers[split] = teacher_files(source, part, required=split == next(iter(inputs)))
+            if not teachers[split]:
+                notes.append(
+                    f"{source / 'llm' / part}_CoT_0.json: no such file, so the split {split} has"
+                    " labels only"
+                )
+        for file in (*teachers.get(split, ()), path):
+            sources[str(file.relative_to(source))] = digest_of(file)
+    if "validation" not in inputs:
+        notes.append(_held_out(source / f"{prefix}_valid.json", "train" in inputs))
+    if not teacher:
+        notes.append("no teacher texts were read: rows have no rationale of the teacher's")
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        for split, path in inputs.items():
+            cut = split == "train" and "validation" not in inputs
+            for row in file_rows(source, path, teachers.get(split), to_row, notes):
+                yield train_or_validation(row) if cut else split, row
+
+    return Reading(name, version, metric, rows, sources, {"teacher": teacher}, notes)
+
+
+def digest_of(path: pathlib.Path) -> str:
+    """Of a file of the source.
+
+    Raises:
+        InputError: it is no regular file.
+    """
+    check_file(path, "a JSON file")
+    return sha256(path)
+
+
+def file_rows(
+    source: pathlib.Path,
+    path: pathlib.Path,
+    teachers: list[pathlib.Path] | None,
+    to_row: ToRow,
+    notes: list[str],
+) -> Iterator[Row]:
+    """The checked rows of one file, each with its teacher text if there are any.
+
+    Raises:
+        InputError: as `read`.
+    """
+    ids, absent, count = fields.UniqueIds(), 0, 0
+    for number, (line, row, said) in enumerate(_paired(source, path, teachers), 1):
+        count = number
+        found = to_row(Record(row, path.name, line, number, f"{path}:{line}", said), ids)
+        if found is None:
+            absent += 1
+        else:
+            yield found
+    if not count:
+        raise InputError(f"{path}: no rows in it")
+    note = f"{path}: {absent} rows without a gold label are left out"
+    if absent and note not in notes:
+        notes.append(note)
+
+
+def judged(
+    example: Example,
+    record: Record,
+    parsed: Parsed | None,
+    *,
+    right: Callable[[str], bool],
+    defects: tuple = (),
+    by_text: bool = False,
+    human: tuple[str, ...] = (),
+) -> Row:
+    """`example` with what the teacher said of it and with people's explanations.
+
+    Args:
+        example: id, input, label and choices.
+        record: where it stands.
+        parsed: the teacher's text; None if it was not asked.
+        right: whether an answer is the gold label.
+        defects: of the row itself.
+        by_text: whether `parsed.answer_text` is judged, too.
+        human: explanations by people, for the gold label.
+    """
+    said = record.teacher
+    explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
+    if parsed is None or said is None:
+        return Row(dataclasses.replace(example, rationales=explained), defects)
+    label = parsed.repaired.strip()
+    if explained and parsed.rationale:
+        explained = (Rationale(parsed.rationale, TEACHER, label), *explained)
+    judgement: dict[str, bool] = {}
+    if example.label:
+        judgement["teacher_accuracy"] = right(parsed.answer)
+        if by_text:
+            judgement["teacher_accuracy_by_text"] = right(parsed.answer_text)
+        judgement["teacher_accuracy_repaired"] = right(parsed.repaired)
+    return Row(
+        dataclasses.replace(
+            example, rationale=parsed.rationale, llm_label=label, rationales=explained
+        ),
+        (*defects, *(_defect_of(kind, parsed, said) for kind in parsed.problems)),
+        judgement,
+    )
+
+
+def _defect_of(kind: str, parsed: Parsed, said: TeacherText) -> Defect:
+    """The defect with the part of the text that shows it."""
+    text = said.text
+    if kind == "arithmetic_wrong":
+        text = "; ".join(parsed.wrong_sums)
+    elif kind == "truncated" and len(text) > DEFECT_TEXT_LENGTH:
+        text = "…" + text[1 - DEFECT_TEXT_LENGTH :]
+    return defect(kind, said.file, said.row, text)
+
+
+def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
+    """llm/PART_CoT_0.json, _1, ... without a gap; none where they are not required.
+
+    Raises:
+        InputError: none, or a gap.
+    """
+    files = []
+    for i in itertools.count():
+        path = source / "llm" / f"{part}_CoT_{i}.json"
+        if not path.exists():
+            break
+        files.append(path)
+    beyond = set((source / "llm").glob(f"{part}_CoT_*.json")) - set(files)
+    if beyond:
+        raise InputError(
+            f"{source / 'llm' / f'{part}_CoT_{len(files)}.json'}: no such file, but"
+            f" {min(beyond).name} is there: the numbers must have no gap"
+        )
+    if not files and required:
+        raise InputError(
+            f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; without teacher texts only"
+            " labels can be prepared: say so with --no-teacher"
+        )
+    return files
+
+
+def _held_out(path: pathlib.Path, has_train: bool) -> str:
+    if not has_train:
+        return f"{path}: no such file, so the split validation is left out"
+    return f"{path}: no such file, so validation is the tenth of train whose hashed id falls there"
+
+
+def _input_files(
+    source: pathlib.Path, prefix: str, name: str
+) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
+    """The folder of the files and the file of each split: the paper's, else an export's."""
+    if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
+        raise InputError(f"--source {source}: no such folder")
+    folders = list(dict.fromkeys((source, source / prefix, source / name)))
+    for folder in folders:
+        files = {s: folder / f"{prefix}_{part}.json" for part, s in FILE_SPLITS.items()}
+        if found := {s: path for s, path in files.items() if path.exists()}:
+            return folder, found
+    for folder in folders:
+        found = {
+            split: path
+            for split, stems in EXPORT_STEMS.items()
+            if (path := _first_file(folder, stems))
+        }
+        if found:
+            return folder, found
+    raise InputError(
+        f"--source {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
+        " export's train.jsonl"
+    )
+
+
+def _first_file(folder: pathlib.Path, stems: tuple[str, ...]) -> pathlib.Path | None:
+    paths = (folder / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".json"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def _paired(
+    source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
+) -> Iterator[tuple[int, dict, TeacherText | None]]:
+    """(line, row, its teacher text). Texts belong to rows by their order alone.
+
+    Raises:
+        InputError: a row without a text or a text without a row, which would shift them.
+    """
+    rows = read_jsonl(path)
+    if not teachers:
+        yield from ((line, row, None) for line, row in rows)
+        return
+    texts = (
+        TeacherText(text, name, i)
+        for file, name in [(file, str(file.relative_to(source))) for file in teachers]
+        for i, text in enumerate(read_texts(file), 1)
+    )
+    count = 0
+    for line, row in rows:
+        said = next(texts, None)
+        if said is None:
+            more = sum(1 for _ in rows)
+            raise InputError(
+                f"{path}:{line}: no teacher text for this row: {count + 1 + more} rows, but {count}"
+                f" teacher texts in {_span(teachers)}"
+            )
+        count += 1
+        yield line, row, said
+    if extra := next(texts, None):
+        more = sum(1 for _ in texts)
+        raise InputError(
+            f"{source / extra.file}: item {extra.row} belongs to no row: {count} rows, but"
+            f" {count + 1 + more} teacher texts in {_span(teachers)}"
+        )
+
+
+def _span(files: list[pathlib.Path]) -> str:
+    names = dict.fromkeys((files[0].name, files[-1].name))
+    return f"{files[0].parent}/ ({' to '.join(names)})"

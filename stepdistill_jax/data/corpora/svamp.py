@@ -1,0 +1,101 @@
+"""SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
+
+ASDiv's questions come with it where they are there: more inputs to train on, which have the
+teacher's labels only.
+"""
+
+import pathlib
+from collections.abc import Iterator
+
+from stepdistill_jax.data import arithmetic
+from stepdistill_jax.data.corpora import fields, paper_layout
+from stepdistill_jax.data.example import Defect, Example
+from stepdistill_jax.data.rationale import parse_equation
+from stepdistill_jax.data.reading import UNLABELLED, Reading, Row, defect
+from stepdistill_jax.data.text_metrics import value_match
+from stepdistill_jax.errors import InputError
+
+VERSION = 2
+EXTRA = "asdiv"
+
+
+def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
+    """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
+
+    A row is {"input", "label"}, or the original's and exports' {"ID", "Body", "Question",
+    "Equation"}. Without an ID the id is the row's number.
+
+    asdiv/asdiv_train.json, of the same rows, with asdiv/llm/train_CoT_I.json becomes the split
+    `unlabelled`; the folder lies in `source` or beside svamp's in it.
+    """
+    reading = paper_layout.read(
+        "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
+    )
+    folder = source / EXTRA
+    path = folder / f"{EXTRA}_train.json"
+    if not path.exists():
+        for misplaced in (source, source / "svamp"):
+            if (misplaced / path.name).exists():
+                raise InputError(
+                    f"{misplaced / path.name}: its teacher files would have the names of SVAMP's;"
+                    f" move it to {path}, and them to {folder / 'llm'}/"
+                )
+        return reading
+    teachers = paper_layout.teacher_files(folder, "train") if teacher else []
+    digests = {
+        f"{EXTRA}/{f.relative_to(folder)}": paper_layout.digest_of(f) for f in (path, *teachers)
+    }
+    reading.sources.update(digests)
+    reading.notes.append(
+        f"{path}: its rows are the split {UNLABELLED}: no gold label, the teacher's where it gave one"
+    )
+    own_rows = reading.rows
+
+    def rows() -> Iterator[tuple[str, Row]]:
+        yield from own_rows()
+        extra = paper_layout.file_rows(folder, path, teachers, _extra_row, reading.notes)
+        yield from ((UNLABELLED, row) for row in extra)
+
+    return Reading(
+        reading.reader,
+        VERSION,
+        reading.metric,
+        rows,
+        reading.sources,
+        reading.options,
+        reading.notes,
+    )
+
+
+def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row:
+    row, where = record.fields, record.where
+    label = fields.text(row, "Equation" if "Equation" in row else "label", where)
+    defects: tuple[Defect, ...] = ()
+    if arithmetic.evaluate(label) is None:
+        defects = (defect("gold_has_no_value", record.file, record.row, label),)
+    number = ids.add(fields.optional_text(row, "ID", where) or str(record.number), where)
+    return _judged(Example(number, _question(row, where), label), record, defects)
+
+
+def _extra_row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row:
+    """A row of ASDiv: its label is not read."""
+    question = _question(record.fields, record.where)
+    return _judged(Example(f"{EXTRA}-{record.number}", question, ""), record, ())
+
+
+def _question(row: dict, where: str) -> str:
+    if "Body" not in row:
+        return fields.text(row, "input", where, strip=False)
+    # joined as the paper's files have it
+    return "\n".join(fields.text(row, name, where, strip=False) for name in ("Body", "Question"))
+
+
+def _judged(example: Example, record: paper_layout.Record, defects: tuple[Defect, ...]) -> Row:
+    parsed = None if record.teacher is None else parse_equation(record.teacher.text)
+    return paper_layout.judged(
+        example,
+        record,
+        parsed,
+        right=lambda answer: value_match(answer, example.label),
+        defects=defects,
+    )

@@ -1,0 +1,215 @@
+"""Beam search, with the scores, candidates and stopping rule of Hugging Face's `generate`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
+from stepdistill_jax.decoding.greedy import greedy_decode
+from stepdistill_jax.decoding.token_loop import start
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import T5Config
+
+NOTHING = -1e9  # log probability of what does not go on
+LENGTH_PENALTY = 1.0
+
+
+def beam_search(
+    params: Any,
+    config: T5Config,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
+    num_beams: int,
+    length_penalty: float = LENGTH_PENALTY,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best answer of `num_beams` that are pursued at once.
+
+    Answers compete by `sum of log probabilities / tokens ** length_penalty`, the end of sequence
+    being one of the tokens. The same as `generate(num_beams=..., length_penalty=...,
+    do_sample=False, early_stopping=False)` of transformers 5.23 (generation/utils.py,
+    `_beam_search`): of the 2 * num_beams best continuations those among the first `num_beams` that
+    end are kept, at most `num_beams` of all lengths, and the best `num_beams` that do not end go
+    on. A row is done once it has `num_beams` ended answers and the best that goes on, at its
+    present length, scores no better than the worst of them. At `max_decode_len` all count as ended.
+
+    Args:
+        params: parameters of a `T5` (unboxed).
+        config: its configuration.
+        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
+            batch: it is done from the start.
+        max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
+        num_beams: at 1 it is `greedy_decode`, as in Hugging Face, and nothing competes.
+        length_penalty: above 0 it favours long answers, at 0 lengths are not looked at.
+
+    Returns:
+        ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
+        natural log of the probability of those ids, without the length penalty; finished [batch]
+        bool, false where the best answer has no end of sequence (and in rows of zeros).
+
+    Raises:
+        InputError: `num_beams` or `length_penalty` is no number that makes sense.
+    """
+    _check(num_beams, length_penalty)
+    if num_beams == 1:
+        return greedy_decode(
+            params,
+            config,
+            encoder_input_tokens,
+            max_decode_len=max_decode_len,
+            decoder_prefix=decoder_prefix,
+        )
+    begin = start(
+        params,
+        config,
+        encoder_input_tokens,
+        max_decode_len=max_decode_len,
+        beams=num_beams,
+        decoder_prefix=decoder_prefix,
+    )
+    batch = encoder_input_tokens.shape[0]
+    ids = jnp.full((batch, num_beams, max_decode_len), PAD_ID, jnp.int32)
+    state = {
+        "index": jnp.int32(0),
+        "done": begin.filler,
+        # all beams begin with the same, so only the first one counts
+        "running": {
+            "ids": ids,
+            "log_probs": jnp.full((batch, num_beams), NOTHING).at[:, 0].set(0.0),
+        },
+        "last": begin.last,
+        "cache": begin.cache,
+        "ended": {
+            "ids": ids,
+            "log_probs": jnp.zeros((batch, num_beams), jnp.float32),
+            "scores": jnp.full((batch, num_beams), -jnp.inf),
+            "there": jnp.zeros((batch, num_beams), bool),
+        },
+    }
+    penalties = jnp.asarray(np.arange(1, max_decode_len + 1.0) ** length_penalty, jnp.float32)
+
+    def body(state):
+        index, running = state["index"], state["running"]
+        logits, cache = begin.step(state["last"], state["cache"], begin.memory, index)
+        log_probs, beams, tokens = _candidates(logits, running["log_probs"])
+        candidates = {
+            "ids": jax.lax.dynamic_update_slice_in_dim(
+                _gather(running["ids"], beams), tokens[..., None], index, axis=2
+            ),
+            "log_probs": log_probs,
+        }
+        ends = (tokens == EOS_ID) | (index + 1 == max_decode_len)
+        ended = _keep_ended(
+            state["ended"],
+            candidates,
+            ends & ~state["done"][:, None] & (jnp.arange(2 * num_beams) < num_beams),
+            penalties[index],
+        )
+        go_on, places = jax.lax.top_k(jnp.where(ends, log_probs + NOTHING, log_probs), num_beams)
+        worst = jnp.min(ended["scores"], axis=-1)
+        hopeless = go_on[:, 0] / penalties[index] <= worst
+        return {
+            "index": index + 1,
+            "done": state["done"] | (jnp.all(ended["there"], axis=-1) & hopeless),
+            "running": {"ids": _gather(candidates["ids"], places), "log_probs": go_on},
+            "last": _gather(tokens, places).reshape(-1),
+            "cache": _reorder(cache, _gather(beams, places)),
+            "ended": ended,
+        }
+
+    def unfinished(state):
+        return (state["index"] < max_decode_len) & ~jnp.all(state["done"])
+
+    state = jax.lax.while_loop(unfinished, body, state)
+    best = {name: x[:, 0] for name, x in state["ended"].items()}  # the best comes first
+    finished = jnp.any(best["ids"] == EOS_ID, axis=-1)
+    return best["ids"], best["log_probs"], finished
+
+
+def search(num_beams: int, length_penalty: float | None = None) -> Callable:
+    """The decode function of `--num-beams` and `--length-penalty`, for `LabelDecoder`.
+
+    Args:
+        num_beams: 1 is greedy decoding.
+        length_penalty: None is 1.
+
+    Raises:
+        InputError: a value that makes no sense, or a length penalty where nothing competes.
+    """
+    if length_penalty is None:
+        _check(num_beams, LENGTH_PENALTY)
+        length_penalty = LENGTH_PENALTY
+    else:
+        _check(num_beams, length_penalty)
+        if num_beams == 1:
+            raise InputError(
+                "--length-penalty: one beam has no other answer to compare lengths with;"
+                " give --num-beams 2 or more, or leave it out"
+            )
+    if num_beams == 1:
+        return greedy_decode
+    return _search(num_beams, float(length_penalty))
+
+
+@functools.lru_cache(maxsize=8)  # one function for one search, so that it is compiled once
+def _search(num_beams: int, length_penalty: float) -> Callable:
+    return functools.partial(beam_search, num_beams=num_beams, length_penalty=length_penalty)
+
+
+def _check(num_beams: int, length_penalty: float) -> None:
+    if isinstance(num_beams, bool) or num_beams != int(num_beams) or num_beams < 1:
+        raise InputError(f"--num-beams: a whole number above 0 is wanted, got {num_beams!r}")
+    if not -10 <= length_penalty <= 10:  # beyond, 1024 ** length_penalty leaves float32
+        raise InputError(f"--length-penalty: -10 to 10 is wanted, got {length_penalty!r}")
+
+
+def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best continuations of each row.
+
+    Args:
+        logits: [batch * beams, vocab].
+        log_probs: [batch, beams], of the beams so far.
+
+    Returns:
+        Log probabilities, beams and tokens, each [batch, 2 * beams], the best first. A beam ends in
+        one way only, so at least half of them do not end.
+    """
+    batch, num_beams = log_probs.shape
+    vocab = logits.shape[-1]
+    total = nn.log_softmax(logits).reshape(batch, num_beams, vocab) + log_probs[..., None]
+    best, places = jax.lax.top_k(total.reshape(batch, -1), 2 * num_beams)
+    return best, places // vocab, places % vocab
+
+
+def _keep_ended(ended, candidates, ends, penalty):
+    """The best of the answers that had ended and the candidates that do, the best first."""
+    new = {
+        **candidates,
+        "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),
+        "there": ends,
+    }
+    merged = {name: jnp.concatenate([ended[name], new[name]], axis=1) for name in ended}
+    _, places = jax.lax.top_k(merged["scores"], ended["scores"].shape[1])
+    return {name: _gather(x, places) for name, x in merged.items()}
+
+
+def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
+    """x [batch, n, ...], places [batch, m] -> [batch, m, ...]."""
+    return jax.vmap(lambda row, chosen: row[chosen])(x, places)
+
+
+def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
+    """Each beam gets the keys and values of the one that it goes on from; beams [batch, beams]."""
+
+    def reorder(x):  # [layers, batch * beams, ...]
+        by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])
+        return jax.vmap(_gather, in_axes=(0, None))(by_row, beams).reshape(x.shape)
+
+    return jax.tree.map(reorder, cache)

@@ -1,0 +1,234 @@
+"""The exact log probability of each answer that a row allows: one encoding, all answers at once."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from stepdistill_jax.data.vocabulary import PAD_ID
+from stepdistill_jax.decoding.greedy import (
+    bucket_length,
+    jit_over_rows,
+    mesh_context,
+    rows_at_once,
+)
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.sharding import batch_shards, place_rows
+from stepdistill_jax.models.t5 import T5, output_kernel, start_cache
+
+WIDTHS = (
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+)  # tokens of a decoder row; an answer that is longer has its own row
+CHUNK_TOKENS = 512  # of all rows of one device: so many have logits at a time
+Ids = Sequence[int]
+
+
+class ChoiceScorer:
+    """Scores of given answers, exact under the model: the sum of the log probabilities of their ids.
+
+    The input is encoded once and its keys and values are computed once. The answers of a row lie one
+    behind the other in decoder rows of at most 64 tokens, each a segment of its own, as targets do
+    in a packed training batch; these rows follow each other, so that memory does not grow with the
+    number of answers, and neither do the logits, which are there for 512 tokens at a time. A score
+    does not depend on the other answers, nor on the rows beside it.
+
+    Keeps what it compiles: a program per bucket of input lengths, of row widths and, where a row has
+    more than 64 tokens of answers, of their number.
+
+    Example: `ChoiceScorer(config)(params, [[5, 7, 1]], [[[4, 1], [6, 8, 1]]])` is `[array([-2.1, -9.8])]`.
+    """
+
+    def __init__(
+        self, config: T5Config, *, batch_size: int | None = None, mesh: Mesh | None = None
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            config: of the model; dropout is off.
+            batch_size: inputs at once; as of `LabelDecoder`.
+            mesh: where `params` live and inputs are spread; as of `LabelDecoder`.
+        """
+        self.batch_size = rows_at_once(batch_size, mesh)
+        self._mesh = mesh
+        self._score = _jit_score(config, self.batch_size, mesh)
+
+    def __call__(
+        self,
+        params: Any,
+        rows: Sequence[Ids],
+        answers: Sequence[Sequence[Ids]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Scores of the answers of each row.
+
+        Args:
+            params: parameters of a `T5`, placed by the mesh if there is one.
+            rows: ids of each input with its end of sequence, without padding; none is empty.
+            answers: of each row, the ids of each answer with its end of sequence; none is empty.
+            on_progress: called with the number of rows of each batch that is done.
+
+        Returns:
+            For each row [answers] float32, natural log of the probability of an answer's ids.
+
+        Raises:
+            ValueError: a row or an answer without ids, or rows without answers of their own.
+        """
+        if len(rows) != len(answers) or not all(map(len, rows)) or not all(map(len, answers)):
+            raise ValueError("each row needs ids, and at least one answer")
+        if not all(all(map(len, of_row)) for of_row in answers):
+            raise ValueError("an answer needs ids, its end of sequence at least")
+        scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
+
+        def collect(places, owners, log_probs):
+            log_probs = np.asarray(log_probs, np.float64)
+            for i, place in enumerate(places):  # owner 0 is padding
+                sums = np.bincount(owners[i].ravel(), log_probs[i].ravel())
+                scores[place] = sums[1:].astype(np.float32)
+            if on_progress:
+                on_progress(len(places))
+
+        # one batch is always queued behind the one that runs, so the device does not wait for us
+        queued = collections.deque()
+        for places in _batches(rows, answers, self.batch_size):
+            *batch, owners = _arrays(
+                [rows[i] for i in places], [answers[i] for i in places], self.batch_size
+            )
+            with mesh_context(self._mesh):
+                placed = place_rows(batch, self._mesh) if self._mesh else batch
+                queued.append((places, owners, self._score(params, placed)))
+            if len(queued) > 1:
+                collect(*queued.popleft())
+        while queued:
+            collect(*queued.popleft())
+        return scores
+
+
+@functools.lru_cache(maxsize=8)  # as decode._jit_decode: compiled once in a process
+def _jit_score(config: T5Config, batch_size: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
+    model = T5(config)
+    rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
+
+    def score(params, arrays):
+        """Log probability of each token of [rows, decoder rows, width] targets."""
+        inputs, targets, segments = arrays
+        variables = {"params": params}
+        present = (inputs != PAD_ID).astype(jnp.int32)
+        encoded: Any = model.apply(variables, inputs, present, method="encode")
+        cache = start_cache(params, encoded, config, targets.shape[-1])
+        kernel = output_kernel(params, config).astype(config.dtype)
+
+        def one_decoder_row(_, of_row):
+            targets, segments = of_row  # [rows, width]
+            begins = segments != _shifted(segments)
+            ids = jnp.where(begins, PAD_ID, _shifted(targets))
+            x: Any = model.apply(variables, ids, segments, cache, present, method="target_states")
+            at_once = max(1, CHUNK_TOKENS // rows_of_device)
+            return None, _log_probs(x, kernel, targets, at_once)
+
+        _, found = jax.lax.scan(
+            one_decoder_row, None, (targets.swapaxes(0, 1), segments.swapaxes(0, 1))
+        )
+        return found.swapaxes(0, 1)
+
+    return jit_over_rows(score, mesh)
+
+
+def _shifted(x: jax.Array) -> jax.Array:
+    """`[[3, 4, 5]] -> [[0, 3, 4]]`."""
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+
+
+def _log_probs(x: jax.Array, kernel: jax.Array, targets: jax.Array, at_once: int) -> jax.Array:
+    """States [rows, width, embed], kernel [embed, vocab], ids [rows, width] -> [rows, width] float32.
+
+    With logits for at most `at_once` tokens of each row at a time.
+    """
+    width = x.shape[1]
+    size = max(n for n in range(1, width + 1) if width % n == 0 and n <= at_once)
+
+    def cut(x):  # [rows, width, ...] -> [width / size, rows, size, ...]
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def of_chunk(_, chunk):
+        x, ids = chunk
+        logits = jnp.einsum("rte,ev->rtv", x, kernel, preferred_element_type=jnp.float32)
+        of_ids = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        return None, of_ids - jax.nn.logsumexp(logits, axis=-1)
+
+    _, found = jax.lax.scan(of_chunk, None, (cut(x), cut(targets)))
+    return found.swapaxes(0, 1).reshape(targets.shape)
+
+
+def _batches(
+    rows: Sequence[Ids], answers: Sequence[Sequence[Ids]], batch_size: int
+) -> Iterator[list[int]]:
+    """Places of rows that are alike in number of decoder rows, bucket of the input, and tokens."""
+    tokens = [sum(map(len, of_row)) for of_row in answers]
+
+    def size(i: int) -> tuple[int, int, int]:
+        return -(tokens[i] // WIDTHS[-1]), -bucket_length(len(rows[i])), -tokens[i]
+
+    order = sorted(range(len(rows)), key=size)  # stable: equal ones in order
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _arrays(
+    rows: list[Ids], answers: list[Sequence[Ids]], batch_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One batch, filled up with rows of zeros.
+
+    Returns:
+        inputs [batch_size, bucket]; targets, segments and owners [batch_size, decoder rows, width]
+        int32: ids, their answers' numbers within a decoder row, and within the row, from 1.
+    """
+    longest = max(len(ids) for of_row in answers for ids in of_row)
+    most = max(sum(map(len, of_row)) for of_row in answers)
+    needed = max(longest, min(most, WIDTHS[-1]))
+    width = next((w for w in WIDTHS if w >= needed), bucket_length(needed))
+    packed = [_pack([len(ids) for ids in of_row], width) for of_row in answers]
+    shape = batch_size, _rounded(max(map(len, packed))), width
+    inputs = np.zeros((batch_size, bucket_length(max(map(len, rows)))), np.int32)
+    targets, segments, owners = (np.zeros(shape, np.int32) for _ in range(3))
+    for i, (row, of_row, decoder_rows) in enumerate(zip(rows, answers, packed, strict=True)):
+        inputs[i, : len(row)] = row
+        for j, numbers in enumerate(decoder_rows):
+            start = 0
+            for segment, number in enumerate(numbers, 1):
+                place = i, j, slice(start, start + len(of_row[number]))
+                targets[place], segments[place] = of_row[number], segment
+                owners[place] = number + 1
+                start += len(of_row[number])
+    return inputs, targets, segments, owners
+
+
+def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Numbers of answers for each decoder row, in order: `_pack([3, 4, 2], 8)` is [[0, 1], [2]]."""
+    decoder_rows, used = [[]], 0
+    for number, length in enumerate(lengths):
+        if used + length > width:
+            decoder_rows.append([])
+            used = 0
+        decoder_rows[-1].append(number)
+        used += length
+    return decoder_rows
+
+
+def _rounded(count: int) -> int:
+    """1, 2, 3, 4, 6, 8, 12, 16, ...: few numbers of decoder rows, so few shapes compile."""
+    power = 1
+    while power < count:
+        if power > 1 and power * 3 // 2 >= count:
+            return power * 3 // 2
+        power *= 2
+    return power

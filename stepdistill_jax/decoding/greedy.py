@@ -1,0 +1,254 @@
+"""Greedy decoding, and the batching of rows of any length around it."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from stepdistill_jax.data.vocabulary import EOS_ID
+from stepdistill_jax.decoding.token_loop import decode_tokens
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.sharding import (
+    LOGICAL_AXIS_RULES,
+    batch_sharding,
+    batch_shards,
+    place_rows,
+    replicated,
+)
+
+SMALLEST_BUCKET = 32
+ROWS_PER_DEVICE = 64
+
+
+def greedy_decode(
+    params: Any,
+    config: T5Config,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The most probable next token, again and again, until each row has said its end.
+
+    Args:
+        params: parameters of a `T5` (unboxed).
+        config: its configuration.
+        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
+            batch: it is done from the start.
+        max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
+
+    Returns:
+        ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
+        natural log of the probability of those ids, the end of sequence included; finished [batch]
+        bool, false where `max_decode_len` ids came without an end (and in rows of zeros).
+    """
+    return decode_tokens(
+        params,
+        config,
+        encoder_input_tokens,
+        lambda logits, *_: _likeliest(logits),
+        max_decode_len=max_decode_len,
+        decoder_prefix=decoder_prefix,
+    )
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    """`argmax` of [rows, vocab], the first of equals; XLA's own goes id by id on a CPU."""
+    last = logits.shape[-1] - 1
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(logits == best, jnp.arange(last + 1), last), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Answers, in the order of the rows asked.
+
+    Attributes:
+        ids: of each row, up to and with the end of sequence where there is one.
+        scores: [rows] float32, natural log of the probability of `ids`.
+        finished: [rows] bool, whether the end of sequence was reached.
+    """
+
+    ids: list[list[int]]
+    scores: np.ndarray
+    finished: np.ndarray
+
+
+def bucket_length(length: int) -> int:
+    """The padded length of a row: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
+
+    Few values, so few shapes compile (21 up to 1024); at most a fifth of a batch is padding that
+    its longest row did not need, apart from the shortest rows.
+    """
+    power = SMALLEST_BUCKET
+    while 2 * power < length:
+        power *= 2
+    return max(SMALLEST_BUCKET, -(-length // (power // 4)) * (power // 4))
+
+
+def bucketed(
+    rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Batches of rows of like length: (places in `rows`, [batch_size, bucket] int32).
+
+    The longest come first, so that memory runs out early if it does; the last batch is filled up
+    with rows of zeros.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # stable: equal lengths in order
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = np.zeros((batch_size, bucket_length(len(rows[places[0]]))), np.int32)
+        for i, place in enumerate(places):
+            batch[i, : len(rows[place])] = rows[place]
+        yield places, batch
+
+
+@functools.lru_cache(maxsize=8)
+def _jit_decode(
+    config: T5Config,
+    max_decode_len: int,
+    mesh: Mesh | None,
+    decode_fn: Callable,
+    decoder_prefix: tuple[int, ...],
+) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
+    """The compiled function of a `LabelDecoder`; the next one of its kind in this process gets it, too.
+
+    A service that calls `predict` again and again compiles once, and JAX, which keeps what it has
+    traced, does not grow.
+    """
+    options: dict[str, Any] = {"max_decode_len": max_decode_len}
+    if decoder_prefix:
+        options["decoder_prefix"] = decoder_prefix
+
+    def decode(params, encoder_input_tokens):
+        return decode_fn(params, config, encoder_input_tokens, **options)
+
+    return jit_over_rows(decode, mesh)
+
+
+def jit_over_rows(fn: Callable, mesh: Mesh | None) -> Callable:
+    """`fn(params, arrays)` under `jax.jit`: of trees of [rows, ...]; each device gets all results."""
+    if mesh is None:
+        return jax.jit(fn)
+    if whole_model(mesh):
+        # each device has all parameters and goes through its rows by itself: GSPMD would ask
+        # all of them at each token whether all are done, and gather the logits of beams
+        rows = batch_sharding(mesh).spec
+        fn = jax.shard_map(
+            fn, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+        )
+    return jax.jit(fn, out_shardings=replicated(mesh))
+
+
+def whole_model(mesh: Mesh) -> bool:
+    """Whether each device has all parameters, and rows of its own."""
+    return mesh.shape["data"] == mesh.size
+
+
+@contextlib.contextmanager
+def mesh_context(mesh: Mesh | None) -> Iterator[None]:
+    """What a function of `jit_over_rows` is called in."""
+    if mesh is None or whole_model(mesh):
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
+        yield
+
+
+def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
+    """`batch_size`, or 64 for each part of the mesh that has rows of its own; rounded up to fill these."""
+    shards = batch_shards(mesh) if mesh else 1
+    wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
+    return -(-wanted // shards) * shards
+
+
+class LabelDecoder:
+    """Answers to rows of ids, whatever their number, lengths and order; greedy unless told.
+
+    Keeps what it compiles: a program per bucket of input lengths. A row's answer does not depend on
+    the rows beside it.
+
+    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`; with beams:
+    `LabelDecoder(..., decode_fn=functools.partial(beam_search, num_beams=4))`.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        *,
+        max_decode_len: int,
+        batch_size: int | None = None,
+        mesh: Mesh | None = None,
+        decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
+        decoder_prefix: Sequence[int] = (),
+    ):
+        """Compiles nothing yet.
+
+        Args:
+            config: of the model; dropout is off.
+            max_decode_len: most tokens of an answer, the end of sequence included.
+            batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes. None is
+                64 for each part of the mesh that has rows of its own.
+            mesh: where `params` live and rows are spread; None is the default device. On several
+                processes each must ask for the same rows, and each gets all answers.
+            decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
+                encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
+            decoder_prefix: ids that every answer goes on from (an objective's `decoder_prefix`);
+                where there are some, `decode_fn` is called with them, too.
+        """
+        self.batch_size = rows_at_once(batch_size, mesh)
+        self.max_decode_len = max_decode_len
+        self._mesh = mesh
+        self._decode = _jit_decode(config, max_decode_len, mesh, decode_fn, tuple(decoder_prefix))
+
+    def __call__(
+        self,
+        params: Any,
+        rows: Sequence[Sequence[int]],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Decoded:
+        """Answers of `rows`.
+
+        Args:
+            params: parameters of a `T5`, placed by the mesh if there is one.
+            rows: ids of each input with its end of sequence, without padding; none is empty.
+            on_progress: called with the number of rows of each batch that is done.
+
+        Raises:
+            ValueError: a row without ids.
+        """
+        if not all(map(len, rows)):
+            raise ValueError(f"row {[len(r) for r in rows].index(0)} has no ids to decode from")
+        decoded = Decoded(
+            [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
+        )
+
+        def collect(places, result):
+            ids, scores, finished = map(np.asarray, result)
+            for i, place in enumerate(places):
+                row = ids[i].tolist()
+                decoded.ids[place] = row[: row.index(EOS_ID) + 1] if finished[i] else row
+                decoded.scores[place], decoded.finished[place] = scores[i], finished[i]
+            if on_progress:
+                on_progress(len(places))
+
+        # one batch is always queued behind the one that runs, so the device does not wait for us
+        queued = collections.deque()
+        for places, batch in bucketed(rows, self.batch_size):
+            with mesh_context(self._mesh):
+                placed = place_rows(batch, self._mesh) if self._mesh else batch
+                queued.append((places, self._decode(params, placed)))
+            if len(queued) > 1:
+                collect(*queued.popleft())
+        while queued:
+            collect(*queued.popleft())
+        return decoded

@@ -1,0 +1,118 @@
+"""Answers drawn at random, each row's draw depending on nothing but the key and the row."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stepdistill_jax.data.vocabulary import PAD_ID
+from stepdistill_jax.decoding.token_loop import decode_tokens
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import T5Config
+
+
+def sample_decode(
+    params: Any,
+    config: T5Config,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
+    rng: jax.Array,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Answers drawn from the model's distribution, for looking at what else it may say.
+
+    No command has it: a label wants the likeliest answer, so `predict` and `evaluate` do not draw.
+    In Python it goes through `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
+    rng=jax.random.key(0)))`. A row's draw depends on `rng` and the row's ids alone, whatever the
+    batch, its order and its padding; so equal rows get equal answers, and another draw needs
+    another key.
+
+    Args:
+        params: parameters of a `T5` (unboxed).
+        config: its configuration.
+        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
+            batch: it is done from the start.
+        max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
+        rng: a key of `jax.random`.
+        temperature: divides the logits; above 0.
+        top_k: then only the `top_k` likeliest tokens (and those as likely as the last of them) can
+            be drawn; 0 is all.
+        top_p: then only the likeliest tokens that together have this probability can be drawn, at
+            least one; 1 is all.
+
+    Returns:
+        ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
+        natural log of the probability of those ids at temperature 1 with nothing left out; finished
+        [batch] bool, false where no end of sequence came (and in rows of zeros).
+
+    Raises:
+        InputError: `temperature`, `top_k` or `top_p` out of its range.
+    """
+    if not temperature > 0:
+        raise InputError(
+            f"temperature: a number above 0 is wanted, got {temperature!r} (`greedy_decode` takes"
+            " the likeliest token)"
+        )
+    if isinstance(top_k, bool) or top_k != int(top_k) or top_k < 0:
+        raise InputError(f"top_k: a whole number, 0 or above, is wanted, got {top_k!r}")
+    if not 0 <= top_p <= 1:
+        raise InputError(f"top_p: 0 <= top_p <= 1 is wanted, got {top_p!r}")
+    keys = row_keys(rng, encoder_input_tokens)
+
+    def choose(logits, index, places):
+        allowed = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys[places], index)
+        return jax.vmap(jax.random.categorical)(now, allowed)
+
+    return decode_tokens(
+        params,
+        config,
+        encoder_input_tokens,
+        choose,
+        max_decode_len=max_decode_len,
+        decoder_prefix=decoder_prefix,
+    )
+
+
+def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
+    """Logits [..., vocab] over `temperature`, -inf where a token cannot be drawn.
+
+    The order and meaning are those of transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
+    `TopPLogitsWarper`).
+    """
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        last = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < last, -jnp.inf, logits)
+    if top_p < 1:
+        order = jnp.argsort(-logits, axis=-1)
+        probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+        likelier = jnp.cumsum(probs, axis=-1) - probs  # probability of all tokens before this one
+        keep = (likelier < top_p).at[..., 0].set(True)
+        keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+        logits = jnp.where(keep, logits, -jnp.inf)
+    return logits
+
+
+def row_keys(rng: jax.Array, encoder_input_tokens: jax.Array) -> jax.Array:
+    """One key per row [batch], from `rng` and the row's ids; padding is not looked at."""
+    # other generators of JAX give a row other bits in another batch; threefry does not
+    threefry = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
+    rng = threefry(jax.random.bits(rng, (2,), jnp.uint32))
+
+    def words(position, id):  # [2], of one id at one position
+        return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(rng, position), id))
+
+    def key(ids):  # [length]
+        each = jax.vmap(words)(jnp.arange(ids.shape[0]), ids)
+        # a sum: zeros at the end do not change it, and all positions are computed at once
+        return threefry(jnp.sum(jnp.where(ids[:, None] == PAD_ID, 0, each), 0, dtype=jnp.uint32))
+
+    return jax.vmap(key)(encoder_input_tokens)

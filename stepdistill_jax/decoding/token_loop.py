@@ -1,0 +1,226 @@
+"""What greedy decoding, sampling and beam search share: the start, one step, the loop over tokens."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5, Cache, start_cache
+
+TOKENS_AT_ONCE = 1024  # of inputs that a CPU encodes
+# rows that go on are gathered when a quarter is left, as long as these are 8; at most twice, since each
+# size is one more step to compile
+FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
+
+Memory = dict[str, Any]
+
+
+class Start(NamedTuple):
+    """What a loop over tokens begins with.
+
+    Attributes:
+        step: (ids [batch * beams] of the position before, cache, memory, scalar position) -> logits
+            [batch * beams, vocab] float32 and the cache with that position filled in.
+        cache: the decoder's own keys and values, [layers, batch * beams, max_decode_len, heads, kv];
+            more by a decoder prefix, which is filled in.
+        memory: what is known of the inputs, and never changes.
+        last: [batch * beams] int32 ids of the position before the first.
+        filler: [batch] bool, rows of zeros: they only fill the batch and have no answer.
+    """
+
+    step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
+    cache: Cache
+    memory: Memory
+    last: jax.Array
+    filler: jax.Array
+
+
+def start(
+    params: Any,
+    config: T5Config,
+    encoder_input_tokens: jax.Array,
+    *,
+    max_decode_len: int,
+    beams: int = 1,
+    decoder_prefix: Sequence[int] = (),
+) -> Start:
+    """Encodes the inputs, once per row whatever the number of beams.
+
+    Args:
+        params: parameters of a `T5` (unboxed).
+        config: its configuration.
+        encoder_input_tokens: [batch, length] int32, 0 is padding.
+        max_decode_len: positions to hold.
+        beams: decoder rows per input; those of an input are neighbours.
+        decoder_prefix: ids that every answer goes on from; they are no part of it.
+    """
+    model = T5(config)
+    segments = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
+    encoded = _encode(model, params, encoder_input_tokens, segments)
+    given = len(decoder_prefix)
+    # keys and values of the inputs are worth their making where many queries read them; half of
+    # what `Attention.over_states` says, since its products are small ones
+    cross = 2 * beams * (given + max_decode_len) > config.head_dim
+    cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
+    memory: dict[str, Any] = {
+        name: cache.pop(name) for name in [*cache] if name.startswith("cross")
+    }
+    memory["segments"] = segments
+    if not cross:
+        memory["encoded"] = (encoded, encoded.swapaxes(1, 2))
+
+    def step_at(last, cache, memory, index):
+        of_layers = {name: x for name, x in memory.items() if name.startswith("cross")}
+        called: Any = model.apply(
+            {"params": params},
+            last[:, None],
+            {**cache, **of_layers},
+            memory["segments"],
+            index,
+            memory.get("encoded"),
+            method="decode_step",
+        )
+        logits, new = called
+        return logits, {name: new[name] for name in cache}
+
+    def step(last, cache, memory, index):
+        return step_at(last, cache, memory, index + given)
+
+    batch, begin = encoder_input_tokens.shape[0], jnp.array([PAD_ID, *decoder_prefix], jnp.int32)
+    if given:  # once per input, before there are beams
+
+        def fill(cache, index):
+            return step_at(jnp.full(batch, begin[index]), cache, memory, index)[1], None
+
+        cache, _ = jax.lax.scan(fill, cache, jnp.arange(given))
+    cache = {name: jnp.repeat(x, beams, axis=1) for name, x in cache.items()}
+    last = jnp.full(batch * beams, begin[-1])
+    return Start(step, cache, memory, last, jnp.sum(segments, axis=-1) == 0)
+
+
+def _encode(model: T5, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+    """`T5.encode`; on a CPU some rows after the others, so that their activations stay in its cache."""
+
+    def encode(tokens, segments) -> Any:
+        return model.apply({"params": params}, tokens, segments, method="encode")
+
+    batch, length = tokens.shape
+    rows = _rows_at_once(batch, length)
+    if rows == batch:
+        return encode(tokens, segments)
+
+    def in_parts(*arrays):
+        parts = [x.reshape(batch // rows, rows, length) for x in arrays]
+        return jax.lax.map(lambda part: encode(*part), parts).reshape(batch, length, -1)
+
+    return jax.lax.platform_dependent(tokens, segments, cpu=in_parts, default=encode)
+
+
+def _rows_at_once(batch: Any, length: Any) -> Any:
+    """The largest part of `batch` with at most 1024 ids; all where no part is near, or sizes are symbols."""
+    if not isinstance(batch, int) or not isinstance(length, int):
+        return batch
+    most = max(1, TOKENS_AT_ONCE // length)
+    rows = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
+    return rows if 2 * rows > most else batch
+
+
+def decode_tokens(
+    params: Any,
+    config: T5Config,
+    encoder_input_tokens: jax.Array,
+    choose: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    *,
+    max_decode_len: int,
+    decoder_prefix: Sequence[int] = (),
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token after the other, each chosen for good, until each row has said its end.
+
+    Most labels are short, and the longest of a batch would keep all its rows in the loop: when few
+    go on, these are gathered and go on by themselves.
+
+    Args:
+        params: parameters of a `T5` (unboxed).
+        config: its configuration.
+        encoder_input_tokens: [batch, length] int32; a row of zeros is done from the start.
+        choose: (logits [rows, vocab] float32, scalar position, places [rows] of these rows in the
+            batch) -> ids [rows].
+        max_decode_len: most tokens of an answer, the end of sequence included.
+        decoder_prefix: ids that every answer goes on from.
+
+    Returns:
+        ids, scores and finished, as `greedy_decode` says.
+    """
+    batch = encoder_input_tokens.shape[0]
+    begin = start(
+        params,
+        config,
+        encoder_input_tokens,
+        max_decode_len=max_decode_len,
+        decoder_prefix=decoder_prefix,
+    )
+    answers = {
+        "ids": jnp.full((batch, max_decode_len), PAD_ID, jnp.int32),
+        "scores": jnp.zeros(batch, jnp.float32),
+        "done": begin.filler,
+    }
+    state = {"index": jnp.int32(0), "last": begin.last, "cache": begin.cache, **answers}
+    memory, places, sizes = begin.memory, jnp.arange(batch), _sizes(batch)
+
+    def body(state):
+        logits, cache = begin.step(state["last"], state["cache"], memory, state["index"])
+        chosen = choose(logits, state["index"], places).astype(jnp.int32)
+        log_prob = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        log_prob -= jax.nn.logsumexp(logits, axis=-1)
+        ids = jnp.where(state["done"], PAD_ID, chosen)
+        return {
+            "index": state["index"] + 1,
+            "last": ids,
+            "done": state["done"] | (ids == EOS_ID),
+            "ids": jax.lax.dynamic_update_slice_in_dim(
+                state["ids"], ids[:, None], state["index"], axis=1
+            ),
+            "scores": state["scores"] + jnp.where(state["done"], 0.0, log_prob),
+            "cache": cache,
+        }
+
+    for i, size in enumerate(sizes):
+        if i > 0:
+            rows = jnp.argsort(state["done"], stable=True)[:size]  # those that go on come first
+            places, memory = places[rows], _take_rows(memory, rows)
+            index = state.pop("index")
+            state = {**_take_rows(state, rows), "index": index}
+        enough = sizes[i + 1] if i + 1 < len(sizes) else 0
+
+        def unfinished(state, enough=enough):
+            going = jnp.sum(~state["done"])
+            return (state["index"] < max_decode_len) & (going > enough)
+
+        state = jax.lax.while_loop(unfinished, body, state)
+        answers = {name: x.at[places].set(state[name]) for name, x in answers.items()}
+    return answers["ids"], answers["scores"], answers["done"] & ~begin.filler
+
+
+def _sizes(batch: Any) -> list[int]:
+    """Rows of the loop at first, and when fewer are left: `_sizes(64)` is [64, 16].
+
+    A batch whose size is a symbol (`jax.export`) has no smaller ones.
+    """
+    sizes = [batch]
+    while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:
+        sizes.append(sizes[-1] // FEWER)
+    return sizes
+
+
+def _take_rows(arrays: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
+    """These rows of each array; what has a place per layer has the rows on axis 1."""
+
+    def take(name: str, x: Any) -> Any:
+        axis = 1 if name == "cache" or name.startswith("cross") else 0
+        return jax.tree.map(functools.partial(jnp.take, indices=rows, axis=axis), x)
+
+    return {name: take(name, x) for name, x in arrays.items()}

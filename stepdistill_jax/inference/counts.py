@@ -1,0 +1,109 @@
+"""What `predict` and `evaluate` say at the end: right answers, and answers that cannot be right."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepdistill_jax.data.text_metrics import LabelCounts, is_valid, metric_fn
+from stepdistill_jax.inference.calibration import Calibration
+from stepdistill_jax.inference.rows import Row
+
+
+class Tally:
+    """Counts over rows in any order, in bounded memory; nothing is averaged before the end."""
+
+    def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
+        """`metric` compares answers; `labels` are the task's, where they are few.
+
+        `temperature` is that of the probabilities of choices.
+        """
+        self._calibration = Calibration(temperature)
+        self._matches = metric_fn(metric)
+        self._metric, self._allowed = metric, tuple(labels)
+        self.rows = self._right = self._invalid = self._checked = 0
+        self._labels = LabelCounts(metric)
+        self._distinct: set[str] = set()
+
+    def add(self, row: Row, prediction: str, choices: Mapping[str, float] | None = None) -> None:
+        """Counts one answer; `choices` are the probabilities of all that were allowed, if some were."""
+        self.rows += 1
+        if row.label:
+            self._labels.add(row.label)
+            self._right += self._matches(prediction, row.label)
+            if choices:
+                is_gold = [self._matches(choice, row.label) for choice in choices]
+                self._calibration.add(list(choices.values()), is_gold)
+        valid = bool(choices) or is_valid(
+            prediction, metric=self._metric, labels=self._allowed, choices=row.choices
+        )
+        if valid is not None:
+            self._checked += 1
+            self._invalid += not valid
+        if len(self._distinct) < 2:
+            self._distinct.add(prediction)
+
+    def summary(self) -> dict[str, Any]:
+        """`rows`; `accuracy` and `majority_baseline` over the rows with a label, if there are any.
+
+        `invalid_labels` is the number of answers outside of what is allowed, None where nothing
+        says what is. `collapsed` is whether two or more rows all got one answer. With choices there
+        is what `Calibration` says, too.
+        """
+        result: dict[str, Any] = {"rows": self.rows}
+        if labelled := self._labels.rows:
+            result["accuracy"] = self._right / labelled
+            result["majority_baseline"] = self._labels.majority()
+        if labelled not in (0, self.rows):
+            result["rows_with_label"] = labelled
+        result |= self._calibration.summary()
+        result["invalid_labels"] = self._invalid if self._checked else None
+        result["collapsed"] = self.rows > 1 and len(self._distinct) == 1
+        return result
+
+
+def in_words(summary: dict[str, Any]) -> str:
+    """The summary as a line for people, and a second one where all answers are the same.
+
+    Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
+    unfinished 0  812.4 rows/s`.
+    """
+    rows = summary["rows"]
+    parts = [f"{rows} rows"]
+    if "accuracy" in summary:
+        parts.append(
+            f"accuracy {summary['accuracy']:.4g}"
+            f" (always the commonest label: {summary['majority_baseline']:.4g})"
+        )
+    for name, words in (
+        ("invalid_labels", "invalid labels"),
+        ("unfinished", "unfinished"),
+        ("unparsed", "answers without a label"),
+        ("unfinished_rationales", "unfinished rationales"),
+        ("gold_not_a_choice", "gold labels that are no choice"),
+        ("cut_inputs", "inputs cut"),
+        ("incomplete_inputs", "inputs without a field that the model reads"),
+        ("skipped", "bad rows skipped"),
+    ):
+        count = summary.get(name)
+        if count is not None and (count or name in ("invalid_labels", "unfinished", "unparsed")):
+            share = f" ({count / rows:.1%})" if count and rows and name != "skipped" else ""
+            parts.append(f"{words} {count}{share}")
+    if "expected_calibration_error" in summary:
+        parts.append(f"calibration error {summary['expected_calibration_error']:.4g}")
+    if summary.get("log_loss") is not None:
+        parts.append(
+            f"log loss {summary['log_loss']:.4g} (least at temperature"
+            f" {summary['best_temperature']:.4g})"
+        )
+    parts.append(f"{summary['rows_per_second']:.1f} rows/s")
+    line = "  ".join(parts)
+    if summary.get("reads"):
+        line += (
+            f"\nthe model reads {' and '.join(summary['reads'])} of each row beside its input: a teacher"
+            " has to write that at test time, too"
+        )
+    if summary["collapsed"]:
+        line += (
+            f"\nall {rows} answers are the same: the model does not tell the inputs apart"
+            " (train longer, or look at the learning rate and the labels' balance)"
+        )
+    return line

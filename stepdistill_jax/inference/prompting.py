@@ -1,0 +1,143 @@
+"""How a model is asked: prompts, lengths, and how answers are compared."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.data.objectives import (
+    LABEL_INPUT,
+    RATIONALE_INPUT,
+    Objective,
+    fields_of,
+    gives_rationale,
+)
+from stepdistill_jax.data.prepared import open_prepared
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.engines import Engine
+from stepdistill_jax.inference.model import LoadedModel
+from stepdistill_jax.inference.rows import Row
+from stepdistill_jax.models.config import MAX_LENGTH
+
+RATIONALE = "rationale"
+WRITTEN = ("id", "score", "probability", "choices")  # of each answer, whatever a template names
+# for a directory that does not say: the paper's prefixes and lengths
+BARE_OBJECTIVES = (
+    Objective("label", LABEL_INPUT, "{label}"),
+    Objective(RATIONALE, RATIONALE_INPUT, "{rationale}"),
+)
+BARE_INPUT_LENGTH, BARE_LABEL_LENGTH, BARE_RATIONALE_LENGTH = 1024, 64, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How a model is asked.
+
+    Attributes:
+        objectives: the label's, and the rationale's where it is wanted, too.
+        prefix: replaces the label objective's template by this text and the input.
+        input_length: most ids of an input, the end of sequence included; longer ones are cut.
+        decode_lengths: most ids of an answer, per objective.
+        metric, labels: the task's.
+    """
+
+    objectives: tuple[Objective, ...]
+    prefix: str | None
+    input_length: int
+    decode_lengths: tuple[int, ...]
+    metric: str
+    labels: tuple[str, ...]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of a row that its prompts show beside the input."""
+        shown = [o.read_beside_input for o in self.objectives[self.prefix is not None :]]
+        return tuple(dict.fromkeys(name for names in shown for name in names))
+
+    def lacks(self, row: Row) -> tuple[str, ...]:
+        """Those of `reads` that a row has not."""
+        return tuple(name for name in self.reads if not row.fields.get(name))
+
+    def prompts(self, row: Row) -> list[str]:
+        """One text per objective."""
+        texts = [objective.render(row.fields)[0] for objective in self.objectives]
+        if self.prefix is not None:
+            texts[0] = self.prefix + row.fields["input"]
+        return texts
+
+
+def how_to_ask(
+    model: LoadedModel | Engine,
+    *,
+    task: str | None = None,
+    max_decode_len: int | None = None,
+    with_rationale: bool = False,
+    prefix: str | None = None,
+    data_dir: os.PathLike | str | None = None,
+) -> Asking:
+    """What the model's `stepdistill.json` says, or the paper's habits where it has none.
+
+    Raises:
+        InputError: an unprepared `task`, or a rationale of a model that was not trained to give one.
+    """
+    info = model.task_info
+    objectives = info.objectives if info else BARE_OBJECTIVES
+    lengths = [info.max_decode_len if info else BARE_LABEL_LENGTH]
+    if max_decode_len is not None:
+        if not 1 <= max_decode_len <= MAX_LENGTH:
+            raise InputError(f"--max-decode-len: 1 to {MAX_LENGTH} is wanted, got {max_decode_len}")
+        lengths = [max_decode_len]
+    chosen = [objectives[0]]
+    if with_rationale:
+        found = [o for o in objectives[1:] if o.name == RATIONALE]
+        if not gives_rationale(objectives):
+            raise InputError(
+                f"--with-rationale: {model.path} has no objective named {RATIONALE!r}"
+                f" (it has {', '.join(o.name for o in objectives)})"
+            )
+        chosen += found
+        lengths += [info.target_length if info else BARE_RATIONALE_LENGTH] * len(found)
+    metric, labels = (info.metric, info.labels) if info else ("text_match", ())
+    if task is not None:
+        dataset = open_prepared(task, data_dir)
+        metric, labels = dataset.metric, dataset.labels
+    return Asking(
+        tuple(chosen),
+        prefix,
+        info.input_length if info else BARE_INPUT_LENGTH,
+        tuple(lengths),
+        metric,
+        labels,
+    )
+
+
+def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
+    """What is written of an answer, and whether its label was found.
+
+    `label` and the other fields of the target. Without the words between them nobody knows where
+    the label begins: it is empty then, and all of the text is the `rationale`, or `text` where the
+    target has no rationale.
+    """
+    if (found := objective.parse(text)) is not None:
+        return {name: found[name] for name in found if name not in WRITTEN}, True
+    rest = RATIONALE if RATIONALE in fields_of(objective.target_template) else "text"
+    return {"label": "", rest: text}, False
+
+
+def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
+    """`read_answer`, with the `score` as it is written: 6 digits."""
+    found, parsed = read_answer(objective, text)
+    # + 0.0: a rounded -0.0 would be written as such
+    return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed
+
+
+def encode_input(vocabulary: Vocabulary, text: str, input_length: int) -> tuple[list[int], bool]:
+    """(ids with their end of sequence, whether they were cut), as training batches cut them."""
+    ids = [*vocabulary.encode(text), EOS_ID]
+    return cut_ids(ids, input_length), len(ids) > input_length
+
+
+def cut_ids(ids: Sequence[int], length: int) -> list[int]:
+    """At most `length` ids, the last one still the end of sequence: `[5, 6, 7, 1]` -> `[5, 6, 1]`."""
+    return list(ids) if len(ids) <= length else [*ids[: length - 1], EOS_ID]

@@ -1,0 +1,76 @@
+"""What XLA has compiled, kept for the next start: JAX's persistent cache with a folder and a bound."""
+
+import contextlib
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from stepdistill_jax.runtime.files import as_path, is_remote
+from stepdistill_jax.runtime.progress import log
+
+FOLDER = ".jax_cache"
+MAX_BYTES = 4 * 2**30  # of our folder, least recently used first; a user's own has the user's bound
+
+
+def beside(workdir: os.PathLike | str) -> str:
+    """The folder for what is compiled for a workdir: in its parent, be that in an object store."""
+    path = as_path(workdir)
+    if not is_remote(path):
+        return os.fspath(path.absolute().parent / FOLDER)
+    in_bucket_root = len(path.parts) <= 3  # `gs:`, `/`, the bucket: its parent is no place of ours
+    return os.fspath((path if in_bucket_root else path.parent) / FOLDER)
+
+
+def enable(folder: os.PathLike | str) -> None:
+    """Keeps and finds compiled programs in `folder`; never stops a run.
+
+    $JAX_COMPILATION_CACHE_DIR goes before `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns all of
+    it off. Every program is kept, however small: a second start of a job then compiles nothing. To be
+    called before anything is compiled. Process 0 writes, so all must see the same folder.
+
+    JAX's own bound, `jax_compilation_cache_max_size`, takes a lock and writes a file at each look-up:
+    in a folder that is read-only, or shared by many hosts, look-ups then fail.
+    """
+    settings: Any = jax.config  # its attributes are made at run time
+    if not settings.jax_enable_compilation_cache:
+        return
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    first = jax.process_index() == 0
+    given: str | None = settings.jax_compilation_cache_dir
+    folder = given or os.fspath(folder)
+    if "://" not in folder and not _may_write(pathlib.Path(folder)):
+        if first:
+            log(
+                f"warning: the compile cache {folder} cannot be written; what is there is still used"
+            )
+        # else JAX warns once for each program
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+        if not os.path.isdir(folder):
+            return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if not given and "://" not in folder and first:
+        prune(pathlib.Path(folder), MAX_BYTES)
+
+
+def prune(folder: pathlib.Path, max_bytes: int) -> None:
+    """Removes the least recently used programs until `folder` holds at most `max_bytes`."""
+    found = []
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):  # another run removed it
+            status = path.stat()
+            found.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= max_bytes:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+        total -= size
+
+
+def _may_write(folder: pathlib.Path) -> bool:
+    nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)

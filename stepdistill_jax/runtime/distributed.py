@@ -1,0 +1,246 @@
+"""How a process becomes one of the several of a job, and how it leaves them within seconds."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import sys
+import threading
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.rendezvous import own_address, roll_call
+
+ADDRESS, NUM_PROCESSES, PROCESS_ID = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+BIND_ADDRESS = "JAX_COORDINATOR_BIND_ADDRESS"
+EXPECT_DEVICES = "EXPECT_DEVICES"
+JOIN_TIMEOUT = "STEPDISTILL_JOIN_TIMEOUT"
+KNOWN_TO_JOB = "STEPDISTILL_JOB_TOKEN"  # the same secret in all processes of a job
+
+JOIN_SECS = 300  # hosts of a pod start minutes apart
+CONNECT_SECS = 120  # of JAX, once all processes are known to be there
+HEARTBEAT_SECS = 30  # a silent peer ends the job after it; JAX's 100 are 100 s of paid waiting
+SHUTDOWN_SECS = 15
+GRACE_SECS = 5  # of a process that leaves, for the others to leave with their own exit codes
+
+_SLURM = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The processes that compute together.
+
+    Attributes:
+        address: `HOST:PORT` of the coordinator in process 0.
+        num_processes: of the job.
+        process_id: of this process, counted from 0.
+        local_device_ids: devices of this host that are this process's; None is all.
+    """
+
+    address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None = None
+
+
+_joined: Job | None = None
+
+
+def join() -> None:
+    """Joins the other processes of the job; does nothing where this process is the only one.
+
+    A job is there where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under
+    `srun` with several tasks, and on a slice of several Cloud TPU hosts. To be called before anything
+    starts a JAX backend. A second call does nothing.
+
+    Raises:
+        InputError: a variable that does not fit, or (EXPECT_DEVICES) another number of devices.
+        ProcessesMissing: others did not come in time; names them.
+    """
+    global _joined
+    job = find_job() if _joined is None else None
+    if job is not None:
+        timeout_secs = _whole(JOIN_TIMEOUT, 1) or JOIN_SECS
+        host, port = _host_and_port(ADDRESS, job.address)
+        bind = None
+        if job.process_id == 0:
+            given = os.environ.get(BIND_ADDRESS)
+            bind = (
+                _host_and_port(BIND_ADDRESS, given)
+                if given
+                else own_address(host, port, timeout_secs)
+            )
+        roll_call(
+            host,
+            port,
+            num_processes=job.num_processes,
+            process_id=job.process_id,
+            timeout_secs=timeout_secs,
+            bind=bind,
+            secret=os.environ.get(KNOWN_TO_JOB),
+        )
+        import jax
+
+        jax.distributed.initialize(
+            job.address,
+            job.num_processes,
+            job.process_id,
+            local_device_ids=job.local_device_ids,
+            # JAX's default is all addresses
+            coordinator_bind_address=_address(*bind) if bind and bind[0] else None,
+            cluster_detection_method="deactivate",  # `find_job` has done it
+            initialization_timeout=CONNECT_SECS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECS,
+            shutdown_timeout_seconds=SHUTDOWN_SECS,
+        )
+        _joined = job
+        if jax.default_backend() == "cpu":
+            # a program that one process compiles and another one loads can order its collectives in
+            # another way: gloo then meets messages of different sizes (jaxlib 0.10.2)
+            jax.config.update("jax_enable_compilation_cache", False)
+        log(
+            f"process {job.process_id + 1}/{job.num_processes},"
+            f" {jax.local_device_count()} of {jax.device_count()} devices"
+        )
+    if (expected := _whole(EXPECT_DEVICES, 1)) is not None:
+        _check_devices(expected)
+
+
+def is_first() -> bool:
+    """Whether this process speaks for the job: the first of it, or the only one."""
+    return _joined is None or _joined.process_id == 0
+
+
+def leave(code: int) -> None:
+    """Ends a process that has joined with `code`, within seconds; returns where none has joined.
+
+    All processes that end together end with their own codes. One that ends alone does not wait at
+    the exit for the others, as JAX would for minutes.
+    """
+    if _joined is None:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    end_soon(code)
+    import jax
+
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()
+    os._exit(code)
+
+
+def end_soon(code: int) -> None:
+    """Ends this process with `code` after `GRACE_SECS`, if it has not ended by itself.
+
+    After a save that could not begin, threads of Orbax hold up a process at its exit for minutes; so
+    does a compilation that a signal has interrupted.
+    """
+    timer = threading.Timer(GRACE_SECS, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def find_job() -> Job | None:
+    """The job that the environment describes; None for a process on its own.
+
+    Raises:
+        InputError: variables that contradict each other, or are no numbers.
+    """
+    address = os.environ.get(ADDRESS)
+    num_processes, process_id = _whole(NUM_PROCESSES, 1), _whole(PROCESS_ID, 0)
+    under_srun = _under_srun()
+    if not address and not under_srun and not _on_cloud_tpu():
+        if (num_processes or 1) > 1:
+            raise InputError(
+                f"{NUM_PROCESSES}={num_processes} without {ADDRESS}: set it to HOST:PORT of process"
+                f" 0, or unset {NUM_PROCESSES} for a process on its own"
+            )
+        return None
+    if None in (address, num_processes, process_id):
+        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
+
+        address, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
+            address, num_processes, process_id, None, None, JOIN_SECS
+        )
+    if address is None:  # a TPU VM that is told to be on its own
+        return None
+    for name, value in ((NUM_PROCESSES, num_processes), (PROCESS_ID, process_id)):
+        if value is None:
+            raise InputError(f"{name} is not set, and {ADDRESS} is: a job wants both")
+    assert num_processes is not None and process_id is not None
+    if process_id >= num_processes:
+        raise InputError(
+            f"{PROCESS_ID}={process_id}: a number below {NUM_PROCESSES}={num_processes} is wanted"
+        )
+    if num_processes == 1:
+        return None
+    return Job(address, num_processes, process_id, _devices_of_task() if under_srun else None)
+
+
+def _under_srun() -> bool:
+    """Whether Slurm started this process as one of several tasks (a batch script is none)."""
+    if not all(name in os.environ for name in _SLURM):
+        return False
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
+    return tasks.isdecimal() and int(tasks) > 1
+
+
+def _devices_of_task() -> list[int] | None:
+    """GPUs of a Slurm task: all where it has its host, or a GPU, to itself; else one by its number."""
+    alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    bound = bool(visible) and "," not in visible
+    given = "JAX_LOCAL_DEVICE_IDS" in os.environ  # read by JAX
+    return None if alone or bound or given else [int(os.environ["SLURM_LOCALID"])]
+
+
+def _on_cloud_tpu() -> bool:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if (platforms and "tpu" not in platforms) or importlib.util.find_spec("libtpu") is None:
+        return False
+    import jax  # noqa: F401  (its import finds out)
+    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
+
+    return running_in_cloud_tpu_vm
+
+
+def _check_devices(expected: int) -> None:
+    import jax
+
+    if jax.device_count() != expected:
+        raise InputError(
+            f"{EXPECT_DEVICES}={expected}, but {jax.process_count()} process(es) see"
+            f" {jax.device_count()} devices ({jax.local_device_count()} here,"
+            f" {jax.devices()[0].device_kind}); is every host started, and every device visible?"
+        )
+
+
+def _whole(name: str, least: int) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name}={text}: a whole number from {least} is wanted")
+    return int(text)
+
+
+def _host_and_port(name: str, address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"{name}={address}: HOST:PORT is wanted")
+    return host.strip("[]"), int(port)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

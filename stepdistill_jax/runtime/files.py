@@ -1,0 +1,470 @@
+"""Reading and writing files that a later reader may trust; paths in an object store."""
+
+import collections
+import contextlib
+import errno
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+from stepdistill_jax.errors import InputError
+
+PARTIAL = ".partial"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
+_TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
+_NO_TEXT = {  # what a file that is no text begins with, and what to do with it
+    b"\x1f\x8b": "it is gzip's, so unpack it first",
+    b"PK\x03\x04": "it is a zip archive, so unpack it first",
+    b"PAR1": "it is Parquet, so write it as JSON lines first",
+    b"SQLite format 3": "it is an SQLite file",
+    b"\xff\xfe": "it looks like UTF-16, so save it as UTF-8",
+    b"\xfe\xff": "it looks like UTF-16, so save it as UTF-8",
+}
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what fsspec reads each with
+# a URL, or what pathlib makes of one of ours: `gs:/bucket/run`
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
+
+
+def _url(path: os.PathLike | str) -> str | None:
+    """`SCHEME://REST` of a path that is a URL."""
+    text = os.fspath(path)
+    if (match := _URL.match(text)) is None:
+        return None
+    return f"{match[1] or match[2]}://{text[match.end() :].strip('/')}"
+
+
+def is_remote(path: os.PathLike | str) -> bool:
+    """Whether a path is in an object store (`gs://`, `s3://`) rather than on this machine."""
+    return (_url(path) or "").partition("://")[0] in _STORES
+
+
+def as_path(path: os.PathLike | str) -> pathlib.Path:
+    """A user's path: pathlib's, or one with its methods (`StorePath`) in an object store.
+
+    In a store there are no appends, no renames, no locks, and no folder without a file in it.
+
+    Raises:
+        InputError: another kind of URL, or a package is missing that reads the store.
+    """
+    if (url := _url(path)) is None:
+        return pathlib.Path(path)
+    scheme, _, rest = url.partition("://")
+    if scheme not in _STORES:
+        raise InputError(f"{url}: a local path, gs://BUCKET/... or s3://BUCKET/... is wanted")
+    if not rest:
+        raise InputError(f"{url}: the bucket is missing; {scheme}://BUCKET/FOLDER is wanted")
+    _prepare_stores()
+    if importlib.util.find_spec(_STORES[scheme]) is None:
+        raise InputError(f"{url}: {scheme}:// needs a package: pip install {_STORES[scheme]}")
+    from stepdistill_jax.runtime.store_path import StorePath
+
+    return cast(pathlib.Path, StorePath(url))
+
+
+class StoreError(Exception):
+    """A store that gave no answer, after its client has tried again for a while; one line with the URL.
+
+    No OSError: who takes a file that cannot be read for a damaged one must not take this for one.
+
+    Attributes:
+        reason: without the URL.
+    """
+
+    def __init__(self, url: os.PathLike | str, error: Exception):
+        self.reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        super().__init__(
+            f"{os.fspath(url)}: {self.reason}; is the bucket there, can it be reached, and do the"
+            " credentials allow it?"
+        )
+
+
+@contextlib.contextmanager
+def asked(path: os.PathLike | str) -> Iterator[None]:
+    """Around what asks a store about `path`: each client has errors of its own, most without the URL.
+
+    Raises:
+        StoreError: for all of them but "no such file" and the like; of a local path nothing is changed.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, StoreError):
+        raise
+    except Exception as error:
+        if not is_remote(path):
+            raise
+        raise StoreError(path, error) from error
+
+
+def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
+    """The pathlib path of what must be on this machine.
+
+    Args:
+        path: as the user gave it.
+        name: what it is called in a message, e.g. `--data-dir`.
+
+    Raises:
+        InputError: it is a URL.
+    """
+    if (url := _url(path)) is not None:
+        raise InputError(
+            f"{name} {url}: must be on this machine, copy it here; only a workdir may be in a store"
+        )
+    return pathlib.Path(path)
+
+
+@functools.cache
+def _prepare_stores() -> None:
+    """Once, before the first path in a store is touched."""
+    # epath would read them by TensorFlow wherever that is installed; predict must not import it
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    import fsspec.config
+
+    # it writes the traceback of each error that it also raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    # a listing that is kept does not show what TensorStore or another process wrote since
+    for scheme in ("gs", "gcs", "s3"):
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+
+
+@functools.cache
+def local_copy(path: pathlib.Path) -> pathlib.Path:
+    """A file for a library that reads local ones only: `path`, or a copy that lives as long as we do."""
+    if not is_remote(path):
+        return path
+    import atexit
+
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="stepdistill-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = folder / path.name
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def fsync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename inside `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts every file below a local folder into a store, whole; what is there is replaced."""
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        (target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+
+
+@contextlib.contextmanager
+def naming(path: os.PathLike | str) -> Iterator[None]:
+    """Around writes to an open file: the error of a full or broken disk does not say which it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in DISK_ERRORS:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def partial_of(path: os.PathLike | str) -> pathlib.Path:
+    """Where a file is until it is whole: PATH.partial."""
+    path = local_path(path, "output")
+    return path.with_name(path.name + PARTIAL)
+
+
+def opener(path: str, flags: int) -> int:
+    """`opener` of `open` for a file that we write: it follows no link and waits for no pipe.
+
+    Raises:
+        InputError: the path is a link, a second name of another file, a pipe or a device.
+    """
+    refused = InputError(f"{path}: is a link, pipe or device, which is not written to; remove it")
+    # without O_TRUNC: what is there may be somebody's
+    wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        handle = os.open(path, wanted, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise refused from None
+        raise
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise refused
+        if flags & os.O_TRUNC:
+            os.ftruncate(handle, 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+@contextlib.contextmanager
+def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
+
+    In an object store the whole file is one put, which is atomic there.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        with io.BytesIO() if "b" in mode else io.StringIO() as f:
+            yield f
+            whole = f.getvalue()
+        path.write_bytes(whole if isinstance(whole, bytes) else whole.encode())
+        return
+    partial = path.with_name(path.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    with naming(path), open(partial, mode, encoding=encoding, opener=opener) as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+    fsync_folder(path.parent)
+
+
+def write_json(path: os.PathLike | str, value: Any) -> None:
+    """`value` as indented JSON, atomically."""
+    with atomic_write(path) as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: os.PathLike | str) -> Any:
+    """Parsed JSON of a file.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, or not JSON; names path and line.
+    """
+    if not is_remote(path):
+        check_file(path, "a JSON file")
+    try:
+        return json.loads(as_path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise InputError(f"{path}: JSON that cannot be read ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_json_line(raw: bytes) -> dict[str, Any]:
+    """The object of one line of a JSON-lines file.
+
+    Raises:
+        InputError: it is not UTF-8, not a JSON object, or one in which a key stands twice; says what
+            is wrong, without file and line.
+    """
+    try:
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    except UnicodeDecodeError:
+        raise InputError(f"not UTF-8{_no_text(raw)}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"broken JSON ({error.msg}){_no_text(raw)}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
+        raise InputError(f"JSON that cannot be read ({error})") from None
+    if not isinstance(row, dict):
+        raise InputError(f"a JSON object is wanted, got {type(row).__name__}")
+    return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # Python would take the last one in silence
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} stands twice in one object")
+    return found
+
+
+def _no_text(raw: bytes) -> str:
+    """`; it is gzip's, so unpack it first` of what begins like that."""
+    return next((f"; {what}" for magic, what in _NO_TEXT.items() if raw.startswith(magic)), "")
+
+
+def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
+    """Refuses what is no regular file: the open of a pipe waits for its writer, a device never ends.
+
+    Args:
+        path: on this machine.
+        wanted: what should be there, for the message.
+
+    Raises:
+        InputError: there is no such file, it is a folder, pipe or device, or it may not be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL in the name
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a folder, {wanted} is wanted")
+    if not stat.S_ISREG(mode):
+        raise InputError(
+            f"{path}: is a pipe or device; it is read more than once, so save it to a file first"
+        )
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: cannot be read (no permission)")
+
+
+def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
+    """Yields (line number from 1, object or what is wrong with it); blank lines are skipped.
+
+    Raises:
+        InputError: there is no such file, or it is one that cannot be read twice; names the path.
+    """
+    path = local_path(path, "input")
+    check_file(path, "a JSON-lines file")
+    try:
+        with open(path, "rb") as file:
+            for number, raw in _lines(file):
+                if raw is None:
+                    yield number, InputError(f"{path}:{number}: {_TOO_LONG}")
+                    continue
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if not raw.strip():
+                    continue
+                try:
+                    row: dict[str, Any] | InputError = parse_json_line(raw)
+                except InputError as error:
+                    row = InputError(f"{path}:{number}: {error}")
+                yield number, row
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """(number from 1, line); None for one that is too long, which is passed over piece by piece."""
+    number = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(raw) <= MAX_LINE_BYTES:
+            yield number, raw
+            continue
+        yield number, None
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(MAX_LINE_BYTES)
+
+
+def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) of a JSON-lines file; blank lines are skipped.
+
+    Raises:
+        InputError: the first thing that is wrong, as `json_lines` has it.
+    """
+    for number, row in json_lines(path):
+        if isinstance(row, InputError):
+            raise row
+        yield number, row
+
+
+def check_writable(path: os.PathLike | str, name: str = "") -> None:
+    """Refuses a path where no file can be written, before the work whose result goes there.
+
+    Args:
+        path: of a file that need not exist, nor its folder.
+        name: what the path is called in a message, e.g. `--output`.
+
+    Raises:
+        InputError: it is a folder, or lies in one that cannot be written to.
+    """
+    path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
+    path = path.absolute()
+    if path.is_dir():
+        raise InputError(f"{name}: is a folder, a file to write is wanted")
+    nearest = next(parent for parent in path.parents if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise InputError(f"{name}: cannot be written ({nearest} is no folder)")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{name}: cannot be written (no permission in {nearest})")
+
+
+class InUse(InputError):
+    """Another process writes the file."""
+
+
+def open_locked(path: pathlib.Path) -> IO[bytes]:
+    """Opens `path` to append; no other process can until it is closed.
+
+    Raises:
+        InUse: another one has it open.
+        InputError: it is a link or no file.
+        OSError: it cannot be written.
+    """
+    while True:
+        file = open(path, "ab", opener=opener)  # noqa: SIM115
+        try:
+            _lock(file)
+            # a run that ended in between has renamed or removed what we opened
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: IO[bytes]) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no POSIX system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InUse(
+            f"{file.name}: another run is writing it; wait for that one, or give another output"
+        ) from None
+    except OSError:  # some network file systems have no locks
+        return
+
+
+def sha256(path: os.PathLike | str) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sampled_digest(folder: pathlib.Path) -> str:
+    """Hex digest of the names and sizes of all files below a folder, and of pieces spread over each.
+
+    Reads at most 4 MiB of a file: it tells two trainings of a model apart without reading either.
+    What does not count: a README.md, and what lies hidden (downloads leave their dates there).
+    """
+    found = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            pieces = hashlib.sha256()
+            for start in range(0, size, max(4096, -(-size // 1024))):
+                f.seek(start)
+                pieces.update(f.read(4096))
+        found.append([name.as_posix(), size, pieces.hexdigest()])
+    return digest(found)
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a JSON-like value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,250 @@
+"""Where the numbers of a run go: `metrics.jsonl`, `flagged_batches.jsonl`, TensorBoard events."""
+
+import importlib
+import json
+import math
+import os
+import pathlib
+import socket
+import sys
+import tempfile
+import time
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.files import (
+    as_path,
+    atomic_write,
+    check_file,
+    is_remote,
+    naming,
+    parse_json_line,
+    upload,
+)
+from stepdistill_jax.runtime.progress import log
+
+METRICS = "metrics.jsonl"
+FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
+FLUSH_SECS = 30.0  # of TensorBoard's events
+UPLOAD_SECS = 60.0  # an object cannot be appended to: each upload sends the whole file again
+
+
+class MetricsWriter:
+    """Appends a step's metrics; a resume cuts the file back to the step that it starts from.
+
+    Of a workdir in an object store the files grow in a temporary folder, and are uploaded at most
+    every `UPLOAD_SECS`, before each checkpoint, and at the end.
+    """
+
+    def __init__(
+        self,
+        workdir: os.PathLike | str,
+        *,
+        start_step: int,
+        validated: bool = True,
+        active: bool = True,
+    ):
+        """Opens both files.
+
+        Args:
+            workdir: the run's folder.
+            start_step: the last step that counts; later lines are of a life that was lost.
+            validated: False where the validation of `start_step` is still to be done; a line of it is
+                of a life that was killed before its checkpoint had it.
+            active: False on all but the first process.
+        """
+        self._active = active
+        if not active:
+            return
+        self._workdir, folder = as_path(workdir), pathlib.Path(workdir)
+        self._scratch = None
+        if is_remote(workdir):
+            self._scratch = tempfile.TemporaryDirectory(prefix="stepdistill-")
+            self._uploaded, folder = time.monotonic(), pathlib.Path(self._scratch.name)
+            for name in (METRICS, FLAGGED):
+                if (self._workdir / name).exists():
+                    (folder / name).write_bytes((self._workdir / name).read_bytes())
+        self._folder = folder
+        _cut_back(folder / METRICS, start_step, validated)
+        _cut_back(folder / FLAGGED, start_step)
+        self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (for the whole run)
+        self._board = _Board(folder, start_step)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """One line `{"step": step, ...}`, complete on a local disk when the process is killed.
+
+        Raises:
+            OSError: it cannot be written (a full disk); names the file.
+        """
+        if not self._active:
+            return
+        with naming(self._folder / METRICS):
+            self._file.write(_line(step, metrics))
+            self._file.flush()
+        self._board.write(step, metrics)
+        if self._scratch is not None and time.monotonic() - self._uploaded > UPLOAD_SECS:
+            self.sync()
+
+    def flag(self, step: int, entry: dict[str, Any]) -> None:
+        """A line of `flagged_batches.jsonl`; errors as `write`."""
+        if not self._active:
+            return
+        path = self._folder / FLAGGED
+        with naming(path), open(path, "a", encoding="utf-8") as f:
+            f.write(_line(step, entry))
+
+    def sync(self) -> None:
+        """Uploads what is written, where the workdir is in a store: before a checkpoint is saved.
+
+        A resume starts at a checkpoint and needs the lines before it.
+        """
+        if self._active and self._scratch is not None:
+            self._board.flush()
+            upload(pathlib.Path(self._scratch.name), self._workdir)
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        """Flushes both."""
+        if self._active:
+            with naming(self._folder / METRICS):
+                self._file.close()
+            self._board.close()
+            if self._scratch is not None:
+                with self._scratch as folder:
+                    upload(pathlib.Path(folder), self._workdir)
+
+
+class _Board:
+    """A file of TensorBoard events.
+
+    Not tensorboardX's SummaryWriter: its thread dies of a full disk in silence, and the run then
+    waits for ever at a queue that nobody empties.
+    """
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        _import_tensorboardx()
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{start_step}"
+        self._path = folder / name
+        self._records = RecordWriter(os.fspath(self._path))
+        self._add(Event(file_version="brain.Event:2"))
+        # hides what a lost life wrote of later steps
+        self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > FLUSH_SECS:
+            self.flush()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with naming(self._path):
+            self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        with naming(self._path):
+            self._records.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with naming(self._path):
+            self._records.close()
+
+
+def _import_tensorboardx() -> None:
+    """Without torch: its `__init__` wants what is installed, seconds for nothing that we use."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # "there is none", by Python's rules
+    try:
+        importlib.import_module("tensorboardX")
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+
+
+def _line(step: int, entry: dict[str, Any]) -> str:
+    # strict JSON knows no NaN
+    finite = {
+        n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in entry.items()
+    }
+    return json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n"
+
+
+def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
+    """Removes the lines of later steps and half a last line; a line that cannot be read stays."""
+    if not path.exists():
+        return
+    kept = []
+    for raw, entry in _lines(path):
+        if entry is not None and entry["step"] == start_step:
+            counts = validated or "loss" in entry
+        else:
+            counts = entry is None or entry["step"] < start_step
+        if counts:
+            kept.append(raw + b"\n")
+    with atomic_write(path, "wb") as f:
+        f.writelines(kept)
+
+
+def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
+    """The newest training line of a run; empty where `metrics.jsonl` is gone."""
+    if not (as_path(workdir) / METRICS).exists():
+        return {}
+    return next((x for x in reversed(read_metrics(workdir)) if "loss" in x), {})
+
+
+def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
+    """Lines of a run's `metrics.jsonl`, oldest first; half a line at the end is left out.
+
+    Any other line that cannot be read is left out with a warning that names it.
+
+    Raises:
+        InputError: the folder has no such file, or it is a pipe or device.
+    """
+    path = as_path(workdir) / METRICS
+    if not path.exists():
+        raise InputError(f"{path}: no such file; {workdir} is not a training run")
+    return [entry for _, entry in _lines(path) if entry is not None]
+
+
+def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
+    """Lines of a run's `flagged_batches.jsonl`, oldest first; none where nothing was flagged."""
+    path = as_path(workdir) / FLAGGED
+    return [e for _, e in _lines(path) if e is not None] if path.exists() else []
+
+
+def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Each line and its object, None for a line that cannot be read; without half a last line.
+
+    A kill cuts off the last line. Whatever else is wrong came from elsewhere: it gets a warning.
+    """
+    if not is_remote(path):
+        check_file(path, "a JSON-lines file")
+    whole, problems = [], []
+    *ended, last = path.read_bytes().split(b"\n")
+    for number, raw in enumerate([*ended, last], 1):
+        if not raw.strip():
+            continue
+        try:
+            entry = parse_json_line(raw)
+            if type(entry.get("step")) is not int:
+                raise InputError("no step in it")
+        except InputError as error:
+            if number > len(ended):
+                continue
+            entry = None
+            problems.append(f"{path}:{number}: {error}")
+        whole.append((raw, entry))
+    if problems:
+        more = len(problems) - 1
+        also = f" (and {more} more line{'s' if more > 1 else ''})" if more else ""
+        log(f"warning: {problems[0]}{also}; kept in the file, left out of every result")
+    return whole

@@ -1,0 +1,154 @@
+"""What the processes of one run tell each other; with one process nothing is sent.
+
+Every process must come to these calls in the same order. So an error that only one of them meets is
+told to all: they end together, instead of waiting for one that has left.
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from stepdistill_jax.errors import EXIT_STOPPED, InputError
+from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.progress import log, progress
+
+T = TypeVar("T")
+_BLOCK = 1024  # bytes; messages are filled up to few sizes, so few programs compile
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def everywhere(action: Callable[[], T]) -> T:
+    """`action()` on every process, each with its own result.
+
+    Raises:
+        InputError: on all processes, if the first one that failed met one; else what it met (the
+            others have a RuntimeError). The message names the process.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as e:
+        error = e
+    _raise_first(_gather(_told(error)), error)
+    return result  # pyright: ignore[reportReturnType]
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """`action()` on process 0 alone; its result, a JSON value, on all.
+
+    Raises:
+        InputError, RuntimeError: as `everywhere`.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = None, None
+    if is_first():
+        try:
+            result = action()
+        except Exception as e:
+            error = e
+    told = _gather([result, _told(error)] if is_first() else None)[0]
+    _raise_first([told[1]], error)
+    return told[0]
+
+
+def require_same(value: Any, what: str) -> None:
+    """Refuses, on all processes, a JSON value that is not the same on each.
+
+    Args:
+        value: of this process.
+        what: what it tells about, for the message: "input and model".
+    """
+    if jax.process_count() == 1:
+        return
+    values = _gather(digest(value))
+    others = [i for i, other in enumerate(values) if other != values[0]]
+    if others:
+        raise InputError(
+            f"process {others[0]} has another {what} than process 0; give all processes the same files"
+        )
+
+
+def stop_agreed(batch: int) -> bool:
+    """Whether to stop after this batch since one of several processes got a SIGTERM; the same on all.
+
+    `jax.distributed` catches the signal. With one process it ends the process, and this is false.
+
+    Args:
+        batch: counts up by one from call to call.
+    """
+    if jax.process_count() == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(batch)
+
+
+@contextlib.contextmanager
+def until_stopped(
+    total: int, description: str, kept: Callable[[], int] = lambda: 0
+) -> Iterator[Callable[[int], None]]:
+    """Yields what is called with the rows of each batch: it shows the progress, and leaves after a signal.
+
+    Args:
+        total: rows.
+        description: of the bar, which process 0 shows.
+        kept: how many rows are safe when it is called.
+
+    Raises:
+        SystemExit: 75, on all processes after the same batch, once one of them got a SIGTERM.
+    """
+    batches = itertools.count(1)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(total, description, done=kept())) if is_first() else None
+
+        def update(rows: int) -> None:
+            if bar:
+                bar.update(rows)
+            if stop_agreed(next(batches)):
+                if is_first():
+                    log(f"stopped by a signal: {kept()} rows are kept; start again")
+                raise SystemExit(EXIT_STOPPED)
+
+        yield update
+
+
+def _told(error: Exception | None) -> list[Any] | None:
+    if error is None:
+        return None
+    if isinstance(error, InputError):
+        return [True, str(error)]
+    return [False, f"{type(error).__name__}: {error}"]
+
+
+def _raise_first(told: list[Any], own: Exception | None) -> None:
+    # one error decides for all, so that all go on or unwind in the same way
+    for process, error in enumerate(told):
+        if error is not None:
+            is_input, message = error
+            if process == jax.process_index() and own is not None and not is_input:
+                raise own  # with its traceback
+            raise (InputError if is_input else RuntimeError)(f"process {process}: {message}")
+
+
+def _gather(value: Any) -> list[Any]:
+    """The JSON value of each process, by process."""
+    from jax.experimental import multihost_utils
+
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    padded = np.zeros(-(-int(sizes.max()) // _BLOCK) * _BLOCK, np.uint8)
+    padded[: text.size] = text
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(t[:n].tobytes()) for t, n in zip(texts, sizes, strict=True)]

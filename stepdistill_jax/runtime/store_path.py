@@ -1,0 +1,67 @@
+"""A path in an object store that never takes "no answer" for "no such file".
+
+gcsfs says that a folder is none where Google cannot be reached: a run that is there would look new.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from etils.epath import gpath, stat_utils
+
+from stepdistill_jax.runtime.files import asked
+
+
+class _Stat(stat_utils.StatResult):
+    """Epath's answer, with the name that pathlib has for the size."""
+
+    @property
+    def st_size(self) -> int:
+        return self.length
+
+
+class StorePath(gpath.PosixGPath):
+    """An `epath.Path` of `gs://` or `s3://`; what the store's client raises is a `StoreError`."""
+
+    def stat(self) -> _Stat:
+        with asked(self):
+            found = super().stat()
+        return _Stat(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
+
+    def exists(self) -> bool:
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        try:
+            return self.stat().is_directory
+        except FileNotFoundError:
+            return False
+
+    def is_file(self) -> bool:
+        try:
+            return not self.stat().is_directory
+        except FileNotFoundError:
+            return False
+
+    def iterdir(self) -> Iterator["StorePath"]:
+        with asked(self):
+            yield from list(super().iterdir())
+
+    def read_bytes(self) -> bytes:
+        with asked(self):
+            return super().read_bytes()
+
+    def read_text(self, encoding: str | None = None) -> str:
+        with asked(self):
+            return super().read_text(encoding)
+
+    def write_bytes(self, data: bytes) -> int:
+        with asked(self):
+            return super().write_bytes(data)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with asked(self):
+            super().unlink(missing_ok)

@@ -1,0 +1,9 @@
+"""Labels over HTTP.
+
+`run` has `serve`; `server` is uvicorn and signals, `app` HTTP, `batcher` gathers rows, `answerer` asks the
+model. Starlette, uvicorn and prometheus_client come with the extra `[serve]`: `serve` imports them.
+"""
+
+from stepdistill_jax.serving.run import serve
+
+__all__ = ["serve"]

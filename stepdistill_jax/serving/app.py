@@ -1,0 +1,316 @@
+"""HTTP: what may be asked, what is answered, and what is refused with which status."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from stepdistill_jax.errors import InputError, printable
+from stepdistill_jax.runtime.files import parse_json_line
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.serving import metrics
+from stepdistill_jax.serving.answerer import Answerer, Question
+from stepdistill_jax.serving.batcher import Batcher, QueueFull
+
+MAX_HEAD_BYTES = 2**14
+MAX_BODY_BYTES = 2**20
+# a client sees a broken connection and not the answer if the connection closes while it is sending:
+# up to this size the rest of a refused body is read and thrown away
+MOST_READ_BYTES = 16 * MAX_BODY_BYTES
+LEFT = 499  # nginx's status of a request whose client has gone; nobody receives it
+STARTING, READY, STOPPING = "warming up", "ready", "stopping"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What protects the service from its clients.
+
+    Attributes:
+        max_wait_secs: how long a row waits for others while the engine is idle.
+        max_queue: most rows, and most requests, that are not yet answered.
+        timeout_secs: from the head of a request to its answer.
+    """
+
+    max_wait_secs: float
+    max_queue: int
+    timeout_secs: float
+
+
+class Refused(Exception):
+    """A request that gets no answer.
+
+    Attributes:
+        status: of HTTP.
+        headers: of the response.
+    """
+
+    def __init__(self, status: int, reason: str, **headers: str):
+        """`reason` is what the client reads."""
+        super().__init__(reason)
+        self.status, self.headers = status, headers
+
+
+class Service:
+    """An application for uvicorn, and the state that it has; it warms up as soon as it runs.
+
+    Attributes:
+        state: `warming up`, `ready` or `stopping`.
+        answered: rows that have been.
+        open: requests that are not answered yet.
+        unanswered: requests that were under way when the grace time was over.
+        failure: what ended it: the warm-up's, or one that no request is to blame for.
+        on_failure: called then.
+    """
+
+    def __init__(self, answerer: Answerer, limits: Limits):
+        """Starts nothing yet."""
+        self.state = STARTING
+        self.answered = self.open = self.unanswered = 0
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._warm = False
+        self._answerer, self._limits = answerer, limits
+        self.batcher = Batcher(
+            answerer.answers,
+            length=lambda question: question.length,
+            batch_size=answerer.batch_size,
+            max_wait_secs=limits.max_wait_secs,
+            max_queue=limits.max_queue,
+            on_batch=self._count_batch,
+        )
+        self._metrics = metrics.Metrics(lambda: self.batcher.rows, lambda: self.state == READY)
+        self._routes = Starlette(
+            routes=[
+                Route("/predict", self._predict, methods=["POST"]),
+                Route("/health", self._health),
+                Route("/ready", self._ready),
+                Route("/metrics", self._show_metrics),
+                Route("/info", self._info),
+            ],
+            exception_handlers={HTTPException: _plain_error},  # 404 and 405
+            lifespan=self._life,
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, or runs the service when uvicorn starts its lifespan.
+
+        An answer waits until the request's body has ended. It closes the connection if the body is longer
+        than `MOST_READ_BYTES`, if it has not ended within `timeout_secs`, or if the server is stopping.
+        """
+        if scope["type"] != "http":
+            return await self._routes(scope, receive, send)
+        deadline = asyncio.get_running_loop().time() + self._limits.timeout_secs
+        size, ended = 0, False
+
+        async def received() -> Message:
+            nonlocal size, ended
+            message = await receive()
+            size += len(message.get("body", b""))
+            ended = not message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # a cancelled request has no time left: it is answered at once
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+                    async with asyncio.timeout_at(deadline):
+                        while not ended and size <= MOST_READ_BYTES and self.state != STOPPING:
+                            await received()
+                if not ended or self.state == STOPPING:
+                    message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        if _head_bytes(scope) > MAX_HEAD_BYTES:
+            refusal = _error(431, f"the head of a request has at most {MAX_HEAD_BYTES} bytes")
+            return await refusal(scope, received, answer)
+        return await self._routes(scope, received, answer)
+
+    @contextlib.asynccontextmanager
+    async def _life(self, _app: Starlette) -> AsyncIterator[None]:
+        work = asyncio.create_task(self._work())
+        try:
+            yield
+        finally:
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
+
+    async def _work(self) -> None:
+        began = time.perf_counter()
+        try:
+            for piece in self._answerer.warm_up():
+                await self.batcher.in_thread(piece)
+                if self.state == STOPPING:
+                    return
+            self.state, self._warm = READY, True
+            log(f"ready after {time.perf_counter() - began:.1f} s")
+            await self.batcher.run()
+        except Exception as error:
+            # every request would meet the same: the process ends, and whoever started it sees it
+            self.failure, self.state = error, STOPPING
+            self.on_failure()
+
+    def _count_batch(self, rows: int, seconds: float) -> None:
+        self._metrics.batch_rows.observe(rows)
+        self._metrics.batch_seconds.observe(seconds)
+
+    async def _predict(self, request: Request) -> Response:
+        began = time.perf_counter()
+        response = await self._response(request)
+        self._metrics.requests.labels(str(response.status_code)).inc()
+        if response.status_code == 200:
+            self._metrics.request_seconds.observe(time.perf_counter() - began)
+        return response
+
+    async def _response(self, request: Request) -> Response:
+        self.open += 1
+        try:
+            async with asyncio.timeout(self._limits.timeout_secs):
+                return JSONResponse(await self._answer(request))
+        except Refused as error:
+            return _error(error.status, str(error), error.headers)
+        except InputError as error:
+            return _error(400, str(error))
+        except TimeoutError:
+            return _error(504, f"no answer within {self._limits.timeout_secs:g} s")
+        except ClientDisconnect:
+            return Response(status_code=LEFT)
+        except asyncio.CancelledError:
+            if self.state != STOPPING:
+                raise
+            self.unanswered += 1
+            return _error(503, "the server has stopped")
+        except Exception:
+            log(f"a request failed:\n{traceback.format_exc()}")
+            return _error(500, "the server failed; its log says how")
+        finally:
+            self.open -= 1
+
+    async def _answer(self, request: Request) -> dict[str, Any]:
+        if not self._warm:
+            raise Refused(503, "the model is warming up", **{"Retry-After": "5"})
+        if self.open > self._limits.max_queue:
+            raise self._queue_full()
+        body = await _body(request)
+        # in a thread: the longest text takes a third of a second, in which others are to be heard
+        questions, alone = await asyncio.to_thread(self._questions, body)
+        answers = await self._answers(request, questions)
+        self.answered += len(answers)
+        self._metrics.rows.inc(len(answers))
+        return answers[0] if alone else {"rows": answers}
+
+    def _questions(self, body: bytes) -> tuple[list[Question], bool]:
+        """Those of a body, and whether it is one row by itself."""
+        rows, alone = _rows_of(parse_json_line(body))
+        if len(rows) > self._limits.max_queue:
+            raise Refused(
+                413, f"at most {self._limits.max_queue} rows are taken at once, got {len(rows)}"
+            )
+        return [self._answerer.question(row, i) for i, row in enumerate(rows, 1)], alone
+
+    async def _answers(self, request: Request, questions: list[Question]) -> list[dict[str, Any]]:
+        """Waits for the answers, or for the client to leave; what is not wanted leaves the queue."""
+        if not questions:
+            return []
+        try:
+            futures = self.batcher.submit(questions)
+        except QueueFull:
+            raise self._queue_full() from None
+        answered = asyncio.gather(*futures)
+        # looked at in any case: asyncio logs what nobody has asked for
+        answered.add_done_callback(lambda done: done.cancelled() or done.exception())
+        left = asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({answered, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                raise ClientDisconnect
+        finally:
+            left.cancel()
+            answered.cancel()  # and with it each future that waits
+        for number, answer in enumerate(answered.result(), 1):
+            if isinstance(answer, InputError):
+                raise InputError(f"row {number}: {answer}")
+            if isinstance(answer, Exception):
+                raise answer
+        return answered.result()
+
+    def _queue_full(self) -> Refused:
+        return Refused(503, "too many rows are waiting; ask again later", **{"Retry-After": "1"})
+
+    async def _health(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _ready(self, _request: Request) -> Response:
+        return JSONResponse({"status": self.state}, 200 if self.state == READY else 503)
+
+    async def _show_metrics(self, _request: Request) -> Response:
+        return Response(self._metrics.text(), media_type=metrics.CONTENT_TYPE)
+
+    async def _info(self, _request: Request) -> Response:
+        return JSONResponse(self._answerer.info())
+
+
+def _head_bytes(scope: Scope) -> int:
+    """Returns the size of a request's head, without the spaces around the values of its headers."""
+    query = scope["query_string"]
+    line = [
+        scope["method"].encode(),
+        scope["raw_path"],
+        b"?" + query if query else b"",
+        b"HTTP/1.1",
+    ]
+    headers = sum(len(name) + len(value) + len(":\r\n") for name, value in scope["headers"])
+    return sum(map(len, line)) + len("  \r\n") + headers + len("\r\n")
+
+
+async def _body(request: Request) -> bytes:
+    """The body of a request.
+
+    Raises:
+        Refused: it is too large.
+        ClientDisconnect: it does not come.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes; send fewer rows")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a body, and whether it is one row by itself."""
+    if "rows" not in body:
+        return [body], True
+    rows = body["rows"]
+    if len(body) > 1 or not isinstance(rows, list):
+        raise InputError('one row {"input": ...} or {"rows": [...]} alone is wanted')
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"row {number}: a JSON object is wanted, got {type(row).__name__}")
+    return rows, False
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _error(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": printable(reason)}, status, headers)
+
+
+async def _plain_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, error.detail, dict(error.headers or {}))

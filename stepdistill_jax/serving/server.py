@@ -1,0 +1,149 @@
+"""Uvicorn, its socket, and the signals that stop it."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.serving.app import MAX_HEAD_BYTES, STOPPING, Service
+
+KEEP_ALIVE_SECS = 75  # proxies keep idle connections for a minute, and should be who ends them
+
+
+class StopSignals:
+    """What the first SIGTERM or SIGINT does; a second one ends the process at once."""
+
+    def __init__(self):
+        """Leaves with 0 until `stop` is set: what is loaded or compiled is not missed."""
+        self.stop: Callable[[str], None] | None = None
+        self._told = False
+
+    def __call__(self, number: int, _frame) -> None:
+        """A handler for `signal.signal`."""
+        name = signal.Signals(number).name
+        if self._told:
+            log(f"{name}: a second signal, stopped at once")
+            os._exit(128 + number)
+        self._told = True
+        if self.stop is None:
+            log(f"{name}: stopped before it was listening")
+            raise SystemExit(0)
+        self.stop(name)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Handlers of both signals while it is entered; none outside of the main thread."""
+    handler = StopSignals()
+    if threading.current_thread() is not threading.main_thread():
+        yield handler
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield handler
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; whoever connects is refused until `run` listens.
+
+    Raises:
+        InputError: no such address, or it is taken.
+    """
+    if not 0 <= port < 2**16:
+        raise InputError(f"--port: 0 to {2**16 - 1} is wanted, got {port}")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = found
+        # asyncio sets TCP_NODELAY only if the socket names its protocol. Without it an answer, which is
+        # two packets, waits 40 ms for the client to acknowledge the first one
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that is no host's
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--host {host} --port {port}: cannot be listened on ({reason}); name others"
+        ) from None
+    return listener
+
+
+def run(service: Service, listener: socket.socket, grace_secs: float, signals: StopSignals) -> None:
+    """Serves until a signal comes, and `grace_secs` longer at most."""
+    server = _Server(
+        uvicorn.Config(
+            service,
+            http=_Protocol,
+            loop="asyncio",  # uvloop ignores the buffer of `_Protocol`
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,  # unfinished; `Service` checks the rest
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECS,
+            timeout_graceful_shutdown=grace_secs,  # type: ignore[arg-type]  # goes to `wait_for`
+        )
+    )
+
+    def stop(name: str) -> None:
+        log(f"{name}: {service.open} requests are under way and will be answered")
+        service.state = STOPPING
+        server.should_exit = True
+
+    def fail() -> None:
+        server.config.timeout_graceful_shutdown = 0  # nothing will answer what is under way
+        server.should_exit = True
+
+    service.on_failure = fail
+    listener.listen(server.config.backlog)  # who reads the next line may connect
+    host, port = listener.getsockname()[:2]
+    log(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}; warming up")
+    if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+        log(f"warning: --host {host}: whoever reaches this port may ask; see docs/serving.md")
+    signals.stop = stop
+    server.run([listener])
+
+
+class _Server(uvicorn.Server):
+    """One that leaves the signals to `StopSignals`: uvicorn raises them again when it has stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+class _Protocol(H11Protocol, asyncio.BufferedProtocol):
+    """Reads 4 KiB at a time, and parses HTTP with h11, which bounds an unfinished head; httptools does not.
+
+    asyncio reads 256 KiB at a time. In chunks of one byte, these are 40,000 events of h11 in a row: no
+    other client would be served for seconds.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._buffer = bytearray(4096)
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._buffer[:nbytes]))

@@ -1,0 +1,127 @@
+"""Validation during training: losses per objective and the accuracy of decoded labels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.schedules import end_value
+from stepdistill_jax.data.text_metrics import accuracy
+from stepdistill_jax.decoding.greedy import LabelDecoder
+from stepdistill_jax.inference.prompting import cut_ids, read_answer
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.lora import merge
+from stepdistill_jax.models.sharding import place_rows
+from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.training.state import TrainState
+from stepdistill_jax.training.step import jit_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Validator:
+    """Everything that a validation needs, made once; `compute` is called with new parameters.
+
+    Adapters are merged first: what is measured is the model that will be exported.
+    """
+
+    config: T5Config
+    data: TaskData
+    batches: Batches
+    decoder: LabelDecoder
+    eval_step: Callable
+    mesh: Mesh
+    on_batch: Callable[[], None]
+
+    @classmethod
+    def create(
+        cls,
+        data: TaskData,
+        batches: Batches,
+        *,
+        config: T5Config,
+        abstract: TrainState,
+        mesh: Mesh,
+        max_decode_len: int,
+        batch_size: int,
+        on_batch: Callable[[], None] = lambda: None,
+    ) -> "Validator":
+        """Makes both compiled functions.
+
+        `batches` goes through the split once, in order; `batch_size` is the decoder's, in rows;
+        `on_batch` is called after each batch of either, and may raise to end a validation.
+        """
+        plain = dataclasses.replace(config, lora=None)
+        return cls(
+            config,
+            data,
+            batches,
+            LabelDecoder(plain, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
+            jit_eval_step(abstract, mesh, model=T5(plain), num_objectives=len(data.objectives)),
+            mesh,
+            on_batch,
+        )
+
+    def compute(self, params: Any) -> dict[str, float]:
+        """Metrics of the split, each named `eval/<split>/...`.
+
+        Every process runs the same batches. `label_accuracy` is the share of decoded labels that
+        match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
+        one answer (also said on standard error), else 0; where targets are more than a label, `unparsed` is
+        the share of answers without one, which count as wrong; `accuracy/<objective>` is the share of target
+        tokens that are the likeliest under teacher forcing, each weighed as in the loss. Losses are
+        nats per token; `loss` takes the weights that schedules end with, so that those of several
+        steps compare, and has no extra loss.
+        """
+        params, _ = merge(params, self.config)
+        names = [o.name for o in self.data.objectives]
+        totals = np.zeros((3, len(names)))  # loss, correct, count; float64 over many batches
+        for step in range(self.batches.num_steps):
+            sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
+            totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
+            self.on_batch()
+        metrics: dict[str, float] = {}
+        for name, loss, correct, count in zip(names, *totals, strict=True):
+            if count > 0:
+                metrics[f"loss/{name}"] = float(loss / count)
+                metrics[f"accuracy/{name}"] = float(correct / count)
+        weights = {o.name: end_value(o.weight) for o in self.data.objectives}
+        metrics["loss"] = sum(
+            w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
+        )
+        metrics |= self._decode(params)
+        return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
+
+    def _decode(self, params: Any) -> dict[str, float]:
+        prompts: list[list[int]] = []
+        labels: list[str] = []
+        for store in self.data.stores:
+            inputs = store.rows[0]["inputs"]
+            prompts += [
+                cut_ids(inputs[i].tolist(), self.batches.input_length)
+                for i in range(store.num_examples)
+            ]
+            labels += store.label_texts
+        decoded = self.decoder(params, prompts, on_progress=lambda _: self.on_batch())
+        objective = self.data.objectives[0]
+        texts = map(self.data.vocabulary.decode, decoded.ids)
+        read = [read_answer(objective, text) for text in texts]
+        predictions = [answer["label"] for answer, _ in read]
+        collapsed = len(predictions) > 1 and len(set(predictions)) == 1
+        if collapsed and jax.process_index() == 0:
+            log(
+                f"warning: all {len(predictions)} answers in {self.data.split} are"
+                f" {'' if read[0][1] else 'without a label, and so '}{predictions[0]!r}: so far the model does not tell the inputs apart"
+            )
+        unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}
+        return {
+            "label_accuracy": accuracy(predictions, labels, self.data.metric),
+            "unfinished": float(np.mean(~np.asarray(decoded.finished))),
+            "collapsed": float(collapsed),
+            **(unparsed if objective.writes_more else {}),
+        }
