@@ -10,6 +10,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import contextlib
 import fcntl
+import importlib
+import json
 import pathlib
 import resource
 import stat
@@ -20,6 +22,8 @@ _CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -88,3 +92,160 @@ def paper_data() -> pathlib.Path:
     if not pathlib.Path(folder).is_dir():
         pytest.fail(f"STEPDISTILL_PAPER_DATA={folder} is set and is not a folder")
     return pathlib.Path(folder)
+
+
+# A tiny untrained model as workdir and as model directory: enough to be asked, and quick.
+
+SENTENCES = [
+    "with rain in the forecast , the truck takes the narrow bridge .",
+    "with sun in the forecast , the bike takes the wide avenue .",
+    "predict: explain: slow fast pace smooth trouble (a) yes (b) no 0 1 2 3 4 5 6 7 8 9",
+]
+
+
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory):
+    """A small SentencePiece model, made by the library itself."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=100,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+        num_threads=1,
+    )
+    return folder / "spiece.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    from stepdistill_jax.models.config import T5Config
+
+    return T5Config(
+        vocab_size=128,
+        emb_dim=32,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=48,
+        num_encoder_layers=2,
+        num_decoder_layers=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    """Random, but with a head that says EOS now and then: else nothing ever stops early."""
+    from stepdistill_jax.models.t5 import init_params
+
+    params = jax.jit(init_params, static_argnums=0)(tiny_config, jax.random.key(0))
+    head = np.array(params["logits_dense"]["kernel"])
+    head[:, 1] *= 3
+    params["logits_dense"]["kernel"] = jax.numpy.asarray(head)
+    return params
+
+
+@pytest.fixture(scope="session")
+def task_info():
+    from stepdistill_jax.data.objectives import step_by_step
+    from stepdistill_jax.formats.directory import TaskInfo
+
+    return TaskInfo("roads", step_by_step(), 40, 24, 8, "text_match", ("smooth", "trouble"))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tiny_config, tiny_params, task_info, spiece):
+    """In the Hugging Face layout, with stepdistill.json."""
+    from stepdistill_jax.data.vocabulary import load_vocabulary
+    from stepdistill_jax.formats.directory import write_model_files
+    from stepdistill_jax.formats.hf import save_params
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model_files(folder, tiny_config, load_vocabulary(spiece), task_info)
+    save_params(folder, tiny_params, tiny_config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory, tiny_config, tiny_params, task_info, spiece):
+    """Steps 3 (better) and 5; step 3 holds the parameters of `model_dir`."""
+    from stepdistill_jax.data.vocabulary import load_vocabulary
+    from stepdistill_jax.formats.directory import write_model_files
+    from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
+
+    folder = tmp_path_factory.mktemp("workdir")
+    write_model_files(folder, tiny_config, load_vocabulary(spiece), task_info)
+    checkpoints = Checkpoints(folder)
+    for step, accuracy in ((3, 0.75), (5, 0.5)):
+        params = jax.tree.map(lambda x, s=step: x * (1.0 if s == 3 else 0.7), tiny_params)
+        metrics = {
+            "step": step,
+            "validated": True,
+            "label_accuracy": accuracy,
+            "label_loss": 1.5,
+        }
+        checkpoints.save(step, params, {"step": np.int32(step)}, metrics)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions():
+    """300 rows of different lengths; every third has no id, some have labels or choices."""
+    rng = np.random.default_rng(0)
+    words = " ".join(SENTENCES).split()
+    rows = []
+    for i in range(300):
+        row = {"input": " ".join(rng.choice(words, rng.integers(1, 60)))}
+        if i % 3:
+            row["id"] = f"q{i}"
+        row["label"] = ("smooth", "trouble")[i % 2]
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    def write(rows, name="in.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def read_rows_of():
+    return lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Makes `predict` work in windows of so many rows, and stop in the n-th of them.
+
+    Gives the sizes of the windows that are begun, over all runs.
+    """
+
+    def cut(rows, stop_in=None):
+        # `inference.predict` is the function
+        module = importlib.import_module("stepdistill_jax.inference.predict")
+        decode_window, windows = module._decode_window, []
+
+        def watched(*args):
+            windows.append(len(args[2]))
+            if len(windows) == stop_in:
+                raise KeyboardInterrupt
+            return decode_window(*args)
+
+        monkeypatch.setattr(module, "_decode_window", watched)
+        monkeypatch.setattr(module, "WINDOW_ROWS", rows)
+        monkeypatch.setattr(module, "WINDOW_BATCHES", 0)
+        return windows
+
+    return cut

@@ -56,10 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.serve`, which returns after a signal, and prints its summary."""
+    """Calls `serving.serve`, which returns after a signal, and prints its summary."""
     join_and_cache(args.path)
-    from stepdistill_jax.inference import serve
     from stepdistill_jax.runtime.distributed import end_soon
+    from stepdistill_jax.serving import serve
 
     result = serve(
         args.path,

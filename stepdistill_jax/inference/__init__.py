@@ -11,7 +11,6 @@ from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.inference.export import export
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.predict import predict
-from stepdistill_jax.serving import serve
 
 __all__ = [
     "Decoded",
@@ -24,5 +23,4 @@ __all__ = [
     "load_model",
     "predict",
     "sample_decode",
-    "serve",
 ]

@@ -4,12 +4,12 @@
 """
 
 _EXPORTS = {
-    "add_span_corruption": "span_corruption",
-    "add_task": "registry",
-    "evaluate": "evaluation",
-    "load_task": "load",
-    "has_split": "load",
-    "TaskData": "load",
+    "add_span_corruption": "tasks.span_corruption",
+    "add_task": "tasks.registry",
+    "evaluate": "inference.evaluate_task",
+    "load_task": "tasks.load",
+    "has_split": "tasks.load",
+    "TaskData": "tasks.load",
 }
 
 
@@ -17,5 +17,5 @@ def __getattr__(name: str):
     if name in _EXPORTS:
         import importlib
 
-        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+        return getattr(importlib.import_module(f"stepdistill_jax.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

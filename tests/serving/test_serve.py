@@ -18,7 +18,7 @@ import pytest
 from stepdistill_jax.data.vocabulary import UNK_ID, load_vocabulary
 from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference import engines, export, predict, serve
+from stepdistill_jax.inference import engines, export, predict
 from stepdistill_jax.inference.allowed import allow
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.serving import run as serving_run
@@ -29,7 +29,7 @@ for extra in ("starlette", "uvicorn", "prometheus_client", "httpx"):
 
 import httpx  # noqa: E402
 
-from stepdistill_jax.serving import app, server
+from stepdistill_jax.serving import app, serve, server  # noqa: E402
 
 
 class Echo:
