@@ -7,7 +7,7 @@
 #   --max-restarts R   with --process-per-gpu: how often to start again after a lost process (2)
 #   --dry-run          print what would be run
 #
-#   launch/multi_gpu.sh -- stepdistill train cqa_base_step_by_step --workdir runs/cqa --set LAYOUT=data
+#   launch/multi_gpu.sh -- stepdistill train paper_cqa --workdir runs/cqa --set LAYOUT=data
 #
 # CUDA_VISIBLE_DEVICES, if set, picks the GPUs. Exits as COMMAND does, or as local.sh.
 set -euo pipefail

@@ -19,7 +19,7 @@
 #   --max-restarts R   run: how often to start again after a lost process (2)
 #   --dry-run          print the gcloud commands
 #
-#   launch/tpu_pod.sh run --tpu pod --zone us-west4-a -- stepdistill train cqa_base_step_by_step --workdir gs://BUCKET/cqa
+#   launch/tpu_pod.sh run --tpu pod --zone us-west4-a -- stepdistill train paper_cqa --workdir gs://BUCKET/cqa
 #
 # COMMAND starts in the home folder of each host; workdir and data lie where all hosts see them (gs://).
 # EXPECT_DEVICES=16 in front stops before compiling where another number of devices is there.

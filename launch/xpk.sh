@@ -12,7 +12,7 @@
 #   --dry-run          print what would be run
 #
 #   launch/xpk.sh --cluster pods --workload cqa --type v5litepod-16 --image IMAGE --num-slices 2 -- \
-#     stepdistill train cqa_base_step_by_step --workdir gs://BUCKET/cqa --set LAYOUT=hybrid
+#     stepdistill train paper_cqa --workdir gs://BUCKET/cqa --set LAYOUT=hybrid
 #
 # EXPECT_DEVICES=32 in front stops before compiling where another number of devices is there. Submits and
 # returns; watch with `xpk workload list --cluster C`, end with `xpk workload delete --cluster C --workload W`.

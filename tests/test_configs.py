@@ -10,8 +10,15 @@ import numpy as np
 import optax
 import pytest
 
+from stepdistill_jax.commands.configurables import defaults
 from stepdistill_jax.commands.gin_config import load_config
-from stepdistill_jax.commands.shipped import find_config, shipped_configs, shipped_folder
+from stepdistill_jax.commands.gin_statements import Reader
+from stepdistill_jax.commands.shipped import (
+    OLD_NAMES,
+    find_config,
+    shipped_configs,
+    shipped_folder,
+)
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.sharding import LAYOUTS, make_mesh
@@ -46,7 +53,7 @@ def with_part(part: str, folder: pathlib.Path) -> str:
 def test_the_configs_of_the_documentation_are_there():
     arms = ("label_only", "step_by_step", "copy_control")
     expected = {f"demo_{arm}" for arm in arms} | {"cqa_cpu_tiny", "svamp_cpu_tiny"}
-    expected |= {"cqa_base_step_by_step", "cqa_base_label_only", "svamp_base_step_by_step"}
+    expected |= {"cqa_base_label_only", "paper_cqa", "paper_svamp"}
     assert expected <= set(CONFIGS)
 
 
@@ -140,7 +147,10 @@ def test_the_parts_do_what_their_names_say(tmp_path):
         assert load(f"layouts/{name}.gin").layout == layout
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if "_base_" in name])
+PAPERS = ("cqa_base_label_only", "paper_anli", "paper_cqa", "paper_esnli", "paper_svamp")
+
+
+@pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_configs_have_the_papers_settings(name):
     """Hsieh et al. 2023, section 4 and appendix A.1."""
     config, _ = load_config(name)
@@ -175,6 +185,26 @@ def test_the_arms_of_the_demo_differ_in_their_objectives_alone():
     assert all(config.objectives[0] == arms[0].objectives[0] for config in arms)
     # the control's second objective is worth what the rationale is
     assert arms[1].objectives[1].weight == arms[2].objectives[1].weight
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_defaults_stand_in_the_dataclasses_alone(part):
+    """A part binds what it is about; what it leaves open is not said a second time."""
+    chosen = {"train.model_family", "optimizer.name"}  # one of several, of which one is the default
+    for key, b in Reader().bindings(GIN / part).items():
+        name, _, parameter = key.rpartition(".")
+        if name and key not in chosen and not b.calls:
+            assert b.value != defaults(name)[parameter]
+    if part == MAIN:
+        assert all(b.calls for b in Reader().bindings(GIN / part).values())
+
+
+@pytest.mark.parametrize("form", ["{}", "{}.gin", "configs/{}.gin"])
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
+def test_an_old_name_finds_the_config_that_took_its_place(form, old, new, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(form.format(old)) == CONFIGS[new]
+    assert old not in CONFIGS
 
 
 @pytest.mark.parametrize("form", ["{}", "{}.gin", "configs/{}.gin"])

@@ -4,7 +4,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gin
@@ -38,14 +38,16 @@ def register() -> None:
         gin.external_configurable(function, name=name, module="stepdistill_jax")
 
 
-def parameters(selector: str) -> dict[str, Any]:
-    """Default of each parameter of a configurable of ours; `inspect.Parameter.empty` where none."""
-    signature = inspect.signature(CONFIGURABLES[selector])
-    # a dataclass's factory shows as a private marker, which is no default that gin could write
-    return {
-        name: p.default if isinstance(p.default, (str, int, float, bool, type(None))) else p.empty
-        for name, p in signature.parameters.items()
-    }
+def parameters(selector: str) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a configurable of ours; none of a user's own."""
+    function = CONFIGURABLES.get(selector)
+    return inspect.signature(function).parameters if function else {}
+
+
+def defaults(selector: str) -> dict[str, Any]:
+    """Each parameter of a configurable of ours that has a literal default."""
+    found = {name: p.default for name, p in parameters(selector).items()}
+    return {k: v for k, v in found.items() if isinstance(v, str | int | float | None)}
 
 
 def selector_of(name: str) -> str:
@@ -70,38 +72,20 @@ def selector_of(name: str) -> str:
     return name
 
 
-def check_parameter(selector: str, parameter: str) -> None:
-    """Raises InputError where a configurable of ours has no such parameter."""
-    if selector in CONFIGURABLES and parameter not in parameters(selector):
-        known = parameters(selector)
-        raise InputError(
-            f"{selector} has no parameter {parameter!r} (known: {', '.join(known)})"
-            f"{nearest(parameter, known)}"
-        )
-
-
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
-def check_type(selector: str, parameter: str, name: str, value: Any) -> None:
-    """Raises InputError where a literal is not what a parameter of ours is annotated with.
-
-    Args:
-        selector: of `CONFIGURABLES`.
-        parameter: of the selector.
-        name: what the user bound, a macro or a parameter; the message begins with it.
-        value: a literal without references.
-    """
+def check_type(key: str, value: Any) -> None:
+    """Raises InputError where a literal is not what a parameter of ours is annotated with."""
+    selector, _, parameter = key.rpartition("/")[2].rpartition(".")
+    if selector not in CONFIGURABLES:
+        return
     annotation = typing.get_type_hints(CONFIGURABLES[selector])[parameter]
     union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    wanted = typing.get_args(annotation) if union else (annotation,)
-    if float in wanted:
-        wanted = (*wanted, int)
-    # a schedule comes by reference only, so a literal is to be of the other kinds
-    wanted = tuple(kind for kind in wanted if kind is not Schedule)
-    if type(value) in wanted or not all(kind in (*_WORDS, type(None)) for kind in wanted):
+    # a schedule comes by reference only
+    kinds = [k for k in typing.get_args(annotation) if k is not Schedule] if union else [annotation]
+    accepted = [*kinds, int] if float in kinds else kinds
+    if type(value) in accepted or not {*kinds} <= {*_WORDS, type(None)}:
         return
-    words = [
-        _WORDS[kind] for kind in wanted if kind in _WORDS and not (kind is int and float in wanted)
-    ]
-    raise InputError(f"{name}: {' or '.join(words)} is wanted, got {value!r}")
+    words = " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
+    raise InputError(f"{words} is wanted, got {value!r}")

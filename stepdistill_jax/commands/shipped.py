@@ -6,6 +6,9 @@ import pathlib
 import stepdistill_jax
 from stepdistill_jax.errors import InputError, nearest
 
+# every command still takes the old name of a config
+OLD_NAMES = {"cqa_base_step_by_step": "paper_cqa", "svamp_base_step_by_step": "paper_svamp"}
+
 
 def shipped_folder(name: str) -> pathlib.Path:
     """Folder of the gin parts (`gin`) or of the experiments (`configs`).
@@ -30,26 +33,36 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.gin"))}
 
 
-def find_config(name: str) -> pathlib.Path:
-    """The file at a path, or the shipped experiment (or part) of a name.
+def find_shipped(name: str) -> pathlib.Path | None:
+    """The shipped experiment or part of a name; None where there is none.
 
-    `demo_step_by_step`, `demo_step_by_step.gin` and `configs/demo_step_by_step.gin` all name the
-    shipped one where no such file is at hand; `layouts/fsdp.gin` and `gin/layouts/fsdp.gin` a part.
+    `demo_step_by_step`, `demo_step_by_step.gin` and `configs/demo_step_by_step.gin` name an
+    experiment; `layouts/fsdp.gin` and `gin/layouts/fsdp.gin` a part.
+    """
+    path = pathlib.PurePath(name)
+    name_of_config = path.suffix in ("", ".gin") and str(path.parent) in (".", "configs")
+    found = shipped_configs().get(OLD_NAMES.get(path.stem, path.stem))
+    if found is not None and name_of_config:
+        return found
+    part = shipped_folder("gin") / name.removeprefix("gin/")
+    # pathlib raises at a name of 5,000 letters
+    return part if os.path.isfile(part) else None
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file at a path, or else the shipped experiment or part of that name.
 
     Raises:
         InputError: neither; names the nearest shipped one.
     """
     path = pathlib.Path(name).expanduser()
-    if os.path.isfile(path):  # pathlib raises at a name of 5,000 letters
+    if os.path.isfile(path):
         return path
-    known = shipped_configs()
-    if path.stem in known and path.suffix in ("", ".gin") and str(path.parent) in (".", "configs"):
-        return known[path.stem]
-    part = shipped_folder("gin") / name.removeprefix("gin/")
-    if os.path.isfile(part):
-        return part
+    if found := find_shipped(name):
+        return found
     if os.path.isdir(path):
         raise InputError(f"{name}: is a folder, a config file is wanted")
+    known = shipped_configs()
     raise InputError(
         f"{name}: no such config file, and no shipped config of that name"
         f"{nearest(path.stem, known) or ' (shipped: ' + ', '.join(known) + ')'}"

@@ -13,7 +13,8 @@ MAX_LENGTH = 2**16  # ids of an input or of an answer
 
 ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
-REMAT_POLICIES = ("none", "minimal", "full")
+REMAT_POLICIES = ("elementwise", "minimal", "full")
+OLD_REMAT_POLICIES = {"none": "elementwise"}  # as configs and `run.json` of older versions say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,9 @@ class T5Config:
         scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
             (the name is Hugging Face's).
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
-        remat_policy: what the backward pass recomputes: `none` (no products and no dropout masks, so
-            norms, softmax and activations alone), `minimal` (all but the products with weights),
-            `full` (everything inside a layer).
+        remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax and activations,
+            no products and no dropout masks; `none` is its old name), `minimal` (all but the products
+            with weights), `full` (everything inside a layer).
         lora: adapters beside the projections; None is the plain model, the only one that decodes
             (`models.lora.merge`).
         quantized: kernels are int8 with a scale for each output; for decoding alone
@@ -101,7 +102,7 @@ class T5Config:
     logits_via_embedding: bool = False
     scale_decoder_outputs: bool = False
     dtype: str = "float32"
-    remat_policy: str = "none"
+    remat_policy: str = "elementwise"
     lora: LoraConfig | None = None
     quantized: bool = False
 
@@ -113,11 +114,7 @@ class T5Config:
             )
         if self.dtype not in DTYPES:
             raise InputError(f"DTYPE: one of {', '.join(DTYPES)} is wanted, got {self.dtype!r}")
-        if self.remat_policy not in REMAT_POLICIES:
-            raise InputError(
-                f"remat_policy: one of {', '.join(REMAT_POLICIES)} is wanted,"
-                f" got {self.remat_policy!r}"
-            )
+        object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
         if self.mlp_activations not in ACTIVATIONS:
             raise InputError(
                 f"mlp_activations: one of {ACTIVATIONS} is wanted, got {self.mlp_activations!r}"
@@ -139,6 +136,16 @@ class T5Config:
                 f"relative positions: at least 4 buckets and a distance from {self.num_buckets // 2 + 1} to"
                 f" {MAX_SIZE} are wanted, got {self.num_buckets} and {self.max_distance}"
             )
+
+
+def known_remat_policy(name: str) -> str:
+    """The policy of a name, also of an old one; InputError where there is none."""
+    policy = OLD_REMAT_POLICIES.get(name, name)
+    if policy not in REMAT_POLICIES:
+        raise InputError(
+            f"remat_policy: one of {', '.join(REMAT_POLICIES)} is wanted, got {name!r}"
+        )
+    return policy
 
 
 # Width, heads, head width, feed-forward width, encoder and decoder depth. `tiny` is the demo's.

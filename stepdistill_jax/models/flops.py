@@ -48,7 +48,7 @@ def recomputed_flops(
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     head = 2 * target_length * config.emb_dim * config.vocab_size
-    again = {"none": 0, "minimal": scores, "full": weights - head + adapters + scores}
+    again = {"elementwise": 0, "minimal": scores, "full": weights - head + adapters + scores}
     return float(rows * again[config.remat_policy])
 
 

@@ -91,7 +91,7 @@ def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: 
     policies = jax.checkpoint_policies
     policy = {
         # activations and norms are cheaper to compute again than to write and read
-        "none": policies.save_from_both_policies(
+        "elementwise": policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(DROPOUT_MASK)
         ),
         "minimal": policies.dots_with_no_batch_dims_saveable,

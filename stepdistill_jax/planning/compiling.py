@@ -194,7 +194,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         config: its layout and remat policy are not used.
         work: of `workload`.
         mesh: over virtual devices or a topology's.
-        remat_policy: `none`, `minimal` or `full`.
+        remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:
         InputError: an axis of the mesh does not divide what it cuts.

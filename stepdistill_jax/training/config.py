@@ -7,7 +7,7 @@ from typing import Any
 
 from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig
+from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig, T5Config, known_remat_policy
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.extra_loss import ExtraLoss
@@ -97,7 +97,7 @@ class TrainConfig:
         supervision: which label and rationales are trained on (LABEL_SOURCE, RATIONALES).
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
-        remat_policy: `none`, `minimal` or `full`.
+        remat_policy: `elementwise`, `minimal` or `full`.
         loss_mean: an objective's loss is the mean over its target tokens in the global batch
             (`token`, the paper's), or over its targets of each one's mean (`example`).
         token_weights: for names of objectives, the field of the train rows that has a weight for each
@@ -132,7 +132,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     learning_rate: float = 5e-5
     num_microbatches: int = 1
-    dtype: str = "float32"
+    dtype: str = T5Config.dtype
     layout: str | Layout = "data"
     seed: int = 0
     data_fraction: float = 1.0
@@ -140,8 +140,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     supervision: Supervision = dataclasses.field(default_factory=Supervision)
     model_family: str = "t5_v1_1"
-    dropout_rate: float = 0.1
-    remat_policy: str = "none"
+    dropout_rate: float = T5Config.dropout_rate
+    remat_policy: str = T5Config.remat_policy
     loss_mean: str = "token"
     token_weights: dict[str, str] | None = None
     lora: LoraConfig | None = None
@@ -168,6 +168,7 @@ class TrainConfig:
         for name in ("task", "model_size", "dtype", "model_family", "remat_policy"):
             if not isinstance(value := getattr(self, name), str):
                 raise InputError(f"{name.upper()}: text is wanted, got {value!r}")
+        object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
         for name in ("task_module", "init_from"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise InputError(f"{name.upper()}: text or None is wanted, got {value!r}")

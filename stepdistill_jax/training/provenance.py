@@ -14,6 +14,7 @@ import numpy as np
 from stepdistill_jax.data import schedules
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
+from stepdistill_jax.models.config import OLD_REMAT_POLICIES
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.runtime.files import (
     atomic_write,
@@ -130,6 +131,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         old, new = before.get(key, {}), now[key]
         if key == "config":
             old = defaults | old
+            old["remat_policy"] = OLD_REMAT_POLICIES.get(old["remat_policy"], old["remat_policy"])
             old["objectives"] = [{"decoder_prefix": ""} | o for o in old["objectives"]]
         for name in sorted(old.keys() | new.keys()):
             skipped = FREE_FIELDS if key == "config" else OF_CONFIG if key == "model" else ()

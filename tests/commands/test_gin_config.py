@@ -12,6 +12,7 @@ from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 
 MINIMAL = """\
 include "train.gin"
@@ -67,9 +68,12 @@ def weights(config) -> list[float]:
         ("TASK=%DTYPE", "task", "float32"),
         ("train.dropout_rate=0.2", "dropout_rate", 0.2),
         ("train.batch_size=7", "batch_size", 7),
+        ("train.grace_secs=5", "grace_secs", 5),
+        ("train.remat_policy=none", "remat_policy", "elementwise"),
+        ("train.token_weights={'label': 'w'}", "token_weights", {"label": "w"}),
     ],
 )
-def test_set_rebinds_macros_and_declared_bindings(override, field, value):
+def test_set_rebinds_macros_and_every_parameter_in_use(override, field, value):
     config, _ = load_config("demo_step_by_step", [override])
     assert getattr(config, field) == value
     assert type(getattr(config, field)) is type(value)
@@ -117,7 +121,10 @@ def test_the_last_set_of_a_name_wins():
         ("FOO=3", ["demo_step_by_step.gin", "no FOO", "TRAIN_STEPS"]),
         ("MODEL_DIR=x", ["--workdir"]),
         ("MIXTURE_OR_TASK_NAME=x", ["here it is TASK"]),
-        ("label_only.label_weight=3", ["declares no label_only.label_weight"]),
+        (
+            "label_only.label_weight=3",
+            ["has no effect, since nothing uses label_only.label_weight"],
+        ),
         ("optimizer.warmup=3", ["no parameter 'warmup'", "did you mean 'warmup_steps'"]),
         ("optimiser.b1=1", ["'optimiser'", "did you mean 'optimizer'"]),
         ("OBJECTIVES=lable_only", ["--set OBJECTIVES=", "did you mean 'label_only'"]),
@@ -143,6 +150,7 @@ def test_the_last_set_of_a_name_wins():
         ("step_by_step.rationale_weight=all", ["a number is wanted, got 'all'"]),
         ("TASK=5", ["--set TASK=5: TASK: text is wanted, got 5"]),
         ("TASK=%SEED", ["SEED: text is wanted, got 0"]),
+        ("train.remat_policy=ful", ["--set train.remat_policy=ful", "elementwise, minimal, full"]),
     ],
 )
 def test_a_bad_set_is_one_line_that_names_it(override, parts):
@@ -177,6 +185,93 @@ def test_a_gin_part_can_be_laid_over_a_shipped_config():
     assert config.layout == Layout(data=1, fsdp=-1, tensor=1)
 
 
+# parts
+
+
+def loaded_in_any_order(first: str, second: str, as_flags: bool, write):
+    """The one config, or one line for each order, of two parts over the demo."""
+    found = []
+    for parts in ((first, second), (second, first)):
+        config, files = "demo_step_by_step", parts
+        if not as_flags:
+            lines = "".join(f'include "{name}"\n' for name in ("demo_step_by_step.gin", *parts))
+            config, files = write(lines + "SEED = 1\n"), ()
+        try:
+            found.append(load_config(config, gin_files=files)[0])
+        except InputError as error:
+            found.append(str(error))
+    if isinstance(found[0], str):
+        return found
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize("as_flags", [True, False], ids=["--gin_file", "include"])
+@pytest.mark.parametrize(
+    ("first", "second", "values"),
+    [
+        ("memory/remat_full", "models/umt5", {"remat_policy": "full", "model_family": "umt5"}),
+        ("models/umt5", "memory/bfloat16", {"dropout_rate": 0.0, "dtype": "bfloat16"}),
+        ("optimizers/lora", "memory/bfloat16_moment", {"learning_rate": 5e-4}),
+        ("layouts/fsdp", "paper/base", {"layout": Layout(fsdp=-1), "model_size": "base"}),
+    ],
+)
+def test_two_parts_give_the_same_in_any_order(write, first, second, values, as_flags):
+    config = loaded_in_any_order(f"{first}.gin", f"{second}.gin", as_flags, write)
+    assert {name: getattr(config, name) for name in values} == values
+    if second == "memory/bfloat16_moment":
+        assert (config.optimizer.mu_dtype, config.optimizer.warmup_steps) == ("bfloat16", 0)
+
+
+@pytest.mark.parametrize("as_flags", [True, False], ids=["--gin_file", "include"])
+@pytest.mark.parametrize(
+    ("first", "second", "key"),
+    [
+        ("memory/remat_full", "memory/remat_minimal", "train.remat_policy"),
+        ("layouts/data", "layouts/fsdp", "LAYOUT"),
+        ("layouts/hybrid", "paper/xl", "LAYOUT"),
+        ("objectives/label_only", "objectives/copy_control", "OBJECTIVES"),
+        ("optimizers/lora", "optimizers/adafactor", "train.optimizer"),
+    ],
+)
+def test_two_parts_that_bind_one_thing_are_both_named_in_any_order(
+    write, first, second, key, as_flags
+):
+    for message in loaded_in_any_order(f"{first}.gin", f"{second}.gin", as_flags, write):
+        assert f"{first}.gin:" in message
+        assert f"{second}.gin:" in message
+        assert key in message
+
+
+def test_what_two_parts_bind_may_be_bound_over_both(write):
+    parts = ["memory/remat_full.gin", "memory/remat_minimal.gin"]
+    config, _ = load_config("demo_step_by_step", ["train.remat_policy=full"], parts)
+    assert config.remat_policy == "full"
+    own = MINIMAL + 'train.remat_policy = "minimal"\n' + "".join(f"include '{p}'\n" for p in parts)
+    assert load_config(write(own))[0].remat_policy == "minimal"
+
+
+def test_a_part_says_its_thing_whole():
+    """The demo warms up for 100 steps and weighs its rationales 3."""
+    config, _ = load_config("demo_step_by_step", gin_files=["optimizers/adamw.gin"])
+    assert config.optimizer == OptimizerConfig()
+    config, _ = load_config("demo_step_by_step", gin_files=["objectives/step_by_step.gin"])
+    assert weights(config) == [0.5, 0.5]
+
+
+def test_a_file_goes_before_what_it_includes_wherever_the_include_stands(write):
+    assert load_config(write("SEED = 4\n" + MINIMAL))[0].seed == 4
+    write("SEED = 5\n", "part.gin")
+    assert load_config(write("SEED = 4\n" + MINIMAL + 'include "part.gin"\n'))[0].seed == 4
+
+
+def test_a_macro_that_no_file_binds_has_the_default_of_its_field(write):
+    config, text = load_config(write(MINIMAL))
+    default = TrainConfig(task="mine", train_steps=10)
+    assert config == default
+    assert f"BATCH_SIZE = {default.batch_size}\n" in text
+
+
 # files
 
 
@@ -184,7 +279,7 @@ def test_a_gin_part_can_be_laid_over_a_shipped_config():
     ("line", "parts"),
     [
         ("BATCH_SIEZ = 3", ["mine.gin:8", "BATCH_SIEZ", "did you mean 'BATCH_SIZE'"]),
-        ("TRAIN_STEPS = 11", ["mine.gin:8", "TRAIN_STEPS is bound already in line 7"]),
+        ("TRAIN_STEPS = 11", ["mine.gin:8", "TRAIN_STEPS is bound already in mine.gin:7"]),
         ("SEED = three", ["mine.gin:8", "three", "quotes"]),
         ("SEED = ", ["mine.gin:8"]),
         ("SEED 3", ["mine.gin:8"]),
@@ -293,7 +388,7 @@ def test_a_users_module_may_register_a_configurable(write, monkeypatch, tmp_path
         "def my_arm(weight=1.0):\n"
         "    return (Objective('label', 'q: {input}', '{label}', weight),)\n"
     )
-    config, _ = load_config(
+    config, text = load_config(
         write(
             "import my_objectives_for_gin\n"
             + MINIMAL
@@ -301,6 +396,7 @@ def test_a_users_module_may_register_a_configurable(write, monkeypatch, tmp_path
         )
     )
     assert weights(config) == [2.0]
+    assert load_config(write(text, "again.gin"))[0] == config
 
 
 # state and the operative text
@@ -316,7 +412,13 @@ def test_loads_do_not_leak_into_each_other():
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["OBJECTIVES=label_only"], ["LAYOUT=@Layout()", "TASK='it''s'", "SEED=3"]]
+    "overrides",
+    [
+        [],
+        ["OBJECTIVES=label_only"],
+        ["LAYOUT=@Layout()", "TASK='it''s'", "SEED=3"],
+        ["optimizer.clip_norm=1e999"],
+    ],
 )
 def test_the_operative_text_reads_back_to_the_same_run(write, overrides):
     config, text = load_config("demo_step_by_step", overrides)

@@ -45,9 +45,16 @@ def test_every_cell_composes(task):
         assert config.optimizer == OptimizerConfig(clip_norm=1.0, weight_decay=0.0)
 
 
-@pytest.mark.parametrize("name", ["cqa_base_label_only", "cqa_base_step_by_step"])
-def test_the_short_names_are_cells(name):
-    assert load_config(name)[0] == config_of("cqa", "base", name.removeprefix("cqa_base_"), 1.0)
+@pytest.mark.parametrize(
+    ("name", "task", "arm"),
+    [
+        ("cqa_base_label_only", "cqa", "label_only"),
+        ("cqa_base_step_by_step", "cqa", "step_by_step"),
+        ("svamp_base_step_by_step", "svamp", "step_by_step"),
+    ],
+)
+def test_the_short_names_are_cells(name, task, arm):
+    assert load_config(name)[0] == config_of(task, "base", arm, 1.0)
 
 
 def test_the_page_has_the_papers_figures_and_commands_that_compose(capsys):

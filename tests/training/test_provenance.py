@@ -6,7 +6,7 @@ import pytest
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.provenance import describe, differences
+from stepdistill_jax.training.provenance import claim_workdir, describe, differences
 from stepdistill_jax.training.run import assemble
 from stepdistill_jax.training.workdir import check_workdir
 
@@ -45,6 +45,22 @@ def test_a_setting_that_an_older_version_lacked_counts_as_its_default(described)
     older = copy.deepcopy(described)
     del older["config"]["remat_policy"]
     assert differences(older, described) == []
+
+
+def test_a_workdir_that_says_none_for_the_elementwise_policy_is_resumed(
+    tmp_path, delivery_data_dir
+):
+    run = assemble(TrainConfig(**SETTINGS), tmp_path / "w", delivery_data_dir)
+    described = describe(run)
+    assert described["config"]["remat_policy"] == "elementwise"
+    claim_workdir(run, described, None)
+    older = json.loads((run.workdir / "run.json").read_text())
+    older["config"]["remat_policy"] = older["model"]["remat_policy"] = "none"
+    (run.workdir / "run.json").write_text(json.dumps(older))
+    claim_workdir(run, described, None)
+    now = described | {"config": described["config"] | {"remat_policy": "full"}}
+    with pytest.raises(InputError, match="REMAT_POLICY was 'elementwise', is 'full'"):
+        claim_workdir(run, now, None)
 
 
 def test_git_is_not_needed(described, tmp_path, delivery_data_dir, monkeypatch):
