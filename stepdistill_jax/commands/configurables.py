@@ -1,10 +1,9 @@
 """What a gin file may bind: `NAME.parameter` of the entries below."""
 
-import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import gin
@@ -18,6 +17,7 @@ from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 
 ROOT = "train"
+LITERAL = str | int | float | None  # of a default: no `empty`, no mark of a dataclass's factory
 CONFIGURABLES: dict[str, Callable[..., Any]] = {
     ROOT: TrainConfig,
     "optimizer": OptimizerConfig,
@@ -31,23 +31,16 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
 }
 
 
-@functools.cache
-def register() -> None:
-    """Makes `CONFIGURABLES` known to gin; a second call does nothing."""
-    for name, function in CONFIGURABLES.items():
-        gin.external_configurable(function, name=name, module="stepdistill_jax")
-
-
-def parameters(selector: str) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a configurable of ours; none of a user's own."""
-    function = CONFIGURABLES.get(selector)
-    return inspect.signature(function).parameters if function else {}
+for _name, _function in CONFIGURABLES.items():
+    gin.external_configurable(_function, name=_name, module="stepdistill_jax")
 
 
 def defaults(selector: str) -> dict[str, Any]:
-    """Each parameter of a configurable of ours that has a literal default."""
-    found = {name: p.default for name, p in parameters(selector).items()}
-    return {k: v for k, v in found.items() if isinstance(v, str | int | float | None)}
+    """Each parameter of a configurable of ours with its default."""
+    if selector not in CONFIGURABLES:
+        return {}
+    signature = inspect.signature(CONFIGURABLES[selector])
+    return {name: p.default for name, p in signature.parameters.items()}
 
 
 def selector_of(name: str) -> str:
@@ -56,7 +49,6 @@ def selector_of(name: str) -> str:
     Raises:
         InputError: gin knows no such configurable, or several.
     """
-    register()
     short = name.removeprefix("stepdistill_jax.")
     if short in CONFIGURABLES:
         return short

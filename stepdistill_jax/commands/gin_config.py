@@ -1,6 +1,5 @@
 """From gin files and `--set` to a checked `TrainConfig`."""
 
-import itertools
 import math
 import os
 import pathlib
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import gin
 
-from stepdistill_jax.commands.configurables import ROOT, check_type, defaults, register
+from stepdistill_jax.commands.configurables import LITERAL, ROOT, check_type, defaults
 from stepdistill_jax.commands.gin_statements import (
     Binding,
     Bindings,
@@ -57,7 +56,6 @@ def load_config(
     Raises:
         InputError: one line with file and line, or the flag, of what is wrong.
     """
-    register()
     names = [*([] if config is None else [os.fspath(config)]), *gin_files]
     if not names:
         raise InputError("a config is wanted: a path, or the name of a shipped one")
@@ -96,10 +94,11 @@ def _reached(bindings: Bindings) -> Bindings:
         owners = {call[0] + "/".join([*scopes[:n], name]) for n in range(len(scopes) + 1)}
         read = {key: b for key, b in bindings.items() if b.owner in owners}
         for parameter, default in () if scopes else defaults(name).items():
-            key, macro = f"{name}.{parameter}", parameter.upper()
-            b = read.setdefault(key, Binding(key, default, key))
-            if b.macro == macro and macro not in bindings:
-                found[macro] = Binding(macro, default, b.where)
+            if isinstance(default, LITERAL):
+                key, macro = f"{name}.{parameter}", parameter.upper()
+                b = read.setdefault(key, Binding(key, default, key))
+                if b.macro == macro and macro not in bindings:
+                    found[macro] = Binding(macro, default, b.where)
         found |= read
         for inner in (c for b in read.values() for c in b.calls):
             if inner[0] == call[0] == "@" and "/" not in inner:
@@ -111,12 +110,13 @@ def _reached(bindings: Bindings) -> Bindings:
 
 def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> None:
     """Refuses what gin lets pass: macros and bindings of a file that nothing reads."""
-    used = {call[1:]: call for b in read for call in b.calls}
+    used = {call for b in read for call in b.calls}
     for b in read:
         # a part's binding may be superseded, say by other objectives; the config's own may not
-        own = "." in b.key and b.path == last
-        if (own and b.key not in reached) or ("." not in b.key and b.key not in used):
-            raise InputError(f"{b.where}: nothing uses {b.key}{_suggestion(b.key, used)}")
+        is_read = b.key in reached or b.path != last if "." in b.key else b.owner in used
+        if not is_read:
+            hint = _suggestion(b.key, {call[1:] for call in used})
+            raise InputError(f"{b.where}: nothing uses {b.key}{hint}")
 
 
 def _check_values(reached: Bindings, config: str) -> None:
@@ -186,15 +186,10 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:
-    """The operative config: macros, then `train`, then what it refers to."""
-
-    def group(key: str) -> str:
-        return key.rpartition(".")[0]
-
-    def line(key: str) -> str:
-        value = reached[key].value
-        return f"{key} = {'1e999' if value == math.inf else repr(value)}"
-
-    keys = sorted(reached, key=lambda k: (group(k) != "", group(k) != ROOT, group(k), k))
-    blocks = ["\n".join(map(line, block)) for _, block in itertools.groupby(keys, group)]
-    return "\n\n".join(["\n".join(imports)] * bool(imports) + blocks) + "\n"
+    """The operative config: imports, macros, parameters."""
+    lines = {
+        key: f"{key} = {'1e999' if b.value == math.inf else repr(b.value)}"
+        for key, b in sorted(reached.items())
+    }
+    macros = [line for key, line in lines.items() if "." not in key]
+    return "\n".join([*imports, *macros, "", *(lines[key] for key in lines if "." in key), ""])

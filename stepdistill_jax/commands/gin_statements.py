@@ -6,7 +6,6 @@ parser is used here, its state is not.
 
 import contextlib
 import dataclasses
-import importlib
 import os
 import pathlib
 import re
@@ -17,7 +16,7 @@ from typing import Any
 from gin import config as gin_internals
 from gin import config_parser
 
-from stepdistill_jax.commands.configurables import parameters, selector_of
+from stepdistill_jax.commands.configurables import defaults, selector_of
 from stepdistill_jax.commands.shipped import find_shipped, shipped_folder
 from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.errors import InputError, nearest
@@ -74,19 +73,13 @@ class Binding:
 Bindings = dict[str, Binding]
 
 
-class _Located(InputError):
-    """An error whose message begins with its place."""
-
-
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Puts the place before an InputError that does not name one yet."""
+    """Puts the place before an InputError."""
     try:
         yield
-    except _Located:
-        raise
     except InputError as error:
-        raise _Located(f"{where}: {said(error)}") from error
+        raise InputError(f"{where}: {said(error)}") from error
 
 
 def said(error: Exception) -> str:
@@ -130,36 +123,32 @@ class Reader:
         self._included = 0
 
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
-        """What a gin file binds, over what the files bind that it includes.
+        """What a gin file binds, over what the files bind that it includes (`parents` include it).
 
         An included file is looked for beside the including one, then among the shipped ones. A
         statement `import MODULE` runs that module: a config is code.
 
-        Args:
-            path: of the file.
-            parents: the files that include it.
-
         Raises:
-            InputError: a missing file, a syntax error, an unknown configurable or parameter, an
-                include of itself, too many or too large files, or one name bound twice in one
-                file; names file and line.
+            InputError: whatever is wrong, with file and line.
         """
         parents = (*parents, path.resolve())
         own: Bindings = {}
-        included = []
-        for line, statement in _statements(path):
-            with at(where := f"{shown(path)}:{line}"):
-                if isinstance(statement, config_parser.IncludeStatement):
+        included: list[tuple[pathlib.Path, Bindings]] = []
+        for where, statement in _statements(path):
+            if isinstance(statement, config_parser.IncludeStatement):
+                with at(where):
                     part = self._find_include(statement.filename, parents)
-                    included.append((part, self.bindings(part, parents)))
-                elif isinstance(statement, config_parser.ImportStatement):
+                included.append((part, self.bindings(part, parents)))
+            elif isinstance(statement, config_parser.ImportStatement):
+                with at(f"{where}: {statement.format()}"):
                     _import(statement)
-                    self.imports.append(statement.format())
-                elif isinstance(statement, config_parser.BindingStatement):
+                self.imports.append(statement.format())
+            elif isinstance(statement, config_parser.BindingStatement):
+                with at(where):
                     key = _key(statement.scope, statement.selector, statement.arg_name)
                     if key in own:
                         raise InputError(f"{key} is bound already in {own[key].where}")
-                    own[key] = Binding(key, statement.value, where, path)
+                own[key] = Binding(key, statement.value, where, path)
         self.read += own.values()
         return laid(included) | own
 
@@ -203,8 +192,7 @@ def _key(scope: str, selector: str, parameter: str) -> str:
     """The key, checked against the known configurables."""
     if parameter:
         selector = selector_of(selector)
-        known = parameters(selector)
-        if known and parameter not in known:
+        if (known := defaults(selector)) and parameter not in known:
             raise InputError(
                 f"{selector} has no parameter {parameter!r} (known: {', '.join(known)})"
                 f"{nearest(parameter, known)}"
@@ -213,41 +201,34 @@ def _key(scope: str, selector: str, parameter: str) -> str:
     return f"{scope}/{selector}" if scope else selector
 
 
-def _statements(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    """(line, statement) of a file; gin's exceptions become one line each."""
+def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, statement) of a file; gin's exceptions become one line each."""
+    name, parser = shown(path), None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise _Located(f"{shown(path)}: larger than {MAX_BYTES >> 10} KiB, so it is no config")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise _Located(f"{shown(path)}: no such config file") from None
+        text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_BYTES else None
     except (OSError, UnicodeDecodeError) as error:
-        raise _Located(f"{shown(path)}: not readable as text ({error})") from None
-    parser = None
+        raise InputError(f"{name}: not readable as text ({error})") from None
+    if text is None:
+        raise InputError(f"{name}: larger than {MAX_BYTES >> 10} KiB, so it is no config")
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
         for statement in parser:
-            yield statement.location.line_num, statement
+            yield f"{name}:{statement.location.line_num}", statement
     except _NOT_GIN as error:
         line = getattr(error, "lineno", None) or (parser.current_token.start[0] if parser else 1)
-        raise _Located(f"{shown(path)}:{line}: {said(error)}") from None
+        raise InputError(f"{name}:{line}: {said(error)}") from None
 
 
 def _import(statement: config_parser.ImportStatement) -> None:
     if statement.module.startswith("__gin__"):
-        raise InputError(f"{statement.format()}: dynamic registration is not used here")
+        raise InputError("dynamic registration is not used here")
     search_current_folder()
-    try:
-        try:
-            importlib.import_module(statement.module)
-        except ModuleNotFoundError:
-            if not statement.is_from:
-                raise
-            importlib.import_module(statement.module.rpartition(".")[0])
+    package, _, name = statement.module.rpartition(".")
+    try:  # `from a import b` takes a module or a name
+        __import__(package if statement.is_from else statement.module, fromlist=[name])
     except (Exception, SystemExit) as error:  # it is the user's code: whatever comes up
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        text = " ".join(str(error).split())
-        raise InputError(f"{statement.format()}: {kind}{text}") from error
+        raise InputError(kind + " ".join(str(error).split())) from error
 
 
 def parse_override(text: str, flag: str) -> Binding:

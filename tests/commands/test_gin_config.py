@@ -399,6 +399,16 @@ def test_a_users_module_may_register_a_configurable(write, monkeypatch, tmp_path
     assert load_config(write(text, "again.gin"))[0] == config
 
 
+def test_a_module_may_be_imported_by_an_included_file(write, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_rate_for_gin.py").write_text(
+        "import gin\n\n@gin.configurable\ndef my_rate(x):\n    return x / 2\n"
+    )
+    write("from my_rate_for_gin import my_rate\n", "part.gin")
+    lines = 'include "part.gin"\nLEARNING_RATE = @my_rate()\nmy_rate.x = 0.5\n'
+    assert load_config(write(MINIMAL + lines))[0].learning_rate == 0.25
+
+
 # state and the operative text
 
 
