@@ -6,6 +6,7 @@ parser is used here, its state is not.
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import pathlib
 import re
@@ -223,9 +224,13 @@ def _import(statement: config_parser.ImportStatement) -> None:
     if statement.module.startswith("__gin__"):
         raise InputError("dynamic registration is not used here")
     search_current_folder()
-    package, _, name = statement.module.rpartition(".")
-    try:  # `from a import b` takes a module or a name
-        __import__(package if statement.is_from else statement.module, fromlist=[name])
+    try:
+        try:
+            importlib.import_module(statement.module)
+        except ModuleNotFoundError:
+            if not statement.is_from:
+                raise
+            importlib.import_module(statement.module.rpartition(".")[0])
     except (Exception, SystemExit) as error:  # it is the user's code: whatever comes up
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise InputError(kind + " ".join(str(error).split())) from error
