@@ -125,7 +125,7 @@ def _check_values(reached: Bindings, config: str) -> None:
         if b.rival is not None:
             raise InputError(
                 f"{b.where}: {b.rival.where} binds {key}, too; give one of these two parts, or"
-                f" bind {key} yourself"
+                f" --set {key}=VALUE"
             )
         for call in b.calls:
             if call == "%gin.REQUIRED":

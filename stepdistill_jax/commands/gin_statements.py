@@ -170,21 +170,27 @@ class Reader:
 
 
 def laid(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
-    """Each file over those before it; the order of the shipped parts among them does not matter.
+    """Each file over those before it, but the order of shipped parts does not matter.
 
     A part says whole what it refers to: where it has `@optimizer()`, what other files bind of
-    `optimizer` goes back to the defaults. A key that two parts bind has a `rival`.
+    `optimizer` goes back to the defaults. A key that two parts bind has a `rival`, save that the
+    parts in `paper/`, each a run's size and all that goes with it, give way to the others.
     """
     found: Bindings = {}
-    of_parts: Bindings = {}
+    paper: Bindings = {}
+    others: Bindings = {}
     for path, bindings in files:
-        if path.resolve().parent.parent == shipped_folder("gin"):
+        folder = path.resolve().parent
+        if folder.parent == shipped_folder("gin"):
+            of_kind = paper if folder.name == "paper" else others
+            for key in bindings.keys() & of_kind.keys():
+                if of_kind[key].path != path:
+                    bindings |= {key: dataclasses.replace(bindings[key], rival=of_kind[key])}
+            of_kind |= bindings
+            if of_kind is paper:
+                bindings = {k: b for k, b in bindings.items() if k not in others}
             whole = {call for b in bindings.values() for call in b.calls if call[0] == "@"}
-            found = {k: b for k, b in found.items() if k in of_parts or b.owner not in whole}
-            for key in bindings.keys() & of_parts.keys():
-                if of_parts[key].path != path:
-                    bindings |= {key: dataclasses.replace(bindings[key], rival=of_parts[key])}
-            of_parts |= bindings
+            found = {k: b for k, b in found.items() if k in others or b.owner not in whole}
         found |= bindings
     return found
 

@@ -214,6 +214,11 @@ def loaded_in_any_order(first: str, second: str, as_flags: bool, write):
         ("models/umt5", "memory/bfloat16", {"dropout_rate": 0.0, "dtype": "bfloat16"}),
         ("optimizers/lora", "memory/bfloat16_moment", {"learning_rate": 5e-4}),
         ("layouts/fsdp", "paper/base", {"layout": Layout(fsdp=-1), "model_size": "base"}),
+        (
+            "layouts/hybrid",
+            "paper/xl",
+            {"layout": Layout(fsdp=-1, dcn_data=-1), "model_size": "xl"},
+        ),
     ],
 )
 def test_two_parts_give_the_same_in_any_order(write, first, second, values, as_flags):
@@ -229,7 +234,7 @@ def test_two_parts_give_the_same_in_any_order(write, first, second, values, as_f
     [
         ("memory/remat_full", "memory/remat_minimal", "train.remat_policy"),
         ("layouts/data", "layouts/fsdp", "LAYOUT"),
-        ("layouts/hybrid", "paper/xl", "LAYOUT"),
+        ("paper/base", "paper/xl", "BATCH_SIZE"),
         ("objectives/label_only", "objectives/copy_control", "OBJECTIVES"),
         ("optimizers/lora", "optimizers/adafactor", "train.optimizer"),
     ],
