@@ -109,10 +109,10 @@ ALLOWED = {
         "commands/sweep.py",  # a script, to be run as it is
         "commands/terminal.py",
         "data/builder.py",  # to its parent process, which raises it again
-        "progress.py",
+        "runtime/progress.py",
         "teacher/stub_server.py",
     },
-    "Console": {"commands/terminal.py", "progress.py"},
+    "Console": {"commands/terminal.py", "runtime/progress.py"},
     "traceback.print_exc": set(),
 }
 
