@@ -71,7 +71,7 @@ def add_config_arguments(
         default=[],
         dest="overrides",
         metavar="NAME=VALUE",
-        help="rebind a macro (BATCH_SIZE=32) or a binding of the config (repeatable)",
+        help="bind a macro (BATCH_SIZE=32) or a parameter in use (train.grace_secs=30); repeatable",
     )
     parser.add_argument(
         "--gin_file",
