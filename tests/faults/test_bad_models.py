@@ -103,7 +103,7 @@ def refused(tmp_path, capsys, printed):
     def refused(model: pathlib.Path, wanted: str, argv: list[str] | None = None) -> str:
         source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         source.write_text('{"input": "rain"}\n')
-        output.write_text("of an earlier run\n")
+        output.write_text('{"id": "0", "label": "of an earlier run", "score": -1.0}\n')
         before, memory = state(tmp_path), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.monotonic()
         argv = argv or ["predict", os.fspath(model), os.fspath(source), os.fspath(output)]
