@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         required=True,
         metavar="DIR",
-        help="folder of report.html, and of its pictures (SVG, PNG) and tables (CSV, LaTeX)",
+        help="folder of report.html, and of its pictures (SVG, PNG) and tables (CSV)",
     )
     parser.add_argument(
         "--split", default="test", metavar="SPLIT", help="whose answers are compared (test)"

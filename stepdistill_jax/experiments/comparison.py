@@ -12,13 +12,7 @@ import numpy as np
 from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.experiments.results import RunResult, arm_of
-from stepdistill_jax.experiments.stats import (
-    holm,
-    mcnemar,
-    mean_interval,
-    paired_difference,
-    resample,
-)
+from stepdistill_jax.experiments.stats import holm, mean_interval, paired_difference, resample
 from stepdistill_jax.training.provenance import FREE_FIELDS
 
 # of a run's config, what tells arms, fractions and seeds apart, or says nothing of the model
@@ -60,9 +54,8 @@ class PairTest:
         difference: mean accuracy of the second less that of the first.
         low, high, p: of `paired_difference`.
         p_holm: corrected over all tests of the comparison.
-        seeds: those in common, one McNemar test each.
+        seeds: those that both arms have.
         only_first, only_second: rows that one alone gets right, over these seeds.
-        mcnemar: p of each seed.
     """
 
     fraction: float
@@ -76,7 +69,6 @@ class PairTest:
     seeds: Sequence[int]
     only_first: int
     only_second: int
-    mcnemar: Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +282,6 @@ def _tests(points: Sequence[Point], drawn: Mapping[RunResult, np.ndarray]) -> li
             continue
         of_first, of_second = ({r.seed: r.right for r in p.runs} for p in (first, second))
         seeds = [s for s in of_first if s in of_second]
-        single = [mcnemar(of_first[s], of_second[s]) for s in seeds]
         low, high, p = interval
         found.append(
             PairTest(
@@ -303,9 +294,8 @@ def _tests(points: Sequence[Point], drawn: Mapping[RunResult, np.ndarray]) -> li
                 p=p,
                 p_holm=p,
                 seeds=seeds,
-                only_first=sum(n for n, _, _ in single),
-                only_second=sum(n for _, n, _ in single),
-                mcnemar=[p for _, _, p in single],
+                only_first=sum(int((of_first[s] & ~of_second[s]).sum()) for s in seeds),
+                only_second=sum(int((of_second[s] & ~of_first[s]).sum()) for s in seeds),
             )
         )
     found.sort(key=lambda t: t.fraction)

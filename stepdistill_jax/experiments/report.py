@@ -95,7 +95,7 @@ def report(
         sizes = size_figure(comparisons, split, work / "size")
         files += [] if sizes is None else [sizes, sizes.with_suffix(".png")]
         every = tables.runs_table(comparisons, split)
-        files += every.write(work)
+        files.append(every.write(work))
         text = _page(
             comparisons=shown,
             size_figure=sizes and _embedded(sizes),
@@ -144,7 +144,7 @@ def _write_comparison(
     if rationales.rows:
         made["rationales"] = rationales
     written = [path for f in figures for path in (f, f.with_suffix(".png"))]
-    written += [path for table in made.values() for path in table.write(folder)]
+    written += [table.write(folder) for table in made.values()]
     return written, {
         "rationales": None,
         **made,

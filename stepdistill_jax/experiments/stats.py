@@ -25,27 +25,6 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     return mean, mean - half, mean + half
 
 
-def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """McNemar's exact test of two models on the same rows.
-
-    Only rows that one of them alone gets right speak: under the null hypothesis each is as likely
-    the one as the other. McNemar 1947, Psychometrika 12:153, with the binomial instead of chi square.
-
-    Example: `mcnemar` of 1 row that the first alone gets right and 9 that the second does has p 0.0215.
-
-    Args:
-        first, second: [rows] bool, whether the answer is right.
-
-    Returns:
-        Rows that only the first gets right, those that only the second does, and two-sided p.
-    """
-    only_first = int((first & ~second).sum())
-    only_second = int((second & ~first).sum())
-    count = only_first + only_second
-    p = scipy.stats.binomtest(only_first, count).pvalue if count else 1.0
-    return only_first, only_second, float(p)
-
-
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """[draws, runs] accuracy of each run on rows drawn with replacement, the same rows for all runs.
 

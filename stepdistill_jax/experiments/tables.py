@@ -1,10 +1,9 @@
-"""A report's tables: once as rows, then as CSV, LaTeX and HTML."""
+"""A report's tables: once as rows, then as CSV and HTML."""
 
 import csv
 import dataclasses
 import io
 import pathlib
-import re
 from collections.abc import Sequence
 
 from stepdistill_jax.errors import escaped
@@ -13,13 +12,6 @@ from stepdistill_jax.experiments.paper import paper_accuracy
 from stepdistill_jax.experiments.results import RunResult
 from stepdistill_jax.inference.rationale_quality import VERDICTS
 from stepdistill_jax.runtime.files import atomic_write
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +30,12 @@ class Table:
     rows: Sequence[Sequence[str]]
     numbers: Sequence[int]
 
-    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
-        """NAME.csv and NAME.tex."""
-        written = []
-        for suffix, text in ((".csv", self.csv()), (".tex", self.latex())):
-            written.append(folder / f"{self.name}{suffix}")
-            with atomic_write(written[-1]) as f:
-                f.write(text)
-        return written
+    def write(self, folder: pathlib.Path) -> pathlib.Path:
+        """Writes NAME.csv and returns its path."""
+        path = folder / f"{self.name}.csv"
+        with atomic_write(path) as f:
+            f.write(self.csv())
+        return path
 
     def csv(self) -> str:
         """The table as CSV, with a line of names; no cell is a formula to a spreadsheet."""
@@ -53,21 +43,6 @@ class Table:
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
         return out.getvalue()
-
-    def latex(self) -> str:
-        r"""A `tabular` for \input; it needs the package booktabs."""
-        columns = "".join("r" if i in self.numbers else "l" for i in range(len(self.head)))
-        lines = [
-            "% needs \\usepackage{booktabs}",
-            f"\\begin{{tabular}}{{{columns}}}",
-            "\\toprule",
-            _latex_row(self.head),
-            "\\midrule",
-            *map(_latex_row, self.rows),
-            "\\bottomrule",
-            "\\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
 
 
 def _no_formula(cell: str) -> str:
@@ -78,11 +53,6 @@ def _no_formula(cell: str) -> str:
     except ValueError:
         return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t")) else cell
     return cell
-
-
-def _latex_row(row: Sequence[str]) -> str:
-    cells = (re.sub(r"[\\~^&%$#_{}]", lambda m: _LATEX[m[0]], " ".join(c.split())) for c in row)
-    return " & ".join(cells) + " \\\\"
 
 
 def accuracy_table(comparison: Comparison, name: str) -> Table:
@@ -113,7 +83,7 @@ def accuracy_table(comparison: Comparison, name: str) -> Table:
 def tests_table(comparison: Comparison, name: str) -> Table:
     """A row for each two arms at each fraction."""
     head = ("fraction", "first", "second", "second - first", "95% low", "95% high", "p", "p (Holm)")
-    head += ("only first right", "only second right", "McNemar p, each seed")
+    head += ("only first right", "only second right")
     rows = [
         (
             f"{t.fraction:g}",
@@ -126,11 +96,10 @@ def tests_table(comparison: Comparison, name: str) -> Table:
             _p(t.p_holm),
             str(t.only_first),
             str(t.only_second),
-            " ".join(map(_p, t.mcnemar)),
         )
         for t in comparison.tests
     ]
-    return Table(name, head, rows, (0, *range(3, len(head) - 1)))
+    return Table(name, head, rows, (0, *range(3, len(head))))
 
 
 def rationale_table(comparison: Comparison, name: str) -> Table:

@@ -109,7 +109,7 @@ def test_arms_are_tested_on_the_same_rows(made):
     assert (full.fraction, full.first, full.second) == (1.0, "label_only", "step_by_step")
     assert full.difference == pytest.approx(0.2)
     assert full.low < 0.2 < full.high and full.low > 0.1 and full.p_holm < 0.01
-    assert full.seeds == [0, 1, 2] and max(full.mcnemar) < 1e-6
+    assert full.seeds == [0, 1, 2]
     first, second = (
         [r.right for r in comparison.of_arm(a)[-1].runs] for a in ("label_only", "step_by_step")
     )
@@ -159,11 +159,12 @@ def test_pictures_and_tables_are_files_too(made):
     written, output = made
     assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in written.files)
     names = ("accuracy", "tests", "cost", "runs")
-    assert {f"{n}{s}" for n in names for s in (".csv", ".tex")} < {p.name for p in written.files}
+    assert {f"{n}.csv" for n in names} == {p.name for p in written.files if p.suffix == ".csv"}
+    assert {p.suffix for p in written.files} == {".html", ".csv", ".svg", ".png"}
     assert (output / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    latex = (output / "accuracy.tex").read_text()
-    assert "step\\_by\\_step & 0.25 & 375 & 3 & 0.7300" in latex
-    assert latex.count("\\\\\n") == 5  # of the head and four rows
+    head, *rows = csv.reader((output / "accuracy.csv").read_text().splitlines())
+    assert len(rows) == 4 and head[:5] == ["arm", "fraction", "labels", "runs", "accuracy"]
+    assert ["step_by_step", "0.25", "375", "3", "0.7300"] in [row[:5] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def explained(tmp_path_factory, make_run, delivery_data_dir):
 
 def test_rationales_are_a_table_of_means_with_the_teachers_below(explained):
     done, output, _ = explained
-    assert {output / "rationales.csv", output / "rationales.tex"} < set(done.files)
+    assert output / "rationales.csv" in done.files
     head, first, teacher = csv.reader((output / "rationales.csv").read_text().splitlines())
     assert dict(zip(head, first, strict=True)) == {
         "arm": "step_by_step",
