@@ -1,39 +1,54 @@
-"""`flax_model.msgpack` of transformers 4's Flax T5, presented under torch's names."""
+"""What Flax writes with msgpack: transformers 4's `flax_model.msgpack`, and T5X's `checkpoint`."""
 
+import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.mapped_msgpack import read_tree
-from stepdistill_jax.formats.tensors import Tensor, transpose
+import flax
+import numpy as np
+
+from stepdistill_jax.errors import InputError, printable
+from stepdistill_jax.formats.tensors import Tensor, map_file
 
 
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
-    """Tensors of one file (or one of its shards) by Hugging Face's torch name; nothing is read.
+    """Tensors of one file (or one of its shards) by Hugging Face's torch name.
 
     Flax keeps matrices as `kernel` [in, out], tables as `embedding` and norms as `weight`.
 
     Raises:
-        InputError: a file that is cut, or is not what Flax writes.
+        InputError: as `read_tree`, or a tensor of another name.
     """
     tree = read_tree(path)
     if set(tree) == {"params"} and isinstance(tree["params"], dict):
         tree = tree["params"]
     tensors: dict[str, Tensor] = {}
-    for parts, leaf in _leaves(tree):
+    for parts, leaf in flax.traverse_util.flatten_dict(tree).items():
         *where, last = parts
-        if not hasattr(leaf, "shape") or last not in ("kernel", "embedding", "weight"):
+        if not isinstance(leaf, np.ndarray) or last not in ("kernel", "embedding", "weight"):
             raise InputError(f"{path}: {'/'.join(parts)} is no tensor of a T5")
-        if last == "kernel" and len(leaf.shape) == 2:
-            leaf = transpose(leaf)
-        tensors[".".join([*where, "weight"])] = leaf
+        tensors[".".join([*where, "weight"])] = leaf.T if last == "kernel" else leaf
     return tensors
 
 
-def _leaves(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[list[str], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*above, key))
-        else:
-            yield [*above, key], value
+def read_tree(path: os.PathLike | str) -> dict[str, Any]:
+    """The nested maps of a file, with numpy arrays in memory: about as many bytes as the file has.
+
+    Raises:
+        InputError: a file that is cut, is not what Flax writes, or is larger than the memory of
+            this machine; one line with its name.
+    """
+    data = map_file(path)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if len(data) > memory:
+        raise InputError(
+            f"{path}: its {len(data)} bytes must fit into memory, and this machine has {memory};"
+            " save the model as model.safetensors, which is read by slices"
+        )
+    try:
+        tree = flax.serialization.msgpack_restore(data)
+        flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all are maps from text
+    except Exception as error:  # of msgpack, Flax or numpy, whichever meets the fault first
+        reason = printable(f"{type(error).__name__} {error}", 200)
+        raise InputError(f"{path}: not a whole msgpack file of Flax ({reason})") from None
+    return tree

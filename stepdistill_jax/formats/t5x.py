@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.mapped_msgpack import read_tree
+from stepdistill_jax.formats.flax_msgpack import read_tree
 from stepdistill_jax.formats.names import HEAD, hf_names, is_transposed
 from stepdistill_jax.formats.tensors import (
     Index,

@@ -1,5 +1,6 @@
 """The page about a dataset: its figures, and that no text of the dataset gets out of its place."""
 
+import base64
 import html.parser
 import json
 import re
@@ -9,13 +10,12 @@ import scipy.stats
 
 from stepdistill_jax.data.counts import Tally
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.histogram import binned, histogram, quantile
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.reading import Row, defect
 from stepdistill_jax.data.report import page, wilson
 from stepdistill_jax.errors import InputError
 
-VOID = {"meta"}
+VOID = {"meta", "img"}
 HOSTILE = "<script>alert(1)</script> & \"'</pre></table>"
 RESULT = {
     "name": "mine",
@@ -75,7 +75,8 @@ def tallies():
 def test_texts_of_the_dataset_are_escaped_and_nothing_is_loaded(tallies):
     text = page(RESULT, tallies)
     parsed = _parsed(text)
-    assert "script" not in parsed.tags and parsed.links == []
+    assert "script" not in parsed.tags
+    assert parsed.links and all(link.startswith("data:image/svg+xml;") for link in parsed.links)
     assert "url(" not in text and "@import" not in text
     # shown as written: a note, an id, a file, the text
     assert sum(HOSTILE in data for data in parsed.text) == 4
@@ -113,24 +114,19 @@ def test_wilsons_interval_is_scipys(right, rows):
     assert wilson(right, rows) == pytest.approx((interval.low, interval.high), abs=1e-6)
 
 
-def test_bins_hold_every_row_once():
-    counts = {3: 5, 100: 1, 57: 2}
-    bins = binned(counts)
-    assert sum(rows for _, _, rows in bins) == 8 and len(bins) <= 24
-    assert bins[0][0] == 3 and bins[-1][1] == 100
-    assert [b[0] for b in bins[1:]] == [b[1] + 1 for b in bins[:-1]]
-    assert binned({4: 7}) == [(4, 4, 7)]
-
-
-def test_quantiles_of_lengths():
-    counts = {1: 5, 2: 4, 9: 1}
-    assert (quantile(counts, 0.5), quantile(counts, 0.9), quantile(counts, 0.95)) == (1, 2, 9)
-
-
-def test_bars_are_as_high_as_their_rows():
-    svg = histogram({1: 10, 2: 5, 3: 0}, "lengths")
-    heights = [float(h) for h in re.findall(r'<rect [^>]*height="([\d.]+)"', svg)]
-    assert heights[0] == pytest.approx(2 * heights[1]) and heights[2] == 0
+def test_histograms_hold_every_row_with_its_quantiles_and_the_same_bytes():
+    counts = {1: 50, 2: 44, 9: 6}
+    rows = [Row(Example(f"{n}.{i}", "word " * n, "yes")) for n in counts for i in range(counts[n])]
+    text = page(RESULT, {"train": _tally(rows)})
+    assert "train: words of an input (median 1, 95 % up to 9, greatest 9)" in text
+    picture = base64.b64decode(_parsed(text).links[0].partition(",")[2]).decode()
+    corner = r"[\d.]+ ([\d.]+) \n"
+    bars = re.findall(f'M {corner}L {corner}L {corner}L {corner}z\n" clip-path', picture)
+    heights = [float(base) - float(top) for base, _, top, _ in bars]
+    assert [h / heights[0] for h in heights] == pytest.approx(
+        [1, 0.88, 0, 0, 0, 0, 0, 0, 0.12], abs=1e-4
+    )
+    assert page(RESULT, {"train": _tally(rows)}) == text
 
 
 def test_prepare_writes_the_page_also_of_an_unchanged_dataset(tmp_path):
