@@ -1,4 +1,4 @@
-"""A workdir in an object store, by the real clients against local servers of both protocols."""
+"""A workdir in an object store, by the real clients against a local server of its protocol."""
 
 import functools
 import json
@@ -121,32 +121,6 @@ def gs(tmp_path):
     server.kill()
 
 
-@pytest.fixture
-def s3(tmp_path):
-    """The same for s3fs and TensorStore's driver, by the `endpoint` that we hand on."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed: no s3:// to try")
-    pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    host = f"http://localhost:{(port := free_port())}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=tmp_path,
-    )
-    wait_for(server, host)
-    urllib.request.urlopen(urllib.request.Request(f"{host}/bucket", method="PUT"))
-    yield (
-        "s3://bucket",
-        {
-            "AWS_ENDPOINT_URL": host,
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_REGION": "us-east-1",
-        },
-    )
-    server.kill()
-
-
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory, delivery_data_dir):
     """The same run, never killed, in a local workdir; and its export."""
@@ -159,11 +133,8 @@ def on_disk(tmp_path_factory, delivery_data_dir):
     return used, folder / "model"
 
 
-@pytest.mark.parametrize("store", ["gs", "s3"])
-def test_a_killed_run_in_a_store_ends_as_one_on_disk(
-    store, request, on_disk, delivery_data_dir, tmp_path
-):
-    bucket, env = request.getfixturevalue(store)
+def test_a_killed_run_in_a_store_ends_as_one_on_disk(gs, on_disk, delivery_data_dir, tmp_path):
+    bucket, env = gs
     workdir, model, cwd = f"{bucket}/runs/a", tmp_path / "model", tmp_path / "cwd"
     cwd.mkdir()
     train = functools.partial(

@@ -12,7 +12,7 @@ COLUMNS = ("step", "state", "MB", "label accuracy", "label loss", "", "problem")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `checkpoints`."""
-    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, also gs:// or s3://")
+    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, also gs://")
     parser.add_argument(
         "--verify", action="store_true", help="read every file and compare it with its digest"
     )

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of checkpoints, metrics and model, also gs:// or s3://; an unfinished run there is"
+        help="folder of checkpoints, metrics and model, also gs://; an unfinished run there is"
         " gone on with",
     )
     add_data_arguments(parser)

@@ -79,11 +79,6 @@ def defect(kind: str, file: str, row: int, text: str = "") -> Defect:
     return Defect(kind, file, row, cut)
 
 
-def defect_counts(rows: Iterable[Row]) -> dict[str, int]:
-    """Number of rows' defects by kind, the commonest first."""
-    return dict(collections.Counter(d.kind for row in rows for d in row.defects).most_common())
-
-
 def tenth(example_id: str) -> int:
     """Which of ten equal parts, 0 to 9, an id falls into by its hash.
 

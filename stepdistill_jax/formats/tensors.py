@@ -67,7 +67,7 @@ class Weights:
 
 
 class Transposed:
-    """A tensor with its last two axes exchanged; for those that are no numpy arrays."""
+    """A tensor with its last two axes exchanged, read by slices as it is."""
 
     def __init__(self, tensor: Tensor):
         self._tensor = tensor
@@ -77,11 +77,6 @@ class Transposed:
     def __getitem__(self, index: Index) -> np.ndarray:
         *layers, rows, columns = index
         return np.swapaxes(np.asarray(self._tensor[(*layers, columns, rows)]), -1, -2)
-
-
-def transpose(tensor: Tensor) -> Tensor:
-    """A tensor with its two axes exchanged; nothing is read."""
-    return tensor.T if isinstance(tensor, np.ndarray) else Transposed(tensor)
 
 
 def map_file(path: os.PathLike | str) -> mmap.mmap:

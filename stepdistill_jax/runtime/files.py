@@ -32,8 +32,8 @@ _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
     b"\xff\xfe": "it looks like UTF-16, so save it as UTF-8",
     b"\xfe\xff": "it looks like UTF-16, so save it as UTF-8",
 }
-_STORES = {"gs": "gcsfs", "s3": "s3fs"}  # what fsspec reads each with
-# a URL, or what pathlib makes of one of ours: `gs:/bucket/run`
+_GS = "gs://"
+# a URL, or what pathlib makes of one of a store: `gs:/bucket/run`
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
@@ -46,8 +46,8 @@ def _url(path: os.PathLike | str) -> str | None:
 
 
 def is_remote(path: os.PathLike | str) -> bool:
-    """Whether a path is in an object store (`gs://`, `s3://`) rather than on this machine."""
-    return (_url(path) or "").partition("://")[0] in _STORES
+    """Whether a path is in an object store (`gs://`) rather than on this machine."""
+    return (_url(path) or "").startswith(_GS)
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
@@ -60,14 +60,13 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
     """
     if (url := _url(path)) is None:
         return pathlib.Path(path)
-    scheme, _, rest = url.partition("://")
-    if scheme not in _STORES:
-        raise InputError(f"{url}: a local path, gs://BUCKET/... or s3://BUCKET/... is wanted")
-    if not rest:
-        raise InputError(f"{url}: the bucket is missing; {scheme}://BUCKET/FOLDER is wanted")
+    if not url.startswith(_GS):
+        raise InputError(f"{url}: cannot be read or written; give a local path or gs://BUCKET/...")
+    if url == _GS:
+        raise InputError(f"{url}: the bucket is missing; gs://BUCKET/FOLDER is wanted")
     _prepare_stores()
-    if importlib.util.find_spec(_STORES[scheme]) is None:
-        raise InputError(f"{url}: {scheme}:// needs a package: pip install {_STORES[scheme]}")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{url}: gs:// needs a package: pip install gcsfs")
     from stepdistill_jax.runtime.store_path import StorePath
 
     return cast(pathlib.Path, StorePath(url))
@@ -134,7 +133,7 @@ def _prepare_stores() -> None:
     # it writes the traceback of each error that it also raises
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # a listing that is kept does not show what TensorStore or another process wrote since
-    for scheme in ("gs", "gcs", "s3"):
+    for scheme in ("gs", "gcs"):
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 

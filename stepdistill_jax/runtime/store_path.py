@@ -20,7 +20,7 @@ class _Stat(stat_utils.StatResult):
 
 
 class StorePath(gpath.PosixGPath):
-    """An `epath.Path` of `gs://` or `s3://`; what the store's client raises is a `StoreError`."""
+    """An `epath.Path` of `gs://`; what the store's client raises is a `StoreError`."""
 
     def stat(self) -> _Stat:
         with asked(self):

@@ -1,13 +1,17 @@
 """The cqa and svamp readers on small sources, whole and broken."""
 
+import collections
 import json
 
 import pytest
 
 from stepdistill_jax.data.corpora import cqa, svamp
 from stepdistill_jax.data.example import Rationale
-from stepdistill_jax.data.reading import defect_counts
 from stepdistill_jax.errors import InputError
+
+
+def defect_counts(rows):
+    return collections.Counter(d.kind for row in rows for d in row.defects)
 
 
 def _edit(path, line, **changes):

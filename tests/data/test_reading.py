@@ -2,7 +2,6 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import (
     Row,
     defect,
-    defect_counts,
     in_order,
     tenth,
     train_or_validation,
@@ -39,12 +38,6 @@ def test_an_added_row_moves_no_other_row():
 
 def test_splits_come_train_first_and_those_without_labels_last():
     assert in_order({"unlabelled": 1, "test": 1, "train": 1}) == ["train", "test", "unlabelled"]
-
-
-def test_defects_are_counted_by_kind_the_commonest_first():
-    row = Row(Example("1", "q", "a"), (defect("empty", "f", 1), defect("runs_on", "f", 1)))
-    other = Row(Example("2", "q", "a"), (defect("runs_on", "f", 2),))
-    assert list(defect_counts([row, other]).items()) == [("runs_on", 2), ("empty", 1)]
 
 
 def test_the_text_of_a_defect_is_cut():

@@ -210,7 +210,7 @@ def test_bad_flags_are_refused(good, refused, tmp_path, argv, wanted):
         ("a\0b", "no such model directory"),
         ("/dev/null", "no such model directory"),
         ("\x1b[2Jred", "\\x1b[2Jred: no such model directory"),
-        ("https://huggingface.co/t5", "a local path, gs://BUCKET/... or s3://BUCKET/... is wanted"),
+        ("https://huggingface.co/t5", "give a local path or gs://BUCKET/..."),
     ],
     ids=["long", "nul", "device", "escape", "URL"],
 )

@@ -36,13 +36,13 @@ from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics, re
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.workdir import check_workdir
 
-RUN = "s3://bucket/runs/a"
+RUN = "gs://bucket/runs/a"
 
 
 class Store(MemoryFileSystem):
     """Whole objects only; a folder is there while an object is below it; the bucket is `bucket`."""
 
-    protocol = "s3"
+    protocol = ("gs", "gcs")
     objects: dict = {}  # noqa: RUF012
     puts: list = []  # noqa: RUF012
 
@@ -52,7 +52,7 @@ class Store(MemoryFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path):
-        return "/" + str(path).removeprefix("s3://").strip("/")
+        return "/" + str(path).removeprefix("gs://").strip("/")
 
     def _open(self, path, mode="rb", **kwargs):
         path = self._strip_protocol(path)
@@ -74,9 +74,9 @@ class Store(MemoryFileSystem):
 
 @pytest.fixture
 def store(monkeypatch, tmp_path):
-    """Objects by key. Nothing of a run may appear in the current folder: none named `s3:`."""
-    monkeypatch.setitem(files._STORES, "s3", "fsspec")  # the package that is looked for
-    fsspec.register_implementation("s3", Store, clobber=True)
+    """Objects by key. Nothing of a run may appear in the current folder: none named `gs:`."""
+    for name in ("gcs", "gs"):  # epath asks for the first, fsspec reads the second off a URL
+        fsspec.register_implementation(name, Store, clobber=True)
     # epath asks once whether TensorFlow reads its paths; a test before may have had it ask
     monkeypatch.setenv("EPATH_USE_TF", "false")
     gpath._is_tf_installed.cache_clear()
@@ -85,7 +85,8 @@ def store(monkeypatch, tmp_path):
     Store.objects.clear()
     Store.puts.clear()
     yield Store.objects
-    del _registry["s3"]  # the real one comes back when it is asked for
+    for name in ("gcs", "gs"):
+        del _registry[name]  # the real one comes back when it is asked for
     backend.fsspec_backend._get_filesystem.cache_clear()
     assert not [p for p in tmp_path.iterdir() if ":" in p.name]
 
@@ -96,20 +97,46 @@ def test_a_local_path_is_pathlibs_and_a_url_is_not(store):
         assert type(as_path(local)) is type(pathlib.Path())
         assert not is_remote(local)
     assert str(as_path(RUN) / "run.json") == f"{RUN}/run.json"
-    assert str(as_path(pathlib.Path(RUN))) == RUN  # pathlib makes `s3:/` of it
+    assert str(as_path(pathlib.Path(RUN))) == RUN  # pathlib makes `gs:/` of it
     assert as_path(as_path(RUN)) == as_path(RUN + "/")
-    assert beside(RUN) == "s3://bucket/runs/.jax_cache"
+    assert beside(RUN) == "gs://bucket/runs/.jax_cache"
 
 
-def test_what_is_no_store_and_what_is_missing_is_said(monkeypatch):
-    with pytest.raises(InputError, match=r"^hdfs://a/b: a local path, gs://BUCKET/\.\.\. or s3://"):
-        as_path("hdfs://a/b")
+@pytest.mark.parametrize("url", ["hdfs://a/b", "s3://bucket/run", pathlib.Path("s3://bucket/run")])
+def test_a_store_of_another_kind_is_refused_with_what_to_give(url):
+    shown = str(url).replace("s3:/b", "s3://b")
+    with pytest.raises(InputError, match=f"^{shown}: .*give a local path or gs://BUCKET/") as error:
+        as_path(url)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "demo_label_only", "--workdir", "RUN"],
+        ["checkpoints", "RUN"],
+        ["evaluate", "RUN", "--task", "delivery"],
+        ["predict", "RUN", "in.jsonl", "out.jsonl"],
+        ["export", "RUN", "model"],
+        ["serve", "RUN"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_workdir_in_s3_is_refused_in_one_line(command, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("in.jsonl").write_text('{"input": "a"}\n')
+    assert main([{"RUN": "s3://bucket/run"}.get(word, word) for word in command]) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("stepdistill:")]
+    assert "s3://bucket/run: " in line and "a local path or gs://BUCKET/" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(InputError, match=r"^gs://: the bucket is missing"):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for url, package in (("gs://a/b", "gcsfs"), ("s3://a/b", "s3fs")):
-        with pytest.raises(InputError, match=f"^{url}: .* needs a package: pip install {package}$"):
-            as_path(url)
+    with pytest.raises(InputError, match=r"^gs://a/b: .* needs a package: pip install gcsfs$"):
+        as_path("gs://a/b")
 
 
 def test_a_file_is_put_whole_or_not_at_all(store):
@@ -122,7 +149,7 @@ def test_a_file_is_put_whole_or_not_at_all(store):
         _ = 1 / 0
     assert read_json(path) == {"a": "ü"}
     assert Store.puts == ["/bucket/runs/a/a.json"]
-    with pytest.raises(InputError, match=r"s3://bucket/runs/a/b\.json: no such file"):
+    with pytest.raises(InputError, match=r"gs://bucket/runs/a/b\.json: no such file"):
         read_json(f"{RUN}/b.json")
 
 
@@ -212,8 +239,8 @@ def test_a_damaged_step_in_a_store_is_moved_inside_it(store, capfd):
 def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store):
     check_workdir(as_path(RUN))
     assert not store  # the probe is gone
-    with pytest.raises(InputError, match=r"^--workdir s3://other/a: cannot be written \(Perm.*\)"):
-        check_workdir(as_path("s3://other/a"))
+    with pytest.raises(InputError, match=r"^--workdir gs://other/a: cannot be written \(Perm.*\)"):
+        check_workdir(as_path("gs://other/a"))
     put("config.json", {})
     with pytest.raises(InputError, match=r"has config\.json and no run\.json"):
         check_workdir(as_path(RUN))
@@ -237,7 +264,7 @@ def test_what_must_be_local_says_so(store, monkeypatch, capfd):
         data_folder(None)
     monkeypatch.delenv("STEPDISTILL_DATA_DIR")
     pathlib.Path("in.jsonl").write_text('{"input": "a"}\n')
-    config, bad = ["train", "demo_label_only", "--workdir", RUN], "s3://bucket/bad"
+    config, bad = ["train", "demo_label_only", "--workdir", RUN], "gs://bucket/bad"
     for command in (
         [*config, "--data-dir", bad],
         [*config, "--set", f"INIT_FROM={bad}", "--data-dir", "data"],

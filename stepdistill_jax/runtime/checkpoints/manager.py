@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.checkpoints import s3
 from stepdistill_jax.runtime.checkpoints.fit import require_fit
 from stepdistill_jax.runtime.checkpoints.manifest import (
     DELETED,
@@ -265,11 +264,7 @@ def _on_first(action) -> None:
 def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:
     """Where a workdir's steps are; a local one absolute."""
     path = as_path(workdir) / FOLDER
-    if not is_remote(path):
-        return path.absolute()
-    if os.fspath(path).startswith(s3.S3):
-        s3.enable()
-    return path
+    return path if is_remote(path) else path.absolute()
 
 
 def is_workdir(path: os.PathLike | str) -> bool:
