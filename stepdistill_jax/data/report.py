@@ -227,7 +227,7 @@ def _histogram(counts: Mapping[int, int]) -> str:
     figure = Figure(figsize=(3.6, 2.0), layout="constrained")
     axes = figure.subplots()
     low, high = min(counts), max(counts)
-    width = -(-(high - low + 1) // BARS)  # whole words, so that no bar is an empty one between two
+    width = -(-(high - low + 1) // BARS)  # in whole words: another width leaves gaps
     edges = np.arange(low, high + width + 1, width) - 0.5
     axes.hist(list(counts), edges, weights=list(counts.values()), color="#0072B2", rwidth=0.9)
     for axis in (axes.xaxis, axes.yaxis):

@@ -27,7 +27,7 @@ _BLOCK = 1024  # rows that are compared at once
 
 
 def open_weights(directory: os.PathLike | str) -> Weights:
-    """The tensors of a directory; nothing but headers is read.
+    """The tensors of a directory; nothing but headers is read, of msgpack the whole file.
 
     In this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
     `pytorch_model.bin`, its shards, a T5X checkpoint.
