@@ -24,27 +24,22 @@ def learning_curves(
         path: of the PNG.
         chance: accuracy of always giving the commonest label, drawn as a thin line.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (accuracy, loss) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    made, (accuracy, loss) = figure(2)
     for i, (name, lines) in enumerate(runs.items()):
-        look = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)], "label": name}
+        look = look_of(i) | {"label": plain(name)}
         steps, values = series(lines, "eval/validation/label_accuracy")
-        accuracy.plot(steps, values, marker="o", ms=3, **look)
+        accuracy.plot(steps, values, ms=3, **look)
         steps, values = series(lines, "loss/label")
-        loss.plot(steps, smoothed(values), **look)
+        loss.plot(steps, smoothed(values), **look | {"marker": ""})
     if chance is not None:
         accuracy.axhline(chance, color="0.5", lw=0.8, label="always the commonest label", zorder=0)
     accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
     loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
     accuracy.legend(loc="lower right", frameon=False)
-    for axis in (accuracy, loss):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    made.savefig(path, dpi=130)
+    plt.close(made)
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
