@@ -29,9 +29,9 @@ from stepdistill_jax.experiments.controls import prepare_control, prepare_varian
 from stepdistill_jax.experiments.figures import accuracy_figure
 from stepdistill_jax.experiments.report import headline, report
 from stepdistill_jax.experiments.sweep import DONE, SWEEP, Cell, sweep
+from stepdistill_jax.models.cpu_speed import keep_pages
 from stepdistill_jax.runtime import compile_cache
 from stepdistill_jax.runtime.files import read_json
-from stepdistill_jax.runtime.host_memory import keep_pages
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.versions import version_block
 

@@ -18,8 +18,8 @@ from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.data.train_vocabulary import train_vocabulary
 from stepdistill_jax.experiments.sweep import Cell, sweep
 from stepdistill_jax.inference.export import export
+from stepdistill_jax.models.cpu_speed import keep_pages
 from stepdistill_jax.runtime import compile_cache
-from stepdistill_jax.runtime.host_memory import keep_pages
 from stepdistill_jax.tasks import add_span_corruption
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.versions import version_block

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> dict:
     from stepdistill_jax.commands.terminal import console
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.experiments.demo import demo
-    from stepdistill_jax.runtime.host_memory import keep_pages
+    from stepdistill_jax.models.cpu_speed import keep_pages
     from stepdistill_jax.training import inspect
 
     keep_pages()

@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return {"cells": len(cells)}
     require_seqio("sweep")
     from stepdistill_jax.experiments.sweep import sweep
+    from stepdistill_jax.models.cpu_speed import keep_pages
     from stepdistill_jax.runtime import compile_cache
     from stepdistill_jax.runtime.distributed import join
-    from stepdistill_jax.runtime.host_memory import keep_pages
 
     keep_pages()
     join()

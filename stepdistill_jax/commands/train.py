@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config and calls `training.train`; the last step's metrics."""
     began = time.monotonic()
     from stepdistill_jax.commands.gin_config import load_config
+    from stepdistill_jax.models.cpu_speed import keep_pages
     from stepdistill_jax.runtime.distributed import join
-    from stepdistill_jax.runtime.host_memory import keep_pages
 
     keep_pages()
     join()

@@ -9,13 +9,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.decoding.token_loop import decode_tokens
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.cpu_speed import argmax
 from stepdistill_jax.models.sharding import (
     LOGICAL_AXIS_RULES,
     batch_sharding,
@@ -55,17 +55,10 @@ def greedy_decode(
         params,
         config,
         encoder_input_tokens,
-        lambda logits, *_: _likeliest(logits),
+        lambda logits, *_: argmax(logits),
         max_decode_len=max_decode_len,
         decoder_prefix=decoder_prefix,
     )
-
-
-def _likeliest(logits: jax.Array) -> jax.Array:
-    """`argmax` of [rows, vocab], the first of equals; XLA's own goes id by id on a CPU."""
-    last = logits.shape[-1] - 1
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(logits == best, jnp.arange(last + 1), last), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

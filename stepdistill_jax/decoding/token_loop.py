@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.cpu_speed import in_row_blocks
 from stepdistill_jax.models.t5 import T5, Cache, start_cache
 
-TOKENS_AT_ONCE = 1024  # of inputs that a CPU encodes
 # rows that go on are gathered when a quarter is left, as long as these are 8; at most twice, since each
 # size is one more step to compile
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
@@ -60,7 +60,11 @@ def start(
     """
     model = T5(config)
     segments = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
-    encoded = _encode(model, params, encoder_input_tokens, segments)
+
+    def encode(tokens, segments) -> Any:
+        return model.apply({"params": params}, tokens, segments, method="encode")
+
+    encoded = in_row_blocks(encode, encoder_input_tokens, segments)
     given = len(decoder_prefix)
     # keys and values of the inputs are worth their making where many queries read them; half of
     # what `Attention.over_states` says, since its products are small ones
@@ -100,33 +104,6 @@ def start(
     cache = {name: jnp.repeat(x, beams, axis=1) for name, x in cache.items()}
     last = jnp.full(batch * beams, begin[-1])
     return Start(step, cache, memory, last, jnp.sum(segments, axis=-1) == 0)
-
-
-def _encode(model: T5, params: Any, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-    """`T5.encode`; on a CPU some rows after the others, so that their activations stay in its cache."""
-
-    def encode(tokens, segments) -> Any:
-        return model.apply({"params": params}, tokens, segments, method="encode")
-
-    batch, length = tokens.shape
-    rows = _rows_at_once(batch, length)
-    if rows == batch:
-        return encode(tokens, segments)
-
-    def in_parts(*arrays):
-        parts = [x.reshape(batch // rows, rows, length) for x in arrays]
-        return jax.lax.map(lambda part: encode(*part), parts).reshape(batch, length, -1)
-
-    return jax.lax.platform_dependent(tokens, segments, cpu=in_parts, default=encode)
-
-
-def _rows_at_once(batch: Any, length: Any) -> Any:
-    """The largest part of `batch` with at most 1024 ids; all where no part is near, or sizes are symbols."""
-    if not isinstance(batch, int) or not isinstance(length, int):
-        return batch
-    most = max(1, TOKENS_AT_ONCE // length)
-    rows = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
-    return rows if 2 * rows > most else batch
 
 
 def decode_tokens(

@@ -14,12 +14,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.cpu_speed import DRAWS, keep_mask, row_product
 from stepdistill_jax.models.lora import LoraDense
 from stepdistill_jax.models.quantized import QuantizedDense, kernel_of
 
 NEG_INF = -1e9
 DROPOUT_MASK = "dropout_mask"  # name of the masks, for `jax.checkpoint` policies
-DRAWS = 2**16  # that a dropout mask tells apart
 
 
 class RMSNorm(nn.Module):
@@ -40,10 +40,10 @@ class RMSNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`nn.Dropout` from half the random bits, which are 7% of a step on a CPU.
+    """Sets a share of the values to 0 and scales up the rest.
 
-    A value's fate hangs on 16 bits and not on 32, so the rate is met to 1 in 65,536, and what stays
-    is divided by the rate that is. Masks depend on the rng, the shape and the rate alone.
+    The rate is met to 1 in 65,536, and the rest is divided by the rate that is met. Masks depend on
+    the rng, the shape and the rate alone.
 
     Attributes:
         rate: share that becomes 0, 0 <= rate < 1.
@@ -59,11 +59,8 @@ class Dropout(nn.Module):
         kept = round(DRAWS * (1 - self.rate))
         if nn.merge_param("deterministic", self.deterministic, deterministic) or kept == DRAWS:
             return x
-        *batch, length, features = x.shape
-        words = jax.random.bits(self.make_rng("dropout"), (*batch, -(-length // 2), features))
-        # halves side by side along the length, the one axis that no layout cuts
-        mask = jnp.concatenate([words % DRAWS < kept, words // DRAWS < kept], axis=-2)
-        mask = checkpoint_name(mask[..., :length, :], DROPOUT_MASK)
+        mask = keep_mask(self.make_rng("dropout"), x.shape, kept)
+        mask = checkpoint_name(mask, DROPOUT_MASK)
         return jnp.where(mask, x * (DRAWS / kept), 0)
 
 
@@ -92,27 +89,9 @@ def dense(
         use_bias=False,
         dtype=config.dtype,
         kernel_init=init,
-        dot_general=functools.partial(_of_rows, float32_sums=float32_sums),
+        dot_general=functools.partial(row_product, float32_sums=float32_sums),
         name=name,
     )
-
-
-def _of_rows(
-    x: jax.Array, kernel: jax.Array, dimension_numbers, precision, *, float32_sums: bool
-) -> jax.Array:
-    """`jax.lax.dot_general` of x [..., in] and a kernel [in, out], as a product of two matrices.
-
-    XLA's CPU backend turns the gradient of more dimensions round before it multiplies: the
-    kernel's gradient takes 1.7 times as long.
-    """
-    rows = jax.lax.dot_general(
-        x.reshape(-1, x.shape[-1]),
-        kernel,
-        (((1,), (0,)), ((), ())),
-        precision,
-        preferred_element_type=jnp.float32 if float32_sums else None,
-    )
-    return rows.reshape(*x.shape[:-1], -1)
 
 
 class Attention(nn.Module):
