@@ -6,7 +6,7 @@ modules apart: `encode` once, `start_cache` once, `decode_step` per token.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +48,17 @@ class EncoderLayer(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
 
 
+class DecoderContext(NamedTuple):
+    """Inputs that all layers of a decoder share."""
+
+    encoded: Any  # [batch, length, embed], or `encoded` of `T5.decode_step`
+    self_bias: jax.Array  # [batch or 1, heads or 1, q, k] float32, added to the scores
+    cross_bias: jax.Array
+    query: jax.Array  # positions [q], [k] of the self-attention
+    key: jax.Array
+    index: Any  # position of the cache that is filled in
+
+
 class DecoderLayer(nn.Module):
     """`cache` None: teacher forcing. Else this layer's key and value, and of the input `encoded` or cross_key, cross_value."""
 
@@ -55,8 +66,9 @@ class DecoderLayer(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, cache, encoded, self_bias, cross_bias, query, key, index):
+    def __call__(self, x, cache, context: DecoderContext):
         c, off = self.config, self.deterministic
+        encoded, self_bias, cross_bias, query, key, index = context
         drop = Dropout(c.dropout_rate, deterministic=off)
         if not c.shared_relative_position_bias:
             self_bias = self_bias + RelativeBias(c, False, name="relpos_bias")(query, key)
@@ -137,9 +149,9 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, cache, encoded, self_mask, cross_mask, query, key, index, *, deterministic: bool
+        self, x, cache, *, encoded=None, self_mask, cross_mask, query, key, index=0, deterministic
     ):
-        """x [batch, q, embed]; query, key: positions -> ([batch, q, embed], updated cache or None)."""
+        """x [batch, q, embed], masks [batch or 1, 1, q, k] -> ([batch, q, embed], updated cache or None)."""
         c = self.config
         drop = Dropout(c.dropout_rate, deterministic=deterministic)
         bias = mask_bias(self_mask)
@@ -149,10 +161,12 @@ class Decoder(nn.Module):
             DecoderLayer,
             c,
             c.num_decoder_layers,
-            (0,) + (nn.broadcast,) * 6,
+            (0, nn.broadcast),  # a cache per layer
             deterministic=deterministic,
         )
-        x, cache = layers(drop(x), cache, encoded, bias, mask_bias(cross_mask), query, key, index)
+        x, cache = layers(
+            drop(x), cache, DecoderContext(encoded, bias, mask_bias(cross_mask), query, key, index)
+        )
         return drop(RMSNorm(c, name="decoder_norm")(x)), cache
 
 
@@ -226,12 +240,11 @@ class T5(nn.Module):
         x, _ = self.decoder(
             self._embed(batch["decoder_input_tokens"]),
             None,
-            encoded,
-            same_segment(target, target) & causal,
-            same_segment(batch.get("decoder_encoder_segment_ids", target), source),
-            position,
-            position,
-            0,
+            encoded=encoded,
+            self_mask=same_segment(target, target) & causal,
+            cross_mask=same_segment(batch.get("decoder_encoder_segment_ids", target), source),
+            query=position,
+            key=position,
             deterministic=not enable_dropout,
         )
         return self._scaled(x)
@@ -262,12 +275,12 @@ class T5(nn.Module):
         x, new = self.decoder(
             self._embed(ids),
             cache,
-            encoded,
-            (key <= index)[None, None, None, :],
-            (encoder_segment_ids > 0)[:, None, None, :],
-            index[None],
-            key,
-            index,
+            encoded=encoded,
+            self_mask=(key <= index)[None, None, None, :],
+            cross_mask=(encoder_segment_ids > 0)[:, None, None, :],
+            query=index[None],
+            key=key,
+            index=index,
             deterministic=True,
         )
         return self._logits(self._scaled(x))[:, 0], {**cache, **new}
@@ -295,12 +308,10 @@ class T5(nn.Module):
         x, _ = self.decoder(
             self._embed(decoder_input_tokens),
             cache,
-            None,
-            same_segment(segments, segments) & causal,
-            (encoder_segment_ids > 0)[:, None, None, :],
-            position,
-            position,
-            0,
+            self_mask=same_segment(segments, segments) & causal,
+            cross_mask=(encoder_segment_ids > 0)[:, None, None, :],
+            query=position,
+            key=position,
             deterministic=True,
         )
         return self._scaled(x)
