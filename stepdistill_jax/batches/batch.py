@@ -1,32 +1,41 @@
-"""The batch as a pure function of (data, seed, step): which examples, and where their tokens go."""
+"""The batch as a pure function of (data, seed, step): which examples, and where their tokens go.
 
+`sampler.py` draws the rows of a step, `packing.py` puts their tokens into arrays.
+"""
+
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from stepdistill_jax.batches.packing import (
     PROBED_ROWS,
     PROBES,
+    Encodings,
+    Group,
+    Packing,
     choose_row_counts,
+    empty_group,
     first_fit,
     most_rows,
     round_up,
+    scatter,
 )
-from stepdistill_jax.batches.sampler import ExampleIds, Order, draws, nested_pools
-from stepdistill_jax.batches.scatter import (
-    Encodings,
+from stepdistill_jax.batches.sampler import (
+    ExampleIds,
     Rows,
+    Sampler,
     TokenTable,
-    empty_group,
-    place_tokens,
+    nested_pools,
+    rows_of,
+    token_tables,
 )
 from stepdistill_jax.data.objectives import share_encoding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.load import TaskData
 
-Group = dict[str, np.ndarray]
 Batch = tuple[Group, ...]
 
 
@@ -99,7 +108,7 @@ class Batches:
                     f"TARGET_LENGTH={self.target_length}: nothing is left for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
-        for store, pool in enumerate(self._order.pools):
+        for store, pool in enumerate(self._sampler.pools):
             if not len(pool):
                 raise InputError(
                     f"{self.data.name}: store {store + 1} of split {self.data.split} has no"
@@ -113,22 +122,7 @@ class Batches:
 
     @functools.cached_property
     def _tables(self) -> tuple[TokenTable, ...]:
-        """Ids, offsets and cut lengths, for each store and column."""
-        return tuple(
-            TokenTable.of(
-                rows,
-                self.data.decoder_prefixes[column.objective - 1],
-                store.weights,
-                self.input_length,
-                self.target_length,
-                number,
-                column.objective,
-                column.variant,
-                loss_mean=self.loss_mean,
-            )
-            for number, store in enumerate(self.data.stores)
-            for column, rows in zip(self.data.columns, store.rows, strict=True)
-        )
+        return token_tables(self.data, self.input_length, self.target_length, self.loss_mean)
 
     def _tables_of(self, store: int) -> list[TokenTable]:
         return [table for table in self._tables if table.store == store]
@@ -137,19 +131,19 @@ class Batches:
     def _usable(self) -> tuple[np.ndarray, ...]:
         """For each store the examples with at least one target."""
         return tuple(
-            np.flatnonzero(np.any([t.target_lengths > 0 for t in self._tables_of(s)], axis=0))
+            np.flatnonzero(np.any([t.present for t in self._tables_of(s)], axis=0))
             for s in range(len(self.data.stores))
         )
 
     @functools.cached_property
-    def _order(self) -> Order:
+    def _sampler(self) -> Sampler:
         pools = nested_pools(self._usable, self.data_fraction, self.seed)
-        return Order(pools, self.data.rates, self.seed, self.shuffle)
+        return Sampler(pools, self.data.rates, self.seed, self.shuffle)
 
     @property
     def num_examples(self) -> int:
         """Examples in use, of all stores together."""
-        return sum(len(pool) for pool in self._order.pools)
+        return sum(len(pool) for pool in self._sampler.pools)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -172,7 +166,7 @@ class Batches:
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
             # a batch that crosses the end of an epoch may hold an example once for each
-            epochs = (self.batch_size - 1) // len(self._order.pools[store]) + 2
+            epochs = (self.batch_size - 1) // len(self._sampler.pools[store]) + 2
             encodings = self._all_encodings(store)
             shares = encodings.sizes / (self.input_length, self.target_length)
             load = np.bincount(encodings.places, shares.sum(1))
@@ -195,8 +189,8 @@ class Batches:
                 mine = stores == store
                 indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
             epochs = rng.integers(1 << 30, size=self.batch_size)
-            rows = self.rows_of(ExampleIds(stores, indices, epochs))
-            probes.append(first_fit(self.encodings_of(rows).sizes, self.lengths[0]).num_rows)
+            rows = self._rows(ExampleIds(stores, indices, epochs), self._tables)
+            probes.append(first_fit(self._encodings(rows).sizes, self.lengths[0]).num_rows)
         return probes
 
     @functools.cached_property
@@ -204,72 +198,47 @@ class Batches:
         """(input, target) length of each group."""
         if self.pack:
             return ((self.input_length, self.target_length),)
-        longest = []
-        for group in self._padded_groups:
-            tables = [t for t in self._tables if self._padded_group(t) == group]
-            longest.append(
-                (
-                    max(1, *(int(t.input_lengths.max(initial=0)) for t in tables)),
-                    max(1, *(int(t.decoder_lengths.max(initial=0)) for t in tables)),
-                )
-            )
-        return tuple(longest)
 
-    def _padded_group(self, table: TokenTable) -> tuple[int, int]:
-        """Unpacked, a group has one row per example: several rationales make several groups."""
-        return table.objective, 0 if self.data.sample_rationales else table.variant
+        def longest(lengths: Iterable[np.ndarray]) -> int:
+            return max(1, *(int(of_table.max(initial=0)) for of_table in lengths))
+
+        return tuple(
+            (longest(t.inputs.lengths for t in tables), longest(t.decoder_lengths for t in tables))
+            for tables in self._padded_groups
+        )
 
     @functools.cached_property
-    def _padded_groups(self) -> list[tuple[int, int]]:
-        return sorted({self._padded_group(table) for table in self._tables})
+    def _padded_groups(self) -> list[list[TokenTable]]:
+        """Unpacked, a group has one row per example: several rationales make several groups."""
+        groups = collections.defaultdict(list)
+        for table in self._tables:
+            variant = 0 if self.data.sample_rationales else table.variant
+            groups[table.objective, variant].append(table)
+        return [groups[key] for key in sorted(groups)]
 
     def examples(self, step: int) -> ExampleIds:
         """The examples of a step, in the order in which they are drawn."""
         first = step * self.batch_size
-        return self._order(np.arange(first, first + self.batch_size))
+        return self._sampler(np.arange(first, first + self.batch_size))
 
     def __call__(self, step: int) -> Batch:
         """The global batch of a step."""
         drawn = self.examples(step)
         return self._packed(drawn) if self.pack else self._padded(drawn)
 
-    def rows_of(self, drawn: ExampleIds) -> Rows:
-        """(table, examples of it with a target, their places in the step) of drawn examples."""
-        found = []
-        chosen = self._chosen(drawn) if self.data.sample_rationales else {}
-        for table in self._tables:
-            places = np.flatnonzero(drawn.stores == table.store)
-            places = places[table.target_lengths[drawn.indices[places]] > 0]
-            if (of := (table.store, table.objective)) in chosen:
-                places = places[chosen[of][places] == table.variant]
-            if len(places):
-                found.append((table, drawn.indices[places], places))
-        return found
+    def _rows(self, drawn: ExampleIds, tables: Sequence[TokenTable]) -> Rows:
+        return rows_of(drawn, tables, self.seed if self.data.sample_rationales else None)
 
-    def _chosen(self, drawn: ExampleIds) -> dict[tuple[int, int], np.ndarray]:
-        """(store, objective) -> [examples] the variant that each drawn example shows this time."""
-        random = draws(drawn, self.seed)
-        chosen = {}
-        for of in dict.fromkeys((t.store, t.objective) for t in self._tables if t.variant):
-            tables = [t for t in self._tables if (t.store, t.objective) == of]
-            mine = drawn.stores == of[0]
-            rows = np.where(mine, drawn.indices, 0)  # of other stores: not looked at
-            count = np.sum([t.target_lengths[rows] > 0 for t in tables], axis=0)
-            # an example's rationales fill its variants from the first on
-            chosen[of] = (random % np.maximum(count, 1).astype(np.uint64)).astype(np.int64)
-        return chosen
-
-    def encodings_of(self, rows: Rows) -> Encodings:
-        """Which of the rows of `rows_of` read one encoding, and its sizes."""
-        return Encodings.of(rows, self.target_length, shared=self.shared)
+    def _encodings(self, rows: Rows) -> Encodings:
+        parts = [(t.inputs.lengths[e], t.decoder_lengths[e], places) for t, e, places in rows]
+        inputs, targets, places = map(np.concatenate, zip(*parts, strict=True))
+        sizes = np.stack([inputs, targets], 1)
+        return Encodings.of(sizes, places, self.target_length, shared=self.shared)
 
     def _all_encodings(self, store: int) -> Encodings:
         """Those of all examples of a store, each at the place of its number, with all rationales."""
-        rows = []
-        for table in self._tables_of(store):
-            present = np.flatnonzero(table.target_lengths > 0)
-            rows.append((table, present, present))
-        return self.encodings_of(rows)
+        every = [(table, np.flatnonzero(table.present)) for table in self._tables_of(store)]
+        return self._encodings([(table, examples, examples) for table, examples in every])
 
     def sizes(self) -> np.ndarray:
         """[encodings, 2] input and target length of what is packed, of all examples of the data."""
@@ -278,23 +247,23 @@ class Batches:
 
     def _packed(self, drawn: ExampleIds) -> Batch:
         """One group of packed rows."""
-        rows = self.rows_of(drawn)
-        encodings = self.encodings_of(rows)
+        rows = self._rows(drawn, self._tables)
+        encodings = self._encodings(rows)
         packing = first_fit(encodings.sizes, self.lengths[0])
         count = next(c for c in self.row_counts if c >= packing.num_rows)
         group = empty_group(count, *self.lengths[0], shared=self.shared)
-        place_tokens(group, rows, encodings, packing)
+        _fill(group, rows, encodings, packing)
         return (group,)
 
     def _padded(self, drawn: ExampleIds) -> Batch:
         """One group for each objective (and rationale); row i is the i-th example's."""
         count = round_up(self.batch_size, self.row_multiple)
         groups = []
-        for of, lengths in zip(self._padded_groups, self.lengths, strict=True):
+        for tables, lengths in zip(self._padded_groups, self.lengths, strict=True):
             group = empty_group(count, *lengths)
-            rows = [r for r in self.rows_of(drawn) if self._padded_group(r[0]) == of]
-            if rows:
-                place_tokens(group, rows, self.encodings_of(rows), None)
+            if rows := self._rows(drawn, tables):
+                encodings = self._encodings(rows)
+                _fill(group, rows, encodings, Packing.padded(encodings.places))
             groups.append(group)
         return tuple(groups)
 
@@ -302,12 +271,17 @@ class Batches:
         """For each objective how many inputs and targets in use are longer than the lengths."""
         counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
         for table in self._tables:
-            pool = self._order.pools[table.store]
-            pool = pool[table.target_lengths[pool] > 0]
+            pool = self._sampler.pools[table.store]
+            pool = pool[table.present[pool]]
             name = self.data.objectives[table.objective - 1].name
-            counts[name]["inputs"] += int(table.inputs_cut[pool].sum())
-            counts[name]["targets"] += int(table.targets_cut[pool].sum())
+            counts[name]["inputs"] += int(table.inputs.is_cut[pool].sum())
+            counts[name]["targets"] += int(table.targets.is_cut[pool].sum())
         return counts
+
+
+def _fill(group: Group, rows: Rows, encodings: Encodings, packing: Packing) -> None:
+    tokens = zip(*(table.tokens(examples) for table, examples, _ in rows), strict=True)
+    scatter(group, encodings, packing, *map(np.concatenate, tokens))
 
 
 def iterate(

@@ -1,4 +1,10 @@
-"""Many short rows in few long ones: which goes where, and how many there may be."""
+"""Many short rows in few long ones, in three steps: lengths -> packed rows -> cells and arrays.
+
+1. `Encodings.of`: which rows of a step read one encoding of an input, and how long it and they are.
+2. `first_fit`: the packed row of each encoding, and its first column there. `choose_row_counts` and
+   `most_rows` bound how many packed rows there may be.
+3. `scatter`: the cell of each token in the arrays of a batch.
+"""
 
 import bisect
 import dataclasses
@@ -7,10 +13,73 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stepdistill_jax.batches.sampler import ranges
+
+Group = dict[str, np.ndarray]
+
+# the encoder segment that a target token reads; without this feature, the segment of its own number
+DECODER_ENCODER_SEGMENTS = "decoder_encoder_segment_ids"
+
 PROBES = 128
 PROBED_ROWS = 200_000  # at most: probing must stay below about two seconds for any batch size
 NEARLY_FULL = 2.2  # mean rows still fit: then the last two are chosen together
 CANDIDATES = 24  # of each list, for these two; more cost time and pack no better
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodings:
+    """Which rows read one encoding of an input, and how their targets lie next to each other.
+
+    Attributes:
+        of_row: [rows] int64 number of the encoding that a row reads, from 0.
+        offset: [rows] int64 decoder tokens of the same encoding to the left of the row's own.
+        row_sizes: [rows, 2] int64 input and decoder length of a row.
+        is_first: [rows] bool, true for the row whose inputs an encoding has.
+        places: [encodings] int64 its example's place in the step.
+        sizes: [encodings, 2] int64 input length, and decoder lengths of all its rows together.
+    """
+
+    of_row: np.ndarray
+    offset: np.ndarray
+    row_sizes: np.ndarray
+    is_first: np.ndarray
+    places: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(
+        cls, sizes: np.ndarray, places: np.ndarray, target_length: int, *, shared: bool
+    ) -> "Encodings":
+        """One encoding for each row or, if `shared`, one for all rows of an example.
+
+        An example whose targets need more than `target_length` together is encoded again for the
+        targets that no longer fit, so that none is cut for the others' sake.
+
+        Args:
+            sizes: [rows, 2] int64 input and decoder length.
+            places: [rows] int64 each example's place in the step.
+            target_length: of a packed row.
+            shared: whether all rows of an example have one input.
+        """
+        rows, lengths = np.arange(len(sizes)), sizes[:, 1]
+        keys, offset = rows.copy(), np.zeros_like(rows)
+        if shared:
+            count = int(places.max()) + 1
+            again, used = np.zeros(count, np.int64), np.zeros(count, np.int64)
+            turn = _numbers_within(places, rows)
+            for mine in (np.flatnonzero(turn == k) for k in range(1, int(turn.max()) + 1)):
+                at = places[mine]  # each place once
+                full = used[at] + lengths[mine] > target_length
+                again[at] += full
+                offset[mine] = np.where(full, 0, used[at])
+                used[at] = offset[mine] + lengths[mine]
+                keys[mine] = again[at] * count + at
+        _, first, of_row = np.unique(keys, return_index=True, return_inverse=True)
+        is_first = np.zeros(len(rows), bool)
+        is_first[first] = True
+        sums = np.bincount(of_row, lengths, minlength=len(first)).astype(np.int64)
+        of_first = np.stack([sizes[first, 0], sums], 1)
+        return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +98,12 @@ class Packing:
     target_start: np.ndarray
     segment: np.ndarray
     num_rows: int
+
+    @classmethod
+    def padded(cls, places: np.ndarray) -> "Packing":
+        """Each encoding by itself, in the row of its place."""
+        start = np.zeros_like(places)
+        return cls(places, start, start, start + 1, len(places))
 
 
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
@@ -88,40 +163,39 @@ class _Decreasing:
     """Rows that wait for a place, the longest on their heavy side first."""
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
-        own = sizes[members, side]
-        order = np.argsort(-own, kind="stable")
+        order = members[np.argsort(-sizes[members, side], kind="stable")]
         self._side = side
-        self._keys = (-own[order]).tolist()  # ascending, for bisect
-        self._index = members[order].tolist()
-        self._other = sizes[members[order], 1 - side].tolist()
-        self._least_other = min(self._other, default=0)
+        self._keys = (-sizes[order, side]).tolist()  # ascending, for bisect
+        self._index = order.tolist()
+        self._lengths = [sizes[order, either].tolist() for either in (0, 1)]
+        self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """The first whose own side fits; those behind it do, too."""
+        """The first whose own side fits; those after it do, too."""
         if room[1 - self._side] < self._least_other:
             return len(self._keys)
         return bisect.bisect_left(self._keys, -room[self._side])
 
     def first(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
         """The place of the first that fits, if one does."""
-        other_room = room[1 - self._side]
-        for k in range(self._from(room), len(self._keys)):
-            if self._other[k] <= other_room:
+        other, other_room = self._lengths[1 - self._side], room[1 - self._side]
+        for k in range(self._from(room), len(other)):
+            if other[k] <= other_room:
                 return [(self, k)]
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
         """Places of about `CANDIDATES` of all lengths whose own side fits, their inputs, targets."""
         start = self._from(room)
-        places = range(start, len(self._keys), max(1, (len(self._keys) - start) // CANDIDATES))
-        own = [-key for key in self._keys[start :: places.step]]
-        other = self._other[start :: places.step]
-        return (places, other, own) if self._side else (places, own, other)
+        step = max(1, (len(self._keys) - start) // CANDIDATES)
+        inputs, targets = self._lengths
+        return range(start, len(self._keys), step), inputs[start::step], targets[start::step]
 
     def take(self, k: int) -> tuple[int, int, int]:
         """(index, input, target length) of one, which then no longer waits."""
-        index, own, other = self._index.pop(k), -self._keys.pop(k), self._other.pop(k)
-        return (index, other, own) if self._side else (index, own, other)
+        self._keys.pop(k)
+        inputs, targets = self._lengths
+        return self._index.pop(k), inputs.pop(k), targets.pop(k)
 
 
 def _last_two(
@@ -204,3 +278,66 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     heaviest = np.partition(loads, -batch_size)[-batch_size:] if len(loads) > batch_size else loads
     by_load = int(np.ceil(2 * heaviest.sum() + 1e-6))
     return max(1, min(by_load, int(np.sort(rows_each)[-batch_size:].sum())))
+
+
+def empty_group(
+    count: int, input_length: int, target_length: int, *, shared: bool = False
+) -> Group:
+    """A group of `count` rows of padding, with all features.
+
+    Where encodings are `shared`, a decoder segment says which encoder segment it reads.
+    """
+    group: Group = {}
+    for name in ("encoder_input_tokens", "encoder_segment_ids"):
+        group[name] = np.zeros((count, input_length), np.int32)
+    names = ("input_tokens", "target_tokens", "segment_ids", "objective_ids")
+    for name in (*(f"decoder_{n}" for n in names), *([DECODER_ENCODER_SEGMENTS] if shared else [])):
+        group[name] = np.zeros((count, target_length), np.int32)
+    group["decoder_loss_weights"] = np.zeros((count, target_length), np.float32)
+    return group
+
+
+def scatter(
+    group: Group,
+    encodings: Encodings,
+    packing: Packing,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    objectives: np.ndarray,
+    weights: np.ndarray,
+) -> None:
+    """Writes tokens into a group of padding, each into its cell.
+
+    The segments of the decoder are numbered from the left of each packed row; where every target
+    has an encoding of its own these are the encoder's numbers, too.
+
+    `inputs` and, with their decoder prefixes, `targets`, `objectives` and `weights` are [tokens] of
+    all rows, one row after the other.
+    """
+    of = encodings.of_row[encodings.is_first]
+    lengths, width = encodings.sizes[of, 0], group["encoder_segment_ids"].shape[1]
+    inputs = inputs[np.repeat(encodings.is_first, encodings.row_sizes[:, 0])]
+    cells = ranges(packing.row[of] * width + packing.input_start[of], lengths)
+    np.put(group["encoder_input_tokens"], cells, inputs)
+    np.put(group["encoder_segment_ids"], cells, np.repeat(packing.segment[of], lengths))
+
+    of, lengths = encodings.of_row, encodings.row_sizes[:, 1]
+    row, start = packing.row[of], packing.target_start[of] + encodings.offset
+    cells = ranges(row * group["decoder_segment_ids"].shape[1] + start, lengths)
+    previous = np.concatenate([[0], targets[:-1]])
+    previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0
+    np.put(group["decoder_target_tokens"], cells, targets)
+    np.put(group["decoder_input_tokens"], cells, previous)
+    np.put(group["decoder_segment_ids"], cells, np.repeat(_numbers_within(row, start), lengths))
+    np.put(group["decoder_objective_ids"], cells, objectives)
+    np.put(group["decoder_loss_weights"], cells, weights)
+    if DECODER_ENCODER_SEGMENTS in group:
+        np.put(group[DECODER_ENCODER_SEGMENTS], cells, np.repeat(packing.segment[of], lengths))
+
+
+def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """[rows] the number of each in its group by its key, from 1."""
+    order = np.lexsort((key, group))
+    number = np.empty_like(group)
+    number[order] = np.arange(1, len(group) + 1) - np.searchsorted(group[order], group[order])
+    return number

@@ -1,4 +1,8 @@
-"""Which examples a position of a run stands for: a pure function of (pools, rates, seed)."""
+"""Which rows a step takes: a pure function of (tables, pools, rates, seed).
+
+`Sampler` gives the examples of positions 0, 1, 2, ... of a run, `rows_of` their rows in each
+`TokenTable`.
+"""
 
 import dataclasses
 import functools
@@ -7,9 +11,138 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stepdistill_jax.data.vocabulary import EOS_ID
+from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.token_store import TokenRows
+
 # Positions of a mixture are dealt out in blocks, so that a block is drawn in a millisecond and the
 # rates hold to 1 in 65,536
 MIXTURE_BLOCK = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class CutRows:
+    """Rows of ids of which the first `most` are used; a cut row keeps its end of sequence."""
+
+    rows: TokenRows
+    most: int
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[examples] int64 tokens that are used."""
+        return np.minimum(self.rows.lengths, self.most)
+
+    @functools.cached_property
+    def is_cut(self) -> np.ndarray:
+        """[examples] bool."""
+        return self.rows.lengths > self.most
+
+    def used(self, examples: np.ndarray) -> np.ndarray:
+        """[tokens] indices into `rows.ids` of the tokens of these examples."""
+        return ranges(self.rows.offsets[examples], self.lengths[examples])
+
+    def ids(self, examples: np.ndarray) -> np.ndarray:
+        """[tokens] int32 ids of these examples, one after the other."""
+        ids, cut = self.rows.ids[self.used(examples)], self.is_cut[examples]
+        if cut.any():
+            last = self.rows.ids[self.rows.offsets[examples[cut] + 1] - 1]
+            at = np.cumsum(self.lengths[examples])[cut] - 1
+            ids[at] = np.where(last == EOS_ID, EOS_ID, ids[at])
+        return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """One objective of one store, its rows cut.
+
+    Attributes:
+        store, objective: number of the store from 0, of the objective from 1.
+        variant: which of an example's rationales, from 0.
+        inputs, targets: rows of ids; a target of length 0 is an absent row.
+        prefix: ids of the objective's `decoder_prefix`.
+        weights: [examples] float32 factor of each target token's loss.
+        token_weights: [tokens] float32 another factor of each of the targets' ids; None is 1.
+    """
+
+    store: int
+    objective: int
+    variant: int
+    inputs: CutRows
+    targets: CutRows
+    prefix: tuple[int, ...]
+    weights: np.ndarray
+    token_weights: np.ndarray | None
+
+    @functools.cached_property
+    def present(self) -> np.ndarray:
+        """[examples] bool, whether there is a target."""
+        return self.targets.lengths > 0
+
+    @functools.cached_property
+    def decoder_lengths(self) -> np.ndarray:
+        """[examples] int64 tokens of the decoder: prefix and target, 0 for an absent row."""
+        return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
+
+    def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
+        """[tokens] input ids of examples, and decoder ids, objectives and weights; 0 for a prefix."""
+        ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
+        objectives = np.full(len(ids), self.objective)
+        weights = np.repeat(self.weights[examples], lengths)
+        if self.token_weights is not None:
+            weights *= self.token_weights[self.targets.used(examples)]
+        if self.prefix:
+            at = np.repeat(np.cumsum(lengths) - lengths, len(self.prefix))
+            ids = np.insert(ids, at, np.tile(self.prefix, len(examples)))
+            objectives, weights = np.insert(objectives, at, 0), np.insert(weights, at, 0)
+        return self.inputs.ids(examples), ids, objectives, weights
+
+
+def token_tables(
+    data: TaskData, input_length: int, target_length: int, loss_mean: str
+) -> tuple[TokenTable, ...]:
+    """The tables of each store and column; see `Batches` for the lengths and `loss_mean`."""
+    tables = []
+    for number, store in enumerate(data.stores):
+        for column, rows in zip(data.columns, store.rows, strict=True):
+            prefix = data.decoder_prefixes[column.objective - 1]
+            targets = CutRows(rows["targets"], target_length - len(prefix))
+            weights, token_weights = _loss_weights(
+                targets, store.weights, rows.get("token_weights"), loss_mean
+            )
+            table = TokenTable(
+                store=number,
+                objective=column.objective,
+                variant=column.variant,
+                inputs=CutRows(rows["inputs"], input_length),
+                targets=targets,
+                prefix=prefix,
+                weights=weights,
+                token_weights=token_weights,
+            )
+            tables.append(table)
+    return tuple(tables)
+
+
+def _loss_weights(
+    targets: CutRows, weights: np.ndarray, token_weights: np.ndarray | None, loss_mean: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`weights` and `token_weights` of a `TokenTable`.
+
+    With `loss_mean` "example" the tokens of a target share its weight: the sums of a step are over
+    targets then, and the compiled step stays the same.
+    """
+    first, shares = targets.rows.offsets[:-1], targets.lengths
+    ends = first + targets.lengths
+    if token_weights is not None:  # the end of sequence that a cut row keeps weighs 1, as others do
+        token_weights = token_weights.copy()
+        token_weights[ends[targets.is_cut] - 1] = 1
+    if loss_mean == "example":
+        if token_weights is not None:
+            sums = np.concatenate([[0], np.cumsum(token_weights, dtype=np.float64)])
+            shares = sums[ends] - sums[first]
+        weights = np.divide(weights, shares, out=np.zeros(len(weights)), where=shares > 0)
+        weights = weights.astype(np.float32)
+    return weights, token_weights
 
 
 class ExampleIds(NamedTuple):
@@ -47,7 +180,7 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class Sampler:
     """Position 0, 1, 2, ... -> example; each store's pool in a new permutation every epoch.
 
     Attributes:
@@ -66,15 +199,12 @@ class Order:
         """The examples at positions; they need not be in order."""
         if not self.shuffle:
             return self._in_order(position)
-        if len(self.pools) == 1:
-            stores, turns = np.zeros(len(position), np.int64), position
-        else:
-            stores, turns = np.empty((2, len(position)), np.int64)
-            block = position // MIXTURE_BLOCK
-            for b in np.unique(block):
-                block_stores, block_turns = self._block(int(b))
-                at = position[block == b] - b * MIXTURE_BLOCK
-                stores[block == b], turns[block == b] = block_stores[at], block_turns[at]
+        stores, turns = np.empty((2, len(position)), np.int64)
+        block = position // MIXTURE_BLOCK
+        for b in np.unique(block):
+            block_stores, block_turns = self._block(int(b))
+            at = position[block == b] - b * MIXTURE_BLOCK
+            stores[block == b], turns[block == b] = block_stores[at], block_turns[at]
         indices, epochs = np.empty((2, len(position)), np.int64)
         for store, pool in enumerate(self.pools):
             mine = np.flatnonzero(stores == store)
@@ -88,18 +218,15 @@ class Order:
         ends = np.cumsum([len(pool) for pool in self.pools])
         position = position[position < ends[-1]]
         stores = np.searchsorted(ends, position, side="right")
-        rows = position - np.concatenate([[0], ends])[stores]
-        indices = [int(self.pools[s][r]) for s, r in zip(stores, rows, strict=True)]
-        return ExampleIds(stores, np.array(indices, np.int64), np.zeros(len(stores), np.int64))
+        return ExampleIds(stores, np.concatenate(self.pools)[position], np.zeros_like(stores))
 
     @functools.cached_property
     def _epoch(self):
         """(store, epoch) -> the pool in that epoch's order; the last two of each store are kept."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
-            return np.random.default_rng((self.seed, store, 1, epoch)).permutation(
-                self.pools[store]
-            )
+            rng = np.random.default_rng((self.seed, store, 1, epoch))
+            return rng.permutation(self.pools[store])
 
         return functools.lru_cache(maxsize=2 * len(self.pools))(permuted)
 
@@ -129,3 +256,35 @@ class Order:
         elif rest < 0:
             shares[np.argmax(shares)] += rest
         return shares
+
+
+# (table, examples of it, their places in the step); a row is one of these examples
+Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
+
+
+def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int | None) -> Rows:
+    """The rows that drawn examples have in these tables.
+
+    With a `variant_seed` an example shows one of its rationales in each epoch, else all.
+    """
+    found = []
+    random = None if variant_seed is None else draws(drawn, variant_seed)
+    for table in tables:
+        places = np.flatnonzero(drawn.stores == table.store)
+        examples = drawn.indices[places]
+        taken = table.present[examples]
+        if random is not None:
+            # an example's rationales fill its variants from the first on
+            of = (table.store, table.objective)
+            variants = [t.present[examples] for t in tables if (t.store, t.objective) == of]
+            count = np.maximum(np.sum(variants, axis=0), 1).astype(np.uint64)
+            taken = taken & (random[places] % count == table.variant)
+        if taken.any():
+            found.append((table, examples[taken], places[taken]))
+    return found
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Counts up from each start: `ranges([3, 9], [2, 3])` is [3, 4, 9, 10, 11]."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stepdistill_jax.batches.packing import round_up
-from stepdistill_jax.batches.scatter import DECODER_ENCODER_SEGMENTS
+from stepdistill_jax.batches.packing import empty_group, round_up
 from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
@@ -29,14 +28,6 @@ from stepdistill_jax.training.step import in_mesh, jit_train_step
 # second (its data sheet), an H100 989e12 and 450e9 over NVLink
 FLOPS_PER_BYTE = 1000
 CPU_OPTIONS: Any = {"xla_backend_optimization_level": 0}
-_INT_FEATURES = {
-    "encoder_input_tokens": 1,
-    "encoder_segment_ids": 1,
-    "decoder_input_tokens": 2,
-    "decoder_target_tokens": 2,
-    "decoder_segment_ids": 2,
-    "decoder_objective_ids": 2,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +126,13 @@ def rounded_groups(
 def abstract_batch(
     groups: Sequence[tuple[int, int, int]], mesh: Mesh, *, shared: bool = False
 ) -> tuple[dict, ...]:
-    """Groups of `training.batches` as shapes, cut by rows; `shared`: targets name their encoding."""
-    features = _INT_FEATURES | ({DECODER_ENCODER_SEGMENTS: 2} if shared else {})
+    """Groups of `Batches` as shapes, cut by rows; `shared`: targets name their encoding."""
     sharding = batch_sharding(mesh)
-
-    def array(*shape, dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
     return tuple(
-        {name: array(group[0], group[side]) for name, side in features.items()}
-        | {"decoder_loss_weights": array(group[0], group[2], dtype=jnp.float32)}
+        {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for name, x in empty_group(*group, shared=shared).items()
+        }
         for group in groups
     )
 

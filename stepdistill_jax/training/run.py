@@ -1,6 +1,7 @@
 """Everything that a run is made of, checked before the first compile."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -87,13 +88,14 @@ def assemble(
         vocabulary, model = _given_model(config, workdir)
     if config.task == EMBEDDED:
         ensure_prepared(config.task, data_dir)
-    source = {
-        "objectives": config.objectives,
-        "vocabulary": vocabulary,
-        "data_dir": data_dir,
-        "task_module": config.task_module,
-    }
-    data = load_task(config.task, split="train", supervision=config.supervision, **source)
+    load = functools.partial(
+        load_task,
+        config.task,
+        vocabulary=vocabulary,
+        data_dir=data_dir,
+        task_module=config.task_module,
+    )
+    data = load(split="train", objectives=config.objectives, supervision=config.supervision)
     if config.token_weights is not None:
         data = with_token_weights(
             data,
@@ -117,34 +119,35 @@ def assemble(
             f"ids of {config.task} go up to {data.vocab_size - 1}, but the model's vocab_size is"
             f" {model.vocab_size}"
         )
-    cut = {
-        "batch_size": config.batch_size,
-        "input_length": config.input_length,
-        "target_length": config.target_length,
-        "seed": config.seed,
-        "pack": config.pack,
-        "loss_mean": config.loss_mean,
-    }
     batches = Batches(
         data,
+        batch_size=config.batch_size,
+        input_length=config.input_length,
+        target_length=config.target_length,
+        seed=config.seed,
+        pack=config.pack,
         row_multiple=batch_shards(mesh) * config.num_microbatches,
         data_fraction=config.data_fraction,
-        **cut,
+        loss_mean=config.loss_mean,
     )
     tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if has_split(config.task, VALIDATION, data_dir=data_dir, task_module=config.task_module):
-        source["objectives"] = held_out_objectives(data.objectives)
-        held_out = load_task(
-            config.task,
+        held_out = load(
             split=VALIDATION,
+            objectives=held_out_objectives(data.objectives),
             supervision=config.supervision.for_objectives(data.objectives).held_out(),
-            **source,
         )
         validator = Validator.create(
             held_out,
-            Batches(held_out, row_multiple=batch_shards(mesh), shuffle=False, **cut),
+            dataclasses.replace(
+                batches,
+                data=held_out,
+                row_multiple=batch_shards(mesh),
+                data_fraction=1.0,
+                shuffle=False,
+            ),
             config=model,
             abstract=abstract,
             mesh=mesh,

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from stepdistill_jax.batches.scatter import empty_group
+from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops

@@ -157,7 +157,7 @@ import jax, jax.numpy as jnp, optax
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.models.sharding import LAYOUTS, Layout, batch_sharding, make_mesh
-from stepdistill_jax.batches.scatter import empty_group
+from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.training.state import abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_eval_step, jit_train_step
 
