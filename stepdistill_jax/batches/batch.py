@@ -204,12 +204,14 @@ class Batches:
 
         return tuple(
             (longest(t.inputs.lengths for t in tables), longest(t.decoder_lengths for t in tables))
-            for tables in self._padded_groups
+            for tables in self._groups
         )
 
     @functools.cached_property
-    def _padded_groups(self) -> list[list[TokenTable]]:
-        """Unpacked, a group has one row per example: several rationales make several groups."""
+    def _groups(self) -> list[list[TokenTable]]:
+        """The tables of each group: all of them or, padded, the ones with one row per example."""
+        if self.pack:
+            return [list(self._tables)]
         groups = collections.defaultdict(list)
         for table in self._tables:
             variant = 0 if self.data.sample_rationales else table.variant
@@ -224,7 +226,27 @@ class Batches:
     def __call__(self, step: int) -> Batch:
         """The global batch of a step."""
         drawn = self.examples(step)
-        return self._packed(drawn) if self.pack else self._padded(drawn)
+        each = zip(self._groups, self.lengths, strict=True)
+        return tuple(self._group(drawn, tables, lengths) for tables, lengths in each)
+
+    def _group(
+        self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
+    ) -> Group:
+        """One group: the rows drawn, the encodings they read, where these lie, and the arrays."""
+        rows = self._rows(drawn, tables)
+        count = round_up(self.batch_size, self.row_multiple)
+        if not rows:
+            return empty_group(count, *lengths, shared=self.shared)
+        encodings = self._encodings(rows)
+        if self.pack:
+            packing = first_fit(encodings.sizes, lengths)
+            count = next(c for c in self.row_counts if c >= packing.num_rows)
+        else:
+            packing = Packing.padded(encodings.places)
+        group = empty_group(count, *lengths, shared=self.shared)
+        tokens = zip(*(table.tokens(examples) for table, examples, _ in rows), strict=True)
+        scatter(group, encodings, packing, *map(np.concatenate, tokens))
+        return group
 
     def _rows(self, drawn: ExampleIds, tables: Sequence[TokenTable]) -> Rows:
         return rows_of(drawn, tables, self.seed if self.data.sample_rationales else None)
@@ -245,28 +267,6 @@ class Batches:
         stores = range(len(self.data.stores))
         return np.concatenate([self._all_encodings(store).sizes for store in stores])
 
-    def _packed(self, drawn: ExampleIds) -> Batch:
-        """One group of packed rows."""
-        rows = self._rows(drawn, self._tables)
-        encodings = self._encodings(rows)
-        packing = first_fit(encodings.sizes, self.lengths[0])
-        count = next(c for c in self.row_counts if c >= packing.num_rows)
-        group = empty_group(count, *self.lengths[0], shared=self.shared)
-        _fill(group, rows, encodings, packing)
-        return (group,)
-
-    def _padded(self, drawn: ExampleIds) -> Batch:
-        """One group for each objective (and rationale); row i is the i-th example's."""
-        count = round_up(self.batch_size, self.row_multiple)
-        groups = []
-        for tables, lengths in zip(self._padded_groups, self.lengths, strict=True):
-            group = empty_group(count, *lengths)
-            if rows := self._rows(drawn, tables):
-                encodings = self._encodings(rows)
-                _fill(group, rows, encodings, Packing.padded(encodings.places))
-            groups.append(group)
-        return tuple(groups)
-
     def cut_counts(self) -> dict[str, dict[str, int]]:
         """For each objective how many inputs and targets in use are longer than the lengths."""
         counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
@@ -277,11 +277,6 @@ class Batches:
             counts[name]["inputs"] += int(table.inputs.is_cut[pool].sum())
             counts[name]["targets"] += int(table.targets.is_cut[pool].sum())
         return counts
-
-
-def _fill(group: Group, rows: Rows, encodings: Encodings, packing: Packing) -> None:
-    tokens = zip(*(table.tokens(examples) for table, examples, _ in rows), strict=True)
-    scatter(group, encodings, packing, *map(np.concatenate, tokens))
 
 
 def iterate(

@@ -134,11 +134,7 @@ class Encoder(nn.Module):
         if c.shared_relative_position_bias:
             bias = bias + RelativeBias(c, True, name="relpos_bias")(position, position)
         layers = scan_layers(
-            EncoderLayer,
-            c,
-            c.num_encoder_layers,
-            nn.broadcast,
-            deterministic=deterministic,
+            EncoderLayer, c, c.num_encoder_layers, nn.broadcast, deterministic=deterministic
         )
         x, _ = layers(drop(x), bias, position)
         return drop(RMSNorm(c, name="encoder_norm")(x))
@@ -158,11 +154,7 @@ class Decoder(nn.Module):
         if c.shared_relative_position_bias:
             bias = bias + RelativeBias(c, False, name="relpos_bias")(query, key)
         layers = scan_layers(
-            DecoderLayer,
-            c,
-            c.num_decoder_layers,
-            (0, nn.broadcast),  # a cache per layer
-            deterministic=deterministic,
+            DecoderLayer, c, c.num_decoder_layers, (0, nn.broadcast), deterministic=deterministic
         )
         x, cache = layers(
             drop(x), cache, DecoderContext(encoded, bias, mask_bias(cross_mask), query, key, index)

@@ -57,7 +57,7 @@ class ExtraLoss(abc.ABC):
             states: [rows, length, embed] of the decoder after its last norm, in the run's dtype.
             kernel: [embed, vocab] float32; `states @ kernel` are the logits, and the largest array
                 of the step if all are made at once.
-            group: see `training.batches`: [rows, length] each, `decoder_target_tokens`,
+            group: see `batches.batch`: [rows, length] each, `decoder_target_tokens`,
                 `decoder_segment_ids`, `decoder_objective_ids` (0 padding, i for the i-th
                 objective), `decoder_loss_weights`, ..., and those of the encoder.
         """

@@ -83,6 +83,7 @@ def assemble(
     workdir, data_dir = as_path(workdir), data_folder(data_dir)
     check_workdir(workdir)
     mesh = make_mesh(config.layout)
+    shards = batch_shards(mesh)
     vocabulary, model = BYTES if config.model_family == "byt5" else None, None
     if config.init_from is not None:
         vocabulary, model = _given_model(config, workdir)
@@ -126,7 +127,7 @@ def assemble(
         target_length=config.target_length,
         seed=config.seed,
         pack=config.pack,
-        row_multiple=batch_shards(mesh) * config.num_microbatches,
+        row_multiple=shards * config.num_microbatches,
         data_fraction=config.data_fraction,
         loss_mean=config.loss_mean,
     )
@@ -142,17 +143,13 @@ def assemble(
         validator = Validator.create(
             held_out,
             dataclasses.replace(
-                batches,
-                data=held_out,
-                row_multiple=batch_shards(mesh),
-                data_fraction=1.0,
-                shuffle=False,
+                batches, data=held_out, row_multiple=shards, data_fraction=1.0, shuffle=False
             ),
             config=model,
             abstract=abstract,
             mesh=mesh,
             max_decode_len=max_decode_len(data, config.target_length),
-            batch_size=round_up(config.batch_size, batch_shards(mesh)),
+            batch_size=round_up(config.batch_size, shards),
             on_batch=on_validation_batch,
         )
     else:

@@ -91,7 +91,7 @@ def train_step(
 
     Args:
         state: donated by the jitted form.
-        batch: groups of rows, see `training.batches`.
+        batch: groups of rows, see `batches.batch`.
         model: the module whose parameters `state` holds.
         tx: the transformation whose state `state` holds.
         objective_weights: one per objective; a `Schedule` is computed from the state's step.
