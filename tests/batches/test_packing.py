@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from stepdistill_jax.batches.packing import choose_row_counts, first_fit, most_rows
+from stepdistill_jax.batches.packing import Encodings, choose_row_counts, first_fit, most_rows
+from stepdistill_jax.batches.sampler import ranges
 
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=60)
 
@@ -97,3 +98,27 @@ def test_row_counts_fit_the_probes():
     assert choose_row_counts([5] * 50 + [9] * 50, 40, 1) == (5, 9, 11, 40)
     assert choose_row_counts([5] * 50 + [9] * 50, 40, 8) == (8, 16, 40)
     assert choose_row_counts([1, 1], 1, 4) == (4,)
+
+
+def test_ranges_docstring():
+    assert ranges(np.array([3, 9]), np.array([2, 3])).tolist() == [3, 4, 9, 10, 11]
+    assert ranges(np.array([], int), np.array([], int)).tolist() == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_targets_share_an_encoding_until_they_no_longer_fit(shared):
+    """Three targets of the first example, of which two fill 7 of 8 tokens, and one of the second."""
+    sizes, places = np.array([(5, 3), (6, 3), (5, 4), (5, 2)]), np.array([0, 1, 0, 0])
+    found = Encodings.of(sizes, places, 8, shared=shared)
+    if shared:
+        assert found.of_row.tolist() == [0, 1, 0, 2]
+        assert found.offset.tolist() == [0, 0, 3, 0]
+        assert found.is_first.tolist() == [True, True, False, True]
+        assert found.sizes.tolist() == [[5, 7], [6, 3], [5, 2]]
+        assert found.places.tolist() == [0, 1, 0]
+    else:
+        assert found.of_row.tolist() == [0, 1, 2, 3]
+        assert found.offset.tolist() == [0] * 4
+        assert found.is_first.all()
+        np.testing.assert_array_equal(found.sizes, sizes)
+        np.testing.assert_array_equal(found.places, places)
