@@ -230,6 +230,17 @@ def test_a_layout_that_leaves_most_rows_empty_is_told(tmp_path, delivery_data_di
     assert empty_rows(assemble(many, tmp_path, delivery_data_dir)) is None
 
 
+def test_validation_takes_every_example_once_in_order(tmp_path, delivery_data_dir):
+    """Whatever the training split's share, and without the rows of its microbatches."""
+    config = TrainConfig(**SETTINGS | {"data_fraction": 0.1, "num_microbatches": 2})
+    run = assemble(config, tmp_path, delivery_data_dir)
+    validation, count = run.validator.batches, len(run.validator.data.stores[0].weights)
+    drawn = [validation.examples(step).indices for step in range(validation.num_steps)]
+    assert np.concatenate(drawn).tolist() == list(range(count))
+    assert validation.row_multiple * 2 == run.batches.row_multiple
+    assert run.batches.num_examples < len(run.data.stores[0].weights) / 9
+
+
 def test_a_config_knows_its_ranges():
     for changes, named in (
         ({"batch_size": 0}, "BATCH_SIZE"),
