@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.batches.packing import DECODER_ENCODER_SEGMENTS, Batches, Group, round_up
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.batches.packing import DECODER_ENCODER_SEGMENTS, Group, round_up
 from stepdistill_jax.data import schedules
 from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.models.config import T5Config, t5_config
