@@ -377,7 +377,7 @@ MUTANTS = [
     Mutant(
         id="B2",
         what="the first decoder input of a segment is the token before it",
-        file="stepdistill_jax/batches/scatter.py",
+        file="stepdistill_jax/batches/packing.py",
         old="    previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0\n",
         new="",
         tests=["tests/batches/test_batch.py::test_the_batch_of_the_docstring"],
@@ -385,7 +385,7 @@ MUTANTS = [
     Mutant(
         id="B3",
         what="a truncated row loses its end of sequence",
-        file="stepdistill_jax/batches/scatter.py",
+        file="stepdistill_jax/batches/sampler.py",
         old="    if cut.any():",
         new="    if cut.all() and not cut.size:",
         tests=["tests/batches/test_batch.py::test_no_token_is_lost_or_doubled"],
@@ -411,9 +411,9 @@ MUTANTS = [
     Mutant(
         id="B6",
         what="loss_mean = 'example' divides by the length before truncation",
-        file="stepdistill_jax/batches/scatter.py",
-        old="            shares: np.ndarray = target_lengths\n",
-        new="            shares: np.ndarray = targets.lengths\n",
+        file="stepdistill_jax/batches/sampler.py",
+        old="first, shares = targets.rows.offsets[:-1], targets.lengths",
+        new="first, shares = targets.rows.offsets[:-1], targets.rows.lengths",
         tests=["tests/training/test_loss_mean.py::test_the_tokens_of_a_target_share_its_weight"],
     ),
     Mutant(
@@ -555,8 +555,8 @@ MUTANTS = [
         id="M4",
         what="no dropout on the decoder's embeddings",
         file="stepdistill_jax/models/t5.py",
-        old="        x, cache = layers(drop(x), cache, encoded, bias, mask_bias(cross_mask), query, key, index)",
-        new="        x, cache = layers(x, cache, encoded, bias, mask_bias(cross_mask), query, key, index)",
+        old="            drop(x), cache, DecoderContext(encoded",
+        new="            x, cache, DecoderContext(encoded",
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
     ),
     Mutant(
