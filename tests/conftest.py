@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import pathlib
@@ -249,3 +250,14 @@ def small_windows(monkeypatch):
         return windows
 
     return cut
+
+
+@pytest.fixture(scope="module")
+def params(request):
+    """Of the module's MODEL, drawn by NumPy: `init_state` would be one more program to compile."""
+    from stepdistill_jax.models.t5 import init_params
+
+    rng = np.random.default_rng(0)
+    init = functools.partial(init_params, request.module.MODEL)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)

@@ -33,7 +33,7 @@ def test_the_report_of_the_page_has_known_flags(capsys):
 
 
 def test_the_files_of_the_page_are_those_of_a_report(tmp_path):
-    listed = re.findall(r"^\| `(\w+)\.(?:\{(.*?)\}|html)`", PAGE, re.M)
+    listed = re.findall(r"^\| `(\w+)\.\{?([\w,]+)\}?`", PAGE, re.M)
     suffixes = dict(listed)
     assert set(suffixes) == {
         "report",

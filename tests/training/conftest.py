@@ -1,16 +1,12 @@
 """What several tests of steps train on."""
 
-import functools
-
 import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.layers import Dropout
-from stepdistill_jax.models.t5 import init_params
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 
@@ -67,12 +63,3 @@ def one_layer():
         return OneLayer(config), {"token_embedder": table}
 
     return made
-
-
-@pytest.fixture(scope="module")
-def params(request):
-    """Of the module's MODEL, drawn by NumPy: `init_state` would be one more program to compile."""
-    rng = np.random.default_rng(0)
-    init = functools.partial(init_params, request.module.MODEL)
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
