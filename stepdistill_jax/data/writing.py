@@ -151,33 +151,40 @@ def is_ours(folder: pathlib.Path) -> bool:
     return isinstance(stored, dict) and stored.keys() >= _FIELDS
 
 
-def check_replaceable(folder: pathlib.Path) -> None:
+def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) -> None:
     """Refuses a prepared folder with a file that `prepare` did not write.
 
     Args:
         folder: one that `is_ours`, an empty one, or none.
+        name: what to call it in the message, if it has been moved.
 
     Raises:
         InputError: names the file.
     """
+    shown = name or folder
     if folder.is_symlink():
-        raise stranger(folder, "prepare", " (it is a link)")
+        raise stranger(shown, "prepare", " (it is a link)")
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     stored = read_json(folder / prepared.FILE) if found else {}
-    splits = [f"{split}.jsonl" for split in stored.get("splits", ())]
-    own = {*stored.get("files", ()), *splits, DEFECTS, prepared.FILE, prepared.VOCABULARY}
+    splits = [f"{split}.jsonl" for split in stored.get("splits") or ()]
+    own = {*(stored.get("files") or ()), *splits, DEFECTS, prepared.FILE, prepared.VOCABULARY}
     for path in found:
-        name = path.relative_to(folder)
+        file = path.relative_to(folder)
         # earlier versions kept no list of files
-        listed = stored.get("files") or name.parts[0] != prepared.TFDS_VERSION
-        if listed and name.as_posix() not in own:
-            raise stranger(path, "prepare", ", which would replace its folder")
+        listed = stored.get("files") or file.parts[0] != prepared.TFDS_VERSION
+        if listed and file.as_posix() not in own:
+            raise stranger(shown / file, "prepare", ", which would replace its folder")
 
 
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts `new` in the place of `final`, which goes beside it; `recover` knows where."""
+    """Puts `new` in the place of `final`, which goes beside it; `recover` knows where.
+
+    Raises:
+        InputError: a file of the user's has come into `final` in the meantime.
+    """
     if final.exists():
         os.replace(final, new.parent / REPLACED)
+        check_replaceable(new.parent / REPLACED, final)
     os.replace(new, final)
     fsync_folder(final.parent)
 

@@ -18,6 +18,7 @@ from stepdistill_jax.runtime.files import (
     check_file,
     is_remote,
     naming,
+    opener,
     parse_json_line,
     upload,
 )
@@ -67,7 +68,8 @@ class MetricsWriter:
         self._folder = folder
         _cut_back(folder / METRICS, start_step, validated)
         _cut_back(folder / FLAGGED, start_step)
-        self._file = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (for the whole run)
+        path = folder / METRICS
+        self._file = open(path, "a", encoding="utf-8", opener=opener)  # noqa: SIM115  (for the whole run)
         self._board = _Board(folder, start_step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
@@ -90,7 +92,7 @@ class MetricsWriter:
         if not self._active:
             return
         path = self._folder / FLAGGED
-        with naming(path), open(path, "a", encoding="utf-8") as f:
+        with naming(path), open(path, "a", encoding="utf-8", opener=opener) as f:
             f.write(_line(step, entry))
 
     def sync(self) -> None:

@@ -45,8 +45,16 @@ class Made:
         return self._matches(path, whole=True)
 
     def _matches(self, path: _Path, *, whole: bool) -> bool:
-        with open(path, "rb") as f:
-            data = f.read(MAX_LINE_BYTES)
+        try:
+            with open(path, "rb") as f:
+                data = f.read(MAX_LINE_BYTES)
+        except FileNotFoundError:  # a run that has just ended removed it
+            return True
+        except OSError as error:
+            raise InputError(
+                f"{path}: is there and cannot be read ({error.strerror}), so it is left as it is;"
+                " give another name"
+            ) from None
         if not data.startswith(self.head):
             return not data or (not whole and self.head.startswith(data))
         for text in (data.split(b"\n", 1)[0], data) if self.keys else ():

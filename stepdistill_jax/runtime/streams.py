@@ -39,12 +39,17 @@ def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[
     The partial rows tell whose the sidecar is, and the other way round: one of them may be damaged.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
-    ours = (os.path.isfile(partial) and ROWS.begins(partial)) or (
-        os.path.isfile(sidecar) and SIDECAR.wrote(sidecar)
+    # an empty file says nothing of the other one
+    ours = (_is_filled(partial) and ROWS.begins(partial)) or (
+        _is_filled(sidecar) and SIDECAR.wrote(sidecar)
     )
     made = {local_path(path, "output"): ROWS, sidecar: SIDECAR}
     made |= {_aside(partial): ROWS, _aside(sidecar): SIDECAR}
     return made, pair if ours else []
+
+
+def _is_filled(path: pathlib.Path) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
 def _aside(path: pathlib.Path) -> pathlib.Path:

@@ -47,7 +47,7 @@ class StepRecorder:
         """Keeps this step for later and writes the one before it."""
         # where the call returned after the step's end, `flush` would see it too late
         ended = self.throughput.now() if device_metrics["loss"].is_ready() else None
-        self.flush()
+        self.flush(before=ended)
         self._pending = step, batch, device_metrics, waited, ended
 
     def validation(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,8 +62,11 @@ class StepRecorder:
         """Before a checkpoint: what is written is then where a resume from it looks."""
         self._writer.sync()
 
-    def flush(self) -> None:
+    def flush(self, before: float | None = None) -> None:
         """Writes the step that is kept.
+
+        Args:
+            before: when the step after it ended, if it has.
 
         Raises:
             FloatingPointError, RollBack: its loss or gradient is not finite, see `Guard.enforce`; its
@@ -74,7 +77,8 @@ class StepRecorder:
         step, batch, device_metrics, waited, ended = self._pending
         self._pending = None
         got = jax.tree.map(np.asarray, device_metrics)  # waits until the step has ended
-        ended = self.throughput.now() if ended is None else ended
+        if ended is None:
+            ended = self.throughput.now() if before is None else self.throughput.halfway(before)
         sums = got["sums"]
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
         for i, (name, weight) in enumerate(self._weights.items()):

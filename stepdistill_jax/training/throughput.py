@@ -28,6 +28,10 @@ class Throughput:
         """Returns the clock that steps are measured by, in seconds."""
         return time.monotonic()
 
+    def halfway(self, ended: float) -> float:
+        """Returns the middle between the last known end and `ended`: two steps share that time."""
+        return (self._last + ended) / 2
+
     def of_step(self, batch: Batch, ended: float) -> dict[str, float]:
         """Returns `timing/...` and fill of a step that ended at `ended` of `now`.
 

@@ -70,7 +70,7 @@ def check_config(path: pathlib.Path, new: str) -> None:
         ours = False
     else:
         ours = not any(t.type == tokenize.COMMENT or t.string == "include" for t in tokens)
-    if path.is_symlink() or not ours:
+    if not ours or (not is_remote(path) and path.is_symlink()):
         raise InputError(
             f"{path}: was not written by `train` (it has comments or includes, or is a link), which"
             " writes a config of that name; move it out of the workdir, and give its new path"

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import stepdistill_jax.data
+from stepdistill_jax.data import writing
 from stepdistill_jax.data.example import Rationale
 from stepdistill_jax.data.prepare import ensure_prepared, prepare
 from stepdistill_jax.data.prepared import open_prepared
@@ -347,6 +348,25 @@ def test_a_file_in_a_prepared_folder_stops_its_rebuild(tmp_path):
         prepare("jsonl", **options)
     assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", "mine"]
+
+
+def test_a_file_that_comes_while_a_dataset_is_rebuilt_is_kept(tmp_path, monkeypatch):
+    source = _write(tmp_path / "rows.jsonl", _rows(20))
+    options = {"source": source, "new_name": "mine", "data_dir": tmp_path / "data"}
+    first = prepare("jsonl", **options)
+    notes = tmp_path / "data" / "mine" / "notes.txt"
+    write_rest = writing.write_rest
+
+    def slow(*args):
+        notes.write_text("years of work")
+        write_rest(*args)
+
+    monkeypatch.setattr(writing, "write_rest", slow)
+    _write(source, _rows(21))
+    with pytest.raises(InputError, match=rf"{notes}: is there and was not written by `prepare`"):
+        prepare("jsonl", **options)
+    assert notes.read_text() == "years of work"
+    assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
 
 
 KILLED = """

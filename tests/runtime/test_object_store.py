@@ -34,7 +34,7 @@ from stepdistill_jax.runtime.files import (
 )
 from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics, read_metrics
 from stepdistill_jax.training import TrainConfig
-from stepdistill_jax.training.workdir import check_workdir
+from stepdistill_jax.training.workdir import check_config, check_workdir
 
 RUN = "gs://bucket/runs/a"
 
@@ -100,6 +100,15 @@ def test_a_local_path_is_pathlibs_and_a_url_is_not(store):
     assert str(as_path(pathlib.Path(RUN))) == RUN  # pathlib makes `gs:/` of it
     assert as_path(as_path(RUN)) == as_path(RUN + "/")
     assert beside(RUN) == "gs://bucket/runs/.jax_cache"
+
+
+def test_the_config_of_a_run_in_a_store_follows_changed_settings(store):
+    config = as_path(RUN) / "config.gin"
+    config.write_text("SEED = 1\n")
+    check_config(config, "SEED = 2\n")
+    config.write_text("SEED = 1  # mine\n")
+    with pytest.raises(InputError, match=r"config\.gin: was not written by `train`"):
+        check_config(config, "SEED = 2\n")
 
 
 @pytest.mark.parametrize("url", ["hdfs://a/b", "s3://bucket/run", pathlib.Path("s3://bucket/run")])

@@ -1,5 +1,6 @@
 """Files that a command may write over: its own, and no other file under any name."""
 
+import errno
 import json
 import os
 
@@ -8,6 +9,7 @@ import pytest
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write, open_locked
 from stepdistill_jax.runtime.overwriting import Made, check_apart, check_folder, check_outputs
+from stepdistill_jax.runtime.streams import outputs_of
 
 LINES = Made("predict", b'{"id": "', ("id", "label"))
 PAGE = Made("report", b"<!DOCTYPE html>\n<title>Ours")
@@ -122,3 +124,24 @@ def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, order_on_disk):
     with atomic_write(tmp_path / "f.json") as f:
         json.dump({}, f)
     assert order_on_disk == ["fsync f.json.partial", "rename f.json"]
+
+
+def test_an_output_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    path.write_text("somebody's")
+
+    def refuse(*args, **kwargs):  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(InputError, match=r"out\.jsonl: is there and cannot be read \(Permission"):
+        check_outputs({path: LINES})
+
+
+@pytest.mark.parametrize("empty", ["out.jsonl.partial", "out.jsonl.partial.json"])
+def test_an_empty_file_does_not_make_the_other_one_ours(tmp_path, empty):
+    for name in ("out.jsonl.partial", "out.jsonl.partial.json"):
+        (tmp_path / name).write_text("" if name == empty else "my notes")
+    outputs, known = outputs_of(tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match="was not written by `predict`"):
+        check_outputs(outputs, known=known)

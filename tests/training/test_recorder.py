@@ -135,6 +135,16 @@ def test_a_step_that_runs_on_has_the_time_until_it_ended_and_nobody_waits_for_it
     assert rates(recorder) == [2 / 4] * 3
 
 
+def test_two_steps_that_end_between_two_looks_share_the_time(clock, recorder):
+    """The first runs on when its call returns; both have ended when the second one's does."""
+    note(recorder, 1, loss=Result(2.0, clock, after=3))
+    clock.now += 8
+    note(recorder, 2, loss=Result(2.0, clock))
+    clock.now += 60
+    recorder.flush()
+    assert rates(recorder) == [2 / 4, 2 / 4]
+
+
 @pytest.mark.parametrize("optimizer", [{}, {"schedule": "constant"}, {"warmup_steps": 10}], ids=str)
 def test_a_line_has_its_learning_rate_and_asks_no_device_for_it(
     make_recorder, monkeypatch, optimizer
