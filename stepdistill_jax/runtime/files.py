@@ -190,8 +190,7 @@ def opener(path: str, flags: int) -> int:
         InputError: the path is a link, a second name of another file, a pipe or a device.
     """
     refused = InputError(
-        f"{path}: is a link, pipe or device, or has a second name (a hard link), which is not written"
-        " to; remove it"
+        f"{path}: is a link, hard link, pipe or device, which is not written to; remove it"
     )
     # without O_TRUNC: what is there may be somebody's
     wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)

@@ -112,7 +112,7 @@ def test_a_partial_that_leads_elsewhere_is_not_written_through(tmp_path, place):
         "hard link": lambda: os.link(target, partial),
         "pipe": lambda: os.mkfifo(partial),
     }[place]()
-    said = r"f\.json\.partial: is a link, pipe or device, which is not written to; remove it"
+    said = r"f\.json\.partial: is a link, hard link, pipe or device, which is not written to; remove it"
     with pytest.raises(InputError, match=said), atomic_write(tmp_path / "f.json") as f:
         f.write("{}")
     with pytest.raises(InputError, match=said):
