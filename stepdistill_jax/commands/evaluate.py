@@ -30,12 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `tasks.evaluate` and prints its summary; of several processes, the first one does."""
+    """Calls `inference.evaluate` and prints its summary; of several processes, the first one does."""
     join_and_cache(args.path)
-    from stepdistill_jax.inference import rationale_quality
+    from stepdistill_jax.inference import evaluate, rationale_quality
     from stepdistill_jax.inference.counts import in_words
     from stepdistill_jax.runtime.distributed import is_first
-    from stepdistill_jax.tasks import evaluate
 
     with stopped_by_signals():
         result = evaluate(

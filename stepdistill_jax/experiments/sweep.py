@@ -21,13 +21,13 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
 from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.inference import evaluate
 from stepdistill_jax.inference.evaluate import check_result
 from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.runtime.files import as_path, is_remote, read_json, write_json
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.workdir_lock import locked
-from stepdistill_jax.tasks import evaluate
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train

@@ -1,6 +1,6 @@
 """Accuracy on a split of a prepared dataset; no TensorFlow, since it reads SPLIT.jsonl.
 
-`tasks.evaluate` takes the tasks that only SeqIO can read, too.
+`evaluate_task.evaluate` takes the tasks that only SeqIO can read, too.
 """
 
 import dataclasses

@@ -10,9 +10,9 @@ from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
-from stepdistill_jax.inference import evaluate as evaluate_prepared
 from stepdistill_jax.inference.allowed import check_choices
 from stepdistill_jax.inference.evaluate import check_result, evaluate_tokens
+from stepdistill_jax.inference.evaluate import evaluate as evaluate_prepared
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.files import write_json
 from stepdistill_jax.runtime.on_processes import everywhere, on_first
@@ -41,7 +41,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them; what `stepdistill evaluate` calls.
 
-    A prepared dataset goes to `inference.evaluate`, without TensorFlow. Any other task is tokenised
+    A prepared dataset goes to `evaluate.evaluate`, without TensorFlow. Any other task is tokenised
     through SeqIO, as for training.
 
     Args:
@@ -59,7 +59,7 @@ def evaluate(
 
     Returns:
         What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
-        rationales also `rationale` (see `inference.evaluate`).
+        rationales also `rationale` (see `evaluate.evaluate`).
 
     Raises:
         InputError: no such model, step, task, split or module, or a bad option.

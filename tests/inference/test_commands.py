@@ -12,7 +12,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import read_task_info, write_model_files
-from stepdistill_jax.tasks import evaluate
+from stepdistill_jax.inference import evaluate
 
 KEYS = {"rows", "invalid_labels", "unfinished", "rows_per_second"}
 LABELLED = KEYS | {"accuracy", "majority_baseline"}
