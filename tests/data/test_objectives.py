@@ -225,8 +225,23 @@ def test_validation_measures_the_teachers_label_by_the_gold_one():
     assert held_out_objectives(single_task()) == single_task()
 
 
+# the paper's alpha is 0.5; an arm with one objective has all of the weight on it
+WEIGHTS = {
+    "label_only": (1.0,),
+    "label_only_llm": (1.0,),
+    "single_task": (1.0,),
+    "rationale_input": (1.0,),
+    "step_by_step": (0.5, 0.5),
+    "step_by_step_llm": (0.5, 0.5),
+    "copy_control": (0.5, 0.5),
+    "shared_encoder": (0.5, 0.5),
+    "step_by_step_multi": (0.5, 0.25, 0.25),
+}
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_has_a_part_with_its_own_weights(arm, tmp_path):
     config, _ = load_config("demo_step_by_step", gin_files=[f"objectives/{arm}.gin"])
     assert config.objectives == ARMS[arm]()
+    assert tuple(o.weight for o in config.objectives) == WEIGHTS[arm]
     assert load_config("demo_step_by_step", [f"OBJECTIVES={arm}"])[0].objectives[0].name == "label"
