@@ -28,7 +28,7 @@ CANDIDATES = 24  # of each list, for these two; more cost time and pack no bette
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """Which rows read one encoding of an input, and how their targets lie next to each other.
+    """The rows that share one encoding of an input, and where their targets start in the decoder.
 
     Attributes:
         of_row: [rows] int64 number of the encoding that a row reads, from 0.

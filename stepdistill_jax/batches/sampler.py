@@ -1,4 +1,4 @@
-"""Which rows a step takes: a pure function of (tables, pools, rates, seed).
+"""Chooses the rows of a step: a pure function of (tables, pools, rates, seed).
 
 `Sampler` gives the examples of positions 0, 1, 2, ... of a run, `rows_of` their rows in each
 `TokenTable`.

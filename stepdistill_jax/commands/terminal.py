@@ -1,4 +1,4 @@
-"""What a command prints: foreign text in it cannot steer the terminal."""
+"""Prints lines, tables and tracebacks; foreign text in them cannot steer the terminal."""
 
 import sys
 import traceback

@@ -143,7 +143,7 @@ def write_rest(
 
 
 def is_ours(folder: pathlib.Path) -> bool:
-    """Whether a folder has a dataset.json with the fields that `prepare` writes."""
+    """Returns whether a folder has a dataset.json with the fields that `prepare` writes."""
     try:
         stored = read_json(folder / prepared.FILE)
     except InputError:

@@ -1,4 +1,4 @@
-"""What the paper measured, to stand beside what is measured here."""
+"""The numbers of the paper, for comparison with measured ones."""
 
 from stepdistill_jax.experiments.comparison import Point
 

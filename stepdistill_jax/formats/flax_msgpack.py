@@ -1,4 +1,4 @@
-"""What Flax writes with msgpack: transformers 4's `flax_model.msgpack`, and T5X's `checkpoint`."""
+"""Reads Flax's msgpack files: transformers 4's `flax_model.msgpack`, and T5X's `checkpoint`."""
 
 import os
 import pathlib
