@@ -262,7 +262,7 @@ MUTANTS = [
         id="F2",
         what="atomic_write writes in place",
         file="stepdistill_jax/runtime/files.py",
-        old=("    partial = path.with_name(path.name + PARTIAL)\n    partial.parent.mkdir"),
+        old=("    partial = partial_of(path)\n    partial.parent.mkdir"),
         new=("    partial = path\n    partial.parent.mkdir"),
         tests=[
             "tests/formats/test_hf.py::test_a_write_that_went_wrong_is_seen_and_leaves_nothing_to_trust"

@@ -178,7 +178,7 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
 
 
 def partial_of(path: os.PathLike | str) -> pathlib.Path:
-    """Where a file is until it is whole: PATH.partial."""
+    """Path of a file while it is being written: PATH.partial."""
     path = local_path(path, "output")
     return path.with_name(path.name + PARTIAL)
 
@@ -225,7 +225,7 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
             whole = f.getvalue()
         path.write_bytes(whole if isinstance(whole, bytes) else whole.encode())
         return
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_of(path)
     partial.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
     with naming(path), open(partial, mode, encoding=encoding, opener=opener) as f:

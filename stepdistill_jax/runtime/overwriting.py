@@ -24,7 +24,7 @@ _Path = os.PathLike | str
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """How the files that a command writes are told from all others.
+    """Recognises the files that a command writes.
 
     Attributes:
         by: the command.

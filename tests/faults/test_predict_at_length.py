@@ -44,28 +44,14 @@ WORDS = " ".join(SENTENCES).split()
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
+def model_dir(tmp_path_factory, spiece):
     """Random, one layer; hundreds of different answers of at most two tokens."""
-    import sentencepiece
-
     folder = tmp_path_factory.mktemp("model")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=100,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-        num_threads=1,
-    )
     config = T5Config(128, 32, 2, 8, 16, 1, 1)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 3 * x, params)
     info = TaskInfo("roads", step_by_step(), INPUT_LENGTH, 24, 2, labels=("smooth", "trouble"))
-    write_model_files(folder / "hf", config, load_vocabulary(folder / "spiece.model"), info)
+    write_model_files(folder / "hf", config, load_vocabulary(spiece), info)
     save_params(folder / "hf", params, config)
     return folder / "hf"
 
