@@ -2,11 +2,7 @@
 
 import argparse
 import contextlib
-import os
-import select
 import signal
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.commands.arguments import add_data_arguments
@@ -14,7 +10,6 @@ from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 
 STOP_CODES: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: 130}
-STOP_SECS = 2.0  # for Python to unwind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,54 +178,21 @@ def join_and_cache(path: str) -> None:
         compile_cache.enable(compile_cache.beside(path))
 
 
-@contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """A SIGTERM leaves with 75, Ctrl-C with 130: what is done is kept, and a second start goes on.
-
-    Python runs a handler only between its own instructions, and a compile or a batch of a large model
-    may be minutes without one. So a thread reads the signals, too: it ends the process 2 seconds after
-    the first, and at a second one. Nothing is lost by that, as nothing is by a kill.
+def stopped_by_signals() -> contextlib.AbstractContextManager:
+    """Catches SIGTERM (75) and Ctrl-C (130): what is done is kept, and a second start goes on.
 
     With several processes `jax.distributed` catches SIGTERM, and they stop together after a batch.
     """
     import jax
 
-    from stepdistill_jax.runtime.progress import log
+    from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals, leave
 
-    def stop(_number, _frame) -> None:
-        log("stopped by SIGTERM; start again to go on")
-        raise SystemExit(STOP_CODES[signal.SIGTERM])
+    def stop(name: str) -> None:
+        if name == "SIGINT":
+            raise KeyboardInterrupt
+        leave(name, "stopped")
 
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    reads, writes = os.pipe()
-    os.set_blocking(writes, False)
-    threading.Thread(target=_end_when_stuck, args=(reads,), daemon=True).start()
-    handler_before = signal.signal(signal.SIGTERM, stop)
-    fd_before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(fd_before)
-        signal.signal(signal.SIGTERM, handler_before)
-        os.close(writes)
-
-
-def _end_when_stuck(reads: int) -> None:
-    """Reads the numbers of signals as they come; the other end is closed when the command is left."""
-    from stepdistill_jax.runtime.progress import log
-
-    first = None
-    with os.fdopen(reads, "rb", buffering=0) as told:
-        while data := told.read(1):
-            if data[0] not in STOP_CODES:
-                continue
-            if first is not None:
-                os._exit(128 + data[0])
-            first = data[0]
-            if not select.select([told], [], [], STOP_SECS)[0]:
-                log(
-                    f"stopped {STOP_SECS:.0f} s after {signal.Signals(first).name}; start again to go on"
-                )
-                os._exit(STOP_CODES[first])
+    if jax.process_count() > 1:
+        return contextlib.nullcontext()
+    # a compile or a batch of a large model may be minutes without a handler; a kill loses nothing
+    return StopSignals(stop, codes=STOP_CODES, limit_secs=UNWIND_SECS)

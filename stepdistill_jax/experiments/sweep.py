@@ -1,6 +1,5 @@
 """Arms x fractions x seeds x a grid: one run after another in one process, and each evaluated."""
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -8,10 +7,8 @@ import json
 import os
 import pathlib
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +16,7 @@ import jax
 from stepdistill_jax.data.objectives import gives_rationale, resolve
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
-from stepdistill_jax.errors import EXIT_STOPPED, InputError, printable
+from stepdistill_jax.errors import InputError, printable
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference import evaluate
 from stepdistill_jax.inference.evaluate import check_result
@@ -27,6 +24,7 @@ from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.runtime.files import as_path, is_remote, read_json, write_json
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.signals import StopSignals, leave
 from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.training.config import TrainConfig
@@ -124,7 +122,8 @@ def sweep(
     folder, data_dir = as_path(workdir), data_folder(data_dir)
     began = time.monotonic()
     datasets = _check_cells(cells, folder, data_dir, split)
-    with _stopped_by_signals(), locked(folder):
+    # within a run `train` catches the signals, and leaves when it has saved
+    with StopSignals(lambda name: leave(name, "stopped between two steps of work")), locked(folder):
         _check_workdirs(cells, folder, datasets)
         record = _Record(folder, cells, {"split": split, **(asked or {})})
         done = [c for c in cells if _is_done(c, folder, split, with_rationale)]
@@ -331,24 +330,3 @@ class _Record:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Between runs a SIGTERM or Ctrl-C leaves with 75 at once; within one, `train` does, when it is saved."""
-
-    def stop(number, _frame) -> None:
-        log(
-            f"{signal.Signals(number).name}: stopped between two steps of work; start again to go on"
-        )
-        raise SystemExit(EXIT_STOPPED)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

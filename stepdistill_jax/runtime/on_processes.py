@@ -5,7 +5,6 @@ told to all: they end together, instead of waiting for one that has left.
 """
 
 import contextlib
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import numpy as np
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 from stepdistill_jax.runtime.files import digest
 from stepdistill_jax.runtime.progress import log, progress
+from stepdistill_jax.runtime.signals import agreed
 
 T = TypeVar("T")
 _BLOCK = 1024  # bytes; messages are filled up to few sizes, so few programs compile
@@ -80,21 +80,6 @@ def require_same(value: Any, what: str) -> None:
         )
 
 
-def stop_agreed(batch: int) -> bool:
-    """Whether to stop after this batch since one of several processes got a SIGTERM; the same on all.
-
-    `jax.distributed` catches the signal. With one process it ends the process, and this is false.
-
-    Args:
-        batch: counts up by one from call to call.
-    """
-    if jax.process_count() == 1:
-        return False
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(batch)
-
-
 @contextlib.contextmanager
 def until_stopped(
     total: int, description: str, kept: Callable[[], int] = lambda: 0
@@ -109,14 +94,13 @@ def until_stopped(
     Raises:
         SystemExit: 75, on all processes after the same batch, once one of them got a SIGTERM.
     """
-    batches = itertools.count(1)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(total, description, done=kept())) if is_first() else None
 
         def update(rows: int) -> None:
             if bar:
                 bar.update(rows)
-            if stop_agreed(next(batches)):
+            if jax.process_count() > 1 and agreed():
                 if is_first():
                     log(f"stopped by a signal: {kept()} rows are kept; start again")
                 raise SystemExit(EXIT_STOPPED)

@@ -1,57 +1,76 @@
-"""SIGTERM and SIGINT: the step is finished, saved, and the process leaves with 75."""
+"""SIGTERM and Ctrl-C in every command: the first one stops the work, a second one the process."""
 
-import contextlib
 import itertools
 import os
 import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from typing import NoReturn
-
-import jax
 
 from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.runtime.progress import log
 
-START_UP_SECS = 2.0  # for Python to unwind, where nothing is lost without it
+UNWIND_SECS = 2.0  # for Python to unwind, where nothing is lost without it
+STOPPED = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
 # JAX's protocol wants numbers that count up by one, the same in every process, for a process's life
 _asked = itertools.count(1)
 
 
-class Told(Exception):
-    """A stop signal met work that a resume can do again."""
+def leave(signal_name: str, what: str) -> NoReturn:
+    """Logs why the process ends early, and raises SystemExit with 75."""
+    log(f"{signal_name}: {what}; start again to go on")
+    raise SystemExit(EXIT_STOPPED)
+
+
+def agreed() -> bool:
+    """Returns whether several processes stop here, because one of them got a SIGTERM.
+
+    `jax.distributed` catches the signal. All processes ask at the same points; after one True none
+    asks again.
+    """
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 class StopSignals:
-    """While entered, notes the signals instead of dying from them; a second one stops at once.
-
-    Until `started` a signal ends the process with 75 at once: there is nothing to save. From then on
-    the loop asks `agreed` after each step, and a validation `interrupt` after each batch.
+    """While entered, acts on the first signal; a second one ends the process with 128 + its number.
 
     Python runs a handler only between its own instructions, not in a long compile. So a thread
-    reads the signals, too: it ends the process at a second one, and where the time is over.
+    reads the signals, too: it ends the process at a second one, and `limit_secs` after the first.
 
-    With several processes `jax.distributed` catches SIGTERM itself and tells all of them at the same
-    point, so SIGTERM is left to it and SIGINT is passed on as one.
+    With `several` processes, `jax.distributed` catches SIGTERM and tells all of them at the same point.
+    So SIGTERM is left to it, and SIGINT is passed on as one.
+
+    Attributes:
+        act: called with the first signal's name, in the main thread; None only notes it.
+        limit_secs: the process ends so long after the first signal, with its code; 0 is no limit.
+        received: name of the first signal, or None.
     """
 
-    def __init__(self, grace_secs: float = 0.0):
-        """`grace_secs` after the signal the process ends, saved or not; 0 is no limit."""
-        self._grace_secs = grace_secs
+    def __init__(
+        self,
+        act: Callable[[str], object] | None,
+        *,
+        codes: Mapping[int, int] = STOPPED,
+        limit_secs: float = 0.0,
+        several: bool = False,
+    ):
+        """`codes`: the signals that are caught, and the code with which `limit_secs` ends the process."""
+        self.act, self.limit_secs = act, limit_secs
         self.received: str | None = None
-        self._told_at: float | None = None
-        self._at_once = True
+        self._codes, self._several, self._all_stop = codes, several, False
+        self._since: float | None = None
         self._handlers: dict = {}
-        self._several = jax.process_count() > 1
 
     def __enter__(self) -> "StopSignals":
         self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
-            self._handlers = {s: signal.signal(s, self._note) for s in numbers}
+            caught = self._codes.keys() - ({signal.SIGTERM} if self._several else set())
+            self._handlers = {s: signal.signal(s, self._handle) for s in caught}
             self._fd_before = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
         return self
@@ -63,83 +82,48 @@ class StopSignals:
             signal.signal(number, handler)
         os.close(self._writes)  # ends the thread
 
-    def _note(self, number, _frame) -> None:
+    def _handle(self, number, _frame) -> None:
+        if self.received is not None:
+            return  # the thread ends the process
         self.received = signal.Signals(number).name
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self._at_once:
-            self.leave("stopped before the first step, nothing was to be saved")
+        elif self.act is not None:
+            self.act(self.received)
 
     def _watch(self) -> None:
-        """Reads the numbers of signals, as they come; 0 is a stop that another process was told."""
-        ends = None
-        with os.fdopen(self._reads, "rb", buffering=0) as told:
+        """Reads the numbers of signals as they come; 0 is a stop that another process got."""
+        first, ends = 0, None
+        with os.fdopen(self._reads, "rb", buffering=0) as numbers:
             while True:
                 left = None if ends is None else max(0.0, ends - time.monotonic())
-                if not select.select([told], [], [], left)[0]:
+                if not select.select([numbers], [], [], left)[0]:
                     log(
                         f"stopped {self.seconds():.1f} s after the signal without a save; start again"
                     )
-                    os._exit(EXIT_STOPPED)
-                if not (data := told.read(1)):
+                    os._exit(self._codes.get(first, EXIT_STOPPED))
+                if not (data := numbers.read(1)):
                     return
                 number = data[0]
-                if self._told_at is not None and number in self._handlers:
+                if number and number not in self._handlers:
+                    continue
+                if self._since is None:
+                    first, self._since = number, time.monotonic()
+                    ends = self._since + self.limit_secs if self.limit_secs else None
+                elif number:
                     log(f"{signal.Signals(number).name}: a second signal, stopped at once")
                     os._exit(128 + number)
-                if self._told_at is None and (number == 0 or number in self._handlers):
-                    self._told_at = time.monotonic()
-                    grace = START_UP_SECS if self._at_once and number else self._grace_secs
-                    ends = self._told_at + grace if grace else None
 
     def seconds(self) -> float:
-        """Since the first signal."""
-        return time.monotonic() - self._told_at if self._told_at is not None else 0.0
+        """Returns the time since the first signal."""
+        return time.monotonic() - self._since if self._since is not None else 0.0
 
     def agreed(self) -> bool:
-        """Whether to stop here; all processes ask at the same points and get the same answer."""
+        """Returns whether to stop here; all processes ask at the same points and get the same answer."""
         if not self._several:
             return self.received is not None
-        from jax.experimental import multihost_utils
-
-        if self.received != "all" and multihost_utils.reached_preemption_sync_point(next(_asked)):
-            self.received = "all"
-            os.write(self._writes, b"\0")
-        return self.received == "all"
-
-    def interrupt(self) -> None:
-        """Called in the middle of what a resume can do again.
-
-        Raises:
-            Told: to stop.
-        """
-        if self.agreed():
-            raise Told
-
-    def started(self) -> None:
-        """From here on there is something to save."""
-        self._at_once = False
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """In start-up, around what must not be cut in two: a signal waits for its end."""
-        self._at_once = False
-        with contextlib.suppress(Told):
-            yield
-        self._at_once = True
-        self.leave_if_told()
-
-    def leave_if_told(self) -> None:
-        """In start-up, between its parts: the only places where several processes can stop."""
-        if self.agreed():
-            self.leave("stopped before the first step, nothing was to be saved")
-
-    def leave(self, what: str) -> NoReturn:
-        """Ends the process with 75.
-
-        Args:
-            what: was done; said with the time that it took.
-        """
-        name = self.received if self.received not in (None, "all") else "stopped"
-        log(f"{name}: {what}; {self.seconds():.1f} s after the signal; start again to go on")
-        raise SystemExit(EXIT_STOPPED)
+        if not self._all_stop and agreed():
+            self._all_stop, self.received = True, self.received or "another process's signal"
+            if self.act is None:  # else nothing is to be saved, and the caller leaves
+                os.write(self._writes, b"\0")
+        return self._all_stop

@@ -12,6 +12,7 @@ from stepdistill_jax.inference.allowed import allow, check_choices
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving.answerer import Answerer
 
 
@@ -79,7 +80,10 @@ def serve(
         raise InputError(
             f"serve: {error.name or error} cannot be imported; pip install 'stepdistill-jax[serve]'"
         ) from None
-    with server.stop_signals() as signals, contextlib.closing(server.bind(host, port)) as listener:
+    with (
+        StopSignals(server.stopped_before_listening) as signals,
+        contextlib.closing(server.bind(host, port)) as listener,
+    ):
         model = open_engine(
             path,
             engine,

@@ -3,57 +3,24 @@
 import asyncio
 import contextlib
 import ipaddress
-import os
-import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving.app import MAX_HEAD_BYTES, STOPPING, Service
 
 KEEP_ALIVE_SECS = 75  # proxies keep idle connections for a minute, and should be who ends them
 
 
-class StopSignals:
-    """What the first SIGTERM or SIGINT does; a second one ends the process at once."""
-
-    def __init__(self):
-        """Leaves with 0 until `stop` is set: what is loaded or compiled is not missed."""
-        self.stop: Callable[[str], None] | None = None
-        self._told = False
-
-    def __call__(self, number: int, _frame) -> None:
-        """A handler for `signal.signal`."""
-        name = signal.Signals(number).name
-        if self._told:
-            log(f"{name}: a second signal, stopped at once")
-            os._exit(128 + number)
-        self._told = True
-        if self.stop is None:
-            log(f"{name}: stopped before it was listening")
-            raise SystemExit(0)
-        self.stop(name)
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[StopSignals]:
-    """Handlers of both signals while it is entered; none outside of the main thread."""
-    handler = StopSignals()
-    if threading.current_thread() is not threading.main_thread():
-        yield handler
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield handler
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def stopped_before_listening(name: str) -> NoReturn:
+    """Leaves with 0 at a signal: what is loaded or compiled is not missed."""
+    log(f"{name}: stopped before it was listening")
+    raise SystemExit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -119,7 +86,7 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
     log(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}; warming up")
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
         log(f"warning: --host {host}: whoever reaches this port may ask; see docs/serving.md")
-    signals.stop = stop
+    signals.act = stop
     server.run([listener])
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import signal
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 from stepdistill_jax.runtime.progress import Bar
+from stepdistill_jax.runtime.signals import StopSignals, leave
 from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
 from stepdistill_jax.teacher.budget import Budget, BudgetReached
 from stepdistill_jax.teacher.cache import AnswerCache
@@ -302,23 +302,12 @@ async def run_until_signal(work: Any) -> None:
     Raises:
         SystemExit: 75, after SIGTERM.
     """
-    task = asyncio.ensure_future(work)
-    loop = asyncio.get_running_loop()
-    received = []
-
-    def stop() -> None:
-        received.append("SIGTERM")
-        task.cancel()
-
-    # not in the main thread, or not on this system: the signal then ends the process as always
-    with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-        loop.add_signal_handler(signal.SIGTERM, stop)
-    try:
-        await task
-    except asyncio.CancelledError:
-        if received:
-            raise SystemExit(EXIT_STOPPED) from None
-        raise
-    finally:
-        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
-            loop.remove_signal_handler(signal.SIGTERM)
+    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
+    codes = {signal.SIGTERM: EXIT_STOPPED}  # asyncio handles Ctrl-C
+    with StopSignals(lambda _: loop.call_soon_threadsafe(task.cancel), codes=codes) as stop:
+        try:
+            await task
+        except asyncio.CancelledError:
+            if stop.received:
+                leave(stop.received, "stopped, the answers are kept")
+            raise

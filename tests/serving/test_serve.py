@@ -21,6 +21,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import engines, export, predict
 from stepdistill_jax.inference.allowed import allow
 from stepdistill_jax.inference.prompting import how_to_ask
+from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving import run as serving_run
 from stepdistill_jax.serving.answerer import Answerer
 
@@ -70,7 +71,7 @@ class Running:
     ):
         limits = app.Limits(max_wait_secs, max_queue, timeout_secs)
         self.service = app.Service(Answerer(engine, how_to_ask(engine), allowed), limits)
-        self._signals = server.StopSignals()
+        self._signals = StopSignals(None)
         listener = server.bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._thread = threading.Thread(
@@ -105,8 +106,8 @@ class Running:
         return next((float(value) for key, _, value in lines if key == name), 0.0)
 
     def stop(self):
-        if self._signals.stop:
-            self._signals.stop("the test")
+        if self._signals.act:
+            self._signals.act("the test")
         self._thread.join(20)
         assert not self._thread.is_alive()
         self.client.close()
@@ -620,7 +621,7 @@ def test_a_stop_answers_what_is_under_way_and_takes_nothing_more():
     waiting = found.in_thread({"rows": [{"input": "a"}] * 20}, 3)
     engine.begun()
     wait_for(lambda: found.service.batcher.rows == 60)
-    found._signals.stop("the test")
+    found._signals.act("the test")
     assert found.service.state == "stopping"
 
     def refused():
