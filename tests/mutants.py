@@ -331,11 +331,11 @@ MUTANTS = [
     Mutant(
         id="C6",
         what="a better validated step between two checkpoints is not saved",
-        file="stepdistill_jax/training/milestones.py",
-        old="        if better or stopping or due:",
-        new="        if stopping or due:",
+        file="stepdistill_jax/training/supervision.py",
+        old="        if better or stopping or last or step",
+        new="        if stopping or last or step",
         tests=[
-            "tests/training/test_milestones.py::test_a_better_validated_step_is_saved_between_two_checkpoints"
+            "tests/training/test_supervision.py::test_a_better_validated_step_is_saved_between_two_checkpoints"
         ],
     ),
     Mutant(

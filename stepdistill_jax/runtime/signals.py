@@ -13,7 +13,7 @@ from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.runtime.progress import log
 
 UNWIND_SECS = 2.0  # for Python to unwind, where nothing is lost without it
-STOPPED = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
+STOPPED: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
 # JAX's protocol wants numbers that count up by one, the same in every process, for a process's life
 _asked = itertools.count(1)
 
@@ -47,7 +47,7 @@ class StopSignals:
     Attributes:
         act: called with the first signal's name, in the main thread; None only notes it.
         limit_secs: the process ends so long after the first signal, with its code; 0 is no limit.
-        received: name of the first signal, or None.
+        received: name of the first signal; empty before it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StopSignals:
     ):
         """`codes`: the signals that are caught, and the code with which `limit_secs` ends the process."""
         self.act, self.limit_secs = act, limit_secs
-        self.received: str | None = None
+        self.received = ""
         self._codes, self._several, self._all_stop = codes, several, False
         self._since: float | None = None
         self._handlers: dict = {}
@@ -83,7 +83,7 @@ class StopSignals:
         os.close(self._writes)  # ends the thread
 
     def _handle(self, number, _frame) -> None:
-        if self.received is not None:
+        if self.received:
             return  # the thread ends the process
         self.received = signal.Signals(number).name
         if self._several:
@@ -121,9 +121,14 @@ class StopSignals:
     def agreed(self) -> bool:
         """Returns whether to stop here; all processes ask at the same points and get the same answer."""
         if not self._several:
-            return self.received is not None
+            return bool(self.received)
         if not self._all_stop and agreed():
             self._all_stop, self.received = True, self.received or "another process's signal"
             if self.act is None:  # else nothing is to be saved, and the caller leaves
                 os.write(self._writes, b"\0")
         return self._all_stop
+
+    def act_if_agreed(self) -> None:
+        """Acts, between parts of work that has `act`: the only places where several processes can."""
+        if self.agreed() and self.act is not None:
+            self.act(self.received)

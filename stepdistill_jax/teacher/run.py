@@ -303,7 +303,7 @@ async def run_until_signal(work: Any) -> None:
         SystemExit: 75, after SIGTERM.
     """
     task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
-    codes = {signal.SIGTERM: EXIT_STOPPED}  # asyncio handles Ctrl-C
+    codes: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED}  # asyncio handles Ctrl-C
     with StopSignals(lambda _: loop.call_soon_threadsafe(task.cancel), codes=codes) as stop:
         try:
             await task

@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom: next batch, step, validate, save, write."""
+"""The training loop, read from top to bottom: next batch, step, record, save."""
 
 import contextlib
 import os
@@ -10,23 +10,19 @@ import jax
 from stepdistill_jax.batches.batch import iterate
 from stepdistill_jax.models.sharding import batch_shards, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, resolve_step, saved_steps
-from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics
-from stepdistill_jax.runtime.progress import log, progress
-from stepdistill_jax.runtime.signals import StopSignals, Told
-from stepdistill_jax.runtime.watchdog import Watchdog
+from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
+from stepdistill_jax.runtime.metrics import last_step_metrics
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals
 from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.guard import RollBack, advice, roll_back
 from stepdistill_jax.training.memory import out_of_memory_explained
-from stepdistill_jax.training.milestones import Milestones
 from stepdistill_jax.training.profile import StepProfile
 from stepdistill_jax.training.provenance import claim_workdir, describe
-from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.startup import StartUp
-from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_train_step
+from stepdistill_jax.training.supervision import Supervisor, leave_at_start, supervised
 
 
 def train(
@@ -55,57 +51,31 @@ def train(
     Raises:
         InputError: a setting, dataset or workdir that does not fit; before anything is compiled.
         SystemExit: 75, stopped by a signal after a clean save.
-        FloatingPointError: the loss is not finite, and skipping the step is not enough or not
-            wanted; names the step.
+        FloatingPointError: the loss is not finite, and the step is not to be skipped, or too many
+            are; names the step.
         MemoryError: a device has no room for a step; names the settings that decide.
     """
     startup = StartUp(began)
     startup.done("imports")
-    with StopSignals(config.grace_secs) as stop:
-        run = assemble(config, workdir, data_dir, on_validation_batch=stop.interrupt)
-        stop.leave_if_told()
+    several = jax.process_count() > 1
+    with StopSignals(leave_at_start, limit_secs=UNWIND_SECS, several=several) as stop:
+        run = assemble(config, workdir, data_dir)
+        stop.act_if_agreed()
         with locked(run.workdir), out_of_memory_explained(config):
             described = describe(run)
             claim_workdir(run, described, config_text)
             if jax.process_index() == 0:
                 _introduce(run, described)
             startup.done("data")
-            return _train_on(run, stop, startup)
+            return supervised(run, lambda: _train(run, stop, startup))
 
 
-def _train_on(run: Run, stop: StopSignals, startup: StartUp | None) -> dict[str, Any]:
-    """`_train`, again from an older checkpoint's parameters where numbers have gone wrong for good."""
-    while True:
-        try:
-            try:
-                return _train(run, stop, startup)
-            except RollBack as wanted:
-                step, startup = wanted.step, None
-            roll_back(run, step, speaks=jax.process_index() == 0)
-        except FloatingPointError as error:
-            raise advice(run, error) from None
-
-
-def _train(run: Run, stop: StopSignals, startup: StartUp | None) -> dict[str, Any]:
+def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
     config, began = run.config, time.monotonic()
     with contextlib.ExitStack() as closing:
-        checkpoints = closing.enter_context(contextlib.closing(Checkpoints(run.workdir)))
-        watchdog = closing.enter_context(
-            Watchdog(config.watchdog_medians, config.watchdog_min_secs)
-        )
-        start, state = _start(run, checkpoints)
-        first = jax.process_index() == 0
-        validated = saved_steps(run.workdir).get(start, {}).get("validated", True)
-        writer = MetricsWriter(run.workdir, start_step=start, validated=validated, active=first)
-        closing.enter_context(contextlib.closing(writer))
-        shown = progress(config.train_steps, "train", done=start) if first else None
-        bar = closing.enter_context(shown) if shown else None
-        record = StepRecorder(run, writer, bar, start=start)
-        milestones = Milestones(run, checkpoints, record)
-        stop.leave_if_told()
-        if start:
-            with stop.held():
-                milestones.settle(start, state)
+        supervisor = Supervisor(run, stop)
+        start, state = supervisor.begin(closing)
+        profile = closing.enter_context(StepProfile(run.workdir, config.profile_steps))
         step_fn = jit_train_step(
             run.abstract,
             run.mesh,
@@ -115,52 +85,21 @@ def _train(run: Run, stop: StopSignals, startup: StartUp | None) -> dict[str, An
             num_microbatches=config.num_microbatches,
             extra_loss=config.extra_loss,
         )
-        profile = closing.enter_context(StepProfile(run.workdir, config.profile_steps))
         source = iterate(run.batches, start, config.train_steps)
-        if startup:
-            startup.done("state")
+        startup.done("state")
         for step in range(start + 1, config.train_steps + 1):
             with profile.step(step):
                 asked = time.monotonic()
                 batch = next(source)
                 waited = time.monotonic() - asked
                 state, device_metrics = step_fn(state, place_rows(batch, run.mesh))
-                if startup:
-                    startup.done("compiling")
-                    jax.block_until_ready(device_metrics)
-                    startup.done("step")
-                    if first:
-                        log(startup.line())
-                    startup = None
-                record.note(step, batch, device_metrics, waited)
-            stop.started()
-            profile.ended(step, record.flush)
-            stopping = stop.agreed()
-            watchdog.step(step)
-            with watchdog.slow():
-                try:
-                    milestones.reached(step, state, stopping=stopping)
-                except Told:  # in the validation: the resume will do it
-                    stopping = True
-                    milestones.reached(step, state, stopping=True)
-            if stopping and (step < config.train_steps or milestones.validation_due(step)):
-                with watchdog.slow():
-                    checkpoints.wait()
-                stop.leave(f"saved step {step}")
-        record.flush()
-    seconds = time.monotonic() - began
-    return _summary(run, record.last, (config.train_steps - start) * config.batch_size / seconds)
-
-
-def _start(run: Run, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """(its step, the newest checkpoint's state), or a new one, which devices may still be making."""
-    step = checkpoints.latest_step()
-    if step is None:
-        return 0, run.initial_state()
-    rest = run.abstract.replace(params=None)
-    params, rest = checkpoints.restore(step, run.abstract.params, rest)
-    log(f"resumed {run.workdir} from step {step}")
-    return step, rest.replace(params=params)
+                startup.first_step(device_metrics)
+                supervisor.record(step, batch, device_metrics, waited)
+            profile.ended(step, supervisor.flush)
+            supervisor.save(step, state)
+        supervisor.flush()
+    rate = (config.train_steps - start) * config.batch_size / (time.monotonic() - began)
+    return _summary(run, supervisor.last, rate)
 
 
 def _introduce(run: Run, described: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
 
 import optax
 from jax.sharding import Mesh
@@ -69,13 +68,9 @@ class Run:
 
 
 def assemble(
-    config: TrainConfig,
-    workdir: os.PathLike | str,
-    data_dir: os.PathLike | str | None,
-    *,
-    on_validation_batch: Callable[[], None] = lambda: None,
+    config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathLike | str | None
 ) -> Run:
-    """Opens data, model and mesh for a config; the last argument is the validator's `on_batch`.
+    """Opens data, model and mesh for a config.
 
     Raises:
         InputError: anything that does not fit together, before a step is compiled.
@@ -150,7 +145,6 @@ def assemble(
             mesh=mesh,
             max_decode_len=max_decode_len(data, config.target_length),
             batch_size=round_up(config.batch_size, shards),
-            on_batch=on_validation_batch,
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")

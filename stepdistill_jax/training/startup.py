@@ -1,6 +1,11 @@
 """Where the time from a command to its first step went."""
 
 import time
+from typing import Any
+
+import jax
+
+from stepdistill_jax.runtime.progress import log
 
 
 class StartUp:
@@ -16,12 +21,24 @@ class StartUp:
         """Counts from `began`, of `time.monotonic()`; None is now."""
         self._began = self._last = time.monotonic() if began is None else began
         self._laps: dict[str, float] = {}
+        self._over = False
 
     def done(self, part: str) -> None:
         """Ends a lap."""
         now = time.monotonic()
         self._laps[part] = now - self._last
         self._last = now
+
+    def first_step(self, result: Any) -> None:
+        """Ends the laps once `result` of a step is computed, and logs them; only of the first step."""
+        if self._over:
+            return
+        self._over = True
+        self.done("compiling")
+        jax.block_until_ready(result)
+        self.done("step")
+        if jax.process_index() == 0:
+            log(self.line())
 
     def line(self) -> str:
         """What is logged, in seconds."""

@@ -36,7 +36,6 @@ class Validator:
     decoder: LabelDecoder
     eval_step: Callable
     mesh: Mesh
-    on_batch: Callable[[], None]
 
     @classmethod
     def create(
@@ -49,12 +48,10 @@ class Validator:
         mesh: Mesh,
         max_decode_len: int,
         batch_size: int,
-        on_batch: Callable[[], None] = lambda: None,
     ) -> "Validator":
         """Makes both compiled functions.
 
-        `batches` goes through the split once, in order; `batch_size` is the decoder's, in rows;
-        `on_batch` is called after each batch of either, and may raise to end a validation.
+        `batches` goes through the split once, in order; `batch_size` is the decoder's, in rows.
         """
         plain = dataclasses.replace(config, lora=None)
         return cls(
@@ -64,13 +61,14 @@ class Validator:
             LabelDecoder(plain, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
             jit_eval_step(abstract, mesh, model=T5(plain), num_objectives=len(data.objectives)),
             mesh,
-            on_batch,
         )
 
-    def compute(self, params: Any) -> dict[str, float]:
+    def compute(
+        self, params: Any, *, on_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
         """Metrics of the split, each named `eval/<split>/...`.
 
-        Every process runs the same batches. `label_accuracy` is the share of decoded labels that
+        `on_batch` is called after each batch of losses and of answers, and may raise. Every process runs the same batches. `label_accuracy` is the share of decoded labels that
         match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
         one answer (also said on standard error), else 0; where targets are more than a label, `unparsed` is
         the share of answers without one, which count as wrong; `accuracy/<objective>` is the share of target
@@ -84,7 +82,7 @@ class Validator:
         for step in range(self.batches.num_steps):
             sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
-            self.on_batch()
+            on_batch()
         metrics: dict[str, float] = {}
         for name, loss, correct, count in zip(names, *totals, strict=True):
             if count > 0:
@@ -94,10 +92,10 @@ class Validator:
         metrics["loss"] = sum(
             w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
         )
-        metrics |= self._decode(params)
+        metrics |= self._decode(params, on_batch)
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
-    def _decode(self, params: Any) -> dict[str, float]:
+    def _decode(self, params: Any, on_batch: Callable[[], None]) -> dict[str, float]:
         prompts: list[list[int]] = []
         labels: list[str] = []
         for store in self.data.stores:
@@ -107,7 +105,7 @@ class Validator:
                 for i in range(store.num_examples)
             ]
             labels += store.label_texts
-        decoded = self.decoder(params, prompts, on_progress=lambda _: self.on_batch())
+        decoded = self.decoder(params, prompts, on_progress=lambda _: on_batch())
         objective = self.data.objectives[0]
         texts = map(self.data.vocabulary.decode, decoded.ids)
         read = [read_answer(objective, text) for text in texts]

@@ -16,10 +16,8 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, saved_steps
 from stepdistill_jax.runtime.metrics import read_flagged, read_metrics
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.guard import SPIKE_LEAST
-from stepdistill_jax.training.milestones import Milestones
-from stepdistill_jax.training.recorder import StepRecorder
 from stepdistill_jax.training.run import assemble
+from stepdistill_jax.training.supervision import SPIKE_LEAST, Supervisor
 
 
 class Trainer:
@@ -33,8 +31,8 @@ class Trainer:
         self._settings = settings | {"max_consecutive_nonfinite": 3}
         self.states, self.summary = {}, {}
         self._data_dir, self._bad, self._told = data_dir, (), []
-        call, note = Batches.__call__, StepRecorder.note
-        reached, save = Milestones.reached, Checkpoints.save
+        call, save = Batches.__call__, Checkpoints.save
+        record, ended = Supervisor.record, Supervisor.save
 
         def poisoned(batches, step):
             batch = call(batches, step)
@@ -44,22 +42,22 @@ class Trainer:
                 batch = tuple(group | {name: nan * group[name]} for group in batch)
             return batch
 
-        def signalled(record, step, *rest):
-            note(record, step, *rest)
+        def signalled(supervisor, step, *rest):
+            record(supervisor, step, *rest)
             if self._told and step == self._told[0]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        def seen(milestones, step, state, **kwargs):
+        def seen(supervisor, step, state):
             self.states[step] = jax.tree.map(np.array, (state.params, state.opt_state))
-            reached(milestones, step, state, **kwargs)
+            ended(supervisor, step, state)
 
         def saved(checkpoints, step, params, rest, metrics):
             self.states[step] = jax.tree.map(np.array, (params, rest.opt_state))
             save(checkpoints, step, params, rest, metrics)
 
         monkeypatch.setattr(Batches, "__call__", poisoned)
-        monkeypatch.setattr(StepRecorder, "note", signalled)
-        monkeypatch.setattr(Milestones, "reached", seen)
+        monkeypatch.setattr(Supervisor, "record", signalled)
+        monkeypatch.setattr(Supervisor, "save", seen)
         monkeypatch.setattr(Checkpoints, "save", saved)
 
     def __call__(self, workdir, bad_steps=(), told=(), **changes):

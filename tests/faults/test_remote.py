@@ -41,8 +41,8 @@ import sys, time
 from orbax.checkpoint._src.path import gcs_utils
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.commands.main import main
-from stepdistill_jax.training.recorder import StepRecorder
-spec, note, seal = gcs_utils.get_kvstore_for_gcs, StepRecorder.note, Checkpoints._seal
+from stepdistill_jax.training.supervision import Supervisor
+spec, note, seal = gcs_utils.get_kvstore_for_gcs, Supervisor.record, Checkpoints._seal
 retries = {"gcs_request_retries": {"max_retries": 4}}
 gcs_utils.get_kvstore_for_gcs = lambda path: spec(path) | retries
 def say(what, number):
@@ -53,7 +53,7 @@ def noted(self, step, *args):
 def sealed(self, step, metrics):
     seal(self, step, metrics)
     say("sealed", step)
-StepRecorder.note, Checkpoints._seal = noted, sealed
+Supervisor.record, Checkpoints._seal = noted, sealed
 sys.exit(main())
 """
 LOOK = """

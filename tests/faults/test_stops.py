@@ -32,7 +32,7 @@ import stepdistill_jax.training.loop as loop
 import stepdistill_jax.training.run as run
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.training.recorder import StepRecorder
+from stepdistill_jax.training.supervision import Supervisor
 
 def hold():
     (folder / f"held{os.environ.get('JAX_PROCESS_ID', '')}").touch()
@@ -66,7 +66,7 @@ elif phase == "restoring":
 elif phase == "compiling":
     loop.jit_train_step = lambda *args, **kwargs: compiling
 elif phase == "training":
-    after(StepRecorder, "note", lambda _, step, *rest: step == 4)
+    after(Supervisor, "record", lambda _, step, *rest: step == 4)
 elif phase == "validation":
     make = evaluate.jit_eval_step
     def made(*args, **kwargs):

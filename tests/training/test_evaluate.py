@@ -81,8 +81,8 @@ def validation(tmp_path_factory):
 
     batches = Batches(data, BATCH, INPUT_LENGTH, 96, seed=0, shuffle=False)
     assert batches.num_steps == 3
-    validator = Validator(MODEL, data, batches, answer, made_up_sums, mesh, lambda: calls.append(1))
-    found = validator.compute({"no": np.zeros(1)})
+    validator = Validator(MODEL, data, batches, answer, made_up_sums, mesh)
+    found = validator.compute({"no": np.zeros(1)}, on_batch=lambda: calls.append(1))
     return {k.removeprefix("eval/validation/"): v for k, v in found.items()}, prompts, len(calls)
 
 

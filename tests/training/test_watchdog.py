@@ -8,23 +8,21 @@ import time
 
 import pytest
 
-from stepdistill_jax.runtime.watchdog import SLOW_FACTOR, Watchdog
+from stepdistill_jax.training.supervision import SLOW_FACTOR, State, Watchdog
 
 HANGS = """
 import sys, threading, time
-from stepdistill_jax.runtime.watchdog import Watchdog
+from stepdistill_jax.training.supervision import State, Watchdog
 
 def a_step_that_hangs():
     threading.Event().wait()
 
 with Watchdog(5, float(sys.argv[1])) as watchdog:
-    for step in range(1, 20):
+    for watchdog.last_step in range(1, 20):
         time.sleep(0.01)
-        watchdog.step(step)
+        watchdog.enter(State.STEPPING)
+    watchdog.enter(State[sys.argv[2]])
     print("hanging", flush=True)
-    if sys.argv[2] == "slow":
-        with watchdog.slow():
-            a_step_that_hangs()
     a_step_that_hangs()
 """
 
@@ -38,14 +36,16 @@ def start(*argv):
     )
 
 
-@pytest.mark.parametrize(("kind", "secs"), [("step", 0.5), ("slow", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "secs"), [("STEPPING", 0.5), ("VALIDATING", 0.1), ("SAVING", 0.1)]
+)
 def test_a_step_that_hangs_ends_the_process_with_its_stack(kind, secs):
     process = start(HANGS, secs, kind)
     assert process.stdout.readline() == "hanging\n"
     began = time.monotonic()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 134
-    factor = SLOW_FACTOR if kind == "slow" else 1
+    factor = 1 if kind == "STEPPING" else SLOW_FACTOR
     assert factor * secs * 0.9 < time.monotonic() - began < factor * secs + 10
     assert "stuck: nothing for" in err and "after step 19, a step takes" in err
     assert "in a_step_that_hangs" in err
@@ -54,7 +54,7 @@ def test_a_step_that_hangs_ends_the_process_with_its_stack(kind, secs):
 
 def test_a_process_that_was_stopped_and_goes_on_is_not_stuck():
     """Ctrl-Z and `fg`, or a laptop's lid: the time outside does not count."""
-    process = start(HANGS, 2, "step")
+    process = start(HANGS, 2, "STEPPING")
     assert process.stdout.readline() == "hanging\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
@@ -66,19 +66,20 @@ def test_a_process_that_was_stopped_and_goes_on_is_not_stuck():
 
 def test_many_medians_of_slow_steps_are_waited_for(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("stepdistill_jax.runtime.watchdog.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("stepdistill_jax.training.supervision.time.monotonic", lambda: now[0])
     watchdog = Watchdog(20, 600)  # not entered: no thread
     assert watchdog.limit_secs() == SLOW_FACTOR * 600
     for step in range(1, 6):
         now[0] += 100 if step == 1 else 40  # the first one compiles and is no measure
-        watchdog.step(step)
+        watchdog.enter(State.STEPPING)
     assert watchdog.limit_secs() == 800
-    with watchdog.slow():
-        assert watchdog.limit_secs() == SLOW_FACTOR * 600
-        now[0] += 1000
-    now[0] += 40
-    watchdog.step(6)
-    assert watchdog.limit_secs() == 800
+    watchdog.enter(State.SAVING)
+    assert watchdog.limit_secs() == SLOW_FACTOR * 600
+    now[0] += 1000
+    for _ in range(2):
+        watchdog.enter(State.STEPPING)
+        assert watchdog.limit_secs() == 800
+        now[0] += 40
 
 
 # --- in training

@@ -1,0 +1,475 @@
+"""Watches over a run: records its steps, saves, stops, goes back, and ends it when it is stuck.
+
+The loop hands over each step by `record` and `save`. The run is in one of four states:
+
+    state       it lasts                        at most           a stop signal
+    STARTING    until the first step ends       12 min_secs       ends the process: nothing to save
+    STEPPING    until the next step ends        medians x median  lets the step end and be saved
+    SAVING      between two steps               12 min_secs       lets one more step end and be saved
+    VALIDATING  for a part of SAVING            12 min_secs       breaks it off: the step is saved
+                (of STARTING, where a stop                        without, a resume validates it
+                put the validation off)
+
+    STARTING, STEPPING -> SAVING    a step has ended
+    SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last
+    SAVING -> STEPPING              what is due is saved: a better step, every `checkpoint_every`-th
+    any -> the same                 a loss or gradient is not finite: its update is skipped
+    any -> STARTING                 `max_consecutive_nonfinite` in a row: once, the run goes back to
+                                    an older checkpoint's parameters
+    any -> failed (1)               not finite where `on_nonfinite` is "stop"; too many in a row for
+                                    the second time, or without a checkpoint to go back to
+    any -> stuck (134)              the state lasts too long
+    any -> stopped                  `grace_secs` after a signal (75); at a second one (128 + number)
+    SAVING -> stopped (75)          the step that was under way at a signal is saved
+    SAVING -> done (0)              the last step is saved
+
+Every process has a supervisor, and all come to the same verdict.
+"""
+
+import collections
+import contextlib
+import enum
+import faulthandler
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from stepdistill_jax.batches.batch import Batch
+from stepdistill_jax.data.schedules import Schedule
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, rank, saved_steps
+from stepdistill_jax.runtime.metrics import FLAGGED, MetricsWriter, read_flagged, read_metrics
+from stepdistill_jax.runtime.progress import log, progress
+from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals, leave
+from stepdistill_jax.training.optimizer import make_schedule
+from stepdistill_jax.training.run import VALIDATION, Run
+from stepdistill_jax.training.state import TrainState
+from stepdistill_jax.training.throughput import Throughput
+
+SPIKE_WINDOW = 100  # steps whose median loss is the usual one
+SPIKE_LEAST = 10  # fewer say nothing
+SILENT_STEPS = 20  # an objective without a target token for so long is worth a warning
+TEXT = 200  # characters of an input in the list of flagged steps
+EXIT_STUCK = 134  # as by SIGABRT, by which JAX ends the peers of a dead process: start again
+SLOW_FACTOR = 12  # what every state but STEPPING may take, in units of `min_secs`
+RECENT = 32  # step times whose median counts
+
+State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
+
+
+class _TooManyBadSteps(Exception):
+    """Raised by `flush` after step `step`: the run goes back, once the loop's state is let go."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+class _BrokenOff(Exception):
+    """Raised between two batches of a validation: a stop signal has come."""
+
+
+def leave_at_start(signal_name: str) -> None:
+    """Ends the process with 75 while there is nothing to save."""
+    leave(signal_name, "stopped before the first step, nothing was to be saved")
+
+
+def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns `life()`, called again when the run has gone back.
+
+    Raises:
+        FloatingPointError: of `life`, with what a user can do.
+    """
+    while True:
+        try:
+            try:
+                return life()
+            except _TooManyBadSteps as error:
+                step = error.step  # the error's frames hold a state in the devices' memory
+            _go_back(run, step)
+        except FloatingPointError as error:  # no save is under way any more
+            saved = max(saved_steps(run.workdir), default=None)
+            raise FloatingPointError(
+                f"{error}; {'nothing is saved yet' if saved is None else f'step {saved} is saved'};"
+                f" the examples are in {os.fspath(run.workdir / FLAGGED)}: look at them, or take a"
+                " lower LEARNING_RATE in a new workdir"
+            ) from None
+
+
+class Supervisor:
+    """Follows a run from its newest checkpoint on; `last` is the newest line of a step's metrics."""
+
+    def __init__(self, run: Run, stop: StopSignals):
+        """`stop` is entered; each state changes what a signal does."""
+        config = run.config
+        self._run, self._stop = run, stop
+        self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
+        self._enter(State.STARTING)
+        # all at once: an operation of its own would wait in the device's queue for the running step
+        rates = make_schedule(config)(np.arange(config.train_steps))
+        self._learning_rates = np.broadcast_to(np.asarray(rates), config.train_steps)
+        self._names = [o.name for o in run.data.objectives]
+        extra = [config.extra_loss] if config.extra_loss else []
+        self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
+        self._pending: tuple[int, Batch, dict, float, float | None] | None = None
+        self.last: dict[str, Any] = {}
+        self._silent = dict.fromkeys(self._names, 0)  # steps in a row without a target token
+        self._zero_steps, self._spiking = 0, False
+        self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
+        self._skipped, self._in_a_row, self._gone_back = 0, 0, False  # steps that were not finite
+
+    def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
+        """Opens the workdir, which `closing` closes; returns the newest checkpoint's step and state.
+
+        Without a checkpoint they are 0 and a new state, which devices may still be making.
+        """
+        run, config = self._run, self._run.config
+        self._checkpoints = checkpoints = Checkpoints(run.workdir)
+        closing.enter_context(contextlib.closing(checkpoints))
+        closing.enter_context(self._watchdog)
+        if (start := checkpoints.latest_step() or 0) > 0:
+            rest = run.abstract.replace(params=None)
+            params, rest = checkpoints.restore(start, run.abstract.params, rest)
+            state = rest.replace(params=params)
+            log(f"resumed {run.workdir} from step {start}")
+        else:
+            state = run.initial_state()
+        first, saved = jax.process_index() == 0, saved_steps(run.workdir)
+        self._best = max(map(rank, saved.values()), default=None)
+        validated = saved.get(start, {}).get("validated", True)
+        self._writer = MetricsWriter(
+            run.workdir, start_step=start, validated=validated, active=first
+        )
+        closing.enter_context(contextlib.closing(self._writer))
+        shown = progress(config.train_steps, "train", done=start) if first else None
+        self._bar = closing.enter_context(shown) if shown else None  # None: another process prints
+        self._remember(start)
+        self._throughput = Throughput(run.model, batch_size=config.batch_size)
+        self._stop.act_if_agreed()
+        if not validated and self._validation_due(start):
+            if metrics := self._validate(start, state):
+                self._best = max(rank(metrics), self._best or rank(metrics))
+                self._writer.sync()
+                checkpoints.set_metrics(start, metrics)
+            self._enter(State.STARTING)
+            self._stop.act_if_agreed()
+        return start, state
+
+    def _remember(self, start: int) -> None:
+        """Counts what earlier lives of the run saw up to step `start`."""
+        if start and self._bar is not None and self._run.config.spike_factor:
+            with contextlib.suppress(InputError):  # metrics.jsonl was removed
+                lines = read_metrics(self._run.workdir)
+                self._losses += [x["loss"] for x in lines if x.get("loss") is not None]
+        last = None
+        for line in read_flagged(self._run.workdir):
+            if line["step"] > start:
+                break
+            if line.get("reason") == "nonfinite":
+                self._skipped += 1
+                self._in_a_row = self._in_a_row + 1 if last == line["step"] - 1 else 1
+                last = line["step"]
+            elif line.get("reason") == "rolled_back":
+                self._gone_back, last = True, None
+        if last != start:
+            self._in_a_row = 0
+
+    def _enter(self, state: State) -> None:
+        starting = state is State.STARTING
+        self._stop.act = leave_at_start if starting else None
+        self._stop.limit_secs = UNWIND_SECS if starting else self._run.config.grace_secs
+        self._watchdog.enter(state)
+
+    # --- recording
+
+    def record(self, step: int, batch: Batch, device_metrics: dict, waited: float) -> None:
+        """Keeps a step and writes the one before it, so that reading never holds up the devices.
+
+        `device_metrics` may still be computed; `waited` is in seconds, for the batch. Raises as `flush`.
+        """
+        # where the call returned after the step's end, `flush` would see it too late
+        ended = self._throughput.now() if device_metrics["loss"].is_ready() else None
+        self.flush(before=ended)
+        self._pending = step, batch, device_metrics, waited, ended
+
+    def flush(self, before: float | None = None) -> None:
+        """Writes the step that is kept; `before`: when the step after it ended, if it has.
+
+        Raises:
+            FloatingPointError: the written step is not finite, and the run ends.
+        """
+        if self._pending is None:
+            return
+        (step, batch, device_metrics, waited, ended), self._pending = self._pending, None
+        got = jax.tree.map(np.asarray, device_metrics)  # waits until the step has ended
+        throughput = self._throughput
+        if ended is None:
+            ended = throughput.now() if before is None else throughput.halfway(before)
+        metrics = self._numbers(step, batch, got) | throughput.of_step(batch, ended)
+        metrics["timing/seconds_waiting_for_data"] = waited
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self._in_a_row = 0
+            self._look_for_spike(step, metrics)
+        else:
+            self._skipped += 1
+            self._in_a_row += 1
+            self._flag(step, "nonfinite", metrics)
+        metrics["skipped_steps"] = self._skipped
+        self._writer.write(step, metrics)
+        self.last = {"step": step, **metrics}
+        if self._bar is not None:
+            self._warn(step, metrics)
+            skipped = {"skipped steps": self._skipped} if self._skipped else {}
+            self._bar.update(1, **_losses_of(metrics), **skipped)
+        if self._in_a_row:
+            self._enforce(step, metrics)
+
+    def _numbers(self, step: int, batch: Batch, got: dict[str, Any]) -> dict[str, float]:
+        sums = got["sums"]
+        metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
+        for i, (name, weight) in enumerate(self._weights.items()):
+            of_tokens = name in self._names  # an extra loss has no target tokens
+            if of_tokens:
+                metrics[f"target_tokens/{name}"] = float(
+                    sum(int((g["decoder_objective_ids"] == i + 1).sum()) for g in batch)
+                )
+            if sums.count[i] > 0:
+                metrics[f"loss/{name}"] = float(sums.loss[i] / sums.count[i])
+                if of_tokens:
+                    metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
+            if isinstance(weight, Schedule):
+                metrics[f"loss_weight/{name}"] = float(got["weights"][i])
+        return metrics | {"learning_rate": float(self._learning_rates[step - 1])}
+
+    def _warn(self, step: int, metrics: dict[str, float]) -> None:
+        self._zero_steps = self._zero_steps + 1 if metrics["loss"] == 0.0 else 0
+        if self._zero_steps == 1:
+            log(f"warning: step {step}: the loss is exactly 0, nothing is learned")
+        for name in self._names:
+            silent = self._silent[name] + 1 if not metrics[f"target_tokens/{name}"] else 0
+            self._silent[name] = silent
+            if silent == SILENT_STEPS:
+                log(
+                    f"warning: objective {name} had no target token in {SILENT_STEPS} steps;"
+                    " does the dataset have its target field?"
+                )
+
+    def _look_for_spike(self, step: int, metrics: dict[str, float]) -> None:
+        loss, factor = metrics["loss"], self._run.config.spike_factor
+        if self._bar is None or not factor:
+            return
+        usual = statistics.median(self._losses or [math.inf])
+        spike = len(self._losses) >= SPIKE_LEAST and loss > factor * usual
+        if spike:
+            self._flag(step, "spike", metrics)
+            if not self._spiking:
+                log(
+                    f"warning: step {step}: loss {loss:.4g}, the median of the last"
+                    f" {len(self._losses)} steps is {usual:.4g}; its examples are in {FLAGGED}"
+                )
+        self._spiking = spike
+        self._losses.append(loss)
+
+    def _flag(self, step: int, reason: str, metrics: dict[str, float]) -> None:
+        if self._bar is None:
+            return
+        entry = {"reason": reason, **_losses_of(metrics), "grad_norm": metrics["grad_norm"]}
+        self._writer.flag(step, entry | {"examples": _examples_of(self._run, step)})
+
+    def _enforce(self, step: int, metrics: dict[str, float]) -> None:
+        """Skips a step that is not finite, goes back after too many, or fails."""
+        config = self._run.config
+        what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
+        if config.on_nonfinite == "stop":
+            raise FloatingPointError(f"{what} (train.on_nonfinite = 'stop')")
+        if self._bar is not None:
+            log(
+                f"warning: {what}: its update is skipped ({self._in_a_row} in a row,"
+                f" {self._skipped} in all); its examples are in {FLAGGED}"
+            )
+        if self._in_a_row >= config.max_consecutive_nonfinite:
+            if self._gone_back:
+                raise FloatingPointError(f"{what}, {self._in_a_row} in a row once more")
+            raise _TooManyBadSteps(step)
+
+    # --- validating and saving
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Does what is due after a step: validates, saves, leaves after a stop signal.
+
+        Raises:
+            SystemExit: 75, the step is saved.
+            FloatingPointError: as `flush`, before the step is saved.
+        """
+        self._watchdog.last_step = step
+        self._enter(State.SAVING)
+        last, validation_due = step == self._run.config.train_steps, self._validation_due(step)
+        stopping, metrics = self._stop.agreed(), None
+        if validation_due and not stopping:
+            metrics = self._validate(step, state)
+            stopping = metrics is None
+            self._enter(State.SAVING)
+        better = False
+        if metrics and (self._best is None or rank(metrics) > self._best):
+            better, self._best = True, rank(metrics)
+        if better or stopping or last or step % self._run.config.checkpoint_every == 0:
+            self.flush()
+            self._writer.sync()  # a resume from the checkpoint looks there
+            metrics = metrics or {"step": step, "validated": False}
+            self._checkpoints.save(step, state.params, state.replace(params=None), metrics)
+            self._throughput.pause()
+        if stopping and (validation_due or not last):
+            self._checkpoints.wait()
+            seconds = f"{self._stop.seconds():.1f} s after the signal"
+            leave(self._stop.received, f"saved step {step}; {seconds}")
+        self._enter(State.STEPPING)
+
+    def _validation_due(self, step: int) -> bool:
+        config = self._run.config
+        due = step % config.eval_every == 0 or step == config.train_steps
+        return due and self._run.validator is not None
+
+    def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
+        """Writes a step's validation, and returns it for the checkpoint; None where it is broken off."""
+        validator = self._run.validator
+        assert validator is not None
+        self._enter(State.VALIDATING)
+        self.flush()
+        try:
+            found = validator.compute(state.params, on_batch=self._break_off)
+        except _BrokenOff:
+            return None
+        self._writer.write(step, found)
+        accuracy = found[f"eval/{VALIDATION}/label_accuracy"]
+        if self._bar is not None:
+            self._bar.update(0, **{"validation accuracy": accuracy})
+        self._throughput.pause()
+        label = self._run.data.objectives[0].name  # the objective whose output is served
+        ranked = {
+            "label_accuracy": accuracy,
+            "label_loss": found[f"eval/{VALIDATION}/loss/{label}"],
+        }
+        return {"step": step, "validated": True, **ranked, **found}
+
+    def _break_off(self) -> None:
+        if self._stop.agreed():
+            raise _BrokenOff
+
+
+def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
+    return {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
+
+
+def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
+    """Returns a step's examples: place in the split as tokenised, start of the input, and label."""
+    found, data = [], run.data
+    drawn = run.batches.examples(step - 1)
+    for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
+        store = data.stores[number]
+        text = data.vocabulary.decode(store.rows[0]["inputs"][row].tolist())
+        example = {"row": row, "input": text[:TEXT], "label": store.label_texts[row]}
+        found.append(example if len(data.stores) == 1 else {"store": number, **example})
+    return found
+
+
+def _go_back(run: Run, step: int) -> None:
+    """Saves step `step` again: the last good checkpoint's parameters and optimizer, at that step.
+
+    The batches in between are left out, as PaLM did (Chowdhery et al. 2022, section 5.1): gone
+    through again in the same order, they would end in the same place.
+
+    Good is the newest multiple of `checkpoint_every` whose next step was finite. A step that is
+    saved for another reason (a stop signal) is not taken: a run that nobody stopped has none.
+    """
+    in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
+    good = (step - in_a_row - 1) // every * every
+    bad = f"steps {step - in_a_row + 1} to {step}"
+    first = jax.process_index() == 0
+    with contextlib.closing(Checkpoints(run.workdir)) as checkpoints:
+        if good not in saved_steps(run.workdir):
+            none = f"of step {good} to go back to" if good > 0 else "was due before"
+            raise FloatingPointError(
+                f"{bad}: loss or gradient not finite, and no checkpoint {none}"
+            )
+        if first:
+            log(
+                f"warning: {bad} were not finite: back to the parameters of step {good}; the"
+                f" batches up to step {step} are left out"
+            )
+        abstract = run.abstract
+        params, rest = checkpoints.restore(good, abstract.params, abstract.replace(params=None))
+        # first: a line of a step that is not saved is cut off by the resume
+        writer = MetricsWriter(run.workdir, start_step=step, active=first)
+        with contextlib.closing(writer):
+            writer.flag(step, {"reason": "rolled_back", "to_step": good})
+        # a new array of the same placement: `step` is all that differs
+        rest = rest.replace(step=rest.step + (step - good))
+        checkpoints.save(step, params, rest, {"step": step, "validated": False})
+
+
+class Watchdog:
+    """While entered: a state that lasts too long writes all threads' stacks and ends the process with 134.
+
+    Time in which the whole process does not run (a suspended laptop, Ctrl-Z) does not count: the
+    thread adds up its own short sleeps.
+    """
+
+    def __init__(self, medians: float, min_secs: float):
+        """`medians` and `min_secs`: see the table of the module; `medians` 0 turns it off."""
+        self.last_step: int | None = None  # for the message
+        self._medians, self._min_secs = medians, min_secs
+        self._interval = min(1.0, min_secs / 10)
+        self._seconds: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._state, self._began = State.STARTING, time.monotonic()
+        self._ran = self._mark = 0.0  # seconds that the process ran: in all, and until this state
+        self._end = threading.Event()
+
+    def __enter__(self) -> "Watchdog":
+        if self._medians:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end.set()
+
+    def enter(self, state: State) -> None:
+        """Begins a state, and with that ends the one before."""
+        now = time.monotonic()
+        if self._state is State.STEPPING:
+            self._seconds.append(now - self._began)
+        self._state, self._began, self._mark = state, now, self._ran
+
+    def limit_secs(self) -> float:
+        """Returns how long this state may last."""
+        if self._state is not State.STEPPING or not self._seconds:
+            return SLOW_FACTOR * self._min_secs
+        return max(self._min_secs, self._medians * statistics.median(list(self._seconds)))
+
+    def _watch(self) -> None:
+        last = time.monotonic()
+        while not self._end.wait(self._interval):
+            now = time.monotonic()
+            self._ran += min(now - last, 2 * self._interval)
+            last = now
+            if self._ran - self._mark > self.limit_secs():
+                self._bark()
+
+    def _bark(self) -> None:
+        step, secs = self.last_step, self._ran - self._mark
+        where = "before the first step" if step is None else f"after step {step}"
+        usual = f", a step takes {statistics.median(self._seconds):.3g} s" if self._seconds else ""
+        log(f"stuck: nothing for {secs:.0f} s {where}{usual}; the stacks of all threads:")
+        faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
+        log(
+            f"stepdistill: failed: stuck {where}; start the same command again to go on from the last"
+            " saved step (train.watchdog_medians = 0 turns this off)"
+        )
+        os._exit(EXIT_STUCK)
