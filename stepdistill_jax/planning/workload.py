@@ -4,13 +4,13 @@ import dataclasses
 import os
 import pathlib
 
-from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.prepared import data_folder, prepared_names
-from stepdistill_jax.data.vocabulary import BYTES
-from stepdistill_jax.formats.directory import read_config, read_model_files
+from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
-from stepdistill_jax.tasks.load import TaskData, load_task
+from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.data import TRAIN, batches_of, load_split, vocabulary_of
+from stepdistill_jax.training.run import model_settings
 
 # ids of the published models; test_configs checks their parameter counts
 PUBLISHED_VOCABULARY = {"mt5": 250_112, "byt5": 384, "umt5": 256_384}
@@ -58,10 +58,7 @@ def workload(
     if rows is not None:
         groups = ((rows, *lengths),)
     elif data is not None:
-        batches = Batches(
-            data, config.batch_size, *lengths, seed=config.seed, pack=config.pack,
-            data_fraction=config.data_fraction,
-        )  # fmt: skip
+        batches = batches_of(config, data)
         # the largest of the shapes that `train` compiles is for a batch that all but never comes
         taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
         groups = tuple(
@@ -86,26 +83,13 @@ def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:
     """The tokens of a prepared dataset, with its own vocabulary where INIT_FROM is not at hand."""
     if config.task not in prepared_names(data_dir):
         return None
-    vocabulary = None
-    if config.init_from is not None and os.path.isdir(config.init_from):
-        vocabulary = read_model_files(config.init_from).vocabulary.source
-    return load_task(
-        config.task,
-        split="train",
-        objectives=config.objectives,
-        vocabulary=BYTES if config.model_family == "byt5" else vocabulary,
-        data_dir=data_dir,
-        supervision=config.supervision,
-    )
+    if config.init_from is not None and not os.path.isdir(config.init_from):
+        config = dataclasses.replace(config, init_from=None)
+    return load_split(config, TRAIN, vocabulary=vocabulary_of(config), data_dir=data_dir)
 
 
 def _model(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> T5Config:
-    settings = {
-        "dtype": config.dtype,
-        "dropout_rate": config.dropout_rate,
-        "remat_policy": config.remat_policy,
-        "lora": config.lora,
-    }
+    settings = model_settings(config)
     if config.init_from is not None and os.path.isdir(config.init_from):
         return dataclasses.replace(read_config(config.init_from), **settings)
     if config.init_from is None and data is not None:

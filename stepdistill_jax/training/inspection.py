@@ -11,12 +11,13 @@ import numpy as np
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import DECODER_ENCODER_SEGMENTS, Group, round_up
 from stepdistill_jax.data import schedules
-from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
+from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
-from stepdistill_jax.tasks.load import TaskData, load_task
-from stepdistill_jax.tasks.token_weights import with_token_weights
+from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.data import batches_of, load_split, vocabulary_of
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10
@@ -61,39 +62,11 @@ def inspect(
         InputError: unknown task or split.
     """
     if isinstance(config, str):
-        config = TrainConfig(task=config, task_module=task_module)
-    objectives = resolve(config.objectives)
-    supervision = config.supervision if split == "train" else None
-    if split == "validation":  # as `train` reads it
-        supervision = config.supervision.for_objectives(objectives).held_out()
-        objectives = held_out_objectives(objectives)
-    data = load_task(
-        config.task,
-        split=split,
-        objectives=objectives,
-        vocabulary=_vocabulary_of(config),
-        data_dir=data_dir,
-        task_module=task_module or config.task_module,
-        supervision=supervision,
-    )
-    if config.token_weights is not None and split == "train":
-        data = with_token_weights(
-            data,
-            config.token_weights,
-            supervision=config.supervision,
-            data_dir=data_dir,
-            task_module=task_module or config.task_module,
-        )
-    batches = Batches(
-        data,
-        config.batch_size,
-        config.input_length,
-        config.target_length,
-        seed=config.seed,
-        pack=config.pack,
-        data_fraction=config.data_fraction if split == "train" else 1.0,
-        loss_mean=config.loss_mean,
-    )
+        config = TrainConfig(task=config)
+    if task_module is not None:
+        config = dataclasses.replace(config, task_module=task_module)
+    data = load_split(config, split, vocabulary=vocabulary_of(config), data_dir=data_dir)
+    batches = batches_of(config, data)
     measured = _measure(batches)
     model = _model_of(config, data)
     candidates = [_candidate(batches, model, *pair) for pair in _candidate_lengths(batches)]
@@ -119,21 +92,10 @@ def inspect(
     }
 
 
-def _vocabulary_of(config: TrainConfig) -> str | None:
-    """The vocabulary that INIT_FROM brings; None is the task's own."""
-    if config.init_from is None:
-        return None
-    from stepdistill_jax.formats.directory import read_model_files
-
-    return read_model_files(config.init_from).vocabulary.source
-
-
 def _model_of(config: TrainConfig, data: TaskData) -> T5Config:
     """The model that would be trained, of which the lengths' costs depend."""
     if config.init_from is None:
         return t5_config(config.model_family, config.model_size, vocab_size=data.vocab_size)
-    from stepdistill_jax.formats.directory import read_config
-
     return read_config(config.init_from)
 
 

@@ -25,7 +25,8 @@ from stepdistill_jax.runtime.files import (
 )
 from stepdistill_jax.runtime.on_processes import everywhere, on_first
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
+from stepdistill_jax.training.data import VALIDATION
+from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
@@ -56,8 +57,6 @@ LIFE_FIELDS = (
     "commit",
     "started",
 )
-# of the model's configuration, what TrainConfig has already said
-OF_CONFIG = ("dtype", "dropout_rate", "remat_policy", "lora")
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             old["remat_policy"] = OLD_REMAT_POLICIES.get(old["remat_policy"], old["remat_policy"])
             old["objectives"] = [{"decoder_prefix": ""} | o for o in old["objectives"]]
         for name in sorted(old.keys() | new.keys()):
-            skipped = FREE_FIELDS if key == "config" else OF_CONFIG if key == "model" else ()
+            skipped = FREE_FIELDS if key == "config" else MODEL_SETTINGS if key == "model" else ()
             gone = key == "fingerprint" and name == "init_from" and name not in new
             if name in skipped or gone:
                 continue

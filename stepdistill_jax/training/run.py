@@ -1,19 +1,17 @@
 """Everything that a run is made of, checked before the first compile."""
 
 import dataclasses
-import functools
 import os
 import pathlib
+from typing import Any
 
 import optax
 from jax.sharding import Mesh
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
-from stepdistill_jax.data.objectives import held_out_objectives
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
-from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
@@ -23,9 +21,9 @@ from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir
 from stepdistill_jax.runtime.files import as_path, local_path
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.tasks.load import TaskData, has_split, load_task
-from stepdistill_jax.tasks.token_weights import with_token_weights
+from stepdistill_jax.tasks.load import TaskData, has_split
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.data import TRAIN, VALIDATION, batches_of, load_split, vocabulary_of
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import (
     TrainState,
@@ -38,7 +36,7 @@ from stepdistill_jax.training.state import (
 from stepdistill_jax.training.validation import Validator
 from stepdistill_jax.training.workdir import check_workdir
 
-VALIDATION = "validation"
+MODEL_SETTINGS = ("dtype", "dropout_rate", "remat_policy", "lora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,67 +77,34 @@ def assemble(
     check_workdir(workdir)
     mesh = make_mesh(config.layout)
     shards = batch_shards(mesh)
-    vocabulary, model = BYTES if config.model_family == "byt5" else None, None
-    if config.init_from is not None:
-        vocabulary, model = _given_model(config, workdir)
+    vocabulary, model = (
+        (vocabulary_of(config), None) if config.init_from is None else _given_model(config, workdir)
+    )
     if config.task == EMBEDDED:
         ensure_prepared(config.task, data_dir)
-    load = functools.partial(
-        load_task,
-        config.task,
-        vocabulary=vocabulary,
-        data_dir=data_dir,
-        task_module=config.task_module,
-    )
-    data = load(split="train", objectives=config.objectives, supervision=config.supervision)
-    if config.token_weights is not None:
-        data = with_token_weights(
-            data,
-            config.token_weights,
-            supervision=config.supervision,
-            data_dir=data_dir,
-            task_module=config.task_module,
-        )
+    read = {"vocabulary": vocabulary, "data_dir": data_dir}
+    data = load_split(config, TRAIN, **read)
     if model is None:
         model = t5_config(
             config.model_family,
             config.model_size,
             vocab_size=data.vocab_size,
-            dtype=config.dtype,
-            dropout_rate=config.dropout_rate,
-            remat_policy=config.remat_policy,
-            lora=config.lora,
+            **model_settings(config),
         )
     if data.vocab_size > model.vocab_size:
         raise InputError(
             f"ids of {config.task} go up to {data.vocab_size - 1}, but the model's vocab_size is"
             f" {model.vocab_size}"
         )
-    batches = Batches(
-        data,
-        batch_size=config.batch_size,
-        input_length=config.input_length,
-        target_length=config.target_length,
-        seed=config.seed,
-        pack=config.pack,
-        row_multiple=shards * config.num_microbatches,
-        data_fraction=config.data_fraction,
-        loss_mean=config.loss_mean,
-    )
+    batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
     tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if has_split(config.task, VALIDATION, data_dir=data_dir, task_module=config.task_module):
-        held_out = load(
-            split=VALIDATION,
-            objectives=held_out_objectives(data.objectives),
-            supervision=config.supervision.for_objectives(data.objectives).held_out(),
-        )
+        held_out = load_split(config, VALIDATION, objectives=data.objectives, **read)
         validator = Validator.create(
             held_out,
-            dataclasses.replace(
-                batches, data=held_out, row_multiple=shards, data_fraction=1.0, shuffle=False
-            ),
+            batches_of(config, held_out, row_multiple=shards, shuffle=False),
             config=model,
             abstract=abstract,
             mesh=mesh,
@@ -149,6 +114,11 @@ def assemble(
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
     return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator)
+
+
+def model_settings(config: TrainConfig) -> dict[str, Any]:
+    """Returns what a config says of its model, whichever the weights are."""
+    return {name: getattr(config, name) for name in MODEL_SETTINGS}
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Config]:
@@ -162,13 +132,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
         )
     files = read_model_files(workdir if resumed else local_path(config.init_from, "INIT_FROM"))
     log(f"INIT_FROM {config.init_from}: its config.json decides the model, not MODEL_SIZE")
-    return files.vocabulary.source, dataclasses.replace(
-        files.config,
-        dtype=config.dtype,
-        dropout_rate=config.dropout_rate,
-        remat_policy=config.remat_policy,
-        lora=config.lora,
-    )
+    return files.vocabulary.source, dataclasses.replace(files.config, **model_settings(config))
 
 
 def max_decode_len(data: TaskData, target_length: int) -> int:

@@ -49,8 +49,9 @@ from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, rank, saved
 from stepdistill_jax.runtime.metrics import FLAGGED, MetricsWriter, read_flagged, read_metrics
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals, leave
+from stepdistill_jax.training.data import VALIDATION
 from stepdistill_jax.training.optimizer import make_schedule
-from stepdistill_jax.training.run import VALIDATION, Run
+from stepdistill_jax.training.run import Run
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.throughput import Throughput
 

@@ -60,7 +60,7 @@ def compiling(*args, **kwargs):
     ctypes.CDLL(None).system(b"exec sleep 20 > /dev/null 2>&1")
 
 if phase == "tokenising":
-    before(run, "load_task")
+    before(run, "load_split")
 elif phase == "restoring":
     before(Checkpoints, "restore")
 elif phase == "compiling":

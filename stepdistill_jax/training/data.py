@@ -1,0 +1,82 @@
+"""What a run reads: the splits of its task, and their batches; the same for `inspect` and `plan`."""
+
+import os
+from collections.abc import Sequence
+
+from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
+from stepdistill_jax.data.vocabulary import BYTES
+from stepdistill_jax.formats.directory import read_model_files
+from stepdistill_jax.tasks.load import TaskData, load_task
+from stepdistill_jax.tasks.token_weights import with_token_weights
+from stepdistill_jax.training.config import TrainConfig
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+def vocabulary_of(config: TrainConfig) -> str | None:
+    """Returns the vocabulary that INIT_FROM or the model's family brings; None is the task's own."""
+    if config.init_from is not None:
+        return read_model_files(config.init_from).vocabulary.source
+    return BYTES if config.model_family == "byt5" else None
+
+
+def load_split(
+    config: TrainConfig,
+    split: str,
+    *,
+    vocabulary: str | None,
+    data_dir: os.PathLike | str | None,
+    objectives: Sequence[Objective] | None = None,
+) -> TaskData:
+    """Returns the tokens of a split as a run of `config` reads them.
+
+    `train` has the config's supervision and token weights. `validation` is measured by gold labels;
+    other splits keep each row as it is.
+
+    Args:
+        config: of the run.
+        split: of its task.
+        vocabulary: path of a `spiece.model`, or `bytes`; None is the task's own.
+        data_dir: of prepared datasets; None is the default one.
+        objectives: of the train split; None is the config's.
+
+    Raises:
+        InputError: as `load_task` and `with_token_weights`.
+    """
+    objectives = objectives or resolve(config.objectives)
+    supervision = config.supervision if split == TRAIN else None
+    if split == VALIDATION:
+        supervision = config.supervision.for_objectives(objectives).held_out()
+        objectives = held_out_objectives(objectives)
+    where = {"data_dir": data_dir, "task_module": config.task_module}
+    data = load_task(
+        config.task,
+        split=split,
+        objectives=objectives,
+        vocabulary=vocabulary,
+        supervision=supervision,
+        **where,
+    )
+    if config.token_weights is None or split != TRAIN:
+        return data
+    weights = config.token_weights
+    return with_token_weights(data, weights, supervision=config.supervision, **where)
+
+
+def batches_of(
+    config: TrainConfig, data: TaskData, *, row_multiple: int = 1, shuffle: bool = True
+) -> Batches:
+    """Returns the batches of a split as a run of `config` draws them, `data_fraction` of `train`."""
+    return Batches(
+        data,
+        batch_size=config.batch_size,
+        input_length=config.input_length,
+        target_length=config.target_length,
+        seed=config.seed,
+        pack=config.pack,
+        row_multiple=row_multiple,
+        data_fraction=config.data_fraction if data.split == TRAIN else 1.0,
+        shuffle=shuffle,
+        loss_mean=config.loss_mean,
+    )
