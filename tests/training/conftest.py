@@ -1,14 +1,21 @@
 """What several tests of steps train on."""
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.layers import Dropout
+from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
+from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
+from stepdistill_jax.training.state import abstract_state, init_state
+from stepdistill_jax.training.step import jit_train_step
+
+ONE_DEVICE = Layout()
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +43,26 @@ def data(tmp_path_factory) -> TaskData:
         vocabulary=None,
         labels=(),
     )
+
+
+@pytest.fixture(scope="session")
+def take_steps():
+    """`take_steps(model, batches, layout, devices, tx=..., weights=...)`: (state, metrics of each step)."""
+
+    def taken(
+        model, batches, layout=ONE_DEVICE, devices=1, *, tx, weights, seed=3, num_microbatches=1
+    ):
+        mesh = make_mesh(layout, jax.devices()[:devices])
+        abstract = abstract_state(model, tx, mesh)
+        static = {"model": T5(model), "tx": tx, "objective_weights": weights}
+        step = jit_train_step(abstract, mesh, **static, num_microbatches=num_microbatches)
+        state, found = init_state(model, tx, abstract, seed=seed), []
+        for batch in batches:
+            state, metrics = step(state, place_rows(batch, mesh))
+            found.append(metrics)
+        return state, found
+
+    return taken
 
 
 class OneLayer(nn.Module):

@@ -11,13 +11,11 @@ import pytest
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
-from stepdistill_jax.training.state import abstract_state, init_state
-from stepdistill_jax.training.step import jit_train_step
+from stepdistill_jax.training.state import abstract_state
 
 MODEL = T5Config(128, 64, 8, 8, 128, 1, 1, dropout_rate=0.0)
 # wide enough that Adafactor factors its moments
@@ -45,32 +43,25 @@ def optimizer(name):
     )
 
 
-def run(batches, layout, devices=8, *, optimizer_name="adamw", num_microbatches=1):
-    """(state, losses) of ten steps from the same seed."""
-    mesh, tx = make_mesh(layout, jax.devices()[:devices]), optimizer(optimizer_name)
-    abstract = abstract_state(MODEL, tx, mesh)
-    step = jit_train_step(
-        abstract,
-        mesh,
-        model=T5(MODEL),
-        tx=tx,
-        objective_weights=WEIGHTS,
-        num_microbatches=num_microbatches,
-    )
-    state, losses = init_state(MODEL, tx, abstract, seed=3), []
-    for batch in batches:
-        state, metrics = step(state, place_rows(batch, mesh))
-        losses.append(float(metrics["loss"]))
-    return state, losses
+@pytest.fixture(scope="module")
+def run(batches, take_steps):
+    """`run(layout, ...)`: (state, losses) of ten steps from the same seed."""
+
+    def ran(layout, devices=8, *, optimizer_name="adamw", **settings):
+        settings |= {"tx": optimizer(optimizer_name), "weights": WEIGHTS}
+        state, found = take_steps(MODEL, batches, layout, devices, **settings)
+        return state, [float(metrics["loss"]) for metrics in found]
+
+    return ran
 
 
 @pytest.fixture(scope="module")
-def one_device(batches):
+def one_device(run):
     """(losses, params) of one device by the optimizer's name, each run when it is asked for."""
 
     @functools.cache
     def found(optimizer_name):
-        state, losses = run(batches, Layout(), 1, optimizer_name=optimizer_name)
+        state, losses = run(Layout(), 1, optimizer_name=optimizer_name)
         return losses, jax.tree.map(np.array, state.params)
 
     return found
@@ -86,9 +77,9 @@ def one_device(batches):
         pytest.param("hybrid", {}, marks=pytest.mark.slow),
     ],
 )
-def test_ten_steps_on_eight_devices_are_those_of_one(batches, one_device, layout, settings):
+def test_ten_steps_on_eight_devices_are_those_of_one(run, one_device, layout, settings):
     assert jax.device_count() == 8
-    state, losses = run(batches, ALL[layout], **settings)
+    state, losses = run(ALL[layout], **settings)
     expected_losses, expected = one_device(settings.get("optimizer_name", "adamw"))
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)  # measured 5e-7
     assert losses[-1] < losses[0] - 0.1

@@ -17,14 +17,11 @@ from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.inference import export, load_model, predict
 from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.models.lora import base_of, split
-from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checkpoints.manager import restore_params, saved_steps
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.state import abstract_state, init_state
-from stepdistill_jax.training.step import jit_train_step
 
 LORA = LoraConfig(query=4, key=4, value=4, out=4, wi=4, wo=4, alpha=8.0)
 SETTINGS = {
@@ -161,33 +158,23 @@ def test_init_from_gets_new_adapters_beside_its_weights(exported, tmp_path, deli
         assert x.sharding == abstract.sharding
 
 
-def one_update(run, layout, devices, num_microbatches=1):
-    """(metrics of two steps, adapters after them) of the run's first batch."""
-    mesh = make_mesh(layout, jax.devices()[:devices])
-    tx = optax.sgd(1e-1)
-    model = dataclasses.replace(run.model, dropout_rate=0.0)
-    abstract = abstract_state(model, tx, mesh)
-    step = jit_train_step(
-        abstract,
-        mesh,
-        model=T5(model),
-        tx=tx,
-        objective_weights=(0.5, 0.5),
-        num_microbatches=num_microbatches,
-    )
-    state, found = init_state(model, tx, abstract, seed=0), []
-    for _ in range(2):
-        state, metrics = step(state, place_rows(run.batches(0), mesh))
-        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return found, jax.tree.map(np.asarray, split(state.params)[0])
-
-
 @pytest.mark.slow
-def test_eight_devices_and_two_slices_give_the_update_of_one(tmp_path, delivery_data_dir):
+def test_eight_devices_and_two_slices_give_the_update_of_one(
+    tmp_path, delivery_data_dir, take_steps
+):
     # rows of a batch are a multiple of 4 parts x 2 slices
     run = run_of(tmp_path, delivery_data_dir, num_microbatches=2)
-    expected = one_update(run, Layout(), 1)
-    metrics, adapters = one_update(run, Layout(fsdp=4, tensor=2), 8, num_microbatches=2)
+    model = dataclasses.replace(run.model, dropout_rate=0.0)
+    given = {"tx": optax.sgd(1e-1), "weights": (0.5, 0.5), "seed": 0}
+
+    def updated(*layout, **settings):
+        """(metrics of two steps, adapters after them) of the run's first batch."""
+        state, found = take_steps(model, [run.batches(0)] * 2, *layout, **given, **settings)
+        metrics = [[float(m["loss"]), float(m["grad_norm"])] for m in found]
+        return metrics, jax.tree.map(np.asarray, split(state.params)[0])
+
+    expected = updated(Layout(), 1)
+    metrics, adapters = updated(Layout(fsdp=4, tensor=2), 8, num_microbatches=2)
     np.testing.assert_allclose(metrics, expected[0], rtol=1e-5)
     for path, x in flatten_dict(expected[1]).items():
         np.testing.assert_allclose(flatten_dict(adapters)[path], x, atol=1e-6)

@@ -15,14 +15,12 @@ from stepdistill_jax.data.objectives import Objective, share_encoding, shared_en
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
+from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training import TrainConfig, train
-from stepdistill_jax.training.state import abstract_state, init_state
-from stepdistill_jax.training.step import jit_train_step
 
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CROSS = "decoder_encoder_segment_ids"
@@ -166,22 +164,18 @@ def test_the_batch_of_the_docstring(tmp_path):
         np.testing.assert_array_equal(group[name][0], np.array(row.split(), float), name)
 
 
-def update(batch, layout=Layout(), devices=1, num_microbatches=1):  # noqa: B008
-    """(loss, loss and count of each objective, gradient)."""
-    mesh, tx = make_mesh(layout, jax.devices()[:devices]), optax.sgd(1e-2, momentum=0.9)
-    abstract = abstract_state(MODEL, tx, mesh)
-    step = jit_train_step(
-        abstract,
-        mesh,
-        model=T5(MODEL),
-        tx=tx,
-        objective_weights=tuple(o.weight for o in SHARED),
-        num_microbatches=num_microbatches,
-    )
-    state, metrics = step(init_state(MODEL, tx, abstract, seed=3), place_rows(batch, mesh))
-    gradient = jax.tree.map(np.array, state.opt_state[0].trace)
-    sums = np.array([metrics["sums"].loss, metrics["sums"].count])
-    return float(metrics["loss"]), sums, gradient
+@pytest.fixture(scope="module")
+def update(take_steps):
+    """`update(batch, ...)`: (loss, loss and count of each objective, gradient)."""
+    given = {"tx": optax.sgd(1e-2, momentum=0.9), "weights": tuple(o.weight for o in SHARED)}
+
+    def updated(batch, *layout, **settings):
+        state, (metrics,) = take_steps(MODEL, [batch], *layout, **given, **settings)
+        gradient = jax.tree.map(np.array, state.opt_state[0].trace)
+        sums = np.array([metrics["sums"].loss, metrics["sums"].count])
+        return float(metrics["loss"]), sums, gradient
+
+    return updated
 
 
 def largest_gap(gradient, expected):
@@ -196,7 +190,7 @@ def examples():
 
 
 @pytest.fixture(scope="module")
-def packed(examples, tmp_path_factory):
+def packed(examples, update, tmp_path_factory):
     """The batch of 16 examples, one encoding for each, and its update on one device."""
     data = task(tmp_path_factory.mktemp("shared"), examples, SHARED)
     batch = Batches(data, 16, 30, 70, seed=0, row_multiple=8)(0)
@@ -216,7 +210,7 @@ def assert_same_update(got, expected):
     ids=["packed", "PACK=False"],
 )
 def test_loss_and_gradient_are_those_of_encoding_the_input_for_each_target(
-    examples, packed, objectives, pack, tmp_path
+    examples, packed, update, objectives, pack, tmp_path
 ):
     """The oracle has a row of its own for every target: ordinary batches, ordinary masks."""
     data = task(tmp_path, examples, objectives)
@@ -234,8 +228,8 @@ def test_loss_and_gradient_are_those_of_encoding_the_input_for_each_target(
     ],
     ids=["8 devices", "4 slices"],
 )
-def test_devices_and_slices_change_nothing(packed, layout, devices, slices):
-    assert_same_update(update(packed[0], layout, devices, slices), packed[1])
+def test_devices_and_slices_change_nothing(packed, update, layout, devices, slices):
+    assert_same_update(update(packed[0], layout, devices, num_microbatches=slices), packed[1])
 
 
 def test_another_examples_input_moves_no_other_loss(packed, params):

@@ -36,31 +36,23 @@ def batches(data, **changes):
 ONE = Layout()
 
 
-def updates(batch, layout=ONE, devices=1, *, weights=WEIGHTS, num_microbatches=1, steps=1):
-    """(losses, gradient of the first step) of some steps on the same batch."""
-    mesh = make_mesh(layout, jax.devices()[:devices])
+@pytest.fixture(scope="module")
+def updates(take_steps):
+    """`updates(batch, ...)`: (losses, gradient of the first step) of some steps on the same batch."""
     tx = optax.sgd(1e-2, momentum=0.9)  # its trace after one step is the gradient itself
-    abstract = abstract_state(MODEL, tx, mesh)
-    step = jit_train_step(
-        abstract,
-        mesh,
-        model=T5(MODEL),
-        tx=tx,
-        objective_weights=weights,
-        num_microbatches=num_microbatches,
-    )
-    state = init_state(MODEL, tx, abstract, seed=3)
-    losses, gradient = [], None
-    for _ in range(steps):
-        state, metrics = step(state, place_rows(batch, mesh))
-        losses.append(float(metrics["loss"]))
-        if gradient is None:
-            gradient = jax.tree.map(np.array, state.opt_state[0].trace)
-    return losses, gradient
+
+    def updated(batch, layout=ONE, devices=1, *, weights=WEIGHTS, steps=1, **settings):
+        settings |= {"tx": tx, "weights": weights}
+        state, _ = take_steps(MODEL, [batch], layout, devices, **settings)
+        _, found = take_steps(MODEL, [batch] * steps, layout, devices, **settings)
+        gradient = jax.tree.map(np.array, state.opt_state[0].trace)
+        return [float(metrics["loss"]) for metrics in found], gradient
+
+    return updated
 
 
 @pytest.fixture(scope="module")
-def one_device(data):
+def one_device(data, updates):
     return updates(batches(data)(0), steps=3)
 
 
@@ -70,7 +62,7 @@ def largest_gap(gradient, expected):
     return max(jax.tree.leaves(gaps))
 
 
-def test_eight_devices_give_the_update_of_one(data, one_device):
+def test_eight_devices_give_the_update_of_one(data, one_device, updates):
     """Cut in every way at once; `test_layouts.py` takes ten steps on each layout."""
     layout = Layout(data=2, fsdp=2, tensor=2)
     losses, gradient = updates(batches(data)(0), layout, devices=8, steps=3)
@@ -79,14 +71,14 @@ def test_eight_devices_give_the_update_of_one(data, one_device):
 
 
 @pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_four_slices_give_the_update_of_one(data, one_device, devices):
+def test_four_slices_give_the_update_of_one(data, one_device, devices, updates):
     layout = Layout(data=devices)
     losses, gradient = updates(batches(data)(0), layout, devices, num_microbatches=4, steps=3)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-6)
     assert largest_gap(gradient, one_device[1]) < 1e-5
 
 
-def test_padded_rows_give_the_update_of_packed_ones(data, one_device):
+def test_padded_rows_give_the_update_of_packed_ones(data, one_device, updates):
     padded = batches(data, pack=False)(0)
     assert len(padded) == 2
     losses, gradient = updates(padded, steps=3)
@@ -95,7 +87,7 @@ def test_padded_rows_give_the_update_of_packed_ones(data, one_device):
 
 
 @pytest.mark.slow
-def test_a_rationale_of_weight_zero_is_label_only_training(data):
+def test_a_rationale_of_weight_zero_is_label_only_training(data, updates):
     """The same label rows, without the rationale rows, give the same gradient."""
     both = batches(data, pack=False)(0)
     alone = dataclasses.replace(
@@ -243,19 +235,14 @@ def test_the_key_of_dropout_has_drawn_no_parameter():
 
 
 @pytest.mark.slow
-def test_dropout_does_not_depend_on_devices(data):
+def test_dropout_does_not_depend_on_devices(data, take_steps):
     def losses(devices):
         """Of two steps; the learning rate is 0, so only the mask differs."""
         dropped = dataclasses.replace(MODEL, dropout_rate=0.3)
-        mesh, tx = make_mesh(Layout(data=devices), jax.devices()[:devices]), optax.sgd(0.0)
-        abstract = abstract_state(dropped, tx, mesh)
-        state = init_state(dropped, tx, abstract, seed=0)
-        step = jit_train_step(abstract, mesh, model=T5(dropped), tx=tx, objective_weights=WEIGHTS)
-        found = []
-        for _ in range(2):
-            state, metrics = step(state, place_rows(batches(data)(0), mesh))
-            found.append(float(metrics["loss"]))
-        return found
+        given = {"tx": optax.sgd(0.0), "weights": WEIGHTS, "seed": 0}
+        two = [batches(data)(0)] * 2
+        _, found = take_steps(dropped, two, Layout(data=devices), devices, **given)
+        return [float(metrics["loss"]) for metrics in found]
 
     one = losses(1)
     assert one[0] != one[1]
