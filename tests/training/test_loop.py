@@ -156,26 +156,6 @@ def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
     assert saved_steps(tmp_path) == saved_steps(workdir)
 
 
-@pytest.mark.slow  # tests/faults has a quicker one
-def test_sigterm_saves_and_leaves_with_75_and_the_resume_is_bitwise(
-    undisturbed, tmp_path, delivery_data_dir
-):
-    process = start(tmp_path, delivery_data_dir)
-    wait_for_step(process, tmp_path, 12)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=250)
-    assert process.returncode == 75, errors
-    assert "SIGTERM: saved step" in errors
-    stopped = max(saved_steps(tmp_path))
-    assert 12 <= stopped < 30
-    summary = train(TrainConfig(**SETTINGS), workdir=tmp_path, data_dir=delivery_data_dir)
-    assert summary["step"] == 30
-    assert_bitwise(
-        params_of(tmp_path, 30, delivery_data_dir),
-        params_of(undisturbed[0], 30, delivery_data_dir),
-    )
-
-
 @pytest.mark.parametrize(
     "changes,named",
     [
