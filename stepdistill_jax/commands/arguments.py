@@ -33,6 +33,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_dir_argument(parser)
     parser.add_argument(
         "--module",
+        dest="task_module",
         metavar="PKG.TASKS",
         help="Python module that registers your SeqIO tasks, imported first",
     )

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             with_rationale=args.with_rationale,
             engine=args.engine,
             quantization=args.quantization,
-            task_module=args.module,
+            task_module=args.task_module,
         )
     if is_first():
         step = "" if result["step"] is None else f" step {result['step']}"

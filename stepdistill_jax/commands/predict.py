@@ -127,7 +127,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `inference.predict` and prints its summary; of several processes, the first one does."""
-    if args.module:
+    if args.task_module:
         raise InputError(
             "--module: predict imports no SeqIO task; leave it out, labels are compared as the"
             " model's own task says (`evaluate --module` reads a split of such a task)"
