@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         split=args.split,
         rows=args.rows,
         data_dir=args.data_dir,
-        task_module=args.module,
+        task_module=args.task_module,
     )
     show(result, console())
     return result
@@ -67,11 +67,11 @@ def _config_or_task(args: argparse.Namespace) -> Any:
         raise InputError("inspect: a config or a task is wanted")
     if name is None or _is_config(name, find_config):
         bindings = list(args.gin_bindings)
-        if args.module:
-            bindings.append(f"TASK_MODULE={args.module}")
+        if args.task_module:
+            bindings.append(f"TASK_MODULE={args.task_module}")
         return load_config(name, args.overrides, args.gin_files, bindings)[0]
     try:
-        splits_of(name, data_dir=args.data_dir, task_module=args.module)
+        splits_of(name, data_dir=args.data_dir, task_module=args.task_module)
     except InputError as error:
         if not str(error).startswith("unknown task"):
             raise

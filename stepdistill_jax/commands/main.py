@@ -16,11 +16,13 @@ from typing import Any
 
 from stepdistill_jax import __version__
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
+from stepdistill_jax.commands.names import as_typed
 from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.errors import InputError, nearest, printable
 from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
 from stepdistill_jax.runtime.distributed import end_soon, is_first, leave
 from stepdistill_jax.runtime.files import DISK_ERRORS, StoreError
+from stepdistill_jax.runtime.progress import log, write_names
 from stepdistill_jax.runtime.rendezvous import ProcessesMissing
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -68,10 +70,10 @@ def _exit_code(argv: list[str]) -> int:
         if debug:
             show_traceback()
         # one line, whatever a library's text in it looked like
-        print(f"stepdistill: error: {printable(error)}", file=sys.stderr)
+        log(f"stepdistill: error: {printable(error)}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("stepdistill: interrupted", file=sys.stderr)
+        log("stepdistill: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
@@ -81,7 +83,7 @@ def _exit_code(argv: list[str]) -> int:
         # what their one line says is all that there is to know
         if debug:
             show_traceback()
-        print(f"stepdistill: failed: {printable(error)}", file=sys.stderr)
+        log(f"stepdistill: failed: {printable(error)}")
         return FAILED
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename
@@ -89,8 +91,10 @@ def _exit_code(argv: list[str]) -> int:
             show_traceback()
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if debug or full else " (--debug shows JAX's inner frames, too)"
-        print(f"stepdistill: failed: {printable(summary)}{hint}", file=sys.stderr)
+        log(f"stepdistill: failed: {printable(summary)}{hint}")
         return FAILED
+    finally:
+        write_names(str)
 
 
 def _run(argv: list[str]) -> int:
@@ -102,7 +106,7 @@ def _run(argv: list[str]) -> int:
     if command is not None:  # flags that all commands share may stand before it
         at = argv.index(command)
         argv = [command, *argv[:at], *argv[at + 1 :]]
-    parser, run = _parser(command)
+    parser, sub, run = _parser(command)
     args = parser.parse_args(argv)
     if command is None:
         if args.version:
@@ -112,6 +116,7 @@ def _run(argv: list[str]) -> int:
         return OK if args.version else BAD_INPUT
     if args.debug:
         os.environ["JAX_TRACEBACK_FILTERING"] = "off"
+    write_names(as_typed(sub))
     try:
         result = run(args)
     except OSError as error:
@@ -127,8 +132,8 @@ def _run(argv: list[str]) -> int:
     return FAILED if any((result or {}).get(name) for name in ended_badly) else OK
 
 
-def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """The parser with the arguments of one command filled in, and that command's `run`."""
+def _parser(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
+    """The whole parser, the one of a command with its arguments filled in, and its `run`."""
     parser = Parser(
         prog="stepdistill",
         description="Distilling step-by-step: small T5 models from labels and rationales.",
@@ -140,7 +145,7 @@ def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:
         )
         add_common_arguments(parser)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    run = None
+    chosen, run = parser, None
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(
             name,
@@ -152,8 +157,8 @@ def _parser(command: str | None) -> tuple[argparse.ArgumentParser, Any]:
             module = importlib.import_module(f"stepdistill_jax.commands.{name}")
             module.add_arguments(sub)
             add_common_arguments(sub)
-            run = module.run
-    return parser, run
+            chosen, run = sub, module.run
+    return parser, chosen, run
 
 
 def _print_versions(*, as_json: bool) -> None:

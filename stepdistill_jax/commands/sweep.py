@@ -139,7 +139,7 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
             raise InputError(f"{text}: a sweep sets {name} itself; give {OWN[name]}")
         if names.count(name) > 1 or (name in names and text not in args.grid):
             raise InputError(f"--grid {name}: stands twice; give all its values in one")
-    module = [f"TASK_MODULE={args.module}"] if args.module else []
+    module = [f"TASK_MODULE={args.task_module}"] if args.task_module else []
     cells = []
     for arm, fraction, seed in itertools.product(arms, fractions, seeds):
         for values in itertools.product(*(values for _, values in grid)):

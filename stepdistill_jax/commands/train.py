@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     keep_pages()
     join()
     bindings = list(args.gin_bindings)
-    if args.module:
-        bindings.append(f"TASK_MODULE={args.module}")
+    if args.task_module:
+        bindings.append(f"TASK_MODULE={args.task_module}")
     config, text = load_config(args.config, args.overrides, args.gin_files, bindings)
     require_seqio("train")
     from stepdistill_jax.runtime import compile_cache

@@ -3,12 +3,13 @@
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from stepdistill_jax.errors import escaped
 
 LINE_EVERY_SECS = 10.0
+_written: Callable[[str], str] = str
 
 
 class Bar(Protocol):
@@ -19,9 +20,15 @@ class Bar(Protocol):
         ...
 
 
+def write_names(by: Callable[[str], str]) -> None:
+    """Lets a command write the parameters that messages of `log` name as its own flags."""
+    global _written
+    _written = by
+
+
 def log(message: str) -> None:
     """Prints a line on standard error; control characters of foreign text as their escapes."""
-    print(escaped(message), file=sys.stderr, flush=True)
+    print(escaped(_written(message)), file=sys.stderr, flush=True)
 
 
 def format_values(values: dict[str, float]) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from stepdistill_jax.commands import arguments, main
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.progress import log
 
 LOADED = """
 import sys
@@ -64,8 +65,8 @@ def test_help_loads_nothing_heavy(command):
 
 @pytest.mark.parametrize("command", sorted(main.COMMANDS))
 def test_every_command_has_json_debug_and_a_function_of_its_own(command):
-    parser, run = main._parser(command)
-    text = parser._subparsers._group_actions[0].choices[command].format_help()
+    _, parser, run = main._parser(command)
+    text = parser.format_help()
     assert "--json" in text
     assert "--debug" in text
     assert callable(run)
@@ -131,6 +132,41 @@ def test_without_json_nothing_is_added_to_standard_output(fake, capsys):
     fake(lambda args: {"rows": 3})
     assert main.main(["fake"]) == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "raised", "printed"),
+    [
+        ("", "`num_beams` must be 1", "--num-beams must be 1"),
+        ("", "give `on_error=skip`", "give --on-error skip"),
+        ("", "`new_name`: lower_snake_case", "--name: lower_snake_case"),
+        ("", "prepare it with `teacher=False`", "prepare it with --no-teacher"),
+        ("", "`teacher=True` needs texts", "`teacher=True` needs texts"),
+        ("", "run `evaluate`: `batch_size` rows", "run `evaluate`: `batch_size` rows"),
+        ("CONFIG", "`batch_size=8` fits", "BATCH_SIZE=8 fits"),
+        ("CONFIG", "`label_source`, `rationales`", "LABEL_SOURCE, RATIONALES"),
+        ("CONFIG", "`loss_mean`, `optimizer.b1`", "train.loss_mean, optimizer.b1"),
+        ("CONFIG", "the field `input` of `task a`", "the field `input` of `task a`"),
+    ],
+)
+def test_messages_name_what_the_command_takes(fake, capsys, flags, raised, printed):
+    def add_arguments(parser):
+        parser.add_argument("--num-beams")
+        parser.add_argument("--on-error")
+        parser.add_argument("--name", dest="new_name")
+        parser.add_argument("--no-teacher", dest="teacher", action="store_false")
+        if flags:
+            arguments.add_config_arguments(parser)
+
+    def run(args):
+        log(raised)
+        raise InputError(raised)
+
+    fake(run, add_arguments)
+    assert main.main(["fake"]) == 2
+    assert capsys.readouterr().err == f"{printed}\nstepdistill: error: {printed}\n"
+    log(raised)  # by another user of the library
+    assert capsys.readouterr().err == f"{raised}\n"
 
 
 def test_an_unknown_command_names_the_nearest(capsys):

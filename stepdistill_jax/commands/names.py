@@ -1,0 +1,49 @@
+"""Parameters that a message names in backticks, as the running command takes them.
+
+The library below knows Python parameters alone: "`num_beams` must be ...", "give `on_error=skip`".
+"""
+
+import argparse
+import functools
+import re
+from collections.abc import Callable
+
+_NAMED = re.compile(r"`([a-z]\w*(?:\.\w+)?)(?:=([^`\s]*))?`")
+
+
+def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
+    """The function that writes a message for a command's users.
+
+    "`num_beams`" becomes "--num-beams", "`on_error=skip`" "--on-error skip" and, for a command that
+    reads a config, "`batch_size=8`" "BATCH_SIZE=8". What is neither an option nor a setting stays.
+    """
+    options = {a.dest: a for a in parser._actions if a.option_strings}
+
+    def typed(match: re.Match) -> str:
+        name, value = match.groups()
+        if option := options.get(name):
+            flag = option.option_strings[0]
+            if option.nargs != 0 and value is not None:
+                return f"{flag} {value}"
+            return flag if value in (None, str(option.const)) else match[0]
+        setting = _settings().get(name) if "gin_bindings" in options else None
+        if setting is None:
+            return match[0]
+        return setting if value is None else f"{setting}={value}"
+
+    return lambda text: _NAMED.sub(typed, text)
+
+
+@functools.cache
+def _settings() -> dict[str, str]:
+    """What a config calls a field: the macro that `train.gin` wires it to, or `train.FIELD`."""
+    from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults
+    from stepdistill_jax.commands.shipped import shipped_folder
+
+    text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
+    macros = dict(re.findall(r"^(\w+\.\w+) += +%(\w+)", text, re.MULTILINE))
+    keys = [f"{owner}.{field}" for owner in CONFIGURABLES for field in defaults(owner)]
+    settings = {key: macros.get(key, key) for key in keys}
+    for owner in ("supervision", "train"):  # whose fields messages name alone
+        settings |= {field: settings[f"{owner}.{field}"] for field in defaults(owner)}
+    return settings

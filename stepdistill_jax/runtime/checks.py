@@ -1,0 +1,63 @@
+"""Checks of arguments. Each names the parameter in backticks, for which a command puts its flag."""
+
+from collections.abc import Iterable
+from numbers import Integral, Real
+from operator import ge, gt, le, lt
+from typing import Any
+
+from stepdistill_jax.errors import InputError, nearest
+
+INT32, FLOAT32 = 2**31 - 1, 3.4e38  # what steps and rates are kept in
+
+
+def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
+    """Returns a whole number of `least` to `most` as Python's own, which JSON can hold.
+
+    Raises:
+        InputError: another number, a bool, no number.
+    """
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if is_whole and least <= value <= most:
+        return int(value)
+    limits = f"from {least} to {most}" if is_whole and value > most else f"of at least {least}"
+    raise refused(name, f"a whole number {limits}", value)
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Returns a number within the given bounds as Python's own, which JSON can hold.
+
+    Raises:
+        InputError: another number, one that float32 cannot hold, NaN, a bool, no number.
+    """
+    bounds = (
+        ("of at least", least, ge),
+        ("above", above, gt),
+        ("at most", most, le),
+        ("below", below, lt),
+    )
+    given = [(words, x, holds) for words, x, holds in bounds if x is not None]
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and abs(value) <= FLOAT32 and all(holds(value, x) for _, x, holds in given):
+        return value if isinstance(value, int) else float(value)
+    limits = " and ".join(f"{words} {x:g}" for words, x, _ in given)
+    raise refused(name, f"a number {limits}".strip(), value)
+
+
+def one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raises InputError where `value` is none of the names; names the nearest."""
+    known = list(known)
+    if value not in known:
+        raise refused(name, f"one of {', '.join(known)}", value, nearest(str(value), known))
+
+
+def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
+    """The error of all these checks: "`num_beams` must be a whole number of at least 1, not 0"."""
+    return InputError(f"`{name}` must be {wanted}, not {value!r}{hint}")
