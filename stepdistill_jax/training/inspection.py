@@ -14,6 +14,7 @@ from stepdistill_jax.data import schedules
 from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
+from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.load import TaskData, load_task
 from stepdistill_jax.tasks.token_weights import with_token_weights
 from stepdistill_jax.training.config import TrainConfig
@@ -58,8 +59,9 @@ def inspect(
             (`flops_per_step`, padding counted), and `proposed`, that with the fewest.
 
     Raises:
-        InputError: unknown task or split.
+        InputError: unknown task or split, or a negative number of rows.
     """
+    whole("rows", rows, 0)
     if isinstance(config, str):
         config = TrainConfig(task=config, task_module=task_module)
     objectives = resolve(config.objectives)
@@ -120,7 +122,7 @@ def inspect(
 
 
 def _vocabulary_of(config: TrainConfig) -> str | None:
-    """The vocabulary that INIT_FROM brings; None is the task's own."""
+    """The vocabulary that `init_from` brings; None is the task's own."""
     if config.init_from is None:
         return None
     from stepdistill_jax.formats.directory import read_model_files

@@ -192,7 +192,7 @@ def test_each_command_refuses_it_in_one_line(bad, refused, tmp_path, command):
         (["--max-decode-len", "0"], "--max-decode-len: a whole number above 0"),
         (["--max-decode-len", "1" + "0" * 12], "--max-decode-len: 1 to 65536 is wanted"),
         (["--batch-size", "-1"], "--batch-size: a whole number above 0"),
-        (["--layout", "../x"], "LAYOUT: one of"),
+        (["--layout", "../x"], "--layout must be one of"),
         (["--num-beams", "0"], "--num-beams"),
         (["--num-beams", "2", "--length-penalty", "nan"], "--length-penalty"),
     ],
@@ -478,7 +478,7 @@ TREES = {
         lambda t: t["optimizer"]["target"].update(a="PLACEHOLDER://../../etc"),
         "must lie in this folder, got '../../etc'",
     ),
-    "10**9 layers": (lambda t: _layers(t, f"layers_{10**9 - 1}"), "1 to 1000 is wanted"),
+    "10**9 layers": (lambda t: _layers(t, f"layers_{10**9 - 1}"), "a whole number from 1 to 1000"),
     "a layer of 5,000 digits": (lambda t: _layers(t, "layers_" + "9" * 5000), "not those of a T5"),
     "10**6 stacked layers": (
         lambda t: t["optimizer"]["target"]["encoder"].update(
