@@ -1,4 +1,4 @@
-"""What ran: one block of versions and devices for `--version`, `run.json` and bug reports."""
+"""What ran: one block of versions and devices for `stepdistill --version`, `run.json` and bug reports."""
 
 import importlib.metadata
 import platform

@@ -34,6 +34,7 @@ from stepdistill_jax.batches.sampler import (
 )
 from stepdistill_jax.data.objectives import share_encoding
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import keep, number, whole
 from stepdistill_jax.tasks.load import TaskData
 
 Batch = tuple[Group, ...]
@@ -97,15 +98,12 @@ class Batches:
     loss_mean: str = "token"
 
     def __post_init__(self):
-        for name in ("batch_size", "input_length", "target_length", "row_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Batches.{name}: at least 1 is wanted, got {getattr(self, name)}")
-        if not 0 < self.data_fraction <= 1:
-            raise ValueError(f"Batches.data_fraction: 0 < x <= 1, got {self.data_fraction}")
+        keep(self, whole, "batch_size", "input_length", "target_length", "row_multiple", least=1)
+        keep(self, number, "data_fraction", above=0, most=1)
         for objective, prefix in zip(self.data.objectives, self.data.decoder_prefixes, strict=True):
             if len(prefix) >= self.target_length:
                 raise InputError(
-                    f"TARGET_LENGTH={self.target_length}: nothing is left for a target of"
+                    f"`target_length={self.target_length}`: nothing is left for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
         for store, pool in enumerate(self._sampler.pools):

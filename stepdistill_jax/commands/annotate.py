@@ -1,6 +1,7 @@
 """`stepdistill annotate`: rationales and labels of a large model for a file of questions."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -9,6 +10,58 @@ from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import check_file
 from stepdistill_jax.runtime.progress import log
+
+# the fields of `teacher.Settings` that are a text or a number, which has the defaults
+FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
+    "who is asked": {
+        "--model M": "the server's name of the model",
+        "--base-url URL": "OpenAI-compatible server, e.g. http://localhost:8000/v1 (default:"
+        " $OPENAI_BASE_URL, else OpenAI)",
+        "--api-key-env NAME": "environment variable with the key (default: OPENAI_API_KEY); it is"
+        " written nowhere",
+        "--teacher hf:DIR": "a local transformers directory instead of a server",
+    },
+    "what is asked": {
+        "--task NAME": "the prompt: cqa, svamp, esnli, anli, or generic for your own rows",
+        "--exemplars FILE.jsonl": 'a handful of rows {"input", "rationale", "label"} that show how to'
+        " answer",
+        "--instructions TEXT": "what to do, before the exemplars; @FILE reads it from a file",
+        "--choices A,B,...": "allowed answers of rows that name none (a JSON list where one holds a"
+        " comma)",
+    },
+    "how it answers": {
+        "--samples K": (
+            int,
+            "answers per row; the label is voted for, and the share is the weight (default: 1)",
+        ),
+        "--temperature T": "of sampling (default: 0, with several samples 0.7); `default` sends none",
+        "--max-tokens N": (int, "most tokens of an answer, reasoning included (default: 1024)"),
+        "--reasoning-effort E": "of reasoning models: low, medium, high",
+        "--retries N": (
+            int,
+            "how often an answer that cannot be read is asked for again, once the run has had one"
+            " that can (default: 1)",
+        ),
+        "--max-truncated SHARE": (
+            float,
+            "stop when more answers than this are cut at --max-tokens or cannot be used for any"
+            " other reason, after 20 answers (default: 0.05)",
+        ),
+    },
+    "how much": {
+        "--price-input P": (float, "money per million tokens of prompts"),
+        "--price-output P": (float, "money per million tokens of answers"),
+        "--max-cost C": (float, "most money of this run"),
+        "--max-tokens-total N": (int, "most tokens of this run"),
+        "--concurrency N": (int, "requests at once; of a local teacher, its batch (default: 16)"),
+        "--attempts N": (
+            int,
+            "how often a request is sent before a server's failure is final (default: 8)",
+        ),
+        "--timeout SECS": (float, "of a whole request (default: 300)"),
+        "--cache FILE": "SQLite file of answers (default: teacher_cache.sqlite beside the output)",
+    },
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,156 +78,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=pathlib.Path,
         help="the same rows with rationales, for `prepare jsonl`; a stopped run goes on",
     )
-    _add_teacher_arguments(parser)
-    _add_prompt_arguments(parser)
-    _add_answer_arguments(parser)
-    _add_limit_arguments(parser)
-
-
-def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("who is asked")
-    group.add_argument("--model", metavar="M", help="the server's name of the model")
-    group.add_argument(
-        "--base-url",
-        metavar="URL",
-        help="OpenAI-compatible server, e.g. http://localhost:8000/v1 (default:"
-        " $OPENAI_BASE_URL, else OpenAI)",
-    )
-    group.add_argument(
-        "--api-key-env",
-        metavar="NAME",
-        default="OPENAI_API_KEY",
-        help="environment variable with the key (default: OPENAI_API_KEY); it is written nowhere",
-    )
-    group.add_argument(
-        "--teacher", metavar="hf:DIR", help="a local transformers directory instead of a server"
-    )
-
-
-def _add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is asked")
-    group.add_argument(
-        "--task",
-        metavar="NAME",
-        required=True,
-        help="the prompt: cqa, svamp, esnli, anli, or generic for your own rows",
-    )
-    group.add_argument(
-        "--exemplars",
-        metavar="FILE.jsonl",
-        type=pathlib.Path,
-        help='a handful of rows {"input", "rationale", "label"} that show how to answer',
-    )
-    group.add_argument(
-        "--instructions",
-        metavar="TEXT",
-        default="",
-        help="what to do, before the exemplars; @FILE reads it from a file",
-    )
-    group.add_argument(
-        "--choices",
-        metavar="A,B,...",
-        help="allowed answers of rows that name none (a JSON list where one holds a comma)",
-    )
-    group.add_argument(
+    groups = {title: parser.add_argument_group(title) for title in FLAGS}
+    for title, flags in FLAGS.items():
+        for spec, what in flags.items():
+            flag, metavar = spec.split()
+            kind, text = (str, what) if isinstance(what, str) else what
+            groups[title].add_argument(
+                flag,
+                type=kind,
+                metavar=metavar,
+                default=argparse.SUPPRESS,
+                required=flag == "--task",
+                help=text,
+            )
+    groups["what is asked"].add_argument(
         "--label-given",
         action="store_true",
         help="tell the gold label and ask for its rationale, which is marked as such",
     )
-
-
-def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how it answers")
-    group.add_argument(
-        "--samples",
-        type=int,
-        default=1,
-        metavar="K",
-        help="answers per row; the label is voted for, and the share is the weight (default: 1)",
-    )
-    group.add_argument(
-        "--temperature",
-        metavar="T",
-        help="of sampling (default: 0, with several samples 0.7); `default` sends none",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="most tokens of an answer, reasoning included (default: 1024)",
-    )
-    group.add_argument(
-        "--reasoning-effort", metavar="E", help="of reasoning models: low, medium, high"
-    )
-    group.add_argument(
+    groups["how it answers"].add_argument(
         "--parameter",
+        dest="parameters",
         action="append",
         default=[],
         metavar="NAME=JSON",
         help="one more field of the request, e.g. top_p=0.9 (repeatable)",
     )
-    group.add_argument(
-        "--retries",
-        type=int,
-        default=1,
-        metavar="N",
-        help="how often an answer that cannot be read is asked for again, once the run has had one"
-        " that can (default: 1)",
-    )
-    group.add_argument(
-        "--max-truncated",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="stop when more answers than this are cut at --max-tokens or cannot be used for any"
-        " other reason, after 20 answers (default: 0.05)",
-    )
-
-
-def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how much")
-    group.add_argument(
+    groups["how much"].add_argument(
         "--dry-run",
         action="store_true",
         help="show the first prompt and the estimated cost of the file; send nothing",
     )
-    group.add_argument(
-        "--price-input", type=float, metavar="P", help="money per million tokens of prompts"
-    )
-    group.add_argument(
-        "--price-output", type=float, metavar="P", help="money per million tokens of answers"
-    )
-    group.add_argument("--max-cost", type=float, metavar="C", help="most money of this run")
-    group.add_argument("--max-tokens-total", type=int, metavar="N", help="most tokens of this run")
-    group.add_argument(
-        "--concurrency",
-        type=int,
-        default=16,
-        metavar="N",
-        help="requests at once; of a local teacher, its batch (default: 16)",
-    )
-    group.add_argument(
-        "--attempts",
-        type=int,
-        default=8,
-        metavar="N",
-        help="how often a request is sent before a server's failure is final (default: 8)",
-    )
-    group.add_argument(
-        "--timeout",
-        type=float,
-        default=300.0,
-        metavar="SECS",
-        help="of a whole request (default: 300)",
-    )
-    group.add_argument(
-        "--cache",
-        type=pathlib.Path,
-        metavar="FILE",
-        help="SQLite file of answers (default: teacher_cache.sqlite beside the output)",
-    )
-    group.add_argument(
+    groups["how much"].add_argument(
         "--batch-file",
         nargs="+",
         default=(),
@@ -185,38 +120,24 @@ def _add_limit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `teacher.annotate` and prints its summary."""
-    from stepdistill_jax.teacher import annotate
+    from stepdistill_jax.teacher import Settings, annotate
 
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    settings = {name: value for name, value in vars(args).items() if name in fields}
+    readers = {
+        "instructions": _instructions,
+        "choices": _choices,
+        "temperature": _temperature,
+        "parameters": _parameters,
+    }
+    for name in settings.keys() & readers:
+        settings[name] = readers[name](settings[name])
+    instructions = getattr(args, "instructions", "")
     result = annotate(
         args.input,
         args.output,
-        read=[args.instructions[1:]] if args.instructions.startswith("@") else (),
-        task=args.task,
-        model=args.model,
-        teacher=args.teacher,
-        base_url=args.base_url,
-        api_key_env=args.api_key_env,
-        exemplars=args.exemplars,
-        instructions=_instructions(args.instructions),
-        choices=_choices(args.choices),
-        samples=args.samples,
-        temperature=_temperature(args.temperature),
-        max_tokens=args.max_tokens,
-        reasoning_effort=args.reasoning_effort,
-        parameters=_parameters(args.parameter),
-        label_given=args.label_given,
-        concurrency=args.concurrency,
-        retries=args.retries,
-        attempts=args.attempts,
-        timeout=args.timeout,
-        max_truncated=args.max_truncated,
-        max_tokens_total=args.max_tokens_total,
-        max_cost=args.max_cost,
-        price_input=args.price_input,
-        price_output=args.price_output,
-        cache=args.cache,
-        batch_file=args.batch_file,
-        dry_run=args.dry_run,
+        read=[instructions[1:]] if instructions.startswith("@") else (),
+        **settings,
     )
     if args.dry_run:
         _show_dry_run(result)
@@ -237,7 +158,7 @@ def _instructions(text: str) -> str:
         raise InputError(f"--instructions {text}: cannot be read ({error})") from None
 
 
-def _choices(text: str | None) -> tuple[str, ...]:
+def _choices(text: str) -> tuple[str, ...]:
     if not text:
         return ()
     parts: Any = text.split(",")
@@ -252,9 +173,9 @@ def _choices(text: str | None) -> tuple[str, ...]:
     return found
 
 
-def _temperature(text: str | None) -> float | str | None:
+def _temperature(text: str) -> float | str:
     try:
-        return None if text is None else float(text)
+        return float(text)
     except ValueError:
         return text
 

@@ -1,15 +1,13 @@
 """What a gin file may bind: `NAME.parameter` of the entries below."""
 
 import inspect
-import types
-import typing
 from collections.abc import Callable
 from typing import Any
 
 import gin
 
 from stepdistill_jax.data.objectives import ARMS, Objective
-from stepdistill_jax.data.schedules import Schedule, cosine_schedule, linear_schedule
+from stepdistill_jax.data.schedules import cosine_schedule, linear_schedule
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.models.sharding import Layout
@@ -62,22 +60,3 @@ def selector_of(name: str) -> str:
             f"{nearest(short, CONFIGURABLES)}"
         ) from None
     return name
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-
-
-def check_type(key: str, value: Any) -> None:
-    """Raises InputError where a literal is not what a parameter of ours is annotated with."""
-    selector, _, parameter = key.rpartition("/")[2].rpartition(".")
-    if selector not in CONFIGURABLES:
-        return
-    annotation = typing.get_type_hints(CONFIGURABLES[selector])[parameter]
-    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    # a schedule comes by reference only
-    kinds = [k for k in typing.get_args(annotation) if k is not Schedule] if union else [annotation]
-    accepted = [*kinds, int] if float in kinds else kinds
-    if type(value) in accepted or not {*kinds} <= {*_WORDS, type(None)}:
-        return
-    words = " or ".join(_WORDS[kind] for kind in kinds if kind in _WORDS)
-    raise InputError(f"{words} is wanted, got {value!r}")

@@ -3,16 +3,16 @@
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import gin
 
-from stepdistill_jax.commands.configurables import LITERAL, ROOT, check_type, defaults
+from stepdistill_jax.commands.configurables import LITERAL, ROOT, defaults
 from stepdistill_jax.commands.gin_statements import (
     Binding,
     Bindings,
     Reader,
-    at,
     laid,
     parse_override,
     said,
@@ -120,7 +120,7 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
 
 
 def _check_values(reached: Bindings, config: str) -> None:
-    """Refuses a key of two parts, a macro without a value, a literal of another type."""
+    """Refuses a key of two parts, and a macro that has no value."""
     for key, b in reached.items():
         if b.rival is not None:
             raise InputError(
@@ -135,10 +135,7 @@ def _check_values(reached: Bindings, config: str) -> None:
             if call[0] == "%" and call[1:] not in reached:
                 hint = _suggestion(call[1:], reached)
                 raise InputError(f"{b.where}: {call} is bound nowhere{hint}")
-        source = _source(b, reached)
-        if not source.calls:
-            with at(f"{source.where}: {source.key}"):
-                check_type(key, source.value)
+        _source(b, reached)
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:
@@ -174,13 +171,15 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
             f"{config}: a reference leads back to itself, as @train() in a parameter of train does"
         ) from None
     except (TypeError, ValueError, RuntimeError) as error:
-        # it begins with a macro, a binding, or the parameter alone
-        name, colon, rest = said(error).partition(":")
-        named = (b for key, b in reached.items() if name in (key, key.rpartition(".")[2]))
-        if (culprit := next(named, None)) is not None:
-            source = _source(culprit, reached)
-            config, name = source.where, source.key
-        raise InputError(f"{config}: {name}{colon}{rest}") from None
+        text = said(error)
+        named = re.search(r"`([\w.]+)`", text)
+        name = named[1] if named else ""
+        for key, b in reached.items():
+            if name in (key, key.rpartition(".")[2]):
+                source = _source(b, reached)
+                config, text = source.where, text.replace(f"`{name}`", source.key)
+                break
+        raise InputError(f"{config}: {text}") from None
     finally:
         gin.clear_config()
 

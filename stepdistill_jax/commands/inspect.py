@@ -26,14 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a config (file or shipped name), or a prepared dataset, SeqIO task or mixture",
     )
     parser.add_argument("--split", default="train", help="which split (train)")
-    parser.add_argument("--rows", type=_count, default=2, help="rows to show (2)")
+    parser.add_argument("--rows", type=int, default=2, help="rows to show (2)")
     add_data_arguments(parser)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number from 0 is wanted, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

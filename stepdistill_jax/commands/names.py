@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Callable
 
-_NAMED = re.compile(r"`([a-z]\w*(?:\.\w+)?)(?:=([^`\s]*))?`")
+_NAMED = re.compile(r"`([A-Za-z]\w*(?:\.\w+)?)(?:=([^`\s]*))?`")
 
 
 def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
@@ -36,7 +36,10 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 
 @functools.cache
 def _settings() -> dict[str, str]:
-    """What a config calls a field: the macro that `train.gin` wires it to, or `train.FIELD`."""
+    """What a config calls a field: the macro that `train.gin` wires it to, or `train.FIELD`.
+
+    And how it writes an object: `LoraConfig` is `@lora()`.
+    """
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults
     from stepdistill_jax.commands.shipped import shipped_folder
 
@@ -44,6 +47,9 @@ def _settings() -> dict[str, str]:
     macros = dict(re.findall(r"^(\w+\.\w+) += +%(\w+)", text, re.MULTILINE))
     keys = [f"{owner}.{field}" for owner in CONFIGURABLES for field in defaults(owner)]
     settings = {key: macros.get(key, key) for key in keys}
+    settings |= {
+        c.__name__: f"@{name}()" for name, c in CONFIGURABLES.items() if isinstance(c, type)
+    }
     for owner in ("supervision", "train"):  # whose fields messages name alone
         settings |= {field: settings[f"{owner}.{field}"] for field in defaults(owner)}
     return settings

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
 from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.progress import written
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,7 @@ GIB = 2**30
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `plan`."""
     add_config_arguments(parser)
-    parser.add_argument("--devices", type=_count, help="how many (16)")
+    parser.add_argument("--devices", type=int, help="how many (16)")
     parser.add_argument(
         "--hbm", metavar="SIZE", help="memory of one device, such as 80GB (the default) or 16GiB"
     )
@@ -37,15 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compile with the TPU compiler for a slice such as v5e:8x8 (needs the extra [tpu])",
     )
     parser.add_argument(
-        "--rows", type=_count, help="packed rows of a step, as `stepdistill inspect` shows them"
+        "--rows", type=int, help="packed rows of a step, as `stepdistill inspect` shows them"
     )
     add_data_dir_argument(parser)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a whole number above 0 is wanted, got {text!r}")
-    return int(text)
 
 
 def parse_size(text: str) -> int:
@@ -65,7 +60,7 @@ def parse_size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config, plans, and prints the tables."""
-    if args.topology and args.devices:
+    if args.topology and args.devices is not None:
         raise InputError("--devices: the topology says how many there are; leave one of them out")
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
@@ -74,15 +69,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config, _ = load_config(args.config, args.overrides, args.gin_files, args.gin_bindings)
     result = plan(
         config,
-        devices=args.devices or 16,
+        devices=16 if args.devices is None else args.devices,
         hbm=hbm,
         layout=args.layout,
         topology=args.topology,
         rows=args.rows,
         data_dir=args.data_dir,
     )
+    result |= {name: [written(line) for line in result[name]] for name in ("assumptions", "advice")}
+    for candidate in (c for c in result["candidates"] if "remat_policy" in c):
+        candidate["flags"] = "" if args.layout else _flags(candidate)
     show(result, console(width=None if console().is_terminal else 140, highlight=False))
     return result
+
+
+def _flags(candidate: dict[str, Any]) -> str:
+    """What `train` takes for a layout and policy that were compared."""
+    layout, _, sizes = candidate["name"].partition(" ")
+    tensor = f" --set Layout.tensor={sizes.partition('x')[2]}" if sizes else ""
+    policy = f" --set train.remat_policy={candidate['remat_policy']}"
+    return f"--gin_file layouts/{layout}.gin{tensor}{policy}"
 
 
 def show(result: dict[str, Any], console: "Console") -> None:

@@ -14,6 +14,7 @@ from stepdistill_jax.commands.arguments import (
 )
 from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.runtime.checks import whole
 
 if TYPE_CHECKING:
     from stepdistill_jax.experiments.sweep import Cell
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--evaluate",
+        dest="split",
         default="test",
         metavar="SPLIT",
         help="split that the best step of each run answers, or none (test)",
@@ -79,8 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Builds the config of every cell, then runs `experiments.sweep` or prints its commands."""
-    if args.retries < 0:
-        raise InputError(f"--retries: a number from 0 is wanted, got {args.retries}")
+    whole("retries", args.retries, 0)
     cells = build_cells(args)
     if args.printed:
         from stepdistill_jax.commands.sweep_script import script
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         [cell for cell, _ in cells],
         workdir=args.workdir,
         data_dir=args.data_dir,
-        split=None if args.evaluate == "none" else args.evaluate,
+        split=None if args.split == "none" else args.split,
         with_rationale=args.with_rationale,
         retries=args.retries,
         asked={

@@ -71,9 +71,9 @@ def _command(args: argparse.Namespace, cell: "Cell", flags: Sequence[str]) -> st
     workdir = f"{args.workdir.rstrip('/')}/{cell.path}"
     data = ["--data-dir", str(args.data_dir)] if args.data_dir else []
     command = shlex.join(["stepdistill", "train", *flags, "--workdir", workdir, *data])
-    if args.evaluate == "none":
+    if args.split == "none":
         return command
-    output = f"{workdir}/evaluation/{args.evaluate}.json"
+    output = f"{workdir}/evaluation/{args.split}.json"
     evaluate = ["stepdistill", "evaluate", workdir, "--task", cell.config.task]
-    evaluate += ["--split", args.evaluate, "--output", output, *data]
+    evaluate += ["--split", args.split, "--output", output, *data]
     return f"{command} && {shlex.join(evaluate)}"

@@ -27,7 +27,7 @@ class Example:
         llm_label: the teacher's own answer.
         weight: factor of the example's loss tokens, above 0.
         choices: the allowed answers, in order; empty when the answer is free.
-        more: other texts that objectives may name, by field (`prepare jsonl --fields`).
+        more: other texts that objectives may name, by field (`fields` of `prepare`).
     """
 
     id: str

@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from stepdistill_jax.data import templates
-from stepdistill_jax.data.schedules import Schedule, Weight, is_weight
-from stepdistill_jax.data.templates import FIELD_NAME, fields_of
-from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.data.schedules import Weight, check_weight
+from stepdistill_jax.data.templates import fields_of
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import SNAKE_CASE as FIELD_NAME
+from stepdistill_jax.runtime.checks import one_of, snake_case
 
 MAX_PREFIX = 200  # characters: a prefix is a few words, and model directories bring their own
 
@@ -25,7 +26,7 @@ class Objective:
     Attributes:
         name: key of its metrics (`loss/<name>`) and of its SeqIO task (`TASK_<name>`).
         input_template: text with `{field}` of an example: input, label, rationale, llm_label, or
-            another that the dataset keeps (`prepare jsonl --fields`).
+            another that the dataset keeps (`fields` of `prepare`).
         target_template: the same. A row that names an absent (empty) field on either side is left
             out of training; an empty `input` is absent only as a target. Of the first objective the
             label is parsed out of what is decoded, by the words between the fields.
@@ -51,11 +52,9 @@ class Objective:
     FIELDS: ClassVar[tuple[str, ...]] = ("input", "label", "rationale", "llm_label")
 
     def __post_init__(self):
-        name, weight = self.name, self.weight
-        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-            raise InputError(f"Objective.name: lower_snake_case is wanted, got {name!r}")
-        if not (isinstance(weight, Schedule) or is_weight(weight)):
-            raise InputError(f"Objective {name}: weight must be at least 0, got {weight!r}")
+        name = self.name
+        snake_case("Objective.name", name)
+        check_weight(f"{name}.weight", self.weight)
         for template in (self.input_template, self.target_template):
             if not isinstance(template, str):
                 raise InputError(f"Objective {name}: a template is text, got {template!r}")
@@ -267,22 +266,18 @@ def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
             prefix of the first objective, or one whose label cannot be told from its other fields.
     """
     if isinstance(objectives, str):
-        if objectives not in ARMS:
-            raise InputError(
-                f"OBJECTIVES: unknown arm {objectives!r} (known: {', '.join(ARMS)})"
-                f"{nearest(objectives, ARMS)}"
-            )
+        one_of("objectives", objectives, ARMS)
         return ARMS[objectives]()
     if isinstance(objectives, Objective):
         objectives = (objectives,)
     objectives = tuple(objectives) if isinstance(objectives, Sequence) else ()
     if not objectives or not all(isinstance(o, Objective) for o in objectives):
-        raise InputError("OBJECTIVES: an arm's name or one or more Objective(...) are wanted")
+        raise InputError("`objectives` must be an arm's name, or one or more `Objective`")
     names = [o.name for o in objectives]
     if len(set(names)) < len(names):
-        raise InputError(f"OBJECTIVES: each needs a name of its own, got {', '.join(names)}")
+        raise InputError(f"`objectives`: each needs a name of its own, got {', '.join(names)}")
     if not any(o.weight for o in objectives):
-        raise InputError("OBJECTIVES: all weights are 0, nothing would be learned")
+        raise InputError("`objectives`: all weights are 0, nothing would be learned")
     check_first(objectives)
     if objectives[0].label_field and not objectives[0].is_separable:
         raise InputError(

@@ -90,7 +90,7 @@ class PreparedDataset:
         if not path.is_file():
             raise InputError(
                 f"{path}: no vocabulary, since {self.name} was prepared without a train split;"
-                " take a model directory's (INIT_FROM) or `bytes`"
+                " take a model directory's (`init_from`) or `bytes`"
             )
         self.check(VOCABULARY)
         return path
@@ -171,7 +171,7 @@ def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
     Raises:
         InputError: it is a URL: token stores are memory-mapped, which takes a file system.
     """
-    return local_path(default_data_dir() if data_dir is None else data_dir, "--data-dir")
+    return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 
 
 def prepared_names(data_dir: os.PathLike | str) -> list[str]:

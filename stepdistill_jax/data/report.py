@@ -16,7 +16,7 @@ from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.overwriting import Made
 
 PAGE = Made(
-    "prepare --report",
+    "prepare",
     b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     b'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Dataset ',
 )

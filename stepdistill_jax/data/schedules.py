@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import INT32, keep, number, one_of, whole
 
 SHAPES = ("linear", "cosine")
-FLOAT32, INT32 = 3.4e38, 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +38,11 @@ class Schedule:
     transition_begin: int = 0
 
     def __post_init__(self):
-        if self.shape not in SHAPES:
-            raise InputError(f"schedule: one of {', '.join(SHAPES)} is wanted, got {self.shape!r}")
+        one_of("Schedule.shape", self.shape, SHAPES)
         where = f"{self.shape}_schedule"
-        for name in ("init_value", "end_value"):
-            value = getattr(self, name)
-            if not is_weight(value):
-                raise InputError(f"{where}.{name}: a number from 0 is wanted, got {value!r}")
-        for name, least in (("transition_steps", 1), ("transition_begin", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= INT32:
-                raise InputError(
-                    f"{where}.{name}: a whole number from {least} is wanted, got {value!r}"
-                )
+        keep(self, number, "init_value", "end_value", of=f"{where}.", least=0)
+        keep(self, whole, "transition_steps", of=f"{where}.", least=1)
+        keep(self, whole, "transition_begin", of=f"{where}.", least=0)
         if self.transition_begin + self.transition_steps > INT32:
             raise InputError(f"{where}: transition_begin + transition_steps is over {INT32}")
         if not (self.init_value or self.end_value):
@@ -91,10 +83,10 @@ def cosine_schedule(
     return Schedule("cosine", init_value, end_value, transition_steps, transition_begin)
 
 
-def is_weight(value: Any) -> bool:
-    """Whether it is a number from 0 that float32 holds; True and False are none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and 0 <= value <= FLOAT32
+def check_weight(name: str, weight: Any) -> None:
+    """Raises InputError where it is neither a schedule nor a number from 0 that float32 holds."""
+    if not isinstance(weight, Schedule):
+        number(name, weight, least=0)
 
 
 def end_value(weight: Weight) -> float:

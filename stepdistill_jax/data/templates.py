@@ -1,12 +1,9 @@
 """Templates of texts with `{fields}`: what they name, and the fields of a text that was written by one."""
 
 import functools
-import re
 import string
 
 from stepdistill_jax.errors import InputError
-
-FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @functools.lru_cache(256)  # asked for every row

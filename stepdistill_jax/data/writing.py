@@ -230,7 +230,7 @@ def locked(data_dir: pathlib.Path, name: str) -> Iterator[None]:
             lock = stack.enter_context(open(data_dir / f".{name}.lock", "a", opener=opener))
         except OSError as error:
             raise InputError(
-                f"--data-dir {data_dir}: cannot be written ({error.strerror})"
+                f"`data_dir` {data_dir}: cannot be written ({error.strerror})"
             ) from None
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -153,7 +153,7 @@ def compare(
     arms = list(dict.fromkeys(r.arm for r in runs))
     if baseline is not None and baseline not in arms:
         raise InputError(
-            f"--baseline: no run of {baseline!r} (arms: {', '.join(arms)}){nearest(baseline, arms)}"
+            f"`baseline`: no run of {baseline!r} (arms: {', '.join(arms)}){nearest(baseline, arms)}"
         )
     groups: dict[tuple, dict[tuple, RunResult]] = defaultdict(dict)
     left_out, settings = [], _settings(runs)

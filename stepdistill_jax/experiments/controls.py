@@ -13,6 +13,7 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepare import ensure_prepared, prepare
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import one_of
 
 KINDS = ("shuffled", "wrong", "missing", "teacher_errs")
 
@@ -33,8 +34,7 @@ def spoil(
     Raises:
         InputError: another kind, or one label only where a second is needed.
     """
-    if kind not in KINDS:
-        raise InputError(f"kind: one of {', '.join(KINDS)} is wanted, got {kind!r}")
+    one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)
     rows = [e.to_json() for e in examples]
     order = rng.permutation([i for i, e in enumerate(examples) if e.rationale])

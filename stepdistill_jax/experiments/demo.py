@@ -71,7 +71,7 @@ def demo(
         `arms` (rows of the table), `majority_baseline`, `plot`, and `rows`: test rows with the
         label and, for looking, the rationale that the step-by-step model gives.
     """
-    workdir = local_path(workdir, "--workdir")
+    workdir = local_path(workdir, "`workdir`")
     check_folder(workdir, SUMMARY, MADE, [PLOT])
     task = next(iter(arms.values()))[0].task
     dataset = ensure_prepared(task, data_dir)

@@ -15,13 +15,13 @@ import numpy as np
 
 from stepdistill_jax import __version__
 from stepdistill_jax.data.objectives import fields_of
-from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments import tables
 from stepdistill_jax.experiments.comparison import Comparison, Enough, compare
 from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure, size_figure
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
 from stepdistill_jax.inference.rationale_quality import INCONSISTENT, VERDICTS
+from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.files import atomic_write, local_path
 from stepdistill_jax.runtime.overwriting import Made, check_folder, check_outputs
 
@@ -78,10 +78,9 @@ def report(
         InputError: a path without runs, none that has answered the split, no such baseline, or a
             folder that cannot be written.
     """
-    if examples < 0:
-        raise InputError(f"--examples: a number from 0 is wanted, got {examples}")
-    folder = local_path(output, "--output")
-    check_outputs({folder / PAGE: MADE}, name="--output")
+    whole("examples", examples, 0)
+    folder = local_path(output, "`output`")
+    check_outputs({folder / PAGE: MADE}, name="`output`")
     found, left_out = read_runs(runs, split=split, data_dir=data_dir)
     comparisons, doubled = compare(found, baseline)
     left_out = [*left_out, *doubled]

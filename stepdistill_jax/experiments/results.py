@@ -255,8 +255,10 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     answers = rationales = right = None
     if gold is not None:
         if not file.is_file():
-            command = f"stepdistill evaluate {workdir} --task {task} --split {split}"
-            return f"has no answers on {split}: run `{command}`"
+            return (
+                f"has no answers on {split}:"
+                f" run `stepdistill evaluate {workdir} --task {task} --split {split}`"
+            )
         answers = _column(file, gold, "label")
         if answers is None:
             return f"{file.name} answers other rows than {task}'s {split} has: evaluate it again"

@@ -116,8 +116,8 @@ def sweep(
     """
     if jax.process_count() > 1:
         raise InputError(
-            "sweep runs in one process; `--print slurm` or `--print xpk` writes the commands of its"
-            " cells for many hosts"
+            "sweep runs in one process; `stepdistill sweep ... --print slurm` (or xpk) writes the"
+            " commands of its cells for many hosts"
         )
     folder, data_dir = as_path(workdir), data_folder(data_dir)
     began = time.monotonic()
@@ -246,7 +246,7 @@ def _check_cells(
 ) -> dict[str, str | None]:
     """Fingerprint of each task's prepared dataset (None of a task that only SeqIO knows)."""
     if (folder / RUN).is_file():
-        raise InputError(f"--workdir {folder}: is a run of its own, not a folder of runs")
+        raise InputError(f"`workdir` {folder}: is a run of its own, not a folder of runs")
     if not cells:
         raise InputError("sweep: there is no cell; give at least one arm, fraction and seed")
     paths: dict[str, Cell] = {}
@@ -261,7 +261,7 @@ def _check_cells(
         if task == EMBEDDED:
             ensure_prepared(task, data_dir)
         if split and not has_split(task, split, data_dir=data_dir, task_module=module):
-            raise InputError(f"--evaluate {split}: {task} has no such split; or give `none`")
+            raise InputError(f"`split` {split}: {task} has no such split; or evaluate none")
         prepared = is_prepared(task, data_dir)
         datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
     return datasets
@@ -282,14 +282,14 @@ def _check_workdirs(
         if found := differences(before, now):
             raise InputError(
                 f"{workdir}: holds a run with other settings ({'; '.join(found)}); use the same ones"
-                " to go on with this sweep, or another --workdir"
+                " to go on with this sweep, or another `workdir`"
             )
         for file in sorted((workdir / EVALUATION).glob("*.json")):
             old, new = read_object(file).get("dataset"), datasets[cell.config.task]
             if old and new and old != new:
                 raise InputError(
                     f"{file}: is of {cell.config.task} before it was prepared anew; use another"
-                    " --workdir"
+                    " `workdir`"
                 )
 
 

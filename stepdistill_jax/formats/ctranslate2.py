@@ -34,6 +34,7 @@ from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.files import local_path, read_json, sha256, write_json
 
 QUANTIZATIONS = ("float32", "int8")
@@ -61,7 +62,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
     """CTranslate2, or a module of it.
 
     Args:
-        wanted_by: the flag that asks for it, for the message.
+        wanted_by: what asks for it, for the message.
         module: its name.
 
     Raises:
@@ -84,13 +85,11 @@ def check_quantization(quantization: str | None) -> None:
     """
     if quantization == "float16":
         raise InputError(
-            "--quantization: float16 gives NaN, since T5's feed-forward layers overflow in it"
+            "`quantization`: float16 gives NaN, since T5's feed-forward layers overflow in it"
             " (OpenNMT/CTranslate2#1074); int8 is smaller and faster"
         )
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise InputError(
-            f"--quantization: {' or '.join(QUANTIZATIONS)} is wanted, got {quantization!r}"
-        )
+    if quantization is not None:
+        one_of("quantization", quantization, QUANTIZATIONS)
 
 
 def write_ctranslate2(
@@ -121,7 +120,7 @@ def write_ctranslate2(
         InputError: no such quantization, or CTranslate2 is not installed.
     """
     check_quantization(quantization)
-    specs = import_ctranslate2("--format ctranslate2", "ctranslate2.specs")
+    specs = import_ctranslate2("`format=ctranslate2`", "ctranslate2.specs")
     folder = pathlib.Path(directory)
     write_model_files(folder, config, vocabulary, task_info)
     (folder / GENERATION_CONFIG).unlink()  # for `transformers`, which finds no weights here

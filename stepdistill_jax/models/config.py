@@ -1,10 +1,10 @@
 """Sizes of a T5, and the published families by name."""
 
 import dataclasses
-import math
 from typing import Any
 
-from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import keep, number, one_of, refused, whole
 
 # Far above any T5, and small enough that a config.json which claims more is refused before a name is made for
 # each layer, or a number leaves 32 bits.
@@ -42,16 +42,11 @@ class LoraConfig:
     alpha: float = 16.0
 
     def __post_init__(self):
-        ranks = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        alpha = ranks.pop("alpha")
-        for name, rank in ranks.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-                raise InputError(f"lora.{name}: a whole number from 0 is wanted, got {rank!r}")
-        if not any(ranks.values()):
-            raise InputError(f"lora: a rank above 0 is wanted for one of {', '.join(ranks)}")
-        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-        if not number or not 0 < alpha < math.inf:
-            raise InputError(f"lora.alpha: a number above 0 is wanted, got {alpha!r}")
+        *ranks, alpha = (f.name for f in dataclasses.fields(self))
+        keep(self, whole, *ranks, of="lora.", least=0)
+        keep(self, number, alpha, of="lora.", above=0)
+        if not any(getattr(self, name) for name in ranks):
+            raise InputError(f"`lora`: a rank above 0 is needed for one of {', '.join(ranks)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,42 +104,29 @@ class T5Config:
     def __post_init__(self):
         if self.dtype == "float16":
             raise InputError(
-                "DTYPE: float16 overflows in T5's feed-forward layers and gives NaN;"
-                " set DTYPE=bfloat16"
+                "`dtype`: float16 overflows in T5's feed-forward layers and gives NaN;"
+                " set `dtype=bfloat16`"
             )
-        if self.dtype not in DTYPES:
-            raise InputError(f"DTYPE: one of {', '.join(DTYPES)} is wanted, got {self.dtype!r}")
+        one_of("dtype", self.dtype, DTYPES)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
         if self.mlp_activations not in ACTIVATIONS:
-            raise InputError(
-                f"mlp_activations: one of {ACTIVATIONS} is wanted, got {self.mlp_activations!r}"
-            )
-        if not 0 <= self.dropout_rate < 1:
-            raise InputError(f"dropout_rate: 0 <= rate < 1 is wanted, got {self.dropout_rate}")
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
+            raise refused("mlp_activations", f"one of {ACTIVATIONS}", self.mlp_activations)
+        keep(self, number, "dropout_rate", least=0, below=1)
         widths = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_buckets")
-        layers = ("num_encoder_layers", "num_decoder_layers")
-        for names, most in ((widths, MAX_SIZE), (layers, MAX_LAYERS)):
-            for name in names:
-                if not 1 <= getattr(self, name) <= most:
-                    raise InputError(f"{name}: 1 to {most} is wanted, got {getattr(self, name)}")
+        keep(self, whole, *widths, least=1, most=MAX_SIZE)
+        keep(self, whole, "num_encoder_layers", "num_decoder_layers", least=1, most=MAX_LAYERS)
         # else the logarithm of `models.layers.relative_buckets` has no scale
         if self.num_buckets < 4 or not self.num_buckets // 2 < self.max_distance <= MAX_SIZE:
             raise InputError(
-                f"relative positions: at least 4 buckets and a distance from {self.num_buckets // 2 + 1} to"
-                f" {MAX_SIZE} are wanted, got {self.num_buckets} and {self.max_distance}"
+                f"relative positions: `num_buckets` must be at least 4 and `max_distance` from"
+                f" {self.num_buckets // 2 + 1} to {MAX_SIZE}, not {self.num_buckets} and {self.max_distance}"
             )
 
 
 def known_remat_policy(name: str) -> str:
     """The policy of a name, also of an old one; InputError where there is none."""
     policy = OLD_REMAT_POLICIES.get(name, name)
-    if policy not in REMAT_POLICIES:
-        raise InputError(
-            f"remat_policy: one of {', '.join(REMAT_POLICIES)} is wanted, got {name!r}"
-        )
+    one_of("remat_policy", policy, REMAT_POLICIES)
     return policy
 
 
@@ -215,16 +197,8 @@ def t5_config(family: str, size: str, *, vocab_size: int, **overrides) -> T5Conf
     Raises:
         InputError: an unknown family or size.
     """
-    if family not in SIZES:
-        raise InputError(
-            f"model_family: one of {', '.join(SIZES)} is wanted, got {family!r}"
-            f"{nearest(family, SIZES)}"
-        )
-    if size not in SIZES[family]:
-        raise InputError(
-            f"MODEL_SIZE: one of {', '.join(SIZES[family])} is wanted, got {size!r}"
-            f"{nearest(size, SIZES[family])}"
-        )
+    one_of("model_family", family, SIZES)
+    one_of("model_size", size, SIZES[family])
     vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     sizes: dict[str, Any] = dict(zip(_COLUMNS, SIZES[family][size], strict=True))
     return T5Config(**{"vocab_size": vocab_size, **sizes, **_TRAITS.get(family, {}), **overrides})

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import keep, of_type, one_of, whole
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -63,6 +64,9 @@ class Layout:
     tensor: int = 1
     dcn_data: int = 1
 
+    def __post_init__(self):
+        keep(self, whole, "data", "fsdp", "tensor", "dcn_data", of="Layout.", least=-1)
+
 
 LAYOUTS: dict[str, Layout] = {
     "data": Layout(data=-1),
@@ -84,14 +88,9 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
         InputError: an unknown layout, or one whose sizes do not fit the devices; names the nearest.
     """
     if isinstance(layout, str):
-        if layout not in LAYOUTS:
-            raise InputError(
-                f"LAYOUT: one of {', '.join(LAYOUTS)} is wanted, got {layout!r}"
-                f"{nearest(layout, LAYOUTS)}"
-            )
+        one_of("layout", layout, LAYOUTS)
         layout = LAYOUTS[layout]
-    elif not isinstance(layout, Layout):
-        raise InputError(f"LAYOUT: a layout's name or @Layout() is wanted, got {layout!r}")
+    of_type("layout", layout, Layout, "a layout's name or a `Layout`")
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(layout, devices)
     # Auto: GSPMD propagates; JAX's default, Explicit, wants a sharding on each operation
@@ -106,7 +105,7 @@ def _slices(devices: list[Any]) -> int:
         found = collections.Counter(d.process_index for d in devices)
     if len(set(found.values())) > 1:
         raise InputError(
-            f"LAYOUT: slices of equal size are wanted, got {sorted(found.values())} devices"
+            f"`layout`: slices must be of equal size, not of {sorted(found.values())} devices"
         )
     return len(found)
 
@@ -116,12 +115,12 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
         raise InputError(
-            f"LAYOUT: hybrid keeps a copy in each slice, and there is one slice ({count} devices);"
-            " fsdp is the layout of one slice (or bind Layout.dcn_data to a number of copies)"
+            f"`layout`: hybrid keeps a copy in each slice, and there is one slice ({count} devices);"
+            " fsdp is the layout of one slice (or give `Layout.dcn_data` the number of copies)"
         )
     if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:
         raise InputError(
-            f"LAYOUT: dcn_data={copies} does not fit {slices} slices; nearest that does:"
+            f"`layout`: dcn_data={copies} does not fit {slices} slices; nearest that does:"
             f" dcn_data={slices}"
         )
     wanted = (copies, layout.data, layout.fsdp, layout.tensor)
@@ -131,7 +130,7 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
     if not fits or len(given) < 3:
         names = (*(("dcn_data",) * (copies != 1)), *AXES)
         raise InputError(
-            f"LAYOUT: {' x '.join(names)} = {' x '.join(map(str, wanted[-len(names) :]))} does not"
+            f"`layout`: {' x '.join(names)} = {' x '.join(map(str, wanted[-len(names) :]))} does not"
             f" fit {count} devices; nearest that does: {_nearest_layout(wanted, count)}"
         )
     copies, data, fsdp, tensor = (count // used if size == -1 else size for size in wanted)
@@ -251,6 +250,6 @@ def _check_divisible(mesh: Mesh, params: Any, specs: Any, shardings: Any) -> Non
             wanted, mesh.size, embed=cut["fsdp"], cut_by_tensor=cut["tensor"]
         )
         raise InputError(
-            f"LAYOUT: {', '.join(f'{what} ({where})' for what, where in wrong.items())}; nearest"
+            f"`layout`: {', '.join(f'{what} ({where})' for what, where in wrong.items())}; nearest"
             f" layout of {mesh.size} devices that does: {nearest_layout}"
         )

@@ -43,7 +43,7 @@ def virtual_devices(count: int) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise InputError(
-            f"devices={count}: this process already has {len(devices)} CPU devices; plan in a process"
+            f"`devices={count}`: this process already has {len(devices)} CPU devices; plan in a process"
             f" of its own, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return devices[:count]
@@ -57,7 +57,7 @@ def topology_devices(name: str) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"--topology {name}: the TPU compiler is not installed; pip install 'stepdistill-jax[tpu]'"
+            f"`topology` {name}: the TPU compiler is not installed; pip install 'stepdistill-jax[tpu]'"
         )
     for variable, value in _NO_TPU_HERE.items():
         os.environ.setdefault(variable, value)
@@ -69,6 +69,6 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"--topology {name}: {str(error).splitlines()[0]}; a name is KIND:AxB or KIND:AxBxC, for"
+            f"`topology` {name}: {str(error).splitlines()[0]}; a name is KIND:AxB or KIND:AxBxC, for"
             " example v5e:8x8, v5p:4x4x4 or v6e:16x16"
         ) from None

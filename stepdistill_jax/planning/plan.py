@@ -5,13 +5,13 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import REMAT_POLICIES, T5Config
 from stepdistill_jax.models.flops import PEAK_FLOPS, peak_flops
 from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning.compiling import Figures, figures, rounded_groups, state_bytes
 from stepdistill_jax.planning.devices import TPU_MEMORY, topology_devices, virtual_devices
 from stepdistill_jax.planning.workload import Workload, workload
+from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -54,7 +54,7 @@ def plan(
 
     Returns:
         `devices`, `device_kind`, `hbm`, `assumptions`; `candidates`: list of `Figures.to_json` with
-        `name`, `flags` and `fits` (one that was not compiled has `error`); `best`: the
+        `name` and `fits` (one that was not compiled has `error`); `best`: the
         candidate that fits at the least cost, or None; `advice`: what would fit, where none does;
         `host_bytes`: what saving and restoring take for each device of a host;
         `seconds_at_peak`: lower bounds of a step of the best, or of the smallest, by device kind.
@@ -62,8 +62,9 @@ def plan(
     Raises:
         InputError: devices that cannot be had, a layout that does not divide them or the model.
     """
-    if devices < 1:
-        raise InputError(f"--devices {devices}: at least 1 is wanted")
+    whole("devices", devices, 1)
+    if rows is not None:
+        whole("rows", rows, 1)
     found = topology_devices(topology) if topology else virtual_devices(devices)
     kind = found[0].device_kind if topology else "virtual CPU"
     memory = hbm or (TPU_MEMORY.get(kind, DEFAULT_HBM) if topology else DEFAULT_HBM)
@@ -90,23 +91,22 @@ def plan(
     }
 
 
-def layouts_for(model: T5Config, devices: int) -> dict[str, tuple[Layout, str]]:
-    """Name -> (layout, its gin flags) of those whose axes divide the model's dimensions."""
+def layouts_for(model: T5Config, devices: int) -> dict[str, Layout]:
+    """The layouts by name whose axes divide the model's dimensions."""
 
     def divides(fsdp: int, tensor: int) -> bool:
         heads_and_widths = (model.num_heads, model.mlp_dim, model.vocab_size)
         return model.emb_dim % fsdp == 0 and all(size % tensor == 0 for size in heads_and_widths)
 
-    found = {"data": (Layout(data=devices), "--gin_file layouts/data.gin")}
+    found = {"data": Layout(data=devices)}
     if devices > 1 and divides(devices, 1):
-        found["fsdp"] = (Layout(fsdp=devices), "--gin_file layouts/fsdp.gin")
+        found["fsdp"] = Layout(fsdp=devices)
     for tensor in TENSOR_PARTS:
         fsdp = devices // tensor
         if devices % tensor == 0 and fsdp > 1 and divides(fsdp, tensor):
-            flags = f"--gin_file layouts/fsdp_tensor.gin --set Layout.tensor={tensor}"
-            found[f"fsdp_tensor {fsdp}x{tensor}"] = (Layout(fsdp=fsdp, tensor=tensor), flags)
+            found[f"fsdp_tensor {fsdp}x{tensor}"] = Layout(fsdp=fsdp, tensor=tensor)
     if devices > 1 and divides(1, devices):
-        found["tensor"] = (Layout(tensor=devices), "--gin_file layouts/tensor.gin")
+        found["tensor"] = Layout(tensor=devices)
     return found
 
 
@@ -119,9 +119,9 @@ def _candidates(
 ) -> Iterator[dict[str, Any]]:
     if layout is not None:
         name = layout if isinstance(layout, str) else "given"
-        yield _one(config, work, devices, layout, config.remat_policy, limit, name, "")
+        yield _one(config, work, devices, layout, config.remat_policy, limit, name)
         return
-    for name, (sizes, flags) in layouts_for(work.model, len(devices)).items():
+    for name, sizes in layouts_for(work.model, len(devices)).items():
         mesh = make_mesh(sizes, devices)
         state = state_bytes(abstract_state(work.model, make_optimizer(config), mesh))
         if sum(state.values()) > limit:
@@ -135,8 +135,7 @@ def _candidates(
             }
             continue
         for policy in REMAT_POLICIES:
-            set_policy = f" --set train.remat_policy={policy}"
-            one = _one(config, work, devices, sizes, policy, limit, name, flags + set_policy)
+            one = _one(config, work, devices, sizes, policy, limit, name)
             yield one
             if one["fits"]:
                 break
@@ -150,7 +149,6 @@ def _one(
     policy: str,
     limit: float,
     name: str,
-    flags: str,
 ) -> dict[str, Any]:
     mesh = make_mesh(layout, devices)
     try:
@@ -158,10 +156,10 @@ def _one(
     except MemoryError as error:
         log(f"{name}, remat {policy}: {error}")
         about = {"layout": dict(mesh.shape), "remat_policy": policy, "error": str(error)}
-        return {"name": name, "flags": flags, "fits": False, **about}
+        return {"name": name, "fits": False, **about}
     log(f"{name}, remat {policy}: compiled in {found.compile_seconds:.1f} s")
     fits = found.total <= limit
-    return {"name": name, "flags": flags, "fits": fits, **found.to_json()}
+    return {"name": name, "fits": fits, **found.to_json()}
 
 
 def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
@@ -187,19 +185,19 @@ def _advice(config: TrainConfig, nearest: dict[str, Any] | None, limit: float) -
     wanted = devices
     while wanted * limit < sizes["total"] * devices:
         wanted *= 2
-    found = [f"--devices {wanted}, if all shrinks as 1/N (fsdp)"]
+    found = [f"`devices={wanted}`, if all shrinks as 1/N (fsdp)"]
     slices, fixed = 1, sizes["arguments"] + 2 * sizes["gradients"]  # a slice's, and their sum
     while slices < max(rows for rows, *_ in nearest["groups"]):
         slices *= 2
         if fixed + sizes["activations"] / slices <= limit:
             total = config.num_microbatches * slices
-            found.append(f"--set NUM_MICROBATCHES={total} (activations / {slices}, same result)")
+            found.append(f"`num_microbatches={total}` (activations / {slices}, same result)")
             break
     if config.dtype == "float32":
-        found.append("--gin_file memory/bfloat16.gin (activations of half the size)")
+        found.append("the part memory/bfloat16.gin (activations of half the size)")
     if config.optimizer.name == "adamw":
         saved = sizes["optimizer"] / 2**30
-        found.append(f"--gin_file optimizers/adafactor.gin (saves most of {saved:.2f} GiB)")
+        found.append(f"the part optimizers/adafactor.gin (saves most of {saved:.2f} GiB)")
         if config.optimizer.mu_dtype == "float32":
-            found.append(f"--gin_file memory/bfloat16_moment.gin (saves {saved / 4:.2f} GiB)")
+            found.append(f"the part memory/bfloat16_moment.gin (saves {saved / 4:.2f} GiB)")
     return found

@@ -49,7 +49,7 @@ def workload(
         data_dir: of prepared datasets; None is the default one.
 
     Raises:
-        InputError: an INIT_FROM that is there and cannot be read, an unknown family or size.
+        InputError: an `init_from` that is there and cannot be read, an unknown family or size.
     """
     data_dir, assumptions = data_folder(data_dir), []
     data = _prepared(config, data_dir)
@@ -71,16 +71,16 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here: "
             + (
-                "one packed row for each example of a step (short rows pack into fewer: --rows)"
+                "one packed row for each example of a step (short rows pack into fewer: `rows`)"
                 if config.pack
-                else "rows as long as INPUT_LENGTH and TARGET_LENGTH"
+                else "rows as long as `input_length` and `target_length`"
             )
         )
     return Workload(model, groups, tuple(assumptions))
 
 
 def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:
-    """The tokens of a prepared dataset, with its own vocabulary where INIT_FROM is not at hand."""
+    """The tokens of a prepared dataset, with its own vocabulary where `init_from` is not at hand."""
     if config.task not in prepared_names(data_dir):
         return None
     if config.init_from is not None and not os.path.isdir(config.init_from):
@@ -99,7 +99,7 @@ def _model(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -
         missing = (
             f"dataset {config.task!r} is not prepared here"
             if config.init_from is None
-            else f"INIT_FROM {config.init_from} is not here: {config.model_family} {config.model_size}"
+            else f"`init_from` {config.init_from} is not here: {config.model_family} {config.model_size}"
         )
         assumptions.append(f"{missing}, with the published vocabulary of {vocab_size}")
     return t5_config(config.model_family, config.model_size, vocab_size=vocab_size, **settings)

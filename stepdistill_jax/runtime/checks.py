@@ -1,12 +1,14 @@
 """Checks of arguments. Each names the parameter in backticks, for which a command puts its flag."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Any
 
 from stepdistill_jax.errors import InputError, nearest
 
+SNAKE_CASE = re.compile(r"[a-z][a-z0-9_]*")
 INT32, FLOAT32 = 2**31 - 1, 3.4e38  # what steps and rates are kept in
 
 
@@ -49,6 +51,24 @@ def number(
         return value if isinstance(value, int) else float(value)
     limits = " and ".join(f"{words} {x:g}" for words, x, _ in given)
     raise refused(name, f"a number {limits}".strip(), value)
+
+
+def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
+    """Puts fields of a frozen dataclass through `whole` or `number`; `of` goes before their names."""
+    for name in names:
+        object.__setattr__(owner, name, check(of + name, getattr(owner, name), **limits))
+
+
+def of_type(name: str, value: Any, kind: Any, words: str) -> None:
+    """Raises InputError where `value` is no instance of `kind`, which the words name."""
+    if not isinstance(value, kind):
+        raise refused(name, words, value)
+
+
+def snake_case(name: str, value: Any) -> None:
+    """Raises InputError where `value` is no name such as my_task."""
+    if not isinstance(value, str) or not SNAKE_CASE.fullmatch(value):
+        raise refused(name, "lower_snake_case, such as my_task", value)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:

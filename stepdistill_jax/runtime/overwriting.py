@@ -76,7 +76,7 @@ def check_outputs(
     Args:
         outputs: files on this machine, and what tells them from others.
         inputs: files and folders that are read; None counts for nothing.
-        name: what the first output is called in a message, e.g. `--output`.
+        name: what the first output is called in a message, e.g. "`output`".
         known: files that are the command's own whatever they hold; another one says so.
 
     Raises:

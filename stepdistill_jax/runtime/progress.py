@@ -26,9 +26,14 @@ def write_names(by: Callable[[str], str]) -> None:
     _written = by
 
 
+def written(message: str) -> str:
+    """`message` with the parameters that it names as the running command takes them."""
+    return _written(message)
+
+
 def log(message: str) -> None:
     """Prints a line on standard error; control characters of foreign text as their escapes."""
-    print(escaped(_written(message)), file=sys.stderr, flush=True)
+    print(escaped(written(message)), file=sys.stderr, flush=True)
 
 
 def format_values(values: dict[str, float]) -> str:

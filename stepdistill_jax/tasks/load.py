@@ -198,7 +198,7 @@ def load_task(
     _one_rationale(task, supervision)
     if supervision is not None and supervision.label_source != "gold":
         raise InputError(
-            f"task {task!r}: LABEL_SOURCE={supervision.label_source} needs the fields label and"
+            f"task {task!r}: `label_source={supervision.label_source}` needs the fields label and"
             " llm_label; a plain SeqIO task or mixture brings targets of its own (add_task has them)"
         )
     return _load_plain(found, split, vocabulary, folder, task_module)
@@ -207,8 +207,8 @@ def load_task(
 def _one_rationale(task: str, supervision: Supervision | None) -> None:
     if supervision is not None and supervision.needs_list:
         raise InputError(
-            f"task {task!r}: RATIONALES={supervision.rationales} with rationale_source="
-            f"{supervision.rationale_source} needs the list `rationales` of a prepared dataset"
+            f"task {task!r}: `rationales={supervision.rationales}` with rationale_source="
+            f"{supervision.rationale_source} needs the list 'rationales' of a prepared dataset"
             " (`stepdistill prepare jsonl` keeps it)"
         )
 
@@ -220,7 +220,7 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
         for field in objective.fields:
             if field not in known:
                 raise InputError(
-                    f"OBJECTIVES: objective {objective.name} names the field {{{field}}}, and dataset"
+                    f"`objectives`: objective {objective.name} names the field {{{field}}}, and dataset"
                     f" {dataset.name!r} has {', '.join(known)}{nearest(field, known)}; `stepdistill"
                     f" prepare jsonl --fields {field}` keeps one of your own rows"
                 )
@@ -231,7 +231,7 @@ def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
     for words in objective.words if objective.writes_more else ():
         if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
             raise InputError(
-                f"OBJECTIVES: the words {words!r} in target_template of {objective.name} tell where"
+                f"`objectives`: the words {words!r} in target_template of {objective.name} tell where"
                 f" the label is, and the vocabulary {vocabulary.source} can only write {written!r};"
                 " choose others"
             )
@@ -267,7 +267,7 @@ def _with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
     if not store.num_examples:
         raise InputError(
             f"task {name!r}: split {split!r} has no rows (training leaves out those without the"
-            " label that LABEL_SOURCE asks for)"
+            " label that `label_source` asks for)"
         )
     return store
 
@@ -312,7 +312,7 @@ def _load_plain(
         if not _equal(opened, load_vocabulary(other)):
             raise InputError(
                 f"task {found.name!r}: tokenised with {files[0]}, but"
-                f" {'INIT_FROM brings' if other == os.fspath(vocabulary or '') else 'another of its tasks has'}"
+                f" {'`init_from` brings' if other == os.fspath(vocabulary or '') else 'another of its tasks has'}"
                 f" {other}; a model has one vocabulary"
             )
     stores = tuple(

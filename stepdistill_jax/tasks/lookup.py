@@ -46,8 +46,8 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     raise InputError(
         f"unknown task {task!r}: prepared in {data_dir}: {', '.join(prepared) or 'none'};"
         f" registered with SeqIO: {', '.join(registered) or 'none'}"
-        f"{nearest(task, [*prepared, *registered])}; `stepdistill prepare` makes one, --module"
-        " pkg.tasks (in a config TASK_MODULE) names the module that registers yours"
+        f"{nearest(task, [*prepared, *registered])}; `stepdistill prepare` makes one,"
+        " `task_module` names the module that registers yours"
     )
 
 
@@ -76,7 +76,7 @@ def import_task_module(name: str) -> None:
     if name.endswith(".py") or "/" in name:
         hint = f"; write it as a module, {name.removesuffix('.py').strip('./').replace('/', '.')}"
     raise InputError(
-        f"TASK_MODULE (--module): no module {name!r} on the Python path or in {os.getcwd()}{hint}"
+        f"`task_module`: no module {name!r} on the Python path or in {os.getcwd()}{hint}"
     )
 
 
@@ -87,7 +87,7 @@ def _not_importable(name: str, error: BaseException) -> InputError:
         trace = trace.tb_next
     where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
     return InputError(
-        f"TASK_MODULE (--module) {name!r} cannot be imported: {type(error).__name__}: {error}{where}"
+        f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{where}"
     )
 
 

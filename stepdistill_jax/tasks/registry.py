@@ -69,7 +69,7 @@ def add_task(
         splits: names of the splits; only for a function.
         objectives: an arm's name or objectives; each becomes a task. A `decoder_prefix` is not in
             its targets: training puts it before them.
-        vocabulary: path of a `spiece.model`, or `bytes`; a run with INIT_FROM uses its model's.
+        vocabulary: path of a `spiece.model`, or `bytes`; a run with `init_from` uses its model's.
         metric: `text_match` or `value_match`.
         preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.
 

@@ -14,6 +14,7 @@ from typing import Any
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import number, whole
 
 NOISE_DENSITY, MEAN_NOISE_SPAN_LENGTH, SENTINELS = 0.15, 3.0, 100  # those of T5
 
@@ -39,14 +40,14 @@ def add_span_corruption(
         files: by split, a file of rows `{"text": ...}`, or a pattern of such files.
         vocabulary: path of a `spiece.model`, or `bytes`; 100 sentinels follow its last id, the first
             of them the highest, so the model has that many more ids.
-        inputs_length: the config's INPUT_LENGTH: most ids of corrupted inputs, end of sequence included. A
+        inputs_length: the config's `input_length`: most ids of corrupted inputs, end of sequence included. A
             longer text is cut into segments that give just as many.
         noise_density: share of the ids to guess, above 0 and below 1.
         mean_noise_span_length: ids of a span on average, 1 or more.
         masks: how often each segment is corrupted.
 
     Returns:
-        The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids: TARGET_LENGTH.
+        The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids: `target_length`.
 
     Raises:
         InputError: no such file, a name that is taken, a bad number, or more spans in a segment than
@@ -56,12 +57,10 @@ def add_span_corruption(
     import seqio
 
     where = f"add_span_corruption({name!r})"
-    if not 0 < noise_density < 1 or mean_noise_span_length < 1 or masks < 1 or inputs_length < 8:
-        raise InputError(
-            f"{where}: wanted are inputs_length from 8, noise_density above 0 and below 1,"
-            f" mean_noise_span_length and masks from 1; got {inputs_length}, {noise_density},"
-            f" {mean_noise_span_length}, {masks}"
-        )
+    whole("inputs_length", inputs_length, 8)
+    number("noise_density", noise_density, above=0, below=1)
+    number("mean_noise_span_length", mean_noise_span_length, least=1)
+    whole("masks", masks, 1)
     length, _ = random_spans_helper(inputs_length, noise_density, mean_noise_span_length)
     spans = round(round(length * noise_density) / mean_noise_span_length)
     if spans > SENTINELS:

@@ -14,6 +14,7 @@ from stepdistill_jax.data.corpora.paper_layout import TEACHER
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.runtime.checks import keep, number, of_type, one_of
 from stepdistill_jax.runtime.progress import log
 
 LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
@@ -49,21 +50,12 @@ class Supervision:
     rationale_source: str | None = None
 
     def __post_init__(self):
-        for macro, value, known in (
-            ("LABEL_SOURCE", self.label_source, LABEL_SOURCES),
-            ("RATIONALES", self.rationales, RATIONALES),
-        ):
-            if value not in known:
-                raise InputError(
-                    f"{macro}: one of {', '.join(known)} is wanted, got {value!r}"
-                    f"{nearest(str(value), known)}"
-                )
-        if not 0 <= self.disagree_weight <= 1:
-            raise InputError(
-                f"disagree_weight: 0 <= x <= 1 is wanted, got {self.disagree_weight!r}"
-            )
+        one_of("label_source", self.label_source, LABEL_SOURCES)
+        one_of("rationales", self.rationales, RATIONALES)
+        of_type("rationale_source", self.rationale_source, str | None, "text or None")
+        keep(self, number, "disagree_weight", least=0, most=1)
         if self.disagree_weight and self.label_source != "agree":
-            raise InputError("disagree_weight: needs LABEL_SOURCE=agree")
+            raise InputError("`disagree_weight` needs `label_source=agree`")
 
     @property
     def needs_list(self) -> bool:
@@ -135,8 +127,8 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
     s, matches = supervision, metric_fn(metric)
     if s.needs_list and "rationales" not in dataset.element_spec:
         raise InputError(
-            f"task {task!r}: RATIONALES={s.rationales} with rationale_source={s.rationale_source}"
-            " reads the list `rationales`, which its rows lack; `stepdistill prepare jsonl` keeps it"
+            f"task {task!r}: `rationales={s.rationales}` with rationale_source={s.rationale_source}"
+            " reads the list 'rationales', which its rows lack; `stepdistill prepare jsonl` keeps it"
         )
 
     def same_label(labels: np.ndarray, label: bytes) -> np.ndarray:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
-from stepdistill_jax.data.schedules import is_weight
 from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.runtime.checks import FLOAT32
 from stepdistill_jax.runtime.files import digest
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.lookup import find_task
@@ -44,7 +44,7 @@ def with_token_weights(
             that chooses among rationales or labels, or a row whose numbers do not fit its words.
     """
     dataset = find_task(data.name, data_dir=data_folder(data_dir), task_module=task_module)
-    where = "train.token_weights"
+    where = "`token_weights`"
     if not isinstance(dataset, PreparedDataset):
         raise InputError(
             f"{where}: {data.name} is a SeqIO task; prepare the rows as a dataset"
@@ -52,7 +52,7 @@ def with_token_weights(
         )
     if not PreparedRows.can_read(supervision.for_objectives(data.objectives)):
         raise InputError(
-            f"{where}: goes with LABEL_SOURCE=gold and RATIONALES=first alone, since a row has"
+            f"{where}: goes with `label_source=gold` and `rationales=first` alone, since a row has"
             " weights for one target"
         )
     names = [o.name for o in data.objectives]
@@ -130,6 +130,6 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
 
 def _number(word: str) -> float:
     number = float(word)
-    if not is_weight(number):
+    if not 0 <= number <= FLOAT32:
         raise ValueError(f"numbers from 0 are wanted, got {word}")
     return number

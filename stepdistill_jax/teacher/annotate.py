@@ -60,7 +60,7 @@ def annotate(
     chosen = Settings(**settings)
     input, output = local_path(input, "input"), local_path(output, "output")
     check_file(input, "a JSON-lines file")
-    cache_path = local_path(chosen.cache or output.parent / CACHE_NAME, "--cache")
+    cache_path = local_path(chosen.cache or output.parent / CACHE_NAME, "`cache`")
     action, *paths = map(str, chosen.batch_file or [""])
     inputs = [input, chosen.exemplars, *read, *(paths if action == "read" else ())]
     check_apart([cache_path, f"{cache_path}-wal", f"{cache_path}-shm"], inputs)
@@ -80,7 +80,7 @@ def annotate(
             if action == "read":
                 return read_batch(asking, input, cache, paths)
             if len(paths) > 1:
-                raise InputError("--batch-file write: one FILE is wanted")
+                raise InputError("`batch_file` write: one FILE is wanted")
             return write_batch(asking, input, cache, paths[0], inputs)
         return asyncio.run(_annotate(asking, input, output, cache))
     finally:

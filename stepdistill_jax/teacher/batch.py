@@ -19,7 +19,7 @@ from stepdistill_jax.teacher.prompting import Asking, Estimate, unanswered
 from stepdistill_jax.teacher.rows import check_rows
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
-REQUESTS = Made("annotate --batch-file write", b'{"custom_id": "', ("custom_id", "method", "body"))
+REQUESTS = Made("annotate", b'{"custom_id": "', ("custom_id", "method", "body"))
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
 
 
@@ -50,7 +50,7 @@ def write_batch(
     line = next(lines, None)
     while line is not None:
         name = numbered(pathlib.Path(path), len(files) + 1)
-        check_outputs({name: REQUESTS}, inputs, "--batch-file write")
+        check_outputs({name: REQUESTS}, inputs, "`batch_file`")
         count = size = 0
         with atomic_write(name, "wb") as f:
             while line and count < MOST_REQUESTS and size + len(line) <= MOST_BYTES:

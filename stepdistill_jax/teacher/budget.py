@@ -98,10 +98,10 @@ class Budget:
         answers = self.completion_tokens + completion_tokens
         answers += sum(c for _, c in self._open.values())
         if self.max_tokens is not None and prompts + answers > self.max_tokens:
-            return f"--max-tokens-total {self.max_tokens}"
+            return f"`max_tokens_total={self.max_tokens}`"
         cost = self.price(prompts, answers)
         if self.max_cost is not None and cost is not None and cost > self.max_cost:
-            return f"--max-cost {self.max_cost:g}"
+            return f"`max_cost={self.max_cost:g}`"
         return None
 
 

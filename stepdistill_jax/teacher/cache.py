@@ -1,12 +1,11 @@
 """Answers that were paid for, in one SQLite file; several processes may use it at once."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.overwriting import stranger
@@ -49,13 +48,13 @@ class AnswerCache:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
             if tables - {"answers"}:
-                raise stranger(f"--cache {path}", "annotate")
+                raise stranger(f"`cache` {path}", "annotate")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA):
                 raise InputError(
-                    f"--cache {path}: written by another version (its schema is {version}, ours"
+                    f"`cache` {path}: written by another version (its schema is {version}, ours"
                     f" {SCHEMA}); give another file"
                 )
             self._db.execute(_TABLE.format(name="answers"))
@@ -71,10 +70,10 @@ class AnswerCache:
         """Of a file that is none of SQLite's, a damaged one, a full disk."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
             return InputError(
-                f"--cache {self.path}: {error}; what is in it is kept: start again when that is mended"
+                f"`cache` {self.path}: {error}; what is in it is kept: start again when that is mended"
             )
         return InputError(
-            f"--cache {self.path}: cannot be used as an SQLite file ({error}); move it away, or give"
+            f"`cache` {self.path}: cannot be used as an SQLite file ({error}); move it away, or give"
             " another file"
         )
 
@@ -87,24 +86,24 @@ class AnswerCache:
 
         That is another process's where it was first.
         """
-        row = (key, model, answer.time, answer.text, answer.finish_reason)
-        row += (answer.prompt_tokens, answer.completion_tokens, json.dumps(answer.parameters))
         try:
-            done = self._db.execute("INSERT OR IGNORE INTO answers VALUES (?,?,?,?,?,?,?,?)", row)
+            done = self._insert("IGNORE INTO answers", key, model, answer)
         except _DAMAGED as error:
             raise self._unusable(error) from None
-        return answer if done.rowcount else self._get("answers", key) or answer
+        return answer if done.rowcount else self.get(key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
         """Holds answers of a batch, readable or not, until the process ends; their number."""
         count = 0
-        with self._transaction():
+        self._db.execute("BEGIN")
+        try:
             for key, answer in answers:
-                row = (key, "", answer.time, answer.text, answer.finish_reason)
-                row += (answer.prompt_tokens, answer.completion_tokens)
-                row += (json.dumps(answer.parameters),)
-                self._db.execute("INSERT OR REPLACE INTO fetched VALUES (?,?,?,?,?,?,?,?)", row)
+                self._insert("REPLACE INTO fetched", key, "", answer)
                 count += 1
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
         return count
 
     def fetched(self, key: str) -> Answer | None:
@@ -114,6 +113,11 @@ class AnswerCache:
     def close(self) -> None:
         """Closes the file."""
         self._db.close()
+
+    def _insert(self, how: str, key: str, model: str, answer: Answer) -> sqlite3.Cursor:
+        row = (key, model, answer.time, answer.text, answer.finish_reason)
+        row += (answer.prompt_tokens, answer.completion_tokens, json.dumps(answer.parameters))
+        return self._db.execute(f"INSERT OR {how} VALUES (?,?,?,?,?,?,?,?)", row)  # noqa: S608
 
     def _get(self, table: str, key: str) -> Answer | None:
         try:
@@ -133,13 +137,3 @@ class AnswerCache:
         if types != [str, str, int, int, str, dict]:
             raise self._unusable(ValueError(f"the answer {key} is damaged"))
         return answer
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")

@@ -102,7 +102,7 @@ class ChatClient:
         if not self._key and settings.server is None:
             raise InputError(
                 f"${settings.api_key_env} is not set: the key is read from the environment"
-                " (--api-key-env NAME names another variable; --base-url another server)"
+                " (`api_key_env` names another variable; `base_url` another server)"
             )
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(
@@ -116,7 +116,7 @@ class ChatClient:
         try:
             self._free = [self._new_client()]
         except Exception as error:  # a base URL that is none
-            raise InputError(self.hide(f"--base-url {settings.server}: {error}")) from None
+            raise InputError(self.hide(f"`base_url` {settings.server}: {error}")) from None
         # on the monotonic clock: no request before this, and the end of the wait that was reported
         self._open_at = self._reported_until = 0.0
 
@@ -349,7 +349,7 @@ def _hint(status: int, message: str, settings: Settings) -> str:
     if status in (401, 403):
         return f" (the key is read from ${settings.api_key_env})"
     if "temperature" in message:
-        return " (--temperature default sends none)"
+        return " (`temperature=default` sends none)"
     if "max_tokens" in message or "max_completion_tokens" in message:
-        return " (--max-tokens says how long an answer may be)"
+        return " (`max_tokens` says how long an answer may be)"
     return ""

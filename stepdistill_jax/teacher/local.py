@@ -30,11 +30,11 @@ class LocalTeacher:
             import transformers
         except ImportError:
             raise InputError(
-                "--teacher hf:DIR needs torch, which is not installed: pip install"
+                "`teacher=hf:DIR` needs torch, which is not installed: pip install"
                 " 'stepdistill-jax[torch]'"
             ) from None
         if not pathlib.Path(directory, "config.json").is_file():
-            raise InputError(f"--teacher hf:{directory}: no config.json there")
+            raise InputError(f"`teacher` hf:{directory}: no config.json there")
         try:
             # a directory's own Python code is never run, nor asked about
             how = {"local_files_only": True, "trust_remote_code": False}
@@ -50,7 +50,7 @@ class LocalTeacher:
                 directory, padding_side="left", **how
             )
         except Exception as error:  # torch, safetensors and tokenizers raise what they like
-            raise InputError(f"--teacher hf:{directory}: cannot be loaded ({error})") from None
+            raise InputError(f"`teacher` hf:{directory}: cannot be loaded ({error})") from None
         if torch.cuda.is_available():
             self._model = self._model.to("cuda")
         if self._tokenizer.pad_token is None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.data.rationale import LETTERS
-from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.teacher.rows import Row, read_rows
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -51,7 +52,7 @@ class Prompter:
         if self.task == "cqa" and len(row.choices) > len(LETTERS):
             raise InputError(
                 f"row {row.number} (id {row.id!r}): {len(row.choices)} choices, the letters end at"
-                f" {len(LETTERS)}; --task {GENERIC} needs none"
+                f" {len(LETTERS)}; `task={GENERIC}` needs none"
             )
         return {
             "question": with_choices(row, lettered=self.task == "cqa"),
@@ -112,11 +113,7 @@ def load_prompter(
     Raises:
         InputError: an unknown task, a missing library, or exemplars that cannot be used.
     """
-    if task not in TASKS:
-        raise InputError(
-            f"--task {task}: no prompt of that name (known: {', '.join(TASKS)};"
-            f" {GENERIC} is for your own rows){nearest(task, TASKS)}"
-        )
+    one_of("task", task, TASKS)
     try:
         import jinja2
     except ImportError:
@@ -133,12 +130,12 @@ def load_prompter(
     path = exemplars or (own if own.exists() else None)
     rows = tuple(read_rows(path, choices)) if path else ()
     if exemplars and not rows:
-        raise InputError(f"--exemplars {exemplars}: no rows in it")
+        raise InputError(f"`exemplars` {exemplars}: no rows in it")
     for row in rows:
         for name in ("rationale", "label"):
             if not getattr(row, name):
                 raise InputError(
-                    f"--exemplars {path}: row {row.number} has no {name}; an exemplar shows a whole"
+                    f"`exemplars` {path}: row {row.number} has no {name}; an exemplar shows a whole"
                     " answer"
                 )
     template = environment.get_template(f"{task}.jinja")

@@ -243,8 +243,8 @@ class Run:
             return
         if 2 * self._problems["truncated"] >= self._unusable:
             advice = (
-                f"--max-tokens {self._settings.max_tokens} cuts them before their end: give more"
-                " tokens, or a reasoning model less --reasoning-effort"
+                f"`max_tokens={self._settings.max_tokens}` cuts them before their end: give more"
+                " tokens, or a reasoning model less `reasoning_effort`"
             )
         else:
             advice = f"the last, of row {row.number}: {' '.join(answer.text.split())[:80]!r}"
@@ -252,7 +252,7 @@ class Run:
         self._end(
             InputError(
                 f"{self._unusable} of {self._questions} answers could not be used ({kinds}), more"
-                f" than --max-truncated {most:g} allows: {advice}; usable answers are kept"
+                f" than `max_truncated={most:g}` allows: {advice}; usable answers are kept"
             )
         )
 

@@ -1,13 +1,13 @@
 """How a teacher is asked: everything that `annotate` can be told."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import keep, number, refused, whole
 
 LOCAL = "hf:"
 SAMPLING_TEMPERATURE = 0.7  # of several samples, unless one is given
@@ -79,26 +79,27 @@ class Settings:
         """Refuses what cannot be meant.
 
         Raises:
-            InputError: names the flag.
+            InputError: names the field.
         """
         if (self.model is None) == (self.teacher is None):
-            raise InputError("--model M (of a server) or --teacher hf:DIR is wanted, one of them")
+            raise InputError("give `model` (of a server) or `teacher=hf:DIR`, one of them")
         if self.teacher is not None and not self.teacher.startswith(LOCAL):
-            raise InputError(f"--teacher: {LOCAL}DIR is wanted, got {self.teacher!r}")
-        for name in ("samples", "max_tokens", "concurrency", "attempts", "max_tokens_total"):
-            _check(name, getattr(self, name), 1, whole=True)
-        _check("retries", self.retries, 0, whole=True)
-        for name in ("timeout", "max_cost", "price_input", "price_output", "max_truncated"):
-            _check(name, getattr(self, name), 0)
-        if isinstance(self.temperature, str) and self.temperature != "default":
-            raise InputError(
-                f"--temperature: a number or `default` is wanted, got {self.temperature!r}"
-            )
-        if not isinstance(self.temperature, str):
-            _check("temperature", self.temperature, 0)
+            raise refused("teacher", f"{LOCAL}DIR", self.teacher)
+        keep(self, whole, "samples", "max_tokens", "concurrency", "attempts", least=1)
+        keep(self, whole, "retries", least=0)
+        keep(self, number, "timeout", "max_truncated", least=0)
+        if self.max_tokens_total is not None:
+            keep(self, whole, "max_tokens_total", least=1)
+        for name in ("max_cost", "price_input", "price_output"):
+            if getattr(self, name) is not None:
+                keep(self, number, name, least=0)
+        if self.temperature not in (None, "default"):
+            if isinstance(self.temperature, str):
+                raise refused("temperature", "a number or `default`", self.temperature)
+            keep(self, number, "temperature", least=0)
         if self.samples > 1 and self.temperature == 0:
             raise InputError(
-                f"--samples {self.samples} --temperature 0: every sample would be the same"
+                f"`samples={self.samples}` and `temperature=0`: every sample would be the same"
             )
         self._check_texts()
         self._check_prices()
@@ -106,9 +107,9 @@ class Settings:
         if self.batch_file and (
             len(self.batch_file) < 2 or self.batch_file[0] not in ("write", "read")
         ):
-            raise InputError("--batch-file: `write FILE` or `read FILE...` is wanted")
+            raise refused("batch_file", "write FILE, or read FILE...", " ".join(self.batch_file))
         if self.batch_file and self.teacher:
-            raise InputError("--batch-file is for servers, --teacher hf:DIR needs none")
+            raise InputError("`batch_file` is for servers, `teacher=hf:DIR` needs none")
 
     def _check_texts(self) -> None:
         texts = [("choices", choice) for choice in self.choices]
@@ -117,37 +118,36 @@ class Settings:
             try:
                 (text or "").encode()
             except UnicodeEncodeError:
-                flag = f"--{name.replace('_', '-')}"
-                raise InputError(f"{flag}: no valid UTF-8 or Unicode ({text!a})") from None
+                raise InputError(f"`{name}`: no valid UTF-8 or Unicode ({text!a})") from None
         try:
             urlsplit(self.server or "")
         except ValueError as error:
-            raise InputError(f"--base-url {self.server}: {error}") from None
+            raise InputError(f"`base_url` {self.server}: {error}") from None
 
     def _check_prices(self) -> None:
         prices = (self.price_input, self.price_output)
         if (prices[0] is None) != (prices[1] is None):
-            raise InputError("--price-input and --price-output (per million tokens) go together")
+            raise InputError("`price_input` and `price_output` (per million tokens) go together")
         if self.max_cost is not None and prices[0] is None:
             raise InputError(
-                "--max-cost needs the prices per million tokens: --price-input and --price-output"
+                "`max_cost` needs the prices per million tokens: `price_input` and `price_output`"
             )
 
     def _check_parameters(self) -> None:
         taken = {
-            "model": "--model",
-            "messages": "--instructions and --exemplars",
-            "temperature": "--temperature",
-            "max_tokens": "--max-tokens",
-            "max_completion_tokens": "--max-tokens",
-            "reasoning_effort": "--reasoning-effort",
-            "n": "--samples",
+            "model": "`model`",
+            "messages": "`instructions` and `exemplars`",
+            "temperature": "`temperature`",
+            "max_tokens": "`max_tokens`",
+            "max_completion_tokens": "`max_tokens`",
+            "reasoning_effort": "`reasoning_effort`",
+            "n": "`samples`",
         }
         for name in self.parameters:
             if name in taken:
-                raise InputError(f"--parameter {name}: say it by {taken[name]}")
+                raise InputError(f"`parameters` {name}: say it by {taken[name]}")
             if name == "stream":
-                raise InputError("--parameter stream: answers are read whole")
+                raise InputError("`parameters` stream: answers are read whole")
 
     @property
     def name(self) -> str:
@@ -184,13 +184,3 @@ class Settings:
         host = urlsplit(self.server).hostname or "" if self.server else "api.openai.com"
         newer = any(host == h or host.endswith("." + h) for h in ("openai.com", "openai.azure.com"))
         return "max_completion_tokens" if newer and not self.teacher else "max_tokens"
-
-
-def _check(name: str, value: Any, least: float, *, whole: bool = False) -> None:
-    if value is None:
-        return
-    flag = f"--{name.replace('_', '-')}"
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < least or (whole and value != int(value)):
-        kind = "whole number" if whole else "number"
-        raise InputError(f"{flag}: a {kind} from {least} is wanted, got {value!r}")

@@ -91,7 +91,7 @@ class StubServer:
 
     @property
     def url(self) -> str:
-        """What `--base-url` is given."""
+        """The `base_url` to give."""
         return f"http://127.0.0.1:{self._port}/v1"
 
     @contextlib.contextmanager

@@ -2,20 +2,27 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from stepdistill_jax.data.objectives import Objective, resolve
-from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig, T5Config, known_remat_policy
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import (
+    DTYPES,
+    MAX_LENGTH,
+    LoraConfig,
+    T5Config,
+    known_remat_policy,
+)
 from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.checks import keep, number, of_type, one_of, refused, whole
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.extra_loss import ExtraLoss
 
 OPTIMIZERS = ("adamw", "adafactor")
 NONFINITE = ("skip", "stop")
 LOSS_MEANS = ("token", "example")
-INT32, INT64, FLOAT32 = 2**31 - 1, 2**63 - 1, 3.4e38  # what steps, seeds and rates are kept in
+SCHEDULES = ("linear", "constant")
+INT64 = 2**63 - 1  # what seeds are kept in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,30 +51,19 @@ class OptimizerConfig:
     mu_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.name not in OPTIMIZERS:
-            raise InputError(
-                f"optimizer: one of {', '.join(OPTIMIZERS)} is wanted, got {self.name!r}"
-                f"{nearest(self.name, OPTIMIZERS)}"
-            )
-        if self.schedule not in ("linear", "constant"):
-            raise InputError(
-                f"OptimizerConfig.schedule: linear or constant is wanted, got {self.schedule!r}"
-            )
-        where = "optimizer."
-        _check_whole(f"{where}warmup_steps", self.warmup_steps, 0)
-        for name in ("b1", "b2"):
-            _check_number(f"{where}{name}", getattr(self, name), lambda x: 0 <= x < 1, "0 <= x < 1")
-        _check_number(f"{where}eps", self.eps, lambda x: x > 0, "x > 0")
-        _check_number(f"{where}weight_decay", self.weight_decay, lambda x: x >= 0, "x >= 0")
+        of = "optimizer."
+        one_of(f"{of}name", self.name, OPTIMIZERS)
+        one_of(f"{of}schedule", self.schedule, SCHEDULES)
+        one_of(f"{of}mu_dtype", self.mu_dtype, DTYPES)
+        keep(self, whole, "warmup_steps", of=of, least=0)
+        keep(self, number, "b1", "b2", of=of, least=0, below=1)
+        keep(self, number, "eps", of=of, above=0)
+        keep(self, number, "weight_decay", of=of, least=0)
         if self.clip_norm != math.inf:
-            _check_number(f"{where}clip_norm", self.clip_norm, lambda x: x > 0, "x > 0")
-        if self.mu_dtype not in ("float32", "bfloat16"):
-            raise InputError(
-                f"OptimizerConfig.mu_dtype: float32 or bfloat16 is wanted, got {self.mu_dtype!r}"
-            )
+            keep(self, number, "clip_norm", of=of, above=0)
         if self.mu_dtype != "float32" and self.name != "adamw":
             raise InputError(
-                f"OptimizerConfig.mu_dtype: {self.name} keeps no first moment; leave it at float32"
+                f"`{of}mu_dtype`: {self.name} keeps no first moment; leave it at float32"
             )
 
 
@@ -94,7 +90,7 @@ class TrainConfig:
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
         profile_steps: first and last step of a profile in `WORKDIR/profile`; None writes none.
         optimizer: update rule and schedule.
-        supervision: which label and rationales are trained on (LABEL_SOURCE, RATIONALES).
+        supervision: which label and rationales are trained on.
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
         remat_policy: `elementwise`, `minimal` or `full`.
@@ -154,92 +150,61 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "objectives", resolve(self.objectives))
-        for name in (
-            "batch_size",
-            "train_steps",
-            "eval_every",
-            "checkpoint_every",
-            "num_microbatches",
+        keep(self, whole, "batch_size", "train_steps", "eval_every", "checkpoint_every", least=1)
+        keep(self, whole, "num_microbatches", least=1)
+        keep(self, whole, "input_length", "target_length", least=1, most=MAX_LENGTH)
+        keep(self, whole, "seed", least=0, most=INT64)
+        keep(self, number, "learning_rate", above=0)
+        keep(self, number, "data_fraction", above=0, most=1)
+        keep(self, number, "dropout_rate", least=0, below=1)
+        for names, kind, words in (
+            (("task", "model_size", "dtype", "model_family", "remat_policy"), str, "text"),
+            (("task_module", "init_from"), str | None, "text or None"),
+            (("pack",), bool, "True or False"),
+            (("lora",), LoraConfig | None, "a `LoraConfig` or None"),
+            (("optimizer",), OptimizerConfig, "an `OptimizerConfig`"),
+            (("supervision",), Supervision, "a `Supervision`"),
+            (("layout",), str | Layout, "a layout's name or a `Layout`"),
         ):
-            _check_whole(name.upper(), getattr(self, name), 1)
-        for name in ("input_length", "target_length"):
-            _check_whole(name.upper(), getattr(self, name), 1, MAX_LENGTH)
-        _check_whole("SEED", self.seed, 0, INT64)
-        for name in ("task", "model_size", "dtype", "model_family", "remat_policy"):
-            if not isinstance(value := getattr(self, name), str):
-                raise InputError(f"{name.upper()}: text is wanted, got {value!r}")
+            for name in names:
+                of_type(name, getattr(self, name), kind, words)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
-        for name in ("task_module", "init_from"):
-            if not isinstance(value := getattr(self, name), str | None):
-                raise InputError(f"{name.upper()}: text or None is wanted, got {value!r}")
-        if not isinstance(self.pack, bool):
-            raise InputError(f"PACK: True or False is wanted, got {self.pack!r}")
-        rate, share, dropout = self.learning_rate, self.data_fraction, self.dropout_rate
-        _check_number("LEARNING_RATE", rate, lambda x: x > 0, "x > 0")
-        _check_number("DATA_FRACTION", share, lambda x: 0 < x <= 1, "0 < x <= 1")
-        _check_number("train.dropout_rate", dropout, lambda x: 0 <= x < 1, "0 <= x < 1")
-        for name, kind, wanted in (
-            ("lora", LoraConfig | None, "@lora() or None"),
-            ("optimizer", OptimizerConfig, "@optimizer()"),
-            ("supervision", Supervision, "@supervision()"),
-        ):
-            if not isinstance(value := getattr(self, name), kind):
-                raise InputError(f"train.{name}: {wanted} is wanted, got {value!r}")
-        if not isinstance(self.layout, str | Layout):
-            raise InputError(f"LAYOUT: a layout's name or @Layout() is wanted, got {self.layout!r}")
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
             if self.profile_steps[0] > self.train_steps:
                 raise InputError(
-                    f"PROFILE_STEPS: {list(self.profile_steps)} begins after the last step"
-                    f" (TRAIN_STEPS={self.train_steps})"
+                    f"`profile_steps`: {list(self.profile_steps)} begins after the last step"
+                    f" (`train_steps={self.train_steps}`)"
                 )
         self._check_loss()
-        self._check_trouble()
+        one_of("on_nonfinite", self.on_nonfinite, NONFINITE)
+        keep(self, whole, "max_consecutive_nonfinite", least=1)
+        keep(self, number, "watchdog_medians", "spike_factor", least=0)
+        # a timer cannot be set to more
+        keep(self, number, "grace_secs", least=0, most=1e8)
+        keep(self, number, "watchdog_min_secs", above=0, most=1e8)
 
     def _check_loss(self) -> None:
-        if self.loss_mean not in LOSS_MEANS:
-            raise InputError(
-                f"train.loss_mean: one of {', '.join(LOSS_MEANS)} is wanted, got"
-                f" {self.loss_mean!r}{nearest(str(self.loss_mean), LOSS_MEANS)}"
-            )
+        one_of("loss_mean", self.loss_mean, LOSS_MEANS)
         fields = self.token_weights
         if fields is not None and not (
             isinstance(fields, dict)
             and fields
             and all(isinstance(x, str) for f in fields.items() for x in f)
         ):
-            raise InputError(
-                f'train.token_weights: {{"OBJECTIVE": "FIELD"}} or None is wanted, got {fields!r}'
-            )
+            raise refused("token_weights", '{"OBJECTIVE": "FIELD"} or None', fields)
         extra = self.extra_loss
         if extra is None:
             return
-        if not isinstance(extra, ExtraLoss):
-            raise InputError(f"EXTRA_LOSS: an ExtraLoss (@my_loss()) is wanted, got {extra!r}")
+        of_type("extra_loss", extra, ExtraLoss, "an `ExtraLoss` of yours")
         try:
             hash(extra)
         except TypeError as error:
             raise InputError(
-                f"EXTRA_LOSS: {type(extra).__name__} must be a frozen dataclass of plain values: {error}"
+                f"`extra_loss`: {type(extra).__name__} must be a frozen dataclass of plain values: {error}"
             ) from None
         if extra.name in {o.name for o in resolve(self.objectives)}:
-            raise InputError(f"EXTRA_LOSS: an objective is called {extra.name!r}, too")
-
-    def _check_trouble(self) -> None:
-        if self.on_nonfinite not in NONFINITE:
-            raise InputError(
-                f"train.on_nonfinite: one of {', '.join(NONFINITE)} is wanted, got"
-                f" {self.on_nonfinite!r}{nearest(str(self.on_nonfinite), NONFINITE)}"
-            )
-        _check_whole("train.max_consecutive_nonfinite", self.max_consecutive_nonfinite, 1)
-        for name in ("watchdog_medians", "spike_factor"):
-            _check_number(f"train.{name}", getattr(self, name), lambda x: x >= 0, "a number from 0")
-        # a timer cannot be set to more
-        secs = self.grace_secs
-        _check_number("train.grace_secs", secs, lambda x: 0 <= x <= 1e8, "a number from 0 to 1e8")
-        secs = self.watchdog_min_secs
-        _check_number("train.watchdog_min_secs", secs, lambda x: 0 < x <= 1e8, "0 < x <= 1e8")
+            raise InputError(f"`extra_loss`: an objective is called {extra.name!r}, too")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""
@@ -247,28 +212,10 @@ class TrainConfig:
         return dataclasses.asdict(self) | {"extra_loss": extra}
 
 
-def _check_whole(name: str, value: Any, least: int, most: int = INT32) -> None:
-    if type(value) is not int or value < least:
-        wanted = "above 0" if least else "from 0"
-        raise InputError(f"{name}: a whole number {wanted} is wanted, got {value!r}")
-    if value > most:
-        raise InputError(f"{name}: at most {most} is wanted, got {value!r}")
-
-
-def _check_number(name: str, value: Any, is_good: Callable[[float], bool], wanted: str) -> None:
-    """`is_good` is asked about numbers alone; NaN and what float32 cannot hold never pass."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name}: a number is wanted, got {value!r}")
-    if not abs(value) <= FLOAT32 or not is_good(value):
-        raise InputError(f"{name}: {wanted} is wanted, got {value!r}")
-
-
 def _first_and_last(steps: Any) -> tuple[int, int]:
     whole = (
         isinstance(steps, (list, tuple)) and len(steps) == 2 and all(type(s) is int for s in steps)
     )
     if not whole or not 1 <= steps[0] <= steps[1]:
-        raise InputError(
-            f"PROFILE_STEPS: [FIRST, LAST] with 1 <= FIRST <= LAST is wanted, got {steps!r}"
-        )
+        raise refused("profile_steps", "[FIRST, LAST] with 1 <= FIRST <= LAST", steps)
     return steps[0], steps[1]

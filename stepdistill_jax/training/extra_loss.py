@@ -2,14 +2,13 @@
 
 import abc
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 
-from stepdistill_jax.data.schedules import Schedule, Weight, is_weight
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.data.schedules import Weight, check_weight
+from stepdistill_jax.runtime.checks import snake_case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +34,8 @@ class ExtraLoss(abc.ABC):
 
     def __post_init__(self):
         kind = type(self).__name__
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise InputError(f"{kind}.name: lower_snake_case is wanted, got {self.name!r}")
-        if not (isinstance(self.weight, Schedule) or is_weight(self.weight)):
-            raise InputError(f"{kind}.weight: at least 0 is wanted, got {self.weight!r}")
+        snake_case(f"{kind}.name", self.name)
+        check_weight(f"{kind}.weight", self.weight)
 
     @abc.abstractmethod
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:

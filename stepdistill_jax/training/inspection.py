@@ -15,6 +15,7 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
+from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import batches_of, load_split, vocabulary_of
@@ -59,8 +60,9 @@ def inspect(
             (`flops_per_step`, padding counted), and `proposed`, that with the fewest.
 
     Raises:
-        InputError: unknown task or split.
+        InputError: unknown task or split, or a negative number of rows.
     """
+    whole("rows", rows, 0)
     if isinstance(config, str):
         config = TrainConfig(task=config)
     if task_module is not None:

@@ -22,10 +22,10 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
             raise
         raise MemoryError(
             f"a device is out of memory ({str(error).splitlines()[0]}); what decides:"
-            f" BATCH_SIZE={config.batch_size} (smaller),"
-            f" NUM_MICROBATCHES={config.num_microbatches} (more, same result),"
-            f" train.remat_policy={config.remat_policy} (minimal, then full, same result),"
-            f" DTYPE={config.dtype} (bfloat16 halves the activations),"
-            f" LAYOUT={config.layout} (fsdp cuts parameters and optimizer over the devices);"
+            f" `batch_size={config.batch_size}` (smaller),"
+            f" `num_microbatches={config.num_microbatches}` (more, same result),"
+            f" `remat_policy={config.remat_policy}` (minimal, then full, same result),"
+            f" `dtype={config.dtype}` (bfloat16 halves the activations),"
+            f" `layout={config.layout}` (fsdp cuts parameters and optimizer over the devices);"
             " `stepdistill plan` says beforehand what fits"
         ) from error

@@ -31,7 +31,7 @@ from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
 # What may differ between a run and its resume: nothing here changes the loss that is minimised.
-# INIT_FROM may have moved; what it held is in the fingerprint.
+# `init_from` may have moved; what it held is in the fingerprint.
 FREE_FIELDS = (
     "layout",
     "num_microbatches",
@@ -138,7 +138,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if name in skipped or gone:
                 continue
             if old.get(name) != new.get(name):
-                shown = name.upper() if key == "config" else f"{key}.{name}"
+                shown = f"`{name}`" if key == "config" else f"{key}.{name}"
                 found.append(f"{shown} was {old.get(name)!r}, is {new.get(name)!r}")
     return found
 
@@ -168,7 +168,7 @@ def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any]
     if earlier is not None and (found := differences(earlier, described)):
         raise InputError(
             f"{workdir}: holds a run with other settings ({'; '.join(found)});"
-            " use the same ones to resume it, or another --workdir"
+            " use the same ones to resume it, or another `workdir`"
         )
     return earlier
 
@@ -189,7 +189,7 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
                 f.write(config_text)
     except OSError as error:
         raise InputError(
-            f"--workdir {run.workdir}: {error.strerror or error} ({error.filename})"
+            f"`workdir` {run.workdir}: {error.strerror or error} ({error.filename})"
         ) from None
 
 
@@ -206,7 +206,7 @@ def _agree(described: dict[str, Any]) -> None:
     def agrees() -> None:
         if same != first:
             raise InputError(
-                "it has another config, other data or another INIT_FROM than process 0"
+                "it has another config, other data or another `init_from` than process 0"
                 f" ({described['fingerprint']}); give all the same files"
             )
 
@@ -219,7 +219,7 @@ def _wait_for(path: pathlib.Path, written: str) -> None:
     while not (path.exists() and digest(read_json(path)) == written):
         if time.monotonic() > deadline:
             raise InputError(
-                f"--workdir {path.parent}: it does not see there what process 0 has"
+                f"`workdir` {path.parent}: it does not see there what process 0 has"
                 " written; all processes want one folder, on a disk that their hosts share"
             )
         time.sleep(0.5)

@@ -127,11 +127,11 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     if not resumed and is_workdir(config.init_from):
         raise InputError(
-            f"INIT_FROM: {config.init_from} is a training run;"
+            f"`init_from`: {config.init_from} is a training run;"
             " `stepdistill export` makes a model directory of it"
         )
-    files = read_model_files(workdir if resumed else local_path(config.init_from, "INIT_FROM"))
-    log(f"INIT_FROM {config.init_from}: its config.json decides the model, not MODEL_SIZE")
+    files = read_model_files(workdir if resumed else local_path(config.init_from, "`init_from`"))
+    log(f"`init_from` {config.init_from}: its config.json decides the model, not `model_size`")
     return files.vocabulary.source, dataclasses.replace(files.config, **model_settings(config))
 
 

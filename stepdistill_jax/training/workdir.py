@@ -46,7 +46,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
     for name in _NAMES:
         if (workdir / name).exists():
             raise InputError(
-                f"--workdir {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
+                f"`workdir` {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
                 " choose another folder, or move that out of it"
             )
 
@@ -80,11 +80,11 @@ def check_config(path: pathlib.Path, new: str) -> None:
 def _check_local(workdir: pathlib.Path) -> None:
     nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
     if not nearest.is_dir():
-        raise InputError(f"--workdir {workdir}: {nearest} is a file, a folder is wanted")
+        raise InputError(f"`workdir` {workdir}: {nearest} is a file, a folder is wanted")
     if not os.access(nearest, os.W_OK | os.X_OK):
         read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY  # and so even for root
         reason = "is on a read-only file system" if read_only else "gives no right to write"
-        raise InputError(f"--workdir {workdir}: {nearest} {reason}")
+        raise InputError(f"`workdir` {workdir}: {nearest} {reason}")
 
 
 def _check_store(workdir: pathlib.Path) -> None:
@@ -96,7 +96,7 @@ def _check_store(workdir: pathlib.Path) -> None:
     except (StoreError, FileNotFoundError) as error:  # the latter: no such bucket
         reason = error.reason if isinstance(error, StoreError) else f"no such bucket: {error}"
         raise InputError(
-            f"--workdir {workdir}: cannot be written ({reason}); is the bucket there, and are the"
+            f"`workdir` {workdir}: cannot be written ({reason}); is the bucket there, and are the"
             " credentials set?"
         ) from None
 

@@ -130,7 +130,10 @@ def test_the_last_set_of_a_name_wins():
         ("OBJECTIVES=lable_only", ["--set OBJECTIVES=", "did you mean 'label_only'"]),
         ("OBJECTIVES=@copy_contrl()", ["'copy_contrl'", "did you mean 'copy_control'"]),
         ("BATCH_SIZE=x", ["--set BATCH_SIZE=x", "'x'"]),
-        ("BATCH_SIZE=0", ["--set BATCH_SIZE=0", "above 0"]),
+        (
+            "BATCH_SIZE=0",
+            ["--set BATCH_SIZE=0", "BATCH_SIZE must be a whole number of at least 1, not 0"],
+        ),
         ("TRAIN_STEPS=10k", ["'10k'"]),
         ("PACK=no", ["True or False"]),
         ("TASK=[1,", ["neither a Python literal nor a bare word"]),
@@ -141,15 +144,36 @@ def test_the_last_set_of_a_name_wins():
         ("BATCH_SIZE=", ["a value is wanted"]),
         ("=3", ["NAME=VALUE is wanted"]),
         ("two words=3", ["NAME=VALUE is wanted"]),
-        ("step_by_step.rationale_weight=-1", ["weight must be at least 0", "-1"]),
+        (
+            "step_by_step.rationale_weight=-1",
+            ["`rationale.weight` must be a number of at least 0, not -1"],
+        ),
         ("optimizer.name=adam", ["did you mean 'adamw'"]),
-        ("optimizer.name=3", ["--set optimizer.name=3: optimizer.name: text is wanted, got 3"]),
-        ("optimizer.b1=high", ["--set optimizer.b1=high", "a number is wanted, got 'high'"]),
-        ("optimizer.warmup_steps=1.5", ["a whole number is wanted, got 1.5"]),
-        ("train.dropout_rate=True", ["a number is wanted, got True"]),
-        ("step_by_step.rationale_weight=all", ["a number is wanted, got 'all'"]),
-        ("TASK=5", ["--set TASK=5: TASK: text is wanted, got 5"]),
-        ("TASK=%SEED", ["SEED: text is wanted, got 0"]),
+        (
+            "optimizer.name=3",
+            ["--set optimizer.name=3: optimizer.name must be one of adamw, adafactor, not 3"],
+        ),
+        (
+            "optimizer.b1=high",
+            [
+                "--set optimizer.b1=high",
+                "optimizer.b1 must be a number of at least 0 and below 1, not 'high'",
+            ],
+        ),
+        (
+            "optimizer.warmup_steps=1.5",
+            ["optimizer.warmup_steps must be a whole number of at least 0, not 1.5"],
+        ),
+        (
+            "train.dropout_rate=True",
+            ["train.dropout_rate must be a number of at least 0 and below 1, not True"],
+        ),
+        (
+            "step_by_step.rationale_weight=all",
+            ["`rationale.weight` must be a number of at least 0, not 'all'"],
+        ),
+        ("TASK=5", ["--set TASK=5: TASK must be text, not 5"]),
+        ("TASK=%SEED", ["SEED must be text, not 0"]),
         ("train.remat_policy=ful", ["--set train.remat_policy=ful", "elementwise, minimal, full"]),
     ],
 )

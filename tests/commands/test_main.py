@@ -146,6 +146,7 @@ def test_without_json_nothing_is_added_to_standard_output(fake, capsys):
         ("CONFIG", "`batch_size=8` fits", "BATCH_SIZE=8 fits"),
         ("CONFIG", "`label_source`, `rationales`", "LABEL_SOURCE, RATIONALES"),
         ("CONFIG", "`loss_mean`, `optimizer.b1`", "train.loss_mean, optimizer.b1"),
+        ("CONFIG", "`lora` must be a `LoraConfig`", "train.lora must be a @lora()"),
         ("CONFIG", "the field `input` of `task a`", "the field `input` of `task a`"),
     ],
 )

@@ -57,7 +57,10 @@ def test_where_nothing_fits_advice_is_printed(capsys, tmp_path):
     [
         (["demo_step_by_stp"], "did you mean 'demo_step_by_step'"),
         (["demo_step_by_step", "--hbm", "lots"], "--hbm lots: a size such as"),
-        (["demo_step_by_step", "--devices", "0"], "a whole number above 0"),
+        (
+            ["demo_step_by_step", "--devices", "0"],
+            "--devices must be a whole number of at least 1, not 0",
+        ),
         (["demo_step_by_step", "--devices", "8", "--layout", "fdsp"], "did you mean 'fsdp'"),
         (["demo_step_by_step", "--devices", "8", "--topology", "v5e:4x4"], "leave one of them out"),
         (["demo_step_by_step", "--devices", "64"], "already has 8 CPU devices"),

@@ -111,7 +111,7 @@ def test_a_run_of_an_older_version_goes_on():
         del o["decoder_prefix"]
     assert differences(before, described) == []
     now["objectives"][1]["decoder_prefix"] = "explain: "
-    assert [line.split()[0] for line in differences(before, described)] == ["OBJECTIVES"]
+    assert [line.split()[0] for line in differences(before, described)] == ["`objectives`"]
 
 
 def test_the_objectives_of_the_page_share_an_encoding(tmp_path):

@@ -142,6 +142,6 @@ def test_prepare_writes_the_page_also_of_an_unchanged_dataset(tmp_path):
 
 def test_a_report_that_cannot_be_written_stops_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--report .*cannot be written"):
+    with pytest.raises(InputError, match=r"`report` .*cannot be written"):
         prepare("delivery", data_dir=tmp_path / "data", report=tmp_path / "file")
     assert not (tmp_path / "data").exists()

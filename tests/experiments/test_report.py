@@ -392,7 +392,7 @@ def test_an_arm_is_known_by_its_objectives_whatever_they_weigh():
         (["empty"], {}, "neither a run nor a sweep"),
         (["run"], {"baseline": "label_olny"}, "did you mean"),
         (["run"], {"split": "validation"}, "no other run has answers on validation"),
-        (["run"], {"examples": -1}, "--examples"),
+        (["run"], {"examples": -1}, "`examples`"),
         (["gs://bucket/run"], {}, "must be on this machine"),
     ],
 )

@@ -195,7 +195,7 @@ def test_each_command_refuses_it_in_one_line(bad, refused, tmp_path, command):
             "--max-decode-len must be a whole number from 1 to 65536",
         ),
         (["--batch-size", "-1"], "--batch-size must be a whole number of at least 1"),
-        (["--layout", "../x"], "LAYOUT: one of"),
+        (["--layout", "../x"], "--layout must be one of"),
         (["--num-beams", "0"], "--num-beams"),
         (["--num-beams", "2", "--length-penalty", "nan"], "--length-penalty"),
     ],
@@ -481,7 +481,7 @@ TREES = {
         lambda t: t["optimizer"]["target"].update(a="PLACEHOLDER://../../etc"),
         "must lie in this folder, got '../../etc'",
     ),
-    "10**9 layers": (lambda t: _layers(t, f"layers_{10**9 - 1}"), "1 to 1000 is wanted"),
+    "10**9 layers": (lambda t: _layers(t, f"layers_{10**9 - 1}"), "a whole number from 1 to 1000"),
     "a layer of 5,000 digits": (lambda t: _layers(t, "layers_" + "9" * 5000), "not those of a T5"),
     "10**6 stacked layers": (
         lambda t: t["optimizer"]["target"]["encoder"].update(

@@ -67,7 +67,7 @@ def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, record_fault):
                 import_task_module(name)
                 wrong.append(f"{kind}: imported")
             except InputError as error:
-                if says not in str(error) or "TASK_MODULE (--module)" not in str(error):
+                if says not in str(error) or "`task_module`" not in str(error):
                     wrong.append(f"{kind}: {error}")
             except BaseException as error:
                 wrong.append(f"{kind}: {error!r}")

@@ -186,11 +186,11 @@ def test_names_of_rows_without_a_piece_are_no_pieces(spiece):
 
 @pytest.mark.parametrize(
     ("quantization", "words"),
-    [("float16", r"gives NaN.*CTranslate2#1074"), ("int4", "float32 or int8 is wanted")],
+    [("float16", r"gives NaN.*CTranslate2#1074"), ("int4", "one of float32, int8")],
 )
 def test_other_quantizations_are_refused(quantization, words, tmp_path, spiece):
     config = FAMILIES["t5_v1_1"][0]
-    with pytest.raises(InputError, match=f"--quantization: .*{words}"):
+    with pytest.raises(InputError, match=f"`quantization`.*{words}"):
         write_ctranslate2(tmp_path, {}, config, load_vocabulary(spiece), None, quantization)
     assert list(tmp_path.iterdir()) == []
 

@@ -199,7 +199,7 @@ def test_predict_and_evaluate_give_the_labels_of_any_layout(
 def test_an_unknown_layout_and_one_that_does_not_fit_are_refused(run, write_rows, tmp_path):
     source, out = write_rows([{"input": "a"}]), tmp_path / "out.jsonl"
     for layout in ("fspd", sharding.Layout(tensor=3)):
-        with pytest.raises(InputError, match="LAYOUT"):
+        with pytest.raises(InputError, match="`layout`"):
             predict(run, source, out, layout=layout)
     assert not out.exists()
 

@@ -203,12 +203,12 @@ def test_a_step_of_adapters_is_said_to_cost_less_than_a_full_one():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "a rank above 0 is wanted"),
-        ({"query": -1}, "lora.query: a whole number"),
-        ({"wo": 2.0}, "lora.wo: a whole number"),
-        ({"key": True}, "lora.key: a whole number"),
-        ({"query": 1, "alpha": 0}, "lora.alpha: a number above 0"),
-        ({"query": 1, "alpha": "8"}, "lora.alpha: a number above 0"),
+        ({}, "a rank above 0 is needed"),
+        ({"query": -1}, "lora.query` must be a whole number"),
+        ({"wo": 2.0}, "lora.wo` must be a whole number"),
+        ({"key": True}, "lora.key` must be a whole number"),
+        ({"query": 1, "alpha": 0}, "lora.alpha` must be a number above 0"),
+        ({"query": 1, "alpha": "8"}, "lora.alpha` must be a number above 0"),
     ],
     ids=str,
 )

@@ -120,12 +120,12 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
             "hybrid",
             "keeps a copy in each slice, and there is one slice",
         ),
-        ("fdsp", "one of data, fsdp, fsdp_tensor, tensor, hybrid is wanted.*mean 'fsdp'"),
+        ("fdsp", "one of data, fsdp, fsdp_tensor, tensor, hybrid, not .*mean 'fsdp'"),
     ],
     ids=str,
 )
 def test_a_layout_that_does_not_fit_is_refused_with_the_nearest(layout, message):
-    with pytest.raises(InputError, match=f"^LAYOUT: .*{message}"):
+    with pytest.raises(InputError, match=f"^`layout`.*{message}"):
         make_mesh(layout)
 
 
@@ -137,7 +137,7 @@ def test_several_processes_of_one_slice_are_one_slice():
 def test_copies_that_do_not_fit_the_slices_are_refused():
     with pytest.raises(InputError, match=r"dcn_data=2 does not fit 3 slices; .* dcn_data=3"):
         make_mesh(Layout(dcn_data=2, fsdp=-1), slices(3))
-    with pytest.raises(InputError, match=r"slices of equal size are wanted, got \[4, 8\] devices"):
+    with pytest.raises(InputError, match=r"slices must be of equal size, not of \[4, 8\] devices"):
         make_mesh("hybrid", [d for d in slices(2) if d.slice_index == 0 or d.coords[0] == 0])
 
 
@@ -167,7 +167,7 @@ def test_copies_that_do_not_fit_the_slices_are_refused():
 def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
     given = {"vocab_size": 32128} | changes
     config = dataclasses.replace(t5_config("t5_v1_1", "small", vocab_size=32128), **given)
-    with pytest.raises(InputError, match=f"^LAYOUT: .*{message}"):
+    with pytest.raises(InputError, match=f"^`layout`.*{message}"):
         param_shardings(make_mesh(layout), abstract_params(config))
 
 

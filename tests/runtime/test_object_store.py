@@ -248,7 +248,7 @@ def test_a_damaged_step_in_a_store_is_moved_inside_it(store, capfd):
 def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store):
     check_workdir(as_path(RUN))
     assert not store  # the probe is gone
-    with pytest.raises(InputError, match=r"^--workdir gs://other/a: cannot be written \(Perm.*\)"):
+    with pytest.raises(InputError, match=r"^`workdir` gs://other/a: cannot be written \(Perm.*\)"):
         check_workdir(as_path("gs://other/a"))
     put("config.json", {})
     with pytest.raises(InputError, match=r"has config\.json and no run\.json"):
@@ -260,7 +260,7 @@ def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store)
 
 def test_what_must_be_local_says_so(store, monkeypatch, capfd):
     for use, name in (
-        (lambda: data_folder("gs://b/data"), "--data-dir"),
+        (lambda: data_folder("gs://b/data"), "`data_dir`"),
         (lambda: local_path(pathlib.Path("gs://b/data"), "--data-dir"), "--data-dir"),
         (lambda: files.check_writable("gs://b/data", "--output"), "--output"),
         (lambda: next(files.json_lines("gs://b/data")), "input"),
@@ -269,7 +269,7 @@ def test_what_must_be_local_says_so(store, monkeypatch, capfd):
         with pytest.raises(InputError, match=f"^{name} gs://b/data: must be on this machine"):
             use()
     monkeypatch.setenv("STEPDISTILL_DATA_DIR", "gs://b/data")
-    with pytest.raises(InputError, match=r"^--data-dir gs://b/data: must be"):
+    with pytest.raises(InputError, match=r"^`data_dir` gs://b/data: must be"):
         data_folder(None)
     monkeypatch.delenv("STEPDISTILL_DATA_DIR")
     pathlib.Path("in.jsonl").write_text('{"input": "a"}\n')

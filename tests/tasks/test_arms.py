@@ -150,7 +150,7 @@ def test_a_field_that_the_dataset_has_not_is_named(data_dir):
 
 def test_words_that_the_vocabulary_cannot_write_are_refused(data_dir):
     odd = Objective("label", "{input}", "{rationale} ¶ {label}")
-    with pytest.raises(InputError, match=r"OBJECTIVES: the words ' ¶ ' .* choose others"):
+    with pytest.raises(InputError, match=r"`objectives`: the words ' ¶ ' .* choose others"):
         load_task("mine", split="train", objectives=odd, data_dir=data_dir)
 
 

@@ -155,8 +155,8 @@ def test_a_vocabulary_of_pieces_gets_sentinels_behind_its_end(corpus, delivery_d
     ("options", "part"),
     [
         ({"files": {"train": "nowhere.jsonl"}}, "no file .*nowhere.jsonl for the split train"),
-        ({"noise_density": 1.0}, "noise_density above 0 and below 1"),
-        ({"masks": 0}, "masks from 1"),
+        ({"noise_density": 1.0}, "`noise_density` must be a number above 0 and below 1"),
+        ({"masks": 0}, "`masks` must be a whole number of at least 1"),
         ({"inputs_length": 4096}, "and there are 100 sentinels"),
         ({"vocabulary": "none.model"}, "none.model: no such vocabulary"),
     ],

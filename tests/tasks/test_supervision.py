@@ -192,7 +192,7 @@ def test_a_function_of_rows_has_label_sources_and_one_rationale(tmp_path):
     assert [label for label, _, _ in found] == ["yes", "no", "no"]
     found = texts(load(tmp_path, task="supervised", label_source="gold_else_llm"))
     assert [label for label, _, _ in found] == ["yes", "yes", "no", "no"]
-    with pytest.raises(InputError, match=r"'supervised': RATIONALES=all .* needs the list"):
+    with pytest.raises(InputError, match=r"'supervised': `rationales=all` .* needs the list"):
         load(tmp_path, task="supervised", rationales="all")
 
 
@@ -206,14 +206,20 @@ def test_validation_compares_with_gold_and_with_the_teacher_only_where_there_is_
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"label_source": "teacher"}, "LABEL_SOURCE: one of gold, llm, gold_else_llm, agree"),
-        ({"rationales": "any"}, "RATIONALES: one of first, all, sample"),
-        ({"label_source": "agree", "disagree_weight": 2.0}, "disagree_weight: 0 <= x <= 1"),
-        ({"disagree_weight": 0.5}, "disagree_weight: needs LABEL_SOURCE=agree"),
+        (
+            {"label_source": "teacher"},
+            "`label_source` must be one of gold, llm, gold_else_llm, agree",
+        ),
+        ({"rationales": "any"}, "`rationales` must be one of first, all, sample"),
+        (
+            {"label_source": "agree", "disagree_weight": 2.0},
+            "`disagree_weight` must be a number of at least 0 and at most 1",
+        ),
+        ({"disagree_weight": 0.5}, "`disagree_weight` needs `label_source=agree`"),
     ],
     ids=str,
 )
-def test_a_wrong_value_names_its_macro(values, message):
+def test_a_wrong_value_names_its_field(values, message):
     with pytest.raises(InputError, match=message):
         Supervision(**values)
 

@@ -154,7 +154,7 @@ def test_the_fingerprint_knows_the_weights(folder, data):
     [
         ({"rational": "importance"}, GOLD, "no objective is called 'rational'; did you mean 'rationale'"),
         ({"rationale": "importanc"}, GOLD, "keeps no field 'importanc' .*did you mean 'importance'"),
-        (FIELDS, Supervision(rationales="all"), "LABEL_SOURCE=gold and RATIONALES=first alone"),
+        (FIELDS, Supervision(rationales="all"), "`label_source=gold` and `rationales=first` alone"),
         ({"rationale": "remark"}, GOLD, r"row '\d+': remark: 1 numbers, and the target has \d words"),
     ],
 )  # fmt: skip
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused(folder, data, fields, supervision, wanted)
 def test_the_teachers_label_as_target_is_refused(folder, data):
     label = Objective("label", "{input}", "{llm_label}")
     other = dataclasses.replace(data[0], objectives=(label, step_by_step()[1]))
-    with pytest.raises(InputError, match="LABEL_SOURCE=gold"):
+    with pytest.raises(InputError, match="`label_source=gold`"):
         with_token_weights(other, FIELDS, supervision=GOLD, data_dir=folder)
 
 

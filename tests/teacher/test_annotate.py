@@ -249,7 +249,7 @@ def test_a_cap_in_tokens_is_not_crossed_and_the_next_run_goes_on(annotating):
 
     caps = {"max_tokens": 50, "max_tokens_total": 1500, "concurrency": 8}
     result, out = annotating(questions(40), reply, **caps)
-    assert "--max-tokens-total 1500" in result["stopped"]
+    assert "`max_tokens_total=1500`" in result["stopped"]
     assert out is None  # the output has its name only when it is whole
     used = result["prompt_tokens"] + result["completion_tokens"]
     assert 1500 - 2 * 150 < used <= 1500
@@ -265,7 +265,7 @@ def test_a_cap_in_money_is_not_crossed(annotating):
     prices = {"price_input": 1000.0, "price_output": 5000.0, "max_tokens": 20}
     reply = lambda _: Reply(GOOD.text, tokens=(60, 10))  # noqa: E731
     result, _ = annotating(questions(40), reply, max_cost=2.0, concurrency=4, **prices)
-    assert "--max-cost 2" in result["stopped"]
+    assert "`max_cost=2`" in result["stopped"]
     assert 1.7 < result["cost"] <= 2.0
     assert result["cost"] == pytest.approx(result["requests"] * 0.11)
 
@@ -275,7 +275,7 @@ def test_too_many_truncated_answers_stop_the_run_early(annotating):
         cut = annotating.server.requests % 4 == 0
         return Reply("Well, first", "length") if cut else GOOD
 
-    with pytest.raises(InputError, match=r"--max-tokens 64 .*--reasoning-effort"):
+    with pytest.raises(InputError, match=r"`max_tokens=64` .*`reasoning_effort`"):
         annotating(questions(400), reply, max_tokens=64, concurrency=4)
     assert 20 <= annotating.server.requests <= 32
     assert not annotating.output.exists()
@@ -299,7 +299,7 @@ UNUSABLE = {
 @pytest.mark.parametrize("name", UNUSABLE)
 def test_unusable_answers_of_any_kind_stop_the_run_as_truncated_ones_do(annotating, name):
     """And are not paid for twice: only the first question is asked again."""
-    with pytest.raises(InputError, match=r"20 of 20 .*--max-truncated 0.05"):
+    with pytest.raises(InputError, match=r"20 of 20 .*`max_truncated=0.05`"):
         annotating(questions(400), lambda _: UNUSABLE[name], retries=1, concurrency=4)
     assert annotating.server.requests <= 1 + 20 + 4
     assert not annotating.output.exists()
@@ -344,7 +344,7 @@ def test_one_request_is_sent_before_many(annotating):
 
 def test_where_an_answer_cannot_be_kept_no_more_are_paid_for(annotating, monkeypatch):
     def full(*_):
-        raise InputError("--cache: database or disk is full")
+        raise InputError("`cache`: database or disk is full")
 
     monkeypatch.setattr(AnswerCache, "put", full)
     with pytest.raises(InputError, match="disk is full"):
@@ -375,10 +375,10 @@ def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
         ([{"input": "a"}], {"label_given": True}, r"row 1 .*has no label"),
         ([], {}, "no rows"),
         (questions(1), {"samples": 2, "temperature": 0.0}, "every sample would be the same"),
-        (questions(1), {"max_cost": 1.0}, "--price-input"),
-        (questions(1), {"parameters": {"temperature": 1}}, "--temperature"),
+        (questions(1), {"max_cost": 1.0}, "`price_input`"),
+        (questions(1), {"parameters": {"temperature": 1}}, "`temperature`"),
         (questions(1), {"teacher": "hf:x"}, "one of them"),
-        (questions(1), {"concurrency": 0}, "--concurrency"),
+        (questions(1), {"concurrency": 0}, "`concurrency`"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_paid_for(annotating, rows, settings, says):

@@ -27,7 +27,7 @@ def test_a_request_waits_while_one_under_way_might_use_up_the_cap():
                 order.append(f"{name} out")
 
         await asyncio.gather(request("a", 5), request("b", 10))
-        with pytest.raises(BudgetReached, match="--max-tokens-total 30"):
+        with pytest.raises(BudgetReached, match="`max_tokens_total=30`"):
             await request("c", 1)
         return order, budget.tokens
 
@@ -48,7 +48,7 @@ def test_a_further_attempt_waits_for_others_before_it_gives_up():
                 await reservation.renew()
                 order.append("again")
                 await reservation.lose(None)
-                with pytest.raises(BudgetReached, match="--max-tokens-total 60"):
+                with pytest.raises(BudgetReached, match="`max_tokens_total=60`"):
                     await reservation.renew()
 
         async def other():

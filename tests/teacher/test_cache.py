@@ -80,7 +80,7 @@ def test_processes_write_at_once_without_losing_an_answer(tmp_path):
 
 def test_another_kind_of_file_is_refused(tmp_path):
     (tmp_path / "text").write_text("not a database, but long enough to look like one" * 10)
-    with pytest.raises(InputError, match="--cache"):
+    with pytest.raises(InputError, match="`cache`"):
         AnswerCache(tmp_path / "text")
     sqlite3.connect(tmp_path / "new").execute("PRAGMA user_version=99")
     with pytest.raises(InputError, match="another version"):

@@ -171,8 +171,8 @@ def test_a_storm_of_refusals_loses_no_row(annotating):
     [
         (401, b'{"error": {"message": "Incorrect API key"}}', r"401: Incorrect .*\$OPENAI_API_KEY"),
         (404, b'{"error": {"message": "no model stub"}}', "model stub: HTTP 404: no model stub"),
-        (400, b'{"error": {"message": "temperature must be 1"}}', "--temperature default"),
-        (400, b'{"error": {"message": "max_tokens too large"}}', "--max-tokens"),
+        (400, b'{"error": {"message": "temperature must be 1"}}', "`temperature=default`"),
+        (400, b'{"error": {"message": "max_tokens too large"}}', "`max_tokens`"),
         (
             429,
             b'{"error": {"message": "You ran out", "code": "insufficient_quota"}}',
@@ -344,7 +344,7 @@ def test_what_unusable_answers_cost_counts_towards_the_cap(annotating):
     reply = Reply(body=json.dumps(body).encode())
     caps = {"max_tokens": 500, "max_tokens_total": 3000, "concurrency": 1}
     result, _ = annotating(questions(20), lambda _: reply, **caps)
-    assert "--max-tokens-total 3000" in result["stopped"]
+    assert "`max_tokens_total=3000`" in result["stopped"]
     assert 2 <= annotating.server.requests <= 3
     used = result["prompt_tokens"] + result["completion_tokens"]
     assert used == 1000 * annotating.server.requests
@@ -354,7 +354,7 @@ def test_what_unusable_answers_cost_counts_towards_the_cap(annotating):
 def test_an_attempt_that_was_given_up_counts_all_that_was_reserved(annotating, reply):
     caps = {"max_tokens": 500, "max_tokens_total": 1800, "concurrency": 1, "timeout": 0.2}
     result, _ = annotating(questions(20), lambda _: reply, **caps)
-    assert "--max-tokens-total 1800" in result["stopped"]
+    assert "`max_tokens_total=1800`" in result["stopped"]
     assert annotating.server.requests == 3
     assert result["completion_tokens"] == 1500
 

@@ -135,11 +135,11 @@ class Label(ZLoss):
 @pytest.mark.parametrize(
     "make, wanted",
     [
-        (lambda: ZLoss(-0.1), "ZLoss.weight: at least 0 is wanted, got -0.1"),
-        (NoName, "NoName.name: lower_snake_case is wanted, got 'Z loss'"),
-        (lambda: "z_loss", "EXTRA_LOSS: an ExtraLoss (@my_loss()) is wanted, got 'z_loss'"),
-        (lambda: ZLoss, "EXTRA_LOSS: an ExtraLoss (@my_loss()) is wanted"),
-        (Label, "EXTRA_LOSS: an objective is called 'label', too"),
+        (lambda: ZLoss(-0.1), "`ZLoss.weight` must be a number of at least 0, not -0.1"),
+        (NoName, "`NoName.name` must be lower_snake_case, such as my_task, not 'Z loss'"),
+        (lambda: "z_loss", "`extra_loss` must be an `ExtraLoss` of yours, not 'z_loss'"),
+        (lambda: ZLoss, "`extra_loss` must be an `ExtraLoss` of yours"),
+        (Label, "`extra_loss`: an objective is called 'label', too"),
     ],
 )
 def test_a_bad_extra_loss_is_refused(make, wanted):

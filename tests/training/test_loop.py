@@ -223,12 +223,12 @@ def test_validation_takes_every_example_once_in_order(tmp_path, delivery_data_di
 
 def test_a_config_knows_its_ranges():
     for changes, named in (
-        ({"batch_size": 0}, "BATCH_SIZE"),
-        ({"train_steps": 1.5}, "TRAIN_STEPS"),
-        ({"data_fraction": 0}, "DATA_FRACTION"),
-        ({"learning_rate": "high"}, "LEARNING_RATE"),
-        ({"seed": -1}, "SEED"),
-        ({"pack": "yes"}, "PACK"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"train_steps": 1.5}, "`train_steps`"),
+        ({"data_fraction": 0}, "`data_fraction`"),
+        ({"learning_rate": "high"}, "`learning_rate`"),
+        ({"seed": -1}, "`seed`"),
+        ({"pack": "yes"}, "`pack`"),
         ({"objectives": "step_by_stp"}, "did you mean 'step_by_step'"),
     ):
         with pytest.raises(InputError, match=named):

@@ -16,7 +16,7 @@ def test_an_allocation_that_is_too_big_names_the_settings():
     message = str(caught.value)
     assert "\n" not in message and "Out of memory allocating 70368744177664 bytes" in message
     for setting in (
-        "BATCH_SIZE=48",
+        "`batch_size=48`",
         "NUM_MICROBATCHES=1",
         "train.remat_policy=minimal",
         "DTYPE=float32",

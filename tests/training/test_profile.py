@@ -51,7 +51,7 @@ def test_a_run_that_ends_inside_the_profile_leaves_what_it_has(tmp_path):
 
 @pytest.mark.parametrize("steps", [[3, 2], [0, 2], [1], [1, 2, 3], [1.0, 2], 5, "1,2", [True, 2]])
 def test_other_values_are_bad_input(steps):
-    with pytest.raises(InputError, match=r"PROFILE_STEPS: \[FIRST, LAST\]"):
+    with pytest.raises(InputError, match=r"`profile_steps` must be \[FIRST, LAST\]"):
         TrainConfig(**SETTINGS, profile_steps=steps)
 
 

@@ -28,8 +28,8 @@ def test_a_run_equals_itself_whatever_runs_it(described):
 @pytest.mark.parametrize(
     "key,name,value,said",
     [
-        ("config", "train_steps", 3, "TRAIN_STEPS was 2, is 3"),
-        ("config", "dtype", "bfloat16", "DTYPE was 'float32', is 'bfloat16'"),
+        ("config", "train_steps", 3, "`train_steps` was 2, is 3"),
+        ("config", "dtype", "bfloat16", "`dtype` was 'float32', is 'bfloat16'"),
         ("fingerprint", "train", "abc", "fingerprint.train was"),
         ("model", "emb_dim", 32, "model.emb_dim was 64, is 32"),
     ],

@@ -292,7 +292,9 @@ def test_an_encoding_is_shared_where_all_ask_with_one_input(objectives, expected
 
 def test_a_prefix_that_leaves_no_room_for_a_target_is_refused(tmp_path):
     data = task(tmp_path, [([5, 1], [[6, 1], [7, 1], [8, 1]])], SHARED)
-    with pytest.raises(InputError, match=r"TARGET_LENGTH=5: .* of rationale after .* of 5 tokens"):
+    with pytest.raises(
+        InputError, match=r"`target_length=5`: .* of rationale after .* of 5 tokens"
+    ):
         Batches(data, 1, 8, len(PREFIX), seed=0)
 
 

@@ -314,7 +314,7 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
     if problem := _problem(steps[found], read):
         others = sorted((s for s in steps if s != found), reverse=True)
         good = next((s for s in others if not _problem(steps[s], read)), None)
-        advice = "no other step is good" if good is None else f"--step {good} is good"
+        advice = "no other step is good" if good is None else f"`step={good}` is good"
         raise InputError(f"{steps[found].folder}: damaged ({problem}); {advice}")
     return found
 

@@ -133,7 +133,7 @@ def set_aside_unsound(folder: pathlib.Path) -> int | None:
     if good is None and damaged:
         raise CheckpointError(
             f"{folder}: no good checkpoint to go on from, all are damaged: {', '.join(damaged)};"
-            " put back a copy of one under its number, or start in another --workdir"
+            " put back a copy of one under its number, or start in another `workdir`"
         )
     return good
 
