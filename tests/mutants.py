@@ -342,8 +342,8 @@ MUTANTS = [
         id="TS1",
         what="a store's fingerprint leaves out the names of the objectives",
         file="stepdistill_jax/tasks/token_store.py",
-        old="return digest([list(objectives), dict(zip(names, hashes, strict=True))])",
-        new="return digest([len(objectives), dict(zip(names, hashes, strict=True))])",
+        old="return digest([list(objectives), sha256_of_each(folder, names)])",
+        new="return digest([len(objectives), sha256_of_each(folder, names)])",
         tests=[
             "tests/tasks/test_token_store.py::test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives"
         ],
@@ -352,8 +352,8 @@ MUTANTS = [
         id="TS2",
         what="a store's fingerprint leaves out the names of its files (the order of columns)",
         file="stepdistill_jax/tasks/token_store.py",
-        old="return digest([list(objectives), dict(zip(names, hashes, strict=True))])",
-        new="return digest([list(objectives), sorted(hashes)])",
+        old="return digest([list(objectives), sha256_of_each(folder, names)])",
+        new="return digest([list(objectives), sorted(sha256_of_each(folder, names).values())])",
         tests=[
             "tests/tasks/test_token_store.py::test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives"
         ],

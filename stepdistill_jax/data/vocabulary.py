@@ -6,7 +6,8 @@ import pathlib
 from typing import Protocol
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, digest, sha256
+from stepdistill_jax.runtime.files import check_file
+from stepdistill_jax.runtime.fingerprints import digest, sha256
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTES = "bytes"
@@ -72,10 +73,10 @@ class SentencePieceVocabulary:
         """What `load_vocabulary` takes for it: the file's path."""
         return os.fspath(self.path)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of the file."""
-        return self._digest
+        return sha256(self.path)
 
     @property
     def unk_id(self) -> int:
@@ -85,10 +86,6 @@ class SentencePieceVocabulary:
     def pieces(self) -> list[str]:
         """The piece of each id."""
         return self._processor.id_to_piece(list(range(self.size)))
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        return sha256(self.path)
 
     def encode(self, text: str) -> list[int]:
         """Ids without the end of sequence."""

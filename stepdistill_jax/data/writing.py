@@ -1,7 +1,6 @@
 """A reading on disk: it appears whole or not at all, and one process at a time writes it."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -22,9 +21,9 @@ from stepdistill_jax.runtime.files import (
     opener,
     read_json,
     read_jsonl,
-    sha256,
     write_json,
 )
+from stepdistill_jax.runtime.fingerprints import sha256, sha256_of_each
 from stepdistill_jax.runtime.overwriting import stranger
 from stepdistill_jax.runtime.progress import progress
 
@@ -67,26 +66,22 @@ def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally]
     """
     tallies: dict[str, Tally] = {}
     files: dict[str, Any] = {}
-    digests: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(None, f"reading {reading.reader}, rows"))
         defects = stack.enter_context(atomic_write(folder / DEFECTS))
         for split, row in reading.rows():
             if split not in files:
                 files[split] = stack.enter_context(atomic_write(folder / f"{split}.jsonl"))
-                tallies[split], digests[split] = Tally(), hashlib.sha256()
-            line = _line(row.example.to_json())
-            files[split].write(line)
-            digests[split].update(line.encode())
+                tallies[split] = Tally()
+            files[split].write(_line(row.example.to_json()))
             tallies[split].add(row)
             for defect in row.defects:
                 about = {"split": split, "id": row.example.id}
                 defects.write(_line(about | vars(defect)))
             bar.update()
-    rows = {split: state.hexdigest() for split, state in digests.items()}
-    return {split: tallies[split] for split in in_order(tallies)}, prepared.fingerprint(
-        describe(reading), rows
-    )
+    tallies = {split: tallies[split] for split in in_order(tallies)}
+    rows = {split: sha256(folder / f"{split}.jsonl") for split in tallies}
+    return tallies, prepared.fingerprint(describe(reading), rows)
 
 
 def describe(reading: Reading) -> dict[str, Any]:
@@ -122,11 +117,7 @@ def write_rest(
             path = folder / prepared.VOCABULARY
             training.train_vocabulary(_texts(folder / "train.jsonl", tallies["train"]), path)
             vocabulary = round_trip.round_trips(folder, counts)
-    files = {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     write_json(
         folder / prepared.FILE,
         {
@@ -137,7 +128,7 @@ def write_rest(
             **describe(reading),
             "notes": reading.notes,
             "vocabulary": vocabulary,
-            "files": files,
+            "files": sha256_of_each(folder, files),
         },
     )
 

@@ -25,7 +25,8 @@ from stepdistill_jax.runtime.checkpoints.manager import (
     resolve_step,
     restore_params,
 )
-from stepdistill_jax.runtime.files import as_path, digest, is_remote, local_path, sampled_digest
+from stepdistill_jax.runtime.files import as_path, is_remote, local_path
+from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
 from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same
 
 

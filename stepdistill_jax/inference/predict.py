@@ -27,7 +27,8 @@ from stepdistill_jax.inference.prompting import (
 from stepdistill_jax.inference.rows import InputFile, Row, next_window
 from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
 from stepdistill_jax.models.sharding import Layout
-from stepdistill_jax.runtime.files import digest, local_path
+from stepdistill_jax.runtime.files import local_path
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import (
     everywhere,
     is_first,

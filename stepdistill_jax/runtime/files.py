@@ -4,7 +4,6 @@ import collections
 import contextlib
 import errno
 import functools
-import hashlib
 import importlib.util
 import io
 import json
@@ -436,36 +435,3 @@ def _lock(file: IO[bytes]) -> None:
         ) from None
     except OSError:  # some network file systems have no locks
         return
-
-
-def sha256(path: os.PathLike | str) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sampled_digest(folder: pathlib.Path) -> str:
-    """Hex digest of the names and sizes of all files below a folder, and of pieces spread over each.
-
-    Reads at most 4 MiB of a file: it tells two trainings of a model apart without reading either.
-    What does not count: a README.md, and what lies hidden (downloads leave their dates there).
-    """
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            pieces = hashlib.sha256()
-            for start in range(0, size, max(4096, -(-size // 1024))):
-                f.seek(start)
-                pieces.update(f.read(4096))
-        found.append([name.as_posix(), size, pieces.hexdigest()])
-    return digest(found)
-
-
-def digest(value: Any) -> str:
-    """Hex digest of a JSON-like value; the order of keys does not matter."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.progress import log, progress
 
 T = TypeVar("T")

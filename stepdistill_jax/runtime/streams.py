@@ -10,7 +10,6 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import (
-    digest,
     fsync_folder,
     local_path,
     naming,
@@ -19,6 +18,7 @@ from stepdistill_jax.runtime.files import (
     read_json,
     write_json,
 )
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import on_first
 from stepdistill_jax.runtime.overwriting import Made
 from stepdistill_jax.runtime.progress import log

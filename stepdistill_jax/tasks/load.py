@@ -19,7 +19,7 @@ from stepdistill_jax.data.prepared import (
 from stepdistill_jax.data.reading import UNLABELLED
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
 from stepdistill_jax.tasks.prepared_rows import PreparedRows

@@ -1,7 +1,6 @@
 """Token ids on disk, written once per dataset, split and vocabulary; no TensorFlow."""
 
 import array
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.runtime.files import digest, sha256
+from stepdistill_jax.runtime.fingerprints import digest, sha256_of_each
 from stepdistill_jax.runtime.progress import log
 
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
 FEATURES = ("inputs", "targets")
-_READERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +181,7 @@ def _write_files(
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
     """Digest of the objectives and of every byte of the files."""
-    names = list(names)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        hashes = pool.map(sha256, [folder / name for name in names])
-        return digest([list(objectives), dict(zip(names, hashes, strict=True))])
+    return digest([list(objectives), sha256_of_each(folder, names)])
 
 
 def _beside(directory: pathlib.Path) -> pathlib.Path:

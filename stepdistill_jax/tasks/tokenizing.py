@@ -16,7 +16,7 @@ import numpy as np
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.writing import locked
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.preprocessors import LABEL_TEXT

@@ -16,13 +16,8 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
 from stepdistill_jax.models.config import OLD_REMAT_POLICIES
 from stepdistill_jax.models.lora import split
-from stepdistill_jax.runtime.files import (
-    atomic_write,
-    digest,
-    read_json,
-    sampled_digest,
-    write_json,
-)
+from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
+from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
 from stepdistill_jax.runtime.on_processes import everywhere, on_first
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len

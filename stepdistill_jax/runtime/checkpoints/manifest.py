@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from stepdistill_jax.runtime.files import asked, atomic_write, is_remote
+from stepdistill_jax.runtime.fingerprints import crc32
 from stepdistill_jax.runtime.progress import log
 
 MANIFEST = "manifest.json"
@@ -24,7 +25,7 @@ UNSEALED = f"no {MANIFEST}, so it was not saved to its end"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
 # in a store, which has checksums of its own, only files up to this size are read for a digest
 READ_IN_STORE = 64 * 1024
-_BLOCK, _READERS = 1 << 20, 4
+_READERS = 4
 _STEP = re.compile(r"0|[1-9][0-9]*")  # what Orbax takes for a step
 _SET_ASIDE = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
@@ -264,14 +265,11 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 
 
 def _digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """crc32 of each file: it sees every flip of up to 32 bits in a row."""
+    """crc32 of each file."""
 
     def digest(name: str) -> str:
-        crc = 0
         with asked(step_folder / name), (step_folder / name).open("rb") as f:
-            while block := f.read(_BLOCK):
-                crc = zlib.crc32(block, crc)
-        return f"{crc:08x}"
+            return f"{crc32(f):08x}"
 
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
