@@ -20,8 +20,9 @@ from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.errors import InputError, nearest, printable
 from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
 from stepdistill_jax.runtime.distributed import end_soon, is_first, leave
-from stepdistill_jax.runtime.files import DISK_ERRORS, StoreError
+from stepdistill_jax.runtime.files import DISK_ERRORS
 from stepdistill_jax.runtime.rendezvous import ProcessesMissing
+from stepdistill_jax.runtime.stores import StoreError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

@@ -12,8 +12,9 @@ from stepdistill_jax.data.counts import shared_inputs
 from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.runtime.files import local_path, read_json
+from stepdistill_jax.runtime.files import read_json
 from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
+from stepdistill_jax.runtime.stores import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,9 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source], "--report")
     reading = _read(name, source, field_map, fields, teacher)
-    with writing.locked(data_dir, dataset_name):
-        writing.recover(directory)
+    with writing.alone(data_dir, dataset_name) as is_alone:
+        if is_alone:
+            writing.recover(directory)
         found, damage = _existing(dataset_name, data_dir)
         with writing.work_folder(data_dir, dataset_name) as work:
             new = work / dataset_name

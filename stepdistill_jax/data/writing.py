@@ -18,12 +18,12 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import (
     atomic_write,
     fsync_folder,
-    opener,
     read_json,
     read_jsonl,
     write_json,
 )
 from stepdistill_jax.runtime.fingerprints import sha256, sha256_of_each
+from stepdistill_jax.runtime.locks import locked
 from stepdistill_jax.runtime.overwriting import stranger
 from stepdistill_jax.runtime.progress import progress
 
@@ -207,21 +207,19 @@ def _line(value: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def locked(data_dir: pathlib.Path, name: str) -> Iterator[None]:
-    """One process at a time prepares `name`: the others wait, and find it done.
+def alone(data_dir: pathlib.Path, name: str) -> Iterator[bool]:
+    """One process at a time writes `name`: the others wait, and find it done.
+
+    Yields False on a disk without locks: another process may write it, too.
 
     Raises:
         InputError: `data_dir` cannot be made or written.
     """
-    import fcntl  # not on Windows, where nothing can be prepared, but predict imports this package
-
     with contextlib.ExitStack() as stack:
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(data_dir / f".{name}.lock", "a", opener=opener))
+            held = stack.enter_context(locked(data_dir / f".{name}.lock", wait=True))
         except OSError as error:
             raise InputError(
                 f"--data-dir {data_dir}: cannot be written ({error.strerror})"
             ) from None
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield held

@@ -34,8 +34,9 @@ from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.runtime.files import local_path, read_json, write_json
+from stepdistill_jax.runtime.files import read_json, write_json
 from stepdistill_jax.runtime.fingerprints import sha256
+from stepdistill_jax.runtime.stores import local_path
 
 QUANTIZATIONS = ("float32", "int8")
 LARGEST = 127  # of an int8 weight

@@ -15,8 +15,9 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine, require_finite
 from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.runtime.files import check_file, local_path, read_json
+from stepdistill_jax.runtime.files import check_file, read_json
 from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.stores import local_path
 
 ROW, LABELS = "row", "labels"
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0

@@ -23,16 +23,10 @@ from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
-from stepdistill_jax.runtime.files import (
-    as_path,
-    is_remote,
-    local_path,
-    read_jsonl,
-    upload,
-    write_json,
-)
+from stepdistill_jax.runtime.files import read_jsonl, write_json
 from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same, until_stopped
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, upload
 
 PREDICTIONS = "predictions"
 RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))

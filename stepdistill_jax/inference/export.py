@@ -28,14 +28,9 @@ from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
-from stepdistill_jax.runtime.files import (
-    PARTIAL,
-    InUse,
-    atomic_write,
-    fsync_folder,
-    local_path,
-    open_locked,
-)
+from stepdistill_jax.runtime.files import PARTIAL, atomic_write, fsync_folder
+from stepdistill_jax.runtime.locks import InUse, locked
+from stepdistill_jax.runtime.stores import local_path
 
 FORMATS = ("hf", "jax", "ctranslate2")
 CARD = "README.md"
@@ -114,25 +109,19 @@ def _alone(target: pathlib.Path) -> Iterator[None]:
     Raises:
         InputError: another export writes there, or the folder cannot be made.
     """
-    lock = target.with_name(f".{target.name}.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = open_locked(lock)
-    except InUse:
-        raise InputError(
-            f"{target}: another export is writing it; wait for that one, or give another folder"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
-    with file:
+    with contextlib.ExitStack() as held:
         try:
-            for left in target.parent.glob(f"{glob.escape(f'.{target.name}{PARTIAL}')}-*"):
-                if left.name.rpartition("-")[2].isdigit():
-                    shutil.rmtree(left, ignore_errors=True)
-            yield
-        finally:
-            if not os.path.getsize(lock):  # ours is empty
-                lock.unlink()
+            held.enter_context(locked(target.with_name(f".{target.name}.lock")))
+        except InUse:
+            raise InputError(
+                f"{target}: another export is writing it; wait for that one, or give another folder"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written ({error.strerror})") from None
+        for left in target.parent.glob(f"{glob.escape(f'.{target.name}{PARTIAL}')}-*"):
+            if left.name.rpartition("-")[2].isdigit():
+                shutil.rmtree(left, ignore_errors=True)
+        yield
 
 
 def _check_target(target: pathlib.Path) -> None:

@@ -25,9 +25,9 @@ from stepdistill_jax.runtime.checkpoints.manager import (
     resolve_step,
     restore_params,
 )
-from stepdistill_jax.runtime.files import as_path, is_remote, local_path
 from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
 from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,6 @@ from stepdistill_jax.inference.prompting import (
 from stepdistill_jax.inference.rows import InputFile, Row, next_window
 from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
 from stepdistill_jax.models.sharding import Layout
-from stepdistill_jax.runtime.files import local_path
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import (
     everywhere,
@@ -38,6 +37,7 @@ from stepdistill_jax.runtime.on_processes import (
 )
 from stepdistill_jax.runtime.overwriting import check_outputs
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.runtime.streams import SharedOutput, outputs_of
 
 # decoded together, then written and synced: what a crash costs at most

@@ -7,10 +7,11 @@ import pathlib
 from typing import IO
 
 from stepdistill_jax.inference.rows import BadRow
-from stepdistill_jax.runtime.files import local_path, naming, opener, partial_of
+from stepdistill_jax.runtime.files import naming, opener, partial_of
 from stepdistill_jax.runtime.on_processes import is_first
 from stepdistill_jax.runtime.overwriting import Made
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import local_path
 
 LIST = Made("predict", b'{"line": ', ("line", "error"))
 SHOWN = 20

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils.epath import gpath, stat_utils
 
-from stepdistill_jax.runtime.files import asked
+from stepdistill_jax.runtime.stores import asked
 
 
 class _Stat(stat_utils.StatResult):

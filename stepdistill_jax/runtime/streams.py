@@ -9,19 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import (
-    fsync_folder,
-    local_path,
-    naming,
-    open_locked,
-    partial_of,
-    read_json,
-    write_json,
-)
+from stepdistill_jax.runtime.files import fsync_folder, naming, partial_of, read_json, write_json
 from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.locks import open_locked
 from stepdistill_jax.runtime.on_processes import on_first
 from stepdistill_jax.runtime.overwriting import Made
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import local_path
 
 ROWS = Made("predict", b'{"id": ', ("id", "label", "score"))
 SIDECAR = Made("predict", b'{\n  "key": {', ("key", "bytes", "rows", "crc32", "digest"))

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, local_path
+from stepdistill_jax.runtime.files import check_file
 from stepdistill_jax.runtime.overwriting import check_apart, check_outputs
 from stepdistill_jax.runtime.progress import log, progress
+from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.teacher.batch import read_batch, write_batch
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache

@@ -15,7 +15,6 @@ from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import StopSignals, Told
 from stepdistill_jax.runtime.watchdog import Watchdog
-from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.guard import RollBack, advice, roll_back
 from stepdistill_jax.training.memory import out_of_memory_explained
@@ -27,6 +26,7 @@ from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.startup import StartUp
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_train_step
+from stepdistill_jax.training.workdir import locked_workdir
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
     with StopSignals(config.grace_secs) as stop:
         run = assemble(config, workdir, data_dir, on_validation_batch=stop.interrupt)
         stop.leave_if_told()
-        with locked(run.workdir), out_of_memory_explained(config):
+        with locked_workdir(run.workdir), out_of_memory_explained(config):
             described = describe(run)
             claim_workdir(run, described, config_text)
             if jax.process_index() == 0:

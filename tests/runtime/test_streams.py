@@ -7,7 +7,7 @@ import pytest
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import predict
-from stepdistill_jax.runtime import files
+from stepdistill_jax.runtime import locks
 from stepdistill_jax.runtime import streams as output_module
 
 # `inference.predict` is the function
@@ -36,15 +36,15 @@ def test_a_second_run_on_an_output_is_refused_and_the_first_one_ends_well(
 
 def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
-    lock = files._lock
+    lock = locks._lock
 
-    def late(file):  # the other run ends between our open and our lock
-        monkeypatch.setattr(files, "_lock", lock)
+    def late(file, wait):  # the other run ends between our open and our lock
+        monkeypatch.setattr(locks, "_lock", lock)
         os.replace(tmp_path / "out.jsonl.partial", out)
         out.write_text("the other's\n")
-        lock(file)
+        return lock(file, wait)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(locks, "_lock", late)
     ours = output_module.PartialOutput(out, {"input": "digest"})
     ours.append([{"id": "1"}])
     assert out.read_text() == "the other's\n"

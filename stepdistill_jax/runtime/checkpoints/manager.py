@@ -27,7 +27,7 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
     seal,
     set_aside_unsound,
 )
-from stepdistill_jax.runtime.files import StoreError, as_path, is_remote
+from stepdistill_jax.runtime.stores import StoreError, as_path, is_remote
 
 FOLDER = "checkpoints"
 PARAMS, STATE = ITEMS = ("params", "state")

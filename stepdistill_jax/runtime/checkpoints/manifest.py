@@ -14,9 +14,10 @@ import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from stepdistill_jax.runtime.files import asked, atomic_write, is_remote
+from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.fingerprints import crc32
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import asked, is_remote
 
 MANIFEST = "manifest.json"
 COMMITTED = "commit_success.txt"  # what Orbax writes last in a store, which knows no rename
