@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     join_and_cache(args.path)
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.counts import in_words
-    from stepdistill_jax.runtime.distributed import is_first
+    from stepdistill_jax.runtime.distributed import is_process_0
 
     with stopped_by_signals():
         result = predict(
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             quantization=args.quantization,
             data_dir=args.data_dir,
         )
-    if is_first():
+    if is_process_0():
         say(f"{args.output}: {in_words(result)}")
     return result
 

@@ -13,6 +13,7 @@ from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import read_json
+from stepdistill_jax.runtime.folders import folder_aside, remove_left
 from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
 from stepdistill_jax.runtime.stores import local_path
 
@@ -74,10 +75,9 @@ def prepare(
     reading = _read(name, source, field_map, fields, teacher)
     with writing.alone(data_dir, dataset_name) as is_alone:
         if is_alone:
-            writing.recover(directory)
+            remove_left(directory)
         found, damage = _existing(dataset_name, data_dir)
-        with writing.work_folder(data_dir, dataset_name) as work:
-            new = work / dataset_name
+        with folder_aside(directory) as new:
             tallies, fingerprint = writing.write_rows(reading, new)
             if not tallies:
                 raise InputError(

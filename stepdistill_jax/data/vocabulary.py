@@ -73,9 +73,13 @@ class SentencePieceVocabulary:
         """What `load_vocabulary` takes for it: the file's path."""
         return os.fspath(self.path)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Digest of the file."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         return sha256(self.path)
 
     @property

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,12 +15,13 @@ from stepdistill_jax.data.reading import Reading, in_order
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import (
     atomic_write,
-    fsync_folder,
+    fsync,
     read_json,
     read_jsonl,
     write_json,
 )
 from stepdistill_jax.runtime.fingerprints import sha256, sha256_of_each
+from stepdistill_jax.runtime.folders import REPLACED
 from stepdistill_jax.runtime.locks import locked
 from stepdistill_jax.runtime.overwriting import stranger
 from stepdistill_jax.runtime.progress import progress
@@ -31,28 +30,7 @@ FORMAT = 2  # raised when the same rows would be written otherwise
 PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process
 MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
 DEFECTS = "defects.jsonl"
-REPLACED = "replaced"  # in the work folder: the dataset that a new one replaces
 _FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of each dataset.json
-
-
-def recover(final: pathlib.Path) -> None:
-    """Removes what ended runs left beside a dataset, under its lock; first it puts back what they moved."""
-    for left in final.parent.glob(f".{final.name}.partial-*"):
-        if not left.is_dir() or {p.name for p in left.iterdir()} - {final.name, REPLACED}:
-            continue  # not of our making
-        if (left / REPLACED).exists() and not final.exists():
-            os.replace(left / REPLACED, final)
-        shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def work_folder(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """A temporary folder beside the final one, gone afterwards."""
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=data_dir))
-    try:
-        yield work
-    finally:
-        recover(data_dir / name)
 
 
 def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str]:
@@ -168,7 +146,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
 
 
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts `new` in the place of `final`, which goes beside it; `recover` knows where.
+    """Puts `new` in the place of `final`, which goes beside it; `folder_aside` knows where.
 
     Raises:
         InputError: a file of the user's has come into `final` in the meantime.
@@ -177,7 +155,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
         os.replace(final, new.parent / REPLACED)
         check_replaceable(new.parent / REPLACED, final)
     os.replace(new, final)
-    fsync_folder(final.parent)
+    fsync(final.parent)
 
 
 def _texts(path: pathlib.Path, tally: Tally) -> list[str]:

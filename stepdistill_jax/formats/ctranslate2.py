@@ -34,7 +34,7 @@ from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.runtime.files import read_json, write_json
+from stepdistill_jax.runtime.files import fsync, read_json, write_json
 from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.runtime.stores import local_path
 
@@ -145,8 +145,7 @@ def write_ctranslate2(
     spec.optimize()  # stores equal matrices once
     spec.save(os.fspath(folder))
     for name in (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS):
-        with open(folder / name, "rb") as f:
-            os.fsync(f.fileno())
+        fsync(folder / name)
     ours = {
         "version": stepdistill_jax.__version__,
         "quantization": quantization or "float32",

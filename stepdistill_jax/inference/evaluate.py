@@ -24,7 +24,12 @@ from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import read_jsonl, write_json
-from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same, until_stopped
+from stepdistill_jax.runtime.on_processes import (
+    on_all_processes,
+    on_process_0,
+    require_same,
+    until_stopped,
+)
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, upload
 
@@ -86,11 +91,11 @@ def evaluate(
     """
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     check_choices(choices, choices_temperature, num_beams)
-    dataset = everywhere(lambda: open_prepared(task, data_dir))
-    source = everywhere(lambda: dataset.file(split))
+    dataset = on_all_processes(lambda: open_prepared(task, data_dir))
+    source = on_all_processes(lambda: dataset.file(split))
     if output is not None:
-        on_first(lambda: check_result(output, choices))
-    found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
+        on_process_0(lambda: check_result(output, choices))
+    found = on_process_0(lambda: resolve_step(path, step) if is_workdir(path) else None)
     beams = "" if num_beams == 1 else f"-beams{num_beams}"
     penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
     chosen = "" if choices is None else "-choices"
@@ -122,14 +127,14 @@ def evaluate(
         )
         if with_rationale:
             unfinished = result.pop("unfinished_rationales", result["unfinished"])  # one answer
-            figures = on_first(lambda: _rationale_figures(dataset, split, answers))
+            figures = on_process_0(lambda: _rationale_figures(dataset, split, answers))
             result["rationale"] = figures | {"unfinished": unfinished}
         if kept is not None and remote:
-            on_first(lambda: upload(folder, kept))
+            on_process_0(lambda: upload(folder, kept))
     told = {"num_beams": num_beams, "length_penalty": length_penalty}
     result = {"task": task, "split": split, "step": found, **told} | result
     if output is not None:
-        on_first(lambda: write_json(output, result))
+        on_process_0(lambda: write_json(output, result))
     return result
 
 
@@ -196,7 +201,7 @@ def evaluate_tokens(
     asking = dataclasses.replace(how_to_ask(model), labels=tuple(allowed))
     chooser = None
     if choices is not None:
-        chooser = everywhere(lambda: allow(choices, asking, model, choices_temperature))
+        chooser = on_all_processes(lambda: allow(choices, asking, model, choices_temperature))
     tally, cut = (
         Tally(metric, allowed, choices_temperature),
         [cut_ids(ids, asking.input_length) for ids in inputs],

@@ -15,7 +15,7 @@ from stepdistill_jax.inference.evaluate import check_result, evaluate_tokens
 from stepdistill_jax.inference.evaluate import evaluate as evaluate_prepared
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.files import write_json
-from stepdistill_jax.runtime.on_processes import everywhere, on_first
+from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
 
@@ -67,14 +67,14 @@ def evaluate(
     search(num_beams, length_penalty)  # a bad value is said before anything is read
     check_choices(choices, choices_temperature, num_beams)
     if output is not None:
-        on_first(lambda: check_result(output, choices))
+        on_process_0(lambda: check_result(output, choices))
     read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
-    files = everywhere(lambda: read(path))
+    files = on_all_processes(lambda: read(path))
     info = files.task_info
     if task_module is None:
         task_module = _own_module(info, task)
     folder = data_folder(data_dir)
-    found = everywhere(lambda: find_task(task, data_dir=folder, task_module=task_module))
+    found = on_all_processes(lambda: find_task(task, data_dir=folder, task_module=task_module))
     if isinstance(found, PreparedDataset):
         return evaluate_prepared(
             path,
@@ -98,7 +98,7 @@ def evaluate(
             f"--with-rationale: {task} is a SeqIO task, of which only the labels are compared; leave it"
             " out, or prepare the rows as a dataset (`stepdistill prepare jsonl`)"
         )
-    data = everywhere(
+    data = on_all_processes(
         lambda: load_task(
             task,
             split=split,
@@ -130,7 +130,7 @@ def evaluate(
     )
     result = {"task": task, "split": split} | result
     if output is not None:
-        on_first(lambda: write_json(output, result))
+        on_process_0(lambda: write_json(output, result))
     return result
 
 

@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import glob
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +26,8 @@ from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
-from stepdistill_jax.runtime.files import PARTIAL, atomic_write, fsync_folder
+from stepdistill_jax.runtime.files import atomic_write, fsync
+from stepdistill_jax.runtime.folders import folder_aside, remove_left
 from stepdistill_jax.runtime.locks import InUse, locked
 from stepdistill_jax.runtime.stores import local_path
 
@@ -84,15 +83,11 @@ def export(
     }[format]
     with _alone(target):
         _check_target(target)  # another export may have written it since
-        partial = target.with_name(f".{target.name}{PARTIAL}-{os.getpid()}")
-        try:
-            partial.mkdir()
-            parameters = write(partial, model)
-            os.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    fsync_folder(target.parent)
+        remove_left(target)
+        with folder_aside(target) as new:
+            parameters = write(new, model)
+            os.replace(new, target)
+    fsync(target.parent)
     return {
         "model_dir": str(model_dir),
         "step": model.step,
@@ -104,7 +99,7 @@ def export(
 
 @contextlib.contextmanager
 def _alone(target: pathlib.Path) -> Iterator[None]:
-    """One export at a time to a target; removes what killed ones left.
+    """One export at a time to a target.
 
     Raises:
         InputError: another export writes there, or the folder cannot be made.
@@ -118,9 +113,6 @@ def _alone(target: pathlib.Path) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise InputError(f"{target}: cannot be written ({error.strerror})") from None
-        for left in target.parent.glob(f"{glob.escape(f'.{target.name}{PARTIAL}')}-*"):
-            if left.name.rpartition("-")[2].isdigit():
-                shutil.rmtree(left, ignore_errors=True)
         yield
 
 

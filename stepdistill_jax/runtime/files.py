@@ -14,7 +14,6 @@ from typing import IO, Any
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
-PARTIAL = ".partial"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
@@ -28,9 +27,9 @@ _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
 }
 
 
-def fsync_folder(folder: pathlib.Path) -> None:
-    """Makes a rename inside `folder` survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: os.PathLike | str) -> None:
+    """Makes what was written to a file, or renamed inside a folder, survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -51,7 +50,7 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
 def partial_of(path: os.PathLike | str) -> pathlib.Path:
     """Path of a file while it is being written: PATH.partial."""
     path = local_path(path, "output")
-    return path.with_name(path.name + PARTIAL)
+    return path.with_name(path.name + ".partial")
 
 
 def opener(path: str, flags: int) -> int:
@@ -83,6 +82,14 @@ def opener(path: str, flags: int) -> int:
     return handle
 
 
+def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives what was written to `file`, open at `partial`, the name `path`; a power loss leaves all or none."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync(path.parent)
+
+
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
@@ -101,10 +108,7 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     encoding = None if "b" in mode else "utf-8"
     with naming(path), open(partial, mode, encoding=encoding, opener=opener) as f:
         yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-    fsync_folder(path.parent)
+        publish(f, partial, path)
 
 
 def write_json(path: os.PathLike | str, value: Any) -> None:

@@ -18,7 +18,7 @@ from stepdistill_jax.runtime.checkpoints.manager import FOLDER
 from stepdistill_jax.runtime.files import read_json
 from stepdistill_jax.runtime.locks import InUse, locked
 from stepdistill_jax.runtime.metrics import FLAGGED, METRICS
-from stepdistill_jax.runtime.on_processes import on_first
+from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.stores import StoreError, is_remote
 
@@ -46,7 +46,7 @@ def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
         InputError: another run holds it, or it cannot be written; in every process.
     """
     with contextlib.ExitStack() as held:
-        on_first(lambda: None if is_remote(workdir) else _hold(workdir, held))
+        on_process_0(lambda: None if is_remote(workdir) else _hold(workdir, held))
         yield
 
 

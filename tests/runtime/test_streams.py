@@ -45,7 +45,7 @@ def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_pat
         return lock(file, wait)
 
     monkeypatch.setattr(locks, "_lock", late)
-    ours = output_module.PartialOutput(out, {"input": "digest"})
+    ours = output_module.ResumableFile(out, {"input": "digest"})
     ours.append([{"id": "1"}])
     assert out.read_text() == "the other's\n"
     ours.finish()
@@ -56,12 +56,12 @@ def test_rows_are_on_disk_before_the_output_gets_its_name(
     model_dir, questions, write_rows, tmp_path, order_on_disk, monkeypatch
 ):
     source, out = write_rows(questions[:5]), tmp_path / "out.jsonl"
-    append, appended = output_module.PartialOutput.append, []
+    append, appended = output_module.ResumableFile.append, []
 
     def then_buffered(self, rows, **counts):  # what is written after the last window counts, too
         append(self, rows, **counts)
         appended.append(len(order_on_disk))
 
-    monkeypatch.setattr(output_module.PartialOutput, "append", then_buffered)
+    monkeypatch.setattr(output_module.ResumableFile, "append", then_buffered)
     predict(model_dir, source, out)
     assert order_on_disk[appended[-1] :] == ["fsync out.jsonl.partial", "rename out.jsonl"]

@@ -103,7 +103,7 @@ def test_what_a_killed_writer_left_beside_a_store_is_removed(tmp_path, monkeypat
         remove_partial(tmp_path / "s")
     assert len(list(tmp_path.iterdir())) == 2
     remove_partial(tmp_path / "s")
-    assert [p.name.split("-")[1] for p in tmp_path.iterdir()] == ["other"]
+    assert [p.name.split(".")[1] for p in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_replaced_store_stays_readable_for_those_who_have_it_open(tmp_path):
