@@ -13,7 +13,7 @@ from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import read_json
-from stepdistill_jax.runtime.folders import folder_aside, remove_left
+from stepdistill_jax.runtime.folders import alone, folder_aside
 from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
 from stepdistill_jax.runtime.stores import local_path
 
@@ -73,9 +73,7 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source], "--report")
     reading = _read(name, source, field_map, fields, teacher)
-    with writing.alone(data_dir, dataset_name) as is_alone:
-        if is_alone:
-            remove_left(directory)
+    with alone(directory, name=f"--data-dir {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with folder_aside(directory) as new:
             tallies, fingerprint = writing.write_rows(reading, new)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.data import objectives, prepared
@@ -20,9 +20,8 @@ from stepdistill_jax.runtime.files import (
     read_jsonl,
     write_json,
 )
-from stepdistill_jax.runtime.fingerprints import sha256, sha256_of_each
+from stepdistill_jax.runtime.fingerprints import of_each, sha256
 from stepdistill_jax.runtime.folders import REPLACED
-from stepdistill_jax.runtime.locks import locked
 from stepdistill_jax.runtime.overwriting import stranger
 from stepdistill_jax.runtime.progress import progress
 
@@ -106,7 +105,7 @@ def write_rest(
             **describe(reading),
             "notes": reading.notes,
             "vocabulary": vocabulary,
-            "files": sha256_of_each(folder, files),
+            "files": of_each(sha256, folder, files),
         },
     )
 
@@ -182,22 +181,3 @@ def _texts_of(example: Example) -> list[str]:
 
 def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-@contextlib.contextmanager
-def alone(data_dir: pathlib.Path, name: str) -> Iterator[bool]:
-    """One process at a time writes `name`: the others wait, and find it done.
-
-    Yields False on a disk without locks: another process may write it, too.
-
-    Raises:
-        InputError: `data_dir` cannot be made or written.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            held = stack.enter_context(locked(data_dir / f".{name}.lock", wait=True))
-        except OSError as error:
-            raise InputError(
-                f"--data-dir {data_dir}: cannot be written ({error.strerror})"
-            ) from None
-        yield held

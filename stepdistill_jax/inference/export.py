@@ -1,11 +1,9 @@
 """From a trained model to a directory that others open: Hugging Face's layout, StableHLO, CTranslate2's."""
 
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import stepdistill_jax
@@ -27,8 +25,7 @@ from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.runtime.files import atomic_write, fsync
-from stepdistill_jax.runtime.folders import folder_aside, remove_left
-from stepdistill_jax.runtime.locks import InUse, locked
+from stepdistill_jax.runtime.folders import alone, folder_aside
 from stepdistill_jax.runtime.stores import local_path
 
 FORMATS = ("hf", "jax", "ctranslate2")
@@ -81,9 +78,8 @@ def export(
         "jax": _write_jax,
         "ctranslate2": functools.partial(_write_ctranslate2, quantization=quantization),
     }[format]
-    with _alone(target):
+    with alone(target):
         _check_target(target)  # another export may have written it since
-        remove_left(target)
         with folder_aside(target) as new:
             parameters = write(new, model)
             os.replace(new, target)
@@ -95,25 +91,6 @@ def export(
         "parameters": parameters,
         "files": sorted(p.name for p in target.iterdir()),
     }
-
-
-@contextlib.contextmanager
-def _alone(target: pathlib.Path) -> Iterator[None]:
-    """One export at a time to a target.
-
-    Raises:
-        InputError: another export writes there, or the folder cannot be made.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(locked(target.with_name(f".{target.name}.lock")))
-        except InUse:
-            raise InputError(
-                f"{target}: another export is writing it; wait for that one, or give another folder"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{target}: cannot be written ({error.strerror})") from None
-        yield
 
 
 def _check_target(target: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import IO, Any
 
 _BLOCK, _READERS = 1 << 20, 4
@@ -29,11 +29,14 @@ def sha256(path: os.PathLike | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def sha256_of_each(folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """`sha256` of a folder's files by name, several at once."""
+def of_each(
+    of_file: Callable[[pathlib.Path], str], folder: pathlib.Path, names: Iterable[str]
+) -> dict[str, str]:
+    """A digest of a folder's files by name; several are read at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(names, pool.map(sha256, [folder / name for name in names]), strict=True))
+        found = pool.map(lambda name: of_file(folder / name), names)
+        return dict(zip(names, found, strict=True))
 
 
 def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from stepdistill_jax.runtime.locks import locked
+
 REPLACED = "replaced"  # next to the new folder: the one whose place it takes
 
 
@@ -29,6 +31,30 @@ def folder_aside(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
         yield new
     finally:
         _remove(work, target)
+
+
+@contextlib.contextmanager
+def alone(
+    target: pathlib.Path, tag: str = "", *, name: object = None, wait: bool = False
+) -> Iterator[None]:
+    """One process at a time writes `target`; what killed ones left is removed first.
+
+    Where the disk has no locks, all write at once and remove nothing.
+
+    Args:
+        target: a folder, which need not be there.
+        tag: of `folder_aside`.
+        name: what is written, for messages; None is `target`.
+        wait: for another process, instead of refusing.
+
+    Raises:
+        InputError: another process is at work, or nothing can be written there.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    with locked(lock, name or target, wait=wait) as held:
+        if held:
+            remove_left(target, tag)
+        yield
 
 
 def remove_left(target: pathlib.Path, tag: str = "") -> None:

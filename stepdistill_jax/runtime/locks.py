@@ -14,35 +14,42 @@ class InUse(InputError):
     """Another process holds the lock."""
 
 
-def open_locked(path: pathlib.Path) -> IO[bytes]:
+def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
     """Opens `path` to append, and makes its folder; no other process can until it is closed.
 
+    Args:
+        path: of the file.
+        name: what is written, for messages; None is `path`.
+
     Raises:
-        InUse: another one has it open.
-        InputError: it is a link or no file.
-        OSError: it cannot be written.
+        InUse: another process has it open.
+        InputError: it is a link or no file, or cannot be written.
     """
-    return _open(path, wait=False)[0]
+    return _open(path, name, wait=False)[0]
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, *, note: bytes = b"", wait: bool = False) -> Iterator[bool]:
+def locked(
+    path: pathlib.Path, name: object = None, *, note: bytes = b"", wait: bool = False
+) -> Iterator[bool]:
     """Holds a lock; yields False where the file system has none, as some network disks.
 
     Args:
         path: of a file without another use. It is removed at the end, or with `wait` left to the others.
-        note: written into it, for those who are refused.
-        wait: for another process that holds it, instead of refusing.
+        name: as `open_locked`.
+        note: written into the file, for those who are refused.
+        wait: for another process that holds the lock, instead of refusing.
 
     Raises:
-        InUse, InputError, OSError: as `open_locked`.
+        InUse, InputError: as `open_locked`.
     """
-    file, held = _open(path, wait)
+    file, held = _open(path, name, wait)
     with file:
         try:
             if note:
                 file.truncate(0)
-                os.write(file.fileno(), note)  # a buffer would fail again when it is closed
+                with _named(name or path):
+                    os.write(file.fileno(), note)  # a buffer would fail again when it is closed
             yield held
         finally:
             # a longer file is somebody's
@@ -50,12 +57,13 @@ def locked(path: pathlib.Path, *, note: bytes = b"", wait: bool = False) -> Iter
                 path.unlink(missing_ok=True)
 
 
-def _open(path: pathlib.Path, wait: bool) -> tuple[IO[bytes], bool]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _open(path: pathlib.Path, name: object, wait: bool) -> tuple[IO[bytes], bool]:
     while True:
-        file = open(path, "ab", opener=opener)  # noqa: SIM115
+        with _named(name or path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab", opener=opener)  # noqa: SIM115
         try:
-            held = _lock(file, wait)
+            held = _lock(file, name or path, wait)
             # a run that ended in between has renamed or removed what we opened
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
@@ -66,14 +74,22 @@ def _open(path: pathlib.Path, wait: bool) -> tuple[IO[bytes], bool]:
         file.close()
 
 
-def _lock(file: IO[bytes], wait: bool) -> bool:
+@contextlib.contextmanager
+def _named(name: object) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written ({error.strerror})") from None
+
+
+def _lock(file: IO[bytes], name: object, wait: bool) -> bool:
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise InUse(
-            f"{file.name}: another run is writing it; wait for that one, or give another output"
+            f"{name}: another run is writing it; wait for that one, or give another output"
         ) from None
     except (ImportError, OSError):  # no POSIX system, or a disk without locks
         return False

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterator
 from typing import IO, Any
 
-from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import naming, partial_of, publish, read_json, write_json
 from stepdistill_jax.runtime.fingerprints import crc32, digest
 from stepdistill_jax.runtime.locks import open_locked
@@ -61,7 +60,7 @@ class StreamedFile:
         state: `rows` written so far.
     """
 
-    _file: IO[bytes] | None = None  # open, in the process that writes
+    _file: Any = None  # open, in the process that writes
 
     def __init__(self, path: os.PathLike | str):
         """Opens PATH.partial.
@@ -77,10 +76,7 @@ class StreamedFile:
         return {"rows": 0}
 
     def _open(self) -> IO[bytes]:
-        try:
-            self._file = open_locked(self.partial)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+        self._file = open_locked(self.partial)
         return self._file
 
     def add(self, row: dict[str, Any]) -> None:
@@ -90,7 +86,6 @@ class StreamedFile:
 
     def write(self, data: bytes, *, sync: bool = False) -> None:
         """Appends bytes; with `sync` they survive a power loss once this returns."""
-        assert self._file is not None
         with naming(self.partial):
             self._file.write(data)
             if sync:
@@ -99,7 +94,6 @@ class StreamedFile:
 
     def finish(self) -> None:
         """Gives the file its name."""
-        assert self._file is not None
         with naming(self.partial):
             publish(self._file, self.partial, self.path)
         self._forget()
@@ -107,7 +101,6 @@ class StreamedFile:
 
     def discard(self) -> None:
         """Removes PATH.partial: no later run may go on from it."""
-        assert self._file is not None
         # under the lock, which the close ends: another run may make these files right after it
         self.partial.unlink(missing_ok=True)
         self._forget()

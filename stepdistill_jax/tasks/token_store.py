@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.runtime.files import fsync
-from stepdistill_jax.runtime.fingerprints import digest, sha256_of_each
-from stepdistill_jax.runtime.folders import REPLACED, folder_aside, remove_left
+from stepdistill_jax.runtime.fingerprints import digest, of_each, sha256
+from stepdistill_jax.runtime.folders import REPLACED, folder_aside
 from stepdistill_jax.runtime.progress import log
 
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
@@ -119,7 +119,7 @@ def write_store(
 
     Several processes may write at once, on a shared folder, too: each gets a whole store, and one
     that was written in the meantime and is the same is taken instead of being replaced, since
-    others may have its files open. `remove_partial` removes what a killed one left.
+    others may have its files open.
 
     Args:
         directory: the store's own folder.
@@ -129,7 +129,7 @@ def write_store(
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with folder_aside(directory, _tag()) as new:
+    with folder_aside(directory, own_tag()) as new:
         count = _write_files(new, len(objectives), examples)
         sizes = {p.name: p.stat().st_size for p in sorted(new.iterdir())}
         manifest = {
@@ -175,17 +175,12 @@ def _write_files(
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
     """Digest of the objectives and of every byte of the files."""
-    return digest([list(objectives), sha256_of_each(folder, names)])
+    return digest([list(objectives), of_each(sha256, folder, names)])
 
 
-def _tag() -> str:
-    # some shared file systems grant a lock to one process of each host
+def own_tag() -> str:
+    """Tag of this host's writers (`folders.alone`): some disks grant a lock to one process of each host."""
     return f"{socket.gethostname()}-"
-
-
-def remove_partial(directory: pathlib.Path) -> None:
-    """Removes what killed processes of this host left beside a store, where no other one can write it."""
-    remove_left(directory, _tag())
 
 
 def _file_name(objective: int, feature: str, what: str) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
-from stepdistill_jax.data.writing import alone
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.folders import alone
 from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.preprocessors import LABEL_TEXT
@@ -26,7 +26,7 @@ from stepdistill_jax.tasks.token_store import (
     TokenStore,
     is_same,
     open_store,
-    remove_partial,
+    own_tag,
     write_store,
 )
 
@@ -79,9 +79,7 @@ def stored_tokens(
     reading = Reading(task, split, prefixes)
     if found is not None and reading.is_kept_in(found):
         return found
-    with alone(directory.parent, directory.name) as is_alone:
-        if is_alone:
-            remove_partial(directory)
+    with alone(directory, own_tag(), wait=True):
         theirs = open_store(directory)  # of a process that was alone before
         if (
             theirs is not None

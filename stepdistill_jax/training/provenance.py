@@ -18,7 +18,7 @@ from stepdistill_jax.models.config import OLD_REMAT_POLICIES
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
-from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0
+from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0, require_same
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import VALIDATION, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
@@ -190,23 +190,15 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
 
 
 def _agree(described: dict[str, Any]) -> None:
-    """Raises where a process of this run has another config or other data than the first."""
+    """Raises where a process of this run has another config, other data or another INIT_FROM."""
     if jax.process_count() == 1:
         return
     given = described["config"]["init_from"]
     # run.json has sizes only; under a cut each process reads its part, and two models would become a third
     weights = sampled_digest(pathlib.Path(given)) if given and pathlib.Path(given).is_dir() else ""
-    same = digest([described["config"], described["fingerprint"], weights])
-    first = on_process_0(lambda: same)
-
-    def agrees() -> None:
-        if same != first:
-            raise InputError(
-                "it has another config, other data or another INIT_FROM than process 0"
-                f" ({described['fingerprint']}); give all the same files"
-            )
-
-    on_all_processes(agrees)
+    require_same(
+        [described["config"], described["fingerprint"], weights], "config, data or INIT_FROM"
+    )
 
 
 def _wait_for(path: pathlib.Path, written: str) -> None:

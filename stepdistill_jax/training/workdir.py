@@ -54,17 +54,14 @@ def _hold(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     path = workdir / LOCK
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     note = json.dumps([os.getpid(), socket.gethostname(), since])
+    check_outputs({path: Made("train", b"[")})
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        check_outputs({path: Made("train", b"[")})
         held.enter_context(locked(path, note=note.encode()))
     except InUse:
         raise InputError(
             f"--workdir {workdir}: {_holder(path)} is training in it; wait for its end, stop it, or"
             " choose another folder"
         ) from None
-    except OSError as error:
-        raise InputError(f"--workdir {workdir}: {error.strerror or error} ({path})") from None
 
 
 def _holder(path: pathlib.Path) -> str:

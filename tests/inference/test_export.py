@@ -148,7 +148,7 @@ def test_a_second_export_to_a_target_is_refused_and_the_first_one_ends_well(
     save_params, refused = module.save_params, []
 
     def meets_another(*args):
-        with pytest.raises(InputError, match=r"model: another export is writing it"):
+        with pytest.raises(InputError, match=r"model: another run is writing it"):
             export(workdir, tmp_path / "model")
         refused.append(True)
         return save_params(*args)

@@ -38,11 +38,11 @@ def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_pat
     out = tmp_path / "out.jsonl"
     lock = locks._lock
 
-    def late(file, wait):  # the other run ends between our open and our lock
+    def late(file, *how):  # the other run ends between our open and our lock
         monkeypatch.setattr(locks, "_lock", lock)
         os.replace(tmp_path / "out.jsonl.partial", out)
         out.write_text("the other's\n")
-        return lock(file, wait)
+        return lock(file, *how)
 
     monkeypatch.setattr(locks, "_lock", late)
     ours = output_module.ResumableFile(out, {"input": "digest"})

@@ -135,9 +135,7 @@ class Checkpoints:
         """Gives a saved step other metrics: those of a validation that came after it."""
         self.wait()
         self._metrics[step] = metrics
-        if jax.process_index() == 0:
-            reseal(self._folder / str(step), metrics)
-        self._barrier("resealed")
+        on_process_0(lambda: reseal(self._folder / str(step), metrics))
         steps = self._manager.all_steps()
         for old in set(steps) - self._kept.of(steps):
             self._manager.delete(old)
@@ -197,13 +195,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             seal(self._folder / str(step), metrics)
             purge(self._folder)
-        self._barrier("sealed")
-
-    def _barrier(self, name: str) -> None:
-        """All processes come here, or JAX ends those that wait; no device takes part."""
+        # all processes come here, or JAX ends those that wait; no device takes part
         self._seals += 1
         sync = ocp.multihost.get_barrier_sync_fn()
-        sync(key=f"stepdistill_{name}_{self._seals}", timeout_ms=BARRIER_MS)
+        sync(key=f"stepdistill_sealed_{self._seals}", timeout_ms=BARRIER_MS)
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:
