@@ -210,9 +210,9 @@ MUTANTS = [
     Mutant(
         id="T8",
         what="rows of an earlier run stay in OUTPUT.partial",
-        file="stepdistill_jax/teacher/output.py",
-        old="        self._file.truncate(0)\n",
-        new="",
+        file="stepdistill_jax/runtime/streams.py",
+        old="        self._open().truncate(0)\n",
+        new="        self._open()\n",
         tests=[
             "tests/teacher/test_annotate.py::test_a_cap_in_tokens_is_not_crossed_and_the_next_run_goes_on"
         ],
@@ -247,15 +247,10 @@ MUTANTS = [
     ),
     Mutant(
         id="F1",
-        what="atomic_write does not fsync before the rename",
+        what="a file is not synced before its rename",
         file="stepdistill_jax/runtime/files.py",
-        old=(
-            "        yield f\n"
-            "        f.flush()\n"
-            "        os.fsync(f.fileno())\n"
-            "    os.replace(partial, path)"
-        ),
-        new=("        yield f\n    os.replace(partial, path)"),
+        old="    os.fsync(file.fileno())\n    os.replace(partial, path)",
+        new="    os.replace(partial, path)",
         tests=["tests/runtime/test_overwriting.py::test_a_file_is_on_disk_before_it_gets_its_name"],
     ),
     Mutant(
@@ -280,12 +275,8 @@ MUTANTS = [
         id="F4",
         what="the output of predict is renamed without fsync",
         file="stepdistill_jax/runtime/streams.py",
-        old=(
-            "        self._file.flush()\n"
-            "        os.fsync(self._file.fileno())\n"
-            "        os.replace(self.partial, self.path)"
-        ),
-        new=("        self._file.flush()\n        os.replace(self.partial, self.path)"),
+        old="            publish(self._file, self.partial, self.path)",
+        new="            os.replace(self.partial, self.path)",
         tests=[
             "tests/runtime/test_streams.py::test_rows_are_on_disk_before_the_output_gets_its_name"
         ],
@@ -342,8 +333,8 @@ MUTANTS = [
         id="TS1",
         what="a store's fingerprint leaves out the names of the objectives",
         file="stepdistill_jax/tasks/token_store.py",
-        old="return digest([list(objectives), dict(zip(names, hashes, strict=True))])",
-        new="return digest([len(objectives), dict(zip(names, hashes, strict=True))])",
+        old="return digest([list(objectives), of_each(sha256, folder, names)])",
+        new="return digest([len(objectives), of_each(sha256, folder, names)])",
         tests=[
             "tests/tasks/test_token_store.py::test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives"
         ],
@@ -352,8 +343,8 @@ MUTANTS = [
         id="TS2",
         what="a store's fingerprint leaves out the names of its files (the order of columns)",
         file="stepdistill_jax/tasks/token_store.py",
-        old="return digest([list(objectives), dict(zip(names, hashes, strict=True))])",
-        new="return digest([list(objectives), sorted(hashes)])",
+        old="return digest([list(objectives), of_each(sha256, folder, names)])",
+        new="return digest([list(objectives), sorted(of_each(sha256, folder, names).values())])",
         tests=[
             "tests/tasks/test_token_store.py::test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives"
         ],

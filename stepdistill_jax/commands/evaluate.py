@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     join_and_cache(args.path)
     from stepdistill_jax.inference import evaluate, rationale_quality
     from stepdistill_jax.inference.counts import in_words
-    from stepdistill_jax.runtime.distributed import is_first
+    from stepdistill_jax.runtime.distributed import is_process_0
 
     with stopped_by_signals():
         result = evaluate(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             task_module=args.task_module,
             **decode_options_of(args),
         )
-    if is_first():
+    if is_process_0():
         step = "" if result["step"] is None else f" step {result['step']}"
         say(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
         if args.with_rationale:

@@ -20,10 +20,12 @@ from stepdistill_jax.commands.names import as_typed
 from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.errors import InputError, nearest, printable
 from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
-from stepdistill_jax.runtime.distributed import end_soon, is_first, leave
-from stepdistill_jax.runtime.files import DISK_ERRORS, StoreError
+from stepdistill_jax.runtime.distributed import end_soon, is_process_0, leave
+from stepdistill_jax.runtime.files import DISK_ERRORS
+from stepdistill_jax.runtime.on_processes import PeerFailed
 from stepdistill_jax.runtime.progress import log, write_names
 from stepdistill_jax.runtime.rendezvous import ProcessesMissing
+from stepdistill_jax.runtime.stores import StoreError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -79,7 +81,7 @@ def _exit_code(argv: list[str]) -> int:
         # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ProcessesMissing, CheckpointError, StoreError, MemoryError) as error:
+    except (ProcessesMissing, PeerFailed, CheckpointError, StoreError, MemoryError) as error:
         # what their one line says is all that there is to know
         if debug:
             show_traceback()
@@ -125,7 +127,7 @@ def _run(argv: list[str]) -> int:
         raise InputError(
             f"{printable(error.filename, 200)}: longer than a file's name can be"
         ) from None
-    if args.json and is_first():
+    if args.json and is_process_0():
         print(json.dumps(_plain(result or {})), flush=True)
     # a run that ended before its work did, and has said why; checkpoints that are not as saved
     ended_badly = ("stopped", "damaged", "failed_cells")

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     join_and_cache(args.path)
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.counts import in_words
-    from stepdistill_jax.runtime.distributed import is_first
+    from stepdistill_jax.runtime.distributed import is_process_0
 
     with stopped_by_signals():
         result = predict(
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data_dir=args.data_dir,
             **decode_options_of(args),
         )
-    if is_first():
+    if is_process_0():
         say(f"{args.output}: {in_words(result)}")
     return result
 

@@ -13,8 +13,10 @@ from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.checks import refused
-from stepdistill_jax.runtime.files import local_path, read_json
+from stepdistill_jax.runtime.files import read_json
+from stepdistill_jax.runtime.folders import alone, folder_aside
 from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
+from stepdistill_jax.runtime.stores import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +74,9 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source], "`report`")
     reading = _read(name, source, field_map, fields, teacher)
-    with writing.locked(data_dir, dataset_name):
-        writing.recover(directory)
+    with alone(directory, name=f"--data-dir {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
-        with writing.work_folder(data_dir, dataset_name) as work:
-            new = work / dataset_name
+        with folder_aside(directory) as new:
             tallies, fingerprint = writing.write_rows(reading, new)
             if not tallies:
                 raise InputError(

@@ -11,14 +11,9 @@ from typing import Any
 from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.data.text_metrics import METRICS
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.runtime.files import (
-    check_file,
-    digest,
-    local_path,
-    read_json,
-    read_jsonl,
-    sha256,
-)
+from stepdistill_jax.runtime.files import check_file, read_json, read_jsonl
+from stepdistill_jax.runtime.fingerprints import digest, sha256
+from stepdistill_jax.runtime.stores import local_path
 
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"

@@ -6,7 +6,8 @@ import pathlib
 from typing import Protocol
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, digest, sha256
+from stepdistill_jax.runtime.files import check_file
+from stepdistill_jax.runtime.fingerprints import digest, sha256
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTES = "bytes"
@@ -77,6 +78,10 @@ class SentencePieceVocabulary:
         """Digest of the file."""
         return self._digest
 
+    @functools.cached_property
+    def _digest(self) -> str:
+        return sha256(self.path)
+
     @property
     def unk_id(self) -> int:
         """The id of what no piece covers."""
@@ -85,10 +90,6 @@ class SentencePieceVocabulary:
     def pieces(self) -> list[str]:
         """The piece of each id."""
         return self._processor.id_to_piece(list(range(self.size)))
-
-    @functools.cached_property
-    def _digest(self) -> str:
-        return sha256(self.path)
 
     def encode(self, text: str) -> list[int]:
         """Ids without the end of sequence."""

@@ -1,13 +1,10 @@
 """A reading on disk: it appears whole or not at all, and one process at a time writes it."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.data import objectives, prepared
@@ -16,15 +13,9 @@ from stepdistill_jax.data.counts import Tally
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, in_order
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import (
-    atomic_write,
-    fsync_folder,
-    opener,
-    read_json,
-    read_jsonl,
-    sha256,
-    write_json,
-)
+from stepdistill_jax.runtime.files import atomic_write, fsync, read_json, read_jsonl, write_json
+from stepdistill_jax.runtime.fingerprints import of_each, sha256
+from stepdistill_jax.runtime.folders import REPLACED
 from stepdistill_jax.runtime.overwriting import stranger
 from stepdistill_jax.runtime.progress import progress
 
@@ -32,28 +23,7 @@ FORMAT = 2  # raised when the same rows would be written otherwise
 PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process
 MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
 DEFECTS = "defects.jsonl"
-REPLACED = "replaced"  # in the work folder: the dataset that a new one replaces
 _FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of each dataset.json
-
-
-def recover(final: pathlib.Path) -> None:
-    """Removes what ended runs left beside a dataset, under its lock; first it puts back what they moved."""
-    for left in final.parent.glob(f".{final.name}.partial-*"):
-        if not left.is_dir() or {p.name for p in left.iterdir()} - {final.name, REPLACED}:
-            continue  # not of our making
-        if (left / REPLACED).exists() and not final.exists():
-            os.replace(left / REPLACED, final)
-        shutil.rmtree(left, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def work_folder(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """A temporary folder beside the final one, gone afterwards."""
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=data_dir))
-    try:
-        yield work
-    finally:
-        recover(data_dir / name)
 
 
 def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str]:
@@ -67,26 +37,22 @@ def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally]
     """
     tallies: dict[str, Tally] = {}
     files: dict[str, Any] = {}
-    digests: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(None, f"reading {reading.reader}, rows"))
         defects = stack.enter_context(atomic_write(folder / DEFECTS))
         for split, row in reading.rows():
             if split not in files:
                 files[split] = stack.enter_context(atomic_write(folder / f"{split}.jsonl"))
-                tallies[split], digests[split] = Tally(), hashlib.sha256()
-            line = _line(row.example.to_json())
-            files[split].write(line)
-            digests[split].update(line.encode())
+                tallies[split] = Tally()
+            files[split].write(_line(row.example.to_json()))
             tallies[split].add(row)
             for defect in row.defects:
                 about = {"split": split, "id": row.example.id}
                 defects.write(_line(about | vars(defect)))
             bar.update()
-    rows = {split: state.hexdigest() for split, state in digests.items()}
-    return {split: tallies[split] for split in in_order(tallies)}, prepared.fingerprint(
-        describe(reading), rows
-    )
+    tallies = {split: tallies[split] for split in in_order(tallies)}
+    rows = {split: sha256(folder / f"{split}.jsonl") for split in tallies}
+    return tallies, prepared.fingerprint(describe(reading), rows)
 
 
 def describe(reading: Reading) -> dict[str, Any]:
@@ -122,11 +88,7 @@ def write_rest(
             path = folder / prepared.VOCABULARY
             training.train_vocabulary(_texts(folder / "train.jsonl", tallies["train"]), path)
             vocabulary = round_trip.round_trips(folder, counts)
-    files = {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     write_json(
         folder / prepared.FILE,
         {
@@ -137,7 +99,7 @@ def write_rest(
             **describe(reading),
             "notes": reading.notes,
             "vocabulary": vocabulary,
-            "files": files,
+            "files": of_each(sha256, folder, files),
         },
     )
 
@@ -177,7 +139,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
 
 
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts `new` in the place of `final`, which goes beside it; `recover` knows where.
+    """Puts `new` in the place of `final`, which goes beside it; `folder_aside` knows where.
 
     Raises:
         InputError: a file of the user's has come into `final` in the meantime.
@@ -186,7 +148,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
         os.replace(final, new.parent / REPLACED)
         check_replaceable(new.parent / REPLACED, final)
     os.replace(new, final)
-    fsync_folder(final.parent)
+    fsync(final.parent)
 
 
 def _texts(path: pathlib.Path, tally: Tally) -> list[str]:
@@ -213,24 +175,3 @@ def _texts_of(example: Example) -> list[str]:
 
 def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
-
-
-@contextlib.contextmanager
-def locked(data_dir: pathlib.Path, name: str) -> Iterator[None]:
-    """One process at a time prepares `name`: the others wait, and find it done.
-
-    Raises:
-        InputError: `data_dir` cannot be made or written.
-    """
-    import fcntl  # not on Windows, where nothing can be prepared, but predict imports this package
-
-    with contextlib.ExitStack() as stack:
-        try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(data_dir / f".{name}.lock", "a", opener=opener))
-        except OSError as error:
-            raise InputError(
-                f"`data_dir` {data_dir}: cannot be written ({error.strerror})"
-            ) from None
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

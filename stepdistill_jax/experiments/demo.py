@@ -18,10 +18,11 @@ from stepdistill_jax.formats.directory import TaskInfo, read_task_info
 from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import encode_input
-from stepdistill_jax.runtime.files import local_path, write_json
+from stepdistill_jax.runtime.files import write_json
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.runtime.overwriting import Made, check_folder
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.workdir import read_run

@@ -22,8 +22,9 @@ from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
 from stepdistill_jax.inference.rationale_quality import INCONSISTENT, VERDICTS
 from stepdistill_jax.runtime.checks import whole
-from stepdistill_jax.runtime.files import atomic_write, local_path
+from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.overwriting import Made, check_folder, check_outputs
+from stepdistill_jax.runtime.stores import local_path
 
 PAGE = "report.html"
 _HEAD = """<!DOCTYPE html>

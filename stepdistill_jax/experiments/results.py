@@ -20,8 +20,10 @@ from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
 from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.inference.rationale_quality import named_answer
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step
-from stepdistill_jax.runtime.files import digest, local_path, read_jsonl
+from stepdistill_jax.runtime.files import read_jsonl
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.metrics import METRICS, read_metrics
+from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.training.workdir import RUN, read_run
 
 DEPTH = 5  # folders that are looked through for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's

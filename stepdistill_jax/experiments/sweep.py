@@ -22,15 +22,15 @@ from stepdistill_jax.inference import evaluate
 from stepdistill_jax.inference.evaluate import check_result
 from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
-from stepdistill_jax.runtime.files import as_path, is_remote, read_json, write_json
+from stepdistill_jax.runtime.files import read_json, write_json
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.signals import StopSignals, leave
-from stepdistill_jax.runtime.workdir_lock import locked
+from stepdistill_jax.runtime.stores import as_path, is_remote
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
 from stepdistill_jax.training.provenance import differences
-from stepdistill_jax.training.workdir import RUN, read_run
+from stepdistill_jax.training.workdir import RUN, locked_workdir, read_run
 
 SWEEP = "sweep.json"
 EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
@@ -123,7 +123,10 @@ def sweep(
     began = time.monotonic()
     datasets = _check_cells(cells, folder, data_dir, split)
     # within a run `train` catches the signals, and leaves when it has saved
-    with StopSignals(lambda name: leave(name, "stopped between two steps of work")), locked(folder):
+    with (
+        StopSignals(lambda name: leave(name, "stopped between two steps of work")),
+        locked_workdir(folder),
+    ):
         _check_workdirs(cells, folder, datasets)
         record = _Record(folder, cells, {"split": split, **(asked or {})})
         done = [c for c in cells if _is_done(c, folder, split, with_rationale)]

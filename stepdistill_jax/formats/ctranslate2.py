@@ -35,7 +35,9 @@ from stepdistill_jax.formats.names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.runtime.files import local_path, read_json, sha256, write_json
+from stepdistill_jax.runtime.files import fsync, read_json, write_json
+from stepdistill_jax.runtime.fingerprints import sha256
+from stepdistill_jax.runtime.stores import local_path
 
 QUANTIZATIONS = ("float32", "int8")
 LARGEST = 127  # of an int8 weight
@@ -142,8 +144,7 @@ def write_ctranslate2(
     spec.optimize()  # stores equal matrices once
     spec.save(os.fspath(folder))
     for name in (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS):
-        with open(folder / name, "rb") as f:
-            os.fsync(f.fileno())
+        fsync(folder / name)
     ours = {
         "version": stepdistill_jax.__version__,
         "quantization": quantization or "float32",

@@ -26,13 +26,8 @@ from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
 from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
-from stepdistill_jax.runtime.files import (
-    as_path,
-    atomic_write,
-    is_remote,
-    local_copy,
-    write_json,
-)
+from stepdistill_jax.runtime.files import atomic_write, write_json
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_copy
 
 CONFIG, TASK_INFO, SPIECE = "config.json", "stepdistill.json", "spiece.model"
 FAST_TOKENIZER = "tokenizer.json"

@@ -16,7 +16,9 @@ from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.runtime.files import check_file, digest, local_path, read_json
+from stepdistill_jax.runtime.files import check_file, read_json
+from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.stores import local_path
 
 ROW, LABELS = "row", "labels"
 _KEPT = 2**16  # labels whose ids are kept: rows name the same ones again and again

@@ -30,7 +30,8 @@ from stepdistill_jax.formats.directory import CONFIG, TaskInfo, is_ctranslate2
 from stepdistill_jax.inference.model import device_mesh, load_model, params_fingerprint
 from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.models.quantized import quantize
-from stepdistill_jax.runtime.files import as_path, digest, local_path, sha256
+from stepdistill_jax.runtime.fingerprints import digest, sha256
+from stepdistill_jax.runtime.stores import as_path, local_path
 
 
 class Engine(Protocol):

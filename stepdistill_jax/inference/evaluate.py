@@ -23,16 +23,15 @@ from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask
 from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
-from stepdistill_jax.runtime.files import (
-    as_path,
-    is_remote,
-    local_path,
-    read_jsonl,
-    upload,
-    write_json,
+from stepdistill_jax.runtime.files import read_jsonl, write_json
+from stepdistill_jax.runtime.on_processes import (
+    on_all_processes,
+    on_process_0,
+    require_same,
+    until_stopped,
 )
-from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same, until_stopped
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, upload
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
 
@@ -93,12 +92,12 @@ def evaluate(
     """
     chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
-        on_first(lambda: check_result(output, chosen.choices))
+        on_process_0(lambda: check_result(output, chosen.choices))
     read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
-    files = everywhere(lambda: read(path))
+    files = on_all_processes(lambda: read(path))
     info, folder = files.task_info, data_folder(data_dir)
     module = _own_module(info, task) if task_module is None else task_module
-    found = everywhere(lambda: find_task(task, data_dir=folder, task_module=module))
+    found = on_all_processes(lambda: find_task(task, data_dir=folder, task_module=module))
     if isinstance(found, PreparedDataset):
         result = _evaluate_dataset(path, found, split, chosen, with_rationale, folder)
     elif with_rationale:
@@ -107,7 +106,7 @@ def evaluate(
             " out, or prepare the rows as a dataset (stepdistill prepare jsonl)"
         )
     else:
-        data = everywhere(
+        data = on_all_processes(
             lambda: load_task(
                 task,
                 split=split,
@@ -120,7 +119,7 @@ def evaluate(
         result = evaluate_tokens(path, *data.labelled_inputs(), data.metric, data.labels, chosen)
     result = {"task": task, "split": split} | result
     if output is not None:
-        on_first(lambda: write_json(output, result))
+        on_process_0(lambda: write_json(output, result))
     return result
 
 
@@ -142,8 +141,8 @@ def _evaluate_dataset(
     data_dir: pathlib.Path,
 ) -> dict[str, Any]:
     """`predict` on a split; the answers stay in a workdir."""
-    source = everywhere(lambda: dataset.file(split))
-    found = on_first(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
+    source = on_all_processes(lambda: dataset.file(split))
+    found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     name = f"{dataset.name}-{split}-{found}"
     name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
     name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
@@ -167,10 +166,10 @@ def _evaluate_dataset(
         )
         if with_rationale:
             unfinished = result.pop("unfinished_rationales", result["unfinished"])  # one answer
-            figures = on_first(lambda: _rationale_figures(dataset, split, answers))
+            figures = on_process_0(lambda: _rationale_figures(dataset, split, answers))
             result["rationale"] = figures | {"unfinished": unfinished}
         if kept is not None and remote:
-            on_first(lambda: upload(folder, kept))
+            on_process_0(lambda: upload(folder, kept))
     return _told(found, options) | result
 
 
@@ -225,7 +224,7 @@ def evaluate_tokens(
         )
     model = open_engine(path, options)
     asking = dataclasses.replace(how_to_ask(model, options), labels=tuple(allowed))
-    chooser = everywhere(lambda: allow(options, asking, model))
+    chooser = on_all_processes(lambda: allow(options, asking, model))
     cut = [cut_ids(ids, asking.input_length) for ids in inputs]
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()

@@ -1,13 +1,10 @@
 """From a trained model to a directory that others open: Hugging Face's layout, StableHLO, CTranslate2's."""
 
-import contextlib
 import dataclasses
 import functools
-import glob
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import stepdistill_jax
@@ -29,14 +26,9 @@ from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.runtime.files import (
-    PARTIAL,
-    InUse,
-    atomic_write,
-    fsync_folder,
-    local_path,
-    open_locked,
-)
+from stepdistill_jax.runtime.files import atomic_write, fsync
+from stepdistill_jax.runtime.folders import alone, folder_aside
+from stepdistill_jax.runtime.stores import local_path
 
 FORMATS = ("hf", "jax", "ctranslate2")
 CARD = "README.md"
@@ -87,17 +79,12 @@ def export(
         "jax": _write_jax,
         "ctranslate2": functools.partial(_write_ctranslate2, quantization=quantization),
     }[format]
-    with _alone(target):
+    with alone(target):
         _check_target(target)  # another export may have written it since
-        partial = target.with_name(f".{target.name}{PARTIAL}-{os.getpid()}")
-        try:
-            partial.mkdir()
-            parameters = write(partial, model)
-            os.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    fsync_folder(target.parent)
+        with folder_aside(target) as new:
+            parameters = write(new, model)
+            os.replace(new, target)
+    fsync(target.parent)
     return {
         "model_dir": str(model_dir),
         "step": model.step,
@@ -105,34 +92,6 @@ def export(
         "parameters": parameters,
         "files": sorted(p.name for p in target.iterdir()),
     }
-
-
-@contextlib.contextmanager
-def _alone(target: pathlib.Path) -> Iterator[None]:
-    """One export at a time to a target; removes what killed ones left.
-
-    Raises:
-        InputError: another export writes there, or the folder cannot be made.
-    """
-    lock = target.with_name(f".{target.name}.lock")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = open_locked(lock)
-    except InUse:
-        raise InputError(
-            f"{target}: another export is writing it; wait for that one, or give another folder"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror})") from None
-    with file:
-        try:
-            for left in target.parent.glob(f"{glob.escape(f'.{target.name}{PARTIAL}')}-*"):
-                if left.name.rpartition("-")[2].isdigit():
-                    shutil.rmtree(left, ignore_errors=True)
-            yield
-        finally:
-            if not os.path.getsize(lock):  # ours is empty
-                lock.unlink()
 
 
 def _check_target(target: pathlib.Path) -> None:

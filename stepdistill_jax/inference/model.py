@@ -25,8 +25,9 @@ from stepdistill_jax.runtime.checkpoints.manager import (
     resolve_step,
     restore_params,
 )
-from stepdistill_jax.runtime.files import as_path, digest, is_remote, local_path, sampled_digest
-from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same
+from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
+from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0, require_same
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +67,13 @@ def load_model(
             another that is good), or weights that do not fit the configuration.
     """
     path = as_path(path)
-    found = on_first(lambda: resolve_step(path, step, read="params") if is_workdir(path) else None)
+    found = on_process_0(
+        lambda: resolve_step(path, step, read="params") if is_workdir(path) else None
+    )
     # all have read these before Orbax lets them wait for each other
-    files = everywhere(lambda: _read_files(path, step, found))
+    files = on_all_processes(lambda: _read_files(path, step, found))
     # under a cut each process reads its part: two models would become a third
-    require_same(everywhere(lambda: _weights(path, found)), "model")
+    require_same(on_all_processes(lambda: _weights(path, found)), "model")
     boxed = abstract_params(files.config)
     if mesh:
         shardings = param_shardings(mesh, boxed)
@@ -78,7 +81,7 @@ def load_model(
         one = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, nn.meta.unbox(boxed))
     if found is None:
-        params = everywhere(lambda: load_params(path, files.config, shardings))
+        params = on_all_processes(lambda: load_params(path, files.config, shardings))
     else:
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

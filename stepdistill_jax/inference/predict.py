@@ -22,17 +22,18 @@ from stepdistill_jax.inference.prompting import RATIONALE, Asking, encode_input,
 from stepdistill_jax.inference.rows import InputFile, Row, next_window
 from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.runtime.files import digest, local_path
+from stepdistill_jax.runtime.distributed import is_process_0
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import (
-    everywhere,
-    is_first,
-    on_first,
+    on_all_processes,
+    on_process_0,
     require_same,
     until_stopped,
 )
 from stepdistill_jax.runtime.overwriting import check_outputs
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.runtime.streams import SharedOutput, outputs_of
+from stepdistill_jax.runtime.stores import local_path
+from stepdistill_jax.runtime.streams import ResumableFile, outputs_of
 
 # decoded together, then written and synced: what a crash costs at most
 WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger one counts
@@ -91,18 +92,18 @@ def predict(
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
-    on_first(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
-    source = everywhere(lambda: InputFile(input, on_error))
+    on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
+    source = on_all_processes(lambda: InputFile(input, on_error))
     model = open_engine(path, chosen)
-    asking = everywhere(
+    asking = on_all_processes(
         lambda: how_to_ask(
             model, chosen, task=task, with_rationale=with_rationale, data_dir=data_dir
         )
     )
-    allowed = everywhere(lambda: allow(chosen, asking, model))
+    allowed = on_all_processes(lambda: allow(chosen, asking, model))
     check = allowed.check if allowed and not allowed.labels else None
     if check or asking.reads:  # what the model wants of a row is known only now
-        source = everywhere(lambda: InputFile(input, on_error, check, asking.reads))
+        source = on_all_processes(lambda: InputFile(input, on_error, check, asking.reads))
     asked = [dataclasses.asdict(asking), chosen.num_beams, chosen.length_penalty]
     # not the batch size and the number of devices: they move a score by its last digit, and who was
     # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
@@ -114,12 +115,12 @@ def predict(
     }
     require_same(key, "input or model")
     with (
-        contextlib.closing(SharedOutput(output, key)) as shared,
+        contextlib.closing(ResumableFile(output, key)) as shared,
         contextlib.closing(SkippedRows(output)) as skipped,
     ):
         result = _run(model, asking, source, shared, skipped, allowed)
         _require_unchanged(source, shared, result["rows"])
-        on_first(skipped.finish)
+        on_process_0(skipped.finish)
         shared.finish()
     return result
 
@@ -134,7 +135,7 @@ def _run(
     model: Engine,
     asking: Asking,
     source: InputFile,
-    shared: SharedOutput,
+    shared: ResumableFile,
     skipped: SkippedRows,
     allowed: Allowed | None,
 ) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _run(
     counts = {name: shared.state.get(name, 0) for name in names}
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
-    if done and is_first():
+    if done and is_process_0():
         log(f"{shared.path}: {done} rows are done, going on from there")
 
     def count_earlier() -> None:
@@ -155,7 +156,7 @@ def _run(
             if answer := next(earlier, None):
                 tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
 
-    everywhere(count_earlier)
+    on_all_processes(count_earlier)
     window_rows = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
     if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each
         window_rows = max(1, window_rows * WINDOW_LABELS // len(allowed.labels))
@@ -165,7 +166,7 @@ def _run(
         f"predict {pathlib.Path(source.path).name}",
         kept=lambda: shared.state["rows"],
     ) as update:
-        while window := everywhere(lambda: next_window(rows, window_rows)):
+        while window := on_all_processes(lambda: next_window(rows, window_rows)):
             require_same([row.fields for row in window], "input")
             answers = _decode_window(model, asking, window, counts, update, allowed)
             _require_unchanged(source, shared)  # what has been kept was made from this input
@@ -174,7 +175,7 @@ def _run(
                 tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
     seconds = time.perf_counter() - start
     new = tally.rows - done
-    return on_first(
+    return on_process_0(
         lambda: {
             **tally.summary(),
             **counts,
@@ -185,9 +186,9 @@ def _run(
     )
 
 
-def _require_unchanged(source: InputFile, shared: SharedOutput, rows: int | None = None) -> None:
+def _require_unchanged(source: InputFile, shared: ResumableFile, rows: int | None = None) -> None:
     try:
-        everywhere(lambda: source.check(rows))
+        on_all_processes(lambda: source.check(rows))
     except InputError:
         shared.discard()
         raise

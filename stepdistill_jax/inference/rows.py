@@ -7,7 +7,9 @@ from typing import Any
 
 from stepdistill_jax.data.corpora import fields
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import json_lines, local_path, sha256
+from stepdistill_jax.runtime.files import json_lines
+from stepdistill_jax.runtime.fingerprints import sha256
+from stepdistill_jax.runtime.stores import local_path
 
 OPTIONAL_TEXTS = ("label", "rationale", "llm_label")
 WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory

@@ -4,13 +4,14 @@ import contextlib
 import json
 import os
 import pathlib
-from typing import IO
 
 from stepdistill_jax.inference.rows import BadRow
-from stepdistill_jax.runtime.files import local_path, naming, opener, partial_of
-from stepdistill_jax.runtime.on_processes import is_first
+from stepdistill_jax.runtime.distributed import is_process_0
+from stepdistill_jax.runtime.files import partial_of
 from stepdistill_jax.runtime.overwriting import Made
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import local_path
+from stepdistill_jax.runtime.streams import StreamedFile
 
 LIST = Made("predict", b'{"line": ', ("line", "error"))
 SHOWN = 20
@@ -35,35 +36,30 @@ class SkippedRows:
 
     def __init__(self, output: os.PathLike | str):
         self.path = skipped_of(output)
-        self._partial = partial_of(self.path)
-        self._file: IO[str] | None = None
+        self._file: StreamedFile | None = None
         self.count = 0
 
     def add(self, bad: BadRow) -> None:
         """One more."""
         self.count += 1
-        if not is_first():
+        if not is_process_0():
             return
         if self.count <= SHOWN:
             log(f"skipped: {' '.join(str(bad).split())[:_MOST_CHARS]}")
         elif self.count == SHOWN + 1:
             log(f"skipped: more rows, which {self.path.name} will list")
         if self._file is None:
-            self._file = open(self._partial, "w", encoding="utf-8", opener=opener)  # noqa: SIM115
+            self._file = StreamedFile(self.path)
         row = {"line": bad.line, "error": bad.reason[:_MOST_CHARS]}
-        with naming(self._partial):
-            self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row).encode() + b"\n")
 
     def finish(self) -> None:
         """Names the list, or removes that of a former output; on process 0, right before the output."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
-            self._partial.unlink(missing_ok=True)  # of a run that was killed
+            partial_of(self.path).unlink(missing_ok=True)  # of a run that was killed
             return
-        with naming(self._partial), self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        os.replace(self._partial, self.path)
+        self._file.finish()
         self._file = None  # from the output's last rename on, another run may have its own
         log(f"{self.count} bad rows were skipped; all are listed in {self.path}")
 
@@ -71,5 +67,4 @@ class SkippedRows:
         """Removes a list that was not finished."""
         if self._file is not None:
             with contextlib.suppress(OSError):  # of a full disk, which was told
-                self._file.close()
-            self._partial.unlink(missing_ok=True)
+                self._file.discard()

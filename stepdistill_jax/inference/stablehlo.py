@@ -15,7 +15,7 @@ from stepdistill_jax.data.vocabulary import BYTES, EOS_ID, Vocabulary
 from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.runtime.files import atomic_write, fsync_folder
+from stepdistill_jax.runtime.files import atomic_write
 
 DECODER, PARAMS = "label_decoder.jax_export", "params"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -75,7 +75,6 @@ def write_decoder(
         again = np.load(path, mmap_mode="r")
         if not np.array_equal(again.view(np.uint8), array.view(np.uint8)):
             raise OSError(f"{path}: reads back differently from what was written")
-    fsync_folder(directory / PARAMS)
     return exported, sum(x.size for x in flat.values())
 
 

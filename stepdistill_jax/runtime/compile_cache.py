@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from stepdistill_jax.runtime.files import as_path, is_remote
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import as_path, is_remote
 
 FOLDER = ".jax_cache"
 MAX_BYTES = 4 * 2**30  # of our folder, least recently used first; a user's own has the user's bound

@@ -116,7 +116,7 @@ def join() -> None:
         _check_devices(expected)
 
 
-def is_first() -> bool:
+def is_process_0() -> bool:
     """Whether this process speaks for the job: the first of it, or the only one."""
     return _joined is None or _joined.process_id == 0
 

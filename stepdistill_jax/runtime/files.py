@@ -1,26 +1,19 @@
-"""Reading and writing files that a later reader may trust; paths in an object store."""
+"""Reads and writes whole files that a later reader may trust."""
 
 import collections
 import contextlib
 import errno
-import functools
-import hashlib
-import importlib.util
 import io
 import json
-import logging
 import os
 import pathlib
-import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
-PARTIAL = ".partial"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
 _TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
@@ -32,138 +25,15 @@ _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
     b"\xff\xfe": "it looks like UTF-16, so save it as UTF-8",
     b"\xfe\xff": "it looks like UTF-16, so save it as UTF-8",
 }
-_GS = "gs://"
-# a URL, or what pathlib makes of one of a store: `gs:/bucket/run`
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
-def _url(path: os.PathLike | str) -> str | None:
-    """`SCHEME://REST` of a path that is a URL."""
-    text = os.fspath(path)
-    if (match := _URL.match(text)) is None:
-        return None
-    return f"{match[1] or match[2]}://{text[match.end() :].strip('/')}"
-
-
-def is_remote(path: os.PathLike | str) -> bool:
-    """Whether a path is in an object store (`gs://`) rather than on this machine."""
-    return (_url(path) or "").startswith(_GS)
-
-
-def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """A user's path: pathlib's, or one with its methods (`StorePath`) in an object store.
-
-    In a store there are no appends, no renames, no locks, and no folder without a file in it.
-
-    Raises:
-        InputError: another kind of URL, or a package is missing that reads the store.
-    """
-    if (url := _url(path)) is None:
-        return pathlib.Path(path)
-    if not url.startswith(_GS):
-        raise InputError(f"{url}: cannot be read or written; give a local path or gs://BUCKET/...")
-    if url == _GS:
-        raise InputError(f"{url}: the bucket is missing; gs://BUCKET/FOLDER is wanted")
-    _prepare_stores()
-    if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{url}: gs:// needs a package: pip install gcsfs")
-    from stepdistill_jax.runtime.store_path import StorePath
-
-    return cast(pathlib.Path, StorePath(url))
-
-
-class StoreError(Exception):
-    """A store that gave no answer, after its client has tried again for a while; one line with the URL.
-
-    No OSError: who takes a file that cannot be read for a damaged one must not take this for one.
-
-    Attributes:
-        reason: without the URL.
-    """
-
-    def __init__(self, url: os.PathLike | str, error: Exception):
-        self.reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        super().__init__(
-            f"{os.fspath(url)}: {self.reason}; is the bucket there, can it be reached, and do the"
-            " credentials allow it?"
-        )
-
-
-@contextlib.contextmanager
-def asked(path: os.PathLike | str) -> Iterator[None]:
-    """Around what asks a store about `path`: each client has errors of its own, most without the URL.
-
-    Raises:
-        StoreError: for all of them but "no such file" and the like; of a local path nothing is changed.
-    """
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, StoreError):
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        raise StoreError(path, error) from error
-
-
-def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
-    """The pathlib path of what must be on this machine.
-
-    Args:
-        path: as the user gave it.
-        name: what it is called in a message, e.g. `--data-dir`.
-
-    Raises:
-        InputError: it is a URL.
-    """
-    if (url := _url(path)) is not None:
-        raise InputError(
-            f"{name} {url}: must be on this machine, copy it here; only a workdir may be in a store"
-        )
-    return pathlib.Path(path)
-
-
-@functools.cache
-def _prepare_stores() -> None:
-    """Once, before the first path in a store is touched."""
-    # epath would read them by TensorFlow wherever that is installed; predict must not import it
-    os.environ.setdefault("EPATH_USE_TF", "false")
-    import fsspec.config
-
-    # it writes the traceback of each error that it also raises
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    # a listing that is kept does not show what TensorStore or another process wrote since
-    for scheme in ("gs", "gcs"):
-        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-
-
-@functools.cache
-def local_copy(path: pathlib.Path) -> pathlib.Path:
-    """A file for a library that reads local ones only: `path`, or a copy that lives as long as we do."""
-    if not is_remote(path):
-        return path
-    import atexit
-
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="stepdistill-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = folder / path.name
-    copy.write_bytes(path.read_bytes())
-    return copy
-
-
-def fsync_folder(folder: pathlib.Path) -> None:
-    """Makes a rename inside `folder` survive a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: os.PathLike | str) -> None:
+    """Makes what was written to a file, or renamed inside a folder, survive a power loss."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts every file below a local folder into a store, whole; what is there is replaced."""
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        (target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
 
 
 @contextlib.contextmanager
@@ -180,7 +50,7 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
 def partial_of(path: os.PathLike | str) -> pathlib.Path:
     """Path of a file while it is being written: PATH.partial."""
     path = local_path(path, "output")
-    return path.with_name(path.name + PARTIAL)
+    return path.with_name(path.name + ".partial")
 
 
 def opener(path: str, flags: int) -> int:
@@ -212,6 +82,14 @@ def opener(path: str, flags: int) -> int:
     return handle
 
 
+def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives what was written to `file`, open at `partial`, the name `path`; a power loss leaves all or none."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(partial, path)
+    fsync(path.parent)
+
+
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
@@ -230,10 +108,7 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     encoding = None if "b" in mode else "utf-8"
     with naming(path), open(partial, mode, encoding=encoding, opener=opener) as f:
         yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-    fsync_folder(path.parent)
+        publish(f, partial, path)
 
 
 def write_json(path: os.PathLike | str, value: Any) -> None:
@@ -395,77 +270,3 @@ def check_writable(path: os.PathLike | str, name: str = "") -> None:
         raise InputError(f"{name}: cannot be written ({nearest} is no folder)")
     if not os.access(nearest, os.W_OK):
         raise InputError(f"{name}: cannot be written (no permission in {nearest})")
-
-
-class InUse(InputError):
-    """Another process writes the file."""
-
-
-def open_locked(path: pathlib.Path) -> IO[bytes]:
-    """Opens `path` to append; no other process can until it is closed.
-
-    Raises:
-        InUse: another one has it open.
-        InputError: it is a link or no file.
-        OSError: it cannot be written.
-    """
-    while True:
-        file = open(path, "ab", opener=opener)  # noqa: SIM115
-        try:
-            _lock(file)
-            # a run that ended in between has renamed or removed what we opened
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-                    return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
-
-
-def _lock(file: IO[bytes]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no POSIX system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InUse(
-            f"{file.name}: another run is writing it; wait for that one, or give another output"
-        ) from None
-    except OSError:  # some network file systems have no locks
-        return
-
-
-def sha256(path: os.PathLike | str) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sampled_digest(folder: pathlib.Path) -> str:
-    """Hex digest of the names and sizes of all files below a folder, and of pieces spread over each.
-
-    Reads at most 4 MiB of a file: it tells two trainings of a model apart without reading either.
-    What does not count: a README.md, and what lies hidden (downloads leave their dates there).
-    """
-    found = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            pieces = hashlib.sha256()
-            for start in range(0, size, max(4096, -(-size // 1024))):
-                f.seek(start)
-                pieces.update(f.read(4096))
-        found.append([name.as_posix(), size, pieces.hexdigest()])
-    return digest(found)
-
-
-def digest(value: Any) -> str:
-    """Hex digest of a JSON-like value; the order of keys does not matter."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()

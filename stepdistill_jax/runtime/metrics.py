@@ -12,17 +12,9 @@ import time
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import (
-    as_path,
-    atomic_write,
-    check_file,
-    is_remote,
-    naming,
-    opener,
-    parse_json_line,
-    upload,
-)
+from stepdistill_jax.runtime.files import atomic_write, check_file, naming, opener, parse_json_line
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import as_path, is_remote, upload
 
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike

@@ -1,7 +1,7 @@
-"""What the processes of one run tell each other; with one process nothing is sent.
+"""Work of one process or of all, and what they tell each other; with one process nothing is sent.
 
-Every process must come to these calls in the same order. So an error that only one of them meets is
-told to all: they end together, instead of waiting for one that has left.
+Every process must make these calls in the same order. An error that only one of them meets is raised
+in all: they end together, instead of waiting for one that has left.
 """
 
 import contextlib
@@ -9,11 +9,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-import jax
-import numpy as np
-
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.distributed import is_process_0
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import agreed
 
@@ -21,18 +19,19 @@ T = TypeVar("T")
 _BLOCK = 1024  # bytes; messages are filled up to few sizes, so few programs compile
 
 
-def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return jax.process_index() == 0
+class PeerFailed(RuntimeError):
+    """Another process failed; the message has its number and its error."""
 
 
-def everywhere(action: Callable[[], T]) -> T:
+def on_all_processes(action: Callable[[], T]) -> T:
     """`action()` on every process, each with its own result.
 
     Raises:
         InputError: on all processes, if the first one that failed met one; else what it met (the
-            others have a RuntimeError). The message names the process.
+            others have a `PeerFailed`). The message names the process.
     """
+    import jax
+
     if jax.process_count() == 1:
         return action()
     result, error = None, None
@@ -40,27 +39,29 @@ def everywhere(action: Callable[[], T]) -> T:
         result = action()
     except Exception as e:
         error = e
-    _raise_first(_gather(_told(error)), error)
+    _raise_first(_gather(_as_json(error)), error)
     return result  # pyright: ignore[reportReturnType]
 
 
-def on_first(action: Callable[[], Any]) -> Any:
+def on_process_0(action: Callable[[], Any]) -> Any:
     """`action()` on process 0 alone; its result, a JSON value, on all.
 
     Raises:
-        InputError, RuntimeError: as `everywhere`.
+        InputError, PeerFailed: as `on_all_processes`.
     """
+    import jax
+
     if jax.process_count() == 1:
         return action()
     result, error = None, None
-    if is_first():
+    if jax.process_index() == 0:
         try:
             result = action()
         except Exception as e:
             error = e
-    told = _gather([result, _told(error)] if is_first() else None)[0]
-    _raise_first([told[1]], error)
-    return told[0]
+    result, failure = _gather([result, _as_json(error)])[0]
+    _raise_first([failure], error)
+    return result
 
 
 def require_same(value: Any, what: str) -> None:
@@ -70,6 +71,8 @@ def require_same(value: Any, what: str) -> None:
         value: of this process.
         what: what it tells about, for the message: "input and model".
     """
+    import jax
+
     if jax.process_count() == 1:
         return
     values = _gather(digest(value))
@@ -94,21 +97,27 @@ def until_stopped(
     Raises:
         SystemExit: 75, on all processes after the same batch, once one of them got a SIGTERM.
     """
+    import jax
+
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress(total, description, done=kept())) if is_first() else None
+        bar = (
+            stack.enter_context(progress(total, description, done=kept()))
+            if is_process_0()
+            else None
+        )
 
         def update(rows: int) -> None:
             if bar:
                 bar.update(rows)
             if jax.process_count() > 1 and agreed():
-                if is_first():
+                if is_process_0():
                     log(f"stopped by a signal: {kept()} rows are kept; start again")
                 raise SystemExit(EXIT_STOPPED)
 
         yield update
 
 
-def _told(error: Exception | None) -> list[Any] | None:
+def _as_json(error: Exception | None) -> list[Any] | None:
     if error is None:
         return None
     if isinstance(error, InputError):
@@ -116,18 +125,21 @@ def _told(error: Exception | None) -> list[Any] | None:
     return [False, f"{type(error).__name__}: {error}"]
 
 
-def _raise_first(told: list[Any], own: Exception | None) -> None:
+def _raise_first(errors: list[Any], own: Exception | None) -> None:
+    import jax
+
     # one error decides for all, so that all go on or unwind in the same way
-    for process, error in enumerate(told):
+    for process, error in enumerate(errors):
         if error is not None:
             is_input, message = error
             if process == jax.process_index() and own is not None and not is_input:
                 raise own  # with its traceback
-            raise (InputError if is_input else RuntimeError)(f"process {process}: {message}")
+            raise (InputError if is_input else PeerFailed)(f"process {process}: {message}")
 
 
 def _gather(value: Any) -> list[Any]:
     """The JSON value of each process, by process."""
+    import numpy as np
     from jax.experimental import multihost_utils
 
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -7,7 +7,6 @@ the port. A connection without the token is closed and changes nothing.
 
 import contextlib
 import errno
-import hashlib
 import hmac
 import ipaddress
 import re
@@ -16,6 +15,7 @@ import socket
 import time
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.fingerprints import sha256_of
 
 GREETING = "stepdistill-roll-call"
 _GREETING = re.compile(rf"{GREETING} ([0-9a-f]{{64}}) (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
@@ -56,7 +56,7 @@ def roll_call(
             port cannot be opened.
     """
     deadline = time.monotonic() + timeout_secs
-    token = hashlib.sha256((secret or f"{host}:{port}").encode()).hexdigest()
+    token = sha256_of(secret or f"{host}:{port}")
     if process_id:
         greeting = f"{GREETING} {token} {num_processes} {process_id}\n"
         _answer(host, port, greeting, num_processes, deadline, timeout_secs)

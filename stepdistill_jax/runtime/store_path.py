@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils.epath import gpath, stat_utils
 
-from stepdistill_jax.runtime.files import asked
+from stepdistill_jax.runtime.stores import asked
 
 
 class _Stat(stat_utils.StatResult):
@@ -27,24 +27,20 @@ class StorePath(gpath.PosixGPath):
             found = super().stat()
         return _Stat(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
 
-    def exists(self) -> bool:
-        try:
-            self.stat()
-        except FileNotFoundError:
-            return False
-        return True
-
-    def is_dir(self) -> bool:
+    def _is_folder(self) -> bool | None:
         try:
             return self.stat().is_directory
         except FileNotFoundError:
-            return False
+            return None
+
+    def exists(self) -> bool:
+        return self._is_folder() is not None
+
+    def is_dir(self) -> bool:
+        return self._is_folder() is True
 
     def is_file(self) -> bool:
-        try:
-            return not self.stat().is_directory
-        except FileNotFoundError:
-            return False
+        return self._is_folder() is False
 
     def iterdir(self) -> Iterator["StorePath"]:
         with asked(self):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,8 @@ from stepdistill_jax.data.prepared import (
 from stepdistill_jax.data.reading import UNLABELLED
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.files import atomic_write
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
@@ -381,12 +381,11 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
     tf = tensorflow()
     local = folder / FOLDER / "vocabularies" / f"{digest(path)[:16]}.model"
     if not local.is_file():
-        local.parent.mkdir(parents=True, exist_ok=True)
         try:
-            tf.io.gfile.copy(path, os.fspath(local) + ".partial", overwrite=True)
+            with atomic_write(local, "wb") as f, tf.io.gfile.GFile(path, "rb") as remote:
+                f.write(remote.read())
         except (tf.errors.OpError, OSError) as error:
             raise InputError(f"task {task.name!r}: vocabulary {path}: {error}") from None
-        shutil.move(os.fspath(local) + ".partial", local)
     return os.fspath(local)
 
 

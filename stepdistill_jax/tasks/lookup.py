@@ -16,7 +16,7 @@ from stepdistill_jax.data.prepared import (
     prepared_names,
 )
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.runtime.files import sha256
+from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.registry import TaskSpec
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.corpora.fields import weight
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.runtime.fingerprints import sha256_of_rows
 
 AT_ONCE = 32  # rows that a function is asked for ahead
 
@@ -56,14 +56,11 @@ class RowsOfFunction:
         Raises:
             InputError: the function fails, or a row is not as it should be.
         """
-        count, state = 0, hashlib.sha256()
+        rows = (json.dumps(list(fields.values())).encode() for fields in self._checked(split))
         try:
-            for fields in self._checked(split):
-                state.update(json.dumps(list(fields.values())).encode())
-                count += 1
+            return sha256_of_rows(rows)
         except Exception as error:
             raise self.failure or error from None
-        return {"rows": count, "sha256": state.hexdigest()}
 
     def _checked(self, split: str) -> Iterator[dict[str, Any]]:
         self.failure = None
@@ -201,9 +198,5 @@ def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
 
     dataset = source.get_dataset(split=split, shuffle=False, seed=seed)
     dataset = dataset.map(as_bytes, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
-    count, state = 0, hashlib.sha256()
-    for rows in dataset.as_numpy_iterator():
-        for row in rows:
-            state.update(len(row).to_bytes(8, "little") + row)
-        count += len(rows)
-    return {"rows": count, "sha256": state.hexdigest()}
+    rows = itertools.chain.from_iterable(dataset.as_numpy_iterator())
+    return sha256_of_rows(len(row).to_bytes(8, "little") + row for row in rows)

@@ -1,30 +1,28 @@
 """Token ids on disk, written once per dataset, split and vocabulary; no TensorFlow."""
 
 import array
-import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import functools
-import glob
 import json
 import os
 import pathlib
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.runtime.files import digest, sha256
+from stepdistill_jax.runtime.files import fsync
+from stepdistill_jax.runtime.fingerprints import digest, of_each, sha256
+from stepdistill_jax.runtime.folders import REPLACED, folder_aside
 from stepdistill_jax.runtime.progress import log
 
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
 FEATURES = ("inputs", "targets")
-_READERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ def write_store(
 
     Several processes may write at once, on a shared folder, too: each gets a whole store, and one
     that was written in the meantime and is the same is taken instead of being replaced, since
-    others may have its files open. `remove_partial` removes what a killed one left.
+    others may have its files open.
 
     Args:
         directory: the store's own folder.
@@ -131,28 +129,22 @@ def write_store(
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(directory)
-    partial.chmod(0o755)  # mkdtemp's 0700 would keep the others on a shared folder out
-    try:
-        count = _write_files(partial, len(objectives), examples)
-        sizes = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+    with folder_aside(directory, own_tag()) as new:
+        count = _write_files(new, len(objectives), examples)
+        sizes = {p.name: p.stat().st_size for p in sorted(new.iterdir())}
         manifest = {
             "version": FORMAT_VERSION,
-            "fingerprint": _fingerprint(partial, objectives, sizes),
+            "fingerprint": _fingerprint(new, objectives, sizes),
             "objectives": list(objectives),
             "num_examples": count,
             "sizes": sizes,
             "about": dict(about or {}),
         }
-        with open(partial / MANIFEST, "w", encoding="utf-8") as f:
+        with open(new / MANIFEST, "w", encoding="utf-8") as f:
             json.dump(manifest, f, indent=2, ensure_ascii=False)
-        for path in partial.iterdir():  # whole on disk before the name says so
-            with open(path, "rb") as f:
-                os.fsync(f.fileno())
-        return _put(partial, directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        for path in new.iterdir():  # whole on disk before the name says so
+            fsync(path)
+        return _put(new, directory)
 
 
 def _write_files(
@@ -183,54 +175,37 @@ def _write_files(
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
     """Digest of the objectives and of every byte of the files."""
-    names = list(names)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        hashes = pool.map(sha256, [folder / name for name in names])
-        return digest([list(objectives), dict(zip(names, hashes, strict=True))])
+    return digest([list(objectives), of_each(sha256, folder, names)])
 
 
-def _beside(directory: pathlib.Path) -> pathlib.Path:
-    """A new folder for what becomes, or was, the store there."""
-    return pathlib.Path(tempfile.mkdtemp(dir=directory.parent, prefix=_partial_prefix(directory)))
-
-
-def _partial_prefix(directory: pathlib.Path) -> str:
-    return f".partial-{directory.name}-{socket.gethostname()}-"
-
-
-def remove_partial(directory: pathlib.Path) -> None:
-    """Removes what killed processes of this host left beside a store, where no other one can write it.
-
-    Not what other hosts left: some shared file systems grant a lock to one process of each host.
-    """
-    for left in directory.parent.glob(glob.escape(_partial_prefix(directory)) + "*"):
-        shutil.rmtree(left, ignore_errors=True)
+def own_tag() -> str:
+    """Tag of this host's writers (`folders.alone`): some disks grant a lock to one process of each host."""
+    return f"{socket.gethostname()}-"
 
 
 def _file_name(objective: int, feature: str, what: str) -> str:
     return f"{objective + 1}-{feature}.{what}"
 
 
-def _put(partial: pathlib.Path, directory: pathlib.Path) -> TokenStore:
+def _put(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
     """Puts a written folder in its place; readers of another one there keep their open files.
 
     The store is opened before it is moved: afterwards another process may move it on.
     """
-    store = open_store(partial)
+    store = open_store(new)
     if store is None:
-        raise OSError(f"{partial}: was damaged while it was written")
+        raise OSError(f"{new}: was damaged while it was written")
     while True:
         try:
-            os.rename(partial, directory)  # fails where a folder with files is
+            os.rename(new, directory)  # fails where a folder with files is
             return dataclasses.replace(store, directory=directory)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         there = open_store(directory)
         if there is not None and is_same(there, store):
-            shutil.rmtree(partial, ignore_errors=True)
             return there
-        old = _beside(directory)
+        old = new.parent / REPLACED
         with contextlib.suppress(FileNotFoundError):  # another process has just moved it
             os.replace(directory, old)
         shutil.rmtree(old, ignore_errors=True)

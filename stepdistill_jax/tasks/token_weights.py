@@ -1,7 +1,6 @@
 """Weights of single target tokens, from a field of the rows that has a number for each word."""
 
 import dataclasses
-import hashlib
 import os
 import string
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.checks import FLOAT32
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.fingerprints import digest, sha256_of
 from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.lookup import find_task
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
@@ -87,7 +86,7 @@ def with_token_weights(
         {**rows, **({"token_weights": weighed[name]} if name in weighed else {})}
         for name, rows in zip(names, store.rows, strict=True)
     ]
-    sums = {name: hashlib.sha256(w.tobytes()).hexdigest() for name, w in weighed.items()}
+    sums = {name: sha256_of(w.tobytes()) for name, w in weighed.items()}
     fingerprint = digest([store.fingerprint, sums])
     changed = dataclasses.replace(store, rows=tuple(rows), fingerprint=fingerprint)
     return dataclasses.replace(data, stores=(changed,))

@@ -1,6 +1,5 @@
 """Reads a task once and keeps its tokens; opens them without TensorFlow afterwards."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
-from stepdistill_jax.data.writing import locked
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.folders import alone
 from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.preprocessors import LABEL_TEXT
@@ -27,7 +26,7 @@ from stepdistill_jax.tasks.token_store import (
     TokenStore,
     is_same,
     open_store,
-    remove_partial,
+    own_tag,
     write_store,
 )
 
@@ -80,9 +79,7 @@ def stored_tokens(
     reading = Reading(task, split, prefixes)
     if found is not None and reading.is_kept_in(found):
         return found
-    with _alone(directory) as alone:
-        if alone:
-            remove_partial(directory)
+    with alone(directory, own_tag(), wait=True):
         theirs = open_store(directory)  # of a process that was alone before
         if (
             theirs is not None
@@ -107,17 +104,6 @@ def stored_tokens(
                     bar.update(1)
 
             return write_store(directory, objectives, counted(), about)
-
-
-@contextlib.contextmanager
-def _alone(directory: pathlib.Path) -> Iterator[bool]:
-    """One process at a time (True); all at once where the file system has no locks, which costs time."""
-    with contextlib.ExitStack() as stack:
-        alone = False
-        with contextlib.suppress(OSError):
-            stack.enter_context(locked(directory.parent, directory.name))
-            alone = True
-        yield alone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Rationales and labels of a teacher for a file of questions."""
 
 import asyncio
+import contextlib
 import os
 import pathlib
 import time
@@ -8,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, local_path
-from stepdistill_jax.runtime.overwriting import check_apart, check_outputs
+from stepdistill_jax.runtime.files import check_file
+from stepdistill_jax.runtime.overwriting import Made, check_apart, check_outputs
 from stepdistill_jax.runtime.progress import log, progress
+from stepdistill_jax.runtime.stores import local_path
+from stepdistill_jax.runtime.streams import StreamedFile
 from stepdistill_jax.teacher.batch import read_batch, write_batch
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ChatClient, Teacher
-from stepdistill_jax.teacher.output import DEFECTS, ROWS, RowFile, defects_of
 from stepdistill_jax.teacher.prompting import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.prompts import estimate_tokens
 from stepdistill_jax.teacher.rows import check_rows, read_rows
@@ -23,6 +25,8 @@ from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal
 from stepdistill_jax.teacher.settings import LOCAL, Settings
 
 CACHE_NAME = "teacher_cache.sqlite"
+ROWS = Made("annotate", b'{"id": ', ("id", "input", "provenance"))
+DEFECTS = Made("annotate", b'{"kind": "', ("kind", "row", "id", "sample", "text"))
 
 
 def annotate(
@@ -87,6 +91,11 @@ def annotate(
         cache.close()
 
 
+def defects_of(output: pathlib.Path) -> pathlib.Path:
+    """The list of defects of an output."""
+    return output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
+
+
 def estimated(asking: Asking, estimate: Estimate) -> dict[str, Any]:
     """Tokens and money that the answers that are not in the cache would take.
 
@@ -148,10 +157,10 @@ async def _annotate(
     asking: Asking, input: pathlib.Path, output: pathlib.Path, cache: AnswerCache
 ) -> dict[str, Any]:
     settings = asking.settings
-    rows_file = RowFile(output)
-    defects_file = None
-    try:
-        defects_file = RowFile(defects_of(output))
+    with (
+        contextlib.closing(StreamedFile(output)) as rows_file,
+        contextlib.closing(StreamedFile(defects_of(output))) as defects_file,
+    ):
         read = _estimate(asking, input, cache)
         estimate = estimated(asking, read)
         log(f"annotate: {in_words(estimate)}")
@@ -188,10 +197,6 @@ async def _annotate(
         if stopped is None:
             defects_file.finish()
             rows_file.finish()
-    finally:
-        rows_file.close()
-        if defects_file is not None:
-            defects_file.close()
     return _result(run, budget, estimate, seconds, stopped)
 
 

@@ -1,11 +1,10 @@
 """What is asked for each row, and under which key its answers are kept."""
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from stepdistill_jax.runtime.files import digest
+from stepdistill_jax.runtime.fingerprints import digest, sha256_of
 from stepdistill_jax.teacher.answers import Answer, Reading, read_answer
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.prompts import Prompter, load_prompter
@@ -76,7 +75,7 @@ class Asking:
         found: dict[str, Any] = {
             "model": self.settings.name,
             "task": self.settings.task,
-            "prompt_sha256": hashlib.sha256(prompt.encode()).hexdigest(),
+            "prompt_sha256": sha256_of(prompt),
         }
         if self.settings.label_given:
             found["label_given"] = True

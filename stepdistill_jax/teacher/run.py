@@ -11,11 +11,11 @@ from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 from stepdistill_jax.runtime.progress import Bar
 from stepdistill_jax.runtime.signals import StopSignals, leave
+from stepdistill_jax.runtime.streams import StreamedFile
 from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
 from stepdistill_jax.teacher.budget import Budget, BudgetReached
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ServerError, Teacher, now
-from stepdistill_jax.teacher.output import RowFile
 from stepdistill_jax.teacher.prompting import Asking
 from stepdistill_jax.teacher.rows import Row
 from stepdistill_jax.teacher.vote import Sample, output_row
@@ -62,8 +62,8 @@ class Run:
         teacher: Teacher | None,
         cache: AnswerCache,
         budget: Budget,
-        output: RowFile,
-        defects: RowFile,
+        output: StreamedFile,
+        defects: StreamedFile,
         bar: Bar,
         *,
         kept: int = 0,

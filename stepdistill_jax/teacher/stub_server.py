@@ -8,12 +8,13 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
+
+from stepdistill_jax.runtime.fingerprints import hash64
 
 PORT = 8399
 _LETTERED = re.compile(r"^\((\w)\) (.*)$", re.MULTILINE)
@@ -54,7 +55,7 @@ def by_rule(request: dict[str, Any]) -> Reply:
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")
     question = re.split(r"^Premise:|^Q:", prompt, flags=re.MULTILINE)[-1].strip()
-    number = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4])
+    number = hash64(question) >> 32
     about = " ".join(question.split()[:8]).rstrip(".?,:")
     given = _GIVEN.search(question)
     choices = [f"({x}) {c}" for x, c in _LETTERED.findall(question)] or _LISTED.findall(question)

@@ -14,7 +14,6 @@ from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_step
 from stepdistill_jax.runtime.metrics import last_step_metrics
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals
-from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.memory import out_of_memory_explained
 from stepdistill_jax.training.profile import StepProfile
@@ -23,6 +22,7 @@ from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.startup import StartUp
 from stepdistill_jax.training.step import jit_train_step
 from stepdistill_jax.training.supervision import Supervisor, leave_at_start, supervised
+from stepdistill_jax.training.workdir import locked_workdir
 
 
 def train(
@@ -61,7 +61,7 @@ def train(
     with StopSignals(leave_at_start, limit_secs=UNWIND_SECS, several=several) as stop:
         run = assemble(config, workdir, data_dir)
         stop.act_if_agreed()
-        with locked(run.workdir), out_of_memory_explained(config):
+        with locked_workdir(run.workdir), out_of_memory_explained(config):
             described = describe(run)
             claim_workdir(run, described, config_text)
             if jax.process_index() == 0:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import jax
 
-from stepdistill_jax.runtime.files import is_remote, upload
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import is_remote, upload
 
 FOLDER = "profile"
 

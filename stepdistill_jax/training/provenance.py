@@ -16,14 +16,9 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
 from stepdistill_jax.models.config import OLD_REMAT_POLICIES
 from stepdistill_jax.models.lora import split
-from stepdistill_jax.runtime.files import (
-    atomic_write,
-    digest,
-    read_json,
-    sampled_digest,
-    write_json,
-)
-from stepdistill_jax.runtime.on_processes import everywhere, on_first
+from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
+from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
+from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0, require_same
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import VALIDATION
 from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
@@ -152,13 +147,13 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     """
     _agree(described)
     path = run.workdir / RUN
-    earlier = everywhere(lambda: _earlier(run.workdir, described))
+    earlier = on_all_processes(lambda: _earlier(run.workdir, described))
     if config_text:
-        on_first(lambda: check_config(run.workdir / GIN, config_text))
-    on_first(lambda: _write(run, described, earlier, config_text))
+        on_process_0(lambda: check_config(run.workdir / GIN, config_text))
+    on_process_0(lambda: _write(run, described, earlier, config_text))
     if jax.process_count() > 1:
-        written = on_first(lambda: digest(read_json(path)))
-        everywhere(lambda: _wait_for(path, written))
+        written = on_process_0(lambda: digest(read_json(path)))
+        on_all_processes(lambda: _wait_for(path, written))
 
 
 def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any] | None:
@@ -194,23 +189,15 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
 
 
 def _agree(described: dict[str, Any]) -> None:
-    """Raises where a process of this run has another config or other data than the first."""
+    """Raises where a process of this run has another config, other data or another INIT_FROM."""
     if jax.process_count() == 1:
         return
     given = described["config"]["init_from"]
     # run.json has sizes only; under a cut each process reads its part, and two models would become a third
     weights = sampled_digest(pathlib.Path(given)) if given and pathlib.Path(given).is_dir() else ""
-    same = digest([described["config"], described["fingerprint"], weights])
-    first = on_first(lambda: same)
-
-    def agrees() -> None:
-        if same != first:
-            raise InputError(
-                "it has another config, other data or another `init_from` than process 0"
-                f" ({described['fingerprint']}); give all the same files"
-            )
-
-    everywhere(agrees)
+    require_same(
+        [described["config"], described["fingerprint"], weights], "config, data or `init_from`"
+    )
 
 
 def _wait_for(path: pathlib.Path, written: str) -> None:

@@ -19,8 +19,8 @@ from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.lora import base_of
 from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir
-from stepdistill_jax.runtime.files import as_path, local_path
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import as_path, local_path
 from stepdistill_jax.tasks.load import TaskData, has_split
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import TRAIN, VALIDATION, batches_of, load_split, vocabulary_of

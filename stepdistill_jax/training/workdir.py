@@ -1,19 +1,28 @@
 """Whose folder a workdir is: nobody's yet, this run's, or something else's."""
 
+import contextlib
+import datetime
 import io
+import json
 import os
 import pathlib
+import socket
 import tokenize
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import CONFIG, GENERATION_CONFIG, TASK_INFO
 from stepdistill_jax.runtime.checkpoints.manager import FOLDER
-from stepdistill_jax.runtime.files import StoreError, is_remote, read_json
+from stepdistill_jax.runtime.files import read_json
+from stepdistill_jax.runtime.locks import InUse, locked
 from stepdistill_jax.runtime.metrics import FLAGGED, METRICS
+from stepdistill_jax.runtime.on_processes import on_process_0
+from stepdistill_jax.runtime.overwriting import Made, check_outputs
+from stepdistill_jax.runtime.stores import StoreError, is_remote
 
-RUN = "run.json"
+RUN, LOCK = "run.json", "run.lock"
 GIN = "config.gin"  # all that made the run; a run can be begun or gone on with from it
 # what a run writes, so what is there without a run.json is somebody else's
 _NAMES = (
@@ -27,6 +36,40 @@ _CONFIG_FIELDS = {
     **{"batch_size": int, "train_steps": int},
 }
 _LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list}
+
+
+@contextlib.contextmanager
+def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
+    """Process 0 holds the lock of a workdir; an object store, and a network disk without locks, have none.
+
+    Raises:
+        InputError: another run holds it, or it cannot be written; in every process.
+    """
+    with contextlib.ExitStack() as held:
+        on_process_0(lambda: None if is_remote(workdir) else _hold(workdir, held))
+        yield
+
+
+def _hold(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+    path = workdir / LOCK
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    note = json.dumps([os.getpid(), socket.gethostname(), since])
+    check_outputs({path: Made("train", b"[")})
+    try:
+        held.enter_context(locked(path, note=note.encode()))
+    except InUse:
+        raise InputError(
+            f"--workdir {workdir}: {_holder(path)} is training in it; wait for its end, stop it, or"
+            " choose another folder"
+        ) from None
+
+
+def _holder(path: pathlib.Path) -> str:
+    try:
+        pid, host, since = json.loads(path.read_text())
+    except (OSError, ValueError):  # it has only just taken it
+        return "another run"
+    return f"process {pid} on {host} (since {since})"
 
 
 def check_workdir(workdir: pathlib.Path) -> None:

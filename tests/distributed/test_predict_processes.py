@@ -19,7 +19,7 @@ from stepdistill_jax.formats.directory import TaskInfo, write_model_files
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
-from stepdistill_jax.runtime.files import open_locked
+from stepdistill_jax.runtime.locks import open_locked
 
 pytestmark = pytest.mark.slow  # ten to thirty seconds each
 

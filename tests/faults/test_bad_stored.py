@@ -164,7 +164,8 @@ def test_results_of_a_batch(tmp_path, record_fault):
 def prepared(folder):
     """A small prepared dataset as `prepare` leaves it, but for the TFDS files' contents."""
     from stepdistill_jax.data import writing
-    from stepdistill_jax.runtime.files import sha256, write_json
+    from stepdistill_jax.runtime.files import write_json
+    from stepdistill_jax.runtime.fingerprints import sha256
 
     (folder / "source").mkdir()
     (folder / "source" / "test.jsonl").write_text(GOOD)

@@ -26,16 +26,16 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.runtime.metrics import read_metrics
-from stepdistill_jax.runtime.workdir_lock import locked
 from stepdistill_jax.tasks.token_store import MANIFEST, TokenExample, open_store, write_store
 from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training.workdir import locked_workdir
 
 predict_module = importlib.import_module("stepdistill_jax.inference.predict")
 FLIPS = 200
 HOLDER = """
 import pathlib, sys, time
-from stepdistill_jax.runtime.workdir_lock import locked
-with locked(pathlib.Path(sys.argv[1])):
+from stepdistill_jax.training.workdir import locked_workdir
+with locked_workdir(pathlib.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -90,10 +90,10 @@ def test_a_second_run_is_refused_and_a_killed_one_is_no_obstacle(
         seen.append("no obstacle")
         assert (workdir / "run.lock").exists()
         mine = pytest.raises(InputError, match=f"process {os.getpid()} ")
-        with locked(workdir), mine, locked(workdir):
+        with locked_workdir(workdir), mine, locked_workdir(workdir):
             pass
         assert not (workdir / "run.lock").exists()
-        with locked(workdir):
+        with locked_workdir(workdir):
             pass
 
 
@@ -274,12 +274,12 @@ def test_any_flipped_bit_of_a_token_store_is_found(tmp_path, record_fault):
 
 
 def test_a_full_disk_names_the_lock_and_a_file_of_its_name_is_left_alone(tmp_path, full_disk):
-    too_large = pytest.raises(InputError, match=r"File too large \(.*run\.lock\)")
-    with full_disk(0), too_large, locked(tmp_path):
+    too_large = pytest.raises(InputError, match=r"run\.lock: cannot be written \(File too large")
+    with full_disk(0), too_large, locked_workdir(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run.lock").write_text("my notes")
     theirs = pytest.raises(InputError, match=r"run\.lock: is there and was not written by `train`")
-    with theirs, locked(tmp_path):
+    with theirs, locked_workdir(tmp_path):
         pass
     assert (tmp_path / "run.lock").read_text() == "my notes"

@@ -31,7 +31,7 @@ from stepdistill_jax.inference.rows import BadRow, Row
 from stepdistill_jax.inference.skipped import SkippedRows
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
-from stepdistill_jax.runtime.streams import PartialOutput, outputs_of
+from stepdistill_jax.runtime.streams import ResumableFile, outputs_of
 
 predict_module = importlib.import_module("stepdistill_jax.inference.predict")
 INPUT_LENGTH = 24
@@ -354,7 +354,7 @@ def test_a_list_on_a_full_disk_is_named_and_removed(tmp_path, finished, full_dis
 def test_memory_of_counts_lists_and_earlier_rows_does_not_grow_with_rows(tmp_path):
     key, rows = {"input": "x"}, 20_000
     tally, skipped = Tally("text_match"), SkippedRows(tmp_path / "out.jsonl")
-    output = PartialOutput(tmp_path / "out.jsonl", key)
+    output = ResumableFile(tmp_path / "out.jsonl", key)
     output.append([{"id": i, "label": "a label"} for i in range(rows)])
     with contextlib.redirect_stderr(None):
         tracemalloc.start()
@@ -485,7 +485,7 @@ def around(owner, name, when=lambda *args: True):
         return result
     setattr(owner, name, wrapped)
 if place == "half a write":
-    append = output.PartialOutput.append
+    append = output.ResumableFile.append
     def half(self, rows, **counts):
         left[0] -= 1
         if left[0] == 0:
@@ -493,7 +493,7 @@ if place == "half a write":
             self._file.flush()
             kill()
         append(self, rows, **counts)
-    output.PartialOutput.append = half
+    output.ResumableFile.append = half
 elif place.endswith("an fsync"):
     around(os, "fsync")
 elif place.endswith("the sidecar's rename"):
@@ -503,7 +503,7 @@ elif place.endswith("the last rename"):
 elif place.endswith("a removal"):
     around(pathlib.Path, "unlink")
 elif place.endswith("the opening"):
-    around(output.PartialOutput, "__init__")
+    around(output.ResumableFile, "__init__")
 else:
     raise ValueError(place)
 """

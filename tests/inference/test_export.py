@@ -133,8 +133,8 @@ def test_an_empty_folder_may_be_the_target(workdir, tmp_path):
 
 
 def test_what_a_killed_export_left_is_removed_and_other_folders_are_kept(workdir, tmp_path):
-    for name in (".model.partial-123", ".model.partial-notes", ".model2.partial-123"):
-        (tmp_path / name).mkdir()
+    for name in (".model.partial-123/model", ".model.partial-notes", ".model2.partial-123/model2"):
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
     export(workdir, tmp_path / "model")
     left = {".model.partial-notes", ".model2.partial-123", "model"}
@@ -148,7 +148,7 @@ def test_a_second_export_to_a_target_is_refused_and_the_first_one_ends_well(
     save_params, refused = module.save_params, []
 
     def meets_another(*args):
-        with pytest.raises(InputError, match=r"model: another export is writing it"):
+        with pytest.raises(InputError, match=r"model: another run is writing it"):
             export(workdir, tmp_path / "model")
         refused.append(True)
         return save_params(*args)

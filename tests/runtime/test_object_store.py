@@ -24,15 +24,9 @@ from stepdistill_jax.runtime.checkpoints import manifest
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step, saved_steps
 from stepdistill_jax.runtime.checkpoints.manifest import seal
 from stepdistill_jax.runtime.compile_cache import beside
-from stepdistill_jax.runtime.files import (
-    as_path,
-    atomic_write,
-    is_remote,
-    local_path,
-    read_json,
-    write_json,
-)
+from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics, read_metrics
+from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.workdir import check_config, check_workdir
 

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import atomic_write, open_locked
+from stepdistill_jax.runtime.files import atomic_write
+from stepdistill_jax.runtime.locks import open_locked
 from stepdistill_jax.runtime.overwriting import Made, check_apart, check_folder, check_outputs
 from stepdistill_jax.runtime.streams import outputs_of
 

@@ -7,7 +7,7 @@ import pytest
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import predict
-from stepdistill_jax.runtime import files
+from stepdistill_jax.runtime import locks
 from stepdistill_jax.runtime import streams as output_module
 
 # `inference.predict` is the function
@@ -36,16 +36,16 @@ def test_a_second_run_on_an_output_is_refused_and_the_first_one_ends_well(
 
 def test_an_output_that_another_run_finishes_meanwhile_is_not_written_to(tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
-    lock = files._lock
+    lock = locks._lock
 
-    def late(file):  # the other run ends between our open and our lock
-        monkeypatch.setattr(files, "_lock", lock)
+    def late(file, *how):  # the other run ends between our open and our lock
+        monkeypatch.setattr(locks, "_lock", lock)
         os.replace(tmp_path / "out.jsonl.partial", out)
         out.write_text("the other's\n")
-        lock(file)
+        return lock(file, *how)
 
-    monkeypatch.setattr(files, "_lock", late)
-    ours = output_module.PartialOutput(out, {"input": "digest"})
+    monkeypatch.setattr(locks, "_lock", late)
+    ours = output_module.ResumableFile(out, {"input": "digest"})
     ours.append([{"id": "1"}])
     assert out.read_text() == "the other's\n"
     ours.finish()
@@ -56,12 +56,12 @@ def test_rows_are_on_disk_before_the_output_gets_its_name(
     model_dir, questions, write_rows, tmp_path, order_on_disk, monkeypatch
 ):
     source, out = write_rows(questions[:5]), tmp_path / "out.jsonl"
-    append, appended = output_module.PartialOutput.append, []
+    append, appended = output_module.ResumableFile.append, []
 
     def then_buffered(self, rows, **counts):  # what is written after the last window counts, too
         append(self, rows, **counts)
         appended.append(len(order_on_disk))
 
-    monkeypatch.setattr(output_module.PartialOutput, "append", then_buffered)
+    monkeypatch.setattr(output_module.ResumableFile, "append", then_buffered)
     predict(model_dir, source, out)
     assert order_on_disk[appended[-1] :] == ["fsync out.jsonl.partial", "rename out.jsonl"]

@@ -9,10 +9,11 @@ import textwrap
 import numpy as np
 import pytest
 
+from stepdistill_jax.runtime.folders import remove_left
 from stepdistill_jax.tasks.token_store import (
     TokenExample,
     open_store,
-    remove_partial,
+    own_tag,
     write_store,
 )
 
@@ -100,10 +101,10 @@ def test_what_a_killed_writer_left_beside_a_store_is_removed(tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 2
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "another")  # its lock may not be ours
-        remove_partial(tmp_path / "s")
+        remove_left(tmp_path / "s", own_tag())
     assert len(list(tmp_path.iterdir())) == 2
-    remove_partial(tmp_path / "s")
-    assert [p.name.split("-")[1] for p in tmp_path.iterdir()] == ["other"]
+    remove_left(tmp_path / "s", own_tag())
+    assert [p.name.split(".")[1] for p in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_replaced_store_stays_readable_for_those_who_have_it_open(tmp_path):

@@ -3,11 +3,11 @@
 With 1,500 examples a tiny model learns the rule from rationales, and not from labels alone.
 """
 
-import hashlib
 import itertools
 
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, Row, rows_of
+from stepdistill_jax.runtime.fingerprints import hash64
 
 VERSION = 1
 ROWS = {"train": 1500, "validation": 500, "test": 500}
@@ -59,7 +59,7 @@ def every_example() -> dict[str, list[Example]]:
         )
     )
     made: dict[str, list[Example]] = {"smooth": [], "trouble": []}
-    for parts in sorted(words, key=lambda parts: _order(report(*(w for _, w in parts)))):
+    for parts in sorted(words, key=lambda parts: hash64(report(*(w for _, w in parts)))):
         label, rationale = conclusion(*(kind for kind, _ in parts))
         text = report(*(w for _, w in parts))
         made[label].append(Example(id="", input=text, label=label, rationale=rationale))
@@ -72,14 +72,10 @@ def read() -> Reading:
     splits, start = {}, 0
     for split, rows in ROWS.items():
         chosen = [e for some in made.values() for e in some[start : start + rows // 2]]
-        chosen.sort(key=lambda example: _order(example.input))
+        chosen.sort(key=lambda example: hash64(example.input))
         splits[split] = [
             Row(Example(f"{split}-{i}", e.input, e.label, e.rationale))
             for i, e in enumerate(chosen, 1)
         ]
         start += rows // 2
     return Reading("delivery", VERSION, "text_match", rows_of(splits))
-
-
-def _order(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

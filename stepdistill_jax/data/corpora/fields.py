@@ -1,12 +1,12 @@
 """Typed fields of a JSON row; every complaint names file, line and field."""
 
-import hashlib
 import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.fingerprints import hash64
 
 MAX_WEIGHT, MIN_WEIGHT = 1e30, 1e-30  # well within a float32, which the step computes in
 MOST_NAMES = 20  # of a row's fields in a message
@@ -121,11 +121,6 @@ class UniqueIds:
                 " a missing id is the row's number"
             )
         return example_id
-
-
-def hash64(text: str) -> int:
-    """A hash of 64 bits, the same in every process; of a million texts two share one in 3e7 cases."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _kind(value: Any) -> str:

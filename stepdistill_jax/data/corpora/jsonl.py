@@ -19,7 +19,8 @@ from stepdistill_jax.data.reading import (
 )
 from stepdistill_jax.data.text_metrics import text_match
 from stepdistill_jax.errors import InputError, nearest, printable
-from stepdistill_jax.runtime.files import check_file, read_jsonl, sha256
+from stepdistill_jax.runtime.files import check_file, read_jsonl
+from stepdistill_jax.runtime.fingerprints import sha256
 
 VERSION = 1
 FIELDS = ROW_FIELDS

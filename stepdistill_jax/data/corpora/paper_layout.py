@@ -22,7 +22,8 @@ from stepdistill_jax.data.reading import (
     train_or_validation,
 )
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, read_jsonl, sha256
+from stepdistill_jax.runtime.files import check_file, read_jsonl
+from stepdistill_jax.runtime.fingerprints import sha256
 
 FILE_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 EXPORT_STEMS = {  # of SPLIT.jsonl, or .json; the last are Hugging Face's names of ANLI's rounds

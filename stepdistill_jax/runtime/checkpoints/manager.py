@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
@@ -27,7 +26,8 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
     seal,
     set_aside_unsound,
 )
-from stepdistill_jax.runtime.files import StoreError, as_path, is_remote
+from stepdistill_jax.runtime.on_processes import on_process_0
+from stepdistill_jax.runtime.stores import StoreError, as_path, is_remote
 
 FOLDER = "checkpoints"
 PARAMS, STATE = ITEMS = ("params", "state")
@@ -78,7 +78,7 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_raised)
         self._folder = folder = checkpoints_folder(workdir)
-        _on_first(lambda: (purge(folder), set_aside_unsound(folder)))
+        on_process_0(lambda: (purge(folder), set_aside_unsound(folder)))
         self._metrics = saved_steps(workdir)
         self._verified = max(self._metrics, default=None)
         self._kept = _Kept(self._metrics)
@@ -135,9 +135,7 @@ class Checkpoints:
         """Gives a saved step other metrics: those of a validation that came after it."""
         self.wait()
         self._metrics[step] = metrics
-        if jax.process_index() == 0:
-            reseal(self._folder / str(step), metrics)
-        self._barrier("resealed")
+        on_process_0(lambda: reseal(self._folder / str(step), metrics))
         steps = self._manager.all_steps()
         for old in set(steps) - self._kept.of(steps):
             self._manager.delete(old)
@@ -150,7 +148,7 @@ class Checkpoints:
             CheckpointError: it is damaged, or cannot be read by this process; names the file.
         """
         if step != self._verified:
-            _on_first(lambda: self._require_sound(step))
+            on_process_0(lambda: self._require_sound(step))
         for item, wanted in ((PARAMS, params), (STATE, rest)):
             folder = self._folder / str(step) / item
             require_fit(folder, wanted, "this run's model and optimizer")
@@ -197,13 +195,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             seal(self._folder / str(step), metrics)
             purge(self._folder)
-        self._barrier("sealed")
-
-    def _barrier(self, name: str) -> None:
-        """All processes come here, or JAX ends those that wait; no device takes part."""
+        # all processes come here, or JAX ends those that wait; no device takes part
         self._seals += 1
         sync = ocp.multihost.get_barrier_sync_fn()
-        sync(key=f"stepdistill_{name}_{self._seals}", timeout_ms=BARRIER_MS)
+        sync(key=f"stepdistill_sealed_{self._seals}", timeout_ms=BARRIER_MS)
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:
@@ -239,26 +234,6 @@ def _reason(error: Exception) -> str:
     """One line; of TensorStore's long ones the end, where the system's own words are."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
-
-
-def _on_first(action) -> None:
-    """`action()` on process 0, before the others go on; they fail where it fails."""
-    if jax.process_count() == 1:
-        action()
-        return
-    from jax.experimental import multihost_utils
-
-    error = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except Exception as e:
-            error = e
-    failed = multihost_utils.broadcast_one_to_all(np.int32(error is not None))
-    if error is not None:
-        raise error
-    if failed:
-        raise CheckpointError("process 0 cannot go on from a checkpoint; see what it says")
 
 
 def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:

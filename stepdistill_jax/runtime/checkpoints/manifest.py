@@ -4,7 +4,6 @@ A step without one was not saved to its end. A step whose files or whose folder'
 manifest is damaged.
 """
 
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -14,8 +13,10 @@ import zlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from stepdistill_jax.runtime.files import asked, atomic_write, is_remote
+from stepdistill_jax.runtime.files import atomic_write
+from stepdistill_jax.runtime.fingerprints import crc32, of_each
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.stores import asked, is_remote
 
 MANIFEST = "manifest.json"
 COMMITTED = "commit_success.txt"  # what Orbax writes last in a store, which knows no rename
@@ -24,7 +25,6 @@ UNSEALED = f"no {MANIFEST}, so it was not saved to its end"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
 # in a store, which has checksums of its own, only files up to this size are read for a digest
 READ_IN_STORE = 64 * 1024
-_BLOCK, _READERS = 1 << 20, 4
 _STEP = re.compile(r"0|[1-9][0-9]*")  # what Orbax takes for a step
 _SET_ASIDE = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
@@ -264,18 +264,11 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 
 
 def _digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """crc32 of each file: it sees every flip of up to 32 bits in a row."""
+    def checksum(path: pathlib.Path) -> str:
+        with asked(path), path.open("rb") as f:
+            return f"{crc32(f):08x}"
 
-    def digest(name: str) -> str:
-        crc = 0
-        with asked(step_folder / name), (step_folder / name).open("rb") as f:
-            while block := f.read(_BLOCK):
-                crc = zlib.crc32(block, crc)
-        return f"{crc:08x}"
-
-    names = list(names)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+    return of_each(checksum, step_folder, names)
 
 
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
