@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.corpora.fields import hash64
 from stepdistill_jax.data.defects import HARMLESS
 from stepdistill_jax.data.example import Defect
 from stepdistill_jax.data.reading import UNLABELLED, Row
+from stepdistill_jax.data.rows import hash64
 
 TEACHER_FIGURES = ("teacher_accuracy", "teacher_accuracy_by_text", "teacher_accuracy_repaired")
 MAX_LABELS = 50

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.text_metrics import LabelCounts, is_valid, metric_fn
 from stepdistill_jax.inference.calibration import Calibration
-from stepdistill_jax.inference.rows import Row
 
 
 class Tally:
@@ -23,7 +23,9 @@ class Tally:
         self._labels = LabelCounts(metric)
         self._distinct: set[str] = set()
 
-    def add(self, row: Row, prediction: str, choices: Mapping[str, float] | None = None) -> None:
+    def add(
+        self, row: Example, prediction: str, choices: Mapping[str, float] | None = None
+    ) -> None:
         """Counts one answer; `choices` are the probabilities of all that were allowed, if some were."""
         self.rows += 1
         if row.label:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepared import PreparedDataset, open_prepared
 from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
@@ -20,7 +21,6 @@ from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask, read_answer
 from stepdistill_jax.inference.rationale_quality import RationaleTally
-from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import (
@@ -209,7 +209,7 @@ def evaluate_tokens(
     )
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
-    rows = [Row(str(i), {"input": "", "label": label}) for i, label in enumerate(labels, 1)]
+    rows = [Example(str(i), "", label) for i, label in enumerate(labels, 1)]
     unfinished = 0
     told: dict[str, Any] = {"reads": list(asking.reads)} if asking.reads else {}
     answers: list[dict[str, Any]]

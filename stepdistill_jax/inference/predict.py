@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed import Allowed, allow, check_choices, choose
@@ -24,7 +26,7 @@ from stepdistill_jax.inference.prompting import (
     how_to_ask,
     scored_answer,
 )
-from stepdistill_jax.inference.rows import InputFile, Row, next_window
+from stepdistill_jax.inference.rows import InputFile, next_window
 from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.files import digest, local_path
@@ -224,7 +226,7 @@ def _run(
         kept=lambda: shared.state["rows"],
     ) as update:
         while window := everywhere(lambda: next_window(rows, window_rows)):
-            require_same([row.fields for row in window], "input")
+            require_same([row.texts for row in window], "input")
             answers = _decode_window(model, asking, window, counts, update, allowed)
             _require_unchanged(source, shared)  # what has been kept was made from this input
             shared.append(answers, **counts)
@@ -251,18 +253,18 @@ def _require_unchanged(source: InputFile, shared: SharedOutput, rows: int | None
         raise
 
 
-def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Row]:
+def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
     for row in source.rows():  # under `stop`, `InputFile` has found that all are good
-        if isinstance(row, Row):
-            yield row
-        else:
+        if isinstance(row, BadRow):
             skipped.add(row)
+        else:
+            yield row
 
 
 def _decode_window(
     model: Engine,
     asking: Asking,
-    window: list[Row],
+    window: list[Example],
     counts: dict[str, int],
     update: Callable[[int], None],
     allowed: Allowed | None,

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
-from stepdistill_jax.data.corpora.fields import weight
 from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.errors import InputError, nearest
 
 AT_ONCE = 32  # rows that a function is asked for ahead
@@ -104,7 +104,7 @@ class RowsOfFunction:
         factor = row.get("weight")
         if isinstance(factor, np.generic):
             factor = factor.item()
-        fields["weight"] = weight({"weight": factor}, "weight", where)
+        fields["weight"] = JsonRow({"weight": factor}, where).weight("weight")
         return fields
 
 

@@ -283,7 +283,7 @@ FLAGS = (
     ("annotate", ("--temperature", "nan"), "--temperature: a number from 0 is wanted"),
     ("annotate", ("--max-truncated", "inf"), "--max-truncated: a number from 0 is wanted"),
     ("annotate", ("--exemplars", "forty.jsonl", "--task", "cqa"), "40 choices, the letters end"),
-    ("annotate", ("--exemplars", "in.jsonl"), "row 1 has no rationale"),
+    ("annotate", ("--exemplars", "in.jsonl"), "no field 'rationale'"),
     ("annotate", ("--exemplars", "empty"), "no rows in it"),
     ("annotate", ("--cache", "places"), "--cache places: cannot be used as an SQLite file"),
 )

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
@@ -15,7 +16,6 @@ from stepdistill_jax.inference import evaluate, load_model, predict
 from stepdistill_jax.inference.counts import Tally, in_words
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.rationale_quality import RationaleTally
-from stepdistill_jax.inference.rows import Row
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_model_directory_has_no_steps_to_evaluate(model_dir, data_dir):
 def tally(pairs, metric="text_match", labels=(), choices=()):
     counts = Tally(metric, labels)
     for prediction, label in pairs:
-        counts.add(Row("1", {"input": "x", "label": label}, tuple(choices)), prediction)
+        counts.add(Example("1", "x", label, choices=tuple(choices)), prediction)
     return counts.summary()
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stepdistill_jax.data.corpora import jsonl
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import predict
-from stepdistill_jax.inference.rows import read_rows
+from stepdistill_jax.inference.rows import read_questions
 
 
 def test_ids_come_back_as_they_were_given_and_a_blank_one_is_the_rows_number(
@@ -60,7 +60,7 @@ def test_any_row_means_the_same_to_prepare_and_predict(row):
             if str(error).endswith(("'input' is empty", "'label' is empty")):
                 return  # a question may be blank, and an answer unknown
             example = None
-        (found,) = read_rows(path)
+        (found,) = read_questions(path)
     if example is None:
         assert isinstance(found, InputError) and f"{path}:1: the field " in str(found)
         return

@@ -8,9 +8,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from stepdistill_jax.data.corpora import fields
 from stepdistill_jax.data.corpora.json_list import read_texts
 from stepdistill_jax.data.example import Defect, Example, Rationale
 from stepdistill_jax.data.rationale import Parsed
@@ -21,8 +19,9 @@ from stepdistill_jax.data.reading import (
     defect,
     train_or_validation,
 )
+from stepdistill_jax.data.rows import JsonRow, UniqueIds, read_rows
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, read_jsonl, sha256
+from stepdistill_jax.runtime.files import check_file, sha256
 
 FILE_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
 EXPORT_STEMS = {  # of SPLIT.jsonl, or .json; the last are Hugging Face's names of ANLI's rounds
@@ -42,29 +41,9 @@ class TeacherText:
     row: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A row of an input file, and the teacher's text for it (None if no teacher was asked).
-
-    Attributes:
-        fields: the JSON object.
-        file: name of the file in the source.
-        row: line number from 1.
-        number: which of the file's rows it is, from 1; blank lines are none.
-        where: `file:line` for messages, with the path as the user gave it.
-        teacher: the completion.
-    """
-
-    fields: dict[str, Any]
-    file: str
-    row: int
-    number: int
-    where: str
-    teacher: TeacherText | None
-
-
-# a checked row; None for one without a gold label, which is left out and told
-ToRow = Callable[[Record, fields.UniqueIds], Row | None]
+# makes a checked row of a JSON object and the teacher's text for it (None if no teacher was asked);
+# None for one without a gold label, which is left out and told
+ToRow = Callable[[JsonRow, TeacherText | None, UniqueIds], Row | None]
 
 
 def read(
@@ -151,16 +130,13 @@ def file_rows(
     Raises:
         InputError: as `read`.
     """
-    ids, absent, count = fields.UniqueIds(), 0, 0
-    for number, (line, row, said) in enumerate(_paired(source, path, teachers), 1):
-        count = number
-        found = to_row(Record(row, path.name, line, number, f"{path}:{line}", said), ids)
+    ids, absent = UniqueIds(), 0
+    for row, said in _paired(source, path, teachers):
+        found = to_row(row, said, ids)
         if found is None:
             absent += 1
         else:
             yield found
-    if not count:
-        raise InputError(f"{path}: no rows in it")
     note = f"{path}: {absent} rows without a gold label are left out"
     if absent and note not in notes:
         notes.append(note)
@@ -168,8 +144,8 @@ def file_rows(
 
 def judged(
     example: Example,
-    record: Record,
-    parsed: Parsed | None,
+    said: TeacherText | None,
+    parse: Callable[[str], Parsed],
     *,
     right: Callable[[str], bool],
     defects: tuple = (),
@@ -180,17 +156,17 @@ def judged(
 
     Args:
         example: id, input, label and choices.
-        record: where it stands.
-        parsed: the teacher's text; None if it was not asked.
+        said: what the teacher said of it; None if it was not asked.
+        parse: finds the parts of that text.
         right: whether an answer is the gold label.
         defects: of the row itself.
-        by_text: whether `parsed.answer_text` is judged, too.
+        by_text: whether `Parsed.answer_text` is judged, too.
         human: explanations by people, for the gold label.
     """
-    said = record.teacher
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
-    if parsed is None or said is None:
+    if said is None:
         return Row(dataclasses.replace(example, rationales=explained), defects)
+    parsed = parse(said.text)
     label = parsed.repaired.strip()
     if explained and parsed.rationale:
         explained = (Rationale(parsed.rationale, TEACHER, label), *explained)
@@ -240,7 +216,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     if not files and required:
         raise InputError(
             f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; without teacher texts only"
-            " labels can be prepared: say so with --no-teacher"
+            " labels can be prepared: say so with `teacher`"
         )
     return files
 
@@ -256,7 +232,7 @@ def _input_files(
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
     """The folder of the files and the file of each split: the paper's, else an export's."""
     if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
-        raise InputError(f"--source {source}: no such folder")
+        raise InputError(f"`source` {source}: no such folder")
     folders = list(dict.fromkeys((source, source / prefix, source / name)))
     for folder in folders:
         files = {s: folder / f"{prefix}_{part}.json" for part, s in FILE_SPLITS.items()}
@@ -271,7 +247,7 @@ def _input_files(
         if found:
             return folder, found
     raise InputError(
-        f"--source {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
+        f"`source` {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
         " export's train.jsonl"
     )
 
@@ -283,15 +259,15 @@ def _first_file(folder: pathlib.Path, stems: tuple[str, ...]) -> pathlib.Path | 
 
 def _paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
-) -> Iterator[tuple[int, dict, TeacherText | None]]:
-    """(line, row, its teacher text). Texts belong to rows by their order alone.
+) -> Iterator[tuple[JsonRow, TeacherText | None]]:
+    """(row, its teacher text). Texts belong to rows by their order alone.
 
     Raises:
         InputError: a row without a text or a text without a row, which would shift them.
     """
-    rows = read_jsonl(path)
+    rows = read_rows(path)
     if not teachers:
-        yield from ((line, row, None) for line, row in rows)
+        yield from ((row, None) for row in rows)
         return
     texts = (
         TeacherText(text, name, i)
@@ -299,16 +275,16 @@ def _paired(
         for i, text in enumerate(read_texts(file), 1)
     )
     count = 0
-    for line, row in rows:
+    for row in rows:
         said = next(texts, None)
         if said is None:
             more = sum(1 for _ in rows)
             raise InputError(
-                f"{path}:{line}: no teacher text for this row: {count + 1 + more} rows, but {count}"
+                f"{row.where}: no teacher text for this row: {count + 1 + more} rows, but {count}"
                 f" teacher texts in {_span(teachers)}"
             )
         count += 1
-        yield line, row, said
+        yield row, said
     if extra := next(texts, None):
         more = sum(1 for _ in texts)
         raise InputError(
