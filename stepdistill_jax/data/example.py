@@ -82,20 +82,3 @@ class Example:
             choices=tuple(row.get("choices", ())),
             more={name: value for name, value in row.items() if name not in FIELDS},
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class Defect:
-    """One thing that is wrong with a row, and where it stands.
-
-    Attributes:
-        kind: a name in `defects.KINDS`.
-        file: the file in which it was found.
-        row: its position there (line number, or index in a JSON list, both from 1).
-        text: the text concerned, cut to a readable length.
-    """
-
-    kind: str
-    file: str
-    row: int
-    text: str = ""

@@ -19,6 +19,8 @@ from stepdistill_jax.runtime.files import json_lines, local_path
 
 MAX_WEIGHT, MIN_WEIGHT = 1e30, 1e-30  # well within a float32, which the step computes in
 MOST_NAMES = 20  # of a row's fields in a message
+_KINDS = {bool: "true or false", list: "a list", dict: "an object", str: "text"}
+_KINDS |= {int: "a number", float: "a number", type(None): "null"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,11 +261,4 @@ def hash64(text: str) -> int:
 
 
 def _kind(value: Any) -> str:
-    kinds = {
-        bool: "true or false",
-        float: "a number",
-        dict: "an object",
-        list: "a list",
-        str: "text",
-    }
-    return "null" if value is None else kinds.get(type(value), type(value).__name__)
+    return _KINDS.get(type(value), type(value).__name__)

@@ -5,7 +5,7 @@ import pathlib
 from stepdistill_jax.data.corpora import nli, paper_layout
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.nli_rationale import parse_anli
-from stepdistill_jax.data.reading import Reading, Row
+from stepdistill_jax.data.reading import CheckedExample, Reading
 from stepdistill_jax.data.rows import JsonRow, UniqueIds
 
 VERSION = 1
@@ -22,7 +22,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
 
 
-def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) -> Row | None:
+def _row(
+    row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds
+) -> CheckedExample | None:
     example_id, label = ids.of(row, "uid"), nli.gold(row)
     if not label:
         return None

@@ -4,9 +4,10 @@ import dataclasses
 import pathlib
 
 from stepdistill_jax.data.corpora import paper_layout
-from stepdistill_jax.data.example import Defect, Example
+from stepdistill_jax.data.defects import Defect
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import LETTERS, parse_choice
-from stepdistill_jax.data.reading import Reading, Row, defect
+from stepdistill_jax.data.reading import CheckedExample, Reading
 from stepdistill_jax.data.rows import JsonRow, UniqueIds
 from stepdistill_jax.errors import InputError
 
@@ -31,7 +32,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) -> Row | None:
+def _row(
+    row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds
+) -> CheckedExample | None:
     example_id = ids.of(row)
     if "answerKey" in row.fields and "answer" not in row.fields:
         row = _as_in_the_paper(row)
@@ -46,9 +49,9 @@ def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) ->
     question = question_with_choices(row.text("question", strip=False), choices)
     defects: tuple[Defect, ...] = ()
     if len(set(choices)) < len(choices):
-        defects += (defect("repeated_choices", row.file, row.line, ", ".join(choices)),)
+        defects += (Defect("repeated_choices", row.file, row.line, ", ".join(choices)),)
     if label not in choices:
-        defects += (defect("gold_not_a_choice", row.file, row.line, label),)
+        defects += (Defect("gold_not_a_choice", row.file, row.line, label),)
     # the published figures compare with the choices as they stand in the file, blanks included
     written = [str(choice) for choice in row.fields.get("choices") or ()]
     explanation = row.optional_text("abstractive_explanation")

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.reading import Reading, Row, rows_of
+from stepdistill_jax.data.reading import CheckedExample, Reading
 
 VERSION = 1
 ROWS = {"train": 1500, "validation": 500, "test": 500}
@@ -69,16 +69,16 @@ def every_example() -> dict[str, list[Example]]:
 def read() -> Reading:
     """1,500 + 500 + 500 examples; disjoint, half `smooth` and half `trouble` in each split."""
     made = every_example()
-    splits, start = {}, 0
-    for split, rows in ROWS.items():
-        chosen = [e for some in made.values() for e in some[start : start + rows // 2]]
+    rows, start = [], 0
+    for split, count in ROWS.items():
+        chosen = [e for some in made.values() for e in some[start : start + count // 2]]
         chosen.sort(key=lambda example: _order(example.input))
-        splits[split] = [
-            Row(Example(f"{split}-{i}", e.input, e.label, e.rationale))
+        rows += [
+            (split, CheckedExample(Example(f"{split}-{i}", e.input, e.label, e.rationale)))
             for i, e in enumerate(chosen, 1)
         ]
-        start += rows // 2
-    return Reading("delivery", VERSION, "text_match", rows_of(splits))
+        start += count // 2
+    return Reading("delivery", VERSION, "text_match", lambda: iter(rows))
 
 
 def _order(text: str) -> bytes:

@@ -5,7 +5,7 @@ import pathlib
 from stepdistill_jax.data.corpora import nli, paper_layout
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.nli_rationale import parse_esnli
-from stepdistill_jax.data.reading import Reading, Row
+from stepdistill_jax.data.reading import CheckedExample, Reading
 from stepdistill_jax.data.rows import JsonRow, UniqueIds
 
 VERSION = 1
@@ -21,7 +21,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds) -> Row | None:
+def _row(
+    row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds
+) -> CheckedExample | None:
     label = nli.gold(row)
     if not label:
         return None

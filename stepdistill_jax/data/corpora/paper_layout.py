@@ -10,14 +10,15 @@ import pathlib
 from collections.abc import Callable, Iterator
 
 from stepdistill_jax.data.corpora.json_list import read_texts
-from stepdistill_jax.data.example import Defect, Example, Rationale
+from stepdistill_jax.data.defects import TEXT_LENGTH, Defect
+from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.data.rationale import Parsed
 from stepdistill_jax.data.reading import (
-    DEFECT_TEXT_LENGTH,
+    CheckedExample,
     Reading,
-    Row,
-    defect,
-    train_or_validation,
+    absent_notes,
+    split_of,
+    tenth,
 )
 from stepdistill_jax.data.rows import JsonRow, UniqueIds, read_rows
 from stepdistill_jax.errors import InputError
@@ -43,7 +44,7 @@ class TeacherText:
 
 # makes a checked row of a JSON object and the teacher's text for it (None if no teacher was asked);
 # None for one without a gold label, which is left out and told
-ToRow = Callable[[JsonRow, TeacherText | None, UniqueIds], Row | None]
+ToRow = Callable[[JsonRow, TeacherText | None, UniqueIds], CheckedExample | None]
 
 
 def read(
@@ -76,14 +77,11 @@ def read(
     prefix = prefix or name
     source, inputs = _input_files(source, prefix, name)
     sources: dict[str, str] = {}
-    notes: list[str] = []
+    paths = {split: source / f"{prefix}_{part}.json" for part, split in FILE_SPLITS.items()}
+    notes = absent_notes(paths, inputs)
     teachers: dict[str, list[pathlib.Path]] = {}
     for part, split in FILE_SPLITS.items():
-        path = inputs.get(split)
-        if path is None:
-            if split != "validation":
-                absent = source / f"{prefix}_{part}.json"
-                notes.append(f"{absent}: no such file, so the split {split} is left out")
+        if (path := inputs.get(split)) is None:
             continue
         if teacher:
             teachers[split] = teacher_files(source, part, required=split == next(iter(inputs)))
@@ -94,16 +92,13 @@ def read(
                 )
         for file in (*teachers.get(split, ()), path):
             sources[str(file.relative_to(source))] = digest_of(file)
-    if "validation" not in inputs:
-        notes.append(_held_out(source / f"{prefix}_valid.json", "train" in inputs))
     if not teacher:
         notes.append("no teacher texts were read: rows have no rationale of the teacher's")
 
-    def rows() -> Iterator[tuple[str, Row]]:
+    def rows() -> Iterator[tuple[str, CheckedExample]]:
         for split, path in inputs.items():
-            cut = split == "train" and "validation" not in inputs
             for row in file_rows(source, path, teachers.get(split), to_row, notes):
-                yield train_or_validation(row) if cut else split, row
+                yield split_of(tenth(row.example.id), split, inputs), row
 
     return Reading(name, version, metric, rows, sources, {"teacher": teacher}, notes)
 
@@ -124,7 +119,7 @@ def file_rows(
     teachers: list[pathlib.Path] | None,
     to_row: ToRow,
     notes: list[str],
-) -> Iterator[Row]:
+) -> Iterator[CheckedExample]:
     """The checked rows of one file, each with its teacher text if there are any.
 
     Raises:
@@ -151,7 +146,7 @@ def judged(
     defects: tuple = (),
     by_text: bool = False,
     human: tuple[str, ...] = (),
-) -> Row:
+) -> CheckedExample:
     """`example` with what the teacher said of it and with people's explanations.
 
     Args:
@@ -165,7 +160,7 @@ def judged(
     """
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
     if said is None:
-        return Row(dataclasses.replace(example, rationales=explained), defects)
+        return CheckedExample(dataclasses.replace(example, rationales=explained), defects)
     parsed = parse(said.text)
     label = parsed.repaired.strip()
     if explained and parsed.rationale:
@@ -176,7 +171,7 @@ def judged(
         if by_text:
             judgement["teacher_accuracy_by_text"] = right(parsed.answer_text)
         judgement["teacher_accuracy_repaired"] = right(parsed.repaired)
-    return Row(
+    return CheckedExample(
         dataclasses.replace(
             example, rationale=parsed.rationale, llm_label=label, rationales=explained
         ),
@@ -190,9 +185,9 @@ def _defect_of(kind: str, parsed: Parsed, said: TeacherText) -> Defect:
     text = said.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
-    elif kind == "truncated" and len(text) > DEFECT_TEXT_LENGTH:
-        text = "…" + text[1 - DEFECT_TEXT_LENGTH :]
-    return defect(kind, said.file, said.row, text)
+    elif kind == "truncated" and len(text) > TEXT_LENGTH:
+        text = "…" + text[1 - TEXT_LENGTH :]
+    return Defect(kind, said.file, said.row, text)
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
@@ -219,12 +214,6 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
             " labels can be prepared: say so with `teacher`"
         )
     return files
-
-
-def _held_out(path: pathlib.Path, has_train: bool) -> str:
-    if not has_train:
-        return f"{path}: no such file, so the split validation is left out"
-    return f"{path}: no such file, so validation is the tenth of train whose hashed id falls there"
 
 
 def _input_files(

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from stepdistill_jax.data import arithmetic
 from stepdistill_jax.data.corpora import paper_layout
-from stepdistill_jax.data.example import Defect, Example
+from stepdistill_jax.data.defects import Defect
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import parse_equation
-from stepdistill_jax.data.reading import UNLABELLED, Reading, Row, defect
+from stepdistill_jax.data.reading import UNLABELLED, CheckedExample, Reading
 from stepdistill_jax.data.rows import JsonRow, UniqueIds
 from stepdistill_jax.data.text_metrics import value_match
 from stepdistill_jax.errors import InputError
@@ -53,7 +54,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
     own_rows = reading.rows
 
-    def rows() -> Iterator[tuple[str, Row]]:
+    def rows() -> Iterator[tuple[str, CheckedExample]]:
         yield from own_rows()
         extra = paper_layout.file_rows(folder, path, teachers, _extra_row, reading.notes)
         yield from ((UNLABELLED, row) for row in extra)
@@ -61,15 +62,15 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return dataclasses.replace(reading, rows=rows)
 
 
-def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) -> Row:
+def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) -> CheckedExample:
     label = row.text("Equation" if "Equation" in row.fields else "label")
     defects: tuple[Defect, ...] = ()
     if arithmetic.evaluate(label) is None:
-        defects = (defect("gold_has_no_value", row.file, row.line, label),)
+        defects = (Defect("gold_has_no_value", row.file, row.line, label),)
     return _judged(Example(ids.of(row, "ID"), _question(row), label), said, defects)
 
 
-def _extra_row(row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds) -> Row:
+def _extra_row(row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds) -> CheckedExample:
     """A row of ASDiv: its label is not read."""
     return _judged(Example(f"{EXTRA}-{row.number}", _question(row)), said)
 
@@ -83,7 +84,7 @@ def _question(row: JsonRow) -> str:
 
 def _judged(
     example: Example, said: paper_layout.TeacherText | None, defects: tuple[Defect, ...] = ()
-) -> Row:
+) -> CheckedExample:
     return paper_layout.judged(
         example,
         said,
