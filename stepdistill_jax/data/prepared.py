@@ -159,7 +159,7 @@ def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
     Raises:
         InputError: it is a URL: token stores are memory-mapped, which takes a file system.
     """
-    return local_path(default_data_dir() if data_dir is None else data_dir, "--data-dir")
+    return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 
 
 def prepared_names(data_dir: os.PathLike | str) -> list[str]:

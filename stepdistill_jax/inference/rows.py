@@ -24,8 +24,10 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
         InputError: a field that is missing or of a wrong type.
     """
     found = read_example(row, needs={}, fields=FIELDS, more=more)
-    has_id = row.optional_text("id") != ""
-    return dataclasses.replace(found, id=row.fields["id"]) if has_id else found
+    given = row.fields.get("id")
+    if given == found.id or not row.optional_text("id"):
+        return found
+    return dataclasses.replace(found, id=given)
 
 
 def read_questions(
@@ -104,7 +106,7 @@ class InputFile:
                 self.total += 1
                 absent -= {name for name in absent if row.texts.get(name)}
             elif on_error == "stop":
-                raise InputError(f"{row} (`on_error` skip continues without such rows)")
+                raise InputError(f"{row} (`on_error=skip` continues without such rows)")
         if absent and self.total:
             raise InputError(
                 f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"

@@ -106,15 +106,10 @@ def _parse(task: str, text: str, row: Example) -> tuple[str, str, tuple[str, ...
 
 def _parse_free(text: str) -> tuple[str, str, tuple[str, ...]]:
     own, *more = re.split(r"^[^\S\n]*Q:", text, maxsplit=1, flags=re.MULTILINE)
-    rationale, label, problems = _split(own, CHOICE_MARKER, more)
-    return rationale, label.removesuffix(".").rstrip(), problems
-
-
-def _split(own: str, marker: str, more: list[str]) -> tuple[str, str, tuple[str, ...]]:
     problems: tuple[str, ...] = ("runs_on",) if more else ()
     if not own.strip():
         return "", "", (*problems, "empty")
-    rationale, *answers = own.split(marker)
+    rationale, *answers = own.split(CHOICE_MARKER)
     label = answers[0].strip().split("\n")[0].strip() if answers else ""
     if not label:
         return "", "", (*problems, "no_answer")
@@ -122,4 +117,4 @@ def _split(own: str, marker: str, more: list[str]) -> tuple[str, str, tuple[str,
         problems += ("several_answers",)
     if not rationale.strip():
         problems += ("no_rationale",)
-    return rationale.strip(), normalize(label), problems
+    return rationale.strip(), normalize(label).removesuffix(".").rstrip(), problems

@@ -55,7 +55,7 @@ class Prompter:
         if self.task == "cqa" and len(row.choices) > len(LETTERS):
             raise InputError(
                 f"row {row.id!r}: {len(row.choices)} choices, the letters end at"
-                f" {len(LETTERS)}; --task {GENERIC} needs none"
+                f" {len(LETTERS)}; `task={GENERIC}` needs none"
             )
         return {
             "question": with_choices(row, lettered=self.task == "cqa"),

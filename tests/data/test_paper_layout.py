@@ -101,7 +101,7 @@ def test_absent_teacher_files_are_an_error_unless_told(svamp_source, teacher):
     if not teacher:
         assert svamp.read(svamp_source, teacher=False).splits["test"]
         return
-    with pytest.raises(InputError, match=r"llm/train_CoT_0\.json: no such file.*`teacher`"):
+    with pytest.raises(InputError, match=r"llm/train_CoT_0\.json: no such file.*`teacher=False`"):
         svamp.read(svamp_source).splits  # noqa: B018
 
 
@@ -291,7 +291,7 @@ def test_a_bad_export_names_file_line_and_field(tmp_path, changes, message):
 
 def test_an_export_has_no_teacher_texts(tmp_path):
     _lines(tmp_path / "train.jsonl", [CQA_EXPORT])
-    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*`teacher`"):
+    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*`teacher=False`"):
         cqa.read(tmp_path)
 
 

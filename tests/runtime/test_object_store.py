@@ -269,7 +269,7 @@ def test_what_must_be_local_says_so(store, monkeypatch, capfd):
         with pytest.raises(InputError, match=f"^{name} gs://b/data: must be on this machine"):
             use()
     monkeypatch.setenv("STEPDISTILL_DATA_DIR", "gs://b/data")
-    with pytest.raises(InputError, match=r"^--data-dir gs://b/data: must be"):
+    with pytest.raises(InputError, match=r"^`data_dir` gs://b/data: must be"):
         data_folder(None)
     monkeypatch.delenv("STEPDISTILL_DATA_DIR")
     pathlib.Path("in.jsonl").write_text('{"input": "a"}\n')

@@ -211,7 +211,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     if not files and required:
         raise InputError(
             f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; without teacher texts only"
-            " labels can be prepared: say so with `teacher`"
+            " labels can be prepared: say so with `teacher=False`"
         )
     return files
 
