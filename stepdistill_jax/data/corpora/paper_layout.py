@@ -222,28 +222,24 @@ def _input_files(
     """The folder of the files and the file of each split: the paper's, else an export's."""
     if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
         raise InputError(f"`source` {source}: no such folder")
-    folders = list(dict.fromkeys((source, source / prefix, source / name)))
-    for folder in folders:
-        files = {s: folder / f"{prefix}_{part}.json" for part, s in FILE_SPLITS.items()}
-        if found := {s: path for s, path in files.items() if path.exists()}:
-            return folder, found
-    for folder in folders:
-        found = {
+    papers = {split: [f"{prefix}_{part}.json"] for part, split in FILE_SPLITS.items()}
+    exports = {
+        split: [f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".json")]
+        for split, stems in EXPORT_STEMS.items()
+    }
+    folders = dict.fromkeys((source, source / prefix, source / name))
+    for layout, folder in itertools.product((papers, exports), folders):
+        files = {
             split: path
-            for split, stems in EXPORT_STEMS.items()
-            if (path := _first_file(folder, stems))
+            for split, names in layout.items()
+            if (path := next(filter(pathlib.Path.exists, map(folder.joinpath, names)), None))
         }
-        if found:
-            return folder, found
+        if files:
+            return folder, files
     raise InputError(
         f"`source` {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
         " export's train.jsonl"
     )
-
-
-def _first_file(folder: pathlib.Path, stems: tuple[str, ...]) -> pathlib.Path | None:
-    paths = (folder / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".json"))
-    return next((path for path in paths if path.exists()), None)
 
 
 def _paired(
@@ -263,23 +259,19 @@ def _paired(
         for file, name in [(file, str(file.relative_to(source))) for file in teachers]
         for i, text in enumerate(read_texts(file), 1)
     )
-    count = 0
-    for row in rows:
-        said = next(texts, None)
-        if said is None:
-            more = sum(1 for _ in rows)
-            raise InputError(
-                f"{row.where}: no teacher text for this row: {count + 1 + more} rows, but {count}"
-                f" teacher texts in {_span(teachers)}"
-            )
-        count += 1
-        yield row, said
-    if extra := next(texts, None):
-        more = sum(1 for _ in texts)
-        raise InputError(
-            f"{source / extra.file}: item {extra.row} belongs to no row: {count} rows, but"
-            f" {count + 1 + more} teacher texts in {_span(teachers)}"
-        )
+    pairs = itertools.zip_longest(rows, texts)
+    for count, (row, said) in enumerate(pairs):
+        if row and said:
+            yield row, said
+            continue
+        total = count + 1 + sum(1 for _ in pairs)
+        if row:
+            wrong = f"{row.where}: no teacher text for this row: {total} rows, but {count}"
+        else:
+            assert said
+            place = f"{source / said.file}: item {said.row}"
+            wrong = f"{place} belongs to no row: {count} rows, but {total}"
+        raise InputError(f"{wrong} teacher texts in {_span(teachers)}")
 
 
 def _span(files: list[pathlib.Path]) -> str:
