@@ -135,10 +135,10 @@ def peer(args: argparse.Namespace) -> None:
     import openai
 
     from stepdistill_jax.teacher.prompts import load_prompter
-    from stepdistill_jax.teacher.rows import read_rows
+    from stepdistill_jax.teacher.rows import read_questions
 
     prompter = load_prompter("cqa")
-    prompts = (prompter.prompt(row) for row in read_rows(args.folder / "in.jsonl"))
+    prompts = (prompter.prompt(row) for row in read_questions(args.folder / "in.jsonl"))
 
     async def go() -> None:
         async with openai.AsyncOpenAI(base_url=args.url) as client:

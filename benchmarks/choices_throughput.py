@@ -46,6 +46,7 @@ def main() -> None:
     import statistics
 
     from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.data.rows import BadRow
     from stepdistill_jax.errors import InputError
     from stepdistill_jax.inference.allowed import allow
     from stepdistill_jax.inference.counts import Tally
@@ -53,12 +54,12 @@ def main() -> None:
     from stepdistill_jax.inference.labels import label_rows
     from stepdistill_jax.inference.options import DecodeOptions
     from stepdistill_jax.inference.prompting import encode_input, how_to_ask
-    from stepdistill_jax.inference.rows import BadRow, read_rows
+    from stepdistill_jax.inference.rows import read_questions
 
     dataset = ensure_prepared(args.task, args.data_dir)
     rows = [
         row
-        for row in itertools.islice(read_rows(dataset.file(args.split)), args.rows)
+        for row in itertools.islice(read_questions(dataset.file(args.split)), args.rows)
         if not isinstance(row, BadRow)
     ]
     if not rows:

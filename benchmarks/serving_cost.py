@@ -39,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def target_lengths(path: pathlib.Path, vocabulary) -> dict[str, list[int]]:
     """Tokens, the end of sequence included, of the labels and of what a rationale-first model writes."""
-    from stepdistill_jax.inference.rows import Row, read_rows
+    from stepdistill_jax.data.rows import BadRow
+    from stepdistill_jax.inference.rows import read_questions
 
     lengths: dict[str, list[int]] = {"label": [], "rationale_first": []}
-    for row in read_rows(path):
-        if isinstance(row, Row) and row.label and row.fields.get("rationale"):
-            label, both = row.label, f"{row.fields['rationale']} {row.label}"
+    for row in read_questions(path):
+        if not isinstance(row, BadRow) and row.label and row.rationale:
+            label, both = row.label, f"{row.rationale} {row.label}"
             for name, text in (("label", label), ("rationale_first", both)):
                 lengths[name].append(len(vocabulary.encode(text)) + 1)
     return lengths

@@ -117,6 +117,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
+    from stepdistill_jax.data.counts import TEACHER_FIGURES
     from stepdistill_jax.data.defects import KINDS
 
     rows = figures["rows"]
@@ -130,11 +131,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
         table.add_row(name, str(count), f"{count / rows:.2%}", comment)
 
     line("with a rationale", figures["with_rationale"])
-    for name, comment in (
-        ("teacher_accuracy", "unparsed answers count as wrong, nothing repaired"),
-        ("teacher_accuracy_by_text", "by the text after the letter"),
-        ("teacher_accuracy_repaired", "after our repairs"),
-    ):
+    for name, comment in TEACHER_FIGURES.items():
         if figures[name] is not None:
             line(name, round(figures[name] * rows), comment)
     table.add_section()

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.defects import HARMLESS
-from stepdistill_jax.data.example import Defect
-from stepdistill_jax.data.reading import UNLABELLED, Row
+from stepdistill_jax.data.defects import HARMLESS, Defect
+from stepdistill_jax.data.reading import UNLABELLED, CheckedExample
 from stepdistill_jax.runtime.fingerprints import hash64
 
-TEACHER_FIGURES = ("teacher_accuracy", "teacher_accuracy_by_text", "teacher_accuracy_repaired")
+TEACHER_FIGURES = {
+    "teacher_accuracy": "as published: unparsed answers count as wrong, nothing repaired",
+    "teacher_accuracy_by_text": "by the text after the letter",
+    "teacher_accuracy_repaired": "after our repairs",
+}
 MAX_LABELS = 50
 SHOWN = 3  # examples of each defect
 LENGTH_FIELDS = ("input", "label", "rationale")
@@ -47,7 +50,7 @@ class Tally:
         self._labels: set[str] | None = set()
         self._inputs = array.array("Q")
 
-    def add(self, row: Row) -> None:
+    def add(self, row: CheckedExample) -> None:
         """Counts one row."""
         example = row.example
         self.rows += 1
@@ -76,7 +79,7 @@ class Tally:
             if len(self._labels) > MAX_LABELS:
                 self._labels = None
 
-    def _filter(self, row: Row) -> None:
+    def _filter(self, row: CheckedExample) -> None:
         agrees = row.right.get("teacher_accuracy_repaired", row.right.get("teacher_accuracy"))
         sound = all(defect.kind in HARMLESS for defect in row.defects)
         for name, keeps in (

@@ -1,5 +1,8 @@
-"""The name of each thing that can be wrong with a row, and what is done about it."""
+"""What can be wrong with a row: the name of each defect, and what is done about it."""
 
+import dataclasses
+
+TEXT_LENGTH = 200  # characters of a defect's text
 # kind -> what it means and, where that is not "nothing", what is done
 KINDS = {
     "runs_on": "text goes on with an invented question; cut there",
@@ -23,3 +26,24 @@ KINDS = {
 
 # nothing is lost by it: what follows the answer is cut off
 HARMLESS = ("runs_on",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    """One thing that is wrong with a row, and where it stands.
+
+    Attributes:
+        kind: a name in KINDS.
+        file: the file in which it was found.
+        row: its position there (line number, or index in a JSON list, both from 1).
+        text: the text concerned, cut to TEXT_LENGTH.
+    """
+
+    kind: str
+    file: str
+    row: int
+    text: str = ""
+
+    def __post_init__(self):
+        if len(self.text) > TEXT_LENGTH:
+            object.__setattr__(self, "text", self.text[: TEXT_LENGTH - 1] + "…")

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
+_AS_THEY_STAND = frozenset(FIELDS) - {"rationales", "choices"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Rationale:
@@ -19,9 +22,10 @@ class Example:
     """A checked row. Texts are UTF-8; an empty `rationale` or `llm_label` means there is none.
 
     Attributes:
-        id: unique within a split.
+        id: unique within a split. In `predict` it is as given, a text or a number, so that answers can
+            be joined to questions by it.
         input: the question, as the model reads it after the objective's prefix.
-        label: the gold answer; empty where only the teacher has given one.
+        label: the gold answer; empty where it is not known.
         rationale: the teacher's explanation that is trained on.
         rationales: all explanations, `rationale` first; empty where there is no other.
         llm_label: the teacher's own answer.
@@ -32,7 +36,7 @@ class Example:
 
     id: str
     input: str
-    label: str
+    label: str = ""
     rationale: str = ""
     rationales: tuple[Rationale, ...] = ()
     llm_label: str = ""
@@ -69,19 +73,12 @@ class Example:
         row |= {name: text for name, text in self.more.items() if text}
         return row
 
-
-@dataclasses.dataclass(frozen=True)
-class Defect:
-    """One thing that is wrong with a row, and where it stands.
-
-    Attributes:
-        kind: a name in `defects.KINDS`.
-        file: the file in which it was found.
-        row: its position there (line number, or index in a JSON list, both from 1).
-        text: the text concerned, cut to a readable length.
-    """
-
-    kind: str
-    file: str
-    row: int
-    text: str = ""
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Example":
+        """The inverse of `to_json`; checks nothing."""
+        return cls(
+            **{name: value for name, value in row.items() if name in _AS_THEY_STAND},
+            rationales=tuple(Rationale(**r) for r in row.get("rationales", ())),
+            choices=tuple(row.get("choices", ())),
+            more={name: value for name, value in row.items() if name not in FIELDS},
+        )

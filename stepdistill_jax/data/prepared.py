@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from stepdistill_jax.data.example import Example, Rationale
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.text_metrics import METRICS
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import check_file, read_json, read_jsonl
@@ -22,8 +22,6 @@ ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files
 EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; no path's
 SPLIT = re.compile(r"[a-z]+")
-ROW_FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
-_OWN = frozenset(ROW_FIELDS) - {"rationales", "choices"}  # taken as they stand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +109,7 @@ class PreparedDataset:
             InputError: no such split, or its file is gone or damaged.
         """
         path = self.file(split)  # checked at the call, not at the first row
-        return (example_from_json(row) for _, row in read_jsonl(path))
+        return (Example.from_json(row) for _, row in read_jsonl(path))
 
 
 @functools.lru_cache(64)
@@ -138,16 +136,6 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
             "sources": about["sources"],
             "splits": dict(rows),
         }
-    )
-
-
-def example_from_json(row: dict) -> Example:
-    """An Example of a row that `Example.to_json` wrote."""
-    return Example(
-        **{name: value for name, value in row.items() if name in _OWN},
-        rationales=tuple(Rationale(**r) for r in row.get("rationales", ())),
-        choices=tuple(row.get("choices", ())),
-        more={name: value for name, value in row.items() if name not in ROW_FIELDS},
     )
 
 

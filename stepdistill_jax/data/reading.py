@@ -3,18 +3,19 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
-from stepdistill_jax.data.example import Defect, Example
+from stepdistill_jax.data.defects import Defect
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.runtime.fingerprints import hash64
 
 SPLITS = ("train", "validation", "test")
 UNLABELLED = "unlabelled"  # more inputs to train on, with the teacher's labels only
-DEFECT_TEXT_LENGTH = 200  # characters
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CheckedExample:
     """One row of a source, with what was found out about it.
 
     Attributes:
@@ -48,35 +49,24 @@ class Reading:
     reader: str
     version: int
     metric: str
-    rows: Callable[[], Iterator[tuple[str, Row]]]
+    rows: Callable[[], Iterator[tuple[str, CheckedExample]]]
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, object] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     fields: tuple[str, ...] = ()
 
     @functools.cached_property
-    def splits(self) -> dict[str, list[Row]]:
+    def splits(self) -> dict[str, list[CheckedExample]]:
         """All rows in memory, by split: for small sources."""
-        found: dict[str, list[Row]] = collections.defaultdict(list)
+        found: dict[str, list[CheckedExample]] = collections.defaultdict(list)
         for split, row in self.rows():
             found[split].append(row)
         return {split: found[split] for split in in_order(found)}
 
 
-def rows_of(splits: Mapping[str, Sequence[Row]]) -> Callable[[], Iterator[tuple[str, Row]]]:
-    """`Reading.rows` of rows that are in memory."""
-    return lambda: ((split, row) for split, rows in splits.items() for row in rows)
-
-
 def in_order(splits: Iterable[str]) -> list[str]:
     """Names of splits, train first."""
     return [split for split in (*SPLITS, UNLABELLED) if split in set(splits)]
-
-
-def defect(kind: str, file: str, row: int, text: str = "") -> Defect:
-    """A Defect whose text is cut to a readable length."""
-    cut = text[: DEFECT_TEXT_LENGTH - 1] + "…" if len(text) > DEFECT_TEXT_LENGTH else text
-    return Defect(kind, file, row, cut)
 
 
 def tenth(example_id: str) -> int:
@@ -87,6 +77,31 @@ def tenth(example_id: str) -> int:
     return hash64(example_id) % 10
 
 
-def train_or_validation(row: Row) -> str:
-    """`validation` for the rows whose id falls into tenth 0, where it has no file of its own."""
-    return "validation" if tenth(row.example.id) == 0 else "train"
+def split_of(number: int, split: str, files: Container[str]) -> str:
+    """The split of a row: validation takes tenth 0 of train where it has no file of its own.
+
+    Args:
+        number: the tenth of the row's id.
+        split: that of its file.
+        files: the splits that have files.
+    """
+    return "validation" if split == "train" and "validation" not in files and not number else split
+
+
+def absent_notes(paths: Mapping[str, pathlib.Path], files: Container[str]) -> list[str]:
+    """Notes about splits without a file.
+
+    Args:
+        paths: where the file of each split would be.
+        files: the splits that have one.
+    """
+    return [
+        f"{path}: no such file, so "
+        + (
+            "validation is the tenth of train whose hashed id falls there"
+            if split == "validation" and "train" in files
+            else f"the split {split} is left out"
+        )
+        for split, path in paths.items()
+        if split not in files
+    ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.counts import LENGTH_FIELDS, Tally
+from stepdistill_jax.data.counts import LENGTH_FIELDS, TEACHER_FIGURES, Tally
 from stepdistill_jax.data.defects import KINDS
 from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.overwriting import Made
@@ -23,11 +23,6 @@ PAGE = Made(
 BARS = 24  # of a histogram, at most
 Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
-_ACCURACIES = {
-    "teacher_accuracy": "as published: unparsed answers count as wrong, nothing repaired",
-    "teacher_accuracy_by_text": "by the text after the letter",
-    "teacher_accuracy_repaired": "after our repairs",
-}
 _STYLE = """
 body { font: 16px/1.5 Georgia, serif; color: #111; background: #fff; max-width: 60rem;
        margin: 2rem auto; padding: 0 1rem; }
@@ -135,7 +130,7 @@ def _counts(tallies: Mapping[str, Tally]) -> str:
 def _accuracies(tallies: Mapping[str, Tally]) -> str:
     rows = []
     for split, tally in tallies.items():
-        for figure, what in _ACCURACIES.items():
+        for figure, what in TEACHER_FIGURES.items():
             if figure in tally.right:
                 right = tally.right[figure]
                 low, high = wilson(right, tally.labelled)

@@ -163,7 +163,7 @@ def _texts(path: pathlib.Path, tally: Tally) -> list[str]:
     texts: list[str] = []
     for i, (_, row) in enumerate(read_jsonl(path)):
         if i % step == 0:
-            texts += _texts_of(prepared.example_from_json(row))
+            texts += _texts_of(Example.from_json(row))
     return texts
 
 

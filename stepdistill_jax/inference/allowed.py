@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.corpora.fields import as_text
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import Objective, fields_of
+from stepdistill_jax.data.rows import as_text
 from stepdistill_jax.data.text_metrics import normalize
 from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
-from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.runtime.files import check_file, read_json
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.stores import local_path
@@ -76,15 +76,15 @@ class Allowed:
                 raise InputError(f"{name}: {error}") from None
         self.key = digest([ROW if choices == ROW else self.labels, self.temperature])
 
-    def of(self, row: Row) -> tuple[str, ...]:
+    def of(self, row: Example) -> tuple[str, ...]:
         """The labels of a row, each once, in the order given."""
         return self.labels or _each_once(row.choices)
 
-    def ids(self, row: Row) -> list[tuple[int, ...]]:
+    def ids(self, row: Example) -> list[tuple[int, ...]]:
         """The ids of these, with their end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
-    def check(self, row: Row) -> None:
+    def check(self, row: Example) -> None:
         """Refuses a row without choices, or with some that the model cannot tell apart.
 
         Raises:
@@ -96,7 +96,7 @@ class Allowed:
             raise InputError("no field 'choices', which `choices=row` scores (or it is empty)")
         self.ids(row)
 
-    def answer(self, row: Row, scores: np.ndarray) -> dict[str, Any]:
+    def answer(self, row: Example, scores: np.ndarray) -> dict[str, Any]:
         """What is written of a row, all numbers but the score with 6 significant digits.
 
         Args:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import label_only
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.errors import InputError
@@ -21,7 +22,6 @@ from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask
 from stepdistill_jax.inference.rationale_quality import RationaleTally
-from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import read_jsonl, write_json
 from stepdistill_jax.runtime.on_processes import (
@@ -228,7 +228,7 @@ def evaluate_tokens(
     cut = [cut_ids(ids, asking.input_length) for ids in inputs]
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
-    rows = [Row(str(i), {"input": "", "label": label}) for i, label in enumerate(labels, 1)]
+    rows = [Example(str(i), "", label) for i, label in enumerate(labels, 1)]
     with until_stopped(len(inputs), "evaluate") as update:
         found = label_rows(model, asking, chooser, rows, cut, update)
     seconds = time.perf_counter() - start

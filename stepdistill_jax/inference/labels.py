@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.inference.allowed import Allowed
 from stepdistill_jax.inference.engines import Engine, require_finite
 from stepdistill_jax.inference.prompting import Asking, scored_answer
-from stepdistill_jax.inference.rows import Row
 
 
 class Labels(NamedTuple):
@@ -27,7 +27,7 @@ def label_rows(
     model: Engine,
     asking: Asking,
     allowed: Allowed | None,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     inputs: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> Labels:

@@ -12,14 +12,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed import Allowed, allow
 from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
 from stepdistill_jax.inference.labels import label_rows
 from stepdistill_jax.inference.options import decode_options
-from stepdistill_jax.inference.prompting import RATIONALE, Asking, encode_input, how_to_ask
-from stepdistill_jax.inference.rows import InputFile, Row, next_window
+from stepdistill_jax.inference.prompting import (
+    RATIONALE,
+    Asking,
+    encode_input,
+    how_to_ask,
+)
+from stepdistill_jax.inference.rows import InputFile, next_window
 from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.distributed import is_process_0
@@ -167,7 +174,7 @@ def _run(
         kept=lambda: shared.state["rows"],
     ) as update:
         while window := on_all_processes(lambda: next_window(rows, window_rows)):
-            require_same([row.fields for row in window], "input")
+            require_same([row.texts for row in window], "input")
             answers = _decode_window(model, asking, window, counts, update, allowed)
             _require_unchanged(source, shared)  # what has been kept was made from this input
             shared.append(answers, **counts)
@@ -194,18 +201,18 @@ def _require_unchanged(source: InputFile, shared: ResumableFile, rows: int | Non
         raise
 
 
-def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Row]:
+def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
     for row in source.rows():  # under `stop`, `InputFile` has found that all are good
-        if isinstance(row, Row):
-            yield row
-        else:
+        if isinstance(row, BadRow):
             skipped.add(row)
+        else:
+            yield row
 
 
 def _decode_window(
     model: Engine,
     asking: Asking,
-    window: list[Row],
+    window: list[Example],
     counts: dict[str, int],
     update: Callable[[int], None],
     allowed: Allowed | None,

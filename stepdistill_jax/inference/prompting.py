@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import (
     LABEL_INPUT,
     RATIONALE_INPUT,
@@ -18,7 +19,6 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.model import LoadedModel
 from stepdistill_jax.inference.options import DecodeOptions
-from stepdistill_jax.inference.rows import Row
 
 RATIONALE = "rationale"
 WRITTEN = ("id", "score", "probability", "choices")  # of each answer, whatever a template names
@@ -55,15 +55,16 @@ class Asking:
         shown = [o.read_beside_input for o in self.objectives[self.prefix is not None :]]
         return tuple(dict.fromkeys(name for names in shown for name in names))
 
-    def lacks(self, row: Row) -> tuple[str, ...]:
+    def lacks(self, row: Example) -> tuple[str, ...]:
         """Those of `reads` that a row has not."""
-        return tuple(name for name in self.reads if not row.fields.get(name))
+        texts = row.texts
+        return tuple(name for name in self.reads if not texts.get(name))
 
-    def prompts(self, row: Row) -> list[str]:
+    def prompts(self, row: Example) -> list[str]:
         """One text per objective."""
-        texts = [objective.render(row.fields)[0] for objective in self.objectives]
+        texts = [objective.render(row.texts)[0] for objective in self.objectives]
         if self.prefix is not None:
-            texts[0] = self.prefix + row.fields["input"]
+            texts[0] = self.prefix + row.input
         return texts
 
 

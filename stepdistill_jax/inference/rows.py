@@ -1,141 +1,73 @@
-"""Input rows of `predict`: those of a generic dataset, read one by one, a bad one named by its line."""
+"""Input rows of `predict` and `serve`; a bad one is named by its line."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from stepdistill_jax.data.corpora import fields
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import json_lines
 from stepdistill_jax.runtime.fingerprints import sha256
-from stepdistill_jax.runtime.stores import local_path
 
-OPTIONAL_TEXTS = ("label", "rationale", "llm_label")
+FIELDS = ("rationale", "llm_label")  # read with those of every row
 WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One question.
-
-    Attributes:
-        id: as given (text or number), so that answers can be joined to questions by it; the row's
-            number from 1, as text, where it has none.
-        fields: texts of the row that a template may name; `input` is always there.
-        choices: the allowed answers; empty when the answer is free.
-    """
-
-    id: str | int
-    fields: dict[str, str]
-    choices: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """The gold answer; empty where it is not known."""
-        return self.fields.get("label", "")
-
-    @property
-    def chars(self) -> int:
-        """Length of its texts."""
-        return sum(map(len, self.fields.values())) + sum(map(len, self.choices))
-
-
-class BadRow(InputError):
-    """What is wrong with a row.
-
-    Attributes:
-        line: of the file, from 1.
-        reason: the message without file and line.
-    """
-
-    def __init__(self, where: str, line: int, reason: str):
-        """`where` is the file's path."""
-        super().__init__(f"{where}:{line}: {reason}")
-        self.line, self.reason = line, reason
-
-
-def read_rows(
-    path: os.PathLike | str,
-    check_row: Callable[[Row], None] | None = None,
-    more: Sequence[str] = (),
-) -> Iterator[Row | BadRow]:
-    """Each row of a JSON-lines file, or what is wrong with it; blank lines are skipped.
+def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
+    """Returns the question of a row. Its input may be blank; its id is as given.
 
     Args:
-        path: of the file.
-        check_row: raises InputError, the reason alone, at a row that will not do.
-        more: as for `parse_row`.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    path = local_path(path, "input")
-    for number, (line, found) in enumerate(json_lines(path), 1):
-        where = f"{path}:{line}"
-        try:
-            if isinstance(found, InputError):
-                raise found
-            row = parse_row(found, number, where, more)
-            if check_row:
-                check_row(row)
-        except InputError as error:
-            yield BadRow(str(path), line, str(error).removeprefix(f"{where}: "))
-        else:
-            yield row
-
-
-def next_window(rows: Iterator[Row], most_rows: int) -> list[Row]:
-    """The next rows: `most_rows`, or as many as have 16 million characters; empty at the end."""
-    window, chars = [], 0
-    for row in rows:
-        window.append(row)
-        chars += row.chars
-        if len(window) == most_rows or chars >= WINDOW_CHARS:
-            break
-    return window
-
-
-def parse_row(row: dict[str, Any], number: int, where: str, more: Sequence[str] = ()) -> Row:
-    """The question of a JSON object; its texts are read as those of a dataset are.
-
-    Args:
-        row: the object.
-        number: of the row, from 1.
-        where: `file:line`.
+        row: in the generic format.
         more: names of other texts that a prompt shows; a row may be without.
 
     Raises:
         InputError: a field that is missing or of a wrong type.
     """
-    texts = {"input": fields.text(row, "input", where, strip=False, blank=True)}
-    names = dict.fromkeys((*OPTIONAL_TEXTS, *more))
-    texts |= {name: fields.optional_text(row, name, where) for name in names}
-    has_id = fields.optional_text(row, "id", where) != ""
-    return Row(
-        row["id"] if has_id else str(number),
-        {name: text for name, text in texts.items() if text or name == "input"},
-        fields.texts(row, "choices", where),
-    )
+    found = read_example(row, needs={}, fields=FIELDS, more=more)
+    given = row.fields.get("id")
+    if given == found.id or not row.optional_text("id"):
+        return found
+    return dataclasses.replace(found, id=given)
 
 
-def count_rows(rows: Iterator[Row | BadRow], on_error: str) -> int:
-    """Number of good rows: a bad one in the middle is known before the first is decoded.
+def read_questions(
+    path: os.PathLike | str,
+    check_row: Callable[[Example], None] | None = None,
+    more: Sequence[str] = (),
+) -> Iterator[Example | BadRow]:
+    """Yields each question of a JSON-lines file, or what is wrong with its row.
 
     Args:
-        rows: of `read_rows`.
-        on_error: `stop` or `skip`.
+        path: of the file.
+        check_row: raises InputError, the reason alone, at a row that will not do.
+        more: as for `question`.
 
     Raises:
-        InputError: the file cannot be read, or under `stop` the first bad row: file and line.
+        InputError: the file cannot be read.
     """
-    good = 0
+    for row in each_row(path):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        try:
+            found = question(row, more)
+            if check_row:
+                check_row(found)
+        except InputError as error:
+            yield BadRow(path, row.line, str(error).removeprefix(f"{row.where}: "))
+        else:
+            yield found
+
+
+def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
+    """The next rows: `most_rows`, or as many as have 16 million characters; empty at the end."""
+    window, chars = [], 0
     for row in rows:
-        if isinstance(row, Row):
-            good += 1
-        elif on_error == "stop":
-            raise InputError(f"{row} (--on-error skip goes on without such rows)")
-    return good
+        window.append(row)
+        chars += sum(map(len, row.texts.values())) + sum(map(len, row.choices))
+        if len(window) == most_rows or chars >= WINDOW_CHARS:
+            break
+    return window
 
 
 class InputFile:
@@ -151,34 +83,40 @@ class InputFile:
         self,
         path: os.PathLike | str,
         on_error: str,
-        check_row: Callable[[Row], None] | None = None,
+        check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
     ):
-        """Raises InputError as `count_rows`, and where one of the fields `reads` is in no row.
+        """Counts the good rows: a bad one in the middle is known before the first is decoded.
 
-        `check_row` as for `read_rows`; `reads` are what prompts show beside the input.
+        Args:
+            path: of the file.
+            on_error: `stop` at a bad row, or `skip` it.
+            check_row: as for `read_questions`.
+            reads: fields that prompts show in addition to the input.
+
+        Raises:
+            InputError: the file cannot be read, one of `reads` is in no row, or under `stop` the first
+                bad row: file and line.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
-        self.total = count_rows(self.rows(), on_error)
-        self._require_fields()
-        self.digest = sha256(path)
-
-    def rows(self) -> Iterator[Row | BadRow]:
-        """`read_rows` of it."""
-        return read_rows(self.path, self._check_row, self._reads)
-
-    def _require_fields(self) -> None:
-        absent = set(self._reads) if self.total else set()
-        for row in self.rows() if absent else ():
-            absent -= row.fields.keys() if isinstance(row, Row) else set()
-            if not absent:
-                return
-        if absent:
+        self.total, absent = 0, set(self._reads)
+        for row in self.rows():
+            if not isinstance(row, BadRow):
+                self.total += 1
+                absent -= {name for name in absent if row.texts.get(name)}
+            elif on_error == "stop":
+                raise InputError(f"{row} (`on_error=skip` continues without such rows)")
+        if absent and self.total:
             raise InputError(
                 f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"
-                " beside the input (a teacher has to write it, at test time, too)"
+                " in addition to the input (a teacher has to write it, at test time, too)"
             )
+        self.digest = sha256(path)
+
+    def rows(self) -> Iterator[Example | BadRow]:
+        """`read_questions` of it."""
+        return read_questions(self.path, self._check_row, self._reads)
 
     def _stat(self) -> tuple[int, ...] | None:
         try:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import stepdistill_jax
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed import Allowed
@@ -18,7 +20,7 @@ from stepdistill_jax.inference.engines import (
 )
 from stepdistill_jax.inference.labels import label_rows
 from stepdistill_jax.inference.prompting import Asking, encode_input
-from stepdistill_jax.inference.rows import Row, parse_row
+from stepdistill_jax.inference.rows import question
 from stepdistill_jax.serving.batcher import lane_length
 
 MAX_CHOICES = 256  # of one row: each costs time that others wait for
@@ -28,7 +30,7 @@ MAX_CHOICES = 256  # of one row: each costs time that others wait for
 class Question:
     """A row of a request, and the ids that the model is asked with."""
 
-    row: Row
+    row: Example
     ids: list[int]
 
     @property
@@ -56,7 +58,7 @@ class Answerer:
             InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
         """
         where = f"row {number}"
-        parsed = parse_row(row, number, where, self._asking.reads)
+        parsed = question(JsonRow(row, where, number), self._asking.reads)
         if absent := self._asking.lacks(parsed):
             raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
         if self._allowed:
@@ -108,7 +110,7 @@ class Answerer:
         longest, length = self._asking.input_length, 0
         while length < longest:
             length = min(lane_length(length + 1), longest)
-            question = Question(Row("", {}), [UNK_ID] * (length - 1) + [EOS_ID])
+            question = Question(Example("", ""), [UNK_ID] * (length - 1) + [EOS_ID])
             count = 1
             while True:  # few rows are decoded in halves of a batch: one of these counts needs each
                 yield functools.partial(self._asked, [question] * count)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
-from stepdistill_jax.data.corpora.fields import weight
 from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.fingerprints import sha256_of_rows
 
@@ -101,7 +101,7 @@ class RowsOfFunction:
         factor = row.get("weight")
         if isinstance(factor, np.generic):
             factor = factor.item()
-        fields["weight"] = weight({"weight": factor}, "weight", where)
+        fields["weight"] = JsonRow({"weight": factor}, where).weight("weight")
         return fields
 
 

@@ -20,7 +20,7 @@ from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ChatClient, Teacher
 from stepdistill_jax.teacher.prompting import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.prompts import estimate_tokens
-from stepdistill_jax.teacher.rows import check_rows, read_rows
+from stepdistill_jax.teacher.rows import check_questions, read_questions
 from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal
 from stepdistill_jax.teacher.settings import LOCAL, Settings
 
@@ -136,7 +136,7 @@ def in_words(estimate: dict[str, Any]) -> str:
 def _estimate(asking: Asking, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
     """Reads the whole file: a bad row in the middle is known before the first answer is paid for."""
     settings, estimate = asking.settings, Estimate()
-    rows = check_rows(input, settings.choices, label_given=settings.label_given)
+    rows = check_questions(input, settings.choices, label_given=settings.label_given)
     for _ in unanswered(asking, rows, cache, estimate):
         pass
     return estimate
@@ -176,7 +176,7 @@ async def _annotate(
         with progress(estimate["rows"], f"annotate {input.name}") as bar:
             run = Run(asking, teacher, cache, budget, rows_file, defects_file, bar, kept=read.kept)
             try:
-                await run_until_signal(run.all(read_rows(input, settings.choices)))
+                await run_until_signal(run.all(read_questions(input, settings.choices)))
                 if run.counts.rows != estimate["rows"]:
                     raise InputError(
                         f"{input}: it changed while it was read ({estimate['rows']} rows at first,"

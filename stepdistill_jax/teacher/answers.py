@@ -4,10 +4,10 @@ import dataclasses
 import re
 
 from stepdistill_jax.data.defects import KINDS as PARSER_KINDS
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.nli_rationale import parse_anli, parse_esnli
 from stepdistill_jax.data.rationale import CHOICE_MARKER, parse_choice, parse_equation
 from stepdistill_jax.data.text_metrics import metric_fn, normalize
-from stepdistill_jax.teacher.rows import Row
 
 # what can be wrong with an answer: the names of `prepare`, and those that only a server knows of
 KINDS = PARSER_KINDS | {
@@ -65,7 +65,7 @@ def metric_name(task: str) -> str:
     return "value_match" if task == "svamp" else "text_match"
 
 
-def read_answer(task: str, answer: Answer, row: Row, *, label_given: bool = False) -> Reading:
+def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = False) -> Reading:
     """Reads an answer by the rules of its task.
 
     Example: under `anli` the text "Rome is in Italy. So the answer is entailment." has the
@@ -91,7 +91,7 @@ def read_answer(task: str, answer: Answer, row: Row, *, label_given: bool = Fals
     return Reading(rationale, label, problems, bool(rationale and label))
 
 
-def _parse(task: str, text: str, row: Row) -> tuple[str, str, tuple[str, ...]]:
+def _parse(task: str, text: str, row: Example) -> tuple[str, str, tuple[str, ...]]:
     """(rationale, label, problems); either text is empty where it cannot be read."""
     if task in _PARSERS:
         parsed = _PARSERS[task](text)
@@ -106,15 +106,10 @@ def _parse(task: str, text: str, row: Row) -> tuple[str, str, tuple[str, ...]]:
 
 def _parse_free(text: str) -> tuple[str, str, tuple[str, ...]]:
     own, *more = re.split(r"^[^\S\n]*Q:", text, maxsplit=1, flags=re.MULTILINE)
-    rationale, label, problems = _split(own, CHOICE_MARKER, more)
-    return rationale, label.removesuffix(".").rstrip(), problems
-
-
-def _split(own: str, marker: str, more: list[str]) -> tuple[str, str, tuple[str, ...]]:
     problems: tuple[str, ...] = ("runs_on",) if more else ()
     if not own.strip():
         return "", "", (*problems, "empty")
-    rationale, *answers = own.split(marker)
+    rationale, *answers = own.split(CHOICE_MARKER)
     label = answers[0].strip().split("\n")[0].strip() if answers else ""
     if not label:
         return "", "", (*problems, "no_answer")
@@ -122,4 +117,4 @@ def _split(own: str, marker: str, more: list[str]) -> tuple[str, str, tuple[str,
         problems += ("several_answers",)
     if not rationale.strip():
         problems += ("no_rationale",)
-    return rationale.strip(), normalize(label), problems
+    return rationale.strip(), normalize(label).removesuffix(".").rstrip(), problems

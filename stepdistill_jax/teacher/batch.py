@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stepdistill_jax.data.corpora.fields import names_of
+from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write, read_jsonl
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
@@ -16,7 +16,7 @@ from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import content_text, now, token_count
 from stepdistill_jax.teacher.prompting import Asking, Estimate, unanswered
-from stepdistill_jax.teacher.rows import check_rows
+from stepdistill_jax.teacher.rows import check_questions
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
 REQUESTS = Made("annotate", b'{"custom_id": "', ("custom_id", "method", "body"))
@@ -43,7 +43,7 @@ def write_batch(
         `rows`, `requests`, `files`.
     """
     estimate = Estimate()
-    rows = check_rows(input, asking.settings.choices, label_given=asking.settings.label_given)
+    rows = check_questions(input, asking.settings.choices, label_given=asking.settings.label_given)
     lines = (_request(asking, prompt, key) for _, prompt, key in
              unanswered(asking, rows, cache, estimate))  # fmt: skip
     files = []
@@ -97,7 +97,7 @@ def read_batch(
     results = cache.fetch(itertools.chain.from_iterable(_results(p, asking, failed) for p in paths))
     kept, matched = 0, 0
     defects: dict[str, int] = {}
-    rows = check_rows(input, asking.settings.choices, label_given=asking.settings.label_given)
+    rows = check_questions(input, asking.settings.choices, label_given=asking.settings.label_given)
     for row, _, key in unanswered(asking, rows, cache, Estimate()):
         answer = cache.fetched(key)
         if answer is None:
@@ -127,7 +127,7 @@ def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str
         if not isinstance(key, str) or "response" not in row:
             raise InputError(
                 f"{where}: no line of a batch's results: `custom_id` and `response` are wanted"
-                f" (found: {names_of(row)})"
+                f" (found: {JsonRow(row, where).names})"
             )
         try:
             if row.get("error") or response["status_code"] != 200:

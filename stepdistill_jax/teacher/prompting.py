@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.runtime.fingerprints import digest, sha256_of
 from stepdistill_jax.teacher.answers import Answer, Reading, read_answer
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.prompts import Prompter, load_prompter
-from stepdistill_jax.teacher.rows import Row
 from stepdistill_jax.teacher.settings import LOCAL, Settings
 
 LIMITS = ("max_tokens", "max_completion_tokens")
@@ -30,7 +30,7 @@ class Asking:
     parameters: dict[str, Any]
     identity: Any = None
 
-    def prompt(self, row: Row) -> str:
+    def prompt(self, row: Example) -> str:
         """The text that the teacher reads."""
         return self.prompter.prompt(row)
 
@@ -58,11 +58,11 @@ class Asking:
         """Of all samples of a prompt."""
         return [self.key(prompt, i) for i in range(self.settings.samples)]
 
-    def read(self, answer: Answer, row: Row) -> Reading:
+    def read(self, answer: Answer, row: Example) -> Reading:
         """What an answer says."""
         return read_answer(self.settings.task, answer, row, label_given=self.settings.label_given)
 
-    def known(self, cache: AnswerCache, key: str, row: Row) -> tuple[Answer, Reading] | None:
+    def known(self, cache: AnswerCache, key: str, row: Example) -> tuple[Answer, Reading] | None:
         """A kept answer, if it is (still) one that can be read."""
         answer = cache.get(key)
         if answer is None:
@@ -123,8 +123,8 @@ def load_asking(settings: Settings) -> Asking:
 
 
 def unanswered(
-    asking: Asking, rows: Iterator[Row], cache: AnswerCache | None, estimate: Estimate
-) -> Iterator[tuple[Row, str, str]]:
+    asking: Asking, rows: Iterator[Example], cache: AnswerCache | None, estimate: Estimate
+) -> Iterator[tuple[Example, str, str]]:
     """Yields (row, prompt, key) of each answer that is not in the cache; counts into `estimate`.
 
     Two rows of one prompt share their answers, so a key is yielded once (32 bytes are kept of each).

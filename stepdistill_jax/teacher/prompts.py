@@ -6,14 +6,18 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import LETTERS
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.teacher.rows import Row, read_rows
+from stepdistill_jax.teacher.rows import ASKED, read_questions
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 GENERIC = "generic"
 TASKS = ("cqa", "svamp", "esnli", "anli", GENERIC)
+EXEMPLAR = ASKED | dict.fromkeys(
+    ("rationale", "label"), "; an exemplar (`exemplars`) shows a whole answer"
+)
 CHARACTERS_PER_TOKEN = 4  # of English text; what estimates before the first answer go by
 
 
@@ -29,12 +33,12 @@ class Prompter:
     """
 
     task: str
-    exemplars: tuple[Row, ...]
+    exemplars: tuple[Example, ...]
     instructions: str
     label_given: bool
     _template: Any
 
-    def prompt(self, row: Row) -> str:
+    def prompt(self, row: Example) -> str:
         """The whole text that the teacher reads, as one message of the user.
 
         Raises:
@@ -48,10 +52,10 @@ class Prompter:
         )
         return text.strip()
 
-    def _shown(self, row: Row) -> dict[str, Any]:
+    def _shown(self, row: Example) -> dict[str, Any]:
         if self.task == "cqa" and len(row.choices) > len(LETTERS):
             raise InputError(
-                f"row {row.number} (id {row.id!r}): {len(row.choices)} choices, the letters end at"
+                f"row {row.id!r}: {len(row.choices)} choices, the letters end at"
                 f" {len(LETTERS)}; `task={GENERIC}` needs none"
             )
         return {
@@ -61,7 +65,7 @@ class Prompter:
             "choices": row.choices,
         }
 
-    def _answer(self, row: Row) -> str:
+    def _answer(self, row: Example) -> str:
         if self.task == "cqa" and row.label in row.choices:
             return f"({LETTERS[row.choices.index(row.label)]}) {row.label}"
         return row.label
@@ -80,7 +84,7 @@ def estimate_tokens(characters: int) -> int:
     return -(-characters // CHARACTERS_PER_TOKEN)
 
 
-def with_choices(row: Row, *, lettered: bool) -> str:
+def with_choices(row: Example, *, lettered: bool) -> str:
     """The input, and the choices below it unless it lists them itself.
 
     With letters as the paper's CQA files have them: `Answer Choices:` and a line `(a) ...` for each.
@@ -128,15 +132,6 @@ def load_prompter(
     )
     own = TEMPLATES / f"{task}.jsonl"
     path = exemplars or (own if own.exists() else None)
-    rows = tuple(read_rows(path, choices)) if path else ()
-    if exemplars and not rows:
-        raise InputError(f"`exemplars` {exemplars}: no rows in it")
-    for row in rows:
-        for name in ("rationale", "label"):
-            if not getattr(row, name):
-                raise InputError(
-                    f"`exemplars` {path}: row {row.number} has no {name}; an exemplar shows a whole"
-                    " answer"
-                )
+    rows = tuple(read_questions(path, choices, needs=EXEMPLAR)) if path else ()
     template = environment.get_template(f"{task}.jinja")
     return Prompter(task, rows, instructions, label_given, template)

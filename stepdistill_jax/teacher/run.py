@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 from stepdistill_jax.runtime.progress import Bar
@@ -17,7 +18,6 @@ from stepdistill_jax.teacher.budget import Budget, BudgetReached
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ServerError, Teacher, now
 from stepdistill_jax.teacher.prompting import Asking
-from stepdistill_jax.teacher.rows import Row
 from stepdistill_jax.teacher.vote import Sample, output_row
 
 FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
@@ -86,7 +86,7 @@ class Run:
         self._problems: collections.Counter[str] = collections.Counter()  # of unusable answers
         self.counts = Counts()
 
-    async def all(self, rows: Iterator[Row]) -> None:
+    async def all(self, rows: Iterator[Example]) -> None:
         """Asks for every row and writes it.
 
         A window of rows is under way, four for each request at once, so that a slow answer at its
@@ -97,7 +97,7 @@ class Run:
             InputError: the server refuses a request, or too many answers are unusable.
         """
         most = max(64, 4 * self._settings.concurrency)
-        window: collections.deque[tuple[Row, str, asyncio.Task | list[Sample]]] = (
+        window: collections.deque[tuple[Example, str, asyncio.Task | list[Sample]]] = (
             collections.deque()
         )
         try:
@@ -124,7 +124,7 @@ class Run:
     def _is_done(work: asyncio.Task | list[Sample]) -> bool:
         return not isinstance(work, asyncio.Task) or work.done()
 
-    def _begin(self, row: Row) -> tuple[str, asyncio.Task | list[Sample]]:
+    def _begin(self, row: Example) -> tuple[str, asyncio.Task | list[Sample]]:
         prompt = self._asking.prompt(row)
         keys = self._asking.keys(prompt)
         known = [self._asking.known(self._cache, key, row) for key in keys]
@@ -135,7 +135,7 @@ class Run:
         return prompt, asyncio.create_task(self._samples(row, prompt, keys, known))
 
     async def _samples(
-        self, row: Row, prompt: str, keys: list[str], known: list[Sample | None]
+        self, row: Example, prompt: str, keys: list[str], known: list[Sample | None]
     ) -> list[Sample]:
         work = [
             _ready(sample) if sample is not None else self._shared(key, row, prompt)
@@ -150,7 +150,7 @@ class Run:
         self._bar.update(1, **values)
         return samples  # type: ignore[return-value]
 
-    async def _shared(self, key: str, row: Row, prompt: str) -> Sample:
+    async def _shared(self, key: str, row: Example, prompt: str) -> Sample:
         """The answer of a key, asked once for all rows that have this prompt."""
         task = self._under_way.get(key)
         if task is None:
@@ -163,7 +163,7 @@ class Run:
             task.add_done_callback(lambda _: self._under_way.pop(key, None))
         return await task
 
-    async def _ask(self, key: str, row: Row, prompt: str) -> Sample:
+    async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
         """The first question goes alone: it shows what all the others would meet with."""
         if self._probe is not None:
             await self._probe.wait()
@@ -174,7 +174,7 @@ class Run:
         finally:
             self._probe.set()
 
-    async def _answer(self, key: str, row: Row, prompt: str) -> Sample:
+    async def _answer(self, key: str, row: Example, prompt: str) -> Sample:
         answer, reading = Answer(""), Reading()
         for attempt in range(1 + self._settings.retries):
             try:
@@ -234,7 +234,7 @@ class Run:
             reason = f"{self._failures} requests in a row failed; the last: {error}"
             self._end(Stopped(reason, hopeless=True))
 
-    def _count_unusable(self, row: Row, answer: Answer, reading: Reading) -> None:
+    def _count_unusable(self, row: Example, answer: Answer, reading: Reading) -> None:
         self._questions += 1
         self._unusable += 1
         self._problems.update(reading.problems)
@@ -247,7 +247,7 @@ class Run:
                 " tokens, or a reasoning model less `reasoning_effort`"
             )
         else:
-            advice = f"the last, of row {row.number}: {' '.join(answer.text.split())[:80]!r}"
+            advice = f"the last, of the row {row.id!r}: {' '.join(answer.text.split())[:80]!r}"
         kinds = ", ".join(f"{kind} {count}" for kind, count in self._problems.most_common())
         self._end(
             InputError(
@@ -256,7 +256,7 @@ class Run:
             )
         )
 
-    async def _write(self, row: Row, prompt: str, work: asyncio.Task | list[Sample]) -> None:
+    async def _write(self, row: Example, prompt: str, work: asyncio.Task | list[Sample]) -> None:
         samples = await work if isinstance(work, asyncio.Task) else work
         settings = self._settings
         result = output_row(
@@ -272,7 +272,7 @@ class Run:
         if self.counts.rows % 256 == 0:
             await asyncio.sleep(0)  # a file that is all in the cache still hears signals
 
-    def _tally(self, row: Row, samples: list[Sample], result: dict[str, Any]) -> None:
+    def _tally(self, row: Example, samples: list[Sample], result: dict[str, Any]) -> None:
         counts = self.counts
         counts.rows += 1
         answered = any(reading.usable for _, reading in samples)
@@ -285,10 +285,10 @@ class Run:
         for i, (answer, reading) in enumerate(samples):
             for kind in reading.problems:
                 counts.defects[kind] += 1
-                counts.first_defects.setdefault(kind, f"row {row.number}")
+                counts.first_defects.setdefault(kind, f"row {counts.rows}")
                 text = " ".join(answer.text.split())[:DEFECT_TEXT]
                 self._defects.add(
-                    {"kind": kind, "row": row.number, "id": row.id, "sample": i, "text": text}
+                    {"kind": kind, "row": counts.rows, "id": row.id, "sample": i, "text": text}
                 )
 
 

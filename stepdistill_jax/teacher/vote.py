@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
-from stepdistill_jax.teacher.rows import Row
 
 Sample = tuple[Answer, Reading]
 
@@ -29,7 +29,7 @@ def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
 
 
 def output_row(
-    row: Row,
+    row: Example,
     samples: Sequence[Sample],
     *,
     task: str,
@@ -73,7 +73,9 @@ def output_row(
         {"text": r.rationale, "source": source, "label": row.label if label_given else r.label}
         for r in usable
     ]
-    rationales += row.rationales
+    if row.rationale and row.rationale not in (r.text for r in row.rationales):
+        rationales.append({"text": row.rationale})
+    rationales += [{k: v for k, v in vars(r).items() if v} for r in row.rationales]
     if rationales:
         result["rationales"] = rationales
     if weight != 1.0 or (len(samples) > 1 and usable and not label_given):

@@ -253,10 +253,10 @@ def test_more_fields_are_kept_where_they_are_named(tmp_path):
     [
         (
             ["Why"],
-            "--fields Why: a name in lower_snake_case is wanted; `--fields my_name --map my_",
+            "`fields` Why: expected a name in lower_snake_case; `fields` my_name and `field_map` my_",
         ),
-        (["rationale"], "--fields rationale: it has a meaning of its own and is read anyway"),
-        (["page", "page"], "--fields page,page: name each once"),
+        (["rationale"], "`fields` rationale: it has a meaning of its own and is read anyway"),
+        (["page", "page"], "`fields` page,page: name each once"),
         (["pages"], r"no row of .* in the field 'pages' \(not read: page\); did you mean 'page'"),
     ],
 )

@@ -225,7 +225,7 @@ def test_anli_is_prepared_with_exact_counts(anli_source, tmp_path):
 def test_without_train_texts_it_must_be_said(anli_source):
     for path in anli_source.glob("llm/train*"):
         path.unlink()
-    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*--no-teacher"):
+    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*`teacher=False`"):
         anli.read(anli_source)
     row = anli.read(anli_source, teacher=False).splits["train"][0]
     assert (row.example.rationale, row.example.llm_label, row.right) == ("", "", {})

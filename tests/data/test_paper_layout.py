@@ -101,7 +101,7 @@ def test_absent_teacher_files_are_an_error_unless_told(svamp_source, teacher):
     if not teacher:
         assert svamp.read(svamp_source, teacher=False).splits["test"]
         return
-    with pytest.raises(InputError, match=r"llm/train_CoT_0\.json: no such file.*--no-teacher"):
+    with pytest.raises(InputError, match=r"llm/train_CoT_0\.json: no such file.*`teacher=False`"):
         svamp.read(svamp_source).splits  # noqa: B018
 
 
@@ -279,7 +279,7 @@ def test_an_export_of_commonsense_qa_gives_the_papers_rows(tmp_path, cqa_source)
     ("changes", "message"),
     [
         ({"answerKey": "E"}, r"test\.jsonl:1: the field 'answerKey' is 'E', the choices are A, B, C"),
-        ({"choices": ["zoo"]}, r"test\.jsonl:1: beside 'answerKey' the field 'choices' must be an object"),
+        ({"choices": ["zoo"]}, r"test\.jsonl:1: next to 'answerKey' the field 'choices' must be an object"),
         ({"choices": {"label": ["A"], "text": []}}, r"test\.jsonl:1: in choices: 1 labels, but 0 texts"),
     ],
 )  # fmt: skip
@@ -291,7 +291,7 @@ def test_a_bad_export_names_file_line_and_field(tmp_path, changes, message):
 
 def test_an_export_has_no_teacher_texts(tmp_path):
     _lines(tmp_path / "train.jsonl", [CQA_EXPORT])
-    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*--no-teacher"):
+    with pytest.raises(InputError, match=r"train_CoT_0\.json: no such file.*`teacher=False`"):
         cqa.read(tmp_path)
 
 

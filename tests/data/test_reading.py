@@ -1,17 +1,15 @@
-from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.reading import (
-    Row,
-    defect,
     in_order,
+    split_of,
     tenth,
-    train_or_validation,
 )
 
 
 def _parts(ids):
     parts = {"train": [], "validation": []}
     for i in ids:
-        parts[train_or_validation(Row(Example(i, "question", "label")))].append(i)
+        parts[split_of(tenth(i), "train", {"train"})].append(i)
     return parts["train"], parts["validation"]
 
 
@@ -36,9 +34,14 @@ def test_an_added_row_moves_no_other_row():
     assert validation == [i for i in ids if tenth(i) == 0]
 
 
+def test_no_row_changes_its_split_but_those_of_train_without_a_validation_file():
+    assert split_of(0, "train", {"train", "validation"}) == "train"
+    assert split_of(0, "test", {"train", "test"}) == "test"
+
+
 def test_splits_come_train_first_and_those_without_labels_last():
     assert in_order({"unlabelled": 1, "test": 1, "train": 1}) == ["train", "test", "unlabelled"]
 
 
 def test_the_text_of_a_defect_is_cut():
-    assert len(defect("empty", "f", 1, "x" * 1000).text) == 200
+    assert len(Defect("empty", "f", 1, "x" * 1000).text) == 200

@@ -9,9 +9,10 @@ import pytest
 import scipy.stats
 
 from stepdistill_jax.data.counts import Tally
+from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepare import prepare
-from stepdistill_jax.data.reading import Row, defect
+from stepdistill_jax.data.reading import CheckedExample
 from stepdistill_jax.data.report import page, wilson
 from stepdistill_jax.errors import InputError
 
@@ -64,10 +65,12 @@ def _tally(rows):
 def tallies():
     right = {"teacher_accuracy": True, "teacher_accuracy_repaired": True}
     wrong = {"teacher_accuracy": False, "teacher_accuracy_repaired": False}
-    rows = [Row(Example(f"r{i}", "one two", "yes", "why"), right=right) for i in range(6)]
+    rows = [
+        CheckedExample(Example(f"r{i}", "one two", "yes", "why"), right=right) for i in range(6)
+    ]
     rows += [
-        Row(Example(HOSTILE, HOSTILE, "yes"), (defect("no_answer", f"{HOSTILE}.json", 7, HOSTILE),), wrong),
-        Row(Example("b", "one two three", "no", "why not"), (defect("runs_on", "f", 2, "t"),), right),
+        CheckedExample(Example(HOSTILE, HOSTILE, "yes"), (Defect("no_answer", f"{HOSTILE}.json", 7, HOSTILE),), wrong),
+        CheckedExample(Example("b", "one two three", "no", "why not"), (Defect("runs_on", "f", 2, "t"),), right),
     ]  # fmt: skip
     return {"train": _tally(rows), "test": _tally(rows[:1])}
 
@@ -103,7 +106,9 @@ def test_figures_are_those_of_the_rows(tallies):
 
 
 def test_a_dataset_without_teacher_or_defects_has_a_page():
-    text = page(RESULT | {"notes": []}, {"train": _tally([Row(Example("1", "q", "yes"))])})
+    text = page(
+        RESULT | {"notes": []}, {"train": _tally([CheckedExample(Example("1", "q", "yes"))])}
+    )
     _parsed(text)
     assert "There are none." in text and "None was found." in text
 
@@ -116,7 +121,11 @@ def test_wilsons_interval_is_scipys(right, rows):
 
 def test_histograms_hold_every_row_with_its_quantiles_and_the_same_bytes():
     counts = {1: 50, 2: 44, 9: 6}
-    rows = [Row(Example(f"{n}.{i}", "word " * n, "yes")) for n in counts for i in range(counts[n])]
+    rows = [
+        CheckedExample(Example(f"{n}.{i}", "word " * n, "yes"))
+        for n in counts
+        for i in range(counts[n])
+    ]
     text = page(RESULT, {"train": _tally(rows)})
     assert "train: words of an input (median 1, 95 % up to 9, greatest 9)" in text
     picture = base64.b64decode(_parsed(text).links[0].partition(",")[2]).decode()

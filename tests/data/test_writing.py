@@ -5,16 +5,17 @@ import tracemalloc
 import pytest
 
 from stepdistill_jax.data import writing
+from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example, Rationale
-from stepdistill_jax.data.reading import Reading, Row, defect, rows_of
+from stepdistill_jax.data.reading import CheckedExample, Reading
 from stepdistill_jax.data.writing import write_rows
 
-ROW = Row(
+ROW = CheckedExample(
     Example("1", "question", "yes", rationales=(Rationale("because", "human", "yes"),)),
-    (defect("runs_on", "a.jsonl", 1, "text"),),
+    (Defect("runs_on", "a.jsonl", 1, "text"),),
 )
 READING = Reading(
-    "jsonl", 1, "text_match", rows_of({"train": [ROW]}), {"a.jsonl": "0" * 64}, {"cut": True}
+    "jsonl", 1, "text_match", lambda: iter([("train", ROW)]), {"a.jsonl": "0" * 64}, {"cut": True}
 )
 
 
@@ -32,9 +33,9 @@ def test_the_fingerprint_changes_with_sources_reader_options_and_rows(fingerprin
         {"sources": {"a.jsonl": "1" * 64}},
         {"options": {"cut": False}},
         {
-            "rows": rows_of({"train": [other_row]})
+            "rows": lambda: iter([("train", other_row)])
         },  # a reader that was changed without a new version
-        {"rows": rows_of({"test": [ROW]})},
+        {"rows": lambda: iter([("test", ROW)])},
     ]
     prints = {fingerprint(dataclasses.replace(READING, **change)) for change in changed}
     assert len(prints | {fingerprint(READING)}) == len(changed) + 1
@@ -77,7 +78,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     def rows():
         for i in range(4_000):
             text = f"{i} " + "x" * 2500
-            yield "train", Row(Example(str(i), text, "yes", text))
+            yield "train", CheckedExample(Example(str(i), text, "yes", text))
 
     tracemalloc.start()
     write_rows(dataclasses.replace(READING, rows=rows), tmp_path)
@@ -89,8 +90,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 
 
 def test_of_a_large_dataset_every_kth_row_teaches_the_vocabulary(tmp_path, monkeypatch):
-    rows = [Row(Example(str(i), f"question {i}", "yes", f"reason {i}")) for i in range(10)]
-    tallies, _ = write_rows(dataclasses.replace(READING, rows=rows_of({"train": rows})), tmp_path)
+    rows = [
+        ("train", CheckedExample(Example(str(i), f"question {i}", "yes", f"reason {i}")))
+        for i in range(10)
+    ]
+    tallies, _ = write_rows(dataclasses.replace(READING, rows=lambda: iter(rows)), tmp_path)
     path = tmp_path / "train.jsonl"
     assert len(writing._texts(path, tallies["train"])) == 40
     monkeypatch.setattr(writing, "MAX_VOCABULARY_CHARACTERS", tallies["train"].characters // 3)

@@ -59,6 +59,4 @@ def test_the_rows_and_commands_of_the_page_work(reader, capsys):
         "rewrite": (1, 1),
     }
     assert main(["prepare", *prepare[1:-1], "why_not,rewritten"]) == 2
-    assert "--fields rewritten: no row of asked.jsonl has a text in the field 'rewritten'" in (
-        capsys.readouterr().err
-    )
+    assert "no row of asked.jsonl has a text in the field 'rewritten'" in (capsys.readouterr().err)

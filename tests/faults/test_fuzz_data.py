@@ -13,11 +13,11 @@ from stepdistill_jax.data.corpora import anli, cqa, esnli, jsonl, svamp
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.data.writing import describe, write_rows
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.rows import read_rows
+from stepdistill_jax.inference.rows import read_questions
 from stepdistill_jax.teacher.batch import read_batch
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
-from stepdistill_jax.teacher.rows import check_rows
+from stepdistill_jax.teacher.rows import check_questions
 from stepdistill_jax.teacher.settings import Settings
 
 DATA = pathlib.Path(__file__).parents[1] / "bad_inputs" / "data"
@@ -129,9 +129,9 @@ def test_json_lines(fuzz, tmp_path):
         count += 1
         path = tmp_path / "test.jsonl"
         path.write_bytes(good + content)
-        list(read_rows(path))  # of `predict`: bad ones are told, not raised
+        list(read_questions(path))  # of `predict`: bad ones are told, not raised
         with contextlib.suppress(InputError):
-            list(unanswered(asking, check_rows(path, (), label_given=False), None, Estimate()))
+            list(unanswered(asking, check_questions(path, (), label_given=False), None, Estimate()))
         write_rows(jsonl.read(tmp_path), tmp_path / "made")
 
     fuzz("JSON lines, by prepare, predict and annotate", mutated(ROW), read)
@@ -168,7 +168,7 @@ def test_results_of_a_batch(fuzz, tmp_path):
     source, results = tmp_path / "in.jsonl", tmp_path / "results.jsonl"
     source.write_text('{"input": "is it wet ?"}\n')
     asking = load_asking(Settings(task="generic", model="m"))
-    (key,) = asking.keys(asking.prompt(next(check_rows(source, (), label_given=False))))
+    (key,) = asking.keys(asking.prompt(next(check_questions(source, (), label_given=False))))
     message = {"content": "Sure. So the answer is yes."}
     body = {
         "choices": [{"message": message, "finish_reason": "stop"}],

@@ -20,14 +20,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import step_by_step
+from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.inference.counts import Tally
-from stepdistill_jax.inference.rows import BadRow, Row
 from stepdistill_jax.inference.skipped import SkippedRows
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
@@ -360,7 +361,7 @@ def test_memory_of_counts_lists_and_earlier_rows_does_not_grow_with_rows(tmp_pat
         tracemalloc.start()
         try:
             for i, row in enumerate(output.rows()):
-                tally.add(Row(str(i), {"input": "x", "label": f"l{i % 2}" * 8}), row["label"])
+                tally.add(Example(str(i), "x", f"l{i % 2}" * 8), row["label"])
                 skipped.add(BadRow("in.jsonl", i, "bad"))
             _, peak = tracemalloc.get_traced_memory()
         finally:
@@ -676,7 +677,7 @@ def before(owner, name, hold, nth=1):
     setattr(owner, name, wrapped)
 phase = job["phase"]
 if phase == "counting":
-    before(rows, "parse_row", hold, 50)
+    before(rows, "question", hold, 50)
 elif phase == "loading":
     before(predict, "open_engine", hold)
 elif phase == "compiling":

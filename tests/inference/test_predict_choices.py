@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.decoding.choices import ChoiceScorer
@@ -15,7 +16,6 @@ from stepdistill_jax.inference.allowed import Allowed
 from stepdistill_jax.inference.calibration import Calibration
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.model import device_mesh
-from stepdistill_jax.inference.rows import Row
 
 LABELS = ["smooth", "trouble", "slow pace"]
 
@@ -248,7 +248,7 @@ def allowed(template="{label}", labels=()):
 
 def test_a_label_is_encoded_as_a_training_target_is():
     ids = [105 + 3, 115 + 3, 32 + 3, 97 + 3, 1]
-    assert allowed("is {label}", ("a", "b")).ids(Row("1", {"input": "x"}))[0] == tuple(ids)
+    assert allowed("is {label}", ("a", "b")).ids(Example("1", "x"))[0] == tuple(ids)
     with pytest.raises(InputError, match="a label alone has no probability of its own"):
         allowed("{rationale} {label}", ("a", "b"))
     with pytest.raises(InputError, match="the task has no closed set of labels"):

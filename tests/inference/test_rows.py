@@ -1,8 +1,10 @@
-"""Input rows of `predict`: what they may hold is what `prepare jsonl` takes."""
+"""Input rows of `predict`: they hold what `prepare jsonl` and `annotate` take."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from stepdistill_jax.data.corpora import jsonl
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import predict
-from stepdistill_jax.inference.rows import read_rows
+from stepdistill_jax.inference.rows import read_questions
+from stepdistill_jax.teacher import rows
 
 
 def test_ids_come_back_as_they_were_given_and_a_blank_one_is_the_rows_number(
@@ -49,24 +52,24 @@ NAMES = ("id", "input", "label", "rationale", "llm_label", "choices")
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES))
-def test_any_row_means_the_same_to_prepare_and_predict(row):
+def test_any_row_means_the_same_to_prepare_predict_and_annotate(row):
     row = {"input": "q", "label": "l", **row}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "test.jsonl"
         path.write_text(json.dumps(row) + "\n")
+        (found,) = read_questions(path)
         try:
             example = jsonl.read(path.parent).splits["test"][0].example
         except InputError as error:
-            if str(error).endswith(("'input' is empty", "'label' is empty")):
+            if "'input' is empty" in str(error) or "'label' is empty" in str(error):
                 return  # a question may be blank, and an answer unknown
-            example = None
-        (found,) = read_rows(path)
-    if example is None:
-        assert isinstance(found, InputError) and f"{path}:1: the field " in str(found)
-        return
-    texts = {n: getattr(example, n) for n in ("input", "label", "rationale", "llm_label")}
-    assert found.fields == {name: text for name, text in texts.items() if text}
-    assert (str(found.id).strip(), found.choices) == (example.id, example.choices)
+            assert isinstance(found, InputError) and f"{path}:1: the field " in str(found)
+            with pytest.raises(InputError, match=re.escape(str(found))):
+                next(rows.read_questions(path))
+            return
+        asked = next(rows.read_questions(path))
+    assert asked == example == dataclasses.replace(found, id=example.id)
+    assert str(found.id).strip() == example.id
 
 
 def test_a_pipe_is_refused_and_not_waited_for(model_dir, tmp_path):

@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 
 from stepdistill_jax.data.corpora import jsonl
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.teacher import annotate
@@ -15,7 +16,7 @@ from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
-from stepdistill_jax.teacher.rows import Row, check_rows
+from stepdistill_jax.teacher.rows import check_questions
 from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings
 from stepdistill_jax.teacher.stub_server import Reply, StubServer, by_rule
@@ -140,7 +141,7 @@ def test_an_answer_that_comes_after_the_first_look_is_not_paid_for_again(tmp_pat
         cache = AnswerCache(tmp_path / "cache.sqlite")
         with progress(1, "test") as bar:
             run = Run(asking, None, cache, Budget(), None, None, bar)
-            prompt, task = run._begin(Row(1, "1", "Is it late?"))
+            prompt, task = run._begin(Example("1", "Is it late?"))
             cache.put(asking.key(prompt, 0), "m", Answer(GOOD.text))
             return await task
 
@@ -371,8 +372,12 @@ def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
     [
         ([{"question": "x"}], {}, r"in.jsonl:1: no field 'input'"),
         (questions(2) + [{"input": 7.5}], {}, r"in.jsonl:3: .*must be text"),
-        ([{"input": "a", "id": "x"}, {"input": "b", "id": "x"}], {}, "'x' stands twice"),
-        ([{"input": "a"}], {"label_given": True}, r"row 1 .*has no label"),
+        (
+            [{"input": "a", "id": "x"}, {"input": "b", "id": "x"}],
+            {},
+            r"in.jsonl:2: the id 'x' stands at .*in.jsonl:1, too",
+        ),
+        ([{"input": "a"}], {"label_given": True}, r"in.jsonl:1: no field .label. .*`label_given`"),
         ([], {}, "no rows"),
         (questions(1), {"samples": 2, "temperature": 0.0}, "every sample would be the same"),
         (questions(1), {"max_cost": 1.0}, "`price_input`"),
@@ -415,7 +420,7 @@ def test_counting_a_file_streams_it(annotating):
     asking = load_asking(Settings(task="generic", model="m"))
     estimate = Estimate()
     tracemalloc.start()
-    for _ in unanswered(asking, check_rows(source, (), label_given=False), None, estimate):
+    for _ in unanswered(asking, check_questions(source, (), label_given=False), None, estimate):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

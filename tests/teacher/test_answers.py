@@ -1,12 +1,12 @@
 import pytest
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.teacher.answers import KINDS, Answer, read_answer
-from stepdistill_jax.teacher.rows import Row
 
-CQA = Row(1, "1", "Where?", "sea", ("sky", "sea"))
-PAIR = Row(1, "1", "Premise: p\nHypothesis: h", "neutral")
-FREE = Row(1, "1", "Capital of Italy?", "Rome")
-TICKET = Row(1, "1", "late", "post", ("pay", "post"))
+CQA = Example("1", "Where?", "sea", choices=("sky", "sea"))
+PAIR = Example("1", "Premise: p\nHypothesis: h", "neutral")
+FREE = Example("1", "Capital of Italy?", "Rome")
+TICKET = Example("1", "late", "post", choices=("pay", "post"))
 
 GOOD = {
     "cqa": ("cqa", CQA, "Fish swim. So the answer is (b) sea.", "Fish swim.", "sea"),

@@ -2,17 +2,17 @@ import json
 
 import pytest
 
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.nli_rationale import LABELS
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.teacher.answers import Answer, read_answer
 from stepdistill_jax.teacher.prompts import load_prompter, with_choices
-from stepdistill_jax.teacher.rows import Row
 
 ROWS = {
-    "cqa": Row(1, "1", "Where do fish live?", "sea", ("sky", "sea", "desk")),
-    "svamp": Row(1, "1", "There are 3 cats and 4 dogs. How many animals?", "(3 + 4)"),
-    "esnli": Row(1, "1", "Premise: A dog runs.\nHypothesis: An animal runs.", "entailment"),
-    "anli": Row(1, "1", "Premise: A dog runs.\nHypothesis: An animal runs.", "entailment"),
+    "cqa": Example("1", "Where do fish live?", "sea", choices=("sky", "sea", "desk")),
+    "svamp": Example("1", "There are 3 cats and 4 dogs. How many animals?", "(3 + 4)"),
+    "esnli": Example("1", "Premise: A dog runs.\nHypothesis: An animal runs.", "entailment"),
+    "anli": Example("1", "Premise: A dog runs.\nHypothesis: An animal runs.", "entailment"),
 }
 # where the teacher goes on: after it a well-formed answer is wanted
 ENDS = {"cqa": "A:", "svamp": "A:", "esnli": "Explanation:", "anli": "Explanation:"}
@@ -63,8 +63,8 @@ def test_the_letters_of_the_right_answers_differ():
 
 def test_choices_are_not_listed_twice():
     listed = "Where?\nAnswer Choices:\n(a) sky\n(b) sea"
-    assert with_choices(Row(1, "1", listed, choices=("sky", "sea")), lettered=True) == listed
-    assert with_choices(Row(1, "1", "Where?", choices=("sky", "sea")), lettered=True) == listed
+    assert with_choices(Example("1", listed, choices=("sky", "sea")), lettered=True) == listed
+    assert with_choices(Example("1", "Where?", choices=("sky", "sea")), lettered=True) == listed
 
 
 def test_a_generic_prompt_shows_instructions_exemplars_and_choices(tmp_path):
@@ -73,7 +73,7 @@ def test_a_generic_prompt_shows_instructions_exemplars_and_choices(tmp_path):
     prompter = load_prompter(
         "generic", exemplars=exemplars, instructions="Route the ticket.", choices=("pay", "post")
     )
-    prompt = prompter.prompt(Row(1, "1", "parcel {{ 7 * 7 }} late", choices=("pay", "post")))
+    prompt = prompter.prompt(Example("1", "parcel {{ 7 * 7 }} late", choices=("pay", "post")))
     assert prompt.startswith("Route the ticket.\n")
     assert "Q: card broke\nChoices:\n- pay\n- post\nA: Pay. So the answer is pay.\n" in prompt
     # a user's text is data, whatever it looks like
@@ -84,7 +84,11 @@ def test_a_generic_prompt_shows_instructions_exemplars_and_choices(tmp_path):
     ("task", "exemplars", "says"),
     [
         ("esnly", None, "did you mean 'esnli'"),
-        ("generic", '{"input": "a", "label": "b"}', "row 1 has no rationale"),
+        (
+            "generic",
+            '{"input": "a", "label": "b"}',
+            "no field .rationale. .*an exemplar .* shows a whole answer",
+        ),
         ("generic", "", "no rows in it"),
     ],
 )

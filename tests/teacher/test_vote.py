@@ -1,7 +1,7 @@
 import pytest
 
+from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.teacher.answers import Answer, Reading
-from stepdistill_jax.teacher.rows import Row
 from stepdistill_jax.teacher.vote import output_row, vote
 
 
@@ -26,7 +26,7 @@ def row(texts, label_given=False, **fields):
         for t, label in texts
     ]
     return output_row(
-        Row(3, "q3", "in", "gold", **fields),
+        Example("q3", "in", "gold", **fields),
         samples,
         task="generic",
         source="m",
@@ -60,10 +60,10 @@ def test_a_teacher_that_knew_the_label_has_no_label_of_its_own():
 
 
 def test_rationales_that_were_there_stay_behind_the_teachers():
-    human = ({"text": "h", "source": "human", "label": "gold"},)
-    assert row([("r1", "x")], rationales=human)["rationales"][1] == human[0]
-    nothing = row([("r1", "")], rationales=human)
-    assert nothing["rationales"] == list(human)
+    human = {"text": "h", "source": "human", "label": "gold"}
+    assert row([("r1", "x")], rationales=(Rationale(**human),))["rationales"][1] == human
+    nothing = row([("r1", "")], rationales=(Rationale(**human),))
+    assert nothing["rationales"] == [human]
     assert "llm_label" not in nothing and "rationale" not in nothing
 
 

@@ -2,10 +2,11 @@
 
 import pathlib
 
-from stepdistill_jax.data.corpora import fields, nli, paper_layout
+from stepdistill_jax.data.corpora import nli, paper_layout
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.nli_rationale import parse_anli
-from stepdistill_jax.data.reading import Reading, Row
+from stepdistill_jax.data.reading import CheckedExample, Reading
+from stepdistill_jax.data.rows import JsonRow, UniqueIds
 
 VERSION = 1
 
@@ -21,17 +22,17 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
 
 
-def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
-    row, where = record.fields, record.where
-    example_id = ids.add(fields.optional_text(row, "uid", where) or str(record.number), where)
-    label = nli.gold(row, where)
+def _row(
+    row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds
+) -> CheckedExample | None:
+    example_id, label = ids.of(row, "uid"), nli.gold(row)
     if not label:
         return None
-    reason = fields.optional_text(row, "reason", where)
+    reason = row.optional_text("reason")
     return paper_layout.judged(
-        Example(example_id, nli.question(row, where), label),
-        record,
-        None if record.teacher is None else parse_anli(record.teacher.text),
+        Example(example_id, nli.question(row), label),
+        said,
+        parse_anli,
         right=lambda answer: answer == label,
         human=(reason,) if reason else (),
     )

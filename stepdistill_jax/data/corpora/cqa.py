@@ -1,11 +1,14 @@
 """CommonsenseQA with PaLM rationales, in the paper's layout or as an export without them."""
 
+import dataclasses
 import pathlib
 
-from stepdistill_jax.data.corpora import fields, paper_layout
-from stepdistill_jax.data.example import Defect, Example
+from stepdistill_jax.data.corpora import paper_layout
+from stepdistill_jax.data.defects import Defect
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import LETTERS, parse_choice
-from stepdistill_jax.data.reading import Reading, Row, defect
+from stepdistill_jax.data.reading import CheckedExample, Reading
+from stepdistill_jax.data.rows import JsonRow, UniqueIds
 from stepdistill_jax.errors import InputError
 
 VERSION = 2
@@ -29,36 +32,33 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
-    row, where = record.fields, record.where
-    example_id = ids.add(fields.optional_text(row, "id", where) or str(record.number), where)
-    if "answerKey" in row and "answer" not in row:
-        row = _as_in_the_paper(row, where)
-        if not row["answer"]:
+def _row(
+    row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds
+) -> CheckedExample | None:
+    example_id = ids.of(row)
+    if "answerKey" in row.fields and "answer" not in row.fields:
+        row = _as_in_the_paper(row)
+        if not row.fields["answer"]:
             return None
-    label = fields.text(row, "answer", where)
-    choices = fields.texts(row, "choices", where)
+    label, choices = row.text("answer"), row.texts("choices")
     if len(choices) > len(LETTERS):
         raise InputError(
-            f"{where}: the field 'choices' has {len(choices)} of them, the letters end at"
+            f"{row.where}: the field 'choices' has {len(choices)} of them, the letters end at"
             f" {len(LETTERS)}"
         )
-    question = question_with_choices(fields.text(row, "question", where, strip=False), choices)
+    question = question_with_choices(row.text("question", strip=False), choices)
     defects: tuple[Defect, ...] = ()
     if len(set(choices)) < len(choices):
-        text = ", ".join(choices)
-        defects += (defect("repeated_choices", record.file, record.row, text),)
+        defects += (Defect("repeated_choices", row.file, row.line, ", ".join(choices)),)
     if label not in choices:
-        defects += (defect("gold_not_a_choice", record.file, record.row, label),)
-    parsed = None
-    if record.teacher is not None:
-        # the published figures compare with the choices as they stand in the file, blanks included
-        parsed = parse_choice(record.teacher.text, [str(c) for c in row.get("choices") or ()])
-    explanation = fields.optional_text(row, "abstractive_explanation", where)
+        defects += (Defect("gold_not_a_choice", row.file, row.line, label),)
+    # the published figures compare with the choices as they stand in the file, blanks included
+    written = [str(choice) for choice in row.fields.get("choices") or ()]
+    explanation = row.optional_text("abstractive_explanation")
     return paper_layout.judged(
         Example(example_id, question, label, choices=choices),
-        record,
-        parsed,
+        said,
+        lambda text: parse_choice(text, written),
         right=lambda answer: answer.strip() == label,
         defects=defects,
         by_text=True,
@@ -66,22 +66,22 @@ def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
     )
 
 
-def _as_in_the_paper(row: dict, where: str) -> dict:
+def _as_in_the_paper(row: JsonRow) -> JsonRow:
     """A row of Hugging Face's `commonsense_qa` with the paper's fields; no answer is an empty one."""
-    choices = row.get("choices")
-    if not isinstance(choices, dict):
+    if not isinstance(choices := row.fields.get("choices"), dict):
         raise InputError(
-            f"{where}: beside 'answerKey' the field 'choices' must be an object with label and text"
+            f"{row.where}: next to 'answerKey' the field 'choices' must be an object with label and"
+            " text"
         )
-    inside = f"{where}: in choices"
-    letters, texts = (fields.texts(choices, name, inside) for name in ("label", "text"))
-    key = fields.optional_text(row, "answerKey", where)
+    inside = JsonRow(choices, f"{row.where}: in choices")
+    letters, texts = inside.texts("label"), inside.texts("text")
+    key = row.optional_text("answerKey")
     if len(letters) != len(texts):
-        raise InputError(f"{inside}: {len(letters)} labels, but {len(texts)} texts")
+        raise InputError(f"{inside.where}: {len(letters)} labels, but {len(texts)} texts")
     if key and key not in letters:
         raise InputError(
-            f"{where}: the field 'answerKey' is {key!r}, the choices are"
+            f"{row.where}: the field 'answerKey' is {key!r}, the choices are"
             f" {', '.join(letters) or 'none'}"
         )
     answer = texts[letters.index(key)] if key else ""
-    return {**row, "choices": list(texts), "answer": answer}
+    return dataclasses.replace(row, fields={**row.fields, "choices": list(texts), "answer": answer})

@@ -6,7 +6,7 @@ With 1,500 examples a tiny model learns the rule from rationales, and not from l
 import itertools
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.reading import Reading, Row, rows_of
+from stepdistill_jax.data.reading import CheckedExample, Reading
 from stepdistill_jax.runtime.fingerprints import hash64
 
 VERSION = 1
@@ -69,13 +69,13 @@ def every_example() -> dict[str, list[Example]]:
 def read() -> Reading:
     """1,500 + 500 + 500 examples; disjoint, half `smooth` and half `trouble` in each split."""
     made = every_example()
-    splits, start = {}, 0
-    for split, rows in ROWS.items():
-        chosen = [e for some in made.values() for e in some[start : start + rows // 2]]
+    rows, start = [], 0
+    for split, count in ROWS.items():
+        chosen = [e for some in made.values() for e in some[start : start + count // 2]]
         chosen.sort(key=lambda example: hash64(example.input))
-        splits[split] = [
-            Row(Example(f"{split}-{i}", e.input, e.label, e.rationale))
+        rows += [
+            (split, CheckedExample(Example(f"{split}-{i}", e.input, e.label, e.rationale)))
             for i, e in enumerate(chosen, 1)
         ]
-        start += rows // 2
-    return Reading("delivery", VERSION, "text_match", rows_of(splits))
+        start += count // 2
+    return Reading("delivery", VERSION, "text_match", lambda: iter(rows))

@@ -2,10 +2,11 @@
 
 import pathlib
 
-from stepdistill_jax.data.corpora import fields, nli, paper_layout
+from stepdistill_jax.data.corpora import nli, paper_layout
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.nli_rationale import parse_esnli
-from stepdistill_jax.data.reading import Reading, Row
+from stepdistill_jax.data.reading import CheckedExample, Reading
+from stepdistill_jax.data.rows import JsonRow, UniqueIds
 
 VERSION = 1
 EXPLANATIONS = ("explanation_1", "explanation_2", "explanation_3")
@@ -20,16 +21,17 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row | None:
-    row, where = record.fields, record.where
-    label = nli.gold(row, where)
+def _row(
+    row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds
+) -> CheckedExample | None:
+    label = nli.gold(row)
     if not label:
         return None
-    explanations = (fields.optional_text(row, name, where) for name in EXPLANATIONS)
+    explanations = map(row.optional_text, EXPLANATIONS)
     return paper_layout.judged(
-        Example(str(record.number), nli.question(row, where), label),
-        record,
-        None if record.teacher is None else parse_esnli(record.teacher.text),
+        Example(str(row.number), nli.question(row), label),
+        said,
+        parse_esnli,
         right=lambda answer: answer == label,
         human=tuple(text for text in explanations if text),
     )

@@ -8,21 +8,21 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from stepdistill_jax.data.corpora import fields
 from stepdistill_jax.data.corpora.json_list import read_texts
-from stepdistill_jax.data.example import Defect, Example, Rationale
+from stepdistill_jax.data.defects import TEXT_LENGTH, Defect
+from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.data.rationale import Parsed
 from stepdistill_jax.data.reading import (
-    DEFECT_TEXT_LENGTH,
+    CheckedExample,
     Reading,
-    Row,
-    defect,
-    train_or_validation,
+    absent_notes,
+    split_of,
+    tenth,
 )
+from stepdistill_jax.data.rows import JsonRow, UniqueIds, read_rows
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file, read_jsonl
+from stepdistill_jax.runtime.files import check_file
 from stepdistill_jax.runtime.fingerprints import sha256
 
 FILE_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
@@ -43,29 +43,9 @@ class TeacherText:
     row: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A row of an input file, and the teacher's text for it (None if no teacher was asked).
-
-    Attributes:
-        fields: the JSON object.
-        file: name of the file in the source.
-        row: line number from 1.
-        number: which of the file's rows it is, from 1; blank lines are none.
-        where: `file:line` for messages, with the path as the user gave it.
-        teacher: the completion.
-    """
-
-    fields: dict[str, Any]
-    file: str
-    row: int
-    number: int
-    where: str
-    teacher: TeacherText | None
-
-
-# a checked row; None for one without a gold label, which is left out and told
-ToRow = Callable[[Record, fields.UniqueIds], Row | None]
+# makes a checked row of a JSON object and the teacher's text for it (None if no teacher was asked);
+# None for one without a gold label, which is left out and told
+ToRow = Callable[[JsonRow, TeacherText | None, UniqueIds], CheckedExample | None]
 
 
 def read(
@@ -98,14 +78,11 @@ def read(
     prefix = prefix or name
     source, inputs = _input_files(source, prefix, name)
     sources: dict[str, str] = {}
-    notes: list[str] = []
+    paths = {split: source / f"{prefix}_{part}.json" for part, split in FILE_SPLITS.items()}
+    notes = absent_notes(paths, inputs)
     teachers: dict[str, list[pathlib.Path]] = {}
     for part, split in FILE_SPLITS.items():
-        path = inputs.get(split)
-        if path is None:
-            if split != "validation":
-                absent = source / f"{prefix}_{part}.json"
-                notes.append(f"{absent}: no such file, so the split {split} is left out")
+        if (path := inputs.get(split)) is None:
             continue
         if teacher:
             teachers[split] = teacher_files(source, part, required=split == next(iter(inputs)))
@@ -116,16 +93,13 @@ def read(
                 )
         for file in (*teachers.get(split, ()), path):
             sources[str(file.relative_to(source))] = digest_of(file)
-    if "validation" not in inputs:
-        notes.append(_held_out(source / f"{prefix}_valid.json", "train" in inputs))
     if not teacher:
         notes.append("no teacher texts were read: rows have no rationale of the teacher's")
 
-    def rows() -> Iterator[tuple[str, Row]]:
+    def rows() -> Iterator[tuple[str, CheckedExample]]:
         for split, path in inputs.items():
-            cut = split == "train" and "validation" not in inputs
             for row in file_rows(source, path, teachers.get(split), to_row, notes):
-                yield train_or_validation(row) if cut else split, row
+                yield split_of(tenth(row.example.id), split, inputs), row
 
     return Reading(name, version, metric, rows, sources, {"teacher": teacher}, notes)
 
@@ -146,22 +120,19 @@ def file_rows(
     teachers: list[pathlib.Path] | None,
     to_row: ToRow,
     notes: list[str],
-) -> Iterator[Row]:
+) -> Iterator[CheckedExample]:
     """The checked rows of one file, each with its teacher text if there are any.
 
     Raises:
         InputError: as `read`.
     """
-    ids, absent, count = fields.UniqueIds(), 0, 0
-    for number, (line, row, said) in enumerate(_paired(source, path, teachers), 1):
-        count = number
-        found = to_row(Record(row, path.name, line, number, f"{path}:{line}", said), ids)
+    ids, absent = UniqueIds(), 0
+    for row, said in _paired(source, path, teachers):
+        found = to_row(row, said, ids)
         if found is None:
             absent += 1
         else:
             yield found
-    if not count:
-        raise InputError(f"{path}: no rows in it")
     note = f"{path}: {absent} rows without a gold label are left out"
     if absent and note not in notes:
         notes.append(note)
@@ -169,29 +140,29 @@ def file_rows(
 
 def judged(
     example: Example,
-    record: Record,
-    parsed: Parsed | None,
+    said: TeacherText | None,
+    parse: Callable[[str], Parsed],
     *,
     right: Callable[[str], bool],
     defects: tuple = (),
     by_text: bool = False,
     human: tuple[str, ...] = (),
-) -> Row:
+) -> CheckedExample:
     """`example` with what the teacher said of it and with people's explanations.
 
     Args:
         example: id, input, label and choices.
-        record: where it stands.
-        parsed: the teacher's text; None if it was not asked.
+        said: what the teacher said of it; None if it was not asked.
+        parse: finds the parts of that text.
         right: whether an answer is the gold label.
         defects: of the row itself.
-        by_text: whether `parsed.answer_text` is judged, too.
+        by_text: whether `Parsed.answer_text` is judged, too.
         human: explanations by people, for the gold label.
     """
-    said = record.teacher
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
-    if parsed is None or said is None:
-        return Row(dataclasses.replace(example, rationales=explained), defects)
+    if said is None:
+        return CheckedExample(dataclasses.replace(example, rationales=explained), defects)
+    parsed = parse(said.text)
     label = parsed.repaired.strip()
     if explained and parsed.rationale:
         explained = (Rationale(parsed.rationale, TEACHER, label), *explained)
@@ -201,7 +172,7 @@ def judged(
         if by_text:
             judgement["teacher_accuracy_by_text"] = right(parsed.answer_text)
         judgement["teacher_accuracy_repaired"] = right(parsed.repaired)
-    return Row(
+    return CheckedExample(
         dataclasses.replace(
             example, rationale=parsed.rationale, llm_label=label, rationales=explained
         ),
@@ -215,9 +186,9 @@ def _defect_of(kind: str, parsed: Parsed, said: TeacherText) -> Defect:
     text = said.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
-    elif kind == "truncated" and len(text) > DEFECT_TEXT_LENGTH:
-        text = "…" + text[1 - DEFECT_TEXT_LENGTH :]
-    return defect(kind, said.file, said.row, text)
+    elif kind == "truncated" and len(text) > TEXT_LENGTH:
+        text = "…" + text[1 - TEXT_LENGTH :]
+    return Defect(kind, said.file, said.row, text)
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
@@ -241,15 +212,9 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     if not files and required:
         raise InputError(
             f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; without teacher texts only"
-            " labels can be prepared: say so with --no-teacher"
+            " labels can be prepared: say so with `teacher=False`"
         )
     return files
-
-
-def _held_out(path: pathlib.Path, has_train: bool) -> str:
-    if not has_train:
-        return f"{path}: no such file, so the split validation is left out"
-    return f"{path}: no such file, so validation is the tenth of train whose hashed id falls there"
 
 
 def _input_files(
@@ -257,65 +222,57 @@ def _input_files(
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
     """The folder of the files and the file of each split: the paper's, else an export's."""
     if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
-        raise InputError(f"--source {source}: no such folder")
-    folders = list(dict.fromkeys((source, source / prefix, source / name)))
-    for folder in folders:
-        files = {s: folder / f"{prefix}_{part}.json" for part, s in FILE_SPLITS.items()}
-        if found := {s: path for s, path in files.items() if path.exists()}:
-            return folder, found
-    for folder in folders:
-        found = {
+        raise InputError(f"`source` {source}: no such folder")
+    papers = {split: [f"{prefix}_{part}.json"] for part, split in FILE_SPLITS.items()}
+    exports = {
+        split: [f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".json")]
+        for split, stems in EXPORT_STEMS.items()
+    }
+    folders = dict.fromkeys((source, source / prefix, source / name))
+    for layout, folder in itertools.product((papers, exports), folders):
+        files = {
             split: path
-            for split, stems in EXPORT_STEMS.items()
-            if (path := _first_file(folder, stems))
+            for split, names in layout.items()
+            if (path := next(filter(pathlib.Path.exists, map(folder.joinpath, names)), None))
         }
-        if found:
-            return folder, found
+        if files:
+            return folder, files
     raise InputError(
-        f"--source {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
+        f"`source` {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
         " export's train.jsonl"
     )
 
 
-def _first_file(folder: pathlib.Path, stems: tuple[str, ...]) -> pathlib.Path | None:
-    paths = (folder / f"{stem}{suffix}" for stem in stems for suffix in (".jsonl", ".json"))
-    return next((path for path in paths if path.exists()), None)
-
-
 def _paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
-) -> Iterator[tuple[int, dict, TeacherText | None]]:
-    """(line, row, its teacher text). Texts belong to rows by their order alone.
+) -> Iterator[tuple[JsonRow, TeacherText | None]]:
+    """(row, its teacher text). Texts belong to rows by their order alone.
 
     Raises:
         InputError: a row without a text or a text without a row, which would shift them.
     """
-    rows = read_jsonl(path)
+    rows = read_rows(path)
     if not teachers:
-        yield from ((line, row, None) for line, row in rows)
+        yield from ((row, None) for row in rows)
         return
     texts = (
         TeacherText(text, name, i)
         for file, name in [(file, str(file.relative_to(source))) for file in teachers]
         for i, text in enumerate(read_texts(file), 1)
     )
-    count = 0
-    for line, row in rows:
-        said = next(texts, None)
-        if said is None:
-            more = sum(1 for _ in rows)
-            raise InputError(
-                f"{path}:{line}: no teacher text for this row: {count + 1 + more} rows, but {count}"
-                f" teacher texts in {_span(teachers)}"
-            )
-        count += 1
-        yield line, row, said
-    if extra := next(texts, None):
-        more = sum(1 for _ in texts)
-        raise InputError(
-            f"{source / extra.file}: item {extra.row} belongs to no row: {count} rows, but"
-            f" {count + 1 + more} teacher texts in {_span(teachers)}"
-        )
+    pairs = itertools.zip_longest(rows, texts)
+    for count, (row, said) in enumerate(pairs):
+        if row and said:
+            yield row, said
+            continue
+        total = count + 1 + sum(1 for _ in pairs)
+        if row:
+            wrong = f"{row.where}: no teacher text for this row: {total} rows, but {count}"
+        else:
+            assert said
+            place = f"{source / said.file}: item {said.row}"
+            wrong = f"{place} belongs to no row: {count} rows, but {total}"
+        raise InputError(f"{wrong} teacher texts in {_span(teachers)}")
 
 
 def _span(files: list[pathlib.Path]) -> str:

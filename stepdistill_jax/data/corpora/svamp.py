@@ -4,14 +4,17 @@ ASDiv's questions come with it where they are there: more inputs to train on, wh
 teacher's labels only.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator
 
 from stepdistill_jax.data import arithmetic
-from stepdistill_jax.data.corpora import fields, paper_layout
-from stepdistill_jax.data.example import Defect, Example
+from stepdistill_jax.data.corpora import paper_layout
+from stepdistill_jax.data.defects import Defect
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import parse_equation
-from stepdistill_jax.data.reading import UNLABELLED, Reading, Row, defect
+from stepdistill_jax.data.reading import UNLABELLED, CheckedExample, Reading
+from stepdistill_jax.data.rows import JsonRow, UniqueIds
 from stepdistill_jax.data.text_metrics import value_match
 from stepdistill_jax.errors import InputError
 
@@ -51,51 +54,41 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
     own_rows = reading.rows
 
-    def rows() -> Iterator[tuple[str, Row]]:
+    def rows() -> Iterator[tuple[str, CheckedExample]]:
         yield from own_rows()
         extra = paper_layout.file_rows(folder, path, teachers, _extra_row, reading.notes)
         yield from ((UNLABELLED, row) for row in extra)
 
-    return Reading(
-        reading.reader,
-        VERSION,
-        reading.metric,
-        rows,
-        reading.sources,
-        reading.options,
-        reading.notes,
-    )
+    return dataclasses.replace(reading, rows=rows)
 
 
-def _row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row:
-    row, where = record.fields, record.where
-    label = fields.text(row, "Equation" if "Equation" in row else "label", where)
+def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) -> CheckedExample:
+    label = row.text("Equation" if "Equation" in row.fields else "label")
     defects: tuple[Defect, ...] = ()
     if arithmetic.evaluate(label) is None:
-        defects = (defect("gold_has_no_value", record.file, record.row, label),)
-    number = ids.add(fields.optional_text(row, "ID", where) or str(record.number), where)
-    return _judged(Example(number, _question(row, where), label), record, defects)
+        defects = (Defect("gold_has_no_value", row.file, row.line, label),)
+    return _judged(Example(ids.of(row, "ID"), _question(row), label), said, defects)
 
 
-def _extra_row(record: paper_layout.Record, ids: fields.UniqueIds) -> Row:
+def _extra_row(row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds) -> CheckedExample:
     """A row of ASDiv: its label is not read."""
-    question = _question(record.fields, record.where)
-    return _judged(Example(f"{EXTRA}-{record.number}", question, ""), record, ())
+    return _judged(Example(f"{EXTRA}-{row.number}", _question(row)), said)
 
 
-def _question(row: dict, where: str) -> str:
-    if "Body" not in row:
-        return fields.text(row, "input", where, strip=False)
+def _question(row: JsonRow) -> str:
+    if "Body" not in row.fields:
+        return row.text("input", strip=False)
     # joined as the paper's files have it
-    return "\n".join(fields.text(row, name, where, strip=False) for name in ("Body", "Question"))
+    return "\n".join(row.text(name, strip=False) for name in ("Body", "Question"))
 
 
-def _judged(example: Example, record: paper_layout.Record, defects: tuple[Defect, ...]) -> Row:
-    parsed = None if record.teacher is None else parse_equation(record.teacher.text)
+def _judged(
+    example: Example, said: paper_layout.TeacherText | None, defects: tuple[Defect, ...] = ()
+) -> CheckedExample:
     return paper_layout.judged(
         example,
-        record,
-        parsed,
+        said,
+        parse_equation,
         right=lambda answer: value_match(answer, example.label),
         defects=defects,
     )

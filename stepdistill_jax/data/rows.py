@@ -1,0 +1,260 @@
+"""Reads JSON rows: the one reader of `prepare`, `predict`, `evaluate`, `serve` and `annotate`.
+
+A row of the generic format is {"id"?, "input", "label"?, "rationale"?, "rationales"?: [{"text",
+"source"?, "label"?}], "llm_label"?, "weight"?, "choices"?}. Each command names the fields that it
+reads and those that it needs (`read_example`). The published corpora have fields of their own.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from stepdistill_jax.data.example import FIELDS, Example, Rationale
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.files import json_lines
+from stepdistill_jax.runtime.fingerprints import hash64
+from stepdistill_jax.runtime.stores import local_path
+
+MAX_WEIGHT, MIN_WEIGHT = 1e30, 1e-30  # well within a float32, which the step computes in
+MOST_NAMES = 20  # of a row's fields in a message
+_KINDS = {bool: "true or false", list: "a list", dict: "an object", str: "text"}
+_KINDS |= {int: "a number", float: "a number", type(None): "null"}
+
+
+@dataclasses.dataclass(slots=True)  # frozen, it takes twice as long to make
+class JsonRow:
+    """A JSON object whose fields are read by their type; each error names file, line and field.
+
+    An integer is read as its digits. Other numbers, true and false can be written in more than one
+    way (1e3, 1000.0; true, True), so they are no text. Null is an absent field.
+
+    Attributes:
+        fields: the object.
+        where: `file:line`, with the path as the user gave it.
+        number: position among the file's rows, from 1; blank lines do not count.
+        line: line of the file, from 1.
+    """
+
+    fields: Mapping[str, Any]
+    where: str
+    number: int = 1
+    line: int = 1
+
+    def text(self, name: str, *, strip: bool = True, blank: bool = False, hint: str = "") -> str:
+        """Returns a text that must be there.
+
+        Args:
+            name: the field.
+            strip: whether outer whitespace goes; an input is kept as it is.
+            blank: whether a blank text will do.
+            hint: what to do about a missing text, for the message.
+
+        Raises:
+            InputError: it is absent, blank, no text, or no valid Unicode.
+        """
+        if name not in self.fields:
+            raise InputError(f"{self.where}: no field {name!r} (found: {self.names}){hint}")
+        value = self.fields[name]
+        value = None if value is None else as_text(value, name, self.where)
+        if value is None or not (blank or value.strip()):
+            raise self._wrong(name, f"is empty{hint}")
+        return value.strip() if strip else value
+
+    def optional_text(self, name: str) -> str:
+        """Returns a stripped text, empty where it is absent or blank."""
+        value = self.fields.get(name)
+        return "" if value is None else as_text(value, name, self.where).strip()
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Returns a list of stripped texts, none of them blank; empty where it is absent."""
+        values = self.fields.get(name)
+        if values is None:
+            return ()
+        if not isinstance(values, list):
+            raise self._wrong(name, f"must be a list, got {_kind(values)}")
+        found = tuple(as_text(x, f"{name}[{i}]", self.where).strip() for i, x in enumerate(values))
+        if not all(found):
+            raise self._wrong(f"{name}[{found.index('')}]", "is empty")
+        return found
+
+    def weight(self, name: str) -> float:
+        """Returns a number above 0 that a float32 holds; 1.0 where it is absent."""
+        value = self.fields.get(name)
+        if value is None:
+            return 1.0
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._wrong(name, f"must be a number, got {_kind(value)}")
+        if not 0 < value < math.inf:
+            raise self._wrong(name, f"must be above 0, got {value}")
+        if not MIN_WEIGHT <= value <= MAX_WEIGHT:
+            raise self._wrong(name, f"must be from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
+        return float(value)
+
+    def objects(self, name: str) -> "list[JsonRow]":
+        """Returns a list of objects, of which each is a row; empty where it is absent."""
+        values = self.fields.get(name)
+        if values is None:
+            return []
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            raise self._wrong(name, "must be a list of objects")
+        return [JsonRow(x, f"{self.where}: in {name}[{i}]") for i, x in enumerate(values)]
+
+    @property
+    def file(self) -> str:
+        """The name of its file, without folders."""
+        return os.path.basename(self.where.rpartition(":")[0])
+
+    @property
+    def names(self) -> str:
+        """The names of its fields for a message: `id, question`, or `none`."""
+        more = ["..."] if len(self.fields) > MOST_NAMES else []
+        return ", ".join([*itertools.islice(self.fields, MOST_NAMES), *more]) or "none"
+
+    def _wrong(self, name: str, what: str) -> InputError:
+        return InputError(f"{self.where}: the field {name!r} {what}")
+
+
+class BadRow(InputError):
+    """What is wrong with a row.
+
+    Attributes:
+        line: of the file, from 1.
+        reason: the message without file and line.
+    """
+
+    def __init__(self, where: os.PathLike | str, line: int, reason: str):
+        """`where` is the file's path."""
+        super().__init__(f"{where}:{line}: {reason}")
+        self.line, self.reason = line, reason
+
+
+def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
+    """Yields each row of a JSON-lines file, or what is wrong with it.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = local_path(path, "input")
+    for number, (line, found) in enumerate(json_lines(path), 1):
+        where = f"{path}:{line}"
+        if isinstance(found, InputError):
+            yield BadRow(path, line, str(found).removeprefix(f"{where}: "))
+        else:
+            yield JsonRow(found, where, number, line)
+
+
+def read_rows(path: os.PathLike | str) -> Iterator[JsonRow]:
+    """Yields each row of a JSON-lines file that must have some.
+
+    Raises:
+        InputError: the file cannot be read or has no rows; BadRow at the first bad one.
+    """
+    row = None
+    for row in each_row(path):
+        if isinstance(row, BadRow):
+            raise row
+        yield row
+    if row is None:
+        raise InputError(f"{path}: no rows in it")
+
+
+def read_example(
+    row: JsonRow,
+    *,
+    needs: Mapping[str, str],
+    fields: Collection[str] = FIELDS,
+    more: Sequence[str] = (),
+    names: Mapping[str, str] = {},
+) -> Example:
+    """Returns the example of a row of the generic format; a missing id is the row's number.
+
+    All texts but the input are stripped.
+
+    Args:
+        row: the row.
+        needs: fields whose texts must be there and not blank, with a hint for the message of one that
+            is not. An input must always be there; unless it is among these, it may be blank.
+        fields: those to read; others are ignored, whatever they hold. `id`, `input`, `label` and
+            `choices` always are.
+        more: names of other texts to read, which rows may lack.
+        names: the file's name of a field, where it is another one.
+
+    Raises:
+        InputError: a needed field is missing, or a field has a wrong type; names file, line and field.
+    """
+
+    def text(name: str) -> str:
+        theirs = names.get(name, name)
+        if name in needs:
+            return row.text(theirs, hint=needs[name])
+        return row.optional_text(theirs)
+
+    blank, hint = "input" not in needs, needs.get("input", "")
+    several = row.objects(names.get("rationales", "rationales")) if "rationales" in fields else ()
+    return Example(
+        id=text("id") or str(row.number),
+        input=row.text(names.get("input", "input"), strip=False, blank=blank, hint=hint),
+        label=text("label"),
+        rationale=text("rationale") if "rationale" in fields else "",
+        rationales=tuple(
+            Rationale(said.text("text"), said.optional_text("source"), said.optional_text("label"))
+            for said in several
+        ),
+        llm_label=text("llm_label") if "llm_label" in fields else "",
+        weight=row.weight(names.get("weight", "weight")) if "weight" in fields else 1.0,
+        choices=row.texts(names.get("choices", "choices")),
+        more={name: found for name in more if (found := text(name))},
+    )
+
+
+class UniqueIds:
+    """Finds an id that stands twice in a file; keeps a hash and a line of each, 100 bytes a row."""
+
+    def __init__(self):
+        self._lines: dict[int, int] = {}
+
+    def add(self, example_id: str, row: JsonRow) -> str:
+        """Returns the id of a row.
+
+        Raises:
+            InputError: another row has it; names both lines.
+        """
+        first = self._lines.setdefault(hash64(example_id), row.line)
+        if first != row.line:
+            raise InputError(
+                f"{row.where}: the id {example_id!r} stands at"
+                f" {row.where.rpartition(':')[0]}:{first}, too; a missing id is the row's number"
+            )
+        return example_id
+
+    def of(self, row: JsonRow, name: str = "id") -> str:
+        """Returns the id of a row, the text of a field or else the row's number; see `add`."""
+        return self.add(row.optional_text(name) or str(row.number), row)
+
+
+def as_text(value: Any, name: str, where: str) -> str:
+    """Returns `value` as text, untouched.
+
+    Raises:
+        InputError: it is neither a text nor an integer, or no valid Unicode.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise InputError(
+            f"{where}: the field {name!r} must be text (or an integer), got {_kind(value)}"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: the field {name!r} holds half of a surrogate pair, which is no valid Unicode"
+        ) from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), type(value).__name__)
