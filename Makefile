@@ -15,17 +15,27 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 MUTANTS_FLAGS ?=
 BENCH_FLAGS ?=
-# tests compile many small programs and run each a few times: LLVM's optimisation costs more than it gives
-TEST_ENV := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0"
+# tests compile many small programs and run each a few times: optimising them costs more than it gives, and
+# XLA's other emitters of fusions compile a decoding loop in a third of the time
+TEST_ENV := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+  --xla_cpu_parallel_codegen_split_count=1"
+# the parts of the slow tests, each at most 40 minutes on 2 quiet cores
+SLOW_model := tests/batches tests/data tests/formats tests/models tests/parity tests/tasks tests/training
+SLOW_answers := tests/decoding tests/inference tests/serving tests/teacher
+SLOW_hosts := tests/distributed tests/launch tests/planning tests/runtime tests/test_remote_workdir.py
+SLOW_road := tests/commands tests/docs tests/experiments $(filter-out %_remote_workdir.py,$(wildcard tests/test_*.py))
+SLOW_faults := tests/faults
 PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults mutants lint types audit format bench experiments constraints clean
+SLOW_PARTS := $(addprefix test-slow-,model answers hosts road faults)
+.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
 	@echo "make test         install the test tools, too, and run the tests"
-	@echo "make test-slow    the tests that take longer"
+	@echo "make test-slow    the tests that take longer, part after part; one alone: make test-slow-PART,"
+	@echo "                  PART one of model, answers, hosts, road, faults, properties"
 	@echo "make faults       all faults (40 minutes), the table of docs/reliability.md is written anew"
 	@echo "make mutants      plant the bugs of tests/mutants.py, one at a time: a test must fail on each (15 minutes)"
 	@echo "make lint         formatting and ruff"
@@ -73,14 +83,20 @@ test: $(VENV)/.installed-test
 	@echo "== the tests, without those marked slow"
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not faults" $(PYTEST_FLAGS)
 
-test-slow: $(VENV)/.installed-test
-	@echo "== the tests marked slow"
-	@# exit 5: none is marked, which is no failure
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not faults" $(PYTEST_FLAGS) || [ $$? -eq 5 ]
+test-slow: $(SLOW_PARTS) test-slow-properties
+
+test-slow-properties: $(VENV)/.installed-test
+	@echo "== properties, with many examples each"
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "hypothesis and not faults" --hypothesis-profile many \
+	  $(PYTEST_FLAGS)
+
+$(SLOW_PARTS): test-slow-%: $(VENV)/.installed-test
+	@echo "== the tests marked slow: $*"
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not faults" $(SLOW_$*) $(PYTEST_FLAGS)
 
 faults: $(VENV)/.installed-test
 	@echo "== faults: kills, damage, bad input, a soak"
-	$(BIN)/python -m pytest -n auto tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
 
 mutants: $(VENV)/.installed-test
 	@echo "== mutants: planted bugs that the tests must catch"

@@ -1,7 +1,7 @@
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from stepdistill_jax.batches.packing import Encodings, choose_row_counts, first_fit, most_rows
 from stepdistill_jax.batches.sampler import ranges
@@ -18,7 +18,6 @@ def test_first_fit_docstring():
     assert packing.num_rows == 2
 
 
-@settings(deadline=None)
 @given(SIZES)
 def test_packed_rows_never_overlap_and_fit(sizes):
     capacity = (20, 12)
@@ -34,7 +33,6 @@ def test_packed_rows_never_overlap_and_fit(sizes):
         assert mine.tolist() == list(range(1, len(mine) + 1))
 
 
-@settings(deadline=None)
 @given(SIZES)
 def test_a_packed_row_is_only_opened_when_nothing_fits_into_the_one_before(sizes):
     sizes, capacity = np.array(sizes), np.array([20, 12])
@@ -70,7 +68,6 @@ def test_a_row_longer_than_the_capacity_is_refused():
         first_fit(np.array([(5, 1)]), (4, 4))
 
 
-@settings(deadline=None)
 @given(st.lists(SIZES, min_size=1, max_size=20), st.data())
 def test_most_rows_is_a_bound_for_every_batch(examples, data):
     capacity = np.array([20, 12])

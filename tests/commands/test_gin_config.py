@@ -80,7 +80,6 @@ def test_set_rebinds_macros_and_every_parameter_in_use(override, field, value):
 
 
 @hypothesis.given(st.text(min_size=1), st.integers(1, 10**9))
-@hypothesis.settings(max_examples=25, deadline=None)
 def test_set_takes_any_python_literal(task, steps):
     config, _ = load_config("demo_step_by_step", [f"TASK={task!r}", f"TRAIN_STEPS={steps}"])
     assert (config.task, config.train_steps) == (task, steps)

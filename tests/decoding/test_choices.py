@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdistill_jax.data.vocabulary import load_vocabulary
@@ -77,7 +77,6 @@ def scorer_of(batch_size):
     return ChoiceScorer(CONFIG, batch_size=batch_size)
 
 
-@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_a_score_depends_on_its_own_row_and_answer_alone(params, data):
     ids = st.lists(st.integers(3, 127), min_size=1, max_size=4).map(lambda x: [*x, 1])

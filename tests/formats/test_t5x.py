@@ -6,7 +6,7 @@ import shutil
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdistill_jax.errors import InputError
@@ -89,7 +89,6 @@ def stacked(v1_1, write_t5x, tmp_path_factory):
     return open_weights(folder), hf.to_hf(params, config)
 
 
-@settings(deadline=None)  # the first read opens TensorStore
 @given(data=st.data())
 def test_any_slice_is_that_of_the_whole(stacked, data):
     """Of joined heads, too: half of one, or half of two."""

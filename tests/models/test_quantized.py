@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdistill_jax.decoding.choices import ChoiceScorer
@@ -38,7 +38,6 @@ def models(request):
     return (small, small_config), (unflatten_dict(flat), config)
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     shape=st.sampled_from([(3, 5), (2, 4, 3)]),
     seed=st.integers(0, 1000),

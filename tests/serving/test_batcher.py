@@ -173,7 +173,6 @@ def test_who_gives_up_leaves_the_queue_and_is_not_decoded():
     asyncio.run(main())
 
 
-@hypothesis.settings(deadline=None, max_examples=30)
 @hypothesis.given(st.lists(st.sampled_from([None, 0, 1, 2]), min_size=1, max_size=12))
 @hypothesis.example([0, None, None, None])
 @hypothesis.example([None, 1, None, None, 1, None])
@@ -250,7 +249,6 @@ def test_an_engine_that_fails_is_the_answer_and_the_next_batch_is_tried(capsys):
     assert "a batch of 2 rows failed" in err and "Traceback" in err and "out of memory" in err
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
 @hypothesis.given(
     requests=st.lists(
         st.tuples(
