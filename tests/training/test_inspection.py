@@ -53,10 +53,13 @@ def test_the_function_is_the_same_by_either_name():
     assert callable(inspect)
 
 
-def test_lengths_cuts_and_fill_are_those_counted_by_hand(lengths_data_dir, bytes_model):
-    config = TrainConfig(
-        "lengths", init_from=str(bytes_model), batch_size=15, input_length=30, target_length=24
-    )
+@pytest.mark.parametrize("brings_bytes", ["init_from", "model_family"])
+def test_lengths_cuts_and_fill_are_those_counted_by_hand(
+    lengths_data_dir, bytes_model, brings_bytes
+):
+    given = {"init_from": str(bytes_model), "model_family": "byt5"}[brings_bytes]
+    sizes = {"batch_size": 15, "input_length": 30, "target_length": 24}
+    config = TrainConfig("lengths", **sizes, **{brings_bytes: given})
     found = inspect(config, data_dir=lengths_data_dir)
     examples = rows_of(lengths_data_dir)
     for objective in step_by_step():
