@@ -26,7 +26,7 @@ from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.runtime.files import atomic_write, fsync
+from stepdistill_jax.runtime.files import atomic_write, check_writable, fsync
 from stepdistill_jax.runtime.folders import alone, folder_aside
 from stepdistill_jax.runtime.stores import local_path
 
@@ -99,9 +99,7 @@ def _check_target(target: pathlib.Path) -> None:
         raise InputError(f"{target}: is a file or link, a new folder is wanted")
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target}: is not empty; give a new folder, nothing is overwritten")
-    nearest = next(parent for parent in target.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(f"{target}: cannot be written (no permission in {nearest})")
+    check_writable(target, folder=True)
 
 
 def _write_hf(folder: pathlib.Path, model: LoadedModel) -> int:

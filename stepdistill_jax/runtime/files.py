@@ -251,22 +251,27 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def check_writable(path: os.PathLike | str, name: str = "") -> None:
-    """Refuses a path where no file can be written, before the work whose result goes there.
+def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = False) -> None:
+    """Refuses a path where nothing can be written, before the work whose result goes there.
 
     Args:
-        path: of a file that need not exist, nor its folder.
+        path: of what need not exist, nor the folder that it is in.
         name: what the path is called in a message, e.g. `--output`.
 
+        folder: whether a folder will be written there instead of a file.
+
     Raises:
-        InputError: it is a folder, or lies in one that cannot be written to.
+        InputError: it is of the other kind, or lies in a folder that cannot be written to.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()
-    if path.is_dir():
+    if path.is_dir() and not folder:
         raise InputError(f"{name}: is a folder, a file to write is wanted")
-    nearest = next(parent for parent in path.parents if os.path.lexists(parent))
+    folders = (path, *path.parents) if folder else path.parents
+    nearest = next(parent for parent in folders if os.path.lexists(parent))
     if not nearest.is_dir():
         raise InputError(f"{name}: cannot be written ({nearest} is no folder)")
-    if not os.access(nearest, os.W_OK):
-        raise InputError(f"{name}: cannot be written (no permission in {nearest})")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY  # and so even for root
+        reason = "read-only file system" if read_only else "no permission"
+        raise InputError(f"{name}: cannot be written ({reason} in {nearest})")

@@ -172,7 +172,7 @@ class ResumableFile(StreamedFile):
                 if crc32(f, state["bytes"]) == state["crc32"]:
                     return state
         if size and os.path.lexists(self.sidecar):
-            log(f"warning: {self.partial}: it is not as it was written; begun anew")
+            log(f"warning: {self.partial}: it is damaged; starting from scratch")
         return None
 
     def _set_aside(self, state: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ class ResumableFile(StreamedFile):
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
         log(
             f"warning: {self.partial}: {state['rows']} rows of another {was}; set aside as"
-            f" {self.partial.name}.old, begun anew"
+            f" {self.partial.name}.old, starting from scratch"
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import CONFIG, GENERATION_CONFIG, TASK_INFO
 from stepdistill_jax.runtime.checkpoints.manager import FOLDER
-from stepdistill_jax.runtime.files import read_json
+from stepdistill_jax.runtime.files import check_writable, read_json
 from stepdistill_jax.runtime.locks import InUse, locked
 from stepdistill_jax.runtime.metrics import FLAGGED, METRICS
 from stepdistill_jax.runtime.on_processes import on_process_0
@@ -59,7 +59,7 @@ def _hold(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
         held.enter_context(locked(path, note=note.encode()))
     except InUse:
         raise InputError(
-            f"--workdir {workdir}: {_holder(path)} is training in it; wait for its end, stop it, or"
+            f"`workdir` {workdir}: {_holder(path)} is training in it; wait for its end, stop it, or"
             " choose another folder"
         ) from None
 
@@ -82,7 +82,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
     if is_remote(workdir):
         _check_store(workdir)
     else:
-        _check_local(workdir)
+        check_writable(workdir, "`workdir`", folder=True)
     if (workdir / RUN).is_file():
         read_run(workdir)
         return
@@ -118,16 +118,6 @@ def check_config(path: pathlib.Path, new: str) -> None:
             f"{path}: was not written by `train` (it has comments or includes, or is a link), which"
             " writes a config of that name; move it out of the workdir, and give its new path"
         )
-
-
-def _check_local(workdir: pathlib.Path) -> None:
-    nearest = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise InputError(f"`workdir` {workdir}: {nearest} is a file, a folder is wanted")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY  # and so even for root
-        reason = "is on a read-only file system" if read_only else "gives no right to write"
-        raise InputError(f"`workdir` {workdir}: {nearest} {reason}")
 
 
 def _check_store(workdir: pathlib.Path) -> None:

@@ -102,7 +102,7 @@ def test_a_read_only_disk_is_named_before_anything_is_done(
 ):
     """A mount, since modes do not hold root back."""
     disk = mounted("size=1m,ro")
-    said = f"`workdir` {disk}/run: {disk} is on a read-only file"
+    said = rf"`workdir` {disk}/run: cannot be written \(read-only file system in {disk}"
     with survives("a workdir on a read-only mount") as seen, pytest.raises(InputError, match=said):
         seen.append("exit 2, named")
         train(TrainConfig(**settings), workdir=disk / "run", data_dir=delivery_data_dir)
