@@ -51,11 +51,11 @@ def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_step_argument(parser: argparse.ArgumentParser) -> None:
+def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") -> None:
     """`--step`."""
     parser.add_argument(
         "--step",
-        default=argparse.SUPPRESS,
+        default=default,
         metavar="best|last|N",
         help="which checkpoint of a workdir (default: best by validation)",
     )
@@ -72,7 +72,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     def add(flag: str, **settings: Any) -> None:
         parser.add_argument(flag, default=argparse.SUPPRESS, **settings)
 
-    add_step_argument(parser)
+    add_step_argument(parser, argparse.SUPPRESS)
     add(
         "--batch-size",
         type=int,
