@@ -47,9 +47,11 @@ def main() -> None:
 
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.errors import InputError
-    from stepdistill_jax.inference.allowed import allow, choose
+    from stepdistill_jax.inference.allowed import allow
     from stepdistill_jax.inference.counts import Tally
     from stepdistill_jax.inference.engines import open_engine
+    from stepdistill_jax.inference.labels import label_rows
+    from stepdistill_jax.inference.options import DecodeOptions
     from stepdistill_jax.inference.prompting import encode_input, how_to_ask
     from stepdistill_jax.inference.rows import BadRow, read_rows
 
@@ -62,18 +64,18 @@ def main() -> None:
     if not rows:
         raise InputError(f"{args.task}: {args.split} has no rows")
     with tempfile.TemporaryDirectory() as scratch:
-        engine = open_engine(model_of(args, dataset, scratch), batch_size=args.batch_size)
-        asking = how_to_ask(
-            engine, task=args.task, max_decode_len=args.max_decode_len, data_dir=args.data_dir
-        )
-        allowed = allow("row" if rows[0].choices else "labels", asking, engine)
+        decode = DecodeOptions(batch_size=args.batch_size, max_decode_len=args.max_decode_len)
+        of_rows = DecodeOptions(choices="row" if rows[0].choices else "labels")
+        engine = open_engine(model_of(args, dataset, scratch), decode)
+        asking = how_to_ask(engine, decode, task=args.task, data_dir=args.data_dir)
+        allowed = allow(of_rows, asking, engine)
         prompts = [
             encode_input(engine.vocabulary, asking.prompts(row)[0], asking.input_length)[0]
             for row in rows
         ]
 
         def choices():
-            return choose(engine, prompts, rows, allowed)
+            return label_rows(engine, asking, allowed, rows, prompts).answers
 
         def greedy():
             decoded = engine.decode(prompts, asking.decode_lengths[0])
@@ -83,7 +85,7 @@ def main() -> None:
         for name, answer in (("choices", choices), ("greedy", greedy)):
             tally = Tally(asking.metric, asking.labels)
             for row, got in zip(rows, answer(), strict=True):
-                tally.add(row, got["label"], got.get("choices"))
+                tally.add(got["label"], row.label, row.choices, got.get("choices"))
             found[name] = tally.summary()
 
         def contender(answer) -> timing.Contender:

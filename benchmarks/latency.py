@@ -84,10 +84,11 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def our_engine(directory: pathlib.Path) -> Ask:
     """One row as `serve` asks it, without HTTP."""
     from stepdistill_jax.inference.engines import open_engine
+    from stepdistill_jax.inference.options import DecodeOptions
     from stepdistill_jax.inference.prompting import how_to_ask
     from stepdistill_jax.serving.answerer import Answerer
 
-    engine = open_engine(directory, batch_size=1)
+    engine = open_engine(directory, DecodeOptions(batch_size=1))
     answerer = Answerer(engine, how_to_ask(engine))
 
     def ask(text: str) -> str:

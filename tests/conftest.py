@@ -211,6 +211,21 @@ def questions():
     return rows
 
 
+@pytest.fixture(scope="session")
+def lay_out():
+    """(folder, rows, name, labels) -> the folder, with a prepared dataset that has a test split."""
+
+    def write(folder, rows, name="roads", labels=()):
+        dataset = folder / name
+        (dataset / "1.0.0").mkdir(parents=True)
+        described = {"fingerprint": "f", "metric": "text_match", "splits": {"test": len(rows)}}
+        (dataset / "dataset.json").write_text(json.dumps(described | {"labels": list(labels)}))
+        (dataset / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return write
+
+
 @pytest.fixture
 def write_rows(tmp_path):
     def write(rows, name="in.jsonl"):

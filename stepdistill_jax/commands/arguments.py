@@ -1,10 +1,12 @@
 """Flags that several commands share, and what a command needs of the platform."""
 
 import argparse
+import dataclasses
 import importlib.util
 import pathlib
 import platform
 import sys
+from typing import Any
 
 from stepdistill_jax.errors import InputError, printable
 
@@ -47,6 +49,99 @@ def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where prepared datasets lie (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
     )
+
+
+def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") -> None:
+    """`--step`."""
+    parser.add_argument(
+        "--step",
+        default=default,
+        metavar="best|last|N",
+        help="which checkpoint of a workdir (default: best by validation)",
+    )
+
+
+def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> None:
+    """Flags of the fields of `DecodeOptions`, which has their defaults; read by `decode_options_of`.
+
+    Args:
+        parser: of a command that decodes.
+        prompts: also those of how a text is asked: `--max-decode-len` and `--prefix`.
+    """
+
+    def add(flag: str, **settings: Any) -> None:
+        parser.add_argument(flag, default=argparse.SUPPRESS, **settings)
+
+    add_step_argument(parser, argparse.SUPPRESS)
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="rows at once, on all devices together (default: 64 for each that has rows of its own)",
+    )
+    add(
+        "--layout",
+        metavar="NAME",
+        help="how all devices of all processes share the work: `data` (default) gives each the whole"
+        " model and rows of its own; `tensor` or `fsdp` cuts a model that one cannot hold",
+    )
+    add(
+        "--num-beams",
+        type=int,
+        metavar="N",
+        help="answers pursued at once by beam search (default: 1, the likeliest token each time)",
+    )
+    add(
+        "--length-penalty",
+        type=float,
+        metavar="X",
+        help="with beams: a score is divided by length ** X (default: 1; above 0 favours long"
+        " answers)",
+    )
+    add(
+        "--choices",
+        metavar="FILE|row|labels",
+        help="score each allowed label instead of decoding, so that the answer is always one of them:"
+        " a file of labels, each row's `choices`, or the task's labels",
+    )
+    add(
+        "--choices-temperature",
+        type=float,
+        metavar="T",
+        help="of the probabilities of choices (default: 1; `evaluate --choices` names a better one)",
+    )
+    add(
+        "--engine",
+        choices=("jax", "ctranslate2"),
+        help="what decodes (default: ctranslate2 on a directory of `export --format ctranslate2`, else"
+        " jax)",
+    )
+    add(
+        "--quantization",
+        choices=("int8",),
+        help="jax: weights in memory as int8 with a scale for each output, a quarter of the bytes to read"
+        " (default: float32); a CTranslate2 directory has that of its export",
+    )
+    if prompts:
+        add(
+            "--max-decode-len",
+            type=int,
+            metavar="N",
+            help="most tokens of a label (default: what training found enough)",
+        )
+        add(
+            "--prefix",
+            metavar="TEXT",
+            help="text before each input (default: the model's own; `predict: ` if it names none)",
+        )
+
+
+def decode_options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_decode_arguments` that a command line gives."""
+    from stepdistill_jax.inference import DecodeOptions
+
+    names = [field.name for field in dataclasses.fields(DecodeOptions)]
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def add_config_arguments(

@@ -3,8 +3,12 @@
 import argparse
 from typing import Any
 
-from stepdistill_jax.commands.arguments import add_data_arguments
-from stepdistill_jax.commands.predict import add_model_arguments, join_and_cache, stopped_by_signals
+from stepdistill_jax.commands.arguments import (
+    add_data_arguments,
+    add_decode_arguments,
+    decode_options_of,
+)
+from stepdistill_jax.commands.predict import join_and_cache, stopped_by_signals
 from stepdistill_jax.commands.terminal import say
 
 
@@ -18,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a prepared dataset, the model's own task, or a task of --module",
     )
     parser.add_argument("--split", default="test", help="of the dataset (default: test)")
-    add_model_arguments(parser)
+    add_decode_arguments(parser, prompts=False)
     parser.add_argument(
         "--with-rationale",
         action="store_true",
@@ -41,19 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.path,
             task=args.task,
             split=args.split,
-            step=args.step,
             output=args.output,
-            data_dir=args.data_dir,
-            batch_size=args.batch_size,
-            layout=args.layout,
-            num_beams=args.num_beams,
-            length_penalty=args.length_penalty,
-            choices=args.choices,
-            choices_temperature=args.choices_temperature,
             with_rationale=args.with_rationale,
-            engine=args.engine,
-            quantization=args.quantization,
+            data_dir=args.data_dir,
             task_module=args.task_module,
+            **decode_options_of(args),
         )
     if is_first():
         step = "" if result["step"] is None else f" step {result['step']}"

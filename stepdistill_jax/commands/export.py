@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from stepdistill_jax.commands.arguments import add_step_argument
 from stepdistill_jax.commands.terminal import say
 
 
@@ -17,12 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", type=pathlib.Path, help="new folder to write"
     )
-    parser.add_argument(
-        "--step",
-        default="best",
-        metavar="best|last|N",
-        help="which checkpoint (default: best by validation)",
-    )
+    add_step_argument(parser)
     parser.add_argument(
         "--format",
         choices=("hf", "jax", "ctranslate2"),

@@ -9,7 +9,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from stepdistill_jax.commands.arguments import add_data_arguments
+from stepdistill_jax.commands.arguments import (
+    add_data_arguments,
+    add_decode_arguments,
+    decode_options_of,
+)
 from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
 
@@ -34,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--task", metavar="NAME", help="prepared dataset that says how labels are compared"
     )
-    add_model_arguments(parser)
-    add_asking_arguments(parser)
+    add_decode_arguments(parser, prompts=True)
     parser.add_argument(
         "--with-rationale", action="store_true", help="also decode a rationale, for looking"
     )
@@ -46,83 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="at a bad row: stop, or leave it out and list it in OUTPUT.skipped.jsonl (default: stop)",
     )
     add_data_arguments(parser)
-
-
-def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a text is asked: also of `serve`."""
-    parser.add_argument(
-        "--max-decode-len",
-        type=int,
-        metavar="N",
-        help="most tokens of a label (default: what training found enough)",
-    )
-    parser.add_argument(
-        "--prefix",
-        metavar="TEXT",
-        help="text before each input (default: the model's own; `predict: ` if it names none)",
-    )
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What chooses the model and how it decodes: also of `evaluate`."""
-    parser.add_argument(
-        "--step",
-        default="best",
-        metavar="best|last|N",
-        help="which checkpoint of a workdir (default: best by validation)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="rows at once, on all devices together (default: 64 for each that has rows of its own)",
-    )
-    parser.add_argument(
-        "--layout",
-        default="data",
-        metavar="NAME",
-        help="how all devices of all processes share the work: `data` (default) gives each the whole"
-        " model and rows of its own; `tensor` or `fsdp` cuts a model that one cannot hold",
-    )
-    parser.add_argument(
-        "--num-beams",
-        type=int,
-        default=1,
-        metavar="N",
-        help="answers pursued at once by beam search (default: 1, the likeliest token each time)",
-    )
-    parser.add_argument(
-        "--length-penalty",
-        type=float,
-        metavar="X",
-        help="with beams: a score is divided by length ** X (default: 1; above 0 favours long"
-        " answers)",
-    )
-    parser.add_argument(
-        "--choices",
-        metavar="FILE|row|labels",
-        help="score each allowed label instead of decoding, so that the answer is always one of them:"
-        " a file of labels, each row's `choices`, or the task's labels",
-    )
-    parser.add_argument(
-        "--choices-temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="of the probabilities of choices (default: 1; `evaluate --choices` names a better one)",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("jax", "ctranslate2"),
-        help="what decodes (default: ctranslate2 on a directory of `export --format ctranslate2`, else"
-        " jax)",
-    )
-    parser.add_argument(
-        "--quantization",
-        choices=("int8",),
-        help="jax: weights in memory as int8 with a scale for each output, a quarter of the bytes to read"
-        " (default: float32); a CTranslate2 directory has that of its export",
-    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -143,20 +69,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             args.input,
             args.output,
             task=args.task,
-            step=args.step,
-            batch_size=args.batch_size,
-            layout=args.layout,
-            max_decode_len=args.max_decode_len,
-            num_beams=args.num_beams,
-            length_penalty=args.length_penalty,
-            choices=args.choices,
-            choices_temperature=args.choices_temperature,
             with_rationale=args.with_rationale,
-            prefix=args.prefix,
             on_error=args.on_error,
-            engine=args.engine,
-            quantization=args.quantization,
             data_dir=args.data_dir,
+            **decode_options_of(args),
         )
     if is_first():
         say(f"{args.output}: {in_words(result)}")

@@ -3,11 +3,8 @@
 import argparse
 from typing import Any
 
-from stepdistill_jax.commands.predict import (
-    add_asking_arguments,
-    add_model_arguments,
-    join_and_cache,
-)
+from stepdistill_jax.commands.arguments import add_decode_arguments, decode_options_of
+from stepdistill_jax.commands.predict import join_and_cache
 from stepdistill_jax.commands.terminal import say
 
 
@@ -51,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="for the requests that are under way at SIGTERM or Ctrl-C (default: 20)",
     )
-    add_model_arguments(parser)
-    add_asking_arguments(parser)
+    add_decode_arguments(parser, prompts=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,17 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         max_queue=args.max_queue,
         timeout_secs=args.timeout_secs,
         grace_secs=args.grace_secs,
-        step=args.step,
-        batch_size=args.batch_size,
-        layout=args.layout,
-        max_decode_len=args.max_decode_len,
-        num_beams=args.num_beams,
-        length_penalty=args.length_penalty,
-        choices=args.choices,
-        choices_temperature=args.choices_temperature,
-        prefix=args.prefix,
-        engine=args.engine,
-        quantization=args.quantization,
+        **decode_options_of(args),
     )
     say(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
     result["stopped"] = result["unanswered"] > 0

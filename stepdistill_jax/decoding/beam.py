@@ -14,6 +14,7 @@ from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.decoding.token_loop import start
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.runtime.checks import number, whole
 
 NOTHING = -1e9  # log probability of what does not go on
 LENGTH_PENALTY = 1.0
@@ -40,40 +41,22 @@ def beam_search(
     present length, scores no better than the worst of them. At `max_decode_len` all count as ended.
 
     Args:
-        params: parameters of a `T5` (unboxed).
-        config: its configuration.
-        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
-            batch: it is done from the start.
-        max_decode_len: most tokens of an answer, the end of sequence included.
-        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
+        params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         num_beams: at 1 it is `greedy_decode`, as in Hugging Face, and nothing competes.
         length_penalty: above 0 it favours long answers, at 0 lengths are not looked at.
 
     Returns:
-        ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
-        natural log of the probability of those ids, without the length penalty; finished [batch]
-        bool, false where the best answer has no end of sequence (and in rows of zeros).
+        As `greedy_decode`: ids, scores (the length penalty is not in them), and finished.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is no number that makes sense.
     """
     _check(num_beams, length_penalty)
+    asked = params, config, encoder_input_tokens
+    lengths: Any = {"max_decode_len": max_decode_len, "decoder_prefix": decoder_prefix}
     if num_beams == 1:
-        return greedy_decode(
-            params,
-            config,
-            encoder_input_tokens,
-            max_decode_len=max_decode_len,
-            decoder_prefix=decoder_prefix,
-        )
-    begin = start(
-        params,
-        config,
-        encoder_input_tokens,
-        max_decode_len=max_decode_len,
-        beams=num_beams,
-        decoder_prefix=decoder_prefix,
-    )
+        return greedy_decode(*asked, **lengths)
+    begin = start(*asked, beams=num_beams, **lengths)
     batch = encoder_input_tokens.shape[0]
     ids = jnp.full((batch, num_beams, max_decode_len), PAD_ID, jnp.int32)
     state = {
@@ -134,7 +117,7 @@ def beam_search(
 
 
 def search(num_beams: int, length_penalty: float | None = None) -> Callable:
-    """The decode function of `--num-beams` and `--length-penalty`, for `LabelDecoder`.
+    """The decode function of these options, for `LabelDecoder`.
 
     Args:
         num_beams: 1 is greedy decoding.
@@ -143,19 +126,16 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
     Raises:
         InputError: a value that makes no sense, or a length penalty where nothing competes.
     """
-    if length_penalty is None:
-        _check(num_beams, LENGTH_PENALTY)
-        length_penalty = LENGTH_PENALTY
-    else:
-        _check(num_beams, length_penalty)
-        if num_beams == 1:
-            raise InputError(
-                "--length-penalty: one beam has no other answer to compare lengths with;"
-                " give --num-beams 2 or more, or leave it out"
-            )
-    if num_beams == 1:
-        return greedy_decode
-    return _search(num_beams, float(length_penalty))
+    penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
+    _check(num_beams, penalty)
+    if num_beams > 1:
+        return _search(num_beams, float(penalty))
+    if length_penalty is not None:
+        raise InputError(
+            "`length_penalty`: one beam has no other answer to compare lengths with;"
+            " give `num_beams=2` or more, or leave it out"
+        )
+    return greedy_decode
 
 
 @functools.lru_cache(maxsize=8)  # one function for one search, so that it is compiled once
@@ -164,10 +144,9 @@ def _search(num_beams: int, length_penalty: float) -> Callable:
 
 
 def _check(num_beams: int, length_penalty: float) -> None:
-    if isinstance(num_beams, bool) or num_beams != int(num_beams) or num_beams < 1:
-        raise InputError(f"--num-beams: a whole number above 0 is wanted, got {num_beams!r}")
-    if not -10 <= length_penalty <= 10:  # beyond, 1024 ** length_penalty leaves float32
-        raise InputError(f"--length-penalty: -10 to 10 is wanted, got {length_penalty!r}")
+    whole("num_beams", num_beams, 1)
+    # beyond, 1024 ** length_penalty leaves float32
+    number("length_penalty", length_penalty, least=-10, most=10)
 
 
 def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,6 +1,5 @@
 """The exact log probability of each answer that a row allows: one encoding, all answers at once."""
 
-import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,12 +12,13 @@ from jax.sharding import Mesh
 from stepdistill_jax.data.vocabulary import PAD_ID
 from stepdistill_jax.decoding.greedy import (
     bucket_length,
+    call_over_rows,
     jit_over_rows,
-    mesh_context,
+    pipelined,
     rows_at_once,
 )
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.sharding import batch_shards, place_rows
+from stepdistill_jax.models.sharding import batch_shards
 from stepdistill_jax.models.t5 import T5, output_kernel, start_cache
 
 WIDTHS = (
@@ -89,27 +89,20 @@ class ChoiceScorer:
             raise ValueError("an answer needs ids, its end of sequence at least")
         scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
 
-        def collect(places, owners, log_probs):
+        def started():
+            for places in _batches(rows, answers, self.batch_size):
+                *batch, owners = _arrays(
+                    [rows[i] for i in places], [answers[i] for i in places], self.batch_size
+                )
+                yield places, owners, call_over_rows(self._score, self._mesh, params, batch)
+
+        for places, owners, log_probs in pipelined(started()):
             log_probs = np.asarray(log_probs, np.float64)
             for i, place in enumerate(places):  # owner 0 is padding
                 sums = np.bincount(owners[i].ravel(), log_probs[i].ravel())
                 scores[place] = sums[1:].astype(np.float32)
             if on_progress:
                 on_progress(len(places))
-
-        # one batch is always queued behind the one that runs, so the device does not wait for us
-        queued = collections.deque()
-        for places in _batches(rows, answers, self.batch_size):
-            *batch, owners = _arrays(
-                [rows[i] for i in places], [answers[i] for i in places], self.batch_size
-            )
-            with mesh_context(self._mesh):
-                placed = place_rows(batch, self._mesh) if self._mesh else batch
-                queued.append((places, owners, self._score(params, placed)))
-            if len(queued) > 1:
-                collect(*queued.popleft())
-        while queued:
-            collect(*queued.popleft())
         return scores
 
 

@@ -1,11 +1,10 @@
 """Greedy decoding, and the batching of rows of any length around it."""
 
 import collections
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +25,7 @@ from stepdistill_jax.models.sharding import (
 
 SMALLEST_BUCKET = 32
 ROWS_PER_DEVICE = 64
+T = TypeVar("T")
 
 
 def greedy_decode(
@@ -147,14 +147,29 @@ def whole_model(mesh: Mesh) -> bool:
     return mesh.shape["data"] == mesh.size
 
 
-@contextlib.contextmanager
-def mesh_context(mesh: Mesh | None) -> Iterator[None]:
-    """What a function of `jit_over_rows` is called in."""
-    if mesh is None or whole_model(mesh):
-        yield
-        return
+def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:
+    """Starts a function of `jit_over_rows` on arrays of this process."""
+    if mesh is None:
+        return fn(params, arrays)
+    placed = place_rows(arrays, mesh)
+    if whole_model(mesh):
+        return fn(params, placed)
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
-        yield
+        return fn(params, placed)
+
+
+def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
+    """Yields what was started in its order, each item once `ahead` later ones have been started.
+
+    A device with one batch queued behind the one that runs does not wait for us.
+    """
+    queue = collections.deque()
+    for item in started:
+        queue.append(item)
+        if len(queue) > ahead:
+            yield queue.popleft()
+    while queue:
+        yield queue.popleft()
 
 
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
@@ -225,7 +240,11 @@ class LabelDecoder:
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )
 
-        def collect(places, result):
+        results = (
+            (places, call_over_rows(self._decode, self._mesh, params, batch))
+            for places, batch in bucketed(rows, self.batch_size)
+        )
+        for places, result in pipelined(results):
             ids, scores, finished = map(np.asarray, result)
             for i, place in enumerate(places):
                 row = ids[i].tolist()
@@ -233,15 +252,4 @@ class LabelDecoder:
                 decoded.scores[place], decoded.finished[place] = scores[i], finished[i]
             if on_progress:
                 on_progress(len(places))
-
-        # one batch is always queued behind the one that runs, so the device does not wait for us
-        queued = collections.deque()
-        for places, batch in bucketed(rows, self.batch_size):
-            with mesh_context(self._mesh):
-                placed = place_rows(batch, self._mesh) if self._mesh else batch
-                queued.append((places, self._decode(params, placed)))
-            if len(queued) > 1:
-                collect(*queued.popleft())
-        while queued:
-            collect(*queued.popleft())
         return decoded

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from stepdistill_jax.data.vocabulary import PAD_ID
 from stepdistill_jax.decoding.token_loop import decode_tokens
-from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.runtime.checks import number, whole
 
 
 def sample_decode(
@@ -34,12 +34,7 @@ def sample_decode(
     another key.
 
     Args:
-        params: parameters of a `T5` (unboxed).
-        config: its configuration.
-        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
-            batch: it is done from the start.
-        max_decode_len: most tokens of an answer, the end of sequence included.
-        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
+        params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         rng: a key of `jax.random`.
         temperature: divides the logits; above 0.
         top_k: then only the `top_k` likeliest tokens (and those as likely as the last of them) can
@@ -48,22 +43,14 @@ def sample_decode(
             least one; 1 is all.
 
     Returns:
-        ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
-        natural log of the probability of those ids at temperature 1 with nothing left out; finished
-        [batch] bool, false where no end of sequence came (and in rows of zeros).
+        As `greedy_decode`: ids, scores (at temperature 1, with nothing left out), and finished.
 
     Raises:
         InputError: `temperature`, `top_k` or `top_p` out of its range.
     """
-    if not temperature > 0:
-        raise InputError(
-            f"temperature: a number above 0 is wanted, got {temperature!r} (`greedy_decode` takes"
-            " the likeliest token)"
-        )
-    if isinstance(top_k, bool) or top_k != int(top_k) or top_k < 0:
-        raise InputError(f"top_k: a whole number, 0 or above, is wanted, got {top_k!r}")
-    if not 0 <= top_p <= 1:
-        raise InputError(f"top_p: 0 <= top_p <= 1 is wanted, got {top_p!r}")
+    number("temperature", temperature, above=0)
+    whole("top_k", top_k, 0)
+    number("top_p", top_p, least=0, most=1)
     keys = row_keys(rng, encoder_input_tokens)
 
     def choose(logits, index, places):

@@ -121,13 +121,9 @@ def decode_tokens(
     go on, these are gathered and go on by themselves.
 
     Args:
-        params: parameters of a `T5` (unboxed).
-        config: its configuration.
-        encoder_input_tokens: [batch, length] int32; a row of zeros is done from the start.
+        params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         choose: (logits [rows, vocab] float32, scalar position, places [rows] of these rows in the
             batch) -> ids [rows].
-        max_decode_len: most tokens of an answer, the end of sequence included.
-        decoder_prefix: ids that every answer goes on from.
 
     Returns:
         ids, scores and finished, as `greedy_decode` says.

@@ -11,10 +11,11 @@ import numpy as np
 
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import PreparedDataset
-from stepdistill_jax.data.text_metrics import accuracy, majority_baseline
+from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.experiments.plots import learning_curves
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info
+from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import encode_input
 from stepdistill_jax.runtime.files import local_path, write_json
@@ -124,7 +125,10 @@ def _test(
     examples = list(dataset.examples("test"))
     texts = [e.input for e in examples]
     predictions, counts = _decode(model, info, 0, texts, info.max_decode_len)
-    right = accuracy(predictions, [e.label for e in examples], dataset.metric)
+    tally = Tally(dataset.metric)
+    for prediction, example in zip(predictions, examples, strict=True):
+        tally.add(prediction, example.label)
+    right = tally.summary()["accuracy"]
     return {"test_accuracy": right, "tokens_per_row": float(np.mean(counts))}, predictions
 
 

@@ -7,12 +7,14 @@ The imports are not lazy: a function that is named like its module (`predict`) i
 from stepdistill_jax.decoding.beam import beam_search
 from stepdistill_jax.decoding.greedy import Decoded, LabelDecoder, greedy_decode
 from stepdistill_jax.decoding.sampling import sample_decode
-from stepdistill_jax.inference.evaluate_task import evaluate
+from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.inference.export import export
 from stepdistill_jax.inference.model import LoadedModel, load_model
+from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.predict import predict
 
 __all__ = [
+    "DecodeOptions",
     "Decoded",
     "LabelDecoder",
     "LoadedModel",

@@ -1,8 +1,8 @@
-"""Which answers `--choices` allows, their ids, and what is written of them."""
+"""Which answers `choices` allows, their ids, and what is written of them."""
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from stepdistill_jax.data.objectives import Objective, fields_of
 from stepdistill_jax.data.text_metrics import normalize
 from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.engines import Engine, require_finite
+from stepdistill_jax.inference.engines import Engine
+from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
 from stepdistill_jax.inference.rows import Row
 from stepdistill_jax.runtime.files import check_file, digest, local_path, read_json
 
 ROW, LABELS = "row", "labels"
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 _KEPT = 2**16  # labels whose ids are kept: rows name the same ones again and again
 
 
@@ -53,16 +53,16 @@ class Allowed:
             temperature: of the probabilities; scores have none.
 
         Raises:
-            InputError: no such file, fewer than two labels, one that stands twice or that the model
-                cannot tell from another or was not trained to write, or a bad temperature.
+            InputError: no such file, fewer than two labels, or one that stands twice or that the model
+                cannot tell from another or was not trained to write.
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
-                f"--choices: the model writes {objective.target_template!r}, so a label alone has no"
+                f"`choices`: the model writes {objective.target_template!r}, so a label alone has no"
                 " probability of its own"
             )
         self._objective, self._vocabulary, self._most_ids = objective, vocabulary, most_ids
-        self.temperature = check_temperature(temperature)
+        self.temperature = float(temperature)
         self._ids_of = functools.lru_cache(_KEPT)(self._encode)
         self.labels: tuple[str, ...] = ()
         if choices != ROW:
@@ -91,7 +91,7 @@ class Allowed:
         if self.labels:
             return
         if not row.choices:
-            raise InputError("no field 'choices', which --choices row scores (or it is empty)")
+            raise InputError("no field 'choices', which `choices=row` scores (or it is empty)")
         self.ids(row)
 
     def answer(self, row: Row, scores: np.ndarray) -> dict[str, Any]:
@@ -142,71 +142,23 @@ class Allowed:
         return list(found)
 
 
-def check_choices(
-    choices: Any, temperature: float, num_beams: int, max_decode_len: int | None = None
-) -> None:
-    """Refuses options that do not go together with `choices`, or that mean nothing without it."""
-    check_temperature(temperature)
-    if choices is None:
-        if temperature != 1.0:
-            raise InputError("--choices-temperature: there is none without --choices")
-    elif num_beams != 1:
-        raise InputError("--num-beams: --choices scores all that are allowed, and searches nothing")
-    elif max_decode_len is not None:
-        raise InputError("--max-decode-len: --choices decodes no label; leave it out")
+def allow(options: DecodeOptions, asking: Asking, model: Engine) -> Allowed | None:
+    """The answers that `options.choices` allows this model and task; None where any will do.
 
-
-def allow(
-    choices: os.PathLike | str | Sequence[str],
-    asking: Asking,
-    model: Engine,
-    temperature: float = 1.0,
-) -> Allowed:
-    """The answers of `predict`'s `choices`, for this model and task; InputError as `Allowed`."""
+    Raises:
+        InputError: as `Allowed`.
+    """
+    if options.choices is None:
+        return None
     info = model.task_info
     return Allowed(
-        choices,
+        options.choices,
         labels=asking.labels,
         objective=asking.objectives[0],
         vocabulary=model.vocabulary,
         most_ids=info.target_length if info else BARE_INPUT_LENGTH,
-        temperature=temperature,
+        temperature=options.choices_temperature,
     )
-
-
-def choose(
-    model: Engine,
-    inputs: Sequence[Sequence[int]],
-    rows: Sequence[Row],
-    allowed: Allowed,
-    update: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
-    """The likeliest allowed answer of each row, as `Allowed.answer` writes it.
-
-    Args:
-        model: opened by `open_engine`.
-        inputs: ids of each row's prompt (`encode_input`).
-        rows: the questions themselves.
-        allowed: of `allow`.
-        update: called with the number of rows of each batch that is done.
-
-    Raises:
-        InputError: the model gives NaN.
-    """
-    scores = model.score(inputs, [allowed.ids(row) for row in rows], update)
-    for of_row in scores:
-        require_finite(model, of_row)
-    return [allowed.answer(row, of_row) for row, of_row in zip(rows, scores, strict=True)]
-
-
-def check_temperature(temperature: float) -> float:
-    """`temperature`, or an InputError where it is none."""
-    if isinstance(temperature, bool) or not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
-        raise InputError(
-            f"--choices-temperature: {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g} is wanted,"
-            f" got {temperature!r}"
-        )
-    return float(temperature)
 
 
 def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
@@ -222,13 +174,13 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
     if choices == LABELS:
         if not of_task:
             raise InputError(
-                "--choices labels: the task has no closed set of labels; give a file of them, or `row`"
-                " where rows have `choices`"
+                "`choices=labels`: the task has no closed set of labels; give a file of them, or `row`"
+                " where rows have the field 'choices'"
             )
-        return "--choices labels", list(of_task)
+        return "`choices=labels`", list(of_task)
     if isinstance(choices, str | os.PathLike):
         return f"{choices}", _read_file(choices)
-    return "--choices", list(choices)
+    return "`choices`", list(choices)
 
 
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
@@ -241,21 +193,21 @@ def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
         if (before := first.setdefault(normalize(label), number)) != number:
             raise InputError(f"{name}: the label {label!r} stands twice (as {before} and {number})")
     if len(labels) < 2:
-        raise InputError(f"{name}: at least two labels are wanted, found {len(labels)}")
+        raise InputError(f"{name}: expected at least two labels, found {len(labels)}")
     return tuple(labels)
 
 
 def _read_file(path: os.PathLike | str) -> list[Any]:
-    local = local_path(path, "--choices")
+    local = local_path(path, "`choices`")
     if not local.exists():
         raise InputError(
-            f"--choices {path}: no such file; `row` takes each row's own, `labels` those of the task"
+            f"`choices` {path}: no such file; `row` takes each row's own, `labels` those of the task"
         )
     check_file(local, "a file of labels")
     if local.suffix == ".json":
         found = read_json(local)
         if not isinstance(found, list):
-            raise InputError(f"{path}: a JSON list of labels is wanted")
+            raise InputError(f"{path}: expected a JSON list of labels")
         return found
     try:
         lines = local.read_text(encoding="utf-8-sig").splitlines()

@@ -1,4 +1,4 @@
-"""How far the probabilities of `--choices` can be trusted, over rows in any order, in bounded memory."""
+"""How far the probabilities of `choices` can be trusted, over rows in any order, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,11 +1,10 @@
-"""What `predict` and `evaluate` say at the end: right answers, and answers that cannot be right."""
+"""Accuracy of the answers to a split, in the one place that counts it, and answers that cannot be right."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data.text_metrics import LabelCounts, is_valid, metric_fn
 from stepdistill_jax.inference.calibration import Calibration
-from stepdistill_jax.inference.rows import Row
 
 
 class Tally:
@@ -23,17 +22,30 @@ class Tally:
         self._labels = LabelCounts(metric)
         self._distinct: set[str] = set()
 
-    def add(self, row: Row, prediction: str, choices: Mapping[str, float] | None = None) -> None:
-        """Counts one answer; `choices` are the probabilities of all that were allowed, if some were."""
+    def add(
+        self,
+        prediction: str,
+        label: str,
+        choices: Sequence[str] = (),
+        probabilities: Mapping[str, float] | None = None,
+    ) -> None:
+        """Counts one answer.
+
+        Args:
+            prediction: the label that a model gave.
+            label: the gold one; empty where it is not known.
+            choices: the row's own, where it has some.
+            probabilities: of all allowed answers, where some were.
+        """
         self.rows += 1
-        if row.label:
-            self._labels.add(row.label)
-            self._right += self._matches(prediction, row.label)
-            if choices:
-                is_gold = [self._matches(choice, row.label) for choice in choices]
-                self._calibration.add(list(choices.values()), is_gold)
-        valid = bool(choices) or is_valid(
-            prediction, metric=self._metric, labels=self._allowed, choices=row.choices
+        if label:
+            self._labels.add(label)
+            self._right += self._matches(prediction, label)
+            if probabilities:
+                is_gold = [self._matches(choice, label) for choice in probabilities]
+                self._calibration.add(list(probabilities.values()), is_gold)
+        valid = bool(probabilities) or is_valid(
+            prediction, metric=self._metric, labels=self._allowed, choices=choices
         )
         if valid is not None:
             self._checked += 1

@@ -1,7 +1,7 @@
 """What decodes rows of ids: our own decoder on whatever JAX runs on, or CTranslate2 on CPU cores."""
 
-import collections
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +17,7 @@ from stepdistill_jax.decoding.greedy import (
     ROWS_PER_DEVICE,
     Decoded,
     LabelDecoder,
+    pipelined,
     rows_at_once,
 )
 from stepdistill_jax.errors import InputError
@@ -27,12 +28,9 @@ from stepdistill_jax.formats.ctranslate2 import (
 )
 from stepdistill_jax.formats.directory import CONFIG, TaskInfo, is_ctranslate2
 from stepdistill_jax.inference.model import device_mesh, load_model, params_fingerprint
+from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.models.quantized import quantize
-from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.files import as_path, digest, local_path, sha256
-
-ENGINES = ("jax", "ctranslate2")
-QUANTIZATIONS = ("int8",)  # of the JAX engine
 
 
 class Engine(Protocol):
@@ -51,10 +49,8 @@ class Engine(Protocol):
     vocabulary: Vocabulary
     task_info: TaskInfo | None
     step: int | None
+    batch_size: int
     device: str
-
-    @property
-    def batch_size(self) -> int: ...
 
     @property
     def identity(self) -> str: ...
@@ -86,92 +82,56 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(
-    path: os.PathLike | str,
-    engine: str | None = None,
-    *,
-    step: str | int = "best",
-    batch_size: int | None = None,
-    layout: str | Layout = "data",
-    num_beams: int = 1,
-    length_penalty: float | None = None,
-    quantization: str | None = None,
-) -> Engine:
+def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -> Engine:
     """Opens a workdir or model directory with the engine that reads it.
 
     Args:
         path: of any kind of directory that we write.
-        engine: `jax` or `ctranslate2`; None is what the directory is for.
-        step, batch_size, layout, num_beams, length_penalty, quantization: as for `predict`.
+        options: which model, and how it decodes; None is `DecodeOptions()`.
 
     Raises:
-        InputError: an engine that does not read the directory, or a bad option or model.
+        InputError: an engine that does not read the directory, a bad model, or options that do not
+            fit it.
     """
-    if engine not in (None, *ENGINES):
-        raise InputError(f"--engine: {' or '.join(ENGINES)} is wanted, got {engine!r}")
-    if quantization not in (None, *QUANTIZATIONS):
-        raise InputError(
-            f"--quantization: {' or '.join(QUANTIZATIONS)} is wanted, got {quantization!r}"
-        )
+    options = options or DecodeOptions()
     converted = is_ctranslate2(path)
-    if engine == "jax" and converted:
+    if options.engine == "jax" and converted:
         raise InputError(
-            f"--engine jax: {path} is a CTranslate2 directory; give the one that it was made from"
+            f"`engine=jax`: {path} is a CTranslate2 directory; give the one that it was made from"
         )
-    if engine == "ctranslate2" and not converted and as_path(path).is_dir():
+    if options.engine == "ctranslate2" and not converted and as_path(path).is_dir():
         raise InputError(
-            f"--engine ctranslate2: {path} is no CTranslate2 directory; make one:"
+            f"`engine=ctranslate2`: {path} is no CTranslate2 directory; make one:"
             f" stepdistill export {path} NEW_FOLDER --format ctranslate2"
         )
-    if quantization and converted:
+    if options.quantization and converted:
         raise InputError(
-            f"--quantization: {path} is a CTranslate2 directory, which has that of its export"
-            " (`export --format ctranslate2 --quantization int8`); leave it out"
+            f"`quantization`: {path} is a CTranslate2 directory, which has that of its export"
+            " (stepdistill export --format ctranslate2 --quantization int8); leave it out"
         )
-    kind = CTranslate2Engine if converted else JaxEngine
-    return kind(
-        path,
-        step=step,
-        batch_size=batch_size,
-        layout=layout,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        quantization=quantization,
-    )
+    return (CTranslate2Engine if converted else JaxEngine)(path, options)
 
 
 class JaxEngine:
     """Our decoder; on several processes all must make the same calls."""
 
-    def __init__(
-        self,
-        path: os.PathLike | str,
-        *,
-        step: str | int,
-        batch_size: int | None,
-        layout: str | Layout,
-        num_beams: int,
-        length_penalty: float | None,
-        quantization: str | None,
-    ):
+    def __init__(self, path: os.PathLike | str, options: DecodeOptions):
         """As `open_engine`."""
-        self._decode_fn = search(num_beams, length_penalty)
-        self._mesh = device_mesh(layout)
-        model = load_model(path, step, mesh=self._mesh)
+        mesh = device_mesh(options.layout)
+        model = load_model(path, options.step, mesh=mesh)
         self._config, self._params = model.config, model.params
-        if quantization:
+        if options.quantization:
             self._params, self._config = quantize(model.params, model.config)
         self.path, self.step = model.path, model.step
         self.vocabulary, self.task_info = model.vocabulary, model.task_info
-        self._decoders: dict[tuple[int, tuple[int, ...], int], LabelDecoder] = {}
-        self._scorers: dict[int, ChoiceScorer] = {}
-        self._asked_batch_size = batch_size
+        self.batch_size = rows_at_once(options.batch_size, mesh)  # on all devices together
+        decode_fn = search(options.num_beams, options.length_penalty)
+        # each keeps what it has compiled
+        self._decoder = functools.cache(
+            functools.partial(LabelDecoder, self._config, mesh=mesh, decode_fn=decode_fn)
+        )
+        self._scorer = functools.cache(functools.partial(ChoiceScorer, self._config, mesh=mesh))
         self.device = jax.devices()[0].device_kind
-
-    @property
-    def batch_size(self) -> int:
-        """On all devices together."""
-        return rows_at_once(self._asked_batch_size, self._mesh)
 
     @property
     def identity(self) -> str:
@@ -190,8 +150,11 @@ class JaxEngine:
         decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
         """As `Engine.decode`."""
-        size = self._rows_at_once(len(rows))
-        decoder = self._decoder(max_decode_len, tuple(decoder_prefix), size)
+        decoder = self._decoder(
+            max_decode_len=max_decode_len,
+            batch_size=self._rows_at_once(len(rows)),
+            decoder_prefix=tuple(decoder_prefix),
+        )
         return decoder(self._params, rows, on_progress)
 
     def score(
@@ -201,10 +164,8 @@ class JaxEngine:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
         """As `Engine.score`."""
-        size = self._rows_at_once(len(rows))
-        if size not in self._scorers:
-            self._scorers[size] = ChoiceScorer(self._config, batch_size=size, mesh=self._mesh)
-        return self._scorers[size](self._params, rows, answers, on_progress)
+        scorer = self._scorer(batch_size=self._rows_at_once(len(rows)))
+        return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
         """The batch size for so many: filler rows take time, and its halves are few shapes."""
@@ -212,21 +173,6 @@ class JaxEngine:
         while size > 1 and size // 2 >= rows:
             size //= 2
         return size
-
-    def _decoder(
-        self, max_decode_len: int, prefix: tuple[int, ...], batch_size: int
-    ) -> LabelDecoder:
-        key = max_decode_len, prefix, batch_size
-        if key not in self._decoders:  # it keeps what it has compiled
-            self._decoders[key] = LabelDecoder(
-                self._config,
-                max_decode_len=max_decode_len,
-                batch_size=batch_size,
-                mesh=self._mesh,
-                decode_fn=self._decode_fn,
-                decoder_prefix=prefix,
-            )
-        return self._decoders[key]
 
 
 class CTranslate2Engine:
@@ -239,26 +185,15 @@ class CTranslate2Engine:
     device: str = "cpu"
     step: int | None = None
 
-    def __init__(
-        self,
-        path: os.PathLike | str,
-        *,
-        step: str | int,
-        batch_size: int | None,
-        layout: str | Layout,
-        num_beams: int,
-        length_penalty: float | None,
-        quantization: str | None,
-    ):
+    def __init__(self, path: os.PathLike | str, options: DecodeOptions):
         """As `open_engine`; reads the whole file of weights."""
-        search(num_beams, length_penalty)  # says what is wrong with them
-        if step not in ("best", "last"):
+        if options.step not in ("best", "last"):
             raise InputError(
-                f"--step {step}: {path} is a CTranslate2 directory, which holds one model"
+                f"`step` {options.step}: {path} is a CTranslate2 directory, which holds one model"
             )
-        if layout != "data":
+        if options.layout != "data":
             raise InputError(
-                "--layout: CTranslate2 runs the whole model on the cores of a CPU; leave it out"
+                "`layout`: CTranslate2 runs the whole model on the cores of a CPU; leave it out"
             )
         if jax.process_count() > 1:
             raise InputError(
@@ -273,12 +208,15 @@ class CTranslate2Engine:
         config = sha256(self.path / CONFIG)  # CTranslate2 reads it, too
         self.identity = digest(["ctranslate2", files.sha256, config, files.vocabulary.fingerprint])
         self._names, self._ids = files.tokens, {name: i for i, name in enumerate(files.tokens)}
-        self._beams = num_beams
-        given = LENGTH_PENALTY if length_penalty is None else length_penalty
-        self._penalty = 0.0 if num_beams == 1 else given
-        self._workers = usable_cores()
-        rows = ROWS_PER_DEVICE if batch_size is None else -(-batch_size // self._workers)
+        self._beams, given = options.num_beams, options.length_penalty
+        self._penalty = LENGTH_PENALTY if given is None else given
+        if self._beams == 1:
+            self._penalty = 0.0
+        self._workers, asked = usable_cores(), options.batch_size
+        rows = ROWS_PER_DEVICE if asked is None else -(-asked // self._workers)
         self.batch_size = rows * self._workers
+        # enough for a worker that is faster than the others; whoever stops waits for all of them
+        self._ahead = 2 * self._workers
         try:
             self._translator = library.Translator(
                 os.fspath(self.path), device="cpu", inter_threads=self._workers, intra_threads=1
@@ -304,14 +242,23 @@ class CTranslate2Engine:
         if prefix and self._penalty:
             raise InputError(
                 f"{self.path}: CTranslate2 counts the decoder's prefix of a rationale as a part of it"
-                " when beams of different lengths compete; give --length-penalty 0, or ask the"
+                " when beams of different lengths compete; give `length_penalty=0`, or ask the"
                 " directory that this one was made from"
             )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )
 
-        def collect(places: list[int], results: list[Any]) -> None:
+        # the longest first: they end with the others. Few rows are shared out among the workers
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        at_once = min(self.batch_size, len(rows))
+        size = max(1, -(-at_once // self._workers))
+        batches = (order[start : start + size] for start in range(0, len(order), size))
+        started = (
+            (places, self._start([rows[i] for i in places], max_decode_len, prefix))
+            for places in batches
+        )
+        for places, results in pipelined(started, self._ahead):
             for place, result in zip(places, results, strict=True):
                 result = result.result()
                 ids = [self._ids[name] for name in result.hypotheses[0]]
@@ -326,21 +273,6 @@ class CTranslate2Engine:
                 decoded.scores[place] = result.scores[0] * len(ids) ** self._penalty
             if on_progress:
                 on_progress(len(places))
-
-        # the longest first: they end with the others. Few rows are shared out among the workers
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        at_once = min(self.batch_size, len(rows))
-        size = max(1, -(-at_once // self._workers))
-        queued = collections.deque()
-        for start in range(0, len(order), size):
-            places = order[start : start + size]
-            results = self._start([rows[i] for i in places], max_decode_len, prefix)
-            queued.append((places, results))
-            # enough for a worker that is faster than the others; whoever stops waits for all of them
-            if len(queued) > 2 * self._workers:
-                collect(*queued.popleft())
-        while queued:
-            collect(*queued.popleft())
         return decoded
 
     def score(
@@ -352,27 +284,25 @@ class CTranslate2Engine:
         """As `Engine.score`; an input is encoded once for each of its answers."""
         scores = [np.zeros(len(of_row), np.float32) for of_row in answers]
 
-        def collect(pairs: list[tuple[int, int]], results: list[Any]) -> None:
+        def started():
+            for pairs in self._pairs(rows, answers):
+                yield (
+                    pairs,
+                    self._translator.score_batch(
+                        [[self._names[i] for i in rows[place]] for place, _ in pairs],
+                        # it adds the end of sequence itself
+                        [[self._names[i] for i in answers[place][n][:-1]] for place, n in pairs],
+                        max_input_length=0,
+                        asynchronous=True,
+                    ),
+                )
+
+        for pairs, results in pipelined(started(), self._ahead):
             for (place, number), result in zip(pairs, results, strict=True):
                 scores[place][number] = sum(result.result().log_probs)
             done = sum(number == len(answers[place]) - 1 for place, number in pairs)
             if on_progress and done:
                 on_progress(done)
-
-        queued = collections.deque()
-        for pairs in self._pairs(rows, answers):
-            results = self._translator.score_batch(
-                [[self._names[i] for i in rows[place]] for place, _ in pairs],
-                # it adds the end of sequence itself
-                [[self._names[i] for i in answers[place][n][:-1]] for place, n in pairs],
-                max_input_length=0,
-                asynchronous=True,
-            )
-            queued.append((pairs, results))
-            if len(queued) > 2 * self._workers:
-                collect(*queued.popleft())
-        while queued:
-            collect(*queued.popleft())
         return scores
 
     def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
@@ -409,10 +339,14 @@ class CTranslate2Engine:
         )
 
 
+class NotFinite(InputError):
+    """A model whose answers have no probabilities."""
+
+
 def require_finite(model: Engine, scores: np.ndarray) -> None:
-    """Refuses a model whose answers have no probabilities."""
+    """Raises `NotFinite` where a score is no number."""
     if not np.isfinite(scores).all():
-        raise InputError(f"{model.path}: the model gives NaN; its weights are damaged")
+        raise NotFinite(f"{model.path}: the model gives NaN; its weights are damaged")
 
 
 def usable_cores() -> int:

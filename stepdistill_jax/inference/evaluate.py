@@ -1,7 +1,4 @@
-"""Accuracy on a split of a prepared dataset; no TensorFlow, since it reads SPLIT.jsonl.
-
-`evaluate_task.evaluate` takes the tasks that only SeqIO can read, too.
-"""
+"""Accuracy on a split of any task: a prepared dataset, or one that only SeqIO can read."""
 
 import dataclasses
 import os
@@ -11,17 +8,20 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.data.prepared import PreparedDataset, open_prepared
-from stepdistill_jax.decoding.beam import search
+from stepdistill_jax.data.objectives import label_only
+from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.allowed import ROW, allow, check_choices, choose
+from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
+from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
+from stepdistill_jax.inference.allowed import ROW, allow
 from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.engines import open_engine
+from stepdistill_jax.inference.labels import label_rows
+from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import predict
-from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask, read_answer
+from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask
 from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import (
     as_path,
@@ -33,6 +33,8 @@ from stepdistill_jax.runtime.files import (
 )
 from stepdistill_jax.runtime.on_processes import everywhere, on_first, require_same, until_stopped
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
+from stepdistill_jax.tasks.load import load_task
+from stepdistill_jax.tasks.lookup import find_task
 
 PREDICTIONS = "predictions"
 RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
@@ -42,7 +44,7 @@ WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 def check_result(output: os.PathLike | str, choices: Any = None) -> None:
     """Refuses, before the work, a file for the result that must not be written (`check_outputs`)."""
     inputs = [choices] if isinstance(choices, os.PathLike | str) else []
-    check_outputs({local_path(output, "--output"): RESULT}, inputs, "--output")
+    check_outputs({local_path(output, "`output`"): RESULT}, inputs, "`output`")
 
 
 def evaluate(
@@ -50,36 +52,35 @@ def evaluate(
     *,
     task: str,
     split: str = "test",
-    step: str | int = "best",
     output: os.PathLike | str | None = None,
-    data_dir: os.PathLike | str | None = None,
-    batch_size: int | None = None,
-    layout: str | Layout = "data",
-    num_beams: int = 1,
-    length_penalty: float | None = None,
-    choices: os.PathLike | str | Sequence[str] | None = None,
-    choices_temperature: float = 1.0,
     with_rationale: bool = False,
-    engine: str | None = None,
-    quantization: str | None = None,
+    data_dir: os.PathLike | str | None = None,
+    task_module: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them.
 
-    For a workdir the answers are kept in `predictions/TASK-SPLIT-STEP.jsonl`, those of beams in
-    `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is given), those of
-    choices in `-choices.jsonl`, those of int8 weights in `-int8.jsonl`, those with rationales in
-    `-rationale.jsonl`.
+    The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
+    SeqIO, as for training.
+
+    For a workdir the answers to a prepared dataset are kept in `predictions/TASK-SPLIT-STEP.jsonl`,
+    those of beams in `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is
+    given), those of choices in `-choices.jsonl`, those of int8 weights in `-int8.jsonl`, those with
+    rationales in `-rationale.jsonl`.
 
     Args:
         path: workdir or model directory.
-        task: a prepared dataset; it also says how labels are compared.
-        split: of the dataset.
-        step: of a workdir: `best`, `last` or a number.
+        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture; it also says how
+            labels are compared.
+        split: of the task.
         output: JSON file for the result; None writes none.
-        data_dir: where the dataset is prepared.
-        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine, quantization: as for
-            `predict`.
-        with_rationale: also decodes the rationales, and says what they are worth.
+        with_rationale: also decodes the rationales of a prepared dataset, and says what they are
+            worth.
+        data_dir: where datasets are prepared and tokens are kept; None is the default folder.
+        task_module: module that registers the task; None is the one that the model was trained
+            with, if it was trained on this task.
+        **options: fields of `DecodeOptions` but `max_decode_len` and `prefix`, which are the
+            model's own.
 
     Returns:
         What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
@@ -87,44 +88,82 @@ def evaluate(
         that reached their greatest length without an end).
 
     Raises:
-        InputError: no such model, step, dataset or split, a bad option, or rationales of a model
-            that was not trained to give them.
+        InputError: no such model, step, task, split or module, a bad option, or rationales of a
+            SeqIO task or of a model that was not trained to give them.
     """
-    search(num_beams, length_penalty)  # a bad value is said before anything is read
-    check_choices(choices, choices_temperature, num_beams)
-    dataset = everywhere(lambda: open_prepared(task, data_dir))
-    source = everywhere(lambda: dataset.file(split))
+    chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
-        on_first(lambda: check_result(output, choices))
-    found = on_first(lambda: resolve_step(path, step) if is_workdir(path) else None)
-    beams = "" if num_beams == 1 else f"-beams{num_beams}"
-    penalty = "" if length_penalty is None else f"-penalty{length_penalty}"
-    chosen = "" if choices is None else "-choices"
-    rounded = "" if quantization is None else f"-{quantization}"
-    explained = WITH_RATIONALE if with_rationale else ""
+        on_first(lambda: check_result(output, chosen.choices))
+    read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
+    files = everywhere(lambda: read(path))
+    info, folder = files.task_info, data_folder(data_dir)
+    module = _own_module(info, task) if task_module is None else task_module
+    found = everywhere(lambda: find_task(task, data_dir=folder, task_module=module))
+    if isinstance(found, PreparedDataset):
+        result = _evaluate_dataset(path, found, split, chosen, with_rationale, folder)
+    elif with_rationale:
+        raise InputError(
+            f"`with_rationale`: {task} is a SeqIO task, of which only the labels are compared; leave it"
+            " out, or prepare the rows as a dataset (stepdistill prepare jsonl)"
+        )
+    else:
+        data = everywhere(
+            lambda: load_task(
+                task,
+                split=split,
+                objectives=info.objectives[:1] if info else label_only(),
+                vocabulary=files.vocabulary.source,
+                data_dir=folder,
+                task_module=module,
+            )
+        )
+        result = evaluate_tokens(path, *data.labelled_inputs(), data.metric, data.labels, chosen)
+    result = {"task": task, "split": split} | result
+    if output is not None:
+        on_first(lambda: write_json(output, result))
+    return result
+
+
+def _own_module(info: TaskInfo | None, task: str) -> str | None:
+    """The module that registered the model's own task; None if `task` is another one."""
+    if info is None or info.task != task:
+        return None
+    config = info.provenance.get("config")
+    module = config.get("task_module") if isinstance(config, dict) else None
+    return module if isinstance(module, str) else None
+
+
+def _evaluate_dataset(
+    path: os.PathLike | str,
+    dataset: PreparedDataset,
+    split: str,
+    options: DecodeOptions,
+    with_rationale: bool,
+    data_dir: pathlib.Path,
+) -> dict[str, Any]:
+    """`predict` on a split; the answers stay in a workdir."""
+    source = everywhere(lambda: dataset.file(split))
+    found = on_first(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
+    name = f"{dataset.name}-{split}-{found}"
+    name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
+    name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
+    name += "" if options.choices is None else "-choices"
+    name += "" if options.quantization is None else f"-{options.quantization}"
+    name += WITH_RATIONALE if with_rationale else ""
     with tempfile.TemporaryDirectory() as scratch:
         kept = None if found is None else as_path(path) / PREDICTIONS
         remote = kept is not None and is_remote(kept)
         folder = pathlib.Path(scratch) if kept is None or remote else kept
-        answers = (
-            folder / f"{task}-{split}-{found}{beams}{penalty}{chosen}{rounded}{explained}.jsonl"
-        )
+        answers = folder / f"{name}.jsonl"
+        asked = vars(options) if found is None else vars(options) | {"step": found}
         result = predict(
             path,
             source,
             answers,
-            task=task,
-            step=step if found is None else found,
-            batch_size=batch_size,
-            layout=layout,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            choices=choices,
-            choices_temperature=choices_temperature,
+            task=dataset.name,
             with_rationale=with_rationale,
-            engine=engine,
-            quantization=quantization,
             data_dir=data_dir,
+            **asked,
         )
         if with_rationale:
             unfinished = result.pop("unfinished_rationales", result["unfinished"])  # one answer
@@ -132,11 +171,16 @@ def evaluate(
             result["rationale"] = figures | {"unfinished": unfinished}
         if kept is not None and remote:
             on_first(lambda: upload(folder, kept))
-    told = {"num_beams": num_beams, "length_penalty": length_penalty}
-    result = {"task": task, "split": split, "step": found, **told} | result
-    if output is not None:
-        on_first(lambda: write_json(output, result))
-    return result
+    return _told(found, options) | result
+
+
+def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
+    """What a result says of the search."""
+    return {
+        "step": step,
+        "num_beams": options.num_beams,
+        "length_penalty": options.length_penalty,
+    }
 
 
 def _rationale_figures(
@@ -153,18 +197,9 @@ def evaluate_tokens(
     path: os.PathLike | str,
     inputs: Sequence[Sequence[int]],
     labels: Sequence[str],
-    *,
     metric: str,
     allowed: Sequence[str] = (),
-    step: str | int = "best",
-    batch_size: int | None = None,
-    layout: str | Layout = "data",
-    num_beams: int = 1,
-    length_penalty: float | None = None,
-    choices: os.PathLike | str | Sequence[str] | None = None,
-    choices_temperature: float = 1.0,
-    engine: str | None = None,
-    quantization: str | None = None,
+    options: DecodeOptions | None = None,
 ) -> dict[str, Any]:
     """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
 
@@ -173,10 +208,9 @@ def evaluate_tokens(
         inputs: ids of each row with its end of sequence; longer ones than in training are cut.
         labels: the gold answer of each.
         metric: how they are compared.
-        allowed: the possible labels, where they are few.
-        step: of a workdir: `best`, `last` or a number.
-        batch_size, layout, num_beams, length_penalty, choices, choices_temperature, engine, quantization: as for
-            `predict`; `labels` are `allowed`, and rows have no choices of their own.
+        allowed: the possible labels, where they are few; the choice `labels` means these, and rows
+            have no choices of their own.
+        options: None is `DecodeOptions()`.
 
     Returns:
         What `predict` returns, and `step`, `num_beams`, `length_penalty`.
@@ -184,58 +218,30 @@ def evaluate_tokens(
     Raises:
         InputError: no such model or step, or a bad option.
     """
-    check_choices(choices, choices_temperature, num_beams)
-    if choices == ROW:
+    options = options or DecodeOptions()
+    if options.choices == ROW:
         raise InputError(
-            "--choices row: rows of a SeqIO task have no field `choices`; give a file of labels"
+            "`choices=row`: rows of a SeqIO task have no field 'choices'; give a file of labels"
         )
-    model = open_engine(
-        path,
-        engine,
-        step=step,
-        batch_size=batch_size,
-        layout=layout,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        quantization=quantization,
-    )
-    asking = dataclasses.replace(how_to_ask(model), labels=tuple(allowed))
-    chooser = None
-    if choices is not None:
-        chooser = everywhere(lambda: allow(choices, asking, model, choices_temperature))
-    tally, cut = (
-        Tally(metric, allowed, choices_temperature),
-        [cut_ids(ids, asking.input_length) for ids in inputs],
-    )
+    model = open_engine(path, options)
+    asking = dataclasses.replace(how_to_ask(model, options), labels=tuple(allowed))
+    chooser = everywhere(lambda: allow(options, asking, model))
+    cut = [cut_ids(ids, asking.input_length) for ids in inputs]
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
     rows = [Row(str(i), {"input": "", "label": label}) for i, label in enumerate(labels, 1)]
-    unfinished = 0
-    told: dict[str, Any] = {"reads": list(asking.reads)} if asking.reads else {}
-    answers: list[dict[str, Any]]
     with until_stopped(len(inputs), "evaluate") as update:
-        if chooser:
-            answers = choose(model, cut, rows, chooser, update)
-        else:
-            decoded = model.decode(cut, asking.decode_lengths[0], update)
-            read = [
-                read_answer(asking.objectives[0], model.vocabulary.decode(ids))
-                for ids in decoded.ids
-            ]
-            answers = [answer for answer, _ in read]
-            if asking.objectives[0].writes_more:
-                told["unparsed"] = sum(not parsed for _, parsed in read)
-            unfinished = int((~decoded.finished).sum())
+        found = label_rows(model, asking, chooser, rows, cut, update)
     seconds = time.perf_counter() - start
-    for row, answer in zip(rows, answers, strict=True):
-        tally.add(row, answer["label"], answer.get("choices"))
+    tally = Tally(metric, allowed, options.choices_temperature)
+    for label, answer in zip(labels, found.answers, strict=True):
+        tally.add(answer["label"], label, (), answer.get("choices"))
     return {
-        "step": model.step,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
+        **_told(model.step, options),
         **tally.summary(),
-        **told,
-        "unfinished": unfinished,
+        **({"reads": list(asking.reads)} if asking.reads else {}),
+        **({"unparsed": found.unparsed} if asking.objectives[0].writes_more else {}),
+        "unfinished": found.unfinished,
         "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),
         "skipped": 0,
         "rows_per_second": round(len(inputs) / seconds, 3) if len(inputs) else 0.0,

@@ -7,7 +7,7 @@ import glob
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import stepdistill_jax
@@ -28,6 +28,7 @@ from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
+from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.files import (
     PARTIAL,
     InUse,
@@ -71,10 +72,9 @@ def export(
         InputError: no such format or quantization, not a workdir, no such step, a `model_dir` that holds something,
             or a vocabulary that `transformers` would read in another way.
     """
-    if format not in FORMATS:
-        raise InputError(f"--format: {' or '.join(FORMATS)} is wanted, got {format!r}")
+    one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":
-        raise InputError(f"--quantization: only of --format ctranslate2; {format} is float32")
+        raise InputError(f"`quantization`: only of `format=ctranslate2`; {format} is float32")
     check_quantization(quantization)
     target = local_path(model_dir, "MODEL_DIR")
     target = target if target.name else target.absolute()  # `.`
@@ -167,24 +167,12 @@ def _write_hf(folder: pathlib.Path, model: LoadedModel) -> int:
 
 
 def _write_jax(folder: pathlib.Path, model: LoadedModel) -> int:
-    asking = how_to_ask(model)
     write_model_files(folder, model.config, model.vocabulary, _task_info(model))
     for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
         (folder / name).unlink()  # for `transformers`, which finds no weights here
-    exported, parameters = write_decoder(
-        folder, model.params, model.config, max_decode_len=asking.decode_lengths[0]
-    )
-    readme = decoder_readme(
-        exported,
-        model.vocabulary,
-        task=model.task_info.task if model.task_info else model.path.resolve().name,
-        prompt=asking.objectives[0].input_template.replace("{input}", "..."),
-        num_parameters=parameters,
-        input_length=asking.input_length,
-        max_decode_len=asking.decode_lengths[0],
-    )
-    with atomic_write(folder / CARD) as f:
-        f.write(readme)
+    length = how_to_ask(model).decode_lengths[0]
+    exported, parameters = write_decoder(folder, model.params, model.config, max_decode_len=length)
+    _write_readme(folder, model, parameters, functools.partial(decoder_readme, exported))
     return parameters
 
 
@@ -193,19 +181,25 @@ def _write_ctranslate2(folder: pathlib.Path, model: LoadedModel, quantization: s
     parameters = write_ctranslate2(
         folder, model.params, model.config, model.vocabulary, info, quantization
     )
+    readme = functools.partial(ctranslate2_readme, quantization=quantization)
+    _write_readme(folder, model, parameters, readme)
+    return parameters
+
+
+def _write_readme(
+    folder: pathlib.Path, model: LoadedModel, parameters: int, readme: Callable[..., str]
+) -> None:
     asking = how_to_ask(model)
-    readme = ctranslate2_readme(
+    text = readme(
         model.vocabulary,
-        task=info.task if info else model.path.resolve().name,
-        quantization=quantization,
+        task=model.task_info.task if model.task_info else model.path.resolve().name,
         prompt=asking.objectives[0].input_template.replace("{input}", "..."),
         num_parameters=parameters,
         input_length=asking.input_length,
         max_decode_len=asking.decode_lengths[0],
     )
     with atomic_write(folder / CARD) as f:
-        f.write(readme)
-    return parameters
+        f.write(text)
 
 
 def _metrics(model: LoadedModel) -> dict[str, Any]:

@@ -96,8 +96,8 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
         resolve_step(path, found)
     elif step not in ("best", "last"):
         raise InputError(
-            f"--step {step}: {path} is a model directory, which holds one model; leave --step out,"
-            " or give the workdir"
+            f"`step` {step}: {path} is a model directory, which holds one model; leave it out, or give"
+            " the workdir"
         )
     else:
         local_path(path, "model directory")

@@ -17,8 +17,8 @@ from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.model import LoadedModel
+from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.rows import Row
-from stepdistill_jax.models.config import MAX_LENGTH
 
 RATIONALE = "rationale"
 WRITTEN = ("id", "score", "probability", "choices")  # of each answer, whatever a template names
@@ -69,31 +69,34 @@ class Asking:
 
 def how_to_ask(
     model: LoadedModel | Engine,
+    options: DecodeOptions | None = None,
     *,
     task: str | None = None,
-    max_decode_len: int | None = None,
     with_rationale: bool = False,
-    prefix: str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> Asking:
     """What the model's `stepdistill.json` says, or the paper's habits where it has none.
 
+    Args:
+        model: that is asked.
+        options: their `max_decode_len` and `prefix` replace the model's own; None is none.
+        task: prepared dataset, whose metric and labels replace the model's own.
+        with_rationale: also asks for a rationale.
+        data_dir: where `task` is prepared.
+
     Raises:
         InputError: an unprepared `task`, or a rationale of a model that was not trained to give one.
     """
+    options = options or DecodeOptions()
     info = model.task_info
     objectives = info.objectives if info else BARE_OBJECTIVES
-    lengths = [info.max_decode_len if info else BARE_LABEL_LENGTH]
-    if max_decode_len is not None:
-        if not 1 <= max_decode_len <= MAX_LENGTH:
-            raise InputError(f"--max-decode-len: 1 to {MAX_LENGTH} is wanted, got {max_decode_len}")
-        lengths = [max_decode_len]
+    lengths = [options.max_decode_len or (info.max_decode_len if info else BARE_LABEL_LENGTH)]
     chosen = [objectives[0]]
     if with_rationale:
         found = [o for o in objectives[1:] if o.name == RATIONALE]
         if not gives_rationale(objectives):
             raise InputError(
-                f"--with-rationale: {model.path} has no objective named {RATIONALE!r}"
+                f"`with_rationale`: {model.path} has no objective named {RATIONALE!r}"
                 f" (it has {', '.join(o.name for o in objectives)})"
             )
         chosen += found
@@ -104,7 +107,7 @@ def how_to_ask(
         metric, labels = dataset.metric, dataset.labels
     return Asking(
         tuple(chosen),
-        prefix,
+        options.prefix,
         info.input_length if info else BARE_INPUT_LENGTH,
         tuple(lengths),
         metric,

@@ -61,7 +61,7 @@ def write_decoder(
         OSError: what was read back differs from what was written.
     """
     if not importlib.util.find_spec("flatbuffers"):  # jax.export does not declare it
-        raise InputError("--format jax: jax.export needs a package more: pip install flatbuffers")
+        raise InputError("`format=jax`: jax.export needs a package more: pip install flatbuffers")
     directory = pathlib.Path(directory)
     exported = export_decoder(params, config, max_decode_len=max_decode_len)
     with atomic_write(directory / DECODER, "wb") as f:

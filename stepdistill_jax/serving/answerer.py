@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 import stepdistill_jax
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
@@ -16,9 +14,10 @@ from stepdistill_jax.inference.engines import (
     CTranslate2Engine,
     Engine,
     JaxEngine,
-    require_finite,
+    NotFinite,
 )
-from stepdistill_jax.inference.prompting import Asking, encode_input, scored_answer
+from stepdistill_jax.inference.labels import label_rows
+from stepdistill_jax.inference.prompting import Asking, encode_input
 from stepdistill_jax.inference.rows import Row, parse_row
 from stepdistill_jax.serving.batcher import lane_length
 
@@ -44,8 +43,6 @@ class Answerer:
     def __init__(self, engine: Engine, asking: Asking, allowed: Allowed | None = None):
         """As `predict` has them: `asking` without the rationale, `allowed` where choices are scored."""
         self._engine, self._asking, self._allowed = engine, asking, allowed
-        prefix = asking.objectives[0].decoder_prefix
-        self._given = {"decoder_prefix": engine.vocabulary.encode(prefix)} if prefix else {}
         self.batch_size = engine.batch_size
 
     def question(self, row: dict[str, Any], number: int) -> Question:
@@ -82,34 +79,21 @@ class Answerer:
         """
         try:
             found = self._asked(questions)
+        except NotFinite:
+            raise ArithmeticError("the model gives NaN") from None
         except InputError as error:
             # where the model lies is not for those who ask it
             raise InputError(str(error).removeprefix(f"{self._engine.path}: ")) from None
-        if not np.isfinite([answer["score"] for answer in found]).all():
-            raise ArithmeticError("the model gives NaN")
         return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
 
     def _asked(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        answers = self._chosen if self._allowed else self._decoded
-        rows = [question.ids for question in questions]
+        inputs = [question.ids for question in questions]
         if isinstance(self._engine, JaxEngine):
             # one row is padded, and with it the batch: a lane has more lengths than are to be compiled
-            length = min(lane_length(max(map(len, rows))), self._asking.input_length)
-            rows[0] = rows[0] + [PAD_ID] * (length - len(rows[0]))
-        return answers(questions, rows)
-
-    def _decoded(self, _: Any, rows: list[list[int]]) -> list[dict[str, Any]]:
-        length, text = self._asking.decode_lengths[0], self._engine.vocabulary.decode
-        decoded = self._engine.decode(rows, length, None, **self._given)
-        return [
-            scored_answer(self._asking.objectives[0], text(ids), score)[0]
-            for ids, score in zip(decoded.ids, decoded.scores, strict=True)
-        ]
-
-    def _chosen(self, questions: Sequence[Question], rows: list[list[int]]) -> list[dict[str, Any]]:
-        assert self._allowed
-        scores = self._engine.score(rows, [self._allowed.ids(q.row) for q in questions])
-        return [self._allowed.answer(q.row, s) for q, s in zip(questions, scores, strict=True)]
+            length = min(lane_length(max(map(len, inputs))), self._asking.input_length)
+            inputs[0] = inputs[0] + [PAD_ID] * (length - len(inputs[0]))
+        rows = [question.row for question in questions]
+        return label_rows(self._engine, self._asking, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
         """Pieces of work after which no row makes the engine compile.
@@ -119,11 +103,6 @@ class Answerer:
 
         The pieces raise InputError where the model gives NaN.
         """
-
-        def ask(questions: list[Question]) -> None:
-            scores = [answer["score"] for answer in self._asked(questions)]
-            require_finite(self._engine, np.array(scores))
-
         if self._allowed and not self._allowed.labels:
             return
         longest, length = self._asking.input_length, 0
@@ -132,7 +111,7 @@ class Answerer:
             question = Question(Row("", {}), [UNK_ID] * (length - 1) + [EOS_ID])
             count = 1
             while True:  # few rows are decoded in halves of a batch: one of these counts needs each
-                yield functools.partial(ask, [question] * count)
+                yield functools.partial(self._asked, [question] * count)
                 if isinstance(self._engine, CTranslate2Engine):
                     return
                 if count == self.batch_size:

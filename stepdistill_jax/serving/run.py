@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.allowed import allow, check_choices
+from stepdistill_jax.inference.allowed import allow
 from stepdistill_jax.inference.engines import open_engine
+from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import how_to_ask
-from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.checks import number, whole
 from stepdistill_jax.serving.answerer import Answerer
 
 
@@ -24,17 +24,7 @@ def serve(
     max_queue: int = 256,
     timeout_secs: float = 30.0,
     grace_secs: float = 20.0,
-    step: str | int = "best",
-    batch_size: int | None = None,
-    layout: str | Layout = "data",
-    max_decode_len: int | None = None,
-    num_beams: int = 1,
-    length_penalty: float | None = None,
-    choices: os.PathLike | str | Sequence[str] | None = None,
-    choices_temperature: float = 1.0,
-    prefix: str | None = None,
-    engine: str | None = None,
-    quantization: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Answers over HTTP what `predict` answers through files, until SIGTERM or Ctrl-C.
 
@@ -49,8 +39,7 @@ def serve(
         max_queue: most rows that are not yet answered; what comes beyond is refused with 503.
         timeout_secs: after which a request is given up, with 504.
         grace_secs: for the requests that are under way when it is told to stop.
-        step, batch_size, layout, max_decode_len, num_beams, length_penalty, choices,
-            choices_temperature, prefix, engine, quantization: as for `predict`.
+        **options: fields of `DecodeOptions`.
 
     Returns:
         `rows` that were answered; `unanswered` requests, for which `grace_secs` was too short; `busy`,
@@ -60,15 +49,11 @@ def serve(
         InputError: bad options or model, a missing extra, or a port that cannot be listened on.
         Exception: what made the warm-up fail: damaged weights, a device out of memory.
     """
-    for flag, value, least in (
-        ("--max-wait-ms", max_wait_ms, 0),
-        ("--max-queue", max_queue, 1),
-        ("--timeout-secs", timeout_secs, 0.001),
-        ("--grace-secs", grace_secs, 0),
-    ):
-        if not least <= value < 1e6:
-            raise InputError(f"{flag}: {least} or more is wanted, got {value!r}")
-    check_choices(choices, choices_temperature, num_beams, max_decode_len)
+    number("max_wait_ms", max_wait_ms, least=0, below=1e6)
+    whole("max_queue", max_queue, 1, 10**6 - 1)
+    number("timeout_secs", timeout_secs, least=0.001, below=1e6)
+    number("grace_secs", grace_secs, least=0, below=1e6)
+    chosen = decode_options(serve, options)
     if jax.process_count() > 1:
         raise InputError(
             f"serve is one process, and this one is one of {jax.process_count()}; start it by itself"
@@ -80,20 +65,9 @@ def serve(
             f"serve: {error.name or error} cannot be imported; pip install 'stepdistill-jax[serve]'"
         ) from None
     with server.stop_signals() as signals, contextlib.closing(server.bind(host, port)) as listener:
-        model = open_engine(
-            path,
-            engine,
-            step=step,
-            batch_size=batch_size,
-            layout=layout,
-            num_beams=num_beams,
-            length_penalty=length_penalty,
-            quantization=quantization,
-        )
-        asking = how_to_ask(model, max_decode_len=max_decode_len, prefix=prefix)
-        allowed = None
-        if choices is not None:
-            allowed = allow(choices, asking, model, choices_temperature)
+        model = open_engine(path, chosen)
+        asking = how_to_ask(model, chosen)
+        allowed = allow(chosen, asking, model)
         limits = app.Limits(max_wait_ms / 1000, max_queue, timeout_secs)
         service = app.Service(Answerer(model, asking, allowed), limits)
         server.run(service, listener, grace_secs, signals)

@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.serving.app import MAX_HEAD_BYTES, STOPPING, Service
 
@@ -62,8 +63,7 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         InputError: no such address, or it is taken.
     """
-    if not 0 <= port < 2**16:
-        raise InputError(f"--port: 0 to {2**16 - 1} is wanted, got {port}")
+    whole("port", port, 0, 2**16 - 1)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         family, kind, protocol, _, address = found
@@ -79,7 +79,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that is no host's
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"--host {host} --port {port}: cannot be listened on ({reason}); name others"
+            f"`host` {host} `port` {port}: cannot be listened on ({reason}); name others"
         ) from None
     return listener
 
@@ -118,7 +118,7 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
     host, port = listener.getsockname()[:2]
     log(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}; warming up")
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        log(f"warning: --host {host}: whoever reaches this port may ask; see docs/serving.md")
+        log(f"warning: `host` {host}: whoever reaches this port may ask; see docs/serving.md")
     signals.stop = stop
     server.run([listener])
 

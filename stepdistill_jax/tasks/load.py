@@ -75,6 +75,14 @@ class TaskData:
             for o in self.objectives
         )
 
+    def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
+        """Ids of each example's input to the first objective, and its gold label."""
+        inputs, labels = [], []
+        for store in self.stores:
+            inputs += [store.rows[0]["inputs"][i].tolist() for i in range(store.num_examples)]
+            labels += store.label_texts
+        return inputs, labels
+
     @property
     def fingerprint(self) -> str:
         """Digest of everything that decides a batch: the stores' contents, their rates, prefixes."""

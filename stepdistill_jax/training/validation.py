@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import end_value
-from stepdistill_jax.data.text_metrics import accuracy
 from stepdistill_jax.decoding.greedy import LabelDecoder
+from stepdistill_jax.inference.counts import Tally
 from stepdistill_jax.inference.prompting import cut_ids, read_answer
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
@@ -98,30 +98,27 @@ class Validator:
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _decode(self, params: Any) -> dict[str, float]:
-        prompts: list[list[int]] = []
-        labels: list[str] = []
-        for store in self.data.stores:
-            inputs = store.rows[0]["inputs"]
-            prompts += [
-                cut_ids(inputs[i].tolist(), self.batches.input_length)
-                for i in range(store.num_examples)
-            ]
-            labels += store.label_texts
+        inputs, labels = self.data.labelled_inputs()
+        prompts = [cut_ids(ids, self.batches.input_length) for ids in inputs]
         decoded = self.decoder(params, prompts, on_progress=lambda _: self.on_batch())
         objective = self.data.objectives[0]
         texts = map(self.data.vocabulary.decode, decoded.ids)
         read = [read_answer(objective, text) for text in texts]
-        predictions = [answer["label"] for answer, _ in read]
-        collapsed = len(predictions) > 1 and len(set(predictions)) == 1
-        if collapsed and jax.process_index() == 0:
+        tally = Tally(self.data.metric)
+        for (answer, _), label in zip(read, labels, strict=True):
+            tally.add(answer["label"], label)
+        found = tally.summary()
+        if found["collapsed"] and jax.process_index() == 0:
+            answer, parsed = read[0]
             log(
-                f"warning: all {len(predictions)} answers in {self.data.split} are"
-                f" {'' if read[0][1] else 'without a label, and so '}{predictions[0]!r}: so far the model does not tell the inputs apart"
+                f"warning: all {len(read)} answers in {self.data.split} are"
+                f" {'' if parsed else 'without a label, and so '}{answer['label']!r}: so far the model"
+                " does not tell the inputs apart"
             )
         unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}
         return {
-            "label_accuracy": accuracy(predictions, labels, self.data.metric),
+            "label_accuracy": found.get("accuracy", 0.0),
             "unfinished": float(np.mean(~np.asarray(decoded.finished))),
-            "collapsed": float(collapsed),
+            "collapsed": float(found["collapsed"]),
             **(unparsed if objective.writes_more else {}),
         }

@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +11,6 @@ import pytest
 from stepdistill_jax.decoding.beam import beam_search, search
 from stepdistill_jax.decoding.greedy import LabelDecoder, greedy_decode
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5, init_params
 
 VOCAB, LENGTH = 5, 3
 beams = jax.jit(
@@ -22,18 +19,9 @@ beams = jax.jit(
 
 
 @pytest.fixture(scope="module")
-def small():
+def small(model_of_few_ids):
     """(config, params, inputs [25, 6], the last one filler) of a model with 5 ids."""
-    config = T5Config(
-        vocab_size=VOCAB,
-        emb_dim=16,
-        num_heads=2,
-        head_dim=8,
-        mlp_dim=24,
-        num_encoder_layers=1,
-        num_decoder_layers=2,
-    )
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(2))
+    config, params = model_of_few_ids(VOCAB, 2, seed=2)
     # such that best answers of all lengths are among the inputs'
     params["logits_dense"]["kernel"] = params["logits_dense"]["kernel"].at[:, 1].multiply(2.0)
     inputs = np.random.default_rng(0).integers(2, VOCAB, (25, 6)).astype(np.int32)
@@ -43,21 +31,14 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def all_answers(small):
+def all_answers(small, log_probs_of):
     """For each input, the log probability of each answer of up to 3 ids, from teacher forcing."""
     config, params, inputs = small
     targets = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)), np.int32)
     count = len(targets)
     source = np.repeat(inputs[:-1], count, axis=0)
     target = np.tile(targets, (len(inputs) - 1, 1))
-    batch = {
-        "encoder_input_tokens": source,
-        "encoder_segment_ids": (source > 0).astype(np.int32),
-        "decoder_input_tokens": np.pad(target, ((0, 0), (1, 0)))[:, :-1],
-        "decoder_segment_ids": np.ones_like(target),
-    }
-    logits = np.asarray(jax.jit(T5(config).apply)({"params": params}, batch), np.float64)
-    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_probs = log_probs_of(config, params, source, target)
     found = []
     for row in log_probs.reshape(-1, count, LENGTH, VOCAB):
         answers = {}
@@ -138,11 +119,17 @@ def test_damaged_weights_give_a_score_that_is_no_number(small):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_beams": 0}, "--num-beams: a whole number above 0 is wanted, got 0"),
-        ({"num_beams": 2.5}, "--num-beams: a whole number above 0 is wanted, got 2.5"),
-        ({"num_beams": True}, "--num-beams"),
-        ({"num_beams": 2, "length_penalty": float("nan")}, "--length-penalty: -10 to 10"),
-        ({"num_beams": 2, "length_penalty": 11.0}, "--length-penalty: -10 to 10"),
+        ({"num_beams": 0}, "`num_beams` must be a whole number of at least 1, not 0"),
+        ({"num_beams": 2.5}, "`num_beams` must be a whole number of at least 1, not 2.5"),
+        ({"num_beams": True}, "`num_beams`"),
+        (
+            {"num_beams": 2, "length_penalty": float("nan")},
+            "`length_penalty` must be a number of at least -10 and at most 10",
+        ),
+        (
+            {"num_beams": 2, "length_penalty": 11.0},
+            "`length_penalty` must be a number of at least -10 and at most 10",
+        ),
     ],
     ids=str,
 )
@@ -158,11 +145,11 @@ def test_options_that_make_no_sense_are_refused(small, options, message):
 
 def test_a_length_penalty_for_one_beam_is_refused():
     for length_penalty in (0.6, 1.0):
-        with pytest.raises(InputError, match=r"--length-penalty: one beam .* --num-beams 2"):
+        with pytest.raises(InputError, match=r"`length_penalty`: one beam .* `num_beams=2`"):
             search(1, length_penalty)
 
 
-def test_the_score_is_the_log_probability_of_the_answer(tiny_config, tiny_params):
+def test_the_score_is_the_log_probability_of_the_answer(tiny_config, tiny_params, log_probs_of):
     rng = np.random.default_rng(4)
     rows = [[*rng.integers(3, 128, 20).tolist(), 1] for _ in range(20)]
     got = LabelDecoder(tiny_config, max_decode_len=8, batch_size=20, decode_fn=search(3))(
@@ -172,13 +159,7 @@ def test_the_score_is_the_log_probability_of_the_answer(tiny_config, tiny_params
     target = np.zeros((20, 8), np.int32)
     for i, ids in enumerate(got.ids):
         target[i, : len(ids)] = ids
-    batch = {
-        "encoder_input_tokens": np.array(rows, np.int32),
-        "encoder_segment_ids": np.ones((20, 21), np.int32),
-        "decoder_input_tokens": np.pad(target, ((0, 0), (1, 0)))[:, :-1],
-        "decoder_segment_ids": np.ones_like(target),
-    }
-    log_probs = nn.log_softmax(jax.jit(T5(tiny_config).apply)({"params": tiny_params}, batch))
+    log_probs = log_probs_of(tiny_config, tiny_params, np.array(rows, np.int32), target)
     for i, ids in enumerate(got.ids):
         want = sum(float(log_probs[i, k, id]) for k, id in enumerate(ids))
         assert got.scores[i] == pytest.approx(want, abs=1e-5)

@@ -17,8 +17,7 @@ from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.decoding.sampling import sample_decode
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import read_task_info, write_model_files
-from stepdistill_jax.inference import LabelDecoder, engines, export, predict
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.inference import DecodeOptions, LabelDecoder, engines, export, predict
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 
 LENGTH, ROWS = 8, 40
@@ -42,20 +41,13 @@ def greedy(tiny_config, tiny_params, inputs):
 
 
 def test_scores_are_those_of_teacher_forcing_after_the_prefix(
-    tiny_config, tiny_params, inputs, greedy
+    tiny_config, tiny_params, inputs, greedy, log_probs_of
 ):
-    source, forced = np.zeros((ROWS, 31), np.int32), np.zeros((ROWS, 13), np.int32)
+    source, forced = np.zeros((ROWS, 31), np.int32), np.zeros((ROWS, 12), np.int32)
     for i, (row, ids) in enumerate(zip(inputs, greedy.ids, strict=True)):
         source[i, : len(row)] = row
-        forced[i, : 5 + len(ids)] = [0, *PREFIX, *ids]
-    batch = {
-        "encoder_input_tokens": source,
-        "encoder_segment_ids": (source > 0).astype(np.int32),
-        "decoder_input_tokens": forced,
-        "decoder_segment_ids": np.ones_like(forced),
-    }
-    logits = jax.jit(T5(tiny_config).apply)({"params": tiny_params}, batch)
-    log_probs = np.asarray(jax.nn.log_softmax(logits))
+        forced[i, : 4 + len(ids)] = [*PREFIX, *ids]
+    log_probs = log_probs_of(tiny_config, tiny_params, source, forced)
     for i, ids in enumerate(greedy.ids):
         at = range(4, 4 + len(ids))
         assert log_probs[i, at].argmax(-1).tolist() == ids
@@ -159,14 +151,13 @@ def test_ctranslate2_goes_on_from_it_too(shared, tmp_path):
         assert row | {"score": 0} == want | {"score": 0}
     # it would divide by the length of prefix and answer
     options = {"num_beams": 3, "with_rationale": True}
-    with pytest.raises(InputError, match="--length-penalty 0"):
+    with pytest.raises(InputError, match="give `length_penalty=0`"):
         predict(converted, source, tmp_path / "beams.jsonl", **options)
     predict(converted, source, tmp_path / "beams.jsonl", length_penalty=0.0, **options)
-    found = engines.open_engine(converted, num_beams=3, length_penalty=0.0).decode(
-        [[20, 30, 40, 1]], LENGTH, decoder_prefix=PREFIX
-    )
-    ours = engines.open_engine(exported, num_beams=3, length_penalty=0.0).decode(
-        [[20, 30, 40, 1]], LENGTH, decoder_prefix=PREFIX
+    beams = DecodeOptions(num_beams=3, length_penalty=0.0)
+    found, ours = (
+        engines.open_engine(path, beams).decode([[20, 30, 40, 1]], LENGTH, decoder_prefix=PREFIX)
+        for path in (converted, exported)
     )
     assert found.ids == ours.ids
     np.testing.assert_allclose(found.scores, ours.scores, atol=1e-4)

@@ -12,8 +12,6 @@ import scipy.stats
 from stepdistill_jax.decoding.greedy import LabelDecoder, greedy_decode
 from stepdistill_jax.decoding.sampling import filter_logits, row_keys, sample_decode
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5, init_params
 
 VOCAB, DRAWS = 6, 4000
 SEED = 1  # of the draws; over 100 other seeds the p-values of these tests are uniform
@@ -25,34 +23,19 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(model_of_few_ids):
     """(config, params, two inputs [2, 5]) with 6 ids."""
-    config = T5Config(
-        vocab_size=VOCAB,
-        emb_dim=16,
-        num_heads=2,
-        head_dim=8,
-        mlp_dim=24,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-    )
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
+    config, params = model_of_few_ids(VOCAB, 1, seed=1)
     return config, params, np.array([[2, 3, 4, 5, 1], [5, 5, 1, 0, 0]], np.int32)
 
 
 @pytest.fixture(scope="module")
-def logits(model):
+def logits(model, log_probs_of):
     """[2, 1 + 6, 6] float64 by teacher forcing: at the start, and after each first id."""
     config, params, inputs = model
     source = np.repeat(inputs, VOCAB, axis=0)
     first = np.tile(np.arange(VOCAB, dtype=np.int32), 2)
-    batch = {
-        "encoder_input_tokens": source,
-        "encoder_segment_ids": (source > 0).astype(np.int32),
-        "decoder_input_tokens": np.stack([np.zeros_like(first), first], axis=1),
-        "decoder_segment_ids": np.ones((2 * VOCAB, 2), np.int32),
-    }
-    out = np.asarray(jax.jit(T5(config).apply)({"params": params}, batch), np.float64)
+    out = log_probs_of(config, params, source, np.stack([first, first], axis=1))
     out = out.reshape(2, VOCAB, 2, VOCAB)
     return np.concatenate([out[:, :1, 0], out[:, :, 1]], axis=1)
 
@@ -216,7 +199,7 @@ def test_filtered_logits_are_those_of_transformers(settings):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"temperature": 0.0}, "temperature: a number above 0 is wanted, got 0.0"),
+        ({"temperature": 0.0}, "`temperature` must be a number above 0, not 0.0"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),

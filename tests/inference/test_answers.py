@@ -50,7 +50,8 @@ def opened(monkeypatch):
         engine = Texts(objectives, texts)
         for module in ("predict", "evaluate"):
             found = importlib.import_module(f"stepdistill_jax.inference.{module}")
-            monkeypatch.setattr(found, "open_engine", lambda *args, **kwargs: engine)
+            monkeypatch.setattr(found, "open_engine", lambda *_: engine)
+        monkeypatch.setattr(found, "read_model_files", lambda _: engine)
         return engine
 
     return open_

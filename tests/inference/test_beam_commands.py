@@ -7,7 +7,7 @@ import pytest
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference import LabelDecoder, evaluate, load_model, predict
+from stepdistill_jax.inference import DecodeOptions, LabelDecoder, evaluate, load_model, predict
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 
 
@@ -19,15 +19,9 @@ def run(capsys, *arguments):
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory, questions):
-    """A prepared dataset `roads` with a test split, laid out by hand."""
-    folder = tmp_path_factory.mktemp("data") / "roads"
-    (folder / "1.0.0").mkdir(parents=True)
-    described = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 60}, "labels": []}
-    (folder / "dataset.json").write_text(json.dumps(described))
+def data_dir(tmp_path_factory, questions, lay_out):
     rows = [{"id": str(i), **q} for i, q in enumerate(questions[:60])]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder.parent
+    return lay_out(tmp_path_factory.mktemp("data"), rows)
 
 
 def test_predict_writes_the_answers_of_a_beam_search(
@@ -79,7 +73,7 @@ def test_tokens_are_searched_like_texts(model_dir, data_dir):
         [[*vocabulary.encode("predict: " + row["input"]), 1] for row in rows],
         [row["label"] for row in rows],
         metric="text_match",
-        **options,
+        options=DecodeOptions(**options),
     )
     want = evaluate(model_dir, task="roads", data_dir=data_dir, **options)
     plain = evaluate(model_dir, task="roads", data_dir=data_dir)
@@ -108,8 +102,11 @@ def test_a_partial_output_of_another_search_is_not_continued(
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--num-beams 0", "--num-beams: a whole number above 0 is wanted, got 0"),
-        ("--num-beams 2 --length-penalty nan", "--length-penalty: -10 to 10 is wanted, got nan"),
+        ("--num-beams 0", "--num-beams must be a whole number of at least 1, not 0"),
+        (
+            "--num-beams 2 --length-penalty nan",
+            "--length-penalty must be a number of at least -10 and at most 10, not nan",
+        ),
         ("--length-penalty 0.6", "--length-penalty: one beam has no other answer"),
         ("--num-beams 1 --length-penalty 1", "--length-penalty: one beam has no other answer"),
     ],
@@ -140,7 +137,7 @@ def test_python_refuses_what_the_command_refuses(model_dir, data_dir, write_rows
     for call in (
         lambda: predict(model_dir, source, tmp_path / "o", length_penalty=0.5),
         lambda: evaluate(model_dir, task="roads", data_dir=data_dir, length_penalty=0.5),
-        lambda: evaluate_tokens(model_dir, [], [], metric="text_match", length_penalty=0.5),
+        lambda: DecodeOptions(length_penalty=0.5),
     ):
-        with pytest.raises(InputError, match="--num-beams 2 or more"):
+        with pytest.raises(InputError, match="`num_beams=2` or more"):
             call()

@@ -152,12 +152,8 @@ def test_the_module_of_a_models_own_task_is_looked_in_and_of_no_other(
         evaluate(model_dir, task="roads", data_dir=tmp_path)
 
 
-def test_a_prepared_dataset_is_evaluated_without_tensorflow(model_dir, write_rows, tmp_path):
-    folder = tmp_path / "data" / "lanes"
-    (folder / "1.0.0").mkdir(parents=True)
-    described = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 1}, "labels": []}
-    (folder / "dataset.json").write_text(json.dumps(described))
-    (folder / "test.jsonl").write_text('{"input": "with rain", "label": "smooth"}\n')
+def test_a_prepared_dataset_is_evaluated_without_tensorflow(model_dir, tmp_path, lay_out):
+    folder = lay_out(tmp_path, [{"input": "with rain", "label": "smooth"}], "lanes")
     code = """
 import sys
 from stepdistill_jax.commands.main import main
@@ -166,7 +162,7 @@ assert main(["evaluate", sys.argv[1], *flags, "lanes"]) == 0
 assert main(["evaluate", sys.argv[1], *flags, "absent"]) == 2
 print([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "gin") if m in sys.modules])
 """
-    command = [sys.executable, "-c", code, str(model_dir), str(folder.parent)]
+    command = [sys.executable, "-c", code, str(model_dir), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-2])["rows"] == 1

@@ -16,7 +16,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import write_ctranslate2
-from stepdistill_jax.inference import engines, export, predict
+from stepdistill_jax.inference import DecodeOptions, engines, export, predict
 from stepdistill_jax.inference.engines import open_engine, usable_cores
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 
@@ -192,7 +192,7 @@ def test_few_rows_and_every_batch_size_give_the_same_answers(converted, count):
         for ids, end in zip(whole.ids, whole.finished, strict=True)
     ]
     for batch_size in (1, 3):
-        engine, done = open_engine(converted["float32"], batch_size=batch_size), []
+        engine, done = open_engine(converted["float32"], DecodeOptions(batch_size=batch_size)), []
         assert engine.batch_size == -(-batch_size // usable_cores()) * usable_cores()
         decoded = engine.decode(rows, 5, done.append)
         assert decoded.ids == whole.ids and sum(done) == count
@@ -204,7 +204,9 @@ def test_a_score_of_beams_is_the_plain_probability(converted, length_penalty):
     """CTranslate2's own score is divided by length ** penalty; its `score_batch` is not."""
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(3, 90, n).tolist(), 1] for n in rng.integers(1, 40, 20)]
-    engine = open_engine(converted["float32"], num_beams=3, length_penalty=length_penalty)
+    engine = open_engine(
+        converted["float32"], DecodeOptions(num_beams=3, length_penalty=length_penalty)
+    )
     decoded = engine.decode(rows, 8)
     names = engine._names
     ended = [i for i in range(20) if decoded.finished[i]]
@@ -225,13 +227,11 @@ def test_inputs_of_more_than_1024_tokens_are_read_whole(converted):
     assert abs(one - other) > 1e-4
 
 
-def test_evaluate_says_what_predict_says(converted, source, tmp_path, capsys):
-    folder = tmp_path / "data" / "roads"
-    (folder / "1.0.0").mkdir(parents=True)
-    dataset = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 150}, "labels": []}
-    (folder / "dataset.json").write_text(json.dumps(dataset))
-    shutil.copy(source, folder / "test.jsonl")
-    data = ["--task", "roads", "--data-dir", str(folder.parent), "--json"]
+def test_evaluate_says_what_predict_says(
+    converted, source, tmp_path, capsys, lay_out, read_rows_of
+):
+    folder = lay_out(tmp_path / "data", read_rows_of(source))
+    data = ["--task", "roads", "--data-dir", str(folder), "--json"]
     command = ["evaluate", str(converted["int8"]), "--engine", "ctranslate2", *data]
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -298,17 +298,21 @@ def test_weights_that_give_nan_are_said_to_be_damaged(
 
 def refusals(model_dir, folder):
     return {
-        "jax": ((folder,), {"engine": "jax"}, "--engine jax: .* is a CTranslate2 directory"),
+        "jax": ((folder,), {"engine": "jax"}, "`engine=jax`: .* is a CTranslate2 directory"),
         "a plain directory": (
             (model_dir,),
             {"engine": "ctranslate2"},
-            "--engine ctranslate2: .*stepdistill export .* --format ctranslate2",
+            "`engine=ctranslate2`: .*stepdistill export .* --format ctranslate2",
         ),
-        "another engine": ((folder,), {"engine": "vllm"}, "jax or ctranslate2 is wanted"),
+        "another engine": (
+            (folder,),
+            {"engine": "vllm"},
+            "`engine` must be one of jax, ctranslate2",
+        ),
         "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
-        "a step": ((folder,), {"step": 3}, "--step 3: .*holds one model"),
-        "a layout": ((folder,), {"layout": "tensor"}, "--layout: CTranslate2 runs the whole"),
-        "beams": ((folder,), {"num_beams": 0}, "--num-beams"),
+        "a step": ((folder,), {"step": 3}, "`step` 3: .*holds one model"),
+        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs the whole"),
+        "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
         "nothing to read": ((folder,), {"prefix": ""}, "no answer to an empty prompt"),
     }
 
@@ -371,7 +375,7 @@ def test_without_the_package_the_command_to_install_it_is_named(
 
 
 def test_a_quantization_is_of_this_format_only(model_dir, workdir, tmp_path):
-    with pytest.raises(InputError, match="--quantization: only of --format ctranslate2"):
+    with pytest.raises(InputError, match="`quantization`: only of `format=ctranslate2`"):
         export(workdir, tmp_path / "new", quantization="int8")
     with pytest.raises(InputError, match=r"float16 gives NaN"):
         export(model_dir, tmp_path / "new", format="ctranslate2", quantization="float16")

@@ -15,29 +15,14 @@ from stepdistill_jax.inference import evaluate, load_model, predict
 from stepdistill_jax.inference.counts import Tally, in_words
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.rationale_quality import RationaleTally
-from stepdistill_jax.inference.rows import Row
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory, questions):
-    """A prepared dataset `roads` with a test split, laid out by hand."""
-    folder = tmp_path_factory.mktemp("data") / "roads"
-    (folder / "1.0.0").mkdir(parents=True)
-    (folder / "dataset.json").write_text(
-        json.dumps(
-            {
-                "fingerprint": "f",
-                "metric": "text_match",
-                "splits": {"test": 70},
-                "labels": ["smooth", "trouble"],
-            }
-        )
-    )
+def data_dir(tmp_path_factory, questions, lay_out):
     rows = [{"id": str(i), **q} for i, q in enumerate(questions[:70])]
     for row in rows[:20]:
         row |= {"rationale": "with sun , smooth pace", "llm_label": "smooth"}
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder.parent
+    return lay_out(tmp_path_factory.mktemp("data"), rows, labels=("smooth", "trouble"))
 
 
 def test_it_says_what_predict_says_and_keeps_the_answers(
@@ -95,7 +80,7 @@ def test_rationales_of_a_model_without_that_objective_are_refused(
     info = dataclasses.replace(task_info, objectives=task_info.objectives[:1])
     write_model_files(own, tiny_config, load_vocabulary(spiece), info)
     with pytest.raises(
-        InputError, match=r"--with-rationale: .* has no objective named 'rationale'"
+        InputError, match=r"`with_rationale`: .* has no objective named 'rationale'"
     ):
         evaluate(own, task="roads", data_dir=data_dir, with_rationale=True)
 
@@ -114,22 +99,22 @@ def test_unknown_names_and_impossible_outputs_are_refused(workdir, data_dir, tmp
         ({"task": "raods"}, "roads"),
         ({"task": "roads", "split": "tset"}, "test"),
         ({"task": "roads", "step": 4}, "4"),
-        ({"task": "roads", "output": tmp_path}, "--output .* is a folder"),
-        ({"task": "roads", "output": file / "r.json"}, "--output .*r.json: cannot be written"),
+        ({"task": "roads", "output": tmp_path}, "`output` .* is a folder"),
+        ({"task": "roads", "output": file / "r.json"}, "`output` .*r.json: cannot be written"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate(workdir, data_dir=data_dir, **options)
 
 
 def test_a_model_directory_has_no_steps_to_evaluate(model_dir, data_dir):
-    with pytest.raises(InputError, match=r"--step 5: .* is a model directory"):
+    with pytest.raises(InputError, match=r"`step` 5: .* is a model directory"):
         evaluate(model_dir, task="roads", data_dir=data_dir, step="5")
 
 
 def tally(pairs, metric="text_match", labels=(), choices=()):
     counts = Tally(metric, labels)
     for prediction, label in pairs:
-        counts.add(Row("1", {"input": "x", "label": label}, tuple(choices)), prediction)
+        counts.add(prediction, label, choices)
     return counts.summary()
 
 

@@ -165,7 +165,7 @@ def test_without_flatbuffers_the_package_to_install_is_named(workdir, tmp_path, 
 
 def test_an_unknown_format_and_a_failure_leave_nothing(workdir, tmp_path, monkeypatch):
     with pytest.raises(
-        InputError, match="--format: hf or jax or ctranslate2 is wanted, got 'onnx'"
+        InputError, match="`format` must be one of hf, jax, ctranslate2, not 'onnx'"
     ):
         export(workdir, tmp_path / "model", format="onnx")
 

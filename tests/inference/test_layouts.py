@@ -17,7 +17,7 @@ from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.decoding.sampling import sample_decode
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import write_model_files
-from stepdistill_jax.inference import LabelDecoder, evaluate, load_model, predict
+from stepdistill_jax.inference import DecodeOptions, LabelDecoder, evaluate, load_model, predict
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.model import params_fingerprint
 from stepdistill_jax.models import sharding
@@ -172,15 +172,11 @@ def run(params, task_info, spiece, tmp_path_factory):
 
 
 def test_predict_and_evaluate_give_the_labels_of_any_layout(
-    run, questions, write_rows, read_rows_of, tmp_path
+    run, questions, write_rows, read_rows_of, tmp_path, lay_out
 ):
     source, answers, results = write_rows(questions[:30]), [], []
-    data_dir = tmp_path / "data"
-    (data_dir / "roads" / "1.0.0").mkdir(parents=True)
-    described = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 30}, "labels": []}
-    (data_dir / "roads" / "dataset.json").write_text(json.dumps(described))
-    write_rows(
-        [q | {"id": str(i)} for i, q in enumerate(questions[:30])], data_dir / "roads/test.jsonl"
+    data_dir = lay_out(
+        tmp_path / "data", [q | {"id": str(i)} for i, q in enumerate(questions[:30])]
     )
     vocabulary = load_model(run).vocabulary
     ids = [[*vocabulary.encode("predict: " + q["input"]), 1] for q in questions[:30]]
@@ -190,7 +186,7 @@ def test_predict_and_evaluate_give_the_labels_of_any_layout(
         results.append(predict(run, source, out, layout=layout))
         answers.append(read_rows_of(out))
     results.append(evaluate(run, task="roads", data_dir=data_dir, layout=mixed))
-    results.append(evaluate_tokens(run, ids, labels, metric="text_match", layout=mixed))
+    results.append(evaluate_tokens(run, ids, labels, "text_match", (), DecodeOptions(layout=mixed)))
     for result in results:
         for name in ("rows", "accuracy", "unfinished", "cut_inputs", "collapsed"):
             assert result[name] == results[0][name], name

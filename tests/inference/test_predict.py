@@ -305,7 +305,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
 def test_a_model_directory_has_no_steps_to_choose_from(model_dir, write_rows, tmp_path):
     source, out = write_rows([{"input": "a"}]), tmp_path / "out.jsonl"
     for step in (5, "5", "bset"):
-        with pytest.raises(InputError, match=rf"--step {step}: .* is a model directory"):
+        with pytest.raises(InputError, match=rf"`step` {step}: .* is a model directory"):
             predict(model_dir, source, out, step=step)
     assert not out.exists()
     for step in ("best", "last"):
@@ -398,9 +398,9 @@ def test_a_workdir_is_asked_at_its_best_step_unless_told(
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "--batch-size"),
-        ({"max_decode_len": -1}, "--max-decode-len"),
-        ({"on_error": "ignore"}, "--on-error"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"max_decode_len": -1}, "`max_decode_len`"),
+        ({"on_error": "ignore"}, "`on_error`"),
         ({"task": "no_such_task"}, "no_such_task"),
     ],
     ids=str,

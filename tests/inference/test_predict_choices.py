@@ -10,7 +10,7 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference import engines, evaluate, export, load_model, predict
+from stepdistill_jax.inference import DecodeOptions, engines, evaluate, export, load_model, predict
 from stepdistill_jax.inference.allowed import Allowed
 from stepdistill_jax.inference.calibration import Calibration
 from stepdistill_jax.inference.evaluate import evaluate_tokens
@@ -156,7 +156,7 @@ def test_the_rationale_is_decoded_beside_the_choice(
 
 
 BAD_ROWS = {
-    "no choices": ({}, "no field 'choices', which --choices row scores"),
+    "no choices": ({}, "no field 'choices', which `choices=row` scores"),
     "an empty list": ({"choices": []}, "no field 'choices'"),
     # neither letter is in the vocabulary
     "the same ids": ({"choices": ["中", "a", "文"]}, "the labels '中' and '文' have the same ids"),
@@ -184,8 +184,8 @@ def test_a_row_with_bad_choices_is_named_and_can_be_skipped(
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.txt", b"\n \n", "at least two labels are wanted, found 0"),
-        ("a.txt", b"yes\n", "at least two labels are wanted, found 1"),
+        ("a.txt", b"\n \n", "expected at least two labels, found 0"),
+        ("a.txt", b"yes\n", "expected at least two labels, found 1"),
         ("a.txt", b"yes\nno\n\nyes \n", r"the label 'yes' stands twice \(as 1 and 3\)"),
         ("a.txt", b"yes\n\xff\n", "not UTF-8"),
         ("a.txt", "中\n文\n".encode(), "the labels '中' and '文' have the same ids"),
@@ -194,7 +194,7 @@ def test_a_row_with_bad_choices_is_named_and_can_be_skipped(
             b"yes\n" + b"no " * 30,
             r"has \d+ ids, and the model was trained to write at most",
         ),
-        ("a.json", b'{"yes": 1}', "a JSON list of labels is wanted"),
+        ("a.json", b'{"yes": 1}', "expected a JSON list of labels"),
         ("a.json", b'["yes", ["no"]]', "the field 'label 2' must be text"),
         ("a.json", b'["yes", " "]', "label 2 is blank"),
     ],
@@ -217,11 +217,14 @@ def test_a_bad_file_of_labels_is_refused(model_dir, write_rows, tmp_path, name, 
     "options, message",
     [
         ({"choices": "no_such_file"}, "no such file; `row` takes each row's own"),
-        ({"choices": "row", "num_beams": 2}, "--num-beams: --choices scores all"),
-        ({"choices": "row", "max_decode_len": 3}, "--max-decode-len: --choices decodes no label"),
-        ({"choices": "labels", "choices_temperature": 0.0}, "--choices-temperature: 0.01 to 100"),
-        ({"choices": "labels", "choices_temperature": float("nan")}, "--choices-temperature"),
-        ({"choices_temperature": 2.0}, "there is none without --choices"),
+        ({"choices": "row", "num_beams": 2}, "`num_beams`: `choices` scores all"),
+        ({"choices": "row", "max_decode_len": 3}, "`max_decode_len`: `choices` decodes no label"),
+        (
+            {"choices": "labels", "choices_temperature": 0.0},
+            "`choices_temperature` must be a number of at least 0.01 and",
+        ),
+        ({"choices": "labels", "choices_temperature": float("nan")}, "`choices_temperature`"),
+        ({"choices_temperature": 2.0}, "there is none without `choices`"),
         ({"choices": ["a"]}, "at least two labels"),
     ],
     ids=str,
@@ -269,15 +272,8 @@ def test_ctranslate2_gives_the_same_choices(model_dir, rows, write_rows, read_ro
 
 
 @pytest.fixture
-def data_dir(tmp_path, rows):
-    folder = tmp_path / "data" / "roads"
-    (folder / "1.0.0").mkdir(parents=True)
-    about = {"fingerprint": "f", "metric": "text_match", "splits": {"test": 50}, "labels": []}
-    (folder / "dataset.json").write_text(json.dumps(about))
-    (folder / "test.jsonl").write_text(
-        "".join(json.dumps(row | {"id": f"{row['id']}"}) + "\n" for row in rows)
-    )
-    return folder.parent
+def data_dir(tmp_path, rows, lay_out):
+    return lay_out(tmp_path / "data", [row | {"id": f"{row['id']}"} for row in rows])
 
 
 def test_evaluate_names_a_temperature_that_lowers_the_log_loss(workdir, data_dir, tmp_path, capsys):
@@ -304,12 +300,12 @@ def test_evaluate_of_ids_scores_labels(model_dir):
     choices = [[*encode(label), 1] for label in LABELS]
     scores = np.array(ChoiceScorer(model.config)(model.params, inputs, [choices] * 18))
     right = scores.argmax(axis=1) == np.arange(18) % 3
-    options = {"metric": "text_match", "allowed": LABELS}
-    result = evaluate_tokens(model_dir, inputs, LABELS * 6, choices="labels", **options)
+    asked = (model_dir, inputs, LABELS * 6, "text_match", LABELS)
+    result = evaluate_tokens(*asked, DecodeOptions(choices="labels"))
     assert result["rows"] == 18 and result["invalid_labels"] == 0 and result["log_loss"] > 0
     assert result["accuracy"] == pytest.approx(right.mean())
-    with pytest.raises(InputError, match="--choices row: rows of a SeqIO task"):
-        evaluate_tokens(model_dir, inputs, LABELS * 6, choices="row", **options)
+    with pytest.raises(InputError, match="`choices=row`: rows of a SeqIO task"):
+        evaluate_tokens(*asked, DecodeOptions(choices="row"))
 
 
 def test_the_calibration_error_of_a_worked_example():

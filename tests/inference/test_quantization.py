@@ -8,19 +8,20 @@ import pytest
 
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference import export
+from stepdistill_jax.inference import DecodeOptions, export
 from stepdistill_jax.inference.engines import open_engine
 
 
 def test_memory_identity_and_answers(model_dir):
-    whole, small = open_engine(model_dir), open_engine(model_dir, quantization="int8")
+    int8 = DecodeOptions(quantization="int8")
+    whole, small = open_engine(model_dir), open_engine(model_dir, int8)
     sizes = [
         sum(x.nbytes for x in jax.tree.leaves(e._params["decoder"]["layers"]["mlp"]))
         for e in (whole, small)
     ]
     assert sizes[0] / sizes[1] > 3.5
     assert whole.identity != small.identity
-    assert small.identity == open_engine(model_dir, quantization="int8").identity
+    assert small.identity == open_engine(model_dir, int8).identity
     rows, answers = [[5, 7, 9, 1], [11, 1]], [[[4, 1], [6, 8, 1]]] * 2
     of_whole, of_small = (np.stack(e.score(rows, answers)) for e in (whole, small))
     assert 0 < np.abs(of_whole - of_small).max() < 0.3
@@ -40,9 +41,9 @@ def test_the_command_decodes_with_it(model_dir, questions, write_rows, tmp_path,
 
 
 def test_what_is_no_quantization_of_this_engine_is_said(model_dir, tmp_path):
-    with pytest.raises(InputError, match="--quantization: int8 is wanted, got 'int4'"):
-        open_engine(model_dir, quantization="int4")
+    with pytest.raises(InputError, match="`quantization` must be one of int8, not 'int4'"):
+        DecodeOptions(quantization="int4")
     pytest.importorskip("ctranslate2")
     export(model_dir, tmp_path / "converted", format="ctranslate2")
     with pytest.raises(InputError, match="has that of its export"):
-        open_engine(tmp_path / "converted", quantization="int8")
+        open_engine(tmp_path / "converted", DecodeOptions(quantization="int8"))

@@ -18,7 +18,7 @@ import pytest
 from stepdistill_jax.data.vocabulary import UNK_ID, load_vocabulary
 from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference import engines, export, predict
+from stepdistill_jax.inference import DecodeOptions, engines, export, predict
 from stepdistill_jax.inference.allowed import allow
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.serving import run as serving_run
@@ -169,7 +169,7 @@ def test_answers_are_those_of_predict(
     predict(path, write_rows(rows), tmp_path / "out.jsonl", batch_size=2)
     want = {row["id"]: row for row in read_rows_of(tmp_path / "out.jsonl")}
     assert len({row["label"] for row in want.values()}) > 5
-    engine = engines.open_engine(path, batch_size=2)
+    engine = engines.open_engine(path, DecodeOptions(batch_size=2))
     batches, decode = [], engine.decode
 
     def watched(rows, *args):
@@ -213,8 +213,8 @@ def test_choices_are_scored_as_predict_scores_them(
     of_row = [["smooth", "trouble"], ["yes", "no", "fast"]]
     rows = [{**row, "id": i, "choices": of_row[i % 2]} for i, row in enumerate(questions[:8])]
     predict(model_dir, write_rows(rows), tmp_path / "out.jsonl", batch_size=2, choices=choices)
-    engine = engines.open_engine(model_dir, batch_size=2)
-    allowed = allow(choices, how_to_ask(engine), engine)
+    engine = engines.open_engine(model_dir, DecodeOptions(batch_size=2))
+    allowed = allow(DecodeOptions(choices=choices), how_to_ask(engine), engine)
     with running(engine, allowed=allowed, timeout_secs=200) as found:
         found.ready()
         for got, want in zip(
@@ -640,17 +640,17 @@ def test_a_stop_answers_what_is_under_way_and_takes_nothing_more():
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"port": 70_000}, "--port: 0 to 65535 is wanted, got 70000"),
-        ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid --port 8000: cannot be"),
-        ({"max_queue": 0}, "--max-queue: 1 or more is wanted, got 0"),
-        ({"max_wait_ms": -1.0}, "--max-wait-ms: 0 or more"),
-        ({"timeout_secs": float("nan")}, "--timeout-secs"),
-        ({"grace_secs": -1.0}, "--grace-secs"),
-        ({"port": 0, "num_beams": 0}, "--num-beams"),
-        ({"port": 0, "max_decode_len": 0}, "--max-decode-len"),
-        ({"port": 0, "choices": "none.txt"}, "--choices none.txt: no such file"),
-        ({"choices_temperature": 2.0}, "--choices-temperature"),
-        ({"port": 0, "step": "4"}, "--step 4"),
+        ({"port": 70_000}, "`port` must be a whole number from 0 to 65535, not 70000"),
+        ({"host": "no.such.host.invalid"}, "`host` no.such.host.invalid `port` 8000: cannot be"),
+        ({"max_queue": 0}, "`max_queue` must be a whole number of at least 1, not 0"),
+        ({"max_wait_ms": -1.0}, "`max_wait_ms` must be a number of at least 0"),
+        ({"timeout_secs": float("nan")}, "`timeout_secs`"),
+        ({"grace_secs": -1.0}, "`grace_secs`"),
+        ({"port": 0, "num_beams": 0}, "`num_beams`"),
+        ({"port": 0, "max_decode_len": 0}, "`max_decode_len`"),
+        ({"port": 0, "choices": "none.txt"}, "`choices` none.txt: no such file"),
+        ({"choices_temperature": 2.0}, "`choices_temperature`"),
+        ({"port": 0, "step": "4"}, "`step` 4"),
     ],
 )
 def test_bad_options_are_said_before_it_listens(model_dir, options, part):
@@ -661,7 +661,7 @@ def test_bad_options_are_said_before_it_listens(model_dir, options, part):
 def test_a_port_that_is_taken_is_said_before_the_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"--port {port}: cannot be listened on .*in use"):
+        with pytest.raises(InputError, match=f"`port` {port}: cannot be listened on .*in use"):
             serve(tmp_path / "no model", port=port)
     with pytest.raises(InputError, match="no such model directory"):
         serve(tmp_path / "no model", port=0)

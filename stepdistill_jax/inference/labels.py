@@ -1,0 +1,60 @@
+"""The label of each row, decoded or chosen: one way for `predict`, `evaluate` and `serve`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from stepdistill_jax.inference.allowed import Allowed
+from stepdistill_jax.inference.engines import Engine, require_finite
+from stepdistill_jax.inference.prompting import Asking, scored_answer
+from stepdistill_jax.inference.rows import Row
+
+
+class Labels(NamedTuple):
+    """Labels of rows, in their order.
+
+    Attributes:
+        answers: what is written of each row, its id left out.
+        unfinished: how many reached their greatest length without an end.
+        unparsed: how many answers have no label in them.
+    """
+
+    answers: list[dict[str, Any]]
+    unfinished: int = 0
+    unparsed: int = 0
+
+
+def label_rows(
+    model: Engine,
+    asking: Asking,
+    allowed: Allowed | None,
+    rows: Sequence[Row],
+    inputs: Sequence[Sequence[int]],
+    on_progress: Callable[[int], None] | None = None,
+) -> Labels:
+    """Asks a model for the label of each row.
+
+    Args:
+        model: opened by `open_engine`.
+        asking: of `how_to_ask`.
+        allowed: of `allow`; the likeliest allowed answer is the label. None decodes.
+        rows: the questions.
+        inputs: ids of each one's prompt (`encode_input`).
+        on_progress: called with the number of rows of each batch that is done.
+
+    Raises:
+        NotFinite: the model gives NaN.
+    """
+    if allowed is not None:
+        scores = model.score(inputs, [allowed.ids(row) for row in rows], on_progress)
+        for of_row in scores:
+            require_finite(model, of_row)
+        return Labels([allowed.answer(row, s) for row, s in zip(rows, scores, strict=True)])
+    decoded = model.decode(inputs, asking.decode_lengths[0], on_progress)
+    require_finite(model, decoded.scores)
+    objective = asking.objectives[0]
+    found = [
+        scored_answer(objective, model.vocabulary.decode(ids), score)
+        for ids, score in zip(decoded.ids, decoded.scores, strict=True)
+    ]
+    unparsed = sum(not parsed for _, parsed in found)
+    return Labels([answer for answer, _ in found], int((~decoded.finished).sum()), unparsed)

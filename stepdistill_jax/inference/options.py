@@ -1,0 +1,107 @@
+"""`DecodeOptions`: which checkpoint answers, how it is decoded, and what it runs on."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from stepdistill_jax.decoding.beam import search
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.models.config import MAX_LENGTH
+from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.runtime.checks import number, one_of, whole
+
+ENGINES = ("jax", "ctranslate2")
+QUANTIZATIONS = ("int8",)  # of the JAX engine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """The options that `predict`, `evaluate` and `serve` share; each takes them by keyword.
+
+    Attributes:
+        step: checkpoint of a workdir: `best` by validation, `last` or a number.
+        batch_size: rows decoded at once, on all devices together; None is 64 for each device that
+            has rows of its own.
+        layout: how the devices of all processes share the work (`sharding.LAYOUTS`): `data` gives
+            each the whole model and rows of its own, `tensor` cuts a model that one cannot hold.
+        max_decode_len: most ids of a label, its end of sequence included; None is what training
+            found enough (64 where the directory does not say).
+        num_beams: answers pursued at once (`inference.beam_search`); 1 takes the likeliest token each
+            time.
+        length_penalty: with beams, the power of an answer's length that its score is divided by;
+            None is 1.
+        choices: the allowed answers: `row` (each row's `choices`), `labels` (the task's), a file of
+            them, or a list. Each is scored, exactly, instead of decoding, and the likeliest is the
+            label (`inference.allowed`). None allows any answer.
+        choices_temperature: of the probabilities of choices; `best_temperature` of a validation
+            split, say.
+        prefix: text before the input; None is the model's own template.
+        engine: `jax` or `ctranslate2` (`inference.engines`); None is what the directory is for.
+        quantization: `int8` keeps the JAX engine's kernels in memory as int8 with a scale for each
+            output (`models.quantized`); None as float32.
+    """
+
+    step: str | int = "best"
+    batch_size: int | None = None
+    layout: str | Layout = "data"
+    max_decode_len: int | None = None
+    num_beams: int = 1
+    length_penalty: float | None = None
+    choices: os.PathLike | str | Sequence[str] | None = None
+    choices_temperature: float = 1.0
+    prefix: str | None = None
+    engine: str | None = None
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a model.
+
+        Raises:
+            InputError: an option out of its range, or two that exclude each other.
+        """
+        if self.batch_size is not None:
+            whole("batch_size", self.batch_size, 1)
+        if self.max_decode_len is not None:
+            whole("max_decode_len", self.max_decode_len, 1, MAX_LENGTH)
+        search(self.num_beams, self.length_penalty)  # checks both
+        number("choices_temperature", self.choices_temperature, least=0.01, most=100)
+        if self.choices is None and self.choices_temperature != 1:
+            raise InputError("`choices_temperature`: there is none without `choices`")
+        if self.choices is not None and self.num_beams != 1:
+            raise InputError(
+                "`num_beams`: `choices` scores all allowed labels and searches nothing"
+            )
+        if self.choices is not None and self.max_decode_len is not None:
+            raise InputError("`max_decode_len`: `choices` decodes no label; leave it out")
+        if self.engine is not None:
+            one_of("engine", self.engine, ENGINES)
+        if self.quantization is not None:
+            one_of("quantization", self.quantization, QUANTIZATIONS)
+
+
+def decode_options(
+    function: Callable, given: Mapping[str, Any], without: Sequence[str] = ()
+) -> DecodeOptions:
+    """The `DecodeOptions` of a function's `**options`.
+
+    Args:
+        function: takes the options next to its own keyword arguments.
+        given: its `**options`.
+        without: fields that it does not take.
+
+    Raises:
+        TypeError: a name that is no option; names the nearest one.
+        InputError: as `DecodeOptions`.
+    """
+    known = {field.name for field in dataclasses.fields(DecodeOptions)} - set(without)
+    for name in given:
+        if name not in known:
+            own = inspect.signature(function).parameters.values()
+            names = known | {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+            raise TypeError(
+                f"{function.__name__}() got an unexpected keyword argument {name!r}"
+                f"{nearest(name, sorted(names))}"
+            )
+    return DecodeOptions(**given)
