@@ -25,7 +25,7 @@ import jax
 directory, process, processes, port = sys.argv[1:]
 if int(processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
-from stepdistill_jax import sharding
+from stepdistill_jax.models import sharding
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params

@@ -15,7 +15,7 @@ PARAMS = 294  # MiB of float32 of T5 v1.1 small; its two largest tensors have 63
 CHILD = """
 import json, os, re, sys, threading, time
 import jax, numpy as np
-from stepdistill_jax import sharding
+from stepdistill_jax.models import sharding
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.formats.hf import save_params
