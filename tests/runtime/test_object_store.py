@@ -260,7 +260,7 @@ def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store)
 
 def test_what_must_be_local_says_so(store, monkeypatch, capfd):
     for use, name in (
-        (lambda: data_folder("gs://b/data"), "--data-dir"),
+        (lambda: data_folder("gs://b/data"), "`data_dir`"),
         (lambda: local_path(pathlib.Path("gs://b/data"), "--data-dir"), "--data-dir"),
         (lambda: files.check_writable("gs://b/data", "--output"), "--output"),
         (lambda: next(files.json_lines("gs://b/data")), "input"),
