@@ -83,7 +83,7 @@ def test_the_table_shows_each_split_with_its_defects_and_where_the_first_stands(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cqa",), "--source"),
+        (("cqa",), "say where its files are"),
         (("cqua", "--source", "."), "did you mean 'cqa'"),
         (("cqa", "--source", "absent"), "absent: no such folder"),
     ],

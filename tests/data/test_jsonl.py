@@ -1,4 +1,7 @@
-"""A user's own rows: what is taken, what is refused, and how the refusal reads."""
+"""A user's own rows: what is taken, what is refused, and how the refusal reads.
+
+Every kind of bad row, for each command that reads rows, is in tests/bad_inputs/data/jsonl.jsonl.
+"""
 
 import json
 
@@ -105,22 +108,11 @@ def test_fields_that_were_not_read_are_told(tmp_path):
     ("changes", "message"),
     [
         ({"label": ""}, r"test\.jsonl:2: the field 'label' is empty"),
-        ({"label": None}, r"test\.jsonl:2: the field 'label' is empty"),
-        ({"input": " \n"}, r"test\.jsonl:2: the field 'input' is empty"),
         ({"label": 1.5}, r"test\.jsonl:2: the field 'label' must be text \(or an integer\), got a number"),
-        ({"label": True}, r"test\.jsonl:2: the field 'label' must be text .*got true or false"),
-        ({"label": {"a": 1}}, r"test\.jsonl:2: the field 'label' must be text .*got an object"),
-        ({"rationale": ["r"]}, r"test\.jsonl:2: the field 'rationale' must be text .*got a list"),
         ({"weight": 0}, r"test\.jsonl:2: the field 'weight' must be above 0, got 0"),
-        ({"weight": "1"}, r"test\.jsonl:2: the field 'weight' must be a number, got text"),
-        ({"weight": float("inf")}, r"test\.jsonl:2: the field 'weight' must be above 0"),
-        ({"choices": "yes"}, r"test\.jsonl:2: the field 'choices' must be a list, got text"),
         ({"choices": ["yes", None]}, r"test\.jsonl:2: the field 'choices\[1\]' must be text .*got null"),
-        ({"rationales": ["r"]}, r"test\.jsonl:2: the field 'rationales' must be a list of objects"),
         ({"rationales": [{"txt": "r"}]}, r"test\.jsonl:2: in rationales\[0\]: unknown field 'txt'"),
-        ({"rationales": [{"source": "m"}]}, r"test\.jsonl:2: in rationales\[0\]: no field 'text'"),
         ({"id": "one"}, r"test\.jsonl:2: the id 'one' stands at .*test\.jsonl:1, too"),
-        ({"id": 1.0}, r"test\.jsonl:2: the field 'id' must be text"),
         ({"rationale": "\udc80"}, r"test\.jsonl:2: the field 'rationale' holds half of a surrogate"),
     ],
 )  # fmt: skip
@@ -138,13 +130,9 @@ def test_a_missing_field_lists_those_found(tmp_path):
     ("line", "message"),
     [
         (b'{"input": "q",', r":7: broken JSON"),
-        (b'{"input": "q", "input": "r"}', r":7: .*'input'.* twice"),
-        (b'["q", "a"]', r":7: a JSON object is wanted, got list"),
         (b'{"input": "\xff", "label": "a"}', r":7: not UTF-8"),
-        (b"[" * 100_000, r":7: JSON that cannot be read"),
-        (b'{"id": ' + b"9" * 5000 + b"}", r":7: JSON that cannot be read"),
     ],
-    ids=["cut", "key twice", "list", "bytes", "nested", "digits"],
+    ids=["cut", "bytes"],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
     (tmp_path / "mine.jsonl").write_bytes((json.dumps(ROW).encode() + b"\n") * 6 + line + b"\n")

@@ -371,12 +371,6 @@ def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
     ("rows", "settings", "says"),
     [
         ([{"question": "x"}], {}, r"in.jsonl:1: no field 'input'"),
-        (questions(2) + [{"input": 7.5}], {}, r"in.jsonl:3: .*must be text"),
-        (
-            [{"input": "a", "id": "x"}, {"input": "b", "id": "x"}],
-            {},
-            r"in.jsonl:2: the id 'x' stands at .*in.jsonl:1, too",
-        ),
         ([{"input": "a"}], {"label_given": True}, r"in.jsonl:1: no field .label. .*`label_given`"),
         ([], {}, "no rows"),
         (questions(1), {"samples": 2, "temperature": 0.0}, "every sample would be the same"),

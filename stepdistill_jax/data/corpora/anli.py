@@ -22,9 +22,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
 
 
-def _row(
-    row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds
-) -> CheckedExample | None:
+def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample | None:
     example_id, label = ids.of(row, "uid"), nli.gold(row)
     if not label:
         return None

@@ -32,9 +32,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(
-    row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds
-) -> CheckedExample | None:
+def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample | None:
     example_id = ids.of(row)
     if "answerKey" in row.fields and "answer" not in row.fields:
         row = _as_in_the_paper(row)

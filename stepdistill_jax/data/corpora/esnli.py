@@ -21,9 +21,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(
-    row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds
-) -> CheckedExample | None:
+def _row(row: JsonRow, said: paper_layout.Said, _: UniqueIds) -> CheckedExample | None:
     label = nli.gold(row)
     if not label:
         return None

@@ -43,9 +43,9 @@ class TeacherText:
     row: int
 
 
-# makes a checked row of a JSON object and the teacher's text for it (None if no teacher was asked);
-# None for one without a gold label, which is left out and told
-ToRow = Callable[[JsonRow, TeacherText | None, UniqueIds], CheckedExample | None]
+Said = TeacherText | None  # None if no teacher was asked
+# checks a row and what the teacher said of it; None without a gold label: it is left out and counted
+ToRow = Callable[[JsonRow, Said, UniqueIds], CheckedExample | None]
 
 
 def read(
@@ -140,7 +140,7 @@ def file_rows(
 
 def judged(
     example: Example,
-    said: TeacherText | None,
+    said: Said,
     parse: Callable[[str], Parsed],
     *,
     right: Callable[[str], bool],
@@ -245,7 +245,7 @@ def _input_files(
 
 def _paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
-) -> Iterator[tuple[JsonRow, TeacherText | None]]:
+) -> Iterator[tuple[JsonRow, Said]]:
     """(row, its teacher text). Texts belong to rows by their order alone.
 
     Raises:

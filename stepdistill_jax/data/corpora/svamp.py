@@ -62,7 +62,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return dataclasses.replace(reading, rows=rows)
 
 
-def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) -> CheckedExample:
+def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample:
     label = row.text("Equation" if "Equation" in row.fields else "label")
     defects: tuple[Defect, ...] = ()
     if arithmetic.evaluate(label) is None:
@@ -70,7 +70,7 @@ def _row(row: JsonRow, said: paper_layout.TeacherText | None, ids: UniqueIds) ->
     return _judged(Example(ids.of(row, "ID"), _question(row), label), said, defects)
 
 
-def _extra_row(row: JsonRow, said: paper_layout.TeacherText | None, _: UniqueIds) -> CheckedExample:
+def _extra_row(row: JsonRow, said: paper_layout.Said, _: UniqueIds) -> CheckedExample:
     """A row of ASDiv: its label is not read."""
     return _judged(Example(f"{EXTRA}-{row.number}", _question(row)), said)
 
@@ -83,7 +83,7 @@ def _question(row: JsonRow) -> str:
 
 
 def _judged(
-    example: Example, said: paper_layout.TeacherText | None, defects: tuple[Defect, ...] = ()
+    example: Example, said: paper_layout.Said, defects: tuple[Defect, ...] = ()
 ) -> CheckedExample:
     return paper_layout.judged(
         example,
