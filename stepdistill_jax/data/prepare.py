@@ -69,7 +69,7 @@ def prepare(
         from stepdistill_jax.data.report import PAGE, write_report
 
         page = pathlib.Path(report) / f"{dataset_name}.html"
-        check_outputs({page: PAGE}, [source], "`report`")
+        check_outputs({page: PAGE}, [source], "--report")
     reading = _read(name, source, field_map, fields, teacher)
     with writing.locked(data_dir, dataset_name):
         writing.recover(directory)
@@ -138,12 +138,12 @@ def _dataset_name(name: str, new_name: str | None) -> str:
         )
     if new_name is None:
         if name == "jsonl":
-            raise InputError("prepare jsonl: say what to call the dataset with `new_name`")
+            raise InputError("prepare jsonl: say what to call the dataset with --name")
         return name
     if not prepared.NAME.fullmatch(new_name):
-        raise InputError(f"`new_name` must be lower_snake_case (e.g. my_task), got {new_name!r}")
+        raise InputError(f"--name: lower_snake_case is wanted (e.g. my_task), got {new_name!r}")
     if new_name in NAMES and new_name != name:
-        raise InputError(f"`new_name` {new_name!r} belongs to `prepare {new_name}`, choose another")
+        raise InputError(f"--name: {new_name!r} belongs to `prepare {new_name}`, choose another")
     return new_name
 
 
@@ -155,18 +155,18 @@ def _read(
     teacher: bool,
 ) -> Reading:
     if field_map and name != "jsonl":
-        raise InputError(f"`field_map`: only `prepare jsonl` has fields to map, not {name}")
+        raise InputError(f"--map: only `prepare jsonl` has fields to map, not {name}")
     if fields and name != "jsonl":
-        raise InputError(f"`fields`: only `prepare jsonl` has more fields to keep, not {name}")
+        raise InputError(f"--fields: only `prepare jsonl` has more fields to keep, not {name}")
     if name == "delivery":
         from stepdistill_jax.data.corpora import delivery
 
         if source is not None:
-            raise InputError("prepare delivery: it is generated, leave `source` out")
+            raise InputError("prepare delivery: it is generated, leave --source out")
         return delivery.read()
     if source is None:
-        raise InputError(f"prepare {name}: say where its files are with `source`")
-    source = local_path(source, "`source`")
+        raise InputError(f"prepare {name}: say where its files are with --source")
+    source = local_path(source, "--source")
     if name == "jsonl":
         from stepdistill_jax.data.corpora import jsonl
 
@@ -184,8 +184,8 @@ def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDatas
     folder = data_dir / name
     if folder.exists() and not folder.is_dir():
         raise InputError(
-            f"{folder}: is there and is no folder; move it away, or choose another `new_name` or"
-            " `data_dir`"
+            f"{folder}: is there and is no folder; move it away, or choose another --name or"
+            " --data-dir"
         )
     if not folder.exists() or not any(folder.iterdir()):
         return None, ""

@@ -224,13 +224,13 @@ def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
     ("arguments", "message"),
     [
         ({"name": "cqaa", "source": "x"}, r"unknown dataset 'cqaa' .*did you mean 'cqa'"),
-        ({"name": "jsonl", "source": "x"}, "`new_name`"),
+        ({"name": "jsonl", "source": "x"}, r"--name"),
         ({"name": "jsonl", "source": "x", "new_name": "My Task"}, r"lower_snake_case"),
         ({"name": "jsonl", "source": "x", "new_name": "../up"}, r"lower_snake_case"),
         ({"name": "jsonl", "source": "x", "new_name": "cqa"}, r"'cqa' belongs to"),
-        ({"name": "cqa"}, "`source`"),
-        ({"name": "delivery", "source": "x"}, "leave `source` out"),
-        ({"name": "svamp", "source": "x", "field_map": {"input": "q"}}, r"`field_map`: only"),
+        ({"name": "cqa"}, r"--source"),
+        ({"name": "delivery", "source": "x"}, r"leave --source out"),
+        ({"name": "svamp", "source": "x", "field_map": {"input": "q"}}, r"--map"),
         ({"name": "jsonl", "source": "absent.jsonl", "new_name": "mine"}, r"absent\.jsonl: no such"),
     ],
 )  # fmt: skip
