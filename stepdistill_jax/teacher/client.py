@@ -229,17 +229,11 @@ class ChatClient:
             if isinstance(body, dict) and body.get("error"):
                 said = self.hide(f"the server answers with an error: {body['error']}")[:300]
                 raise SentAgain(said, used=_usage(body) or (0, 0))
-            choice = body["choices"][0]
-            text = content_text(choice["message"].get("content"))
-            usage = body.get("usage") or {}
-            if not isinstance(usage, dict):
-                raise TypeError
+            text, reason, usage = completion(body)
             used = [
                 token_count(usage.get(name), estimate_tokens(len(said)))
                 for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
             ]
-            reason = self.hide(str(choice.get("finish_reason") or "stop"))[:100]
-            f"{text}{reason}".encode()  # half a surrogate pair cannot be written
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             # hidden before it is cut: the cut might leave the first part of the key
             start = self.hide(content.decode("utf-8", "replace"))[:80]
@@ -247,6 +241,7 @@ class ChatClient:
                 self.hide(f"the server's answer is no completion: {start!r}"),
                 used=_usage(body) if isinstance(body, dict) else (0, 0),
             ) from None
+        reason = self.hide(reason)[:100]
         return Answer(self.hide(text), reason, used[0], used[1], now(), parameters)
 
     def _of_status(self, error: Any) -> Exception:
@@ -297,17 +292,21 @@ class ChatClient:
         return error.count >= self._settings.attempts
 
 
-def content_text(content: Any) -> str:
-    """A message's content: a text, or a list of parts of which the texts count.
+def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
+    """Text, finish reason and usage of a response's body.
 
     Raises:
-        TypeError: it is something else.
+        KeyError, IndexError, TypeError, AttributeError, ValueError: it is no completion.
     """
-    if isinstance(content, list):
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):  # of parts, of which the texts count
         content = "".join(part["text"] for part in content if part["type"] == "text")
-    if not isinstance(content or "", str):
+    if not isinstance(content, str) or not isinstance(usage, dict):
         raise TypeError
-    return content or ""
+    reason = str(choice.get("finish_reason") or "stop")
+    f"{content}{reason}".encode()  # half a surrogate pair cannot be written
+    return content, reason, usage
 
 
 def token_count(value: Any, otherwise: int) -> int:
