@@ -179,8 +179,8 @@ def test_sigterm_saves_and_leaves_with_75_and_the_resume_is_bitwise(
 @pytest.mark.parametrize(
     "changes,named",
     [
-        ({"learning_rate": 2e-3}, "LEARNING_RATE was 0.001, is 0.002"),
-        ({"seed": 1}, "SEED was 0, is 1"),
+        ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, is 0.002"),
+        ({"seed": 1}, "`seed` was 0, is 1"),
         ({"objectives": "label_only"}, "OBJECTIVES was"),
         ({"optimizer": OptimizerConfig(warmup_steps=3)}, "OPTIMIZER was"),
     ],
