@@ -338,7 +338,7 @@ def test_new_metrics_come_in_one_rename_and_leave_the_arrays_alone(workdir, monk
 def test_a_reader_refuses_a_damaged_step_and_changes_nothing(workdir):
     flip_a_bit(workdir / "checkpoints" / "1")
     before = files_of(workdir)
-    named = r"checkpoints/1: damaged \(params/.*: other bytes.*\); --step 3 is good$"
+    named = r"checkpoints/1: damaged \(params/.*: other bytes.*\); `step=3` is good$"
     with pytest.raises(InputError, match=named):
         load_model(workdir, "best")
     with pytest.raises(InputError, match=named):
