@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
-from typing import Any
+from typing import Any, cast
 
 from stepdistill_jax.errors import InputError, nearest
 
@@ -47,10 +47,10 @@ def number(
         ("below", below, lt),
     )
     given = [(words, x, holds) for words, x, holds in bounds if x is not None]
-    if isinstance(value, Real) and not isinstance(value, bool):
-        found = value if isinstance(value, int) else float(value)
-        if abs(found) <= FLOAT32 and all(holds(found, x) for _, x, holds in given):
-            return found
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    found = cast(Any, float(value) if is_number and not isinstance(value, int) else value)
+    if is_number and abs(found) <= FLOAT32 and all(holds(found, x) for _, x, holds in given):
+        return found
     limits = " and ".join(f"{words} {x:g}" for words, x, _ in given)
     raise refused(name, f"a number {limits}".strip(), value)
 
