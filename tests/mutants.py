@@ -163,8 +163,8 @@ MUTANTS = [
         id="T3",
         what="the key is not hidden in a finish_reason",
         file="stepdistill_jax/teacher/client.py",
-        old='reason = self.hide(str(choice.get("finish_reason") or "stop"))',
-        new='reason = str(choice.get("finish_reason") or "stop")',
+        old="reason = self.hide(reason)[:100]",
+        new="reason = reason[:100]",
         tests=["tests/test_security.py::test_a_key_appears_in_no_file_and_no_line[reason]"],
     ),
     Mutant(

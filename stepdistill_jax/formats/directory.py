@@ -324,7 +324,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     path = as_path(directory) / TASK_INFO
     raw = read_object(path)
     if type(raw.get("format")) is not int or raw["format"] < 1:
-        raise InputError(f"{path}: `format` is missing; this is no {TASK_INFO}")
+        raise InputError(f"{path}: 'format' is missing; this is no {TASK_INFO}")
     if raw["format"] > FORMAT_VERSION:
         raise InputError(
             f"{path}: format {raw['format']} is newer than this version reads ({FORMAT_VERSION});"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
-from typing import Any
+from typing import Any, cast
 
 from stepdistill_jax.errors import InputError, nearest
 
@@ -18,10 +18,11 @@ def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
     Raises:
         InputError: another number, a bool, no number.
     """
-    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if is_whole and least <= value <= most:
-        return int(value)
-    limits = f"from {least} to {most}" if is_whole and value > most else f"of at least {least}"
+    limits = f"of at least {least}"
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        if least <= (found := int(value)) <= most:
+            return found
+        limits = f"from {least} to {most}" if found > most else limits
     raise refused(name, f"a whole number {limits}", value)
 
 
@@ -47,8 +48,9 @@ def number(
     )
     given = [(words, x, holds) for words, x, holds in bounds if x is not None]
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and abs(value) <= FLOAT32 and all(holds(value, x) for _, x, holds in given):
-        return value if isinstance(value, int) else float(value)
+    found = cast(Any, float(value) if is_number and not isinstance(value, int) else value)
+    if is_number and abs(found) <= FLOAT32 and all(holds(found, x) for _, x, holds in given):
+        return found
     limits = " and ".join(f"{words} {x:g}" for words, x, _ in given)
     raise refused(name, f"a number {limits}".strip(), value)
 

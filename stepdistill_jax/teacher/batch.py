@@ -14,7 +14,7 @@ from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.cache import AnswerCache
-from stepdistill_jax.teacher.client import content_text, now, token_count
+from stepdistill_jax.teacher.client import completion, now, token_count
 from stepdistill_jax.teacher.prompting import Asking, Estimate, unanswered
 from stepdistill_jax.teacher.rows import check_questions
 
@@ -134,19 +134,10 @@ def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str
                 said = row.get("error") or response.get("body")
                 failed.append(f"{where}: {' '.join(str(said).split())[:200]}")
                 continue
-            body = response["body"]
-            choice, usage = body["choices"][0], body.get("usage") or {}
-            text = content_text(choice["message"].get("content"))
-            reason = str(choice.get("finish_reason") or "stop")
-            f"{key}{text}{reason}".encode()  # half a surrogate pair cannot be written
-            answer = Answer(
-                text,
-                reason,
-                token_count(usage.get("prompt_tokens"), 0),
-                token_count(usage.get("completion_tokens"), 0),
-                now(),
-                asking.parameters,
-            )
+            text, reason, usage = completion(response["body"])
+            key.encode()  # half a surrogate pair cannot be written
+            used = [token_count(usage.get(f"{n}_tokens"), 0) for n in ("prompt", "completion")]
+            answer = Answer(text, reason, used[0], used[1], now(), asking.parameters)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             failed.append(f"{where}: no completion in its response")
             continue

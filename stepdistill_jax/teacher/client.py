@@ -51,8 +51,6 @@ class SentAgain(Exception):
         status: of HTTP; 0 where there was none.
         wait: seconds that the server asks for; None where it does not.
         used: tokens of prompt and answer that are paid for all the same; None is not known.
-        count: how many failures of its kind this question has met with, itself included. Refusals
-            for the rate (429) are a kind of their own: they say nothing of the server's health.
     """
 
     def __init__(
@@ -65,7 +63,6 @@ class SentAgain(Exception):
         """`message` for people."""
         super().__init__(message)
         self.status, self.wait, self.used = status, wait, used
-        self.count = 1
 
 
 def now() -> str:
@@ -89,7 +86,6 @@ class ChatClient:
         try:
             import httpx
             import openai
-            import tenacity
 
             from stepdistill_jax.teacher.transport import bounded_client
         except ImportError as error:
@@ -97,7 +93,7 @@ class ChatClient:
                 f"annotate needs {error.name}, which is not installed: pip install"
                 " 'stepdistill-jax[teacher]'"
             ) from None
-        self._settings, self._openai, self._tenacity = settings, openai, tenacity
+        self._settings, self._openai = settings, openai
         self._key = os.environ.get(settings.api_key_env, "").strip()
         if not self._key and settings.server is None:
             raise InputError(
@@ -139,30 +135,25 @@ class ChatClient:
             InputError: the server refuses the request: with its own message.
             ServerError: it does not answer.
         """
-        counts: collections.Counter[bool] = collections.Counter()
-
-        async def attempt() -> Answer:
+        start, failures = time.monotonic(), collections.Counter()
+        while True:
             if reservation is not None:
                 await reservation.renew()
             try:
                 return await self._once(prompt, parameters)
             except SentAgain as error:
-                counts[error.status == 429] += 1
-                error.count = counts[error.status == 429]
                 if reservation is not None:
                     await reservation.lose(error.used)
-                raise
-
-        attempts = self._tenacity.AsyncRetrying(
-            retry=self._tenacity.retry_if_exception_type(SentAgain),
-            wait=self._wait,
-            stop=self._is_hopeless,
-            reraise=True,
-        )
-        try:
-            return await attempts(attempt)
-        except SentAgain as error:
-            raise ServerError(str(error)) from None
+                # a kind of its own: refusals for the rate say nothing of the server's health
+                for_rate = error.status == 429
+                failures[for_rate] += 1
+                hopeless = failures[for_rate] >= self._settings.attempts
+                if for_rate:
+                    hopeless = time.monotonic() - start > RATE_LIMIT_PATIENCE
+                if hopeless:
+                    raise ServerError(str(error)) from None
+                wait = self._wait(error, failures[for_rate])
+            await asyncio.sleep(wait)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -229,17 +220,11 @@ class ChatClient:
             if isinstance(body, dict) and body.get("error"):
                 said = self.hide(f"the server answers with an error: {body['error']}")[:300]
                 raise SentAgain(said, used=_usage(body) or (0, 0))
-            choice = body["choices"][0]
-            text = content_text(choice["message"].get("content"))
-            usage = body.get("usage") or {}
-            if not isinstance(usage, dict):
-                raise TypeError
+            text, reason, usage = completion(body)
             used = [
                 token_count(usage.get(name), estimate_tokens(len(said)))
                 for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
             ]
-            reason = self.hide(str(choice.get("finish_reason") or "stop"))[:100]
-            f"{text}{reason}".encode()  # half a surrogate pair cannot be written
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             # hidden before it is cut: the cut might leave the first part of the key
             start = self.hide(content.decode("utf-8", "replace"))[:80]
@@ -247,6 +232,7 @@ class ChatClient:
                 self.hide(f"the server's answer is no completion: {start!r}"),
                 used=_usage(body) if isinstance(body, dict) else (0, 0),
             ) from None
+        reason = self.hide(reason)[:100]
         return Answer(self.hide(text), reason, used[0], used[1], now(), parameters)
 
     def _of_status(self, error: Any) -> Exception:
@@ -267,15 +253,14 @@ class ChatClient:
             self._open_at = max(self._open_at, time.monotonic() + wait)
         return SentAgain(said, status, wait)
 
-    def _wait(self, state: Any) -> float:
-        error = state.outcome.exception()
+    def _wait(self, error: SentAgain, failures: int) -> float:
         wait = error.wait
         if wait is not None:
             # not all at the same moment
             wait += random.uniform(0, min(1.0, 0.1 * wait + 0.05))
         else:
             # six hours of refusals are more doublings than a float holds
-            longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(error.count - 1, 64))
+            longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(failures - 1, 64))
             wait = random.uniform(longest / 2, longest)
         if error.status == 429 or error.wait:
             self._report(str(error), wait)
@@ -290,24 +275,22 @@ class ChatClient:
         self._reported_until = until
         log(f"{said}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
 
-    def _is_hopeless(self, state: Any) -> bool:
-        error = state.outcome.exception()
-        if error.status == 429:
-            return (state.seconds_since_start or 0.0) > RATE_LIMIT_PATIENCE
-        return error.count >= self._settings.attempts
 
-
-def content_text(content: Any) -> str:
-    """A message's content: a text, or a list of parts of which the texts count.
+def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
+    """Text, finish reason and usage of a response's body.
 
     Raises:
-        TypeError: it is something else.
+        KeyError, IndexError, TypeError, AttributeError, ValueError: it is no completion.
     """
-    if isinstance(content, list):
+    choice, usage = body["choices"][0], body.get("usage") or {}
+    content = choice["message"].get("content") or ""
+    if isinstance(content, list):  # of parts, of which the texts count
         content = "".join(part["text"] for part in content if part["type"] == "text")
-    if not isinstance(content or "", str):
+    if not isinstance(content, str) or not isinstance(usage, dict):
         raise TypeError
-    return content or ""
+    reason = str(choice.get("finish_reason") or "stop")
+    f"{content}{reason}".encode()  # half a surrogate pair cannot be written
+    return content, reason, usage
 
 
 def token_count(value: Any, otherwise: int) -> int:

@@ -143,7 +143,7 @@ def test_its_files_train_and_a_resumed_run_is_the_same(
     train(config, workdir=tmp_path / "cut", **where)
     assert timeless(read_metrics(tmp_path / "cut")) == timeless(lines)
     other, _ = load_config("changing.gin", ["Agreement.weight=0.2"])
-    with pytest.raises(InputError, match=r"EXTRA_LOSS was .*0.1.*, is .*0.2"):
+    with pytest.raises(InputError, match=r"`extra_loss` was .*0.1.*, is .*0.2"):
         train(other, workdir=tmp_path / "cut", **where)
 
 

@@ -123,7 +123,7 @@ def test_every_cell_is_a_workdir_with_its_evaluation(swept):
         (
             [Cell("label_only", 0.5, 1, {}, TrainConfig(task="delivery", train_steps=9))],
             {},
-            "TRAIN_STEPS was 2, is 9",
+            "`train_steps` was 2, is 9",
         ),
     ],
 )

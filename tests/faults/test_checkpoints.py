@@ -338,14 +338,14 @@ def test_new_metrics_come_in_one_rename_and_leave_the_arrays_alone(workdir, monk
 def test_a_reader_refuses_a_damaged_step_and_changes_nothing(workdir):
     flip_a_bit(workdir / "checkpoints" / "1")
     before = files_of(workdir)
-    named = r"checkpoints/1: damaged \(params/.*: other bytes.*\); --step 3 is good$"
+    named = r"checkpoints/1: damaged \(params/.*: other bytes.*\); `step=3` is good$"
     with pytest.raises(InputError, match=named):
         load_model(workdir, "best")
     with pytest.raises(InputError, match=named):
         resolve_step(workdir, 1, read="params")
     assert resolve_step(workdir, "last", read="params") == 3
     truncate(workdir / "checkpoints" / "1")  # this one is seen without reading
-    with pytest.raises(InputError, match="--step 3 is good"):
+    with pytest.raises(InputError, match="`step=3` is good"):
         resolve_step(workdir, "best")
     for step in ("2", "3"):
         flip_a_bit(workdir / "checkpoints" / step)
@@ -356,7 +356,7 @@ def test_a_reader_refuses_a_damaged_step_and_changes_nothing(workdir):
 
 def test_the_best_is_not_chosen_where_a_steps_metrics_are_lost(workdir):
     empty_the_manifest(workdir / "checkpoints" / "2")  # it might have been better than any
-    with pytest.raises(InputError, match=r"/2: damaged \(manifest\.json: .*--step 3 is good"):
+    with pytest.raises(InputError, match=r"/2: damaged \(manifest\.json: .*`step=3` is good"):
         resolve_step(workdir, "best")
     assert resolve_step(workdir, "last") == 3
 

@@ -199,7 +199,7 @@ TASK_DEFECTS = {
         "unknown field {X}",
     ),
     "labels": ({"labels": [1]}, "labels must be a list of texts"),
-    "not ours": ({"format": "REMOVED"}, "`format` is missing"),
+    "not ours": ({"format": "REMOVED"}, "'format' is missing"),
     "newer": ({"format": 2}, "format 2 is newer than this version reads (1)"),
 }
 

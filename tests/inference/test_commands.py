@@ -72,7 +72,10 @@ def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys)
         (("predict", tmp_path / "none", source, out), "none: no such model directory"),
         (("predict", workdir, source, out, "--step", "4"), "4"),
         (("predict", workdir, source, out, "--module", "mine"), "--module"),
-        (("evaluate", workdir, "--task", "none", "--data-dir", tmp_path), "--module pkg.tasks"),
+        (
+            ("evaluate", workdir, "--task", "none", "--data-dir", tmp_path),
+            "--module names the module",
+        ),
         # said before the task is looked for, not after all has been decoded
         (("evaluate", workdir, "--task", "none", "--output", tmp_path), "--output"),
         (("export", workdir, tmp_path), "is not empty"),

@@ -187,6 +187,6 @@ def test_a_run_trains_with_them_and_a_resume_compares_them(folder, data, tmp_pat
 @pytest.mark.parametrize("value", [{}, "importance", {"rationale": 1}, ["rationale", "importance"]])
 def test_a_setting_that_is_no_table_of_names_is_refused(value):
     with pytest.raises(
-        InputError, match=r"train.token_weights: {\"OBJECTIVE\": \"FIELD\"} or None"
+        InputError, match=r"`token_weights` must be {\"OBJECTIVE\": \"FIELD\"} or None"
     ):
         TrainConfig("parcels", token_weights=value)

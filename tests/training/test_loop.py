@@ -159,9 +159,9 @@ def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
 @pytest.mark.parametrize(
     "changes,named",
     [
-        ({"learning_rate": 2e-3}, "LEARNING_RATE was 0.001, is 0.002"),
-        ({"seed": 1}, "SEED was 0, is 1"),
-        ({"objectives": "label_only"}, "OBJECTIVES was"),
+        ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, is 0.002"),
+        ({"seed": 1}, "`seed` was 0, is 1"),
+        ({"objectives": "label_only"}, "`objectives` was"),
         ({"optimizer": OptimizerConfig(warmup_steps=3)}, "OPTIMIZER was"),
     ],
     ids=["learning_rate", "seed", "objectives", "optimizer"],

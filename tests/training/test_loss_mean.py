@@ -100,6 +100,6 @@ def test_the_setting_is_checked_and_is_the_papers_by_default():
     config, _ = load_config("demo_step_by_step", ["train.loss_mean=example"])
     assert config.loss_mean == "example"
     with pytest.raises(
-        InputError, match=r"loss_mean: one of token, example .* 'examples'; did you"
+        InputError, match=r"loss_mean must be one of token, example, not .examples.; did you"
     ):
         load_config("demo_step_by_step", ["train.loss_mean=examples"])

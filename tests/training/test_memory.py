@@ -17,10 +17,10 @@ def test_an_allocation_that_is_too_big_names_the_settings():
     assert "\n" not in message and "Out of memory allocating 70368744177664 bytes" in message
     for setting in (
         "`batch_size=48`",
-        "NUM_MICROBATCHES=1",
-        "train.remat_policy=minimal",
-        "DTYPE=float32",
-        "LAYOUT=fsdp",
+        "`num_microbatches=1`",
+        "`remat_policy=minimal`",
+        "`dtype=float32`",
+        "`layout=fsdp`",
     ):
         assert setting in message
 

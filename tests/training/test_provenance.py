@@ -59,7 +59,7 @@ def test_a_workdir_that_says_none_for_the_elementwise_policy_is_resumed(
     (run.workdir / "run.json").write_text(json.dumps(older))
     claim_workdir(run, described, None)
     now = described | {"config": described["config"] | {"remat_policy": "full"}}
-    with pytest.raises(InputError, match="REMAT_POLICY was 'elementwise', is 'full'"):
+    with pytest.raises(InputError, match="`remat_policy` was 'elementwise', is 'full'"):
         claim_workdir(run, now, None)
 
 
