@@ -182,7 +182,7 @@ def test_sigterm_saves_and_leaves_with_75_and_the_resume_is_bitwise(
         ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, is 0.002"),
         ({"seed": 1}, "`seed` was 0, is 1"),
         ({"objectives": "label_only"}, "`objectives` was"),
-        ({"optimizer": OptimizerConfig(warmup_steps=3)}, "OPTIMIZER was"),
+        ({"optimizer": OptimizerConfig(warmup_steps=3)}, "`optimizer` was"),
     ],
     ids=["learning_rate", "seed", "objectives", "optimizer"],
 )
