@@ -162,7 +162,7 @@ def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
         ({"learning_rate": 2e-3}, "`learning_rate` was 0.001, is 0.002"),
         ({"seed": 1}, "`seed` was 0, is 1"),
         ({"objectives": "label_only"}, "`objectives` was"),
-        ({"optimizer": OptimizerConfig(warmup_steps=3)}, "OPTIMIZER was"),
+        ({"optimizer": OptimizerConfig(warmup_steps=3)}, "`optimizer` was"),
     ],
     ids=["learning_rate", "seed", "objectives", "optimizer"],
 )

@@ -110,7 +110,7 @@ def test_a_resume_from_a_checkpoint_is_bitwise(trained, tmp_path, delivery_data_
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, dataclasses.replace(LORA, alpha=9.0)], ids=str)
 def test_a_resume_with_other_adapters_is_refused(trained, delivery_data_dir, lora):
-    with pytest.raises(InputError, match="LORA was"):
+    with pytest.raises(InputError, match="`lora` was"):
         train(TrainConfig(**SETTINGS | {"lora": lora}), workdir=trained, data_dir=delivery_data_dir)
 
 
