@@ -74,7 +74,7 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source], "`report`")
     reading = _read(name, source, field_map, fields, teacher)
-    with alone(directory, name=f"--data-dir {data_dir}", wait=True):
+    with alone(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with folder_aside(directory) as new:
             tallies, fingerprint = writing.write_rows(reading, new)

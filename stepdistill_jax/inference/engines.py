@@ -103,12 +103,12 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
     if options.engine == "ctranslate2" and not converted and as_path(path).is_dir():
         raise InputError(
             f"`engine=ctranslate2`: {path} is no CTranslate2 directory; make one:"
-            f" stepdistill export {path} NEW_FOLDER --format ctranslate2"
+            f" `stepdistill export {path} NEW_FOLDER --format ctranslate2`"
         )
     if options.quantization and converted:
         raise InputError(
             f"`quantization`: {path} is a CTranslate2 directory, which has that of its export"
-            " (stepdistill export --format ctranslate2 --quantization int8); leave it out"
+            " (`stepdistill export --format ctranslate2 --quantization int8`); leave it out"
         )
     return (CTranslate2Engine if converted else JaxEngine)(path, options)
 

@@ -1,4 +1,4 @@
-"""Rows that `--on-error skip` left out: the first ones are said, all are listed beside the output."""
+"""Rows that `on_error=skip` left out: the first ones are said, all are listed beside the output."""
 
 import contextlib
 import json

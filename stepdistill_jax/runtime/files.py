@@ -256,8 +256,7 @@ def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = Fa
 
     Args:
         path: of what need not exist, nor the folder that it is in.
-        name: what the path is called in a message, e.g. `--output`.
-
+        name: what the path is called in a message, with its backticks: "`output`".
         folder: whether a folder will be written there instead of a file.
 
     Raises:

@@ -94,7 +94,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
 
     Args:
         path: as the user gave it.
-        name: what it is called in a message, e.g. `--data-dir`.
+        name: what it is called in a message, with its backticks: "`data_dir`".
 
     Raises:
         InputError: it is a URL.
