@@ -322,7 +322,7 @@ MUTANTS = [
     Mutant(
         id="C6",
         what="a better validated step between two checkpoints is not saved",
-        file="stepdistill_jax/training/supervision.py",
+        file="stepdistill_jax/training/supervisor.py",
         old="        if better or stopping or last or step",
         new="        if stopping or last or step",
         tests=[

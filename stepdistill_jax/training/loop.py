@@ -21,7 +21,7 @@ from stepdistill_jax.training.provenance import claim_workdir, describe
 from stepdistill_jax.training.run import Run, assemble
 from stepdistill_jax.training.startup import StartUp
 from stepdistill_jax.training.step import jit_train_step
-from stepdistill_jax.training.supervision import Supervisor, leave_at_start, supervised
+from stepdistill_jax.training.supervisor import Supervisor, leave_at_start, supervised
 from stepdistill_jax.training.workdir import locked_workdir
 
 

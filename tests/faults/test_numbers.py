@@ -17,7 +17,7 @@ from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, saved_steps
 from stepdistill_jax.runtime.metrics import read_flagged, read_metrics
 from stepdistill_jax.training import TrainConfig, train
 from stepdistill_jax.training.run import assemble
-from stepdistill_jax.training.supervision import SPIKE_LEAST, Supervisor
+from stepdistill_jax.training.supervisor import SPIKE_LEAST, Supervisor
 
 
 class Trainer:

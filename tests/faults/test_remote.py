@@ -41,7 +41,7 @@ import sys, time
 from orbax.checkpoint._src.path import gcs_utils
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.commands.main import main
-from stepdistill_jax.training.supervision import Supervisor
+from stepdistill_jax.training.supervisor import Supervisor
 spec, note, seal = gcs_utils.get_kvstore_for_gcs, Supervisor.record, Checkpoints._seal
 retries = {"gcs_request_retries": {"max_retries": 4}}
 gcs_utils.get_kvstore_for_gcs = lambda path: spec(path) | retries

@@ -32,7 +32,7 @@ import stepdistill_jax.training.loop as loop
 import stepdistill_jax.training.run as run
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.training.supervision import Supervisor
+from stepdistill_jax.training.supervisor import Supervisor
 
 def hold():
     (folder / f"held{os.environ.get('JAX_PROCESS_ID', '')}").touch()

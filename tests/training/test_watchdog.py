@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from stepdistill_jax.training.supervision import SLOW_FACTOR, State, Watchdog
+from stepdistill_jax.training.supervisor import SLOW_FACTOR, State, Watchdog
 
 HANGS = """
 import sys, threading, time
-from stepdistill_jax.training.supervision import State, Watchdog
+from stepdistill_jax.training.supervisor import State, Watchdog
 
 def a_step_that_hangs():
     threading.Event().wait()
@@ -66,7 +66,7 @@ def test_a_process_that_was_stopped_and_goes_on_is_not_stuck():
 
 def test_many_medians_of_slow_steps_are_waited_for(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("stepdistill_jax.training.supervision.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("stepdistill_jax.training.supervisor.time.monotonic", lambda: now[0])
     watchdog = Watchdog(20, 600)  # not entered: no thread
     assert watchdog.limit_secs() == SLOW_FACTOR * 600
     for step in range(1, 6):

@@ -22,7 +22,7 @@ from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.state import TrainState
-from stepdistill_jax.training.supervision import SILENT_STEPS, Supervisor
+from stepdistill_jax.training.supervisor import SILENT_STEPS, Supervisor
 
 
 class Result:
