@@ -326,7 +326,7 @@ MUTANTS = [
         old="        if better or stopping or last or step",
         new="        if stopping or last or step",
         tests=[
-            "tests/training/test_supervision.py::test_a_better_validated_step_is_saved_between_two_checkpoints"
+            "tests/training/test_supervisor.py::test_a_better_validated_step_is_saved_between_two_checkpoints"
         ],
     ),
     Mutant(
