@@ -17,7 +17,7 @@ from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
 from stepdistill_jax.runtime.metrics import read_flagged, read_metrics
 from stepdistill_jax.runtime.signals import StopSignals
-from stepdistill_jax.training import TrainConfig, supervisor, throughput, train
+from stepdistill_jax.training import TrainConfig, throughput, train
 from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.optimizer import make_schedule
@@ -166,7 +166,7 @@ def test_a_line_has_its_learning_rate_and_asks_no_device_for_it(
 ):
     asked = []
     schedule = lambda config: lambda step: asked.append(step) or make_schedule(config)(step)  # noqa: E731
-    monkeypatch.setattr(supervisor, "make_schedule", schedule)
+    monkeypatch.setattr("stepdistill_jax.training.supervisor.make_schedule", schedule)
     settings = {"learning_rate": 1e-3, "optimizer": OptimizerConfig(**optimizer)}
     supervisor = begin(**settings)
     asked.clear()
