@@ -203,15 +203,16 @@ class ResumableFile(StreamedFile):
     def _append(self, rows: list[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
         data = "".join(f"{_to_json(row)}\n" for row in rows).encode()
         self.write(data, sync=True)
-        state = {
+        # before the sidecar says so: a stop signal in between must not make `close` remove the rows
+        self.state = {
             "key": self._key,
             "bytes": self.state["bytes"] + len(data),
             "rows": self.state["rows"] + len(rows),
             "crc32": zlib.crc32(data, self.state["crc32"]),
             **counts,
         }
-        write_json(self.sidecar, state | {"digest": digest(state)})
-        return state
+        write_json(self.sidecar, self.state | {"digest": digest(self.state)})
+        return self.state
 
     def finish(self) -> None:
         """Gives the file its name."""
