@@ -135,7 +135,7 @@ def peer(args: argparse.Namespace) -> None:
     import openai
 
     from stepdistill_jax.teacher.prompts import load_prompter
-    from stepdistill_jax.teacher.rows import read_questions
+    from stepdistill_jax.teacher.questions import read_questions
 
     prompter = load_prompter("cqa")
     prompts = (prompter.prompt(row) for row in read_questions(args.folder / "in.jsonl"))

@@ -48,13 +48,13 @@ def main() -> None:
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.data.rows import BadRow
     from stepdistill_jax.errors import InputError
-    from stepdistill_jax.inference.allowed import allow
-    from stepdistill_jax.inference.counts import Tally
+    from stepdistill_jax.inference.accuracy import Tally
+    from stepdistill_jax.inference.allowed_answers import allow
     from stepdistill_jax.inference.engines import open_engine
+    from stepdistill_jax.inference.input_rows import read_questions
     from stepdistill_jax.inference.labels import label_rows
     from stepdistill_jax.inference.options import DecodeOptions
     from stepdistill_jax.inference.prompting import encode_input, how_to_ask
-    from stepdistill_jax.inference.rows import read_questions
 
     dataset = ensure_prepared(args.task, args.data_dir)
     rows = [

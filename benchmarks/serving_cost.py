@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def target_lengths(path: pathlib.Path, vocabulary) -> dict[str, list[int]]:
     """Tokens, the end of sequence included, of the labels and of what a rationale-first model writes."""
     from stepdistill_jax.data.rows import BadRow
-    from stepdistill_jax.inference.rows import read_questions
+    from stepdistill_jax.inference.input_rows import read_questions
 
     lengths: dict[str, list[int]] = {"label": [], "rationale_first": []}
     for row in read_questions(path):

@@ -659,7 +659,7 @@ MUTANTS = [
     Mutant(
         id="IN11",
         what="the temperature multiplies",
-        file="stepdistill_jax/inference/allowed.py",
+        file="stepdistill_jax/inference/allowed_answers.py",
         old="(scores - scores[best]) / self.temperature",
         new="(scores - scores[best]) * self.temperature",
         tests=[
@@ -733,7 +733,7 @@ MUTANTS = [
     Mutant(
         id="FM3",
         what="square matrices (the encoder's query) are not transposed",
-        file="stepdistill_jax/formats/names.py",
+        file="stepdistill_jax/formats/parameter_names.py",
         old='return path.endswith(("/kernel", "/rel_embedding"))',
         new=(
             'return path.endswith(("/kernel", "/rel_embedding")) '

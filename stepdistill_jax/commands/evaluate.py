@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `inference.evaluate` and prints its summary; of several processes, the first one does."""
     join_and_cache(args.path)
     from stepdistill_jax.inference import evaluate, rationale_quality
-    from stepdistill_jax.inference.counts import in_words
+    from stepdistill_jax.inference.accuracy import in_words
     from stepdistill_jax.runtime.distributed import is_process_0
 
     with stopped_by_signals():

@@ -16,7 +16,7 @@ from typing import Any
 
 from stepdistill_jax import __version__
 from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
-from stepdistill_jax.commands.names import as_typed
+from stepdistill_jax.commands.flag_names import as_typed
 from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.errors import InputError, nearest, printable
 from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError

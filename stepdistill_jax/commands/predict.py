@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     join_and_cache(args.path)
     from stepdistill_jax.inference import predict
-    from stepdistill_jax.inference.counts import in_words
+    from stepdistill_jax.inference.accuracy import in_words
     from stepdistill_jax.runtime.distributed import is_process_0
 
     with stopped_by_signals():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from stepdistill_jax.data import arithmetic
-from stepdistill_jax.data.sums import wrong_sums
+from stepdistill_jax.data.written_sums import wrong_sums
 
 NEXT_QUESTION = "Q:"  # where a few-shot completion runs on into an invented question
 CHOICE_MARKER = "So the answer is"

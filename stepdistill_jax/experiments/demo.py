@@ -15,7 +15,7 @@ from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.experiments.plots import learning_curves
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info
-from stepdistill_jax.inference.counts import Tally
+from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import encode_input
 from stepdistill_jax.runtime.files import write_json

@@ -31,7 +31,7 @@ from stepdistill_jax.formats.directory import (
     write_model_files,
 )
 from stepdistill_jax.formats.hf import to_hf
-from stepdistill_jax.formats.names import EMBEDDING, HEAD
+from stepdistill_jax.formats.parameter_names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.runtime.checks import one_of

@@ -21,7 +21,7 @@ from stepdistill_jax.data.vocabulary import (
     load_vocabulary,
 )
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.names import HEAD
+from stepdistill_jax.formats.parameter_names import HEAD
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.names import HEAD, IGNORED, hf_names, is_transposed
+from stepdistill_jax.formats.parameter_names import HEAD, IGNORED, hf_names, is_transposed
 from stepdistill_jax.formats.safetensors_file import write_safetensors
 from stepdistill_jax.formats.tensors import Weights
 from stepdistill_jax.formats.weights import INDEX, WEIGHTS, has_own_head, open_weights

@@ -18,7 +18,7 @@ import numpy as np
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.flax_msgpack import read_tree
-from stepdistill_jax.formats.names import HEAD, hf_names, is_transposed
+from stepdistill_jax.formats.parameter_names import HEAD, hf_names, is_transposed
 from stepdistill_jax.formats.tensors import (
     Index,
     Tensor,

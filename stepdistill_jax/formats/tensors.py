@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.names import EMBEDDING, EMBEDDING_COPIES
+from stepdistill_jax.formats.parameter_names import EMBEDDING, EMBEDDING_COPIES
 from stepdistill_jax.runtime.files import read_json
 
 Index = tuple[slice, ...]

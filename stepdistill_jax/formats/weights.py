@@ -8,7 +8,7 @@ import numpy as np
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.flax_msgpack import open_flax
-from stepdistill_jax.formats.names import EMBEDDING, HEAD
+from stepdistill_jax.formats.parameter_names import EMBEDDING, HEAD
 from stepdistill_jax.formats.safetensors_file import open_safetensors
 from stepdistill_jax.formats.t5x import find_t5x, open_t5x
 from stepdistill_jax.formats.tensors import Tensor, Weights, shard_files

@@ -14,8 +14,8 @@ from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
-from stepdistill_jax.inference.allowed import ROW, allow
-from stepdistill_jax.inference.counts import Tally
+from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.allowed_answers import ROW, allow
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.labels import label_rows
 from stepdistill_jax.inference.options import DecodeOptions, decode_options

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.inference.allowed import Allowed
+from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.engines import Engine, require_finite
 from stepdistill_jax.inference.prompting import Asking, scored_answer
 

@@ -34,7 +34,7 @@ class DecodeOptions:
             None is 1.
         choices: the allowed answers: `row` (each row's `choices`), `labels` (the task's), a file of
             them, or a list. Each is scored, exactly, instead of decoding, and the likeliest is the
-            label (`inference.allowed`). None allows any answer.
+            label (`inference.allowed_answers`). None allows any answer.
         choices_temperature: of the probabilities of choices; `best_temperature` of a validation
             split, say.
         prefix: text before the input; None is the model's own template.

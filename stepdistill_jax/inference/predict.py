@@ -15,9 +15,10 @@ from typing import Any
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.allowed import Allowed, allow
-from stepdistill_jax.inference.counts import Tally
+from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.allowed_answers import Allowed, allow
 from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
+from stepdistill_jax.inference.input_rows import InputFile, next_window
 from stepdistill_jax.inference.labels import label_rows
 from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import (
@@ -26,8 +27,7 @@ from stepdistill_jax.inference.prompting import (
     encode_input,
     how_to_ask,
 )
-from stepdistill_jax.inference.rows import InputFile, next_window
-from stepdistill_jax.inference.skipped import LIST, SkippedRows, skipped_of
+from stepdistill_jax.inference.skipped_rows import LIST, SkippedRows, skipped_of
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.distributed import is_process_0
 from stepdistill_jax.runtime.fingerprints import digest
@@ -68,7 +68,7 @@ def predict(
             is longer than in training is cut and counted.
         output: JSON lines `id`, `label`, `score` (natural log of the probability of the answer, its
             end of sequence included, 6 digits), and `rationale` if asked for. With choices also
-            `probability` and `choices` (`inference.allowed`). Where the model writes
+            `probability` and `choices` (`inference.allowed_answers`). Where the model writes
             more than a label, that is parsed out of its answer, and the other fields of the target
             are there, too (`asking.read_answer`). It gets its name when
             it is whole; a file of that name is replaced only then. A run that was stopped goes on

@@ -11,16 +11,16 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.allowed import Allowed
+from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.engines import (
     CTranslate2Engine,
     Engine,
     JaxEngine,
     NotFinite,
 )
+from stepdistill_jax.inference.input_rows import question
 from stepdistill_jax.inference.labels import label_rows
 from stepdistill_jax.inference.prompting import Asking, encode_input
-from stepdistill_jax.inference.rows import question
 from stepdistill_jax.serving.batcher import lane_length
 
 MAX_CHOICES = 256  # of one row: each costs time that others wait for

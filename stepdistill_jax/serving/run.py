@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.allowed import allow
+from stepdistill_jax.inference.allowed_answers import allow
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import how_to_ask

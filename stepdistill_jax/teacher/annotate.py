@@ -20,7 +20,7 @@ from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ChatClient, Teacher
 from stepdistill_jax.teacher.prompting import Asking, Estimate, load_asking, unanswered
 from stepdistill_jax.teacher.prompts import estimate_tokens
-from stepdistill_jax.teacher.rows import check_questions, read_questions
+from stepdistill_jax.teacher.questions import check_questions, read_questions
 from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal
 from stepdistill_jax.teacher.settings import LOCAL, Settings
 

@@ -16,7 +16,7 @@ from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import completion, now, token_count
 from stepdistill_jax.teacher.prompting import Asking, Estimate, unanswered
-from stepdistill_jax.teacher.rows import check_questions
+from stepdistill_jax.teacher.questions import check_questions
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
 REQUESTS = Made("annotate", b'{"custom_id": "', ("custom_id", "method", "body"))

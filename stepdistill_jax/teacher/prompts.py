@@ -10,7 +10,7 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import LETTERS
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.teacher.rows import ASKED, read_questions
+from stepdistill_jax.teacher.questions import ASKED, read_questions
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 GENERIC = "generic"

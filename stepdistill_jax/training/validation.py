@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import end_value
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.inference.counts import Tally
+from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.prompting import cut_ids, read_answer
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge

@@ -13,11 +13,11 @@ from stepdistill_jax.data.corpora import anli, cqa, esnli, jsonl, svamp
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.data.writing import describe, write_rows
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.rows import read_questions
+from stepdistill_jax.inference.input_rows import read_questions
 from stepdistill_jax.teacher.batch import read_batch
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
-from stepdistill_jax.teacher.rows import check_questions
+from stepdistill_jax.teacher.questions import check_questions
 from stepdistill_jax.teacher.settings import Settings
 
 DATA = pathlib.Path(__file__).parents[1] / "bad_inputs" / "data"

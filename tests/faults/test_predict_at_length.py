@@ -28,8 +28,8 @@ from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
-from stepdistill_jax.inference.counts import Tally
-from stepdistill_jax.inference.skipped import SkippedRows
+from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.skipped_rows import SkippedRows
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import init_params
 from stepdistill_jax.runtime.streams import ResumableFile, outputs_of
@@ -658,7 +658,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_one_that_was_left_alone(
 HELD_IN = """
 import hashlib, importlib, pathlib, time
 predict = importlib.import_module("stepdistill_jax.inference.predict")
-rows = importlib.import_module("stepdistill_jax.inference.rows")
+rows = importlib.import_module("stepdistill_jax.inference.input_rows")
 decode = importlib.import_module("stepdistill_jax.decoding.greedy")
 held = pathlib.Path(job["folder"]) / "held"
 def hold():

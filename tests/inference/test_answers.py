@@ -16,7 +16,7 @@ from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.inference import predict
-from stepdistill_jax.inference.counts import in_words
+from stepdistill_jax.inference.accuracy import in_words
 from stepdistill_jax.inference.evaluate import evaluate, evaluate_tokens
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.serving.answerer import Answerer

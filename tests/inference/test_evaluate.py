@@ -12,7 +12,7 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import evaluate, load_model, predict
-from stepdistill_jax.inference.counts import Tally, in_words
+from stepdistill_jax.inference.accuracy import Tally, in_words
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.rationale_quality import RationaleTally
 

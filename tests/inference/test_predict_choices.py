@@ -12,7 +12,7 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import DecodeOptions, engines, evaluate, export, load_model, predict
-from stepdistill_jax.inference.allowed import Allowed
+from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.calibration import Calibration
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.model import device_mesh

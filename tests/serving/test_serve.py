@@ -19,7 +19,7 @@ from stepdistill_jax.data.vocabulary import UNK_ID, load_vocabulary
 from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import DecodeOptions, engines, export, predict
-from stepdistill_jax.inference.allowed import allow
+from stepdistill_jax.inference.allowed_answers import allow
 from stepdistill_jax.inference.prompting import how_to_ask
 from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving import run as serving_run

@@ -16,7 +16,7 @@ from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
-from stepdistill_jax.teacher.rows import check_questions
+from stepdistill_jax.teacher.questions import check_questions
 from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings
 from stepdistill_jax.teacher.stub_server import Reply, StubServer, by_rule

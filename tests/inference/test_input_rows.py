@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from stepdistill_jax.data.corpora import jsonl
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import predict
-from stepdistill_jax.inference.rows import read_questions
-from stepdistill_jax.teacher import rows
+from stepdistill_jax.inference.input_rows import read_questions
+from stepdistill_jax.teacher import questions as rows
 
 
 def test_ids_come_back_as_they_were_given_and_a_blank_one_is_the_rows_number(

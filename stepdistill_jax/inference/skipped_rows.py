@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 
-from stepdistill_jax.inference.rows import BadRow
+from stepdistill_jax.inference.input_rows import BadRow
 from stepdistill_jax.runtime.distributed import is_process_0
 from stepdistill_jax.runtime.files import partial_of
 from stepdistill_jax.runtime.overwriting import Made

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from stepdistill_jax.data.sums import wrong_sums
+from stepdistill_jax.data.written_sums import wrong_sums
 
 
 @pytest.mark.parametrize(
