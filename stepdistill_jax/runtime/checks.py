@@ -82,4 +82,6 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> None:
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
     """The error of all these checks: "`num_beams` must be a whole number of at least 1, not 0"."""
-    return InputError(f"`{name}` must be {wanted}, not {value!r}{hint}")
+    shown = repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")

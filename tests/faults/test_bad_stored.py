@@ -116,7 +116,7 @@ def test_cache_files(tmp_path, refused):
         for old in tmp_path.iterdir():
             old.rmdir() if old.is_dir() else old.unlink()
         make()
-        refused(kind, f"--cache {path}: ", look)
+        refused(kind, f"`cache` {path}: ", look)
     refused.told("a teacher's cache: damaged pages, other tables, wrong values")
 
 
