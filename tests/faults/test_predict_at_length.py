@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.data.vocabulary import load_vocabulary
@@ -361,7 +360,7 @@ def test_memory_of_counts_lists_and_earlier_rows_does_not_grow_with_rows(tmp_pat
         tracemalloc.start()
         try:
             for i, row in enumerate(output.rows()):
-                tally.add(Example(str(i), "x", f"l{i % 2}" * 8), row["label"])
+                tally.add(row["label"], f"l{i % 2}" * 8)
                 skipped.add(BadRow("in.jsonl", i, "bad"))
             _, peak = tracemalloc.get_traced_memory()
         finally:

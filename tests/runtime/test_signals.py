@@ -8,14 +8,17 @@ import pytest
 
 # `how` the first signal is taken, and `where` it comes: in Python, or in C, where no handler runs
 CHILD = """
-import hashlib, signal, sys, time
+import hashlib, signal, sys, threading, time
 from stepdistill_jax.runtime.signals import StopSignals, leave
 how, where = sys.argv[1:]
 def ends(name):
     leave(name, "stopped between two runs")
 def works(stop):
-    print("ready", flush=True)
-    if where == "in C":
+    ready = lambda: print("ready", flush=True)
+    if where == "in Python":
+        ready()
+    else:
+        threading.Timer(0.5, ready).start()  # by then the main thread is in C
         hashlib.pbkdf2_hmac("sha256", b"a minute", b"of C", 100_000_000)
     while not stop.agreed():
         time.sleep(0.01)
