@@ -9,7 +9,7 @@ from typing import Any
 from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import check_file
-from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.progress import log, written
 
 # the fields of `teacher.Settings` that are a text or a number, which has the defaults
 FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
@@ -144,6 +144,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     elif args.batch_file:
         _show_batch(args.batch_file[0], result)
     else:
+        if result["stopped"]:
+            result["stopped"] = written(result["stopped"])
         _show(args.output, result)
     return result
 

@@ -175,7 +175,8 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
         named = re.search(r"`([\w.]+)`", text)
         name = named[1] if named else ""
         for key, b in reached.items():
-            if name in (key, key.rpartition(".")[2]):
+            parameter = key.rpartition(".")[2]  # `label_weight` of an arm is `label.weight`
+            if name in (key, parameter) or name.replace(".", "_") == parameter:
                 source = _source(b, reached)
                 config, text = source.where, text.replace(f"`{name}`", source.key)
                 break

@@ -194,10 +194,10 @@ def _advice(config: TrainConfig, nearest: dict[str, Any] | None, limit: float) -
             found.append(f"`num_microbatches={total}` (activations / {slices}, same result)")
             break
     if config.dtype == "float32":
-        found.append("the part memory/bfloat16.gin (activations of half the size)")
+        found.append("`gin_files=memory/bfloat16.gin` (activations of half the size)")
     if config.optimizer.name == "adamw":
         saved = sizes["optimizer"] / 2**30
-        found.append(f"the part optimizers/adafactor.gin (saves most of {saved:.2f} GiB)")
+        found.append(f"`gin_files=optimizers/adafactor.gin` (saves most of {saved:.2f} GiB)")
         if config.optimizer.mu_dtype == "float32":
-            found.append(f"the part memory/bfloat16_moment.gin (saves {saved / 4:.2f} GiB)")
+            found.append(f"`gin_files=memory/bfloat16_moment.gin` (saves {saved / 4:.2f} GiB)")
     return found

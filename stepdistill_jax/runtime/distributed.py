@@ -118,7 +118,10 @@ def join() -> None:
 
 def is_process_0() -> bool:
     """Whether this process speaks for the job: the first of it, or the only one."""
-    return _joined is None or _joined.process_id == 0
+    if _joined is not None:
+        return _joined.process_id == 0
+    jax = sys.modules.get("jax")  # the caller may have joined a job without us
+    return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def leave(code: int) -> None:

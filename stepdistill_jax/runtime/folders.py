@@ -60,9 +60,10 @@ def alone(
 def remove_left(target: pathlib.Path, tag: str = "") -> None:
     """Removes what killed writers of `target` left, as they would have; no other may be at work."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
-        # else it is not of our making
-        if work.is_dir() and {path.name for path in work.iterdir()} <= {target.name, REPLACED}:
-            _remove(work, target)
+        with contextlib.suppress(OSError):  # another user's, who removes it with the next run
+            # else it is not of our making
+            if work.is_dir() and {path.name for path in work.iterdir()} <= {target.name, REPLACED}:
+                _remove(work, target)
 
 
 def _prefix(target: pathlib.Path, tag: str) -> str:

@@ -89,7 +89,7 @@ class Settings:
         keep(self, whole, "retries", least=0)
         keep(self, number, "timeout", "max_truncated", least=0)
         if self.max_tokens_total is not None:
-            keep(self, whole, "max_tokens_total", least=1)
+            keep(self, whole, "max_tokens_total", least=1, most=2**63 - 1)
         for name in ("max_cost", "price_input", "price_output"):
             if getattr(self, name) is not None:
                 keep(self, number, name, least=0)

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import end_value
+from stepdistill_jax.data.text_metrics import accuracy
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.prompting import cut_ids, read_answer
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
@@ -102,11 +102,9 @@ class Validator:
         objective = self.data.objectives[0]
         texts = map(self.data.vocabulary.decode, decoded.ids)
         read = [read_answer(objective, text) for text in texts]
-        tally = Tally(self.data.metric)
-        for (answer, _), label in zip(read, labels, strict=True):
-            tally.add(answer["label"], label)
-        found = tally.summary()
-        if found["collapsed"] and jax.process_index() == 0:
+        answers = [answer["label"] for answer, _ in read]
+        collapsed = len(set(answers)) == 1 < len(answers)
+        if collapsed and jax.process_index() == 0:
             answer, parsed = read[0]
             log(
                 f"warning: all {len(read)} answers in {self.data.split} are"
@@ -115,8 +113,8 @@ class Validator:
             )
         unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}
         return {
-            "label_accuracy": found.get("accuracy", 0.0),
+            "label_accuracy": accuracy(answers, labels, self.data.metric),
             "unfinished": float(np.mean(~np.asarray(decoded.finished))),
-            "collapsed": float(found["collapsed"]),
+            "collapsed": float(collapsed),
             **(unparsed if objective.writes_more else {}),
         }

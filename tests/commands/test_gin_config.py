@@ -145,7 +145,10 @@ def test_the_last_set_of_a_name_wins():
         ("two words=3", ["NAME=VALUE is wanted"]),
         (
             "step_by_step.rationale_weight=-1",
-            ["`rationale.weight` must be a number of at least 0, not -1"],
+            [
+                "--set step_by_step.rationale_weight=-1",
+                "weight must be a number of at least 0, not -1",
+            ],
         ),
         ("optimizer.name=adam", ["did you mean 'adamw'"]),
         (
@@ -169,7 +172,10 @@ def test_the_last_set_of_a_name_wins():
         ),
         (
             "step_by_step.rationale_weight=all",
-            ["`rationale.weight` must be a number of at least 0, not 'all'"],
+            [
+                "--set step_by_step.rationale_weight=all",
+                "weight must be a number of at least 0, not 'all'",
+            ],
         ),
         ("TASK=5", ["--set TASK=5: TASK must be text, not 5"]),
         ("TASK=%SEED", ["SEED must be text, not 0"]),

@@ -256,7 +256,7 @@ def test_a_file_without_permission(refused, monkeypatch):
 
 
 FLAGS = (
-    ("prepare", ("--map", "input=question"), " input=question: "),
+    ("prepare", ("--map", "input=question"), "--map input=question: "),
     ("prepare", ("--map", "inptu=input"), "did you mean 'input'"),
     ("prepare", ("--map", "input"), "--map: input=question,label=answer is wanted"),
     ("prepare", ("--map", "input=a,input=b"), "mapped twice"),
@@ -271,7 +271,7 @@ FLAGS = (
     ("prepare", ("--name", "theirs"), "was not written by `prepare`"),
     ("prepare", ("--data-dir", "in.jsonl"), "--data-dir in.jsonl: cannot be written"),
     ("prepare", ("--data-dir", "x" * 5000), "cannot be written"),
-    ("prepare", ("--report", "in.jsonl"), " in.jsonl/mine.html: cannot be written"),
+    ("prepare", ("--report", "in.jsonl"), "--report in.jsonl/mine.html: cannot be written"),
     ("annotate", ("--choices", "[" * 100_000), "--choices: broken JSON"),
     ("annotate", ("--choices", '["a", 1]'), "--choices: texts are wanted"),
     ("annotate", ("--choices", '["a", "\\ud800"]'), "--choices: no valid UTF-8 or Unicode"),
