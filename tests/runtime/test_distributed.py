@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from stepdistill_jax.errors import InputError
@@ -244,3 +245,10 @@ def test_workdirs_that_are_not_one_folder_end_all(tmp_path, delivery_data_dir):
         assert "process 1: --workdir" in err
         assert "does not see there what process 0 has written" in err
     assert not list(pathlib.Path(tmp_path / "host1").glob("w/*"))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_who_speaks_for_a_job_that_the_caller_has_joined(joined, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: joined)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert distributed.is_process_0() is not joined

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import shutil
 import socket
 import subprocess
@@ -105,6 +106,18 @@ def test_what_a_killed_writer_left_beside_a_store_is_removed(tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 2
     remove_left(tmp_path / "s", own_tag())
     assert [p.name.split(".")[1] for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_what_a_killed_writer_of_another_user_left_stops_nobody(tmp_path, monkeypatch):
+    left = tmp_path / f".s.partial-{own_tag()}-x"
+    left.mkdir()
+
+    def forbidden(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", forbidden)
+    remove_left(tmp_path / "s", own_tag())
+    assert left.is_dir()
 
 
 def test_a_replaced_store_stays_readable_for_those_who_have_it_open(tmp_path):
