@@ -195,5 +195,5 @@ def test_the_gin_part_trains_adapters_and_its_ranks_can_be_set(tmp_path):
 
 
 def test_a_run_wants_a_lora_config():
-    with pytest.raises(InputError, match=r"@lora\(\)"):
+    with pytest.raises(InputError, match="must be a `LoraConfig` or None"):
         TrainConfig(**SETTINGS | {"lora": 8})
