@@ -3,6 +3,8 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA_FLAGS of a process that a test starts on one device
+os.environ.setdefault("XLA_FLAGS_OF_ONE_DEVICE", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
@@ -78,16 +80,27 @@ def full_disk():
 
 
 @pytest.fixture(scope="session")
-def delivery_data_dir(shared_tmp) -> pathlib.Path:
-    """A data dir that holds the prepared `delivery` dataset; built once for all workers."""
-    data_dir = shared_tmp / "delivery_data"
-    with open(shared_tmp / "delivery.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (data_dir / "delivery" / "dataset.json").exists():
-            from stepdistill_jax.data.prepare import prepare
+def built_once(shared_tmp):
+    """`built_once(name, build)`: a folder that `build(folder)` fills, once for all workers."""
 
-            prepare("delivery", data_dir=data_dir)
-    return data_dir
+    def built(name, build):
+        folder, done = shared_tmp / name, shared_tmp / f"{name}.done"
+        with open(shared_tmp / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                build(folder)
+                done.touch()
+        return folder
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def delivery_data_dir(built_once) -> pathlib.Path:
+    """A data dir that holds the prepared `delivery` dataset."""
+    from stepdistill_jax.data.prepare import prepare
+
+    return built_once("delivery_data", lambda folder: prepare("delivery", data_dir=folder))
 
 
 @pytest.fixture(scope="session")

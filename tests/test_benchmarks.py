@@ -39,7 +39,11 @@ def run(name, *argv, environment=None, timeout=280):
         script = BENCHMARKS / f"{name}_throughput.py"
     return subprocess.run(
         [sys.executable, script, "--threads", "1", *argv],
-        env={**os.environ, "XLA_FLAGS": "", **(environment or {})},
+        env={
+            **os.environ,
+            "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
+            **(environment or {}),
+        },
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -64,7 +64,7 @@ def child(code, *args, env, cwd):
         capture_output=True,
         text=True,
         timeout=280,
-        env=inherited | {"XLA_FLAGS": ""} | env,
+        env=inherited | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]} | env,
         cwd=cwd,
     )
 

@@ -246,11 +246,19 @@ def other_run(tmp_path_factory, delivery_data_dir):
         pytest.param(
             ("predict", "nowhere", "good.jsonl", "out.jsonl"), "nowhere", marks=pytest.mark.slow
         ),
-        (("predict", "RUN", "broken.jsonl", "out.jsonl"), "broken.jsonl:7"),
+        pytest.param(
+            ("predict", "RUN", "broken.jsonl", "out.jsonl"),
+            "broken.jsonl:7",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ("evaluate", "nowhere", "--task", "delivery"), "nowhere", marks=pytest.mark.slow
         ),
-        (("train", "demo_label_only", "--workdir", "RUN", "--set", "TRAIN_STEPS=2"), "TRAIN_STEPS"),
+        pytest.param(
+            ("train", "demo_label_only", "--workdir", "RUN", "--set", "TRAIN_STEPS=2"),
+            "TRAIN_STEPS",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "typo",
@@ -263,11 +271,11 @@ def other_run(tmp_path_factory, delivery_data_dir):
         "other_config",
     ],
 )
-def test_bad_input_is_named_in_one_line(tmp_path, delivery_data_dir, other_run, args, named):
+def test_bad_input_is_named_in_one_line(tmp_path, delivery_data_dir, request, args, named):
     good = json.dumps({"input": "a", "label": "b", "rationale": "c"}) + "\n"
     (tmp_path / "good.jsonl").write_text(good)
     (tmp_path / "broken.jsonl").write_text(good * 6 + '{"input": "a", \n' + good)
-    args = [other_run if a == "RUN" else a for a in args]
+    args = [request.getfixturevalue("other_run") if a == "RUN" else a for a in args]
     data = () if args[0] == "predict" else ("--data-dir", delivery_data_dir)
     _, errors = stepdistill(*args, *data, cwd=tmp_path, code=2)
     (line,) = [x for x in errors.splitlines() if x.startswith("stepdistill")]

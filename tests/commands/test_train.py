@@ -87,7 +87,11 @@ def test_two_steps_in_a_process_of_its_own(delivery_data_dir, tmp_path):
     for setting in ("TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=8"):
         command += ["--set", setting]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])

@@ -53,7 +53,7 @@ def inputs():
 @pytest.mark.parametrize(
     "num_encoder_layers, length_penalty",
     [
-        (2, 1.0),
+        pytest.param(2, 1.0, marks=pytest.mark.slow),
         pytest.param(2, 0.0, marks=pytest.mark.slow),
         pytest.param(2, 2.0, marks=pytest.mark.slow),
         (3, 0.6),

@@ -70,7 +70,11 @@ def typed_into_a_shell(reader, line, *more):
     """The same in a process of its own, with one device."""
     program, *argv = line.split()
     assert program == "stepdistill"
-    environment = {**os.environ, "STEPDISTILL_DATA_DIR": str(reader / "data"), "XLA_FLAGS": ""}
+    environment = {
+        **os.environ,
+        "STEPDISTILL_DATA_DIR": str(reader / "data"),
+        "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
+    }
     done = subprocess.run(
         [sys.executable, "-m", "stepdistill_jax", *argv, *more, "--json"],
         cwd=reader,
@@ -87,7 +91,9 @@ def commands(way):
     return SHELL.findall(PAGE.read_text(encoding="utf-8"))[WAYS[way]].splitlines()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio"]
+)
 def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
     *_, inspect, train = commands(way)
     assert [inspect.split()[1], train.split()[1]] == ["inspect", "train"]
@@ -118,7 +124,9 @@ def test_the_task_in_code_takes_under_25_lines():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio"]
+)
 def test_each_way_trains(reader, prepared, way):
     prepared(way)
     overrides = [argument for setting in SHORT for argument in ("--set", setting)]

@@ -173,7 +173,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_bits(tmp_path, delivery_data
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
         )
 
     def finish(folder):

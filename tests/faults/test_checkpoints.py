@@ -579,7 +579,7 @@ def train(workdir, data_dir, kill_at=0):
         capture_output=True,
         text=True,
         timeout=250,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
     )
 
 

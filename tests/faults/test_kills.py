@@ -190,7 +190,9 @@ class Fate:
 def test_kills_at_random_moments_lose_nothing(lives, tmp_path, record_fault):
     """Runs that are killed over and over; two of them prepare and tokenise their data, too."""
     # as a user has it: compiled programs beside the workdir
-    start = lives("--data", JAX_COMPILATION_CACHE_DIR="", XLA_FLAGS="")
+    start = lives(
+        "--data", JAX_COMPILATION_CACHE_DIR="", XLA_FLAGS=os.environ["XLA_FLAGS_OF_ONE_DEVICE"]
+    )
     settings = {"TRAIN_STEPS": 12, "EVAL_EVERY": 4, "CHECKPOINT_EVERY": 3, "BATCH_SIZE": 16}
     rows = tmp_path / "rows.jsonl"
     rows.write_text(

@@ -533,7 +533,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
         )
 
     def start(self, *argv, hook="", **told):
@@ -746,7 +746,7 @@ def test_a_million_rows_take_the_memory_of_a_hundred_thousand(model_dir, tmp_pat
             [sys.executable, *map(str, command), "--batch-size", "1024"],
             stdout=stdout,
             stderr=stderr,
-            env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+            env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
         )
         while child.poll() is None:
             time.sleep(0.05)

@@ -142,7 +142,7 @@ def environment(url):
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for credentials of its own
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
     }
 
 
@@ -218,7 +218,7 @@ def outcome(run, workdir, model_dir):
 def undisturbed(tmp_path_factory, delivery_data_dir):
     """The outcome of the same run on a disk."""
     folder = tmp_path_factory.mktemp("disk")
-    run = runner({"XLA_FLAGS": ""}, folder)
+    run = runner({"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]}, folder)
     done = run(CHILD, *training(folder / "run", delivery_data_dir))
     assert done.returncode == 0, done.stderr
     return outcome(run, folder / "run", folder / "model")

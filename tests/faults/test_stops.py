@@ -315,7 +315,7 @@ def test_of_two_processes_one_is_told_and_both_stop(start, tmp_path, survives, p
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(process),
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+            "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
         }
         given = {"eval_every": 2, "train_steps": 4}
         job.append(start(phase, workdir, env, **given))

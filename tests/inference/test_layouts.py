@@ -222,7 +222,7 @@ def test_what_eight_devices_saved_is_exported_on_one(run, params, tmp_path):
     folder = tmp_path / "model"
     done = subprocess.run(
         [sys.executable, "-c", ONE_DEVICE, str(run), str(folder)],
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
         capture_output=True,
         text=True,
     )

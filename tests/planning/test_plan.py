@@ -251,7 +251,7 @@ def test_from_8_to_64_devices_no_term_grows(tmp_path):
     """fsdp, 64 rows: state as 1/N, traffic bounded by the parameters, logits cut by rows."""
     done = subprocess.run(
         [sys.executable, "-c", GROWTH, str(tmp_path)], capture_output=True, text=True, check=True,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
     )  # fmt: skip
     few, many = (json.loads(done.stdout.splitlines()[-1])[n] for n in ("8", "64"))
     parameters = 4 * 76_961_152  # T5 v1.1 small, float32
@@ -285,7 +285,7 @@ def test_xxl_is_planned(devices, layout, tensor, tmp_path):
     command = ["plan", config, "--devices", str(devices), "--layout", layout, "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "stepdistill_jax", *command, "--data-dir", tmp_path],
-        capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True, text=True, check=True, env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]},
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
     (candidate,) = found["candidates"]

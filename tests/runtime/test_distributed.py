@@ -125,7 +125,12 @@ def launch(argv, numbers, *, of, each=None, code=None, **variables):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(of)}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | job | variables
+    environment = (
+        os.environ
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]}
+        | job
+        | variables
+    )
     return [
         subprocess.Popen(
             [

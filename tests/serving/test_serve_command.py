@@ -57,7 +57,10 @@ class Slow:
 run.open_engine = Slow
 sys.exit(main(sys.argv[1:]))
 """
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"],
+    "JAX_PLATFORMS": "cpu",
+}
 
 
 class Process:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,12 +70,19 @@ def assert_bitwise(one, other):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, delivery_data_dir):
+def undisturbed(tmp_path_factory, delivery_data_dir, built_once):
     """(workdir, summary) of a run that nobody stops."""
-    workdir = tmp_path_factory.mktemp("undisturbed")
-    return workdir, train(
-        TrainConfig(**SETTINGS), workdir=workdir, data_dir=delivery_data_dir, config_text="# text"
-    )
+
+    def run(folder):
+        config = TrainConfig(**SETTINGS)
+        workdir = folder / "run"
+        summary = train(config, workdir=workdir, data_dir=delivery_data_dir, config_text="# text")
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+    built = built_once("undisturbed", run)
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    shutil.copytree(built / "run", workdir)
+    return workdir, json.loads((built / "summary.json").read_text())
 
 
 def timeless(lines):
