@@ -269,7 +269,7 @@ MUTANTS = [
         file="stepdistill_jax/runtime/files.py",
         old="if len(found) < len(pairs):",
         new="if len(found) < 0:",
-        tests=["tests/data/test_jsonl.py::test_a_line_that_is_no_row_is_named[key twice]"],
+        tests=["tests/faults/test_bad_data.py::test_json_lines_of_the_corpus"],
     ),
     Mutant(
         id="F4",
