@@ -96,7 +96,7 @@ $(SLOW_PARTS): test-slow-%: $(VENV)/.installed-test
 
 faults: $(VENV)/.installed-test
 	@echo "== faults: kills, damage, bad input, a soak"
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
 
 mutants: $(VENV)/.installed-test
 	@echo "== mutants: planted bugs that the tests must catch"
