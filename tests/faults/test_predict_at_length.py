@@ -236,8 +236,9 @@ def check_damage(echo, lines, newline, last_newline, damage):
                 predict(echo, source, out, stop_in=stop_in)
             sidecars.append((folder / "out.jsonl.partial.json").read_bytes())
         hurt(out, damage, sidecars[0])
-        left = sidecar_of(out).exists() or partial_of(out).stat().st_size
-        if left and not outputs_of(out)[1]:  # neither rows nor sidecar is known as ours any more
+        pair = partial_of(out), sidecar_of(out)
+        filled = any(path.exists() and path.stat().st_size for path in pair)
+        if filled and not outputs_of(out)[1]:  # neither rows nor sidecar is known as ours any more
             with pytest.raises(InputError, match="was not written by `predict`"):
                 predict(echo, source, out)
             return
