@@ -94,7 +94,10 @@ def test_a_config_binds_schedules_and_is_written_as_it_was_read(tmp_path):
         (("0.0", "-1.0"), "linear_schedule.end_value must be a number of at least 0, not -1.0"),
         (("1000", "0"), "linear_schedule.transition_steps must be a whole number of at least 1"),
         (("linear_schedule.end_value = 0.0\n", ""), "end_value"),
-        (("@linear_schedule()", "@linear_schedule"), "weight` must be a number of at least 0"),
+        (
+            ("@linear_schedule()", "@linear_schedule"),
+            "rationale_weight must be a number of at least 0",
+        ),
         (("end_value", "last_value"), "no parameter 'last_value'"),
     ],
 )
