@@ -66,7 +66,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
 
     Args:
         parser: of a command that decodes.
-        prompts: also those of how a text is asked: `--max-decode-len` and `--prefix`.
+        prompts: adds `--max-decode-len` and `--prefix`.
     """
 
     def add(flag: str, **settings: Any) -> None:

@@ -36,9 +36,9 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 
 @functools.cache
 def _settings() -> dict[str, str]:
-    """What a config calls a field: the macro that `train.gin` wires it to, or `train.FIELD`.
+    """Returns the config's name of each field: its macro in `train.gin`, or else `train.FIELD`.
 
-    And how it writes an object: `LoraConfig` is `@lora()`.
+    A class has the name of its reference: `LoraConfig` is `@lora()`.
     """
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults
     from stepdistill_jax.commands.shipped import shipped_folder

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _flags(candidate: dict[str, Any]) -> str:
-    """What `train` takes for a layout and policy that were compared."""
+    """Returns the flags of `train` that choose a candidate's layout and policy."""
     layout, _, sizes = candidate["name"].partition(" ")
     tensor = f" --set Layout.tensor={sizes.partition('x')[2]}" if sizes else ""
     policy = f" --set train.remat_policy={candidate['remat_policy']}"

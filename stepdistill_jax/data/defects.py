@@ -1,4 +1,4 @@
-"""What can be wrong with a row: the name of each defect, and what is done about it."""
+"""The defects of rows: the name of each, and how `prepare` handles it."""
 
 import dataclasses
 

@@ -118,7 +118,7 @@ class JsonRow:
 
 
 class BadRow(InputError):
-    """What is wrong with a row.
+    """A row that cannot be read, and why.
 
     Attributes:
         line: of the file, from 1.

@@ -1,4 +1,4 @@
-"""Which answers `choices` allows, their ids, and what is written of them."""
+"""The answers that `choices` allows, their ids, and the output fields with their scores."""
 
 import functools
 import os
@@ -203,7 +203,7 @@ def _read_file(path: os.PathLike | str) -> list[Any]:
     local = local_path(path, "`choices`")
     if not local.exists():
         raise InputError(
-            f"`choices` {path}: no such file; `row` takes each row's own, `labels` those of the task"
+            f"`choices` {path}: no such file; `row` takes each row's own choices, `labels` takes the labels of the task"
         )
     check_file(local, "a file of labels")
     if local.suffix == ".json":

@@ -62,10 +62,9 @@ def evaluate(
     The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
     SeqIO, as for training.
 
-    For a workdir the answers to a prepared dataset are kept in `predictions/TASK-SPLIT-STEP.jsonl`,
-    those of beams in `predictions/TASK-SPLIT-STEP-beamsN.jsonl` (`-beamsN-penaltyX` where one is
-    given), those of choices in `-choices.jsonl`, those of int8 weights in `-int8.jsonl`, those with
-    rationales in `-rationale.jsonl`.
+    A workdir keeps the answers to a prepared dataset in `predictions/TASK-SPLIT-STEP.jsonl`. Options
+    add to the name before `.jsonl`, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`,
+    `-rationale`.
 
     Args:
         path: workdir or model directory.
@@ -174,7 +173,7 @@ def _evaluate_dataset(
 
 
 def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
-    """What a result says of the search."""
+    """Returns the step and the options of search that a result names."""
     return {
         "step": step,
         "num_beams": options.num_beams,

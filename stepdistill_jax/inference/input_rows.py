@@ -9,7 +9,7 @@ from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import sha256
 
-FIELDS = ("rationale", "llm_label")  # read with those of every row
+FIELDS = ("rationale", "llm_label")  # optional fields of a question
 WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory
 
 

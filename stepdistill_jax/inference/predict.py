@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
@@ -29,7 +31,6 @@ from stepdistill_jax.inference.prompting import (
 )
 from stepdistill_jax.inference.skipped_rows import LIST, SkippedRows, skipped_of
 from stepdistill_jax.runtime.checks import one_of
-from stepdistill_jax.runtime.distributed import is_process_0
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import (
     on_all_processes,
@@ -154,7 +155,7 @@ def _run(
     counts = {name: shared.state.get(name, 0) for name in names}
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
-    if done and is_process_0():
+    if done and jax.process_index() == 0:
         log(f"{shared.path}: {done} rows are done, going on from there")
 
     def count_earlier() -> None:

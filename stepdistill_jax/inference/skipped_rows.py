@@ -5,8 +5,9 @@ import json
 import os
 import pathlib
 
+import jax
+
 from stepdistill_jax.inference.input_rows import BadRow
-from stepdistill_jax.runtime.distributed import is_process_0
 from stepdistill_jax.runtime.files import partial_of
 from stepdistill_jax.runtime.overwriting import Made
 from stepdistill_jax.runtime.progress import log
@@ -42,7 +43,7 @@ class SkippedRows:
     def add(self, bad: BadRow) -> None:
         """One more."""
         self.count += 1
-        if not is_process_0():
+        if jax.process_index() != 0:
             return
         if self.count <= SHOWN:
             log(f"skipped: {' '.join(str(bad).split())[:_MOST_CHARS]}")

@@ -117,7 +117,10 @@ def join() -> None:
 
 
 def is_process_0() -> bool:
-    """Whether this process speaks for the job: the first of it, or the only one."""
+    """Returns whether this process speaks for the job: the first of it, or the only one.
+
+    Unlike `jax.process_index`, it starts no backend: for commands, also before they have one.
+    """
     if _joined is not None:
         return _joined.process_id == 0
     jax = sys.modules.get("jax")  # the caller may have joined a job without us

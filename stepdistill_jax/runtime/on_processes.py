@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
-from stepdistill_jax.runtime.distributed import is_process_0
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import agreed
@@ -102,7 +101,7 @@ def until_stopped(
     with contextlib.ExitStack() as stack:
         bar = (
             stack.enter_context(progress(total, description, done=kept()))
-            if is_process_0()
+            if jax.process_index() == 0
             else None
         )
 
@@ -110,7 +109,7 @@ def until_stopped(
             if bar:
                 bar.update(rows)
             if jax.process_count() > 1 and agreed():
-                if is_process_0():
+                if jax.process_index() == 0:
                     log(f"stopped by a signal: {kept()} rows are kept; start again")
                 raise SystemExit(EXIT_STOPPED)
 

@@ -38,7 +38,7 @@ def read(
 ) -> Reading:
     """Reads a file, or the train.jsonl, validation.jsonl and test.jsonl of a folder.
 
-    Rows are those of `data.rows`; each needs a `label`, or an `llm_label`. Of several rationales the
+    `data.rows` gives the format of a row; each needs a `label` or an `llm_label`. Of several rationales the
     first is trained on, unless `rationale` names one.
 
     A file is cut into train (8 tenths), validation and test (a tenth each) by a hash of the id; a
