@@ -35,7 +35,7 @@ from stepdistill_jax.batches.sampler import (
 from stepdistill_jax.data.objectives import share_encoding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, whole
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 
 Batch = tuple[Group, ...]
 

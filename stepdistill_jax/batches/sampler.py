@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stepdistill_jax.data.vocabulary import EOS_ID
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenRows
 
 # Positions of a mixture are dealt out in blocks, so that a block is drawn in a millisecond and the
@@ -102,8 +102,9 @@ def token_tables(
 ) -> tuple[TokenTable, ...]:
     """The tables of each store and column; see `Batches` for the lengths and `loss_mean`."""
     tables = []
-    for number, store in enumerate(data.stores):
-        for column, rows in zip(data.columns, store.rows, strict=True):
+    for number, part in enumerate(data.parts):
+        store = part.store
+        for column, rows in zip(part.columns, store.rows, strict=True):
             prefix = data.decoder_prefixes[column.objective - 1]
             targets = CutRows(rows["targets"], target_length - len(prefix))
             weights, token_weights = _loss_weights(

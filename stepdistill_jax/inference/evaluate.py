@@ -115,7 +115,8 @@ def evaluate(
                 task_module=module,
             )
         )
-        result = evaluate_tokens(path, *data.labelled_inputs(), data.metric, data.labels, chosen)
+        (part,) = data.parts
+        result = evaluate_tokens(path, *part.labelled_inputs(), part.metric, part.labels, chosen)
     result = {"task": task, "split": split} | result
     if output is not None:
         on_process_0(lambda: write_json(output, result))

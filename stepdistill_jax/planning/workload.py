@@ -7,7 +7,7 @@ import pathlib
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import TRAIN, batches_of, load_split, vocabulary_of
 from stepdistill_jax.training.run import model_settings

@@ -5,7 +5,7 @@ _EXPORTS = {
     "add_task": "registry",
     "load_task": "load",
     "has_split": "load",
-    "TaskData": "load",
+    "TaskData": "task_data",
 }
 
 

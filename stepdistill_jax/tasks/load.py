@@ -1,7 +1,6 @@
 """From a task's name to token stores: prepared datasets, `add_task`, and plain SeqIO tasks."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -23,78 +22,17 @@ from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
-from stepdistill_jax.tasks.registry import Column, TaskSpec
+from stepdistill_jax.tasks.registry import TaskSpec
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
+from stepdistill_jax.tasks.task_data import Part, TaskData
 from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 
-__all__ = ["TaskData", "has_split", "load_task", "splits_of"]
+__all__ = ["has_split", "load_task", "splits_of"]
 
 # what a plain SeqIO task trains: its own inputs and targets, as they are
 PLAIN = (Objective("label", "{input}", "{label}"),)
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskData:
-    """One split of a task, tokenised.
-
-    Attributes:
-        name, split: what was asked for.
-        objectives: those of the rows, in the order of their ids (1, 2, ...).
-        stores: one, or one for each task of a plain SeqIO mixture.
-        rates: for each store the share of examples that it gives; they need not add up to 1.
-        metric: name in `text.metrics.METRICS`.
-        vocabulary: of inputs and targets.
-        labels: the distinct labels where they are few, else empty.
-        most_rationales: of an example, each a row of its own in the stores.
-        sample_rationales: whether a batch takes one of an example's rationales, or all there are.
-    """
-
-    name: str
-    split: str
-    objectives: tuple[Objective, ...]
-    stores: tuple[TokenStore, ...]
-    rates: tuple[float, ...]
-    metric: str
-    vocabulary: Vocabulary
-    labels: tuple[str, ...] = ()
-    most_rationales: int = 1
-    sample_rationales: bool = False
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """What `rows` of each store hold."""
-        return registry.columns_of(self.objectives, self.most_rationales)
-
-    @functools.cached_property
-    def decoder_prefixes(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of each objective's `decoder_prefix`, mostly none."""
-        return tuple(
-            tuple(self.vocabulary.encode(o.decoder_prefix)) if o.decoder_prefix else ()
-            for o in self.objectives
-        )
-
-    def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Ids of each example's input to the first objective, and its gold label."""
-        inputs, labels = [], []
-        for store in self.stores:
-            inputs += [store.rows[0]["inputs"][i].tolist() for i in range(store.num_examples)]
-            labels += store.label_texts
-        return inputs, labels
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of everything that decides a batch: the stores' contents, their rates, prefixes."""
-        parts = [[store.fingerprint for store in self.stores], list(self.rates)]
-        if any(self.decoder_prefixes):
-            parts.append(list(map(list, self.decoder_prefixes)))
-        return digest(parts)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that a model must know: the vocabulary's, and extra ids that the rows use."""
-        return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
 
 def load_task(
@@ -162,17 +100,16 @@ def load_task(
         if supervision is not None and explained:
             count = int(np.any(explained, axis=0).sum())
             check_rationales(task, found.file(split), supervision, count, store.num_examples)
-        return TaskData(
+        return TaskData.of_store(
             task,
             split,
             objectives,
-            (store,),
-            (1.0,),
-            found.metric,
+            store,
             opened,
-            found.labels,
-            most,
-            supervision is not None and supervision.rationales == "sample",
+            most_rationales=most,
+            sample_rationales=supervision is not None and supervision.rationales == "sample",
+            metric=found.metric,
+            labels=found.labels,
         )
     if isinstance(found, TaskSpec):
         _check_split(task, split, found.source.splits)
@@ -194,7 +131,7 @@ def load_task(
             [*key, _files(found, split)],
             compare=True,
         )
-        return TaskData(task, split, objectives, (store,), (1.0,), found.metric, opened)
+        return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric)
     _one_rationale(task, supervision)
     if supervision is not None and supervision.label_source != "gold":
         raise InputError(
@@ -341,7 +278,11 @@ def _load_plain(
     if isinstance(found, seqio.Mixture):
         with named_errors(found.name, found.name, split):
             rates = tuple(float(found.get_rate(task)) for task in tasks)
-    return TaskData(found.name, split, PLAIN, stores, rates, "text_match", opened)
+    parts = tuple(
+        Part(task.name, store, registry.columns_of(PLAIN), rate)
+        for task, store, rate in zip(tasks, stores, rates, strict=True)
+    )
+    return TaskData(found.name, split, PLAIN, parts, opened)
 
 
 def _files(task: Any, split: str) -> list[list[Any]]:

@@ -43,7 +43,21 @@ class TaskSpec:
     metric: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Tag:
+    """What a registered SeqIO task gives: which objective's rows of which dataset.
+
+    Attributes:
+        dataset: of `add_task` or `register_prepared`; the name of its mixture, too.
+        objective: its name.
+    """
+
+    dataset: str
+    objective: str
+
+
 SPECS: dict[str, TaskSpec] = {}
+TAGS: dict[str, Tag] = {}  # by the name of the SeqIO task
 
 
 def add_task(
@@ -125,6 +139,7 @@ def add_task(
             seqio.MixtureRegistry.remove(name)
         raise
     SPECS[name] = spec
+    TAGS.update({f"{name}_{o.name}": Tag(name, o.name) for o in spec.objectives})
     return mixture
 
 

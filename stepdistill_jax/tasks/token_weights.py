@@ -12,10 +12,10 @@ from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.checks import FLOAT32
 from stepdistill_jax.runtime.fingerprints import digest, sha256_of
-from stepdistill_jax.tasks.load import TaskData
 from stepdistill_jax.tasks.lookup import find_task
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.supervision import Supervision
+from stepdistill_jax.tasks.task_data import TaskData
 
 
 def with_token_weights(
@@ -89,7 +89,8 @@ def with_token_weights(
     sums = {name: sha256_of(w.tobytes()) for name, w in weighed.items()}
     fingerprint = digest([store.fingerprint, sums])
     changed = dataclasses.replace(store, rows=tuple(rows), fingerprint=fingerprint)
-    return dataclasses.replace(data, stores=(changed,))
+    part = dataclasses.replace(data.parts[0], store=changed)
+    return dataclasses.replace(data, parts=(part,))
 
 
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:

@@ -7,7 +7,8 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.formats.directory import read_model_files
-from stepdistill_jax.tasks.load import TaskData, load_task
+from stepdistill_jax.tasks.load import load_task
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_weights import with_token_weights
 from stepdistill_jax.training.config import TrainConfig
 

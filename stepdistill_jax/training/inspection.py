@@ -16,7 +16,7 @@ from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.runtime.checks import whole
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import batches_of, load_split, vocabulary_of
 
@@ -107,8 +107,8 @@ def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
     return np.concatenate(
         [
             rows[feature].lengths[rows["targets"].lengths > 0] + prefix
-            for store in data.stores
-            for column, rows in zip(data.columns, store.rows, strict=True)
+            for part in data.parts
+            for column, rows in zip(part.columns, part.store.rows, strict=True)
             if column.objective == objective + 1
         ]
     )
@@ -116,11 +116,16 @@ def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
 
 def _objective_figures(data: TaskData, number: int, objective: Objective) -> dict[str, Any]:
     inputs, targets = (_lengths(data, number, feature) for feature in ("inputs", "targets"))
-    first = next(i for i, c in enumerate(data.columns) if c.objective == number + 1)
+    firsts = [
+        rows["targets"]
+        for part in data.parts
+        for column, rows in zip(part.columns, part.store.rows, strict=True)
+        if (column.objective, column.variant) == (number + 1, 0)
+    ]
     return {
         "weight": schedules.described(objective.weight),
         "rows": len(inputs),
-        "absent": sum(int((s.rows[first]["targets"].lengths == 0).sum()) for s in data.stores),
+        "absent": sum(int((targets.lengths == 0).sum()) for targets in firsts),
         "inputs": _length_figures(inputs),
         "targets": _length_figures(targets),
     }

@@ -21,7 +21,8 @@ from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, local_path
-from stepdistill_jax.tasks.load import TaskData, has_split
+from stepdistill_jax.tasks.load import has_split
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import TRAIN, VALIDATION, batches_of, load_split, vocabulary_of
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -139,8 +140,8 @@ def max_decode_len(data: TaskData, target_length: int) -> int:
     """Tokens of the longest label of the train split with its end, rounded up to a multiple of 8."""
     longest = max(
         int(rows["targets"].lengths.max())
-        for store in data.stores
-        for column, rows in zip(data.columns, store.rows, strict=True)
+        for part in data.parts
+        for column, rows in zip(part.columns, part.store.rows, strict=True)
         if column.objective == 1
     )
     return round_up(min(longest, target_length), 8)

@@ -1,7 +1,8 @@
 """Validation during training: losses per objective and the accuracy of decoded labels."""
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +19,11 @@ from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.sharding import place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import Part, TaskData
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
+
+MEANS = ("label_accuracy", "unfinished", "collapsed")  # over the parts of a mixture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +99,46 @@ class Validator:
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _decode(self, params: Any, on_batch: Callable[[], None]) -> dict[str, float]:
-        inputs, labels = self.data.labelled_inputs()
-        prompts = [cut_ids(ids, self.batches.input_length) for ids in inputs]
+        """Returns the metrics of the decoded labels; of several parts, each one's and their means."""
+        parts = [p for p in self.data.parts if p.label_column is not None]
+        asked = [part.labelled_inputs() for part in parts]
+        prompts = [cut_ids(ids, self.batches.input_length) for inputs, _ in asked for ids in inputs]
         decoded = self.decoder(params, prompts, on_progress=lambda _: on_batch())
+        texts, finished = map(self.data.vocabulary.decode, decoded.ids), iter(decoded.finished)
+        each = {}
+        for part, (_, labels) in zip(parts, asked, strict=True):
+            answers = list(itertools.islice(texts, len(labels)))
+            ended = list(itertools.islice(finished, len(labels)))
+            each[part.name] = self._compare(part, labels, answers) | {
+                "unfinished": float(np.mean(~np.asarray(ended)))
+            }
+        if len(self.data.parts) == 1:
+            return each[parts[0].name]
+        means = {n: float(np.mean([m[n] for m in each.values() if n in m])) for n in MEANS}
+        return means | {f"{part}/{n}": v for part, m in each.items() for n, v in m.items()}
+
+    def _compare(
+        self, part: Part, labels: Sequence[str], answers: Sequence[str]
+    ) -> dict[str, float]:
         objective = self.data.objectives[0]
-        texts = map(self.data.vocabulary.decode, decoded.ids)
-        read = [read_answer(objective, text) for text in texts]
-        answers = [answer["label"] for answer, _ in read]
-        collapsed = len(set(answers)) == 1 < len(answers)
+        read = [read_answer(objective, text) for text in answers]
+        found = [answer["label"] for answer, _ in read]
+        collapsed = len(set(found)) == 1 < len(found)
         if collapsed and jax.process_index() == 0:
+            of = (
+                self.data.split
+                if len(self.data.parts) == 1
+                else f"{self.data.split} of {part.name}"
+            )
             answer, parsed = read[0]
             log(
-                f"warning: all {len(read)} answers in {self.data.split} are"
+                f"warning: all {len(read)} answers in {of} are"
                 f" {'' if parsed else 'without a label, and so '}{answer['label']!r}: so far the model"
                 " does not tell the inputs apart"
             )
         unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}
         return {
-            "label_accuracy": accuracy(answers, labels, self.data.metric),
-            "unfinished": float(np.mean(~np.asarray(decoded.finished))),
+            "label_accuracy": accuracy(found, labels, part.metric),
             "collapsed": float(collapsed),
             **(unparsed if objective.writes_more else {}),
         }

@@ -17,7 +17,8 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.registry import columns_of
+from stepdistill_jax.tasks.task_data import Part, TaskData
 from stepdistill_jax.tasks.token_store import TokenRows, TokenStore
 
 PROPERTY = settings(suppress_health_check=[HealthCheck.too_slow])
@@ -46,7 +47,12 @@ def task_of(*stores, rates=None, objectives=None):
     if objectives is None:
         objectives = step_by_step()[: len(stores[0].rows)]
     rates = rates or (1.0,) * len(stores)
-    return TaskData("test", "train", objectives, stores, rates, "text_match", ByteVocabulary())
+    columns = columns_of(objectives)
+    parts = tuple(
+        Part(f"part {i}", store, columns, rate)
+        for i, (store, rate) in enumerate(zip(stores, rates, strict=True))
+    )
+    return TaskData("test", "train", tuple(objectives), parts, ByteVocabulary())
 
 
 def cut(ids, length):

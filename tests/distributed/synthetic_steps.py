@@ -22,7 +22,7 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows, replicated
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -46,16 +46,7 @@ def batches_of() -> Batches:
 
     with tempfile.TemporaryDirectory() as folder:
         store = write_store(folder, ("label", "rationale"), map(example, range(EXAMPLES)))
-        data = TaskData(
-            name="synthetic",
-            split="train",
-            objectives=step_by_step(*WEIGHTS),
-            stores=(store,),
-            rates=(1.0,),
-            metric="text_match",
-            vocabulary=None,
-            labels=(),
-        )
+        data = TaskData.of_store("synthetic", "train", step_by_step(*WEIGHTS), store, None)
         return Batches(data, BATCH_SIZE, 64, 64, seed=0, row_multiple=16)
 
 

@@ -24,7 +24,7 @@ from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.models.config import SIZES, T5Config, t5_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5, init_params
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.state import abstract_state, create_state
 from stepdistill_jax.training.step import jit_train_step
@@ -115,7 +115,7 @@ def batches(folder) -> Batches:
         rows = [(inputs, label), (inputs, rationale if i % 5 else [])]
         examples.append(TokenExample(rows, weight=1 + i % 2))
     store = write_store(folder, ("label", "rationale"), examples)
-    data = TaskData("golden", "train", step_by_step(), (store,), (1.0,), "text_match", None)
+    data = TaskData.of_store("golden", "train", step_by_step(), store, None)
     return Batches(data, batch_size=8, input_length=32, target_length=24, seed=SEED)
 
 

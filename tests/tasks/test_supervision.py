@@ -232,7 +232,8 @@ def test_a_smaller_fraction_is_a_subset_of_a_larger_one(data_dir):
         rows=tuple({k: _repeated(v, 40) for k, v in c.items()} for c in store.rows),
         weights=np.tile(store.weights, 40),
     )
-    data = dataclasses.replace(data, stores=(many,))
+    part = dataclasses.replace(data.parts[0], store=many)
+    data = dataclasses.replace(data, parts=(part,))
     pools = []
     for fraction in (0.125, 0.25, 0.5, 1.0):
         batches = Batches(data, 4, 64, 64, seed=1, data_fraction=fraction)

@@ -10,7 +10,7 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.layers import Dropout
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import jit_train_step
@@ -33,16 +33,7 @@ def data(tmp_path_factory) -> TaskData:
     store = write_store(
         tmp_path_factory.mktemp("store"), ("label", "rationale"), map(example, range(40))
     )
-    return TaskData(
-        name="synthetic",
-        split="train",
-        objectives=step_by_step(1.0, 0.7),
-        stores=(store,),
-        rates=(1.0,),
-        metric="text_match",
-        vocabulary=None,
-        labels=(),
-    )
+    return TaskData.of_store("synthetic", "train", step_by_step(1.0, 0.7), store, None)
 
 
 @pytest.fixture(scope="session")

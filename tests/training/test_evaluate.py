@@ -11,7 +11,7 @@ from stepdistill_jax.data.vocabulary import EOS_ID, ByteVocabulary
 from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, make_mesh
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.validation import Validator
@@ -61,14 +61,8 @@ def echo(params, config, encoder_input_tokens, *, max_decode_len):
 def validation(tmp_path_factory):
     """(metrics without their common prefix, prompts, how often `on_batch` was called)."""
     store = write_store(tmp_path_factory.mktemp("store"), ("label", "rationale"), EXAMPLES)
-    data = TaskData(
-        name="synthetic",
-        split="validation",
-        objectives=step_by_step(*WEIGHTS),
-        stores=(store,),
-        rates=(1.0,),
-        metric="text_match",
-        vocabulary=ByteVocabulary(),
+    data = TaskData.of_store(
+        "synthetic", "validation", step_by_step(*WEIGHTS), store, ByteVocabulary()
     )
     mesh, prompts, calls = make_mesh(Layout(), jax.devices()[:1]), [], []
     decoder = LabelDecoder(

@@ -18,7 +18,7 @@ from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.metrics import read_metrics
-from stepdistill_jax.tasks.load import TaskData
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training import TrainConfig, train
 
@@ -46,9 +46,7 @@ def task(folder, examples, objectives, **changes):
         for n, (inputs, targets) in enumerate(examples)
     ]  # fmt: skip
     store = write_store(folder, columns, rows)
-    return TaskData(
-        "test", "train", objectives, (store,), (1.0,), "text_match", ByteVocabulary(), **changes
-    )
+    return TaskData.of_store("test", "train", objectives, store, ByteVocabulary(), **changes)
 
 
 def example(rng, number, columns=3, longest=12):
@@ -141,13 +139,11 @@ def test_an_example_is_encoded_once_unless_its_targets_do_not_fit(tmp_path):
 
 def test_the_batch_of_the_docstring(tmp_path):
     nine = dataclasses.replace(shared_encoder()[1], decoder_prefix=chr(9 - 3))
-    data = task(tmp_path, [([20, 5, 1], [[7, 1], [8, 9, 1]]), ([20, 6, 1], [[7, 1], []])], ())
-    weights = np.array([1, 0.5], np.float32)
-    data = dataclasses.replace(
-        data,
-        objectives=(shared_encoder()[0], nine),
-        stores=(dataclasses.replace(data.stores[0], weights=weights),),
-    )
+    objectives = (shared_encoder()[0], nine)
+    rows = [([20, 5, 1], [[7, 1], [8, 9, 1]]), ([20, 6, 1], [[7, 1], []])]
+    (store,) = task(tmp_path, rows, objectives).stores
+    store = dataclasses.replace(store, weights=np.array([1, 0.5], np.float32))
+    data = TaskData.of_store("test", "train", objectives, store, ByteVocabulary())
     (group,) = Batches(data, 2, 6, 8, seed=0, shuffle=False)(0)
     want = {
         "encoder_input_tokens": "20 5 1 20 6 1",

@@ -14,6 +14,7 @@ from stepdistill_jax.data.objectives import label_only
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training import ExtraLoss
 from stepdistill_jax.training.state import abstract_state, create_state, init_state
 from stepdistill_jax.training.step import jit_train_step, train_step
@@ -90,9 +91,8 @@ def test_padded_rows_give_the_update_of_packed_ones(data, one_device, updates):
 def test_a_rationale_of_weight_zero_is_label_only_training(data, updates):
     """The same label rows, without the rationale rows, give the same gradient."""
     both = batches(data, pack=False)(0)
-    alone = dataclasses.replace(
-        data, objectives=label_only(), stores=(only_labels(data.stores[0]),)
-    )
+    store = only_labels(data.stores[0])
+    alone = TaskData.of_store("synthetic", "train", label_only(), store, data.vocabulary)
     losses, gradient = updates(both, weights=(1.0, 0.0))
     expected_losses, expected = updates(batches(alone, pack=False)(0), weights=(1.0,))
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-6)
