@@ -50,6 +50,7 @@ from stepdistill_jax.runtime.metrics import FLAGGED, MetricsWriter, read_flagged
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals, leave
 from stepdistill_jax.training.data import VALIDATION
+from stepdistill_jax.training.loss import means_of_tasks
 from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.run import Run
 from stepdistill_jax.training.state import TrainState
@@ -118,6 +119,7 @@ class Supervisor:
         rates = make_schedule(config)(np.arange(config.train_steps))
         self._learning_rates = np.broadcast_to(np.asarray(rates), config.train_steps)
         self._names = [o.name for o in run.data.objectives]
+        self._tasks = [part.name for part in run.data.parts]
         extra = [config.extra_loss] if config.extra_loss else []
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
         self._pending: tuple[int, Batch, dict, float, float | None] | None = None
@@ -234,7 +236,8 @@ class Supervisor:
             self._enforce(step, metrics)
 
     def _numbers(self, step: int, batch: Batch, got: dict[str, Any]) -> dict[str, float]:
-        sums = got["sums"]
+        by_task = got["sums"]
+        sums = by_task.over_tasks(len(self._names), len(self._tasks))
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
         for i, (name, weight) in enumerate(self._weights.items()):
             of_tokens = name in self._names  # an extra loss has no target tokens
@@ -248,6 +251,8 @@ class Supervisor:
                     metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
             if isinstance(weight, Schedule):
                 metrics[f"loss_weight/{name}"] = float(got["weights"][i])
+        if len(self._tasks) > 1:
+            metrics |= means_of_tasks(by_task, self._tasks, self._names)
         return metrics | {"learning_rate": float(self._learning_rates[step - 1])}
 
     def _warn(self, step: int, metrics: dict[str, float]) -> None:
@@ -377,7 +382,8 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
         store = data.stores[number]
         text = data.vocabulary.decode(store.rows[0]["inputs"][row].tolist())
         example = {"row": row, "input": text[:TEXT], "label": store.label_texts[row]}
-        found.append(example if len(data.stores) == 1 else {"store": number, **example})
+        part = {} if len(data.parts) == 1 else {"task": data.parts[number].name}
+        found.append({**part, **example})
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from stepdistill_jax.models.sharding import place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.task_data import Part, TaskData
+from stepdistill_jax.training.loss import over_tasks
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
@@ -62,7 +63,13 @@ class Validator:
             data,
             batches,
             LabelDecoder(plain, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
-            jit_eval_step(abstract, mesh, model=T5(plain), num_objectives=len(data.objectives)),
+            jit_eval_step(
+                abstract,
+                mesh,
+                model=T5(plain),
+                num_objectives=len(data.objectives),
+                num_tasks=len(data.parts),
+            ),
             mesh,
         )
 
@@ -70,6 +77,9 @@ class Validator:
         self, params: Any, *, on_batch: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
         """Metrics of the split, each named `eval/<split>/...`.
+
+        Of several parts, each part's are named `eval/<split>/<part>/...` and `label_accuracy` is the
+        mean of theirs.
 
         `on_batch` is called after each batch of losses and of answers, and may raise. Every process runs the same batches. `label_accuracy` is the share of decoded labels that
         match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
@@ -80,23 +90,33 @@ class Validator:
         steps compare, and has no extra loss.
         """
         params, _ = merge(params, self.config)
-        names = [o.name for o in self.data.objectives]
-        totals = np.zeros((3, len(names)))  # loss, correct, count; float64 over many batches
+        parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
+        totals = np.zeros(
+            (3, len(parts) * count)
+        )  # loss, correct, count; float64 over many batches
         for step in range(self.batches.num_steps):
             sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
             on_batch()
-        metrics: dict[str, float] = {}
-        for name, loss, correct, count in zip(names, *totals, strict=True):
-            if count > 0:
-                metrics[f"loss/{name}"] = float(loss / count)
-                metrics[f"accuracy/{name}"] = float(correct / count)
+        metrics = self._means(over_tasks(of, count, len(parts)) for of in totals)
+        for name, *of_part in zip(parts, *totals.reshape(3, len(parts), count), strict=True):
+            if len(parts) > 1:
+                metrics |= {f"{name}/{key}": x for key, x in self._means(of_part).items()}
         weights = {o.name: end_value(o.weight) for o in self.data.objectives}
         metrics["loss"] = sum(
             w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
         )
         metrics |= self._decode(params, on_batch)
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
+
+    def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
+        """Returns loss and accuracy of the objectives with tokens; totals of loss, correct, count."""
+        found = {}
+        for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
+            if count > 0:
+                found[f"loss/{objective.name}"] = float(loss / count)
+                found[f"accuracy/{objective.name}"] = float(correct / count)
+        return found
 
     def _decode(self, params: Any, on_batch: Callable[[], None]) -> dict[str, float]:
         """Returns the metrics of the decoded labels; of several parts, each one's and their means."""
