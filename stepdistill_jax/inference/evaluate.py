@@ -83,7 +83,8 @@ def evaluate(
             model's own.
 
     Returns:
-        Of a mixture whose labels several tasks give: `task`, `split` and `tasks`, {NAME: result}.
+        Of a mixture whose labels several tasks give: `task`, `split`, `rows` of all, and `tasks`,
+        {NAME: result}.
         Else what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
         rationales also `rationale`, that is what `RationaleTally.summary` has and `unfinished` (those
         that reached their greatest length without an end).
@@ -116,7 +117,8 @@ def evaluate(
             )
             for name in names
         }
-        result = each[names[0]] if len(names) == 1 else {"tasks": each}
+        rows = sum(of_task["rows"] for of_task in each.values())
+        result = each[names[0]] if len(names) == 1 else {"rows": rows, "tasks": each}
     elif with_rationale:
         raise InputError(
             f"`with_rationale`: {task} is a SeqIO task, of which only the labels are compared; leave it"

@@ -161,6 +161,8 @@ class TaskData:
     def fingerprint(self) -> str:
         """Digest of everything that decides a batch: the stores' contents, their rates, prefixes."""
         parts = [[store.fingerprint for store in self.stores], list(self.rates)]
+        if len(self.parts) > 1:
+            parts.append([[column.objective for column in part.columns] for part in self.parts])
         if any(self.decoder_prefixes):
             parts.append(list(map(list, self.decoder_prefixes)))
         return digest(parts)

@@ -371,7 +371,9 @@ class Supervisor:
 
 
 def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
-    return {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
+    """Returns the loss and each objective's, without those of single tasks."""
+    of_objective = {n: v for n, v in metrics.items() if n.startswith("loss/") and n.count("/") == 1}
+    return {"loss": metrics["loss"]} | of_objective
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
