@@ -150,6 +150,13 @@ PARTS = {
         on_task=False,
         printed=True,
     ),
+    "tokenising": Part(
+        "tokenising_memory",
+        "Memory of tokenising, made-up rows",
+        quick="--rows 100 200",
+        on_task=False,
+        printed=True,
+    ),
 }
 
 

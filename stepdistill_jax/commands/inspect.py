@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", default="train", help="which split (train)")
     parser.add_argument("--rows", type=int, default=2, help="rows to show (2)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare every byte of the split's token stores with what was written",
+    )
     add_data_arguments(parser)
 
 
@@ -40,6 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows=args.rows,
         data_dir=args.data_dir,
         task_module=args.task_module,
+        verify=args.verify,
     )
     show(result, console())
     return result
@@ -98,6 +104,13 @@ def show(result: dict[str, Any], console: "Console", *, brief: bool = False) -> 
         return
     _show_lengths(result, console, colours)
     _show_fill(result, console)
+    for store in result.get("verified", ()):
+        console.print(
+            f"Verified {store['store']}: {store['bytes']:,} bytes in {store['files']} files are as"
+            " they were written",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _show_rows(result: dict, console: "Console", colours: dict[str, str], brief: bool) -> None:

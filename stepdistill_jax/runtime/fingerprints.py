@@ -59,14 +59,18 @@ def sampled_digest(folder: pathlib.Path) -> str:
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts):
             continue
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            pieces = hashlib.sha256()
-            for start in range(0, size, max(4096, -(-size // 1024))):
-                f.seek(start)
-                pieces.update(f.read(4096))
-        found.append([name.as_posix(), size, pieces.hexdigest()])
+        found.append([name.as_posix(), path.stat().st_size, sampled_sha256(path)])
     return digest(found)
+
+
+def sampled_sha256(path: pathlib.Path) -> str:
+    """Hex digest of pieces spread evenly over a file: 4 MiB of a larger one, all of a smaller one."""
+    size, pieces = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as f:
+        for start in range(0, size, max(4096, -(-size // 1024))):
+            f.seek(start)
+            pieces.update(f.read(4096))
+    return pieces.hexdigest()
 
 
 def hash64(text: str) -> int:

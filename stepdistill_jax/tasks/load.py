@@ -136,14 +136,15 @@ def _load_prepared(
     store, opened = _joint_store(
         prepared_task, task, split, objectives, columns, vocabulary, folder, key
     )
-    explained = [
-        rows["targets"].lengths > 0
-        for column, rows in zip(columns, store.rows, strict=True)
-        if column.reads_rationale
-    ]
-    if supervision is not None and explained:
-        count = int(np.any(explained, axis=0).sum())
-        check_rationales(task, found.file(split), supervision, count, store.num_examples)
+    if supervision is not None and supervision.rationale_source is not None:
+        explained = [
+            rows["targets"].lengths > 0
+            for column, rows in zip(columns, store.rows, strict=True)
+            if column.reads_rationale
+        ]
+        if explained:
+            count = int(np.any(explained, axis=0).sum())
+            check_rationales(task, found.file(split), supervision, count, store.num_examples)
     return TaskData.of_store(
         task,
         split,

@@ -58,4 +58,5 @@ def paired(stores: Sequence[TokenStore]) -> TokenStore:
         weights=np.ones(len(ids), np.float32),
         labels=np.frombuffer(text.encode(), np.uint8),
         row_ids=ids[order],
+        others=tuple(store.directory for store in stores[1:]),
     )

@@ -1,23 +1,24 @@
 """Token ids on disk, written once per dataset, split and vocabulary; no TensorFlow."""
 
-import array
 import contextlib
 import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import fsync
-from stepdistill_jax.runtime.fingerprints import digest, of_each, sha256
+from stepdistill_jax.runtime.fingerprints import digest, of_each, sampled_sha256, sha256
 from stepdistill_jax.runtime.folders import REPLACED, folder_aside
 from stepdistill_jax.runtime.progress import log
 
@@ -25,44 +26,55 @@ FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
 FEATURES = ("inputs", "targets")
 ROW_IDS = "row_ids"
+SAMPLED = "sampled"  # of a manifest: the digest that is compared when a store is opened
+AT_ONCE = 1024  # examples that are in memory while a store is written
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """One feature of one objective: row i is `ids[starts[i] : starts[i] + lengths[i]]`.
+    """One feature of one objective: row i is `ids[starts[i] : ends[i]]`.
 
-    Example: ids `[5, 6, 1, 7, 1]`, starts `[0, 3, 3]` and lengths `[3, 0, 2]` hold the rows `5 6 1`,
-    an empty one (an absent target) and `7 1`.
+    Example: ids `[5, 6, 1, 7, 1]`, starts `[0, 3, 3]` and ends `[3, 3, 5]` hold the rows `5 6 1`, an
+    empty one (an absent target) and `7 1`.
 
     Attributes:
         ids: [tokens] int32, memory-mapped, uncut, each row with its end of sequence.
-        starts: [examples] int64.
-        lengths: [examples] int64 tokens of each row.
+        starts, ends: [examples] int64.
+        known_max_id: the largest of `ids`; None where all must be read for it.
     """
 
     ids: np.ndarray
     starts: np.ndarray
-    lengths: np.ndarray
+    ends: np.ndarray
+    known_max_id: int | None = None
 
     @classmethod
-    def of_offsets(cls, ids: np.ndarray, offsets: np.ndarray) -> "TokenRows":
+    def of_offsets(
+        cls, ids: np.ndarray, offsets: np.ndarray, known_max_id: int | None = None
+    ) -> "TokenRows":
         """Returns rows that follow each other; `offsets` are [examples + 1] int64."""
-        return cls(ids, offsets[:-1], np.diff(offsets))
+        return cls(ids, offsets[:-1], offsets[1:], known_max_id)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """[examples] int64: tokens of each row."""
+        return self.ends - self.starts
+
+    @functools.cached_property
+    def max_id(self) -> int:
+        """The largest of `ids`; 0 of none."""
+        return int(self.ids.max(initial=0)) if self.known_max_id is None else self.known_max_id
 
     def take(self, rows: np.ndarray) -> "TokenRows":
         """Returns these rows in this order; -1 is an empty one."""
-        absent = rows < 0
-        return TokenRows(
-            self.ids,
-            np.where(absent, 0, self.starts[rows]),
-            np.where(absent, 0, self.lengths[rows]),
-        )
+        starts, ends = (np.where(rows < 0, 0, places[rows]) for places in (self.starts, self.ends))
+        return TokenRows(self.ids, starts, ends, self.known_max_id)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.ids[self.starts[row] : self.starts[row] + self.lengths[row]]
+        return self.ids[self.starts[row] : self.ends[row]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +111,7 @@ class TokenStore:
         labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that a store that is
             replaced while it is open stays whole.
         row_ids: [examples] uint64, a hash of each example's id; None where the task gives none.
+        others: folders of the stores that were paired with this one.
     """
 
     directory: pathlib.Path
@@ -109,6 +122,7 @@ class TokenStore:
     about: Mapping[str, Any]
     labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
     row_ids: np.ndarray | None = None
+    others: tuple[pathlib.Path, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -118,8 +132,12 @@ class TokenStore:
     @functools.cached_property
     def max_id(self) -> int:
         """The largest id: a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
-        ids = (rows[feature].ids for rows in self.rows for feature in FEATURES)
-        return max(int(i.max(initial=0)) for i in ids)
+        return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
+
+    @property
+    def directories(self) -> tuple[pathlib.Path, ...]:
+        """All folders that the rows come from."""
+        return (self.directory, *self.others)
 
     @functools.cached_property
     def label_texts(self) -> list[str]:
@@ -148,16 +166,18 @@ def write_store(
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(directory, own_tag()) as new:
-        count = _write_files(new, len(objectives), examples)
+        count, max_ids = _write_files(new, len(objectives), examples)
         sizes = {p.name: p.stat().st_size for p in sorted(new.iterdir())}
         manifest = {
             "version": FORMAT_VERSION,
             "fingerprint": _fingerprint(new, objectives, sizes),
             "objectives": list(objectives),
             "num_examples": count,
+            "max_ids": max_ids,
             "sizes": sizes,
             "about": dict(about or {}),
         }
+        manifest[SAMPLED] = _sampled(new, manifest)
         with open(new / MANIFEST, "w", encoding="utf-8") as f:
             json.dump(manifest, f, indent=2, ensure_ascii=False)
         for path in new.iterdir():  # whole on disk before the name says so
@@ -167,32 +187,50 @@ def write_store(
 
 def _write_files(
     folder: pathlib.Path, num_objectives: int, examples: Iterable[TokenExample]
-) -> int:
-    """Streams ids to disk; returns the number of examples."""
-    names = [(i, feature) for i in range(num_objectives) for feature in FEATURES]
-    ends = {name: array.array("q", [0]) for name in names}
-    weights, row_ids = array.array("f"), array.array("Q")
+) -> tuple[int, dict[str, int]]:
+    """Streams examples to disk; returns their number and the largest id of each file of ids."""
+    examples, count = iter(examples), 0
     with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open(folder / _file_name(*name, "ids"), "wb"))
-            for name in names
+
+        def new_file(name: str) -> IO[bytes]:
+            return stack.enter_context(open(folder / name, "wb"))
+
+        columns = {
+            (ids := _file_name(i, feature, "ids")): _Column(
+                i, side, new_file(ids), new_file(_file_name(i, feature, "offsets"))
+            )
+            for i in range(num_objectives)
+            for side, feature in enumerate(FEATURES)
         }
-        labels = stack.enter_context(open(folder / "labels.jsonl", "w", encoding="utf-8"))
-        for example in examples:
-            for i, row in enumerate(example.rows):
-                for feature, ids in zip(FEATURES, row, strict=True):
-                    files[i, feature].write(np.asarray(ids, np.int32).tobytes())
-                    ends[i, feature].append(ends[i, feature][-1] + len(ids))
-            weights.append(example.weight)
-            if example.row_id is not None:
-                row_ids.append(_hash(example.row_id))
-            labels.write(json.dumps(example.label_text, ensure_ascii=False) + "\n")
-    for name, offsets in ends.items():
-        np.asarray(offsets, np.int64).tofile(folder / _file_name(*name, "offsets"))
-    np.asarray(weights, np.float32).tofile(folder / "weights")
-    if row_ids:
-        np.asarray(row_ids, np.uint64).tofile(folder / ROW_IDS)
-    return len(weights)
+        weights, labels = new_file("weights"), new_file("labels.jsonl")
+        while several := list(itertools.islice(examples, AT_ONCE)):
+            for column in columns.values():
+                column.write(several)
+            weights.write(np.array([e.weight for e in several], np.float32).tobytes())
+            for example in several:
+                labels.write(json.dumps(example.label_text, ensure_ascii=False).encode() + b"\n")
+            if hashes := [_hash(e.row_id) for e in several if e.row_id is not None]:
+                with open(folder / ROW_IDS, "ab") as f:  # which is absent where the rows have none
+                    f.write(np.array(hashes, np.uint64).tobytes())
+            count += len(several)
+    return count, {name: column.max_id for name, column in columns.items()}
+
+
+class _Column:
+    """The two files of one feature of one objective while they are written."""
+
+    def __init__(self, objective: int, side: int, ids: IO[bytes], offsets: IO[bytes]):
+        self._objective, self._side, self._ids, self._offsets = objective, side, ids, offsets
+        self._end = self.max_id = 0
+        offsets.write(np.int64(0).tobytes())
+
+    def write(self, examples: Sequence[TokenExample]) -> None:
+        """Appends their rows."""
+        rows = [np.asarray(e.rows[self._objective][self._side], np.int32) for e in examples]
+        ids, ends = np.concatenate(rows), self._end + np.cumsum([len(row) for row in rows])
+        self._ids.write(ids.tobytes())
+        self._offsets.write(ends.astype(np.int64).tobytes())
+        self._end, self.max_id = int(ends[-1]), max(self.max_id, int(ids.max(initial=0)))
 
 
 def _hash(row_id: str) -> int:
@@ -202,6 +240,12 @@ def _hash(row_id: str) -> int:
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
     """Digest of the objectives and of every byte of the files."""
     return digest([list(objectives), of_each(sha256, folder, names)])
+
+
+def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
+    """Digest of the rest of the manifest and of at most 4 MiB of each file."""
+    rest = {key: value for key, value in manifest.items() if key != SAMPLED}
+    return digest([rest, of_each(sampled_sha256, folder, manifest["sizes"])])
 
 
 def own_tag() -> str:
@@ -218,7 +262,7 @@ def _put(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
 
     The store is opened before it is moved: afterwards another process may move it on.
     """
-    store = open_store(new)
+    store = open_store(new, every_byte=True)
     if store is None:
         raise OSError(f"{new}: was damaged while it was written")
     while True:
@@ -228,7 +272,7 @@ def _put(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        there = open_store(directory)
+        there = open_store(directory, every_byte=True)
         if there is not None and is_same(there, store):
             return there
         old = new.parent / REPLACED
@@ -242,12 +286,17 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
     return (a.fingerprint, a.about) == (b.fingerprint, b.about)
 
 
-def open_store(directory: os.PathLike | str) -> TokenStore | None:
-    """The store in a folder; None where none of this format is, or one that is not as it was written.
+def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
+    """The store in a folder; None where none of this format is, or a damaged one.
 
-    All of it is read and compared with its fingerprint; a difference is said in a warning. None, too,
-    where another process replaces it at that moment: whoever then writes one finds the other's in
-    place.
+    The manifest, the files' sizes and at most 4 MiB of each file are compared with what was written,
+    so that opening a store costs the same however large it is; damage is reported in a warning. None,
+    too, where another process replaces it at that moment: whoever then writes one finds the other's
+    in place.
+
+    Args:
+        directory: the store's own folder.
+        every_byte: read all of it, as `verify_store` does.
     """
     directory = pathlib.Path(directory)
     if not (directory / MANIFEST).is_file():
@@ -259,7 +308,7 @@ def open_store(directory: os.PathLike | str) -> TokenStore | None:
             manifest = json.load(f)
         if manifest["version"] != FORMAT_VERSION:
             return None
-        problem = _damage(directory, manifest)
+        problem = _damage(directory, manifest, every_byte)
         if problem is None:
             store = _opened(directory, manifest)
             # else the files may be of two stores
@@ -277,8 +326,9 @@ def _opened(directory: pathlib.Path, manifest: Mapping[str, Any]) -> TokenStore:
     rows = tuple(
         {
             feature: TokenRows.of_offsets(
-                _map(directory / _file_name(i, feature, "ids"), np.int32),
-                np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
+                _map(directory / (name := _file_name(i, feature, "ids")), np.int32),
+                _map(directory / _file_name(i, feature, "offsets"), np.int64),
+                manifest.get("max_ids", {}).get(name),
             )
             for feature in FEATURES
         }
@@ -289,24 +339,49 @@ def _opened(directory: pathlib.Path, manifest: Mapping[str, Any]) -> TokenStore:
         manifest["fingerprint"],
         objectives,
         rows,
-        np.fromfile(directory / "weights", np.float32),
+        _map(directory / "weights", np.float32),
         manifest["about"],
         _map(directory / "labels.jsonl", np.uint8),
-        np.fromfile(directory / ROW_IDS, np.uint64) if ROW_IDS in manifest["sizes"] else None,
+        _map(directory / ROW_IDS, np.uint64) if ROW_IDS in manifest["sizes"] else None,
     )
 
 
-def _damage(directory: pathlib.Path, manifest: Mapping[str, Any]) -> str | None:
+def verify_store(directory: pathlib.Path) -> dict[str, Any]:
+    """Compares every byte of a store's files with its fingerprint.
+
+    Returns:
+        `store` (its folder), and the `files` and `bytes` that were compared.
+
+    Raises:
+        InputError: they differ, or cannot be read.
+    """
+    try:
+        with open(directory / MANIFEST, encoding="utf-8") as f:
+            manifest = json.load(f)
+        problem = _damage(directory, manifest, every_byte=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+    if problem:
+        raise InputError(
+            f"{directory}: {problem}; delete this folder, and the next start tokenises the task again"
+        )
+    sizes = manifest["sizes"].values()
+    return {"store": os.fspath(directory), "files": len(sizes), "bytes": sum(sizes)}
+
+
+def _damage(directory: pathlib.Path, manifest: Mapping[str, Any], every_byte: bool) -> str | None:
     """What is not as it was written."""
     if not isinstance(manifest["about"], dict):
         return "its manifest does not say what it was made from"
     for name, size in manifest["sizes"].items():
         if (found := (directory / name).stat().st_size) != size:
             return f"{name} has {found} bytes, {size} were written"
-    found = _fingerprint(directory, manifest["objectives"], manifest["sizes"])
-    if found != manifest["fingerprint"]:
-        return "its files have other bytes than were written"
-    return None
+    old = SAMPLED not in manifest  # of a version before it: read as a whole
+    same = old or _sampled(directory, manifest) == manifest[SAMPLED]
+    if same and (old or every_byte):
+        found = _fingerprint(directory, manifest["objectives"], manifest["sizes"])
+        same = found == manifest["fingerprint"]
+    return None if same else "its files have other bytes than were written"
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int]:

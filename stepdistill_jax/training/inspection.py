@@ -17,6 +17,7 @@ from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.task_data import TaskData
+from stepdistill_jax.tasks.token_store import verify_store
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import batches_of, load_split, vocabulary_of
 
@@ -34,6 +35,7 @@ def inspect(
     rows: int = 2,
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Looks at a split as training with `config` would; nothing is trained.
 
@@ -43,6 +45,7 @@ def inspect(
         rows: packed rows of step 0 to show (unpacked: rows of each objective).
         data_dir: None is the default one.
         task_module: goes before the config's.
+        verify: compare every byte of the split's token stores with what was written.
 
     Returns:
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
@@ -58,10 +61,12 @@ def inspect(
             "target_tokens", "weight" (of its last target token)}; a target that reads the encoding of the one before it has
             the input "" of 0 tokens;
         `candidates`: packed lengths with what they would give, matmul FLOPs of a step included
-            (`flops_per_step`, padding counted), and `proposed`, that with the fewest.
+            (`flops_per_step`, padding counted), and `proposed`, that with the fewest;
+        `verified`: under `verify`, for each store its folder (`store`) and the `files` and `bytes`
+            that were compared.
 
     Raises:
-        InputError: unknown task or split, or a negative number of rows.
+        InputError: unknown task or split, a negative number of rows, or a damaged store.
     """
     whole("rows", rows, 0)
     if isinstance(config, str):
@@ -69,6 +74,10 @@ def inspect(
     if task_module is not None:
         config = dataclasses.replace(config, task_module=task_module)
     data = load_split(config, split, vocabulary=vocabulary_of(config), data_dir=data_dir)
+    verified = {}
+    if verify:
+        folders = [folder for store in data.stores for folder in store.directories]
+        verified["verified"] = [verify_store(folder) for folder in folders]
     batches = batches_of(config, data)
     measured = _measure(batches)
     model = _model_of(config, data)
@@ -93,6 +102,7 @@ def inspect(
         "shown": list(_shown(batches, rows)),
         "candidates": candidates,
         "proposed": _choose(candidates),
+        **verified,
     }
 
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.tasks.token_store import TokenExample, write_store
 
 
 def run(capsys, *argv):
@@ -71,6 +72,35 @@ def test_targets_that_read_one_encoding_are_shown_so(capsys, delivery_data_dir):
     (row,) = found["shown"]
     tokens = [(s["objective"], s["input_tokens"], s["target_tokens"]) for s in row]
     assert tokens == [("label", 15, 2), ("rationale", 0, 18)] * 2
+
+
+def test_verify_says_what_was_compared_and_names_a_damaged_store(
+    capsys, delivery_data_dir, tmp_path
+):
+    (tmp_path / "delivery").symlink_to(delivery_data_dir / "delivery")
+    argv = ("delivery", "--data-dir", tmp_path, "--verify")
+    code, out, _ = run(capsys, *argv, "--json")
+    assert code == 0
+    (directory,) = (tmp_path / "token_store").glob("delivery-train-*")
+    (found,) = json.loads(out.splitlines()[-1])["verified"]
+    assert found["store"] == str(directory)
+    sizes = [p.stat().st_size for p in directory.iterdir() if p.name != "manifest.json"]
+    assert (found["files"], found["bytes"]) == (len(sizes), sum(sizes))
+    assert f"Verified {directory}: {sum(sizes):,} bytes in {len(sizes)} files" in out
+
+    # a store so large that opening it does not read all of it
+    rows = [([5] * 1200, [6, 1]), ([5, 1], [7, 1])]
+    write_store(
+        directory, ["label", "rationale"], [TokenExample(rows)] * 1500, {"task": "delivery"}
+    )
+    assert run(capsys, *argv)[0] == 0
+    with open(directory / "1-inputs.ids", "r+b") as f:
+        f.seek(5000)
+        f.write(b"\1")
+    assert run(capsys, *argv[:-1])[0] == 0
+    code, _, err = run(capsys, *argv)
+    assert code == 2
+    assert str(directory) in err and "delete this folder" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,14 @@ def test_an_example_has_the_rows_of_its_id(label, rationale, tmp_path_factory):
     ids = [*label, *(i for i in rationale if i not in label)]
     assert data.num_examples == len(ids)
     assert data.label_texts == [f"label of {i}" if i in label else "" for i in ids]
+    every = [
+        i
+        for of in (label, rationale)
+        for inputs, targets, _ in of.values()
+        for i in inputs + targets
+    ]
+    assert data.max_id == max(every)
+    assert data.directories == tuple(store.directory for store in stores)
     for of, rows in zip((label, rationale), data.rows, strict=True):
         for number, row_id in enumerate(ids):
             inputs, targets, weight = of.get(row_id, ([], [], 1.0))

@@ -10,11 +10,13 @@ import textwrap
 import numpy as np
 import pytest
 
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.folders import remove_left
 from stepdistill_jax.tasks.token_store import (
     TokenExample,
     open_store,
     own_tag,
+    verify_store,
     write_store,
 )
 
@@ -50,6 +52,22 @@ def test_a_store_gives_back_what_was_written(tmp_path):
 def test_an_objective_without_any_target_is_an_empty_file(tmp_path):
     write_store(tmp_path / "s", ["label"], [TokenExample([([5, 1], [])])])
     assert contents(open_store(tmp_path / "s")) == [[[5, 1], []]]
+
+
+def test_a_store_of_many_batches_of_examples_gives_each_row_back(tmp_path):
+    draw = np.random.default_rng(0)
+    rows = [
+        [draw.integers(1, 900, draw.integers(0, 6)).tolist() for _ in "1234"] for _ in range(2500)
+    ]
+    rows[1700][3] = [901]
+    examples = [
+        TokenExample([(r[0], r[1]), (r[2], r[3])], i / 4, f"{i} boxes") for i, r in enumerate(rows)
+    ]
+    store = write_store(tmp_path / "s", ["label", "rationale"], iter(examples))
+    assert contents(store) == rows
+    assert store.weights.tolist() == [i / 4 for i in range(2500)]
+    assert store.label_texts == [f"{i} boxes" for i in range(2500)]
+    assert store.max_id == 901
 
 
 def test_the_fingerprint_follows_the_contents_and_nothing_else(tmp_path):
@@ -227,6 +245,69 @@ def test_a_damaged_store_is_no_store(tmp_path, capsys, damage):
         assert SAID[damage] in said and "tokenised anew" in said
     else:
         assert not said
+
+
+@pytest.fixture
+def large(tmp_path):
+    """A store of an input file of 6 MB; `flip(place)` changes a bit of it."""
+    ids = np.arange(1_500_000)
+    write_store(tmp_path / "s", ["label"], [TokenExample([(ids, [7, 1])])], {"task": "x"})
+
+    def flip(place):
+        with open(tmp_path / "s" / "1-inputs.ids", "r+b") as f:
+            f.seek(place)
+            byte = f.read(1)[0]
+            f.seek(place)
+            f.write(bytes([byte ^ 1]))
+
+    return tmp_path / "s", flip
+
+
+def test_opening_a_large_store_reads_samples_of_it(large):
+    directory, flip = large
+    for place in (0, 4095, 3_000_000 // 5860 * 5860, 5_999_000 // 5860 * 5860):
+        flip(place)
+        assert open_store(directory) is None, place
+        flip(place)
+    flip(5000)  # between the first two pieces
+    assert open_store(directory) is not None
+
+
+def test_verifying_a_store_reads_every_byte(large):
+    directory, flip = large
+    files = [p for p in directory.iterdir() if p.name != "manifest.json"]
+    assert verify_store(directory) == {
+        "store": str(directory),
+        "files": len(files),
+        "bytes": sum(p.stat().st_size for p in files),
+    }
+    flip(5000)
+    with pytest.raises(InputError, match=r"s: its files have other bytes .*; delete this folder"):
+        verify_store(directory)
+    shutil.rmtree(directory)
+    with pytest.raises(InputError, match="FileNotFoundError"):
+        verify_store(directory)
+
+
+def test_a_store_of_a_version_before_the_samples_is_read_as_a_whole(large):
+    directory, flip = large
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name in ("sampled", "max_ids"):
+        del manifest[name]
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert open_store(directory).max_id == 1_499_999
+    flip(5000)
+    assert open_store(directory) is None
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "max_ids", "num_examples", "about"])
+def test_a_changed_manifest_is_damage(tmp_path, field):
+    write_store(tmp_path / "s", ["label", "rationale"], EXAMPLES, {"task": "x"})
+    path = tmp_path / "s" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    other = {"fingerprint": "0" * 64, "about": {"task": "y"}}.get(field, 3)
+    path.write_text(json.dumps(manifest | {field: other}))
+    assert open_store(tmp_path / "s") is None
 
 
 def test_ids_are_memory_mapped_int32(tmp_path):
