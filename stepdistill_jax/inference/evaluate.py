@@ -135,6 +135,7 @@ def evaluate(
                 task_module=module,
             )
         )
+        data.check_ids(files.config.vocab_size)
         (part,) = data.parts
         result = evaluate_tokens(path, *part.labelled_inputs(), part.metric, part.labels, chosen)
     result = {"task": task, "split": split} | result | {"task": task}

@@ -4,6 +4,7 @@ _EXPORTS = {
     "add_span_corruption": "span_corruption",
     "add_task": "registry",
     "load_task": "load",
+    "register_prepared": "prepared_tasks",
     "has_split": "load",
     "TaskData": "task_data",
 }

@@ -24,7 +24,9 @@ from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
 from stepdistill_jax.tasks.mixtures import SINGLE, Group, TaskObjectives, groups_of, is_mixture
 from stepdistill_jax.tasks.pairing import paired, why_not
+from stepdistill_jax.tasks.plain_tasks import check_plain
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
+from stepdistill_jax.tasks.prepared_tasks import spec_of
 from stepdistill_jax.tasks.registry import Column, TaskSpec
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
@@ -128,7 +130,7 @@ def _load_prepared(
         if PreparedRows.can_read(supervision):
             labelled = supervision is not None
             return PreparedRows(found, split, objectives, load_vocabulary(vocabulary), labelled)
-        spec = _spec_of(found, vocabulary, {split: "+".join(parts)})
+        spec = spec_of(found, vocabulary, {split: "+".join(parts)})
         return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 
     columns = registry.columns_of(objectives, most)
@@ -260,8 +262,8 @@ def _joint_store(
 def _with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
     if not store.num_examples:
         raise InputError(
-            f"task {name!r}: split {split!r} has no rows (training leaves out those without the"
-            " label that `label_source` asks for)"
+            f"task {name!r}: split {split!r} has no rows: its source is empty, or all are left out, by"
+            " preprocessors or for want of the label that `label_source` asks for"
         )
     return store
 
@@ -274,19 +276,6 @@ def _parts_of(
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)
     return (split,)
-
-
-def _spec_of(dataset: PreparedDataset, vocabulary: str, splits: dict[str, str]) -> TaskSpec:
-    """A prepared dataset as `add_task` would have it; `splits` maps names to TFDS's."""
-    tensorflow()
-    import seqio
-
-    source = seqio.TfdsDataSource(
-        f"{dataset.name}:{VERSION}",
-        tfds_data_dir=os.fspath(dataset.directory.parent),
-        splits=splits,
-    )
-    return TaskSpec(dataset.name, source, (), (), vocabulary, dataset.metric)
 
 
 def _plain_store(
@@ -482,26 +471,14 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
     """A plain task's vocabulary as `load_vocabulary` takes it.
 
     Raises:
-        InputError: no `inputs` and `targets`, two vocabularies, or one of another kind.
+        InputError: a task that an encoder-decoder cannot be trained on (`check_plain`).
     """
     import seqio
 
-    features = task.output_features
-    if not {"inputs", "targets"} <= set(features):
-        raise InputError(
-            f"task {task.name!r}: an encoder-decoder needs the features inputs and targets, it has"
-            f" {', '.join(features)}"
-        )
-    inputs, targets = (features[name].vocabulary for name in ("inputs", "targets"))
-    if inputs != targets:
-        raise InputError(f"task {task.name!r}: inputs and targets must share one vocabulary")
+    check_plain(task)
+    inputs = task.output_features["inputs"].vocabulary
     if isinstance(inputs, seqio.ByteVocabulary):
         return BYTES
-    if not isinstance(inputs, seqio.SentencePieceVocabulary):
-        raise InputError(
-            f"task {task.name!r}: a SentencePiece or byte vocabulary is wanted, got"
-            f" {type(inputs).__name__}"
-        )
     path = inputs.sentencepiece_model_file
     if os.path.isfile(path):
         return path

@@ -13,35 +13,46 @@ from stepdistill_jax.data.prepared import (
     PreparedDataset,
     data_folder,
     is_prepared,
+    open_prepared,
     prepared_names,
 )
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.tasks import registry
+from stepdistill_jax.tasks.prepared_tasks import importing_for, registered_dataset
 from stepdistill_jax.tasks.registry import TaskSpec
+from stepdistill_jax.tasks.sources import check_source
 
 
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
     """A `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
-    The module's tasks go before prepared datasets of the same name.
+    The module's own tasks go before prepared datasets of the same name. A dataset of
+    `register_prepared` is a `PreparedDataset` still: its rows are read without SeqIO.
 
     Raises:
-        InputError: an unknown task; lists what there is, the nearest, and how to name a module.
+        InputError: an unknown task; lists what there is, the nearest, and how to name a module. Or
+            a plain one whose source cannot be read (`check_source`).
     """
     if task_module is not None:
-        import_task_module(task_module)
+        import_task_module(task_module, data_dir)
     if task in registry.SPECS:
         return registry.SPECS[task]
     registered = registry.registered_names()
+    ours = registered_dataset(task)
     if (task == EMBEDDED or is_prepared(task, data_dir)) and not (
-        task_module is not None and task in registered
+        task_module is not None and task in registered and ours is None
     ):
         return ensure_prepared(task, data_dir)
+    if ours is not None:  # in another folder
+        return open_prepared(task, ours.directory.parent)
     if task in registered:
         import seqio
 
-        return seqio.get_mixture_or_task(task)
+        found = seqio.get_mixture_or_task(task)
+        for one in seqio.get_subtasks(found):
+            check_source(one.name, one.source)
+        return found
     prepared = prepared_names(data_dir)
     raise InputError(
         f"unknown task {task!r}: prepared in {data_dir}: {', '.join(prepared) or 'none'};"
@@ -51,8 +62,12 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     )
 
 
-def import_task_module(name: str) -> None:
+def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
     """Imports a user's module, from the current folder if it is not installed.
+
+    Args:
+        name: dotted.
+        data_dir: what its `register_prepared()` means; None is the default folder.
 
     Raises:
         InputError: no such module, or it fails while it is imported.
@@ -63,7 +78,8 @@ def import_task_module(name: str) -> None:
     search_current_folder()
     try:
         if all(name.split(".")) and "\0" not in name:
-            importlib.import_module(name)
+            with importing_for(data_dir):
+                importlib.import_module(name)
             return
     except InputError:
         raise

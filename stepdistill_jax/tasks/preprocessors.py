@@ -78,7 +78,7 @@ def render(
 
 
 def empty_absent_targets(dataset: Any) -> Any:
-    """SeqIO preprocessor, the last: an absent target loses the end of sequence that it was given.
+    """SeqIO preprocessor: an absent target loses the end of sequence that it was given.
 
     The row itself stays, so that row i of every objective is the same example.
     """
@@ -96,12 +96,38 @@ def empty_absent_targets(dataset: Any) -> Any:
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """SeqIO mixture `sample_fn`: row i of each task side by side, absent rows left out.
+def drop_absent_rows(dataset: Any) -> Any:
+    """SeqIO preprocessor, the last of a registered task: leaves out the rows with an empty target."""
+    tf = tensorflow()
+    return dataset.filter(lambda row: tf.size(row["targets"]) > 0)
 
-    For people who read the mixture through SeqIO; SeqIO's own sampling would take rationales and
-    labels of different examples, and lose rows where one task ends first.
+
+def with_absent_rows(task: Any) -> Any:
+    """Returns a `seqio.Task` without `drop_absent_rows`: row i is example i."""
+    kept = [p for p in task.preprocessors if p is not drop_absent_rows]
+    return task.replace(preprocessors=kept)
+
+
+@functools.cache
+def paired_mixture() -> Any:
+    """Returns the class of the mixtures NAME: a `seqio.Mixture` that pairs the rows of its tasks.
+
+    Read through it, the rows of an example come one after another and none is lost. SeqIO's own
+    sampling would take rationales and labels of different examples, and stop where one task ends.
+    With `shuffle` the pairs last if it has a seed. In another mixture its tasks are as any others.
     """
+    tensorflow()
+    import seqio
+
+    class PairedMixture(seqio.Mixture):
+        def get_task_dataset(self, task: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().get_task_dataset(with_absent_rows(task), *args, **kwargs)
+
+    return PairedMixture
+
+
+def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
+    """Mixture `sample_fn` of `paired_mixture`: row i of each task in turn, absent rows left out."""
     del rates, seed
     tf = tensorflow()
     one = tf.data.Dataset.from_tensors
@@ -111,4 +137,4 @@ def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -
             lambda dataset, row: dataset.concatenate(one(row)), pair[1:], one(pair[0])
         )
     )
-    return rows.filter(lambda row: tf.size(row["targets"]) > 0)
+    return drop_absent_rows(rows)

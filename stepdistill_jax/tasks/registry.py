@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import os
 import re
@@ -15,8 +16,21 @@ from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.data.text_metrics import accuracy, metric_fn
 from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.tasks.preprocessors import empty_absent_targets, in_turn, render
-from stepdistill_jax.tasks.sources import Rows, RowsOfFunction, describe_source, named_errors
+from stepdistill_jax.tasks.preprocessors import (
+    drop_absent_rows,
+    empty_absent_targets,
+    in_turn,
+    paired_mixture,
+    render,
+    with_absent_rows,
+)
+from stepdistill_jax.tasks.sources import (
+    Rows,
+    RowsOfFunction,
+    check_source,
+    describe_source,
+    named_errors,
+)
 from stepdistill_jax.tasks.supervision import Supervision, choose
 
 CHECKED_ROWS = 4
@@ -118,19 +132,21 @@ def add_task(
             f"add_task({name!r}): source must be a function of the split's name or a"
             f" seqio.DataSource, got {type(source).__name__}"
         )
+    check_source(name, source)
     load_vocabulary(vocabulary)
     spec = TaskSpec(name, source, tuple(preprocessors), objectives, os.fspath(vocabulary), metric)
     names = [f"{name}_{o.name}" for o in spec.objectives]
-    taken = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    taken = registered_names()
     for one in (*names, name):
         if one in taken:
             raise InputError(f"add_task({name!r}): SeqIO already has a task or mixture {one!r}")
     try:
         for objective in spec.objectives:
             seqio.TaskRegistry.add(f"{name}_{objective.name}", **task_arguments(spec, objective))
-        mixture = seqio.MixtureRegistry.add(name, names, default_rate=1.0, sample_fn=in_turn)
-        for provider in [*map(seqio.get_mixture_or_task, names), mixture]:
-            _try_out(provider, spec)
+        mixture = add_mixture(name, names)
+        for task in map(seqio.TaskRegistry.get, names):
+            _try_out(with_absent_rows(task), spec)
+        _try_out(mixture, spec)
     except BaseException:
         for one in names:
             with contextlib.suppress(ValueError, KeyError):
@@ -141,6 +157,15 @@ def add_task(
     SPECS[name] = spec
     TAGS.update({f"{name}_{o.name}": Tag(name, o.name) for o in spec.objectives})
     return mixture
+
+
+def add_mixture(name: str, tasks: Sequence[str]) -> Any:
+    """Registers the mixture NAME of the tasks of one dataset's objectives."""
+    import seqio
+
+    return seqio.MixtureRegistry.add(
+        name, list(tasks), default_rate=1.0, mixture_cls=paired_mixture(), sample_fn=in_turn
+    )
 
 
 def _try_out(provider: Any, spec: TaskSpec) -> None:
@@ -168,21 +193,25 @@ def registered_names() -> list[str]:
 
 
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
-    """Arguments of `seqio.Task` for one objective, under SeqIO's feature names."""
+    """Arguments of `seqio.Task` for one objective, under SeqIO's feature names.
+
+    The first objective's answers are parsed for their label, and labels are compared. Rows are
+    cached (`seqio_cache_tasks`) after they are tokenised, before they are cut.
+    """
     import seqio
 
+    def label_of(text, example=None, is_target=False):
+        return (objective.parse(text) or {"label": ""})["label"]
+
+    def label_accuracy(targets, predictions):
+        return {"accuracy": accuracy(predictions, targets, spec.metric)}
+
     feature = seqio.Feature(seqio_vocabulary(spec.vocabulary), add_eos=True)
-    metric_fns = []
-    if objective is spec.objectives[0]:
-
-        def label_accuracy(targets, predictions):
-            labels, answers = (
-                [(objective.parse(text) or {"label": ""})["label"] for text in texts]
-                for texts in (targets, predictions)
-            )
-            return {"accuracy": accuracy(answers, labels, spec.metric)}
-
-        metric_fns = [label_accuracy]
+    is_first = objective is spec.objectives[0]
+    by_length = any(
+        "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
+    )
+    may_cache = spec.source.caching_permitted and not by_length
     return {
         "source": spec.source,
         "preprocessors": [
@@ -194,11 +223,14 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
                 objectives={"": objective},
             ),
             seqio.preprocessors.tokenize,
+            *([seqio.CacheDatasetPlaceholder()] if may_cache else []),
             seqio.preprocessors.append_eos_after_trim,
             empty_absent_targets,
+            drop_absent_rows,
         ],
         "output_features": {"inputs": feature, "targets": feature},
-        "metric_fns": metric_fns,
+        "metric_fns": [label_accuracy] if is_first else [],
+        "postprocess_fn": label_of if is_first else None,
     }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -124,6 +125,58 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
         ) from error
 
 
+def check_source(task: str, source: Any) -> None:
+    """Refuses a source that no split can be read of.
+
+    SeqIO itself would start to download a TFDS dataset that is not on disk.
+
+    Raises:
+        InputError: it has no splits, or its TFDS dataset is not downloaded: names dataset and
+            folder, and the command.
+    """
+    tensorflow()
+    import seqio
+
+    if isinstance(source, seqio.TfdsDataSource):
+        _check_downloaded(task, source.tfds_dataset)
+    if not tuple(source.splits):
+        raise InputError(
+            f"task {task!r}: {describe_source(source)} has no splits; give it `splits`, for"
+            " instance train"
+        )
+
+
+def _check_downloaded(task: str, loader: Any) -> None:
+    """`loader` is a `seqio.LazyTfdsLoader`, which may read several datasets, one for each split."""
+    import tensorflow_datasets as tfds
+
+    for split in loader.tfds_splits or (None,):
+        name, folder = loader.get_split_params(split)
+        where = folder or tfds.core.constants.get_default_data_dir()
+        command, why = f"run `tfds build {name} --data_dir {where}`", ""
+        try:
+            if loader._get_builder(split).is_prepared():
+                continue
+        except tfds.core.DatasetNotFoundError:
+            why = ", and TFDS has no code that makes it"
+            command = (
+                f"check name and version, or run `tfds build SCRIPT --data_dir {where}` on yours"
+            )
+        except Exception as error:
+            why = f" ({' '.join(str(error).split())[:200]})"
+        forget_tfds(name, folder)  # else it would stay absent in this process once it is built
+        raise InputError(
+            f"task {task!r}: TFDS dataset {name} is not downloaded in {where}{why}; {command}"
+        )
+
+
+def forget_tfds(name: str | None, folder: str | None) -> None:
+    """Makes SeqIO look at a TFDS dataset's files again: it remembers each for the process's life."""
+    import seqio
+
+    seqio.LazyTfdsLoader._MEMOIZED_BUILDERS.pop((name, folder), None)
+
+
 def describe_source(source: Any) -> str:
     """A source's kind and what it reads, without memory addresses."""
     function = getattr(source, "_dataset_fn", None)
@@ -153,12 +206,19 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
 
     Beside them, for TFDS, which of their rows are taken. Empty where the source does not read files
     (TextLine, TFRecord, TFDS), or they cannot be asked: then its rows must be read to know them.
+
+    Raises:
+        InputError: a TFDS split without rows, at which SeqIO would end the process.
     """
     tf = tensorflow()
     import seqio
 
     if isinstance(source, seqio.TfdsDataSource):
         found: list[list[Any]] = [[repr(getattr(source.tfds_dataset, "_split_map", None))]]
+        if math.isinf(source.num_input_examples(split) or 0):  # SeqIO's number for none
+            raise InputError(
+                f"split {split!r} of {describe_source(source)} has no rows; name another slice of it"
+            )
     elif isinstance(source, seqio.FileDataSource):
         found = []
     else:

@@ -9,6 +9,7 @@ import numpy as np
 
 from stepdistill_jax.data.objectives import Objective, share_encoding
 from stepdistill_jax.data.vocabulary import Vocabulary
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.registry import Column
@@ -171,6 +172,19 @@ class TaskData:
     def vocab_size(self) -> int:
         """Ids that a model must know: the vocabulary's, and extra ids that the rows use."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuses a model that has no embedding for an id of the rows.
+
+        Raises:
+            InputError: the largest id is not below `vocab_size`, the model's.
+        """
+        if self.vocab_size > vocab_size:
+            raise InputError(
+                f"task {self.name!r}: its ids go up to {self.vocab_size - 1}, and the model's vocab_size"
+                f" is {vocab_size}; take a model with more (`init_from`), or a task whose vocabulary has"
+                " no or fewer extra_ids"
+            )
 
 
 def shares_in_words(data: TaskData) -> list[str]:

@@ -92,16 +92,13 @@ def assemble(
             vocab_size=data.vocab_size,
             **model_settings(config),
         )
-    if data.vocab_size > model.vocab_size:
-        raise InputError(
-            f"ids of {config.task} go up to {data.vocab_size - 1}, but the model's vocab_size is"
-            f" {model.vocab_size}"
-        )
+    data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
     tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if (held_out := _held_out(config, data, **read)) is not None:
+        held_out.check_ids(model.vocab_size)
         validator = Validator.create(
             held_out,
             batches_of(config, held_out, row_multiple=shards, shuffle=False),

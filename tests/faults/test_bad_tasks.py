@@ -6,12 +6,19 @@ import struct
 import sys
 
 import numpy as np
+import pytest
 
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import write_model_files
+from stepdistill_jax.inference.evaluate import evaluate
+from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import import_task_module
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.run import assemble
 
 MODULES = {  # a module's files, its name, and what is said of it
     "exits": ({"m.py": "import sys\nsys.exit(0)"}, "m", "SystemExit: 0 at "),
@@ -148,6 +155,216 @@ def test_plain_tasks_with_wrong_rows(tmp_path, record_fault):
     assert not wrong, "\n".join(wrong)
 
 
+def cut_by_length(dataset, sequence_length):
+    return dataset.filter(lambda row: len(row["inputs"]) < sequence_length["inputs"])
+
+
+def unfit_tasks():
+    """{kind: (what differs from a task that trains, what is said of it and what to do instead)}."""
+    import seqio
+    import tensorflow as tf
+
+    def features(more=None, **feature):
+        known = {"vocabulary": seqio.ByteVocabulary(), "add_eos": False}
+        one = seqio.Feature(**known | feature)
+        return {"output_features": {"inputs": one, "targets": one} | (more or {})}
+
+    byte = seqio.Feature(seqio.ByteVocabulary())
+    other = seqio.Feature(seqio.ByteVocabulary(extra_ids=100))
+    floats = seqio.ContinuousFeature(dtype=tf.float32, rank=2)
+    no_rows = seqio.FunctionDataSource(
+        lambda split, shuffle_files: rows_of_ids().take(0), ["train"]
+    )
+    no_splits = seqio.FunctionDataSource(lambda split, shuffle_files: rows_of_ids(), [])
+    gone = seqio.TfdsDataSource("no_such_dataset:1.0.0", "/no/such/folder", ["train"])
+    return {
+        "targets alone": (
+            {"output_features": {"targets": byte}},
+            ("it has targets alone", "splits its text in two"),
+        ),
+        "other features": (
+            {"output_features": {"question": byte, "answer": byte}},
+            ("it has answer, question", "rekey"),
+        ),
+        "a required third": (
+            features({"images": floats}),
+            ("'images' is required", "required=False"),
+        ),
+        "ids of their own": (
+            features(vocabulary=seqio.PassThroughVocabulary(100)),
+            ("PassThroughVocabulary", "SentencePieceVocabulary"),
+        ),
+        "two vocabularies": (features({"targets": other}), ("share one vocabulary", "give both")),
+        "an unknown vocabulary": (
+            features(vocabulary=seqio.FullCodepointVocabulary()),
+            ("got FullCodepointVocabulary", "`stepdistill prepare` trains"),
+        ),
+        "ids of two dimensions": (features(rank=2), ("int32 of rank 2", "tokenise it")),
+        "floats": (features(dtype=tf.float32), ("float32 of rank 1", "tokenise it")),
+        "rows by length": (
+            {"preprocessors": [cut_by_length]},
+            ("cut_by_length makes rows by sequence_length", "functools.partial"),
+        ),
+        "rows by length before a cache": (
+            {"preprocessors": [cut_by_length, seqio.CacheDatasetPlaceholder()]},
+            ("its preprocessors: 'cut_by_length' has a `sequence_length` argument",),
+        ),
+        "a cache alone": (
+            {"preprocessors": [seqio.CacheDatasetPlaceholder(required=True)]},
+            ("from a cache of seqio_cache_tasks alone", "leave required=True out"),
+        ),
+        "no rows": ({"source": no_rows}, ("split 'train' has no rows", "its source is empty")),
+        "no splits": ({"source": no_splits}, ("has no splits", "give it `splits`")),
+        "TFDS without code": (
+            {"source": gone},
+            (
+                "TFDS dataset no_such_dataset:1.0.0 is not downloaded in /no/such/folder",
+                "tfds build",
+            ),
+        ),
+    }
+
+
+def rows_of_ids():
+    import tensorflow as tf
+
+    row = {"inputs": [3, 4, 1], "targets": [5, 1], "images": [[0.5]]}
+    specs = {"inputs": tf.int32, "targets": tf.int32, "images": tf.float32}
+    return tf.data.Dataset.from_tensors({k: tf.constant(v, specs[k]) for k, v in row.items()})
+
+
+def add_plain(name, **arguments):
+    """Registers a task that trains, but for `arguments`."""
+    import seqio
+
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
+    source = seqio.FunctionDataSource(lambda split, shuffle_files: rows_of_ids(), ["train"])
+    given = {
+        "source": source,
+        "preprocessors": [],
+        "output_features": {"inputs": feature, "targets": feature},
+    }
+    return seqio.TaskRegistry.add(name, **given | arguments)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is gone after it."""
+    from stepdistill_jax.data.builder import tensorflow
+
+    tensorflow()
+    import seqio
+
+    for kind in (seqio.TaskRegistry, seqio.MixtureRegistry):
+        monkeypatch.setattr(kind, "_REGISTRY", dict(kind._REGISTRY))
+
+
+def test_plain_tasks_that_cannot_be_trained_on(tmp_path, record_fault, registries):
+    import seqio
+
+    wrong, cases = [], unfit_tasks()
+    for number, (kind, (arguments, says)) in enumerate(cases.items()):
+        name = f"unfit_{number}"
+        add_plain(name, **arguments)
+        try:
+            load_task(name, split="train", data_dir=tmp_path)
+            wrong.append(f"{kind}: loaded")
+        except InputError as error:
+            said = str(error)
+            if (
+                not said.startswith(f"task {name!r}: ")
+                or "\n" in said
+                or not all(map(said.__contains__, says))
+            ):
+                wrong.append(f"{kind}: {said}")
+        except BaseException as error:
+            wrong.append(f"{kind}: {error!r}")
+    record_fault(
+        "SeqIO tasks that no encoder-decoder can be trained on",
+        tried=len(cases),
+        survived=len(cases) - len(wrong),
+    )
+    assert not wrong, "\n".join(wrong)
+    feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
+    optional = seqio.ContinuousFeature(
+        dtype=__import__("tensorflow").float32, rank=2, required=False
+    )
+    add_plain("fit", output_features={"inputs": feature, "targets": feature, "images": optional})
+    assert load_task("fit", split="train", data_dir=tmp_path).stores[0].num_examples == 1
+
+
+def test_ids_above_the_models_vocabulary(tmp_path, registries):
+    import seqio
+
+    model = tmp_path / "model"
+    write_model_files(model, t5_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None)
+    feature = seqio.Feature(seqio.ByteVocabulary(extra_ids=100), add_eos=False)
+    high = seqio.map_over_dataset(lambda row: {k: row[k] * 100 for k in ("inputs", "targets")})
+    add_plain(
+        "high_ids", preprocessors=[high], output_features={"inputs": feature, "targets": feature}
+    )
+    says = r"task 'high_ids': its ids go up to 500, and the model's vocab_size is 384; take"
+    config = TrainConfig(task="high_ids", init_from=str(model), input_length=8, target_length=8)
+    with pytest.raises(InputError, match=says):
+        assemble(config, tmp_path / "run", tmp_path)
+    with pytest.raises(InputError, match=says):
+        evaluate(model, task="high_ids", split="train", data_dir=tmp_path)
+
+
+TFDS_MODULE = """
+import seqio
+
+feature = seqio.Feature(seqio.ByteVocabulary())
+for name, splits in (("cola_splits", ["train"]), ("cola_all", None)):
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.TfdsDataSource("glue/cola:2.0.0", tfds_data_dir=DIR, splits=splits),
+        preprocessors=[seqio.preprocessors.tokenize],
+        output_features={"inputs": feature, "targets": feature},
+    )
+seqio.MixtureRegistry.add("cola_mixture", ["cola_all"], default_rate=1)
+"""
+
+
+@pytest.mark.parametrize("task", ["cola_splits", "cola_all", "cola_mixture"])
+def test_a_tfds_dataset_that_is_not_downloaded_is_one_line_of_each_command(
+    tmp_path, monkeypatch, capfd, registries, model_dir, record_fault, task
+):
+    import tensorflow_datasets as tfds
+
+    def no_download(*_, **__):
+        raise AssertionError("a download was started")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_download)
+    folder = tmp_path / "tfds"
+    (tmp_path / "cola_tasks.py").write_text(TFDS_MODULE.replace("DIR", repr(str(folder))))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cola_tasks", raising=False)
+    where = ["--module", "cola_tasks", "--data-dir", str(tmp_path / "data")]
+    commands = [
+        ["inspect", task],
+        ["train", "demo_label_only", "--workdir", str(tmp_path / "run"), "--set", f"TASK={task}"],
+        ["evaluate", str(model_dir), "--task", task, "--split", "train"],
+    ]
+    wrong = []
+    for command in commands:
+        code = main([*command, *where])
+        err = capfd.readouterr().err
+        last = err.splitlines()[-1]
+        want = f"TFDS dataset glue/cola:2.0.0 is not downloaded in {folder}; run"
+        want += f" `tfds build glue/cola:2.0.0 --data_dir {folder}`"
+        if code != 2 or want not in last or "Traceback" in err:
+            wrong.append(f"{command[0]}: {code} {err}")
+    record_fault(
+        "TFDS datasets that are not downloaded",
+        tried=len(commands),
+        survived=len(commands) - len(wrong),
+    )
+    assert not wrong, "\n".join(wrong)
+    assert not (tmp_path / "run").exists()
+
+
 ROWS = [{"input": f"is {i} even ?", "label": "no" if i % 2 else "yes"} for i in range(30)]
 INFO = ("1.0.0/dataset_info.json", "1.0.0/features.json")
 
@@ -229,3 +446,27 @@ def test_tfds_folders_are_refused_before_they_are_read_and_prepare_mends_them(
     assert mended and any("was damaged, and is written anew" in note for note in again["notes"])
     assert load_task("mine", split="train", data_dir=tmp_path / "data").stores[0].num_examples > 20
     assert prepare("jsonl", **options)["reused"]
+
+
+def test_a_slice_of_a_tfds_split_without_rows(tmp_path, registries):
+    """SeqIO ends the process when it is asked for the files of one."""
+    import seqio
+
+    # of 30 rows `prepare` leaves 24 in train
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
+    for slice_of in ("train[:0]", "train[:50%]"):
+        add_plain(
+            f"mine_{len(slice_of)}",
+            source=seqio.TfdsDataSource("mine:1.0.0", str(tmp_path), {"train": slice_of}),
+            preprocessors=[
+                seqio.map_over_dataset(lambda r: {"inputs": r["input"], "targets": r["label"]}),
+                seqio.preprocessors.tokenize,
+            ],
+        )
+    with pytest.raises(
+        InputError, match=r"split 'train' of source Tfds.* has no rows; name another"
+    ):
+        load_task("mine_9", split="train", data_dir=tmp_path)
+    assert load_task("mine_11", split="train", data_dir=tmp_path).stores[0].num_examples == 12

@@ -1,0 +1,208 @@
+"""Prepared datasets as registered SeqIO tasks and mixtures, for SeqIO's own tools and users' mixtures."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stepdistill_jax.data.builder import VERSION, tensorflow
+from stepdistill_jax.data.objectives import Objective, step_by_step
+from stepdistill_jax.data.prepared import (
+    PreparedDataset,
+    data_folder,
+    open_prepared,
+    prepared_names,
+)
+from stepdistill_jax.data.vocabulary import load_vocabulary
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.tasks import registry
+from stepdistill_jax.tasks.registry import Tag, TaskSpec
+from stepdistill_jax.tasks.sources import forget_tfds
+
+# the folder of a command that is importing a user's module; None outside
+_IMPORTING_FOR: contextvars.ContextVar[pathlib.Path | None] = contextvars.ContextVar(
+    "_IMPORTING_FOR", default=None
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    """What `register_prepared` registered of a dataset.
+
+    Attributes:
+        dataset: as it was then.
+        vocabulary: of its tasks; path of a `spiece.model`, or `bytes`.
+        tasks: its SeqIO tasks, by their objective's name.
+        mixture: its SeqIO mixture.
+    """
+
+    dataset: PreparedDataset
+    vocabulary: str
+    tasks: Mapping[str, Any]
+    mixture: Any
+
+
+_REGISTERED: dict[str, Registration] = {}  # by the dataset's name
+
+
+def register_prepared(
+    data_dir: os.PathLike | str | None = None, *, vocabulary: os.PathLike | str | None = None
+) -> tuple[str, ...]:
+    """Registers the SeqIO tasks NAME_label, NAME_rationale and the mixture NAME of prepared datasets.
+
+    For instance `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` after
+    `register_prepared()`. Each task has the splits in which a row has its target. A dataset without
+    a train split has no vocabulary and is left out, unless one is given. A dataset that is
+    registered and has not changed keeps its tasks; else they are replaced.
+
+    Args:
+        data_dir: folder of prepared datasets; None is that of the command which imports the calling
+            module, or else the default one.
+        vocabulary: of all tasks, path of a `spiece.model`, or `bytes`; None takes each dataset's
+            own. SeqIO reads a mixture only if its tasks have the same.
+
+    Returns:
+        Names of the datasets that are registered now.
+
+    Raises:
+        InputError: SeqIO has another task or mixture of one of these names, or a dataset or the
+            vocabulary is damaged.
+    """
+    tensorflow()
+    folder = data_folder(_IMPORTING_FOR.get() if data_dir is None else data_dir)
+    if vocabulary is not None:
+        load_vocabulary(vocabulary)
+    names = []
+    for name in prepared_names(folder):
+        dataset = open_prepared(name, folder)
+        if vocabulary is None and "train" not in dataset.splits:
+            log(
+                f"{name}: not registered with SeqIO: no train split, and so no vocabulary of its own"
+            )
+            continue
+        _register(dataset, os.fspath(dataset.spiece_model if vocabulary is None else vocabulary))
+        names.append(name)
+    if not names:
+        log(f"register_prepared: no prepared dataset to register in {folder}")
+    return tuple(names)
+
+
+def registered_dataset(name: str) -> PreparedDataset | None:
+    """Returns the dataset whose mixture SeqIO has under this name; None where it is anybody else's."""
+    found = _REGISTERED.get(name)
+    if found is None:
+        return None
+    import seqio
+
+    mixtures = seqio.MixtureRegistry
+    ours = name in mixtures.names() and mixtures.get(name) is found.mixture
+    return found.dataset if ours else None
+
+
+@contextlib.contextmanager
+def importing_for(data_dir: pathlib.Path | None) -> Iterator[None]:
+    """While a user's module is imported: the folder that its `register_prepared()` means."""
+    token = _IMPORTING_FOR.set(data_dir)
+    try:
+        yield
+    finally:
+        _IMPORTING_FOR.reset(token)
+
+
+def spec_of(
+    dataset: PreparedDataset,
+    vocabulary: str,
+    splits: Mapping[str, str],
+    objectives: tuple[Objective, ...] = (),
+) -> TaskSpec:
+    """Returns a prepared dataset as `add_task` would have it; `splits` maps names to TFDS's."""
+    source = _source_class()(
+        f"{dataset.name}:{VERSION}",
+        tfds_data_dir=os.fspath(dataset.directory.parent),
+        splits=dict(splits),
+    )
+    return TaskSpec(dataset.name, source, (), objectives, vocabulary, dataset.metric)
+
+
+@functools.cache
+def _source_class() -> Any:
+    """Returns the class of a prepared dataset's source.
+
+    TFDS refuses to shuffle the files of a dataset whose rows have an order, and SeqIO asks for it
+    where rows are to be shuffled; they are, by SeqIO's own buffer.
+    """
+    tensorflow()
+    import seqio
+
+    class PreparedDataSource(seqio.TfdsDataSource):
+        def get_dataset(self, split=None, shuffle=True, seed=None, shard_info=None, **unused):
+            return super().get_dataset(split, shuffle=False, seed=seed, shard_info=shard_info)
+
+    return PreparedDataSource
+
+
+def _register(dataset: PreparedDataset, vocabulary: str) -> None:
+    import seqio
+
+    name = dataset.name
+    before = _REGISTERED.get(name)
+    if before is not None and registered_dataset(name) is not None:
+        if (before.dataset, before.vocabulary) == (dataset, vocabulary):
+            return
+        _remove(before)
+    objectives, splits_of = step_by_step(), {}
+    for objective in objectives:
+        splits_of[objective] = [s for s in dataset.splits if _has_target(dataset, s, objective)]
+    present = [o for o in objectives if splits_of[o]]
+    if not present:
+        log(f"{name}: not registered with SeqIO: no row has a label or a rationale")
+        return
+    taken = registry.registered_names()
+    for one in (*(f"{name}_{o.name}" for o in present), name):
+        if one in taken:
+            raise InputError(
+                f"register_prepared: dataset {name!r} in {dataset.directory.parent}: SeqIO already has a"
+                f" task or mixture {one!r}; name that one differently, or prepare the dataset under"
+                " another name (`stepdistill prepare ... --name`)"
+            )
+    forget_tfds(f"{name}:{VERSION}", os.fspath(dataset.directory.parent))
+    tasks = {}
+    for objective in present:
+        splits = {split: split for split in splits_of[objective]}
+        arguments = registry.task_arguments(
+            spec_of(dataset, vocabulary, splits, objectives), objective
+        )
+        full_name = f"{name}_{objective.name}"
+        tasks[objective.name] = seqio.TaskRegistry.add(full_name, **arguments)
+        registry.TAGS[full_name] = Tag(name, objective.name)
+    mixture = registry.add_mixture(name, [task.name for task in tasks.values()])
+    _REGISTERED[name] = Registration(dataset, vocabulary, tasks, mixture)
+
+
+def _remove(registration: Registration) -> None:
+    """Takes a dataset's tasks out of SeqIO's registries; not those of others under their names."""
+    import seqio
+
+    del _REGISTERED[registration.dataset.name]
+    seqio.MixtureRegistry.remove(registration.mixture.name)
+    for task in registration.tasks.values():
+        if task.name in seqio.TaskRegistry.names() and seqio.TaskRegistry.get(task.name) is task:
+            seqio.TaskRegistry.remove(task.name)
+            del registry.TAGS[task.name]
+
+
+def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
+    """Whether a row of the split has the field that the target is made of.
+
+    A task without rows would end a mixture as soon as SeqIO draws from it.
+    """
+    (field,) = objective.needed
+    named = f'"{field}":'
+    with open(dataset.directory / f"{split}.jsonl", encoding="utf-8") as rows:
+        return any(json.loads(row).get(field) for row in rows if named in row)
