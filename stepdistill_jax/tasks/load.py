@@ -131,7 +131,18 @@ def load_task(
             [*key, _files(found, split)],
             compare=True,
         )
-        return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric)
+        own = None
+        if found.function is not None:
+            own = registry.joint_task(found, objectives, vocabulary, supervision)
+        return TaskData.of_store(
+            task,
+            split,
+            objectives,
+            store,
+            opened,
+            metric=found.metric,
+            task=own,
+        )
     _one_rationale(task, supervision)
     if supervision is not None and supervision.label_source != "gold":
         raise InputError(
@@ -279,7 +290,7 @@ def _load_plain(
         with named_errors(found.name, found.name, split):
             rates = tuple(float(found.get_rate(task)) for task in tasks)
     parts = tuple(
-        Part(task.name, store, registry.columns_of(PLAIN), rate)
+        Part(task.name, store, registry.columns_of(PLAIN), rate, task=task)
         for task, store, rate in zip(tasks, stores, rates, strict=True)
     )
     return TaskData(found.name, split, PLAIN, parts, opened)

@@ -47,6 +47,13 @@ class Part:
         inputs = self.store.rows[column]["inputs"]
         return [inputs[i].tolist() for i in range(len(inputs))], self.store.label_texts
 
+    def label_targets(self) -> list[list[int]]:
+        """Returns the ids of the target of each of `labelled_inputs`, uncut."""
+        if (column := self.label_column) is None:
+            return []
+        targets = self.store.rows[column]["targets"]
+        return [targets[i].tolist() for i in range(len(targets))]
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
