@@ -295,8 +295,8 @@ MUTANTS = [
         id="C2",
         what="of equal accuracies the higher label loss is best",
         file="stepdistill_jax/runtime/checkpoints/manager.py",
-        old='return (metrics["label_accuracy"], -metrics["label_loss"], -float(metrics["step"]))',
-        new='return (metrics["label_accuracy"], metrics["label_loss"], -float(metrics["step"]))',
+        old='metrics.get("rank") or (metrics["label_accuracy"], -metrics["label_loss"])',
+        new='metrics.get("rank") or (metrics["label_accuracy"], metrics["label_loss"])',
         tests=["tests/runtime/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
     ),
     Mutant(
@@ -521,8 +521,8 @@ MUTANTS = [
         id="EV2",
         what="`unfinished` is the share that finished",
         file="stepdistill_jax/training/validation.py",
-        old='"unfinished": float(np.mean(~np.asarray(decoded.finished))),',
-        new='"unfinished": float(np.mean(np.asarray(decoded.finished))),',
+        old='{"unfinished": float(np.mean(~found.finished))}',
+        new='{"unfinished": float(np.mean(found.finished))}',
         tests=[
             "tests/training/test_evaluate.py::test_unfinished_is_the_share_of_answers_that_do_not_end_within_max_decode_len"
         ],
@@ -539,6 +539,24 @@ MUTANTS = [
         tests=[
             "tests/training/test_evaluate.py::test_losses_are_means_over_all_tokens_of_the_split"
         ],
+    ),
+    Mutant(
+        id="EV4",
+        what="a metric of scores gets those of the answers instead of the targets'",
+        file="stepdistill_jax/training/validation.py",
+        old="metrics.compute(found.ids, found.scores, target_scores)",
+        new="metrics.compute(found.ids, found.scores, found.scores)",
+        tests=[
+            "tests/training/test_task_metrics.py::test_validation_gives_seqio_evaluators_values"
+        ],
+    ),
+    Mutant(
+        id="EV5",
+        what="of BEST_METRIC the largest loss is best",
+        file="stepdistill_jax/training/validation.py",
+        old='value = -value if bare.startswith("loss") else value',
+        new='value = -value if name == "loss/label" else value',
+        tests=["tests/training/test_task_metrics.py::test_best_metric_chooses_the_step"],
     ),
     Mutant(
         id="M3",

@@ -16,7 +16,7 @@ from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.sweep import EVALUATION, SWEEP
 from stepdistill_jax.formats.tensors import read_object
-from stepdistill_jax.inference.evaluate import PREDICTIONS, WITH_RATIONALE
+from stepdistill_jax.inference.answer_files import PREDICTIONS, WITH_RATIONALE
 from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.inference.rationale_quality import named_answer
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step

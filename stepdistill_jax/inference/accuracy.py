@@ -73,7 +73,7 @@ class Tally:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """The summary as a line for people, and a second one where all answers are the same.
+    """The summary as a line for people; more of them for the task's own metrics, and for what is odd.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.
@@ -108,6 +108,9 @@ def in_words(summary: dict[str, Any]) -> str:
         )
     parts.append(f"{summary['rows_per_second']:.1f} rows/s")
     line = "  ".join(parts)
+    if own := summary.get("metrics"):
+        values = (f"{n} {'NaN' if v is None else format(v, '.4g')}" for n, v in own.items())
+        line += "\n" + "  ".join(values)
     if summary.get("reads"):
         line += (
             f"\nthe model reads {' and '.join(summary['reads'])} of each row beside its input: a teacher"

@@ -282,7 +282,16 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """As `Engine.score`; an input is encoded once for each of its answers."""
+        """As `Engine.score`; an input is encoded once for each of its answers.
+
+        Raises:
+            InputError: an answer without its end of sequence, which CTranslate2 always adds.
+        """
+        if any(ids[-1] != EOS_ID for of_row in answers for ids in of_row):
+            raise InputError(
+                f"{self.path}: CTranslate2 scores targets with an end of sequence, and some have none;"
+                " ask the directory that this one was made from"
+            )
         scores = [np.zeros(len(of_row), np.float32) for of_row in answers]
 
         def started():

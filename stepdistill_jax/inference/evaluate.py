@@ -1,12 +1,15 @@
 """Accuracy on a split of any task: a prepared dataset, or one that only SeqIO can read."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import label_only
@@ -16,8 +19,9 @@ from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
 from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.allowed_answers import ROW, allow
+from stepdistill_jax.inference.answer_files import PREDICTIONS, answers_name, write_answers
 from stepdistill_jax.inference.engines import open_engine
-from stepdistill_jax.inference.labels import label_rows
+from stepdistill_jax.inference.labels import Labels, label_rows, score_targets
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask
@@ -34,12 +38,12 @@ from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, upload
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
+from stepdistill_jax.tasks.metrics import TaskMetrics
 from stepdistill_jax.tasks.mixtures import SINGLE, TaskObjectives, is_mixture, label_tasks
 from stepdistill_jax.tasks.registry import TaskSpec
+from stepdistill_jax.tasks.task_data import Part
 
-PREDICTIONS = "predictions"
 RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
-WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 
 
 def check_result(output: os.PathLike | str, choices: Any = None) -> None:
@@ -62,9 +66,9 @@ def evaluate(
     """Decodes the labels of a split and compares them.
 
     The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
-    SeqIO, as for training.
+    SeqIO, as for training, and its own metrics are computed, too.
 
-    A workdir keeps the answers to a prepared dataset in `predictions/TASK-SPLIT-STEP.jsonl`. Options
+    A workdir keeps the answers in `predictions/TASK-SPLIT-STEP.jsonl`. Options
     add to the name before `.jsonl`, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`,
     `-rationale`.
 
@@ -87,7 +91,8 @@ def evaluate(
         {NAME: result}.
         Else what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
         rationales also `rationale`, that is what `RationaleTally.summary` has and `unfinished` (those
-        that reached their greatest length without an end).
+        that reached their greatest length without an end). Of a SeqIO task with metrics of its own
+        also `metrics`, their values by name.
 
     Raises:
         InputError: no such model, step, task, split or module, a bad option, or rationales of a
@@ -137,7 +142,7 @@ def evaluate(
         )
         data.check_ids(files.config.vocab_size)
         (part,) = data.parts
-        result = evaluate_tokens(path, *part.labelled_inputs(), part.metric, part.labels, chosen)
+        result = _evaluate_part(path, part, split, chosen)
     result = {"task": task, "split": split} | result | {"task": task}
     if output is not None:
         on_process_0(lambda: write_json(output, result))
@@ -173,12 +178,7 @@ def _evaluate_dataset(
     """`predict` on a split; the answers stay in a workdir."""
     source = on_all_processes(lambda: dataset.file(split))
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
-    name = f"{dataset.name}-{split}-{found}"
-    name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
-    name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
-    name += "" if options.choices is None else "-choices"
-    name += "" if options.quantization is None else f"-{options.quantization}"
-    name += WITH_RATIONALE if with_rationale else ""
+    name = answers_name(dataset.name, split, found, options, with_rationale)
     with tempfile.TemporaryDirectory() as scratch:
         kept = None if found is None else as_path(path) / PREDICTIONS
         remote = kept is not None and is_remote(kept)
@@ -201,6 +201,25 @@ def _evaluate_dataset(
         if kept is not None and remote:
             on_process_0(lambda: upload(folder, kept))
     return _told(found, options) | result
+
+
+def _evaluate_part(
+    path: os.PathLike | str, part: Part, split: str, options: DecodeOptions
+) -> dict[str, Any]:
+    """Returns `evaluate_tokens` of a SeqIO task; the answers stay in a workdir."""
+    found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
+    if found is not None:
+        options = dataclasses.replace(options, step=found)
+    metrics = on_all_processes(lambda: TaskMetrics.of(part, split))
+    inputs, labels = part.labelled_inputs()
+    name = answers_name(part.name, split, found, options)
+
+    def keep(answers: list[dict[str, Any]]) -> None:
+        if found is not None:
+            on_process_0(lambda: write_answers(path, name, answers))
+
+    allowed = part.labels
+    return evaluate_tokens(path, inputs, labels, part.metric, allowed, options, metrics, keep)
 
 
 def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
@@ -229,6 +248,8 @@ def evaluate_tokens(
     metric: str,
     allowed: Sequence[str] = (),
     options: DecodeOptions | None = None,
+    task_metrics: TaskMetrics | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
 
@@ -240,12 +261,17 @@ def evaluate_tokens(
         allowed: the possible labels, where they are few; the choice `labels` means these, and rows
             have no choices of their own.
         options: None is `DecodeOptions()`.
+        task_metrics: the task's own, of the same rows; None is none.
+        keep: called, before the metrics, with a row for each input: `id` (its number, from 1), `label`, `score` and what
+            else `predict` writes of it, `target` (its label), and `target_score` (natural log of the
+            probability of the target) where a metric reads it.
 
     Returns:
-        What `predict` returns, and `step`, `num_beams`, `length_penalty`.
+        What `predict` returns, and `step`, `num_beams`, `length_penalty`; with metrics of the task
+        also `metrics`, their values by name (None is NaN or infinite).
 
     Raises:
-        InputError: no such model or step, or a bad option.
+        InputError: no such model or step, a bad option, or a metric that fails.
     """
     options = options or DecodeOptions()
     if options.choices == ROW:
@@ -259,15 +285,25 @@ def evaluate_tokens(
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
     rows = [Example(str(i), "", label) for i, label in enumerate(labels, 1)]
-    with until_stopped(len(inputs), "evaluate") as update:
+    targets = None
+    if task_metrics is not None and task_metrics.reads_target_scores:
+        targets = task_metrics.targets
+    with until_stopped(len(inputs) + len(targets or ()), "evaluate") as update:
         found = label_rows(model, asking, chooser, rows, cut, update)
+        target_scores = targets and score_targets(model.score, cut, targets, update)
     seconds = time.perf_counter() - start
     tally = Tally(metric, allowed, options.choices_temperature)
     for label, answer in zip(labels, found.answers, strict=True):
         tally.add(answer["label"], label, (), answer.get("choices"))
+    keep(_kept(rows, found, target_scores))
+    own = {}
+    if task_metrics is not None:
+        own = task_metrics.compute(found.ids, found.scores, target_scores)
+        own = {"metrics": {n: v if math.isfinite(v) else None for n, v in own.items()}}
     return {
         **_told(model.step, options),
         **tally.summary(),
+        **own,
         **({"reads": list(asking.reads)} if asking.reads else {}),
         **({"unparsed": found.unparsed} if asking.objectives[0].writes_more else {}),
         "unfinished": found.unfinished,
@@ -275,3 +311,16 @@ def evaluate_tokens(
         "skipped": 0,
         "rows_per_second": round(len(inputs) / seconds, 3) if len(inputs) else 0.0,
     }
+
+
+def _kept(
+    rows: Sequence[Example], found: Labels, target_scores: np.ndarray | None
+) -> list[dict[str, Any]]:
+    kept = [
+        {"id": row.id, **answer, "target": row.label}
+        for row, answer in zip(rows, found.answers, strict=True)
+    ]
+    if target_scores is not None:
+        for row, score in zip(kept, target_scores, strict=True):
+            row["target_score"] = round(float(score), 6) + 0.0
+    return kept

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.engines import Engine, require_finite
@@ -16,9 +18,13 @@ class Labels(NamedTuple):
         answers: what is written of each row, its id left out.
         unfinished: how many reached their greatest length without an end.
         unparsed: how many answers have no label in them.
+        ids: of each answer, as decoded or chosen.
+        scores: [rows] natural logs of their probabilities.
     """
 
     answers: list[dict[str, Any]]
+    ids: Sequence[Sequence[int]]
+    scores: np.ndarray
     unfinished: int = 0
     unparsed: int = 0
 
@@ -45,10 +51,15 @@ def label_rows(
         NotFinite: the model gives NaN.
     """
     if allowed is not None:
-        scores = model.score(inputs, [allowed.ids(row) for row in rows], on_progress)
+        ids = [allowed.ids(row) for row in rows]
+        scores = model.score(inputs, ids, on_progress)
         for of_row in scores:
             require_finite(model, of_row)
-        return Labels([allowed.answer(row, s) for row, s in zip(rows, scores, strict=True)])
+        return Labels(
+            [allowed.answer(row, s) for row, s in zip(rows, scores, strict=True)],
+            [of_row[s.argmax()] for of_row, s in zip(ids, scores, strict=True)],
+            np.array([s.max() for s in scores]),
+        )
     decoded = model.decode(inputs, asking.decode_lengths[0], on_progress)
     require_finite(model, decoded.scores)
     objective = asking.objectives[0]
@@ -57,4 +68,26 @@ def label_rows(
         for ids, score in zip(decoded.ids, decoded.scores, strict=True)
     ]
     unparsed = sum(not parsed for _, parsed in found)
-    return Labels([answer for answer, _ in found], int((~decoded.finished).sum()), unparsed)
+    answers, unfinished = [answer for answer, _ in found], int((~decoded.finished).sum())
+    return Labels(answers, decoded.ids, decoded.scores, unfinished, unparsed)
+
+
+def score_targets(
+    score: Callable[..., list[np.ndarray]],
+    inputs: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    on_progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Returns [rows] float32, natural logs of the targets' probabilities; 0 of one without ids.
+
+    Args:
+        score: `Engine.score`, or a `ChoiceScorer` with its parameters.
+        inputs: ids of each row's prompt.
+        targets: ids of each row's target, with its end of sequence.
+        on_progress: called with the number of rows of each batch that is done.
+    """
+    places = [i for i, ids in enumerate(targets) if ids]
+    found = score([inputs[i] for i in places], [[targets[i]] for i in places], on_progress)
+    scores = np.zeros(len(targets), np.float32)
+    scores[places] = [of_row[0] for of_row in found]
+    return scores

@@ -88,7 +88,7 @@ def load_task(
     _check_plain(found.name, supervision)
     vocabulary = _common_vocabulary(task, [found], given, folder)
     store = _plain_store(found, split, vocabulary, folder, task_module)
-    return TaskData.of_store(task, split, PLAIN, store, vocabulary, own_inputs=True)
+    return TaskData.of_store(task, split, PLAIN, store, vocabulary, task=found, own_inputs=True)
 
 
 def _load_dataset(
@@ -188,7 +188,10 @@ def _load_spec(
         [*key, _files(found, split)],
         compare=True,
     )
-    return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric)
+    own = None
+    if found.function is not None:
+        own = registry.joint_task(found, objectives, vocabulary, supervision)
+    return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric, task=own)
 
 
 def _check_plain(task: str, supervision: Supervision | None) -> None:
@@ -415,16 +418,16 @@ class _MixtureLoader:
             for task in tasks
         ]
         own = {"rate": group.rate, "own_inputs": True}
-        if len(stores) == 1:
-            return [Part(tasks[0].name, stores[0], (columns[0],), **own)]
         names = [task.name for task in tasks]
-        if reason := why_not(stores, names):
+        reason = why_not(stores, names) if len(stores) > 1 else ""
+        if reason is not None:
+            each = zip(tasks, stores, columns, strict=True)
             return [
-                Part(task.name, store, (column,), **own, drawn=reason)
-                for task, store, column in zip(tasks, stores, columns, strict=True)
+                Part(task.name, store, (column,), task=task, **own, drawn=reason)
+                for task, store, column in each
             ]
         drawn = f"{' and '.join(names)} paired by id"
-        return [Part(group.name, paired(stores), tuple(columns), **own, drawn=drawn)]
+        return [Part(group.name, paired(stores), tuple(columns), task=tasks[0], **own, drawn=drawn)]
 
     def _part_of_dataset(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary

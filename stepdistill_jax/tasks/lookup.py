@@ -21,7 +21,7 @@ from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.prepared_tasks import importing_for, registered_dataset
 from stepdistill_jax.tasks.registry import TaskSpec
-from stepdistill_jax.tasks.sources import check_source
+from stepdistill_jax.tasks.sources import check_source, raised_at
 
 
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
@@ -98,12 +98,8 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
 
 def _not_importable(name: str, error: BaseException) -> InputError:
     """Also of a module that ends the process: it would end ours, with its own exit code."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
     return InputError(
-        f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{where}"
+        f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}"
     )
 
 

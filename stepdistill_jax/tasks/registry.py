@@ -13,10 +13,11 @@ from typing import Any, cast
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.objectives import Objective, resolve
-from stepdistill_jax.data.text_metrics import accuracy, metric_fn
+from stepdistill_jax.data.text_metrics import METRICS, accuracy, metric_fn
 from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.preprocessors import (
+    LABEL_TEXT,
     drop_absent_rows,
     empty_absent_targets,
     in_turn,
@@ -46,7 +47,8 @@ class TaskSpec:
         preprocessors: SeqIO preprocessors that bring its rows to the fields input, label, ...
         objectives: of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
-        metric: name in `text.metrics.METRICS`.
+        metric: name in `data.text_metrics.METRICS`, by which labels are compared.
+        function: the user's own metric of labels, with SeqIO's arguments; None is none.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TaskSpec:
     objectives: tuple[Objective, ...]
     vocabulary: str
     metric: str
+    function: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def add_task(
     splits: Sequence[str] | None = None,
     objectives: str | Sequence[Objective] = "step_by_step",
     vocabulary: os.PathLike | str = BYTES,
-    metric: str = "text_match",
+    metric: str | Callable = "text_match",
     preprocessors: Sequence[Callable] = (),
 ) -> Any:
     """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and tries them.
@@ -98,7 +101,10 @@ def add_task(
         objectives: an arm's name or objectives; each becomes a task. A `decoder_prefix` is not in
             its targets: training puts it before them.
         vocabulary: path of a `spiece.model`, or `bytes`; a run with `init_from` uses its model's.
-        metric: `text_match` or `value_match`.
+        metric: `text_match` or `value_match`, by which labels are compared; or a function
+            `f(targets, predictions)` from the labels and the model's to numbers by name. Validation
+            and `evaluate` call it, besides comparing by `text_match`; as in SeqIO it may take
+            `(targets, scores)` instead.
         preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.
 
     Returns:
@@ -113,6 +119,12 @@ def add_task(
 
     if not re.fullmatch(r"[A-Za-z][\w.]*", name):
         raise InputError(f"add_task: a name of letters, digits and _ is wanted, got {name!r}")
+    if not isinstance(metric, str) and not callable(metric):
+        raise InputError(
+            f"add_task({name!r}): metric is a name ({', '.join(METRICS)}) or one function, got"
+            f" {type(metric).__name__}"
+        )
+    function, metric = (metric, "text_match") if callable(metric) else (None, metric)
     metric_fn(metric)
     objectives = resolve(objectives)
     if callable(source) and not isinstance(source, seqio.DataSource):
@@ -134,7 +146,8 @@ def add_task(
         )
     check_source(name, source)
     load_vocabulary(vocabulary)
-    spec = TaskSpec(name, source, tuple(preprocessors), objectives, os.fspath(vocabulary), metric)
+    vocabulary = os.fspath(vocabulary)
+    spec = TaskSpec(name, source, tuple(preprocessors), objectives, vocabulary, metric, function)
     names = [f"{name}_{o.name}" for o in spec.objectives]
     taken = registered_names()
     for one in (*names, name):
@@ -147,6 +160,7 @@ def add_task(
         for task in map(seqio.TaskRegistry.get, names):
             _try_out(with_absent_rows(task), spec)
         _try_out(mixture, spec)
+        metric_functions(seqio.TaskRegistry.get(names[0]))
     except BaseException:
         for one in names:
             with contextlib.suppress(ValueError, KeyError):
@@ -183,6 +197,18 @@ def _try_out(provider: Any, spec: TaskSpec) -> None:
         )
 
 
+def metric_functions(task: Any) -> Sequence[Callable]:
+    """Returns the `metric_fns` of a `seqio.Task`.
+
+    Raises:
+        InputError: one takes other arguments than SeqIO knows.
+    """
+    try:
+        return task.metric_fns
+    except ValueError as error:
+        raise InputError(f"task {task.name!r}: {' '.join(str(error).split())}") from None
+
+
 def registered_names() -> list[str]:
     """Every SeqIO task and mixture of this process; SeqIO is not imported for it."""
     if "seqio" not in sys.modules:
@@ -200,14 +226,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """
     import seqio
 
-    def label_of(text, example=None, is_target=False):
-        return (objective.parse(text) or {"label": ""})["label"]
-
-    def label_accuracy(targets, predictions):
-        return {"accuracy": accuracy(predictions, targets, spec.metric)}
-
     feature = seqio.Feature(seqio_vocabulary(spec.vocabulary), add_eos=True)
-    is_first = objective is spec.objectives[0]
     by_length = any(
         "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
     )
@@ -229,9 +248,22 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
             drop_absent_rows,
         ],
         "output_features": {"inputs": feature, "targets": feature},
-        "metric_fns": [label_accuracy] if is_first else [],
-        "postprocess_fn": label_of if is_first else None,
+        **(_label_metrics(spec, objective) if objective is spec.objectives[0] else {}),
     }
+
+
+def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
+    """Arguments of `seqio.Task` by which the labels in targets and answers are compared."""
+
+    def label_of(text: str, example: Any = None, is_target: bool = False) -> str:
+        if is_target and example is not None and LABEL_TEXT in example:
+            return example[LABEL_TEXT].decode()  # the gold one, where the target is another
+        return (objective.parse(text) or {"label": ""})["label"]
+
+    def label_accuracy(targets, predictions):
+        return {"accuracy": accuracy(predictions, targets, spec.metric)}
+
+    return {"postprocess_fn": label_of, "metric_fns": [spec.function or label_accuracy]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +338,7 @@ def joint_task(
         output_features={
             f"{c.name}_{side}": feature for c in columns for side in ("inputs", "targets")
         },
+        **(_label_metrics(spec, objectives[0]) if spec.function else {}),
     )
 
 

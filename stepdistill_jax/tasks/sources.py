@@ -177,6 +177,14 @@ def forget_tfds(name: str | None, folder: str | None) -> None:
     seqio.LazyTfdsLoader._MEMOIZED_BUILDERS.pop((name, folder), None)
 
 
+def raised_at(error: BaseException) -> str:
+    """Returns ` at FILE:LINE` of the line that raised it, for a message."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+
+
 def describe_source(source: Any) -> str:
     """A source's kind and what it reads, without memory addresses."""
     function = getattr(source, "_dataset_fn", None)

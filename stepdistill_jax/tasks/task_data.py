@@ -56,6 +56,14 @@ class Part:
         labels = self.store.label_texts
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
+    def label_targets(self) -> list[list[int]]:
+        """Returns the ids of the target of each of `labelled_inputs`, uncut."""
+        if (column := self.label_column) is None:
+            return []
+        rows = self.store.rows[column]
+        there = np.flatnonzero(rows["inputs"].lengths)
+        return [rows["targets"][i].tolist() for i in there]
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:

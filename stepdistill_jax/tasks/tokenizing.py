@@ -180,6 +180,13 @@ class Reading:
         logger.warning("task %r, split %r: " + text, self.task.name, self.split, *values)
 
 
+def unshuffled(task: Any, split: str) -> Any:
+    """Returns a `seqio.Task`'s split as a `tf.data.Dataset`, uncut, in the order of its source."""
+    return task.get_dataset(
+        None, split, shuffle=False, seed=_seed(task), num_epochs=1, try_in_mem_cache=False
+    )
+
+
 def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[TokenExample]:
     """Runs a `seqio.Task` once, unshuffled and uncut.
 
@@ -189,9 +196,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
     """
     features = [(f"{p}inputs", f"{p}targets") for p in prefixes]
     with named_errors(task.name, task.source, split):
-        dataset = task.get_dataset(
-            None, split, shuffle=False, seed=_seed(task), num_epochs=1, try_in_mem_cache=False
-        )
+        dataset = unshuffled(task, split)
         decode = task.output_features[features[0][1]].vocabulary.decode
         label_text = f"{features[0][1]}_pretokenized"
         wanted = [*itertools.chain.from_iterable(features), "weight", label_text, LABEL_TEXT, ID]

@@ -92,6 +92,9 @@ class TrainConfig:
         layout: name or sizes of the mesh.
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
+        best_metric: number of a validation, named without `eval/validation/`, that the best step has
+            the largest of (the smallest, if it starts with `loss`); None is the mean label accuracy.
+            Then comes the label's loss, then the earlier step.
         profile_steps: first and last step of a profile in `WORKDIR/profile`; None writes none.
         optimizer: update rule and schedule.
         supervision: which label and rationales are trained on.
@@ -137,6 +140,7 @@ class TrainConfig:
     layout: str | Layout = "data"
     seed: int = 0
     data_fraction: float = 1.0
+    best_metric: str | None = None
     profile_steps: tuple[int, int] | None = None
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     supervision: Supervision = dataclasses.field(default_factory=Supervision)
@@ -164,7 +168,7 @@ class TrainConfig:
         keep(self, number, "dropout_rate", least=0, below=1)
         for names, kind, words in (
             (("task", "model_size", "dtype", "model_family", "remat_policy"), str, "text"),
-            (("task_module", "init_from"), str | None, "text or None"),
+            (("task_module", "init_from", "best_metric"), str | None, "text or None"),
             (("pack",), bool, "True or False"),
             (("lora",), LoraConfig | None, "a `LoraConfig` or None"),
             (("optimizer",), OptimizerConfig, "an `OptimizerConfig`"),

@@ -12,7 +12,7 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_config
@@ -107,6 +107,17 @@ def assemble(
             mesh=mesh,
             max_decode_len=max_decode_len(data, config.target_length),
             batch_size=round_up(config.batch_size, shards),
+        )
+        names = validator.try_out()
+        if config.best_metric is not None and config.best_metric not in names:
+            raise InputError(
+                f"`best_metric`: a validation of {config.task} gives no {config.best_metric!r}; it gives"
+                f" {', '.join(names)}{nearest(config.best_metric, names)}"
+            )
+    elif config.best_metric is not None:
+        raise InputError(
+            f"`best_metric`: {config.task} has no {VALIDATION} split, whose numbers rank the steps;"
+            " leave it out"
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")

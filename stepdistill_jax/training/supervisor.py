@@ -45,6 +45,7 @@ import numpy as np
 from stepdistill_jax.batches.batch import Batch
 from stepdistill_jax.data.schedules import Schedule
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.answer_files import write_answers
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, rank, saved_steps
 from stepdistill_jax.runtime.metrics import FLAGGED, MetricsWriter, read_flagged, read_metrics
 from stepdistill_jax.runtime.progress import log, progress
@@ -324,7 +325,7 @@ class Supervisor:
             stopping = metrics is None
             self._enter(State.SAVING)
         better = False
-        if metrics and (self._best is None or rank(metrics) > self._best):
+        if metrics and self._is_better(metrics):
             better, self._best = True, rank(metrics)
         if better or stopping or last or step % self._run.config.checkpoint_every == 0:
             self.flush()
@@ -344,13 +345,17 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Writes a step's validation, and returns it for the checkpoint; None where it is broken off."""
+        """Writes a step's validation and its answers; None where it is broken off.
+
+        Returns it for the checkpoint.
+        """
         validator = self._run.validator
         assert validator is not None
         self._enter(State.VALIDATING)
         self.flush()
+        answers: list[dict[str, Any]] = []
         try:
-            found = validator.compute(state.params, on_batch=self._break_off)
+            found = validator.compute(state.params, on_batch=self._break_off, keep=answers.append)
         except _BrokenOff:
             return None
         self._writer.write(step, found)
@@ -362,8 +367,19 @@ class Supervisor:
         ranked = {
             "label_accuracy": accuracy,
             "label_loss": found[f"eval/{VALIDATION}/loss/{label}"],
+            "rank": validator.ranking(found, self._run.config.best_metric),
         }
-        return {"step": step, "validated": True, **ranked, **found}
+        metrics = {"step": step, "validated": True, **ranked, **found}
+        if self._bar is not None:
+            rows = [{"step": step, **answer} for answer in answers]
+            for kind in ("last", "best")[: 1 + self._is_better(metrics)]:
+                write_answers(
+                    self._run.workdir, f"{self._run.config.task}-{VALIDATION}-{kind}", rows
+                )
+        return metrics
+
+    def _is_better(self, metrics: dict[str, Any]) -> bool:
+        return self._best is None or rank(metrics) > self._best
 
     def _break_off(self) -> None:
         if self._stop.agreed():

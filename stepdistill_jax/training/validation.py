@@ -1,8 +1,9 @@
 """Validation during training: losses per objective and the accuracy of decoded labels."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,18 +13,23 @@ from jax.sharding import Mesh
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import end_value
 from stepdistill_jax.data.text_metrics import accuracy
-from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.inference.prompting import cut_ids, read_answer
+from stepdistill_jax.decoding.choices import ChoiceScorer
+from stepdistill_jax.decoding.greedy import Decoded, LabelDecoder
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.labels import score_targets
+from stepdistill_jax.inference.prompting import cut_ids, read_answer, scored_answer
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.sharding import place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.tasks.metrics import TaskMetrics
 from stepdistill_jax.tasks.task_data import Part, TaskData
 from stepdistill_jax.training.loss import over_tasks
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
+OWN = ("loss", "label_accuracy", "unfinished", "collapsed", "unparsed")  # names of our numbers
 MEANS = ("label_accuracy", "unfinished", "collapsed")  # over the parts of a mixture
 
 
@@ -40,6 +46,8 @@ class Validator:
     decoder: LabelDecoder
     eval_step: Callable
     mesh: Mesh
+    metrics: Mapping[str, TaskMetrics] = dataclasses.field(default_factory=dict)  # by part
+    scorer: Callable | None = None  # of given targets, where a metric reads their scores
 
     @classmethod
     def create(
@@ -53,11 +61,16 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Makes both compiled functions.
+        """Makes the compiled functions, and opens the metrics of the parts' tasks.
 
         `batches` goes through the split once, in order; `batch_size` is the decoder's, in rows.
         """
         plain = dataclasses.replace(config, lora=None)
+        found = {part.name: TaskMetrics.of(part, data.split) for part in data.parts}
+        metrics = {name: of_part for name, of_part in found.items() if of_part is not None}
+        scorer = None
+        if any(of_part.reads_target_scores for of_part in metrics.values()):
+            scorer = ChoiceScorer(plain, batch_size=batch_size, mesh=mesh)
         return cls(
             config,
             data,
@@ -71,10 +84,64 @@ class Validator:
                 num_tasks=len(data.parts),
             ),
             mesh,
+            metrics,
+            scorer,
         )
 
+    def try_out(self) -> list[str]:
+        """Returns the names that `compute` will give, without `eval/<split>/`, but those of mere warnings.
+
+        Computes the metrics of the parts' tasks once, on the targets as answers: one that is broken
+        shows before the first step.
+
+        Raises:
+            InputError: a metric fails, or has the name of one of ours.
+        """
+        several, names = len(self.data.parts) > 1, ["label_accuracy", "loss"]
+        for part in self.data.parts:
+            of_part = ["label_accuracy"] if several and part.label_column is not None else []
+            for column, rows in zip(part.columns, part.store.rows, strict=True):
+                objective = self.data.objectives[column.objective - 1].name
+                if rows["targets"].lengths.any():
+                    both = [f"loss/{objective}", f"accuracy/{objective}"]
+                    names += both
+                    of_part += both if several else []
+            if (metrics := self.metrics.get(part.name)) is not None:
+                of_part += _checked(part, metrics.try_out())
+            names += [f"{part.name}/{name}" if several else name for name in of_part]
+        return list(dict.fromkeys(names))
+
+    def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
+        """Returns what a step is ranked by, first things first, each better when larger.
+
+        Args:
+            found: of `compute`.
+            best_metric: name without `eval/<split>/`, better when smaller if it starts with `loss`
+                (after the name of a part, where it has one); None is `label_accuracy`. The label's
+                loss decides between equals.
+
+        Raises:
+            InputError: this validation has no such number.
+        """
+        ranked = []
+        for name in (best_metric or "label_accuracy", f"loss/{self.data.objectives[0].name}"):
+            if (value := found.get(f"eval/{self.data.split}/{name}")) is None:
+                raise InputError(
+                    f"`best_metric`: this validation gave no {name!r}; let the metric give it each time"
+                )
+            bare = name
+            for part in self.data.parts:
+                bare = bare.removeprefix(f"{part.name}/")
+            value = -value if bare.startswith("loss") else value
+            ranked.append(-math.inf if math.isnan(value) else value)
+        return ranked
+
     def compute(
-        self, params: Any, *, on_batch: Callable[[], None] = lambda: None
+        self,
+        params: Any,
+        *,
+        on_batch: Callable[[], None] = lambda: None,
+        keep: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> dict[str, float]:
         """Metrics of the split, each named `eval/<split>/...`.
 
@@ -87,7 +154,14 @@ class Validator:
         the share of answers without one, which count as wrong; `accuracy/<objective>` is the share of target
         tokens that are the likeliest under teacher forcing, each weighed as in the loss. Losses are
         nats per token; `loss` takes the weights that schedules end with, so that those of several
-        steps compare, and has no extra loss.
+        steps compare, and has no extra loss. The metrics of a part's own task have their own names,
+        after `<part>/` where there are several parts.
+
+        `keep` is called with each answer: `id` (the number of its row, from 1), `label`, `score`
+        (natural log of its probability), `target`, and of several parts `task`.
+
+        Raises:
+            InputError: a metric of a task fails.
         """
         params, _ = merge(params, self.config)
         parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
@@ -106,7 +180,7 @@ class Validator:
         metrics["loss"] = sum(
             w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
         )
-        metrics |= self._decode(params, on_batch)
+        metrics |= self._decode(params, on_batch, keep)
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
@@ -118,24 +192,54 @@ class Validator:
                 found[f"accuracy/{objective.name}"] = float(correct / count)
         return found
 
-    def _decode(self, params: Any, on_batch: Callable[[], None]) -> dict[str, float]:
+    def _decode(
+        self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
+    ) -> dict[str, float]:
         """Returns the metrics of the decoded labels; of several parts, each one's and their means."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [cut_ids(ids, self.batches.input_length) for inputs, _ in asked for ids in inputs]
         decoded = self.decoder(params, prompts, on_progress=lambda _: on_batch())
-        texts, finished = map(self.data.vocabulary.decode, decoded.ids), iter(decoded.finished)
-        each = {}
-        for part, (_, labels) in zip(parts, asked, strict=True):
-            answers = list(itertools.islice(texts, len(labels)))
-            ended = list(itertools.islice(finished, len(labels)))
-            each[part.name] = self._compare(part, labels, answers) | {
-                "unfinished": float(np.mean(~np.asarray(ended)))
-            }
-        if len(self.data.parts) == 1:
+        each, several, end = {}, len(self.data.parts) > 1, 0
+        for part, (inputs, labels) in zip(parts, asked, strict=True):
+            of_part = slice(end, end := end + len(inputs))
+            found = Decoded(
+                decoded.ids[of_part], decoded.scores[of_part], decoded.finished[of_part]
+            )
+            texts = list(map(self.data.vocabulary.decode, found.ids))
+            each[part.name] = (
+                self._compare(part, labels, texts)
+                | {"unfinished": float(np.mean(~found.finished))}
+                | self._of_task(part, params, prompts[of_part], found, on_batch)
+            )
+            for number, (text, score) in enumerate(zip(texts, found.scores, strict=True), 1):
+                answer, _ = scored_answer(self.data.objectives[0], text, score)
+                of = {"task": part.name} if several else {}
+                keep({**of, "id": str(number), **answer, "target": labels[number - 1]})
+        if not several:
             return each[parts[0].name]
         means = {n: float(np.mean([m[n] for m in each.values() if n in m])) for n in MEANS}
         return means | {f"{part}/{n}": v for part, m in each.items() for n, v in m.items()}
+
+    def _of_task(
+        self,
+        part: Part,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        found: Decoded,
+        on_batch: Callable[[], None],
+    ) -> dict[str, float]:
+        """Returns the values of the metrics of the part's own task."""
+        if (metrics := self.metrics.get(part.name)) is None:
+            return {}
+        target_scores = None
+        if metrics.reads_target_scores:
+            assert self.scorer is not None
+            score = functools.partial(self.scorer, params)
+            target_scores = score_targets(score, prompts, metrics.targets, lambda _: on_batch())
+        values = metrics.compute(found.ids, found.scores, target_scores)
+        _checked(part, values)
+        return values
 
     def _compare(
         self, part: Part, labels: Sequence[str], answers: Sequence[str]
@@ -162,3 +266,14 @@ class Validator:
             "collapsed": float(collapsed),
             **(unparsed if objective.writes_more else {}),
         }
+
+
+def _checked(part: Part, names: Iterable[str]) -> list[str]:
+    """Returns names of a task's metrics; refuses those that a validation has for its own numbers."""
+    for name in (found := list(names)):
+        if name in OWN or name.startswith(("loss/", "accuracy/")):
+            raise InputError(
+                f"task {part.name!r}: its metric {name!r} has the name of a number that every"
+                " validation gives; give it another one"
+            )
+    return found

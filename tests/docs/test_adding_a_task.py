@@ -15,7 +15,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_task.md"
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = ["TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=2"]
-WAYS = {"jsonl": 0, "add_task": 1, "seqio": 2, "mixture": 3}
+WAYS = {"jsonl": 0, "add_task": 1, "seqio": 2, "mixture": 3, "metrics": 4}
 
 
 def files():
@@ -142,3 +142,15 @@ def test_each_way_trains(reader, prepared, way):
     assert found["step"] == 2
     assert found["loss/label"] > 0
     assert ("loss/rationale" in found) == (way != "seqio")
+
+
+@pytest.mark.slow
+def test_metrics_of_ones_own_are_in_training_and_evaluation(reader):
+    train, evaluate = commands("metrics")
+    overrides = [argument for setting in SHORT for argument in ("--set", setting)]
+    trained = typed_into_a_shell(reader, train, *overrides)
+    assert 0 <= trained["eval/validation/sour_f1"] <= 1
+    found = typed_into_a_shell(reader, evaluate)
+    assert found["metrics"] == {
+        name: trained[f"eval/validation/{name}"] for name in ("sour_f1", "said_sour")
+    }

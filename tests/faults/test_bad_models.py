@@ -522,6 +522,10 @@ MANIFESTS = {
         {"metrics": {"step": 3, "validated": True, "label_accuracy": "1", "label_loss": 1.0}},
         "not one of ours",
     ),
+    "a rank is text": (
+        {"metrics": {"step": 3, "validated": False, "rank": ["1", 0]}},
+        "not one of ours",
+    ),
     "nothing that Orbax reads": ({}, "is no checkpoint that Orbax can read"),
 }
 

@@ -70,7 +70,7 @@ def begin(tmp_path):
                 batches=types.SimpleNamespace(
                     examples=lambda step: ExampleIds(*np.zeros((3, 0), int))
                 ),
-                validator=validate and types.SimpleNamespace(compute=validate),
+                validator=validate and types.SimpleNamespace(compute=validate, ranking=by_accuracy),
                 initial_state=lambda: state_of(0),
                 abstract=state_of(0),
             )
@@ -79,6 +79,11 @@ def begin(tmp_path):
             return supervisor
 
         yield begun
+
+
+def by_accuracy(found, best_metric):
+    assert best_metric is None
+    return [found["eval/validation/label_accuracy"], -found["eval/validation/loss/label"]]
 
 
 def record(supervisor, step, *, loss=2.0, grad_norm=1.0, rationale_tokens=0):
@@ -182,7 +187,7 @@ def test_a_line_has_its_learning_rate_and_asks_no_device_for_it(
 
 
 def test_validation_and_saving_are_no_part_of_a_step(clock, begin, tmp_path):
-    def fifty_seconds(params, on_batch):
+    def fifty_seconds(params, on_batch, keep):
         clock.now += 50
         return {"eval/validation/label_accuracy": 0.5, "eval/validation/loss/label": 1.0}
 
@@ -244,7 +249,7 @@ def walk(begin, workdir, steps, accuracies):
     """
     found, saved = iter(accuracies), {}
 
-    def compute(params, on_batch):
+    def compute(params, on_batch, keep):
         accuracy = next(found)
         return {"eval/validation/label_accuracy": accuracy, "eval/validation/loss/label": 1.0}
 

@@ -38,13 +38,16 @@ BARRIER_MS = (
 
 
 def rank(metrics: dict[str, Any]) -> Any:
-    """Higher is better: label accuracy, then a lower label loss, then the earlier step.
+    """Higher is better: the numbers in `rank`, then the earlier step.
 
-    A step that was saved without a validation ranks below every validated one.
+    A step that was saved without a validation ranks below every validated one. Older versions wrote
+    no `rank`: it was label accuracy, then a lower label loss.
     """
+    step = -float(metrics["step"])
     if not metrics.get("validated"):
-        return (-1.0, 0.0, -float(metrics["step"]))
-    return (metrics["label_accuracy"], -metrics["label_loss"], -float(metrics["step"]))
+        return (False, 0.0, 0.0, step)
+    first, second = metrics.get("rank") or (metrics["label_accuracy"], -metrics["label_loss"])
+    return (True, first, second, step)
 
 
 class _Kept:
@@ -112,8 +115,9 @@ class Checkpoints:
             step: updates done.
             params: parameter tree.
             rest: the state without its parameters.
-            metrics: `step`, `validated` and, where it is true, `label_accuracy`, `label_loss` and
-                whatever else is worth keeping of the validation.
+            metrics: `step`, `validated` and, where it is true, `label_accuracy`, `label_loss`,
+                `rank` (two numbers, of which larger ones are better) and whatever else is worth
+                keeping of the validation.
 
         Raises:
             CheckpointError: this or the earlier step could not be written; names it and the newest

@@ -219,7 +219,10 @@ def _is_manifest(body: Any) -> bool:
     if type(metrics.get("step")) is not int:
         return False
     ranked = ("label_accuracy", "label_loss") if metrics.get("validated") else ()
-    if not all(type(metrics.get(name)) in (int, float) for name in ranked):
+    order = metrics.get("rank", [0, 0])
+    if not isinstance(order, list) or len(order) != 2:
+        return False
+    if not all(type(x) in (int, float) for x in [*map(metrics.get, ranked), *order]):
         return False
     return all(
         isinstance(entry, list)

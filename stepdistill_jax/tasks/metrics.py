@@ -1,0 +1,199 @@
+"""A SeqIO task's own metrics on the rows of a split, called as `seqio.Evaluator` calls them."""
+
+import collections
+import functools
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.on_processes import on_process_0
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.tasks.registry import metric_functions
+from stepdistill_jax.tasks.sources import named_errors, raised_at
+from stepdistill_jax.tasks.task_data import Part
+from stepdistill_jax.tasks.tokenizing import unshuffled
+
+
+class TaskMetrics:
+    """The `metric_fns` and `metric_objs` of the task of a part, over all rows of the part.
+
+    Process 0 alone reads the rows, through SeqIO and once: a `postprocess_fn` sees each as its
+    `example`, with all the fields that the task gives it. SeqIO's metric objects postprocess targets
+    and answers, as they do in `seqio.Evaluator`.
+
+    Attributes:
+        reads_target_scores: whether a metric takes `(targets, scores)`.
+    """
+
+    def __init__(self, part: Part, split: str):
+        """Looks at the signatures of the metrics; reads no row.
+
+        Raises:
+            InputError: a metric that takes other arguments than those that SeqIO knows.
+        """
+        from seqio.metrics import ModelOutputType
+
+        self._part, self._task, self._split = part, part.task, split
+        self._metrics = _named_metrics(part.task)
+        kinds = {metric.model_output_type for _, metric in self._metrics}
+        if ModelOutputType.SCORE_WITH_INTERMEDIATES in kinds:
+            raise InputError(
+                f"task {self._task.name!r}: a metric reads intermediate values of the model, of which"
+                " only answers and scores are kept; use one of (targets, scores)"
+            )
+        self.reads_target_scores = ModelOutputType.SCORE in kinds
+        name = part.columns[part.label_column or 0].name
+        self._prefix = "" if "targets" in self._task.output_features else f"{name}_"
+        self._targets: Any = []  # postprocessed, by the first metric that gives them
+        self._left_out: set[str] = set()
+
+    @classmethod
+    def of(cls, part: Part, split: str) -> "TaskMetrics | None":
+        """Returns None where the part has no task, or its task no metrics."""
+        if part.task is None:
+            return None
+        found = cls(part, split)
+        return found if found._metrics else None
+
+    @functools.cached_property
+    def targets(self) -> list[list[int]]:
+        """Ids of the targets, uncut, which `target_scores` belong to."""
+        return self._part.label_targets()
+
+    def try_out(self) -> list[str]:
+        """Returns the names of the values, computed once with the targets as answers.
+
+        A score is -1 for each token of the target or answer.
+        """
+        scores = -np.array(list(map(len, self.targets)), np.float32)
+        return list(self.compute(self.targets, scores, scores))
+
+    def compute(
+        self,
+        answers: Sequence[Sequence[int]],
+        scores: Sequence[float] | np.ndarray,
+        target_scores: Sequence[float] | np.ndarray | None = None,
+    ) -> dict[str, float]:
+        """Returns the values of all metrics, by name; process 0 computes them for all.
+
+        Args:
+            answers: decoded ids for each of the part's `labelled_inputs`.
+            scores: [rows] natural logs of the answers' probabilities; a metric that takes
+                `(targets, predictions, aux_values)` has them as `aux_values["scores"]`.
+            target_scores: [rows] those of `targets`; needed where `reads_target_scores`.
+
+        Raises:
+            InputError: a metric fails, or gives something else than numbers by name; or the rows are
+                not those that were tokenised. In every process.
+        """
+        return on_process_0(lambda: self._compute(answers, scores, target_scores))
+
+    def _compute(self, answers, scores, target_scores) -> dict[str, float]:
+        from seqio.metrics import ModelOutputType
+
+        ids = np.zeros((len(answers), max([1, *map(len, answers)])), np.int32)
+        for row, answer in zip(ids, answers, strict=True):
+            row[: len(answer)] = answer
+        outputs = {
+            ModelOutputType.PREDICTION: ids,
+            ModelOutputType.PREDICTION_WITH_AUX: (ids, {"scores": np.asarray(scores)}),
+            ModelOutputType.SCORE: np.asarray(target_scores),
+        }
+        found: dict[str, float] = {}
+        for name, metric in self._metrics:
+            where = f"task {self._task.name!r}, split {self._split!r}: metric {name}"
+            for key, value in self._values(metric, outputs, where).items():
+                if key in found:
+                    raise InputError(f"{where}: another metric gives a value {key!r}, too")
+                found[key] = value
+        return found
+
+    def _values(self, metric: Any, outputs: Mapping[Any, Any], where: str) -> dict[str, float]:
+        """Returns the numbers of one metric."""
+        from seqio.metrics import CollectingMetric, MetricValue, Scalar
+
+        rows, field = self._rows, f"{self._prefix}targets"
+        try:
+            made = metric.from_model_output(
+                rows, outputs[metric.model_output_type], self._task.output_features, field
+            )
+            if isinstance(made, CollectingMetric):
+                values, kept = made.actual_compute(
+                    rows, self._task.output_features, field, self._targets
+                )
+                self._targets = kept["targets"]
+            else:
+                values = made.compute()
+        except Exception as error:
+            raise InputError(
+                f"{where}, or the task's postprocess_fn, failed: {type(error).__name__}: {error}"
+                f"{raised_at(error)}"
+            ) from error
+        wanted = 'a dict of numbers is wanted, as {"f1": 0.5}'
+        if not isinstance(values, Mapping):
+            raise InputError(f"{where} returned a {type(values).__name__}; {wanted}")
+        found = {}
+        for key, value in values.items():
+            if isinstance(value, Scalar):
+                value = value.value
+            elif isinstance(value, MetricValue):  # a picture or text, for SeqIO's loggers
+                self._say_left_out(where, key, type(value).__name__)
+                continue
+            if not isinstance(key, str) or not key or not _is_number(value):
+                raise InputError(f"{where} returned {{{key!r}: {value!r:.60}}}; {wanted}")
+            found[key] = float(value)
+        return found
+
+    @functools.cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows as SeqIO gives them, in the order of the part's."""
+        import tensorflow_datasets as tfds
+
+        task, split = self._task, self._split
+        by_ids: dict[Any, collections.deque[dict[str, Any]]] = {}
+        with named_errors(task.name, task.source, split):
+            for row in tfds.as_numpy(unshuffled(task, split)):
+                key = tuple(_bytes_of(row[f"{self._prefix}{n}"]) for n in ("inputs", "targets"))
+                by_ids.setdefault(key, collections.deque()).append(row)
+        inputs, _ = self._part.labelled_inputs()
+        keys = zip(map(_bytes_of, inputs), map(_bytes_of, self.targets), strict=True)
+        found = [same.popleft() if (same := by_ids.get(key)) else None for key in keys]
+        rows = [row for row in found if row is not None]
+        if len(rows) < len(found) or any(by_ids.values()):
+            raise InputError(
+                f"task {task.name!r}, split {split!r}: its source gives other rows each time it is"
+                " read, so its metrics would compare answers with the targets of other rows; make it"
+                " give the same rows"
+            )
+        return rows
+
+    def _say_left_out(self, where: str, key: str, kind: str) -> None:
+        if key not in self._left_out:
+            self._left_out.add(key)
+            log(f"{where}: {key!r} is a {kind} and left out; only numbers are kept")
+
+
+def _named_metrics(task: Any) -> list[tuple[str, Any]]:
+    """Returns a task's metric objects, each with the name of its function or class."""
+    functions, objects = metric_functions(task), task.metric_objs
+    named = [*objects[: len(objects) - len(functions)], *functions]
+    return list(zip(map(_name, named), objects, strict=True))
+
+
+def _name(metric: Any) -> str:
+    metric = getattr(metric, "func", metric)  # functools.partial
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
+def _bytes_of(ids: Any) -> bytes:
+    return np.asarray(ids, np.int32).tobytes()
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one real number, also as NumPy's, JAX's or TensorFlow's array without a dimension."""
+    if isinstance(value, numbers.Real):
+        return True
+    return getattr(value, "shape", None) == () and np.asarray(value).dtype.kind in "biuf"
