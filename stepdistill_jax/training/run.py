@@ -75,6 +75,7 @@ def assemble(
     """
     workdir, data_dir = as_path(workdir), data_folder(data_dir)
     check_workdir(workdir)
+    tx = make_optimizer(config)  # first: a function of the user's may fail
     mesh = make_mesh(config.layout)
     shards = batch_shards(mesh)
     vocabulary, model = (
@@ -97,7 +98,6 @@ def assemble(
             f" {model.vocab_size}"
         )
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
-    tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if has_split(config.task, VALIDATION, data_dir=data_dir, task_module=config.task_module):
