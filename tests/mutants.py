@@ -500,6 +500,36 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="ST9",
+        what="a run whose learning rate ends with it gets more steps",
+        file="stepdistill_jax/training/provenance.py",
+        old='if shape in FALLING and rate.get("train_steps") is None:',
+        new='if shape == "cosine" and rate.get("train_steps") is None:',
+        tests=[
+            "tests/training/test_provenance.py::test_steps_are_added_where_no_rate_depends_on_their_number"
+        ],
+    ),
+    Mutant(
+        id="ST10",
+        what="no device is spared a part of the state of a user's update rule",
+        file="stepdistill_jax/training/state.py",
+        old="if found := known.get(path[-length:]):",
+        new="if found := known.get(path[:length]):",
+        tests=[
+            "tests/training/test_optimizer_function.py::test_the_state_is_cut_like_the_parameters"
+        ],
+    ),
+    Mutant(
+        id="ST11",
+        what="skipped steps delay the rates that optax injects into a rule",
+        file="stepdistill_jax/training/step.py",
+        old='return getattr(x, "_fields", None) == ("count",)',
+        new="return isinstance(x, optax.ScaleByScheduleState)",
+        tests=[
+            "tests/training/test_optimizer_function.py::test_a_skipped_step_leaves_any_state_and_does_not_delay_the_schedule"
+        ],
+    ),
+    Mutant(
         id="ST8",
         what="dropout uses the key of the initialisation",
         file="stepdistill_jax/training/state.py",

@@ -1,5 +1,6 @@
 """From gin files and `--set` to a checked `TrainConfig`."""
 
+import inspect
 import math
 import os
 import pathlib
@@ -7,8 +8,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 import gin
+from gin.config import ConfigurableReference
 
-from stepdistill_jax.commands.configurables import LITERAL, ROOT, defaults
+from stepdistill_jax.commands.configurables import CONFIGURABLES, LITERAL, ROOT, defaults
 from stepdistill_jax.commands.gin_statements import (
     Binding,
     Bindings,
@@ -21,6 +23,7 @@ from stepdistill_jax.commands.gin_statements import (
 from stepdistill_jax.commands.shipped import find_config
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 # what T5X's configs call things
 T5X_NAMES = {
@@ -165,6 +168,7 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
     try:
         for key, b in reached.items():
             gin.bind_parameter(key if "." in key else f"{key}/gin.macro.value", b.value)
+        _bind_optimizer(reached)
         return gin.get_configurable(ROOT)()
     except RecursionError:
         raise InputError(
@@ -176,13 +180,33 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
         name = named[1] if named else ""
         for key, b in reached.items():
             parameter = key.rpartition(".")[2]  # `label_weight` of an arm is `label.weight`
-            if name in (key, parameter) or name.replace(".", "_") == parameter:
+            ours = name in (key, parameter) or name.replace(".", "_") == parameter
+            if ours or name.endswith(f".{key}"):  # a function's module goes before its name
                 source = _source(b, reached)
                 config, text = source.where, text.replace(f"`{name}`", source.key)
                 break
         raise InputError(f"{config}: {text}") from None
     finally:
         gin.clear_config()
+
+
+def _bind_optimizer(reached: Bindings) -> None:
+    """Binds a function that is not ours with its arguments, where `train.optimizer` is its result.
+
+    A run has to describe what it calls, and to tell it from what its resume calls.
+    """
+    key = f"{ROOT}.optimizer"
+    reference = _source(reached[key], reached).value if key in reached else None
+    if not isinstance(reference, ConfigurableReference) or not reference.evaluate:
+        return
+    function = reference.configurable.wrapped
+    if function in CONFIGURABLES.values():
+        return
+    arguments = gin.get_bindings(reference.scoped_selector)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.default is gin.REQUIRED and name not in arguments:
+            raise InputError(f"`{key}`: {reference.selector}.{name} has no default; bind it")
+    gin.bind_parameter(key, OptimizerFunction(function, arguments))
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:

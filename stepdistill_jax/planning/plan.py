@@ -15,6 +15,7 @@ from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
 from stepdistill_jax.training.state import abstract_state
 
 DEFAULT_HBM = 80 * 10**9  # an A100 or H100
@@ -195,7 +196,12 @@ def _advice(config: TrainConfig, nearest: dict[str, Any] | None, limit: float) -
             break
     if config.dtype == "float32":
         found.append("`gin_files=memory/bfloat16.gin` (activations of half the size)")
-    if config.optimizer.name == "adamw":
+    if isinstance(config.optimizer, OptimizerFunction):
+        held = sizes["optimizer"] / 2**30
+        found.append(
+            f"`optimizer={config.optimizer.name}` holds {held:.2f} GiB; one with less state"
+        )
+    elif config.optimizer.name == "adamw":
         saved = sizes["optimizer"] / 2**30
         found.append(f"`gin_files=optimizers/adafactor.gin` (saves most of {saved:.2f} GiB)")
         if config.optimizer.mu_dtype == "float32":

@@ -3,6 +3,8 @@
 _EXPORTS = {
     "TrainConfig": "config",
     "OptimizerConfig": "config",
+    "OptimizerFunction": "optimizer_function",
+    "LearningRate": "learning_rate",
     "ExtraLoss": "extra_loss",
     "train": "loop",
     "inspect": "inspection",

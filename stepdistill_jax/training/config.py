@@ -18,11 +18,13 @@ from stepdistill_jax.runtime.checks import keep, number, of_type, one_of, refuse
 from stepdistill_jax.tasks.mixtures import SINGLE
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.extra_loss import ExtraLoss
+from stepdistill_jax.training.learning_rate import SHAPES, LearningRate
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZER = "an `OptimizerConfig`, or @name() of a function that returns an optax transformation"
 NONFINITE = ("skip", "stop")
 LOSS_MEANS = ("token", "example")
-SCHEDULES = ("linear", "constant")
 INT64 = 2**63 - 1  # what seeds are kept in
 
 
@@ -32,8 +34,8 @@ class OptimizerConfig:
 
     Attributes:
         name: `adamw` or `adafactor`.
-        schedule: `linear` (to 0 at `train_steps`) or `constant`.
-        warmup_steps: steps of linear rise before it.
+        schedule: the name of a `LearningRate` (`linear`, `cosine`, `rsqrt`, `constant`), or one.
+        warmup_steps: of a schedule given by its name.
         b1, b2, eps: AdamW's.
         weight_decay: of either; the paper's is 0, optax's default is not.
         clip_norm: global gradient norm above which gradients are scaled down.
@@ -42,7 +44,7 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
-    schedule: str = "linear"
+    schedule: str | LearningRate = "linear"
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
@@ -54,9 +56,14 @@ class OptimizerConfig:
     def __post_init__(self):
         of = "optimizer."
         one_of(f"{of}name", self.name, OPTIMIZERS)
-        one_of(f"{of}schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.schedule, LearningRate):
+            one_of(f"{of}schedule", self.schedule, SHAPES)
+        elif self.warmup_steps:
+            shape = self.schedule.shape
+            raise InputError(f"`{of}warmup_steps`: @{shape}() has {shape}.warmup_steps for that")
         one_of(f"{of}mu_dtype", self.mu_dtype, DTYPES)
-        keep(self, whole, "warmup_steps", of=of, least=0)
+        least = 1 if self.schedule == "rsqrt" else 0  # by its name: it begins to fall there
+        keep(self, whole, "warmup_steps", of=of, least=least)
         keep(self, number, "b1", "b2", of=of, least=0, below=1)
         keep(self, number, "eps", of=of, above=0)
         keep(self, number, "weight_decay", of=of, least=0)
@@ -66,6 +73,13 @@ class OptimizerConfig:
             raise InputError(
                 f"`{of}mu_dtype`: {self.name} keeps no first moment; leave it at float32"
             )
+
+    @property
+    def rate(self) -> LearningRate:
+        """The schedule, whichever way it is given."""
+        if isinstance(self.schedule, LearningRate):
+            return self.schedule
+        return LearningRate(self.schedule, self.warmup_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +110,7 @@ class TrainConfig:
             the largest of (the smallest, if it starts with `loss`); None is the mean label accuracy.
             Then comes the label's loss, then the earlier step.
         profile_steps: first and last step of a profile in `WORKDIR/profile`; None writes none.
-        optimizer: update rule and schedule.
+        optimizer: update rule and schedule, or a function of the user's that returns one.
         supervision: which label and rationales are trained on.
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
@@ -142,7 +156,9 @@ class TrainConfig:
     data_fraction: float = 1.0
     best_metric: str | None = None
     profile_steps: tuple[int, int] | None = None
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig | OptimizerFunction = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
     supervision: Supervision = dataclasses.field(default_factory=Supervision)
     model_family: str = "t5_v1_1"
     dropout_rate: float = T5Config.dropout_rate
@@ -171,7 +187,7 @@ class TrainConfig:
             (("task_module", "init_from", "best_metric"), str | None, "text or None"),
             (("pack",), bool, "True or False"),
             (("lora",), LoraConfig | None, "a `LoraConfig` or None"),
-            (("optimizer",), OptimizerConfig, "an `OptimizerConfig`"),
+            (("optimizer",), OptimizerConfig | OptimizerFunction, OPTIMIZER),
             (("supervision",), Supervision, "a `Supervision`"),
             (("layout",), str | Layout, "a layout's name or a `Layout`"),
         ):
@@ -228,7 +244,10 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""
         extra = self.extra_loss and self.extra_loss.to_json()
-        return dataclasses.asdict(self) | {"extra_loss": extra}
+        fields = dataclasses.asdict(self) | {"extra_loss": extra}
+        if isinstance(self.optimizer, OptimizerFunction):
+            fields["optimizer"] = self.optimizer.to_json()
+        return fields
 
 
 def _first_and_last(steps: Any) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals
 from stepdistill_jax.tasks.task_data import shares_in_words
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.memory import out_of_memory_explained
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
 from stepdistill_jax.training.profile import StepProfile
 from stepdistill_jax.training.provenance import claim_workdir, describe
 from stepdistill_jax.training.run import Run, assemble
@@ -116,6 +117,10 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     )
     for line in shares_in_words(run.data):
         log(line)
+    if isinstance(optimizer := run.config.optimizer, OptimizerFunction):
+        log(f"optimizer: {optimizer}")
+        if not optimizer.takes(run.config.learning_rate):
+            log("warning: `learning_rate` has no effect on it: none of its arguments is that rate")
     if described["trained_parameters"] != described["parameters"]:
         log(
             f"LoRA: {described['trained_parameters']:,} parameters are trained"

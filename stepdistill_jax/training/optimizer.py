@@ -10,23 +10,13 @@ import optax
 
 from stepdistill_jax.data.schedules import Schedule, Weight
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
-def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """learning_rate_fn(step), step counted from 0; linear reaches 0 at `train_steps`.
-
-    The same values as the linear schedule of `transformers`, which the paper's code uses.
-    """
-    return _schedule(config.optimizer, config.learning_rate, config.train_steps)
-
-
-def _schedule(o: OptimizerConfig, peak: float, train_steps: int) -> optax.Schedule:
-    rise = optax.linear_schedule(0.0, peak, max(o.warmup_steps, 1))
-    if o.schedule == "constant":
-        after = optax.constant_schedule(peak)
-    else:
-        after = optax.linear_schedule(peak, 0.0, max(train_steps - o.warmup_steps, 1))
-    return optax.join_schedules([rise, after], [o.warmup_steps]) if o.warmup_steps else after
+def make_schedule(config: TrainConfig) -> optax.Schedule | None:
+    """learning_rate_fn(step), step counted from 0; None where a function of the user's keeps it to itself."""
+    rate = config.optimizer.rate
+    return rate and rate.schedule(config.learning_rate, config.train_steps)
 
 
 def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
@@ -62,14 +52,22 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clip, then AdamW (the paper) or Adafactor (T5X's habit: decay 0.8, scaled by the parameter).
 
-    The same object for the same settings: runs of one process share what is compiled with it.
+    A function of the user's gives all of it. The same object for the same settings: runs of one
+    process share what is compiled with it.
+
+    Raises:
+        InputError: the user's function raises, or returns no transformation.
     """
     return _optimizer(config.optimizer, config.learning_rate, config.train_steps)
 
 
 @functools.lru_cache(maxsize=8)
-def _optimizer(o: OptimizerConfig, peak: float, train_steps: int) -> optax.GradientTransformation:
-    learning_rate_fn = _schedule(o, peak, train_steps)
+def _optimizer(
+    o: OptimizerConfig | OptimizerFunction, peak: float, train_steps: int
+) -> optax.GradientTransformation:
+    if isinstance(o, OptimizerFunction):
+        return o.transformation(peak, train_steps)
+    learning_rate_fn = o.rate.schedule(peak, train_steps)
     if o.name == "adafactor":
         rule = optax.adafactor(
             learning_rate_fn,

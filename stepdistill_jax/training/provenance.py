@@ -21,11 +21,13 @@ from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
 from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0, require_same
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import VALIDATION
+from stepdistill_jax.training.learning_rate import FALLING
 from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
 # What may differ between a run and its resume: nothing here changes the loss that is minimised.
+# `train_steps` may grow, too, where no learning rate depends on it.
 # `init_from` may have moved; what it held is in the fingerprint.
 FREE_FIELDS = (
     "layout",
@@ -129,6 +131,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             old["objectives"] = [{"decoder_prefix": ""} | o for o in old["objectives"]]
         for name in sorted(old.keys() | new.keys()):
             skipped = FREE_FIELDS if key == "config" else MODEL_SETTINGS if key == "model" else ()
+            if key == "config" and name == "train_steps" and old[name] < new[name]:
+                found += _why_not_longer(old, new)
+                continue
             gone = key == "fingerprint" and name == "init_from" and name not in new
             if name in skipped or gone:
                 continue
@@ -136,6 +141,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 shown = f"`{name}`" if key == "config" else f"{key}.{name}"
                 found.append(f"{shown} was {old.get(name)!r}, is {new.get(name)!r}")
     return found
+
+
+def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Why a run of this config, as JSON, cannot get more steps; nothing where no rate depends on them."""
+    optimizer = now["optimizer"]
+    named = optimizer.get("schedule")
+    rates = [{"shape": named}] if isinstance(named, str) else [named]
+    rates += optimizer.get("arguments", {}).values()
+    for rate in rates:
+        shape = rate.get("shape") if isinstance(rate, dict) else None
+        if shape in FALLING and rate.get("train_steps") is None:
+            return [
+                f"`train_steps` was {before['train_steps']}, is {now['train_steps']}, and the"
+                f" {shape} learning rate of every step depends on it: to train further, start in a"
+                " new `workdir` with this one as `init_from`"
+            ]
+    return []
 
 
 def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) -> None:
@@ -170,13 +192,17 @@ def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any]
 
 def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str | None) -> None:
     """The workdir's files."""
-    life = {name: described[name] for name in LIFE_FIELDS}
+    train_steps = {"train_steps": run.config.train_steps}
+    life = {name: described[name] for name in LIFE_FIELDS} | train_steps
     lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
+    kept = earlier or described
+    longer = kept["config"] | train_steps != kept["config"]  # than in the life before
+    kept = kept | {"config": kept["config"] | train_steps}
     try:
         run.workdir.mkdir(parents=True, exist_ok=True)
         # first, so that a kill between the files below leaves a folder that is known as this run's
-        write_json(run.workdir / RUN, {**(earlier or described), "lives": lives})
-        if not (run.workdir / GENERATION_CONFIG).exists():  # the last that is written
+        write_json(run.workdir / RUN, kept | {"lives": lives})
+        if longer or not (run.workdir / GENERATION_CONFIG).exists():  # the last that is written
             info = task_info(run, described)
             write_model_files(run.workdir, run.model, run.data.vocabulary, info)
         if config_text:

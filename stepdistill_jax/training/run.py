@@ -76,6 +76,7 @@ def assemble(
     """
     workdir, data_dir = as_path(workdir), data_folder(data_dir)
     check_workdir(workdir)
+    tx = make_optimizer(config)  # first: a function of the user's may fail
     mesh = make_mesh(config.layout)
     shards = batch_shards(mesh)
     vocabulary, model = (
@@ -94,7 +95,6 @@ def assemble(
         )
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
-    tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh)
     validator = None
     if (held_out := _held_out(config, data, **read)) is not None:

@@ -57,20 +57,34 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
     return replicated(mesh)
 
 
+def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
+    """Shardings of any transformation's state: a leaf whose path ends with a parameter's is its moment.
+
+    Not `optax.tree_map_params`, which calls `init` on a placeholder: a function of the user's may
+    want arrays there, and trees with masked nodes have another structure than the parameters.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
+    known = {path: (param, sharding) for (path, param), sharding in placed}
+    depth = max(map(len, known))
+
+    def place(path: tuple, moment: Any) -> NamedSharding:
+        for length in range(min(depth, len(path)), 0, -1):
+            if found := known.get(path[-length:]):
+                return _moment_sharding(mesh, moment, *found)
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
 def abstract_state(config: T5Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as shapes with shardings: what jit, checkpoints and weight loading aim at."""
     boxed = abstract_params(config)
     shardings = param_shardings(mesh, boxed)
     params = jax.eval_shape(nn.meta.unbox, boxed)  # a bare unbox fails on abstract values in a mesh
     state = jax.eval_shape(functools.partial(create_state, tx=tx, seed=0), params)
-    opt_shardings = optax.tree_map_params(
-        tx,
-        functools.partial(_moment_sharding, mesh),
-        state.opt_state,
-        split(params)[0],
-        split(shardings)[0],
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    trained, cut = split(params)[0], split(shardings)[0]
+    opt_shardings = _opt_shardings(mesh, state.opt_state, trained, cut)
     placed = state.replace(
         step=replicated(mesh), params=shardings, opt_state=opt_shardings, rng=replicated(mesh)
     )

@@ -165,14 +165,19 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
 
 
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
-    """The learning rate stays a function of the step where updates were skipped."""
+    """The learning rate stays a function of the step where updates were skipped.
+
+    A state that is a count and nothing else is a schedule's: `optax.ScaleByScheduleState`, and those
+    that `optax.inject_hyperparams` and scheduled weight decay keep.
+    """
+
+    def of_schedule(x: Any) -> bool:
+        return getattr(x, "_fields", None) == ("count",)
 
     def at_step(x: Any) -> Any:
-        return x._replace(count=step) if isinstance(x, optax.ScaleByScheduleState) else x
+        return x._replace(count=step.astype(x.count.dtype)) if of_schedule(x) else x
 
-    return jax.tree.map(
-        at_step, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
-    )
+    return jax.tree.map(at_step, opt_state, is_leaf=of_schedule)
 
 
 def eval_step(

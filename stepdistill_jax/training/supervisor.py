@@ -117,8 +117,9 @@ class Supervisor:
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
         self._enter(State.STARTING)
         # all at once: an operation of its own would wait in the device's queue for the running step
-        rates = make_schedule(config)(np.arange(config.train_steps))
-        self._learning_rates = np.broadcast_to(np.asarray(rates), config.train_steps)
+        learning_rate_fn, steps = make_schedule(config), np.arange(config.train_steps)
+        rates = None if learning_rate_fn is None else np.asarray(learning_rate_fn(steps))
+        self._learning_rates = rates if rates is None else np.broadcast_to(rates, steps.shape)
         self._names = [o.name for o in run.data.objectives]
         self._tasks = [part.name for part in run.data.parts]
         extra = [config.extra_loss] if config.extra_loss else []
@@ -254,7 +255,9 @@ class Supervisor:
                 metrics[f"loss_weight/{name}"] = float(got["weights"][i])
         if len(self._tasks) > 1:
             metrics |= means_of_tasks(by_task, self._tasks, self._names)
-        return metrics | {"learning_rate": float(self._learning_rates[step - 1])}
+        if self._learning_rates is not None:
+            metrics["learning_rate"] = float(self._learning_rates[step - 1])
+        return metrics
 
     def _warn(self, step: int, metrics: dict[str, float]) -> None:
         self._zero_steps = self._zero_steps + 1 if metrics["loss"] == 0.0 else 0

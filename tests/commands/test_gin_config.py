@@ -5,6 +5,7 @@ import sys
 
 import gin
 import hypothesis
+import optax
 import pytest
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.learning_rate import LearningRate
 
 MINIMAL = """\
 include "train.gin"
@@ -441,6 +443,113 @@ def test_a_module_may_be_imported_by_an_included_file(write, monkeypatch, tmp_pa
     write("from my_rate_for_gin import my_rate\n", "part.gin")
     lines = 'include "part.gin"\nLEARNING_RATE = @my_rate()\nmy_rate.x = 0.5\n'
     assert load_config(write(MINIMAL + lines))[0].learning_rate == 0.25
+
+
+# optimizers and schedules
+
+OWN = """\
+import gin
+import optax
+
+@gin.configurable
+def clipped_lion_for_gin(learning_rate, b1=0.9, clip=1.0):
+    return optax.chain(optax.clip_by_global_norm(clip), optax.lion(learning_rate, b1=b1))
+
+@gin.configurable
+def needy_for_gin(learning_rate=gin.REQUIRED):
+    return optax.sgd(learning_rate)
+"""
+
+
+@pytest.fixture
+def module(write, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write(OWN, "my_rules_for_gin.py")
+    return "import my_rules_for_gin\n" + MINIMAL
+
+
+def test_the_optimizer_may_be_a_function_of_a_users_module(write, module):
+    """Function and arguments reach the run by name; the text reads back to the same."""
+    config, text = load_config(
+        write(
+            module
+            + "train.optimizer = @clipped_lion_for_gin()\n"
+            + "clipped_lion_for_gin.learning_rate = @cosine()\ncosine.warmup_steps = 3\n"
+            + "clipped_lion_for_gin.b1 = 0.8\n"
+        ),
+        ["clipped_lion_for_gin.clip=2.0", "LEARNING_RATE=0.01"],
+    )
+    own = config.optimizer
+    assert own.name == "my_rules_for_gin.clipped_lion_for_gin"
+    rate = LearningRate("cosine", warmup_steps=3)
+    assert own.arguments == {"learning_rate": rate, "b1": 0.8, "clip": 2.0}
+    again, same = load_config(write(text, "again.gin"))
+    assert (again, same) == (config, text)
+    assert "cosine.end_value = 0.0" in text
+    assert "import my_rules_for_gin" in text
+    assert "optimizer.b1" not in text  # ours is not asked
+
+
+def test_the_optimizer_may_be_one_of_optax_by_its_name():
+    """No module is needed for it, also from the command line and out of a deeper folder of optax."""
+    overrides = ["train.optimizer=@optax.lion()", "optax.lion.learning_rate=@a/constant()"]
+    config, _ = load_config("paper_cqa", [*overrides, "a/constant.warmup_steps=7"])
+    assert config.optimizer.function is optax.lion
+    assert config.optimizer.arguments == {"learning_rate": LearningRate("constant", 7)}
+    overrides = ["train.optimizer=@optax.contrib.muon()", "optax.contrib.muon.learning_rate=0.1"]
+    config, _ = load_config("paper_cqa", overrides)
+    assert config.optimizer.name == "optax.contrib.muon"
+
+
+def test_the_optimizer_may_stand_behind_a_macro_and_in_a_scope(write, module):
+    config, _ = load_config(
+        write(
+            module
+            + "RULE = @own/clipped_lion_for_gin()\ntrain.optimizer = %RULE\n"
+            + "own/clipped_lion_for_gin.learning_rate = %LEARNING_RATE\n"
+        )
+    )
+    assert config.optimizer.arguments == {"learning_rate": 5e-5}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "rsqrt", "linear", "cosine"])
+def test_our_optimizer_takes_a_schedule_by_name_or_as_a_reference(schedule):
+    warm = ["optimizer.warmup_steps=5"]
+    named, _ = load_config("paper_cqa", [f"optimizer.schedule={schedule}", *warm])
+    assert named.optimizer.rate == LearningRate(schedule, 5)
+    given, text = load_config(
+        "paper_cqa", [f"optimizer.schedule=@{schedule}()", f"{schedule}.warmup_steps=5"]
+    )
+    assert given.optimizer.rate == LearningRate(schedule, 5)
+    assert f"optimizer.schedule = @{schedule}()" in text
+
+
+@pytest.mark.parametrize(
+    ("lines", "parts"),
+    [
+        ("train.optimizer = @clipped_lion_for_gin()", ["mine.gin:9: train.optimizer: ", "my_rules_for_gin.clipped_lion_for_gin: missing a required argument: 'learning_rate'"]),
+        ("train.optimizer = @needy_for_gin()", ["mine.gin:9", "needy_for_gin.learning_rate has no default; bind it"]),
+        ("train.optimizer = @optax.lio()", ["mine.gin:9", "did you mean 'optax.lion'"]),
+        ("train.optimizer = @lion()", ["mine.gin:9", "did you mean 'optax.lion'"]),
+        ("train.optimizer = @optax.squared_error()", ["no configurable is called 'optax.squared_error'"]),
+        ("train.optimizer = @optax.lion", ["mine.gin:9: train.optimizer must be an `OptimizerConfig`, or @name() of a function"]),
+        ("train.optimizer = @cosine()", ["mine.gin:9: train.optimizer must be an `OptimizerConfig`, or @name()"]),
+        ("train.optimizer = @optax.lion()\noptax.lion.learning_rate = @optax.sgd\n", ["mine.gin:10: optax.lion.learning_rate must be plain"]),
+        ("train.optimizer = @clipped_lion_for_gin()\nclipped_lion_for_gin.learning_rate = @cosine\n", ["mine.gin:10: clipped_lion_for_gin.learning_rate must be plain"]),
+        ("train.optimizer = @optax.lion()\noptax.lion.learning_rate = @optax.lion()\n", ["leads back to itself"]),
+        ("train.optimizer = @optax.lion()\noptax.lion.b7 = 1\n", ["'b7'"]),
+        ("optimizer.schedule = 'cosin'", ["mine.gin:9: optimizer.schedule must be one of", "did you mean 'cosine'"]),
+        ("optimizer.schedule = @cosin()", ["mine.gin:9", "did you mean 'cosine'"]),
+        ("optimizer.schedule = @cosine()\ncosine.warmup_steps = -1", ["mine.gin:10: cosine.warmup_steps must be a whole number of at least 0, not -1"]),
+        ("optimizer.schedule = @cosine()\noptimizer.warmup_steps = 4", ["mine.gin:10: optimizer.warmup_steps: @cosine() has cosine.warmup_steps"]),
+        ("optimizer.schedule = @constant()\nconstant.end_value = 4", ["mine.gin:10", "constant has no parameter 'end_value'"]),
+        ("train.optimizer = @optax.sgd()\noptimizer.clip_norm = 2.0", ["mine.gin:10: nothing uses optimizer.clip_norm"]),
+    ],
+)  # fmt: skip
+def test_a_bad_optimizer_or_schedule_is_one_line_that_names_it(write, module, lines, parts):
+    message = refusal(write(module + lines + "\n"))
+    for part in parts:
+        assert part in message
 
 
 # state and the operative text

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from stepdistill_jax.batches.batch import iterate
@@ -16,7 +17,8 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import loop, train
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
-from stepdistill_jax.training.optimizer import make_optimizer
+from stepdistill_jax.training.learning_rate import FALLING, SHAPES
+from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "losses.md"
 FILE = re.compile(r"`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -167,3 +169,44 @@ def stop_after(step, config, workdir, **where):
 
 def timeless(lines):
     return [{k: v for k, v in x.items() if not k.startswith("timing/")} for x in lines]
+
+
+def test_the_page_names_every_schedule():
+    rows = re.findall(
+        r'^\| `"(\w+)"`, `@(\w+)\(\)` \|.*\| (yes|no) \|$', PAGE.read_text(), re.MULTILINE
+    )
+    assert {(a, b) for a, b, _ in rows} == {(shape, shape) for shape in SHAPES}
+    assert {a for a, _, further in rows if further == "no"} == set(FALLING)
+
+
+def test_its_own_optimizer_clips_decays_matrices_alone_and_follows_the_cosine(reader, monkeypatch):
+    """A step of Lion by hand: rate x (sign + decay); a vector does not decay."""
+    monkeypatch.chdir(reader)
+    monkeypatch.syspath_prepend(str(reader))
+    config, _ = load_config("my_optimizer.gin")
+    assert config.optimizer.name == "my_optimizer.clipped_lion"
+    rate = make_schedule(config)
+    assert (float(rate(25)), float(rate(50))) == pytest.approx((0.5e-4, 1e-4))
+    tx = make_optimizer(config)
+    params = {"w": np.float32([[2.0, -4.0]]), "v": np.float32([2.0, -4.0])}
+    state = optax.tree.set(tx.init(params), count=50)
+    updates, after = tx.update(jax.tree.map(lambda x: 30 * x, params), state, params)
+    np.testing.assert_allclose(updates["v"], [-1e-4, 1e-4], rtol=1e-5)
+    np.testing.assert_allclose(updates["w"], [[-1.2e-4, 1.4e-4]], rtol=1e-5)
+    clipped = np.float32([2.0, -4.0]) / np.sqrt(40)  # the norm of both is 1
+    (moment,) = optax.tree.get_all_with_path(after, "mu")
+    np.testing.assert_allclose(moment[1]["v"], 0.01 * clipped, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_its_own_optimizer_trains(reader, monkeypatch, delivery_data_dir, tmp_path):
+    monkeypatch.chdir(reader)
+    monkeypatch.syspath_prepend(str(reader))
+    steps = ["TRAIN_STEPS=4", "EVAL_EVERY=4", "BATCH_SIZE=8", "cosine.warmup_steps=2"]
+    config, text = load_config("my_optimizer.gin", steps)
+    train(config, workdir=tmp_path / "run", data_dir=delivery_data_dir, config_text=text)
+    rates = [x["learning_rate"] for x in read_metrics(tmp_path / "run") if "loss" in x]
+    assert rates == pytest.approx([0, 0.5e-4, 1e-4, 0.5e-4])
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["optimizer"]
+    assert told["function"] == "my_optimizer.clipped_lion"
+    assert told["arguments"]["clip_norm"] == 1.0

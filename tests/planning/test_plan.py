@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import optax
 import pytest
 
 from stepdistill_jax.batches.packing import empty_group
@@ -19,6 +20,7 @@ from stepdistill_jax.planning.compiling import lower_step, rounded_groups
 from stepdistill_jax.planning.plan import layouts_for
 from stepdistill_jax.planning.workload import workload
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 GIB = 2**30
 CONFIG = TrainConfig(
@@ -62,6 +64,18 @@ def test_arguments_are_parameters_optimizer_and_batch_by_arithmetic(one_device):
     # the step and the key of dropout (unused here, so not an argument) beside it
     rest = sizes["arguments"] - sizes["params"] - sizes["optimizer"] - BATCH
     assert 0 <= rest <= 64
+
+
+@pytest.mark.parametrize(("momentum", "moments"), [(0.9, 1), (None, 0)])
+def test_the_state_of_a_function_is_that_of_its_transformation(momentum, moments):
+    """Nothing is taken from a name: one moment with momentum, none without."""
+    rate = {"learning_rate": 0.1, "momentum": momentum}
+    given = dataclasses.replace(CONFIG, optimizer=OptimizerFunction(optax.sgd, rate))
+    found = plan(given, devices=1, layout="data", hbm=10**6)
+    (candidate,) = found["candidates"]
+    assert candidate["per_device"]["optimizer"] == moments * 4 * TINY
+    held = [line for line in found["advice"] if "`optimizer=optax.sgd` holds" in line]
+    assert len(held) == 1 and not any("adafactor" in line for line in found["advice"])
 
 
 def test_fsdp_cuts_state_by_the_devices(fsdp):

@@ -184,6 +184,58 @@ def test_another_config_is_refused_and_the_difference_named(
     assert {p: p.read_bytes() for p in workdir.iterdir() if p.is_file()} == before
 
 
+LONGER = {"train_steps": 10, "eval_every": 4, "checkpoint_every": 3}
+
+
+def test_a_finished_run_trained_further_is_the_longer_run(tmp_path, delivery_data_dir):
+    """Bitwise; the validation of the old last step stays, and no step is done twice."""
+    optimizer = OptimizerConfig(schedule="rsqrt", warmup_steps=3)
+    config = TrainConfig(**SETTINGS | LONGER, optimizer=optimizer)
+    short = dataclasses.replace(config, train_steps=6)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, workdir=whole, data_dir=delivery_data_dir)
+    given = {"workdir": parts, "data_dir": delivery_data_dir}
+    assert train(short, **given)["step"] == max(saved_steps(parts)) == 6
+    assert train(config, **given)["step"] == 10
+
+    def steps(workdir):
+        return [x for x in timeless(read_metrics(workdir)) if "loss" in x]
+
+    def validations(workdir):
+        found = [x for x in timeless(read_metrics(workdir)) if "eval/validation/loss" in x]
+        return {x["step"]: x for x in found}
+
+    assert [x["step"] for x in steps(parts)] == list(range(1, 11))
+    assert steps(parts) == steps(whole)
+    assert validations(parts).keys() == {4, 6, 8, 10}
+    others = {n: x for n, x in validations(parts).items() if n != 6}
+    assert validations(whole) == others
+    assert_bitwise(params_of(parts, 10, delivery_data_dir), params_of(whole, 10, delivery_data_dir))
+    assert 10 in saved_steps(parts)
+    run = json.loads((parts / "run.json").read_text())
+    assert run["config"]["train_steps"] == 10
+    assert [life["train_steps"] for life in run["lives"]] == [6, 10]
+    info = json.loads((parts / "stepdistill.json").read_text())
+    assert info["provenance"]["config"]["train_steps"] == 10
+    with pytest.raises(InputError, match="`train_steps` was 10, is 6"):  # it has gone on
+        train(short, **given)
+
+
+def test_a_run_whose_rate_ends_with_it_cannot_be_trained_further(undisturbed, delivery_data_dir):
+    """One line says why, and what to do instead."""
+    workdir, _ = undisturbed
+    with pytest.raises(InputError) as caught:
+        train(
+            TrainConfig(**SETTINGS | {"train_steps": 40}),
+            workdir=workdir,
+            data_dir=delivery_data_dir,
+        )
+    message = str(caught.value)
+    assert "`train_steps` was 30, is 40" in message
+    assert "the linear learning rate of every step depends on it" in message
+    assert "new `workdir` with this one as `init_from`" in message
+
+
 def test_the_layout_may_change_on_a_resume(undisturbed, delivery_data_dir):
     workdir, _ = undisturbed
     config = TrainConfig(**SETTINGS | {"layout": "data", "checkpoint_every": 7})

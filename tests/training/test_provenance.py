@@ -1,16 +1,27 @@
 import copy
 import json
 
+import optax
 import pytest
 
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training import (
+    LearningRate,
+    OptimizerConfig,
+    OptimizerFunction,
+    TrainConfig,
+    train,
+)
 from stepdistill_jax.training.provenance import claim_workdir, describe, differences
 from stepdistill_jax.training.run import assemble
 from stepdistill_jax.training.workdir import check_workdir
 
 SETTINGS = {"task": "delivery", "input_length": 64, "target_length": 64, "train_steps": 2}
+
+
+def plain(config):
+    return json.loads(json.dumps(config.to_json()))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +40,7 @@ def test_a_run_equals_itself_whatever_runs_it(described):
     "key,name,value,said",
     [
         ("config", "train_steps", 3, "`train_steps` was 2, is 3"),
+        ("config", "train_steps", 1, "`train_steps` was 2, is 1"),
         ("config", "dtype", "bfloat16", "`dtype` was 'float32', is 'bfloat16'"),
         ("fingerprint", "train", "abc", "fingerprint.train was"),
         ("model", "emb_dim", 32, "model.emb_dim was 64, is 32"),
@@ -39,6 +51,45 @@ def test_a_difference_that_matters_is_named(described, key, name, value, said):
     other[key][name] = value
     (found,) = differences(described, other)
     assert said in found
+
+
+FURTHER = {
+    "constant": ({"schedule": "constant"}, True),
+    "rsqrt": ({"schedule": "rsqrt", "warmup_steps": 1}, True),
+    "linear": ({}, False),
+    "cosine": ({"schedule": "cosine"}, False),
+    "a cosine of the run": ({"schedule": LearningRate("cosine")}, False),
+    "a cosine of 9 steps": ({"schedule": LearningRate("cosine", train_steps=9)}, True),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "allowed"), FURTHER.values(), ids=FURTHER)
+@pytest.mark.parametrize("function", [False, True], ids=["ours", "function"])
+def test_steps_are_added_where_no_rate_depends_on_their_number(
+    described, optimizer, allowed, function
+):
+    given = OptimizerConfig(**optimizer)
+    if function:
+        given = OptimizerFunction(optax.lion, {"learning_rate": given.rate})
+    fields = SETTINGS | {"optimizer": given}
+    short, long, shorter = (
+        {**described, "config": plain(TrainConfig(**fields | {"train_steps": steps}))}
+        for steps in (10, 11, 9)
+    )
+    assert (differences(short, long) == []) is allowed
+    assert differences(short, short) == []
+    assert differences(short, shorter) == ["`train_steps` was 10, is 9"]
+
+
+def test_another_function_or_argument_is_another_run(described):
+    def of(function, **arguments):
+        optimizer = OptimizerFunction(function, {"learning_rate": 0.1, **arguments})
+        return {**described, "config": plain(TrainConfig(**SETTINGS, optimizer=optimizer))}
+
+    assert differences(of(optax.lion, b1=0.9), of(optax.lion)) == []  # its default
+    for other in (of(optax.lion, b1=0.8), of(optax.sgd), described):
+        (found,) = differences(of(optax.lion), other)
+        assert found.startswith("`optimizer` was {'function': 'optax.lion'")
 
 
 def test_a_setting_that_an_older_version_lacked_counts_as_its_default(described):

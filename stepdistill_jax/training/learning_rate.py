@@ -1,0 +1,110 @@
+"""Learning rates as functions of the step, as plain values: configs and `run.json` hold them."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import keep, number, one_of, whole
+
+FALLING = ("linear", "cosine")  # to an end value at the last step, which they have to know
+SHAPES = (*FALLING, "rsqrt", "constant")
+T5_WARMUP_STEPS = 10_000
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LearningRate:
+    """A learning rate as a function of the step, which counts updates from 0.
+
+    With peak P, warm-up W, end value E and last step N, and each held after N:
+
+        constant    rises from 0 to P in W steps, then P
+        linear      rises from 0 to P in W steps, then a straight line to E at N
+        cosine      rises from 0 to P in W steps, then half a cosine to E at N
+        rsqrt       P for W steps, then P sqrt(W / step): T5's (Raffel et al. 2020, section 3.1.2)
+
+    Attributes:
+        shape: one of these four.
+        warmup_steps: W; at least 1 for `rsqrt`.
+        end_value: E; at least 0.
+        learning_rate: P; None is the run's.
+        train_steps: N; None is the run's.
+
+    Raises:
+        InputError: another shape, or a value out of its range.
+    """
+
+    shape: str
+    warmup_steps: int = 0
+    end_value: float = 0.0
+    learning_rate: float | None = None
+    train_steps: int | None = None
+
+    def __post_init__(self):
+        one_of("LearningRate.shape", self.shape, SHAPES)
+        of, least = f"{self.shape}.", 1 if self.shape == "rsqrt" else 0
+        keep(self, whole, "warmup_steps", of=of, least=least)
+        keep(self, number, "end_value", of=of, least=0)
+        if self.learning_rate is not None:
+            keep(self, number, "learning_rate", of=of, above=0)
+        if self.train_steps is not None:
+            keep(self, whole, "train_steps", of=of, least=1)
+        if self.shape not in FALLING and (self.end_value or self.train_steps is not None):
+            raise InputError(f"`LearningRate`: {self.shape} has no end_value and no train_steps")
+
+    def __repr__(self) -> str:
+        """As a config makes it: `cosine(warmup_steps=50)`."""
+        given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
+        arguments = [f"{f.name}={getattr(self, f.name)!r}" for f in given if f.name != "shape"]
+        return f"{self.shape}({', '.join(arguments)})"
+
+    def schedule(self, learning_rate: float, train_steps: int) -> optax.Schedule:
+        """Returns learning_rate_fn(step) of a run with this peak and this many steps.
+
+        The linear one has the values of `transformers`, which the paper's code uses.
+        """
+        warmup_steps = self.warmup_steps
+        peak = learning_rate if self.learning_rate is None else self.learning_rate
+        last = train_steps if self.train_steps is None else self.train_steps
+        if self.shape == "rsqrt":
+            return lambda step: peak * jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))
+        falling_steps = max(last - warmup_steps, 1)
+        if self.shape == "constant":
+            after = optax.constant_schedule(peak)
+        elif self.shape == "linear":
+            after = optax.linear_schedule(peak, self.end_value, falling_steps)
+        else:
+            after = optax.cosine_decay_schedule(peak, falling_steps, alpha=self.end_value / peak)
+        rise = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+        return optax.join_schedules([rise, after], [warmup_steps]) if warmup_steps else after
+
+
+def linear(
+    warmup_steps: int = 0,
+    end_value: float = 0.0,
+    learning_rate: float | None = None,
+    train_steps: int | None = None,
+) -> LearningRate:
+    """A rate that falls in a straight line."""
+    return LearningRate("linear", warmup_steps, end_value, learning_rate, train_steps)
+
+
+def cosine(
+    warmup_steps: int = 0,
+    end_value: float = 0.0,
+    learning_rate: float | None = None,
+    train_steps: int | None = None,
+) -> LearningRate:
+    """A rate that falls along half a cosine."""
+    return LearningRate("cosine", warmup_steps, end_value, learning_rate, train_steps)
+
+
+def rsqrt(warmup_steps: int = T5_WARMUP_STEPS, learning_rate: float | None = None) -> LearningRate:
+    """T5's rate of pre-training: flat, then the inverse square root of the step."""
+    return LearningRate("rsqrt", warmup_steps, learning_rate=learning_rate)
+
+
+def constant(warmup_steps: int = 0, learning_rate: float | None = None) -> LearningRate:
+    """A rate that stays."""
+    return LearningRate("constant", warmup_steps, learning_rate=learning_rate)

@@ -1,0 +1,174 @@
+"""An update rule of the user's: a function that returns an optax transformation, and its arguments."""
+
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import refused
+from stepdistill_jax.training.learning_rate import LearningRate
+
+PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or a `LearningRate`"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerFunction:
+    """A function that returns an optax transformation, and its arguments.
+
+    What it returns is the whole update rule: no clip, weight decay or learning rate is added. A
+    `LearningRate` reaches it as an optax schedule, a function of the run's step.
+
+    Attributes:
+        function: called when a run is assembled.
+        arguments: by name; plain values and `LearningRate`s, which `run.json` can hold.
+
+    Raises:
+        InputError: an argument that the function does not take or that is missing, or no plain value.
+    """
+
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self):
+        if not callable(self.function):
+            words = "a function that returns an optax transformation"
+            raise refused("optimizer", words, self.function)
+        object.__setattr__(self, "arguments", dict(self.arguments))
+        self._all_arguments()
+        for name, value in self.arguments.items():
+            if not isinstance(value, LearningRate) and not _is_plain(value):
+                raise refused(f"{self.name}.{name}", PLAIN, value)
+
+    @property
+    def name(self) -> str:
+        """`my_module.my_function`; of a library's private module, the public one above it."""
+        module = getattr(self.function, "__module__", None) or ""
+        name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
+        return f"{module.partition('._')[0]}.{name}"
+
+    @property
+    def rate(self) -> LearningRate | None:
+        """The argument `learning_rate`, where it is a schedule: what else the function does is its own."""
+        rate = self.arguments.get("learning_rate")
+        return rate if isinstance(rate, LearningRate) else None
+
+    def takes(self, learning_rate: float) -> bool:
+        """Whether the run's peak is among its arguments, as it is or as that of a schedule."""
+        return any(
+            x.learning_rate in (None, learning_rate)
+            if isinstance(x, LearningRate)
+            else x == learning_rate
+            for x in self.arguments.values()
+        )
+
+    def __str__(self) -> str:
+        """As it is called: `my_module.my_function(b1=0.9)`."""
+        return f"{self.name}({', '.join(f'{n}={x!r}' for n, x in self.arguments.items())})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Function and arguments, defaults among them, as `run.json` keeps them and a resume compares them."""
+        described = {
+            name: dataclasses.asdict(value) if isinstance(value, LearningRate) else value
+            for name, value in self._all_arguments().items()
+            if isinstance(value, LearningRate) or _is_plain(value)  # a default may be anything
+        }
+        return {"function": self.name, "arguments": described}
+
+    def transformation(
+        self, learning_rate: float, train_steps: int
+    ) -> optax.GradientTransformation:
+        """Calls the function for a run with this peak and this many steps.
+
+        Raises:
+            InputError: it raises, or returns something else. The transformation's `init` raises
+                one, too, where a training step could not call it.
+        """
+        arguments = {
+            name: value.schedule(learning_rate, train_steps)
+            if isinstance(value, LearningRate)
+            else value
+            for name, value in self.arguments.items()
+        }
+        try:
+            tx = self.function(**arguments)
+        except Exception as error:
+            raise self._failed("", error) from error
+        if not isinstance(tx, optax.GradientTransformation):
+            kind = f"{type(tx).__module__}.{type(tx).__qualname__}"
+            raise self._refused(f"must return an optax.GradientTransformation, not a {kind}")
+
+        def init(params: Any) -> Any:
+            try:
+                state = tx.init(params)
+            except Exception as error:
+                raise self._failed("the transformation's init ", error) from error
+            self._check_update(tx, state, params)
+            return state
+
+        return optax.GradientTransformation(init, tx.update)
+
+    def _check_update(self, tx: optax.GradientTransformation, state: Any, params: Any) -> None:
+        """Refuses, by shapes alone and before a step is compiled, an `update` that a step cannot call."""
+
+        def step(params: Any, state: Any) -> Any:
+            return (params, state), tx.update(params, state, params)
+
+        try:
+            before, after = jax.eval_shape(step, params, state)
+        except Exception as error:
+            called = "the transformation's update, called with gradients, state and parameters, "
+            raise self._failed(called, error) from error
+        for what, got, wanted in (
+            ("updates of the parameters' shapes", _shapes(after[0]), _shapes(before[0])),
+            ("a state of the shapes and types it got", _types(after[1]), _types(before[1])),
+        ):
+            if got != wanted:
+                raise self._refused(f"the transformation's update must return {what}")
+
+    def _all_arguments(self) -> dict[str, Any]:
+        try:
+            bound = inspect.signature(self.function).bind(**self.arguments)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"`optimizer`: {self.name}: {error}") from None
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def _refused(self, problem: str) -> InputError:
+        code = _code(self.function)
+        place = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+        return InputError(f"`optimizer`: {self.name}{place}: {problem}")
+
+    def _failed(self, what: str, error: Exception) -> InputError:
+        code, frames = _code(self.function), traceback.extract_tb(error.__traceback__)
+        # the user's line: the deepest of the function's file, where there is one
+        own = [f for f in frames if code and f.filename == code.co_filename] or frames
+        kind, text = type(error).__name__, " ".join(str(error).split())[:500]
+        return self._refused(f"{what}raised {kind} at {own[-1].filename}:{own[-1].lineno}: {text}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _code(function: Any) -> Any:
+    """The code object of a Python function, which knows file and line; None of anything else."""
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def _shapes(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return [x.shape for x in leaves], structure
+
+
+def _types(tree: Any) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return [(x.shape, x.dtype) for x in leaves], structure
