@@ -1,0 +1,195 @@
+"""The tokens of a dataset that `prepare` or `add_task` made: all objectives of an example side by side."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.data.builder import VERSION
+from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.prepared import PreparedDataset
+from stepdistill_jax.data.reading import UNLABELLED
+from stepdistill_jax.data.vocabulary import Vocabulary, load_vocabulary
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.tasks import registry
+from stepdistill_jax.tasks.lookup import module_digest
+from stepdistill_jax.tasks.plain_tokens import (
+    check_one_rationale,
+    check_split,
+    files_of_task,
+    with_rows,
+)
+from stepdistill_jax.tasks.prepared_rows import PreparedRows
+from stepdistill_jax.tasks.prepared_tasks import spec_of
+from stepdistill_jax.tasks.registry import TaskSpec
+from stepdistill_jax.tasks.sources import describe
+from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
+from stepdistill_jax.tasks.task_data import TaskData
+from stepdistill_jax.tasks.token_store import TokenStore
+from stepdistill_jax.tasks.tokenizing import stored_tokens
+
+
+def load_dataset(
+    found: PreparedDataset | TaskSpec,
+    split: str,
+    objectives: Sequence[Objective],
+    given: str | None,
+    where: tuple[pathlib.Path, str | None],
+    supervision: Supervision | None,
+) -> TaskData:
+    """Returns what `prepare` or `add_task` made; `where` is the data's folder and the task module."""
+    if isinstance(found, PreparedDataset):
+        return _load_prepared(found, split, objectives, given, where[0], supervision)
+    return _load_spec(found, split, objectives, given, *where, supervision)
+
+
+def _load_prepared(
+    found: PreparedDataset,
+    split: str,
+    objectives: Sequence[Objective],
+    given: str | None,
+    folder: pathlib.Path,
+    supervision: Supervision | None,
+) -> TaskData:
+    task = found.name
+    check_split(task, split, found.splits)
+    found.check(f"{split}.jsonl")
+    _check_fields(found, objectives)
+    if supervision is not None and split == "train":
+        supervision = supervision.for_objectives(objectives)
+    vocabulary = os.fspath(found.spiece_model) if given is None else given
+    parts = _parts_of(found, split, supervision)
+    most = 1
+    if supervision is not None and supervision.rationales != "first":
+        most = max(most_rationales(found.file(part)) for part in parts)
+
+    def prepared_task():
+        found.check(VERSION)  # TFDS's files, before they are read for the one time
+        if PreparedRows.can_read(supervision):
+            labelled = supervision is not None
+            return PreparedRows(found, split, objectives, load_vocabulary(vocabulary), labelled)
+        spec = spec_of(found, vocabulary, {split: "+".join(parts)})
+        return registry.joint_task(spec, objectives, vocabulary, supervision, most)
+
+    columns = registry.columns_of(objectives, most)
+    key = [found.fingerprint, _key_of(supervision), parts]
+    store, opened = _joint_store(
+        prepared_task, task, split, objectives, columns, vocabulary, folder, key
+    )
+    if supervision is not None and supervision.rationale_source is not None:
+        explained = [
+            rows["targets"].lengths > 0
+            for column, rows in zip(columns, store.rows, strict=True)
+            if column.reads_rationale
+        ]
+        if explained:
+            count = int(np.any(explained, axis=0).sum())
+            check_rationales(task, found.file(split), supervision, count, store.num_examples)
+    return TaskData.of_store(
+        task,
+        split,
+        objectives,
+        store,
+        opened,
+        most_rationales=most,
+        sample_rationales=supervision is not None and supervision.rationales == "sample",
+        metric=found.metric,
+        labels=found.labels,
+    )
+
+
+def _load_spec(
+    found: TaskSpec,
+    split: str,
+    objectives: Sequence[Objective],
+    given: str | None,
+    folder: pathlib.Path,
+    task_module: str | None,
+    supervision: Supervision | None,
+) -> TaskData:
+    task = found.name
+    check_split(task, split, found.source.splits)
+    if supervision is not None and split == "train":
+        supervision = supervision.for_objectives(objectives)
+    vocabulary = found.vocabulary if given is None else given
+    check_one_rationale(task, supervision)
+    key = [module_digest(task_module), describe([found.source, found.preprocessors])]
+    key.append(_key_of(supervision))
+    store, opened = _joint_store(
+        lambda: registry.joint_task(found, objectives, vocabulary, supervision),
+        task,
+        split,
+        objectives,
+        registry.columns_of(objectives),
+        vocabulary,
+        folder,
+        [*key, files_of_task(found, split)],
+        compare=True,
+    )
+    own = None
+    if found.function is not None:
+        own = registry.joint_task(found, objectives, vocabulary, supervision)
+    return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric, task=own)
+
+
+def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> None:
+    """Raises InputError where a template names a field that the dataset does not keep."""
+    known = (*Objective.FIELDS, *dataset.fields)
+    for objective in objectives:
+        for field in objective.fields:
+            if field not in known:
+                raise InputError(
+                    f"`objectives`: objective {objective.name} names the field {{{field}}}, and dataset"
+                    f" {dataset.name!r} has {', '.join(known)}{nearest(field, known)}; `stepdistill"
+                    f" prepare jsonl --fields {field}` keeps one of your own rows"
+                )
+
+
+def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
+    """Raises InputError where the words that a label is parsed by do not survive the vocabulary."""
+    for words in objective.words if objective.writes_more else ():
+        if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
+            raise InputError(
+                f"`objectives`: the words {words!r} in target_template of {objective.name} tell where"
+                f" the label is, and the vocabulary {vocabulary.source} can only write {written!r};"
+                " choose others"
+            )
+
+
+def _key_of(supervision: Supervision | None) -> Any:
+    return None if supervision is None else dataclasses.asdict(supervision)
+
+
+def _joint_store(
+    make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
+) -> tuple[TokenStore, Vocabulary]:
+    """The store of all objectives of a prepared dataset or an `add_task` task."""
+    opened = load_vocabulary(vocabulary)
+    _check_words(objectives[0], opened)
+    first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]
+    if any(o.read_beside_input for o in objectives) or (first.label_field and not first.is_plain):
+        templates.append(["labels and absent inputs by field"])  # unlike stores of older versions
+    store = stored_tokens(
+        make_task,
+        name=name,
+        split=split,
+        objectives=[c.name for c in columns],
+        prefixes=[f"{c.name}_" for c in columns],
+        key=[key, templates, opened.fingerprint],
+        data_dir=folder,
+        compare=compare,
+    )
+    return with_rows(store, name, split), opened
+
+
+def _parts_of(
+    dataset: PreparedDataset, split: str, supervision: Supervision | None
+) -> tuple[str, ...]:
+    """The prepared splits that make up one: rows without a gold label add to train, if asked for."""
+    takes_teachers = supervision is not None and supervision.label_source != "gold"
+    if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
+        return (split, UNLABELLED)
+    return (split,)

@@ -1,0 +1,139 @@
+"""The tokens of SeqIO tasks of other people's making, as they are."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, load_vocabulary
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.runtime.files import atomic_write
+from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.tasks.lookup import module_digest
+from stepdistill_jax.tasks.plain_tasks import check_plain
+from stepdistill_jax.tasks.sources import describe, files_of, named_errors
+from stepdistill_jax.tasks.supervision import Supervision
+from stepdistill_jax.tasks.token_store import ROW_IDS, TokenStore
+from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
+
+# what a plain SeqIO task trains: its own inputs and targets, as they are
+PLAIN = (Objective("label", "{input}", "{label}"),)
+
+
+def plain_store(
+    task: Any, split: str, vocabulary: Vocabulary, folder: pathlib.Path, module: str | None
+) -> TokenStore:
+    """Returns the tokens of a SeqIO task of other people's making, as they are."""
+    store = stored_tokens(
+        lambda: task,
+        name=task.name,
+        split=split,
+        objectives=[PLAIN[0].name],
+        prefixes=[""],
+        key=[
+            module_digest(module),
+            describe([task.source, task._preprocessor_constructor_args]),
+            [vocabulary.fingerprint, repr(task.output_features)],
+            files_of_task(task, split),
+            ROW_IDS,  # unlike stores of older versions
+        ],
+        data_dir=folder,
+        compare=True,
+    )
+    return with_rows(store, task.name, split)
+
+
+def common_vocabulary(
+    name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
+) -> Vocabulary:
+    """Returns the one vocabulary of plain tasks, `given` (of INIT_FROM) if that is equal.
+
+    Raises:
+        InputError: two that differ.
+    """
+    files = [_vocabulary_file(task, folder) for task in tasks]
+    opened = load_vocabulary(files[0])
+    for other in [*files[1:], *([] if given is None else [given])]:
+        if not same_pieces(opened, load_vocabulary(other)):
+            raise InputError(
+                f"task {name!r}: tokenised with {files[0]}, but"
+                f" {'`init_from` brings' if other == given else 'another of its tasks has'}"
+                f" {other}; a model has one vocabulary"
+            )
+    return opened
+
+
+def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
+    """A plain task's vocabulary as `load_vocabulary` takes it.
+
+    Raises:
+        InputError: a task that an encoder-decoder cannot be trained on (`check_plain`).
+    """
+    import seqio
+
+    check_plain(task)
+    inputs = task.output_features["inputs"].vocabulary
+    if isinstance(inputs, seqio.ByteVocabulary):
+        return BYTES
+    path = inputs.sentencepiece_model_file
+    if os.path.isfile(path):
+        return path
+    # on a remote file system (gs://...): copied once, the tokenizer of a server reads plain files
+    tf = tensorflow()
+    local = folder / FOLDER / "vocabularies" / f"{digest(path)[:16]}.model"
+    if not local.is_file():
+        try:
+            with atomic_write(local, "wb") as f, tf.io.gfile.GFile(path, "rb") as remote:
+                f.write(remote.read())
+        except (tf.errors.OpError, OSError) as error:
+            raise InputError(f"task {task.name!r}: vocabulary {path}: {error}") from None
+    return os.fspath(local)
+
+
+def check_supervision(task: str, supervision: Supervision | None) -> None:
+    check_one_rationale(task, supervision)
+    if supervision is not None and supervision.label_source != "gold":
+        raise InputError(
+            f"task {task!r}: `label_source={supervision.label_source}` needs the fields label and"
+            " llm_label; a plain SeqIO task or mixture brings targets of its own (add_task has them)"
+        )
+
+
+def check_one_rationale(task: str, supervision: Supervision | None) -> None:
+    if supervision is not None and supervision.needs_list:
+        raise InputError(
+            f"task {task!r}: `rationales={supervision.rationales}` with rationale_source="
+            f"{supervision.rationale_source} needs the list 'rationales' of a prepared dataset"
+            " (`stepdistill prepare jsonl` keeps it)"
+        )
+
+
+def check_split(task: str, split: str, splits: Any) -> None:
+    if split not in splits:
+        raise InputError(
+            f"task {task!r}: no split {split!r} (it has {', '.join(splits)}){nearest(split, splits)}"
+        )
+
+
+def with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
+    if not store.num_examples:
+        raise InputError(
+            f"task {name!r}: split {split!r} has no rows: its source is empty, or all are left out, by"
+            " preprocessors or for want of the label that `label_source` asks for"
+        )
+    return store
+
+
+def files_of_task(task: Any, split: str) -> list[list[Any]]:
+    """`files_of` a task's source; what it raises gets the task's name."""
+    with named_errors(task.name, task.source, split):
+        return files_of(task.source, split)
+
+
+def same_pieces(a: Vocabulary, b: Vocabulary) -> bool:
+    """Whether two vocabularies have the same pieces; the files of one model may differ."""
+    return a.fingerprint == b.fingerprint or (
+        a.size == b.size and all(a.decode([i]) == b.decode([i]) for i in range(a.size))
+    )
