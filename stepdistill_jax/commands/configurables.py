@@ -95,7 +95,7 @@ def selector_of(name: str) -> str:
 def _of_optax(name: str) -> Callable[..., Any] | None:
     """The function of optax of this name (`lion`, `contrib.muon`) that returns a transformation, or None."""
     try:
-        function = functools.reduce(getattr, name.split("."), optax)
+        function: Any = functools.reduce(getattr, name.split("."), optax)
         returns = inspect.signature(function).return_annotation
     except (AttributeError, TypeError, ValueError):
         return None

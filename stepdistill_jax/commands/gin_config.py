@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import gin
 from gin.config import ConfigurableReference
@@ -199,7 +200,8 @@ def _bind_optimizer(reached: Bindings) -> None:
     reference = _source(reached[key], reached).value if key in reached else None
     if not isinstance(reference, ConfigurableReference) or not reference.evaluate:
         return
-    function = reference.configurable.wrapped
+    configurable: Any = reference.configurable
+    function = configurable.wrapped
     if function in CONFIGURABLES.values():
         return
     arguments = gin.get_bindings(reference.scoped_selector)

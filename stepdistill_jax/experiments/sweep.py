@@ -34,6 +34,7 @@ from stepdistill_jax.training.workdir import RUN, locked_workdir, read_run
 
 SWEEP = "sweep.json"
 EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
+TRAIN_STEPS = "train_steps"  # in it: of the run that was evaluated
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 
 
@@ -218,6 +219,7 @@ def _evaluate(
     result = answer()
     dataset = datasets[config.task]
     kept = result | {"dataset": dataset, "with_rationale": with_rationale}
+    kept[TRAIN_STEPS] = config.train_steps
     if with_rationale:
         kept[RATIONALE] = None
         if dataset and gives_rationale(resolve(config.objectives)):
@@ -241,7 +243,9 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     path = workdir / EVALUATION / f"{split}.json"
     if not path.is_file():
         return False
-    return not with_rationale or RATIONALE in read_object(path)
+    kept, steps = read_object(path), cell.config.train_steps
+    # a cell that was trained further may have another best step
+    return kept.get(TRAIN_STEPS, steps) == steps and (not with_rationale or RATIONALE in kept)
 
 
 def _check_cells(

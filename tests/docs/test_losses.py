@@ -179,8 +179,8 @@ def test_the_page_names_every_schedule():
     assert {a for a, _, further in rows if further == "no"} == set(FALLING)
 
 
-def test_its_own_optimizer_clips_decays_matrices_alone_and_follows_the_cosine(reader, monkeypatch):
-    """A step of Lion by hand: rate x (sign + decay); a vector does not decay."""
+def test_its_own_optimizer_clips_spares_the_norms_and_follows_the_cosine(reader, monkeypatch):
+    """A step of Lion by hand: rate x (sign + decay); the scale of a norm does not decay."""
     monkeypatch.chdir(reader)
     monkeypatch.syspath_prepend(str(reader))
     config, _ = load_config("my_optimizer.gin")
@@ -188,14 +188,14 @@ def test_its_own_optimizer_clips_decays_matrices_alone_and_follows_the_cosine(re
     rate = make_schedule(config)
     assert (float(rate(25)), float(rate(50))) == pytest.approx((0.5e-4, 1e-4))
     tx = make_optimizer(config)
-    params = {"w": np.float32([[2.0, -4.0]]), "v": np.float32([2.0, -4.0])}
+    params = {"w": np.float32([[2.0, -4.0]]), "scale": np.float32([2.0, -4.0])}
     state = optax.tree.set(tx.init(params), count=50)
     updates, after = tx.update(jax.tree.map(lambda x: 30 * x, params), state, params)
-    np.testing.assert_allclose(updates["v"], [-1e-4, 1e-4], rtol=1e-5)
+    np.testing.assert_allclose(updates["scale"], [-1e-4, 1e-4], rtol=1e-5)
     np.testing.assert_allclose(updates["w"], [[-1.2e-4, 1.4e-4]], rtol=1e-5)
     clipped = np.float32([2.0, -4.0]) / np.sqrt(40)  # the norm of both is 1
     (moment,) = optax.tree.get_all_with_path(after, "mu")
-    np.testing.assert_allclose(moment[1]["v"], 0.01 * clipped, rtol=1e-5)
+    np.testing.assert_allclose(moment[1]["scale"], 0.01 * clipped, rtol=1e-5)
 
 
 @pytest.mark.slow

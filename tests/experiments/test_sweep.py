@@ -1,5 +1,6 @@
 """A sweep trains each cell once, whatever happens in between, and its cells share what is compiled."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.sweep import Cell
-from stepdistill_jax.training import TrainConfig
+from stepdistill_jax.training import OptimizerConfig, TrainConfig
 
 # the package's `sweep` is the function
 module = importlib.import_module("stepdistill_jax.experiments.sweep")
@@ -133,6 +134,33 @@ def test_what_cannot_be_swept_is_said_before_anything_trains(
     monkeypatch.setattr(module, "train", None)
     with pytest.raises(InputError, match=part):
         module.sweep(cells, workdir=swept[0], data_dir=delivery_data_dir, **options)
+
+
+@pytest.mark.slow
+def test_a_cell_trained_further_is_evaluated_again(tmp_path, delivery_data_dir, monkeypatch):
+    """Also where the sweep ends between the two: the answers of the shorter run are not the longer's."""
+
+    def of_steps(steps):
+        short = cell(0)
+        constant = OptimizerConfig(schedule="constant")
+        config = dataclasses.replace(short.config, train_steps=steps, optimizer=constant)
+        return [dataclasses.replace(short, config=config)]
+
+    def swept(cells):
+        return module.sweep(cells, workdir=tmp_path, data_dir=delivery_data_dir, retries=0)
+
+    def evaluate(*args, **kwargs):
+        raise OSError("no space")
+
+    path = tmp_path / "label_only/0.5/0/evaluation/test.json"
+    assert swept(of_steps(2))["done"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", evaluate)
+        assert swept(of_steps(4))["done"] == 0
+    assert json.loads(path.read_text())["train_steps"] == 2
+    assert swept(of_steps(4))["skipped"] == 0
+    assert json.loads(path.read_text())["train_steps"] == 4
+    assert swept(of_steps(4))["skipped"] == 1
 
 
 def test_a_run_is_no_sweeps_folder(swept, delivery_data_dir):
