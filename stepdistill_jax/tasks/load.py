@@ -21,7 +21,7 @@ from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
-from stepdistill_jax.tasks.plain_tasks import check_plain
+from stepdistill_jax.tasks.plain_tasks import check_trainable
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.prepared_tasks import spec_of
 from stepdistill_jax.tasks.registry import TaskSpec
@@ -284,11 +284,11 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
     """A plain task's vocabulary as `load_vocabulary` takes it.
 
     Raises:
-        InputError: a task that an encoder-decoder cannot be trained on (`check_plain`).
+        InputError: a task that an encoder-decoder cannot be trained on (`check_trainable`).
     """
     import seqio
 
-    check_plain(task)
+    check_trainable(task)
     inputs = task.output_features["inputs"].vocabulary
     if isinstance(inputs, seqio.ByteVocabulary):
         return BYTES
