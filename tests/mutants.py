@@ -366,6 +366,62 @@ MUTANTS = [
         tests=["tests/tasks/test_token_store.py::test_verifying_a_store_reads_every_byte"],
     ),
     Mutant(
+        id="SQ1",
+        what="a registered SeqIO task keeps the rows whose target is empty",
+        file="stepdistill_jax/tasks/registry.py",
+        old="            empty_absent_targets,\n            drop_absent_rows,",
+        new="            empty_absent_targets,",
+        tests=[
+            "tests/tasks/test_prepared_tasks.py::test_the_fast_reader_has_the_tokens_of_the_registered_tasks"
+        ],
+    ),
+    Mutant(
+        id="SQ2",
+        what="the mixture of a dataset zips its tasks without their absent rows",
+        file="stepdistill_jax/tasks/preprocessors.py",
+        old="get_task_dataset(with_absent_rows(task), *args",
+        new="get_task_dataset(task, *args",
+        tests=["tests/tasks/test_prepared_tasks.py::test_the_mixture_pairs_the_rows_of_an_example"],
+    ),
+    Mutant(
+        id="SQ3",
+        what="the folder that a user's module registers goes before the command's",
+        file="stepdistill_jax/tasks/lookup.py",
+        old="task in registered and ours is None",
+        new="task in registered",
+        tests=[
+            "tests/tasks/test_prepared_tasks.py::test_the_commands_folder_goes_before_the_one_that_a_module_registers"
+        ],
+    ),
+    Mutant(
+        id="SQ4",
+        what="a dataset that is prepared again keeps TFDS's number of rows of before",
+        file="stepdistill_jax/tasks/prepared_tasks.py",
+        old='    forget_tfds(f"',
+        new='    str(f"',
+        tests=[
+            "tests/tasks/test_prepared_tasks.py::test_registering_again_keeps_what_has_not_changed"
+        ],
+    ),
+    Mutant(
+        id="SQ5",
+        what="a rationale task is registered with splits in which no row has a rationale",
+        file="stepdistill_jax/tasks/prepared_tasks.py",
+        old="return any(json.loads(row).get(field) for row in rows if named in row)",
+        new="return True",
+        tests=["tests/tasks/test_prepared_tasks.py::test_each_dataset_is_two_tasks_and_a_mixture"],
+    ),
+    Mutant(
+        id="SQ6",
+        what="a TFDS dataset that is not on disk is downloaded",
+        file="stepdistill_jax/tasks/sources.py",
+        old="if loader._get_builder(split).is_prepared():",
+        new="if loader._get_builder(split):",
+        tests=[
+            "tests/faults/test_bad_tasks.py::test_a_tfds_dataset_that_is_not_downloaded_is_one_line_of_each_command"
+        ],
+    ),
+    Mutant(
         id="B1",
         what="evaluation drops its last, smaller batch",
         file="stepdistill_jax/batches/batch.py",

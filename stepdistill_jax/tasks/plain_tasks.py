@@ -9,7 +9,7 @@ FEATURES = ("inputs", "targets")
 READ_BESIDE = ("id", "weight")  # of a row, where there are any
 
 
-def check_plain(task: Any) -> None:
+def check_trainable(task: Any) -> None:
     """Refuses a `seqio.Task` whose rows cannot be trained on.
 
     Raises:

@@ -12,7 +12,7 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks.lookup import module_digest
-from stepdistill_jax.tasks.plain_tasks import check_plain
+from stepdistill_jax.tasks.plain_tasks import check_trainable
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import ROW_IDS, TokenStore
@@ -69,11 +69,11 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
     """A plain task's vocabulary as `load_vocabulary` takes it.
 
     Raises:
-        InputError: a task that an encoder-decoder cannot be trained on (`check_plain`).
+        InputError: a task that an encoder-decoder cannot be trained on (`check_trainable`).
     """
     import seqio
 
-    check_plain(task)
+    check_trainable(task)
     inputs = task.output_features["inputs"].vocabulary
     if isinstance(inputs, seqio.ByteVocabulary):
         return BYTES

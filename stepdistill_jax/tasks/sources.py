@@ -163,7 +163,8 @@ def _check_downloaded(task: str, loader: Any) -> None:
                 f"check name and version, or run `tfds build SCRIPT --data_dir {where}` on yours"
             )
         except Exception as error:
-            why = f" ({' '.join(str(error).split())[:200]})"
+            text = re.sub(r'^Failed to construct .*?}": ', "", " ".join(str(error).split()))
+            why, command = f" ({text[:200]})", "check its name, version and folder"
         forget_tfds(name, folder)  # else it would stay absent in this process once it is built
         raise InputError(
             f"task {task!r}: TFDS dataset {name} is not downloaded in {where}{why}; {command}"

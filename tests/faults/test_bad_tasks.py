@@ -177,6 +177,7 @@ def unfit_tasks():
     )
     no_splits = seqio.FunctionDataSource(lambda split, shuffle_files: rows_of_ids(), [])
     gone = seqio.TfdsDataSource("no_such_dataset:1.0.0", "/no/such/folder", ["train"])
+    version = seqio.TfdsDataSource("glue/cola:9.9.9", "/no/such/folder", ["train"])
     return {
         "targets alone": (
             {"output_features": {"targets": byte}},
@@ -215,6 +216,10 @@ def unfit_tasks():
         ),
         "no rows": ({"source": no_rows}, ("split 'train' has no rows", "its source is empty")),
         "no splits": ({"source": no_splits}, ("has no splits", "give it `splits`")),
+        "a TFDS version that there is not": (
+            {"source": version},
+            ("glue/cola:9.9.9 is not downloaded", "only: 2.0.0", "check its name, version"),
+        ),
         "TFDS without code": (
             {"source": gone},
             (

@@ -416,6 +416,20 @@ def test_a_module_alone_registers_the_default_folder(seqio, folder, tmp_path, mo
     )
 
 
+def test_the_commands_folder_goes_before_the_one_that_a_module_registers(
+    folder, tmp_path, monkeypatch
+):
+    prepare_rows(tmp_path / "own", "tickets", train=TICKETS[:5], validation=UNEXPLAINED)
+    text = f"""
+        from stepdistill_jax.tasks import register_prepared
+        register_prepared({str(folder)!r})
+    """
+    module = write_module(tmp_path, monkeypatch, text)
+    for where in (tmp_path / "own", folder):
+        found = find_task("tickets", data_dir=where, task_module=module)
+        assert isinstance(found, PreparedDataset) and found.directory == where / "tickets"
+
+
 def test_a_modules_own_task_goes_before_a_dataset_of_its_name(seqio, folder, tmp_path, monkeypatch):
     text = """
         import seqio
