@@ -403,8 +403,8 @@ MUTANTS = [
         id="B6",
         what="loss_mean = 'example' divides by the length before truncation",
         file="stepdistill_jax/batches/sampler.py",
-        old="first, shares = targets.rows.offsets[:-1], targets.lengths",
-        new="first, shares = targets.rows.offsets[:-1], targets.rows.lengths",
+        old="first, shares = targets.rows.starts, targets.lengths",
+        new="first, shares = targets.rows.starts, targets.rows.lengths",
         tests=["tests/training/test_loss_mean.py::test_the_tokens_of_a_target_share_its_weight"],
     ),
     Mutant(

@@ -32,7 +32,6 @@ from stepdistill_jax.batches.sampler import (
     rows_of,
     token_tables,
 )
-from stepdistill_jax.data.objectives import share_encoding
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, whole
 from stepdistill_jax.tasks.task_data import TaskData
@@ -70,6 +69,9 @@ class Batches:
         decoder_encoder_segment_ids  1  1  1  1  1  1  2  2
         decoder_objective_ids        1  1  0  2  2  2  1  1
         decoder_loss_weights         1  1  0  1  1  1 .5 .5
+
+    Of data with several parts each target token also has the number of its part, from 1, in
+    `decoder_task_ids`.
 
     Attributes:
         data: token stores and objectives.
@@ -116,7 +118,7 @@ class Batches:
     @property
     def shared(self) -> bool:
         """Whether the targets of an example read one encoding of its input."""
-        return self.pack and share_encoding(self.data.objectives)
+        return self.pack and self.data.shares_encoding
 
     @functools.cached_property
     def _tables(self) -> tuple[TokenTable, ...]:
@@ -233,15 +235,16 @@ class Batches:
         """One group: the rows drawn, the encodings they read, where these lie, and the arrays."""
         rows = self._rows(drawn, tables)
         count = round_up(self.batch_size, self.row_multiple)
+        features = {"shared": self.shared, "several_tasks": len(self.data.parts) > 1}
         if not rows:
-            return empty_group(count, *lengths, shared=self.shared)
+            return empty_group(count, *lengths, **features)
         encodings = self._encodings(rows)
         if self.pack:
             packing = first_fit(encodings.sizes, lengths)
             count = next(c for c in self.row_counts if c >= packing.num_rows)
         else:
             packing = Packing.padded(encodings.places)
-        group = empty_group(count, *lengths, shared=self.shared)
+        group = empty_group(count, *lengths, **features)
         tokens = zip(*(table.tokens(examples) for table, examples, _ in rows), strict=True)
         scatter(group, encodings, packing, *map(np.concatenate, tokens))
         return group

@@ -19,6 +19,7 @@ Group = dict[str, np.ndarray]
 
 # the encoder segment that a target token reads; without this feature, the segment of its own number
 DECODER_ENCODER_SEGMENTS = "decoder_encoder_segment_ids"
+TASK_IDS = "decoder_task_ids"
 
 PROBES = 128
 PROBED_ROWS = 200_000  # at most: probing must stay below about two seconds for any batch size
@@ -281,17 +282,30 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
 
 
 def empty_group(
-    count: int, input_length: int, target_length: int, *, shared: bool = False
+    count: int,
+    input_length: int,
+    target_length: int,
+    *,
+    shared: bool = False,
+    several_tasks: bool = False,
 ) -> Group:
     """A group of `count` rows of padding, with all features.
 
-    Where encodings are `shared`, a decoder segment says which encoder segment it reads.
+    Where encodings are `shared`, a decoder segment says which encoder segment it reads; of several
+    tasks each target token says which it is of.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
         group[name] = np.zeros((count, input_length), np.int32)
-    names = ("input_tokens", "target_tokens", "segment_ids", "objective_ids")
-    for name in (*(f"decoder_{n}" for n in names), *([DECODER_ENCODER_SEGMENTS] if shared else [])):
+    names = [
+        *(
+            f"decoder_{n}"
+            for n in ("input_tokens", "target_tokens", "segment_ids", "objective_ids")
+        ),
+        *([DECODER_ENCODER_SEGMENTS] if shared else []),
+        *([TASK_IDS] if several_tasks else []),
+    ]
+    for name in names:
         group[name] = np.zeros((count, target_length), np.int32)
     group["decoder_loss_weights"] = np.zeros((count, target_length), np.float32)
     return group
@@ -303,6 +317,7 @@ def scatter(
     packing: Packing,
     inputs: np.ndarray,
     targets: np.ndarray,
+    tasks: np.ndarray,
     objectives: np.ndarray,
     weights: np.ndarray,
 ) -> None:
@@ -311,8 +326,8 @@ def scatter(
     The segments of the decoder are numbered from the left of each packed row; where every target
     has an encoding of its own these are the encoder's numbers, too.
 
-    `inputs` and, with their decoder prefixes, `targets`, `objectives` and `weights` are [tokens] of
-    all rows, one row after the other.
+    `inputs` and, with their decoder prefixes, `targets`, `tasks`, `objectives` and `weights` are
+    [tokens] of all rows, one row after the other.
     """
     of = encodings.of_row[encodings.is_first]
     lengths, width = encodings.sizes[of, 0], group["encoder_segment_ids"].shape[1]
@@ -331,6 +346,8 @@ def scatter(
     np.put(group["decoder_segment_ids"], cells, np.repeat(_numbers_within(row, start), lengths))
     np.put(group["decoder_objective_ids"], cells, objectives)
     np.put(group["decoder_loss_weights"], cells, weights)
+    if TASK_IDS in group:
+        np.put(group[TASK_IDS], cells, tasks)
     if DECODER_ENCODER_SEGMENTS in group:
         np.put(group[DECODER_ENCODER_SEGMENTS], cells, np.repeat(packing.segment[of], lengths))
 

@@ -39,13 +39,14 @@ class CutRows:
 
     def used(self, examples: np.ndarray) -> np.ndarray:
         """[tokens] indices into `rows.ids` of the tokens of these examples."""
-        return ranges(self.rows.offsets[examples], self.lengths[examples])
+        return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
         """[tokens] int32 ids of these examples, one after the other."""
         ids, cut = self.rows.ids[self.used(examples)], self.is_cut[examples]
         if cut.any():
-            last = self.rows.ids[self.rows.offsets[examples[cut] + 1] - 1]
+            ends = self.rows.starts[examples] + self.rows.lengths[examples]
+            last = self.rows.ids[ends[cut] - 1]
             at = np.cumsum(self.lengths[examples])[cut] - 1
             ids[at] = np.where(last == EOS_ID, EOS_ID, ids[at])
         return ids
@@ -84,7 +85,10 @@ class TokenTable:
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """[tokens] input ids of examples, and decoder ids, objectives and weights; 0 for a prefix."""
+        """[tokens] input ids of examples, and decoder ids, tasks, objectives and weights.
+
+        The last two are 0 for a prefix.
+        """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
         objectives = np.full(len(ids), self.objective)
         weights = np.repeat(self.weights[examples], lengths)
@@ -94,7 +98,13 @@ class TokenTable:
             at = np.repeat(np.cumsum(lengths) - lengths, len(self.prefix))
             ids = np.insert(ids, at, np.tile(self.prefix, len(examples)))
             objectives, weights = np.insert(objectives, at, 0), np.insert(weights, at, 0)
-        return self.inputs.ids(examples), ids, objectives, weights
+        return (
+            self.inputs.ids(examples),
+            ids,
+            np.full(len(ids), self.store + 1),
+            objectives,
+            weights,
+        )
 
 
 def token_tables(
@@ -108,7 +118,7 @@ def token_tables(
             prefix = data.decoder_prefixes[column.objective - 1]
             targets = CutRows(rows["targets"], target_length - len(prefix))
             weights, token_weights = _loss_weights(
-                targets, store.weights, rows.get("token_weights"), loss_mean
+                targets, rows.get("weights", store.weights), rows.get("token_weights"), loss_mean
             )
             table = TokenTable(
                 store=number,
@@ -132,7 +142,7 @@ def _loss_weights(
     With `loss_mean` "example" the tokens of a target share its weight: the sums of a step are over
     targets then, and the compiled step stays the same.
     """
-    first, shares = targets.rows.offsets[:-1], targets.lengths
+    first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
     if token_weights is not None:  # the end of sequence that a cut row keeps weighs 1, as others do
         token_weights = token_weights.copy()

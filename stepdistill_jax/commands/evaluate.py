@@ -52,8 +52,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             **decode_options_of(args),
         )
     if is_process_0():
-        step = "" if result["step"] is None else f" step {result['step']}"
-        say(f"{args.path}{step} on {args.task}/{args.split}: {in_words(result)}")
-        if args.with_rationale:
-            say(rationale_quality.in_words(result["rationale"]))
+        for name, of_task in result.get("tasks", {args.task: result}).items():
+            step = "" if of_task["step"] is None else f" step {of_task['step']}"
+            say(f"{args.path}{step} on {name}/{args.split}: {in_words(of_task)}")
+            if args.with_rationale:
+                say(rationale_quality.in_words(of_task["rationale"]))
     return result

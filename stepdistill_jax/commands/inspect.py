@@ -138,6 +138,12 @@ def _show_lengths(result: dict, console: "Console", colours: dict[str, str]) -> 
         f" vocabulary of {result['vocabulary_size']}",
         highlight=False,
     )
+    for share in result.get("shares", ()):
+        console.print(
+            f"  {share['task']}, {share['objective']}: {share['examples']:.1%} of the examples drawn,"
+            f" {share['rows']:.1%} of the rows, {share['target_tokens']:.1%} of the target tokens",
+            highlight=False,
+        )
     for name, figures in result["objectives"].items():
         absent = f", {figures['absent']} examples without" if figures["absent"] else ""
         weight = figures["weight"]

@@ -86,7 +86,9 @@ def write_rest(
     with build(name, folder, counts, reading.fields):
         if "train" in tallies:
             path = folder / prepared.VOCABULARY
-            training.train_vocabulary(_texts(folder / "train.jsonl", tallies["train"]), path)
+            tally = tallies["train"]
+            texts = vocabulary_texts(folder / "train.jsonl", tally.texts, tally.characters)
+            training.train_vocabulary(texts, path)
             vocabulary = round_trip.round_trips(folder, counts)
     files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
     write_json(
@@ -151,20 +153,21 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
     fsync(final.parent)
 
 
-def _texts(path: pathlib.Path, tally: Tally) -> list[str]:
-    """What a step-by-step model reads and writes: the prefixes become pieces of their own.
+def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
+    """Returns what a step-by-step model reads and writes: the prefixes become pieces of their own.
 
     Of a large dataset every k-th row is taken: the trainer keeps all texts in memory.
+
+    Args:
+        path: a SPLIT.jsonl.
+        texts, characters: how many there are about, in all files that are read for one vocabulary.
     """
-    step = max(
-        -(-tally.texts // training.MAX_TEXTS),
-        -(-tally.characters // MAX_VOCABULARY_CHARACTERS),
-    )
-    texts: list[str] = []
+    step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
+    found: list[str] = []
     for i, (_, row) in enumerate(read_jsonl(path)):
         if i % step == 0:
-            texts += _texts_of(Example.from_json(row))
-    return texts
+            found += _texts_of(Example.from_json(row))
+    return found
 
 
 def _texts_of(example: Example) -> list[str]:

@@ -39,6 +39,8 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, uploa
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
 from stepdistill_jax.tasks.metrics import TaskMetrics
+from stepdistill_jax.tasks.mixtures import SINGLE, TaskObjectives, is_mixture, label_tasks
+from stepdistill_jax.tasks.registry import TaskSpec
 from stepdistill_jax.tasks.task_data import Part
 
 RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
@@ -85,7 +87,9 @@ def evaluate(
             model's own.
 
     Returns:
-        What `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
+        Of a mixture whose labels several tasks give: `task`, `split`, `rows` of all, and `tasks`,
+        {NAME: result}.
+        Else what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
         rationales also `rationale`, that is what `RationaleTally.summary` has and `unfinished` (those
         that reached their greatest length without an end). Of a SeqIO task with metrics of its own
         also `metrics`, their values by name.
@@ -104,6 +108,22 @@ def evaluate(
     found = on_all_processes(lambda: find_task(task, data_dir=folder, task_module=module))
     if isinstance(found, PreparedDataset):
         result = _evaluate_dataset(path, found, split, chosen, with_rationale, folder)
+    elif not isinstance(found, TaskSpec) and is_mixture(found):
+        names = label_tasks(found, *_objectives_of(info))
+        each = {
+            name: evaluate(
+                path,
+                task=name,
+                split=split,
+                with_rationale=with_rationale,
+                data_dir=data_dir,
+                task_module=module,
+                **options,
+            )
+            for name in names
+        }
+        rows = sum(of_task["rows"] for of_task in each.values())
+        result = each[names[0]] if len(names) == 1 else {"rows": rows, "tasks": each}
     elif with_rationale:
         raise InputError(
             f"`with_rationale`: {task} is a SeqIO task, of which only the labels are compared; leave it"
@@ -122,10 +142,19 @@ def evaluate(
         )
         (part,) = data.parts
         result = _evaluate_part(path, part, split, chosen)
-    result = {"task": task, "split": split} | result
+    result = {"task": task, "split": split} | result | {"task": task}
     if output is not None:
         on_process_0(lambda: write_json(output, result))
     return result
+
+
+def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
+    """Returns a model's objectives, and which of them the plain tasks of its mixture gave."""
+    if info is None:
+        return ["label"], SINGLE
+    config = info.provenance.get("config")
+    given = config.get("task_objectives") if isinstance(config, dict) else None
+    return [o.name for o in info.objectives], given
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:

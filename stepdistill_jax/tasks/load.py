@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import VERSION, tensorflow
+from stepdistill_jax.data.joint_vocabulary import joint_vocabulary
 from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.data.prepared import (
     PreparedDataset,
@@ -21,12 +22,14 @@ from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import find_task, has_split, module_digest, splits_of
+from stepdistill_jax.tasks.mixtures import SINGLE, Group, TaskObjectives, groups_of, is_mixture
+from stepdistill_jax.tasks.pairing import paired, why_not
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
-from stepdistill_jax.tasks.registry import TaskSpec
+from stepdistill_jax.tasks.registry import Column, TaskSpec
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision, check_rationales, most_rationales
 from stepdistill_jax.tasks.task_data import Part, TaskData
-from stepdistill_jax.tasks.token_store import TokenStore
+from stepdistill_jax.tasks.token_store import ROW_IDS, TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 
 __all__ = ["has_split", "load_task", "splits_of"]
@@ -44,112 +47,157 @@ def load_task(
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
     supervision: Supervision | None = None,
+    task_objectives: TaskObjectives = None,
 ) -> TaskData:
     """The tokens of a task's split; tokenised on first use, memory-mapped from then on.
 
-    A prepared dataset is a task by its name. A plain SeqIO task or mixture is one objective,
-    `label`, on its own inputs and targets.
+    A prepared dataset is a task by its name. A plain SeqIO task is one objective, `label`, on its
+    own inputs and targets. The tasks of a mixture give the objectives that their tags or
+    `task_objectives` name.
 
     Args:
         task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
         split: e.g. `train`.
-        objectives: an arm's name or objectives; a plain SeqIO task has no use for them.
+        objectives: an arm's name or objectives; of a plain SeqIO task the names and weights count.
         vocabulary: path of a `spiece.model`, or `bytes`; None is the task's own.
         data_dir: of prepared datasets and token stores; None is the default one.
         task_module: module that registers the task; imported first.
         supervision: which label and rationales are taken; None takes each row as it is, those
             without a label, too.
+        task_objectives: for names of a mixture's plain tasks the objective that each gives;
+            `single` trains all tasks of a mixture as one objective.
 
     Raises:
-        InputError: an unknown task or split, a task that cannot be read, a plain task whose
+        InputError: an unknown task or split, a mixture of which it is not known which task gives
+            which objective, a task that cannot be read, a plain task whose
             vocabulary is not the one asked for, or a supervision that its rows do not offer.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
+    objectives = resolve(objectives)
+    given = None if vocabulary is None else os.fspath(vocabulary)
+    if isinstance(found, PreparedDataset | TaskSpec):
+        where = (folder, task_module)
+        return _load_dataset(found, split, objectives, given, where, supervision)
+    if is_mixture(found):
+        load = _MixtureLoader(found, split, objectives, folder, task_module, supervision)
+        return load(given, task_objectives)
+    _check_split(task, split, found.splits)
+    _check_plain(found.name, supervision)
+    vocabulary = _common_vocabulary(task, [found], given, folder)
+    store = _plain_store(found, split, vocabulary, folder, task_module)
+    return TaskData.of_store(task, split, PLAIN, store, vocabulary, own_inputs=True, task=found)
+
+
+def _load_dataset(
+    found: PreparedDataset | TaskSpec,
+    split: str,
+    objectives: Sequence[Objective],
+    given: str | None,
+    where: tuple[pathlib.Path, str | None],
+    supervision: Supervision | None,
+) -> TaskData:
+    """Returns what `prepare` or `add_task` made; `where` is the data's folder and the task module."""
     if isinstance(found, PreparedDataset):
-        _check_split(task, split, found.splits)
-        found.check(f"{split}.jsonl")
-        objectives = resolve(objectives)
-        _check_fields(found, objectives)
-        if supervision is not None and split == "train":
-            supervision = supervision.for_objectives(objectives)
-        vocabulary = os.fspath(found.spiece_model if vocabulary is None else vocabulary)
-        parts = _parts_of(found, split, supervision)
-        most = 1
-        if supervision is not None and supervision.rationales != "first":
-            most = max(most_rationales(found.file(part)) for part in parts)
+        return _load_prepared(found, split, objectives, given, where[0], supervision)
+    return _load_spec(found, split, objectives, given, *where, supervision)
 
-        def prepared_task():
-            found.check(VERSION)  # TFDS's files, before they are read for the one time
-            if PreparedRows.can_read(supervision):
-                labelled = supervision is not None
-                return PreparedRows(found, split, objectives, load_vocabulary(vocabulary), labelled)
-            spec = _spec_of(found, vocabulary, {split: "+".join(parts)})
-            return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 
-        columns = registry.columns_of(objectives, most)
-        key = [found.fingerprint, _key_of(supervision), parts]
-        store, opened = _joint_store(
-            prepared_task, task, split, objectives, columns, vocabulary, folder, key
-        )
-        explained = [
-            rows["targets"].lengths > 0
-            for column, rows in zip(columns, store.rows, strict=True)
-            if column.reads_rationale
-        ]
-        if supervision is not None and explained:
-            count = int(np.any(explained, axis=0).sum())
-            check_rationales(task, found.file(split), supervision, count, store.num_examples)
-        return TaskData.of_store(
-            task,
-            split,
-            objectives,
-            store,
-            opened,
-            most_rationales=most,
-            sample_rationales=supervision is not None and supervision.rationales == "sample",
-            metric=found.metric,
-            labels=found.labels,
-        )
-    if isinstance(found, TaskSpec):
-        _check_split(task, split, found.source.splits)
-        objectives = resolve(objectives)
-        if supervision is not None and split == "train":
-            supervision = supervision.for_objectives(objectives)
-        vocabulary = os.fspath(found.vocabulary if vocabulary is None else vocabulary)
-        _one_rationale(task, supervision)
-        key = [module_digest(task_module), describe([found.source, found.preprocessors])]
-        key.append(_key_of(supervision))
-        store, opened = _joint_store(
-            lambda: registry.joint_task(found, objectives, vocabulary, supervision),
-            task,
-            split,
-            objectives,
-            registry.columns_of(objectives),
-            vocabulary,
-            folder,
-            [*key, _files(found, split)],
-            compare=True,
-        )
-        own = None
-        if found.function is not None:
-            own = registry.joint_task(found, objectives, vocabulary, supervision)
-        return TaskData.of_store(
-            task,
-            split,
-            objectives,
-            store,
-            opened,
-            metric=found.metric,
-            task=own,
-        )
+def _load_prepared(
+    found: PreparedDataset,
+    split: str,
+    objectives: Sequence[Objective],
+    given: str | None,
+    folder: pathlib.Path,
+    supervision: Supervision | None,
+) -> TaskData:
+    task = found.name
+    _check_split(task, split, found.splits)
+    found.check(f"{split}.jsonl")
+    _check_fields(found, objectives)
+    if supervision is not None and split == "train":
+        supervision = supervision.for_objectives(objectives)
+    vocabulary = os.fspath(found.spiece_model) if given is None else given
+    parts = _parts_of(found, split, supervision)
+    most = 1
+    if supervision is not None and supervision.rationales != "first":
+        most = max(most_rationales(found.file(part)) for part in parts)
+
+    def prepared_task():
+        found.check(VERSION)  # TFDS's files, before they are read for the one time
+        if PreparedRows.can_read(supervision):
+            labelled = supervision is not None
+            return PreparedRows(found, split, objectives, load_vocabulary(vocabulary), labelled)
+        spec = _spec_of(found, vocabulary, {split: "+".join(parts)})
+        return registry.joint_task(spec, objectives, vocabulary, supervision, most)
+
+    columns = registry.columns_of(objectives, most)
+    key = [found.fingerprint, _key_of(supervision), parts]
+    store, opened = _joint_store(
+        prepared_task, task, split, objectives, columns, vocabulary, folder, key
+    )
+    explained = [
+        rows["targets"].lengths > 0
+        for column, rows in zip(columns, store.rows, strict=True)
+        if column.reads_rationale
+    ]
+    if supervision is not None and explained:
+        count = int(np.any(explained, axis=0).sum())
+        check_rationales(task, found.file(split), supervision, count, store.num_examples)
+    return TaskData.of_store(
+        task,
+        split,
+        objectives,
+        store,
+        opened,
+        most_rationales=most,
+        sample_rationales=supervision is not None and supervision.rationales == "sample",
+        metric=found.metric,
+        labels=found.labels,
+    )
+
+
+def _load_spec(
+    found: TaskSpec,
+    split: str,
+    objectives: Sequence[Objective],
+    given: str | None,
+    folder: pathlib.Path,
+    task_module: str | None,
+    supervision: Supervision | None,
+) -> TaskData:
+    task = found.name
+    _check_split(task, split, found.source.splits)
+    if supervision is not None and split == "train":
+        supervision = supervision.for_objectives(objectives)
+    vocabulary = found.vocabulary if given is None else given
+    _one_rationale(task, supervision)
+    key = [module_digest(task_module), describe([found.source, found.preprocessors])]
+    key.append(_key_of(supervision))
+    store, opened = _joint_store(
+        lambda: registry.joint_task(found, objectives, vocabulary, supervision),
+        task,
+        split,
+        objectives,
+        registry.columns_of(objectives),
+        vocabulary,
+        folder,
+        [*key, _files(found, split)],
+        compare=True,
+    )
+    own = None
+    if found.function is not None:
+        own = registry.joint_task(found, objectives, vocabulary, supervision)
+    return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric, task=own)
+
+
+def _check_plain(task: str, supervision: Supervision | None) -> None:
     _one_rationale(task, supervision)
     if supervision is not None and supervision.label_source != "gold":
         raise InputError(
             f"task {task!r}: `label_source={supervision.label_source}` needs the fields label and"
             " llm_label; a plain SeqIO task or mixture brings targets of its own (add_task has them)"
         )
-    return _load_plain(found, split, vocabulary, folder, task_module)
 
 
 def _one_rationale(task: str, supervision: Supervision | None) -> None:
@@ -243,57 +291,188 @@ def _spec_of(dataset: PreparedDataset, vocabulary: str, splits: dict[str, str]) 
     return TaskSpec(dataset.name, source, (), (), vocabulary, dataset.metric)
 
 
-def _load_plain(
-    found: Any, split: str, vocabulary: os.PathLike | str | None, folder: pathlib.Path, module
-) -> TaskData:
-    """A SeqIO task or mixture of other people's making, as it is."""
-    import seqio
+def _plain_store(
+    task: Any, split: str, vocabulary: Vocabulary, folder: pathlib.Path, module: str | None
+) -> TokenStore:
+    """Returns the tokens of a SeqIO task of other people's making, as they are."""
+    store = stored_tokens(
+        lambda: task,
+        name=task.name,
+        split=split,
+        objectives=[PLAIN[0].name],
+        prefixes=[""],
+        key=[
+            module_digest(module),
+            describe([task.source, task._preprocessor_constructor_args]),
+            [vocabulary.fingerprint, repr(task.output_features)],
+            _files(task, split),
+            ROW_IDS,  # unlike stores of older versions
+        ],
+        data_dir=folder,
+        compare=True,
+    )
+    return _with_rows(store, task.name, split)
 
-    tasks = seqio.get_subtasks(found)
-    splits = dict.fromkeys(s for task in tasks for s in task.splits)
-    _check_split(found.name, split, splits)
-    tasks = [task for task in tasks if split in task.splits]  # as SeqIO's own mixture does
+
+def _common_vocabulary(
+    name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
+) -> Vocabulary:
+    """Returns the one vocabulary of plain tasks, `given` (of INIT_FROM) if that is equal.
+
+    Raises:
+        InputError: two that differ.
+    """
     files = [_vocabulary_file(task, folder) for task in tasks]
     opened = load_vocabulary(files[0])
-    others = list(files[1:]) + ([] if vocabulary is None else [os.fspath(vocabulary)])
-    for other in others:
+    for other in [*files[1:], *([] if given is None else [given])]:
         if not _equal(opened, load_vocabulary(other)):
             raise InputError(
-                f"task {found.name!r}: tokenised with {files[0]}, but"
-                f" {'`init_from` brings' if other == os.fspath(vocabulary or '') else 'another of its tasks has'}"
+                f"task {name!r}: tokenised with {files[0]}, but"
+                f" {'`init_from` brings' if other == given else 'another of its tasks has'}"
                 f" {other}; a model has one vocabulary"
             )
-    stores = tuple(
-        _with_rows(
-            stored_tokens(
-                lambda task=task: task,
-                name=task.name,
-                split=split,
-                objectives=[PLAIN[0].name],
-                prefixes=[""],
-                key=[
-                    module_digest(module),
-                    describe([task.source, task._preprocessor_constructor_args]),
-                    [opened.fingerprint, repr(task.output_features)],
-                    _files(task, split),
-                ],
-                data_dir=folder,
-                compare=True,
-            ),
-            task.name,
-            split,
+    return opened
+
+
+@dataclasses.dataclass(frozen=True)
+class _MixtureLoader:
+    """Loads the groups of a SeqIO mixture, each as a part; see `load_task` for the fields."""
+
+    mixture: Any
+    split: str
+    objectives: tuple[Objective, ...]
+    folder: pathlib.Path
+    task_module: str | None
+    supervision: Supervision | None
+
+    def __call__(self, given: str | None, task_objectives: TaskObjectives) -> TaskData:
+        """Returns the data; `given` is the vocabulary of INIT_FROM, if there is one."""
+        name = self.mixture.name
+        single = task_objectives == SINGLE
+        names = [PLAIN[0].name] if single else [o.name for o in self.objectives]
+        groups = groups_of(self.mixture, names, task_objectives)
+        own = [task for group in groups if group.dataset is None for task in group.tasks]
+        if own:
+            _check_plain(name, self.supervision)
+        objectives = self.objectives
+        if len(own) == sum(len(group.tasks) for group in groups):
+            objectives = PLAIN if single else tuple(map(_as_it_is, range(len(names)), objectives))
+        vocabulary = self._vocabulary(groups, own, given)
+        parts = [p for group in groups for p in self._parts_of(group, objectives, vocabulary)]
+        if not parts:
+            splits = dict.fromkeys(s for t in self.mixture.tasks for s in t.splits)
+            _check_split(name, self.split, splits)
+        fed = {column.objective for part in parts for column in part.columns}
+        for number, objective in enumerate(objectives, 1):
+            if number not in fed and self.split == "train":
+                raise InputError(
+                    f"mixture {name!r}: no task gives the objective {objective.name} of"
+                    f" `objectives` (its tasks give {', '.join(sorted({names[i - 1] for i in fed}))})"
+                )
+        sample = self.supervision is not None and self.supervision.rationales == "sample"
+        return TaskData(name, self.split, objectives, tuple(parts), vocabulary, sample)
+
+    def _vocabulary(
+        self, groups: Sequence[Group], own: Sequence[Any], given: str | None
+    ) -> Vocabulary:
+        """Returns the plain tasks' vocabulary, else INIT_FROM's, else one of the datasets' texts."""
+        if own:
+            return _common_vocabulary(self.mixture.name, own, given, self.folder)
+        if given is not None:
+            return load_vocabulary(given)
+        names = dict.fromkeys(str(group.dataset) for group in groups)
+        found = [self._dataset(name) for name in names]
+        prepared = [d for d in found if isinstance(d, PreparedDataset)]
+        if not prepared:
+            files = dict.fromkeys(spec.vocabulary for spec in found)
+            opened = [load_vocabulary(file) for file in files]
+            for file, other in zip(files, opened, strict=True):
+                if not _equal(opened[0], other):
+                    raise InputError(
+                        f"mixture {self.mixture.name!r}: its tasks have the vocabularies"
+                        f" {' and '.join([next(iter(files)), file])}; give add_task the same one"
+                    )
+            return opened[0]
+        return load_vocabulary(joint_vocabulary(prepared, self.folder / FOLDER))
+
+    def _dataset(self, name: str) -> Any:
+        return find_task(name, data_dir=self.folder, task_module=self.task_module)
+
+    def _parts_of(
+        self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
+    ) -> list[Part]:
+        """Returns the parts of a group; none where no task of it has the split, other than train."""
+        having = [self.split in task.splits for task in group.tasks]
+        if self.split == "train" and not all(having):
+            lacking = group.tasks[having.index(False)]
+            raise InputError(
+                f"mixture {self.mixture.name!r}: task {lacking.name!r} has no split 'train' (it has"
+                f" {', '.join(lacking.splits)}); leave it out of the mixture"
+            )
+        if not any(having):
+            return []
+        if group.dataset is not None:
+            return [self._part_of_dataset(group, objectives, vocabulary)]
+        numbers = {o.name: i for i, o in enumerate(objectives, 1)}
+        order = sorted(  # the label's task first: paired examples have its label
+            (numbers[objective], i)
+            for i, (objective, has) in enumerate(zip(group.objectives, having, strict=True))
+            if has
         )
-        for task in tasks
-    )
-    rates = (1.0,)
-    if isinstance(found, seqio.Mixture):
-        with named_errors(found.name, found.name, split):
-            rates = tuple(float(found.get_rate(task)) for task in tasks)
-    parts = tuple(
-        Part(task.name, store, registry.columns_of(PLAIN), rate, task=task)
-        for task, store, rate in zip(tasks, stores, rates, strict=True)
-    )
-    return TaskData(found.name, split, PLAIN, parts, opened)
+        tasks = [group.tasks[i] for _, i in order]
+        columns = [
+            Column(number, 0, objectives[number - 1].name, number > 1) for number, _ in order
+        ]
+        stores = [
+            _plain_store(task, self.split, vocabulary, self.folder, self.task_module)
+            for task in tasks
+        ]
+        own: dict[str, Any] = {"rate": group.rate, "own_inputs": True}
+        if len(stores) == 1:
+            return [Part(tasks[0].name, stores[0], (columns[0],), **own, task=tasks[0])]
+        names = [task.name for task in tasks]
+        if reason := why_not(stores, names):
+            return [
+                Part(task.name, store, (column,), **own, drawn=reason, task=task)
+                for task, store, column in zip(tasks, stores, columns, strict=True)
+            ]
+        drawn = f"{' and '.join(names)} paired by id"
+        own |= {"drawn": drawn, "task": tasks[0]}
+        return [Part(group.name, paired(stores), tuple(columns), **own)]
+
+    def _part_of_dataset(
+        self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
+    ) -> Part:
+        """Returns a dataset's part: with all objectives where the mixture has all of its tasks."""
+        tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
+        chosen = list(range(len(objectives)))
+        if {task.name for task in group.tasks} != tagged:
+            chosen = [i for i, o in enumerate(objectives) if o.name in group.objectives]
+        if not chosen:
+            raise InputError(
+                f"mixture {self.mixture.name!r}: {group.name} gives"
+                f" {' and '.join(group.objectives)}, and `objectives` has"
+                f" {', '.join(o.name for o in objectives)}"
+            )
+        data = _load_dataset(
+            self._dataset(str(group.dataset)),
+            self.split,
+            tuple(objectives[i] for i in chosen),
+            vocabulary.source,
+            (self.folder, self.task_module),
+            self.supervision,
+        )
+        (part,) = data.parts
+        columns = [
+            dataclasses.replace(c, objective=chosen[c.objective - 1] + 1) for c in part.columns
+        ]
+        return dataclasses.replace(part, name=group.name, columns=tuple(columns), rate=group.rate)
+
+
+def _as_it_is(number: int, objective: Objective) -> Objective:
+    """Returns an objective whose rows a plain task brings: its name and weight are left."""
+    field = "label" if number == 0 else objective.name
+    return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)
 
 
 def _files(task: Any, split: str) -> list[list[Any]]:

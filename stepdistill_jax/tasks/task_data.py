@@ -5,7 +5,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.data.objectives import Objective
+import numpy as np
+
+from stepdistill_jax.data.objectives import Objective, share_encoding
 from stepdistill_jax.data.vocabulary import Vocabulary
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.tasks import registry
@@ -24,7 +26,10 @@ class Part:
         rate: share of the drawn examples; those of all parts need not add up to 1.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
         labels: the distinct labels where they are few, else empty.
-        task: the `seqio.Task` that gives the labels and has metrics of its own, else None.
+        task: the `seqio.Task` of the first column, whose metrics count where that is the label's;
+            None has none.
+        own_inputs: whether its inputs are a plain task's own, whatever the objectives' templates.
+        drawn: how rows of several tasks became examples, or why they did not; else empty.
     """
 
     name: str
@@ -34,6 +39,8 @@ class Part:
     metric: str = "text_match"
     labels: tuple[str, ...] = ()
     task: Any = None
+    own_inputs: bool = False
+    drawn: str = ""
 
     @property
     def label_column(self) -> int | None:
@@ -45,14 +52,16 @@ class Part:
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
-        return [inputs[i].tolist() for i in range(len(inputs))], self.store.label_texts
+        there = np.flatnonzero(inputs.lengths)  # a paired example may have no label row
+        labels = self.store.label_texts
+        return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
     def label_targets(self) -> list[list[int]]:
         """Returns the ids of the target of each of `labelled_inputs`, uncut."""
         if (column := self.label_column) is None:
             return []
-        targets = self.store.rows[column]["targets"]
-        return [targets[i].tolist() for i in range(len(targets))]
+        rows = self.store.rows[column]
+        return [rows["targets"][i].tolist() for i in np.flatnonzero(rows["inputs"].lengths)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +113,11 @@ class TaskData:
         return tuple(part.rate for part in self.parts)
 
     @property
+    def shares_encoding(self) -> bool:
+        """Returns whether the targets of an example read one encoding of its input."""
+        return share_encoding(self.objectives) and not any(p.own_inputs for p in self.parts)
+
+    @property
     def metric(self) -> str:
         """Returns the metric of all parts; `text_match` where they differ."""
         found = {part.metric for part in self.parts}
@@ -122,10 +136,41 @@ class TaskData:
             for o in self.objectives
         )
 
+    def shares(self) -> list[dict[str, Any]]:
+        """Returns what each part and objective gets of an endless run, before anything is cut.
+
+        Each has `task` (the part's name), `objective`, `examples` (the share of examples that are
+        the part's), `rows` and `target_tokens` (the shares of all rows and target tokens).
+        """
+        found, total = [], sum(self.rates)
+        for part in self.parts:
+            examples = max(part.store.num_examples, 1)
+            drawn = part.rate / total
+            for column, rows in zip(part.columns, part.store.rows, strict=True):
+                if column.variant:
+                    continue
+                lengths = rows["targets"].lengths
+                found.append(
+                    {
+                        "task": part.name,
+                        "objective": self.objectives[column.objective - 1].name,
+                        "examples": drawn,
+                        "rows": drawn * np.count_nonzero(lengths) / examples,
+                        "target_tokens": drawn * float(lengths.sum()) / examples,
+                    }
+                )
+        for name in ("rows", "target_tokens"):
+            all_of_it = sum(share[name] for share in found) or 1.0
+            for share in found:
+                share[name] = float(share[name] / all_of_it)
+        return found
+
     @property
     def fingerprint(self) -> str:
         """Digest of everything that decides a batch: the stores' contents, their rates, prefixes."""
         parts = [[store.fingerprint for store in self.stores], list(self.rates)]
+        if len(self.parts) > 1:
+            parts.append([[column.objective for column in part.columns] for part in self.parts])
         if any(self.decoder_prefixes):
             parts.append(list(map(list, self.decoder_prefixes)))
         return digest(parts)
@@ -134,3 +179,26 @@ class TaskData:
     def vocab_size(self) -> int:
         """Ids that a model must know: the vocabulary's, and extra ids that the rows use."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
+
+
+def shares_in_words(data: TaskData) -> list[str]:
+    """Returns a line for each part of a mixture: what its rows are, and how much of the run it gets.
+
+    Example: `own: own_label and own_rationale paired by id; 100% of the examples: label 50.0% of the
+    rows and 12.5% of the target tokens, rationale 50.0% and 87.5%`.
+    """
+    if len(data.parts) == 1 and not data.parts[0].drawn:
+        return []
+    lines, shares = [], data.shares()
+    for part in data.parts:
+        own = [share for share in shares if share["task"] == part.name]
+        how = f"{part.drawn}; " if len(part.columns) > 1 and part.drawn else ""
+        if len(part.columns) == 1 and part.drawn:
+            how = f"its rows are drawn on their own, since {part.drawn}; "
+        of = ", ".join(
+            f"{s['objective']} {s['rows']:.1%} of the rows and {s['target_tokens']:.1%} of the target"
+            " tokens"
+            for s in own
+        )
+        lines.append(f"{part.name}: {how}{own[0]['examples']:.1%} of the examples: {of}")
+    return lines

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -23,33 +24,45 @@ from stepdistill_jax.runtime.progress import log
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
 FEATURES = ("inputs", "targets")
+ROW_IDS = "row_ids"
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """One feature of one objective: row i is `ids[offsets[i] : offsets[i + 1]]`.
+    """One feature of one objective: row i is `ids[starts[i] : starts[i] + lengths[i]]`.
 
-    Example: ids `[5, 6, 1, 7, 1]` and offsets `[0, 3, 3, 5]` hold the rows `5 6 1`, an empty one
-    (an absent target) and `7 1`.
+    Example: ids `[5, 6, 1, 7, 1]`, starts `[0, 3, 3]` and lengths `[3, 0, 2]` hold the rows `5 6 1`,
+    an empty one (an absent target) and `7 1`.
 
     Attributes:
         ids: [tokens] int32, memory-mapped, uncut, each row with its end of sequence.
-        offsets: [examples + 1] int64.
+        starts: [examples] int64.
+        lengths: [examples] int64 tokens of each row.
     """
 
     ids: np.ndarray
-    offsets: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
 
-    @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """[examples] int64: tokens of each row."""
-        return np.diff(self.offsets)
+    @classmethod
+    def of_offsets(cls, ids: np.ndarray, offsets: np.ndarray) -> "TokenRows":
+        """Returns rows that follow each other; `offsets` are [examples + 1] int64."""
+        return cls(ids, offsets[:-1], np.diff(offsets))
+
+    def take(self, rows: np.ndarray) -> "TokenRows":
+        """Returns these rows in this order; -1 is an empty one."""
+        absent = rows < 0
+        return TokenRows(
+            self.ids,
+            np.where(absent, 0, self.starts[rows]),
+            np.where(absent, 0, self.lengths[rows]),
+        )
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.starts)
 
     def __getitem__(self, row: int) -> np.ndarray:
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+        return self.ids[self.starts[row] : self.starts[row] + self.lengths[row]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +74,13 @@ class TokenExample:
         weight: factor of its tokens' loss.
         label_text: the label, which predictions are compared with; the first objective's target
             where it holds none.
+        row_id: the field `id` of a task that has one; it pairs the rows of several tasks.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
     weight: float = 1.0
     label_text: str = ""
+    row_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +92,13 @@ class TokenStore:
         fingerprint: digest of the contents; equal contents have equal fingerprints.
         objectives: names, in order.
         rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`; row i of each
-            belongs to example i.
+            belongs to example i. An objective with factors of its own has them as "weights",
+            [examples] float32, and per token as "token_weights".
         weights: [examples] float32.
         about: what the store was made from.
         labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that a store that is
             replaced while it is open stays whole.
+        row_ids: [examples] uint64, a hash of each example's id; None where the task gives none.
     """
 
     directory: pathlib.Path
@@ -91,6 +108,7 @@ class TokenStore:
     weights: np.ndarray
     about: Mapping[str, Any]
     labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
+    row_ids: np.ndarray | None = None
 
     @property
     def num_examples(self) -> int:
@@ -153,7 +171,7 @@ def _write_files(
     """Streams ids to disk; returns the number of examples."""
     names = [(i, feature) for i in range(num_objectives) for feature in FEATURES]
     ends = {name: array.array("q", [0]) for name in names}
-    weights = array.array("f")
+    weights, row_ids = array.array("f"), array.array("Q")
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context(open(folder / _file_name(*name, "ids"), "wb"))
@@ -166,11 +184,19 @@ def _write_files(
                     files[i, feature].write(np.asarray(ids, np.int32).tobytes())
                     ends[i, feature].append(ends[i, feature][-1] + len(ids))
             weights.append(example.weight)
+            if example.row_id is not None:
+                row_ids.append(_hash(example.row_id))
             labels.write(json.dumps(example.label_text, ensure_ascii=False) + "\n")
     for name, offsets in ends.items():
         np.asarray(offsets, np.int64).tofile(folder / _file_name(*name, "offsets"))
     np.asarray(weights, np.float32).tofile(folder / "weights")
+    if row_ids:
+        np.asarray(row_ids, np.uint64).tofile(folder / ROW_IDS)
     return len(weights)
+
+
+def _hash(row_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little")
 
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
@@ -250,9 +276,9 @@ def _opened(directory: pathlib.Path, manifest: Mapping[str, Any]) -> TokenStore:
     objectives = tuple(manifest["objectives"])
     rows = tuple(
         {
-            feature: TokenRows(
-                ids=_map(directory / _file_name(i, feature, "ids"), np.int32),
-                offsets=np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
+            feature: TokenRows.of_offsets(
+                _map(directory / _file_name(i, feature, "ids"), np.int32),
+                np.fromfile(directory / _file_name(i, feature, "offsets"), np.int64),
             )
             for feature in FEATURES
         }
@@ -266,6 +292,7 @@ def _opened(directory: pathlib.Path, manifest: Mapping[str, Any]) -> TokenStore:
         np.fromfile(directory / "weights", np.float32),
         manifest["about"],
         _map(directory / "labels.jsonl", np.uint8),
+        np.fromfile(directory / ROW_IDS, np.uint64) if ROW_IDS in manifest["sizes"] else None,
     )
 
 

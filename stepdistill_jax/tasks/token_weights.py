@@ -74,7 +74,8 @@ def with_token_weights(
             objective, targets = data.objectives[names.index(name)], targets_of[name]
             if not (text := example.texts.get(field)) or not targets.lengths[number]:
                 continue
-            start, end = targets.offsets[number : number + 2]
+            start = targets.starts[number]
+            end = start + targets.lengths[number]
             try:
                 _, target = objective.render(example.texts)
                 weighed[name][start:end] = of_tokens(text, target, targets.ids[start:end], begins)

@@ -33,6 +33,7 @@ from stepdistill_jax.tasks.token_store import (
 logger = logging.getLogger(__name__)
 
 FOLDER = "token_store"
+ID = "id"  # the feature that pairs rows of several tasks
 COMPARED_ROWS = 32
 MAX_ID = 10**7  # no vocabulary has a tenth of it
 
@@ -198,7 +199,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
         dataset = unshuffled(task, split)
         decode = task.output_features[features[0][1]].vocabulary.decode
         label_text = f"{features[0][1]}_pretokenized"
-        wanted = [*itertools.chain.from_iterable(features), "weight", label_text, LABEL_TEXT]
+        wanted = [*itertools.chain.from_iterable(features), "weight", label_text, LABEL_TEXT, ID]
         for number, row in enumerate(_rows(dataset, wanted), 1):
             where = f"task {task.name!r}, split {split!r}, row {number}"
             ids = [(_ids(row, i, where), _ids(row, t, where)) for i, t in features]
@@ -215,7 +216,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
                 text = text.decode()
             elif not isinstance(text, str):
                 text = decode(ids[0][1].tolist())
-            yield TokenExample(ids, weight, text)
+            yield TokenExample(ids, weight, text, _row_id(row.get(ID)))
 
 
 def _rows(dataset: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -258,6 +259,17 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
     if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_ID:
         raise InputError(f"{where}: {feature!r} has ids from {ids.min()} to {ids.max()}")
     return ids.astype(np.int32)
+
+
+def _row_id(value: Any) -> str | None:
+    """Returns a row's id as text; None where it has none, or neither a text nor a whole number."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, str):
+        return value
+    kind = getattr(value, "dtype", None)
+    whole = kind is not None and np.issubdtype(kind, np.integer) and np.ndim(value) == 0
+    return str(int(value)) if whole else None
 
 
 def _seed(task: Any) -> int | None:

@@ -15,6 +15,7 @@ from stepdistill_jax.models.config import (
 )
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checks import keep, number, of_type, one_of, refused, whole
+from stepdistill_jax.tasks.mixtures import SINGLE
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.extra_loss import ExtraLoss
 
@@ -77,6 +78,9 @@ class TrainConfig:
         model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
         init_from: model directory to start from; None is random.
         objectives: an arm's name or objectives.
+        task_objectives: which objective each plain task of a mixture gives, for instance
+            {"own_label": "label", "own_rationale": "rationale"}; `single` trains all tasks of it as
+            one objective. Tasks of `add_task` and prepared datasets say it themselves.
         extra_loss: one more term of the loss; None adds nothing to the compiled step.
         batch_size: examples (not rows) a step.
         pack: several rows in one; False pads each objective to its own length.
@@ -121,6 +125,7 @@ class TrainConfig:
     model_size: str = "tiny"
     init_from: str | None = None
     objectives: str | tuple[Objective, ...] = "step_by_step"
+    task_objectives: dict[str, str] | str | None = None
     extra_loss: ExtraLoss | None = None
     batch_size: int = 64
     pack: bool = True
@@ -181,12 +186,22 @@ class TrainConfig:
                     f" (`train_steps={self.train_steps}`)"
                 )
         self._check_loss()
+        self._check_task_objectives()
         one_of("on_nonfinite", self.on_nonfinite, NONFINITE)
         keep(self, whole, "max_consecutive_nonfinite", least=1)
         keep(self, number, "watchdog_medians", "spike_factor", least=0)
         # a timer cannot be set to more
         keep(self, number, "grace_secs", least=0, most=1e8)
         keep(self, number, "watchdog_min_secs", above=0, most=1e8)
+
+    def _check_task_objectives(self) -> None:
+        given = self.task_objectives
+        if isinstance(given, dict):
+            right = given and all(isinstance(x, str) for pair in given.items() for x in pair)
+        else:
+            right = given is None or given == SINGLE
+        if not right:
+            raise refused("task_objectives", f'{{"TASK": "OBJECTIVE"}}, "{SINGLE}" or None', given)
 
     def _check_loss(self) -> None:
         one_of("loss_mean", self.loss_mean, LOSS_MEANS)

@@ -57,6 +57,7 @@ def load_split(
         objectives=objectives,
         vocabulary=vocabulary,
         supervision=supervision,
+        task_objectives=config.task_objectives,
         **where,
     )
     if config.token_weights is None or split != TRAIN:

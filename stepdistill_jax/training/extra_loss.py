@@ -56,7 +56,8 @@ class ExtraLoss(abc.ABC):
                 of the step if all are made at once.
             group: see `batches.batch`: [rows, length] each, `decoder_target_tokens`,
                 `decoder_segment_ids`, `decoder_objective_ids` (0 padding, i for the i-th
-                objective), `decoder_loss_weights`, ..., and those of the encoder.
+                objective), `decoder_loss_weights`, of a mixture `decoder_task_ids`, ..., and the
+                encoder's.
         """
 
     def to_json(self) -> dict[str, Any]:

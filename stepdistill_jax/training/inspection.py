@@ -50,6 +50,7 @@ def inspect(
         `objectives`: {name: {"weight" (a number, or a schedule in words), "rows", "absent",
             "inputs", "targets"}}, the last two with "min", "mean", "median", "p99", "max" (tokens,
             uncut, targets with their decoder prefix) and "histogram" (list of {"from", "to", "rows"});
+        `shares`: of a mixture, what `TaskData.shares` has;
         `cut`: {name: {"inputs", "targets"}} rows that are longer than the lengths;
         `fill`: {"inputs", "targets", "all"} share of cells that hold a token;
         `rows_per_step`, `row_counts`: packed rows;
@@ -86,6 +87,7 @@ def inspect(
             for number, objective in enumerate(data.objectives)
         },
         "cut": batches.cut_counts(),
+        **({"shares": data.shares()} if len(data.parts) > 1 or data.parts[0].drawn else {}),
         **measured,
         "row_counts": list(batches.row_counts) if config.pack else [],
         "shown": list(_shown(batches, rows)),
@@ -105,7 +107,8 @@ def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
     """[rows] uncut tokens of the rows that have a target; `objective` counts from 0."""
     prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
-        [
+        [np.zeros(0, np.int64)]
+        + [
             rows[feature].lengths[rows["targets"].lengths > 0] + prefix
             for part in data.parts
             for column, rows in zip(part.columns, part.store.rows, strict=True)

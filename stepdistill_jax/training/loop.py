@@ -14,6 +14,7 @@ from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_step
 from stepdistill_jax.runtime.metrics import last_step_metrics
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals
+from stepdistill_jax.tasks.task_data import shares_in_words
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.memory import out_of_memory_explained
 from stepdistill_jax.training.profile import StepProfile
@@ -84,6 +85,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
             objective_weights=tuple(o.weight for o in run.data.objectives),
             num_microbatches=config.num_microbatches,
             extra_loss=config.extra_loss,
+            num_tasks=len(run.data.parts),
         )
         source = iterate(run.batches, start, config.train_steps)
         startup.done("state")
@@ -112,6 +114,8 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
         f" {run.batches.steps_per_epoch:.1f} steps an epoch; model of"
         f" {described['parameters']:,} parameters; objective weights: {weights}"
     )
+    for line in shares_in_words(run.data):
+        log(line)
     if described["trained_parameters"] != described["parameters"]:
         log(
             f"LoRA: {described['trained_parameters']:,} parameters are trained"

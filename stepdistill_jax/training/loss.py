@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from stepdistill_jax.batches.packing import TASK_IDS
 from stepdistill_jax.training.cross_entropy import cross_entropy
 
 Group = Mapping[str, jax.Array]
@@ -14,6 +16,9 @@ Batch = Sequence[Group]
 
 class ObjectiveSums(struct.PyTreeNode):
     """Totals per objective, each [objectives] float32; divide once, at the end.
+
+    Of several tasks there is a column for each task and objective, all objectives of the first task
+    first; `over_tasks` adds them up.
 
     Attributes:
         loss: sum of weight x cross-entropy, nats.
@@ -40,9 +45,25 @@ class ObjectiveSums(struct.PyTreeNode):
         loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
         return self.replace(loss=loss, count=count)
 
+    def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
+        """Returns the totals per objective; columns after those of the tasks stay."""
+        return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
+
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
         """sum over o of weight_o x mean of o; an objective without tokens adds 0."""
         return jnp.vdot(loss_scale(self.count, objective_weights), self.loss)
+
+
+def means_of_tasks(
+    sums: ObjectiveSums, tasks: Sequence[str], objectives: Sequence[str]
+) -> dict[str, float]:
+    """Returns `loss/TASK/OBJECTIVE`, nats per token, of the pairs that have tokens."""
+    columns = [f"loss/{task}/{objective}" for task in tasks for objective in objectives]
+    return {
+        name: float(loss / count)
+        for name, loss, count in zip(columns, sums.loss, sums.count, strict=False)
+        if count > 0
+    }
 
 
 def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
@@ -50,15 +71,41 @@ def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
 
 
-def token_weights(group: Group, num_objectives: int) -> jax.Array:
-    """[batch, length, objectives] float32: a token's loss weight in its objective's column."""
-    ids = group["decoder_objective_ids"][..., None]
-    of = (ids == jnp.arange(1, num_objectives + 1)[None, None, :]).astype(jnp.float32)
+def over_tasks(columns: jax.Array, num_objectives: int, num_tasks: int) -> jax.Array:
+    """Adds up the tasks' columns: [tasks x objectives + more] -> [objectives + more]."""
+    if num_tasks == 1:
+        return columns
+    # NumPy for what has been read back: an operation of a device would wait for the running step
+    concatenate = jnp.concatenate if isinstance(columns, jax.Array) else np.concatenate
+    of_tasks, more = columns[: num_tasks * num_objectives], columns[num_tasks * num_objectives :]
+    return concatenate([of_tasks.reshape(num_tasks, num_objectives).sum(0), more])
+
+
+def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Array:
+    """Repeats the objectives' values for each task: [objectives + more] -> [tasks x objectives + more]."""
+    if num_tasks == 1:
+        return values
+    return jnp.concatenate([jnp.tile(values[:num_objectives], num_tasks), values[num_objectives:]])
+
+
+def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
+    """[batch, length, columns] float32: a token's loss weight in the column of its objective.
+
+    Of several tasks the column is that of its task and objective.
+    """
+    ids = group["decoder_objective_ids"]
+    if TASK_IDS in group:
+        ids = jnp.where(ids > 0, ids + num_objectives * (group[TASK_IDS] - 1), 0)
+    of = (ids[..., None] == jnp.arange(1, columns + 1)[None, None, :]).astype(jnp.float32)
     return of * group["decoder_loss_weights"][..., None]
 
 
 def objective_sums(
-    states: jax.Array, kernel: jax.Array, group: Group, scale: jax.Array
+    states: jax.Array,
+    kernel: jax.Array,
+    group: Group,
+    scale: jax.Array,
+    num_objectives: int | None = None,
 ) -> tuple[jax.Array, ObjectiveSums]:
     """Totals of one group of rows, and its share of the loss.
 
@@ -74,12 +121,13 @@ def objective_sums(
         kernel: [embed, vocab]; logits are states x kernel.
         group: `decoder_target_tokens`, `decoder_objective_ids` (0 padding, i for the i-th
             objective) and `decoder_loss_weights`, all [batch, length].
-        scale: [objectives] float32, of `loss_scale`.
+        scale: [columns] float32, of `loss_scale`; a column is an objective, or one of a task.
+        num_objectives: of each task; None is the number of columns.
 
     Returns:
         sum over o of scale_o x loss_o, a scalar with a gradient, and the sums, which have none.
     """
-    weights = token_weights(group, len(scale))
+    weights = token_weights(group, len(scale), num_objectives or len(scale))
     targets = group["decoder_target_tokens"]
     loss, nll, correct = cross_entropy(states, kernel, targets, weights @ scale)
     sums = ObjectiveSums(

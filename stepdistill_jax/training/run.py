@@ -101,8 +101,7 @@ def assemble(
     tx = make_optimizer(config)
     abstract = abstract_state(model, tx, mesh)
     validator = None
-    if has_split(config.task, VALIDATION, data_dir=data_dir, task_module=config.task_module):
-        held_out = load_split(config, VALIDATION, objectives=data.objectives, **read)
+    if (held_out := _held_out(config, data, **read)) is not None:
         validator = Validator.create(
             held_out,
             batches_of(config, held_out, row_multiple=shards, shuffle=False),
@@ -126,6 +125,20 @@ def assemble(
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
     return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator)
+
+
+def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
+    """Returns the validation split; None where no part of the data has labels in one."""
+    where = {"data_dir": read["data_dir"], "task_module": config.task_module}
+    if not has_split(config.task, VALIDATION, **where):
+        return None
+    data = load_split(config, VALIDATION, objectives=train.objectives, **read)
+    labelled = [{p.name for p in d.parts if p.label_column is not None} for d in (train, data)]
+    if not labelled[1]:
+        return None
+    for name in sorted(labelled[0] - labelled[1]):
+        log(f"{name} has no {VALIDATION} split: validation leaves it out")
+    return data
 
 
 def model_settings(config: TrainConfig) -> dict[str, Any]:

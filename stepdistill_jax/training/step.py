@@ -18,8 +18,10 @@ from stepdistill_jax.training.extra_loss import ExtraLoss
 from stepdistill_jax.training.loss import (
     Batch,
     ObjectiveSums,
+    for_tasks,
     loss_scale,
     objective_sums,
+    over_tasks,
     token_weights,
 )
 from stepdistill_jax.training.optimizer import weights_at
@@ -34,14 +36,18 @@ def batch_sums(
     batch: Batch,
     scale: jax.Array,
     extra_loss: ExtraLoss | None = None,
+    num_objectives: int | None = None,
     **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Loss and totals per objective over all groups of a batch; those of an extra loss come last."""
+    """Loss and totals over all groups of a batch; those of an extra loss come last.
+
+    See `objective_sums` for `scale`, `num_objectives` and the columns.
+    """
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
         states: Any = model.apply({"params": params}, group, method="states", **apply)
         kernel = output_kernel(params, model.config)
-        part, part_sums = objective_sums(states, kernel, group, scale)
+        part, part_sums = objective_sums(states, kernel, group, scale, num_objectives)
         loss, sums = loss + part, sums.merge(part_sums)
         if extra_loss is not None:
             total = extra_loss.total(states, kernel, group).astype(jnp.float32)
@@ -50,9 +56,11 @@ def batch_sums(
     return loss, sums
 
 
-def batch_counts(batch: Batch, columns: int, extra_loss: ExtraLoss | None) -> jax.Array:
+def batch_counts(
+    batch: Batch, columns: int, extra_loss: ExtraLoss | None, num_objectives: int
+) -> jax.Array:
     """[columns] float32: what the totals of `batch_sums` are divided by, from the ids alone."""
-    counts = [token_weights(group, columns).sum((0, 1)) for group in batch]
+    counts = [token_weights(group, columns, num_objectives).sum((0, 1)) for group in batch]
     total = jnp.sum(jnp.stack(counts), axis=0)
     if extra_loss is not None:
         total = total.at[-1].add(sum(extra_loss.count(group) for group in batch))
@@ -81,6 +89,7 @@ def train_step(
     objective_weights: tuple[Weight, ...],
     num_microbatches: int = 1,
     extra_loss: ExtraLoss | None = None,
+    num_tasks: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Loss and gradient of the global batch, then one update.
 
@@ -97,21 +106,26 @@ def train_step(
         objective_weights: one per objective; a `Schedule` is computed from the state's step.
         num_microbatches: divides the rows of each group.
         extra_loss: one more term of the loss, with its own weight.
+        num_tasks: parts of the data; an objective's loss is the mean over the tokens of all.
 
     Returns:
-        The new state, and `sums`, `loss` (nats per token), `grad_norm` (before the clip) and, where
+        The new state, and `sums` (a column for each task and objective), `loss` (nats per token), `grad_norm` (before the clip) and, where
         one is a schedule, `weights` of this step; an extra loss is the last of `sums` and `weights`.
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
-    columns, weights = len(all_weights), weights_at(all_weights, state.step)
-    scale = loss_scale(batch_counts(batch, columns, extra_loss), weights)
+    of = (len(objective_weights), num_tasks)
+    columns = len(all_weights) + (num_tasks - 1) * of[0]
+    weights = weights_at(all_weights, state.step)
+    counts = over_tasks(batch_counts(batch, columns, extra_loss, of[0]), *of)
+    scale = for_tasks(loss_scale(counts, weights), *of)
     dropout = model.config.dropout_rate > 0
     step_rng = jax.random.fold_in(state.rng, state.step)
     trained, frozen = split(state.params)
 
     def slice_loss(trained, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
         apply = {"enable_dropout": True, "rngs": {"dropout": rng}} if dropout else {}
-        return batch_sums(model, combine(trained, frozen), part, scale, extra_loss, **apply)
+        params = combine(trained, frozen)
+        return batch_sums(model, params, part, scale, extra_loss, of[0], **apply)
 
     value_and_grad = jax.value_and_grad(slice_loss, has_aux=True)
     if num_microbatches == 1:
@@ -128,7 +142,7 @@ def train_step(
         parts = (slices_of(batch, num_microbatches), jnp.arange(num_microbatches))
         (sums, grads), _ = jax.lax.scan(add_slice, zeros, parts)
 
-    loss, grad_norm = sums.weighted_loss(weights), optax.global_norm(grads)
+    loss, grad_norm = sums.over_tasks(*of).weighted_loss(weights), optax.global_norm(grads)
     updates, opt_state = tx.update(grads, _scheduled_at(state.opt_state, state.step), trained)
     updated = (optax.apply_updates(trained, updates), opt_state)
     updated, opt_state = _if_finite(loss, grad_norm, updated, (trained, state.opt_state))
@@ -161,9 +175,12 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
     )
 
 
-def eval_step(params, batch: Batch, *, model: T5, num_objectives: int) -> ObjectiveSums:
+def eval_step(
+    params, batch: Batch, *, model: T5, num_objectives: int, num_tasks: int = 1
+) -> ObjectiveSums:
     """Totals of a batch without dropout."""
-    return batch_sums(model, params, batch, jnp.zeros(num_objectives))[1]
+    scale = jnp.zeros(num_objectives * num_tasks)
+    return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:

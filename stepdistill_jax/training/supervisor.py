@@ -51,6 +51,7 @@ from stepdistill_jax.runtime.metrics import FLAGGED, MetricsWriter, read_flagged
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals, leave
 from stepdistill_jax.training.data import VALIDATION
+from stepdistill_jax.training.loss import means_of_tasks
 from stepdistill_jax.training.optimizer import make_schedule
 from stepdistill_jax.training.run import Run
 from stepdistill_jax.training.state import TrainState
@@ -119,6 +120,7 @@ class Supervisor:
         rates = make_schedule(config)(np.arange(config.train_steps))
         self._learning_rates = np.broadcast_to(np.asarray(rates), config.train_steps)
         self._names = [o.name for o in run.data.objectives]
+        self._tasks = [part.name for part in run.data.parts]
         extra = [config.extra_loss] if config.extra_loss else []
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
         self._pending: tuple[int, Batch, dict, float, float | None] | None = None
@@ -235,7 +237,8 @@ class Supervisor:
             self._enforce(step, metrics)
 
     def _numbers(self, step: int, batch: Batch, got: dict[str, Any]) -> dict[str, float]:
-        sums = got["sums"]
+        by_task = got["sums"]
+        sums = by_task.over_tasks(len(self._names), len(self._tasks))
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
         for i, (name, weight) in enumerate(self._weights.items()):
             of_tokens = name in self._names  # an extra loss has no target tokens
@@ -249,6 +252,8 @@ class Supervisor:
                     metrics[f"accuracy/{name}"] = float(sums.correct[i] / sums.count[i])
             if isinstance(weight, Schedule):
                 metrics[f"loss_weight/{name}"] = float(got["weights"][i])
+        if len(self._tasks) > 1:
+            metrics |= means_of_tasks(by_task, self._tasks, self._names)
         return metrics | {"learning_rate": float(self._learning_rates[step - 1])}
 
     def _warn(self, step: int, metrics: dict[str, float]) -> None:
@@ -382,7 +387,9 @@ class Supervisor:
 
 
 def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
-    return {n: v for n, v in metrics.items() if n == "loss" or n.startswith("loss/")}
+    """Returns the loss and each objective's, without those of single tasks."""
+    of_objective = {n: v for n, v in metrics.items() if n.startswith("loss/") and n.count("/") == 1}
+    return {"loss": metrics["loss"]} | of_objective
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
@@ -393,7 +400,8 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
         store = data.stores[number]
         text = data.vocabulary.decode(store.rows[0]["inputs"][row].tolist())
         example = {"row": row, "input": text[:TEXT], "label": store.label_texts[row]}
-        found.append(example if len(data.stores) == 1 else {"store": number, **example})
+        part = {} if len(data.parts) == 1 else {"task": data.parts[number].name}
+        found.append({**part, **example})
     return found
 
 

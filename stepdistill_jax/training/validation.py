@@ -25,6 +25,7 @@ from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.metrics import TaskMetrics
 from stepdistill_jax.tasks.task_data import Part, TaskData
+from stepdistill_jax.training.loss import over_tasks
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
@@ -75,7 +76,13 @@ class Validator:
             data,
             batches,
             LabelDecoder(plain, max_decode_len=max_decode_len, batch_size=batch_size, mesh=mesh),
-            jit_eval_step(abstract, mesh, model=T5(plain), num_objectives=len(data.objectives)),
+            jit_eval_step(
+                abstract,
+                mesh,
+                model=T5(plain),
+                num_objectives=len(data.objectives),
+                num_tasks=len(data.parts),
+            ),
             mesh,
             metrics,
             scorer,
@@ -90,22 +97,23 @@ class Validator:
         Raises:
             InputError: a metric fails, or has the name of one of ours.
         """
-        data, several = self.data, len(self.data.parts) > 1
-        names = ["label_accuracy", "loss"]
-        for number, objective in enumerate(data.objectives, 1):
-            if any(
-                rows["targets"].lengths.any()
-                for part in data.parts
-                for column, rows in zip(part.columns, part.store.rows, strict=True)
-                if column.objective == number
-            ):
-                names += [f"loss/{objective.name}", f"accuracy/{objective.name}"]
-        for part in data.parts:
-            of_part = ["label_accuracy"] if several and part.label_column is not None else []
+        several, of_parts = len(self.data.parts) > 1, []
+        for part in self.data.parts:
+            found = self._numbers_of(part) if several else []
             if (metrics := self.metrics.get(part.name)) is not None:
-                of_part += _checked(part, metrics.try_out())
-            names += [f"{part.name}/{name}" if several else name for name in of_part]
-        return names
+                found += _checked(part, metrics.try_out())
+            of_parts += [f"{part.name}/{name}" if several else name for name in found]
+        ours = [name for part in self.data.parts for name in self._numbers_of(part)]
+        return [*dict.fromkeys(["label_accuracy", "loss", *ours]), *of_parts]
+
+    def _numbers_of(self, part: Part) -> list[str]:
+        """Returns the names of our own numbers of a part."""
+        names = ["label_accuracy"] if part.label_column is not None else []
+        for column, rows in zip(part.columns, part.store.rows, strict=True):
+            if rows["targets"].lengths.any():
+                objective = self.data.objectives[column.objective - 1].name
+                names += [f"loss/{objective}", f"accuracy/{objective}"]
+        return list(dict.fromkeys(names))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
         """Returns what a step is ranked by, first things first, each better when larger.
@@ -141,6 +149,9 @@ class Validator:
     ) -> dict[str, float]:
         """Metrics of the split, each named `eval/<split>/...`.
 
+        Of several parts, each part's are named `eval/<split>/<part>/...` and `label_accuracy` is the
+        mean of theirs.
+
         `on_batch` is called after each batch of losses and of answers, and may raise. Every process runs the same batches. `label_accuracy` is the share of decoded labels that
         match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
         one answer (also said on standard error), else 0; where targets are more than a label, `unparsed` is
@@ -157,23 +168,33 @@ class Validator:
             InputError: a metric of a task fails.
         """
         params, _ = merge(params, self.config)
-        names = [o.name for o in self.data.objectives]
-        totals = np.zeros((3, len(names)))  # loss, correct, count; float64 over many batches
+        parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
+        totals = np.zeros(
+            (3, len(parts) * count)
+        )  # loss, correct, count; float64 over many batches
         for step in range(self.batches.num_steps):
             sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
             on_batch()
-        metrics: dict[str, float] = {}
-        for name, loss, correct, count in zip(names, *totals, strict=True):
-            if count > 0:
-                metrics[f"loss/{name}"] = float(loss / count)
-                metrics[f"accuracy/{name}"] = float(correct / count)
+        metrics = self._means(over_tasks(of, count, len(parts)) for of in totals)
+        for name, *of_part in zip(parts, *totals.reshape(3, len(parts), count), strict=True):
+            if len(parts) > 1:
+                metrics |= {f"{name}/{key}": x for key, x in self._means(of_part).items()}
         weights = {o.name: end_value(o.weight) for o in self.data.objectives}
         metrics["loss"] = sum(
             w * metrics[f"loss/{n}"] for n, w in weights.items() if f"loss/{n}" in metrics
         )
         metrics |= self._decode(params, on_batch, keep)
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
+
+    def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
+        """Returns loss and accuracy of the objectives with tokens; totals of loss, correct, count."""
+        found = {}
+        for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
+            if count > 0:
+                found[f"loss/{objective.name}"] = float(loss / count)
+                found[f"accuracy/{objective.name}"] = float(correct / count)
+        return found
 
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]

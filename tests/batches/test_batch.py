@@ -26,7 +26,7 @@ PROPERTY = settings(suppress_health_check=[HealthCheck.too_slow])
 
 def token_rows(rows):
     ids = np.array([i for row in rows for i in row], np.int32)
-    return TokenRows(ids, np.cumsum([0, *map(len, rows)], dtype=np.int64))
+    return TokenRows.of_offsets(ids, np.cumsum([0, *map(len, rows)], dtype=np.int64))
 
 
 def store_of(examples, weights=None):

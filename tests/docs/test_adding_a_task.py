@@ -15,7 +15,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_task.md"
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = ["TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=2"]
-WAYS = {"jsonl": 0, "add_task": 1, "seqio": 2, "metrics": 3}
+WAYS = {"jsonl": 0, "add_task": 1, "seqio": 2, "mixture": 3, "metrics": 4}
 
 
 def files():
@@ -87,16 +87,20 @@ def typed_into_a_shell(reader, line, *more):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def command_of(way, name):
+    (found,) = [line for line in commands(way) if line.split()[1] == name]
+    return found
+
+
 def commands(way):
     return SHELL.findall(PAGE.read_text(encoding="utf-8"))[WAYS[way]].splitlines()
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio"]
+    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio", "mixture"]
 )
 def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
-    *_, inspect, train = commands(way)
-    assert [inspect.split()[1], train.split()[1]] == ["inspect", "train"]
+    inspect = command_of(way, "inspect")
     prepared(way)
     found = typed(inspect, "--rows", "99")
     shown = {(s["objective"], s["input"], s["target"]) for row in found["shown"] for s in row}
@@ -112,6 +116,10 @@ def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
             ("label", "predict: coal", "black"),
         },
         "seqio": {("label", "1 + 1 ", " 2"), ("label", "2 + 3 ", " 5")},
+        "mixture": {
+            ("label", "predict: whale", "mammal"),
+            ("rationale", "explain: trout", "it breathes with gills"),
+        },
     }[way]
     assert want <= shown
     absent = {(o, i) for o, i, _ in shown}
@@ -125,12 +133,12 @@ def test_the_task_in_code_takes_under_25_lines():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio"]
+    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio", "mixture"]
 )
 def test_each_way_trains(reader, prepared, way):
     prepared(way)
     overrides = [argument for setting in SHORT for argument in ("--set", setting)]
-    found = typed_into_a_shell(reader, commands(way)[-1], *overrides)
+    found = typed_into_a_shell(reader, command_of(way, "train"), *overrides)
     assert found["step"] == 2
     assert found["loss/label"] > 0
     assert ("loss/rationale" in found) == (way != "seqio")

@@ -265,7 +265,11 @@ def test_a_plain_seqio_task_is_one_objective_on_its_own_inputs(plain_module, tmp
 
 def test_a_plain_mixture_keeps_its_rates(plain_module, tmp_path):
     data = load_task(
-        f"{plain_module}_both", split="train", data_dir=tmp_path, task_module=plain_module
+        f"{plain_module}_both",
+        split="train",
+        data_dir=tmp_path,
+        task_module=plain_module,
+        task_objectives="single",
     )
     assert data.rates == (1.0, 3.0)
     assert [s.num_examples for s in data.stores] == [2, 9]

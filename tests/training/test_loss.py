@@ -55,6 +55,22 @@ def test_sums_equal_a_loop_in_numpy():
     np.testing.assert_allclose(sums.count, count, rtol=1e-5)
 
 
+def test_sums_of_several_tasks_are_those_of_each_ones_tokens():
+    logits, group = random_group()
+    tasks = RNG.integers(1, 4, group["decoder_objective_ids"].shape)
+    kernel = np.eye(logits.shape[-1], dtype=np.float32)
+    of_tasks = group | {"decoder_task_ids": tasks}
+    sums = objective_sums(jnp.asarray(logits), kernel, of_tasks, jnp.zeros(6), 2)[1]
+    for task in (1, 2, 3):
+        alone = group | {"decoder_objective_ids": group["decoder_objective_ids"] * (tasks == task)}
+        for field in ("loss", "correct", "count"):
+            columns = getattr(sums, field)[2 * task - 2 : 2 * task]
+            np.testing.assert_allclose(columns, getattr(sums_of(logits, alone), field), rtol=1e-6)
+    together, folded = sums_of(logits, group), sums.over_tasks(2, 3)
+    np.testing.assert_allclose(folded.loss, together.loss, rtol=1e-6)
+    np.testing.assert_allclose(folded.count, together.count, rtol=1e-6)
+
+
 def test_an_objective_without_tokens_adds_zero_not_nan():
     logits, group = random_group()
     group["decoder_objective_ids"] = np.ones_like(group["decoder_objective_ids"])

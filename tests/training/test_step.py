@@ -167,6 +167,23 @@ def dropped_step(one_layer):
     return create_state(params, tx, seed=0), jax.jit(step)
 
 
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_the_update_does_not_depend_on_the_tasks_that_rows_are_of(one_layer, num_microbatches):
+    """An objective's loss is the mean over the tokens of all tasks."""
+    (model, params), tx = one_layer(dropout_rate=0.0), optax.sgd(1e-2)
+    static = {"model": model, "tx": tx, "objective_weights": WEIGHTS}
+    static |= {"num_microbatches": num_microbatches, "extra_loss": SquareRoot(0.1)}
+    (group,) = equal_rows()
+    of_tasks = group | {"decoder_task_ids": np.array([[1, 1, 3], [3, 1, 1]], np.int32)}
+    state = create_state(params, tx, seed=0)
+    one, ours = train_step(state, (group,), **static)
+    several, theirs = train_step(state, (of_tasks,), **static, num_tasks=3)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(several.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert float(theirs["loss"]) == pytest.approx(float(ours["loss"]), rel=1e-6)
+    assert theirs["sums"].count.tolist() == [2, 2, 0, 0, 1, 1, *ours["sums"].count[-1:].tolist()]
+
+
 def equal_rows(first_input=5):
     """Two rows, a slice each, of the same tokens; the first trains the label, the second the rationale."""
     ids = np.array([[first_input, 6, 7, 9, 8, 11, 1]] * 2, np.int32)

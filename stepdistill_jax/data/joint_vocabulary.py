@@ -1,0 +1,35 @@
+"""One vocabulary of several prepared datasets."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+
+from stepdistill_jax.data import train_vocabulary as training
+from stepdistill_jax.data.prepared import PreparedDataset
+from stepdistill_jax.data.writing import vocabulary_texts
+from stepdistill_jax.runtime.fingerprints import digest
+
+
+def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
+    """Returns the path of a vocabulary of the train splits of all; of one dataset its own.
+
+    It is trained at first use and kept in `folder`. The same datasets in any order have the same.
+
+    Raises:
+        InputError: a dataset without a train split, or one whose files were changed.
+    """
+    if len(datasets) == 1:
+        return os.fspath(datasets[0].spiece_model)
+    datasets = sorted(datasets, key=lambda d: d.name)
+    name = "+".join(d.name for d in datasets)
+    path = (
+        folder / "vocabularies" / f"{name}-{digest([d.fingerprint for d in datasets])[:16]}.model"
+    )
+    if not path.is_file():
+        files = [d.file("train") for d in datasets]
+        rows = sum(d.splits["train"] for d in datasets)
+        characters = sum(file.stat().st_size for file in files)
+        texts = [text for file in files for text in vocabulary_texts(file, 4 * rows, characters)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        training.train_vocabulary(texts, path)
+    return os.fspath(path)

@@ -1,0 +1,61 @@
+"""Pairs the rows of several tasks into examples by their ids."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.tasks.token_store import TokenStore
+
+
+def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
+    """Returns why the rows of these tasks cannot be paired; None where they can."""
+    for store, name in zip(stores, names, strict=True):
+        if store.row_ids is None:
+            return f"the rows of {name} have no feature 'id'"
+        unique, counts = np.unique(store.row_ids, return_counts=True)
+        if len(unique) < store.num_examples:
+            first, again = np.flatnonzero(store.row_ids == unique[counts.argmax()])[:2] + 1
+            return f"rows {first} and {again} of {name} have the same id"
+    ids = [store.row_ids for store in stores]
+    for other, name in zip(ids[1:], names[1:], strict=True):
+        if not np.isin(ids[0], other).any():
+            return f"no row of {name} has the id of a row of {names[0]}"
+    return None
+
+
+def paired(stores: Sequence[TokenStore]) -> TokenStore:
+    """Returns one store whose example i has the rows of the same id of all; `why_not` is None.
+
+    Examples come in the order of the first store, then those that only later stores have. The ids
+    stay where they are on disk. Label texts are the first store's.
+
+    Example: ids `a b` and `b c` give three examples, the first without a row of the second task,
+    the last without one of the first.
+    """
+    every = np.concatenate([store.row_ids for store in stores])
+    ids, first = np.unique(every, return_index=True)
+    order = np.argsort(first)
+    rows, names = [], []
+    for store in stores:
+        by_id = np.argsort(store.row_ids)
+        place = np.searchsorted(store.row_ids[by_id], ids)
+        place = by_id[np.minimum(place, store.num_examples - 1)]
+        taken = np.where(store.row_ids[place] == ids, place, -1)[order]
+        weights = np.where(taken < 0, np.float32(1), store.weights[taken])
+        (features,) = store.rows
+        rows.append({name: r.take(taken) for name, r in features.items()} | {"weights": weights})
+        names += store.objectives
+    labels = stores[0].label_texts + [""] * (len(ids) - stores[0].num_examples)
+    text = "".join(json.dumps(label, ensure_ascii=False) + "\n" for label in labels)
+    return dataclasses.replace(
+        stores[0],
+        fingerprint=digest(["paired", *(store.fingerprint for store in stores)]),
+        objectives=tuple(names),
+        rows=tuple(rows),
+        weights=np.ones(len(ids), np.float32),
+        labels=np.frombuffer(text.encode(), np.uint8),
+        row_ids=ids[order],
+    )
