@@ -52,7 +52,7 @@ class Part:
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
-        there = np.flatnonzero(inputs.lengths)  # a paired example may have no label row
+        there = np.flatnonzero(inputs.lengths).tolist()  # a paired example may have no label row
         labels = self.store.label_texts
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
@@ -61,7 +61,8 @@ class Part:
         if (column := self.label_column) is None:
             return []
         rows = self.store.rows[column]
-        return [rows["targets"][i].tolist() for i in np.flatnonzero(rows["inputs"].lengths)]
+        there = np.flatnonzero(rows["inputs"].lengths).tolist()
+        return [rows["targets"][i].tolist() for i in there]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,6 +200,17 @@ def test_answers_are_kept_next_to_the_numbers(trained, expected, read_rows_of):
     assert {row["step"] for row in best} == {resolve_step(workdir, "best")}
 
 
+def test_metrics_get_the_answers_that_choices_allow(trained, read_rows_of):
+    task, workdir, folder = trained
+    choices = ["left", "right", "up", "down"]
+    asked = {"task": task, "split": "validation", "step": 3, "data_dir": folder}
+    result = evaluate(workdir, **asked, choices=choices)
+    kept = read_rows_of(workdir / "predictions" / f"{task}-validation-3-choices.jsonl")
+    right = [row["label"] in (words(100 + i), words(101 + i)) for i, row in enumerate(kept)]
+    assert result["metrics"]["match"] == pytest.approx(100 * np.mean(right))
+    assert 0 < sum(right) < ROWS and {row["label"] for row in kept} <= set(choices)
+
+
 @pytest.fixture(scope="module")
 def turns(add):
     """A task whose metrics go up and down whatever is trained; `turns.start()` before each run."""
