@@ -290,7 +290,9 @@ def evaluate_tokens(
         targets = task_metrics.targets
     with until_stopped(len(inputs) + len(targets or ()), "evaluate") as update:
         found = label_rows(model, asking, chooser, rows, cut, update)
-        target_scores = targets and score_targets(model.score, cut, targets, update)
+        target_scores = None
+        if targets is not None:
+            target_scores = score_targets(model.score, cut, targets, update)
     seconds = time.perf_counter() - start
     tally = Tally(metric, allowed, options.choices_temperature)
     for label, answer in zip(labels, found.answers, strict=True):

@@ -52,8 +52,8 @@ class TaskMetrics:
 
     @classmethod
     def of(cls, part: Part, split: str) -> "TaskMetrics | None":
-        """Returns None where the part has no task, or its task no metrics."""
-        if part.task is None:
+        """Returns None where the part has no task that gives labels, or its task no metrics."""
+        if part.task is None or part.label_column is None:
             return None
         found = cls(part, split)
         return found if found._metrics else None

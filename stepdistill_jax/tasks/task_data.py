@@ -27,7 +27,8 @@ class Part:
         rate: share of the drawn examples; those of all parts need not add up to 1.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
         labels: the distinct labels where they are few, else empty.
-        task: the `seqio.Task` that gives the labels and has metrics of its own, else None.
+        task: the `seqio.Task` of the first column, whose metrics count where that is the label's;
+            None has none.
         own_inputs: whether its inputs are a plain task's own, whatever the objectives' templates.
         drawn: how rows of several tasks became examples, or why they did not; else empty.
     """
@@ -52,7 +53,7 @@ class Part:
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
-        there = np.flatnonzero(inputs.lengths)  # a paired example may have no label row
+        there = np.flatnonzero(inputs.lengths).tolist()  # a paired example may have no label row
         labels = self.store.label_texts
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
@@ -61,7 +62,7 @@ class Part:
         if (column := self.label_column) is None:
             return []
         rows = self.store.rows[column]
-        there = np.flatnonzero(rows["inputs"].lengths)
+        there = np.flatnonzero(rows["inputs"].lengths).tolist()
         return [rows["targets"][i].tolist() for i in there]
 
 

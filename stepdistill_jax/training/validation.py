@@ -97,18 +97,22 @@ class Validator:
         Raises:
             InputError: a metric fails, or has the name of one of ours.
         """
-        several, names = len(self.data.parts) > 1, ["label_accuracy", "loss"]
+        several, of_parts = len(self.data.parts) > 1, []
         for part in self.data.parts:
-            of_part = ["label_accuracy"] if several and part.label_column is not None else []
-            for column, rows in zip(part.columns, part.store.rows, strict=True):
-                objective = self.data.objectives[column.objective - 1].name
-                if rows["targets"].lengths.any():
-                    both = [f"loss/{objective}", f"accuracy/{objective}"]
-                    names += both
-                    of_part += both if several else []
+            found = self._numbers_of(part) if several else []
             if (metrics := self.metrics.get(part.name)) is not None:
-                of_part += _checked(part, metrics.try_out())
-            names += [f"{part.name}/{name}" if several else name for name in of_part]
+                found += _checked(part, metrics.try_out())
+            of_parts += [f"{part.name}/{name}" if several else name for name in found]
+        ours = [name for part in self.data.parts for name in self._numbers_of(part)]
+        return [*dict.fromkeys(["label_accuracy", "loss", *ours]), *of_parts]
+
+    def _numbers_of(self, part: Part) -> list[str]:
+        """Returns the names of our own numbers of a part."""
+        names = ["label_accuracy"] if part.label_column is not None else []
+        for column, rows in zip(part.columns, part.store.rows, strict=True):
+            if rows["targets"].lengths.any():
+                objective = self.data.objectives[column.objective - 1].name
+                names += [f"loss/{objective}", f"accuracy/{objective}"]
         return list(dict.fromkeys(names))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:

@@ -1,6 +1,7 @@
 """`train` of two processes of one device each, over gloo, is `train` of one with two devices."""
 
 import json
+import os
 import signal
 import time
 
@@ -65,6 +66,43 @@ def test_two_processes_have_the_losses_of_one(tmp_path, start, delivery_data_dir
     both = [summary(tmp_path / "2", 2, process) for process in range(2)]
     assert {"eval/validation/label_accuracy", "eval/validation/loss"} <= both[0].keys()
     assert both[0] == both[1]
+
+
+OWN_METRICS = """
+import jax
+from stepdistill_jax.tasks import add_task
+
+
+def rows(split):
+    for i in range(13 if split == "train" else 9):
+        yield {"input": f"turn {i}", "label": "left" if i % 3 else "right"}
+
+
+def by_whom(targets, scores):
+    return {"process": jax.process_index(), "score": scores.mean()}
+
+
+add_task("turns", source=rows, splits=["train", "validation"], metric=by_whom)
+"""
+
+
+def test_one_process_computes_the_metrics_of_a_task_and_both_know_them(
+    tmp_path, start, monkeypatch
+):
+    (tmp_path / "own_metrics.py").write_text(OWN_METRICS)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    monkeypatch.setenv("PYTHONPATH", path)
+    own = {"task": "turns", "task_module": "own_metrics", "best_metric": "score"}
+    given = specification(tmp_path / "run", tmp_path / "data", layout="fsdp", **own)
+    codes, errors = start(SCRIPT, given, count=2, devices=1).finish()
+    assert codes == [0, 0], errors
+    both = [summary(tmp_path / "run", 2, process) for process in range(2)]
+    assert both[0] == both[1]
+    assert both[0]["eval/validation/process"] == 0 and both[0]["eval/validation/score"] < -1
+    (saved,) = saved_steps(tmp_path / "run").values()
+    assert saved["rank"][0] == both[0]["eval/validation/score"]
+    kept = tmp_path / "run" / "predictions" / "turns-validation-last.jsonl"
+    assert len(kept.read_text().splitlines()) == 9
 
 
 def test_a_signal_to_one_stops_both_and_one_alone_goes_on(tmp_path, start, delivery_data_dir):

@@ -253,6 +253,34 @@ def test_a_task_without_metrics_has_none(added, opened):
     assert opened(added([])) is None
 
 
+def test_paired_tasks_are_measured_on_the_rows_that_have_a_label(seqio, added, tmp_path):
+    """The task of reasons has them in another order, one of them of a row without a label."""
+    seen = []
+
+    def equal(targets, predictions):
+        seen.append(targets)
+        return {"equal": float(targets == predictions)}
+
+    def labels():
+        return {"inputs": ["p", "q", "r"], "targets": ["a", "b", "c"], "id": [1, 2, 3]}
+
+    def reasons():
+        return {"inputs": ["r", "x", "p"], "targets": ["i", "j", "k"], "id": [3, 9, 1]}
+
+    names = [added([equal], rows=labels), added([equal], rows=reasons)]
+    mixture = f"mixture_of_{names[0]}"
+    seqio.MixtureRegistry.add(mixture, names, default_rate=1.0)
+    (part,) = load_task(
+        mixture,
+        split="validation",
+        task_objectives=dict(zip(names, ("label", "rationale"), strict=True)),
+        data_dir=tmp_path,
+    ).parts
+    assert part.store.num_examples == 4
+    assert TaskMetrics.of(part, "validation").try_out() == ["equal"]
+    assert seen == [["a", "b", "c"]]
+
+
 # --- add_task(metric=function)
 
 

@@ -65,7 +65,9 @@ def begin(tmp_path):
             run = types.SimpleNamespace(
                 config=TrainConfig(**given),
                 workdir=tmp_path,
-                data=types.SimpleNamespace(objectives=step_by_step()),
+                data=types.SimpleNamespace(
+                    objectives=step_by_step(), parts=(types.SimpleNamespace(name="any"),)
+                ),
                 model=t5_config("t5_v1_1", "tiny", vocab_size=128),
                 batches=types.SimpleNamespace(
                     examples=lambda step: ExampleIds(*np.zeros((3, 0), int))

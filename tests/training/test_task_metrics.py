@@ -8,8 +8,9 @@ import pytest
 from stepdistill_jax.commands.checkpoints import look
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import evaluate, export
-from stepdistill_jax.runtime.checkpoints.manager import resolve_step
+from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
 from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training.run import assemble
 
 SETTINGS = {
     "batch_size": 8,
@@ -199,6 +200,17 @@ def test_answers_are_kept_next_to_the_numbers(trained, expected, read_rows_of):
     assert {row["step"] for row in best} == {resolve_step(workdir, "best")}
 
 
+def test_metrics_get_the_answers_that_choices_allow(trained, read_rows_of):
+    task, workdir, folder = trained
+    choices = ["left", "right", "up", "down"]
+    asked = {"task": task, "split": "validation", "step": 3, "data_dir": folder}
+    result = evaluate(workdir, **asked, choices=choices)
+    kept = read_rows_of(workdir / "predictions" / f"{task}-validation-3-choices.jsonl")
+    right = [row["label"] in (words(100 + i), words(101 + i)) for i, row in enumerate(kept)]
+    assert result["metrics"]["match"] == pytest.approx(100 * np.mean(right))
+    assert 0 < sum(right) < ROWS and {row["label"] for row in kept} <= set(choices)
+
+
 @pytest.fixture(scope="module")
 def turns(add):
     """A task whose metrics go up and down whatever is trained; `turns.start()` before each run."""
@@ -267,3 +279,37 @@ def test_a_bad_metric_ends_a_run_before_its_first_step(add, tmp_path, metric, me
     with pytest.raises(InputError, match=message):
         train(config, workdir=tmp_path / "run", data_dir=tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mixture_has_the_metrics_of_each_task(seqio, add, tmp_path):
+    """Every number that BEST_METRIC may name is in its validation."""
+
+    def left(targets, predictions):
+        return {"left": targets.count("left"), "loss_of_all": len(predictions)}
+
+    def right(targets, predictions):
+        return {"right": targets.count("right")}
+
+    mixture = [(add("lefts", [left]), 1.0), (add("rights", [right]), 3.0)]
+    seqio.MixtureRegistry.add("both_sides", mixture)
+    config = {"task": "both_sides", "task_objectives": "single", **SETTINGS, "train_steps": 1}
+    with pytest.raises(InputError, match="gives no 'left'; it gives") as error:
+        assemble(TrainConfig(**config, best_metric="left"), tmp_path / "run", tmp_path)
+    names = str(error.value).partition("it gives ")[2].partition(";")[0].split(", ")
+    assert {"lefts/left", "rights/right", "lefts/loss/label", "rights/label_accuracy"} < set(names)
+    best = TrainConfig(**config, best_metric="lefts/loss_of_all")
+    found = train(best, workdir=tmp_path / "run", data_dir=tmp_path)
+    assert {f"eval/validation/{name}" for name in names} <= found.keys()
+    assert found["eval/validation/lefts/left"] == sum(words(100 + i) == "left" for i in range(ROWS))
+    (saved,) = saved_steps(tmp_path / "run").values()
+    assert saved["rank"] == [-ROWS, -found["eval/validation/loss/label"]]
+    result = evaluate(tmp_path / "run", task="both_sides", split="validation", data_dir=tmp_path)
+    each = {name: of_task["metrics"] for name, of_task in result["tasks"].items()}
+    assert each["rights"] == {"right": found["eval/validation/rights/right"]}
+    assert each["lefts"]["loss_of_all"] == ROWS
+    kept = tmp_path / "run" / "predictions"
+    assert (kept / "lefts-validation-1.jsonl").is_file()
+    rows = [json.loads(x) for x in (kept / "both_sides-validation-best.jsonl").open()]
+    assert [(row["task"], row["id"]) for row in rows] == [
+        (name, str(i)) for name in ("lefts", "rights") for i in range(1, ROWS + 1)
+    ]
