@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.batches.batch import Batches
-from stepdistill_jax.data.objectives import label_only, step_by_step
+from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.runtime.metrics import read_metrics
@@ -44,7 +44,7 @@ MODULE = """
             **({"id": row["id"]} if WITH_IDS else {}),
         }
 
-    WITH_IDS = %r
+    WITH_IDS = IDS
     for part, prefix in (("label", "predict: "), ("rationale", "explain: ")):
         seqio.TaskRegistry.add(
             f"NAME_{part}",
@@ -71,8 +71,8 @@ def modules(tmp_path_factory):
 
     def written(with_ids=True):
         name = f"own_mixture_{'with' if with_ids else 'without'}_ids"
-        text = textwrap.dedent(MODULE) % with_ids
-        (folder / f"{name}.py").write_text(text.replace("NAME", name))
+        text = textwrap.dedent(MODULE).replace("NAME", name).replace("= IDS", f"= {with_ids}")
+        (folder / f"{name}.py").write_text(text)
         return name
 
     with pytest.MonkeyPatch.context() as patched:
@@ -172,16 +172,14 @@ def test_a_mixture_trains_as_one_objective_only_if_the_user_says_so(modules, tmp
         ),
         (
             "",
-            {"objectives": label_only()},
+            {"objectives": "label_only"},
             r"no objective is called 'rationale' \(`objectives` has label\)",
         ),
     ],
 )
 def test_what_a_mixture_is_refused_for(modules, tmp_path, mixture, options, message):
     name = modules()
-    options = json.loads(json.dumps(options, default=list).replace("NAME", name))
-    if "objectives" in options:
-        options["objectives"] = label_only()
+    options = json.loads(json.dumps(options).replace("NAME", name))
     with pytest.raises(InputError, match=message) as caught:
         load(name, tmp_path, mixture, **options)
     assert "\n" not in str(caught.value)
