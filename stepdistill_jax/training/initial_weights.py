@@ -7,8 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
@@ -88,7 +86,7 @@ class InitialWeights:
         return lines
 
     def load(self, mesh: Mesh, seed: int) -> Any:
-        """Returns the run's parameters, placed; on several processes all must call this.
+        """Returns the run's parameters; on several processes all must call this.
 
         What is not loaded is drawn by the seed, as a run without `init_from` draws it. Adapters are
         always new.
@@ -109,7 +107,7 @@ class InitialWeights:
         return base
 
     def _loaded(self, mesh: Mesh) -> Any:
-        """The parameters that `path` has, under the run's names."""
+        """The parameters that `path` has, under the run's names; two may share a buffer."""
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
         sources = None
@@ -120,17 +118,9 @@ class InitialWeights:
         params = load_model(self.path, self.step, mesh=mesh).params  # adapters are merged
         if sources is None:
             return params
-        flat, placed = flatten_dict(params, sep="/"), flatten_dict(shardings, sep="/")
-        kept = {name: flat[name] for name, source in sources.items() if source == name}
-        renamed = {name: flat[source] for name, source in sources.items() if source != name}
-        if renamed:
-            # copies: a step gives up its buffers, so no two parameters may share one
-            copy = jax.jit(
-                lambda tree: jax.tree.map(jnp.copy, tree),
-                out_shardings={name: placed[name] for name in renamed},
-            )
-            renamed = copy(renamed)
-        return unflatten_dict(kept | renamed, sep="/")
+        # `state_from_params` gives each parameter a buffer of its own, where its place is
+        flat = flatten_dict(params, sep="/")
+        return unflatten_dict({name: flat[source] for name, source in sources.items()}, sep="/")
 
 
 def sources_of(

@@ -140,6 +140,6 @@ def with_new_adapters(base: Any, config: T5Config, abstract: TrainState, *, seed
 def state_from_params(
     params: Any, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """Step 0 around parameters that are already placed (weights of a model directory)."""
+    """Step 0 around given parameters, on devices: copies of them, placed as in `abstract`."""
     create = functools.partial(create_state, tx=tx, seed=seed)
     return jax.jit(create, out_shardings=shardings_of(abstract))(params)
