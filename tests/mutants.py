@@ -422,6 +422,24 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="IW1",
+        what="a rule of INIT_RULES decides names that only begin as it says",
+        file="stepdistill_jax/training/initial_weights.py",
+        old="if match := re.fullmatch(pattern, name):",
+        new="if match := re.match(pattern, name):",
+        tests=[
+            "tests/training/test_initial_weights.py::test_a_rule_that_does_not_apply_is_refused"
+        ],
+    ),
+    Mutant(
+        id="IW2",
+        what="the last rule of INIT_RULES that matches decides, not the first",
+        file="stepdistill_jax/training/initial_weights.py",
+        old="                sources[name] = _expanded(match, replacement)\n                break\n",
+        new="                sources[name] = _expanded(match, replacement)\n",
+        tests=["tests/training/test_initial_weights.py::test_rules_load_rename_and_leave_out"],
+    ),
+    Mutant(
         id="B1",
         what="evaluation drops its last, smaller batch",
         file="stepdistill_jax/batches/batch.py",

@@ -45,12 +45,18 @@ train(TrainConfig(**settings), workdir=workdir, data_dir=data_dir)
 USE = """
 import json, sys
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
-from stepdistill_jax.inference import evaluate, export
+from stepdistill_jax.inference import evaluate, export, load_model
+from stepdistill_jax.inference.model import params_fingerprint
 from stepdistill_jax.runtime.metrics import read_metrics
 workdir, data_dir, model_dir = sys.argv[1:]
 evaluated = evaluate(workdir, task="delivery", split="test", data_dir=data_dir)
 export(workdir, model_dir)
 assert not {"tensorflow", "seqio"} & sys.modules.keys()
+from stepdistill_jax.training import TrainConfig
+from stepdistill_jax.training.run import assemble
+config = TrainConfig(task="delivery", batch_size=8, input_length=64, target_length=64, init_from=workdir)
+started = assemble(config, model_dir + "_next", data_dir).initial_state()
+assert params_fingerprint(started.params) == params_fingerprint(load_model(model_dir).params)
 print(json.dumps([evaluated, read_metrics(workdir), saved_steps(workdir)]))
 """
 

@@ -209,7 +209,10 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _short(value: str) -> str:
-    return pathlib.PurePath(value).name if "/" in value else value
+    is_path = "/" in value and not value.startswith(
+        "["
+    )  # INIT_RULES is a list of names with slashes
+    return pathlib.PurePath(value).name if is_path else value
 
 
 def _comparison(name: str, runs: Sequence[RunResult], baseline: str) -> Comparison:

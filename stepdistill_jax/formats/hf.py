@@ -1,5 +1,6 @@
 """Hugging Face T5 weights <-> our scanned parameter tree, one slice at a time."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -26,7 +27,11 @@ MAX_SHARD_SIZE = 5 * 10**9  # bytes; Hugging Face's "5GB"
 
 
 def load_params(
-    directory: os.PathLike | str, config: T5Config, shardings: Any | None = None
+    directory: os.PathLike | str,
+    config: T5Config,
+    shardings: Any | None = None,
+    *,
+    sources: Mapping[str, str] | None = None,
 ) -> Any:
     """Parameters of a model directory as float32, whatever they are stored as.
 
@@ -38,9 +43,11 @@ def load_params(
         config: of the model, from `formats.directory.read_model_files`.
         shardings: of each parameter (`sharding.param_shardings`): then each process reads only the
             slices of its own devices. None puts everything on the default device.
+        sources: our name of each parameter that is read, and the one whose tensors it takes, of the
+            same shape (`stored_shapes`); None reads all, each under its own name.
 
     Returns:
-        The unboxed parameter tree of `models.t5.T5`.
+        The unboxed parameter tree of `models.t5.T5`; of `sources` those alone.
 
     Raises:
         InputError: tensors that are missing, unknown, of a wrong shape or type: all of them in one
@@ -51,18 +58,53 @@ def load_params(
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(abstract, sep="/")
     if flat.keys() != table.keys():
         raise AssertionError(f"model and table disagree on {sorted(flat.keys() ^ table.keys())}")
-    _check(directory, weights, _expected(flat, table))
+    partly = sources is not None
+    sources = {path: path for path in flat} if sources is None else sources
+    flat = {path: flat[path] for path in sources}
+    taken = {source: flat[path] for path, source in sources.items()}
+    _check(directory, weights, _expected(taken, table), partly)
     placed: dict[str, Any] = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
     if shardings is not None:
         placed = flax.traverse_util.flatten_dict(shardings, sep="/")
     arrays = {}
     # the largest first: its host copy is needed while little else is there
     for path, x in sorted(flat.items(), key=lambda item: -math.prod(item[1].shape)):
-        read = _reader(weights, table[path], path, x)
+        read = _reader(weights, table[sources[path]], sources[path], x)
         array = jax.make_array_from_callback(x.shape, placed[path], read)
         # the copy to the device may still run: host buffers would pile up
         arrays[path] = array.block_until_ready()
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def stored_shapes(directory: os.PathLike | str, config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter that a model directory holds, by our name, layers stacked.
+
+    Args:
+        directory: as for `load_params`.
+        config: of the model; parameters may be missing, and have other shapes than it says.
+
+    Raises:
+        InputError: no weights that can be read, or layers of different shapes.
+    """
+    found, shapes = open_weights(directory).shapes(), {}
+    for path, name in hf_names(config).items():
+        if "{}" in name:
+            layers = list(_layers(found, name))
+            if len(set(layers)) > 1:
+                raise InputError(f"{directory}: the layers of {path} have different shapes")
+            count = (len(layers),)
+        else:
+            layers, count = [found[name]] if name in found else [], ()
+        if layers:
+            shapes[path] = (*count, *(layers[0][::-1] if is_transposed(path) else layers[0]))
+    return shapes
+
+
+def _layers(found: Mapping[str, tuple[int, ...]], name: str) -> Iterator[tuple[int, ...]]:
+    for layer in itertools.count():
+        if (shape := found.get(name.format(layer))) is None:
+            return
+        yield shape
 
 
 def _reader(
@@ -100,8 +142,12 @@ def _expected(
 
 
 def _check(
-    directory: os.PathLike | str, weights: Weights, expected: Mapping[str, tuple[int, ...]]
+    directory: os.PathLike | str,
+    weights: Weights,
+    expected: Mapping[str, tuple[int, ...]],
+    partly: bool,
 ) -> None:
+    # partly: tensors beyond the expected ones are left alone
     found = weights.shapes()
     ignored: set[str] = set(IGNORED)
     if HEAD in found and HEAD not in expected and not has_own_head(weights):
@@ -121,7 +167,7 @@ def _check(
         f"{len(names)} {kind}: {', '.join(sorted(names))}"
         for kind, names in (
             ("missing", expected.keys() - found.keys()),
-            ("unknown", found.keys() - expected.keys() - ignored),
+            ("unknown", set() if partly else found.keys() - expected.keys() - ignored),
             ("of a wrong shape", wrong_shapes),
             ("of a wrong type", wrong_types),
         )

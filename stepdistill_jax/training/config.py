@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from stepdistill_jax.data.objectives import Objective, resolve
@@ -90,7 +91,11 @@ class TrainConfig:
         task: a prepared dataset, or a registered SeqIO task or mixture.
         task_module: module that registers it, imported before it is looked up.
         model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
-        init_from: model directory to start from; None is random.
+        init_from: model directory, or another run's workdir (its best step), to start from; None is
+            random.
+        init_rules: (regular expression, name in `init_from` or None) each, tried in this order on the
+            whole name of a parameter: which one of `init_from` it takes, None leaving it as it is
+            drawn by the seed. None loads each under its own name.
         objectives: an arm's name or objectives.
         task_objectives: which objective each plain task of a mixture gives, for instance
             {"own_label": "label", "own_rationale": "rationale"}; `single` trains all tasks of it as
@@ -138,6 +143,7 @@ class TrainConfig:
     task_module: str | None = None
     model_size: str = "tiny"
     init_from: str | None = None
+    init_rules: tuple[tuple[str, str | None], ...] | None = None
     objectives: str | tuple[Objective, ...] = "step_by_step"
     task_objectives: dict[str, str] | str | None = None
     extra_loss: ExtraLoss | None = None
@@ -194,6 +200,12 @@ class TrainConfig:
             for name in names:
                 of_type(name, getattr(self, name), kind, words)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
+        if self.init_rules is not None:
+            object.__setattr__(self, "init_rules", _init_rules(self.init_rules))
+            if self.init_from is None:
+                raise InputError(
+                    "`init_rules`: needs `init_from`, whose parameters it chooses among"
+                )
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
             if self.profile_steps[0] > self.train_steps:
@@ -248,6 +260,25 @@ class TrainConfig:
         if isinstance(self.optimizer, OptimizerFunction):
             fields["optimizer"] = self.optimizer.to_json()
         return fields
+
+
+def _init_rules(rules: Any) -> tuple[tuple[str, str | None], ...]:
+    wanted = '[("EXPRESSION", "NAME in `init_from`" or None), ...]'
+    if not isinstance(rules, (list, tuple)) or not rules:
+        raise refused("init_rules", wanted, rules)
+    for rule in rules:
+        if not isinstance(rule, (list, tuple)) or len(rule) != 2:
+            raise refused("init_rules", wanted, rules)
+        pattern, replacement = rule
+        if not isinstance(pattern, str) or not isinstance(replacement, str | None):
+            raise refused("init_rules", wanted, rules)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"`init_rules`: {pattern!r} is no regular expression ({error})"
+            ) from None
+    return tuple((pattern, replacement) for pattern, replacement in rules)
 
 
 def _first_and_last(steps: Any) -> tuple[int, int]:

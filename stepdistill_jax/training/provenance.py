@@ -16,11 +16,13 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
 from stepdistill_jax.models.config import OLD_REMAT_POLICIES
 from stepdistill_jax.models.lora import split
+from stepdistill_jax.runtime.checkpoints.manager import is_workdir, params_digest
 from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 from stepdistill_jax.runtime.fingerprints import digest, sampled_digest
 from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0, require_same
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import VALIDATION
+from stepdistill_jax.training.initial_weights import InitialWeights
 from stepdistill_jax.training.learning_rate import FALLING
 from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
@@ -63,7 +65,7 @@ def describe(run: Run) -> dict[str, Any]:
     if run.validator is not None:
         fingerprint[VALIDATION] = run.validator.data.fingerprint
         cut[VALIDATION] = run.validator.batches.cut_counts()
-    if (weights := _weights_digest(run.config.init_from)) is not None:
+    if run.initial is not None and (weights := _weights_digest(run.initial)) is not None:
         fingerprint["init_from"] = weights
     described = {
         "config": run.config.to_json(),
@@ -83,6 +85,8 @@ def describe(run: Run) -> dict[str, Any]:
         "commit": _commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+    if run.initial is not None and not (run.workdir / RUN).exists():  # else it says so already
+        described["initialised"] = run.initial.described()
     return json.loads(json.dumps(described, default=str))
 
 
@@ -90,16 +94,20 @@ def _count(tree: Any) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def _weights_digest(directory: str | None) -> str | None:
-    """Digest of a model directory's config.json and of the names and sizes of its files.
+def _weights_digest(initial: InitialWeights) -> str | None:
+    """Digest of INIT_FROM: a workdir's step and its files, or config.json and the sizes of the files.
 
-    Weights of many gigabytes are not read for it. None where the directory is gone.
+    Weights of many gigabytes are not read for it. None where the directory or the step is gone.
     """
-    if directory is None or not pathlib.Path(directory).is_dir():
+    directory = initial.path
+    if initial.step is not None and is_workdir(directory):
+        return params_digest(directory, initial.step)
+    if not directory.is_dir():
         return None
-    files = sorted(p for p in pathlib.Path(directory).iterdir() if p.is_file())
+    files = sorted(p for p in directory.iterdir() if p.is_file())
     sizes = {p.name: p.stat().st_size for p in files}
-    return digest([sizes, (pathlib.Path(directory) / "config.json").read_text(encoding="utf-8")])
+    config = directory / "config.json"  # a T5X checkpoint has none
+    return digest([sizes, config.read_text(encoding="utf-8") if config.is_file() else ""])
 
 
 def _commit() -> str | None:
@@ -220,7 +228,9 @@ def _agree(described: dict[str, Any]) -> None:
         return
     given = described["config"]["init_from"]
     # run.json has sizes only; under a cut each process reads its part, and two models would become a third
-    weights = sampled_digest(pathlib.Path(given)) if given and pathlib.Path(given).is_dir() else ""
+    weights = ""
+    if given and pathlib.Path(given).is_dir() and not is_workdir(given):
+        weights = sampled_digest(pathlib.Path(given))
     require_same(
         [described["config"], described["fingerprint"], weights], "config, data or `init_from`"
     )

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
@@ -14,28 +15,26 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
-from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.config import T5Config, t5_config
-from stepdistill_jax.models.lora import base_of
 from stepdistill_jax.models.sharding import batch_shards, make_mesh
-from stepdistill_jax.runtime.checkpoints.manager import is_workdir
+from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
+from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, local_path
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import TRAIN, VALIDATION, batches_of, load_split, vocabulary_of
+from stepdistill_jax.training.initial_weights import InitialWeights
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import (
     TrainState,
     abstract_state,
     init_state,
-    shardings_of,
     state_from_params,
-    with_new_adapters,
 )
 from stepdistill_jax.training.validation import Validator
-from stepdistill_jax.training.workdir import check_workdir
+from stepdistill_jax.training.workdir import RUN, check_workdir, read_run
 
 MODEL_SETTINGS = ("dtype", "dropout_rate", "remat_policy", "lora")
 
@@ -53,17 +52,15 @@ class Run:
     tx: optax.GradientTransformation
     abstract: TrainState
     validator: Validator | None
+    initial: InitialWeights | None = None
 
     def initial_state(self) -> TrainState:
         """Step 0: the weights of `init_from`, or random ones; adapters are always new."""
-        if self.config.init_from is None:
-            return init_state(self.model, self.tx, self.abstract, seed=self.config.seed)
-        plain = dataclasses.replace(self.model, lora=None)
-        shardings = shardings_of(base_of(self.abstract.params))
-        params = load_params(self.config.init_from, plain, shardings)
-        if self.model.lora is not None:
-            params = with_new_adapters(params, self.model, self.abstract, seed=self.config.seed)
-        return state_from_params(params, self.tx, self.abstract, seed=self.config.seed)
+        seed = self.config.seed
+        if self.initial is None:
+            return init_state(self.model, self.tx, self.abstract, seed=seed)
+        params = self.initial.load(self.mesh, seed)
+        return state_from_params(params, self.tx, self.abstract, seed=seed)
 
 
 def assemble(
@@ -96,6 +93,9 @@ def assemble(
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
     abstract = abstract_state(model, tx, mesh)
+    initial = None
+    if config.init_from is not None:
+        initial = _initial_weights(config, workdir, model, abstract)
     validator = None
     if (held_out := _held_out(config, data, **read)) is not None:
         held_out.check_ids(model.vocab_size)
@@ -121,7 +121,7 @@ def assemble(
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
-    return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator)
+    return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator, initial)
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
@@ -147,14 +147,34 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
     """Vocabulary and configuration of INIT_FROM; on a resume the workdir has them, too."""
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
-    if not resumed and is_workdir(config.init_from):
-        raise InputError(
-            f"`init_from`: {config.init_from} is a training run;"
-            " `stepdistill export` makes a model directory of it"
-        )
-    files = read_model_files(workdir if resumed else local_path(config.init_from, "`init_from`"))
+    files = read_model_files(workdir if resumed else _init_path(config.init_from))
     log(f"`init_from` {config.init_from}: its config.json decides the model, not `model_size`")
     return files.vocabulary.source, dataclasses.replace(files.config, **model_settings(config))
+
+
+def _init_path(init_from: str) -> pathlib.Path:
+    """INIT_FROM: a workdir may be in a store, a model directory must not."""
+    return as_path(init_from) if is_workdir(init_from) else local_path(init_from, "`init_from`")
+
+
+def _initial_weights(
+    config: TrainConfig, workdir: pathlib.Path, model: T5Config, abstract: TrainState
+) -> InitialWeights:
+    """INIT_FROM with its rules; those of a new run are checked and reported here."""
+    assert config.init_from is not None
+    path, step = as_path(config.init_from), None
+    if resumed := (workdir / RUN).is_file():
+        step = read_run(workdir).get("initialised", {}).get("step")
+    elif is_workdir(path):
+        step = on_process_0(lambda: resolve_step(path, "best"))
+    initial = InitialWeights(path, step, config.init_rules, model, abstract)
+    if resumed:
+        return initial
+    lines = initial.report()
+    if jax.process_index() == 0:
+        for line in lines:
+            log(line)
+    return initial
 
 
 def max_decode_len(data: TaskData, target_length: int) -> int:

@@ -1,6 +1,7 @@
 """What a step changes, born where it lives: no process ever holds the whole of it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -127,22 +128,32 @@ def _jit_init(config: T5Config, tx: optax.GradientTransformation, leaves: tuple,
     return jax.jit(init, out_shardings=shardings_of(jax.tree.unflatten(tree, leaves)))
 
 
-def with_new_adapters(base: Any, config: T5Config, abstract: TrainState, *, seed: int) -> Any:
-    """Placed plain weights with the adapters that `init_state` would draw beside them.
+def drawn(part: Callable[[Any], Any], config: T5Config, abstract: TrainState, *, seed: int) -> Any:
+    """The part of the parameters that `init_state` would draw, placed.
 
-    XLA drops the random base of `init_params`, since nothing asks for it.
+    XLA drops the rest of `init_params`, since nothing asks for it.
+
+    Args:
+        part: takes that part out of a parameter tree.
+        config: of the model.
+        abstract: of the model's state.
+        seed: of the run.
     """
 
     def init() -> Any:
-        return split(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))[0]
+        return part(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))
 
-    shardings = shardings_of(split(abstract.params)[0])
-    return combine(jax.jit(init, out_shardings=shardings)(), base)
+    return jax.jit(init, out_shardings=shardings_of(part(abstract.params)))()
+
+
+def with_new_adapters(base: Any, config: T5Config, abstract: TrainState, *, seed: int) -> Any:
+    """Placed plain weights with the adapters that `init_state` would draw beside them."""
+    return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 
 def state_from_params(
     params: Any, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """Step 0 around parameters that are already placed (weights of a model directory)."""
+    """Step 0 around given parameters, on devices: copies of them, placed as in `abstract`."""
     create = functools.partial(create_state, tx=tx, seed=seed)
     return jax.jit(create, out_shardings=shardings_of(abstract))(params)

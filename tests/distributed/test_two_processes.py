@@ -105,6 +105,34 @@ def test_one_process_computes_the_metrics_of_a_task_and_both_know_them(
     assert len(kept.read_text().splitlines()) == 9
 
 
+def test_two_processes_start_from_a_workdir_as_one_does(tmp_path, start, delivery_data_dir):
+    source, runs = tmp_path / "source", {}
+    settings = {"train_steps": 1, "eval_every": 1, "layout": "fsdp"}
+    given = {source: (1, settings)}
+    rules = [
+        ["decoder/layers/self_attention/(.*)", r"decoder/layers/encoder_decoder_attention/\1"],
+        ["decoder/layers/mlp/.*", None],
+    ]
+    for count in (1, 2):
+        changes = settings | {"init_from": str(source), "init_rules": rules}
+        given[tmp_path / str(count)] = (count, changes)
+    for workdir, (count, changes) in given.items():
+        workdir.mkdir()
+        job = specification(workdir, delivery_data_dir, **changes)
+        codes, errors = start(SCRIPT, job, count=count, devices=2 // count).finish()
+        assert codes == [0] * count, errors
+        kept = json.loads((workdir / "run.json").read_text())
+        runs[workdir.name] = untimed(workdir), kept.get("initialised"), kept["fingerprint"]
+    (one, *same), (two, *as_two) = runs["1"], runs["2"]
+    assert (
+        same == as_two and same[0]["step"] == 1 and same[0]["renamed"] and same[0]["from_scratch"]
+    )
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose([*a.values()], [*b.values()], rtol=1e-5)
+    assert one[0]["loss"] != runs["source"][0][0]["loss"]
+
+
 def test_a_signal_to_one_stops_both_and_one_alone_goes_on(tmp_path, start, delivery_data_dir):
     given = specification(
         tmp_path, delivery_data_dir, layout="fsdp", train_steps=200, eval_every=10**6

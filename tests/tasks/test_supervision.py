@@ -245,5 +245,6 @@ def test_a_smaller_fraction_is_a_subset_of_a_larger_one(data_dir):
 
 def _repeated(rows, times):
     lengths = np.tile(rows.lengths, times)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return type(rows).of_offsets(np.tile(rows.ids, times), offsets)
+    return type(rows).of_offsets(
+        np.tile(rows.ids, times), np.concatenate([[0], np.cumsum(lengths)])
+    )

@@ -20,12 +20,14 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
     CheckpointError,
     SavedStep,
     defect,
+    files_digest,
     purge,
     reseal,
     saved,
     seal,
     set_aside_unsound,
 )
+from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.stores import StoreError, as_path, is_remote
 
@@ -300,6 +302,12 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
 
 def _problem(step: SavedStep, read: str | None) -> str | None:
     return step.problem or (defect(step.folder, below=read) if read else None)
+
+
+def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
+    """Digest of a step and of its parameters' files as they were saved; None where the step is gone."""
+    found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
+    return None if found is None else digest([step, found])
 
 
 def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from stepdistill_jax.runtime.files import atomic_write
-from stepdistill_jax.runtime.fingerprints import crc32, of_each
+from stepdistill_jax.runtime.fingerprints import crc32, digest, of_each
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import asked, is_remote
 
@@ -89,6 +89,15 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
         if crc != wanted[name][1]:
             return f"{name}: other bytes than were saved (crc32 {crc}, not {wanted[name][1]})"
     return None
+
+
+def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
+    """Digest of an item's files as they were saved, by the manifest; None where there is none to read."""
+    try:
+        files = _read(step_folder)["files"]
+    except ValueError:
+        return None
+    return digest({name: of for name, of in files.items() if name.startswith(f"{below}/")})
 
 
 def saved(folder: pathlib.Path) -> list[SavedStep]:

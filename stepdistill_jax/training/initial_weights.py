@@ -1,0 +1,200 @@
+"""The weights that a run starts from: those of INIT_FROM, as far as INIT_RULES take them."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.formats.hf import load_params, stored_shapes
+from stepdistill_jax.inference.model import load_model
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.lora import base_of, combine
+from stepdistill_jax.training.state import TrainState, drawn, shardings_of, with_new_adapters
+
+Rules = Sequence[tuple[str, str | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialWeights:
+    """The parameters that `init_from` gives a run.
+
+    Attributes:
+        path: of a model directory, or of another run's workdir.
+        step: the checkpoint of that workdir; None for a model directory.
+        rules: `TrainConfig.init_rules`; None loads every parameter under its own name.
+        model: the run's configuration.
+        abstract: the run's state.
+    """
+
+    path: pathlib.Path
+    step: int | None
+    rules: Rules | None
+    model: T5Config
+    abstract: TrainState
+
+    @functools.cached_property
+    def sources(self) -> dict[str, str | None]:
+        """For each parameter its name in `path`, or None where it starts from scratch.
+
+        Raises:
+            InputError: as `sources_of`.
+        """
+        shapes = _shapes(base_of(self.abstract.params))
+        return sources_of(shapes, self._stored, self.rules or (), str(self.path))
+
+    @functools.cached_property
+    def _stored(self) -> dict[str, tuple[int, ...]]:
+        if self.step is not None:  # its checkpoints fit its configuration, which is the run's
+            return _shapes(base_of(self.abstract.params))
+        return stored_shapes(self.path, dataclasses.replace(self.model, lora=None))
+
+    def described(self) -> dict[str, Any]:
+        """Returns `step` and, under rules, the names `from_scratch`, `renamed` and `unused`."""
+        found: dict[str, Any] = {"step": self.step}
+        if self.rules is not None:
+            used = set(self.sources.values())
+            found["from_scratch"] = [n for n, source in self.sources.items() if source is None]
+            found["renamed"] = {n: s for n, s in self.sources.items() if s not in (None, n)}
+            found["unused"] = [name for name in self._stored if name not in used]
+        return found
+
+    def report(self) -> list[str]:
+        """Returns lines for the log.
+
+        Raises:
+            InputError: as `sources_of`.
+        """
+        found, lines = self.described(), []
+        if self.step is not None:
+            lines.append(
+                f"`init_from` {self.path}: a training run, of which step {self.step} is taken"
+            )
+        if self.rules is not None:
+            renamed = [f"{name} from {source}" for name, source in found["renamed"].items()]
+            kinds = {"from scratch": found["from_scratch"], "renamed": renamed}
+            kinds["left out"] = found["unused"]
+            lines += [
+                f"`init_rules`: {what}: {', '.join(names) or 'none'}"
+                for what, names in kinds.items()
+            ]
+        return lines
+
+    def load(self, mesh: Mesh, seed: int) -> Any:
+        """Returns the run's parameters; on several processes all must call this.
+
+        What is not loaded is drawn by the seed, as a run without `init_from` draws it. Adapters are
+        always new.
+        """
+        base = self._loaded(mesh)
+        if self.rules is not None:
+            names = [name for name, source in self.sources.items() if source is None]
+
+            def from_scratch(params: Any) -> Any:
+                flat = flatten_dict(base_of(params), sep="/")
+                return unflatten_dict({n: flat[n] for n in names}, sep="/")
+
+            if names:
+                scratch = drawn(from_scratch, self.model, self.abstract, seed=seed)
+                base = combine(scratch, base)
+        if self.model.lora is not None:
+            base = with_new_adapters(base, self.model, self.abstract, seed=seed)
+        return base
+
+    def _loaded(self, mesh: Mesh) -> Any:
+        """The parameters that `path` has, under the run's names; two may share a buffer."""
+        shardings = shardings_of(base_of(self.abstract.params))
+        plain = dataclasses.replace(self.model, lora=None)
+        sources = None
+        if self.rules is not None:
+            sources = {name: source for name, source in self.sources.items() if source}
+        if self.step is None:
+            return load_params(self.path, plain, shardings, sources=sources)
+        params = load_model(self.path, self.step, mesh=mesh).params  # adapters are merged
+        if sources is None:
+            return params
+        # `state_from_params` gives each parameter a buffer of its own, where its place is
+        flat = flatten_dict(params, sep="/")
+        return unflatten_dict({name: flat[source] for name, source in sources.items()}, sep="/")
+
+
+def sources_of(
+    wanted: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...]],
+    rules: Rules,
+    where: str,
+) -> dict[str, str | None]:
+    r"""Returns for each wanted parameter the name of the stored one that it takes, as T5X chooses it.
+
+    The first rule whose expression matches the whole name decides: its replacement, in which `\1`
+    stands for a group, is the stored name; None leaves the parameter out. A name that no rule
+    matches is the stored name, too.
+
+    >>> rules = [(r"decoder/layers/self_(.*)", r"encoder/layers/\1"), ("logits_dense/.*", None)]
+    >>> names = ["decoder/layers/self_attention/out/kernel", "logits_dense/kernel", "token_embedder"]
+    >>> stored = {"encoder/layers/attention/out/kernel": (2, 8, 8), "token_embedder": (99, 8)}
+    >>> wanted = dict(zip(names, [(2, 8, 8), (8, 99), (99, 8)]))
+    >>> for name, source in sources_of(wanted, stored, rules, "base").items():
+    ...     print(name, "<-", source)
+    decoder/layers/self_attention/out/kernel <- encoder/layers/attention/out/kernel
+    logits_dense/kernel <- None
+    token_embedder <- token_embedder
+
+    Args:
+        wanted: shape of each parameter of the run.
+        stored: shape of each parameter that there is.
+        rules: of `TrainConfig.init_rules`.
+        where: what the stored ones are in, for messages.
+
+    Raises:
+        InputError: a stored parameter is missing or has another shape, or a rule matches nothing.
+    """
+    sources, used = {}, set()
+    for name in wanted:
+        sources[name] = name
+        for number, (pattern, replacement) in enumerate(rules):
+            if match := re.fullmatch(pattern, name):
+                used.add(number)
+                sources[name] = _expanded(match, replacement)
+                break
+    for number, (pattern, _) in enumerate(rules):
+        if number not in used:
+            raise InputError(
+                f"`init_rules`: {pattern!r} decides no parameter of the model; names are such as"
+                f" {next(iter(wanted))}{nearest(pattern, wanted)}"
+            )
+    problems = []
+    for name, source in sources.items():
+        if source is None or stored.get(source) == wanted[name]:
+            continue
+        if source in stored:
+            shapes = f"{list(stored[source])}, and the model's {name} is {list(wanted[name])}"
+            problem = f"{source} in {where} is {shapes}"
+        else:
+            of = "" if source == name else f" for {name}"
+            problem = f"{where} has no parameter {source}{of}{nearest(source, stored)}"
+        problems.append(f"{problem}; the rule ({name!r}, None) starts it from scratch")
+    if problems:
+        more = f" (and {len(problems) - 1} more do not fit)" if len(problems) > 1 else ""
+        raise InputError(f"`init_rules`: {problems[0]}{more}")
+    return sources
+
+
+def _expanded(match: re.Match, replacement: str | None) -> str | None:
+    if replacement is None:
+        return None
+    try:
+        return match.expand(replacement)
+    except (re.error, IndexError) as error:
+        raise InputError(
+            f"`init_rules`: {replacement!r} is no replacement for {match.re.pattern!r} ({error})"
+        ) from None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in flatten_dict(tree, sep="/").items()}
