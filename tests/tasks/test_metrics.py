@@ -286,7 +286,8 @@ def test_paired_tasks_are_measured_on_the_rows_that_have_a_label(seqio, added, t
 
 def colours(split):
     for i, colour in enumerate(["red", "blue", "red"]):
-        yield {"input": f"thing {i}", "label": colour, "rationale": f"since {i}"}
+        row = {"input": f"thing {i}", "label": colour, "rationale": f"since {i}"}
+        yield row | {"llm_label": "green"}
 
 
 def red_recall(targets, predictions):
@@ -300,9 +301,9 @@ def colour_task(seqio):
     return "colour_task"
 
 
-@pytest.mark.parametrize("objectives", ["step_by_step", "single_task"])
+@pytest.mark.parametrize("objectives", ["step_by_step", "single_task", "label_only_llm"])
 def test_a_function_given_to_add_task_gets_labels(colour_task, tmp_path, objectives):
-    """Also where the config's objectives write a rationale first."""
+    """Gold ones, also where the config's objectives write a rationale first, or the teacher's label."""
     data = load_task(colour_task, split="validation", objectives=objectives, data_dir=tmp_path)
     (part,) = data.parts
     assert part.metric == "text_match"
