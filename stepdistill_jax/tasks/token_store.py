@@ -4,15 +4,13 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
-import itertools
 import json
 import os
 import pathlib
 import shutil
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +19,11 @@ from stepdistill_jax.runtime.files import fsync
 from stepdistill_jax.runtime.fingerprints import digest, of_each, sampled_sha256, sha256
 from stepdistill_jax.runtime.folders import REPLACED, folder_aside
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.tasks.token_files import FEATURES, ROW_IDS, file_name, write_files
 
 FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
 MANIFEST = "manifest.json"
-FEATURES = ("inputs", "targets")
-ROW_IDS = "row_ids"
 SAMPLED = "sampled"  # of a manifest: the digest that is compared when a store is opened
-AT_ONCE = 1024  # examples that are in memory while a store is written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +162,7 @@ def write_store(
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with folder_aside(directory, own_tag()) as new:
-        count, max_ids = _write_files(new, len(objectives), examples)
+        count, max_ids = write_files(new, len(objectives), examples)
         sizes = {p.name: p.stat().st_size for p in sorted(new.iterdir())}
         manifest = {
             "version": FORMAT_VERSION,
@@ -185,58 +181,6 @@ def write_store(
         return _put(new, directory)
 
 
-def _write_files(
-    folder: pathlib.Path, num_objectives: int, examples: Iterable[TokenExample]
-) -> tuple[int, dict[str, int]]:
-    """Streams examples to disk; returns their number and the largest id of each file of ids."""
-    examples, count = iter(examples), 0
-    with contextlib.ExitStack() as stack:
-
-        def new_file(name: str) -> IO[bytes]:
-            return stack.enter_context(open(folder / name, "wb"))
-
-        columns = {
-            (ids := _file_name(i, feature, "ids")): _Column(
-                i, side, new_file(ids), new_file(_file_name(i, feature, "offsets"))
-            )
-            for i in range(num_objectives)
-            for side, feature in enumerate(FEATURES)
-        }
-        weights, labels = new_file("weights"), new_file("labels.jsonl")
-        while several := list(itertools.islice(examples, AT_ONCE)):
-            for column in columns.values():
-                column.write(several)
-            weights.write(np.array([e.weight for e in several], np.float32).tobytes())
-            for example in several:
-                labels.write(json.dumps(example.label_text, ensure_ascii=False).encode() + b"\n")
-            if hashes := [_hash(e.row_id) for e in several if e.row_id is not None]:
-                with open(folder / ROW_IDS, "ab") as f:  # which is absent where the rows have none
-                    f.write(np.array(hashes, np.uint64).tobytes())
-            count += len(several)
-    return count, {name: column.max_id for name, column in columns.items()}
-
-
-class _Column:
-    """The two files of one feature of one objective while they are written."""
-
-    def __init__(self, objective: int, side: int, ids: IO[bytes], offsets: IO[bytes]):
-        self._objective, self._side, self._ids, self._offsets = objective, side, ids, offsets
-        self._end = self.max_id = 0
-        offsets.write(np.int64(0).tobytes())
-
-    def write(self, examples: Sequence[TokenExample]) -> None:
-        """Appends their rows."""
-        rows = [np.asarray(e.rows[self._objective][self._side], np.int32) for e in examples]
-        ids, ends = np.concatenate(rows), self._end + np.cumsum([len(row) for row in rows])
-        self._ids.write(ids.tobytes())
-        self._offsets.write(ends.astype(np.int64).tobytes())
-        self._end, self.max_id = int(ends[-1]), max(self.max_id, int(ids.max(initial=0)))
-
-
-def _hash(row_id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little")
-
-
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
     """Digest of the objectives and of every byte of the files."""
     return digest([list(objectives), of_each(sha256, folder, names)])
@@ -251,10 +195,6 @@ def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
 def own_tag() -> str:
     """Tag of this host's writers (`folders.alone`): some disks grant a lock to one process of each host."""
     return f"{socket.gethostname()}-"
-
-
-def _file_name(objective: int, feature: str, what: str) -> str:
-    return f"{objective + 1}-{feature}.{what}"
 
 
 def _put(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
@@ -326,8 +266,8 @@ def _opened(directory: pathlib.Path, manifest: Mapping[str, Any]) -> TokenStore:
     rows = tuple(
         {
             feature: TokenRows.of_offsets(
-                _map(directory / (name := _file_name(i, feature, "ids")), np.int32),
-                _map(directory / _file_name(i, feature, "offsets"), np.int64),
+                _map(directory / (name := file_name(i, feature, "ids")), np.int32),
+                _map(directory / file_name(i, feature, "offsets"), np.int64),
                 manifest.get("max_ids", {}).get(name),
             )
             for feature in FEATURES
