@@ -95,9 +95,8 @@ def test_of_a_large_dataset_every_kth_row_teaches_the_vocabulary(tmp_path, monke
         for i in range(10)
     ]
     tallies, _ = write_rows(dataclasses.replace(READING, rows=lambda: iter(rows)), tmp_path)
-    path = tmp_path / "train.jsonl"
-    assert len(writing._texts(path, tallies["train"])) == 40
-    monkeypatch.setattr(writing, "MAX_VOCABULARY_CHARACTERS", tallies["train"].characters // 3)
-    assert writing._texts(path, tallies["train"])[::4] == [
-        f"predict: question {i}" for i in (0, 4, 8)
-    ]
+    path, tally = tmp_path / "train.jsonl", tallies["train"]
+    assert len(writing.vocabulary_texts(path, tally.texts, tally.characters)) == 40
+    monkeypatch.setattr(writing, "MAX_VOCABULARY_CHARACTERS", tally.characters // 3)
+    found = writing.vocabulary_texts(path, tally.texts, tally.characters)[::4]
+    assert found == [f"predict: question {i}" for i in (0, 4, 8)]
