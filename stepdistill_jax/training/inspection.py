@@ -96,7 +96,11 @@ def inspect(
             for number, objective in enumerate(data.objectives)
         },
         "cut": batches.cut_counts(),
-        **({"shares": data.shares()} if len(data.parts) > 1 or data.parts[0].drawn else {}),
+        **(
+            {"shares": data.shares()}
+            if len(data.parts) > 1 or any(p.drawn for p in data.parts)
+            else {}
+        ),
         **measured,
         "row_counts": list(batches.row_counts) if config.pack else [],
         "shown": list(_shown(batches, rows)),
