@@ -110,6 +110,9 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
+    if run.config.pack:
+        inputs, targets = run.batches.row_lengths
+        log(f"packed rows of {inputs} input and {targets} target tokens")
     log(
         f"{run.config.task}: {run.batches.num_examples} examples,"
         f" {run.batches.steps_per_epoch:.1f} steps an epoch; model of"
@@ -134,7 +137,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
                 if count:
                     log(
                         f"warning: {count} {feature} of {name} in {split} are longer than the"
-                        " config's length and are cut; `stepdistill inspect` proposes lengths"
+                        " config's length and are truncated; `stepdistill inspect` shows all lengths"
                     )
 
 

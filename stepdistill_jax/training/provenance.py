@@ -76,6 +76,7 @@ def describe(run: Run) -> dict[str, Any]:
         "seeds": dict.fromkeys(("init", "dropout", "data_order"), run.config.seed),
         "fingerprint": fingerprint,
         "examples": run.batches.num_examples,
+        "row_lengths": list(run.batches.row_lengths),
         "cut": cut,
         "versions": version_block(),
         "device": jax.devices()[0].device_kind,

@@ -35,7 +35,7 @@ _CONFIG_FIELDS = {
     **{"task": str, "objectives": list, "data_fraction": (int, float), "seed": int},
     **{"batch_size": int, "train_steps": int},
 }
-_LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list}
+_LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths": list}
 
 
 @contextlib.contextmanager
