@@ -83,8 +83,8 @@ class Batches:
             longest row, and encodes an input anew for each of them.
         row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
         data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
-        row_lengths: input and target tokens of a packed row (`row_lengths.choose`); None is
-            `input_length` and `target_length`.
+        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` has
+            what they cost); None is `input_length` and `target_length`.
         loss_mean: `example` divides a row's weight by the number of its target tokens.
         shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
             last with fewer examples in the same shapes.
@@ -184,8 +184,9 @@ class Batches:
             load = np.bincount(encodings.places, shares.sum(1))
             loads.append(np.repeat(load[usable], epochs))
             rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
+        probes = self.probe(most_rows=PROBED_ROWS, least=8, most=PROBES)
         bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
-        return choose_row_counts(self.probe(), bound, self.row_multiple)
+        return choose_row_counts(probes, bound, self.row_multiple)
 
     def longest(self) -> tuple[int, int]:
         """Returns the tokens of the longest input and of the longest target, truncated."""
@@ -194,17 +195,22 @@ class Batches:
         inputs, targets = (max(int(x.max(initial=0)) for x in side) for side in sides)
         return max(1, inputs), max(1, targets)
 
-    def probe(self, rows: int = PROBED_ROWS, least: int = 8, most: int = PROBES) -> list[int]:
-        """Returns the packed rows that random batches need; the same for any seed.
+    def probe(self, *, most_rows: int, least: int, most: int) -> list[int]:
+        """Returns the packed rows that random batches need.
 
-        So many batches are packed as have `rows` rows before packing, at least `least`.
+        They are drawn in the same way for any `seed` and `data_fraction`, which of several
+        rationales is sampled excepted.
+
+        Args:
+            most_rows: of all batches together, before packing.
+            least, most: batches; the first goes before `most_rows`.
         """
         shares = np.asarray(self.data.rates, np.float64)
         if not self.shuffle:
             shares = np.array([len(usable) for usable in self._usable], np.float64)
         rng = np.random.default_rng(0)
         probes = []
-        for _ in range(min(most, max(least, rows // (self.batch_size * len(self._tables))))):
+        for _ in range(min(most, max(least, most_rows // (self.batch_size * len(self._tables))))):
             stores = rng.choice(len(shares), self.batch_size, p=shares / shares.sum())
             indices = np.empty(self.batch_size, np.int64)
             for store, usable in enumerate(self._usable):

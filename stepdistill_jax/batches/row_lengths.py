@@ -9,10 +9,10 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.models.config import MAX_LENGTH
 
-FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # a row holds as many of the longest inputs
-SLACKS = (1.0, 1.1, 1.25)  # of the targets' share of a row
+FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # so many of the longest inputs fit into a row
+SLACKS = (1.0, 1.1, 1.25)  # the targets' length, by what the data has of them for an input
 TILE = 64  # accelerators cut longer rows into tiles
-PROBES, PROBED_ROWS = 8, 8192  # batches packed for each try: a second or two in all
+PROBES, PROBED_ROWS = 8, 8192  # packed for each try: at most about a second in all
 LITTLE_MORE = 1.01  # cost that shorter rows, whose attention takes less memory, may have
 
 Cost = Callable[[int, int], float]  # of a packed row by its input and target length
@@ -20,7 +20,7 @@ Cost = Callable[[int, int], float]  # of a packed row by its input and target le
 
 @dataclasses.dataclass(frozen=True)
 class RowLengths:
-    """Packed rows that are worth a try.
+    """Lengths of packed rows that are worth a try, and their cost.
 
     Attributes:
         input_length, target_length: tokens of a row.
@@ -48,7 +48,8 @@ def candidates(
     """
     found = []
     for lengths in _lengths(batches, input_length, target_length):
-        probes = dataclasses.replace(batches, row_lengths=lengths).probe(PROBED_ROWS, 1, PROBES)
+        packed = dataclasses.replace(batches, row_lengths=lengths, seed=0)  # one for all seeds
+        probes = packed.probe(most_rows=PROBED_ROWS, least=1, most=PROBES)
         rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))
         found.append(RowLengths(*lengths, rows, rows * cost(*lengths)))
     return found

@@ -198,9 +198,11 @@ def _show_fill(result: dict, console: "Console") -> None:
     )
     if not result["candidates"]:
         return
-    table = Table(title="Packed rows tried", title_justify="left")
+    table = Table(
+        title="Packed rows tried: their tokens, and how full they are", title_justify="left"
+    )
     filled = ("inputs", "targets", "all")
-    for column in ("ROW_INPUT_LENGTH", "ROW_TARGET_LENGTH", "rows", *filled, "GFLOP a step"):
+    for column in ("input", "target", "rows", *filled, "GFLOP a step"):
         table.add_column(column, justify="right")
     for candidate in result["candidates"]:
         fill = candidate["fill"]
@@ -214,9 +216,10 @@ def _show_fill(result: dict, console: "Console") -> None:
         )
     console.print(table)
     chosen = result["chosen"]
+    why = ", which cost least" if len(result["candidates"]) > 1 else ""
     console.print(
-        f"A run on one device has packed rows of {chosen['row_input_length']} input and"
-        f" {chosen['row_target_length']} target tokens, which cost least"
+        f"A run on one device has ROW_INPUT_LENGTH = {chosen['row_input_length']},"
+        f" ROW_TARGET_LENGTH = {chosen['row_target_length']}{why}"
         f" (filled {chosen['fill']['all']:.0%})",
         highlight=False,
     )

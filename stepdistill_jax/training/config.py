@@ -105,8 +105,7 @@ class TrainConfig:
         batch_size: examples (not rows) a step.
         pack: several rows in one; False pads each objective to its own length.
         input_length, target_length: tokens at which inputs and targets are truncated.
-        row_input_length, row_target_length: tokens of a packed row; `auto` chooses them by the cost of
-            a step.
+        row_input_length, row_target_length: tokens of a packed row; `auto` chooses the cheapest.
         train_steps, eval_every, checkpoint_every: steps.
         learning_rate: peak.
         num_microbatches: slices of a step, whose gradients are added up.
@@ -189,9 +188,7 @@ class TrainConfig:
         keep(self, whole, "batch_size", "train_steps", "eval_every", "checkpoint_every", least=1)
         keep(self, whole, "num_microbatches", least=1)
         keep(self, whole, "input_length", "target_length", least=1, most=MAX_LENGTH)
-        for name in ("row_input_length", "row_target_length"):
-            if getattr(self, name) != AUTO:
-                whole(name, getattr(self, name), 1, MAX_LENGTH)
+        keep(self, _row_length, "row_input_length", "row_target_length")
         keep(self, whole, "seed", least=0, most=INT64)
         keep(self, number, "learning_rate", above=0)
         keep(self, number, "data_fraction", above=0, most=1)
@@ -268,6 +265,14 @@ class TrainConfig:
         if isinstance(self.optimizer, OptimizerFunction):
             fields["optimizer"] = self.optimizer.to_json()
         return fields
+
+
+def _row_length(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        if value == AUTO:
+            return value
+        raise refused(name, f'a whole number or "{AUTO}"', value)
+    return whole(name, value, 1, MAX_LENGTH)
 
 
 def _init_rules(rules: Any) -> tuple[tuple[str, str | None], ...]:

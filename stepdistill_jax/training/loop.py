@@ -152,8 +152,8 @@ def empty_rows(run: Run) -> str | None:
     return (
         f"{1 - full / rows:.0%} of a batch's rows are empty: {run.config.batch_size} examples fill"
         f" {full} rows, and rows come in multiples of {shards * slices} ({shards} batch shards x"
-        f" {slices} microbatches); a larger BATCH_SIZE, fewer microbatches or devices, or a tensor"
-        " layout wastes less"
+        f" {slices} microbatches); a larger BATCH_SIZE, fewer microbatches, or a LAYOUT with fewer"
+        " batch shards and more `tensor` (fsdp_tensor, tensor) wastes less"
     )
 
 
