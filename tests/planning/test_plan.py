@@ -21,6 +21,7 @@ from stepdistill_jax.planning.plan import layouts_for
 from stepdistill_jax.planning.workload import workload
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
+from stepdistill_jax.training.run import assemble
 
 GIB = 2**30
 CONFIG = TrainConfig(
@@ -205,14 +206,20 @@ def test_the_arrays_of_targets_that_share_an_encoding_are_those_of_training(pack
     }
 
 
-def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir):
-    config = TrainConfig(task="delivery", batch_size=64, input_length=64, target_length=32)
+def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir, tmp_path):
+    config = TrainConfig(task="delivery", batch_size=4, input_length=64, target_length=32)
     found = workload(config, data_dir=delivery_data_dir)
     assert found.assumptions == ()
     assert found.model.vocab_size < 10_000
-    ((rows, *lengths),) = found.groups
-    assert lengths == [64, 32]
-    assert 0 < rows < 2 * 64  # several of the short rows in one
+    ((rows, *lengths),) = found.groups_of(1)
+    assert 0 < rows < 2 * 4  # several of the short rows in one
+    on_eight = dataclasses.replace(config, layout="fsdp")
+    ((rows, *shorter),) = found.groups_of(8)
+    assert rows == 8 and shorter < lengths
+    assert assemble(on_eight, tmp_path, delivery_data_dir).batches.lengths == (tuple(shorter),)
+    bound = dataclasses.replace(config, row_input_length=64, row_target_length=32)
+    ((rows, *given),) = workload(bound, data_dir=delivery_data_dir).groups_of(1)
+    assert given == [64, 32] and 0 < rows < 4
 
 
 def test_more_devices_than_the_process_has_are_refused():
