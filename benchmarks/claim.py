@@ -80,7 +80,7 @@ def why_not(examples: Sequence[Example]) -> list[dict]:
 
 
 # Weights are the demo's, 1 for the label and 3 for all others together.
-# The lengths are those of one or two examples of an arm: attention grows with a packed row's length.
+# The lengths hold every text of an arm.
 ARMS = {
     "label_only": Arm("the label alone: standard fine-tuning", CURVE, config="demo_label_only"),
     "step_by_step": Arm("label and rationale, two objectives: the paper's method", CURVE),

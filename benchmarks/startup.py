@@ -34,8 +34,6 @@ include "optimizers/adamw.gin"
 TASK = "{task}"
 MODEL_SIZE = "{size}"
 BATCH_SIZE = {batch_size}
-INPUT_LENGTH = {input_length}
-TARGET_LENGTH = {target_length}
 TRAIN_STEPS = 1000
 """
 STARTS = {  # what is removed before
@@ -48,8 +46,6 @@ STARTS = {  # what is removed before
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
     parser.add_argument("--batch-size", type=int, default=8, help="examples a step")
-    parser.add_argument("--input-length", type=int, help="tokens of a packed row")
-    parser.add_argument("--target-length", type=int, help="the same for targets")
 
 
 def first_step(config: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
@@ -93,7 +89,6 @@ def main() -> None:
     from stepdistill_jax.data.prepare import ensure_prepared
 
     dataset = ensure_prepared(args.task, args.data_dir)
-    timing.fill_in_lengths(args)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in STARTS}
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)

@@ -98,7 +98,7 @@ def peer_module(name: str, threads: int | None = None) -> Any:
 
 
 def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") -> None:
-    """Packed row lengths that were not given: those that `stepdistill inspect` proposes."""
+    """Packed row lengths that were not given: those that a run on one device has."""
     from stepdistill_jax.training.config import TrainConfig
     from stepdistill_jax.training.inspection import inspect
 
@@ -107,9 +107,9 @@ def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") 
         if "size" in args:
             settings["model_size"] = args.size
         config = TrainConfig(task=args.task, **settings)
-        proposed = inspect(config, data_dir=args.data_dir)["proposed"]
-        args.input_length = args.input_length or proposed["input_length"]
-        args.target_length = args.target_length or proposed["target_length"]
+        inputs, targets = inspect(config, data_dir=args.data_dir)["row_lengths"]
+        args.input_length = args.input_length or inputs
+        args.target_length = args.target_length or targets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -498,6 +498,26 @@ MUTANTS = [
         tests=["tests/batches/test_packing.py::test_first_fit_docstring"],
     ),
     Mutant(
+        id="B8",
+        what="the cost of packed rows leaves out the empty rows of a step",
+        file="stepdistill_jax/batches/row_lengths.py",
+        old="rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))",
+        new="rows = float(np.mean(probes))",
+        tests=[
+            "tests/batches/test_row_lengths.py::test_rows_that_devices_share_out_are_shorter_where_they_would_be_empty"
+        ],
+    ),
+    Mutant(
+        id="TR1",
+        what="a resume chooses its packed rows again",
+        file="stepdistill_jax/training/run.py",
+        old="    if (workdir / RUN).is_file():\n        # a run of a version",
+        new="    if not workdir.name:\n        # a run of a version",
+        tests=[
+            "tests/training/test_row_lengths.py::test_a_resume_on_another_layout_has_the_rows_of_the_run"
+        ],
+    ),
+    Mutant(
         id="L1",
         what="one mean over the tokens of all objectives",
         file="stepdistill_jax/training/loss.py",

@@ -76,13 +76,15 @@ class Batches:
     Attributes:
         data: token stores and objectives.
         batch_size: examples a step.
-        input_length, target_length: tokens of a packed row; longer inputs and targets (with their
-            decoder prefix) are cut, the end of sequence stays as their last id.
+        input_length, target_length: tokens of an input and of a target (with its decoder prefix);
+            longer ones are truncated, the end of sequence stays as their last id.
         seed: of the order, and of which examples a `data_fraction` keeps.
         pack: False gives one group for each objective, row i for the i-th example, as long as its
             longest row, and encodes an input anew for each of them.
         row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
         data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
+        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` has
+            what they cost); None is `input_length` and `target_length`.
         loss_mean: `example` divides a row's weight by the number of its target tokens.
         shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
             last with fewer examples in the same shapes.
@@ -98,6 +100,7 @@ class Batches:
     data_fraction: float = 1.0
     shuffle: bool = True
     loss_mean: str = "token"
+    row_lengths: tuple[int, int] | None = None
 
     def __post_init__(self):
         keep(self, whole, "batch_size", "input_length", "target_length", "row_multiple", least=1)
@@ -107,6 +110,15 @@ class Batches:
                 raise InputError(
                     f"`target_length={self.target_length}`: nothing is left for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
+                )
+        if self.row_lengths is None:
+            object.__setattr__(self, "row_lengths", (self.input_length, self.target_length))
+        names = ("row_input_length", "row_target_length")
+        for name, length, longest in zip(names, self.row_lengths, self.longest(), strict=True):
+            if self.pack and length < longest:
+                raise InputError(
+                    f"`{name}={length}`: {self.data.split} of {self.data.name} has an example of"
+                    f' {longest} tokens; give at least that, or "auto"'
                 )
         for store, pool in enumerate(self._sampler.pools):
             if not len(pool):
@@ -168,21 +180,37 @@ class Batches:
             # a batch that crosses the end of an epoch may hold an example once for each
             epochs = (self.batch_size - 1) // len(self._sampler.pools[store]) + 2
             encodings = self._all_encodings(store)
-            shares = encodings.sizes / (self.input_length, self.target_length)
+            shares = encodings.sizes / self.row_lengths
             load = np.bincount(encodings.places, shares.sum(1))
             loads.append(np.repeat(load[usable], epochs))
             rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
+        probes = self.probe(most_rows=PROBED_ROWS, least=8, most=PROBES)
         bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
-        return choose_row_counts(self._probe(), bound, self.row_multiple)
+        return choose_row_counts(probes, bound, self.row_multiple)
 
-    def _probe(self) -> list[int]:
-        """Packed rows that random batches need."""
+    def longest(self) -> tuple[int, int]:
+        """Returns the tokens of the longest input and of the longest target, truncated."""
+        tables = self._tables
+        sides = ([t.inputs.lengths for t in tables], [t.decoder_lengths for t in tables])
+        inputs, targets = (max(int(x.max(initial=0)) for x in side) for side in sides)
+        return max(1, inputs), max(1, targets)
+
+    def probe(self, *, most_rows: int, least: int, most: int) -> list[int]:
+        """Returns the packed rows that random batches need.
+
+        They are drawn in the same way for any `seed` and `data_fraction`, which of several
+        rationales is sampled excepted.
+
+        Args:
+            most_rows: of all batches together, before packing.
+            least, most: batches; the first goes before `most_rows`.
+        """
         shares = np.asarray(self.data.rates, np.float64)
         if not self.shuffle:
             shares = np.array([len(usable) for usable in self._usable], np.float64)
         rng = np.random.default_rng(0)
         probes = []
-        for _ in range(min(PROBES, max(8, PROBED_ROWS // (self.batch_size * len(self._tables))))):
+        for _ in range(min(most, max(least, most_rows // (self.batch_size * len(self._tables))))):
             stores = rng.choice(len(shares), self.batch_size, p=shares / shares.sum())
             indices = np.empty(self.batch_size, np.int64)
             for store, usable in enumerate(self._usable):
@@ -197,7 +225,7 @@ class Batches:
     def lengths(self) -> tuple[tuple[int, int], ...]:
         """(input, target) length of each group."""
         if self.pack:
-            return ((self.input_length, self.target_length),)
+            return (self.row_lengths,)
 
         def longest(lengths: Iterable[np.ndarray]) -> int:
             return max(1, *(int(of_table.max(initial=0)) for of_table in lengths))
@@ -256,7 +284,7 @@ class Batches:
         parts = [(t.inputs.lengths[e], t.decoder_lengths[e], places) for t, e, places in rows]
         inputs, targets, places = map(np.concatenate, zip(*parts, strict=True))
         sizes = np.stack([inputs, targets], 1)
-        return Encodings.of(sizes, places, self.target_length, shared=self.shared)
+        return Encodings.of(sizes, places, self.row_lengths[1], shared=self.shared)
 
     def _all_encodings(self, store: int) -> Encodings:
         """Those of all examples of a store, each at the place of its number, with all rationales."""

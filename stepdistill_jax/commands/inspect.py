@@ -119,9 +119,7 @@ def _show_rows(result: dict, console: "Console", colours: dict[str, str], brief:
     for number, row in enumerate(result["shown"], 1):
         inputs = sum(segment["input_tokens"] for segment in row)
         targets = sum(segment["target_tokens"] for segment in row)
-        lengths = f" of {result['input_length']}", f" of {result['target_length']}"
-        if not result["pack"]:
-            lengths = "", ""
+        lengths = [f" of {length}" for length in result["row_lengths"]] or ["", ""]
         console.print(
             f"[bold]Row {number}[/bold]: {len(row)} segment{'s' if len(row) > 1 else ''},"
             f" {inputs}{lengths[0]} input tokens, {targets}{lengths[1]} target tokens",
@@ -170,7 +168,7 @@ def _show_lengths(result: dict, console: "Console", colours: dict[str, str]) -> 
             console.print(
                 f"  {side}: {lengths['min']} to {lengths['max']} tokens, mean {lengths['mean']},"
                 f" median {lengths['median']}, 99% within {lengths['p99']};"
-                f" {cut}{share} cut at {result[limit]}",
+                f" {cut}{share} truncated at {result[limit]}",
                 highlight=False,
             )
             largest = max((b["rows"] for b in lengths["histogram"]), default=1) or 1
@@ -196,26 +194,30 @@ def _show_fill(result: dict, console: "Console") -> None:
         f" {result['fill']['targets']:.0%}",
         highlight=False,
     )
-    table = Table(title="Packed lengths tried", title_justify="left")
+    if not result["candidates"]:
+        return
+    table = Table(
+        title="Packed rows tried: their tokens, and how full they are", title_justify="left"
+    )
     filled = ("inputs", "targets", "all")
-    for column in ("INPUT_LENGTH", "TARGET_LENGTH", "rows", *filled, "cut", "GFLOP a step"):
+    for column in ("input", "target", "rows", *filled, "GFLOP a step"):
         table.add_column(column, justify="right")
     for candidate in result["candidates"]:
         fill = candidate["fill"]
         table.add_row(
-            str(candidate["input_length"]),
-            str(candidate["target_length"]),
+            str(candidate["row_input_length"]),
+            str(candidate["row_target_length"]),
             f"{candidate['rows_per_step']:g}",
             *(f"{fill[side]:.0%}" for side in filled),
-            str(candidate["cut_inputs"] + candidate["cut_targets"]),
             f"{candidate['flops_per_step'] / 1e9:,.4g}",
-            style="bold" if candidate == result["proposed"] else None,
+            style="bold" if candidate == result["chosen"] else None,
         )
     console.print(table)
-    proposed = result["proposed"]
+    chosen = result["chosen"]
+    why = ", which cost least" if len(result["candidates"]) > 1 else ""
     console.print(
-        f"Proposed: INPUT_LENGTH = {proposed['input_length']}, TARGET_LENGTH ="
-        f" {proposed['target_length']} (filled {proposed['fill']['all']:.0%};"
-        f" cuts {proposed['cut_inputs']} inputs, {proposed['cut_targets']} targets)",
+        f"A run on one device has ROW_INPUT_LENGTH = {chosen['row_input_length']},"
+        f" ROW_TARGET_LENGTH = {chosen['row_target_length']}{why}"
+        f" (filled {chosen['fill']['all']:.0%})",
         highlight=False,
     )

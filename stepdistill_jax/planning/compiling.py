@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from stepdistill_jax.batches.packing import empty_group, round_up
+from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
@@ -113,14 +113,11 @@ class Figures:
         }
 
 
-def rounded_groups(
+def groups_on(
     work: Workload, mesh: Mesh, num_microbatches: int
 ) -> tuple[tuple[int, int, int], ...]:
-    """Groups with their rows rounded up to what devices and slices share out, as `Batches` does."""
-    multiple = batch_shards(mesh) * num_microbatches
-    return tuple(
-        (round_up(rows, multiple), inputs, targets) for rows, inputs, targets in work.groups
-    )
+    """Returns the groups of a batch over a mesh."""
+    return work.groups_of(batch_shards(mesh) * num_microbatches)
 
 
 def abstract_batch(
@@ -190,7 +187,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     """
     began = time.perf_counter()
     model = dataclasses.replace(work.model, remat_policy=remat_policy)
-    groups = rounded_groups(work, mesh, config.num_microbatches)
+    groups = groups_on(work, mesh, config.num_microbatches)
     lowered, state = lower_step(config, model, groups, mesh)
     # machine code of virtual devices never runs: its optimisation changes no figure
     on_cpu = mesh.devices.flat[0].platform == "cpu"

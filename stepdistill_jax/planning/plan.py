@@ -8,7 +8,7 @@ from typing import Any
 from stepdistill_jax.models.config import REMAT_POLICIES, T5Config
 from stepdistill_jax.models.flops import PEAK_FLOPS, peak_flops
 from stepdistill_jax.models.sharding import Layout, make_mesh
-from stepdistill_jax.planning.compiling import Figures, figures, rounded_groups, state_bytes
+from stepdistill_jax.planning.compiling import Figures, figures, groups_on, state_bytes
 from stepdistill_jax.planning.devices import TPU_MEMORY, topology_devices, virtual_devices
 from stepdistill_jax.planning.workload import Workload, workload
 from stepdistill_jax.runtime.checks import whole
@@ -129,7 +129,7 @@ def _candidates(
             yield {
                 "name": name,
                 "layout": dict(mesh.shape),
-                "groups": rounded_groups(work, mesh, config.num_microbatches),
+                "groups": groups_on(work, mesh, config.num_microbatches),
                 "per_device": {**state, "total": sum(state.values())},
                 "fits": False,
                 "error": "parameters and optimizer alone do not fit",

@@ -1,15 +1,25 @@
 """What a step of a config works on: the model and the shapes of its rows, read or assumed."""
 
 import dataclasses
+import functools
 import os
 import pathlib
+from collections.abc import Callable
 
+from stepdistill_jax.batches.packing import round_up
+from stepdistill_jax.batches.row_lengths import cheapest
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.tasks.task_data import TaskData
-from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.data import TRAIN, batches_of, load_split, vocabulary_of
+from stepdistill_jax.training.config import AUTO, TrainConfig
+from stepdistill_jax.training.data import (
+    TRAIN,
+    batches_of,
+    load_split,
+    tried_row_lengths,
+    vocabulary_of,
+)
 from stepdistill_jax.training.run import model_settings
 
 # ids of the published models; test_configs checks their parameter counts
@@ -18,19 +28,22 @@ T5_VOCABULARY = 32_128
 STEPS_LOOKED_AT = 32
 
 
+Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Shapes of a step.
 
     Attributes:
         model: the configuration that `train` would build.
-        groups: (rows, input length, target length) of each group of a batch, before rows are rounded
-            up to what the devices share out.
+        groups_of: row multiple (batch shards x microbatches) -> (rows, input length, target length) of
+            each group of a batch, rows rounded up to the multiple.
         assumptions: sentences; empty where everything was read.
     """
 
     model: T5Config
-    groups: tuple[tuple[int, int, int], ...]
+    groups_of: Callable[[int], Groups]
     assumptions: tuple[str, ...]
 
 
@@ -54,17 +67,13 @@ def workload(
     data_dir, assumptions = data_folder(data_dir), []
     data = _prepared(config, data_dir)
     model = _model(config, data, assumptions)
-    lengths = (config.input_length, config.target_length)
+    if data is not None and rows is None:
+        return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
+    given = (config.row_input_length, config.row_target_length)
+    cuts = (config.input_length, config.target_length)
+    lengths = tuple(c if g == AUTO else g for g, c in zip(given, cuts, strict=True))
     if rows is not None:
         groups = ((rows, *lengths),)
-    elif data is not None:
-        batches = batches_of(config, data)
-        # the largest of the shapes that `train` compiles is for a batch that all but never comes
-        taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
-        groups = tuple(
-            (max(len(batch[i]["encoder_segment_ids"]) for batch in taken), *pair)
-            for i, pair in enumerate(batches.lengths)
-        )
     else:
         count = 1 if config.pack else len(config.objectives)
         groups = ((config.batch_size, *lengths),) * count
@@ -76,7 +85,30 @@ def workload(
                 else "rows as long as `input_length` and `target_length`"
             )
         )
-    return Workload(model, groups, tuple(assumptions))
+
+    def rounded(multiple: int) -> Groups:
+        return tuple((round_up(count, multiple), *pair) for count, *pair in groups)
+
+    return Workload(model, rounded, tuple(assumptions))
+
+
+def _reader(config: TrainConfig, data: TaskData, model: T5Config) -> Callable[[int], Groups]:
+    """Returns the groups of a run on the data, as it would choose and round its rows."""
+
+    def groups(multiple: int) -> Groups:
+        batches = batches_of(config, data, row_multiple=multiple)
+        if config.pack:
+            best = cheapest(tried_row_lengths(config, batches, model))
+            pair = (best.input_length, best.target_length)
+            batches = dataclasses.replace(batches, row_lengths=pair)
+        # the largest of the shapes that `train` compiles is for a batch that all but never comes
+        taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
+        return tuple(
+            (max(len(batch[i]["encoder_segment_ids"]) for batch in taken), *pair)
+            for i, pair in enumerate(batches.lengths)
+        )
+
+    return groups
 
 
 def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:

@@ -26,6 +26,7 @@ OPTIMIZERS = ("adamw", "adafactor")
 OPTIMIZER = "an `OptimizerConfig`, or @name() of a function that returns an optax transformation"
 NONFINITE = ("skip", "stop")
 LOSS_MEANS = ("token", "example")
+AUTO = "auto"
 INT64 = 2**63 - 1  # what seeds are kept in
 
 
@@ -103,7 +104,8 @@ class TrainConfig:
         extra_loss: one more term of the loss; None adds nothing to the compiled step.
         batch_size: examples (not rows) a step.
         pack: several rows in one; False pads each objective to its own length.
-        input_length, target_length: tokens of a packed row, and where longer rows are cut.
+        input_length, target_length: tokens at which inputs and targets are truncated.
+        row_input_length, row_target_length: tokens of a packed row; `auto` chooses the cheapest.
         train_steps, eval_every, checkpoint_every: steps.
         learning_rate: peak.
         num_microbatches: slices of a step, whose gradients are added up.
@@ -151,6 +153,8 @@ class TrainConfig:
     pack: bool = True
     input_length: int = 512
     target_length: int = 256
+    row_input_length: int | str = AUTO
+    row_target_length: int | str = AUTO
     train_steps: int = 1000
     eval_every: int = 250
     checkpoint_every: int = 250
@@ -184,6 +188,7 @@ class TrainConfig:
         keep(self, whole, "batch_size", "train_steps", "eval_every", "checkpoint_every", least=1)
         keep(self, whole, "num_microbatches", least=1)
         keep(self, whole, "input_length", "target_length", least=1, most=MAX_LENGTH)
+        keep(self, _row_length, "row_input_length", "row_target_length")
         keep(self, whole, "seed", least=0, most=INT64)
         keep(self, number, "learning_rate", above=0)
         keep(self, number, "data_fraction", above=0, most=1)
@@ -260,6 +265,14 @@ class TrainConfig:
         if isinstance(self.optimizer, OptimizerFunction):
             fields["optimizer"] = self.optimizer.to_json()
         return fields
+
+
+def _row_length(name: str, value: Any) -> int | str:
+    if isinstance(value, str):
+        if value == AUTO:
+            return value
+        raise refused(name, f'a whole number or "{AUTO}"', value)
+    return whole(name, value, 1, MAX_LENGTH)
 
 
 def _init_rules(rules: Any) -> tuple[tuple[str, str | None], ...]:

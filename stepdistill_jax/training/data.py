@@ -1,16 +1,21 @@
 """What a run reads: the splits of its task, and their batches; the same for `inspect` and `plan`."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
+from stepdistill_jax.batches import row_lengths
 from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.formats.directory import read_model_files
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_weights import with_token_weights
-from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.config import AUTO, TrainConfig
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -66,10 +71,39 @@ def load_split(
     return with_token_weights(data, weights, supervision=config.supervision, **where)
 
 
+def tried_row_lengths(
+    config: TrainConfig, batches: Batches, model: T5Config
+) -> list[row_lengths.RowLengths]:
+    """Returns the packed rows that a run of `config` may have, with the FLOPs of a step.
+
+    Args:
+        config: of the run; a row length that it gives is the only one tried.
+        batches: of the train split (`batches_of`).
+        model: that is trained.
+    """
+
+    def cost(input_length: int, target_length: int) -> float:
+        return train_flops(model, rows=1, input_length=input_length, target_length=target_length)
+
+    given = (config.row_input_length, config.row_target_length)
+    free = (None if length == AUTO else int(length) for length in given)
+    return row_lengths.candidates(batches, cost, *free)
+
+
+def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
+    """Returns batches in packed rows of these lengths, or of longer ones where an example needs it."""
+    pairs = zip(lengths, batches.longest(), strict=True)
+    fitting = [length if longest <= length else round_up(longest, 8) for length, longest in pairs]
+    return dataclasses.replace(batches, row_lengths=tuple(fitting))
+
+
 def batches_of(
     config: TrainConfig, data: TaskData, *, row_multiple: int = 1, shuffle: bool = True
 ) -> Batches:
-    """Returns the batches of a split as a run of `config` draws them, `data_fraction` of `train`."""
+    """Returns the batches of a split as a run of `config` draws them, `data_fraction` of `train`.
+
+    Their rows are as long as inputs and targets may be; `with_row_lengths` changes that.
+    """
     return Batches(
         data,
         batch_size=config.batch_size,

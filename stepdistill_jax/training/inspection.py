@@ -9,23 +9,26 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.batches.batch import Batches
-from stepdistill_jax.batches.packing import DECODER_ENCODER_SEGMENTS, Group, round_up
+from stepdistill_jax.batches.packing import DECODER_ENCODER_SEGMENTS, Group
+from stepdistill_jax.batches.row_lengths import RowLengths, cheapest
 from stepdistill_jax.data import schedules
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
-from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import verify_store
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.data import batches_of, load_split, vocabulary_of
+from stepdistill_jax.training.data import (
+    batches_of,
+    load_split,
+    tried_row_lengths,
+    vocabulary_of,
+    with_row_lengths,
+)
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10
-FEW_ROWS = 4  # a step of fewer packed rows can not be shared out over devices
-UNCUT = 1 << 30  # tokens: no row is longer
-LITTLE_MORE = 1.01  # work of a step that shorter rows may cost
 
 
 def inspect(
@@ -60,8 +63,9 @@ def inspect(
         `shown`: list of rows, each a list of {"objective", "input", "target", "input_tokens",
             "target_tokens", "weight" (of its last target token)}; a target that reads the encoding of the one before it has
             the input "" of 0 tokens;
-        `candidates`: packed lengths with what they would give, matmul FLOPs of a step included
-            (`flops_per_step`, padding counted), and `proposed`, that with the fewest;
+        `row_lengths`: [input, target] tokens of a packed row;
+        `candidates`: row lengths with what they give, matmul FLOPs of a step included
+            (`flops_per_step`, padding counted), and `chosen`, that with the fewest;
         `verified`: under `verify`, for each store its folder (`store`) and the `files` and `bytes`
             that were compared.
 
@@ -78,10 +82,11 @@ def inspect(
     if verify:
         folders = [folder for store in data.stores for folder in store.directories]
         verified["verified"] = [verify_store(folder) for folder in folders]
-    batches = batches_of(config, data)
-    measured = _measure(batches)
-    model = _model_of(config, data)
-    candidates = [_candidate(batches, model, *pair) for pair in _candidate_lengths(batches)]
+    batches, tried, chosen = batches_of(config, data), [], None
+    if config.pack:
+        tried = tried_row_lengths(config, batches, _model_of(config, data))
+        chosen = _candidate(batches, best := cheapest(tried))
+        batches = with_row_lengths(batches, (best.input_length, best.target_length))
     return {
         "task": data.name,
         "split": split,
@@ -97,11 +102,12 @@ def inspect(
         },
         "cut": batches.cut_counts(),
         **({"shares": data.shares()} if data.is_mixed else {}),
-        **measured,
+        **_measure(batches),
         "row_counts": list(batches.row_counts) if config.pack else [],
         "shown": list(_shown(batches, rows)),
-        "candidates": candidates,
-        "proposed": _choose(candidates),
+        "row_lengths": list(batches.row_lengths) if config.pack else [],
+        "candidates": [_candidate(batches, one) for one in tried],
+        "chosen": chosen,
         **verified,
     }
 
@@ -216,52 +222,12 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
         }
 
 
-def _candidate_lengths(batches: Batches) -> list[tuple[int, int]]:
-    """Packed lengths worth a try: room for 1 to 8 of the longest inputs, targets in proportion.
-
-    The longest is the 99.9th percentile, so that one stray row does not set the length of all.
-    Inputs from 128 on are multiples of 64, which accelerators cut into tiles; the rest of 8.
-    """
-    uncut = dataclasses.replace(batches, input_length=UNCUT, target_length=UNCUT, pack=True)
-    inputs, targets = uncut.sizes().T
-    longest_input, longest_target = (
-        float(np.percentile(lengths, 99.9, method="higher")) for lengths in (inputs, targets)
-    )
-    proportion = targets.sum() / inputs.sum()
-    found = []
-    for fold in (1, 1.5, 2, 3, 4, 6, 8):
-        input_length = round_up(longest_input * fold, 8)
-        if input_length > 128 and fold > 1:
-            input_length = 64 * round(input_length / 64)
-        for slack in (1.0, 1.1, 1.25):
-            target_length = max(longest_target, input_length * proportion * slack)
-            found.append((input_length, round_up(target_length, 8)))
-    return sorted(set(found))
-
-
-def _candidate(
-    batches: Batches, model: T5Config, input_length: int, target_length: int
-) -> dict[str, Any]:
-    """What packing to these lengths would give."""
-    lengths = {"input_length": input_length, "target_length": target_length}
-    other = dataclasses.replace(batches, **lengths, pack=True)
-    cut, measured = other.cut_counts().values(), _measure(other)
-    once = max if batches.shared else sum  # an input that is read once is cut once
+def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
+    """Returns what packing into these rows would give."""
+    lengths = (tried.input_length, tried.target_length)
     return {
-        **lengths,
-        **measured,
-        "flops_per_step": measured["rows_per_step"] * train_flops(model, rows=1, **lengths),
-        "cut_inputs": once(c["inputs"] for c in cut),
-        "cut_targets": sum(c["targets"] for c in cut),
+        "row_input_length": lengths[0],
+        "row_target_length": lengths[1],
+        **_measure(dataclasses.replace(batches, row_lengths=lengths)),
+        "flops_per_step": tried.cost,
     }
-
-
-def _choose(candidates: list[dict[str, Any]]) -> dict[str, Any]:
-    """The lengths whose steps are the least work, of those with rows to share out.
-
-    Padding is work for nothing, and so is attention between the examples of a long row; within 1%
-    the shorter rows, whose attention takes less memory.
-    """
-    several = [c for c in candidates if c["rows_per_step"] >= FEW_ROWS] or candidates[:1]
-    least = min(c["flops_per_step"] for c in several)
-    return next(c for c in several if c["flops_per_step"] <= LITTLE_MORE * least)

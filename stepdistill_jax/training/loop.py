@@ -110,6 +110,9 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
+    if run.config.pack:
+        inputs, targets = run.batches.row_lengths
+        log(f"packed rows of {inputs} input and {targets} target tokens")
     log(
         f"{run.config.task}: {run.batches.num_examples} examples,"
         f" {run.batches.steps_per_epoch:.1f} steps an epoch; model of"
@@ -134,7 +137,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
                 if count:
                     log(
                         f"warning: {count} {feature} of {name} in {split} are longer than the"
-                        " config's length and are cut; `stepdistill inspect` proposes lengths"
+                        " config's length and are truncated; `stepdistill inspect` shows all lengths"
                     )
 
 
@@ -149,8 +152,8 @@ def empty_rows(run: Run) -> str | None:
     return (
         f"{1 - full / rows:.0%} of a batch's rows are empty: {run.config.batch_size} examples fill"
         f" {full} rows, and rows come in multiples of {shards * slices} ({shards} batch shards x"
-        f" {slices} microbatches); a larger BATCH_SIZE, fewer microbatches or devices, or a tensor"
-        " layout wastes less"
+        f" {slices} microbatches); a larger BATCH_SIZE, fewer microbatches, or a LAYOUT with fewer"
+        " batch shards and more `tensor` (fsdp_tensor, tensor) wastes less"
     )
 
 

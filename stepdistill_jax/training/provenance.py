@@ -76,6 +76,7 @@ def describe(run: Run) -> dict[str, Any]:
         "seeds": dict.fromkeys(("init", "dropout", "data_order"), run.config.seed),
         "fingerprint": fingerprint,
         "examples": run.batches.num_examples,
+        "row_lengths": list(run.batches.row_lengths),
         "cut": cut,
         "versions": version_block(),
         "device": jax.devices()[0].device_kind,
@@ -184,6 +185,8 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     if jax.process_count() > 1:
         written = on_process_0(lambda: digest(read_json(path)))
         on_all_processes(lambda: _wait_for(path, written))
+        # after the wait: a process that does not see the run cannot know its rows
+        require_same(described["row_lengths"], "lengths of packed rows")
 
 
 def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
+from stepdistill_jax.batches.row_lengths import cheapest
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
 from stepdistill_jax.errors import InputError, nearest
@@ -24,7 +25,15 @@ from stepdistill_jax.runtime.stores import as_path, local_path
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.data import TRAIN, VALIDATION, batches_of, load_split, vocabulary_of
+from stepdistill_jax.training.data import (
+    TRAIN,
+    VALIDATION,
+    batches_of,
+    load_split,
+    tried_row_lengths,
+    vocabulary_of,
+    with_row_lengths,
+)
 from stepdistill_jax.training.initial_weights import InitialWeights
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import (
@@ -92,6 +101,8 @@ def assemble(
         )
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
+    rows = _row_lengths(config, batches, model, workdir) if config.pack else batches.row_lengths
+    batches = dataclasses.replace(batches, row_lengths=rows)
     abstract = abstract_state(model, tx, mesh)
     initial = None
     if config.init_from is not None:
@@ -101,7 +112,9 @@ def assemble(
         held_out.check_ids(model.vocab_size)
         validator = Validator.create(
             held_out,
-            batches_of(config, held_out, row_multiple=shards, shuffle=False),
+            with_row_lengths(
+                batches_of(config, held_out, row_multiple=shards, shuffle=False), rows
+            ),
             config=model,
             abstract=abstract,
             mesh=mesh,
@@ -122,6 +135,18 @@ def assemble(
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
     return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator, initial)
+
+
+def _row_lengths(
+    config: TrainConfig, batches: Batches, model: T5Config, workdir: pathlib.Path
+) -> tuple[int, int]:
+    """Returns the tokens of a packed row: on a resume those of the run, on any layout."""
+    if (workdir / RUN).is_file():
+        # a run of a version that did not choose them has rows as long as its texts may be
+        kept = read_run(workdir).get("row_lengths")
+        return (config.input_length, config.target_length) if kept is None else tuple(kept)
+    chosen = cheapest(tried_row_lengths(config, batches, model))
+    return chosen.input_length, chosen.target_length
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:

@@ -35,7 +35,7 @@ _CONFIG_FIELDS = {
     **{"task": str, "objectives": list, "data_fraction": (int, float), "seed": int},
     **{"batch_size": int, "train_steps": int},
 }
-_LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list}
+_LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths": list}
 
 
 @contextlib.contextmanager
@@ -152,6 +152,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
         problem = next(
             (f"{n} holds more than objects" for n, x in lists.items() if not _objects(x)), None
         )
+    if problem is None and not _are_lengths(found.get("row_lengths", [1, 1])):
+        problem = "row_lengths are not two lengths"
     if problem:
         raise InputError(
             f"{path}: not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
@@ -171,6 +173,10 @@ def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
 
 def _kind(value: Any) -> str:
     return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _are_lengths(values: list[Any]) -> bool:
+    return len(values) == 2 and all(type(x) is int and x > 0 for x in values)
 
 
 def _objects(values: list[Any]) -> bool:

@@ -51,7 +51,7 @@ def untimed(workdir):
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp_tensor"])
 def test_two_processes_have_the_losses_of_one(tmp_path, start, delivery_data_dir, layout):
     """`fsdp_tensor` makes both processes own the same rows, `fsdp` different ones."""
-    runs = {}
+    runs, rows = {}, set()
     for count in (1, 2):
         workdir = tmp_path / str(count)
         workdir.mkdir()
@@ -59,6 +59,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path, start, delivery_data_dir
         codes, errors = start(SCRIPT, given, count=count, devices=2 // count).finish()
         assert codes == [0] * count, errors
         runs[count] = untimed(workdir)
+        # processes that choose other rows than process 0 are refused
+        rows.add(tuple(json.loads((workdir / "run.json").read_text())["row_lengths"]))
+    assert len(rows) == 1
     for one, two in zip(runs[1], runs[2], strict=True):
         assert one.keys() == two.keys()
         for key in one:

@@ -16,11 +16,12 @@ from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning import plan
-from stepdistill_jax.planning.compiling import lower_step, rounded_groups
+from stepdistill_jax.planning.compiling import groups_on, lower_step
 from stepdistill_jax.planning.plan import layouts_for
 from stepdistill_jax.planning.workload import workload
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
+from stepdistill_jax.training.run import assemble
 
 GIB = 2**30
 CONFIG = TrainConfig(
@@ -189,7 +190,7 @@ def test_only_layouts_that_divide_the_model_are_tried(size, devices, expected):
     ("layout", "rows"), [(Layout(fsdp=8), 16), (Layout(fsdp=4, tensor=2), 8)], ids=["8", "4x2"]
 )
 def test_rows_are_rounded_up_to_the_devices_and_slices(layout, rows):
-    groups = rounded_groups(workload(CONFIG, rows=3), make_mesh(layout), num_microbatches=2)
+    groups = groups_on(workload(CONFIG, rows=3), make_mesh(layout), num_microbatches=2)
     assert groups == ((rows, 64, 32),)
 
 
@@ -197,7 +198,7 @@ def test_rows_are_rounded_up_to_the_devices_and_slices(layout, rows):
 def test_the_arrays_of_targets_that_share_an_encoding_are_those_of_training(pack):
     config = dataclasses.replace(CONFIG, objectives="shared_encoder", pack=pack)
     work, mesh = workload(config, rows=3), make_mesh(Layout(), jax.devices()[:1])
-    lowered, _ = lower_step(config, work.model, work.groups, mesh)
+    lowered, _ = lower_step(config, work.model, work.groups_of(1), mesh)
     (planned,) = lowered.args_info[0][1]
     real = empty_group(3, 64, 32, shared=pack)
     assert {n: (a.shape, a.dtype) for n, a in planned.items()} == {
@@ -205,14 +206,20 @@ def test_the_arrays_of_targets_that_share_an_encoding_are_those_of_training(pack
     }
 
 
-def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir):
-    config = TrainConfig(task="delivery", batch_size=64, input_length=64, target_length=32)
+def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir, tmp_path):
+    config = TrainConfig(task="delivery", batch_size=4, input_length=64, target_length=32)
     found = workload(config, data_dir=delivery_data_dir)
     assert found.assumptions == ()
     assert found.model.vocab_size < 10_000
-    ((rows, *lengths),) = found.groups
-    assert lengths == [64, 32]
-    assert 0 < rows < 2 * 64  # several of the short rows in one
+    ((rows, *lengths),) = found.groups_of(1)
+    assert 0 < rows < 2 * 4  # several of the short rows in one
+    on_eight = dataclasses.replace(config, layout="fsdp")
+    ((rows, *shorter),) = found.groups_of(8)
+    assert rows == 8 and shorter < lengths
+    assert assemble(on_eight, tmp_path, delivery_data_dir).batches.lengths == (tuple(shorter),)
+    bound = dataclasses.replace(config, row_input_length=64, row_target_length=32)
+    ((rows, *given),) = workload(bound, data_dir=delivery_data_dir).groups_of(1)
+    assert given == [64, 32] and 0 < rows < 4
 
 
 def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_dir):
@@ -257,7 +264,7 @@ everything = virtual_devices(64)
 for count in (8, 64):
     mesh = make_mesh("fsdp", everything[:count])
     result[count] = figures(config, work, mesh, "full").to_json()
-    lowered, _ = lower_step(config, work.model, work.groups, mesh)
+    lowered, _ = lower_step(config, work.model, work.groups_of(1), mesh)
     shapes = re.findall(r"\\w\\[([\\d,]+)\\]", lowered.compile({"xla_backend_optimization_level": 0}).as_text())
     sizes = [[int(d) for d in shape.split(",")] for shape in shapes]
     # [tokens, vocabulary]: the largest logits on one device; [512, vocabulary] is the kernel

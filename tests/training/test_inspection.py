@@ -82,7 +82,7 @@ def test_lengths_cuts_and_fill_are_those_counted_by_hand(
 
 
 def test_rows_are_shown_as_text_with_their_objective(lengths_data_dir):
-    config = TrainConfig("lengths", batch_size=15, input_length=128, target_length=128)
+    config = TrainConfig("lengths", batch_size=15, row_input_length=128, row_target_length=128)
     found = inspect(config, data_dir=lengths_data_dir, rows=1)
     examples = rows_of(lengths_data_dir)
     texts = {
@@ -108,30 +108,28 @@ def test_unpacked_rows_are_shown_for_each_objective(lengths_data_dir):
     assert found["rows_per_step"] == 30
 
 
-@pytest.mark.slow
-def test_the_proposed_lengths_are_the_least_work(delivery_data_dir):
+def test_the_rows_shown_are_the_least_work(delivery_data_dir):
     """And looking at them leaves nothing but the token store."""
     before = {p.name for p in pathlib.Path(delivery_data_dir).iterdir()} | {"token_store"}
     found = inspect("delivery", data_dir=delivery_data_dir)
     assert {p.name for p in pathlib.Path(delivery_data_dir).iterdir()} == before
-    assert found["proposed"] in found["candidates"]
+    chosen = found["chosen"]
+    assert chosen in found["candidates"]
     work = {
-        (c["input_length"], c["target_length"]): c["flops_per_step"] for c in found["candidates"]
+        (c["row_input_length"], c["row_target_length"]): c["flops_per_step"]
+        for c in found["candidates"]
     }
     # (120, 72) has no padding at all, but attention between examples
-    assert found["proposed"]["flops_per_step"] <= 1.01 * min(work.values())
-    assert found["proposed"]["input_length"] < 120 and work[120, 72] > 1.05 * min(work.values())
-    assert found["proposed"]["fill"]["all"] > found["fill"]["all"]
-    assert found["proposed"]["rows_per_step"] >= 4
-    again = inspect(
-        TrainConfig(
-            "delivery",
-            input_length=found["proposed"]["input_length"],
-            target_length=found["proposed"]["target_length"],
-        ),
-        data_dir=delivery_data_dir,
-    )
-    assert again["fill"] == found["proposed"]["fill"]
+    assert chosen["flops_per_step"] <= 1.01 * min(work.values())
+    assert chosen["row_input_length"] < 120 and work[120, 72] > 1.05 * min(work.values())
+    assert found["row_lengths"] == [chosen["row_input_length"], chosen["row_target_length"]]
+    assert (found["input_length"], found["target_length"]) == (512, 256)
+    assert found["fill"] == chosen["fill"]
+    longer = TrainConfig("delivery", row_input_length=512, row_target_length=256)
+    given = inspect(longer, data_dir=delivery_data_dir)
+    assert given["row_lengths"] == [512, 256] and given["candidates"] == [given["chosen"]]
+    assert given["chosen"]["flops_per_step"] > 1.05 * chosen["flops_per_step"]
+    assert given["rows_per_step"] < found["rows_per_step"]
 
 
 def test_an_unknown_split_is_named(delivery_data_dir):

@@ -261,11 +261,23 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, delivery_data_d
 
 
 def test_a_layout_that_leaves_most_rows_empty_is_told(tmp_path, delivery_data_dir):
-    """Rows are a multiple of 8 batch shards x 2 microbatches; two examples fill one."""
+    """Rows are a multiple of 8 batch shards x 2 microbatches; two examples have four rows to pack."""
     few = TrainConfig(**SETTINGS | {"batch_size": 2, "num_microbatches": 2})
-    said = empty_rows(assemble(few, tmp_path, delivery_data_dir))
-    assert "94% of a batch's rows are empty: 2 examples fill 1 rows" in said
+    run = assemble(few, tmp_path, delivery_data_dir)
+    said = empty_rows(run)
+    filled = sum(int(row.any()) for row in run.batches(1)[0]["encoder_segment_ids"])
+    assert 2 <= filled <= 4
+    assert (
+        f"{1 - filled / 16:.0%} of a batch's rows are empty: 2 examples fill {filled} rows" in said
+    )
     assert "multiples of 16 (8 batch shards x 2 microbatches)" in said
+    assert "larger BATCH_SIZE" in said and "fewer batch shards and more `tensor`" in said
+    one_row = dataclasses.replace(few, row_input_length=64, row_target_length=64)
+    said = empty_rows(assemble(one_row, tmp_path, delivery_data_dir))
+    assert "94% of a batch's rows are empty: 2 examples fill 1 rows" in said
+
+
+def test_a_layout_that_fills_its_rows_is_not_warned_of(tmp_path, delivery_data_dir):
     many = TrainConfig(**SETTINGS | {"batch_size": 64})
     assert empty_rows(assemble(many, tmp_path, delivery_data_dir)) is None
 

@@ -143,6 +143,10 @@ DAMAGED = {
     "a null in a list": {"config": CONFIG | {"objectives": [None]}, "examples": 1, "parameters": 1},
     "no examples": {"config": CONFIG, "examples": None, "parameters": 1},
     "model is null": {"config": CONFIG, "examples": 1, "parameters": 1, "model": None},
+    "row lengths are texts": {
+        **{"config": CONFIG, "examples": 1, "parameters": 1},
+        "row_lengths": ["64", "64"],
+    },
     "lives are null": {"config": CONFIG, "examples": 1, "parameters": 1, "lives": None},
 }
 
