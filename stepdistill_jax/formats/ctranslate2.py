@@ -59,6 +59,11 @@ class CTranslate2Files:
     tokens: list[str]
     sha256: str
 
+    @property
+    def vocab_size(self) -> int:
+        """Returns the rows of the embedding."""
+        return len(self.tokens)
+
 
 def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
     """CTranslate2, or a module of it.

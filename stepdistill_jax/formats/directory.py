@@ -83,6 +83,11 @@ class ModelFiles:
     vocabulary: Vocabulary
     task_info: TaskInfo | None
 
+    @property
+    def vocab_size(self) -> int:
+        """Returns the rows of the embedding."""
+        return self.config.vocab_size
+
 
 def write_model_files(
     directory: os.PathLike | str,

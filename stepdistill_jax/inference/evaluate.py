@@ -134,7 +134,7 @@ def evaluate(
                 task_module=module,
             )
         )
-        data.check_ids(files.config.vocab_size)
+        data.check_ids(files.vocab_size)
         (part,) = data.parts
         result = _evaluate_part(path, part, split, chosen)
     result = {"task": task, "split": split} | result | {"task": task}

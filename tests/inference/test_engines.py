@@ -16,7 +16,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import write_ctranslate2
-from stepdistill_jax.inference import DecodeOptions, engines, export, predict
+from stepdistill_jax.inference import DecodeOptions, engines, evaluate, export, predict
 from stepdistill_jax.inference.engines import open_engine, usable_cores
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 
@@ -255,6 +255,20 @@ def test_evaluate_of_ids_reads_it_too(converted, model_dir):
     assert result["rows"] == 9 and labelled > 4
     assert result["accuracy"] == pytest.approx(1 - 1 / labelled)
     assert result["step"] is None
+
+
+def test_evaluate_of_a_seqio_task_reads_it_too(converted, model_dir, questions, tmp_path):
+    from stepdistill_jax.tasks.registry import add_task
+
+    def rows(split):
+        return [{"input": q["input"], "label": "smooth"} for q in questions[:20]]
+
+    add_task("read_by_both_engines", source=rows, splits=["test"])
+    options = {"task": "read_by_both_engines", "data_dir": tmp_path}
+    ours, theirs = (evaluate(path, **options) for path in (model_dir, converted["float32"]))
+    for name in ours.keys() - {"rows_per_second"}:
+        assert theirs[name] == ours[name]
+    assert ours["rows"] == 20
 
 
 def test_the_readme_works_as_it_stands(converted, tmp_path, read_rows_of, write_rows, capsys):
