@@ -204,7 +204,10 @@ def _bind_optimizer(reached: Bindings) -> None:
     function = configurable.wrapped
     if function in CONFIGURABLES.values():
         return
-    arguments = gin.get_bindings(reference.scoped_selector)
+    with gin.config_scope(
+        list(reference.scopes)
+    ):  # which references among the arguments are in, too
+        arguments = gin.get_bindings(reference.selector)
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is gin.REQUIRED and name not in arguments:
             raise InputError(f"`{key}`: {reference.selector}.{name} has no default; bind it")

@@ -144,17 +144,15 @@ def _show_rows(result: dict, console: "Console", colours: dict[str, str], brief:
 def _show_lengths(result: dict, console: "Console", colours: dict[str, str]) -> None:
     from rich.text import Text
 
+    from stepdistill_jax.tasks.task_data import shares_in_words
+
     console.print(
         f"\n[bold]{result['task']}[/bold] {result['split']}: {result['examples']} examples,"
         f" vocabulary of {result['vocabulary_size']}",
         highlight=False,
     )
-    for share in result.get("shares", ()):
-        console.print(
-            f"  {share['task']}, {share['objective']}: {share['examples']:.1%} of the examples drawn,"
-            f" {share['rows']:.1%} of the rows, {share['target_tokens']:.1%} of the target tokens",
-            highlight=False,
-        )
+    for line in shares_in_words(result.get("shares", ())):
+        console.print(f"  {line}", highlight=False)
     for name, figures in result["objectives"].items():
         absent = f", {figures['absent']} examples without" if figures["absent"] else ""
         weight = figures["weight"]

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 from collections.abc import Sequence
 
 from stepdistill_jax.data import train_vocabulary as training
@@ -31,5 +32,8 @@ def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) 
         characters = sum(file.stat().st_size for file in files)
         texts = [text for file in files for text in vocabulary_texts(file, 4 * rows, characters)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        training.train_vocabulary(texts, path)
+        # processes of a job may all train it: each writes a file of its own, of the same bytes
+        own = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
+        training.train_vocabulary(texts, own)
+        os.replace(own, path)
     return os.fspath(path)

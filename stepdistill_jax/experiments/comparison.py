@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import pathlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.experiments.results import RunResult, arm_of
 from stepdistill_jax.experiments.stats import holm, mean_interval, paired_difference, resample
+from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.provenance import FREE_FIELDS
 
 # of a run's config, what tells arms, fractions and seeds apart, or says nothing of the model
@@ -180,14 +182,16 @@ def _baseline(runs: Sequence[RunResult], asked: str | None) -> str:
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
     """What tells the groups apart: the grid, and settings that differ between runs of one arm."""
-    flat = [_flat(r.config) for r in runs]
+    # a setting that an older version did not have yet was at its default
+    defaults = json.loads(json.dumps(TrainConfig(task="").to_json()))
+    flat = [_flat(defaults | r.config) for r in runs]
     differing: dict[str, None] = {}
     by_arm = defaultdict(list)
     for run, config in zip(runs, flat, strict=True):
         by_arm[run.arm, run.gold_key, tuple(run.grid.items())].append(config)
     for configs in by_arm.values():
         for name in dict.fromkeys(n for c in configs for n in c):
-            if len({c.get(name) for c in configs}) > 1:
+            if len({c.get(name, "None") for c in configs}) > 1:
                 differing[name] = None
     return [
         dict(run.grid) | {n: _short(config.get(n, "None")) for n in differing if n not in run.grid}

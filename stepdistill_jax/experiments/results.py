@@ -241,6 +241,8 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     task = config["task"]
     evaluation = workdir / EVALUATION / f"{split}.json"
     kept = read_object(evaluation) if evaluation.is_file() else {}
+    if "tasks" in kept:
+        return f"answers several tasks, which report does not compare; {evaluation} has each one's"
     gold = gold_of(task)
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
         return f"answered {task} before it was prepared anew"

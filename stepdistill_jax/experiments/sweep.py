@@ -243,9 +243,13 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     path = workdir / EVALUATION / f"{split}.json"
     if not path.is_file():
         return False
-    kept, steps = read_object(path), cell.config.train_steps
+    kept = read_object(path)
     # a cell that was trained further may have another best step
-    return kept.get(TRAIN_STEPS, steps) == steps and (not with_rationale or RATIONALE in kept)
+    if TRAIN_STEPS in kept:
+        current = kept[TRAIN_STEPS] == cell.config.train_steps
+    else:  # of an older version, which trained no run further and kept no steps of its lives
+        current = not any(TRAIN_STEPS in life for life in read_run(workdir).get("lives", []))
+    return current and (not with_rationale or RATIONALE in kept)
 
 
 def _check_cells(

@@ -39,7 +39,7 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, uploa
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
 from stepdistill_jax.tasks.metrics import TaskMetrics
-from stepdistill_jax.tasks.mixtures import SINGLE, TaskObjectives, is_mixture, label_tasks
+from stepdistill_jax.tasks.mixtures import TaskObjectives, is_mixture, label_tasks
 from stepdistill_jax.tasks.registry import TaskSpec
 from stepdistill_jax.tasks.task_data import Part
 
@@ -107,21 +107,15 @@ def evaluate(
     module = _own_module(info, task) if task_module is None else task_module
     found = on_all_processes(lambda: find_task(task, data_dir=folder, task_module=module))
     if isinstance(found, PreparedDataset):
-        result = _evaluate_dataset(path, found, split, chosen, with_rationale, folder)
+        result = _evaluate_dataset(path, found, split, chosen, with_rationale)
     elif not isinstance(found, TaskSpec) and is_mixture(found):
         names = label_tasks(found, *_objectives_of(info))
-        each = {
-            name: evaluate(
-                path,
-                task=name,
-                split=split,
-                with_rationale=with_rationale,
-                data_dir=data_dir,
-                task_module=module,
-                **options,
-            )
-            for name in names
-        }
+        rows_of_files = with_rationale or chosen.choices == ROW
+        on_all_processes(
+            lambda: _check_each(found.name, names, split, rows_of_files, folder, module)
+        )
+        where = {"data_dir": data_dir, "task_module": module, "with_rationale": with_rationale}
+        each = {name: evaluate(path, task=name, split=split, **where, **options) for name in names}
         rows = sum(of_task["rows"] for of_task in each.values())
         result = each[names[0]] if len(names) == 1 else {"rows": rows, "tasks": each}
     elif with_rationale:
@@ -149,10 +143,38 @@ def evaluate(
     return result
 
 
+def _check_each(
+    mixture: str,
+    names: Sequence[str],
+    split: str,
+    rows_of_files: bool,
+    data_dir: pathlib.Path,
+    task_module: str | None,
+) -> None:
+    """Refuses, before any is decoded, tasks of a mixture that cannot be evaluated all.
+
+    Raises:
+        InputError: one lacks the split, or is not prepared although fields of its rows are asked for.
+    """
+    for name in names:
+        found = find_task(name, data_dir=data_dir, task_module=task_module)
+        splits = found.source.splits if isinstance(found, TaskSpec) else found.splits
+        if split not in splits:
+            raise InputError(
+                f"mixture {mixture!r}: {name} has no split {split!r} (it has {', '.join(splits)});"
+                f" evaluate the others one by one ({', '.join(n for n in names if n != name)})"
+            )
+        if rows_of_files and not isinstance(found, PreparedDataset):
+            raise InputError(
+                f"mixture {mixture!r}: `with_rationale` and `choices=row` read the rows of prepared"
+                f" datasets, and {name} is a SeqIO task; evaluate the others one by one"
+            )
+
+
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
     """Returns a model's objectives, and which of them the plain tasks of its mixture gave."""
     if info is None:
-        return ["label"], SINGLE
+        return ["label"], None
     config = info.provenance.get("config")
     given = config.get("task_objectives") if isinstance(config, dict) else None
     return [o.name for o in info.objectives], given
@@ -173,7 +195,6 @@ def _evaluate_dataset(
     split: str,
     options: DecodeOptions,
     with_rationale: bool,
-    data_dir: pathlib.Path,
 ) -> dict[str, Any]:
     """`predict` on a split; the answers stay in a workdir."""
     source = on_all_processes(lambda: dataset.file(split))
@@ -191,7 +212,7 @@ def _evaluate_dataset(
             answers,
             task=dataset.name,
             with_rationale=with_rationale,
-            data_dir=data_dir,
+            data_dir=dataset.directory.parent,  # a module may have registered it from another folder
             **asked,
         )
         if with_rationale:

@@ -116,7 +116,7 @@ def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:
     if config.task not in prepared_names(data_dir):
         return None
     if config.init_from is not None and not os.path.isdir(config.init_from):
-        config = dataclasses.replace(config, init_from=None)
+        config = dataclasses.replace(config, init_from=None, init_rules=None)
     config = dataclasses.replace(config, task_module=None)  # where the job runs, and maybe not here
     return load_split(config, TRAIN, vocabulary=vocabulary_of(config), data_dir=data_dir)
 

@@ -5,7 +5,10 @@ A config names it: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_
 
 import seqio
 
+from stepdistill_jax.data.prepared import how_to_prepare
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks import register_prepared
 
-register_prepared()
+for name in sorted({"cqa", "svamp"} - set(register_prepared())):
+    raise InputError(f"cqa_svamp: {name} is not prepared; {how_to_prepare(name)}")
 seqio.MixtureRegistry.add("cqa_svamp", ["cqa", "svamp"], default_rate=1.0)

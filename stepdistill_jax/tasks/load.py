@@ -73,6 +73,13 @@ def load_task(
     found = find_task(task, data_dir=folder, task_module=task_module)
     objectives = resolve(objectives)
     given = None if vocabulary is None else os.fspath(vocabulary)
+    if task_objectives is not None and (
+        isinstance(found, PreparedDataset | TaskSpec) or not is_mixture(found)
+    ):
+        raise InputError(
+            f"`task_objectives`: {task} is not a mixture of tasks whose objectives are to be named;"
+            " leave it out"
+        )
     if isinstance(found, PreparedDataset | TaskSpec):
         where = (folder, task_module)
         return load_dataset(found, split, objectives, given, where, supervision)
@@ -111,6 +118,8 @@ class _MixtureLoader:
             objectives = PLAIN if single else tuple(map(_as_it_is, range(len(names)), objectives))
         vocabulary = self._vocabulary(groups, own, given)
         parts = [p for group in groups for p in self._parts_of(group, objectives, vocabulary)]
+        if self.split != "train":  # rationales are often there in train alone
+            parts = [part for part in parts if part.has_targets]
         if not parts:
             splits = dict.fromkeys(s for t in self.mixture.tasks for s in t.splits)
             check_split(name, self.split, splits)
@@ -181,7 +190,7 @@ class _MixtureLoader:
         ]
         own = {"rate": group.rate, "own_inputs": True}
         names = [task.name for task in tasks]
-        reason = why_not(stores, names) if len(stores) > 1 else ""
+        reason = why_not(stores, names) if len(stores) > 1 else group.alone
         if reason is not None:
             each = zip(tasks, stores, columns, strict=True)
             return [
@@ -205,19 +214,23 @@ class _MixtureLoader:
                 f" {' and '.join(group.objectives)}, and `objectives` has"
                 f" {', '.join(o.name for o in objectives)}"
             )
+        supervision = self.supervision
+        if supervision is not None and self.split == "train":  # by the first of all objectives
+            supervision = supervision.for_objectives(objectives)
         data = load_dataset(
             self._dataset(str(group.dataset)),
             self.split,
             tuple(objectives[i] for i in chosen),
             vocabulary.source,
             (self.folder, self.task_module),
-            self.supervision,
+            supervision,
         )
         (part,) = data.parts
         columns = [
             dataclasses.replace(c, objective=chosen[c.objective - 1] + 1) for c in part.columns
         ]
-        return dataclasses.replace(part, name=group.name, columns=tuple(columns), rate=group.rate)
+        changed = {"name": group.name, "columns": tuple(columns), "drawn": group.alone}
+        return dataclasses.replace(part, **changed, rate=group.rate)
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:

@@ -18,11 +18,12 @@ class Group:
     """Tasks of a mixture whose rows may make up the same examples.
 
     Attributes:
-        name: of the dataset, of the mixture that holds these tasks alone, or of the one task.
+        name: of the dataset, or of the plain task that gives the labels; of others, their first.
         tasks: `seqio.Task`s.
         objectives: for each task the name of the objective that it gives.
         rate: share of the drawn examples; those of all groups need not add up to 1.
         dataset: that `add_task` or `register_prepared` made the tasks of, else None.
+        alone: why a task that stands next to others makes up no examples with them; else empty.
     """
 
     name: str
@@ -30,11 +31,12 @@ class Group:
     objectives: tuple[str, ...]
     rate: float
     dataset: str | None = None
+    alone: str = ""
 
-    def each(self) -> list["Group"]:
+    def each(self, alone: str) -> list["Group"]:
         """Returns a group for each of the tasks."""
         pairs = zip(self.tasks, self.objectives, strict=True)
-        return [Group(t.name, (t,), (o,), self.rate, self.dataset) for t, o in pairs]
+        return [Group(t.name, (t,), (o,), self.rate, self.dataset, alone) for t, o in pairs]
 
 
 def groups_of(
@@ -61,14 +63,19 @@ def groups_of(
         return [Group(t.name, (t,), (objectives[0],), rates[t.name]) for t in tasks]
     named = _objectives_of(mixture, tasks, objectives, task_objectives or {})
     found: dict[str, Group] = {}
-    for name, dataset, members in _families(mixture):
-        group = Group(name, members, tuple(named[t.name] for t in members), 0.0, dataset)
-        first = rates[members[0].name]
-        equal = all(math.isclose(rates[t.name], first) for t in members)
-        distinct = len(set(group.objectives)) == len(members)
-        several = group.each() if len(members) == 1 and not dataset else [group]
-        for one in several if equal and distinct else group.each():
-            found[one.tasks[0].name] = dataclasses.replace(one, rate=rates[one.tasks[0].name])
+    for dataset, members in _families(mixture):
+        taught = tuple(named[task.name] for task in members)
+        at = taught.index(objectives[0]) if objectives[0] in taught else 0
+        name = dataset or members[at].name
+        group = Group(name, members, taught, 0.0, dataset)
+        several = [group]
+        if not all(math.isclose(rates[t.name], rates[members[0].name]) for t in members):
+            several = group.each("the rates of its mixture differ")
+        elif len(set(taught)) < len(members):
+            several = group.each("tasks of its mixture give the same objective")
+        for one in several:
+            first = one.tasks[0].name
+            found[first] = dataclasses.replace(one, rate=rates[first])
     return [found[name] for name in sorted(found)]
 
 
@@ -77,19 +84,35 @@ def label_tasks(
 ) -> list[str]:
     """Returns the datasets and plain tasks of a `seqio.Mixture` that give the first objective.
 
-    Where nothing says which plain task gives which objective, every task counts for itself.
+    A plain task of which nothing says what it gives counts, too: it is compared by itself.
+
+    Args:
+        mixture: that is asked for; it need not be the one that a model was trained on.
+        objectives: names of a model's objectives.
+        task_objectives: what the model was trained with.
+
+    Raises:
+        InputError: there is none.
     """
     import seqio
 
     tasks = seqio.get_subtasks(mixture)
-    known = set(TAGS) | (task_objectives.keys() if isinstance(task_objectives, Mapping) else set())
-    if not known.issuperset(task.name for task in tasks):
-        task_objectives = SINGLE
-    names = {}
-    for group in groups_of(mixture, objectives, task_objectives):
-        for task, objective in zip(group.tasks, group.objectives, strict=True):
-            if objective == objectives[0]:
-                names[group.dataset or task.name] = None
+    given = task_objectives if isinstance(task_objectives, Mapping) else {}
+    there, names = {task.name for task in tasks}, {}
+    for task in tasks:
+        tag = TAGS.get(task.name)
+        if tag is None or task_objectives == SINGLE:
+            if given.get(task.name, objectives[0]) == objectives[0]:
+                names[task.name] = None
+        else:
+            whole = {name for name, other in TAGS.items() if other.dataset == tag.dataset}
+            if whole <= there or tag.objective == objectives[0]:
+                names[tag.dataset] = None
+    if not names:
+        raise InputError(
+            f"mixture {mixture.name!r}: none of its tasks gives {objectives[0]}, which the model"
+            f" answers (it has {', '.join(sorted(there))})"
+        )
     return list(names)
 
 
@@ -117,6 +140,11 @@ def _objectives_of(
     """Returns the objective's name of each task's name."""
     names = [task.name for task in tasks]
     for task, objective in given.items():
+        if task in names and task in TAGS and TAGS[task].objective != objective:
+            raise InputError(
+                f"`task_objectives`: {task} gives {TAGS[task].objective}, as {TAGS[task].dataset} was"
+                " made; leave it out"
+            )
         if task not in names:
             raise InputError(
                 f"`task_objectives`: mixture {mixture.name!r} has no task {task!r} (it has"
@@ -140,11 +168,11 @@ def _objectives_of(
     return named
 
 
-def _families(mixture: Any) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]:
-    """Yields (name, dataset, tasks): those of a dataset, and those of one mixture without a dataset."""
+def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
+    """Yields (dataset, tasks): the tasks of a dataset, and those of one mixture without a dataset."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
-    for name, tasks in _inner(mixture):
+    for tasks in _inner(mixture):
         others = []
         for task in tasks:
             if task.name in seen:
@@ -155,13 +183,13 @@ def _families(mixture: Any) -> Iterator[tuple[str, str | None, tuple[Any, ...]]]
             else:
                 others.append(task)
         if others:
-            yield name, None, tuple(others)
+            yield None, tuple(others)
     for name, members in datasets.items():
-        yield name, name, tuple(members)
+        yield name, tuple(members)
 
 
-def _inner(mixture: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Yields each mixture's name with the tasks that stand in it directly."""
+def _inner(mixture: Any) -> Iterator[list[Any]]:
+    """Yields the tasks that stand directly in the mixture or in one of its mixtures, for each."""
     import seqio
 
     direct = []
@@ -171,4 +199,4 @@ def _inner(mixture: Any) -> Iterator[tuple[str, list[Any]]]:
             yield from _inner(found)
         else:
             direct.append(found)
-    yield mixture.name, direct
+    yield direct

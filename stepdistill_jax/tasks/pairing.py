@@ -17,11 +17,11 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
             return f"the rows of {name} have no feature 'id'"
         unique, counts = np.unique(store.row_ids, return_counts=True)
         if len(unique) < store.num_examples:
-            first, again = np.flatnonzero(store.row_ids == unique[counts.argmax()])[:2] + 1
-            return f"rows {first} and {again} of {name} have the same id"
-    ids = [store.row_ids for store in stores]
-    for other, name in zip(ids[1:], names[1:], strict=True):
-        if not np.isin(ids[0], other).any():
+            one, other = np.flatnonzero(store.row_ids == unique[counts.argmax()])[:2] + 1
+            return f"rows {one} and {other} of {name} have the same id"
+    first, *others = (np.asarray(store.row_ids) for store in stores)
+    for other, name in zip(others, names[1:], strict=True):
+        if not np.isin(first, other).any():
             return f"no row of {name} has the id of a row of {names[0]}"
     return None
 
@@ -35,15 +35,15 @@ def paired(stores: Sequence[TokenStore]) -> TokenStore:
     Example: ids `a b` and `b c` give three examples, the first without a row of the second task,
     the last without one of the first.
     """
-    every = np.concatenate([store.row_ids for store in stores])
-    ids, first = np.unique(every, return_index=True)
+    row_ids = [np.asarray(store.row_ids) for store in stores]
+    ids, first = np.unique(np.concatenate(row_ids), return_index=True)
     order = np.argsort(first)
     rows, names = [], []
-    for store in stores:
-        by_id = np.argsort(store.row_ids)
-        place = np.searchsorted(store.row_ids[by_id], ids)
-        place = by_id[np.minimum(place, store.num_examples - 1)]
-        taken = np.where(store.row_ids[place] == ids, place, -1)[order]
+    for store, own in zip(stores, row_ids, strict=True):
+        by_id = np.argsort(own)
+        place = np.searchsorted(own[by_id], ids)
+        place = by_id[np.minimum(place, len(own) - 1)]
+        taken = np.where(own[place] == ids, place, -1)[order]
         weights = np.where(taken < 0, np.float32(1), store.weights[taken])
         (features,) = store.rows
         rows.append({name: r.take(taken) for name, r in features.items()} | {"weights": weights})

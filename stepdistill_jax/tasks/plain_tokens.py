@@ -15,7 +15,7 @@ from stepdistill_jax.tasks.lookup import module_digest
 from stepdistill_jax.tasks.plain_tasks import check_trainable
 from stepdistill_jax.tasks.sources import describe, files_of, named_errors
 from stepdistill_jax.tasks.supervision import Supervision
-from stepdistill_jax.tasks.token_store import ROW_IDS, TokenStore
+from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 
 # what a plain SeqIO task trains: its own inputs and targets, as they are
@@ -37,7 +37,7 @@ def plain_store(
             describe([task.source, task._preprocessor_constructor_args]),
             [vocabulary.fingerprint, repr(task.output_features)],
             files_of_task(task, split),
-            ROW_IDS,  # unlike stores of older versions
+            "row ids",  # unlike stores of older versions
         ],
         data_dir=folder,
         compare=True,
@@ -59,8 +59,9 @@ def common_vocabulary(
         if not same_pieces(opened, load_vocabulary(other)):
             raise InputError(
                 f"task {name!r}: tokenised with {files[0]}, but"
-                f" {'`init_from` brings' if other == given else 'another of its tasks has'}"
-                f" {other}; a model has one vocabulary"
+                f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
+                f" {other}; a model has one vocabulary: give it to the tasks (prepared datasets:"
+                " register_prepared(vocabulary=...))"
             )
     return opened
 

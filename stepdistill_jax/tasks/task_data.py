@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,11 @@ class Part:
     task: Any = None
     own_inputs: bool = False
     drawn: str = ""
+
+    @property
+    def has_targets(self) -> bool:
+        """Returns whether any example has a target."""
+        return any(rows["targets"].lengths.any() for rows in self.store.rows)
 
     @property
     def label_column(self) -> int | None:
@@ -138,34 +143,39 @@ class TaskData:
             for o in self.objectives
         )
 
+    @property
+    def is_mixed(self) -> bool:
+        """Returns whether several tasks, or their pairs, make up the data."""
+        return len(self.parts) > 1 or any(part.drawn for part in self.parts)
+
     def shares(self) -> list[dict[str, Any]]:
         """Returns what each part and objective gets of an endless run, before anything is cut.
 
         Each has `task` (the part's name), `objective`, `examples` (the share of examples that are
-        the part's), `rows` and `target_tokens` (the shares of all rows and target tokens).
+        the part's), `rows` and `target_tokens` (the shares of all rows and target tokens), `drawn`
+        (of `Part`).
         """
-        found, total = [], sum(self.rates)
+        found, total = {}, sum(self.rates)
         for part in self.parts:
-            examples = max(part.store.num_examples, 1)
+            lengths = [rows["targets"].lengths for rows in part.store.rows]
+            usable = max(int(np.any([x > 0 for x in lengths], axis=0).sum()), 1)
             drawn = part.rate / total
-            for column, rows in zip(part.columns, part.store.rows, strict=True):
-                if column.variant:
-                    continue
-                lengths = rows["targets"].lengths
-                found.append(
-                    {
-                        "task": part.name,
-                        "objective": self.objectives[column.objective - 1].name,
-                        "examples": drawn,
-                        "rows": drawn * np.count_nonzero(lengths) / examples,
-                        "target_tokens": drawn * float(lengths.sum()) / examples,
-                    }
+            for column, of_rows in zip(part.columns, lengths, strict=True):
+                objective = self.objectives[column.objective - 1].name
+                share = found.setdefault(
+                    (part.name, objective),
+                    {"task": part.name, "objective": objective, "examples": drawn}
+                    | {"rows": 0.0, "target_tokens": 0.0, "drawn": part.drawn},
                 )
+                # of several rationales all are rows of a step, or one that is drawn
+                if column.variant == 0 or not self.sample_rationales:
+                    share["rows"] += drawn * np.count_nonzero(of_rows) / usable
+                    share["target_tokens"] += drawn * float(of_rows.sum()) / usable
         for name in ("rows", "target_tokens"):
-            all_of_it = sum(share[name] for share in found) or 1.0
-            for share in found:
+            all_of_it = sum(share[name] for share in found.values()) or 1.0
+            for share in found.values():
                 share[name] = float(share[name] / all_of_it)
-        return found
+        return list(found.values())
 
     @property
     def fingerprint(self) -> str:
@@ -196,24 +206,26 @@ class TaskData:
             )
 
 
-def shares_in_words(data: TaskData) -> list[str]:
+def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a line for each part of a mixture: what its rows are, and how much of the run it gets.
 
-    Example: `own: own_label and own_rationale paired by id; 100% of the examples: label 50.0% of the
-    rows and 12.5% of the target tokens, rationale 50.0% and 87.5%`.
+    Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
+    rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.
+
+    Args:
+        shares: of `TaskData.shares`.
     """
-    if len(data.parts) == 1 and not data.parts[0].drawn:
-        return []
-    lines, shares = [], data.shares()
-    for part in data.parts:
-        own = [share for share in shares if share["task"] == part.name]
-        how = f"{part.drawn}; " if len(part.columns) > 1 and part.drawn else ""
-        if len(part.columns) == 1 and part.drawn:
-            how = f"its rows are drawn on their own, since {part.drawn}; "
+    lines = []
+    for name in dict.fromkeys(share["task"] for share in shares):
+        own = [share for share in shares if share["task"] == name]
+        how = own[0]["drawn"]
+        if how and len(own) == 1:
+            how = f"its rows are drawn on their own, since {how}"
         of = ", ".join(
             f"{s['objective']} {s['rows']:.1%} of the rows and {s['target_tokens']:.1%} of the target"
             " tokens"
             for s in own
         )
-        lines.append(f"{part.name}: {how}{own[0]['examples']:.1%} of the examples: {of}")
+        share = f"{own[0]['examples']:.1%} of the examples: {of}"
+        lines.append(f"{name}: {'; '.join([*filter(None, [how]), share])}")
     return lines

@@ -14,7 +14,7 @@ import numpy as np
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.fingerprints import digest, hash64
 from stepdistill_jax.runtime.folders import alone
 from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
@@ -128,7 +128,12 @@ class Reading:
 
     def first_rows(self) -> list[list[list[int]]]:
         rows = itertools.islice(read_tokens(self.task, self.split, self.prefixes), COMPARED_ROWS)
-        return [[list(map(int, ids)) for pair in example.rows for ids in pair] for example in rows]
+        found = []
+        for example in rows:
+            found.append([list(map(int, ids)) for pair in example.rows for ids in pair])
+            if example.row_id is not None:
+                found[-1].append([hash64(example.row_id)])
+        return found
 
     def repeats(self) -> bool:
         """Whether the first rows are the same twice; says so where they are not."""
@@ -157,6 +162,7 @@ class Reading:
         first = self.first_rows()
         kept = [
             [rows[feature][i].tolist() for rows in store.rows for feature in ("inputs", "targets")]
+            + ([] if store.row_ids is None else [[int(store.row_ids[i])]])
             for i in range(min(COMPARED_ROWS, store.num_examples))
         ]
         source = store.about.get("source")

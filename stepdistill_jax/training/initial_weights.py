@@ -197,4 +197,5 @@ def _expanded(match: re.Match, replacement: str | None) -> str | None:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in flatten_dict(tree, sep="/").items()}
+    flat: Any = flatten_dict(tree, sep="/")
+    return {name: tuple(x.shape) for name, x in flat.items()}

@@ -101,7 +101,7 @@ def inspect(
             for number, objective in enumerate(data.objectives)
         },
         "cut": batches.cut_counts(),
-        **({"shares": data.shares()} if len(data.parts) > 1 or data.parts[0].drawn else {}),
+        **({"shares": data.shares()} if data.is_mixed else {}),
         **_measure(batches),
         "row_counts": list(batches.row_counts) if config.pack else [],
         "shown": list(_shown(batches, rows)),

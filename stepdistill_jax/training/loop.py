@@ -118,7 +118,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
         f" {run.batches.steps_per_epoch:.1f} steps an epoch; model of"
         f" {described['parameters']:,} parameters; objective weights: {weights}"
     )
-    for line in shares_in_words(run.data):
+    for line in shares_in_words(run.data.shares()) if run.data.is_mixed else ():
         log(line)
     if isinstance(optimizer := run.config.optimizer, OptimizerFunction):
         log(f"optimizer: {optimizer}")

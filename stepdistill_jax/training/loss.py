@@ -1,6 +1,7 @@
 """The two-objective loss, as sums that can be added over slices, devices and steps."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from stepdistill_jax.training.cross_entropy import cross_entropy
 
 Group = Mapping[str, jax.Array]
 Batch = Sequence[Group]
+Columns = TypeVar("Columns", jax.Array, np.ndarray)
 
 
 class ObjectiveSums(struct.PyTreeNode):
@@ -71,12 +73,12 @@ def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
 
 
-def over_tasks(columns: jax.Array, num_objectives: int, num_tasks: int) -> jax.Array:
+def over_tasks(columns: Columns, num_objectives: int, num_tasks: int) -> Columns:
     """Adds up the tasks' columns: [tasks x objectives + more] -> [objectives + more]."""
     if num_tasks == 1:
         return columns
     # NumPy for what has been read back: an operation of a device would wait for the running step
-    concatenate = jnp.concatenate if isinstance(columns, jax.Array) else np.concatenate
+    concatenate: Any = jnp.concatenate if isinstance(columns, jax.Array) else np.concatenate
     of_tasks, more = columns[: num_tasks * num_objectives], columns[num_tasks * num_objectives :]
     return concatenate([of_tasks.reshape(num_tasks, num_objectives).sum(0), more])
 

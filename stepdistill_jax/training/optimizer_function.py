@@ -13,6 +13,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import refused
 from stepdistill_jax.training.learning_rate import LearningRate
 
+COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or a `LearningRate`"
 
 
@@ -74,7 +75,7 @@ class OptimizerFunction:
         """Function and arguments, defaults among them, as `run.json` keeps them and a resume compares them."""
         described = {
             name: dataclasses.asdict(value) if isinstance(value, LearningRate) else value
-            for name, value in self._all_arguments().items()
+            for name, value in {**self._all_arguments(), **self.arguments}.items()
             if isinstance(value, LearningRate) or _is_plain(value)  # a default may be anything
         }
         return {"function": self.name, "arguments": described}
@@ -131,12 +132,15 @@ class OptimizerFunction:
                 raise self._refused(f"the transformation's update must return {what}")
 
     def _all_arguments(self) -> dict[str, Any]:
+        """By name, with the defaults of those not given; what `**kwargs` takes is left out."""
         try:
-            bound = inspect.signature(self.function).bind(**self.arguments)
+            signature = inspect.signature(self.function)
+            bound = signature.bind(**self.arguments)
         except (TypeError, ValueError) as error:
             raise InputError(f"`optimizer`: {self.name}: {error}") from None
         bound.apply_defaults()
-        return dict(bound.arguments)
+        kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+        return {n: x for n, x in bound.arguments.items() if kinds[n] not in COLLECTING}
 
     def _refused(self, problem: str) -> InputError:
         code = _code(self.function)

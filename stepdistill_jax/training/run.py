@@ -187,11 +187,9 @@ def _initial_weights(
 ) -> InitialWeights:
     """INIT_FROM with its rules; those of a new run are checked and reported here."""
     assert config.init_from is not None
-    path, step = as_path(config.init_from), None
-    if resumed := (workdir / RUN).is_file():
-        step = read_run(workdir).get("initialised", {}).get("step")
-    elif is_workdir(path):
-        step = on_process_0(lambda: resolve_step(path, "best"))
+    path = as_path(config.init_from)
+    # one decides: the others may not see the same files
+    resumed, step = on_process_0(lambda: _begun(workdir, path))
     initial = InitialWeights(path, step, config.init_rules, model, abstract)
     if resumed:
         return initial
@@ -200,6 +198,13 @@ def _initial_weights(
         for line in lines:
             log(line)
     return initial
+
+
+def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
+    """Returns whether the run has begun, and the step of `path` that it starts from, where it has steps."""
+    if (workdir / RUN).is_file():
+        return True, read_run(workdir).get("initialised", {}).get("step")
+    return False, resolve_step(path, "best") if is_workdir(path) else None
 
 
 def max_decode_len(data: TaskData, target_length: int) -> int:

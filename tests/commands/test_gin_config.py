@@ -512,6 +512,19 @@ def test_the_optimizer_may_stand_behind_a_macro_and_in_a_scope(write, module):
     assert config.optimizer.arguments == {"learning_rate": 5e-5}
 
 
+def test_the_scope_of_the_optimizer_is_that_of_its_arguments(write, module):
+    """As everywhere in gin: the warm-up that `config.gin` shows is the run's."""
+    config, text = load_config(
+        write(
+            module
+            + "train.optimizer = @own/clipped_lion_for_gin()\n"
+            + "clipped_lion_for_gin.learning_rate = @cosine()\nown/cosine.warmup_steps = 50\n"
+        )
+    )
+    assert config.optimizer.arguments == {"learning_rate": LearningRate("cosine", 50)}
+    assert "own/cosine.warmup_steps = 50" in text
+
+
 @pytest.mark.parametrize("schedule", ["constant", "rsqrt", "linear", "cosine"])
 def test_our_optimizer_takes_a_schedule_by_name_or_as_a_reference(schedule):
     warm = ["optimizer.warmup_steps=5"]

@@ -136,6 +136,21 @@ def test_two_processes_start_from_a_workdir_as_one_does(tmp_path, start, deliver
     assert one[0]["loss"] != runs["source"][0][0]["loss"]
 
 
+def test_a_workdir_each_is_refused_by_both_where_one_has_begun(tmp_path, start, delivery_data_dir):
+    """Whether a run has begun is a question to both: what one alone asks would cross another's."""
+    settings = {"train_steps": 1, "eval_every": 1, "layout": "fsdp"}
+    as_well = settings | {"init_from": str(tmp_path / "source")}
+    for name, changes, count in (
+        ("source", settings, 1),
+        ("0", as_well, 1),
+        ("{process}", as_well, 2),
+    ):
+        job = specification(tmp_path / name, delivery_data_dir, **changes)
+        codes, errors = start(SCRIPT, job, count=count, devices=2 // count).finish()
+        assert codes == ([0] if count == 1 else [1, 1]), errors
+    assert errors.count("it does not see there what process 0 has written") == 2, errors
+
+
 def test_a_signal_to_one_stops_both_and_one_alone_goes_on(tmp_path, start, delivery_data_dir):
     given = specification(
         tmp_path, delivery_data_dir, layout="fsdp", train_steps=200, eval_every=10**6

@@ -10,12 +10,11 @@ from stepdistill_jax.training import TrainConfig, train
 
 given = json.loads(sys.argv[1])
 assert jax.device_count() == given["device_count"]
+workdir = given["workdir"].format(process=jax.process_index())
 try:
-    summary = train(
-        TrainConfig(**given["config"]), workdir=given["workdir"], data_dir=given["data_dir"]
-    )
+    summary = train(TrainConfig(**given["config"]), workdir=workdir, data_dir=given["data_dir"])
 except SystemExit as stop:
     print("left with", stop.code, file=sys.stderr, flush=True)
     raise
 name = f"summary_{jax.process_count()}_{jax.process_index()}.json"
-(pathlib.Path(given["workdir"]) / name).write_text(json.dumps(summary))
+(pathlib.Path(workdir) / name).write_text(json.dumps(summary))

@@ -289,6 +289,24 @@ def test_runs_of_other_settings_are_compared_apart(tmp_path, make_run, delivery_
     assert (tmp_path / "out/accuracy-delivery-LEARNING-RATE-0.001.csv").is_file()
 
 
+def test_a_setting_that_an_older_version_did_not_have_is_no_difference(
+    tmp_path, make_run, delivery_data_dir
+):
+    for seed in (0, 1):
+        make_run(tmp_path / f"runs/{seed}", "label_only", 1.0, seed, [True] * 500)
+    path = tmp_path / "runs/0/run.json"
+    described = json.loads(path.read_text())
+    for name in (
+        "init_rules",
+        "best_metric",
+        "loss_mean",
+    ):  # whose defaults are None, None, "token"
+        del described["config"][name]
+    path.write_text(json.dumps(described))
+    done = report([tmp_path / "runs"], output=tmp_path / "out", data_dir=delivery_data_dir)
+    assert [(c.name, len(c.runs)) for c in done.comparisons] == [("delivery", 2)]
+
+
 def test_the_baseline_is_an_arm_of_labels_alone(tmp_path, make_sweep, delivery_data_dir):
     folder = make_sweep(tmp_path / "s", {("step_by_step", 1.0): [0.9], ("label_only", 1.0): [0.7]})
     cells = json.loads((folder / "sweep.json").read_text())
@@ -314,16 +332,22 @@ def test_what_an_arm_alone_sets_is_the_arms(tmp_path, make_run, delivery_data_di
 
 def test_runs_that_cannot_be_compared_are_left_out_and_named(tmp_path, make_run, delivery_data_dir):
     right = [True] * 400 + [False] * 100
-    runs = {name: tmp_path / "runs" / name for name in ("a", "b", "c", "d", "e")}
+    runs = {name: tmp_path / "runs" / name for name in ("a", "b", "c", "d", "e", "f")}
     for workdir in runs.values():
         make_run(workdir, "label_only", 1.0, 0, right)
     (runs["c"] / "predictions/delivery-test-40.jsonl").unlink()
     file = runs["d"] / "predictions/delivery-test-40.jsonl"
     file.write_text(file.read_text().partition("\n")[2])
     (runs["e"] / "evaluation/test.json").write_text('{"step": 40, "dataset": "older"}')
+    described = json.loads((runs["f"] / "run.json").read_text())
+    described["config"]["task"] = "a_mixture"
+    (runs["f"] / "run.json").write_text(json.dumps(described))
+    mixture = runs["f"] / "evaluation/test.json"
+    mixture.write_text('{"rows": 9, "tasks": {"a": {"accuracy": 1.0}}}')
     done = report([tmp_path / "runs"], output=tmp_path / "out", data_dir=delivery_data_dir)
     why = {pathlib.Path(e["run"]).name: e["why"] for e in done.left_out}
-    assert list(why) == ["c", "d", "e", "b"]
+    assert list(why) == ["c", "d", "e", "f", "b"]
+    assert "several tasks" in why["f"] and str(mixture) in why["f"]
     assert "stepdistill evaluate" in why["c"] and "other rows" in why["d"]
     assert "prepared anew" in why["e"] and f"settings of {runs['a']}" in why["b"]
     assert all(text in (tmp_path / "out/report.html").read_text() for text in why)

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.experiments.sweep import Cell
+from stepdistill_jax.runtime.files import write_json
 from stepdistill_jax.training import OptimizerConfig, TrainConfig
 
 # the package's `sweep` is the function
@@ -161,6 +163,32 @@ def test_a_cell_trained_further_is_evaluated_again(tmp_path, delivery_data_dir, 
     assert swept(of_steps(4))["skipped"] == 0
     assert json.loads(path.read_text())["train_steps"] == 4
     assert swept(of_steps(4))["skipped"] == 1
+
+
+@pytest.mark.parametrize("further", [False, True], ids=["as_it_was", "trained_further"])
+def test_an_evaluation_of_an_older_version_is_of_the_run_as_it_then_was(
+    swept, tmp_path, delivery_data_dir, monkeypatch, further
+):
+    """It says nothing of the run's steps, nor do the lives of that version."""
+    workdir = tmp_path / "label_only/0.5/0"
+    shutil.copytree(swept[0] / "label_only/0.5/0", workdir)
+
+    def change(name, edit):
+        content = json.loads((workdir / name).read_text())
+        edit(content)
+        write_json(workdir / name, content)
+
+    def edit_lives(described):
+        (life,) = described["lives"]
+        older = {name: value for name, value in life.items() if name != "train_steps"}
+        described["lives"] = [older, life] if further else [older]
+
+    change("run.json", edit_lives)
+    change("evaluation/test.json", lambda kept: kept.pop("train_steps"))
+    evaluated = []
+    monkeypatch.setattr(module, "evaluate", lambda *_, **__: evaluated.append(1) or {"step": 2})
+    done = module.sweep([cell(0)], workdir=tmp_path, data_dir=delivery_data_dir)
+    assert (done["done"], done["skipped"], len(evaluated)) == (1, not further, further)
 
 
 def test_a_run_is_no_sweeps_folder(swept, delivery_data_dir):

@@ -222,6 +222,15 @@ def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir, tmp_p
     assert given == [64, 32] and 0 < rows < 4
 
 
+def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_dir):
+    given = {"init_from": "/not/here", "init_rules": [("decoder/.*", None)]}
+    config = TrainConfig(task="delivery", batch_size=64, input_length=64, target_length=32, **given)
+    found = workload(config, data_dir=delivery_data_dir)
+    assert found.model.vocab_size == 32128
+    (assumption,) = found.assumptions
+    assert "`init_from` /not/here is not here" in assumption
+
+
 def test_more_devices_than_the_process_has_are_refused():
     with pytest.raises(InputError, match="already has 8 CPU devices"):
         plan(CONFIG, devices=16)

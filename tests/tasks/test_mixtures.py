@@ -113,8 +113,9 @@ def test_tasks_with_ids_and_equal_rates_give_the_batches_of_one_dataset(modules,
                 assert group.keys() == other.keys()
                 for feature in group:
                     np.testing.assert_array_equal(group[feature], other[feature])
-    (line,) = shares_in_words(data)
-    assert line.startswith(f"{name}: {name}_label and {name}_rationale paired by id; 100.0% of the")
+    (line,) = shares_in_words(data.shares())
+    paired = f"{name}_label: {name}_label and {name}_rationale paired by id; 100.0% of the examples"
+    assert line.startswith(paired)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +137,8 @@ def test_other_rows_are_drawn_by_their_rates(modules, tmp_path, with_ids, mixtur
     rows = {(s["task"], s["objective"]): s["rows"] for s in data.shares()}
     expected = {(f"{name}_label", "label"): 1 - share, (f"{name}_rationale", "rationale"): share}
     assert rows == pytest.approx(expected)
-    lines = shares_in_words(data)
-    assert len(lines) == 2
-    assert ("since" in lines[0]) is (mixture == "")  # equal rates: the reason is said
+    why = "the rates of its mixture differ" if mixture else "have no feature 'id'"
+    assert [why in line for line in shares_in_words(data.shares())] == [True, True]
 
 
 def test_a_mixture_trains_as_one_objective_only_if_the_user_says_so(modules, tmp_path):
@@ -218,3 +218,68 @@ def test_a_mixture_of_plain_tasks_trains_and_is_evaluated(modules, tmp_path):
     result = evaluate(workdir, task=f"{name}_rates", split="validation", data_dir=tmp_path / "data")
     assert result["task"] == f"{name}_rates" and result["rows"] == 12
     assert result["accuracy"] == found["label_accuracy"]
+
+
+def rows_of(split, explained=True):
+    """Ten examples; the last four have no rationale, and none has one outside of train."""
+    for i in range(10):
+        rationale = f"it is {i % 2}" if explained and split == "train" and i < 6 else ""
+        yield {"input": f"row {i}", "label": "ab"[i % 2], "rationale": rationale}
+
+
+@pytest.fixture(scope="module")
+def tagged():
+    """The mixture `tagged_rates` of a dataset of `add_task` at rates 1 and 3."""
+    import seqio
+
+    from stepdistill_jax.tasks.registry import add_task
+
+    add_task("tagged", source=rows_of, splits=["train", "validation"])
+    seqio.MixtureRegistry.add("tagged_rates", [("tagged_label", 1), ("tagged_rationale", 3)])
+    seqio.MixtureRegistry.add("tagged_reasons", ["tagged_rationale"], default_rate=1.0)
+    return "tagged_rates"
+
+
+def test_shares_count_the_examples_that_have_a_target(tagged, tmp_path):
+    """Three rationales for a label, though four of ten examples have none."""
+    data = load_task(tagged, split="train", data_dir=tmp_path)
+    rows = {share["objective"]: share["rows"] for share in data.shares()}
+    assert rows == pytest.approx({"label": 0.25, "rationale": 0.75})
+    groups = [Batches(data, 100, 64, 64, seed=0, pack=False)(step) for step in range(10)]
+    drawn = [int((group["decoder_loss_weights"][:, 0] > 0).sum()) for g in groups for group in g]
+    assert abs(sum(drawn[1::2]) / sum(drawn) - 0.75) < 0.05
+
+
+def test_a_task_without_targets_in_validation_is_left_out_there(tagged, tmp_path):
+    data = load_task(tagged, split="validation", data_dir=tmp_path)
+    assert [part.name for part in data.parts] == ["tagged_label"]
+    assert Batches(data, 4, 64, 64, seed=0, shuffle=False).num_examples == 10
+
+
+@pytest.mark.parametrize("task", ["tagged", "tagged_label"])
+def test_objectives_for_a_task_that_has_its_own_are_refused(tagged, tmp_path, task):
+    with pytest.raises(InputError, match=rf"`task_objectives`: {task} is not a mixture"):
+        load_task(task, split="train", data_dir=tmp_path, task_objectives="single")
+    with pytest.raises(InputError, match="tagged_label gives label, as tagged was made; leave it"):
+        given = {"tagged_label": "rationale"}
+        load_task(tagged, split="train", data_dir=tmp_path, task_objectives=given)
+
+
+def test_the_tasks_that_answers_are_compared_on(tagged, modules, tmp_path):
+    """Of the mixture that is asked for, not of the one that the model was trained on."""
+    import seqio
+
+    from stepdistill_jax.tasks.mixtures import label_tasks
+
+    name, objectives = modules(), ["label", "rationale"]
+    load(name, tmp_path)
+    mixed = f"{name}_and_tagged"
+    seqio.MixtureRegistry.add(mixed, [name, tagged], default_rate=1.0)
+    get, given = seqio.MixtureRegistry.get, objectives_of(name)
+    assert label_tasks(get(mixed), objectives, given) == [f"{name}_label", "tagged"]
+    assert label_tasks(get(tagged), objectives, given) == ["tagged"]
+    assert label_tasks(get(tagged), ["answer"], None) == ["tagged"]  # all of its tasks are there
+    own = [f"{name}_label", f"{name}_rationale"]
+    assert label_tasks(get(name), objectives, None) == own
+    with pytest.raises(InputError, match="none of its tasks gives label"):
+        label_tasks(get("tagged_reasons"), objectives, None)

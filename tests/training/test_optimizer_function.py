@@ -108,6 +108,20 @@ def test_run_json_tells_the_function_and_all_its_plain_arguments():
     assert told["arguments"]["nesterov"] is False
 
 
+def collecting(*_, b1=0.9, **kw):
+    return optax.lion(b1=b1, **kw)
+
+
+def test_run_json_tells_the_arguments_that_a_function_collects():
+    told = [
+        config(collecting, learning_rate=cosine(), b2=b2).to_json()["optimizer"]["arguments"]
+        for b2 in (0.99, 0.9)
+    ]
+    rate = dataclasses.asdict(LearningRate("cosine"))
+    assert told == [{"b1": 0.9, "learning_rate": rate, "b2": b2} for b2 in (0.99, 0.9)]
+    make_optimizer(config(collecting, learning_rate=cosine(), b2=0.9)).init(PARAMS)
+
+
 def test_whether_the_peak_reaches_the_function_is_known():
     of_its_own = cosine(learning_rate=0.1)
     for value, takes in ((cosine(3), True), (0.5, True), (0.1, False), (of_its_own, False)):
