@@ -103,7 +103,8 @@ def assemble(
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
     rows = batches.row_lengths
     if config.pack:  # one decides: the others may not see the same files
-        rows = tuple(on_process_0(lambda: _row_lengths(config, batches, model, workdir)))
+        inputs, targets = on_process_0(lambda: _row_lengths(config, batches, model, workdir))
+        rows = (inputs, targets)
         batches = dataclasses.replace(batches, row_lengths=rows)
     abstract = abstract_state(model, tx, mesh)
     initial = None
