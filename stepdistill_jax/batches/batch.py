@@ -84,7 +84,7 @@ class Batches:
         row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
         data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
         row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` has
-            what they cost); None is `input_length` and `target_length`.
+            what they cost); (0, 0) is `input_length` and `target_length`.
         loss_mean: `example` divides a row's weight by the number of its target tokens.
         shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
             last with fewer examples in the same shapes.
@@ -100,7 +100,7 @@ class Batches:
     data_fraction: float = 1.0
     shuffle: bool = True
     loss_mean: str = "token"
-    row_lengths: tuple[int, int] | None = None
+    row_lengths: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
         keep(self, whole, "batch_size", "input_length", "target_length", "row_multiple", least=1)
@@ -111,7 +111,7 @@ class Batches:
                     f"`target_length={self.target_length}`: nothing is left for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
-        if self.row_lengths is None:
+        if self.row_lengths == (0, 0):
             object.__setattr__(self, "row_lengths", (self.input_length, self.target_length))
         names = ("row_input_length", "row_target_length")
         for name, length, longest in zip(names, self.row_lengths, self.longest(), strict=True):

@@ -71,12 +71,12 @@ def workload(
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
-    lengths = tuple(c if g == AUTO else g for g, c in zip(given, cuts, strict=True))
+    inputs, targets = (c if g == AUTO else int(g) for g, c in zip(given, cuts, strict=True))
     if rows is not None:
-        groups = ((rows, *lengths),)
+        groups = ((rows, inputs, targets),)
     else:
         count = 1 if config.pack else len(config.objectives)
-        groups = ((config.batch_size, *lengths),) * count
+        groups = ((config.batch_size, inputs, targets),) * count
         assumptions.append(
             f"dataset {config.task!r} is not prepared here: "
             + (
@@ -87,7 +87,7 @@ def workload(
         )
 
     def rounded(multiple: int) -> Groups:
-        return tuple((round_up(count, multiple), *pair) for count, *pair in groups)
+        return tuple((round_up(rows, multiple), i, t) for rows, i, t in groups)
 
     return Workload(model, rounded, tuple(assumptions))
 

@@ -101,8 +101,11 @@ def assemble(
         )
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
-    rows = _row_lengths(config, batches, model, workdir) if config.pack else batches.row_lengths
-    batches = dataclasses.replace(batches, row_lengths=rows)
+    rows = batches.row_lengths
+    if config.pack:  # one decides: the others may not see the same files
+        inputs, targets = on_process_0(lambda: _row_lengths(config, batches, model, workdir))
+        rows = (inputs, targets)
+        batches = dataclasses.replace(batches, row_lengths=rows)
     abstract = abstract_state(model, tx, mesh)
     initial = None
     if config.init_from is not None:

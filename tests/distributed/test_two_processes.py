@@ -59,7 +59,6 @@ def test_two_processes_have_the_losses_of_one(tmp_path, start, delivery_data_dir
         codes, errors = start(SCRIPT, given, count=count, devices=2 // count).finish()
         assert codes == [0] * count, errors
         runs[count] = untimed(workdir)
-        # processes that choose other rows than process 0 are refused
         rows.add(tuple(json.loads((workdir / "run.json").read_text())["row_lengths"]))
     assert len(rows) == 1
     for one, two in zip(runs[1], runs[2], strict=True):
