@@ -191,7 +191,8 @@ class Batches:
     def longest(self) -> tuple[int, int]:
         """Returns the tokens of the longest input and of the longest target, truncated."""
         tables = self._tables
-        sides = ([t.inputs.lengths for t in tables], [t.decoder_lengths for t in tables])
+        inputs_of = [table.inputs.lengths[table.present] for table in tables]
+        sides = (inputs_of, [table.decoder_lengths for table in tables])
         inputs, targets = (max(int(x.max(initial=0)) for x in side) for side in sides)
         return max(1, inputs), max(1, targets)
 

@@ -33,6 +33,11 @@ class RowLengths:
     rows: float
     cost: float
 
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Returns both."""
+        return self.input_length, self.target_length
+
 
 def candidates(
     batches: Batches, cost: Cost, input_length: int | None, target_length: int | None
@@ -48,7 +53,9 @@ def candidates(
     """
     found = []
     for lengths in _lengths(batches, input_length, target_length):
-        packed = dataclasses.replace(batches, row_lengths=lengths, seed=0)  # one for all seeds
+        # one for all seeds and fractions
+        free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token"}
+        packed = dataclasses.replace(batches, row_lengths=lengths, **free)
         probes = packed.probe(most_rows=PROBED_ROWS, least=1, most=PROBES)
         rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))
         found.append(RowLengths(*lengths, rows, rows * cost(*lengths)))

@@ -162,7 +162,7 @@ def _check_each(
         if split not in splits:
             raise InputError(
                 f"mixture {mixture!r}: {name} has no split {split!r} (it has {', '.join(splits)});"
-                f" evaluate the others one by one ({', '.join(n for n in names if n != name)})"
+                " evaluate other tasks of it one by one"
             )
         if rows_of_files and not isinstance(found, PreparedDataset):
             raise InputError(

@@ -71,8 +71,13 @@ def workload(
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
+    if not config.pack:
+        given = (AUTO, AUTO)
     inputs, targets = (c if g == AUTO else int(g) for g, c in zip(given, cuts, strict=True))
     if rows is not None:
+        if data is not None and config.pack:  # rows are counted by `inspect`, of these lengths
+            tried = tried_row_lengths(config, batches_of(config, data), model)
+            inputs, targets = cheapest(tried).lengths
         groups = ((rows, inputs, targets),)
     else:
         count = 1 if config.pack else len(config.objectives)
@@ -98,8 +103,7 @@ def _reader(config: TrainConfig, data: TaskData, model: T5Config) -> Callable[[i
     def groups(multiple: int) -> Groups:
         batches = batches_of(config, data, row_multiple=multiple)
         if config.pack:
-            best = cheapest(tried_row_lengths(config, batches, model))
-            pair = (best.input_length, best.target_length)
+            pair = cheapest(tried_row_lengths(config, batches, model)).lengths
             batches = dataclasses.replace(batches, row_lengths=pair)
         # the largest of the shapes that `train` compiles is for a batch that all but never comes
         taken = [batches(step) for step in range(STEPS_LOOKED_AT)]

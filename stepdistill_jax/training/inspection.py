@@ -16,16 +16,19 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.runtime.checks import whole
+from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import verify_store
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import (
+    TRAIN,
     batches_of,
     load_split,
     tried_row_lengths,
     vocabulary_of,
     with_row_lengths,
 )
+from stepdistill_jax.training.run import model_settings
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10
@@ -83,10 +86,12 @@ def inspect(
         folders = [folder for store in data.stores for folder in store.directories]
         verified["verified"] = [verify_store(folder) for folder in folders]
     batches, tried, chosen = batches_of(config, data), [], None
+    train = batches
     if config.pack:
-        tried = tried_row_lengths(config, batches, _model_of(config, data))
-        chosen = _candidate(batches, best := cheapest(tried))
-        batches = with_row_lengths(batches, (best.input_length, best.target_length))
+        train = _train_batches(config, data, batches, data_dir)
+        tried = tried_row_lengths(config, train, _model_of(config, data))
+        batches = with_row_lengths(batches, cheapest(tried).lengths)
+        chosen = _candidate(train, cheapest(tried))
     return {
         "task": data.name,
         "split": split,
@@ -106,17 +111,31 @@ def inspect(
         "row_counts": list(batches.row_counts) if config.pack else [],
         "shown": list(_shown(batches, rows)),
         "row_lengths": list(batches.row_lengths) if config.pack else [],
-        "candidates": [_candidate(batches, one) for one in tried],
+        "candidates": [_candidate(train, one) for one in tried],
         "chosen": chosen,
         **verified,
     }
 
 
+def _train_batches(
+    config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
+) -> Batches:
+    """Returns batches of the train split as one device makes them: its rows are chosen by them."""
+    where = {"data_dir": data_dir, "task_module": config.task_module}
+    if data.split != TRAIN and has_split(config.task, TRAIN, **where):
+        vocabulary = data.vocabulary.source
+        data = load_split(config, TRAIN, vocabulary=vocabulary, data_dir=data_dir)
+        batches = batches_of(config, data)
+    return dataclasses.replace(batches, row_multiple=config.num_microbatches)
+
+
 def _model_of(config: TrainConfig, data: TaskData) -> T5Config:
     """The model that would be trained, of which the lengths' costs depend."""
+    settings = model_settings(config)
     if config.init_from is None:
-        return t5_config(config.model_family, config.model_size, vocab_size=data.vocab_size)
-    return read_config(config.init_from)
+        family, size = config.model_family, config.model_size
+        return t5_config(family, size, vocab_size=data.vocab_size, **settings)
+    return dataclasses.replace(read_config(config.init_from), **settings)
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:

@@ -101,11 +101,10 @@ def assemble(
         )
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
-    rows = batches.row_lengths
-    if config.pack:  # one decides: the others may not see the same files
-        inputs, targets = on_process_0(lambda: _row_lengths(config, batches, model, workdir))
-        rows = (inputs, targets)
-        batches = dataclasses.replace(batches, row_lengths=rows)
+    # one decides: the others may not see the same files
+    inputs, targets = on_process_0(lambda: _row_lengths(config, batches, model, workdir))
+    rows = (inputs, targets)
+    batches = with_row_lengths(batches, rows)  # of another run they may be too short: refused later
     abstract = abstract_state(model, tx, mesh)
     initial = None
     if config.init_from is not None:
@@ -144,12 +143,13 @@ def _row_lengths(
     config: TrainConfig, batches: Batches, model: T5Config, workdir: pathlib.Path
 ) -> tuple[int, int]:
     """Returns the tokens of a packed row: on a resume those of the run, on any layout."""
+    if not config.pack:
+        return batches.row_lengths
     if (workdir / RUN).is_file():
         # a run of a version that did not choose them has rows as long as its texts may be
         kept = read_run(workdir).get("row_lengths")
         return (config.input_length, config.target_length) if kept is None else tuple(kept)
-    chosen = cheapest(tried_row_lengths(config, batches, model))
-    return chosen.input_length, chosen.target_length
+    return cheapest(tried_row_lengths(config, batches, model)).lengths
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:

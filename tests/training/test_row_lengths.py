@@ -11,7 +11,7 @@ from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.metrics import read_metrics
-from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training import TrainConfig, inspect, train
 from stepdistill_jax.training.config import OptimizerConfig
 from stepdistill_jax.training.run import assemble
 
@@ -86,6 +86,28 @@ def test_other_row_lengths_are_another_run(workdir, delivery_data_dir):
     changed = dataclasses.replace(further(TWO), row_input_length=64)
     with pytest.raises(InputError, match="`row_input_length` was 'auto', is 64"):
         train(changed, workdir=workdir, data_dir=delivery_data_dir)
+
+
+def test_rows_that_are_too_short_for_other_settings_are_said_to_be_of_another_run(
+    tmp_path, delivery_data_dir
+):
+    """The kept rows hold the cut texts of the run, and no text of the other one."""
+    cut = dataclasses.replace(CONFIG, input_length=8, target_length=8)
+    train(cut, workdir=tmp_path / "run", data_dir=delivery_data_dir)
+    whole = dataclasses.replace(cut, input_length=64, target_length=48, train_steps=2)
+    with pytest.raises(InputError, match="other settings .*`input_length` was 8, is 64"):
+        train(whole, workdir=tmp_path / "run", data_dir=delivery_data_dir)
+
+
+def test_inspect_shows_the_rows_of_a_run_whatever_the_split(tmp_path, delivery_data_dir):
+    config = dataclasses.replace(CONFIG, batch_size=8, num_microbatches=4, layout=Layout())
+    run = assemble(
+        dataclasses.replace(config, layout=Layout(tensor=8)), tmp_path, delivery_data_dir
+    )
+    for split in ("train", "validation"):
+        found = inspect(config, split=split, data_dir=delivery_data_dir)
+        shown = (found["chosen"]["row_input_length"], found["chosen"]["row_target_length"])
+        assert shown == run.batches.row_lengths
 
 
 def test_rows_of_ones_own_choice_are_had(tmp_path, delivery_data_dir):
