@@ -95,7 +95,7 @@ def test_rows_that_are_too_short_for_other_settings_are_said_to_be_of_another_ru
     cut = dataclasses.replace(CONFIG, input_length=8, target_length=8)
     train(cut, workdir=tmp_path / "run", data_dir=delivery_data_dir)
     whole = dataclasses.replace(cut, input_length=64, target_length=48, train_steps=2)
-    with pytest.raises(InputError, match="other settings .*`input_length` was 8, is 64"):
+    with pytest.raises(InputError, match=r"other settings .*`input_length` was 8, is 64"):
         train(whole, workdir=tmp_path / "run", data_dir=delivery_data_dir)
 
 
