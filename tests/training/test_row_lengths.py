@@ -100,10 +100,9 @@ def test_rows_that_are_too_short_for_other_settings_are_said_to_be_of_another_ru
 
 
 def test_inspect_shows_the_rows_of_a_run_whatever_the_split(tmp_path, delivery_data_dir):
-    config = dataclasses.replace(CONFIG, batch_size=8, num_microbatches=4, layout=Layout())
-    run = assemble(
-        dataclasses.replace(config, layout=Layout(tensor=8)), tmp_path, delivery_data_dir
-    )
+    config = dataclasses.replace(CONFIG, batch_size=8, num_microbatches=8)
+    # eight rows at a time, as one device has them with twice the microbatches
+    run = assemble(dataclasses.replace(config, num_microbatches=4), tmp_path, delivery_data_dir)
     for split in ("train", "validation"):
         found = inspect(config, split=split, data_dir=delivery_data_dir)
         shown = (found["chosen"]["row_input_length"], found["chosen"]["row_target_length"])
