@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -64,8 +63,13 @@ def test_any_row_means_the_same_to_prepare_predict_and_annotate(row):
             if "'input' is empty" in str(error) or "'label' is empty" in str(error):
                 return  # a question may be blank, and an answer unknown
             assert isinstance(found, InputError) and f"{path}:1: the field " in str(found)
-            with pytest.raises(InputError, match=re.escape(str(found))):
+            with pytest.raises(InputError) as refused:
                 next(rows.read_questions(path))
+            # of two faults a prompt's comes first: its question is missing
+            blank = f"{path}:1: the field 'input' is empty"
+            assert str(refused.value) == str(found) or (
+                not str(row["input"] or "").strip() and str(refused.value) == blank
+            )
             return
         asked = next(rows.read_questions(path))
     assert asked == example == dataclasses.replace(found, id=example.id)
