@@ -36,7 +36,7 @@ help:
 	@echo "make test         install the test tools, too, and run the tests"
 	@echo "make test-slow    the tests that take longer, part after part; one alone: make test-slow-PART,"
 	@echo "                  PART one of model, answers, hosts, road, faults, properties"
-	@echo "make faults       all faults (40 minutes), the table of docs/reliability.md is written anew"
+	@echo "make faults       all faults (32 minutes), the table of docs/reliability.md is written anew"
 	@echo "make mutants      plant the bugs of tests/mutants.py, one at a time: a test must fail on each (15 minutes)"
 	@echo "make lint         formatting and ruff"
 	@echo "make types        pyright"
