@@ -204,9 +204,8 @@ def _bind_optimizer(reached: Bindings) -> None:
     function = configurable.wrapped
     if function in CONFIGURABLES.values():
         return
-    with gin.config_scope(
-        list(reference.scopes)
-    ):  # which references among the arguments are in, too
+    # references among the arguments are evaluated in the scope of the function's own reference
+    with gin.config_scope(list(reference.scopes)):
         arguments = gin.get_bindings(reference.selector)
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is gin.REQUIRED and name not in arguments:

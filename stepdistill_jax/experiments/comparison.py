@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,7 @@ from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.experiments.results import RunResult, arm_of
 from stepdistill_jax.experiments.stats import holm, mean_interval, paired_difference, resample
-from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.provenance import FREE_FIELDS
+from stepdistill_jax.training.provenance import FREE_FIELDS, default_settings
 
 # of a run's config, what tells arms, fractions and seeds apart, or says nothing of the model
 NO_SETTING = ("objectives", "data_fraction", "seed", "task_module", *FREE_FIELDS)
@@ -182,8 +180,7 @@ def _baseline(runs: Sequence[RunResult], asked: str | None) -> str:
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
     """What tells the groups apart: the grid, and settings that differ between runs of one arm."""
-    # a setting that an older version did not have yet was at its default
-    defaults = json.loads(json.dumps(TrainConfig(task="").to_json()))
+    defaults = default_settings()
     flat = [_flat(defaults | r.config) for r in runs]
     differing: dict[str, None] = {}
     by_arm = defaultdict(list)
@@ -213,9 +210,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _short(value: str) -> str:
-    is_path = "/" in value and not value.startswith(
-        "["
-    )  # INIT_RULES is a list of names with slashes
+    # INIT_RULES is a list of names with slashes
+    is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value
 
 

@@ -282,7 +282,7 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """As `Engine.score`; an input is encoded once for each of its answers.
+        """Implements `Engine.score`; encodes an input once for each of its answers.
 
         Raises:
             InputError: an answer without its end of sequence, which CTranslate2 always adds.

@@ -83,7 +83,7 @@ class TaskMetrics:
             answers: decoded ids for each of the part's `labelled_inputs`.
             scores: [rows] natural logs of the answers' probabilities; a metric that takes
                 `(targets, predictions, aux_values)` has them as `aux_values["scores"]`.
-            target_scores: [rows] those of `targets`; needed where `reads_target_scores`.
+            target_scores: [rows] scores of `targets`; required if `reads_target_scores`.
 
         Raises:
             InputError: a metric fails, or gives something else than numbers by name; or the rows are
@@ -193,7 +193,7 @@ def _bytes_of(ids: Any) -> bytes:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one real number, also as NumPy's, JAX's or TensorFlow's array without a dimension."""
+    """Returns whether `value` is a real number or an array of no dimension (NumPy, JAX, TensorFlow)."""
     if isinstance(value, numbers.Real):
         return True
     return getattr(value, "shape", None) == () and np.asarray(value).dtype.kind in "biuf"

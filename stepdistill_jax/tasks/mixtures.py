@@ -21,7 +21,7 @@ class Group:
         name: of the dataset, or of the plain task that gives the labels; of others, their first.
         tasks: `seqio.Task`s.
         objectives: for each task the name of the objective that it gives.
-        rate: share of the drawn examples; those of all groups need not add up to 1.
+        rate: share of the drawn examples; the rates of all groups need not add up to 1.
         dataset: that `add_task` or `register_prepared` made the tasks of, else None.
         alone: why a task that stands next to others makes up no examples with them; else empty.
     """
@@ -169,7 +169,7 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (dataset, tasks): the tasks of a dataset, and those of one mixture without a dataset."""
+    """Yields (dataset, its tasks), and (None, tasks) for the plain tasks of each mixture."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):

@@ -24,7 +24,7 @@ class Part:
         name: of the dataset or task.
         store: its examples, tokenised.
         columns: what `store.rows` hold; their objectives are numbers of `TaskData.objectives`.
-        rate: share of the drawn examples; those of all parts need not add up to 1.
+        rate: share of the drawn examples; the rates of all parts need not add up to 1.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
         labels: the distinct labels where they are few, else empty.
         task: the `seqio.Task` of the first column, whose metrics count where that is the label's;

@@ -85,13 +85,14 @@ def inspect(
     if verify:
         folders = [folder for store in data.stores for folder in store.directories]
         verified["verified"] = [verify_store(folder) for folder in folders]
-    batches, tried, chosen = batches_of(config, data), [], None
-    train = batches
+    batches, candidates, chosen = batches_of(config, data), [], None
     if config.pack:
         train = _train_batches(config, data, batches, data_dir)
         tried = tried_row_lengths(config, train, _model_of(config, data))
-        batches = with_row_lengths(batches, cheapest(tried).lengths)
-        chosen = _candidate(train, cheapest(tried))
+        candidates = [_candidate(train, one) for one in tried]
+        best = cheapest(tried)
+        chosen = candidates[tried.index(best)]
+        batches = with_row_lengths(batches, best.lengths)
     return {
         "task": data.name,
         "split": split,
@@ -111,7 +112,7 @@ def inspect(
         "row_counts": list(batches.row_counts) if config.pack else [],
         "shown": list(_shown(batches, rows)),
         "row_lengths": list(batches.row_lengths) if config.pack else [],
-        "candidates": [_candidate(train, one) for one in tried],
+        "candidates": candidates,
         "chosen": chosen,
         **verified,
     }
@@ -243,10 +244,9 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
     """Returns what packing into these rows would give."""
-    lengths = (tried.input_length, tried.target_length)
     return {
-        "row_input_length": lengths[0],
-        "row_target_length": lengths[1],
-        **_measure(dataclasses.replace(batches, row_lengths=lengths)),
+        "row_input_length": tried.input_length,
+        "row_target_length": tried.target_length,
+        **_measure(dataclasses.replace(batches, row_lengths=tried.lengths)),
         "flops_per_step": tried.cost,
     }

@@ -127,10 +127,14 @@ def _commit() -> str | None:
     return described.stdout.strip() if tracked.returncode == described.returncode == 0 else None
 
 
+def default_settings() -> dict[str, Any]:
+    """Returns the defaults as `run.json` keeps a config: a setting that an older version lacked was at its default."""
+    return json.loads(json.dumps(TrainConfig(task="").to_json()))
+
+
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`FIELD was A, is B` for each setting that would change the result of a resumed run."""
-    # a setting that an older version did not have yet was at its default, also one of an objective
-    defaults = json.loads(json.dumps(TrainConfig(task="").to_json()))
+    defaults = default_settings()
     found = []
     for key in ("config", "fingerprint", "model"):
         old, new = before.get(key, {}), now[key]

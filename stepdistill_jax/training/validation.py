@@ -169,9 +169,8 @@ class Validator:
         """
         params, _ = merge(params, self.config)
         parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
-        totals = np.zeros(
-            (3, len(parts) * count)
-        )  # loss, correct, count; float64 over many batches
+        # loss, correct, count; float64 over many batches
+        totals = np.zeros((3, len(parts) * count))
         for step in range(self.batches.num_steps):
             sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
