@@ -164,9 +164,9 @@ class TaskMetrics:
         rows = [row for row in found if row is not None]
         if len(rows) < len(found) or any(by_ids.values()):
             raise InputError(
-                f"task {task.name!r}, split {split!r}: its source gives other rows each time it is"
-                " read, so its metrics would compare answers with the targets of other rows; make it"
-                " give the same rows"
+                f"task {task.name!r}, split {split!r}: its source gives other rows than when it"
+                " was tokenised, so its metrics would compare answers with other rows' targets; start"
+                " again, and it is tokenised again"
             )
         return rows
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 import math
@@ -68,7 +69,8 @@ def stored_tokens(
             tokenised): `sources.rows_digest` says what that costs, at each start.
 
     Raises:
-        InputError: the task cannot be read, or a row has no inputs or no weight above 0.
+        InputError: the task cannot be read, its rows differ from one reading to the next, or a row
+            has no inputs or no weight above 0.
     """
     key = digest([FORMAT_VERSION, key, split, list(objectives)])
     folder = re.sub(r"[^\w.-]", "_", f"{name}-{split}") + f"-{key[:16]}"
@@ -91,7 +93,8 @@ def stored_tokens(
         about: dict[str, Any] = {"task": name, "split": split}
         if compare:
             # read before the rows are tokenised: what changes in between is noticed next time
-            about |= {"source": reading.digest, "repeats": reading.repeats()}
+            about["source"] = reading.digest
+            reading.check_repeats()
         if isinstance(task, PreparedRows):
             total, examples = len(task), iter(task)
         else:
@@ -135,30 +138,30 @@ class Reading:
                 found[-1].append([hash64(example.row_id)])
         return found
 
-    def repeats(self) -> bool:
-        """Whether the first rows are the same twice; says so where they are not."""
-        if self.first_rows() == self.first_rows():
-            return True
-        self._warn(
-            "its source gives other rows each time it is read; the rows of this reading are kept"
-            " and trained on"
+    @functools.cached_property
+    def _repeats(self) -> bool:
+        return self.first_rows() == self.first_rows() and self.digest == self.digest_again()
+
+    def check_repeats(self) -> None:
+        """Refuses rows that are drawn: a run that starts again would train on others.
+
+        Raises:
+            InputError: two readings differ in the source's rows, or in the first tokens.
+        """
+        if self._repeats:
+            return
+        raise InputError(
+            f"task {self.task.name!r}: the rows of split {self.split!r} differ from one reading to the"
+            " next; let its preprocessors draw with seeds of `seqio.map_over_dataset(num_seeds=1)`"
+            " and a source with its argument `seed`, or write the rows to a file once"
         )
-        return False
 
     def is_kept_in(self, store: TokenStore) -> bool:
-        """Whether the store is the one to use; a difference from the source is said.
+        """Whether the store has the source's rows of now; a difference is said.
 
-        The rows of a source that never repeats itself are kept: they are as good as any other.
+        Raises:
+            InputError: as `check_repeats`.
         """
-        if not store.about.get("repeats", True) or (
-            store.about.get("source") != self.digest and self.digest_again() != self.digest
-        ):
-            self._warn(
-                "its source gives other rows each time it is read; training on the rows that were"
-                " kept in %s",
-                store.directory,
-            )
-            return True
         first = self.first_rows()
         kept = [
             [rows[feature][i].tolist() for rows in store.rows for feature in ("inputs", "targets")]
@@ -168,6 +171,7 @@ class Reading:
         source = store.about.get("source")
         if source == self.digest and first == kept:
             return True
+        self.check_repeats()
         where = f"after row {COMPARED_ROWS}"
         if first != kept:
             pairs = enumerate(zip(first, kept, strict=False), 1)
@@ -279,6 +283,8 @@ def _row_id(value: Any) -> str | None:
 
 
 def _seed(task: Any) -> int | None:
-    # a fixed seed for preprocessors that draw; a function may not know the argument
+    """Returns the seed of a task's draws; None where SeqIO could not pass it on to the source."""
     function = getattr(task.source, "_dataset_fn", None)
-    return 0 if function is None else None
+    if function is None or "seed" in inspect.signature(function).parameters:
+        return 0
+    return None

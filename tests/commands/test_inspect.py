@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from stepdistill_jax.commands.main import main
@@ -92,7 +93,7 @@ def test_verify_says_what_was_compared_and_names_a_damaged_store(
     assert f"Verified {directory}: {sum(sizes):,} bytes in {len(sizes)} files" in out
 
     # a store so large that opening it does not read all of it
-    rows = [([5] * 1200, [6, 1]), ([5, 1], [7, 1])]
+    rows = [(np.full(1200, 5, np.int32), [6, 1]), ([5, 1], [7, 1])]
     write_store(
         directory, ["label", "rationale"], [TokenExample(rows)] * 1500, {"task": "delivery"}
     )

@@ -97,7 +97,13 @@ def commands(way):
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio", "mixture"]
+    "way",
+    [
+        pytest.param("jsonl", marks=pytest.mark.slow),
+        "add_task",
+        pytest.param("seqio", marks=pytest.mark.slow),
+        "mixture",
+    ],
 )
 def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
     inspect = command_of(way, "inspect")

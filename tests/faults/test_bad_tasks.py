@@ -159,6 +159,12 @@ def cut_by_length(dataset, sequence_length):
     return dataset.filter(lambda row: len(row["inputs"]) < sequence_length["inputs"])
 
 
+def draw_an_id(dataset):
+    import tensorflow as tf
+
+    return dataset.map(lambda row: row | {"inputs": tf.random.uniform([3], 3, 10**6, tf.int32)})
+
+
 def unfit_tasks():
     """{kind: (what differs from a task that trains, what is said of it and what to do instead)}."""
     import seqio
@@ -213,6 +219,10 @@ def unfit_tasks():
         "a cache alone": (
             {"preprocessors": [seqio.CacheDatasetPlaceholder(required=True)]},
             ("from a cache of seqio_cache_tasks alone", "leave required=True out"),
+        ),
+        "a draw at each reading": (
+            {"preprocessors": [draw_an_id]},
+            ("split 'train' differ from one reading to the next", "map_over_dataset(num_seeds=1)"),
         ),
         "no rows": ({"source": no_rows}, ("split 'train' has no rows", "its source is empty")),
         "no splits": ({"source": no_splits}, ("has no splits", "give it `splits`")),

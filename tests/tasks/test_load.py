@@ -371,19 +371,14 @@ def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(
         assert "other rows" not in caplog.text
 
 
-def test_a_source_whose_late_rows_never_repeat_is_named_and_its_rows_kept(
-    changeable, tmp_path, caplog, monkeypatch
-):
+def test_a_source_whose_late_rows_never_repeat_is_refused(changeable, tmp_path, monkeypatch):
     from stepdistill_jax.tasks import tokenizing
 
     name, _ = changeable
-    first = load_task(name, split="train", data_dir=tmp_path)
     reads = iter(range(99))
     monkeypatch.setattr(tokenizing, "rows_digest", lambda *_: {"rows": 60, "sha256": next(reads)})
-    with caplog.at_level(logging.WARNING):
-        again = load_task(name, split="train", data_dir=tmp_path)
-    assert f"{name!r}, split 'train': its source gives other rows each time" in caplog.text
-    assert again.fingerprint == first.fingerprint
+    with pytest.raises(InputError, match=f"{name!r}: the rows of split 'train' differ from"):
+        load_task(name, split="train", data_dir=tmp_path)
 
 
 def test_a_field_that_no_objective_reads_changes_no_tokens(seqio, tmp_path):
@@ -511,7 +506,10 @@ def test_a_tfds_dataset_that_is_not_there_is_named_with_its_task(seqio, tmp_path
         load_task("no_tfds_plain", split="train", data_dir=tmp_path)
 
 
-def test_a_source_that_never_repeats_is_named_and_its_rows_kept(seqio, tmp_path, caplog):
+def test_rows_that_are_drawn_at_each_reading_are_refused(seqio, tmp_path):
+    """Whether a source draws them, or a preprocessor without a seed; SeqIO's seeds repeat."""
+    import tensorflow as tf
+
     from stepdistill_jax.tasks.registry import add_task
 
     count = iter(range(10**6))
@@ -520,12 +518,43 @@ def test_a_source_that_never_repeats_is_named_and_its_rows_kept(seqio, tmp_path,
         source=lambda split: [{"input": f"row {next(count)}", "label": "a"} for _ in range(3)],
         splits=["train"],
     )
-    with caplog.at_level(logging.WARNING):
-        first = load_task("restless", split="train", data_dir=tmp_path)
-        assert "'restless'" in caplog.text
-        assert "other rows each time" in caplog.text
-        again = load_task("restless", split="train", data_dir=tmp_path)
-    assert again.fingerprint == first.fingerprint
+
+    @seqio.map_over_dataset
+    def unseeded(row):
+        draw = tf.random.uniform([], 0, 10**9, tf.int32)
+        return {"inputs": tf.strings.as_string(draw), "targets": row["targets"]}
+
+    @seqio.map_over_dataset(num_seeds=1)
+    def seeded(row, seed):
+        draw = tf.random.stateless_uniform([], seed, 0, 10**9, tf.int32)
+        return {"inputs": tf.strings.as_string(draw), "targets": row["targets"]}
+
+    def rows(split, shuffle_files):
+        return tf.data.Dataset.from_tensor_slices({"targets": ["a", "b"]})
+
+    def seeded_rows(split, shuffle_files, seed=None):
+        return rows(split, shuffle_files)
+
+    feature = seqio.Feature(seqio.ByteVocabulary())
+    for name, function, draws in [
+        ("draws_without_seed", seeded_rows, unseeded),
+        ("source_without_seed", rows, seeded),
+        ("draws_with_seed", seeded_rows, seeded),
+    ]:
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(function, splits=["train"]),
+            preprocessors=[draws, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+            output_features={"inputs": feature, "targets": feature},
+        )
+    for name in ("restless", "draws_without_seed", "source_without_seed"):
+        with pytest.raises(InputError, match=f"{name!r}: the rows .* differ from one") as caught:
+            load_task(name, split="train", data_dir=tmp_path)
+        assert "\n" not in str(caught.value) and "num_seeds=1" in str(caught.value)
+    first = load_task("draws_with_seed", split="train", data_dir=tmp_path)
+    assert len(set(map(bytes, first.stores[0].rows[0]["inputs"]))) == 2
+    again = load_task("draws_with_seed", split="train", data_dir=tmp_path / "again")
+    assert first.fingerprint == again.fingerprint
 
 
 def test_a_plain_task_keeps_its_own_vocabulary(plain_module, delivery_data_dir, tmp_path):

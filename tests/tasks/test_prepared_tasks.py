@@ -67,13 +67,15 @@ def folder(delivery_data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(built_once, paper_data):
-    """The paper's CQA and SVAMP."""
+    """`real(name)`: a folder with the paper's CQA or SVAMP."""
 
-    def build(folder):
-        for name in ("cqa", "svamp"):
-            prepare(name, source=paper_data / name, data_dir=folder)
+    def folder_of(name):
+        return built_once(
+            f"real_{name}",
+            lambda folder: prepare(name, source=paper_data / name, data_dir=folder),
+        )
 
-    return built_once("cqa_and_svamp", build)
+    return folder_of
 
 
 def rows_of(seqio, name, split="train", **options):
@@ -127,11 +129,12 @@ def test_the_fast_reader_has_the_tokens_of_the_registered_tasks(seqio, folder, n
     assert len(label) > len(rationale) > 10 or name == "delivery"
 
 
-@pytest.mark.parametrize("name", ["cqa", "svamp"])
+@pytest.mark.parametrize("name", [pytest.param("cqa", marks=pytest.mark.slow), "svamp"])
 def test_the_fast_reader_has_the_tokens_of_the_registered_tasks_on_real_data(seqio, real, name):
-    register_prepared(real)
-    for split in splits_of(name, data_dir=real):
-        for objective, ours in zip(step_by_step(), stored(real, name, split), strict=True):
+    folder = real(name)
+    register_prepared(folder)
+    for split in splits_of(name, data_dir=folder):
+        for objective, ours in zip(step_by_step(), stored(folder, name, split), strict=True):
             task = seqio.TaskRegistry.get(f"{name}_{objective.name}")
             theirs = rows_of(seqio, task.name, split) if split in task.splits else []
             assert theirs == ours, (split, objective.name)
@@ -218,7 +221,10 @@ def test_the_mixture_pairs_the_rows_of_an_example(seqio, folder):
         last = question
 
 
-@pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "pack",
+    [pytest.param(True, id="packed"), pytest.param(False, id="padded", marks=pytest.mark.slow)],
+)
 def test_a_users_mixture_of_datasets_has_no_empty_target(seqio, folder, pack):
     register_prepared(folder, vocabulary="bytes")
     seqio.MixtureRegistry.add("both", ["tickets", "delivery"], default_rate=1.0)
@@ -343,8 +349,8 @@ def test_seqios_evaluator_counts_as_we_do(seqio, folder):
 
 
 def test_seqios_evaluator_compares_equations_by_value(seqio, real):
-    register_prepared(real)
-    dataset = open_prepared("svamp", real)
+    register_prepared(real("svamp"))
+    dataset = open_prepared("svamp", real("svamp"))
     assert dataset.metric == "value_match"
     labels = [example.label for example in dataset.examples("test")]
     answers = [f"( {label} )" if i % 2 else "0 - 1" for i, label in enumerate(labels)]

@@ -187,6 +187,7 @@ def test_another_config_is_refused_and_the_difference_named(
 LONGER = {"train_steps": 10, "eval_every": 4, "checkpoint_every": 3}
 
 
+@pytest.mark.slow
 def test_a_finished_run_trained_further_is_the_longer_run(tmp_path, delivery_data_dir):
     """Bitwise; the validation of the old last step stays, and no step is done twice."""
     optimizer = OptimizerConfig(schedule="rsqrt", warmup_steps=3)

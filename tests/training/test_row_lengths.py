@@ -54,6 +54,7 @@ def further(layout):
     return dataclasses.replace(CONFIG, train_steps=2, layout=layout)
 
 
+@pytest.mark.slow
 def test_a_resume_on_another_layout_has_the_rows_of_the_run(
     workdir, tmp_path, delivery_data_dir, capfd
 ):
@@ -88,6 +89,7 @@ def test_other_row_lengths_are_another_run(workdir, delivery_data_dir):
         train(changed, workdir=workdir, data_dir=delivery_data_dir)
 
 
+@pytest.mark.slow
 def test_rows_that_are_too_short_for_other_settings_are_said_to_be_of_another_run(
     tmp_path, delivery_data_dir
 ):

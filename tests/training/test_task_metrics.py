@@ -229,7 +229,14 @@ def turns(add):
     return found
 
 
-@pytest.mark.parametrize("name, step", [("turn", 2), ("loss_of_turn", 1), ("loss/label", 3)])
+@pytest.mark.parametrize(
+    "name, step",
+    [
+        pytest.param("turn", 2, marks=pytest.mark.slow),
+        ("loss_of_turn", 1),
+        pytest.param("loss/label", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_best_metric_chooses_the_step(turns, tmp_path, name, step):
     """Losses fall from step to step: by label accuracy, of which none is right, the last is best."""
     turns.start()
@@ -281,6 +288,7 @@ def test_a_bad_metric_ends_a_run_before_its_first_step(add, tmp_path, metric, me
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_mixture_has_the_metrics_of_each_task(seqio, add, tmp_path):
     """Every number that BEST_METRIC may name is in its validation."""
 
