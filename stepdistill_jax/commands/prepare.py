@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper-exact",
         action="store_true",
-        help="read the paper's files as its published code does, as dataset NAME_paper",
+        help="read the paper's files as its published code does, as dataset NAME_paper (NAME may be asdiv)",
     )
     parser.add_argument(
         "--report",

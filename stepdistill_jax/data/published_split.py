@@ -35,8 +35,8 @@ def drawn_splits(
 
     Args:
         rows: number of training rows, in the order of their file.
-        fraction: share of them that is used (`--subsample`).
-        seed: of the run (`--run`).
+        fraction: share of them that is used (`subsample` there).
+        seed: of the run (`run` there).
         validation: whether validation is drawn; else it has a file of its own, and is empty here.
 
     Returns:

@@ -65,7 +65,7 @@ def load_task(
             without a label, too.
         task_objectives: for names of a mixture's plain tasks the objective that each gives;
             `single` trains all tasks of a mixture as one objective.
-        share: of a dataset of `prepare --paper-exact` the share of its rows and the seed of the run,
+        share: of a dataset prepared with `paper_exact` the share of its rows and the seed of the run,
             by which the published code draws train and validation; others are read whole.
 
     Raises:

@@ -113,7 +113,7 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
 
 
 def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
-    """Refuses, of a dataset of `prepare --paper-exact`, what the paper's published code cannot do."""
+    """Refuses, of a dataset prepared with `paper_exact`, what the paper's published code cannot do."""
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
             f"dataset {dataset.name!r}: the paper's published code has gold labels or the teacher's, and"

@@ -23,14 +23,14 @@ class PreparedRows:
     """Tokens of a split, from its SPLIT.jsonl: those of `registry.joint_task` in a tenth of the time.
 
     Only where labels and rationales are taken as they stand (`can_read`); what chooses among them is
-    a SeqIO preprocessor, and read by SeqIO. A dataset of `prepare --paper-exact` is read here alone.
+    a SeqIO preprocessor, and read by SeqIO. A dataset prepared with `paper_exact` is read here alone.
 
     Attributes:
         dataset, split: a prepared dataset, and its split.
         objectives: each gives a row.
         vocabulary: of both sides.
         supervision: of the rows; None takes each as it is.
-        share: the share of the data and the seed that draws it, of a dataset of `prepare --paper-exact`.
+        share: the share of the data and the seed that draws it, of a dataset prepared with `paper_exact`.
     """
 
     dataset: PreparedDataset

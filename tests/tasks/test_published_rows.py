@@ -1,10 +1,12 @@
 """The ids of datasets of `prepare --paper-exact`, and the shares that a run draws of them."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.data.objectives import label_only, step_by_step, step_by_step_llm
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import open_prepared
@@ -14,6 +16,8 @@ from stepdistill_jax.inference.input_rows import read_questions
 from stepdistill_jax.inference.prompting import encode_input
 from stepdistill_jax.tasks import load_task, register_prepared
 from stepdistill_jax.tasks.supervision import Supervision
+from stepdistill_jax.training.provenance import describe, task_info
+from stepdistill_jax.training.run import assemble
 
 ROWS = 40
 
@@ -121,6 +125,33 @@ def test_validation_with_a_file_of_its_own_stays_whole(folder):
     ]
     assert [ids_of(train, 0, "inputs", i) for i in range(10)] == expected
     assert load_task("anli_paper", split="validation", **share).stores[0].num_examples == ROWS
+
+
+def test_a_cell_runs_to_the_letter(folder, tmp_path):
+    """`paper/exact.gin` over a paper's config: the published share, no prefix, answers of 63 tokens."""
+    settings = ["TASK=svamp_paper", "INIT_FROM=None", "DATA_FRACTION=0.25", "SEED=3"]
+    settings += ["MODEL_SIZE=tiny", "OBJECTIVES=label_only_llm"]
+    config, _ = load_config("paper_svamp", settings, ["paper/exact.gin"])
+    run = assemble(config, tmp_path, folder)
+    train, validation = published_share(0.25, 3)
+    assert run.batches.num_examples == len(train) == 9
+    assert sorted(run.data.stores[0].label_texts) == sorted(f"( {i}.0 + 2.0 )" for i in train)
+    held_out = run.validator.data
+    assert sorted(held_out.stores[0].label_texts) == sorted(f"( {i}.0 + 2.0 )" for i in validation)
+    rows = {
+        row.label: row
+        for split in ("train", "validation")
+        for row in open_prepared("svamp_paper", folder).examples(split)
+    }
+    encode = held_out.vocabulary.encode
+    for i, label in enumerate(held_out.stores[0].label_texts):
+        assert ids_of(held_out, 0, "inputs", i) == [*encode(rows[label].input), 1]
+        assert ids_of(held_out, 0, "targets", i) == [*encode(label), 1]  # gold, not the teacher's
+    assert run.validator.decoder.max_decode_len == 63
+    assert task_info(run, describe(run)).max_decode_len == 63
+    # the choice of our own reading: 8 for labels of 7 tokens
+    ours = dataclasses.replace(config, max_decode_len=None)
+    assert assemble(ours, tmp_path, folder).validator.decoder.max_decode_len % 8 == 0
 
 
 def test_a_choice_that_the_published_code_lacks_is_refused(folder):

@@ -1,4 +1,4 @@
-"""The paper's files as its published code reads them: `prepare NAME --paper-exact`."""
+"""The paper's files as its published code reads them: `prepare(NAME, paper_exact=True)`."""
 
 import dataclasses
 import itertools
