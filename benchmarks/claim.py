@@ -79,11 +79,16 @@ def why_not(examples: Sequence[Example]) -> list[dict]:
     return rows
 
 
-# Weights are the demo's, 1 for the label and 3 for all others together.
+# Weights are the demo's, 1 for the label and 3 for all others together, but for one arm's.
 # The lengths hold every text of an arm.
 ARMS = {
     "label_only": Arm("the label alone: standard fine-tuning", CURVE, config="demo_label_only"),
     "step_by_step": Arm("label and rationale, two objectives: the paper's method", CURVE),
+    "step_by_step_equal": Arm(
+        "the same with the paper's weights, 0.5 and 0.5",
+        FULL,
+        settings=["step_by_step.label_weight=0.5", "step_by_step.rationale_weight=0.5"],
+    ),
     "single_task": Arm(
         "rationale, then label, in one target: the paper's ablation; decodes both",
         CURVE,
@@ -317,7 +322,8 @@ def page(comparison: Comparison, seconds: float | None) -> str:
     labels = {p.fraction: f"{p.labels:.0f}" for p in comparison.of_arm("step_by_step")}
     ends = [s for s in shares if s in TWO]
     runs = comparison.runs
-    steps = runs[0].config["train_steps"]
+    recipe = runs[0].config
+    steps = recipe["train_steps"]
     took = "" if seconds is None else f" It took {seconds / 60:.0f} minutes."
     lines = [
         "# The claim, and what controls make of it",
@@ -325,7 +331,11 @@ def page(comparison: Comparison, seconds: float | None) -> str:
         "Written by `make experiments` (`benchmarks/claim.py`), from nothing. The embedded dataset `delivery`, a tiny T5 from"
         f" scratch; {len(ARMS)} arms, {max(len(p.runs) for p in comparison.points)} seeds,"
         f" {steps} steps: {len(runs)} runs, {os.cpu_count()} CPU cores, jax"
-        f" {versions['jax']}.{took}",
+        f" {versions['jax']}, {time.strftime('%Y-%m-%d', time.gmtime())}.{took}",
+        "",
+        "The recipe is the demo's and not the paper's: weight 1 for the label and 3 for the other objectives together (the paper: 0.5"
+        f" and 0.5, λ = 1; here the arm `step_by_step_equal`), dropout {recipe['dropout_rate']:g}, a learning rate of"
+        f" {recipe['learning_rate']:g}, {recipe['batch_size']} examples a step.",
         "",
         "![Accuracy of each arm against the share of the labels](images/claim.png)",
         "",

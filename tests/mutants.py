@@ -75,6 +75,54 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="D5",
+        what="the second part of a published split is rounded down",
+        file="stepdistill_jax/data/published_split.py",
+        old="test = math.ceil(test_size * rows)",
+        new="test = math.floor(test_size * rows)",
+        tests=["tests/data/test_published.py::test_a_split_is_that_of_hugging_face_datasets"],
+    ),
+    Mutant(
+        id="D6",
+        what="a blank rationale of the published files is no target",
+        file="stepdistill_jax/tasks/prepared_rows.py",
+        old="targets if target or blank else []",
+        new="targets if target.strip() else []",
+        tests=[
+            "tests/tasks/test_published_rows.py::test_the_ids_of_a_pair_have_an_end_of_sequence_between_two_texts"
+        ],
+    ),
+    Mutant(
+        id="D7",
+        what="a share of the published files is drawn of the train split, after validation",
+        file="stepdistill_jax/tasks/prepared_rows.py",
+        old="mask = np.isin(prepared, shares[splits.index(self.split)])",
+        new="mask = np.isin(np.arange(len(prepared)), shares[splits.index(self.split)])",
+        tests=[
+            "tests/tasks/test_published_rows.py::test_a_share_is_drawn_of_all_rows_before_validation"
+        ],
+    ),
+    Mutant(
+        id="IN12",
+        what="`predict` asks with both texts of an input as one",
+        file="stepdistill_jax/inference/prompting.py",
+        old="texts = [text, input_pair] if input_pair else [text]",
+        new='texts = [f"{text} {input_pair}"] if input_pair else [text]',
+        tests=[
+            "tests/tasks/test_published_rows.py::test_the_ids_of_a_pair_have_an_end_of_sequence_between_two_texts"
+        ],
+    ),
+    Mutant(
+        id="ST12",
+        what="epsilon before the correction is corrected by the step before",
+        file="stepdistill_jax/training/optimizer.py",
+        old="return eps / jnp.sqrt(1 - b2 ** (step + 1))",
+        new="return eps / jnp.sqrt(1 - b2 ** jnp.maximum(step, 1))",
+        tests=[
+            "tests/training/test_optimizer.py::test_eps_before_the_correction_takes_the_step_of_transformers_adamw"
+        ],
+    ),
+    Mutant(
         id="A1",
         what="subtraction is right-associative",
         file="stepdistill_jax/data/arithmetic.py",

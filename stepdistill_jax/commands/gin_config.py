@@ -16,6 +16,7 @@ from stepdistill_jax.commands.gin_statements import (
     Binding,
     Bindings,
     Reader,
+    is_part,
     laid,
     parse_override,
     said,
@@ -117,7 +118,8 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
     used = {call for b in read for call in b.calls}
     for b in read:
         # a part's binding may be superseded, say by other objectives; the config's own may not
-        is_read = b.key in reached or b.path != last if "." in b.key else b.owner in used
+        own = b.path == last and not is_part(b.path)
+        is_read = b.key in reached or not own if "." in b.key else b.owner in used
         if not is_read:
             hint = _suggestion(b.key, {call[1:] for call in used})
             raise InputError(f"{b.where}: nothing uses {b.key}{hint}")

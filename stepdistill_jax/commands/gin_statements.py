@@ -174,15 +174,15 @@ def laid(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
 
     A part says whole what it refers to: where it has `@optimizer()`, what other files bind of
     `optimizer` goes back to the defaults. A key that two parts bind has a `rival`, save that the
-    parts in `paper/`, each a run's size and all that goes with it, give way to the others.
+    parts in `paper/`, each a run's size and all that goes with it, or the published code's habits,
+    give way to the others.
     """
     found: Bindings = {}
     paper: Bindings = {}
     others: Bindings = {}
     for path, bindings in files:
-        folder = path.resolve().parent
-        if folder.parent == shipped_folder("gin"):
-            of_kind = paper if folder.name == "paper" else others
+        if is_part(path):
+            of_kind = paper if is_part(path, "paper") else others
             for key in bindings.keys() & of_kind.keys():
                 if of_kind[key].path != path:
                     bindings |= {key: dataclasses.replace(bindings[key], rival=of_kind[key])}
@@ -190,9 +190,21 @@ def laid(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
             if of_kind is paper:
                 bindings = {k: b for k, b in bindings.items() if k not in others}
             whole = {call for b in bindings.values() for call in b.calls if call[0] == "@"}
-            found = {k: b for k, b in found.items() if k in others or b.owner not in whole}
+            found = {
+                k: b
+                for k, b in found.items()
+                if k in others or b.owner not in whole or is_part(b.path, "paper")
+            }
         found |= bindings
     return found
+
+
+def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
+    """Returns whether a gin file is a shipped part, in a folder of `gin/`; of `kind`, in that one."""
+    if path is None:
+        return False
+    folder = path.resolve().parent
+    return folder.parent == shipped_folder("gin") and folder.name in (kind or folder.name,)
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:

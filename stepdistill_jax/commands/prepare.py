@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prepare without the teacher's texts",
     )
     parser.add_argument(
+        "--paper-exact",
+        action="store_true",
+        help="read the paper's files as its published code does, as dataset NAME_paper (NAME may be asdiv)",
+    )
+    parser.add_argument(
         "--report",
         type=pathlib.Path,
         metavar="DIR",
@@ -69,6 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         field_map=parse_map(args.field_map),
         fields=[name.strip() for name in args.fields.split(",")] if args.fields else (),
         teacher=args.teacher,
+        paper_exact=args.paper_exact,
         report=args.report,
         data_dir=args.data_dir,
     )

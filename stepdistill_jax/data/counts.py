@@ -55,7 +55,7 @@ class Tally:
         example = row.example
         self.rows += 1
         self.labelled += bool(example.label)
-        self.with_rationale += bool(example.rationale)
+        self.with_rationale += bool(example.rationale.strip())
         self.human += any(r.source == "human" for r in example.rationales)
         self.right.update(row.right)
         for defect in row.defects:
@@ -71,7 +71,7 @@ class Tally:
         self.texts += 2 + bool(example.label) + max(len(example.rationales), 1)
         self.characters += 2 * len(example.input) + len(example.rationale)
         self.characters += sum(len(r.text) for r in example.rationales)
-        self._inputs.append(hash64(example.input))
+        self._inputs.append(hash64(example.input + example.input_pair))
         if example.choices:
             self._labels = None
         elif self._labels is not None and example.label:
@@ -83,7 +83,7 @@ class Tally:
         agrees = row.right.get("teacher_accuracy_repaired", row.right.get("teacher_accuracy"))
         sound = all(defect.kind in HARMLESS for defect in row.defects)
         for name, keeps in (
-            ("with a rationale", bool(row.example.rationale)),
+            ("with a rationale", bool(row.example.rationale.strip())),
             ("the teacher's answer is the gold label (after repairs)", agrees),
             ("no defect but runs_on", sound),
             (

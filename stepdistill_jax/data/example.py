@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
+INPUT_PAIR = "input_pair"  # of `Example.more`
 _AS_THEY_STAND = frozenset(FIELDS) - {"rationales", "choices"}
 
 
@@ -31,7 +32,8 @@ class Example:
         llm_label: the teacher's own answer.
         weight: factor of the example's loss tokens, above 0.
         choices: the allowed answers, in order; empty when the answer is free.
-        more: other texts that objectives may name, by field (`fields` of `prepare`).
+        more: other texts that objectives may name, by field (`fields` of `prepare`). `input_pair` is a
+            second text of the input: the encoder reads both, each with an end of sequence.
     """
 
     id: str
@@ -43,6 +45,11 @@ class Example:
     weight: float = 1.0
     choices: tuple[str, ...] = ()
     more: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def input_pair(self) -> str:
+        """The second text of the input; empty where there is none."""
+        return self.more.get(INPUT_PAIR, "")
 
     @property
     def texts(self) -> dict[str, str]:

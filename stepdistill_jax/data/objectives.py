@@ -79,10 +79,13 @@ class Objective:
         if wanted:
             raise InputError(f"Objective {self.name}: decoder_prefix: {wanted}, got {prefix!r:.80}")
 
-    def render(self, fields: Mapping[str, str]) -> tuple[str, str]:
-        """(input, target) text of an example; the target is empty where a field of either is absent."""
+    def render(self, fields: Mapping[str, str], *, keep_empty: bool = False) -> tuple[str, str]:
+        """Returns the (input, target) text of an example.
+
+        The target is empty where a field of either is absent, unless `keep_empty` writes it then, too.
+        """
         values = {name: fields.get(name, "") for name in self.fields}
-        absent = not all(values[name] for name in self.needed)
+        absent = not keep_empty and not all(values[name] for name in self.needed)
         target = "" if absent else self.target_template.format_map(values)
         return self.input_template.format_map(values), target
 
@@ -155,9 +158,11 @@ RATIONALE_DECODER_PREFIX = "explain: "
 RATIONALE_THEN_LABEL = "{rationale} so the answer is {label}"
 
 
-def label_only(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
-    """Standard fine-tuning: the label alone."""
-    return (Objective("label", LABEL_INPUT, "{label}", label_weight),)
+def label_only(
+    label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
+) -> tuple[Objective, ...]:
+    """Standard fine-tuning: the label alone. The paper's code asks without a prefix, by `{input}`."""
+    return (Objective("label", input_template, "{label}", label_weight),)
 
 
 def step_by_step(
@@ -170,9 +175,11 @@ def step_by_step(
     )
 
 
-def label_only_llm(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
+def label_only_llm(
+    label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
+) -> tuple[Objective, ...]:
     """Standard distillation: the teacher's label alone; answers are compared with the gold label."""
-    return (Objective("label", LABEL_INPUT, "{llm_label}", label_weight),)
+    return (Objective("label", input_template, "{llm_label}", label_weight),)
 
 
 def step_by_step_llm(

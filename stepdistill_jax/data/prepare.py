@@ -31,6 +31,7 @@ def prepare(
     field_map: Mapping[str, str] | None = None,
     fields: Sequence[str] = (),
     teacher: bool = True,
+    paper_exact: bool = False,
     report: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +51,9 @@ def prepare(
         field_map: for `jsonl`, our field to the source's, e.g. {"input": "question"}.
         fields: for `jsonl`, names of other texts of a row to keep, for objectives that name them.
         teacher: False reads no teacher texts.
+        paper_exact: reads the paper's files as its published code does, without repairs, and draws its
+            validation split; the dataset is NAME_paper. It knows `asdiv`, too: SVAMP's and ASDiv's
+            rows together.
         report: folder for NAME.html, a page about the dataset.
         data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
 
@@ -64,7 +68,7 @@ def prepare(
     Raises:
         InputError: bad usage or a source that cannot be read as it should; nothing is written.
     """
-    dataset_name = _dataset_name(name, new_name)
+    dataset_name = _dataset_name(name, new_name, paper_exact)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
     check_apart([directory], [source])
@@ -73,7 +77,7 @@ def prepare(
 
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source], "`report`")
-    reading = _read(name, source, field_map, fields, teacher)
+    reading = _read(name, source, field_map, fields, teacher, paper_exact)
     with alone(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with folder_aside(directory) as new:
@@ -132,18 +136,23 @@ def ensure_prepared(
     return prepared.open_prepared(name, folder)
 
 
-def _dataset_name(name: str, new_name: str | None) -> str:
-    if name not in NAMES:
+def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
+    if paper_exact and name not in prepared.PUBLISHED:
+        raise InputError(
+            f"`paper_exact`: the paper published {', '.join(prepared.PUBLISHED)}, not {name}; leave it"
+            " out"
+        )
+    if name not in NAMES and not paper_exact:
         raise InputError(
             f"prepare: unknown dataset {name!r} (known: {', '.join(NAMES)}){nearest(name, NAMES)}"
         )
     if new_name is None:
         if name == "jsonl":
             raise InputError("prepare jsonl: say what to call the dataset with `new_name`")
-        return name
+        return f"{name}{prepared.PAPER_SUFFIX}" if paper_exact else name
     if not prepared.NAME.fullmatch(new_name):
         raise refused("new_name", "lower_snake_case, such as my_task", new_name)
-    if new_name in NAMES and new_name != name:
+    if new_name in NAMES and (new_name != name or paper_exact):
         raise InputError(
             f"`new_name`: {new_name!r} belongs to `prepare {new_name}`, choose another"
         )
@@ -156,6 +165,7 @@ def _read(
     field_map: Mapping[str, str] | None,
     fields: Sequence[str],
     teacher: bool,
+    paper_exact: bool,
 ) -> Reading:
     if field_map and name != "jsonl":
         raise InputError(f"`field_map`: only `prepare jsonl` has fields to map, not {name}")
@@ -174,6 +184,14 @@ def _read(
         from stepdistill_jax.data.corpora import jsonl
 
         return jsonl.read(source, field_map=field_map or {}, more=fields, teacher=teacher)
+    if paper_exact:
+        from stepdistill_jax.data.corpora import published
+
+        if not teacher:
+            raise InputError(
+                "`paper_exact`: the published code needs the teacher's texts, leave `teacher` out"
+            )
+        return published.read(name, source)
     reader = importlib.import_module(f"stepdistill_jax.data.corpora.{name}")
     return reader.read(source, teacher=teacher)
 

@@ -19,6 +19,8 @@ FILE = "dataset.json"
 VOCABULARY = "spiece.model"
 TFDS_VERSION = "1.0.0"  # and the name of the folder of the TFDS files
 ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or an export's
+PUBLISHED = (*ORIGINALS, "asdiv")  # datasets of the paper's published code
+PAPER_SUFFIX = "_paper"  # of a dataset that is read as that code does
 EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; no path's
 SPLIT = re.compile(r"[a-z]+")
@@ -36,6 +38,9 @@ class PreparedDataset:
         splits: number of rows by split.
         labels: the labels of train, sorted, where they are at most 50 and rows have no choices.
         fields: names of other texts that rows may have (`Example.more`).
+        paper_exact: whether rows are read as the paper's published code does: a blank rationale or
+            label is a target, too.
+        draws_validation: whether that code draws validation from train, for each share anew.
         files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty in a
             dataset of a version before it was kept.
     """
@@ -47,6 +52,8 @@ class PreparedDataset:
     splits: dict[str, int]
     labels: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()
+    paper_exact: bool = False
+    draws_validation: bool = False
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def check(self, *names: str) -> None:
@@ -216,7 +223,8 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
             raise ValueError(f"a split {split!r} of {count!r} rows")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise TypeError("the labels are no list of texts")
-    more = stored.get("options", {}).get("fields", [])
+    options = stored.get("options", {})
+    more = options.get("fields", [])
     if not isinstance(more, list) or not all(isinstance(field, str) for field in more):
         raise TypeError("the fields are no list of names")
     if stored["metric"] not in METRICS:
@@ -235,6 +243,8 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
         splits,
         tuple(labels),
         tuple(more),
+        bool(options.get("paper_exact")),
+        options.get("validation") == "drawn",
         files,
     )
 
@@ -243,6 +253,9 @@ def how_to_prepare(name: str) -> str:
     """The command that prepares `name`."""
     if name == EMBEDDED:
         return f"run `stepdistill prepare {name}`"
+    original = name.removesuffix(PAPER_SUFFIX)
+    if name != original and original in PUBLISHED:
+        return f"run `stepdistill prepare {original} --source DIR --paper-exact`"
     if name in ORIGINALS:
         return f"run `stepdistill prepare {name} --source DIR`"
     return f"run `stepdistill prepare jsonl --source FILE --name {name}`"

@@ -107,7 +107,7 @@ def parse_equation(text: str) -> Parsed:
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
         return Parsed(problems=problems)
-    equation = _in_parentheses(answer)
+    equation = in_parentheses(answer)
     whole = _without_stop(answer.split("\n")[0])
     if not equation:
         problems += ("no_parentheses",)
@@ -157,8 +157,8 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     return ("truncated",)
 
 
-def _in_parentheses(text: str) -> str:
-    r"""From the first `(` to the last `)` of the first line that has both; empty where none has.
+def in_parentheses(text: str) -> str:
+    r"""Returns the first line that has both from its first `(` to its last `)`; empty where none has.
 
     `\(.*\)` says the same, in the square of the time where nothing closes.
     """

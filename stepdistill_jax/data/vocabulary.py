@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Protocol
 
 from stepdistill_jax.errors import InputError
@@ -12,6 +13,14 @@ from stepdistill_jax.runtime.fingerprints import digest, sha256
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTES = "bytes"
 MAX_BYTES = 128 << 20  # of a model's file; that of a quarter of a million pieces has 5
+
+
+def with_eos(*texts: Sequence[int]) -> list[int]:
+    """Returns the ids of an input's texts with an end of sequence after each.
+
+    Example: `with_eos([5, 6], [7])` is [5, 6, 1, 7, 1].
+    """
+    return [i for ids in texts for i in (*ids, EOS_ID)]
 
 
 class Vocabulary(Protocol):

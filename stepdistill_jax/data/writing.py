@@ -171,7 +171,9 @@ def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[st
 
 
 def _texts_of(example: Example) -> list[str]:
-    texts = [text for o in objectives.step_by_step() for text in o.render(example.texts) if text]
+    texts = [
+        text for o in objectives.step_by_step() for text in o.render(example.texts) if text.strip()
+    ]
     texts += example.more.values()
     return texts + [r.text for r in example.rationales if r.text != example.rationale]
 

@@ -1,5 +1,6 @@
 """The numbers of the paper, for comparison with measured ones."""
 
+from stepdistill_jax.data.prepared import PAPER_SUFFIX
 from stepdistill_jax.experiments.comparison import Point
 
 BASE_PARAMETERS = 247_577_856  # T5 v1.1 base
@@ -19,4 +20,4 @@ def paper_accuracy(point: Point) -> float | None:
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:
         return None
-    return ACCURACY.get(run.task, {}).get(point.arm)
+    return ACCURACY.get(run.task.removesuffix(PAPER_SUFFIX), {}).get(point.arm)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.objectives import ARMS
+from stepdistill_jax.data.objectives import ARMS, LABEL_INPUT
 from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
 from stepdistill_jax.data.text_metrics import metric_fn
 from stepdistill_jax.errors import InputError
@@ -304,14 +304,19 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 
 
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """Name of the arm that has these objectives, weights aside; else the objectives' own names.
+    """Returns the name of the arm with these objectives, weights aside; else the objectives' own names.
+
+    A label that is asked for without a prefix, as in `paper/exact.gin`, is the same arm.
 
     Example: `label+rationale` with another template than `step_by_step` stays `label+rationale`.
     """
 
     def shape(items) -> list[tuple]:
         fields = ("name", "input_template", "target_template", "decoder_prefix")
-        return [tuple(o.get(f, "") for f in fields) for o in items]
+        return [
+            tuple(LABEL_INPUT if o.get(f) == "{input}" else o.get(f, "") for f in fields)
+            for o in items
+        ]
 
     for name, arm in ARMS.items():
         if shape(map(dataclasses.asdict, arm())) == shape(objectives):

@@ -223,7 +223,10 @@ def _decode_window(
         counts["incomplete_inputs"] += sum(bool(asking.lacks(row)) for row in window)
     prompts = zip(*map(asking.prompts, window), strict=True)
     for i, (length, texts) in enumerate(zip(asking.decode_lengths, prompts, strict=True)):
-        encoded = [encode_input(model.vocabulary, text, asking.input_length) for text in texts]
+        encoded = [
+            encode_input(model.vocabulary, text, asking.input_length, row.input_pair)
+            for text, row in zip(texts, window, strict=True)
+        ]
         inputs = [ids for ids, _ in encoded]
         if i == 0:
             counts["cut_inputs"] += sum(cut for _, cut in encoded)

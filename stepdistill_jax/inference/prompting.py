@@ -14,7 +14,7 @@ from stepdistill_jax.data.objectives import (
     gives_rationale,
 )
 from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary, with_eos
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.model import LoadedModel
@@ -136,9 +136,19 @@ def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[s
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed
 
 
-def encode_input(vocabulary: Vocabulary, text: str, input_length: int) -> tuple[list[int], bool]:
-    """(ids with their end of sequence, whether they were cut), as training batches cut them."""
-    ids = [*vocabulary.encode(text), EOS_ID]
+def encode_input(
+    vocabulary: Vocabulary, text: str, input_length: int, input_pair: str = ""
+) -> tuple[list[int], bool]:
+    """Returns (ids, whether they were cut), as training batches cut them.
+
+    Args:
+        vocabulary: of the model.
+        text: a prompt.
+        input_length: most ids, the end of sequence included.
+        input_pair: the row's second text, which the encoder reads after the end of the first.
+    """
+    texts = [text, input_pair] if input_pair else [text]
+    ids = with_eos(*map(vocabulary.encode, texts))
     return cut_ids(ids, input_length), len(ids) > input_length
 
 

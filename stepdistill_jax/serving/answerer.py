@@ -69,7 +69,9 @@ class Answerer:
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
         text = self._asking.prompts(parsed)[0]
-        ids, _ = encode_input(self._engine.vocabulary, text, self._asking.input_length)
+        ids, _ = encode_input(
+            self._engine.vocabulary, text, self._asking.input_length, parsed.input_pair
+        )
         return Question(parsed, ids)
 
     def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 from stepdistill_jax.data.builder import VERSION
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
+from stepdistill_jax.data.published_split import WHOLE
 from stepdistill_jax.data.reading import UNLABELLED
 from stepdistill_jax.data.vocabulary import Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError, nearest
@@ -18,6 +19,7 @@ from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.lookup import module_digest
 from stepdistill_jax.tasks.plain_tokens import (
     check_one_rationale,
+    check_published,
     check_split,
     files_of_task,
     with_rows,
@@ -39,10 +41,11 @@ def load_dataset(
     given: str | None,
     where: tuple[pathlib.Path, str | None],
     supervision: Supervision | None,
+    share: tuple[float, int] = WHOLE,
 ) -> TaskData:
     """Returns what `prepare` or `add_task` made; `where` is the data's folder and the task module."""
     if isinstance(found, PreparedDataset):
-        return _load_prepared(found, split, objectives, given, where[0], supervision)
+        return _load_prepared(found, split, objectives, given, where[0], supervision, share)
     return _load_spec(found, split, objectives, given, *where, supervision)
 
 
@@ -53,6 +56,7 @@ def _load_prepared(
     given: str | None,
     folder: pathlib.Path,
     supervision: Supervision | None,
+    share: tuple[float, int],
 ) -> TaskData:
     task = found.name
     check_split(task, split, found.splits)
@@ -60,6 +64,7 @@ def _load_prepared(
     _check_fields(found, objectives)
     if supervision is not None and split == "train":
         supervision = supervision.for_objectives(objectives)
+        check_published(found, supervision)
     vocabulary = os.fspath(found.spiece_model) if given is None else given
     parts = _parts_of(found, split, supervision)
     most = 1
@@ -68,14 +73,14 @@ def _load_prepared(
 
     def prepared_task():
         found.check(VERSION)  # TFDS's files, before they are read for the one time
-        if PreparedRows.can_read(supervision):
-            labelled = supervision is not None
-            return PreparedRows(found, split, objectives, load_vocabulary(vocabulary), labelled)
+        if found.paper_exact or PreparedRows.can_read(supervision):
+            opened = load_vocabulary(vocabulary)
+            return PreparedRows(found, split, objectives, opened, supervision, share)
         spec = spec_of(found, vocabulary, {split: "+".join(parts)})
         return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 
     columns = registry.columns_of(objectives, most)
-    key = [found.fingerprint, _key_of(supervision), parts]
+    key = [found.fingerprint, _key_of(supervision), parts, *([share] if found.paper_exact else [])]
     store, opened = _joint_store(
         prepared_task, task, split, objectives, columns, vocabulary, folder, key
     )
@@ -96,6 +101,7 @@ def _load_prepared(
         opened,
         most_rationales=most,
         sample_rationales=supervision is not None and supervision.rationales == "sample",
+        share_is_drawn=found.paper_exact,
         metric=found.metric,
         labels=found.labels,
     )

@@ -12,6 +12,7 @@ from stepdistill_jax.data.prepared import (
     PreparedDataset,
     data_folder,
 )
+from stepdistill_jax.data.published_split import WHOLE
 from stepdistill_jax.data.vocabulary import Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks import registry
@@ -45,6 +46,7 @@ def load_task(
     task_module: str | None = None,
     supervision: Supervision | None = None,
     task_objectives: TaskObjectives = None,
+    share: tuple[float, int] = WHOLE,
 ) -> TaskData:
     """The tokens of a task's split; tokenised on first use, memory-mapped from then on.
 
@@ -63,6 +65,8 @@ def load_task(
             without a label, too.
         task_objectives: for names of a mixture's plain tasks the objective that each gives;
             `single` trains all tasks of a mixture as one objective.
+        share: of a dataset prepared with `paper_exact` the share of its rows and the seed of the run,
+            by which the published code draws train and validation; others are read whole.
 
     Raises:
         InputError: an unknown task or split, a mixture of which it is not known which task gives
@@ -82,7 +86,7 @@ def load_task(
         )
     if isinstance(found, PreparedDataset | TaskSpec):
         where = (folder, task_module)
-        return load_dataset(found, split, objectives, given, where, supervision)
+        return load_dataset(found, split, objectives, given, where, supervision, share)
     if is_mixture(found):
         load = _MixtureLoader(found, split, objectives, folder, task_module, supervision)
         return load(given, task_objectives)

@@ -7,6 +7,7 @@ from typing import Any
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import atomic_write
@@ -108,6 +109,16 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
             f"task {task!r}: `rationales={supervision.rationales}` with rationale_source="
             f"{supervision.rationale_source} needs the list 'rationales' of a prepared dataset"
             " (`stepdistill prepare jsonl` keeps it)"
+        )
+
+
+def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
+    """Refuses, of a dataset prepared with `paper_exact`, what the paper's published code cannot do."""
+    if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
+        raise InputError(
+            f"dataset {dataset.name!r}: the paper's published code has gold labels or the teacher's, and"
+            f" one rationale each, not `label_source={supervision.label_source}` and"
+            f" `rationales={supervision.rationales}`; prepare it without `paper_exact`"
         )
 
 

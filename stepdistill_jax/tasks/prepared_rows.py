@@ -1,6 +1,7 @@
 """The tokens of a prepared dataset's rows as they stand, without TensorFlow and SeqIO."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +10,8 @@ import numpy as np
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
-from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
+from stepdistill_jax.data.published_split import WHOLE, drawn_splits
+from stepdistill_jax.data.vocabulary import Vocabulary, with_eos
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
 
@@ -21,20 +23,22 @@ class PreparedRows:
     """Tokens of a split, from its SPLIT.jsonl: those of `registry.joint_task` in a tenth of the time.
 
     Only where labels and rationales are taken as they stand (`can_read`); what chooses among them is
-    a SeqIO preprocessor, and read by SeqIO.
+    a SeqIO preprocessor, and read by SeqIO. A dataset prepared with `paper_exact` is read here alone.
 
     Attributes:
         dataset, split: a prepared dataset, and its split.
         objectives: each gives a row.
         vocabulary: of both sides.
-        labelled: leaves out the rows without a label.
+        supervision: of the rows; None takes each as it is.
+        share: the share of the data and the seed that draws it, of a dataset prepared with `paper_exact`.
     """
 
     dataset: PreparedDataset
     split: str
     objectives: Sequence[Objective]
     vocabulary: Vocabulary
-    labelled: bool
+    supervision: Supervision | None = None
+    share: tuple[float, int] = WHOLE
 
     @staticmethod
     def can_read(supervision: Supervision | None) -> bool:
@@ -42,22 +46,51 @@ class PreparedRows:
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:
-        return self.dataset.splits[self.split]
+        return sum(int(mask.sum()) for _, mask in self._parts) or self.dataset.splits[self.split]
 
     def __iter__(self) -> Iterator[TokenExample]:
         examples = self.dataset.examples(self.split)
-        kept = (e for e in examples if e.label or not self.labelled)
+        if self._parts:
+            found = ((self.dataset.examples(part), mask) for part, mask in self._parts)
+            examples = itertools.chain(*(itertools.compress(rows, mask) for rows, mask in found))
+        labelled = self.supervision is not None and not self.dataset.paper_exact
+        kept = (e for e in examples if e.label or not labelled)
         while several := list(itertools.islice(kept, AT_ONCE)):
             yield from self._tokenised(several)
 
+    @functools.cached_property
+    def _parts(self) -> list[tuple[str, np.ndarray]]:
+        """The prepared splits that a share is drawn from, each with [rows] bool; none is all of the split."""
+        dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
+        splits = ("train", "validation") if draws else ("train",)
+        if fraction == 1.0 or not dataset.paper_exact or self.split not in splits:
+            return []
+        counts = [dataset.splits[split] for split in splits]
+        prepared = np.concatenate(drawn_splits(sum(counts), validation=draws))
+        shares = drawn_splits(sum(counts), fraction=fraction, seed=seed, validation=draws)
+        mask = np.isin(prepared, shares[splits.index(self.split)])
+        return list(zip(splits, np.split(mask, [counts[0]]), strict=False))
+
+    def _texts(self, example: Example) -> dict[str, str]:
+        texts = example.texts
+        if self.supervision is not None and self.supervision.label_source == "llm":
+            texts["label"] = example.llm_label
+        return texts
+
     def _tokenised(self, examples: Sequence[Example]) -> Iterator[TokenExample]:
-        rows = [[o.render(e.texts) for o in self.objectives] for e in examples]
+        blank = self.dataset.paper_exact  # targets, too
+        rows = [
+            [o.render(self._texts(e), keep_empty=blank) for o in self.objectives] for e in examples
+        ]
         own = not self.objectives[0].label_field
-        ids = iter(self.vocabulary.encode_many([t for r in rows for pair in r for t in pair]))
-        for example, texts in zip(examples, rows, strict=True):
-            pairs = []
+        texts = [t for r in rows for pair in r for t in pair] + [e.input_pair for e in examples]
+        found = self.vocabulary.encode_many(texts)
+        ids, seconds = iter(found), found[-len(examples) :]
+        for example, texts, second in zip(examples, rows, seconds, strict=True):
+            pairs, more = [], [second] if example.input_pair else []
             for _, target in texts:
-                inputs, targets = [*next(ids), EOS_ID], [*next(ids), EOS_ID]
-                pairs.append((inputs, targets if target else []))  # absent: no end of sequence
+                inputs, targets = with_eos(next(ids), *more), with_eos(next(ids))
+                # an absent target has not even an end of sequence
+                pairs.append((inputs, targets if target or blank else []))
             label = texts[0][1] if own else example.label
             yield TokenExample(pairs, float(np.float32(example.weight)), label)

@@ -58,8 +58,9 @@ def register_prepared(
 
     For instance `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` after
     `register_prepared()`. Each task has the splits in which a row has its target. A dataset without
-    a train split has no vocabulary and is left out, unless one is given. A dataset that is
-    registered and has not changed keeps its tasks; else they are replaced.
+    a train split has no vocabulary and is left out, unless one is given. So is one that
+    is prepared with `paper_exact`, whose ids SeqIO cannot make. A dataset that is registered and has
+    not changed keeps its tasks; else they are replaced.
 
     Args:
         data_dir: folder of prepared datasets; None is that of the command which imports the calling
@@ -81,6 +82,9 @@ def register_prepared(
     names = []
     for name in prepared_names(folder):
         dataset = open_prepared(name, folder)
+        if dataset.paper_exact:
+            log(f"{name}: not registered with SeqIO, which cannot make its ids (`paper_exact`)")
+            continue
         if vocabulary is None and "train" not in dataset.splits:
             log(
                 f"{name}: not registered with SeqIO: no train split, and so no vocabulary of its own"

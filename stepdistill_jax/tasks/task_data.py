@@ -81,6 +81,7 @@ class TaskData:
         parts: one, or several of a mixture.
         vocabulary: of inputs and targets.
         sample_rationales: whether a batch takes one of an example's rationales, or all there are.
+        share_is_drawn: whether the rows are the share that the run asked for, and batches draw none.
     """
 
     name: str
@@ -89,6 +90,7 @@ class TaskData:
     parts: tuple[Part, ...]
     vocabulary: Vocabulary
     sample_rationales: bool = False
+    share_is_drawn: bool = False
 
     @classmethod
     def of_store(
@@ -101,13 +103,14 @@ class TaskData:
         *,
         most_rationales: int = 1,
         sample_rationales: bool = False,
+        share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
         """Returns the data of one store; `most_rationales` of an example are rows of their own."""
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
         parts = (Part(name, store, columns, **part),)
-        return cls(name, split, objectives, parts, vocabulary, sample_rationales)
+        return cls(name, split, objectives, parts, vocabulary, sample_rationales, share_is_drawn)
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:

@@ -39,6 +39,9 @@ class OptimizerConfig:
         schedule: the name of a `LearningRate` (`linear`, `cosine`, `rsqrt`, `constant`), or one.
         warmup_steps: of a schedule given by its name.
         b1, b2, eps: AdamW's.
+        eps_before_correction: adds AdamW's `eps` to the root of the second moment before its bias is
+            corrected, as the `AdamW` of transformers did; its effect is sqrt(1000) times as large in
+            the first step, with a `b2` of 0.999, and the same in the end.
         weight_decay: of either; the paper's is 0, optax's default is not.
         clip_norm: global gradient norm above which gradients are scaled down.
         mu_dtype: AdamW's first moment is kept as `float32` or `bfloat16` (optax's name); the second,
@@ -51,6 +54,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    eps_before_correction: bool = False
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     mu_dtype: str = "float32"
@@ -69,6 +73,7 @@ class OptimizerConfig:
         keep(self, number, "b1", "b2", of=of, least=0, below=1)
         keep(self, number, "eps", of=of, above=0)
         keep(self, number, "weight_decay", of=of, least=0)
+        of_type(f"{of}eps_before_correction", self.eps_before_correction, bool, "True or False")
         if self.clip_norm != math.inf:
             keep(self, number, "clip_norm", of=of, above=0)
         if self.mu_dtype != "float32" and self.name != "adamw":
@@ -86,7 +91,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last thirteen is the gin macro of the same name in capitals.
+    """One run. Each field but the last fourteen is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
@@ -121,6 +126,8 @@ class TrainConfig:
         supervision: which label and rationales are trained on.
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
+        max_decode_len: most tokens of a decoded label with its end of sequence, in validation and
+            wherever the trained model is asked; None is the longest of train, rounded up.
         remat_policy: `elementwise`, `minimal` or `full`.
         loss_mean: an objective's loss is the mean over its target tokens in the global batch
             (`token`, the paper's), or over its targets of each one's mean (`example`).
@@ -172,6 +179,7 @@ class TrainConfig:
     supervision: Supervision = dataclasses.field(default_factory=Supervision)
     model_family: str = "t5_v1_1"
     dropout_rate: float = T5Config.dropout_rate
+    max_decode_len: int | None = None
     remat_policy: str = T5Config.remat_policy
     loss_mean: str = "token"
     token_weights: dict[str, str] | None = None
@@ -189,6 +197,8 @@ class TrainConfig:
         keep(self, whole, "num_microbatches", least=1)
         keep(self, whole, "input_length", "target_length", least=1, most=MAX_LENGTH)
         keep(self, _row_length, "row_input_length", "row_target_length")
+        if self.max_decode_len is not None:
+            keep(self, whole, "max_decode_len", least=1, most=MAX_LENGTH)
         keep(self, whole, "seed", least=0, most=INT64)
         keep(self, number, "learning_rate", above=0)
         keep(self, number, "data_fraction", above=0, most=1)

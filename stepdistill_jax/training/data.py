@@ -63,6 +63,7 @@ def load_split(
         vocabulary=vocabulary,
         supervision=supervision,
         task_objectives=config.task_objectives,
+        share=(config.data_fraction, config.seed),
         **where,
     )
     if config.token_weights is None or split != TRAIN:
@@ -112,7 +113,7 @@ def batches_of(
         seed=config.seed,
         pack=config.pack,
         row_multiple=row_multiple,
-        data_fraction=config.data_fraction if data.split == TRAIN else 1.0,
+        data_fraction=1.0 if data.split != TRAIN or data.share_is_drawn else config.data_fraction,
         shuffle=shuffle,
         loss_mean=config.loss_mean,
     )

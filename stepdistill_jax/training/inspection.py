@@ -1,6 +1,7 @@
 """What a model will see of a task: rows, lengths, fill, what is cut, and lengths that fit better."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from stepdistill_jax.batches.packing import DECODER_ENCODER_SEGMENTS, Group
 from stepdistill_jax.batches.row_lengths import RowLengths, cheapest
 from stepdistill_jax.data import schedules
 from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.runtime.checks import whole
@@ -234,12 +236,18 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
         objective = int(group["decoder_objective_ids"][row][target][-1])
         yield {
             "objective": data.objectives[objective - 1].name,
-            "input": data.vocabulary.decode(inputs),
+            "input": _text(data, inputs),
             "target": data.vocabulary.decode(targets),
             "input_tokens": len(inputs),
             "target_tokens": len(targets),
             "weight": float(group["decoder_loss_weights"][row][target][-1]),
         }
+
+
+def _text(data: TaskData, ids: list[int]) -> str:
+    """Returns the text of an input; where it has two, `</s>` stands between them."""
+    texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
+    return "</s>".join(map(data.vocabulary.decode, texts))
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:

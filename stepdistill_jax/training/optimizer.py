@@ -76,12 +76,19 @@ def _optimizer(
             weight_decay_rate=o.weight_decay or None,
         )
     else:
-        rule = optax.adamw(
-            learning_rate_fn,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            mu_dtype=o.mu_dtype,
-        )
+        given = {"b1": o.b1, "b2": o.b2, "weight_decay": o.weight_decay, "mu_dtype": o.mu_dtype}
+        given["learning_rate"] = learning_rate_fn
+        if o.eps_before_correction:
+            adamw = optax.inject_hyperparams(optax.adamw, static_args=tuple(given))
+            rule = adamw(**given, eps=functools.partial(_corrected_eps, o.eps, o.b2))
+        else:
+            rule = optax.adamw(**given, eps=o.eps)
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
+
+
+def _corrected_eps(eps: float, b2: float, step: jax.Array) -> jax.Array:
+    """Returns what optax adds to the corrected root where `eps` is added to the root as it is.
+
+    With v_hat = v / c, c = 1 - b2^(step + 1): sqrt(v_hat) + eps / sqrt(c) is (sqrt(v) + eps) / sqrt(c).
+    """
+    return eps / jnp.sqrt(1 - b2 ** (step + 1))

@@ -260,7 +260,7 @@ def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
         objectives=run.data.objectives,
         input_length=run.config.input_length,
         target_length=run.config.target_length,
-        max_decode_len=max_decode_len(run.data, run.config.target_length),
+        max_decode_len=max_decode_len(run.data, run.config),
         metric=run.data.metric,
         labels=run.data.labels,
         provenance={

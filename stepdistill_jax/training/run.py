@@ -120,7 +120,7 @@ def assemble(
             config=model,
             abstract=abstract,
             mesh=mesh,
-            max_decode_len=max_decode_len(data, config.target_length),
+            max_decode_len=max_decode_len(data, config),
             batch_size=round_up(config.batch_size, shards),
         )
         names = validator.try_out()
@@ -210,12 +210,17 @@ def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]
     return False, resolve_step(path, "best") if is_workdir(path) else None
 
 
-def max_decode_len(data: TaskData, target_length: int) -> int:
-    """Tokens of the longest label of the train split with its end, rounded up to a multiple of 8."""
+def max_decode_len(data: TaskData, config: TrainConfig) -> int:
+    """Returns the most tokens of a decoded label: the config's, or those of the longest one of train.
+
+    The latter is rounded up to a multiple of 8.
+    """
+    if config.max_decode_len is not None:
+        return config.max_decode_len
     longest = max(
         int(rows["targets"].lengths.max())
         for part in data.parts
         for column, rows in zip(part.columns, part.store.rows, strict=True)
         if column.objective == 1
     )
-    return round_up(min(longest, target_length), 8)
+    return round_up(min(longest, config.target_length), 8)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from stepdistill_jax.commands.gin_config import load_config
-from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.objectives import Objective, label_only
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
@@ -245,6 +245,17 @@ def loaded_in_any_order(first: str, second: str, as_flags: bool, write):
         ("models/umt5", "memory/bfloat16", {"dropout_rate": 0.0, "dtype": "bfloat16"}),
         ("optimizers/lora", "memory/bfloat16_moment", {"learning_rate": 5e-4}),
         ("layouts/fsdp", "paper/base", {"layout": Layout(fsdp=-1), "model_size": "base"}),
+        ("paper/exact", "paper/xl", {"eval_every": 250, "max_decode_len": 63, "model_size": "xl"}),
+        (
+            "paper/exact",
+            "objectives/label_only",
+            {"objectives": label_only(input_template="{input}"), "checkpoint_every": 250},
+        ),
+        (
+            "paper/exact",
+            "optimizers/adafactor",
+            {"max_decode_len": 63, "learning_rate": 1e-3},
+        ),
         (
             "layouts/hybrid",
             "paper/xl",

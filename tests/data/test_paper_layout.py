@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pathlib
 
 import pytest
 
@@ -224,20 +225,31 @@ def test_asdiv_gives_inputs_that_have_the_teachers_labels_only(svamp_source):
     assert any("the split unlabelled: no gold label" in note for note in reading.notes)
 
 
-def test_asdiv_beside_svamp_is_found_and_needs_its_teacher_files(svamp_source):
+def test_asdiv_next_to_svamp_is_found_and_needs_its_teacher_files(svamp_source):
     _add_asdiv(svamp_source.parent)
-    assert len(svamp.read(svamp_source.parent).splits["unlabelled"]) == 3
-    assert "unlabelled" not in svamp.read(svamp_source).splits  # nothing outside the source is read
+    for source in (svamp_source, svamp_source.parent):
+        assert len(svamp.read(source).splits["unlabelled"]) == 3
     (svamp_source.parent / "asdiv" / "llm" / "train_CoT_0.json").unlink()
     with pytest.raises(InputError, match=r"asdiv/llm/train_CoT_0\.json: no such file"):
-        svamp.read(svamp_source.parent)
-    rows = svamp.read(svamp_source.parent, teacher=False).splits["unlabelled"]
+        svamp.read(svamp_source)
+    rows = svamp.read(svamp_source, teacher=False).splits["unlabelled"]
     assert [row.example.llm_label for row in rows] == ["", "", ""]
 
 
-def test_a_misplaced_asdiv_says_where_it_belongs(svamp_source):
-    _lines(svamp_source / "asdiv_train.json", [{"input": "q"}])
-    with pytest.raises(InputError, match=r"move it to .*svamp/asdiv/asdiv_train\.json"):
+def test_a_missing_asdiv_is_told(svamp_source, monkeypatch):
+    monkeypatch.chdir(svamp_source)
+    for source in (svamp_source, svamp_source.parent, pathlib.Path()):
+        reading = svamp.read(source)
+        assert "unlabelled" not in reading.splits
+        (note,) = [note for note in reading.notes if "ASDiv" in note]
+        assert note.startswith(f"{svamp_source.parent}/asdiv/asdiv_train.json: no such file, so")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_misplaced_asdiv_says_where_it_belongs(svamp_source, inside):
+    folder = svamp_source if inside else svamp_source.parent
+    _lines(folder / "asdiv_train.json", [{"input": "q"}])
+    with pytest.raises(InputError, match=rf"move it to {folder}/asdiv/asdiv_train\.json"):
         svamp.read(svamp_source)
 
 

@@ -22,7 +22,7 @@ def test_one_command_writes_the_page_of_the_claim(tmp_path, delivery_data_dir):
     assert page.count("**is not shown**") == 14
     table = page.split("## Accuracy")[1].splitlines()
     arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")]
-    assert len(arms) == 15 and {"label_only", "single_task", "missing_50"} <= set(arms)
+    assert len(arms) == 16 and {"label_only", "step_by_step_equal", "missing_50"} <= set(arms)
     assert "With 12824 labels, every one that can be made (8.5 times as many)" in page
     for name in ("claim", "controls"):
         assert (tmp_path / f"docs/images/{name}.png").read_bytes().startswith(b"\x89PNG")

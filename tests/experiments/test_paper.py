@@ -1,5 +1,6 @@
 """The paper's tables: every cell composes, with the paper's settings; its figures stand beside what is measured."""
 
+import dataclasses
 import itertools
 import pathlib
 import re
@@ -13,7 +14,7 @@ from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.experiments import paper
 from stepdistill_jax.experiments.comparison import compare
 from stepdistill_jax.experiments.report import headline
-from stepdistill_jax.experiments.results import read_runs
+from stepdistill_jax.experiments.results import arm_of, read_runs
 from stepdistill_jax.experiments.tables import accuracy_table
 from stepdistill_jax.training.config import OptimizerConfig
 
@@ -62,6 +63,21 @@ def test_every_cell_composes(task):
         assert (config.input_length, config.target_length) == (1024, 256)
         assert (config.learning_rate, config.dtype) == (5e-5, "float32")
         assert config.optimizer == OptimizerConfig(clip_norm=1.0, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("arm", OBJECTIVES)
+def test_every_arm_runs_to_the_letter(arm):
+    parts = ["paper/exact.gin", f"objectives/{arm}.gin"]  # in either order
+    config, _ = load_config("paper_cqa", ["TASK=cqa_paper"], parts)
+    assert load_config("paper_cqa", ["TASK=cqa_paper"], parts[::-1])[0] == config
+    assert (config.eval_every, config.checkpoint_every, config.max_decode_len) == (250, 250, 63)
+    assert config.optimizer == OptimizerConfig(eps_before_correction=True)
+    if arm.startswith("label_only"):  # `--model_type standard` has no prefix
+        assert [o.input_template for o in config.objectives] == ["{input}"]
+    else:
+        assert config.objectives == ARMS[arm]()
+    described = [dataclasses.asdict(o) for o in config.objectives]
+    assert arm_of(described) == arm  # as `report` calls it
 
 
 @pytest.mark.parametrize(

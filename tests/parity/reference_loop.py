@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -29,8 +29,8 @@ from stepdistill_jax.formats.directory import read_config, write_model_files
 from stepdistill_jax.models.config import t5_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5, init_params
-from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.data import batches_of, load_split, with_row_lengths
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state, shardings_of, state_from_params
 from stepdistill_jax.training.step import jit_train_step
@@ -62,20 +62,18 @@ class Setting:
     config: TrainConfig
 
 
-def make_setting(
-    data_dir: os.PathLike | str,
-    folder: os.PathLike | str,
+def published_config(
     *,
     steps: int = 50,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
     dtype: str = "float32",
-) -> Setting:
-    """Random weights (T5 v1.1, width 64, 2 + 2 layers) in `folder`, and batches of `cqa`.
+) -> TrainConfig:
+    """The published method on `cqa`, without dropout.
 
     The learning rate is 20 times the paper's, so that the losses move in 50 steps.
     """
-    config = TrainConfig(
+    return TrainConfig(
         task="cqa",
         objectives=step_by_step(ALPHA, 1 - ALPHA),
         batch_size=batch_size,
@@ -86,7 +84,13 @@ def make_setting(
         dropout_rate=0.0,
         dtype=dtype,
     )
-    data = load_task("cqa", split="train", objectives=config.objectives, data_dir=data_dir)
+
+
+def make_setting(
+    config: TrainConfig, data_dir: os.PathLike | str, folder: os.PathLike | str
+) -> Setting:
+    """Random weights (T5 v1.1, width 64, 2 + 2 layers) in `folder`, and batches of the task."""
+    data = load_split(config, "train", vocabulary=None, data_dir=data_dir)
     model = t5_config(
         "t5_v1_1", "tiny", vocab_size=data.vocab_size, num_decoder_layers=2, dropout_rate=0.0
     )
@@ -96,9 +100,7 @@ def make_setting(
     # of the loss would not be seen
     params["decoder"]["decoder_norm"]["scale"] *= FINAL_SCALE
     hf.save_params(folder, params, model)
-    batches = Batches(
-        data, config.batch_size, config.input_length, config.target_length, seed=0, pack=True
-    )
+    batches = with_row_lengths(batches_of(config, data), (256, 128))
     return Setting(pathlib.Path(folder), batches, config)
 
 
@@ -112,19 +114,46 @@ def unpacked(setting: Setting, step: int) -> list[tuple[np.ndarray, np.ndarray]]
     found = []
     for rows in store.rows:
         present = [i for i in drawn if rows["targets"].lengths[i]]
-        found.append(tuple(_padded([rows[f][i] for i in present]) for f in ("inputs", "targets")))
+        found.append(tuple(padded([rows[f][i] for i in present]) for f in ("inputs", "targets")))
     return found
 
 
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+def padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[rows, longest] ids, 0 after each row's own."""
     padded = np.zeros((len(rows), max(map(len, rows))), np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded
 
 
-def train_with_torch(setting: Setting) -> Trained:
-    """The method in torch and `transformers`."""
+def published_adamw(parameters, learning_rate: float):
+    """The public code's optimizer: `AdamW` of transformers 4.24, with its trainer's settings.
+
+    Its epsilon is added before the bias is corrected, torch's after.
+    """
+    import torch
+
+    class AdamW(torch.optim.Optimizer):
+        @torch.no_grad()
+        def step(self, closure=None):
+            b1, b2 = 0.9, 0.999
+            for p in self.param_groups[0]["params"]:
+                state = self.state[p]
+                taken = state["taken"] = state.get("taken", 0) + 1
+                mean = b1 * state.get("mean", 0.0) + (1 - b1) * p.grad
+                square = b2 * state.get("square", 0.0) + (1 - b2) * p.grad**2
+                state["mean"], state["square"] = mean, square
+                rate = self.param_groups[0]["lr"] * (1 - b2**taken) ** 0.5 / (1 - b1**taken)
+                p -= rate * mean / (square.sqrt() + 1e-8)
+
+    return AdamW(parameters, {"lr": learning_rate})
+
+
+def train_with_torch(
+    setting: Setting,
+    rows: Callable[[Setting, int], list[tuple[np.ndarray, np.ndarray]]] = unpacked,
+) -> Trained:
+    """The method in torch and `transformers`; `rows` gives the padded batches of a step."""
     import torch
     import transformers
 
@@ -134,14 +163,17 @@ def train_with_torch(setting: Setting) -> Trained:
     assert model.lm_head.weight is not model.shared.weight
     assert not model.config.scale_decoder_outputs and model.config.dropout_rate == 0
     steps, peak = setting.config.train_steps, setting.config.learning_rate
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
-    )
+    if setting.config.optimizer.eps_before_correction:
+        optimizer = published_adamw(model.parameters(), peak)
+    else:
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses, norms = np.zeros((steps, 2)), np.zeros(steps)
     for step in range(steps):
         objectives = []
-        for inputs, targets in unpacked(setting, step):
+        for inputs, targets in rows(setting, step):
             ids, wanted = torch.from_numpy(inputs), torch.from_numpy(targets)
             labels = wanted.masked_fill(wanted == 0, -100)  # no loss on padding
             objectives.append(model(input_ids=ids, attention_mask=ids != 0, labels=labels).loss)
@@ -274,14 +306,13 @@ def main() -> None:
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prepare("cqa", source=flags.source, data_dir=folder)
-        setting = make_setting(
-            folder,
-            pathlib.Path(folder) / "start",
+        config = published_config(
             steps=flags.steps,
             batch_size=flags.batch_size,
             learning_rate=flags.learning_rate,
             dtype=flags.dtype,
         )
+        setting = make_setting(config, folder, pathlib.Path(folder) / "start")
         ours, reference = train_with_ours(setting), train_with_torch(setting)
         print(report(ours, reference, start_params(setting)))
         if flags.plot:

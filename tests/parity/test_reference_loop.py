@@ -1,20 +1,6 @@
 """50 steps of our training against the published method in torch, on CQA: the curves are one."""
 
-import importlib.util
-import pathlib
-import sys
-
 import pytest
-
-
-@pytest.fixture(scope="module")
-def loop():
-    path = pathlib.Path(__file__).with_name("reference_loop.py")
-    spec = importlib.util.spec_from_file_location("reference_loop", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reference_loop"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow
@@ -23,7 +9,7 @@ def test_losses_and_parameters_follow_the_reference_loop(loop, paper_data, tmp_p
     from stepdistill_jax.data.prepare import prepare
 
     prepare("cqa", source=paper_data / "cqa", data_dir=tmp_path)
-    setting = loop.make_setting(tmp_path, tmp_path / "start", batch_size=16)
+    setting = loop.make_setting(loop.published_config(batch_size=16), tmp_path, tmp_path / "start")
     ours, reference = loop.train_with_ours(setting), loop.train_with_torch(setting)
     assert reference.losses.shape == (50, 2)
     # else equality would say little: losses that do not move, a clip that binds always or never

@@ -62,6 +62,26 @@ def test_adamw_takes_the_step_that_its_paper_says(given):
         np.testing.assert_allclose(params["w"], w, atol=3e-5)  # float32 cancellation
 
 
+def test_eps_before_the_correction_takes_the_step_of_transformers_adamw():
+    """`transformers.AdamW` of 4.24, three steps by hand; 1e-5 is felt next to gradients of 1e-3.
+
+    denom = sqrt(v) + eps; step = rate * sqrt(1 - b2^t) / (1 - b1^t); w -= step * m / denom.
+    """
+    tx = make_optimizer(config(eps=1e-5, eps_before_correction=True))
+    late = make_optimizer(config(eps=1e-5))
+    w = np.array([1.0, -2.0])
+    params, state, update = {"w": jnp.asarray(w, jnp.float32)}, None, jax.jit(tx.update)
+    state, late_state, m, v = tx.init(params), late.init(params), np.zeros(2), np.zeros(2)
+    for step, g in enumerate(np.array([[1e-3, 2e-4], [-3e-4, 5e-5], [2e-3, 1e-4]])):
+        grads = {"w": jnp.asarray(g, jnp.float32)}
+        updates, state = update(grads, state, params)
+        late_updates, late_state = late.update(grads, late_state, params)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        rate = 0.5 * (10 - step) / 10 * np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+        np.testing.assert_allclose(updates["w"], -rate * m / (np.sqrt(v) + 1e-5), rtol=2e-4)
+        assert np.abs(late_updates["w"] / updates["w"] - 1).max() > 0.1
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.02])
 def test_adafactor_takes_the_step_that_its_paper_says(weight_decay):
     """Three steps by hand (Shazeer and Stern 2018, algorithm 4): of a vector, so nothing is factored.

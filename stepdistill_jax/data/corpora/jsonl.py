@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from stepdistill_jax.data.defects import Defect
-from stepdistill_jax.data.example import FIELDS, Rationale
+from stepdistill_jax.data.example import FIELDS, INPUT_PAIR, Rationale
 from stepdistill_jax.data.objectives import FIELD_NAME
 from stepdistill_jax.data.reading import (
     SPLITS,
@@ -146,8 +146,10 @@ def _check_more(more: Sequence[str]) -> tuple[str, ...]:
                 f"`fields` {name}: expected a name in lower_snake_case; `fields` my_name and"
                 f" `field_map` my_name={name} read a field that is called otherwise"
             )
-        if name in (*FIELDS, PROVENANCE):
-            raise InputError(f"`fields` {name}: it has a meaning of its own and is read anyway")
+        if name in (*FIELDS, PROVENANCE, INPUT_PAIR):
+            raise InputError(
+                f"`fields` {name}: it has a meaning of its own; name yours differently"
+            )
     if len(set(more)) < len(more):
         raise InputError(f"`fields` {','.join(more)}: name each once")
     return tuple(more)

@@ -76,7 +76,7 @@ def read(
             texts as rows.
     """
     prefix = prefix or name
-    source, inputs = _input_files(source, prefix, name)
+    source, inputs = input_files(source, prefix, name)
     sources: dict[str, str] = {}
     paths = {split: source / f"{prefix}_{part}.json" for part, split in FILE_SPLITS.items()}
     notes = absent_notes(paths, inputs)
@@ -127,7 +127,7 @@ def file_rows(
         InputError: as `read`.
     """
     ids, absent = UniqueIds(), 0
-    for row, said in _paired(source, path, teachers):
+    for row, said in paired(source, path, teachers):
         found = to_row(row, said, ids)
         if found is None:
             absent += 1
@@ -217,10 +217,19 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     return files
 
 
-def _input_files(
+def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """The folder of the files and the file of each split: the paper's, else an export's."""
+    """Returns the folder of the files and the file of each split: the paper's, else an export's.
+
+    Args:
+        source: that folder, or one that holds it under `prefix` or `name`.
+        prefix: of the files.
+        name: of the dataset.
+
+    Raises:
+        InputError: no such folder, or none of the files in it.
+    """
     if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
         raise InputError(f"`source` {source}: no such folder")
     papers = {split: [f"{prefix}_{part}.json"] for part, split in FILE_SPLITS.items()}
@@ -243,10 +252,15 @@ def _input_files(
     )
 
 
-def _paired(
+def paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
 ) -> Iterator[tuple[JsonRow, Said]]:
-    """(row, its teacher text). Texts belong to rows by their order alone.
+    """Yields (row, its teacher text). Texts belong to rows by their order alone.
+
+    Args:
+        source: folder that the names of teacher files are relative to.
+        path: of the rows.
+        teachers: lists of texts, which together are as many as rows; None or none gives no texts.
 
     Raises:
         InputError: a row without a text or a text without a row, which would shift them.
@@ -257,7 +271,7 @@ def _paired(
         return
     texts = (
         TeacherText(text, name, i)
-        for file, name in [(file, str(file.relative_to(source))) for file in teachers]
+        for file, name in [(file, os.path.relpath(file, source)) for file in teachers]
         for i, text in enumerate(read_texts(file), 1)
     )
     pairs = itertools.zip_longest(rows, texts)

@@ -29,21 +29,21 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     "Equation"}. Without an ID the id is the row's number.
 
     asdiv/asdiv_train.json, of the same rows, with asdiv/llm/train_CoT_I.json becomes the split
-    `unlabelled`; the folder lies in `source` or beside svamp's in it.
+    `unlabelled`; the folder asdiv lies next to the folder of SVAMP's files, as in the paper's archive,
+    or in it.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
     )
-    folder = source / EXTRA
-    path = folder / f"{EXTRA}_train.json"
-    if not path.exists():
-        for misplaced in (source, source / "svamp"):
-            if (misplaced / path.name).exists():
-                raise InputError(
-                    f"{misplaced / path.name}: its teacher files would have the names of SVAMP's;"
-                    f" move it to {path}, and them to {folder / 'llm'}/"
-                )
+    own_folder, _ = paper_layout.input_files(source, "svamp", "svamp")
+    folder = extra_folder(own_folder)
+    if folder is None:
+        expected = own_folder.absolute().parent / EXTRA / f"{EXTRA}_train.json"
+        reading.notes.append(
+            f"{expected}: no such file, so there is no split {UNLABELLED} (ASDiv's questions)"
+        )
         return reading
+    path = folder / f"{EXTRA}_train.json"
     teachers = paper_layout.teacher_files(folder, "train") if teacher else []
     digests = {
         f"{EXTRA}/{f.relative_to(folder)}": paper_layout.digest_of(f) for f in (path, *teachers)
@@ -62,20 +62,41 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return dataclasses.replace(reading, rows=rows)
 
 
+def extra_folder(folder: pathlib.Path) -> pathlib.Path | None:
+    """Returns ASDiv's folder, next to the folder of SVAMP's files or in it; None if there is none.
+
+    Raises:
+        InputError: ASDiv's rows lie among SVAMP's files.
+    """
+    name = f"{EXTRA}_train.json"
+    for found in (folder / EXTRA, folder.absolute().parent / EXTRA):
+        if (found / name).exists():
+            return found
+    for misplaced in (folder, folder.absolute().parent):
+        if (misplaced / name).exists():
+            right = misplaced / EXTRA
+            raise InputError(
+                f"{misplaced / name}: its teacher files would have the names of SVAMP's; move it to"
+                f" {right / name}, and them to {right / 'llm'}/"
+            )
+    return None
+
+
 def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample:
     label = row.text("Equation" if "Equation" in row.fields else "label")
     defects: tuple[Defect, ...] = ()
     if arithmetic.evaluate(label) is None:
         defects = (Defect("gold_has_no_value", row.file, row.line, label),)
-    return _judged(Example(ids.of(row, "ID"), _question(row), label), said, defects)
+    return _judged(Example(ids.of(row, "ID"), question(row), label), said, defects)
 
 
 def _extra_row(row: JsonRow, said: paper_layout.Said, _: UniqueIds) -> CheckedExample:
     """A row of ASDiv: its label is not read."""
-    return _judged(Example(f"{EXTRA}-{row.number}", _question(row)), said)
+    return _judged(Example(f"{EXTRA}-{row.number}", question(row)), said)
 
 
-def _question(row: JsonRow) -> str:
+def question(row: JsonRow) -> str:
+    """Returns the input: `input`, or `Body` and `Question` on a line each."""
     if "Body" not in row.fields:
         return row.text("input", strip=False)
     # joined as the paper's files have it

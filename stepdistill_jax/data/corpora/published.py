@@ -1,0 +1,200 @@
+"""The paper's files as its published code reads them: `prepare(NAME, paper_exact=True)`."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+from stepdistill_jax.data import published_rules as rules
+from stepdistill_jax.data.corpora import nli, paper_layout, svamp
+from stepdistill_jax.data.corpora.cqa import question_with_choices
+from stepdistill_jax.data.example import INPUT_PAIR, Example
+from stepdistill_jax.data.published_split import drawn_splits
+from stepdistill_jax.data.reading import CheckedExample, Reading
+from stepdistill_jax.data.rows import JsonRow, UniqueIds
+from stepdistill_jax.data.text_metrics import value_match
+from stepdistill_jax.errors import InputError
+
+VERSION = 1
+NEOX = "gpt-neox"  # folder of GPT-NeoX's texts: gpt-neox/NAME/SPLIT.json, next to the datasets' folders
+ASDIV = svamp.EXTRA  # SVAMP's rows and ASDiv's, as the published code's dataset of that name
+
+
+def _cqa(row: JsonRow, ids: UniqueIds) -> Example:
+    choices = row.texts("choices")
+    written = tuple(map(str, row.fields.get("choices") or ()))
+    question = question_with_choices(row.text("question", strip=False), written)
+    return Example(ids.of(row), question, row.text("answer", strip=False), choices=choices)
+
+
+def _svamp(row: JsonRow, ids: UniqueIds) -> Example:
+    return Example(ids.of(row, "ID"), svamp.question(row), row.text("label", strip=False))
+
+
+def _asdiv(row: JsonRow, _: UniqueIds) -> Example:
+    answer = row.text("Answer", strip=False).split(" ")[0]  # `9 (apples)`
+    return Example(f"{ASDIV}-{row.number}", svamp.question(row), answer)
+
+
+def _nli(row: JsonRow, ids: UniqueIds) -> Example:
+    if not (label := nli.gold(row)):
+        raise InputError(f"{row.where}: no gold label, which the published code needs")
+    premise, hypothesis = (row.text(name, strip=False) for name in ("premise", "hypothesis"))
+    return Example(ids.of(row, "uid"), premise, label, more={INPUT_PAIR: hypothesis})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Corpus:
+    """A dataset of the published code.
+
+    Attributes:
+        to_example: the row without the teacher's part.
+        rule: reads the teacher's text.
+        prefix: of its files, and GPT-NeoX's folder.
+        drawn: whether validation is drawn from train; else it has a file of its own.
+    """
+
+    to_example: Callable[[JsonRow, UniqueIds], Example]
+    rule: Callable[..., tuple[str, str]]
+    prefix: str
+    drawn: bool
+
+
+_CORPORA = {
+    "cqa": _Corpus(_cqa, rules.cqa, "cqa", True),
+    "svamp": _Corpus(_svamp, rules.svamp, "svamp", True),
+    "esnli": _Corpus(_nli, rules.esnli, "esnli", False),
+    "anli": _Corpus(_nli, rules.anli, "anli1", False),
+    ASDIV: _Corpus(_svamp, rules.svamp, "svamp", True),
+}
+
+
+def read(name: str, source: pathlib.Path) -> Reading:
+    """Reads a dataset's files and the teacher's texts without any repair; texts are not even stripped.
+
+    The two texts of e-SNLI and ANLI are `input` and `input_pair`. Where validation has no file of
+    the published code's, it is drawn as `published_split` says, and both parts have its order.
+
+    Args:
+        name: one of `prepared.PUBLISHED`.
+        source: as for `paper_layout.read`; its folder `gpt-neox` instead takes the texts there, in
+            place of PaLM's.
+
+    Raises:
+        InputError: files that the published code needs are missing. While rows are read: broken
+            JSON, not as many texts as rows, or a text that the published rule cannot read.
+    """
+    corpus, neox = _CORPORA[name], source.name == NEOX
+    folder, inputs = paper_layout.input_files(
+        source.parent if neox else source, corpus.prefix, name
+    )
+    needed = ("train",) if corpus.drawn else ("train", "validation")
+    for part, split in paper_layout.FILE_SPLITS.items():
+        if split in needed and split not in inputs:
+            raise InputError(
+                f"{folder / f'{corpus.prefix}_{part}.json'}: no such file, which the published code"
+                " needs"
+            )
+    notes = []
+    if corpus.drawn and (path := inputs.pop("validation", None)):
+        notes.append(f"{path}: not read: the published code draws validation from train")
+    of_split = {
+        split: _File(folder, path, corpus, _texts(source, folder, corpus, split), neox)
+        for split, path in inputs.items()
+    }
+    more = []
+    if name == ASDIV:
+        if neox:
+            raise InputError(f"`source` {source}: there are no texts of GPT-NeoX for {ASDIV}")
+        more = [_asdiv_file(folder)]
+    sources = {
+        os.path.relpath(path, folder): paper_layout.digest_of(path)
+        for file in (*of_split.values(), *more)
+        for path in (*file.teachers, file.path)
+    }
+
+    def rows() -> Iterator[tuple[str, CheckedExample]]:
+        train = itertools.chain(*(file.rows() for file in (of_split["train"], *more)))
+        if corpus.drawn:
+            found = list(train)
+            parts = zip(("train", "validation"), drawn_splits(len(found)), strict=True)
+            yield from ((split, found[i]) for split, numbers in parts for i in numbers)
+        else:
+            yield from (("train", row) for row in train)
+        for split, file in of_split.items():
+            yield from ((split, row) for row in file.rows() if split != "train")
+
+    options: dict[str, object] = {
+        "paper_exact": True,
+        "validation": "drawn" if corpus.drawn else "file",
+        "teacher": "GPT-NeoX" if neox else "PaLM",
+    }
+    fields = (INPUT_PAIR,) if corpus.to_example is _nli else ()
+    if fields:
+        options["fields"] = list(fields)
+    metric = "value_match" if corpus.rule is rules.svamp else "text_match"
+    return Reading(name, VERSION, metric, rows, sources, options, notes, fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """Rows of one file with the teacher's texts of it.
+
+    Attributes:
+        folder: that names of files are relative to.
+        path: of the rows.
+        corpus: reads them.
+        teachers: files of the texts; without any, rows have no teacher's part.
+        neox: whether GPT-NeoX wrote the texts.
+    """
+
+    folder: pathlib.Path
+    path: pathlib.Path
+    corpus: _Corpus
+    teachers: list[pathlib.Path]
+    neox: bool = False
+
+    def rows(self) -> Iterator[CheckedExample]:
+        """Yields each row, in order."""
+        ids = UniqueIds()
+        for row, said in paper_layout.paired(self.folder, self.path, self.teachers):
+            example = self.corpus.to_example(row, ids)
+            if said is None:
+                yield CheckedExample(example)
+                continue
+            try:
+                rationale, label = self.corpus.rule(said.text, neox=self.neox)
+            except ValueError:
+                raise InputError(
+                    f"{self.folder / said.file}: item {said.row}: the published rule stops at it, for"
+                    " want of exactly one answer; leave out `paper_exact`"
+                ) from None
+            example = dataclasses.replace(example, rationale=rationale, llm_label=label)
+            equal = value_match if self.corpus.rule is rules.svamp else str.__eq__
+            yield CheckedExample(example, right={"teacher_accuracy": equal(label, example.label)})
+
+
+def _texts(
+    source: pathlib.Path, folder: pathlib.Path, corpus: _Corpus, split: str
+) -> list[pathlib.Path]:
+    """Returns the files of the teacher's texts; train must have some."""
+    part = next(p for p, s in paper_layout.FILE_SPLITS.items() if s == split)
+    if source.name != NEOX:
+        return paper_layout.teacher_files(folder, part, required=split == "train")
+    path = source / corpus.prefix / f"{part}.json"
+    if not path.exists() and split == "train":
+        raise InputError(f"{path}: no such file; GPT-NeoX's texts are wanted there")
+    return [path] if path.exists() else []
+
+
+def _asdiv_file(folder: pathlib.Path) -> _File:
+    found = svamp.extra_folder(folder)
+    if found is None:
+        raise InputError(
+            f"{folder.absolute().parent / ASDIV / f'{ASDIV}_train.json'}: no such file; ASDiv's rows"
+            " are expected next to SVAMP's folder"
+        )
+    corpus = dataclasses.replace(_CORPORA[ASDIV], to_example=_asdiv)
+    teachers = paper_layout.teacher_files(found, "train")
+    return _File(folder, found / f"{ASDIV}_train.json", corpus, teachers)

@@ -1,0 +1,67 @@
+"""How the paper's published code reads a teacher's text, slip for slip; `rationale.py` is our own reading.
+
+Each function returns (rationale, label). A part that is not there is blank: " " or "", as published.
+"""
+
+import re
+
+from stepdistill_jax.data.nli_rationale import ANLI_NEXT, ESNLI_MARKER
+from stepdistill_jax.data.rationale import (
+    CHOICE_MARKER,
+    EQUATION_MARKER,
+    NEXT_QUESTION,
+    in_parentheses,
+)
+
+BLANK = " "
+
+
+def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
+    """Reads `RATIONALE So the answer is (x) CHOICE.`; the label is the text, not the letter's choice.
+
+    Args:
+        text: a completion.
+        neox: whether GPT-NeoX wrote it, whose texts may lack an answer.
+
+    Raises:
+        ValueError: of a text by PaLM, the marker is not there exactly once; the published code stops.
+    """
+    own = _own(text, NEXT_QUESTION, neox)
+    if neox and own.count(CHOICE_MARKER) != 1:
+        return BLANK, BLANK
+    rationale, answer = own.split(CHOICE_MARKER)
+    pieces = re.split(r"\(.\)", answer)
+    label = pieces[1].strip() if len(pieces) > 1 else ""
+    return rationale.rstrip(), label.removesuffix(".") if label else BLANK
+
+
+def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
+    """Reads `RATIONALE The answer is (EQUATION).`; two answers are none."""
+    own = _own(text, NEXT_QUESTION, neox)
+    if own.count(EQUATION_MARKER) != 1:
+        return BLANK, BLANK
+    rationale, answer = own.split(EQUATION_MARKER)
+    return rationale.rstrip(), in_parentheses(answer) or BLANK
+
+
+def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
+    """Reads `RATIONALE Answer: LABEL`; an invented pair's answer is taken where there is no other."""
+    rationale = _own(text, ESNLI_MARKER, neox)
+    answers = text.split(f"{ESNLI_MARKER} ")
+    label = answers[1].split("Premise")[0].rstrip() if len(answers) > 1 else BLANK
+    return rationale, label
+
+
+def anli(text: str, *, neox: bool = False) -> tuple[str, str]:
+    """Reads `RATIONALE So the answer is LABEL.`, whose last character is dropped, whatever it is."""
+    own = _own(text, ANLI_NEXT, neox)
+    for marker in (CHOICE_MARKER, *([EQUATION_MARKER] if neox else [])):
+        if own.count(marker) == 1:
+            rationale, answer = own.split(marker)
+            return rationale.rstrip(), answer.lstrip()[:-1]
+    return "", ""
+
+
+def _own(text: str, end: str, neox: bool) -> str:
+    own = text.split(end)[0].rstrip()
+    return own.lstrip() if neox else own
