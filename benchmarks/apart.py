@@ -98,7 +98,7 @@ def _serve(pipe: Any, make: Callable[..., Any], args: tuple) -> None:
             else:
                 result = work() if method == "work" else getattr(made, method)(*args)
             pipe.send((result, None))
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # nobody listens any more
         return
     except InputError as refused:
         pipe.send((None, refused))

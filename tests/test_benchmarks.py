@@ -133,7 +133,8 @@ def test_more_threads_than_cores_are_refused():
     assert "--threads 4096" in done.stderr
 
 
-def test_contenders_take_turns_and_the_warm_up_is_not_counted(timing):
+def test_contenders_take_turns_and_the_warm_up_is_not_counted(timing, monkeypatch):
+    monkeypatch.setattr(timing, "REST_SECS", 0.0)
     turns = []
 
     def contender(name):
@@ -307,6 +308,7 @@ def run_all(monkeypatch, tmp_path):
         "ours": {"rows_per_second": 60.0, "lowest": 50.25, "highest": 1234.5},
         "peers": {"peer": {"rows_per_second": 20.0, "lowest": 10.0, "highest": 30.0}},
         "ratio": {"peer": 3.0},
+        "pairs": {"peer": [3.0, 2.5]},
         "first_loss": {"ours": 9.25, "peer": 9.25},
         "http": [{"rate": "alone", "p50_ms": 12.345}],
         **{"threads": 1, "rounds": 3, "device": "cpu (x)", "busy_cores": 0.5, "settings": {}},
@@ -334,9 +336,9 @@ def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
     assert text.startswith("# Benchmarks\n")
     machine, works, fails, gone = text.split("<!-- begin ")[1:]
     assert "| jax | " in machine
-    assert "|  | rows per second | lowest | highest | ours is |" in works
-    assert "| ours | 60 | 50.25 | 1,234 |  |" in works
-    assert "| peer | 20 | 10 | 30 | 3.00x |" in works
+    assert "|  | rows per second | lowest | highest | ours is | in pairs |" in works
+    assert "| ours | 60 | 50.25 | 1,234 |  |  |" in works
+    assert "| peer | 20 | 10 | 30 | 3.00x | 2.50 to 3.00 |" in works
     assert "- first loss: ours 9.25, peer 9.25" in works
     assert "Http:\n\n|  | rate | p50 ms |\n| --- | --- | --- |\n| 1 | alone | 12.35 |" in works
     assert "cpu (x); 1 thread; 3 rounds;" in works
