@@ -4,6 +4,7 @@ In one process libraries share glibc's heap, OpenMP's threads and the environmen
 timed under what another needs.
 """
 
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -12,7 +13,11 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-TORCH = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# torch does most steps with this (docs/training_speed.md): one heap, which keeps large blocks and is never given
+# back. Nothing is said of OpenMP: its threads spin for a moment between two loops
+TORCH = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1"
+}
 CLOSE_SECS = 30  # in which a process that is asked to end does so
 
 
@@ -66,7 +71,8 @@ class Apart:
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls a method of the object and returns its result."""
-        self._pipe.send((method, args))
+        with contextlib.suppress(BrokenPipeError):  # it has ended: so says its answer
+            self._pipe.send((method, args))
         return self._answer()
 
     def contender(self, number: int) -> Callable[[], int]:
@@ -77,10 +83,11 @@ class Apart:
     def _answer(self) -> Any:
         try:
             result, error = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode
-            raise RuntimeError(f"the process of {self._name} ended with {code}") from None
+            killed = "; -9 is often the kernel's, short of memory" if code == -9 else ""
+            raise RuntimeError(f"the process of {self._name} ended with {code}{killed}") from None
         if error is not None:
             raise error
         return result

@@ -84,8 +84,8 @@ PARTS = {
     ),
     "train_base": Part(
         "train_throughput",
-        "Training: `paper_cqa` with T5 v1.1 base, two threads, 32 examples a step",
-        f"--config paper_cqa --size base {T5} {BY_HAND} --batch-size 32 --steps 1 --rounds 2"
+        "Training: `paper_cqa` with T5 v1.1 base, two threads, 16 examples a step",
+        f"--config paper_cqa --size base {T5} {BY_HAND} --batch-size 16 --steps 1 --rounds 3"
         " --threads 2",
         TRAIN,
     ),
