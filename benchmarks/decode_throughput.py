@@ -6,7 +6,7 @@ The same random weights, in float32, through the directory that `stepdistill exp
 same prompts, those of a split's label objective. Random weights never end an answer, so the output
 row of the end of sequence is made longer until some do. Both sides go by batches of like length,
 the longest first; the peer's are padded to their longest row only and are not filled up. All labels
-must be equal.
+must be equal. Each way runs in a process of its own (benchmarks/apart.py), and they take turns.
 
 `ours` and `transformers` begin and end with ids. `ours_ctranslate2` is `predict` on the directory of
 `export --format ctranslate2`, and `ctranslate2` the plain lines that a user would write: both from one
@@ -15,13 +15,17 @@ file of JSON lines to another, the model's start included, with a worker of one 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import timing
+from apart import TORCH, Apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,18 +151,22 @@ def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
     return equal
 
 
-def contender(decode, count: int) -> timing.Contender:
-    def work() -> int:
-        decode()
-        return count
+class Decoder:
+    """One way to decode; `make` is one of the functions above."""
 
-    return lambda number: work
+    def __init__(self, make: Callable[..., Callable[[], list]], *args: Any):
+        self._decode = make(*args)
+
+    def answers(self) -> list:
+        return self._decode()
+
+    def contender(self, number: int) -> Callable[[], int]:
+        return lambda: len(self._decode())
 
 
 def main() -> None:
-    # to find huge pages for a model takes the kernel up to a second, now and then, and decoding gains nothing
-    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3, huge_pages=False)
-    timing.peer_module("torch", args.threads)
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    timing.peer_module("torch")
     timing.peer_module("ctranslate2")
     from models import save_random_model
 
@@ -169,14 +177,15 @@ def main() -> None:
     data = load_task(args.task, split=args.split, data_dir=args.data_dir)
     prompts = data.stores[0].rows[0]["inputs"]
     rows = [prompts[i].tolist() for i in range(min(args.rows, len(prompts)))]
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as closing:
+        scratch = closing.enter_context(tempfile.TemporaryDirectory())
         directory = f"{scratch}/model"
         vocab_size = max(data.vocab_size, args.vocab_size or 0)
         settings = {"size": args.size, "vocab_size": vocab_size, "seed": args.seed}
         save_random_model(directory, data.vocabulary, **settings)
-        decoders = {
-            "ours": our_decoder(directory, args, rows),
-            "transformers": peer_decoder(directory, args, rows),
+        makers: dict[str, tuple] = {
+            "ours": (our_decoder, directory, args, rows),
+            "transformers": (peer_decoder, directory, args, rows),
         }
         source = pathlib.Path(scratch) / "in.jsonl"
         lines = open_prepared(args.task, args.data_dir).file(args.split).read_text().splitlines()
@@ -184,18 +193,21 @@ def main() -> None:
         for suffix, quantization in (("", "float32"), ("_int8", "int8")):
             converted = f"{scratch}/{quantization}"
             export(directory, converted, format="ctranslate2", quantization=quantization)
-            decoders[f"ours_ctranslate2{suffix}"] = our_predict(converted, args, source)
-            decoders[f"ctranslate2{suffix}"] = peer_predict(converted, args, source)
-        answers = {name: decode() for name, decode in decoders.items()}
+            makers[f"ours_ctranslate2{suffix}"] = (our_predict, converted, args, source)
+            makers[f"ctranslate2{suffix}"] = (peer_predict, converted, args, source)
+        apart = {
+            name: closing.enter_context(
+                Apart(Decoder, *make, environment=TORCH if name == "transformers" else None)
+            )
+            for name, make in makers.items()
+        }
+        answers = {name: one.call("answers") for name, one in apart.items()}
         ours = answers["ours"]
         assert answers["transformers"] == ours, "transformers answers other ids"
         for name in ("ours", "transformers"):
             answers[name] = list(map(data.vocabulary.decode, answers[name]))
         equal = compare_labels(answers)
-        rates = timing.alternate(
-            {name: contender(decode, len(rows)) for name, decode in decoders.items()}, args.rounds
-        )
-    middle = {name: statistics.median(rate) for name, rate in rates.items()}
+        rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
     pairs = [
         ("ours_ctranslate2", "ctranslate2"),
         ("ours_ctranslate2_int8", "ctranslate2_int8"),
@@ -206,10 +218,14 @@ def main() -> None:
         args,
         rates,
         unit="rows_per_second",
+        environments={name: one.environment for name, one in apart.items()},
         equal_labels=equal,
         ended=sum(row[-1] == 1 for row in ours),
         tokens=sum(map(len, ours)),
-        further_ratios={f"{a} / {b}": round(middle[a] / middle[b], 3) for a, b in pairs},
+        further_ratios={
+            f"{a} / {b}": round(statistics.median(timing.in_pairs(rates[a], rates[b])), 3)
+            for a, b in pairs
+        },
     )
 
 

@@ -6,7 +6,7 @@ All read the same examples of a prepared dataset, a label row and a rationale ro
 draws a shuffled, packed batch from tokens on disk. SeqIO tokenises in TensorFlow, unshuffled and
 without its memory cache, and packs with its `EncDecFeatureConverter`. SentencePiece encodes lists of
 strings, which NumPy pads to the longest, unshuffled; nothing is packed. Ours uses one thread, the
-others as many as they are given.
+others as many as they are given. Each runs in a process of its own, and they take turns.
 
 `building` is how many of these rows a second become a new token store, once each: `as_they_stand`, of
 a prepared dataset whose labels and rationales are taken so, and `through_seqio`, where something is
@@ -14,6 +14,7 @@ chosen among them. `cores` is how many it kept busy.
 """
 
 import argparse
+import contextlib
 import itertools
 import pathlib
 import tempfile
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import timing
+from apart import Apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,22 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-length", type=int, help="the same for targets")
 
 
-def contender(stream: Callable[[], Iterator[int]], seconds: float) -> timing.Contender:
-    """Draws batches, of which a stream tells the row counts, epoch after epoch for some seconds."""
+class Stream:
+    """Draws batches, of which a stream gives the row counts, epoch after epoch for some seconds.
 
-    def of_round(number: int) -> Callable[[], int]:
-        batches = itertools.chain.from_iterable(stream() for _ in itertools.count())
+    `make` is one of the functions below.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], Iterator[int]]], args: argparse.Namespace):
+        self._stream, self._seconds = make(args), args.seconds
+
+    def contender(self, number: int) -> Callable[[], int]:
+        streams = (self._stream() for _ in itertools.count())
+        batches = itertools.chain.from_iterable(streams)
         next(batches)  # start-up is not counted: a run has thousands of steps
 
         def work() -> int:
-            done, end = 0, time.perf_counter() + seconds
+            done, end = 0, time.perf_counter() + self._seconds
             while time.perf_counter() < end:
                 done += next(batches)
             return done
 
         return work
-
-    return of_round
 
 
 def packed_rows(batch) -> int:
@@ -54,18 +61,26 @@ def packed_rows(batch) -> int:
     return int(batch["encoder_segment_ids"].max(axis=1).sum())
 
 
-def our_stream(args, data) -> Callable[[], Iterator[int]]:
+def our_batches(args):
     from stepdistill_jax.batches.batch import Batches
+    from stepdistill_jax.tasks.load import load_task
 
-    batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
+    data = load_task(args.task, split=args.split, data_dir=args.data_dir)
+    return Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
+
+
+def our_stream(args) -> Callable[[], Iterator[int]]:
+    batches = our_batches(args)
     return lambda: (packed_rows(batches(step)[0]) for step in itertools.count())
 
 
-def seqio_stream(args, dataset, batch_rows: int) -> Callable[[], Iterator[int]]:
+def seqio_stream(args) -> Callable[[], Iterator[int]]:
     import seqio
 
+    from stepdistill_jax.data.prepared import open_prepared
     from stepdistill_jax.tasks.registry import add_task
 
+    dataset, batch_rows = open_prepared(args.task, args.data_dir), our_batches(args).row_counts[0]
     mixture = add_task(
         "benchmark",
         source=seqio.TfdsDataSource(
@@ -84,10 +99,13 @@ def seqio_stream(args, dataset, batch_rows: int) -> Callable[[], Iterator[int]]:
     return lambda: map(packed_rows, packed.as_numpy_iterator())
 
 
-def sentencepiece_stream(args, dataset, objectives) -> Callable[[], Iterator[int]]:
+def sentencepiece_stream(args) -> Callable[[], Iterator[int]]:
     import numpy as np
     import sentencepiece
 
+    from stepdistill_jax.data.prepared import open_prepared
+
+    dataset, objectives = open_prepared(args.task, args.data_dir), our_batches(args).data.objectives
     processor = sentencepiece.SentencePieceProcessor(model_file=str(dataset.spiece_model))
     lengths = (args.input_length, args.target_length)
     fields = [vars(example) for example in dataset.examples(args.split)]
@@ -137,26 +155,25 @@ def building(args, dataset) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
-    from stepdistill_jax.batches.batch import Batches
     from stepdistill_jax.data.prepare import ensure_prepared
-    from stepdistill_jax.tasks.load import load_task
 
     dataset = ensure_prepared(args.task, args.data_dir)
     timing.fill_in_lengths(args)
-    data = load_task(args.task, split=args.split, data_dir=args.data_dir)
-    batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
-    streams = {
-        "ours": our_stream(args, data),
-        "seqio": seqio_stream(args, dataset, batches.row_counts[0]),
-        "sentencepiece": sentencepiece_stream(args, dataset, data.objectives),
+    makers = {
+        "ours": our_stream,
+        "seqio": seqio_stream,
+        "sentencepiece": sentencepiece_stream,
     }
-    contenders = {name: contender(stream, args.seconds) for name, stream in streams.items()}
-    rates = timing.alternate(contenders, args.rounds)
+    with contextlib.ExitStack() as closing:
+        apart = {
+            name: closing.enter_context(Apart(Stream, make, args)) for name, make in makers.items()
+        }
+        rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
     timing.report(
         args,
         rates,
         unit="rows_per_second",
-        examples=batches.num_examples,
+        examples=our_batches(args).num_examples,
         building=building(args, dataset),
     )
 

@@ -4,9 +4,9 @@
     python benchmarks/latency.py --rates 10 20 30 --seconds 60 --engines ctranslate2_int8 --json
 
 The same random weights, made by benchmarks/models.py; the prompts of a split, text to text. First each
-of them is asked alone, in this process, one after the other: all contenders have the same tokenizer,
-batches of one row and nothing compiled after the first round, which is not counted. The labels of
-float32 must be equal.
+of them is asked alone, in a process of its own (benchmarks/apart.py), one after the other: all contenders
+have the same tokenizer, batches of one row and nothing compiled after the first round, which is not
+counted. The labels of float32 must be equal.
 
 Then `stepdistill serve`, in a process of its own on the same cores, is asked over HTTP: by one client
 that waits for each answer (rate "alone"), then by clients that come at random moments, so many a second,
@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import timing
+from apart import TORCH, Apart
 
 ENGINES = ("jax", "ctranslate2", "ctranslate2_int8")
 START_SECS = 600  # in which a server has compiled what it needs
@@ -81,7 +82,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def our_engine(directory: pathlib.Path) -> Ask:
+def our_engine(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
     """One row as `serve` asks it, without HTTP."""
     from stepdistill_jax.inference.engines import open_engine
     from stepdistill_jax.inference.options import DecodeOptions
@@ -97,13 +98,15 @@ def our_engine(directory: pathlib.Path) -> Ask:
     return ask
 
 
-def peer(directory: pathlib.Path, args: argparse.Namespace, vocabulary: Any) -> Ask:
+def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
     """The same with transformers."""
+    from stepdistill_jax.formats.directory import read_model_files
     from stepdistill_jax.inference.prompting import encode_input
 
     torch = timing.peer_module("torch", args.threads)
     transformers = timing.peer_module("transformers")
     transformers.logging.set_verbosity_error()
+    vocabulary = read_model_files(directory).vocabulary
     model = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
     assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties where it can
 
@@ -125,21 +128,30 @@ def peer(directory: pathlib.Path, args: argparse.Namespace, vocabulary: Any) -> 
     return ask
 
 
-def contender(ask: Ask, texts: list[str], latencies: list[float]) -> timing.Contender:
-    """Asks row by row; the latencies of all rounds but the warm-up are kept."""
+class Asked:
+    """One of them, asked row by row; `make` is one of the functions above."""
 
-    def of_round(number: int) -> Callable[[], int]:
+    def __init__(self, make: Callable[..., Ask], texts: list[str], *args: Any):
+        self._ask, self._texts = make(*args), texts
+        self._latencies: list[float] = []
+
+    def answers(self) -> dict[str, str]:
+        return {text: self._ask(text) for text in self._texts}
+
+    def latencies(self) -> list[float]:
+        """Seconds of each row, of all rounds but the warm-up."""
+        return self._latencies
+
+    def contender(self, number: int) -> Callable[[], int]:
         def work() -> int:
-            for text in texts:
+            for text in self._texts:
                 began = time.perf_counter()
-                ask(text)
+                self._ask(text)
                 if number:
-                    latencies.append(time.perf_counter() - began)
-            return len(texts)
+                    self._latencies.append(time.perf_counter() - began)
+            return len(self._texts)
 
         return work
-
-    return of_round
 
 
 @contextlib.contextmanager
@@ -292,9 +304,8 @@ def over_http(
 
 
 def main() -> None:
-    # a server is started without huge pages, too
-    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3, huge_pages=False)
-    timing.peer_module("torch", args.threads)
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
+    timing.peer_module("torch")
     timing.peer_module("ctranslate2")
     timing.peer_module("uvicorn")
     from models import save_random_model
@@ -315,7 +326,8 @@ def main() -> None:
     if not texts:
         raise InputError(f"{args.task}: {args.split} has no rows")
     vocabulary = load_vocabulary(dataset.spiece_model)
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as closing:
+        scratch = closing.enter_context(tempfile.TemporaryDirectory())
         of = {name: pathlib.Path(scratch) / name for name in ENGINES}
         save_random_model(
             of["jax"],
@@ -333,20 +345,28 @@ def main() -> None:
         )
         for name, quantization in (("ctranslate2", "float32"), ("ctranslate2_int8", "int8")):
             export(of["jax"], of[name], format="ctranslate2", quantization=quantization)
-        asked = {
-            "ours": our_engine(of["jax"]),
-            "transformers": peer(of["jax"], args, vocabulary),
-            "ours_ctranslate2": our_engine(of["ctranslate2"]),
-            "ours_ctranslate2_int8": our_engine(of["ctranslate2_int8"]),
+        makers = {
+            "ours": (our_engine, of["jax"]),
+            "transformers": (peer, of["jax"]),
+            "ours_ctranslate2": (our_engine, of["ctranslate2"]),
+            "ours_ctranslate2_int8": (our_engine, of["ctranslate2_int8"]),
         }
-        answers = {name: {text: ask(text) for text in texts} for name, ask in asked.items()}
-        for name in ("transformers", "ours_ctranslate2"):
-            assert answers[name] == answers["ours"], f"{name} answers other labels"
-        latencies: dict[str, list[float]] = {name: [] for name in asked}
-        rates = timing.alternate(
-            {name: contender(ask, texts, latencies[name]) for name, ask in asked.items()},
-            args.rounds,
-        )
+        with contextlib.ExitStack() as ending:
+            apart = {
+                name: ending.enter_context(
+                    Apart(
+                        Asked,
+                        *(make, texts, directory, args),
+                        environment=TORCH if name == "transformers" else None,
+                    )
+                )
+                for name, (make, directory) in makers.items()
+            }
+            answers = {name: one.call("answers") for name, one in apart.items()}
+            for name in ("transformers", "ours_ctranslate2"):
+                assert answers[name] == answers["ours"], f"{name} answers other labels"
+            rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
+            latencies = {name: one.call("latencies") for name, one in apart.items()}
         http = Table()
         for name in args.engines:
             http += over_http(of[name], name, args, answers["ours"])
@@ -355,6 +375,7 @@ def main() -> None:
         args,
         rates,
         unit="rows_per_second",
+        environments={name: one.environment for name, one in apart.items()},
         prompts=len(texts),
         one_row=one_row,
         **({"http": http} if http else {}),

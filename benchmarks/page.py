@@ -18,7 +18,7 @@ LIBRARIES = (
 )
 # of a result: shown in a place of its own, or of no interest to a reader
 NOT_FACTS = {"ours", "peers", "ratio", "rows", "threads", "device", "rounds", "busy_cores", "load"}
-NOT_FACTS |= {"settings", "environment"}
+NOT_FACTS |= {"settings", "environments", "pairs"}
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -26,11 +26,11 @@ def table(result: dict[str, Any]) -> list[str]:
     if isinstance(result.get("rows"), dict):
         return _table(result["rows"])
     rows = {"ours": result["ours"], **result["peers"]}
-    if ratios := result.get("ratio"):
-        rows = {
-            n: {**row, "ours_is": f"{ratios[n]:.2f}x" if n in ratios else None}
-            for n, row in rows.items()
-        }
+    pairs = result.get("pairs", {})
+    for name, ratio in result.get("ratio", {}).items():
+        rows[name] = {**rows[name], "ours_is": f"{ratio:.2f}x"}
+        if len(pairs.get(name, ())) > 1:
+            rows[name]["in_pairs"] = f"{min(pairs[name]):.2f} to {max(pairs[name]):.2f}"
     return _table(rows)
 
 

@@ -53,6 +53,7 @@ class Part:
 
 
 T5 = "--vocab-size 32128"
+BY_HAND = "--row-lengths 192 72"
 TINY = "--rounds 1 --size tiny --vocab-size 8000"
 TRAIN = f"{TINY} --batch-size 4"
 DECODE = f"{TINY} --rows 8 --batch-size 4"
@@ -71,26 +72,28 @@ PARTS = {
     ),
     "train_small": Part(
         "train_throughput",
-        "Training: T5 v1.1 small, two threads",
-        f"--size small {T5} --batch-size 64 --steps 1 --rounds 2 --autocast --threads 2",
+        "Training: `paper_cqa` with T5 v1.1 small, two threads",
+        f"--config paper_cqa --size small {T5} {BY_HAND} --steps 1 --rounds 3 --threads 2",
         TRAIN,
     ),
     "train_small_1": Part(
         "train_throughput",
-        "Training: T5 v1.1 small, one thread",
-        f"--size small {T5} --batch-size 64 --steps 1 --rounds 2 --threads 1",
+        "Training: `paper_cqa` with T5 v1.1 small, one thread, 16 examples a step",
+        f"--config paper_cqa --size small {T5} --batch-size 16 --steps 1 --rounds 3 --threads 1",
         TRAIN,
     ),
     "train_base": Part(
         "train_throughput",
-        "Training: T5 v1.1 base, two threads",
-        f"--size base {T5} --batch-size 32 --steps 1 --rounds 2 --threads 2",
+        "Training: `paper_cqa` with T5 v1.1 base, two threads, 16 examples a step",
+        f"--config paper_cqa --size base {T5} {BY_HAND} --batch-size 16 --steps 1 --rounds 3"
+        " --threads 2",
         TRAIN,
     ),
-    "train_base_1": Part(
+    "train_shared": Part(
         "train_throughput",
-        "Training: T5 v1.1 base, one thread",
-        f"--size base {T5} --batch-size 32 --steps 1 --rounds 1 --threads 1",
+        "Training with the shared encoder: T5 v1.1 small, two threads",
+        f"--config paper_cqa --size small {T5} --peers ours_shared_encoder --steps 1 --rounds 3"
+        " --threads 2",
         TRAIN,
     ),
     "decode_small": Part(

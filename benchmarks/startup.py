@@ -85,7 +85,7 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def main() -> None:
-    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=2, huge_pages=False)
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=2)
     from stepdistill_jax.data.prepare import ensure_prepared
 
     dataset = ensure_prepared(args.task, args.data_dir)

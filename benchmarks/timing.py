@@ -13,15 +13,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-# Idle OpenMP threads that spin take the cores of whoever has the next turn.
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
-# A step's large buffers come fresh from the kernel, page by page; huge pages take that cost from all.
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+REST_SECS = 0.1  # before a turn: OpenMP threads of the one before that spin have gone to sleep
 BUSY = 0.2  # cores in use by others above which figures are not to be trusted
 
 # A contender prepares a round, untimed, and returns the work, which returns how many units it did.
@@ -33,7 +30,6 @@ def start(
     add_arguments: Callable[[argparse.ArgumentParser], None],
     *,
     rounds: int,
-    huge_pages: bool = True,
 ) -> argparse.Namespace:
     """Parses the command line, takes `--threads` cores and keeps every library to them.
 
@@ -41,7 +37,6 @@ def start(
         description: for `--help`.
         add_arguments: adds the benchmark's own.
         rounds: default of `--rounds`.
-        huge_pages: glibc asks the kernel for them, for all contenders alike.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -60,24 +55,12 @@ def start(
     for name, value in vars(args).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name != "seed":
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is wanted")
-    if huge_pages:
-        _with_huge_pages()
     if usable:  # elsewhere JAX, which has no setting for it, uses every core
         os.sched_setaffinity(0, usable[: args.threads])
     os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(args.threads)}
-    for name, value in (*PASSIVE.items(), ("TF_CPP_MIN_LOG_LEVEL", "3")):
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     args.began, args.load = Clock.now(), load()
     return args
-
-
-def _with_huge_pages() -> None:
-    """Starts this program again with `HUGE_PAGES`, which glibc reads when a process begins."""
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] == "glibc" and "glibc.malloc.hugetlb" not in given:
-        tunables = ":".join(filter(None, (given, HUGE_PAGES)))
-        environment = os.environ | {"GLIBC_TUNABLES": tunables}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def peer_module(name: str, threads: int | None = None) -> Any:
@@ -154,6 +137,7 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[f
         names = list(contenders)[:: -1 if number % 2 else 1]
         for name in names:
             work = contenders[name](number)
+            time.sleep(REST_SECS)
             began = time.perf_counter()
             units = work()
             seconds = time.perf_counter() - began
@@ -161,6 +145,11 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[f
                 rates[name].append(units / seconds)
             print(f"round {number} {name}: {units} in {seconds:.2f} s", file=sys.stderr)
     return rates
+
+
+def in_pairs(ours: list[float], peer: list[float]) -> list[float]:
+    """Returns the ratio of each round: a slow minute of the machine hits both of its turns."""
+    return [a / b for a, b in zip(ours, peer, strict=True)]
 
 
 def device() -> str:
@@ -172,7 +161,12 @@ def device() -> str:
 
 
 def report(
-    args: argparse.Namespace, rates: dict[str, list[float]], *, unit: str, **more: Any
+    args: argparse.Namespace,
+    rates: dict[str, list[float]],
+    *,
+    unit: str,
+    environments: Mapping[str, Mapping[str, str]] | None = None,
+    **more: Any,
 ) -> None:
     """Prints the table and, with `--json`, the JSON object.
 
@@ -180,6 +174,7 @@ def report(
         args: of `start`.
         rates: of `alternate`; the key `ours`, and one for each peer.
         unit: name of the figure, e.g. `rows_per_second`.
+        environments: of contenders in processes of their own, over the one of this process.
         more: JSON-like facts, kept as they are.
     """
     figures = {
@@ -187,11 +182,13 @@ def report(
         for name, r in rates.items()
     }
     ours, peers = figures.pop("ours"), figures
+    pairs = {name: in_pairs(rates["ours"], rates[name]) for name in peers}
     busy = busy_cores(args.began, Clock.now())
     result = {
         "ours": ours,
         "peers": peers,
-        "ratio": {name: ours[unit] / peer[unit] for name, peer in peers.items()},
+        "ratio": {name: statistics.median(ratios) for name, ratios in pairs.items()},
+        "pairs": pairs,
         "threads": args.threads,
         "device": device(),
         "rounds": args.rounds,
@@ -202,7 +199,7 @@ def report(
             for name, value in vars(args).items()
             if name not in ("json", "began", "load", "threads", "rounds")
         },
-        "environment": {name: os.environ.get(name) for name in (*PASSIVE, "GLIBC_TUNABLES")},
+        "environments": {name: dict(added) for name, added in (environments or {}).items()},
         **more,
     }
     print(f"{result['device']}, {args.threads} threads, {args.rounds} rounds, load {args.load}")
@@ -211,11 +208,15 @@ def report(
     for name, value in more.items():
         print(f"{name}: {value}")
     title = unit.replace("_", " ")
-    print(f"{'':<24}{title:>20}{'lowest':>10}{'highest':>10}{'ours is':>10}")
+    print(f"{'':<24}{title:>20}{'lowest':>10}{'highest':>10}{'ours is':>10}  in pairs")
     for name, figure in {"ours": ours, **peers}.items():
-        ratio = f"{result['ratio'][name]:.2f}x" if name in peers else ""
+        ratio = spread = ""
+        if name in peers:
+            ratio = f"{result['ratio'][name]:.2f}x"
+            spread = f"{min(pairs[name]):.2f} to {max(pairs[name]):.2f}"
         cells = (figure["lowest"], figure["highest"])
-        print(f"{name:<24}{figure[unit]:>20.1f}{cells[0]:>10.1f}{cells[1]:>10.1f}{ratio:>10}")
+        numbers = f"{figure[unit]:>20.4g}{cells[0]:>10.4g}{cells[1]:>10.4g}{ratio:>10}"
+        print(f"{name:<24}{numbers}  {spread}")
     if args.json:
         print(json.dumps(result), flush=True)
 

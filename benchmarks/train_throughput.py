@@ -1,67 +1,88 @@
-"""Examples per second of training: our packed step, and the paper's loop in torch.
+"""Examples per second of training: our step as a shipped config has it, and the paper's loop in torch.
 
-    python benchmarks/train_throughput.py --size small --batch-size 64 --vocab-size 32128 --json
+    python benchmarks/train_throughput.py --config paper_cqa --size small --vocab-size 32128 --json
 
-An example is its label row and its rationale row. Both sides start from the same random weights,
-draw the same examples, and must give the same loss without dropout before anything is timed. The
-peer is what the paper's public code does (Hsieh et al. 2023, arXiv:2305.02301), on today's
-`transformers`: two forward passes a step, labels and rationales each padded to their longest row,
-the sum of both mean losses by weight, gradients clipped to 1, AdamW in its fused form.
-`ours_shared_encoder` is our step on the same examples, each encoded once for both targets; another
-loss, so it is compared with nothing.
+An example is its label row and its rationale row. `ours` is what `stepdistill train CONFIG` runs, from
+the config to the step: its own packed rows, INIT_FROM random weights of T5 v1.1. The peer is what the
+paper's public code does (Hsieh et al. 2023, arXiv:2305.02301), on today's `transformers`: two forward
+passes a step, labels and rationales each padded to their longest row, the sum of both mean losses by
+weight, gradients clipped to 1, AdamW in its fused form. Both start from the same weights, draw the same
+examples, and must give the same loss without dropout before anything is timed.
+
+Each runs in a process and an environment of its own, at its best (docs/training_speed.md), and they
+take turns. Further contenders: `transformers_bfloat16`; `ours_shared_encoder`, our step on the same
+examples, each encoded once for both targets (another loss, so it is compared with nothing); and
+`ours_by_hand`, our step with packed rows of `--row-lengths`.
 """
 
 import argparse
+import contextlib
+import pathlib
 import tempfile
 from typing import Any
 
 import timing
+from apart import TORCH, Apart
+
+PEERS = ("transformers", "transformers_bfloat16", "ours_shared_encoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="paper_cqa", help="a config, or its shipped name")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, as of `train`")
     parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
-    parser.add_argument("--batch-size", type=int, default=32, help="examples a step")
+    parser.add_argument("--batch-size", type=int, help="examples a step; default: the config's")
     parser.add_argument("--steps", type=int, default=2, help="steps in a timed turn")
-    parser.add_argument("--input-length", type=int, help="tokens of a packed row of ours")
-    parser.add_argument("--target-length", type=int, help="the same for targets")
-    parser.add_argument("--dropout-rate", type=float, default=0.1, help="of both")
-    parser.add_argument("--autocast", action="store_true", help="time torch in bfloat16, too")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:1])
+    parser.add_argument(
+        "--row-lengths", nargs=2, type=int, help="tokens of packed rows of `ours_by_hand`"
+    )
+
+
+def run_config(args: argparse.Namespace, model: str, *more: str) -> Any:
+    """The `TrainConfig` of the command line, which starts from the weights in `model`."""
+    from stepdistill_jax.commands.gin_config import load_config
+
+    settings = [f"TASK={args.task}", f"INIT_FROM={model}", *args.set, *more]
+    if args.batch_size:
+        settings.append(f"BATCH_SIZE={args.batch_size}")
+    return load_config(args.config, settings)[0]
 
 
 class Ours:
-    """The trainer's step, on batches made while it is timed."""
+    """The trainer's step and batches, as `stepdistill train` has them."""
 
-    def __init__(self, args: argparse.Namespace, data: Any):
+    def __init__(self, args: argparse.Namespace, model: str, *settings: str):
+        from stepdistill_jax.models.cpu_speed import keep_pages
+
+        keep_pages()  # before JAX starts, as `train` does
         import jax
 
-        from stepdistill_jax.batches.batch import Batches
-        from stepdistill_jax.models.config import t5_config
-        from stepdistill_jax.models.sharding import Layout, make_mesh
         from stepdistill_jax.models.t5 import T5
-        from stepdistill_jax.training.config import TrainConfig
-        from stepdistill_jax.training.optimizer import make_optimizer
-        from stepdistill_jax.training.state import abstract_state, init_state
+        from stepdistill_jax.training.run import assemble
         from stepdistill_jax.training.step import jit_eval_step, jit_train_step
 
-        self.block, self.steps = jax.block_until_ready, args.steps
-        self.batches = Batches(data, args.batch_size, args.input_length, args.target_length, seed=0)
-        vocab_size = max(data.vocab_size, args.vocab_size or 0)
-        self.config = t5_config(
-            "t5_v1_1", args.size, vocab_size=vocab_size, dropout_rate=args.dropout_rate
-        )
-        self.weights = [o.weight for o in data.objectives]
-        mesh = make_mesh(Layout(), jax.devices()[:1])
-        tx = make_optimizer(TrainConfig(task=args.task, train_steps=10_000))
-        abstract = abstract_state(self.config, tx, mesh)
-        self.state = init_state(self.config, tx, abstract, seed=0)
-        self.parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
-        model = T5(self.config)
-        self.evaluate = jit_eval_step(abstract, mesh, model=model, num_objectives=len(self.weights))
+        config = run_config(args, model, *settings)
+        run = assemble(config, pathlib.Path(model).with_name("none"), args.data_dir)
+        self.block, self.steps, self.batches = jax.block_until_ready, args.steps, run.batches
+        self.weights = [o.weight for o in run.data.objectives]
+        self.state = run.initial_state()
+        t5, of_run = T5(run.model), (run.abstract, run.mesh)
+        self.evaluate = jit_eval_step(*of_run, model=t5, num_objectives=len(self.weights))
         self.update = jit_train_step(
-            abstract, mesh, model=model, tx=tx, objective_weights=tuple(self.weights)
+            *of_run, model=t5, tx=run.tx, objective_weights=tuple(self.weights)
         )
         self.compiled: set[int] = set()
+
+    def facts(self) -> dict[str, Any]:
+        import jax
+
+        return {
+            "batch_size": self.batches.batch_size,
+            "rows": list(self.batches.row_lengths),
+            "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
+        }
 
     def loss(self) -> float:
         """Of the first batch, without dropout."""
@@ -92,25 +113,33 @@ class Ours:
 class Peer:
     """A torch model with our weights, and the loop around it."""
 
-    def __init__(self, directory: str, ours: Ours, threads: int, autocast: bool):
-        self.torch = timing.peer_module("torch", threads)
+    def __init__(self, args: argparse.Namespace, model: str, autocast: bool = False):
+        self.torch = timing.peer_module("torch", args.threads)
         transformers = timing.peer_module("transformers")
         transformers.logging.set_verbosity_error()
-        self.model = transformers.T5ForConditionalGeneration.from_pretrained(directory)
-        self.ours, self.autocast = ours, autocast
+        from stepdistill_jax.training.data import TRAIN, batches_of, load_split, vocabulary_of
+
+        config = run_config(args, model)
+        vocabulary = vocabulary_of(config)
+        data = load_split(config, TRAIN, vocabulary=vocabulary, data_dir=args.data_dir)
+        self.batches, self.steps = batches_of(config, data), args.steps
+        self.weights = [o.weight for o in data.objectives]
+        self.model = transformers.T5ForConditionalGeneration.from_pretrained(model)
+        self.autocast = autocast
         # transformers 5 ties the output layer of a T5 that is made from a configuration
         assert self.model.lm_head.weight is not self.model.shared.weight
-        parameters = sum(p.numel() for p in self.model.parameters())
-        assert parameters == ours.parameters, f"{parameters} parameters, ours {ours.parameters}"
         self.optimizer = self.torch.optim.AdamW(
-            self.model.parameters(), lr=5e-5, weight_decay=0.0, fused=True
+            self.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
         )
+
+    def facts(self) -> dict[str, Any]:
+        return {"parameters": sum(p.numel() for p in self.model.parameters())}
 
     def batch(self, step: int) -> list[dict[str, Any]]:
         """The examples of our step: for each objective its rows, padded to the longest."""
         import numpy as np
 
-        drawn, batches = self.ours.batches.examples(step), self.ours.batches
+        drawn, batches = self.batches.examples(step), self.batches
         groups = []
         for rows in batches.data.stores[0].rows:
             places = [i for i in drawn.indices if rows["targets"].lengths[i]]
@@ -137,7 +166,7 @@ class Peer:
     def forward(self, groups: list[dict[str, Any]]) -> Any:
         with self.torch.autocast("cpu", self.torch.bfloat16, enabled=self.autocast):
             losses = [self.model(**group).loss for group in groups]
-        return sum(weight * loss for weight, loss in zip(self.ours.weights, losses, strict=True))
+        return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
 
     def loss(self) -> float:
         """Of the first batch, without dropout."""
@@ -146,7 +175,7 @@ class Peer:
             return float(self.forward(self.batch(0)))
 
     def contender(self, number: int):
-        steps = range(number * self.ours.steps, (number + 1) * self.ours.steps)
+        steps = range(number * self.steps, (number + 1) * self.steps)
         self.model.train()
 
         def work() -> int:
@@ -156,47 +185,73 @@ class Peer:
                 self.torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            return len(steps) * self.ours.batches.batch_size
+            return len(steps) * self.batches.batch_size
 
         return work
 
 
+def save_model(args: argparse.Namespace, directory: str) -> None:
+    """Random weights of a T5 v1.1 with the task's vocabulary, which all start from."""
+    from models import save_random_model
+
+    from stepdistill_jax.data.prepare import ensure_prepared
+    from stepdistill_jax.data.vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(ensure_prepared(args.task, args.data_dir).spiece_model)
+    settings = {"size": args.size, "vocab_size": args.vocab_size}
+    save_random_model(directory, vocabulary, **settings, ends=1.0)
+
+
+def contenders(args: argparse.Namespace) -> dict[str, tuple]:
+    """What makes each contender, its further arguments and its environment."""
+    known: dict[str, tuple] = {
+        "ours": (Ours, (), {}),
+        "transformers": (Peer, (), TORCH),
+        "transformers_bfloat16": (Peer, (True,), TORCH),
+        "ours_shared_encoder": (Ours, ("OBJECTIVES=shared_encoder",), {}),
+    }
+    names = ["ours", *args.peers]
+    if args.row_lengths:
+        inputs, targets = args.row_lengths
+        rows = (f"ROW_INPUT_LENGTH={inputs}", f"ROW_TARGET_LENGTH={targets}")
+        known["ours_by_hand"] = (Ours, rows, {})
+        names.append("ours_by_hand")
+    return {name: known[name] for name in names}
+
+
+def check(facts: dict[str, dict[str, Any]], losses: dict[str, float]) -> None:
+    """All but the shared encoder must do the same work."""
+    for name, loss in losses.items():
+        allowed = 0.02 if name.endswith("bfloat16") else 1e-4
+        gap = abs(loss / losses["ours"] - 1)
+        assert gap < allowed, f"not the same work: losses of the first batch {losses}"
+    counts = {name: fact["parameters"] for name, fact in facts.items()}
+    assert len(set(counts.values())) == 1, f"not the same model: parameters {counts}"
+
+
 def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
-    timing.peer_module("torch", args.threads)
-    from stepdistill_jax.formats.directory import write_model_files
-    from stepdistill_jax.formats.hf import save_params
-    from stepdistill_jax.tasks.load import load_task
-
-    shared_args = argparse.Namespace(**vars(args))
-    timing.fill_in_lengths(args)
-    timing.fill_in_lengths(shared_args, "shared_encoder")
-    data = load_task(args.task, split="train", data_dir=args.data_dir)
-    ours = Ours(args, data)
-    shared = Ours(
-        shared_args,
-        load_task(args.task, split="train", objectives="shared_encoder", data_dir=args.data_dir),
-    )
-    contenders = {"ours": ours.contender, "ours_shared_encoder": shared.contender}
-    losses = {"ours": ours.loss()}
-    with tempfile.TemporaryDirectory() as directory:
-        write_model_files(directory, ours.config, data.vocabulary, None)
-        save_params(directory, ours.state.params, ours.config)
-        for name in ("transformers", "transformers_bfloat16")[: 1 + args.autocast]:
-            peer = Peer(directory, ours, args.threads, autocast=name.endswith("bfloat16"))
-            losses[name] = peer.loss()
-            contenders[name] = peer.contender
-            allowed = 0.02 if peer.autocast else 1e-4
-            gap = abs(losses[name] / losses["ours"] - 1)
-            assert gap < allowed, f"not the same work: losses of the first batch {losses}"
-    rates = timing.alternate(contenders, args.rounds)
+    timing.peer_module("torch")
+    with contextlib.ExitStack() as closing:
+        model = f"{closing.enter_context(tempfile.TemporaryDirectory())}/model"
+        save_model(args, model)
+        apart = {
+            name: closing.enter_context(Apart(make, args, model, *more, environment=environment))
+            for name, (make, more, environment) in contenders(args).items()
+        }
+        facts = {name: one.call("facts") for name, one in apart.items()}
+        losses = {n: one.call("loss") for n, one in apart.items() if n != "ours_shared_encoder"}
+        check(facts, losses)
+        rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
     timing.report(
         args,
         rates,
         unit="examples_per_second",
-        parameters=ours.parameters,
+        environments={name: one.environment for name, one in apart.items()},
+        parameters=facts["ours"]["parameters"],
+        batch_size=facts["ours"]["batch_size"],
+        packed_rows={n: f["rows"] for n, f in facts.items() if "rows" in f},
         first_loss=losses,
-        shared_encoder_lengths=[shared_args.input_length, shared_args.target_length],
     )
 
 

@@ -793,6 +793,16 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="M10",
+        what="two quarters of a row share their dropout mask",
+        file="stepdistill_jax/models/cpu_speed.py",
+        old="[bits >> i & 1 for i in range(4)]",
+        new="[bits >> i % 3 & 1 for i in range(4)]",
+        tests=[
+            "tests/models/test_training_cost.py::test_dropout_masks_are_independent_of_their_neighbours"
+        ],
+    ),
+    Mutant(
         id="IN1",
         what="a score continues after the end of its answer",
         file="stepdistill_jax/decoding/token_loop.py",

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 
@@ -15,15 +14,18 @@ import pytest
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 SMALL = {
     "input": ["--seconds", "0.05", "--batch-size", "4"],
-    "train": ["--size", "tiny", "--steps", "1", "--batch-size", "2", "--autocast"],
+    "train": ["--size", "tiny", "--steps", "1", "--batch-size", "2", "--row-lengths", "96", "64"],
     "decode": ["--size", "tiny", "--rows", "6", "--batch-size", "4"],
     "choices": ["--size", "tiny", "--rows", "6", "--batch-size", "4"],
     "serving_cost": ["--size", "tiny", "--rows", "6", "--batch-size", "4"],
 }
+SMALL["train"] += ["--peers", "transformers", "transformers_bfloat16", "ours_shared_encoder"]
 UNITS = dict.fromkeys(SMALL, "rows_per_second") | {"train": "examples_per_second"}
 PEERS = {
     "input": {"seqio", "sentencepiece"},
-    "train": {"transformers", "transformers_bfloat16", "ours_shared_encoder"},
+    "train": {
+        *("transformers", "transformers_bfloat16", "ours_shared_encoder", "ours_by_hand"),
+    },
     "decode": {
         "transformers",
         *("ctranslate2", "ours_ctranslate2", "ctranslate2_int8", "ours_ctranslate2_int8"),
@@ -75,9 +77,12 @@ def test_each_benchmark_ends_with_figures_of_ours_and_of_its_peers(name, deliver
         assert any(line.startswith(peer) for line in table)
     assert result["threads"] == 1
     assert result["device"].startswith("cpu")
-    if platform.libc_ver()[0] == "glibc":  # decoding is timed without huge pages
-        tunables = result["environment"]["GLIBC_TUNABLES"] or ""
-        assert ("glibc.malloc.hugetlb=1" in tunables) == (name != "decode")
+    if name in ("train", "decode"):  # our environment is what a user has
+        environments = result["environments"]
+        assert environments["ours"] == {} != environments["transformers"]
+    if name == "train":
+        assert result["packed_rows"]["ours_by_hand"] == [96, 64]
+        assert result["packed_rows"]["ours"] != [1024, 256], "the config's own rows"
     if name == "input":
         assert result["building"].keys() == {"as_they_stand", "through_seqio"}
         assert all(way["rows_per_second"] > 0 for way in result["building"].values())
@@ -128,7 +133,8 @@ def test_more_threads_than_cores_are_refused():
     assert "--threads 4096" in done.stderr
 
 
-def test_contenders_take_turns_and_the_warm_up_is_not_counted(timing):
+def test_contenders_take_turns_and_the_warm_up_is_not_counted(timing, monkeypatch):
+    monkeypatch.setattr(timing, "REST_SECS", 0.0)
     turns = []
 
     def contender(name):
@@ -202,14 +208,76 @@ def report(timing, rates, *, others=0.0, json=False):
     timing.report(args, rates, unit="rows_per_second")
 
 
-def test_the_ratio_is_of_medians_and_above_1_where_ours_is_faster(timing, capsys):
+APART = """
+import os
+from stepdistill_jax.errors import InputError
+
+class Clock:
+    def __init__(self, start):
+        if start < 0:
+            raise InputError("a start before 0")
+        self.now = start
+
+    def process(self):
+        return os.getpid(), os.environ.get("OF_ONE"), os.environ["OF_ALL"]
+
+    def contender(self, number):
+        self.now += number
+        return lambda: self.now
+
+    def end(self):
+        os._exit(7)
+"""
+
+
+@pytest.fixture
+def apart(monkeypatch, tmp_path):
+    (tmp_path / "clock.py").write_text(APART)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("apart")
+    for name in ("apart", "clock"):
+        del sys.modules[name]
+
+
+def test_a_contender_apart_has_a_process_and_an_environment_of_its_own(apart, monkeypatch):
+    from clock import Clock
+
+    monkeypatch.setenv("OF_ALL", "here")
+    with apart.Apart(Clock, 10, environment={"OF_ONE": "there"}) as clock:
+        pid, of_one, of_all = clock.call("process")
+        assert pid != os.getpid() and (of_one, of_all) == ("there", "here")
+        work = clock.contender(5)
+        assert work() == work() == 15
+    assert "OF_ONE" not in os.environ
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_what_a_contender_apart_refuses_and_its_end_are_errors_here(apart):
+    from clock import Clock
+
+    with pytest.raises(apart.InputError, match="a start before 0"):
+        apart.Apart(Clock, -1)
+    with (
+        apart.Apart(Clock, 0, environment={"OF_ALL": ""}) as clock,
+        pytest.raises(RuntimeError, match="process of Clock ended with 7"),
+    ):
+        try:
+            clock.call("end")
+        except RuntimeError:  # nor is it asked again without being missed
+            clock.call("process")
+
+
+def test_the_ratio_is_of_rounds_and_above_1_where_ours_is_faster(timing, capsys):
     report(timing, {"ours": [30.0, 90.0, 60.0], "peer": [1.0, 20.0, 1000.0]}, json=True)
     *table, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
     assert result["ours"]["rows_per_second"] == 60.0
     assert result["peers"]["peer"]["rows_per_second"] == 20.0
-    assert result["ratio"] == {"peer": 3.0}
-    assert "3.00x" in table[-1]
+    # 30, 4.5 and 0.06 in the three rounds; the ratio of medians would be 3
+    assert result["ratio"] == {"peer": 4.5}
+    assert "4.50x" in table[-1] and "0.06 to 30.00" in table[-1]
     assert result["busy_cores"] == 0.0
     assert not any("do not quote" in line for line in table)
 
@@ -243,6 +311,7 @@ def run_all(monkeypatch, tmp_path):
         "ours": {"rows_per_second": 60.0, "lowest": 50.25, "highest": 1234.5},
         "peers": {"peer": {"rows_per_second": 20.0, "lowest": 10.0, "highest": 30.0}},
         "ratio": {"peer": 3.0},
+        "pairs": {"peer": [3.0, 2.5]},
         "first_loss": {"ours": 9.25, "peer": 9.25},
         "http": [{"rate": "alone", "p50_ms": 12.345}],
         **{"threads": 1, "rounds": 3, "device": "cpu (x)", "busy_cores": 0.5, "settings": {}},
@@ -270,9 +339,9 @@ def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
     assert text.startswith("# Benchmarks\n")
     machine, works, fails, gone = text.split("<!-- begin ")[1:]
     assert "| jax | " in machine
-    assert "|  | rows per second | lowest | highest | ours is |" in works
-    assert "| ours | 60 | 50.25 | 1,234 |  |" in works
-    assert "| peer | 20 | 10 | 30 | 3.00x |" in works
+    assert "|  | rows per second | lowest | highest | ours is | in pairs |" in works
+    assert "| ours | 60 | 50.25 | 1,234 |  |  |" in works
+    assert "| peer | 20 | 10 | 30 | 3.00x | 2.50 to 3.00 |" in works
     assert "- first loss: ours 9.25, peer 9.25" in works
     assert "Http:\n\n|  | rate | p50 ms |\n| --- | --- | --- |\n| 1 | alone | 12.35 |" in works
     assert "cpu (x); 1 thread; 3 rounds;" in works

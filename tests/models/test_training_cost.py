@@ -5,11 +5,13 @@ import dataclasses
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.cpu_speed import threefry
 from stepdistill_jax.models.layers import DRAWS, Dropout, dense
 from stepdistill_jax.models.t5 import T5, init_params
 
@@ -35,12 +37,20 @@ def test_dropout_meets_its_rate_and_keeps_the_mean(rate, shape):
 
 
 def test_dropout_masks_are_independent_of_their_neighbours():
-    """Two values share a random word: half a row apart. Nor do keys, lines or columns go together."""
+    """Four values share a draw: a quarter of a row apart. Nor do keys, lines or columns go together."""
     x = dropped(jnp.ones((4, 500, 200)), 0.5) != 0
-    others = {"half": np.roll(x, 250, 1), "next": np.roll(x, 1, 1), "column": np.roll(x, 1, 2)}
+    others = {"quarter": np.roll(x, 125, 1), "half": np.roll(x, 250, 1), "line": np.roll(x, 1, 0)}
+    others |= {"next": np.roll(x, 1, 1), "column": np.roll(x, 1, 2)}
     others["key"] = dropped(jnp.ones((4, 500, 200)), 0.5, key=1) != 0
     for name, other in others.items():
         assert abs((x == other).mean() - 0.5) < 5 * 0.5 / x.size**0.5, name
+
+
+def test_the_random_words_are_those_of_jax():
+    key, counters = jnp.array([7, 2**32 - 5], jnp.uint32), jnp.arange(60, dtype=jnp.uint32)
+    x, y = threefry(key, counters[:30], counters[30:])
+    theirs = jax.extend.random.threefry_2x32(key, counters)  # pairs the halves of its counters
+    np.testing.assert_array_equal(jnp.concatenate([x, y]), theirs)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
