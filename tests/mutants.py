@@ -559,7 +559,7 @@ MUTANTS = [
         id="TR1",
         what="a resume chooses its packed rows again",
         file="stepdistill_jax/training/run.py",
-        old="    if (workdir / RUN).is_file():\n        # a run of a version",
+        old="    if config.pack and (workdir / RUN).is_file():\n        # a run of a version",
         new="    if not workdir.name:\n        # a run of a version",
         tests=[
             "tests/training/test_row_lengths.py::test_a_resume_on_another_layout_has_the_rows_of_the_run"

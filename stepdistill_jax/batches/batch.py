@@ -184,7 +184,7 @@ class Batches:
             load = np.bincount(encodings.places, shares.sum(1))
             loads.append(np.repeat(load[usable], epochs))
             rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
-        probes = self.probe(most_rows=PROBED_ROWS, least=8, most=PROBES)
+        probes = self.probe(PROBES)
         bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
         return choose_row_counts(probes, bound, self.row_multiple)
 
@@ -196,22 +196,21 @@ class Batches:
         inputs, targets = (max(int(x.max(initial=0)) for x in side) for side in sides)
         return max(1, inputs), max(1, targets)
 
-    def probe(self, *, most_rows: int, least: int, most: int) -> list[int]:
-        """Returns the packed rows that random batches need.
+    def probe(self, count: int) -> list[int]:
+        """Returns the packed rows that each of `count` random batches needs, or of fewer large ones.
 
         They are drawn in the same way for any `seed` and `data_fraction`, which of several
-        rationales is sampled excepted.
-
-        Args:
-            most_rows: of all batches together, before packing.
-            least, most: batches; the first goes before `most_rows`.
+        rationales is sampled excepted. More than `count` x 1,024 rows before packing would take
+        seconds: then there are fewer batches, a sixteenth at least.
         """
+        most = count * PROBED_ROWS // (self.batch_size * len(self._tables))
+        count = min(count, max(1, count // 16, most))
         shares = np.asarray(self.data.rates, np.float64)
         if not self.shuffle:
             shares = np.array([len(usable) for usable in self._usable], np.float64)
         rng = np.random.default_rng(0)
         probes = []
-        for _ in range(min(most, max(least, most_rows // (self.batch_size * len(self._tables))))):
+        for _ in range(count):
             stores = rng.choice(len(shares), self.batch_size, p=shares / shares.sum())
             indices = np.empty(self.batch_size, np.int64)
             for store, usable in enumerate(self._usable):
@@ -307,6 +306,11 @@ class Batches:
             counts[name]["inputs"] += int(table.inputs.is_cut[pool].sum())
             counts[name]["targets"] += int(table.targets.is_cut[pool].sum())
         return counts
+
+
+def filled_rows(batch: Batch) -> int:
+    """Returns the number of rows that hold tokens."""
+    return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)
 
 
 def iterate(

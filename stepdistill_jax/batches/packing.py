@@ -22,7 +22,7 @@ DECODER_ENCODER_SEGMENTS = "decoder_encoder_segment_ids"
 TASK_IDS = "decoder_task_ids"
 
 PROBES = 128
-PROBED_ROWS = 200_000  # at most: probing must stay below about two seconds for any batch size
+PROBED_ROWS = 1024  # for each: probing must stay below about two seconds for any batch size
 NEARLY_FULL = 2.2  # mean rows still fit: then the last two are chosen together
 CANDIDATES = 24  # of each list, for these two; more cost time and pack no better
 

@@ -12,7 +12,7 @@ from stepdistill_jax.models.config import MAX_LENGTH
 FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # so many of the longest inputs fit into a row
 SLACKS = (1.0, 1.1, 1.25)  # the targets' length, by what the data has of them for an input
 TILE = 64  # accelerators cut longer rows into tiles
-PROBES, PROBED_ROWS = 8, 8192  # packed for each try: at most about a second in all
+PROBES = 8  # batches packed for each try: at most about a second in all
 LITTLE_MORE = 1.01  # cost that shorter rows, whose attention takes less memory, may have
 
 Cost = Callable[[int, int], float]  # of a packed row by its input and target length
@@ -56,7 +56,7 @@ def candidates(
         # one for all seeds and fractions
         free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token"}
         packed = dataclasses.replace(batches, row_lengths=lengths, **free)
-        probes = packed.probe(most_rows=PROBED_ROWS, least=1, most=PROBES)
+        probes = packed.probe(PROBES)
         rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))
         found.append(RowLengths(*lengths, rows, rows * cost(*lengths)))
     return found

@@ -91,6 +91,14 @@ def tried_row_lengths(
     return row_lengths.candidates(batches, cost, *free)
 
 
+def in_cheapest_rows(config: TrainConfig, batches: Batches, model: T5Config) -> Batches:
+    """Returns batches in the packed rows that a new run of `config` has; padded ones as they are."""
+    if not config.pack:
+        return batches
+    best = row_lengths.cheapest(tried_row_lengths(config, batches, model))
+    return dataclasses.replace(batches, row_lengths=best.lengths)
+
+
 def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
     """Returns batches in packed rows of these lengths, or of longer ones where an example needs it."""
     pairs = zip(lengths, batches.longest(), strict=True)

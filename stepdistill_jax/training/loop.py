@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from stepdistill_jax.batches.batch import iterate
+from stepdistill_jax.batches.batch import filled_rows, iterate
 from stepdistill_jax.models.sharding import batch_shards, place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
@@ -145,7 +145,7 @@ def empty_rows(run: Run) -> str | None:
     """What to say where the layout leaves most rows of a batch empty, by the first one; else None."""
     groups = run.batches(1)
     rows = sum(g["encoder_segment_ids"].shape[0] for g in groups)
-    full = sum(int((g["encoder_segment_ids"] > 0).any(1).sum()) for g in groups)
+    full = filled_rows(groups)
     if 2 * full >= rows:
         return None
     shards, slices = batch_shards(run.mesh), run.config.num_microbatches

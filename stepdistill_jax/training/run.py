@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
-from stepdistill_jax.batches.row_lengths import cheapest
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
 from stepdistill_jax.errors import InputError, nearest
@@ -29,8 +28,8 @@ from stepdistill_jax.training.data import (
     TRAIN,
     VALIDATION,
     batches_of,
+    in_cheapest_rows,
     load_split,
-    tried_row_lengths,
     vocabulary_of,
     with_row_lengths,
 )
@@ -143,13 +142,11 @@ def _row_lengths(
     config: TrainConfig, batches: Batches, model: T5Config, workdir: pathlib.Path
 ) -> tuple[int, int]:
     """Returns the tokens of a packed row: on a resume those of the run, on any layout."""
-    if not config.pack:
-        return batches.row_lengths
-    if (workdir / RUN).is_file():
+    if config.pack and (workdir / RUN).is_file():
         # a run of a version that did not choose them has rows as long as its texts may be
         kept = read_run(workdir).get("row_lengths")
         return (config.input_length, config.target_length) if kept is None else tuple(kept)
-    return cheapest(tried_row_lengths(config, batches, model)).lengths
+    return in_cheapest_rows(config, batches, model).row_lengths
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
