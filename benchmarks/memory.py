@@ -140,7 +140,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     config, mesh = setting(args, ROWS[args.only]), make_mesh(Layout(), jax.devices()[:1])
     work = workload(config, rows=args.rows)
-    lowered, abstract = lower_step(config, work.model, work.groups_of(1), mesh)
+    lowered, abstract = lower_step(config, work.model, work.rows_of(1).groups, mesh)
     compiled = lowered.compile()
     state = init_state(work.model, make_optimizer(config), abstract, seed=0)
     rng = np.random.default_rng(0)

@@ -979,6 +979,42 @@ MUTANTS = [
         new='    ("vocab", "fsdp"),\n',
         tests=["tests/models/test_sharding.py::test_a_dimension_that_is_not_divided_is_named"],
     ),
+    Mutant(
+        id="PL1",
+        what="plan counts the rows of one device on any layout",
+        file="stepdistill_jax/planning/workload.py",
+        old="batches = batches_of(config, data, row_multiple=multiple)",
+        new="batches = batches_of(config, data, row_multiple=1)",
+        tests=["tests/planning/test_plan.py::test_rows_are_those_that_a_run_packs"],
+    ),
+    Mutant(
+        id="PL2",
+        what="plan compiles layouts that leave most rows empty, and takes them",
+        file="stepdistill_jax/planning/candidates.py",
+        old="if least is not None and flops > WASTE * least:",
+        new="if least is not None and flops < 0:",
+        tests=["tests/planning/test_plan.py::test_layouts_that_leave_rows_empty_come_last"],
+    ),
+    Mutant(
+        id="PL3",
+        what="plan advises slices whose rows would be empty",
+        file="stepdistill_jax/planning/advice.py",
+        old="if work.step_flops(shards * k) <= base.most_flops)",
+        new="if k)",
+        tests=[
+            "tests/commands/test_plan.py::test_advice_is_typed_as_printed_and_gives_what_it_says"
+        ],
+    ),
+    Mutant(
+        id="PL4",
+        what="the figures of advice are those of the candidate that does not fit",
+        file="stepdistill_jax/planning/advice.py",
+        old='return {**found, "changes": changes}',
+        new='return {**found, **base.found, "fits": found["fits"], "changes": changes}',
+        tests=[
+            "tests/commands/test_plan.py::test_advice_is_typed_as_printed_and_gives_what_it_says"
+        ],
+    ),
 ]
 
 

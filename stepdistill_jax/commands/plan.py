@@ -1,10 +1,12 @@
 """`stepdistill plan`: what a config needs on N devices, and the cheapest layout that fits."""
 
 import argparse
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
+from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.progress import written
@@ -18,6 +20,16 @@ _UNITS = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT")
 }
 GIB = 2**30
+_FITS = {True: "yes", False: "no", None: "not tried"}
+_SIZES = ("params", "optimizer", "gradients", "activations", "total")
+# what is typed for a change of `planning.plan`; layout and remat policy are of every candidate
+_CHANGES = {
+    "devices": "--devices {}",
+    "optimizer": "--gin_file optimizers/{}.gin",
+    "mu_dtype": "--gin_file memory/{}_moment.gin",
+    "dtype": "--gin_file memory/{}.gin",
+    "num_microbatches": "--set NUM_MICROBATCHES={}",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="only this one, with the config's remat policy; without it layouts are compared",
+        help="only this one, with the config's remat policy, by its name or as the table has it"
+        " (`fsdp_tensor 32x8`); without it layouts are compared",
     )
     parser.add_argument(
         "--topology",
@@ -76,19 +89,48 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows=args.rows,
         data_dir=args.data_dir,
     )
-    result |= {name: [written(line) for line in result[name]] for name in ("assumptions", "advice")}
-    for candidate in (c for c in result["candidates"] if "remat_policy" in c):
-        candidate["flags"] = "" if args.layout else _flags(candidate)
-    show(result, console(width=None if console().is_terminal else 140, highlight=False))
+    result["assumptions"] = [written(line) for line in result["assumptions"]]
+    for candidate in (*result["candidates"], *result["remedies"]):
+        if "remat_policy" in candidate:
+            candidate["flags"] = _flags(candidate, config.remat_policy, given=bool(args.layout))
+    result["advice"] = [_advice(remedy) for remedy in result["remedies"]]
+    if (needed := result["hbm_needed"]) is not None:
+        result["advice"].append(f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: as it is")
+    show(result, console(width=None if console().is_terminal else 150, highlight=False))
     return result
 
 
-def _flags(candidate: dict[str, Any]) -> str:
-    """Returns the flags of `train` that choose a candidate's layout and policy."""
+def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
+    """Returns the flags that choose a candidate, as `train` takes them, and `plan` more devices.
+
+    Args:
+        candidate: one that was compiled.
+        policy: of the config; it needs no flag.
+        given: whether the command named the layout.
+    """
     layout, _, sizes = candidate["name"].partition(" ")
-    tensor = f" --set Layout.tensor={sizes.partition('x')[2]}" if sizes else ""
-    policy = f" --set train.remat_policy={candidate['remat_policy']}"
-    return f"--gin_file layouts/{layout}.gin{tensor}{policy}"
+    tensor = [f"--set Layout.tensor={sizes.partition('x')[2]}"] if sizes else []
+    changes = candidate.get("changes", {})
+    is_chosen = not given or "layout" in changes
+    flags = [f"--gin_file layouts/{layout}.gin", *tensor] if is_chosen else []
+    if candidate["remat_policy"] != policy:
+        part = f"memory/remat_{candidate['remat_policy']}.gin"
+        is_shipped = (shipped_folder("gin") / part).is_file()
+        named = f"--set train.remat_policy={candidate['remat_policy']}"
+        flags.append(f"--gin_file {part}" if is_shipped else named)
+    for name, value in changes.items():
+        if name in _CHANGES:
+            flags.append(_CHANGES[name].format(value))
+    return " ".join(flags)
+
+
+def _advice(remedy: dict[str, Any]) -> str:
+    """Returns what to type, and what it gives."""
+    total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
+    return (
+        f"{remedy['flags']}: {total:.2f} GiB, {sent:.2f} GiB sent a step,"
+        f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs"
+    )
 
 
 def show(result: dict[str, Any], console: "Console") -> None:
@@ -105,9 +147,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
     if one is not None:
         _show_one(one, result, console)
     if best is None:
-        console.print("[bold]Nothing fits.[/bold] What would help:")
-        for line in result["advice"]:
-            console.print(f"  {line}", soft_wrap=True)
+        _show_advice(result, console)
     elif best["flags"]:
         console.print(
             f"[bold]Cheapest that fits:[/bold] {best['name']}, remat {best['remat_policy']}"
@@ -115,6 +155,21 @@ def show(result: dict[str, Any], console: "Console") -> None:
         console.print(f"  {best['flags']}", soft_wrap=True)
     else:
         console.print(f"[bold]{best['name']} fits.[/bold]")
+
+
+def _show_advice(result: dict[str, Any], console: "Console") -> None:
+    if result["advice"]:
+        console.print("[bold]Nothing fits.[/bold] What would, as compiled, for one device:")
+        for line in result["advice"]:
+            console.print(f"  {line}", soft_wrap=True)
+    else:
+        console.print("[bold]Nothing fits,[/bold] and no change that was compiled makes it fit.")
+    if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
+        console.print(
+            "Not to be judged on virtual CPU devices, which widen it to float32:"
+            " --gin_file memory/bfloat16.gin (--topology compiles it for a TPU)",
+            soft_wrap=True,
+        )
 
 
 def _table(result: dict[str, Any]):
@@ -125,24 +180,21 @@ def _table(result: dict[str, Any]):
         f" {result['limit'] / GIB:.1f} usable",
         title_justify="left",
     )
-    for column in ("layout", "remat", "rows", "params", "optimizer", "gradients", "activations"):
-        table.add_column(column, justify="left" if column in ("layout", "remat") else "right")
-    for column in ("total", "sent a step", "TFLOPs", "fits"):
-        table.add_column(column, justify="right")
+    columns = ("layout", "remat", "filled", "work", *_SIZES, "sent a step", "TFLOPs", "fits")
+    for column in columns:
+        side = "left" if column in ("layout", "remat") else "right"
+        table.add_column(column, justify=side, no_wrap=column == "layout")
     for c in result["candidates"]:
         best = c is result["best"]
         sizes = c.get("per_device", {})
-        cells = [
-            f"{sizes[name] / GIB:.2f}" if name in sizes else "-"
-            for name in ("params", "optimizer", "gradients", "activations", "total")
-        ]
+        cells = [f"{sizes[name] / GIB:.2f}" if name in sizes else "-" for name in _SIZES]
         more = ["-", "-"]
         if "flops" in c:
             more = [f"{c['wire_bytes'] / GIB:.2f}", f"{c['flops']['per_device'] / 1e12:.3g}"]
-        rows = " + ".join(str(rows) for rows, *_ in c.get("groups", ())) or "-"
+        rows = f"{c['filled_rows']} of {sum(rows for rows, *_ in c['groups'])}"
         table.add_row(
-            c["name"], c.get("remat_policy", "any"), rows, *cells, *more,
-            "cheapest" if best and len(result["candidates"]) > 1 else "yes" if c["fits"] else "no",
+            c["name"], c.get("remat_policy", "any"), rows, f"{c['work']:.2f}", *cells, *more,
+            "cheapest" if best and len(result["candidates"]) > 1 else _FITS[c["fits"]],
             style="bold" if best else None,
         )  # fmt: skip
     return table
@@ -165,7 +217,7 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs of a step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} a device"
+        f" {flops['per_device']:.3g} a device; {one['work']:.3g} times what its tokens need"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()

@@ -39,6 +39,7 @@ class Figures:
         remat_policy: of the model.
         num_microbatches: slices of the step.
         groups: (rows, input length, target length) as compiled.
+        filled_rows: of these rows, the ones that hold tokens.
         state: `params` and `optimizer` bytes of a device, by arithmetic.
         arguments: parameters, optimizer state and batch, as the compiler counts them.
         gradients: float32, of what is trained; by arithmetic, a part of `temp`.
@@ -54,6 +55,7 @@ class Figures:
     remat_policy: str
     num_microbatches: int
     groups: tuple[tuple[int, int, int], ...]
+    filled_rows: int
     state: dict[str, int]
     arguments: int
     gradients: int
@@ -92,6 +94,7 @@ class Figures:
             "remat_policy": self.remat_policy,
             "num_microbatches": self.num_microbatches,
             "groups": [list(group) for group in self.groups],
+            "filled_rows": self.filled_rows,
             "per_device": {
                 **self.state,
                 "arguments": self.arguments,
@@ -111,13 +114,6 @@ class Figures:
             "cost": self.cost,
             "compile_seconds": round(self.compile_seconds, 2),
         }
-
-
-def groups_on(
-    work: Workload, mesh: Mesh, num_microbatches: int
-) -> tuple[tuple[int, int, int], ...]:
-    """Returns the groups of a batch over a mesh."""
-    return work.groups_of(batch_shards(mesh) * num_microbatches)
 
 
 def abstract_batch(
@@ -187,7 +183,8 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     """
     began = time.perf_counter()
     model = dataclasses.replace(work.model, remat_policy=remat_policy)
-    groups = groups_on(work, mesh, config.num_microbatches)
+    rows = work.rows_of(batch_shards(mesh) * config.num_microbatches)
+    groups = rows.groups
     lowered, state = lower_step(config, model, groups, mesh)
     # machine code of virtual devices never runs: its optimisation changes no figure
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -210,6 +207,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         remat_policy=remat_policy,
         num_microbatches=config.num_microbatches,
         groups=groups,
+        filled_rows=rows.filled,
         state=state_bytes(state),
         arguments=arguments,
         gradients=bytes_per_device(split(state.params)[0]),

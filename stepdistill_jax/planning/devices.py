@@ -26,8 +26,8 @@ TPU_MEMORY = {
 }
 
 
-def virtual_devices(count: int) -> list[Any]:
-    """The first `count` CPU devices, which this makes where JAX has none yet.
+def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
+    """CPU devices, at least `count`, which this makes where JAX has none yet: then `most`.
 
     JAX fixes its devices when the first one is asked for: call this before anything else does, or in
     a process that already has as many.
@@ -35,8 +35,9 @@ def virtual_devices(count: int) -> list[Any]:
     Raises:
         InputError: JAX has devices, and not so many.
     """
+    most = most or count
     try:
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", most)
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError:  # devices are there
         pass
@@ -46,7 +47,7 @@ def virtual_devices(count: int) -> list[Any]:
             f"`devices={count}`: this process already has {len(devices)} CPU devices; plan in a process"
             f" of its own, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
-    return devices[:count]
+    return devices[:most]
 
 
 def topology_devices(name: str) -> list[Any]:

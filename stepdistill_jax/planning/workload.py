@@ -6,18 +6,19 @@ import os
 import pathlib
 from collections.abc import Callable
 
+from stepdistill_jax.batches.batch import filled_rows
 from stepdistill_jax.batches.packing import round_up
-from stepdistill_jax.batches.row_lengths import cheapest
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import AUTO, TrainConfig
 from stepdistill_jax.training.data import (
     TRAIN,
     batches_of,
+    in_cheapest_rows,
     load_split,
-    tried_row_lengths,
     vocabulary_of,
 )
 from stepdistill_jax.training.run import model_settings
@@ -32,19 +33,43 @@ Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length)
 
 
 @dataclasses.dataclass(frozen=True)
+class StepRows:
+    """Rows of a step for one row multiple (batch shards x microbatches).
+
+    Attributes:
+        groups: (rows, input length, target length) of each group, rows rounded up to the multiple.
+        filled: rows of all groups that hold tokens; the others are computed all the same.
+    """
+
+    groups: Groups
+    filled: int
+
+    @property
+    def rows(self) -> int:
+        """Of all groups, empty ones included."""
+        return sum(rows for rows, *_ in self.groups)
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """Shapes of a step.
 
     Attributes:
         model: the configuration that `train` would build.
-        groups_of: row multiple (batch shards x microbatches) -> (rows, input length, target length) of
-            each group of a batch, rows rounded up to the multiple.
+        rows_of: row multiple -> rows, as a run with that multiple packs them.
         assumptions: sentences; empty where everything was read.
     """
 
     model: T5Config
-    groups_of: Callable[[int], Groups]
+    rows_of: Callable[[int], StepRows]
     assumptions: tuple[str, ...]
+
+    def step_flops(self, multiple: int) -> float:
+        """FLOPs of a step, empty rows included; with a multiple of 1 what the tokens need."""
+        return sum(
+            train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)
+            for rows, inputs, targets in self.rows_of(multiple).groups
+        )
 
 
 def workload(
@@ -76,8 +101,7 @@ def workload(
     inputs, targets = (c if g == AUTO else int(g) for g, c in zip(given, cuts, strict=True))
     if rows is not None:
         if data is not None and config.pack:  # rows are counted by `inspect`, of these lengths
-            tried = tried_row_lengths(config, batches_of(config, data), model)
-            inputs, targets = cheapest(tried).lengths
+            inputs, targets = in_cheapest_rows(config, batches_of(config, data), model).row_lengths
         groups = ((rows, inputs, targets),)
     else:
         count = 1 if config.pack else len(config.objectives)
@@ -91,28 +115,28 @@ def workload(
             )
         )
 
-    def rounded(multiple: int) -> Groups:
-        return tuple((round_up(rows, multiple), i, t) for rows, i, t in groups)
+    def rounded(multiple: int) -> StepRows:
+        padded = tuple((round_up(rows, multiple), i, t) for rows, i, t in groups)
+        return StepRows(padded, sum(rows for rows, *_ in groups))
 
     return Workload(model, rounded, tuple(assumptions))
 
 
-def _reader(config: TrainConfig, data: TaskData, model: T5Config) -> Callable[[int], Groups]:
-    """Returns the groups of a run on the data, as it would choose and round its rows."""
+def _reader(config: TrainConfig, data: TaskData, model: T5Config) -> Callable[[int], StepRows]:
+    """Returns the rows of a run on the data, as it would choose and round them."""
 
-    def groups(multiple: int) -> Groups:
+    def rows_of(multiple: int) -> StepRows:
         batches = batches_of(config, data, row_multiple=multiple)
-        if config.pack:
-            pair = cheapest(tried_row_lengths(config, batches, model)).lengths
-            batches = dataclasses.replace(batches, row_lengths=pair)
+        batches = in_cheapest_rows(config, batches, model)
         # the largest of the shapes that `train` compiles is for a batch that all but never comes
         taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
-        return tuple(
+        groups = tuple(
             (max(len(batch[i]["encoder_segment_ids"]) for batch in taken), *pair)
             for i, pair in enumerate(batches.lengths)
         )
+        return StepRows(groups, max(filled_rows(batch) for batch in taken))
 
-    return groups
+    return rows_of
 
 
 def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:

@@ -1,11 +1,14 @@
+import itertools
 import json
 
 import jax
 import pytest
 
+from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.commands.plan import parse_size
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.sharding import make_mesh
 
 # two devices: what a layout costs to compile is what these tests cost
 SHORT = ("--set", "INPUT_LENGTH=32", "--set", "TARGET_LENGTH=16", "--set", "BATCH_SIZE=8")
@@ -44,12 +47,72 @@ def test_one_layout_takes_the_configs_own_policy(capsys, tmp_path):
     assert candidate["layout"] == {"data": 1, "fsdp": 2, "tensor": 1}
 
 
-def test_where_nothing_fits_advice_is_printed(capsys, tmp_path):
-    argv = (*SHORT, "--devices", "2", "--hbm", "1MB", "--layout", "fsdp")
-    code, out, _ = run(capsys, tmp_path, "demo_step_by_step", *argv)
-    assert code == 0
-    assert "Nothing fits." in out
-    assert "adafactor.gin" in out
+def planned(capsys, tmp_path, *argv):
+    """What a command printed, and its JSON."""
+    code, out, err = run(capsys, tmp_path, *argv, "--json")
+    assert code == 0, err
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
+    """24 rows on 8 devices: two slices would have 16 each, a third of them empty; three have 8 each."""
+    parts = ("--gin_file", "memory/remat_full.gin", "--gin_file", "optimizers/adafactor.gin")
+    rows = ("--set", "INPUT_LENGTH=32", "--set", "TARGET_LENGTH=64", "--set", "BATCH_SIZE=24")
+    argv = ("demo_step_by_step", *rows, *parts, "--devices", "8", "--layout", "fsdp")
+    _, whole = planned(capsys, tmp_path, *argv)
+    hbm = str(round((whole["best"]["per_device"]["total"] - 1000) / 0.9))
+    out, found = planned(capsys, tmp_path, *argv, "--hbm", hbm)
+    by_flags = dict(zip(found["advice"], found["remedies"], strict=False))
+    line = next(line for line in by_flags if "NUM_MICROBATCHES" in line)
+    assert "Nothing fits. What would" in out and f"  {line}\n" in out
+    flags, _, figures = line.partition(": ")
+    assert flags == "--set NUM_MICROBATCHES=3"
+    _, again = planned(capsys, tmp_path, *argv, "--hbm", hbm, *flags.split())
+    sizes = again["best"]["per_device"]
+    assert by_flags[line]["per_device"] == sizes
+    assert figures.startswith(f"{sizes['total'] / 2**30:.2f} GiB, ")
+    device = found["advice"][-1]
+    assert device.startswith("--hbm ") and device.endswith("GB: as it is")
+
+
+def check_typed(lines, found, parts=()):
+    """What is typed gives the config of each remedy."""
+    for line, remedy in zip(lines, found["remedies"], strict=True):
+        words = line.split()
+        files = [after for word, after in itertools.pairwise(words) if word == "--gin_file"]
+        values = [after for word, after in itertools.pairwise(words) if word == "--set"]
+        config, _ = load_config("demo_step_by_step", values, [*parts, *files])
+        if "layout" in remedy["changes"]:
+            mesh = make_mesh(config.layout, jax.devices()[: found["devices"]])
+            assert dict(mesh.shape) == remedy["layout"]
+        assert config.remat_policy == remedy["remat_policy"]
+        assert config.num_microbatches == remedy["num_microbatches"]
+        assert config.optimizer.name == remedy["changes"].get("optimizer", "adamw")
+        assert config.optimizer.mu_dtype == remedy["changes"].get("mu_dtype", "float32")
+
+
+@pytest.mark.slow
+def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
+    """With them the config is that of the candidate; a twelfth of the optimizer has no room without."""
+    rows = ("--set", "INPUT_LENGTH=64", "--set", "TARGET_LENGTH=32", "--set", "BATCH_SIZE=16")
+    argv = ("demo_step_by_step", *rows, "--devices", "2", "--layout", "fsdp")
+    _, whole = planned(capsys, tmp_path, *argv)
+    sizes = whole["best"]["per_device"]
+    hbm = round((sizes["total"] - sizes["optimizer"] // 12) / 0.9)
+    _, found = planned(capsys, tmp_path, *argv, "--hbm", str(hbm))
+    lines = [line.partition(": ")[0] for line in found["advice"][:-1]]
+    for part in ("optimizers/adafactor.gin", "memory/bfloat16_moment.gin", "memory/remat_full.gin"):
+        assert f"--gin_file {part}" in lines
+    check_typed(lines, found)
+    # one row: without empty ones on a mesh of `tensor` alone
+    argv = ("demo_step_by_step", *rows[:4], "--set", "BATCH_SIZE=1", "--devices", "4")
+    argv = (*argv, "--layout", "fsdp", "--gin_file", "memory/remat_full.gin")
+    _, whole = planned(capsys, tmp_path, *argv)
+    hbm = round((whole["best"]["per_device"]["total"] - 1000) / 0.9)
+    _, found = planned(capsys, tmp_path, *argv, "--hbm", str(hbm))
+    lines = [line.partition(": ")[0] for line in found["advice"][:-1]]
+    assert "--gin_file layouts/tensor.gin" in lines
+    check_typed(lines, found, ["memory/remat_full.gin"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""What else to change where nothing fits; each piece of advice is compiled before it is given."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from stepdistill_jax.models.config import REMAT_POLICIES
+from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh
+from stepdistill_jax.planning.candidates import (
+    Target,
+    by_work,
+    compiled,
+    layouts_for,
+    row_multiple,
+    state_of,
+    too_large_a_state,
+)
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.optimizer_function import OptimizerFunction
+
+MORE_DEVICES = (2, 4)  # times as many are tried
+MORE_WORK = 1.25  # times the FLOPs that slices and devices may cost by rounding rows up
+_COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 3, 4, 6, 8, 12, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The candidate that advice starts from, which does not fit.
+
+    Attributes:
+        config: of the run.
+        target: that it was compiled for.
+        found: the candidate.
+        layout: its own; `given` where the user chose it.
+    """
+
+    config: TrainConfig
+    target: Target
+    found: dict[str, Any]
+    layout: str | Layout
+    given: bool
+
+    @property
+    def policy(self) -> str:
+        """Remat policy of the candidate; of one that was not compiled, what leaves the most room."""
+        return self.found.get("remat_policy", REMAT_POLICIES[-1])
+
+    @property
+    def most_flops(self) -> float:
+        """FLOPs of a step that other slices or devices may have."""
+        multiple = row_multiple(self.config, self.target, self.layout)
+        return MORE_WORK * self.target.work.step_flops(multiple)
+
+
+def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
+    """Returns what fits with one setting changed or, where none does, with all that save memory.
+
+    Args:
+        base: what does not fit.
+        more_devices: that may be compiled for, too, those of the target first.
+
+    Returns:
+        Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. More
+        devices come last.
+    """
+    tried = []
+    for changes in _single(base):
+        if (found := _with(base, changes)) is not None:
+            tried.append(found)
+    fitting = [found for found in tried if found["fits"]]
+    if not fitting and (together := _together(base, tried)) is not None:
+        fitting = [together]
+    if base.given:  # otherwise all layouts are candidates
+        fitting += _in_another_layout(base)
+    return [*sorted(fitting, key=lambda c: c["cost"]), *_on_more_devices(base, more_devices)]
+
+
+def _single(base: Base) -> Iterator[dict[str, Any]]:
+    """Changes of one setting each."""
+    config = base.config
+    if base.given:  # otherwise the policies are candidates
+        stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
+        yield from ({"remat_policy": policy} for policy in stronger)
+    optimizer = config.optimizer
+    if isinstance(optimizer, OptimizerFunction):
+        yield {"optimizer": "adafactor"}
+    elif optimizer.name == "adamw":
+        yield {"optimizer": "adafactor"}
+        if optimizer.mu_dtype == "float32":
+            yield {"mu_dtype": "bfloat16"}
+    on_cpu = base.target.devices[0].platform == "cpu"  # which widens bfloat16: nothing to measure
+    if config.dtype == "float32" and not on_cpu:
+        yield {"dtype": "bfloat16"}
+    yield from ({"num_microbatches": count} for count in _slices(base))
+
+
+def _slices(base: Base) -> list[int]:
+    """Returns how many slices to try: at most two numbers, which add no empty rows to speak of."""
+    config, work = base.config, base.target.work
+    shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
+    most = max(rows for rows, *_ in base.found["groups"]) // shards
+    counts = [k for k in _COUNTS if config.num_microbatches < k <= most]
+    sizes = base.found.get("per_device", {})
+    enough = counts[-1:]
+    if "activations" in sizes:  # where to begin: a slice's activations, its gradients and their sum
+        fixed = sizes["arguments"] + 2 * sizes["gradients"]
+        part = sizes["activations"] * config.num_microbatches
+        enough = [k for k in counts if fixed + part / k <= base.target.limit] or enough
+    fuller = (k for k in enough if work.step_flops(shards * k) <= base.most_flops)
+    return list(itertools.islice(fuller, 2))
+
+
+def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
+    """Compiles the base with changes; None where its state alone is too large then."""
+    config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
+    target = base.target
+    if "dtype" in changes:
+        model = dataclasses.replace(target.work.model, dtype=changes["dtype"])
+        work = dataclasses.replace(target.work, model=model)
+        target = dataclasses.replace(target, work=work)
+    if too_large_a_state(config, target, base.layout) is not None:
+        return None
+    log(f"with {', '.join(f'{name}={value}' for name, value in changes.items())}:")
+    found = compiled(config, target, base.found["name"], base.layout, policy)
+    return {**found, "changes": changes}
+
+
+def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    """Returns the config with what changes say of more than the model."""
+    fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
+    if "optimizer" in changes:
+        fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
+    elif "mu_dtype" in changes:
+        fields["optimizer"] = dataclasses.replace(config.optimizer, mu_dtype=changes["mu_dtype"])
+    return dataclasses.replace(config, **fields)
+
+
+def _together(base: Base, tried: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Compiles the changes that each save memory together; None where that does not fit."""
+    size = base.found.get("per_device", {}).get("total", float("inf"))
+    changes: dict[str, Any] = {}
+    for found in tried:
+        if found.get("per_device", {}).get("total", float("inf")) < size:
+            changes |= found["changes"]
+    if "optimizer" in changes:
+        changes.pop("mu_dtype", None)
+    if len(changes) < 2:
+        return None
+    found = _with(base, changes)
+    return found if found is not None and found["fits"] else None
+
+
+def _in_another_layout(base: Base) -> list[dict[str, Any]]:
+    """Compiles the layout of least work, other than the base's, and of the least state of these."""
+    config, target = base.config, base.target
+
+    def work_and_state(item: tuple[str, Layout]) -> tuple[float, int]:
+        flops = target.work.step_flops(row_multiple(config, target, item[1]))
+        return flops, sum(state_of(config, target, item[1]).values())
+
+    others = [
+        (name, layout)
+        for name, layout in layouts_for(target.work.model, len(target.devices)).items()
+        if make_mesh(layout, target.devices).shape != base.found["layout"]
+    ]
+    if not others:
+        return []
+    name, layout = min(others, key=work_and_state)
+    if too_large_a_state(config, target, layout) is not None:
+        return []
+    log(f"with layout={name}:")
+    found = compiled(config, target, name, layout, base.policy)
+    return [{**found, "changes": {"layout": name}}] if found["fits"] else []
+
+
+def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
+    """The base's config on the fewest of more devices that it fits, if it does without empty rows."""
+    config, name = base.config, base.found["name"]
+    if base.given and name not in LAYOUTS:
+        return  # sizes of just so many devices
+    for times in MORE_DEVICES:
+        count = times * len(base.target.devices)
+        if count > len(devices):
+            return
+        target = dataclasses.replace(base.target, devices=devices[:count])
+        layouts = {name: name} if base.given else by_work(config, target)
+        for called, layout in layouts.items():
+            if target.work.step_flops(row_multiple(config, target, layout)) > base.most_flops:
+                return
+            if too_large_a_state(config, target, layout) is None:
+                log(f"with devices={count}:")
+                found = compiled(config, target, called, layout, base.policy)
+                if found["fits"]:
+                    yield {**found, "changes": {"devices": count}}
+                    return
+                break

@@ -1,0 +1,161 @@
+"""Layouts and remat policies that a config may run with, compiled; the least work goes first."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from stepdistill_jax.models.config import REMAT_POLICIES, T5Config
+from stepdistill_jax.models.sharding import Layout, batch_shards, make_mesh
+from stepdistill_jax.planning.compiling import figures, state_bytes
+from stepdistill_jax.planning.workload import Workload
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.optimizer import make_optimizer
+from stepdistill_jax.training.state import abstract_state
+
+TENSOR_PARTS = (2, 4, 8, 16, 32)
+# times the FLOPs of the layout with the least, over which one is not compiled: what it has more of are
+# empty rows (`train` warns where they are more than half)
+WASTE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What candidates are compiled for.
+
+    Attributes:
+        work: of `workload`.
+        devices: of the mesh.
+        limit: bytes that a step may take of each.
+    """
+
+    work: Workload
+    devices: list[Any]
+    limit: float
+
+
+def layouts_for(model: T5Config, devices: int) -> dict[str, Layout]:
+    """The layouts by name whose axes divide the model's dimensions."""
+
+    def divides(fsdp: int, tensor: int) -> bool:
+        heads_and_widths = (model.num_heads, model.mlp_dim, model.vocab_size)
+        return model.emb_dim % fsdp == 0 and all(size % tensor == 0 for size in heads_and_widths)
+
+    found = {"data": Layout(data=devices)}
+    if devices > 1 and divides(devices, 1):
+        found["fsdp"] = Layout(fsdp=devices)
+    for tensor in TENSOR_PARTS:
+        fsdp = devices // tensor
+        if devices % tensor == 0 and fsdp > 1 and divides(fsdp, tensor):
+            found[f"fsdp_tensor {fsdp}x{tensor}"] = Layout(fsdp=fsdp, tensor=tensor)
+    if devices > 1 and divides(1, devices):
+        found["tensor"] = Layout(tensor=devices)
+    return found
+
+
+def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
+    """Returns the layouts for a target, the one whose step has the fewest FLOPs first."""
+
+    def flops(item: tuple[str, Layout]) -> float:
+        return target.work.step_flops(row_multiple(config, target, item[1]))
+
+    return dict(sorted(layouts_for(target.work.model, len(target.devices)).items(), key=flops))
+
+
+def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
+    """Returns what a run's row counts are multiples of."""
+    return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
+
+
+def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
+    """Compiles the layouts of `by_work` under the remat policies that it takes.
+
+    A layout is not compiled where its state alone is too large, or where it has more than `WASTE`
+    times the work of one that fits. `full` is compiled where `elementwise` does not fit, and
+    `minimal` where `full` does.
+    """
+    least = None
+    for name, layout in by_work(config, target).items():
+        flops = target.work.step_flops(row_multiple(config, target, layout))
+        if too_large := too_large_a_state(config, target, layout):
+            yield {"name": name, **too_large}
+            continue
+        if least is not None and flops > WASTE * least:
+            why = f"not compiled: {flops / least:.1f} times the FLOPs of a layout that fits"
+            yield {"name": name, **_about(config, target, layout), "fits": None, "error": why}
+            continue
+        tried = list(_policies(config, target, name, layout))
+        yield from tried
+        if least is None and any(c["fits"] for c in tried):
+            least = flops
+
+
+def _policies(
+    config: TrainConfig, target: Target, name: str, layout: Layout
+) -> Iterator[dict[str, Any]]:
+    """One layout under the remat policies from the least to the most recomputation, as far as needed."""
+    least, *between, most = REMAT_POLICIES
+    first = compiled(config, target, name, layout, least)
+    yield first
+    if first["fits"]:
+        return
+    last = compiled(config, target, name, layout, most)
+    if last["fits"]:
+        for policy in between:
+            yield compiled(config, target, name, layout, policy)
+    yield last
+
+
+def compiled(
+    config: TrainConfig, target: Target, name: str, layout: str | Layout, policy: str
+) -> dict[str, Any]:
+    """Compiles one candidate.
+
+    Returns:
+        `name`, `fits`, `work` (times the FLOPs that its tokens need on one device) and
+        `Figures.to_json`; `error` in place of its sizes where the TPU compiler finds no room.
+
+    Raises:
+        InputError: an axis of the layout does not divide what it cuts.
+    """
+    about = {"name": name, **_about(config, target, layout)}
+    try:
+        found = figures(config, target.work, make_mesh(layout, target.devices), policy)
+    except MemoryError as error:
+        log(f"{name}, remat {policy}: {error}")
+        return {**about, "remat_policy": policy, "fits": False, "error": str(error)}
+    log(f"{name}, remat {policy}: compiled in {found.compile_seconds:.1f} s")
+    return {**about, "fits": found.total <= target.limit, **found.to_json()}
+
+
+def state_of(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, int]:
+    """Returns the bytes of `params` and `optimizer` on one device, by arithmetic."""
+    mesh = make_mesh(layout, target.devices)
+    return state_bytes(abstract_state(target.work.model, make_optimizer(config), mesh))
+
+
+def too_large_a_state(
+    config: TrainConfig, target: Target, layout: str | Layout
+) -> dict[str, Any] | None:
+    """Returns what is known without compiling where parameters and optimizer alone do not fit, else None."""
+    state = state_of(config, target, layout)
+    if sum(state.values()) <= target.limit:
+        return None
+    return {
+        **_about(config, target, layout),
+        "per_device": {**state, "total": sum(state.values())},
+        "fits": False,
+        "error": "parameters and optimizer alone do not fit",
+    }
+
+
+def _about(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, Any]:
+    """Returns the mesh and the rows of a candidate."""
+    multiple = row_multiple(config, target, layout)
+    rows = target.work.rows_of(multiple)
+    return {
+        "layout": dict(make_mesh(layout, target.devices).shape),
+        "groups": [list(group) for group in rows.groups],
+        "filled_rows": rows.filled,
+        "work": round(target.work.step_flops(multiple) / target.work.step_flops(1), 3),
+    }
