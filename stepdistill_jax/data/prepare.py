@@ -146,15 +146,18 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
         raise InputError(
             f"prepare: unknown dataset {name!r} (known: {', '.join(NAMES)}){nearest(name, NAMES)}"
         )
+    own = f"{name}{prepared.PAPER_SUFFIX}" if paper_exact else name
     if new_name is None:
         if name == "jsonl":
             raise InputError("prepare jsonl: say what to call the dataset with `new_name`")
-        return f"{name}{prepared.PAPER_SUFFIX}" if paper_exact else name
+        return own
     if not prepared.NAME.fullmatch(new_name):
         raise refused("new_name", "lower_snake_case, such as my_task", new_name)
-    if new_name in NAMES and (new_name != name or paper_exact):
+    papers = {f"{one}{prepared.PAPER_SUFFIX}": one for one in prepared.PUBLISHED}
+    taken = dict(zip(NAMES, NAMES, strict=True)) | papers
+    if new_name in taken and new_name != own:
         raise InputError(
-            f"`new_name`: {new_name!r} belongs to `prepare {new_name}`, choose another"
+            f"`new_name`: {new_name!r} belongs to `prepare {taken[new_name]}`, choose another"
         )
     return new_name
 

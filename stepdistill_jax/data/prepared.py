@@ -40,7 +40,7 @@ class PreparedDataset:
         fields: names of other texts that rows may have (`Example.more`).
         paper_exact: whether rows are read as the paper's published code does: a blank rationale or
             label is a target, too.
-        draws_validation: whether that code draws validation from train, for each share anew.
+        draws_validation: whether that code draws validation from train, once for each share.
         files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty in a
             dataset of a version before it was kept.
     """

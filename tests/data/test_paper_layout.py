@@ -236,7 +236,7 @@ def test_asdiv_next_to_svamp_is_found_and_needs_its_teacher_files(svamp_source):
     assert [row.example.llm_label for row in rows] == ["", "", ""]
 
 
-def test_a_missing_asdiv_is_told(svamp_source, monkeypatch):
+def test_a_missing_asdiv_is_noted(svamp_source, monkeypatch):
     monkeypatch.chdir(svamp_source)
     for source in (svamp_source, svamp_source.parent, pathlib.Path()):
         reading = svamp.read(source)

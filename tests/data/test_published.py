@@ -196,6 +196,13 @@ def test_files_that_the_published_code_needs_are_named(tmp_path):
     source = nli_source(tmp_path, splits=("train", "test"))
     with pytest.raises(InputError, match=r"anli1_valid\.json: no such file, which the published"):
         published.read("anli", source)
+    source = nli_source(tmp_path / "more", splits=("train", "valid"))
+    (note,) = published.read("anli", source).notes
+    assert note.endswith("anli1_test.json: no such file, so the split test is left out")
+    (source / "llm" / "valid_CoT_0.json").unlink()
+    (source / "llm" / "valid_CoT_1.json").unlink()
+    with pytest.raises(InputError, match=r"llm/valid_CoT_0\.json: no such file"):
+        published.read("anli", source)
 
 
 def test_gpt_neox_is_read_from_its_own_folder(tmp_path):
@@ -258,6 +265,8 @@ def test_bad_usage_is_one_line(tmp_path, name, more, message):
         prepare(name, source=tmp_path, data_dir=tmp_path / "data", paper_exact=True, **more)
     with pytest.raises(InputError, match="unknown dataset 'asdiv'"):
         prepare("asdiv", source=tmp_path, data_dir=tmp_path / "data")
+    with pytest.raises(InputError, match="'cqa_paper' belongs to `prepare cqa`"):
+        prepare("jsonl", source=tmp_path, new_name="cqa_paper", data_dir=tmp_path / "data")
 
 
 def test_the_papers_files_give_the_teacher_accuracy_of_its_code(paper_data):

@@ -11,7 +11,7 @@ from stepdistill_jax.data.corpora import nli, paper_layout, svamp
 from stepdistill_jax.data.corpora.cqa import question_with_choices
 from stepdistill_jax.data.example import INPUT_PAIR, Example
 from stepdistill_jax.data.published_split import drawn_splits
-from stepdistill_jax.data.reading import CheckedExample, Reading
+from stepdistill_jax.data.reading import CheckedExample, Reading, absent_notes
 from stepdistill_jax.data.rows import JsonRow, UniqueIds
 from stepdistill_jax.data.text_metrics import value_match
 from stepdistill_jax.errors import InputError
@@ -86,30 +86,11 @@ def read(name: str, source: pathlib.Path) -> Reading:
             JSON, not as many texts as rows, or a text that the published rule cannot read.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
-    folder, inputs = paper_layout.input_files(
-        source.parent if neox else source, corpus.prefix, name
-    )
-    needed = ("train",) if corpus.drawn else ("train", "validation")
-    for part, split in paper_layout.FILE_SPLITS.items():
-        if split in needed and split not in inputs:
-            raise InputError(
-                f"{folder / f'{corpus.prefix}_{part}.json'}: no such file, which the published code"
-                " needs"
-            )
-    notes = []
-    if corpus.drawn and (path := inputs.pop("validation", None)):
-        notes.append(f"{path}: not read: the published code draws validation from train")
-    of_split = {
-        split: _File(folder, path, corpus, _texts(source, folder, corpus, split), neox)
-        for split, path in inputs.items()
-    }
-    more = []
-    if name == ASDIV:
-        if neox:
-            raise InputError(f"`source` {source}: there are no texts of GPT-NeoX for {ASDIV}")
-        more = [_asdiv_file(folder)]
+    notes: list[str] = []
+    of_split = _files(name, source, notes)
+    more = [_asdiv_file(of_split["train"].folder, neox)] if name == ASDIV else []
     sources = {
-        os.path.relpath(path, folder): paper_layout.digest_of(path)
+        os.path.relpath(path, file.folder): paper_layout.digest_of(path)
         for file in (*of_split.values(), *more)
         for path in (*file.teachers, file.path)
     }
@@ -122,8 +103,8 @@ def read(name: str, source: pathlib.Path) -> Reading:
             yield from ((split, found[i]) for split, numbers in parts for i in numbers)
         else:
             yield from (("train", row) for row in train)
-        for split, file in of_split.items():
-            yield from ((split, row) for row in file.rows() if split != "train")
+        for split in [split for split in of_split if split != "train"]:
+            yield from ((split, row) for row in of_split[split].rows())
 
     options: dict[str, object] = {
         "paper_exact": True,
@@ -175,20 +156,45 @@ class _File:
             yield CheckedExample(example, right={"teacher_accuracy": equal(label, example.label)})
 
 
-def _texts(
-    source: pathlib.Path, folder: pathlib.Path, corpus: _Corpus, split: str
+def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File]:
+    """Returns the file of each split; validation has one where the published code reads it."""
+    corpus, neox = _CORPORA[name], source.name == NEOX
+    folder, inputs = paper_layout.input_files(
+        source.parent if neox else source, corpus.prefix, name
+    )
+    needed = ("train",) if corpus.drawn else ("train", "validation")
+    if corpus.drawn and (path := inputs.pop("validation", None)):
+        notes.append(f"{path}: not read: the published code draws validation from train")
+    found = {}
+    for part, split in paper_layout.FILE_SPLITS.items():
+        path = folder / f"{corpus.prefix}_{part}.json"
+        if split in inputs:
+            teachers = _teachers(source if neox else folder, corpus, part, split in needed)
+            found[split] = _File(folder, inputs[split], corpus, teachers, neox)
+        elif split in needed:
+            raise InputError(f"{path}: no such file, which the published code needs")
+        elif split == "test":
+            notes += absent_notes({split: path}, inputs)
+    return found
+
+
+def _teachers(
+    folder: pathlib.Path, corpus: _Corpus, part: str, required: bool
 ) -> list[pathlib.Path]:
-    """Returns the files of the teacher's texts; train must have some."""
-    part = next(p for p, s in paper_layout.FILE_SPLITS.items() if s == split)
-    if source.name != NEOX:
-        return paper_layout.teacher_files(folder, part, required=split == "train")
-    path = source / corpus.prefix / f"{part}.json"
-    if not path.exists() and split == "train":
-        raise InputError(f"{path}: no such file; GPT-NeoX's texts are wanted there")
-    return [path] if path.exists() else []
+    """Returns the files of the teacher's texts, PaLM's or GPT-NeoX's by the folder's name."""
+    if folder.name != NEOX:
+        return paper_layout.teacher_files(folder, part, required=required)
+    path = folder / corpus.prefix / f"{part}.json"
+    if path.exists():
+        return [path]
+    if required:
+        raise InputError(f"{path}: no such file; GPT-NeoX's texts are expected there")
+    return []
 
 
-def _asdiv_file(folder: pathlib.Path) -> _File:
+def _asdiv_file(folder: pathlib.Path, neox: bool) -> _File:
+    if neox:
+        raise InputError(f"`source`: {NEOX} has no texts on {ASDIV}, leave the folder out")
     found = svamp.extra_folder(folder)
     if found is None:
         raise InputError(
