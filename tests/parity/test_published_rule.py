@@ -185,6 +185,7 @@ def test_the_rule_reads_texts_as_the_published_code_does(rule):
         assert read[name](text) == (rationale, label)
 
 
+@pytest.mark.slow
 def test_three_steps_have_the_published_losses(loop, rule, paper_sample, exact_sample, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed: no reference loop to compare with")
     settings = ["TASK=svamp_paper", "BATCH_SIZE=60", "TRAIN_STEPS=3", "train.dropout_rate=0.0"]
