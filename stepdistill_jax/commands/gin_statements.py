@@ -204,7 +204,7 @@ def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
     if path is None:
         return False
     folder = path.resolve().parent
-    return folder.parent == shipped_folder("gin") and folder.name in (kind or folder.name,)
+    return folder.parent == shipped_folder("gin") and kind in ("", folder.name)
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:

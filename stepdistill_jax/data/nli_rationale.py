@@ -2,12 +2,18 @@
 
 import re
 
-from stepdistill_jax.data.rationale import CHOICE_MARKER, Parsed, folded, split, truncated
+from stepdistill_jax.data import published_rules
+from stepdistill_jax.data.rationale import (
+    ANLI_NEXT,
+    CHOICE_MARKER,
+    ESNLI_MARKER,
+    Parsed,
+    folded,
+    split,
+    truncated,
+)
 
 LABELS = ("entailment", "neutral", "contradiction")  # in the order of their numbers 0, 1, 2
-ESNLI_MARKER = "Answer:"
-ANLI_NEXT = "Premise:"
-
 _NEXT_PAIR = re.compile(r"(?:^|\n)[^\S\n]*Premise:")  # the name at the start of a line
 _HEDGES = re.compile(r"\b(?:not|or|nor|neither|cannot)\b|n't\b")
 
@@ -28,8 +34,7 @@ def parse_esnli(text: str) -> Parsed:
         then takes the invented pair's.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
-    published = text.split(f"{ESNLI_MARKER} ")[1:2]
-    answer = published[0].split("Premise")[0].rstrip() if published else ""
+    answer = published_rules.esnli(text)[1].rstrip()
     runs_on_early = _NEXT_PAIR.search(before)
     own = before[: runs_on_early.start()] if runs_on_early else before
     if runs_on_early or not marker:

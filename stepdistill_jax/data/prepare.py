@@ -139,13 +139,12 @@ def ensure_prepared(
 def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
     if paper_exact and name not in prepared.PUBLISHED:
         raise InputError(
-            f"`paper_exact`: the paper published {', '.join(prepared.PUBLISHED)}, not {name}; leave it"
-            " out"
+            f"`paper_exact`: {name!r} is none of the paper's datasets"
+            f" ({', '.join(prepared.PUBLISHED)}){nearest(name, prepared.PUBLISHED)}"
         )
     if name not in NAMES and not paper_exact:
-        raise InputError(
-            f"prepare: unknown dataset {name!r} (known: {', '.join(NAMES)}){nearest(name, NAMES)}"
-        )
+        more = "; `paper_exact` has it" if name in prepared.PUBLISHED else nearest(name, NAMES)
+        raise InputError(f"prepare: unknown dataset {name!r} (known: {', '.join(NAMES)}){more}")
     own = f"{name}{prepared.PAPER_SUFFIX}" if paper_exact else name
     if new_name is None:
         if name == "jsonl":

@@ -56,6 +56,13 @@ class PreparedDataset:
     draws_validation: bool = False
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Returns the splits that depend on a run's `data_fraction` and seed; none but of `paper_exact`."""
+        if not self.paper_exact:
+            return ()
+        return ("train", "validation") if self.draws_validation else ("train",)
+
     def check(self, *names: str) -> None:
         """Compares files with what `prepare` wrote; all of them where none is named.
 

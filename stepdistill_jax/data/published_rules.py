@@ -5,10 +5,11 @@ Each function returns (rationale, label). A part that is not there is blank: " "
 
 import re
 
-from stepdistill_jax.data.nli_rationale import ANLI_NEXT, ESNLI_MARKER
 from stepdistill_jax.data.rationale import (
+    ANLI_NEXT,
     CHOICE_MARKER,
     EQUATION_MARKER,
+    ESNLI_MARKER,
     NEXT_QUESTION,
     in_parentheses,
 )

@@ -10,6 +10,8 @@ from stepdistill_jax.data.written_sums import wrong_sums
 NEXT_QUESTION = "Q:"  # where a few-shot completion runs on into an invented question
 CHOICE_MARKER = "So the answer is"
 EQUATION_MARKER = "The answer is"
+ESNLI_MARKER = "Answer:"
+ANLI_NEXT = "Premise:"  # where ANLI's runs on
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 # not IGNORECASE, under which [a-z] takes in the long s and the dotless i

@@ -13,7 +13,7 @@ from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.experiments.results import RunResult, arm_of
 from stepdistill_jax.experiments.stats import holm, mean_interval, paired_difference, resample
-from stepdistill_jax.training.provenance import FREE_FIELDS, default_settings
+from stepdistill_jax.training.provenance import FREE_FIELDS, with_defaults
 
 # of a run's config, what tells arms, fractions and seeds apart, or says nothing of the model
 NO_SETTING = ("objectives", "data_fraction", "seed", "task_module", *FREE_FIELDS)
@@ -180,8 +180,7 @@ def _baseline(runs: Sequence[RunResult], asked: str | None) -> str:
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
     """What tells the groups apart: the grid, and settings that differ between runs of one arm."""
-    defaults = default_settings()
-    flat = [_flat(defaults | r.config) for r in runs]
+    flat = [_flat(with_defaults(r.config)) for r in runs]
     differing: dict[str, None] = {}
     by_arm = defaultdict(list)
     for run, config in zip(runs, flat, strict=True):
@@ -204,8 +203,12 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 found |= _flat(value, f"{prefix}{name}.")
             else:
                 found[f"{prefix}{name}" if prefix else name.upper()] = str(value)
-    if not prefix:  # it may have moved, and what is in it decides
+    if not prefix:
+        # it may have moved, and what is in it decides
         found["INIT_FROM"] = str(config.get("init_from"))
+        # an arm is the same whatever they are (`arm_of`)
+        for o in config["objectives"]:
+            found |= {f"{o['name']}.{n}": str(o.get(n)) for n in ("weight", "input_template")}
     return found
 
 

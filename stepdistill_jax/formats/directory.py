@@ -63,6 +63,7 @@ class TaskInfo:
         metric: `text_match` or `value_match`.
         labels: the possible labels where they are few, else empty.
         provenance: versions, step, data, metrics: whatever a reader may want to know.
+        input_pair: whether rows have a second text of the input (`data.example.Example.input_pair`).
     """
 
     task: str
@@ -73,6 +74,7 @@ class TaskInfo:
     metric: str = "text_match"
     labels: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    input_pair: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +349,8 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
         raise InputError(f"{path}: labels must be a list of texts, got {labels!r}")
     if (metric := field("metric", str, "a text")) not in METRICS:
         raise InputError(f"{path}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    if "input_pair" in raw:  # versions before it had no pairs
+        field("input_pair", bool, "true or false")
     return TaskInfo(
         task=field("task", str, "a text"),
         objectives=_read_objectives(path, field("objectives", list, "a list")),
@@ -356,6 +360,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
         metric=metric,
         labels=tuple(labels),
         provenance=field("provenance", dict, "an object"),
+        input_pair=raw.get("input_pair", False),
     )
 
 

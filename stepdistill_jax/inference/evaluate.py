@@ -107,6 +107,7 @@ def evaluate(
     module = _own_module(info, task) if task_module is None else task_module
     found = on_all_processes(lambda: find_task(task, data_dir=folder, task_module=module))
     if isinstance(found, PreparedDataset):
+        _check_held_out(info, found, split)
         result = _evaluate_dataset(path, found, split, chosen, with_rationale)
     elif not isinstance(found, TaskSpec) and is_mixture(found):
         names = label_tasks(found, *_objectives_of(info))
@@ -141,6 +142,21 @@ def evaluate(
     if output is not None:
         on_process_0(lambda: write_json(output, result))
     return result
+
+
+def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
+    """Refuses the validation rows of a dataset of which the model's run drew others (`paper_exact`).
+
+    Raises:
+        InputError: the model was trained on some of them.
+    """
+    config = info.provenance.get("config") if info and info.task == dataset.name else None
+    share = config.get("data_fraction") if isinstance(config, dict) else None
+    if split in dataset.drawn[1:] and share not in (None, 1.0):
+        raise InputError(
+            f"`split`: the model was trained on {share} of {dataset.name}, some rows of this validation"
+            " among them, since its run drew a validation of its own; evaluate test"
+        )
 
 
 def _check_each(

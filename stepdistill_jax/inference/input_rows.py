@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 
-from stepdistill_jax.data.example import INPUT_PAIR, Example
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import sha256
@@ -14,7 +14,7 @@ WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill 
 
 
 def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
-    """Returns the question of a row. Its input may be blank; its id is as given; it may have an `input_pair`.
+    """Returns the question of a row. Its input may be blank; its id is as given.
 
     Args:
         row: in the generic format.
@@ -23,7 +23,7 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     Raises:
         InputError: a field that is missing or of a wrong type.
     """
-    found = read_example(row, needs={}, fields=FIELDS, more=(INPUT_PAIR, *more))
+    found = read_example(row, needs={}, fields=FIELDS, more=more)
     given = row.fields.get("id")
     if given == found.id or not row.optional_text("id"):
         return found

@@ -224,7 +224,7 @@ def _decode_window(
     prompts = zip(*map(asking.prompts, window), strict=True)
     for i, (length, texts) in enumerate(zip(asking.decode_lengths, prompts, strict=True)):
         encoded = [
-            encode_input(model.vocabulary, text, asking.input_length, row.input_pair)
+            encode_input(model.vocabulary, text, asking.input_length, asking.input_pair_of(row))
             for text, row in zip(texts, window, strict=True)
         ]
         inputs = [ids for ids, _ in encoded]

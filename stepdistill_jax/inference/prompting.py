@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.example import INPUT_PAIR, Example
 from stepdistill_jax.data.objectives import (
     LABEL_INPUT,
     RATIONALE_INPUT,
@@ -40,6 +40,7 @@ class Asking:
         input_length: most ids of an input, the end of sequence included; longer ones are cut.
         decode_lengths: most ids of an answer, per objective.
         metric, labels: the task's.
+        input_pair: whether a row needs a second text of the input.
     """
 
     objectives: tuple[Objective, ...]
@@ -48,17 +49,23 @@ class Asking:
     decode_lengths: tuple[int, ...]
     metric: str
     labels: tuple[str, ...]
+    input_pair: bool = False
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Fields of a row that its prompts show beside the input."""
+        """Returns the fields of a row that the model reads besides the input."""
         shown = [o.read_beside_input for o in self.objectives[self.prefix is not None :]]
-        return tuple(dict.fromkeys(name for names in shown for name in names))
+        pair = [(INPUT_PAIR,)] if self.input_pair else []
+        return tuple(dict.fromkeys(name for names in pair + shown for name in names))
 
     def lacks(self, row: Example) -> tuple[str, ...]:
         """Those of `reads` that a row has not."""
         texts = row.texts
         return tuple(name for name in self.reads if not texts.get(name))
+
+    def input_pair_of(self, row: Example) -> str:
+        """Returns the row's second text where the model reads one."""
+        return row.input_pair if self.input_pair else ""
 
     def prompts(self, row: Example) -> list[str]:
         """One text per objective."""
@@ -103,9 +110,11 @@ def how_to_ask(
         chosen += found
         lengths += [info.target_length if info else BARE_RATIONALE_LENGTH] * len(found)
     metric, labels = (info.metric, info.labels) if info else ("text_match", ())
+    input_pair = info is not None and info.input_pair
     if task is not None:
         dataset = open_prepared(task, data_dir)
         metric, labels = dataset.metric, dataset.labels
+        input_pair = input_pair or (info is None and INPUT_PAIR in dataset.fields)
     return Asking(
         tuple(chosen),
         options.prefix,
@@ -113,6 +122,7 @@ def how_to_ask(
         tuple(lengths),
         metric,
         labels,
+        input_pair,
     )
 
 

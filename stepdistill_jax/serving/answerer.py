@@ -70,7 +70,10 @@ class Answerer:
                 raise InputError(f"{where}: {error}") from None
         text = self._asking.prompts(parsed)[0]
         ids, _ = encode_input(
-            self._engine.vocabulary, text, self._asking.input_length, parsed.input_pair
+            self._engine.vocabulary,
+            text,
+            self._asking.input_length,
+            self._asking.input_pair_of(parsed),
         )
         return Question(parsed, ids)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.builder import VERSION
+from stepdistill_jax.data.example import INPUT_PAIR
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.data.published_split import WHOLE
@@ -80,7 +81,9 @@ def _load_prepared(
         return registry.joint_task(spec, objectives, vocabulary, supervision, most)
 
     columns = registry.columns_of(objectives, most)
-    key = [found.fingerprint, _key_of(supervision), parts, *([share] if found.paper_exact else [])]
+    if share[0] == 1.0 or split not in found.drawn:
+        share = WHOLE  # whatever the seed
+    key = [found.fingerprint, _key_of(supervision), parts, *([share] if share != WHOLE else [])]
     store, opened = _joint_store(
         prepared_task, task, split, objectives, columns, vocabulary, folder, key
     )
@@ -104,6 +107,7 @@ def _load_prepared(
         share_is_drawn=found.paper_exact,
         metric=found.metric,
         labels=found.labels,
+        input_pair=INPUT_PAIR in found.fields,
     )
 
 

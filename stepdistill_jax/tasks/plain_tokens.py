@@ -117,8 +117,8 @@ def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
             f"dataset {dataset.name!r}: the paper's published code has gold labels or the teacher's, and"
-            f" one rationale each, not `label_source={supervision.label_source}` and"
-            f" `rationales={supervision.rationales}`; prepare it without `paper_exact`"
+            " one rationale of the teacher each: leave out `label_source=agree`, `rationales` other than"
+            " first and `rationale_source`, or prepare the dataset without `paper_exact`"
         )
 
 

@@ -12,6 +12,7 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.data.published_split import WHOLE, drawn_splits
 from stepdistill_jax.data.vocabulary import Vocabulary, with_eos
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
 
@@ -46,7 +47,9 @@ class PreparedRows:
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:
-        return sum(int(mask.sum()) for _, mask in self._parts) or self.dataset.splits[self.split]
+        if self._parts:
+            return sum(int(mask.sum()) for _, mask in self._parts)
+        return self.dataset.splits[self.split]
 
     def __iter__(self) -> Iterator[TokenExample]:
         examples = self.dataset.examples(self.split)
@@ -62,13 +65,18 @@ class PreparedRows:
     def _parts(self) -> list[tuple[str, np.ndarray]]:
         """The prepared splits that a share is drawn from, each with [rows] bool; none is all of the split."""
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
-        splits = ("train", "validation") if draws else ("train",)
-        if fraction == 1.0 or not dataset.paper_exact or self.split not in splits:
+        if self.share == WHOLE:
             return []
+        splits = dataset.drawn
         counts = [dataset.splits[split] for split in splits]
         prepared = np.concatenate(drawn_splits(sum(counts), validation=draws))
         shares = drawn_splits(sum(counts), fraction=fraction, seed=seed, validation=draws)
         mask = np.isin(prepared, shares[splits.index(self.split)])
+        if not mask.any():
+            raise InputError(
+                f"dataset {dataset.name!r}: a share of {fraction:g} leaves no row in {self.split!r};"
+                " raise `data_fraction`"
+            )
         return list(zip(splits, np.split(mask, [counts[0]]), strict=False))
 
     def _texts(self, example: Example) -> dict[str, str]:

@@ -29,6 +29,7 @@ class Part:
         labels: the distinct labels where they are few, else empty.
         task: the `seqio.Task` of the first column, whose metrics count where that is the label's;
             None has none.
+        input_pair: whether its rows have a second text of the input (`Example.input_pair`).
         own_inputs: whether its inputs are a plain task's own, whatever the objectives' templates.
         drawn: how rows of several tasks became examples, or why they did not; else empty.
     """
@@ -40,6 +41,7 @@ class Part:
     metric: str = "text_match"
     labels: tuple[str, ...] = ()
     task: Any = None
+    input_pair: bool = False
     own_inputs: bool = False
     drawn: str = ""
 
@@ -137,6 +139,11 @@ class TaskData:
     def labels(self) -> tuple[str, ...]:
         """Returns the labels of the one part; none of several."""
         return self.parts[0].labels if len(self.parts) == 1 else ()
+
+    @property
+    def input_pair(self) -> bool:
+        """Returns whether rows have a second text of the input."""
+        return any(part.input_pair for part in self.parts)
 
     @functools.cached_property
     def decoder_prefixes(self) -> tuple[tuple[int, ...], ...]:

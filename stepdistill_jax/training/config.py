@@ -76,6 +76,10 @@ class OptimizerConfig:
         of_type(f"{of}eps_before_correction", self.eps_before_correction, bool, "True or False")
         if self.clip_norm != math.inf:
             keep(self, number, "clip_norm", of=of, above=0)
+        if self.eps_before_correction and self.name != "adamw":
+            raise InputError(
+                f"`{of}eps_before_correction`: {self.name} corrects no bias; leave it at False"
+            )
         if self.mu_dtype != "float32" and self.name != "adamw":
             raise InputError(
                 f"`{of}mu_dtype`: {self.name} keeps no first moment; leave it at float32"
@@ -118,6 +122,7 @@ class TrainConfig:
         layout: name or sizes of the mesh.
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
+            Of a dataset prepared with `paper_exact` the seed draws it, and validation out of it.
         best_metric: number of a validation, named without `eval/validation/`, that the best step has
             the largest of (the smallest, if it starts with `loss`); None is the mean label accuracy.
             Then comes the label's loss, then the earlier step.
@@ -127,7 +132,8 @@ class TrainConfig:
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
         max_decode_len: most tokens of a decoded label with its end of sequence, in validation and
-            wherever the trained model is asked; None is the longest of train, rounded up.
+            wherever the trained model is asked; None is the longest of train, rounded up, as it always
+            is where the answer is more than a label.
         remat_policy: `elementwise`, `minimal` or `full`.
         loss_mean: an objective's loss is the mean over its target tokens in the global batch
             (`token`, the paper's), or over its targets of each one's mean (`example`).

@@ -76,19 +76,27 @@ def _optimizer(
             weight_decay_rate=o.weight_decay or None,
         )
     else:
-        given = {"b1": o.b1, "b2": o.b2, "weight_decay": o.weight_decay, "mu_dtype": o.mu_dtype}
-        given["learning_rate"] = learning_rate_fn
-        if o.eps_before_correction:
-            adamw = optax.inject_hyperparams(optax.adamw, static_args=tuple(given))
-            rule = adamw(**given, eps=functools.partial(_corrected_eps, o.eps, o.b2))
-        else:
-            rule = optax.adamw(**given, eps=o.eps)
+        adam = _adam_of_transformers if o.eps_before_correction else optax.scale_by_adam
+        rule = optax.chain(  # optax.adamw
+            adam(o.b1, o.b2, o.eps, mu_dtype=o.mu_dtype),
+            optax.add_decayed_weights(o.weight_decay),
+            optax.scale_by_learning_rate(learning_rate_fn),
+        )
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
 
 
-def _corrected_eps(eps: float, b2: float, step: jax.Array) -> jax.Array:
-    """Returns what optax adds to the corrected root where `eps` is added to the root as it is.
+def _adam_of_transformers(
+    b1: float, b2: float, eps: float, mu_dtype: str | None
+) -> optax.GradientTransformation:
+    """Returns `optax.scale_by_adam` with `eps` added to the root before its bias is corrected.
 
-    With v_hat = v / c, c = 1 - b2^(step + 1): sqrt(v_hat) + eps / sqrt(c) is (sqrt(v) + eps) / sqrt(c).
+    With v_hat = v / c, c = 1 - b2^count: sqrt(v_hat) + eps / sqrt(c) is (sqrt(v) + eps) / sqrt(c).
     """
-    return eps / jnp.sqrt(1 - b2 ** (step + 1))
+
+    def update(updates, state, params=None):
+        corrected = eps / jnp.sqrt(1 - b2 ** (state.count + 1))
+        return optax.scale_by_adam(b1, b2, corrected, mu_dtype=mu_dtype).update(
+            updates, state, params
+        )
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype).init, update)

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -127,19 +128,24 @@ def _commit() -> str | None:
     return described.stdout.strip() if tracked.returncode == described.returncode == 0 else None
 
 
-def default_settings() -> dict[str, Any]:
-    """Returns the defaults as `run.json` keeps a config: a setting that an older version lacked was at its default."""
-    return json.loads(json.dumps(TrainConfig(task="").to_json()))
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config of `run.json` with the settings that its version lacked, also nested ones."""
+    found = json.loads(json.dumps(TrainConfig(task="").to_json()))
+    for name, value in config.items():
+        default = found.get(name)
+        if isinstance(default, dict) and isinstance(value, dict) and value.keys() <= default.keys():
+            value = default | value
+        found[name] = value
+    return found
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`FIELD was A, is B` for each setting that would change the result of a resumed run."""
-    defaults = default_settings()
     found = []
     for key in ("config", "fingerprint", "model"):
         old, new = before.get(key, {}), now[key]
         if key == "config":
-            old = defaults | old
+            old = with_defaults(old)
             old["remat_policy"] = OLD_REMAT_POLICIES.get(old["remat_policy"], old["remat_policy"])
             old["objectives"] = [{"decoder_prefix": ""} | o for o in old["objectives"]]
         for name in sorted(old.keys() | new.keys()):
@@ -263,6 +269,7 @@ def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
         max_decode_len=max_decode_len(run.data, run.config),
         metric=run.data.metric,
         labels=run.data.labels,
+        input_pair=run.data.input_pair,
         provenance={
             name: described[name]
             for name in ("config", "fingerprint", "versions", "device", "commit")

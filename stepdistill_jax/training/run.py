@@ -210,9 +210,9 @@ def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
     """Returns the most tokens of a decoded label: the config's, or those of the longest one of train.
 
-    The latter is rounded up to a multiple of 8.
+    The latter is rounded up to a multiple of 8. An answer that is more than a label always has it.
     """
-    if config.max_decode_len is not None:
+    if config.max_decode_len is not None and not data.objectives[0].writes_more:
         return config.max_decode_len
     longest = max(
         int(rows["targets"].lengths.max())

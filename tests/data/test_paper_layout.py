@@ -250,7 +250,7 @@ def test_a_misplaced_asdiv_says_where_it_belongs(svamp_source, inside):
     folder = svamp_source if inside else svamp_source.parent
     _lines(folder / "asdiv_train.json", [{"input": "q"}])
     with pytest.raises(InputError, match=rf"move it to {folder}/asdiv/asdiv_train\.json"):
-        svamp.read(svamp_source)
+        svamp.read(folder)
 
 
 def test_cos_es_explanations_are_kept_as_peoples(cqa_source):

@@ -38,6 +38,7 @@ INFO = TaskInfo(
     "value_match",
     ("a", "b c"),
     {"versions": {"jax": "1"}, "note": "é"},
+    input_pair=True,
 )
 TEXTS = [
     "with rain , the truck takes the bridge .",

@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
 
 from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import label_only, step_by_step, step_by_step_llm
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import TaskInfo, write_model_files
+from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.inference.input_rows import read_questions
-from stepdistill_jax.inference.prompting import encode_input
+from stepdistill_jax.inference.prompting import encode_input, how_to_ask
 from stepdistill_jax.tasks import load_task, register_prepared
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.provenance import describe, task_info
@@ -67,10 +71,15 @@ def test_the_ids_of_a_pair_have_an_end_of_sequence_between_two_texts(folder):
     assert ids_of(data, 1, "targets", 0) == [1]
     assert ids_of(data, 1, "targets", 1) == [*encode("Rain 1."), 1]
     # `predict` and `evaluate` ask with the same ids
-    for i, row in enumerate(read_questions(dataset.file("train"))):
+    info = TaskInfo("anli_paper", step_by_step(), 64, 64, 63, input_pair=data.input_pair)
+    asking = how_to_ask(types.SimpleNamespace(path=folder, task_info=info))
+    assert asking.reads == ("input_pair",)
+    for i, row in enumerate(read_questions(dataset.file("train"), more=asking.reads)):
         prompt = step_by_step()[0].render(row.texts)[0]
-        ids, cut = encode_input(data.vocabulary, prompt, 1024, row.input_pair)
+        ids, cut = encode_input(data.vocabulary, prompt, 1024, asking.input_pair_of(row))
         assert (ids, cut) == (ids_of(data, 0, "inputs", i), False)
+        assert not asking.lacks(row)
+    assert asking.lacks(Example("1", "It rains.")) == ("input_pair",)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +157,30 @@ def test_a_cell_runs_to_the_letter(folder, tmp_path):
         assert ids_of(held_out, 0, "inputs", i) == [*encode(rows[label].input), 1]
         assert ids_of(held_out, 0, "targets", i) == [*encode(label), 1]  # gold, not the teacher's
     assert run.validator.decoder.max_decode_len == 63
-    assert task_info(run, describe(run)).max_decode_len == 63
+    info = task_info(run, describe(run))
+    assert (info.max_decode_len, info.input_pair) == (63, False)
+    # rows that this run drew for training are in the dataset's own validation
+    write_model_files(tmp_path / "model", run.model, held_out.vocabulary, info)
+    with pytest.raises(InputError, match=r"trained on 0\.25 of svamp_paper, some rows of this"):
+        evaluate(tmp_path / "model", task="svamp_paper", split="validation", data_dir=folder)
     # the choice of our own reading: 8 for labels of 7 tokens
     ours = dataclasses.replace(config, max_decode_len=None)
     assert assemble(ours, tmp_path, folder).validator.decoder.max_decode_len % 8 == 0
+
+
+def test_the_whole_is_tokenised_once_whatever_the_seed(folder, tmp_path):
+    (tmp_path / "svamp_paper").symlink_to(folder / "svamp_paper")
+    where = {"data_dir": tmp_path, "objectives": label_only()}
+    for split in ("train", "test"):
+        found = [load_task("svamp_paper", split=split, share=(1.0, s), **where) for s in (0, 1)]
+        assert found[0].fingerprint == found[1].fingerprint
+    load_task("svamp_paper", split="test", share=(0.5, 1), **where)
+    assert len(list((tmp_path / "token_store").iterdir())) == 2
+
+
+def test_a_share_without_rows_is_refused(folder):
+    with pytest.raises(InputError, match=r"a share of 0\.01 leaves no row in 'train'; raise"):
+        load_task("svamp_paper", split="train", data_dir=folder, share=(0.01, 0))
 
 
 def test_a_choice_that_the_published_code_lacks_is_refused(folder):

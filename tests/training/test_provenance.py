@@ -94,8 +94,11 @@ def test_another_function_or_argument_is_another_run(described):
 
 def test_a_setting_that_an_older_version_lacked_counts_as_its_default(described):
     older = copy.deepcopy(described)
-    del older["config"]["remat_policy"]
+    del older["config"]["remat_policy"], older["config"]["optimizer"]["eps_before_correction"]
     assert differences(older, described) == []
+    older["config"]["optimizer"]["eps"] = 1.0
+    (said,) = differences(older, described)
+    assert said.startswith("`optimizer` was {") and "'eps': 1.0" in said
 
 
 def test_a_workdir_that_says_none_for_the_elementwise_policy_is_resumed(

@@ -195,10 +195,10 @@ def _teachers(
 def _asdiv_file(folder: pathlib.Path, neox: bool) -> _File:
     if neox:
         raise InputError(f"`source`: {NEOX} has no texts on {ASDIV}, leave the folder out")
-    found = svamp.extra_folder(folder)
+    found = svamp.extra_folder(folder, folder)
     if found is None:
         raise InputError(
-            f"{folder.absolute().parent / ASDIV / f'{ASDIV}_train.json'}: no such file; ASDiv's rows"
+            f"{folder.resolve().parent / ASDIV / f'{ASDIV}_train.json'}: no such file; ASDiv's rows"
             " are expected next to SVAMP's folder"
         )
     corpus = dataclasses.replace(_CORPORA[ASDIV], to_example=_asdiv)

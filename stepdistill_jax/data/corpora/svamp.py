@@ -36,9 +36,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
     )
     own_folder, _ = paper_layout.input_files(source, "svamp", "svamp")
-    folder = extra_folder(own_folder)
+    folder = extra_folder(own_folder, source)
     if folder is None:
-        expected = own_folder.absolute().parent / EXTRA / f"{EXTRA}_train.json"
+        expected = own_folder.resolve().parent / EXTRA / f"{EXTRA}_train.json"
         reading.notes.append(
             f"{expected}: no such file, so there is no split {UNLABELLED} (ASDiv's questions)"
         )
@@ -62,17 +62,21 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return dataclasses.replace(reading, rows=rows)
 
 
-def extra_folder(folder: pathlib.Path) -> pathlib.Path | None:
+def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | None:
     """Returns ASDiv's folder, next to the folder of SVAMP's files or in it; None if there is none.
 
+    Args:
+        folder: of SVAMP's files.
+        source: as the user named it, that folder or the one above.
+
     Raises:
-        InputError: ASDiv's rows lie among SVAMP's files.
+        InputError: ASDiv's rows lie in one of both, and not in a folder of their own.
     """
     name = f"{EXTRA}_train.json"
-    for found in (folder / EXTRA, folder.absolute().parent / EXTRA):
+    for found in (folder / EXTRA, folder.resolve().parent / EXTRA):
         if (found / name).exists():
             return found
-    for misplaced in (folder, folder.absolute().parent):
+    for misplaced in dict.fromkeys((folder, source)):
         if (misplaced / name).exists():
             right = misplaced / EXTRA
             raise InputError(
