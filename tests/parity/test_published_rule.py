@@ -188,8 +188,11 @@ def test_the_rule_reads_texts_as_the_published_code_does(rule):
 @pytest.mark.slow
 def test_three_steps_have_the_published_losses(loop, rule, paper_sample, exact_sample, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed: no reference loop to compare with")
-    settings = ["TASK=svamp_paper", "BATCH_SIZE=60", "TRAIN_STEPS=3", "train.dropout_rate=0.0"]
+    # 20 times the paper's rate: at 5e-5 three steps hardly move a loss
+    settings = ["TASK=svamp_paper", "BATCH_SIZE=60", "TRAIN_STEPS=3", "LEARNING_RATE=1e-3"]
+    settings += ["train.dropout_rate=0.0"]
     config, _ = load_config("paper_svamp", settings, [EXACT])
+    assert config.optimizer.eps_before_correction  # as torch's side, which the config chooses
     setting = loop.make_setting(config, exact_sample, tmp_path)
     rows = rule.read(paper_sample("svamp"))["train"]
     pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "spiece.model"))
@@ -203,6 +206,9 @@ def test_three_steps_have_the_published_losses(loop, rule, paper_sample, exact_s
         return [(inputs, labels), (explained, rationales)]
 
     ours, theirs = loop.train_with_ours(setting), loop.train_with_torch(setting, published)
+    assert (theirs.losses[-1] < 0.995 * theirs.losses[0]).all()
+    # measured 5.5e-7; with epsilon after the bias correction 1.3e-5
     assert loop.curve_gaps(ours, theirs).max() < 3e-6
+    # measured 2.6e-5; with epsilon after the bias correction 7e-2
     for name, gap in loop.parameter_gaps(ours, theirs, loop.start_params(setting)).items():
-        assert gap["of_the_way"] < 5e-4, (name, gap)
+        assert gap["of_the_way"] < 2e-4, (name, gap)
