@@ -53,7 +53,6 @@ class Part:
 
 
 T5 = "--vocab-size 32128"
-BY_HAND = "--row-lengths 192 72"
 TINY = "--rounds 1 --size tiny --vocab-size 8000"
 TRAIN = f"{TINY} --batch-size 4"
 DECODE = f"{TINY} --rows 8 --batch-size 4"
@@ -73,7 +72,7 @@ PARTS = {
     "train_small": Part(
         "train_throughput",
         "Training: `paper_cqa` with T5 v1.1 small, two threads",
-        f"--config paper_cqa --size small {T5} {BY_HAND} --steps 1 --rounds 3 --threads 2",
+        f"--config paper_cqa --size small {T5} --steps 1 --rounds 2 --threads 2",
         TRAIN,
     ),
     "train_small_1": Part(
@@ -85,8 +84,7 @@ PARTS = {
     "train_base": Part(
         "train_throughput",
         "Training: `paper_cqa` with T5 v1.1 base, two threads, 16 examples a step",
-        f"--config paper_cqa --size base {T5} {BY_HAND} --batch-size 16 --steps 1 --rounds 3"
-        " --threads 2",
+        f"--config paper_cqa --size base {T5} --batch-size 16 --steps 1 --rounds 2 --threads 2",
         TRAIN,
     ),
     "train_shared": Part(
