@@ -114,10 +114,10 @@ MUTANTS = [
     ),
     Mutant(
         id="ST12",
-        what="epsilon before the correction is corrected by the step before",
+        what="epsilon before the correction is corrected by the step's number, one too few",
         file="stepdistill_jax/training/optimizer.py",
-        old="return eps / jnp.sqrt(1 - b2 ** (step + 1))",
-        new="return eps / jnp.sqrt(1 - b2 ** jnp.maximum(step, 1))",
+        old="corrected = eps / jnp.sqrt(1 - b2 ** (state.count + 1))",
+        new="corrected = eps / jnp.sqrt(1 - b2 ** jnp.maximum(state.count, 1))",
         tests=[
             "tests/training/test_optimizer.py::test_eps_before_the_correction_takes_the_step_of_transformers_adamw"
         ],

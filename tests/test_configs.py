@@ -227,14 +227,8 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_shipped_config(name):
         find_config(name)
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        pytest.param(part, marks=pytest.mark.slow) if "lora" not in part else part
-        for part in PARTS
-        if part.startswith("optimizers/")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("optimizers/")])
 def test_an_optimizer_learns_in_20_steps(part, tmp_path):
     """The part's own rate, from the first step on, on one batch that repeats."""
     from stepdistill_jax.training.optimizer import make_optimizer

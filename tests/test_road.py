@@ -126,7 +126,7 @@ def ctranslate2_agrees(model_dir, texts, rows):
 
 def test_the_road_on_the_embedded_dataset(tmp_path, delivery_data_dir):
     _, texts, rows = walk(
-        tmp_path, delivery_data_dir, "delivery", "demo_step_by_step", steps=120, test_rows=500,
+        tmp_path, delivery_data_dir, "delivery", "demo_step_by_step", steps=60, test_rows=500,
     )  # fmt: skip
     assert transformers_agrees(tmp_path / "model", texts[:20], rows[:20]) < 5e-5
 

@@ -44,7 +44,8 @@ def candidates(
 ) -> list[RowLengths]:
     """Returns row lengths with their cost, shortest first.
 
-    They hold the longest example of the data, and depend neither on the seed nor on `data_fraction`.
+    They hold the longest example of the data, and depend neither on the seed nor on `data_fraction`
+    (but for `TaskData.share_is_drawn`, whose data is the share itself).
 
     Args:
         batches: of the train split; `row_multiple` counts, `row_lengths` does not.

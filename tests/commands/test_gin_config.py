@@ -252,11 +252,6 @@ def loaded_in_any_order(first: str, second: str, as_flags: bool, write):
             {"objectives": label_only(input_template="{input}"), "checkpoint_every": 250},
         ),
         (
-            "paper/exact",
-            "optimizers/adafactor",
-            {"max_decode_len": 63, "learning_rate": 1e-3},
-        ),
-        (
             "layouts/hybrid",
             "paper/xl",
             {"layout": Layout(fsdp=-1, dcn_data=-1), "model_size": "xl"},

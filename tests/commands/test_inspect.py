@@ -78,6 +78,7 @@ def test_targets_that_read_one_encoding_are_shown_so(capsys, delivery_data_dir):
     assert tokens == [("label", 15, 2), ("rationale", 0, 18)] * 2
 
 
+@pytest.mark.slow
 def test_verify_says_what_was_compared_and_names_a_damaged_store(
     capsys, delivery_data_dir, tmp_path
 ):

@@ -80,6 +80,7 @@ def test_train_without_seqio_is_exit_2(called, tmp_path, capsys, monkeypatch):
     assert not called
 
 
+@pytest.mark.slow
 def test_two_steps_in_a_process_of_its_own(delivery_data_dir, tmp_path):
     command = [sys.executable, "-X", "importtime", "-m", "stepdistill_jax", "train", "--json"]
     command += ["demo_step_by_step"]
@@ -131,6 +132,7 @@ def test_a_config_in_the_workdir_that_a_person_wrote_is_left_alone(
     assert [p.name for p in tmp_path.iterdir()] == ["config.gin"] and config.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_config_that_a_run_wrote_is_for_going_on_and_an_edited_one_is_kept(
     delivery_data_dir, tmp_path, capsys
 ):

@@ -129,6 +129,7 @@ def test_several_shards_keep_the_order_and_splits_can_be_joined(tmp_path, monkey
     assert _inputs(tmp_path, "train+unlabelled") == [*_inputs(tmp_path, "train"), "é"]
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_files(tmp_path):
     folder, splits = _folder(tmp_path)
     with builder.build_aside("mine", folder, splits):

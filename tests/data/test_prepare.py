@@ -280,7 +280,7 @@ def test_importing_the_package_loads_no_tensorflow():
     assert found.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("name", ["cqa", "svamp"])
+@pytest.mark.parametrize("name", [pytest.param("cqa", marks=pytest.mark.slow), "svamp"])
 def test_the_original_files_are_prepared_whole(name, paper_data, tmp_path):
     result = prepare(name, source=paper_data / name, data_dir=tmp_path)
     dataset = open_prepared(name, tmp_path)

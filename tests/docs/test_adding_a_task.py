@@ -102,7 +102,7 @@ def commands(way):
         pytest.param("jsonl", marks=pytest.mark.slow),
         "add_task",
         pytest.param("seqio", marks=pytest.mark.slow),
-        "mixture",
+        pytest.param("mixture", marks=pytest.mark.slow),
     ],
 )
 def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):

@@ -240,7 +240,7 @@ def test_before_the_first_step_the_run_ends_at_once(undisturbed, start, tmp_path
     [
         pytest.param("training", marks=pytest.mark.slow),
         pytest.param("validation", marks=pytest.mark.slow),
-        "decoding",
+        pytest.param("decoding", marks=pytest.mark.slow),
         pytest.param("saving", marks=pytest.mark.slow),
     ],
 )

@@ -114,6 +114,7 @@ def test_the_directory_says_what_it_is(exported, workdir):
     assert (folder / "label_decoder.jax_export").stat().st_size < 100_000, "weights are beside it"
 
 
+@pytest.mark.slow
 def test_what_other_families_have_is_exported_too(tiny_config):
     """ReLU and the tied, scaled head of v1.0 with a bias per layer, as in UMT5."""
     config = dataclasses.replace(

@@ -181,6 +181,7 @@ def wait_until_open(server, count):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_what_the_grace_time_is_too_short_for_is_said_and_exit_1(started, tmp_path):
     server = started(SLOW, tmp_path / "3.0" / "x", "--grace-secs", "0.2")
     server.wait_for_line("ready after")

@@ -52,11 +52,12 @@ def end_in_the_middle(process, server, number, count):
     return process.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "count"),
     [
         (signal.SIGKILL, -signal.SIGKILL, 2000),
-        pytest.param(signal.SIGTERM, 75, 200, marks=pytest.mark.slow),
+        (signal.SIGTERM, 75, 200),
     ],
     ids=["9", "15"],
 )

@@ -108,6 +108,7 @@ def test_unpacked_rows_are_shown_for_each_objective(lengths_data_dir):
     assert found["rows_per_step"] == 30
 
 
+@pytest.mark.slow
 def test_the_rows_shown_are_the_least_work(delivery_data_dir):
     """And looking at them leaves nothing but the token store."""
     before = {p.name for p in pathlib.Path(delivery_data_dir).iterdir()} | {"token_store"}

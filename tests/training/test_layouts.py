@@ -70,7 +70,7 @@ def one_device(run):
 @pytest.mark.parametrize(
     ("layout", "settings"),
     [
-        ("fsdp_tensor", {"num_microbatches": 2}),
+        pytest.param("fsdp_tensor", {"num_microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("data", {}, marks=pytest.mark.slow),
         pytest.param("fsdp", {"optimizer_name": "adafactor"}, marks=pytest.mark.slow),
         pytest.param("tensor", {}, marks=pytest.mark.slow),
@@ -113,7 +113,10 @@ def plain(tree):
 
 @pytest.mark.parametrize(
     ("optimizer_name", "pairs"),
-    [pytest.param("adafactor", "all", marks=pytest.mark.slow), ("adamw", "neighbours")],
+    [
+        pytest.param("adafactor", "all", marks=pytest.mark.slow),
+        pytest.param("adamw", "neighbours", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_of_any_layout_restores_on_any_other(tmp_path, optimizer_name, pairs):
     """One device among them: parameters, moments, step and key, bitwise."""

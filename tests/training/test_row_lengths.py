@@ -13,6 +13,7 @@ from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import TrainConfig, inspect, train
 from stepdistill_jax.training.config import OptimizerConfig
+from stepdistill_jax.training.provenance import claim_workdir, describe
 from stepdistill_jax.training.run import assemble
 
 # batch shards: two of four devices each, and eight of one
@@ -44,6 +45,14 @@ def first_step(tmp_path_factory, delivery_data_dir):
 
 
 @pytest.fixture
+def begun(tmp_path, delivery_data_dir):
+    """A run that was begun, and stopped before its first step."""
+    run = assemble(CONFIG, tmp_path / "run", delivery_data_dir)
+    claim_workdir(run, describe(run), None)
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def workdir(tmp_path, first_step):
     """A copy of the run after its first step."""
     shutil.copytree(first_step, tmp_path / "run")
@@ -69,24 +78,22 @@ def test_a_resume_on_another_layout_has_the_rows_of_the_run(
     assert [x["step"] for x in read_metrics(workdir) if "loss" in x] == [1, 2]
 
 
-def test_a_run_of_before_resumes_in_rows_as_long_as_its_texts_may_be(
-    workdir, delivery_data_dir, capfd
-):
+def test_a_run_of_before_resumes_in_rows_as_long_as_its_texts_may_be(begun, delivery_data_dir):
     """As a version wrote it that had no such fields."""
-    run = json.loads((workdir / "run.json").read_text())
+    run = json.loads((begun / "run.json").read_text())
+    assert rows_of(further(EIGHT), begun, delivery_data_dir) == tuple(run["row_lengths"])
     del run["row_lengths"], run["config"]["row_input_length"], run["config"]["row_target_length"]
-    (workdir / "run.json").write_text(json.dumps(run))
-    assert rows_of(further(EIGHT), workdir, delivery_data_dir) == (64, 48)
-    capfd.readouterr()
-    train(CONFIG, workdir=workdir, data_dir=delivery_data_dir)  # its one step is done
-    assert rows_said(capfd) == [("64", "48")]
-    assert rows_of(further(EIGHT), workdir, delivery_data_dir) == (64, 48)
+    (begun / "run.json").write_text(json.dumps(run))
+    resumed = assemble(further(EIGHT), begun, delivery_data_dir)
+    assert resumed.batches.row_lengths == (64, 48)
+    claim_workdir(resumed, describe(resumed), None)
+    assert rows_of(further(TWO), begun, delivery_data_dir) == (64, 48)
 
 
-def test_other_row_lengths_are_another_run(workdir, delivery_data_dir):
+def test_other_row_lengths_are_another_run(begun, delivery_data_dir):
     changed = dataclasses.replace(further(TWO), row_input_length=64)
     with pytest.raises(InputError, match="`row_input_length` was 'auto', is 64"):
-        train(changed, workdir=workdir, data_dir=delivery_data_dir)
+        train(changed, workdir=begun, data_dir=delivery_data_dir)
 
 
 @pytest.mark.slow

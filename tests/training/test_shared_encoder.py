@@ -219,7 +219,7 @@ def test_loss_and_gradient_are_those_of_encoding_the_input_for_each_target(
 @pytest.mark.parametrize(
     ("layout", "devices", "slices"),
     [
-        (Layout(data=2, fsdp=2, tensor=2), 8, 1),
+        pytest.param(Layout(data=2, fsdp=2, tensor=2), 8, 1, marks=pytest.mark.slow),
         pytest.param(Layout(), 1, 4, marks=pytest.mark.slow),
     ],
     ids=["8 devices", "4 slices"],

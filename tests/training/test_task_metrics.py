@@ -20,6 +20,7 @@ SETTINGS = {
     "eval_every": 1,
     "checkpoint_every": 1,
     "learning_rate": 3e-2,
+    "dropout_rate": 0.0,
 }
 ROWS = 9
 OF_ROUND = [0.25, 0.75, 0.5]  # what `turn` says of steps 1 to 3
@@ -168,6 +169,7 @@ def expected(seqio, trained):
     return values, outputs[task][seqio.metrics.ModelOutputType.SCORE]
 
 
+@pytest.mark.slow
 def test_evaluate_gives_seqio_evaluators_values(trained, expected):
     task, workdir, folder = trained
     result = evaluate(workdir, task=task, split="validation", step=3, data_dir=folder)
@@ -176,6 +178,7 @@ def test_evaluate_gives_seqio_evaluators_values(trained, expected):
     assert len(set(result["metrics"])) == 6
 
 
+@pytest.mark.slow
 def test_validation_gives_seqio_evaluators_values(trained, expected):
     lines = [json.loads(x) for x in (trained[1] / "metrics.jsonl").read_text().splitlines()]
     found = [x for x in lines if x["step"] == 3 and "eval/validation/label_accuracy" in x]
@@ -183,6 +186,7 @@ def test_validation_gives_seqio_evaluators_values(trained, expected):
     assert values == pytest.approx(expected[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_answers_are_kept_next_to_the_numbers(trained, expected, read_rows_of):
     task, workdir, folder = trained
     evaluate(workdir, task=task, split="validation", step=3, data_dir=folder)
@@ -200,6 +204,7 @@ def test_answers_are_kept_next_to_the_numbers(trained, expected, read_rows_of):
     assert {row["step"] for row in best} == {resolve_step(workdir, "best")}
 
 
+@pytest.mark.slow
 def test_metrics_get_the_answers_that_choices_allow(trained, read_rows_of):
     task, workdir, folder = trained
     choices = ["left", "right", "up", "down"]
@@ -233,7 +238,7 @@ def turns(add):
     "name, step",
     [
         pytest.param("turn", 2, marks=pytest.mark.slow),
-        ("loss_of_turn", 1),
+        pytest.param("loss_of_turn", 1, marks=pytest.mark.slow),
         pytest.param("loss/label", 3, marks=pytest.mark.slow),
     ],
 )

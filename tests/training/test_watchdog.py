@@ -52,6 +52,7 @@ def test_a_step_that_hangs_ends_the_process_with_its_stack(kind, secs):
     assert "start the same command again" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_and_goes_on_is_not_stuck():
     """Ctrl-Z and `fg`, or a laptop's lid: the time outside does not count."""
     process = start(HANGS, 2, "STEPPING")
