@@ -166,8 +166,8 @@ def _show_advice(result: dict[str, Any], console: "Console") -> None:
         console.print("[bold]Nothing fits,[/bold] and no change that was compiled makes it fit.")
     if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
         console.print(
-            "Not to be judged on virtual CPU devices, which widen it to float32:"
-            " --gin_file memory/bfloat16.gin (--topology compiles it for a TPU)",
+            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; virtual CPU devices"
+            " cannot show it, --topology can",
             soft_wrap=True,
         )
 

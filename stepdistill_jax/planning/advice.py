@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,12 +66,10 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
         Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. More
         devices come last.
     """
-    tried = []
-    for changes in _single(base):
-        if (found := _with(base, changes)) is not None:
-            tried.append(found)
+    single = list(_single(base))
+    tried = [found for changes in single if (found := _with(base, changes)) is not None]
     fitting = [found for found in tried if found["fits"]]
-    if not fitting and (together := _together(base, tried)) is not None:
+    if not fitting and (together := _together(base, single, tried)) is not None:
         fitting = [together]
     if base.given:  # otherwise all layouts are candidates
         fitting += _in_another_layout(base)
@@ -86,10 +85,10 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
     optimizer = config.optimizer
     if isinstance(optimizer, OptimizerFunction):
         yield {"optimizer": "adafactor"}
-    elif optimizer.name == "adamw":
-        yield {"optimizer": "adafactor"}
-        if optimizer.mu_dtype == "float32":
-            yield {"mu_dtype": "bfloat16"}
+    elif optimizer.name == "adamw" and optimizer.mu_dtype == "float32":
+        if not optimizer.eps_before_correction:  # else the part of Adafactor is refused
+            yield {"optimizer": "adafactor"}
+        yield {"mu_dtype": "bfloat16"}
     on_cpu = base.target.devices[0].platform == "cpu"  # which widens bfloat16: nothing to measure
     if config.dtype == "float32" and not on_cpu:
         yield {"dtype": "bfloat16"}
@@ -137,13 +136,19 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return dataclasses.replace(config, **fields)
 
 
-def _together(base: Base, tried: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Compiles the changes that each save memory together; None where that does not fit."""
-    size = base.found.get("per_device", {}).get("total", float("inf"))
-    changes: dict[str, Any] = {}
-    for found in tried:
-        if found.get("per_device", {}).get("total", float("inf")) < size:
-            changes |= found["changes"]
+def _together(
+    base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Compiles the changes that each save memory together; None where that does not fit.
+
+    Where the base has no size all changes are taken: its state is too large, or the TPU compiler
+    refused it.
+    """
+    saving, size = single, base.found.get("per_device", {}).get("total")
+    if size is not None:
+        smaller = (c for c in tried if c.get("per_device", {}).get("total", math.inf) < size)
+        saving = [found["changes"] for found in smaller]
+    changes = {name: value for change in saving for name, value in change.items()}
     if "optimizer" in changes:
         changes.pop("mu_dtype", None)
     if len(changes) < 2:

@@ -5,6 +5,8 @@ import math
 import os
 from typing import Any
 
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import REMAT_POLICIES
 from stepdistill_jax.models.flops import PEAK_FLOPS, peak_flops
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.planning.advice import MORE_DEVICES, Base, remedies
@@ -80,13 +82,20 @@ def plan(
         tried = list(candidates(config, target))
     else:
         name = layout if isinstance(layout, str) else "given"
-        layout = layouts_for(target.work.model, len(used)).get(name, layout)
+        named = layouts_for(target.work.model, len(used))
+        if " " in name and name not in named:
+            raise InputError(
+                f"`layout` {name}: on {len(used)} devices this model can have {', '.join(named)}"
+            )
+        layout = named.get(name, layout)
         tried = [compiled(config, target, name, layout, config.remat_policy)]
     best = min((c for c in tried if c["fits"]), key=lambda c: c["cost"], default=None)
     shown = best or min((c for c in tried if "cost" in c), key=_total, default=None)
     helpful: dict[str, Any] = {"remedies": [], "hbm_needed": None}
     if best is None:
-        nearest = shown or min(tried, key=_total)
+        # the TPU compiler gives no sizes of what it refused: of these the least work and most remat
+        refused = (c for c in tried if c.get("remat_policy") == REMAT_POLICIES[-1])
+        nearest = shown or next(refused, None) or min(tried, key=_total)
         sizes = layout or Layout(**nearest["layout"])
         base = Base(config, target, nearest, sizes, given=layout is not None)
         helpful["remedies"] = remedies(base, found)

@@ -152,8 +152,8 @@ class Reading:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ from one reading to the"
-            " next; let its preprocessors draw with seeds of `seqio.map_over_dataset(num_seeds=1)`"
-            " and a source with its argument `seed`, or write the rows to a file once"
+            " next; draw in preprocessors with `seqio.map_over_dataset(num_seeds=1)`, give the"
+            " source's function an argument `seed`, or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:

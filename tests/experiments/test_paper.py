@@ -99,7 +99,9 @@ def test_the_page_has_the_papers_figures_and_commands_that_compose(capsys):
         assert f"\n| {title} (`paper_{name}`) | {shown} |\n" in PAGE
     assert f"That is {len(cells())} cells" in PAGE
     commands = re.findall(r"^    stepdistill (.*)$", PAGE.replace("\\\n", " "), re.M)
-    assert any("paper/exact.gin" in line and "_paper" in line for line in commands)
+    (exact,) = (shlex.split(line) for line in commands if "paper/exact.gin" in line)
+    set_ = [v for f, v in itertools.pairwise(exact) if f == "--set"]
+    assert load_config(exact[1], set_, ["paper/exact.gin"])[0].task == "cqa_paper"
     typed = {line.split()[0]: shlex.split(line) for line in commands if "exact" not in line}
     assert set(typed) == {"train", "prepare", "sweep", "report"}
     argv = typed["train"]

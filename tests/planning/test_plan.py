@@ -15,7 +15,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.sharding import Layout, make_mesh
-from stepdistill_jax.planning import plan
+from stepdistill_jax.planning import candidates, plan
 from stepdistill_jax.planning.candidates import Target, layouts_for, row_multiple
 from stepdistill_jax.planning.compiling import lower_step
 from stepdistill_jax.planning.workload import workload
@@ -217,6 +217,29 @@ def test_each_advice_is_compiled_and_fits():
     assert len(together) == 1 and together[0].keys() >= {"optimizer", "num_microbatches"}
 
 
+def test_what_the_tpu_compiler_refuses_is_changed_in_all_that_saves_memory(monkeypatch):
+    """It gives no sizes: the policy that leaves the most room is where advice begins."""
+    figures = candidates.figures
+
+    def refusing(config, work, mesh, policy):
+        if config.optimizer.name == "adafactor" and config.num_microbatches > 1:
+            return figures(config, work, mesh, policy)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(candidates, "figures", refusing)
+    monkeypatch.setattr(
+        sys.modules[plan.__module__], "topology_devices", lambda topology: jax.devices()[:2]
+    )
+    found = plan(CONFIG, topology="v5e:2")
+    (remedy,) = found["remedies"]
+    assert remedy["changes"].keys() == {"optimizer", "num_microbatches"}
+    assert remedy["remat_policy"] == "full"
+    # a second way to write the optimizer would be refused next to it
+    exact = OptimizerConfig(eps_before_correction=True)
+    found = plan(dataclasses.replace(CONFIG, optimizer=exact), topology="v5e:2")
+    assert not found["remedies"]
+
+
 @pytest.mark.slow
 def test_where_nothing_fits_the_table_has_the_least_that_each_layout_takes():
     """Layouts with empty rows, too: of the one row a layout of 2x4 has two, of fsdp eight."""
@@ -323,6 +346,10 @@ def test_more_devices_than_the_process_has_are_refused():
 def test_a_layout_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match="does not fit 8 devices"):
         plan(CONFIG, devices=8, layout=Layout(fsdp=3))
+    with pytest.raises(
+        InputError, match=r"`layout` fsdp_tensor 32x8: on 8 devices .* fsdp_tensor 4x2"
+    ):
+        plan(CONFIG, devices=8, layout="fsdp_tensor 32x8")
 
 
 def test_a_topology_without_the_tpu_compiler_says_what_to_install(monkeypatch):
