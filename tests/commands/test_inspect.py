@@ -13,7 +13,11 @@ def run(capsys, *argv):
     return code, out, err
 
 
-@pytest.mark.parametrize("name", ["delivery", "demo_step_by_step"], ids=["task", "config"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("delivery", marks=pytest.mark.slow), "demo_step_by_step"],
+    ids=["task", "config"],
+)
 def test_rows_histogram_fill_and_lengths_are_shown(capsys, delivery_data_dir, name):
     code, out, _ = run(capsys, name, "--data-dir", delivery_data_dir, "--rows", "1")
     assert code == 0

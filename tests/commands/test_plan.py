@@ -54,6 +54,7 @@ def planned(capsys, tmp_path, *argv):
     return out, json.loads(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     """24 rows on 8 devices: two slices would have 16 each, a third of them empty; three have 8 each."""
     parts = ("--gin_file", "memory/remat_full.gin", "--gin_file", "optimizers/adafactor.gin")

@@ -56,7 +56,7 @@ def inputs():
         pytest.param(2, 1.0, marks=pytest.mark.slow),
         pytest.param(2, 0.0, marks=pytest.mark.slow),
         pytest.param(2, 2.0, marks=pytest.mark.slow),
-        (3, 0.6),
+        pytest.param(3, 0.6, marks=pytest.mark.slow),
     ],
 )
 def test_sequences_and_scores_are_those_of_generate(

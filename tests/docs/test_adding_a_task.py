@@ -96,15 +96,8 @@ def commands(way):
     return SHELL.findall(PAGE.read_text(encoding="utf-8"))[WAYS[way]].splitlines()
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param("jsonl", marks=pytest.mark.slow),
-        "add_task",
-        pytest.param("seqio", marks=pytest.mark.slow),
-        pytest.param("mixture", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["jsonl", "add_task", "seqio", "mixture"])
 def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
     inspect = command_of(way, "inspect")
     prepared(way)
@@ -138,9 +131,7 @@ def test_the_task_in_code_takes_under_25_lines():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "way", [pytest.param("jsonl", marks=pytest.mark.slow), "add_task", "seqio", "mixture"]
-)
+@pytest.mark.parametrize("way", ["jsonl", "add_task", "seqio", "mixture"])
 def test_each_way_trains(reader, prepared, way):
     prepared(way)
     overrides = [argument for setting in SHORT for argument in ("--set", setting)]

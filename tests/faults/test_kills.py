@@ -135,6 +135,7 @@ def differing(one, other):
     return next((k for k in keys if one.get(k) != other.get(k)), None)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_a_run_that_is_killed_in_a_rename_and_in_a_save_ends_as_nobody_had_killed_it(
     lives, settings, tmp_path, delivery_data_dir, record_fault

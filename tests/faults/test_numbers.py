@@ -103,6 +103,7 @@ def flags(workdir):
     return [(x["step"], x["reason"]) for x in read_flagged(workdir)]
 
 
+@pytest.mark.slow
 def test_a_bad_step_changes_nothing_is_counted_and_names_its_examples(
     trained, clean, tmp_path, delivery_data_dir, settings, capsys, survives
 ):

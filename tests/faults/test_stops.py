@@ -212,7 +212,7 @@ def test_a_validation_that_its_checkpoint_does_not_have_is_written_once(tmp_path
     [
         pytest.param("tokenising", marks=pytest.mark.slow),
         pytest.param("restoring", marks=pytest.mark.slow),
-        "compiling",
+        pytest.param("compiling", marks=pytest.mark.slow),
     ],
 )
 def test_before_the_first_step_the_run_ends_at_once(undisturbed, start, tmp_path, survives, phase):

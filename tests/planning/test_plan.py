@@ -154,6 +154,7 @@ def test_what_does_not_fit_is_recomputed_or_left_out():
     assert found["best"]["per_device"]["total"] <= 0.9 * state
 
 
+@pytest.mark.slow
 def test_layouts_that_leave_rows_empty_come_last():
     """One row: on 4 devices a layout of `tensor` alone has no other, `data` and `fsdp` three more."""
     found = plan(dataclasses.replace(CONFIG, batch_size=1), devices=4)

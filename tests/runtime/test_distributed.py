@@ -203,6 +203,7 @@ raise SystemExit(main.main(["train", "any", "--workdir", "any"]))
 """
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_process_does_not_wait_for_the_others():
     """JAX's own exit would, for 5 minutes."""
     pair = launch([], [0, 1], of=2, code=FAULT)

@@ -122,6 +122,7 @@ def started():
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_stop_under_load_loses_no_request_that_was_accepted(started, model_dir):
     server = started(COMMAND, model_dir, "--batch-size", "2", "--max-decode-len", "4")
     server.wait_for_line("ready after")

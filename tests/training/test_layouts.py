@@ -70,7 +70,7 @@ def one_device(run):
 @pytest.mark.parametrize(
     ("layout", "settings"),
     [
-        ("fsdp_tensor", {"num_microbatches": 2}),
+        pytest.param("fsdp_tensor", {"num_microbatches": 2}, marks=pytest.mark.slow),
         pytest.param("data", {}, marks=pytest.mark.slow),
         pytest.param("fsdp", {"optimizer_name": "adafactor"}, marks=pytest.mark.slow),
         pytest.param("tensor", {}, marks=pytest.mark.slow),

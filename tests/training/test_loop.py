@@ -140,7 +140,7 @@ def test_a_finished_run_started_again_changes_nothing(undisturbed, delivery_data
     assert again | {"examples_per_second": 0} == summary | {"examples_per_second": 0}
 
 
-@pytest.mark.slow  # tests/faults has a quicker one
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_ends_bitwise_as_the_undisturbed_one(
     undisturbed, tmp_path, delivery_data_dir
 ):
