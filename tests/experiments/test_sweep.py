@@ -81,6 +81,7 @@ def swept(tmp_path_factory, delivery_data_dir):
     return folder, result, again, before, seen
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_tried_again_behind_the_others_and_listed(swept):
     folder, result, _, before, _ = swept
     assert before == [0, 1, 2, 3, 2, 3]
@@ -94,6 +95,7 @@ def test_a_cell_that_fails_is_tried_again_behind_the_others_and_listed(swept):
     }
 
 
+@pytest.mark.slow
 def test_a_second_start_does_only_what_is_left(swept):
     folder, result, again, before, seen = swept
     assert seen["trained"][len(before) :] == [3, 3]
@@ -101,6 +103,7 @@ def test_a_second_start_does_only_what_is_left(swept):
     assert len(json.loads((folder / "sweep.json").read_text())["asked"]) == 1
 
 
+@pytest.mark.slow
 def test_seeds_compile_once_and_leave_nothing_in_memory(swept):
     seen = swept[-1]
     assert len(seen["compiled"]) == 3 and seen["compiled"][0] > 0
@@ -108,6 +111,7 @@ def test_seeds_compile_once_and_leave_nothing_in_memory(swept):
     assert len(set(seen["arrays"])) == 1
 
 
+@pytest.mark.slow
 def test_every_cell_is_a_workdir_with_its_evaluation(swept):
     workdir = swept[0] / "label_only/0.5/1"
     assert (workdir / "config.gin").read_text() == "# text"
@@ -117,6 +121,7 @@ def test_every_cell_is_a_workdir_with_its_evaluation(swept):
     assert json.loads((workdir / "run.json").read_text())["examples"] == 750
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cells", "options", "part"),
     [
@@ -165,6 +170,7 @@ def test_a_cell_trained_further_is_evaluated_again(tmp_path, delivery_data_dir, 
     assert swept(of_steps(4))["skipped"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further", [False, True], ids=["as_it_was", "trained_further"])
 def test_an_evaluation_of_an_older_version_is_of_the_run_as_it_then_was(
     swept, tmp_path, delivery_data_dir, monkeypatch, further
@@ -191,6 +197,7 @@ def test_an_evaluation_of_an_older_version_is_of_the_run_as_it_then_was(
     assert (done["done"], done["skipped"], len(evaluated)) == (1, not further, further)
 
 
+@pytest.mark.slow
 def test_a_run_is_no_sweeps_folder(swept, delivery_data_dir):
     workdir = swept[0] / "label_only/0.5/0"
     with pytest.raises(InputError, match="is a run of its own"):

@@ -257,6 +257,7 @@ def test_evaluate_of_ids_reads_it_too(converted, model_dir):
     assert result["step"] is None
 
 
+@pytest.mark.slow
 def test_evaluate_of_a_seqio_task_reads_it_too(converted, model_dir, questions, tmp_path):
     from stepdistill_jax.tasks.registry import add_task
 

@@ -74,6 +74,7 @@ def run_readme(folder, rows):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_readme_give_the_answers_of_predict_where_only_jax_is(
     exported, workdir, questions, write_rows, read_rows_of, tmp_path
 ):

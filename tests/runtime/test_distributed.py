@@ -162,6 +162,7 @@ SMALL = tuple(
 )
 
 
+@pytest.mark.slow
 def test_a_process_that_never_comes_is_named_and_all_end(tmp_path):
     argv = [*TRAIN, tmp_path / "w"]
     for code, out, err in finish(launch(argv, [0, 2], of=3, STEPDISTILL_JOIN_TIMEOUT="4")):

@@ -173,6 +173,7 @@ def test_rules_read_a_t5x_checkpoint(given, vocabulary, tmp_path, delivery_data_
     assert_equal(flat(run.initial_state().params), expected)
 
 
+@pytest.mark.slow
 def test_a_new_vocabulary_starts_from_scratch_under_the_old_body(
     given, model_dir, tmp_path, delivery_data_dir
 ):

@@ -200,6 +200,7 @@ def assert_same_update(got, expected):
     assert largest_gap(got[2], expected[2]) < 1e-5  # measured 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objectives", "pack"),
     [(UNSHARED, True), pytest.param(SHARED, False, marks=pytest.mark.slow)],

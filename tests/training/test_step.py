@@ -103,6 +103,7 @@ def only_labels(store):
     return dataclasses.replace(store, objectives=store.objectives[:1], rows=store.rows[:1])
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_cut(data):
     mesh = make_mesh(Layout(fsdp=8))
     tx = optax.adamw(1e-3)
