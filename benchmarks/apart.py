@@ -14,7 +14,7 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 
 # torch does most steps with this (docs/training_speed.md): one heap, which keeps large blocks and is never given
-# back. Nothing is said of OpenMP: its threads spin for a moment between two loops
+# back. OpenMP keeps its default: threads spin briefly between two loops
 TORCH = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1"
 }
@@ -40,7 +40,7 @@ class Apart:
         Args:
             make: makes the object, of a module's top level.
             args: of it; they are pickled, as are the arguments and results of `call`.
-            environment: variables over those of this process.
+            environment: variables that are added to this process's, or replace them.
 
         Raises:
             InputError: as `make`.

@@ -202,7 +202,7 @@ def save_model(args: argparse.Namespace, directory: str) -> None:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple]:
-    """What makes each contender, its further arguments and its environment."""
+    """Returns for each contender what makes it, its further arguments and its environment."""
     known: dict[str, tuple] = {
         "ours": (Ours, (), {}),
         "transformers": (Peer, (), TORCH),

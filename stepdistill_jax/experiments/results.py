@@ -313,10 +313,11 @@ def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
 
     def shape(items) -> list[tuple]:
         fields = ("name", "input_template", "target_template", "decoder_prefix")
-        return [
-            tuple(LABEL_INPUT if o.get(f) == "{input}" else o.get(f, "") for f in fields)
+        prefixed = (
+            {**o, "input_template": LABEL_INPUT} if o.get("input_template") == "{input}" else o
             for o in items
-        ]
+        )
+        return [tuple(o.get(f, "") for f in fields) for o in prefixed]
 
     for name, arm in ARMS.items():
         if shape(map(dataclasses.asdict, arm())) == shape(objectives):

@@ -81,7 +81,7 @@ def keep_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
     places = (*batch, -(-length // 4), features)
 
     def number(first: int, last: int) -> jax.Array:
-        """Counts along the axes from `first` to before `last`; each device those of its own part."""
+        """Returns each element's place, counted over the axes `first` to `last` - 1."""
         count = jnp.zeros(places, jnp.uint32)
         for axis in range(first, last):
             here = jax.lax.broadcasted_iota(jnp.uint32, places, axis)

@@ -1,4 +1,4 @@
-"""What else to change where nothing fits; each piece of advice is compiled before it is given."""
+"""Finds changes to a config that make a step fit; each is compiled before it is recommended."""
 
 import dataclasses
 import itertools
@@ -60,7 +60,7 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
     Args:
         base: what does not fit.
-        more_devices: that may be compiled for, too, those of the target first.
+        more_devices: the target's devices and then others, to compile for more of them.
 
     Returns:
         Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. More
