@@ -3,8 +3,7 @@
 Gains, measured on two cores (docs/training_speed.md, docs/decoding_speed.md):
 
     keep_pages      a step takes 0.63 to 1.0 of the time, with a tenth of the page faults
-    row_product     a step of 16 examples: 5.28 -> 4.80 s on one thread, 3.31 -> 2.64 s on two
-    keep_mask       the same step: 4.53 -> 4.17 s on one thread, 2.45 -> 2.30 s on two, with two draws of
+    keep_mask       a step of 16 examples: 4.53 -> 4.17 s on one thread, 2.45 -> 2.30 s on two, with two draws of
                     a random word; four in one pass: 1.06 times the examples/s of that on two
     argmax          8 -> 0.4 ms of a decoding step of 64 rows
     in_row_blocks   decoding 256 rows takes 0.83 of the time
@@ -51,24 +50,6 @@ def _on_cpu() -> bool:
     if chosen := os.environ.get("JAX_PLATFORMS"):
         return chosen.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-
-
-def row_product(
-    x: jax.Array, kernel: jax.Array, dimension_numbers, precision, *, float32_sums: bool
-) -> jax.Array:
-    """`jax.lax.dot_general` of x [..., in] and a kernel [in, out], as a product of two matrices.
-
-    XLA's CPU backend transposes the gradient of more dimensions before it multiplies: the kernel's
-    gradient takes 1.7 times as long. With `float32_sums` the output is float32.
-    """
-    rows = jax.lax.dot_general(
-        x.reshape(-1, x.shape[-1]),
-        kernel,
-        (((1,), (0,)), ((), ())),
-        precision,
-        preferred_element_type=jnp.float32 if float32_sums else None,
-    )
-    return rows.reshape(*x.shape[:-1], -1)
 
 
 def keep_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:

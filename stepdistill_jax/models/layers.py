@@ -14,8 +14,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.cpu_speed import DRAWS, keep_mask, row_product
+from stepdistill_jax.models.cpu_speed import DRAWS, keep_mask
 from stepdistill_jax.models.lora import LoraDense
+from stepdistill_jax.models.products import kernel_product
 from stepdistill_jax.models.quantized import QuantizedDense, kernel_of
 
 NEG_INF = -1e9
@@ -89,7 +90,11 @@ def dense(
         use_bias=False,
         dtype=config.dtype,
         kernel_init=init,
-        dot_general=functools.partial(row_product, float32_sums=float32_sums),
+        # the kernel stays float32, and so does its gradient
+        promote_dtype=lambda x, kernel, bias, *, dtype: (x.astype(dtype), kernel, bias),
+        dot_general=lambda x, kernel, _, precision: kernel_product(
+            x, kernel, precision, float32_sums
+        ),
         name=name,
     )
 

@@ -6,7 +6,7 @@ are there, as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arX
 they are computed once and never whole.
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from stepdistill_jax.models.sharding import BATCH_AXES
 
-# of one device; fewer make small matrix products, more fall out of a CPU's cache
-CHUNK_TOKENS = 512
+# of one device: fewer make small matrix products; more fall out of a CPU's cache, and on a TPU out of
+# the memory of the chip (libtpu keeps the logits of 512 tokens there)
+CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 
 
 @jax.custom_vjp
@@ -40,7 +41,7 @@ def cross_entropy(
 
 
 def _forward(states, kernel, targets, scale):
-    nll, correct, *grads = _on_own_rows(
+    nll, correct, of_states, of_kernel = _on_own_rows(
         states.value,
         kernel.value,
         targets.value,
@@ -48,7 +49,9 @@ def _forward(states, kernel, targets, scale):
         states.perturbed,
         kernel.perturbed,
     )
-    return (jnp.vdot(scale.value, nll), nll, correct), tuple(grads)
+    if of_kernel is not None:
+        of_kernel = of_kernel.astype(kernel.value.dtype)
+    return (jnp.vdot(scale.value, nll), nll, correct), (of_states, of_kernel)
 
 
 def _backward(grads, cotangents):
@@ -66,35 +69,47 @@ def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad:
 
     Under GSPMD alone the loop would do both for each chunk.
     """
-
-    def local(states, kernel, targets, scale):
-        outputs = _chunked(states, kernel, targets, scale, states_grad, kernel_grad)
-        if kernel_grad and mesh_axes:
-            outputs = *outputs[:3], jax.lax.psum(outputs[3], mesh_axes)
-        return outputs
-
     # not those of size 1: XLA cannot add up over nothing (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
+    chunked = functools.partial(_chunked, states_grad=states_grad, kernel_grad=kernel_grad)
+    # before the devices gather it: half the bytes in bfloat16
+    kernel = kernel.astype(states.dtype)
     if not mesh_axes:
-        return local(states, kernel, targets, scale)
-    rows = P(mesh_axes)
+        return chunked(states, kernel, targets, scale)
+    added = tuple(axis for axis in mesh_axes if axis != "fsdp")
+
+    def local(states, kernel, targets, scale):
+        nll, correct, states_sum, kernel_sum = chunked(states, kernel, targets, scale)
+        if kernel_sum is not None and added:
+            kernel_sum = jax.lax.psum(kernel_sum, added)
+        if kernel_sum is not None and "fsdp" in mesh_axes:  # each device keeps its part
+            kernel_sum = jax.lax.psum_scatter(kernel_sum, "fsdp", tiled=True)
+        return nll, correct, states_sum, kernel_sum
+
+    rows, embed = P(mesh_axes), P("fsdp") if "fsdp" in mesh_axes else P()
     return jax.shard_map(
         local,
         in_specs=(rows, P(), rows, rows),
-        out_specs=(rows, rows, rows if states_grad else None, P() if kernel_grad else None),
+        out_specs=(rows, rows, rows if states_grad else None, embed if kernel_grad else None),
         axis_names=set(mesh_axes),
         check_vma=False,
     )(states, kernel, targets, scale)
 
 
-def _chunked(states, kernel, targets, scale, states_grad: bool, kernel_grad: bool):
+def _chunk_tokens() -> int:
+    """Returns the tokens of a chunk on the devices of the mesh that the step is traced under."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_gpu = device is not None and device.platform in ("gpu", "cuda", "rocm")
+    return GPU_CHUNK_TOKENS if on_gpu else CHUNK_TOKENS
+
+
+def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad: bool):
     """([batch, length] nll, correct, gradients of the sum by states and kernel, or None each)."""
     rows, length, _ = states.shape
     tokens = rows * length
-    chunks = -(-tokens // CHUNK_TOKENS)
+    chunks = -(-tokens // _chunk_tokens())
     size = -(-tokens // chunks)
-    weights: Any = kernel.astype(states.dtype)
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(tokens, *x.shape[2:])
@@ -123,11 +138,9 @@ def _chunked(states, kernel, targets, scale, states_grad: bool, kernel_grad: boo
             kernel_sum += jnp.dot(x.T, slope, preferred_element_type=jnp.float32)
         return kernel_sum, (nll[:, 0], correct[:, 0].astype(jnp.float32), x_grad)
 
-    empty = jnp.zeros(kernel.shape, jnp.float32) if kernel_grad else None
+    empty = jnp.zeros(weights.shape, jnp.float32) if kernel_grad else None
     parts = (cut(states), cut(targets), cut(scale))
     grad_of_kernel, (nll, correct, grad_of_states) = jax.lax.scan(add_chunk, empty, parts)
     if grad_of_states is not None:
         grad_of_states = joined(grad_of_states)
-    if grad_of_kernel is not None:
-        grad_of_kernel = grad_of_kernel.astype(kernel.dtype)
     return joined(nll), joined(correct), grad_of_states, grad_of_kernel
