@@ -133,7 +133,7 @@ def _jit_score(config: T5Config, batch_size: int, mesh: Mesh | None) -> Callable
         )
         return found.swapaxes(0, 1)
 
-    return jit_over_rows(score, mesh)
+    return jit_over_rows(score, mesh, config.dtype)
 
 
 def _shifted(x: jax.Array) -> jax.Array:

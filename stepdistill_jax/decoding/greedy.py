@@ -16,8 +16,8 @@ from stepdistill_jax.decoding.token_loop import decode_tokens
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.cpu_speed import argmax
 from stepdistill_jax.models.sharding import (
+    BATCH_AXES,
     LOGICAL_AXIS_RULES,
-    batch_sharding,
     batch_shards,
     place_rows,
     replicated,
@@ -25,6 +25,7 @@ from stepdistill_jax.models.sharding import (
 
 SMALLEST_BUCKET = 32
 ROWS_PER_DEVICE = 64
+GATHERED = 1 / 3  # of a device's memory; the rest is for a training state, caches and logits
 T = TypeVar("T")
 
 
@@ -125,37 +126,64 @@ def _jit_decode(
     def decode(params, encoder_input_tokens):
         return decode_fn(params, config, encoder_input_tokens, **options)
 
-    return jit_over_rows(decode, mesh)
+    return jit_over_rows(decode, mesh, config.dtype)
 
 
-def jit_over_rows(fn: Callable, mesh: Mesh | None) -> Callable:
-    """`fn(params, arrays)` under `jax.jit`: of trees of [rows, ...]; each device gets all results."""
+def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
+    """`fn(params, arrays)` under `jax.jit`: of trees of [rows, ...]; each device gets all results.
+
+    Under a mesh, devices with rows of their own gather the parameters once, in `dtype`, and go
+    through their rows by themselves. GSPMD alone would gather them again at each token, ask all
+    devices whether all are done, and gather the logits of beams. It has its way where the gathered
+    parameters take more than `GATHERED` of a device's memory.
+    """
     if mesh is None:
         return jax.jit(fn)
-    if whole_model(mesh):
-        # each device has all parameters and goes through its rows by itself: GSPMD would ask
-        # all of them at each token whether all are done, and gather the logits of beams
-        rows = batch_sharding(mesh).spec
-        fn = jax.shard_map(
-            fn, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
-        )
-    return jax.jit(fn, out_shardings=replicated(mesh))
+    own_rows = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
+    # the axes that are left to GSPMD inside
+    rules = [(name, axis) for name, axis in LOGICAL_AXIS_RULES if axis == "tensor"]
+
+    def by_themselves(params, arrays):
+        with nn.logical_axis_rules(rules if mesh.shape["tensor"] > 1 else []):
+            return fn(params, arrays)
+
+    def spread(params, arrays):
+        gathered = jax.tree_util.tree_map_with_path(functools.partial(_in_dtype, dtype), params)
+        if not own_rows or not _fits(gathered, mesh):
+            return fn(params, arrays)
+        rows = PartitionSpec(tuple(own_rows))
+        return jax.shard_map(
+            by_themselves,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), rows),
+            out_specs=rows,
+            axis_names=set(own_rows),
+            check_vma=False,
+        )(gathered, arrays)
+
+    return jax.jit(spread, out_shardings=replicated(mesh))
 
 
-def whole_model(mesh: Mesh) -> bool:
-    """Whether each device has all parameters, and rows of its own."""
-    return mesh.shape["data"] == mesh.size
+def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
+    """Returns what the model multiplies in `dtype` as such, so that half the bytes are sent."""
+    is_matrix = path[-1].key in ("kernel", "token_embedder") and x.dtype == np.float32
+    return x.astype(dtype) if is_matrix else x
+
+
+def _fits(params: Any, mesh: Mesh) -> bool:
+    """Whether a device can hold what it would gather: the same answer in every process."""
+    here = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
+    limit = (here.memory_stats() or {}).get("bytes_limit")
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
+    return limit is None or size < GATHERED * limit
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:
     """Starts a function of `jit_over_rows` on arrays of this process."""
     if mesh is None:
         return fn(params, arrays)
-    placed = place_rows(arrays, mesh)
-    if whole_model(mesh):
-        return fn(params, placed)
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
-        return fn(params, placed)
+        return fn(params, place_rows(arrays, mesh))
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:

@@ -23,7 +23,9 @@ from stepdistill_jax.inference.model import params_fingerprint
 from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.planning.collectives import collectives
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
+from stepdistill_jax.training.step import in_mesh
 
 CONFIG = T5Config(128, 32, 8, 8, 48, 2, 2)  # eight heads: `tensor` cuts them over all devices
 SEARCHES = {
@@ -118,15 +120,29 @@ def test_the_batch_grows_with_the_devices_that_have_rows():
     assert LabelDecoder(CONFIG, max_decode_len=6).batch_size == 64
 
 
+def compiled_decoder(params, layout, search):
+    mesh = mesh_of(layout)
+    decoder = LabelDecoder(CONFIG, max_decode_len=6, mesh=mesh, decode_fn=SEARCHES[search])
+    tokens = jax.ShapeDtypeStruct((64, 32), np.int32, sharding=sharding.batch_sharding(mesh))
+    lower = in_mesh(decoder._decode.lower, mesh)
+    return lower(placed(params, layout), tokens).compile().as_text()
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 def test_devices_that_have_the_whole_model_do_not_wait_for_each_other(params, search):
     """Nothing is sent at a token: only ids, scores and ends are gathered, once."""
-    mesh = mesh_of("data")
-    decoder = LabelDecoder(CONFIG, max_decode_len=6, mesh=mesh, decode_fn=SEARCHES[search])
-    tokens = jax.ShapeDtypeStruct((64, 32), np.int32, sharding=sharding.batch_sharding(mesh))
-    compiled = decoder._decode.lower(placed(params, "data"), tokens).compile().as_text()
+    compiled = compiled_decoder(params, "data", search)
     sent = re.findall(r"= (\S+) (?:all-|collective-|reduce-scatter)[\w-]+\(", compiled)
     assert sorted(shape.split("{")[0] for shape in sent) == ["f32[64]", "pred[64]", "s32[64,6]"]
+
+
+@pytest.mark.parametrize("layout", ["fsdp", pytest.param("fsdp_tensor", marks=pytest.mark.slow)])
+def test_devices_that_have_a_part_of_the_model_gather_it_once(params, layout):
+    """Inside the loops over tokens and layers nothing crosses the axis fsdp."""
+    tensor = mesh_of(layout).shape["tensor"]
+    sent, _ = collectives(compiled_decoder(params, layout, "greedy"), 8)
+    assert sum("/while/" not in c.op_name for c in sent if c.kind == "all-gather") > 10
+    assert {c.group for c in sent if "/while/" in c.op_name} <= {tensor} - {1}
 
 
 def test_a_fingerprint_does_not_depend_on_how_parameters_are_cut(params):

@@ -1,5 +1,7 @@
 """The chunked loss beside the plain one: values, gradients, layouts, memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,21 @@ def test_each_layout_gives_what_one_device_gives(layout, monkeypatch):
         placed = [jax.device_put(x, s) for x, s in zip(args, shardings, strict=True)]
         found = jax.jit(lambda *a: value_and_grads(cross_entropy, *a))(*placed)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), found, wanted)
+
+
+def test_under_fsdp_each_device_adds_up_its_part_of_the_kernels_gradient():
+    mesh = make_mesh("fsdp")
+    rows = P("fsdp")
+    shardings = [NamedSharding(mesh, spec) for spec in (rows, rows, rows, rows)]
+    shapes = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        for x, s in zip(problem(jnp.bfloat16), shardings, strict=True)
+    ]
+    gradient = jax.grad(lambda *args: cross_entropy(*args)[0], argnums=1)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient, out_shardings=shardings[1]).lower(*shapes).compile().as_text()
+    added = re.findall(r"= (\S+?)(?:{\S*)? (all-reduce|reduce-scatter)\(", compiled)
+    assert added == [(f"f32[{EMBED // 8},{VOCAB}]", "reduce-scatter")]
 
 
 def products(function, *args) -> int:
