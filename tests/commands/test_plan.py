@@ -61,7 +61,7 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     rows = ("--set", "INPUT_LENGTH=32", "--set", "TARGET_LENGTH=64", "--set", "BATCH_SIZE=24")
     argv = ("demo_step_by_step", *rows, *parts, "--devices", "8", "--layout", "fsdp")
     _, whole = planned(capsys, tmp_path, *argv)
-    hbm = str(round((whole["best"]["per_device"]["total"] - 1000) / 0.9))
+    hbm = str(round((whole["best"]["per_device"]["total"] - 1000) / 0.75))
     out, found = planned(capsys, tmp_path, *argv, "--hbm", hbm)
     by_flags = dict(zip(found["advice"], found["remedies"], strict=False))
     line = next(line for line in by_flags if "NUM_MICROBATCHES" in line)
@@ -99,7 +99,7 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
     argv = ("demo_step_by_step", *rows, "--devices", "2", "--layout", "fsdp")
     _, whole = planned(capsys, tmp_path, *argv)
     sizes = whole["best"]["per_device"]
-    hbm = round((sizes["total"] - sizes["optimizer"] // 12) / 0.9)
+    hbm = round((sizes["total"] - sizes["optimizer"] // 12) / 0.75)
     _, found = planned(capsys, tmp_path, *argv, "--hbm", str(hbm))
     lines = [line.partition(": ")[0] for line in found["advice"][:-1]]
     for part in ("optimizers/adafactor.gin", "memory/bfloat16_moment.gin", "memory/remat_full.gin"):
@@ -109,7 +109,7 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
     argv = ("demo_step_by_step", *rows[:4], "--set", "BATCH_SIZE=1", "--devices", "4")
     argv = (*argv, "--layout", "fsdp", "--gin_file", "memory/remat_full.gin")
     _, whole = planned(capsys, tmp_path, *argv)
-    hbm = round((whole["best"]["per_device"]["total"] - 1000) / 0.9)
+    hbm = round((whole["best"]["per_device"]["total"] - 1000) / 0.75)
     _, found = planned(capsys, tmp_path, *argv, "--hbm", str(hbm))
     lines = [line.partition(": ")[0] for line in found["advice"][:-1]]
     assert "--gin_file layouts/tensor.gin" in lines

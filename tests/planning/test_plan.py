@@ -146,12 +146,12 @@ def test_the_cheapest_of_those_that_fit_is_named():
 @pytest.mark.slow
 def test_what_does_not_fit_is_recomputed_or_left_out():
     state = 3 * 4 * TINY
-    found = plan(CONFIG, devices=8, hbm=state)  # a tenth is left free: `data` has no room
+    found = plan(CONFIG, devices=8, hbm=state)  # JAX takes three quarters: `data` has no room
     data, *others = found["candidates"]
     assert data["fits"] is False
     assert "alone do not fit" in data["error"]
     assert found["best"] in others
-    assert found["best"]["per_device"]["total"] <= 0.9 * state
+    assert found["best"]["per_device"]["total"] <= 0.75 * state
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_each_advice_is_compiled_and_fits():
     config = dataclasses.replace(CONFIG, remat_policy="full")
     now = only(config, 2, layout="fsdp")["per_device"]
     room = now["total"] - now["optimizer"] // 12
-    found = plan(config, devices=2, layout="fsdp", hbm=round(room / 0.9))
+    found = plan(config, devices=2, layout="fsdp", hbm=round(room / 0.75))
     check_remedies(found, 2)
     changes = [remedy["changes"] for remedy in found["remedies"]]
     assert {"optimizer": "adafactor"} in changes and {"mu_dtype": "bfloat16"} in changes
@@ -207,12 +207,12 @@ def test_each_advice_is_compiled_and_fits():
     assert changes[-1] == {"devices": 4}
     costs = [remedy["cost"] for remedy in found["remedies"][:-1]]
     assert costs == sorted(costs)
-    assert found["hbm_needed"] == pytest.approx(now["total"] / 0.9, abs=1)
+    assert found["hbm_needed"] == pytest.approx(now["total"] / 0.75, abs=1)
     # less than any of these: then all that save memory are changed together
     others = ("devices", "layout")
     single = [r for r in found["remedies"] if not r["changes"].keys() & others]
     smallest = min(r["per_device"]["total"] for r in single)
-    found = plan(config, devices=2, layout="fsdp", hbm=round((smallest - 1000) / 0.9))
+    found = plan(config, devices=2, layout="fsdp", hbm=round((smallest - 1000) / 0.75))
     check_remedies(found, 2)
     together = [r["changes"] for r in found["remedies"] if not r["changes"].keys() & others]
     assert len(together) == 1 and together[0].keys() >= {"optimizer", "num_microbatches"}
