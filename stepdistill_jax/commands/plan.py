@@ -152,9 +152,10 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 def _advice(remedy: dict[str, Any]) -> str:
     """Returns what to type, and what it gives."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
+    bound = f", at least {remedy['bound']['bound_ms']:.3g} ms" if remedy["bound"] else ""
     return (
         f"{remedy['flags']}: {total:.2f} GiB, {sent:.2f} GiB sent a step,"
-        f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs"
+        f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs{bound}"
     )
 
 
@@ -205,7 +206,9 @@ def _table(result: dict[str, Any]):
         f" {result['limit'] / GIB:.1f} usable",
         title_justify="left",
     )
-    columns = ("layout", "remat", "filled", "work", *_SIZES, "sent a step", "TFLOPs", "fits")
+    has_bounds = any(c.get("bound") for c in result["candidates"])
+    rates = ("sent a step", "TFLOPs", *(["ms at least"] if has_bounds else []))
+    columns = ("layout", "remat", "filled", "work", *_SIZES, *rates, "fits")
     for column in columns:
         side = "left" if column in ("layout", "remat") else "right"
         table.add_column(column, justify=side, no_wrap=column == "layout")
@@ -213,9 +216,10 @@ def _table(result: dict[str, Any]):
         best = c is result["best"]
         sizes = c.get("per_device", {})
         cells = [f"{sizes[name] / GIB:.2f}" if name in sizes else "-" for name in _SIZES]
-        more = ["-", "-"]
+        more = ["-"] * len(rates)
         if "flops" in c:
             more = [f"{c['wire_bytes'] / GIB:.2f}", f"{c['flops']['per_device'] / 1e12:.3g}"]
+            more += [f"{c['bound']['bound_ms']:.3g}"] if has_bounds else []
         rows = f"{c['filled_rows']} of {sum(rows for rows, *_ in c['groups'])}"
         table.add_row(
             c["name"], c.get("remat_policy", "any"), rows, f"{c['work']:.2f}", *cells, *more,

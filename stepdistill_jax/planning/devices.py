@@ -44,7 +44,9 @@ def memory_fraction() -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise InputError(f"{name}={os.environ[name]}: give a share above 0, at most 1")
+        raise InputError(
+            f"{name}={os.environ[name]}: a share of the memory above 0, at most 1, is wanted"
+        )
     return share
 
 

@@ -1,3 +1,4 @@
+import importlib.util
 import itertools
 import json
 
@@ -128,10 +129,21 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
         (["demo_step_by_step", "--devices", "8", "--layout", "fdsp"], "did you mean 'fsdp'"),
         (["demo_step_by_step", "--devices", "8", "--topology", "v5e:4x4"], "leave one of them out"),
         (["demo_step_by_step", "--devices", "64"], "already has 8 CPU devices"),
+        (["demo_step_by_step", "--topology", "cuda:9"], "--topology cuda:9: H100s of one host"),
+        (["demo_step_by_step", "--topology", "cuda:8"], "pip install 'stepdistill-jax[aot-cuda]'"),
+        (["demo_step_by_step", "--topology", "v5e:2x4"], "pip install 'stepdistill-jax[tpu]'"),
+        (["demo_step_by_step", "--decode"], "--decode: give --topology, such as cuda:8"),
         ([], "a config is wanted"),
     ],
 )
-def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, argv, message):
+def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, argv, message):
+    compilers = ("libtpu", "jax_plugins")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name.startswith(compilers) else found(name, *more),
+    )
     try:
         code, _, err = run(capsys, tmp_path, *argv)
     except SystemExit as stop:  # argparse's own
