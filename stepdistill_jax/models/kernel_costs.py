@@ -15,9 +15,20 @@ from typing import Protocol
 class Shaped(Protocol):
     """An operand or a result."""
 
-    dtype: str  # as HLO writes it: bf16, f32, s32, pred
-    dims: tuple[int, ...]
-    bytes: int
+    @property
+    def dtype(self) -> str:
+        """As HLO writes it: bf16, f32, s32, pred."""
+        ...
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Sizes."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in memory."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,6 +236,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     lowered, state = lower_step(config, model, groups, mesh)
     compiled = compile_for(lowered, mesh)
     memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())
+    assert memory is not None  # all our backends tell
     operations, unknown = collectives(hlo, mesh.size)
     shapes = [
         {"rows": rows, "input_length": inputs, "target_length": targets}

@@ -126,11 +126,15 @@ def test_bytes_by_hand(text, on_tpu, size):
     ("text", "products"),
     [
         (GEMM, {("bf16", "default"): 2 * 4 * 30 * 50 * 20}),
+        (
+            GEMM.replace("bf16", "f32").replace("DEFAULT", "HIGHEST"),
+            {("f32", "highest"): 2 * 4 * 30 * 50 * 20},
+        ),
         (EXACT, {("f32", "highest"): 2 * 30 * 50 * 20}),
         (AS_CONVOLUTION, {("bf16", "default"): 2 * 5 * 3 * 7 * 2}),
         (SLICED, {}),
     ],
-    ids=["cublas", "dot", "convolution", "none"],
+    ids=["cublas", "exact cublas", "dot", "convolution", "none"],
 )
 def test_flops_by_hand(text, products):
     assert root_cost(text).products == products
@@ -225,6 +229,38 @@ def test_loops_and_branches_are_counted(tokens, runs):
     assert sum(o.times for o in found.operations) == runs
     # 10 numbers read and 10 written; 10 additions take less
     assert found.seconds == pytest.approx(runs * 80 / 1000)
+
+
+@pytest.mark.parametrize(("start", "step", "runs"), [(0, 1, 7), (0, 2, 4), (3, 2, 2), (9, 1, 0)])
+def test_a_counter_goes_from_its_start_in_steps_to_the_limit(start, step, runs):
+    """As the TPU compiler writes the products that it cuts into pieces, with an unsigned counter."""
+    module = Module(f"""
+%until (p: (f32[10], u32[])) -> pred[] {{
+  %limit = u32[]{{:T(128)}} constant(7)
+  %p = (f32[10]{{0}}, u32[]) parameter(0)
+  %i = u32[]{{:T(128)}} get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}}
+
+%body (p: (f32[10], u32[])) -> (f32[10], u32[]) {{
+  %p = (f32[10]{{0}}, u32[]) parameter(0)
+  %x = f32[10]{{0}} get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %by = u32[] constant({step})
+  %next = u32[] add(%i, %by)
+  %y = f32[10]{{0}} negate(%x)
+  ROOT %t = (f32[10]{{0}}, u32[]) tuple(%y, %next)
+}}
+
+ENTRY %main (x: f32[10]) -> (f32[10], u32[]) {{
+  %x = f32[10]{{0}} parameter(0)
+  %first = u32[] constant({start})
+  %t = (f32[10]{{0}}, u32[]) tuple(%x, %first)
+  ROOT %w = (f32[10]{{0}}, u32[]) while(%t), condition=%until, body=%body
+}}
+""")
+    times = [run.times for run in module.runs() if run.instruction.opcode == "negate"]
+    assert times == ([runs] if runs else [])
 
 
 def test_an_array_in_a_tuple_keeps_its_type_and_tiles():
