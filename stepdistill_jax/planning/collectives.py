@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 from stepdistill_jax.planning.hlo import Instruction, Module
+from stepdistill_jax.planning.runs import runs
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # the TPU compiler's name for an all-reduce of which each device keeps its part
@@ -60,13 +61,13 @@ def collectives(
     Args:
         module: of the optimised program (`compiled.as_text()`).
         num_devices: of the mesh; the group of an operation that names none.
-        unknown_trips: as for `Module.runs`.
+        unknown_trips: as for `runs`.
 
     Returns:
         The operations, and the number of loops with a collective whose length is not known.
     """
     operations, unknown = [], set()
-    for run in module.runs(unknown_trips):
+    for run in runs(module, unknown_trips):
         fused = [c for c in module.called(run.instruction) if run.instruction.opcode == "fusion"]
         inside = [(one, c.name) for c in fused for one in module.nested(c)]
         for one, where in [(run.instruction, ""), *inside]:

@@ -69,7 +69,7 @@ class Costs:
         if instruction.opcode == "custom-call" and instruction.target in MARKS:
             return Cost()
         operands = computation.operands(instruction)
-        if instruction.opcode == "custom-call" and not _is_gemm(instruction):
+        if is_kernel(instruction):
             return self._kernel(instruction, operands)
         integer, other = self._elements(computation, instruction)
         return Cost(
@@ -197,6 +197,12 @@ def _source(inner: Computation, instruction: Instruction) -> Instruction:
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         instruction = inner.by_name[instruction.operands[0]]
     return instruction
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether XLA calls something that is neither a product nor a mark of its own."""
+    named = instruction.opcode == "custom-call" and instruction.target not in MARKS
+    return named and not _is_gemm(instruction)
 
 
 def _is_gemm(instruction: Instruction) -> bool:

@@ -3,11 +3,12 @@
 import collections
 import re
 
-from stepdistill_jax.planning.costs import Cost
+from stepdistill_jax.planning.costs import Cost, is_kernel
 from stepdistill_jax.planning.hlo import Instruction, Module
 
 ATTENTION_PRODUCTS = "attention: its products"
 ATTENTION_ELEMENTWISE = "attention: elementwise"
+ATTENTION_KERNEL = "attention: kernel"
 PROJECTIONS = "attention: projections"
 MLP = "MLP"
 RANDOM_BITS = "dropout: random bits"
@@ -17,7 +18,6 @@ NORMS = "norms"
 EMBEDDING = "embedding"
 RESIDUAL = "layers: residuals, dropout, casts"
 OPTIMIZER = "optimizer and the rest"
-KERNELS = "kernels"
 
 _PROJECTIONS = {"query", "key", "value", "out"}
 # the loss is computed outside the modules: JAX has no name for what it differentiates there
@@ -33,6 +33,8 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
         if any("ropout" in name for name in names_inside):
             return RANDOM_BITS
     found = _by_name(instruction.op_name, bool(cost.flops))
+    if found in (ATTENTION_PRODUCTS, ATTENTION_ELEMENTWISE) and is_kernel(instruction):
+        return ATTENTION_KERNEL
     if found not in (RESIDUAL, OPTIMIZER) or not fused:
         return found
     votes: collections.Counter[str] = collections.Counter()

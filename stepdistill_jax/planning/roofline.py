@@ -14,6 +14,7 @@ from stepdistill_jax.planning.collectives import kind_of
 from stepdistill_jax.planning.costs import FREE, Cost, Costs
 from stepdistill_jax.planning.hlo import Instruction, Module
 from stepdistill_jax.planning.parts import part_of
+from stepdistill_jax.planning.runs import runs
 from stepdistill_jax.runtime.chips import Chip
 
 DEAREST = 12  # operations that are named
@@ -104,10 +105,10 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
         module: optimised for the chip.
         chip: whose rates are counted with.
         on_tpu: where memory spaces other than 0 are on the chip.
-        unknown_trips: as for `Module.runs`.
+        unknown_trips: as for `runs`.
     """
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
-    for run in module.runs(unknown_trips):
+    for run in runs(module, unknown_trips):
         opcode = run.instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")) or kind_of(run.instruction):
             continue

@@ -231,8 +231,8 @@ def test_loops_and_branches_are_counted(tokens, runs):
     assert found.seconds == pytest.approx(runs * 80 / 1000)
 
 
-@pytest.mark.parametrize(("start", "step", "runs"), [(0, 1, 7), (0, 2, 4), (3, 2, 2), (9, 1, 0)])
-def test_a_counter_goes_from_its_start_in_steps_to_the_limit(start, step, runs):
+@pytest.mark.parametrize(("start", "step", "count"), [(0, 1, 7), (0, 2, 4), (3, 2, 2), (9, 1, 0)])
+def test_a_counter_goes_from_its_start_in_steps_to_the_limit(start, step, count):
     """As the TPU compiler writes the products that it cuts into pieces, with an unsigned counter."""
     module = Module(f"""
 %until (p: (f32[10], u32[])) -> pred[] {{
@@ -259,8 +259,8 @@ ENTRY %main (x: f32[10]) -> (f32[10], u32[]) {{
   ROOT %w = (f32[10]{{0}}, u32[]) while(%t), condition=%until, body=%body
 }}
 """)
-    times = [run.times for run in module.runs() if run.instruction.opcode == "negate"]
-    assert times == ([runs] if runs else [])
+    times = [run.times for run in runs(module) if run.instruction.opcode == "negate"]
+    assert times == ([count] if count else [])
 
 
 def test_an_array_in_a_tuple_keeps_its_type_and_tiles():

@@ -12,6 +12,7 @@ BACK = (
 )
 PRODUCT = "dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 SUM = "add(%a, %b)"
+KERNEL = 'custom-call(%a, %b), custom_call_target="tpu_custom_call"'
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ SUM = "add(%a, %b)"
         (PRODUCT, "jit(train_step)/jvp()/while/body/closed_call/dot_general", parts.OUTPUT),
         (PRODUCT, "jit(decode)/while/body/T5.decode_step/T5._logits/logits_dense/dot_general", parts.OUTPUT),
         (SUM, f"{BACK}/rematted_computation/layers/attention/reduce_max", parts.ATTENTION_ELEMENTWISE),
+        (KERNEL, f"{BACK}/layers/attention/my_kernel/pallas_call", parts.ATTENTION_KERNEL),
         (SUM, f"{LAYER}/pre_self_attention_layer_norm/mul", parts.NORMS),
         (SUM, f"{LAYER}/mlp/Dropout_0/jit(_where)/select_n", parts.MLP),
         (SUM, f"{LAYER}/Dropout_0/jit(_where)/select_n", parts.RESIDUAL),
