@@ -6,6 +6,7 @@ from stepdistill_jax.models.kernel_costs import KernelCost, kernel_cost
 from stepdistill_jax.planning.costs import Costs
 from stepdistill_jax.planning.hlo import Array, Module
 from stepdistill_jax.planning.roofline import bound
+from stepdistill_jax.planning.runs import runs
 from stepdistill_jax.runtime.chips import Chip
 
 # a second is a thousand FLOPs, bytes, or element operations
