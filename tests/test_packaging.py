@@ -76,7 +76,7 @@ def test_python_versions_are_those_with_tensorflow_text(project):
 
 
 def test_the_extras_of_the_documentation_are_there(project):
-    extras = {"test", "bench", "teacher", "torch", "cuda12", "cuda13", "tpu"}
+    extras = {"test", "bench", "teacher", "torch", "cuda12", "cuda13", "tpu", "aot-cuda"}
     assert extras <= set(project["optional-dependencies"])
 
 
@@ -140,6 +140,7 @@ def test_the_wheel_holds_the_package_with_its_parts_and_configs(wheel):
         assert {f"stepdistill_jax/_{folder}/{name}" for name in gin_files(folder)} <= names
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "stepdistill_jax").rglob("*.py")}
     assert modules <= names
+    assert "stepdistill_jax/planning/h100_sxm.txtpb" in names
     templates = {p for p in (ROOT / "stepdistill_jax").rglob("templates/*") if p.is_file()}
     assert {p.relative_to(ROOT).as_posix() for p in templates} <= names
     assert not [name for name in names if name.endswith("~")]

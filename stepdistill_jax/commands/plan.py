@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
+from stepdistill_jax.commands.plan_bound import show_bound, show_collectives, show_decode
 from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
@@ -47,11 +48,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--topology",
-        metavar="TPU",
-        help="compile with the TPU compiler for a slice such as v5e:8x8 (needs the extra [tpu])",
+        metavar="CHIPS",
+        help="compile for chips that are not here, and say how fast they can be: a TPU slice such as"
+        " v5e:8x8 (needs the extra [tpu]), or cuda:1 to cuda:8, H100s of a host ([aot-cuda])",
     )
     parser.add_argument(
-        "--rows", type=int, help="packed rows of a step, as `stepdistill inspect` shows them"
+        "--rows",
+        type=int,
+        help="packed rows of a step, as `stepdistill inspect` shows them; with --decode, of a batch",
+    )
+    parser.add_argument(
+        "--decode",
+        action="store_true",
+        help="the label decoder of a validation in place of the training step; needs --topology",
     )
     add_data_dir_argument(parser)
 
@@ -77,9 +86,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--devices: the topology says how many there are; leave one of them out")
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
-    from stepdistill_jax.planning import plan
+    from stepdistill_jax.planning import plan, plan_decode
 
     config, _ = load_config(args.config, args.overrides, args.gin_files, args.gin_bindings)
+    if args.decode:
+        result = plan_decode(
+            config,
+            topology=args.topology,
+            layout=args.layout,
+            rows=args.rows,
+            hbm=hbm,
+            data_dir=args.data_dir,
+        )
+        result["assumptions"] = [written(line) for line in result["assumptions"]]
+        show_decode(result, _console())
+        return result
     result = plan(
         config,
         devices=16 if args.devices is None else args.devices,
@@ -96,8 +117,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result["advice"] = [_advice(remedy) for remedy in result["remedies"]]
     if (needed := result["hbm_needed"]) is not None:
         result["advice"].append(f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: as it is")
-    show(result, console(width=None if console().is_terminal else 150, highlight=False))
+    show(result, _console())
     return result
+
+
+def _console() -> "Console":
+    return console(width=None if console().is_terminal else 150, highlight=False)
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
@@ -127,9 +152,10 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 def _advice(remedy: dict[str, Any]) -> str:
     """Returns what to type, and what it gives."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
+    bound = f", at least {remedy['bound']['bound_ms']:.3g} ms" if remedy["bound"] else ""
     return (
         f"{remedy['flags']}: {total:.2f} GiB, {sent:.2f} GiB sent a step,"
-        f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs"
+        f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs{bound}"
     )
 
 
@@ -180,7 +206,9 @@ def _table(result: dict[str, Any]):
         f" {result['limit'] / GIB:.1f} usable",
         title_justify="left",
     )
-    columns = ("layout", "remat", "filled", "work", *_SIZES, "sent a step", "TFLOPs", "fits")
+    has_bounds = any(c.get("bound") for c in result["candidates"])
+    rates = ("sent a step", "TFLOPs", *(["ms at least"] if has_bounds else []))
+    columns = ("layout", "remat", "filled", "work", *_SIZES, *rates, "fits")
     for column in columns:
         side = "left" if column in ("layout", "remat") else "right"
         table.add_column(column, justify=side, no_wrap=column == "layout")
@@ -188,9 +216,10 @@ def _table(result: dict[str, Any]):
         best = c is result["best"]
         sizes = c.get("per_device", {})
         cells = [f"{sizes[name] / GIB:.2f}" if name in sizes else "-" for name in _SIZES]
-        more = ["-", "-"]
+        more = ["-"] * len(rates)
         if "flops" in c:
             more = [f"{c['wire_bytes'] / GIB:.2f}", f"{c['flops']['per_device'] / 1e12:.3g}"]
+            more += [f"{c['bound']['bound_ms']:.3g}"] if has_bounds else []
         rows = f"{c['filled_rows']} of {sum(rows for rows, *_ in c['groups'])}"
         table.add_row(
             c["name"], c.get("remat_policy", "any"), rows, f"{c['work']:.2f}", *cells, *more,
@@ -202,18 +231,10 @@ def _table(result: dict[str, Any]):
 
 def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -> None:
     """Collectives, FLOPs and times of one candidate."""
-    from rich.table import Table
-
     console.print(
         f"Collectives of a step on one device, {one['name']}, remat {one['remat_policy']}:"
     )
-    table = Table()
-    for column in ("kind", "count", "results, GiB", "sent, GiB"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
-    for kind, c in one["collectives"].items():
-        cells = (f"{c[name] / GIB:.3f}" for name in ("bytes", "wire_bytes"))
-        table.add_row(kind, str(c["count"]), *cells)
-    console.print(table if one["collectives"] else "  none")
+    show_collectives(one["collectives_by_dtype"], console)
     flops = one["flops"]
     console.print(
         f"FLOPs of a step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
@@ -222,7 +243,9 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()
     )
-    if times:
+    if one["bound"] is not None:
+        show_bound(one["bound"], "step", console)
+    elif times:
         console.print(
             f"At least, at the bfloat16 peak and with free links: {times}", soft_wrap=True
         )

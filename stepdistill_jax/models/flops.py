@@ -1,22 +1,6 @@
-"""Matmul FLOPs of a T5 by formula (XLA's own count sees a loop body once), and peaks of devices."""
+"""Matmul FLOPs of a T5 by formula (XLA's own count sees a loop body once)."""
 
 from stepdistill_jax.models.config import T5Config
-
-# bfloat16 dense peak of one device, FLOP/s, from the makers' data sheets
-PEAK_FLOPS: dict[str, float] = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # the name that JAX gives a v5p
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak of a device by the start of its name, None where it is not known."""
-    return next((p for name, p in PEAK_FLOPS.items() if device_kind.startswith(name)), None)
 
 
 def train_flops(config: T5Config, *, rows: int, input_length: int, target_length: int) -> float:

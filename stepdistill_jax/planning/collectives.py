@@ -1,27 +1,15 @@
-"""What a compiled step sends between devices, read from its HLO text.
-
-XLA prints a loop's body once: what lies in it counts as often as the loop runs. The loops over layers
-and slices have a length that is known when they are compiled.
-"""
+"""What a compiled step sends between devices."""
 
 import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from typing import Any
+
+from stepdistill_jax.planning.hlo import Instruction, Module
+from stepdistill_jax.planning.runs import runs
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"pred": 8, "s4": 4, "u4": 4} | {
-    f"{letter}{bits}": bits for letter in "sufc" for bits in (8, 16, 32, 64, 128)
-}
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_SHAPE = re.compile(r"\b(bf16|[a-z]\d+|pred)\w*\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
-    r"|branch_computations=\{([^}]*)\}"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # the TPU compiler's name for an all-reduce of which each device keeps its part
 _FUSED_SCATTER = "all-reduce-scatter"
 
@@ -35,7 +23,7 @@ class Collective:
         count: runs in a step.
         result_bytes: of one run on one device.
         group: devices that take part together.
-        shapes: of the result, as HLO writes them.
+        shares: dtype, as HLO writes it -> its share of the result's bytes.
         op_name: where in the model it comes from; empty where XLA does not say.
     """
 
@@ -43,7 +31,7 @@ class Collective:
     count: int
     result_bytes: int
     group: int
-    shapes: str
+    shares: dict[str, float]
     op_name: str
 
     @property
@@ -65,39 +53,37 @@ class Collective:
         return self.bytes * factor
 
 
-def collectives(hlo: str, num_devices: int) -> tuple[list[Collective], int]:
+def collectives(
+    module: Module, num_devices: int, *, unknown_trips: int | None = None
+) -> tuple[list[Collective], int]:
     """Collectives of a compiled module over more than one device, largest first.
 
     Args:
-        hlo: text of an optimised module (`compiled.as_text()`).
+        module: of the optimised program (`compiled.as_text()`).
         num_devices: of the mesh; the group of an operation that names none.
+        unknown_trips: as for `runs`.
 
     Returns:
-        The operations, and the number of loops with a collective whose length is not known (each
-        counted as one run).
+        The operations, and the number of loops with a collective whose length is not known.
     """
-    bodies, entry = _computations(hlo)
-    unknown = 0
+    operations, unknown = [], set()
+    for run in runs(module, unknown_trips):
+        fused = [c for c in module.called(run.instruction) if run.instruction.opcode == "fusion"]
+        inside = [(one, c.name) for c in fused for one in module.nested(c)]
+        for one, where in [(run.instruction, ""), *inside]:
+            if (kind := kind_of(one)) is None:
+                continue
+            found = _operation(one, kind, run.times, num_devices)
+            if found.group > 1:
+                operations.append(_as_scatter(found) if where.startswith(_FUSED_SCATTER) else found)
+                unknown.add(run.unknown_loop)
+    return sorted(operations, key=lambda c: -c.wire_bytes), len(unknown - {None})
 
-    def visit(name: str, times: int) -> Iterator[Collective]:
-        nonlocal unknown
-        for line in bodies[name]:
-            if found := _COLLECTIVE.search(line):
-                yield _operation(line, found, times, num_devices)
-            is_loop = " while(" in line
-            trips = _trip_count(line, bodies) if is_loop else 1
-            inside: list[Collective] = []
-            for one, branches in _CALLED.findall(line):
-                for callee in [one] if one else re.findall(r"[\w.\-]+", branches):
-                    found_there = list(visit(callee, times * (trips or 1)))
-                    if callee.startswith(_FUSED_SCATTER):
-                        found_there = [_as_scatter(c) for c in found_there]
-                    inside += found_there
-            unknown += bool(is_loop and trips is None and inside)
-            yield from inside
 
-    operations = [c for c in visit(entry, 1) if c.group > 1]
-    return sorted(operations, key=lambda c: -c.wire_bytes), unknown
+def kind_of(instruction: Instruction) -> str | None:
+    """The kind of a collective, started or whole; None for anything else."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
@@ -111,35 +97,47 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
     return dict(sorted(totals.items()))
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation, and the name of the entry."""
-    bodies, name, entry = defaultdict(list), "", ""
-    for line in hlo.splitlines():
-        if head := _COMPUTATION.match(line):
-            name = head.group(1)
-            entry = name if line.startswith("ENTRY") else entry
-        bodies[name].append(line)
-    return bodies, entry
+def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
+    """`kind`, `dtype`, `count`, `bytes` and `wire_bytes` of a step on one device, largest first.
 
-
-def _operation(line: str, found: re.Match, times: int, num_devices: int) -> Collective:
-    shapes, kind, start = found.groups()
-    sizes = [
-        _BITS[t if t == "pred" else t.removeprefix("b")] * math.prod(map(int, dims.split(","))) // 8
-        if dims
-        else _BITS[t if t == "pred" else t.removeprefix("b")] // 8
-        for t, dims in _SHAPE.findall(shapes)
+    XLA combines small ones: one that has arrays of two dtypes counts in the rows of both.
+    """
+    totals: dict[tuple[str, str], list[float]] = {}
+    for c in operations:
+        for dtype, share in c.shares.items():
+            total = totals.setdefault((c.kind, dtype), [0, 0.0, 0.0])
+            for i, part in enumerate((c.count, share * c.bytes, share * c.wire_bytes)):
+                total[i] += part
+    rows = [
+        {
+            "kind": kind,
+            "dtype": dtype,
+            "count": count,
+            "bytes": round(size),
+            "wire_bytes": round(sent),
+        }
+        for (kind, dtype), (count, size, sent) in totals.items()
     ]
-    if start and kind != "all-reduce":  # the started form gives its operands, too
-        sizes = [s for s in sizes if s > 4][-max(1, len(sizes) // 2) :]
-    op_name = re.search(r'op_name="([^"]*)"', line)
+    return sorted(rows, key=lambda row: -row["wire_bytes"])
+
+
+def _operation(instruction: Instruction, kind: str, times: int, num_devices: int) -> Collective:
+    results = instruction.arrays
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # the started form gives its operands first, then as many results, then what it needs itself
+        count = len(instruction.operands)
+        results = results[count : 2 * count]
+    size = sum(array.data_bytes for array in results)
+    shares: dict[str, float] = defaultdict(float)
+    for array in results:
+        shares[array.dtype] += array.data_bytes / size if size else 0.0
     return Collective(
         kind,
         times,
-        sum(sizes),
-        2 if kind == "collective-permute" else _group(line, num_devices),
-        shapes,
-        op_name.group(1) if op_name else "",
+        size,
+        2 if kind == "collective-permute" else _group(instruction.attributes, num_devices),
+        dict(shares),
+        instruction.op_name,
     )
 
 
@@ -151,9 +149,9 @@ def _as_scatter(c: Collective) -> Collective:
     )
 
 
-def _group(line: str, num_devices: int) -> int:
+def _group(attributes: str, num_devices: int) -> int:
     """Devices of one group, from any of the three ways in which HLO writes them."""
-    groups = line.partition("replica_groups=")[2]
+    groups = attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return listed.group(1).count(",") + 1
     if iota := re.match(r"\[(\d+),(\d+)\]<=", groups):
@@ -166,14 +164,3 @@ def _group(line: str, num_devices: int) -> int:
             for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
         )
     return num_devices
-
-
-def _trip_count(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often a loop runs: as XLA noted it, else the constant that its condition compares with."""
-    if known := _TRIPS.search(line):
-        return int(known.group(1))
-    condition = re.search(r"condition=%?([\w.\-]+)", line)
-    lines = bodies[condition.group(1)] if condition else []
-    constants = [int(n) for text in lines for n in re.findall(r" s32\S* constant\((\d+)\)", text)]
-    below = any("direction=LT" in text for text in lines)
-    return constants[0] if below and len(constants) == 1 else None

@@ -17,8 +17,11 @@ from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.models.sharding import batch_sharding, batch_shards
 from stepdistill_jax.models.t5 import T5
-from stepdistill_jax.planning.collectives import Collective, by_kind, collectives
+from stepdistill_jax.planning.collectives import Collective, by_dtype, by_kind, collectives
+from stepdistill_jax.planning.hlo import Module
+from stepdistill_jax.planning.roofline import Bound, bound
 from stepdistill_jax.planning.workload import Workload
+from stepdistill_jax.runtime.chips import chip_of
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import TrainState, abstract_state
@@ -27,7 +30,12 @@ from stepdistill_jax.training.step import in_mesh, jit_train_step
 # FLOPs that cost as much as sending one byte: a TPU v5e multiplies 197e12 and sends 200e9 bytes a
 # second (its data sheet), an H100 989e12 and 450e9 over NVLink
 FLOPS_PER_BYTE = 1000
-CPU_OPTIONS: Any = {"xla_backend_optimization_level": 0}
+# machine code of virtual devices never runs: its optimisation changes no figure. Without a GPU nothing
+# can be tried out on one, so products go to cuBLAS, which is as fast as what trying would choose
+OPTIONS: dict[str, Any] = {
+    "cpu": {"xla_backend_optimization_level": 0},
+    "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Figures:
         operations: the collectives, largest first.
         unknown_loops: loops with collectives that were counted as one run.
         model_flops, recomputed_flops: of the whole step, over all devices.
+        bound: what the step takes at least on a topology's chips; None on virtual devices.
         compile_seconds: on this machine.
     """
 
@@ -65,6 +74,7 @@ class Figures:
     unknown_loops: int
     model_flops: float
     recomputed_flops: float
+    bound: Bound | None
     compile_seconds: float
 
     @property
@@ -104,6 +114,7 @@ class Figures:
                 "total": self.total,
             },
             "collectives": by_kind(list(self.operations)),
+            "collectives_by_dtype": by_dtype(list(self.operations)),
             "wire_bytes": round(self.wire_bytes),
             "unknown_loops": self.unknown_loops,
             "flops": {
@@ -112,7 +123,21 @@ class Figures:
                 "per_device": self.flops_per_device,
             },
             "cost": self.cost,
+            "bound": self._bound(),
             "compile_seconds": round(self.compile_seconds, 2),
+        }
+
+    def _bound(self) -> dict[str, Any] | None:
+        if self.bound is None:
+            return None
+        rows, seconds = sum(rows for rows, *_ in self.groups), self.bound.seconds
+        needed = self.model_flops / self.devices
+        return {
+            **self.bound.to_json(),
+            "links_ms": 1e3 * self.wire_bytes / self.bound.chip.link,
+            "rows_per_second": rows / seconds,
+            "rows_per_second_per_device": rows / seconds / self.devices,
+            "mfu": needed / seconds / self.bound.chip.bfloat16,
         }
 
 
@@ -168,6 +193,29 @@ def lower_step(
     return in_mesh(step.__wrapped__.lower, mesh)(state, batch), state
 
 
+def compile_for(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles for the devices of a mesh.
+
+    Raises:
+        MemoryError: the compiler finds that it does not fit; its own words.
+    """
+    try:
+        return lowered.compile(OPTIONS.get(mesh.devices.flat[0].platform))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(" ".join(str(error).split())[:400]) from None
+
+
+def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound | None:
+    """The bound of a module on the mesh's chips; None where nothing is known of them."""
+    device = mesh.devices.flat[0]
+    chip = chip_of(device.device_kind)
+    if chip is None:
+        return None
+    return bound(hlo, chip, on_tpu=device.platform == "tpu", unknown_trips=unknown_trips)
+
+
 def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) -> Figures:
     """Compiles one candidate and reads its figures.
 
@@ -179,23 +227,16 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
 
     Raises:
         InputError: an axis of the mesh does not divide what it cuts.
-        MemoryError: the TPU compiler finds that the step does not fit; its own words.
+        MemoryError: the compiler finds that the step does not fit; its own words.
     """
     began = time.perf_counter()
     model = dataclasses.replace(work.model, remat_policy=remat_policy)
     rows = work.rows_of(batch_shards(mesh) * config.num_microbatches)
     groups = rows.groups
     lowered, state = lower_step(config, model, groups, mesh)
-    # machine code of virtual devices never runs: its optimisation changes no figure
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    try:
-        compiled = lowered.compile(CPU_OPTIONS if on_cpu else None)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(" ".join(str(error).split())[:400]) from None
-    memory, hlo = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and hlo is not None  # both backends tell
+    compiled = compile_for(lowered, mesh)
+    memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())
+    assert memory is not None  # all our backends tell
     operations, unknown = collectives(hlo, mesh.size)
     shapes = [
         {"rows": rows, "input_length": inputs, "target_length": targets}
@@ -217,5 +258,6 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         unknown_loops=unknown,
         model_flops=sum(train_flops(model, **shape) for shape in shapes),
         recomputed_flops=sum(recomputed_flops(model, **shape) for shape in shapes),
+        bound=bound_on(hlo, mesh),
         compile_seconds=time.perf_counter() - began,
     )

@@ -1,12 +1,14 @@
-"""Devices to compile for that are not there: virtual CPU devices, or a TPU topology."""
+"""Devices to compile for that are not there: virtual CPU devices, a TPU slice, or the H100s of a host."""
 
 import importlib.util
 import os
+import pathlib
 from typing import Any
 
 import jax
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.chips import chip_of
 
 # What libtpu asks a TPU machine for; without answers it looks for them on the network, and complains.
 # They do not decide what is compiled: the topology's name does.
@@ -15,15 +17,52 @@ _NO_TPU_HERE = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
+    # or a second plan on this machine aborts: libtpu guards a TPU, and there is none
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# memory of one chip, from the makers' data sheets
-TPU_MEMORY = {
-    "TPU v4": 32 * 2**30,
-    "TPU v5 lite": 16 * 2**30,
-    "TPU v5": 95 * 2**30,  # v5p
-    "TPU v6 lite": 32 * 2**30,
-}
+DEFAULT_HBM = 80 * 10**9  # an A100 or H100
+GPU = "cuda"  # the kind of a topology such as `cuda:8`
+MOST_GPUS = 8  # of a host, all joined by NVLink
+GPU_TARGET = pathlib.Path(__file__).with_name("h100_sxm.txtpb")
+# the share of a GPU's memory that JAX takes, unless one of these says another
+DEFAULT_FRACTION = 0.75
+_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def memory_fraction() -> float:
+    """The share of a GPU's memory that JAX takes: three quarters, or what the environment says.
+
+    Raises:
+        InputError: `XLA_CLIENT_MEM_FRACTION` or its older name is no share.
+    """
+    name = next((name for name in _FRACTION if os.environ.get(name)), None)
+    if name is None:
+        return DEFAULT_FRACTION
+    try:
+        share = float(os.environ[name])
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(
+            f"{name}={os.environ[name]}: a share of the memory above 0, at most 1, is wanted"
+        )
+    return share
+
+
+def memory_of(kind: str, hbm: int | None) -> int:
+    """Bytes of a device: as given, else as its chip has, else those of an A100 or H100."""
+    chip = chip_of(kind)
+    return hbm or (DEFAULT_HBM if chip is None else chip.memory)
+
+
+def usable_share(device: Any) -> float:
+    """How much of a device's memory a step may take.
+
+    The TPU compiler lays out all that a step holds, and refuses what has no room. JAX takes a share
+    of a GPU and no more, whatever the compiler says; a virtual device stands for a GPU.
+    """
+    return 1.0 if device.platform == "tpu" else memory_fraction()
 
 
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
@@ -51,18 +90,21 @@ def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Devices of a TPU slice such as `v5e:8x8`, to compile for with libtpu; none has to be there.
+    """Devices of `v5e:8x8` (a TPU slice) or `cuda:8` (H100s of a host), to compile for without them.
 
     Raises:
-        InputError: libtpu is not installed, or knows no such topology.
+        InputError: the compiler is not installed, or knows no such topology.
     """
+    kind, _, sizes = name.partition(":")
+    # arrays that are really made, such as a random key, stay on the CPU
+    if kind == GPU:
+        return _gpus(name, sizes)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             f"`topology` {name}: the TPU compiler is not installed; pip install 'stepdistill-jax[tpu]'"
         )
     for variable, value in _NO_TPU_HERE.items():
         os.environ.setdefault(variable, value)
-    # arrays that are really made, such as a random key, stay on the CPU
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
@@ -71,5 +113,35 @@ def topology_devices(name: str) -> list[Any]:
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise InputError(
             f"`topology` {name}: {str(error).splitlines()[0]}; a name is KIND:AxB or KIND:AxBxC, for"
-            " example v5e:8x8, v5p:4x4x4 or v6e:16x16"
+            " example v5e:8x8, v5p:4x4x4 or v6e:16x16, or cuda:8 for 8 H100"
         ) from None
+
+
+def _gpus(name: str, count: str) -> list[Any]:
+    if not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
+        raise InputError(
+            f"`topology` {name}: H100s of one host are wanted, {GPU}:1 to {GPU}:{MOST_GPUS}"
+        )
+    if not any(_found(f"jax_plugins.xla_cuda{version}") for version in (13, 12)):
+        raise InputError(
+            f"`topology` {name}: the compiler for NVIDIA GPUs is not installed (about 3 GB; no GPU is"
+            " needed); pip install 'stepdistill-jax[aot-cuda]'"
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it looks for a driver
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    target = GPU_TARGET.read_text(encoding="utf-8")
+    # slices x hosts x devices of each
+    found = topologies.get_topology_desc(
+        platform=GPU, target_config=target, topology=f"1x1x{int(count)}"
+    )
+    return list(found.devices)
+
+
+def _found(module: str) -> bool:
+    """Whether a module is installed, whose package may not be."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -7,18 +7,20 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import REMAT_POLICIES
-from stepdistill_jax.models.flops import PEAK_FLOPS, peak_flops
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.planning.advice import MORE_DEVICES, Base, remedies
 from stepdistill_jax.planning.candidates import Target, candidates, compiled, layouts_for
-from stepdistill_jax.planning.devices import TPU_MEMORY, topology_devices, virtual_devices
+from stepdistill_jax.planning.devices import (
+    memory_of,
+    topology_devices,
+    usable_share,
+    virtual_devices,
+)
 from stepdistill_jax.planning.workload import workload
 from stepdistill_jax.runtime.checks import whole
+from stepdistill_jax.runtime.chips import CHIPS, chip_of
 from stepdistill_jax.training.config import TrainConfig
 
-DEFAULT_HBM = 80 * 10**9  # an A100 or H100
-# of a device's memory, for the runtime, buffers of its collectives, and gaps between arrays
-HEADROOM = 0.1
 # What a host holds while Orbax saves and restores the part of one device, as multiples of it: a copy of
 # the arrays, and 0.32 and 0.68 times as much as measured on a CPU (benchmarks/memory.py), rounded up
 SAVE_FACTOR, RESTORE_FACTOR = 1.35, 1.7
@@ -42,12 +44,14 @@ def plan(
     Args:
         config: of the run. Without `layout`, its layout and remat policy are not used.
         devices: how many; a topology says it itself.
-        hbm: memory of one device in bytes; None is 80e9, or what the topology's chips have.
+        hbm: memory of one device in bytes; None is 80e9, or what the topology's chips have. Of a GPU,
+            and so of virtual devices, JAX's share of it is what a step may take.
         layout: only this one (a name, also such as `fsdp_tensor 32x8`, or sizes), with the config's
             remat policy. None compares those that divide the model, the least work first, each
             under the remat policies until one fits; layouts of more than twice the work of one that
             fits are not compiled.
-        topology: a TPU slice such as `v5e:8x8`: compiled by the TPU compiler (libtpu).
+        topology: a TPU slice such as `v5e:8x8`, compiled by libtpu, or `cuda:8`, eight H100 of a
+            host, compiled by JAX's CUDA plugin; candidates have a `bound` then.
         rows: packed rows of a step, where they are known.
         data_dir: of prepared datasets.
 
@@ -74,9 +78,7 @@ def plan(
     )
     used = found if topology else found[:devices]
     kind = used[0].device_kind if topology else "virtual CPU"
-    memory = hbm or (TPU_MEMORY.get(kind, DEFAULT_HBM) if topology else DEFAULT_HBM)
-    # the TPU compiler lays out all that a step holds; the CPU's figures are an estimate
-    usable = 1 if topology else 1 - HEADROOM
+    memory, usable = memory_of(kind, hbm), usable_share(used[0])
     target = Target(workload(config, rows=rows, data_dir=data_dir), used, memory * usable)
     if layout is None:
         tried = list(candidates(config, target))
@@ -129,7 +131,9 @@ def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
 
 def _seconds(shown: dict[str, Any], kind: str | None) -> dict[str, float]:
     """Seconds of a step at the bfloat16 peak of each known device, or of one; links are free."""
-    kinds = {name: peak for name, peak in PEAK_FLOPS.items() if kind is None or name == kind}
-    if kind is not None and not kinds and (peak := peak_flops(kind)) is not None:
-        kinds = {kind: peak}
-    return {name: shown["flops"]["per_device"] / peak for name, peak in kinds.items()}
+    chips = CHIPS if kind is None else {kind: chip_of(kind)}
+    return {
+        name: shown["flops"]["per_device"] / chip.bfloat16
+        for name, chip in chips.items()
+        if chip is not None
+    }

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 
 from stepdistill_jax.batches.batch import filled_rows
@@ -89,8 +88,8 @@ def workload(
     Raises:
         InputError: an `init_from` that is there and cannot be read, an unknown family or size.
     """
-    data_dir, assumptions = data_folder(data_dir), []
-    data = _prepared(config, data_dir)
+    assumptions: list[str] = []
+    data = prepared(config, data_dir)
     model = _model(config, data, assumptions)
     if data is not None and rows is None:
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
@@ -139,8 +138,9 @@ def _reader(config: TrainConfig, data: TaskData, model: T5Config) -> Callable[[i
     return rows_of
 
 
-def _prepared(config: TrainConfig, data_dir: pathlib.Path) -> TaskData | None:
-    """The tokens of a prepared dataset, with its own vocabulary where `init_from` is not at hand."""
+def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskData | None:
+    """The train tokens of a prepared dataset, with its own vocabulary where `init_from` is not at hand."""
+    data_dir = data_folder(data_dir)
     if config.task not in prepared_names(data_dir):
         return None
     if config.init_from is not None and not os.path.isdir(config.init_from):

@@ -7,7 +7,8 @@ import numpy as np
 
 from stepdistill_jax.batches.batch import Batch
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.flops import peak_flops, train_flops
+from stepdistill_jax.models.flops import train_flops
+from stepdistill_jax.runtime.chips import chip_of
 
 
 class Throughput:
@@ -17,8 +18,8 @@ class Throughput:
         """Starts the clock."""
         self._config, self._batch_size = config, batch_size
         self._last = time.monotonic()
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self._peak = None if peak is None else peak * jax.device_count()
+        chip = chip_of(jax.devices()[0].device_kind)
+        self._peak = None if chip is None else chip.bfloat16 * jax.device_count()
 
     def pause(self) -> None:
         """Forgets the time since the last step."""

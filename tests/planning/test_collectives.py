@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning.collectives import by_kind, collectives
+from stepdistill_jax.planning.hlo import Module
 
 HLO = """
 HloModule jit_step
@@ -55,7 +56,7 @@ ENTRY %main (a: f32[8]) -> f32[] {
 
 
 def test_loops_groups_and_fused_scatters_are_counted_by_hand():
-    operations, unknown = collectives(HLO, 8)
+    operations, unknown = collectives(Module(HLO), 8)
     assert unknown == 1
     assert by_kind(operations) == {
         # a loop of 24 with groups of 4, and a started one over all 8 devices
@@ -91,7 +92,7 @@ def test_a_compiled_scan_over_cut_weights_gathers_each_of_them(length):
         jax.ShapeDtypeStruct((length, 64, 64), jnp.float32, sharding=cut),
     )
     compiled = jax.jit(step, out_shardings=whole).lower(*arrays).compile()
-    operations, unknown = collectives(compiled.as_text(), 8)
+    operations, unknown = collectives(Module(compiled.as_text()), 8)
     assert unknown == 0
     assert {c.kind for c in operations} == {"all-gather"}
     assert sum(c.bytes for c in operations) == length * 64 * 64 * 4

@@ -18,7 +18,9 @@ from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.planning import candidates, plan
 from stepdistill_jax.planning.candidates import Target, layouts_for, row_multiple
 from stepdistill_jax.planning.compiling import lower_step
+from stepdistill_jax.planning.devices import memory_of, usable_share
 from stepdistill_jax.planning.workload import workload
+from stepdistill_jax.runtime.chips import CHIPS, Chip
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 from stepdistill_jax.training.run import assemble
@@ -54,7 +56,10 @@ def fsdp():
 
 @pytest.fixture(scope="module")
 def one_device():
-    return only(devices=1, layout="data")
+    """With rates for the CPU, too, so that its compiled step has a bound."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CHIPS, "cpu", Chip(1e12, 1, 1e11, 1e10, 1e11, 1e11, 1e9))
+        return only(devices=1, layout="data")
 
 
 def test_arguments_are_parameters_optimizer_and_batch_by_arithmetic(one_device):
@@ -94,6 +99,50 @@ def test_flops_are_those_of_the_formula(fsdp):
     shape = {"rows": 16, "input_length": 64, "target_length": 32}
     assert fsdp["flops"]["step"] == train_flops(model, **shape)
     assert fsdp["flops"]["per_device"] == train_flops(model, **shape) / 8
+
+
+def test_flops_of_the_compiled_step_are_those_of_the_formula(one_device):
+    """Loops counted: 0.1% more, since the tokens of the loss are cut into chunks of one size."""
+    model = t5_config("t5_v1_1", "tiny", vocab_size=32128)
+    flops = train_flops(model, rows=16, input_length=64, target_length=32)
+    bound = one_device["bound"]
+    assert bound["flops"] == pytest.approx(flops, rel=0.005)
+    assert bound["products_ms"] == pytest.approx(1e3 * bound["flops"] / 1e12)
+    assert bound["unknown_loops"] == 0
+    # each of the parts has its share of products, and of no other part's
+    by_part = {part["part"]: part["flops"] for part in bound["parts"]}
+    head = 3 * 2 * 16 * 32 * 64 * 32128
+    assert by_part["output layer and loss"] == pytest.approx(head, rel=0.005)
+    mlp = 3 * 2 * 16 * (2 * 64 + 32) * 3 * 64 * 128
+    assert by_part["MLP"] == pytest.approx(mlp, rel=0.005)
+    scores = 3 * 2 * 2 * 16 * 64 * (2 * 64 * 64 + 32 * 32 + 32 * 64)
+    assert by_part["attention: its products"] == pytest.approx(scores, rel=0.005)
+
+
+def test_rates_are_rows_and_needed_flops_in_the_time_of_the_bound(one_device):
+    bound = one_device["bound"]
+    seconds = bound["bound_ms"] / 1e3
+    assert seconds >= max(bound[f"{of}_ms"] for of in ("products", "memory", "elements")) / 1e3
+    assert bound["rows_per_second"] * seconds == pytest.approx(16)
+    assert bound["mfu"] * seconds * 1e12 == pytest.approx(one_device["flops"]["step"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "share"),
+    [(None, "", 0.75), ("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9", 0.9), ("XLA_CLIENT_MEM_FRACTION", "0.5", 0.5)],
+)  # fmt: skip
+def test_a_gpus_memory_is_what_jax_takes_of_it(name, value, share, monkeypatch):
+    if name:
+        monkeypatch.setenv(name, value)
+    assert usable_share(jax.devices()[0]) == share
+    assert memory_of("NVIDIA H100 80GB HBM3", None) == pytest.approx(79.1 * GIB, rel=1e-3)
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "most"])
+def test_a_share_of_memory_that_is_none_is_refused(value, monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
+    with pytest.raises(InputError, match=f"XLA_CLIENT_MEM_FRACTION={value}: a share"):
+        usable_share(jax.devices()[0])
 
 
 def test_recomputation_by_hand():
@@ -146,12 +195,12 @@ def test_the_cheapest_of_those_that_fit_is_named():
 @pytest.mark.slow
 def test_what_does_not_fit_is_recomputed_or_left_out():
     state = 3 * 4 * TINY
-    found = plan(CONFIG, devices=8, hbm=state)  # a tenth is left free: `data` has no room
+    found = plan(CONFIG, devices=8, hbm=state)  # JAX takes three quarters: `data` has no room
     data, *others = found["candidates"]
     assert data["fits"] is False
     assert "alone do not fit" in data["error"]
     assert found["best"] in others
-    assert found["best"]["per_device"]["total"] <= 0.9 * state
+    assert found["best"]["per_device"]["total"] <= 0.75 * state
 
 
 @pytest.mark.slow
@@ -199,7 +248,7 @@ def test_each_advice_is_compiled_and_fits():
     config = dataclasses.replace(CONFIG, remat_policy="full")
     now = only(config, 2, layout="fsdp")["per_device"]
     room = now["total"] - now["optimizer"] // 12
-    found = plan(config, devices=2, layout="fsdp", hbm=round(room / 0.9))
+    found = plan(config, devices=2, layout="fsdp", hbm=round(room / 0.75))
     check_remedies(found, 2)
     changes = [remedy["changes"] for remedy in found["remedies"]]
     assert {"optimizer": "adafactor"} in changes and {"mu_dtype": "bfloat16"} in changes
@@ -207,12 +256,12 @@ def test_each_advice_is_compiled_and_fits():
     assert changes[-1] == {"devices": 4}
     costs = [remedy["cost"] for remedy in found["remedies"][:-1]]
     assert costs == sorted(costs)
-    assert found["hbm_needed"] == pytest.approx(now["total"] / 0.9, abs=1)
+    assert found["hbm_needed"] == pytest.approx(now["total"] / 0.75, abs=1)
     # less than any of these: then all that save memory are changed together
     others = ("devices", "layout")
     single = [r for r in found["remedies"] if not r["changes"].keys() & others]
     smallest = min(r["per_device"]["total"] for r in single)
-    found = plan(config, devices=2, layout="fsdp", hbm=round((smallest - 1000) / 0.9))
+    found = plan(config, devices=2, layout="fsdp", hbm=round((smallest - 1000) / 0.75))
     check_remedies(found, 2)
     together = [r["changes"] for r in found["remedies"] if not r["changes"].keys() & others]
     assert len(together) == 1 and together[0].keys() >= {"optimizer", "num_microbatches"}
@@ -364,7 +413,9 @@ import json, re, sys
 import jax
 from stepdistill_jax.planning.compiling import lower_step, figures
 from stepdistill_jax.planning.devices import virtual_devices
+from stepdistill_jax.planning.devices import memory_of, usable_share
 from stepdistill_jax.planning.workload import workload
+from stepdistill_jax.runtime.chips import CHIPS, Chip
 from stepdistill_jax.models.sharding import make_mesh
 from stepdistill_jax.training.config import TrainConfig
 

@@ -1,5 +1,6 @@
-"""The real TPU compiler on our step and decoder, without a TPU; needs libtpu (the extra [tpu])."""
+"""The real compilers on our step and decoder, without a TPU or GPU; need the extra [tpu] or [aot-cuda]."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,54 +8,99 @@ import sys
 
 import pytest
 
+# rows, layouts and devices that both compilers take in a minute or two
 CHILD = """
 import json, sys
-from stepdistill_jax.planning.devices import topology_devices
-devices = topology_devices("v5e:2x2")
-import jax, jax.numpy as jnp
-from stepdistill_jax.decoding.greedy import greedy_decode
-from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import abstract_params
-from stepdistill_jax.planning import plan
-from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, param_shardings
+from stepdistill_jax.planning import plan, plan_decode
 from stepdistill_jax.training.config import TrainConfig
-from stepdistill_jax.training.step import in_mesh
-import flax.linen as nn
 
+topology, layout, folder = sys.argv[1:]
 config = TrainConfig(
     task="none", batch_size=8, input_length=128, target_length=64, dtype="bfloat16", layout="fsdp"
 )
-found = plan(config, topology="v5e:2x2", layout="fsdp", data_dir=sys.argv[1])
-
-model = t5_config("t5_v1_1", "tiny", vocab_size=32128, dtype="bfloat16")
-mesh = make_mesh(Layout(data=4), devices)
-boxed = abstract_params(model)
-shardings, params = param_shardings(mesh, boxed), jax.eval_shape(nn.meta.unbox, boxed)
-params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
-ids = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=batch_sharding(mesh))
-decode = jax.jit(lambda params, ids: greedy_decode(params, model, ids, max_decode_len=8))
-lowered = in_mesh(decode.lower, mesh)(params, ids)
-found["decoder"] = lowered.compile().memory_analysis().output_size_in_bytes
+found = plan(config, topology=topology, layout=layout, data_dir=folder)
+# 8 rows a device: of fewer XLA makes 8 for cuBLAS
+rows = 8 * found["devices"]
+found["decoder"] = plan_decode(config, topology=topology, rows=rows, data_dir=folder)
 print(json.dumps(found))
 """
+# says that it has the compiler, and keeps it until it is told to go
+HOLDER = """
+import sys
+from stepdistill_jax.planning.devices import topology_devices
+print(len(topology_devices("v5e:2x2")), flush=True)
+sys.stdin.read()
+"""
+
+
+def compiler_of(platform):
+    """Skips where it is not installed."""
+    if platform == "tpu":
+        pytest.importorskip("libtpu", reason="no TPU compiler: pip install '.[tpu]'")
+    elif importlib.util.find_spec("jax_plugins") is None:
+        pytest.skip("no compiler for NVIDIA GPUs: pip install '.[aot-cuda]'")
+
+
+def child(code, *argv, **options):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, argv)],
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"XLA_FLAGS": ""}, **options,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_tpu_compiler_takes_the_step_and_the_decoder(tmp_path):
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install '.[tpu]'")
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)],
-        capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["device_kind"] == "TPU v5 lite"
-    assert found["hbm"] == 16 * 2**30
+@pytest.mark.parametrize(
+    ("platform", "topology", "layout", "kind", "memory"),
+    [
+        ("tpu", "v5e:2x2", "fsdp", "TPU v5 lite", 16 * 2**30),
+        ("cuda", "cuda:4", "fsdp", "NVIDIA H100 80GB HBM3", 84_942_979_072),
+        ("cuda", "cuda:1", "data", "NVIDIA H100 80GB HBM3", 84_942_979_072),
+    ],
+)
+def test_the_compiler_takes_the_step_and_the_decoder(
+    platform, topology, layout, kind, memory, tmp_path
+):
+    compiler_of(platform)
+    out, err = (started := child(CHILD, topology, layout, tmp_path)).communicate()
+    assert started.returncode == 0, err
+    found = json.loads(out.splitlines()[-1])
+    assert (found["device_kind"], found["hbm"]) == (kind, memory)
+    assert found["limit"] == (memory if platform == "tpu" else round(0.75 * memory))
     (candidate,) = found["candidates"]
     assert candidate["fits"]
-    assert candidate["layout"]["fsdp"] == 4
+    assert candidate["layout"][layout] == found["devices"]
     sizes = candidate["per_device"]
     # tiles pad small arrays
     assert sizes["arguments"] == pytest.approx(sizes["params"] + sizes["optimizer"], rel=0.1)
-    assert found["decoder"] >= 8 // 4 * 8 * 4  # ids of two rows, at least
+    bound = candidate["bound"]
+    assert bound["unknown_loops"] == 0
+    assert not bound["calls_without_formula"]
+    # what the program multiplies, its loops counted, is what the model needs
+    assert bound["flops"] == pytest.approx(candidate["flops"]["per_device"], rel=0.02)
+    # weights are read at least once forward and once backward, and so are state and gradients
+    assert bound["bytes"] > 2 * sizes["params"] + 2 * sizes["optimizer"]
+    check_decoder(found["decoder"], found["model"])
+
+
+def check_decoder(decoder, model):
+    bound, tokens = decoder["bound"], decoder["tokens"]
+    assert decoder["fits"]
+    assert (decoder["input_length"], tokens) == (128, 8)
+    # all parameters are on each device, and read
+    assert bound["bytes"] > decoder["per_device"]["params"] > 4 * 2 * 64 * 32128
+    # at each token 8 rows go through the output layer, and none in the loop of fewer rows
+    (head,) = [p["flops"] for p in bound["parts"] if p["part"] == "output layer and loss"]
+    assert head == pytest.approx(2 * 8 * tokens * model["emb_dim"] * model["vocab_size"], rel=0.02)
+    assert 0 < bound["token_ms"] * tokens < bound["bound_ms"]
+
+
+@pytest.mark.slow
+def test_two_plans_for_a_tpu_run_side_by_side():
+    compiler_of("tpu")
+    first, second = child(HOLDER), child(HOLDER)
+    assert first.stdout.readline() == second.stdout.readline() == "4\n"
+    for one in (first, second):
+        _, err = one.communicate()
+        assert one.returncode == 0, err

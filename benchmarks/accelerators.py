@@ -1,0 +1,90 @@
+"""The table of docs/lab/accelerators.md: what steps take at least on chips that are not here.
+
+    python benchmarks/accelerators.py --keep FOLDER
+    python benchmarks/accelerators.py base_h100 --set DROPOUT_BROADCAST=True
+
+Needs the extras [aot-cuda] and [tpu]; no device and no dataset. Each cell is one `stepdistill plan`, in a process of
+its own: half a minute for H100s, two minutes for a TPU slice. `--keep` leaves the JSON of each cell in a
+folder, and starts no cell that is there already.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+BASE, LARGE = (f"--set MODEL_SIZE={size}" for size in ("base", "large"))
+SHORT = "--set ROW_INPUT_LENGTH=512 --set ROW_TARGET_LENGTH=114"
+LONG = "--set ROW_INPUT_LENGTH=1024 --set ROW_TARGET_LENGTH=256"
+# 32 rows an H100, 16 of base and 8 of large a v5e; 16 of the long rows
+CELLS = {
+    "base_h100": f"--topology cuda:1 --layout data --rows 32 {BASE} {SHORT}",
+    "base_8_h100": f"--topology cuda:8 --layout data --rows 256 {BASE} {SHORT}",
+    "base_8_v5e": f"--topology v5e:2x4 --layout data --rows 128 {BASE} {SHORT}",
+    "large_h100": f"--topology cuda:1 --layout data --rows 32 {LARGE} {SHORT}",
+    "large_8_h100": f"--topology cuda:8 --layout fsdp --rows 256 {LARGE} {SHORT}",
+    "large_8_v5e": f"--topology v5e:2x4 --layout fsdp --rows 64 {LARGE} {SHORT}",
+    "large_8_h100_long": f"--topology cuda:8 --layout fsdp --rows 128 {LARGE} {LONG}",
+}
+GIB = 2**30
+
+
+def main() -> None:
+    """Runs the cells and prints their rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}; all")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
+    parser.add_argument("--keep", type=pathlib.Path, help="folder of the cells' JSON")
+    args = parser.parse_args()
+    if wrong := set(args.cells) - CELLS.keys():
+        parser.error(f"no cell {', '.join(sorted(wrong))}; there are {', '.join(CELLS)}")
+    print(
+        "| cell | rows a chip | GiB of | bound, ms | rows/s a chip | MFU | links, ms | compiler, ms |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as nowhere:
+        folder = args.keep or pathlib.Path(nowhere)
+        folder.mkdir(parents=True, exist_ok=True)
+        for cell in args.cells or CELLS:
+            print(row(cell, result(cell, args.settings, folder, nowhere)), flush=True)
+
+
+def result(cell: str, settings: list[str], folder: pathlib.Path, no_data: str) -> dict[str, Any]:
+    """What `plan` says of a cell."""
+    kept = folder / f"{'+'.join([cell, *settings])}.json"
+    if not kept.is_file():
+        more = [word for setting in settings for word in ("--set", setting)]
+        command = [*shlex.split(CELLS[cell]), "--set", "DTYPE=bfloat16", *more]
+        done = subprocess.run(
+            [sys.executable, "-m", "stepdistill_jax", "plan", "paper_cqa", *command, "--json"]
+            + ["--data-dir", no_data],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        kept.write_text(done.stdout.splitlines()[-1])
+    return json.loads(kept.read_text())
+
+
+def row(cell: str, found: dict[str, Any]) -> str:
+    """A row of the table."""
+    (candidate,) = found["candidates"]
+    if (bound := candidate.get("bound")) is None:
+        return f"| {cell} | does not fit: {candidate['error'][:80]} |"
+    rows = candidate["groups"][0][0] / found["devices"]
+    memory = f"{candidate['per_device']['total'] / GIB:.1f} of {found['limit'] / GIB:.1f}"
+    fits = "" if candidate["fits"] else ", does not fit"
+    own = f"{bound['compiler_ms']:.0f}" if bound["compiler_ms"] else "-"
+    return (
+        f"| {cell} | {rows:g} | {memory}{fits} | {bound['bound_ms']:.1f} |"
+        f" {bound['rows_per_second_per_device']:.1f} | {100 * bound['mfu']:.1f}% |"
+        f" {bound['links_ms']:.1f} | {own} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

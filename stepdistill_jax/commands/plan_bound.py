@@ -1,0 +1,94 @@
+"""How `stepdistill plan` prints what a compiled program takes at least."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+GIB = 2**30
+_TIMES = ("bound_ms", "products_ms", "memory_ms", "elements_ms")
+
+
+def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
+    """Prints the bound of a step or batch, its parts, and its dearest operations."""
+    console.print(
+        f"[bold]At least {bound['bound_ms']:.3g} ms a {what}[/bold] on one device,"
+        f" {_rates(bound)}: the sum over {bound['kernels']} operations of the largest of products,"
+        f" memory and element operations, which alone would take {bound['products_ms']:.3g},"
+        f" {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms"
+        f" ({bound['flops']:.4g} FLOPs, {bound['bytes'] / 1e9:.4g} GB)."
+        f" Links: {bound['links_ms']:.3g} ms, taken as hidden behind it.",
+        soft_wrap=True,
+    )
+    if bound["compiler_ms"]:
+        console.print(f"The compiler's own estimate: {bound['compiler_ms']:.3g} ms")
+    if bound["unknown_loops"] and "token_ms" not in bound:
+        console.print(f"{bound['unknown_loops']} loops of unknown length were counted as one run")
+    for target, count in bound["calls_without_formula"].items():
+        console.print(
+            f"{count} calls of {target or 'no name'} have no formula: counted by their bytes"
+        )
+    _show_parts(bound["parts"], console)
+    console.print("The dearest operations:")
+    for one in bound["dearest"]:
+        where = one["op_name"].split("/")[1:]
+        console.print(
+            f"  {one['bound_ms']:8.2f} ms  x{one['times']:<4} {one['part']}: {one['result']} "
+            f" {'/'.join(where[-4:])}",
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def show_collectives(rows: list[dict[str, Any]], console: "Console") -> None:
+    """Prints what is sent, by kind and dtype."""
+    from rich.table import Table
+
+    table = Table()
+    for column in ("kind", "dtype", "count", "results, GiB", "sent, GiB"):
+        table.add_column(column, justify="left" if column in ("kind", "dtype") else "right")
+    for row in rows:
+        cells = (f"{row[name] / GIB:.3f}" for name in ("bytes", "wire_bytes"))
+        table.add_row(row["kind"], row["dtype"], str(row["count"]), *cells)
+    console.print(table if rows else "  none")
+
+
+def show_decode(result: dict[str, Any], console: "Console") -> None:
+    """Prints what `planning.plan_decode` found."""
+    for assumption in result["assumptions"]:
+        console.print(f"Assumed: {assumption}", soft_wrap=True)
+    sizes, mesh = result["per_device"], result["layout"]
+    cut = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
+    console.print(
+        f"Label decoder, {result['rows']} rows of {result['input_length']}, {result['tokens']} tokens"
+        f" each, on {result['devices']} {result['device_kind']} ({cut})"
+    )
+    console.print(
+        f"One device: {sizes['params'] / GIB:.2f} GiB of parameters, {sizes['total'] / GIB:.2f} GiB"
+        f" in all of {result['limit'] / GIB:.1f} usable: {'fits' if result['fits'] else 'does not fit'}"
+    )
+    console.print("Collectives of a batch on one device:")
+    show_collectives(result["collectives_by_dtype"], console)
+    show_bound(result["bound"], "batch", console)
+    console.print(
+        f"A token of all rows: {result['bound']['token_ms']:.3g} ms; {result['bound']['kernels']}"
+        " operations a batch, each of which a GPU launches in some microseconds more"
+    )
+
+
+def _rates(bound: dict[str, Any]) -> str:
+    each = f"{bound['rows_per_second_per_device']:.3g} rows/s a device at most"
+    return each if "mfu" not in bound else f"{each}, MFU {100 * bound['mfu']:.3g}% at most"
+
+
+def _show_parts(parts: list[dict[str, Any]], console: "Console") -> None:
+    from rich.table import Table
+
+    table = Table()
+    for column in ("part", "bound, ms", "products", "memory", "elements", "TFLOPs", "GB"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part in parts:
+        times = (f"{part[name]:.2f}" for name in _TIMES)
+        amounts = f"{part['flops'] / 1e12:.3f}", f"{part['bytes'] / 1e9:.2f}"
+        table.add_row(part["part"], *times, *amounts)
+    console.print(table)

@@ -1,0 +1,72 @@
+"""What a call of a kernel costs, by a formula that stands next to the kernel.
+
+XLA knows nothing of what a custom call does, so a plan asks here. A kernel registers itself:
+
+    @kernel_cost("my_attention")
+    def _cost(operands, results): ...
+        return KernelCost(flops=..., bytes=..., other=...)
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+
+class Shaped(Protocol):
+    """An operand or a result."""
+
+    @property
+    def dtype(self) -> str:
+        """As HLO writes it: bf16, f32, s32, pred."""
+        ...
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Sizes."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in memory."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """Of one call on one device.
+
+    Attributes:
+        flops: of matrix products, two for each multiplication.
+        bytes: read from and written to the device's main memory.
+        integer, other: element operations on integers, and on anything else.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    integer: float = 0.0
+    other: float = 0.0
+
+
+Formula = Callable[[Sequence[Shaped], Sequence[Shaped]], KernelCost]
+_FORMULAS: dict[str, Formula] = {}
+
+
+def kernel_cost(name: str) -> Callable[[Formula], Formula]:
+    """Registers the formula (operands, results) -> cost of a kernel.
+
+    Args:
+        name: the target of its custom call, or the name that it has in a `jax.named_scope` or as
+            `name` of `pallas_call`.
+    """
+
+    def register(formula: Formula) -> Formula:
+        _FORMULAS[name] = formula
+        return formula
+
+    return register
+
+
+def formula_of(target: str, op_name: str) -> Formula | None:
+    """The formula of a custom call: by its target, else by a part of the path that JAX gave it."""
+    names = [target, *reversed(op_name.split("/"))]
+    return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

@@ -1,0 +1,266 @@
+"""What one operation of a compiled module costs: FLOPs, bytes of main memory, element operations."""
+
+import collections
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from stepdistill_jax.models.kernel_costs import formula_of
+from stepdistill_jax.planning.hlo import Array, Computation, Instruction, Module
+
+# nothing runs for these
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
+    "partition-id", "replica-id", "add-dependency", "domain",
+}  # fmt: skip
+# custom calls that are marks of the compiler
+MARKS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
+# inside a fusion these move elements and compute none
+_MOVES = {
+    "broadcast", "reshape", "transpose", "copy", "dot", "convolution", "slice", "dynamic-slice",
+    "dynamic-update-slice", "concatenate", "pad", "iota", "fusion", "call", "custom-call", "gather",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+_WORKSPACE = ("s8", "u8")
+_COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one run of an operation on one device.
+
+    Attributes:
+        products: FLOPs by (dtype of the factors, precision).
+        bytes: of main memory, read and written.
+        integer, other: element operations.
+        known: false where it is a custom call without a formula, counted by its bytes.
+    """
+
+    products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
+    bytes: float = 0.0
+    integer: float = 0.0
+    other: float = 0.0
+    known: bool = True
+
+    @property
+    def flops(self) -> float:
+        """Of all products."""
+        return sum(self.products.values())
+
+
+class Costs:
+    """Costs of a module's operations."""
+
+    def __init__(self, module: Module, *, spaces_on_chip: bool):
+        """Of a parsed module.
+
+        Args:
+            module: optimised.
+            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU; else
+                all are main memory.
+        """
+        self._module = module
+        self._on_chip = spaces_on_chip
+
+    def of(self, computation: Computation, instruction: Instruction) -> Cost:
+        """Cost of an instruction that runs by itself."""
+        if instruction.opcode == "custom-call" and instruction.target in MARKS:
+            return Cost()
+        operands = computation.operands(instruction)
+        if is_kernel(instruction):
+            return self._kernel(instruction, operands)
+        integer, other = self._elements(computation, instruction)
+        return Cost(
+            self._products(computation, instruction),
+            self._bytes(instruction, operands),
+            integer,
+            other,
+        )
+
+    def _kernel(self, instruction: Instruction, operands: list[Instruction]) -> Cost:
+        formula = formula_of(instruction.target, instruction.op_name)
+        read = [array for operand in operands for array in operand.arrays]
+        if formula is None:
+            return Cost(bytes=self._bytes(instruction, operands), known=False)
+        found = formula(read, instruction.arrays)
+        dtype = read[0].dtype if read else "bf16"
+        return Cost({(dtype, "default"): found.flops}, found.bytes, found.integer, found.other)
+
+    # FLOPs
+
+    def _products(
+        self, computation: Computation, instruction: Instruction
+    ) -> dict[tuple[str, str], float]:
+        found: dict[tuple[str, str], float] = collections.defaultdict(float)
+        flops = _flops(computation, instruction)
+        if flops:
+            factor = computation.by_name[instruction.operands[0]].arrays[0]
+            found[factor.dtype, _precision(instruction)] += flops
+        elif instruction.opcode in ("fusion", "call"):
+            for inner in self._module.called(instruction):
+                for one in inner:
+                    for kind, flops in self._products(inner, one).items():
+                        found[kind] += flops
+        return found
+
+    # element operations
+
+    def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
+        """(integer, other): sizes of the results of arithmetic; a reduction's of what it reads."""
+        totals = [0.0, 0.0]
+        if instruction.opcode in ("fusion", "call"):
+            for inner in self._module.called(instruction):
+                for one in inner:
+                    for i, count in enumerate(self._elements(inner, one)):
+                        totals[i] += count
+        elif instruction.arrays and instruction.opcode not in FREE | _MOVES:
+            array = instruction.arrays[0]
+            if instruction.opcode == "reduce" and (read := computation.operands(instruction)):
+                array = read[0].arrays[0]
+            totals[array.dtype[0] not in "us"] += array.size
+        return totals[0], totals[1]
+
+    # bytes of main memory
+
+    def _in_memory(self, array: Array) -> int:
+        return 0 if self._on_chip and array.space else array.bytes
+
+    def _bytes(self, instruction: Instruction, operands: list[Instruction]) -> float:
+        opcode, results = instruction.opcode, instruction.arrays
+        if opcode == "custom-call" and len(results) > 1:
+            # a library's workspace is allocated, not necessarily touched
+            results = tuple(array for array in results if array.dtype not in _WORKSPACE)
+        written = sum(map(self._in_memory, results))
+        if opcode in _SLICES:
+            return 2 * written
+        if opcode == "dynamic-update-slice":  # in place
+            return 2 * self._in_memory(operands[1].arrays[0])
+        if opcode == "scatter":
+            return 2 * sum(map(self._in_memory, operands[-1].arrays)) + written
+        if opcode in _COPIES:  # (destination, source, ...): what arrives, on each side in memory
+            ends = results[:2]
+            moved = min(array.bytes for array in ends)
+            return sum(moved for array in ends if self._in_memory(array))
+        if opcode == "fusion":
+            return self._fusion_bytes(instruction, operands)
+        return written + sum(self._in_memory(array) for o in operands for array in o.arrays)
+
+    def _fusion_bytes(self, instruction: Instruction, operands: list[Instruction]) -> float:
+        (inner,) = self._module.called(instruction)
+        root = inner.root
+        roots = (
+            [inner.by_name[name] for name in root.operands] if root.opcode == "tuple" else [root]
+        )
+        total, in_place = 0.0, set()
+        for one, array in zip(roots, instruction.arrays, strict=False):
+            one = _source(inner, one)
+            if one.opcode == "dynamic-update-slice":  # the rest of the operand stays where it is
+                update = inner.by_name[one.operands[1]].arrays[0]
+                total += min(update.bytes, array.bytes) if self._in_memory(array) else 0
+                in_place.add(_source(inner, inner.by_name[one.operands[0]]).name)
+            else:
+                total += self._in_memory(array)
+        for parameter, operand in zip(inner.parameters, operands, strict=False):
+            if parameter.name not in in_place:
+                arrays = zip(parameter.arrays, operand.arrays, strict=False)
+                if any(self._in_memory(a) and self._in_memory(b) for a, b in arrays):
+                    total += self._read(inner, parameter)
+        return total
+
+    def _read(self, inner: Computation, parameter: Instruction) -> float:
+        """Bytes of a fusion's operand that are read: of one that is only sliced, the slices."""
+        whole, total = sum(array.bytes for array in parameter.arrays), 0.0
+        uses = list(_uses(inner, parameter.name))
+        for user, place in uses:
+            if user.opcode in _SLICES and place == 0:
+                total += user.arrays[0].bytes
+            elif user.opcode == "fusion" and (callee := self._module.called(user)):
+                total += self._read(callee[0], callee[0].parameters[place])
+            else:
+                return whole
+        return min(whole, total) if uses else whole
+
+
+def _uses(inner: Computation, name: str):
+    """Who reads a value, through bitcasts."""
+    for user, place in inner.uses[name]:
+        if user.opcode == "bitcast":
+            yield from _uses(inner, user.name)
+        else:
+            yield user, place
+
+
+def _source(inner: Computation, instruction: Instruction) -> Instruction:
+    """What a value is but for its type and layout."""
+    while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
+        instruction = inner.by_name[instruction.operands[0]]
+    return instruction
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether XLA calls something that is neither a product nor a mark of its own."""
+    named = instruction.opcode == "custom-call" and instruction.target not in MARKS
+    return named and not _is_gemm(instruction)
+
+
+def _is_gemm(instruction: Instruction) -> bool:
+    return "cublas" in instruction.target
+
+
+def _flops(computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of a product; 0 of anything else."""
+    if instruction.opcode == "dot":
+        return _dot_flops(computation, instruction, instruction.axes("lhs_contracting_dims"))
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    if instruction.opcode == "custom-call" and _is_gemm(instruction):
+        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+        axes = [int(n) for n in re.findall(r"\d+", found.group(1))] if found else []
+        return _dot_flops(computation, instruction, axes) if axes else 0.0
+    return 0.0
+
+
+def _precision(instruction: Instruction) -> str:
+    found = re.search(
+        r'operand_precision(?:=\{|":\[)"?(\w+)', instruction.attributes, re.IGNORECASE
+    )
+    return found.group(1).lower() if found else "default"
+
+
+def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]) -> float:
+    left = computation.by_name[dot.operands[0]].arrays[0]
+    return 2.0 * dot.arrays[0].size * math.prod(left.dims[axis] for axis in contracted)
+
+
+def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
+    """The TPU compiler writes products as convolutions; batch dimensions become spatial ones.
+
+    Only pairs of a kernel's place and an input's place that both exist are multiplied.
+    """
+    left, right = (computation.by_name[name].arrays[0] for name in convolution.operands[:2])
+    out = convolution.arrays[0]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
+    assert labels is not None  # of every convolution
+    of_left, of_right, of_out = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
+    fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
+    pairs, axes = 1, [label for label in of_out if label.isdigit()]
+
+    def number(field: str, axis: int, default: int) -> int:
+        """`size=1x16` or `pad=0_0x15_15`, of which the low end."""
+        return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
+
+    for i, label in enumerate(axes):
+        size, low = number("size", i, 1), number("pad", i, 0)
+        places = (
+            np.arange(out.dims[of_out.index(label)])[:, None] * number("stride", i, 1)
+            + np.arange(size)[None, :] * number("rhs_dilate", i, 1)
+            - low
+        )
+        apart = number("lhs_dilate", i, 1)
+        last = (left.dims[of_left.index(label)] - 1) * apart
+        pairs *= int(((places >= 0) & (places <= last) & (places % apart == 0)).sum())
+    features = right.dims[of_right.index("i")]
+    return 2.0 * out.dims[of_out.index("f")] * out.dims[of_out.index("b")] * features * pairs

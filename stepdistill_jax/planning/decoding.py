@@ -1,0 +1,140 @@
+"""What decoding a batch of labels takes at least on chips that are not here."""
+
+import os
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stepdistill_jax.decoding.greedy import (
+    bucket_length,
+    greedy_decode,
+    jit_over_rows,
+    rows_at_once,
+    whole_model,
+)
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, param_shardings
+from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.planning.collectives import by_dtype, collectives
+from stepdistill_jax.planning.compiling import bound_on, bytes_per_device, compile_for
+from stepdistill_jax.planning.devices import memory_of, topology_devices, usable_share
+from stepdistill_jax.planning.hlo import Module
+from stepdistill_jax.planning.workload import prepared, workload
+from stepdistill_jax.runtime.checks import whole
+from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.run import max_decode_len
+from stepdistill_jax.training.step import in_mesh
+
+ASSUMED_TOKENS = 8  # of a label with its end of sequence
+
+
+def plan_decode(
+    config: TrainConfig,
+    *,
+    topology: str | None,
+    layout: str | Layout | None = None,
+    rows: int | None = None,
+    hbm: int | None = None,
+    data_dir: os.PathLike | str | None = None,
+) -> dict[str, Any]:
+    """Compiles the greedy decoder of a validation for a topology, and says what a batch takes.
+
+    All rows are counted to the last token: a label that ends early saves the rest.
+
+    Args:
+        config: of the run; its dtype is that of the activations.
+        topology: as for `plan`.
+        layout: of the mesh; None is `data`.
+        rows: decoded at once, on all devices together; None is 64 for each that has its own.
+        hbm: as for `plan`.
+        data_dir: of prepared datasets.
+
+    Returns:
+        `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `layout`, `rows`, `input_length`,
+        `tokens`; `per_device`: bytes of `params`, `arguments`, `temp` and `total`; `fits`;
+        `collectives_by_dtype`, `wire_bytes`; `bound` of a batch, as for `plan`, with `token_ms`.
+
+    Raises:
+        InputError: no topology, or as `plan`.
+    """
+    if topology is None:
+        raise InputError(
+            "`decode`: give `topology`, such as cuda:8: a CPU's program says nothing of other devices"
+        )
+    if rows is not None:
+        whole("rows", rows, 1)
+    began, devices = time.perf_counter(), topology_devices(topology)
+    mesh = make_mesh(layout or "data", devices)
+    work = workload(config, rows=1, data_dir=data_dir)
+    assumptions, data = list(work.assumptions), prepared(config, data_dir)
+    if data is not None:
+        tokens = max_decode_len(data, config)
+    elif (tokens := config.max_decode_len or 0) == 0:
+        tokens = ASSUMED_TOKENS
+        assumptions.append(f"labels of {tokens} tokens (`max_decode_len`)")
+    count, length = rows_at_once(rows, mesh), bucket_length(config.input_length)
+    assumptions.append(f"each batch has an input of `input_length`, so all rows are {length} long")
+    lowered, params = _lower(work.model, mesh, count, length, tokens)
+    try:
+        compiled = compile_for(lowered, mesh)
+    except MemoryError as error:
+        raise InputError(f"the decoder does not fit: {error}") from None
+    log(f"compiled in {time.perf_counter() - began:.1f} s")
+    memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())
+    assert memory is not None  # of both compilers
+    kind = devices[0].device_kind
+    arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    total = arguments + temp + memory.output_size_in_bytes
+    size = memory_of(kind, hbm)
+    limit = size * usable_share(devices[0])
+    operations, _ = collectives(hlo, mesh.size, unknown_trips=tokens)
+    found = bound_on(hlo, mesh, tokens)
+    assert found is not None  # a topology's chips are known
+    without_last = bound_on(hlo, mesh, tokens - 1) if tokens > 1 else None
+    token = found.seconds - (0.0 if without_last is None else without_last.seconds)
+    wire_bytes = sum(c.wire_bytes for c in operations)
+    return {
+        "devices": len(devices),
+        "device_kind": kind,
+        "hbm": size,
+        "limit": round(limit),
+        "assumptions": assumptions,
+        "layout": dict(mesh.shape),
+        "rows": count,
+        "input_length": length,
+        "tokens": tokens,
+        "per_device": {"params": params, "arguments": arguments, "temp": temp, "total": total},
+        "fits": total <= limit,
+        "collectives_by_dtype": by_dtype(operations),
+        "wire_bytes": round(wire_bytes),
+        "bound": {
+            **found.to_json(),
+            "links_ms": 1e3 * wire_bytes / found.chip.link,
+            "token_ms": 1e3 * token,
+            "rows_per_second": count / found.seconds,
+            "rows_per_second_per_device": count / found.seconds / len(devices),
+        },
+    }
+
+
+def _lower(
+    model: T5Config, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
+) -> tuple[jax.stages.Lowered, int]:
+    """The decoder lowered for a batch, and the bytes of its parameters on one device."""
+    boxed = abstract_params(model)
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(nn.meta.unbox, boxed),
+        param_shardings(mesh, boxed),
+    )
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
+    decode = jit_over_rows(
+        lambda params, ids: greedy_decode(params, model, ids, max_decode_len=tokens), mesh
+    )
+    lower = decode.lower if whole_model(mesh) else in_mesh(decode.lower, mesh)
+    return lower(params, ids), bytes_per_device(params)

@@ -1,0 +1,236 @@
+"""An optimised module of XLA, read from its text: computations, instructions and shapes."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
+_ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[a-z]\d+\w*)\[([\d,]*)\](\{[^{}]*\})?")
+_TILE = re.compile(r"\{([\d,]+):.*?T\(([\d,*]+)\)")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|branch_computations=\{([^}]*)\}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Type and layout of an array.
+
+    Attributes:
+        dtype: as HLO writes it: `bf16`, `f32`, `pred`, ...
+        dims: sizes; () is a scalar.
+        layout: `{1,0:T(8,128)(2,1)S(1)}`: dimensions from the fastest to the slowest, tiles and
+            memory space; empty where the text has none.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    layout: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def space(self) -> int:
+        """Memory space: 0 is the device's main memory."""
+        found = re.search(r"S\((\d+)\)", self.layout)
+        return int(found.group(1)) if found else 0
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of its elements."""
+        return self.size * bits(self.dtype) // 8
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it takes, the filling of its tiles included.
+
+        Example: bf16[100,200]{1,0:T(8,128)(2,1)} takes 104 x 256 x 2 bytes.
+        """
+        dims = list(self.dims)
+        if found := _TILE.match(self.layout):
+            order = [int(axis) for axis in found.group(1).split(",")]
+            tile = [int(size) if size != "*" else 1 for size in found.group(2).split(",")]
+            for axis, size in zip(order, reversed(tile), strict=False):
+                dims[axis] = -(-dims[axis] // size) * size
+        return math.prod(dims) * bits(self.dtype) // 8
+
+
+def bits(dtype: str) -> int:
+    """Bits of an element in memory: bf16 16, f8e4m3fn 8, pred 8, a token 0."""
+    if dtype == "pred":
+        return 8
+    digits = re.search(r"\d+", dtype)
+    return int(digits.group()) if digits else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: without `%`.
+        opcode: `fusion`, `custom-call`, `while`, ...
+        arrays: of the result; those of a tuple in order, nested ones flattened.
+        operands: names, in the same computation.
+        inside: the text between the parentheses after the opcode.
+        attributes: the text behind them.
+        is_root: whether the computation returns it.
+    """
+
+    name: str
+    opcode: str
+    arrays: tuple[Array, ...]
+    operands: tuple[str, ...]
+    inside: str
+    attributes: str
+    is_root: bool
+
+    @property
+    def op_name(self) -> str:
+        """Where in the model it comes from, as JAX says; empty where it does not."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def target(self) -> str:
+        """Of a custom call, what is called."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs; not a loop's condition."""
+        if self.opcode in ("async-update", "async-done"):  # the start runs it
+            return []
+        names = []
+        for one, branches in _CALLED.findall(self.attributes):
+            names += [one] if one else re.findall(r"[\w.\-]+", branches)
+        return names
+
+    def axes(self, attribute: str) -> list[int]:
+        """Numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+        found = re.search(rf"\b{attribute}=\{{([\d,]+)\}}", self.attributes)
+        return [int(axis) for axis in found.group(1).split(",")] if found else []
+
+
+class Computation:
+    """Instructions in the order of their schedule."""
+
+    def __init__(self, name: str):
+        """Starts empty."""
+        self.name = name
+        self.instructions: list[Instruction] = []
+        self.by_name: dict[str, Instruction] = {}
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self.instructions)
+
+    def add(self, instruction: Instruction) -> None:
+        """Appends one."""
+        self.instructions.append(instruction)
+        self.by_name[instruction.name] = instruction
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions that give its operands; one that the text lacks is left out."""
+        return [self.by_name[name] for name in instruction.operands if name in self.by_name]
+
+    @functools.cached_property
+    def root(self) -> Instruction:
+        """What is returned."""
+        return next((i for i in self if i.is_root), self.instructions[-1])
+
+    @functools.cached_property
+    def parameters(self) -> list[Instruction]:
+        """In order of their numbers."""
+        found = [i for i in self if i.opcode == "parameter"]
+        return sorted(found, key=lambda i: int(i.inside or 0))
+
+    @functools.cached_property
+    def uses(self) -> dict[str, list[tuple[Instruction, int]]]:
+        """Name -> (instruction that reads it, number of the operand) each."""
+        found: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self}
+        for instruction in self:
+            for place, name in enumerate(instruction.operands):
+                if name in found:
+                    found[name].append((instruction, place))
+        return found
+
+
+class Module:
+    """All computations of a module."""
+
+    def __init__(self, text: str | None):
+        """Parses `compiled.as_text()`, which all our backends have."""
+        assert text is not None
+        self.computations: dict[str, Computation] = {}
+        self.entry = Computation("")
+        current = None
+        for line in text.splitlines():
+            if line.startswith("}"):
+                current = None
+            elif current is None and line.endswith("{") and (head := _HEAD.match(line)):
+                current = self.computations.setdefault(head.group(2), Computation(head.group(2)))
+                if head.group(1):
+                    self.entry = current
+            elif current is not None and " = " in line:
+                current.add(_instruction(line.strip()))
+
+    def called(self, instruction: Instruction) -> list[Computation]:
+        """The computations that it runs and the text has."""
+        return [self.computations[name] for name in instruction.called if name in self.computations]
+
+    def nested(self, computation: Computation) -> Iterator[Instruction]:
+        """Instructions of a computation and of the fusions and calls in it, at any depth."""
+        for instruction in computation:
+            yield instruction
+            if instruction.opcode in ("fusion", "call"):
+                for inner in self.called(instruction):
+                    yield from self.nested(inner)
+
+
+def _instruction(line: str) -> Instruction:
+    """`ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
+    is_root = line.startswith("ROOT ")
+    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
+    if rest.startswith("("):
+        end = _closing(rest, 0) + 1
+        shapes, rest = rest[:end], rest[end:].lstrip()
+    else:
+        shapes, _, rest = rest.partition(" ")
+    opcode, _, _ = rest.partition("(")
+    end = _closing(rest, len(opcode))
+    inside = rest[len(opcode) + 1 : end]
+    return Instruction(
+        name.lstrip("%"),
+        opcode,
+        _arrays(shapes),
+        tuple(_OPERAND.findall(inside)),
+        inside,
+        rest[end + 1 :],
+        is_root,
+    )
+
+
+@functools.lru_cache(maxsize=10_000)  # few layouts, many lines
+def _arrays(text: str) -> tuple[Array, ...]:
+    return tuple(
+        Array(dtype, tuple(int(d) for d in dims.split(",")) if dims else (), layout)
+        for dtype, dims, layout in _ARRAY.findall(text)
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Place of the parenthesis that closes the one at `start`; the end where there is none."""
+    depth = 0
+    for found in re.finditer(r"[()]", text[start:]):
+        depth += 1 if found.group() == "(" else -1
+        if not depth:
+            return start + found.start()
+    return len(text)

@@ -1,0 +1,80 @@
+"""Which part of the model an operation belongs to, by the names that JAX and Flax gave it."""
+
+import collections
+import re
+
+from stepdistill_jax.planning.costs import Cost, is_kernel
+from stepdistill_jax.planning.hlo import Instruction, Module
+
+ATTENTION_PRODUCTS = "attention: its products"
+ATTENTION_ELEMENTWISE = "attention: elementwise"
+ATTENTION_KERNEL = "attention: kernel"
+PROJECTIONS = "attention: projections"
+MLP = "MLP"
+RANDOM_BITS = "dropout: random bits"
+KEPT = "layers' loop: what is kept"
+OUTPUT = "output layer and loss"
+NORMS = "norms"
+EMBEDDING = "embedding"
+RESIDUAL = "layers: residuals, dropout, casts"
+OPTIMIZER = "optimizer and the rest"
+
+_PROJECTIONS = {"query", "key", "value", "out"}
+# the loss is computed outside the modules: JAX has no name for what it differentiates there
+_OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
+
+
+def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
+    """The part of one operation; a fusion whose own name says little goes where most of it is."""
+    names = [instruction.op_name]
+    fused = [inner for c in module.called(instruction) for inner in module.nested(c)]
+    if not cost.flops and cost.integer > cost.other:
+        names_inside = [*names, *(inner.op_name for inner in fused)]
+        if any("ropout" in name for name in names_inside):
+            return RANDOM_BITS
+    found = _by_name(instruction.op_name, bool(cost.flops))
+    if found in (ATTENTION_PRODUCTS, ATTENTION_ELEMENTWISE) and is_kernel(instruction):
+        return ATTENTION_KERNEL
+    if found not in (RESIDUAL, OPTIMIZER) or not fused:
+        return found
+    votes: collections.Counter[str] = collections.Counter()
+    for inner in fused:
+        if inner.op_name and inner.opcode not in ("parameter", "constant", "broadcast"):
+            votes[_by_name(inner.op_name, False)] += inner.arrays[0].size if inner.arrays else 0
+    return votes.most_common(1)[0][0] if votes else found
+
+
+def _by_name(op_name: str, is_product: bool) -> str:
+    """Reads a path such as `jit(train_step)/jvp(T5.states)/.../layers/mlp/wi_0/dot_general`."""
+    names = [piece for step in op_name.split("/") for piece in step.split(".")]
+    steps, last = set(names), names[-1]
+    if _OUTPUT & steps:
+        return OUTPUT
+    if any(name.endswith("attention") for name in names):
+        if _PROJECTIONS & steps:
+            return PROJECTIONS
+        if is_product:
+            return ATTENTION_PRODUCTS
+        if _in_dropout(names) and last in ("lt", "ge", "gt", "xor", "concatenate", "or", "and"):
+            return RANDOM_BITS
+        return ATTENTION_ELEMENTWISE
+    if "relpos_bias" in steps:
+        return ATTENTION_ELEMENTWISE
+    if any(name.endswith("norm") for name in names):
+        return NORMS
+    if "mlp" in steps:
+        return MLP
+    if re.search(r"dynamic_(update_)?(slice|index)", last) or _clears(names):
+        return KEPT
+    if "_embed" in steps or "token_embedder" in steps:
+        return EMBEDDING
+    return RESIDUAL if {"encoder", "decoder", "layers"} & steps else OPTIMIZER
+
+
+def _in_dropout(names: list[str]) -> bool:
+    return any(name == "dropout" or name.startswith("Dropout") for name in names)
+
+
+def _clears(names: list[str]) -> bool:
+    """Whether it makes the empty arrays that a scan over layers fills."""
+    return names[-1] == "broadcast_in_dim" and names[-2:-1] in (["encoder"], ["decoder"])

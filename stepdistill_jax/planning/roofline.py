@@ -1,0 +1,165 @@
+"""The least time of a compiled module on a chip: what its operations cost, none of them for free.
+
+The time of an operation is the largest of FLOPs / peak, bytes / bandwidth of the main memory, and element
+operations / rate of the vector units; the bound is the sum over operations, which a device runs one
+after the other. Links are counted apart: they work while the device computes.
+"""
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+from stepdistill_jax.planning.collectives import kind_of
+from stepdistill_jax.planning.costs import FREE, Cost, Costs
+from stepdistill_jax.planning.hlo import Instruction, Module
+from stepdistill_jax.planning.parts import part_of
+from stepdistill_jax.planning.runs import runs
+from stepdistill_jax.runtime.chips import Chip
+
+DEAREST = 12  # operations that are named
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of a module and all its runs.
+
+    Attributes:
+        instruction: as it is printed.
+        part: of the model.
+        times: runs of the module.
+        cost: of one run.
+        products, memory, elements: seconds of one run by each of the three rates.
+        cycles: of one run, by the TPU compiler; 0 where it says nothing.
+    """
+
+    instruction: Instruction
+    part: str
+    times: int
+    cost: Cost
+    products: float
+    memory: float
+    elements: float
+    cycles: int
+
+    @property
+    def seconds(self) -> float:
+        """Bound of all runs."""
+        return self.times * max(self.products, self.memory, self.elements)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """What one run of a module takes at least on one device.
+
+    Attributes:
+        chip: that it was compiled for.
+        operations: that run, the dearest first.
+        unknown_loops: loops of unknown length, counted as one run.
+    """
+
+    chip: Chip
+    operations: tuple[Operation, ...]
+    unknown_loops: int
+
+    @property
+    def seconds(self) -> float:
+        """The bound."""
+        return sum(o.seconds for o in self.operations)
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all products."""
+        return sum(o.times * o.cost.flops for o in self.operations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; times in milliseconds."""
+        return {
+            "bound_ms": 1e3 * self.seconds,
+            **_totals(self.operations),
+            "kernels": sum(o.times for o in self.operations),
+            "compiler_ms": 1e3 * sum(o.times * o.cycles for o in self.operations) / self.chip.clock,
+            "parts": self._parts(),
+            "dearest": [_described(o) for o in self.operations[:DEAREST]],
+            "unknown_loops": self.unknown_loops,
+            "calls_without_formula": dict(
+                Counter(o.instruction.target for o in self.operations if not o.cost.known)
+            ),
+        }
+
+    def _parts(self) -> list[dict[str, Any]]:
+        by_part = defaultdict(list)
+        for operation in self.operations:
+            by_part[operation.part].append(operation)
+        rows = [
+            {"part": part, "bound_ms": 1e3 * sum(o.seconds for o in found), **_totals(found)}
+            for part, found in by_part.items()
+        ]
+        return sorted(rows, key=lambda row: -row["bound_ms"])
+
+
+def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None = None) -> Bound:
+    """The bound of a module.
+
+    Args:
+        module: optimised for the chip.
+        chip: whose rates are counted with.
+        on_tpu: where memory spaces other than 0 are on the chip.
+        unknown_trips: as for `runs`.
+    """
+    costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
+    for run in runs(module, unknown_trips):
+        opcode = run.instruction.opcode
+        if opcode in FREE or opcode.endswith(("-done", "-update")) or kind_of(run.instruction):
+            continue
+        cost = costs.of(run.computation, run.instruction)
+        operation = _operation(module, run.instruction, run.times, cost, chip)
+        if operation.seconds:
+            operations.append(operation)
+            unknown.add(run.unknown_loop)
+    operations.sort(key=lambda o: -o.seconds)
+    return Bound(chip, tuple(operations), len(unknown - {None}))
+
+
+def _operation(
+    module: Module, instruction: Instruction, times: int, cost: Cost, chip: Chip
+) -> Operation:
+    cycles = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
+    return Operation(
+        instruction,
+        part_of(module, instruction, cost),
+        times,
+        cost,
+        products=sum(flops / chip.products(*kind) for kind, flops in cost.products.items()),
+        memory=cost.bytes / chip.bandwidth,
+        elements=cost.integer / chip.integer + cost.other / chip.other,
+        cycles=int(cycles.group(1)) if cycles else 0,
+    )
+
+
+def _totals(operations) -> dict[str, float]:
+    """Sums over all runs: amounts, and the milliseconds that each would take alone."""
+    return {
+        "flops": sum(o.times * o.cost.flops for o in operations),
+        "bytes": sum(o.times * o.cost.bytes for o in operations),
+        "element_operations": sum(o.times * (o.cost.integer + o.cost.other) for o in operations),
+        "products_ms": 1e3 * sum(o.times * o.products for o in operations),
+        "memory_ms": 1e3 * sum(o.times * o.memory for o in operations),
+        "elements_ms": 1e3 * sum(o.times * o.elements for o in operations),
+    }
+
+
+def _described(operation: Operation) -> dict[str, Any]:
+    """One of the dearest operations, in words."""
+    instruction = operation.instruction
+    arrays = instruction.arrays[:3]
+    return {
+        "name": instruction.name,
+        "part": operation.part,
+        "times": operation.times,
+        "bound_ms": 1e3 * operation.seconds,
+        "flops": operation.cost.flops,
+        "bytes": operation.cost.bytes,
+        "result": ", ".join(f"{a.dtype}[{','.join(map(str, a.dims))}]" for a in arrays),
+        "op_name": instruction.op_name,
+    }

@@ -1,0 +1,121 @@
+"""What a module runs, and how often.
+
+XLA prints a loop's body once: what lies in it counts as often as the loop runs. The loops over layers
+and slices have a length that is known when they are compiled.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from stepdistill_jax.planning.hlo import Computation, Instruction, Module
+
+_INDEX = re.compile(r"\bindex=(\d+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An instruction that a device runs by itself, with the loops around it.
+
+    Attributes:
+        computation: that it is in.
+        instruction: itself.
+        times: that it runs.
+        unknown_loop: name of a loop around it whose length is not known; None where all are.
+    """
+
+    computation: Computation
+    instruction: Instruction
+    times: int
+    unknown_loop: str | None
+
+
+def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
+    """What the entry runs, loops, calls and the largest branch of each conditional gone through.
+
+    Args:
+        unknown_trips: how often the first loop of unknown length runs; others like it do not,
+            then: at each token a decoder's rows are in one of its loops. None: each runs once.
+    """
+    seen: list[str] = []
+
+    def visit(computation: Computation, times: int, loop: str | None) -> Iterator[Run]:
+        for instruction in computation:
+            callees = module.called(instruction)
+            if instruction.opcode == "while":
+                times_here, within = trips(module, instruction, computation), loop
+                if times_here is None:
+                    seen.append(instruction.name)
+                    within = instruction.name
+                    others = 1 if unknown_trips is None else 0
+                    times_here = unknown_trips if unknown_trips and len(seen) == 1 else others
+                for body in callees if times_here else []:
+                    yield from visit(body, times * times_here, within)
+            elif instruction.opcode == "conditional":
+                for branch in sorted(callees, key=lambda c: _size(module, c))[-1:]:
+                    yield from visit(branch, times, loop)
+            elif instruction.opcode in ("call", "async-start"):
+                for callee in callees:
+                    yield from visit(callee, times, loop)
+            else:
+                yield Run(computation, instruction, times, loop)
+
+    yield from visit(module.entry, 1, None)
+
+
+def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
+    """How often a `while` of the computation `around` runs, None where that is not known.
+
+    As XLA noted it, else by the counter that its condition compares with a constant:
+    ceil((limit - start) / step), where what the text does not say is a start of 0 and steps of 1.
+    """
+    if known := _TRIPS.search(loop.attributes):
+        return int(known.group(1))
+    named = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.attributes))
+    condition, body = (module.computations.get(named.get(n, "")) for n in ("condition", "body"))
+    if condition is None or body is None:
+        return None
+    limits = [value for i in condition if (value := _constant(i)) is not None]
+    if len(limits) != 1 or not any("direction=LT" in i.attributes for i in condition):
+        return None
+    read = [i for i in condition if i.opcode == "get-tuple-element"]
+    found = _INDEX.search(read[0].attributes) if len(read) == 1 else None
+    if found is None:
+        return limits[0]
+    place = int(found.group(1))  # of the counter, in what the loop carries
+    return max(0, -(-(limits[0] - _start(around, loop, place)) // _step(body, place)))
+
+
+def _size(module: Module, computation: Computation) -> int:
+    """Elements that a computation makes, as if each loop in it ran once."""
+    return sum(
+        sum(array.size for array in instruction.arrays)
+        + sum(_size(module, callee) for callee in module.called(instruction))
+        for instruction in computation
+    )
+
+
+def _constant(instruction: Instruction) -> int | None:
+    """The value of a constant whole number, None of anything else."""
+    if instruction.opcode != "constant" or instruction.arrays[0].dtype not in ("s32", "u32"):
+        return None
+    return int(instruction.inside) if instruction.inside.isdigit() else None
+
+
+def _start(around: Computation, loop: Instruction, place: int) -> int:
+    """What a loop's counter is at first; 0 where the text does not say."""
+    given = around.by_name.get(loop.operands[0]) if loop.operands else None
+    if given is None or given.opcode != "tuple" or place >= len(given.operands):
+        return 0
+    first = around.by_name.get(given.operands[place])
+    return (_constant(first) or 0) if first is not None else 0
+
+
+def _step(body: Computation, place: int) -> int:
+    """What a loop adds to its counter; 1 where the text does not say."""
+    if body.root.opcode != "tuple" or place >= len(body.root.operands):
+        return 1
+    added = body.by_name[body.root.operands[place]]
+    steps = [_constant(one) for one in body.operands(added)] if added.opcode == "add" else []
+    return next((step for step in steps if step), 1)

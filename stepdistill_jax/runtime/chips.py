@@ -1,0 +1,78 @@
+"""What accelerators can do, from their makers' data sheets: rates, memory, links."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX counts them.
+
+    Attributes:
+        bfloat16: dense products of bfloat16, FLOP/s.
+        memory: bytes of its main memory; of an H100 as its driver counts them.
+        bandwidth: of that memory, bytes/s.
+        link: to other devices of the slice or host, bytes/s in one direction.
+        integer, other: element operations a second, on integers and on anything else; estimates
+            from lanes and clock (an H100 has 64 and 128 lanes in each of 132 multiprocessors, a
+            TPU's vector unit four of 8 x 128).
+        clock: Hz, by which the TPU compiler counts cycles.
+        float32: products of float32 as the device does them by default (TF32 on a GPU, one pass of
+            bfloat16 on a TPU), FLOP/s; None is as `bfloat16`.
+        exact: products of float32 at the highest precision, FLOP/s; None is a sixth of `bfloat16`,
+            a TPU's six passes.
+    """
+
+    bfloat16: float
+    memory: int
+    bandwidth: float
+    link: float
+    integer: float
+    other: float
+    clock: float
+    float32: float | None = None
+    exact: float | None = None
+
+    def products(self, dtype: str, precision: str = "default") -> float:
+        """FLOP/s of products.
+
+        Args:
+            dtype: of both factors, as HLO writes it; anything but `f32` counts as bfloat16.
+            precision: `default`, `high` or `highest`; of float32 alone.
+        """
+        if dtype != "f32":
+            return self.bfloat16
+        default, exact = self.float32 or self.bfloat16, self.exact or self.bfloat16 / 6
+        # a TPU's `high` is three passes; on a GPU it is TF32, too
+        high = default if self.float32 else self.bfloat16 / 3
+        return {"highest": exact, "high": high}.get(precision, default)
+
+
+# by the start of the name that JAX gives a device
+CHIPS: dict[str, Chip] = {
+    "NVIDIA A100": Chip(
+        312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
+    ),
+    "NVIDIA H100": Chip(
+        989e12,
+        84_942_979_072,
+        3.352e12,
+        450e9,
+        14.8e12,
+        29.6e12,
+        1.755e9,
+        float32=494e12,
+        exact=67e12,
+    ),
+    "NVIDIA H200": Chip(
+        989e12, 141 * 10**9, 4.8e12, 450e9, 14.8e12, 29.6e12, 1.755e9, float32=494e12, exact=67e12
+    ),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.2e12, 150e9, 8.6e12, 8.6e12, 1.05e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 100e9, 6.1e12, 6.1e12, 1.5e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 300e9, 14e12, 14e12, 1.75e9),  # v5p
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 200e9, 14e12, 14e12, 1.75e9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device's `device_kind`, None where it is not known."""
+    return next((chip for name, chip in CHIPS.items() if device_kind.startswith(name)), None)
