@@ -81,6 +81,14 @@ ENTRY %main (a: bf16[5,3,7], b: bf16[5,7,2]) -> bf16[5,3,2] {
   ROOT %c = bf16[5,3,2]{2,1,0} convolution(%a, %b), window={size=5 stride=4 pad=0_0 lhs_dilate=5}, dim_labels=0bf_0io->0bf
 }
 """
+# 5 places, 3 of them read for each result, of which the two ends lack one
+PADDED = """
+ENTRY %main (a: bf16[2,5,7], b: bf16[3,7,4]) -> bf16[2,5,4] {
+  %a = bf16[2,5,7]{2,1,0} parameter(0)
+  %b = bf16[3,7,4]{2,1,0} parameter(1)
+  ROOT %c = bf16[2,5,4]{2,1,0} convolution(%a, %b), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f
+}
+"""
 SCATTERED = """
 ENTRY %main (a: f32[16]) -> f32[2] {
   %a = f32[16]{0} parameter(0)
@@ -133,9 +141,10 @@ def test_bytes_by_hand(text, on_tpu, size):
         ),
         (EXACT, {("f32", "highest"): 2 * 30 * 50 * 20}),
         (AS_CONVOLUTION, {("bf16", "default"): 2 * 5 * 3 * 7 * 2}),
+        (PADDED, {("bf16", "default"): 2 * 2 * 7 * 4 * (5 * 3 - 2)}),
         (SLICED, {}),
     ],
-    ids=["cublas", "exact cublas", "dot", "convolution", "none"],
+    ids=["cublas", "exact cublas", "dot", "convolution", "padding", "none"],
 )
 def test_flops_by_hand(text, products):
     assert root_cost(text).products == products
