@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.precision import precision_of
 
 LORA_A, LORA_B = "lora_a", "lora_b"
 
@@ -55,7 +56,8 @@ class LoraDense(nn.Module):
             LORA_B, named(nn.initializers.zeros, ("lora", columns)), (self.rank, self.features)
         )
         x, kernel, a, b = (y.astype(self.dtype) for y in (x, kernel, a, b))
-        return x @ kernel + ((x @ a) * self.scale) @ b
+        product = functools.partial(jnp.matmul, precision=precision_of(self.dtype))
+        return product(x, kernel) + product(product(x, a) * self.scale, b)
 
 
 def has_adapters(params: Any) -> bool:

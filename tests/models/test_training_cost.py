@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.cpu_speed import threefry
-from stepdistill_jax.models.layers import DRAWS, Dropout, dense
+from stepdistill_jax.models.cpu_speed import DRAWS, threefry
+from stepdistill_jax.models.dropout import Dropout
+from stepdistill_jax.models.layers import dense
 from stepdistill_jax.models.t5 import T5, init_params
 
 MODEL = T5Config(64, 16, 2, 8, 48, 3, 2, dropout_rate=0.1)
@@ -123,6 +124,24 @@ def test_dropout_has_all_the_places_of_t5():
     found = {place: masks.pop(shape, 0) for place, (shape, _) in places.items()}
     assert found == {place: count for place, (_, count) in places.items()}
     assert not masks
+
+
+def test_the_shared_masks_of_a_layer_have_one_position_each():
+    def masks(config):
+        kept = kept_arrays(config).items()
+        kept = {s: n for (s, dtype), n in kept if dtype == "bool" and len(s) > 3}
+        return collections.Counter(kept).elements()
+
+    want = sorted((*shape[:-2], 1, shape[-1]) for shape in masks(MODEL))
+    assert sorted(masks(dataclasses.replace(MODEL, dropout_broadcast=True))) == want
+
+
+def test_the_output_of_attention_is_kept_by_its_name_and_once():
+    """A kernel would run twice otherwise; of plain operations the product behind it is not kept, too."""
+    layers, heads, width = MODEL.num_encoder_layers, MODEL.num_heads, MODEL.head_dim
+    kept = kept_arrays(MODEL)
+    assert kept[(layers, BATCH, INPUTS, heads, width), "float32"] == 1
+    assert kept[(layers, BATCH, heads, width, INPUTS), "float32"] == 0
 
 
 def test_the_gradient_of_a_kernel_is_a_product_of_two_matrices():
