@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from stepdistill_jax.models.config import ATTENTIONS
+from stepdistill_jax.models.cpu_speed import sum_over_rows
 from stepdistill_jax.models.dropout import dropout
 from stepdistill_jax.models.precision import precision_of
 
@@ -67,13 +68,25 @@ def attention(
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if relative_bias is not None:
-        scores = scores + relative_bias
+        scores = _plus_bias(scores, relative_bias)
     mask = seen(query_segments, key_segments)
     if causal or window is not None:
         mask &= _near(q.shape[1], k.shape[1], causal, window)
     weights = masked_softmax(scores, mask).astype(v.dtype)
     weights = dropout(weights, dropout_rate, dropout_rng, broadcast=dropout_broadcast)
     return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
+
+
+@jax.custom_vjp
+def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
+    """[batch, heads, q, k] and [1, heads, q, k], whose gradient is a sum over the batch."""
+    return scores + bias
+
+
+_plus_bias.defvjp(
+    lambda scores, bias: (scores + bias, None),
+    lambda _, gradient: (gradient, sum_over_rows(gradient)),
+)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

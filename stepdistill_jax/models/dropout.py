@@ -3,11 +3,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from stepdistill_jax.models.cpu_speed import DRAWS, keep_mask
-
-DROPOUT_MASK = "dropout_mask"  # name of the masks, for `jax.checkpoint` policies
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool) -> jax.Array:
@@ -29,7 +26,7 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
     if rng is None or kept == DRAWS:
         return x
     shape = (*x.shape[:-2], 1, x.shape[-1]) if broadcast else x.shape
-    mask = checkpoint_name(keep_mask(rng, shape, kept), DROPOUT_MASK)
+    mask = keep_mask(rng, shape, kept)
     return jnp.where(mask, x * (DRAWS / kept), 0)
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from stepdistill_jax.models.attention import ATTENTION_OUTPUT
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.dropout import DROPOUT_MASK, Dropout
+from stepdistill_jax.models.cpu_speed import DROPOUT_MASK
+from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.layers import (
     Attention,
     Mlp,
