@@ -66,7 +66,7 @@ class Ours:
         config = run_config(args, model, *settings)
         run = assemble(config, pathlib.Path(model).with_name("none"), args.data_dir)
         self.block, self.steps, self.batches = jax.block_until_ready, args.steps, run.batches
-        self.weights = [o.weight for o in run.data.objectives]
+        self.weights, self.model = [o.weight for o in run.data.objectives], run.model
         self.state = run.initial_state()
         t5, of_run = T5(run.model), (run.abstract, run.mesh)
         self.evaluate = jit_eval_step(*of_run, model=t5, num_objectives=len(self.weights))
@@ -78,7 +78,9 @@ class Ours:
     def facts(self) -> dict[str, Any]:
         import jax
 
+        shared = ", masks shared along the length" if self.model.dropout_broadcast else ""
         return {
+            "dropout": f"{self.model.dropout_rate:g}{shared}",
             "batch_size": self.batches.batch_size,
             "rows": list(self.batches.row_lengths),
             "parameters": sum(x.size for x in jax.tree.leaves(self.state.params)),
@@ -131,7 +133,10 @@ class Peer:
         )
 
     def facts(self) -> dict[str, Any]:
-        return {"parameters": sum(p.numel() for p in self.model.parameters())}
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dropout": f"{self.model.config.dropout_rate:g}",
+        }
 
     def batch(self, step: int) -> list[dict[str, Any]]:
         """The examples of our step: for each objective its rows, padded to the longest."""
@@ -251,6 +256,7 @@ def main() -> None:
         environments={name: one.environment for name, one in apart.items()},
         parameters=facts["ours"]["parameters"],
         batch_size=facts["ours"]["batch_size"],
+        dropout={name: fact["dropout"] for name, fact in facts.items()},
         packed_rows={n: f["rows"] for n, f in facts.items() if "rows" in f},
         first_loss=losses,
     )

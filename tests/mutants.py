@@ -744,8 +744,8 @@ MUTANTS = [
         id="M4",
         what="no dropout on the decoder's embeddings",
         file="stepdistill_jax/models/t5.py",
-        old="            drop(x), cache, DecoderContext(encoded",
-        new="            x, cache, DecoderContext(encoded",
+        old="x, cache = layers(drop(x), cache, context)",
+        new="x, cache = layers(x, cache, context)",
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
     ),
     Mutant(
@@ -778,14 +778,14 @@ MUTANTS = [
         id="M8",
         what="a packed target reads all inputs of its row",
         file="stepdistill_jax/models/t5.py",
-        old='same_segment(batch.get("decoder_encoder_segment_ids", target), source),',
-        new="(source > 0)[:, None, None, :],",
+        old='cross_segments=(batch.get("decoder_encoder_segment_ids", target), source),',
+        new="cross_segments=_one_segment(source > 0),",
         tests=["tests/models/test_t5.py::test_packed_examples_have_the_logits_of_examples_alone"],
     ),
     Mutant(
         id="M9",
         what="dropout does not scale up what it keeps",
-        file="stepdistill_jax/models/layers.py",
+        file="stepdistill_jax/models/dropout.py",
         old="return jnp.where(mask, x * (DRAWS / kept), 0)",
         new="return jnp.where(mask, x, 0)",
         tests=[
@@ -800,6 +800,54 @@ MUTANTS = [
         new="[bits >> i % 3 & 1 for i in range(4)]",
         tests=[
             "tests/models/test_training_cost.py::test_dropout_masks_are_independent_of_their_neighbours"
+        ],
+    ),
+    Mutant(
+        id="M11",
+        what="a query sees the whole row, other examples and padding",
+        file="stepdistill_jax/models/attention.py",
+        old="mask = seen(query_segments, key_segments)",
+        new="mask = seen(query_segments * 0 + 1, key_segments * 0 + 1)",
+        tests=[
+            "tests/models/test_attention.py::test_attention_is_the_mean_of_what_each_query_sees"
+        ],
+    ),
+    Mutant(
+        id="M12",
+        what="a mask as large as the scores is made outside the layers' loop",
+        file="stepdistill_jax/models/attention.py",
+        old="hidden = (~mask).astype(jnp.float32) * NEG_INF",
+        new="hidden = jnp.where(jnp.broadcast_to(mask, scores.shape), 0.0, NEG_INF)",
+        tests=["tests/models/test_lowered_step.py::test_no_scores_or_masks_go_from_layer_to_layer"],
+    ),
+    Mutant(
+        id="M13",
+        what="float32 scores are multiplied at an accelerator's default precision",
+        file="stepdistill_jax/models/attention.py",
+        old='jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)',
+        new='jnp.einsum("bqhd,bkhd->bhqk", q, k)',
+        tests=[
+            "tests/models/test_lowered_step.py::test_float32_is_multiplied_as_float32_and_bfloat16_as_bfloat16"
+        ],
+    ),
+    Mutant(
+        id="M14",
+        what="the output of attention is not kept by its name",
+        file="stepdistill_jax/models/t5.py",
+        old="policies.save_only_these_names(DROPOUT_MASK, ATTENTION_OUTPUT)",
+        new="policies.save_only_these_names(DROPOUT_MASK)",
+        tests=[
+            "tests/models/test_training_cost.py::test_the_output_of_attention_is_kept_by_its_name_and_once"
+        ],
+    ),
+    Mutant(
+        id="M15",
+        what="attention weights do not share their mask where dropout's masks are shared",
+        file="stepdistill_jax/models/layers.py",
+        old="dropout_broadcast=c.dropout_broadcast,",
+        new="",
+        tests=[
+            "tests/models/test_training_cost.py::test_the_shared_masks_of_a_layer_have_one_position_each"
         ],
     ),
     Mutant(

@@ -18,6 +18,7 @@ from stepdistill_jax.decoding.greedy import (
     rows_at_once,
 )
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.precision import precision_of
 from stepdistill_jax.models.sharding import batch_shards
 from stepdistill_jax.models.t5 import T5, output_kernel, start_cache
 
@@ -154,7 +155,13 @@ def _log_probs(x: jax.Array, kernel: jax.Array, targets: jax.Array, at_once: int
 
     def of_chunk(_, chunk):
         x, ids = chunk
-        logits = jnp.einsum("rte,ev->rtv", x, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "rte,ev->rtv",
+            x,
+            kernel,
+            precision=precision_of(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
         of_ids = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return None, of_ids - jax.nn.logsumexp(logits, axis=-1)
 

@@ -13,6 +13,7 @@ MAX_LENGTH = 2**16  # ids of an input or of an answer
 
 ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "xla")
 REMAT_POLICIES = ("elementwise", "minimal", "full")
 OLD_REMAT_POLICIES = {"none": "elementwise"}  # as configs and `run.json` of older versions say
 
@@ -61,6 +62,7 @@ class T5Config:
         num_encoder_layers, num_decoder_layers: depth (`num_layers`, `num_decoder_layers`).
         mlp_activations: `("relu",)` is v1.0's, `("gelu", "linear")` the gated tanh gelu of v1.1.
         dropout_rate: of embeddings, attention weights, and the output of each block; 0 to 1.
+        dropout_broadcast: all positions of a row share one dropout mask (`models.dropout`).
         num_buckets, max_distance: relative position bias.
         shared_relative_position_bias: one table per side, read by all its layers; UMT5 has one per
             layer.
@@ -68,6 +70,7 @@ class T5Config:
         scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
             (the name is Hugging Face's).
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
+        attention: how attention is computed, `auto` or `xla` (`models.attention`).
         remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax and activations,
             no products and no dropout masks; `none` is its old name), `minimal` (all but the products
             with weights), `full` (everything inside a layer).
@@ -90,6 +93,7 @@ class T5Config:
     num_decoder_layers: int = 8
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.1
+    dropout_broadcast: bool = False
     num_buckets: int = 32
     max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
@@ -97,6 +101,7 @@ class T5Config:
     logits_via_embedding: bool = False
     scale_decoder_outputs: bool = False
     dtype: str = "float32"
+    attention: str = "auto"
     remat_policy: str = "elementwise"
     lora: LoraConfig | None = None
     quantized: bool = False
@@ -108,6 +113,7 @@ class T5Config:
                 " set `dtype=bfloat16`"
             )
         one_of("dtype", self.dtype, DTYPES)
+        one_of("attention", self.attention, ATTENTIONS)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
         if self.mlp_activations not in ACTIVATIONS:
             raise refused("mlp_activations", f"one of {ACTIVATIONS}", self.mlp_activations)

@@ -11,16 +11,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
+from stepdistill_jax.models.attention import attention, masked_softmax, seen
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.cpu_speed import DRAWS, keep_mask
+from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.lora import LoraDense
+from stepdistill_jax.models.precision import precision_of
 from stepdistill_jax.models.products import kernel_product
 from stepdistill_jax.models.quantized import QuantizedDense, kernel_of
 
-NEG_INF = -1e9
-DROPOUT_MASK = "dropout_mask"  # name of the masks, for `jax.checkpoint` policies
+Segments = tuple[jax.Array, jax.Array]  # of queries and keys, as `attention` takes them
 
 
 class RMSNorm(nn.Module):
@@ -38,31 +38,6 @@ class RMSNorm(nn.Module):
             jnp.mean(y * y, axis=-1, keepdims=True) + self.config.layer_norm_epsilon
         )
         return (y * scale[None, None, :]).astype(self.config.dtype)
-
-
-class Dropout(nn.Module):
-    """Sets a share of the values to 0 and scales up the rest.
-
-    The rate is met to 1 in 65,536, and the rest is divided by the rate that is met. Masks depend on
-    the rng, the shape and the rate alone.
-
-    Attributes:
-        rate: share that becomes 0, 0 <= rate < 1.
-        deterministic: the input is returned; given here or in the call.
-    """
-
-    rate: float
-    deterministic: bool | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """x [..., length, features] -> the same shape."""
-        kept = round(DRAWS * (1 - self.rate))
-        if nn.merge_param("deterministic", self.deterministic, deterministic) or kept == DRAWS:
-            return x
-        mask = keep_mask(self.make_rng("dropout"), x.shape, kept)
-        mask = checkpoint_name(mask, DROPOUT_MASK)
-        return jnp.where(mask, x * (DRAWS / kept), 0)
 
 
 def dense(
@@ -92,9 +67,7 @@ def dense(
         kernel_init=init,
         # the kernel stays float32, and so does its gradient
         promote_dtype=lambda x, kernel, bias, *, dtype: (x.astype(dtype), kernel, bias),
-        dot_general=lambda x, kernel, _, precision: kernel_product(
-            x, kernel, precision, float32_sums
-        ),
+        dot_general=lambda x, kernel, *_, **__: kernel_product(x, kernel, float32_sums),
         name=name,
     )
 
@@ -113,7 +86,6 @@ class Attention(nn.Module):
         self.key = dense(c, joined, axes, c.emb_dim**-0.5, projection="key")
         self.value = dense(c, joined, axes, c.emb_dim**-0.5, projection="value")
         self.out = dense(c, c.emb_dim, ("joined_kv", "embed"), joined**-0.5, projection="out")
-        self.dropout = Dropout(c.dropout_rate)
 
     def _split(self, x: jax.Array) -> jax.Array:
         # [batch, length, joined_kv] -> [batch, length, heads, kv]
@@ -124,16 +96,36 @@ class Attention(nn.Module):
         """y [batch, length, embed] -> keys and values, each [batch, length, heads, kv]."""
         return self._split(self.key(y)), self._split(self.value(y))
 
-    def __call__(self, x, keys, values, bias, *, deterministic: bool) -> jax.Array:
-        """x [batch, q, embed], keys and values [batch, k, heads, kv], bias [batch or 1, heads or 1, q, k]."""
-        scores = jnp.einsum("bqhd,bkhd->bhqk", self._split(self.query(x)), keys)
-        # softmax in float32: bfloat16 scores of long inputs tie
-        weights = nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(self.config.dtype)
-        weights = self.dropout(weights, deterministic=deterministic)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+    def __call__(
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        segments: Segments,
+        relative_bias: jax.Array | None = None,
+        *,
+        causal: bool = False,
+        deterministic: bool,
+    ) -> jax.Array:
+        """x [batch, q, embed], keys and values [batch, k, heads, kv] -> [batch, q, embed]; see `attention`."""
+        c = self.config
+        off = deterministic or not c.dropout_rate
+        mixed = attention(
+            self._split(self.query(x)),
+            keys,
+            values,
+            relative_bias=relative_bias,
+            query_segments=segments[0],
+            key_segments=segments[1],
+            causal=causal,
+            dropout_rate=c.dropout_rate,
+            dropout_rng=None if off else self.make_rng("dropout"),
+            dropout_broadcast=c.dropout_broadcast,
+            implementation=c.attention,
+        )
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
-    def over_states(self, x, encoded, transposed, bias) -> jax.Array:
+    def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
         """`__call__` with the keys and values of `encoded` [batch, k, embed], which are never made.
 
         A score q . (K e) is (K^T q) . e, and the mean of V e is V of the mean of e: equal but for
@@ -142,16 +134,17 @@ class Attention(nn.Module):
         `transposed` is the same [batch, embed, k]: turned round once, not at each call.
         """
         c = self.config
+        product = functools.partial(jnp.einsum, precision=precision_of(c.dtype))
 
         def kernel(projection: nn.Module) -> jax.Array:  # [embed, heads, kv]
             params: Any = projection.variables["params"]
             return kernel_of(params, c.dtype).reshape(-1, c.num_heads, c.head_dim)
 
-        queries = jnp.einsum("bqhd,ehd->bhqe", self._split(self.query(x)), kernel(self.key))
-        scores = jnp.einsum("bhqe,bek->bhqk", queries, transposed)
-        weights = nn.softmax(scores.astype(jnp.float32) + bias, axis=-1).astype(c.dtype)
-        means = jnp.einsum("bhqk,bke->bhqe", weights, encoded)
-        mixed = jnp.einsum("bhqe,ehd->bqhd", means, kernel(self.value))
+        queries = product("bqhd,ehd->bhqe", self._split(self.query(x)), kernel(self.key))
+        scores = product("bhqe,bek->bhqk", queries, transposed)
+        weights = masked_softmax(scores, seen(*segments)).astype(c.dtype)
+        means = product("bhqk,bke->bhqe", weights, encoded)
+        mixed = product("bhqe,ehd->bqhd", means, kernel(self.value))
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -179,7 +172,7 @@ class Mlp(nn.Module):
         for name, activation in zip(names, c.mlp_activations, strict=True):
             project = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5, name, "wi")
             h = h * _ACTIVATION_FNS[activation](project(x))
-        h = Dropout(c.dropout_rate)(h, deterministic=deterministic)
+        h = Dropout(c.dropout_rate, c.dropout_broadcast)(h, deterministic=deterministic)
         wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5, "wo", "wo")
         return wo(nn.with_logical_constraint(h, ("batch", "length", "mlp")))
 
@@ -227,14 +220,8 @@ class RelativeBias(nn.Module):
             num_buckets=c.num_buckets,
             max_distance=c.max_distance,
         )
-        return jnp.take(table, buckets, axis=1)[None]
-
-
-def same_segment(query: jax.Array, key: jax.Array) -> jax.Array:
-    """[batch, q], [batch, k] -> [batch, 1, q, k] bool; segment 0 is padding and is never seen."""
-    return ((query[:, :, None] == key[:, None, :]) & (key > 0)[:, None, :])[:, None]
-
-
-def mask_bias(mask: jax.Array) -> jax.Array:
-    """0 where `mask` is true, a large negative number elsewhere; float32."""
-    return jnp.where(mask, 0.0, NEG_INF)
+        # a product in place of a lookup, as in T5X, since a lookup's gradient is a scatter, which
+        # accelerators do slowly; at HIGHEST its values are the table's own
+        hot = jax.nn.one_hot(buckets, c.num_buckets, dtype=jnp.float32, axis=0)
+        bias = jnp.einsum("hb,bqk->hqk", table, hot, precision=jax.lax.Precision.HIGHEST)
+        return bias[None]

@@ -55,9 +55,8 @@ class LoraDense(nn.Module):
         b: Any = self.param(
             LORA_B, named(nn.initializers.zeros, ("lora", columns)), (self.rank, self.features)
         )
-        product = functools.partial(kernel_product, precision=None, float32_sums=False)
         x = x.astype(self.dtype)
-        return product(x, kernel) + product(product(x, a) * self.scale, b)
+        return kernel_product(x, kernel) + kernel_product(kernel_product(x, a) * self.scale, b)
 
 
 def has_adapters(params: Any) -> bool:

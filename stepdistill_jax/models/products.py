@@ -1,16 +1,15 @@
 """The product of activations and a kernel, whose gradient is float32 whatever the activations are."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from stepdistill_jax.models.precision import precision_of
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def kernel_product(
-    x: jax.Array, kernel: jax.Array, precision: Any, float32_sums: bool
-) -> jax.Array:
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) -> jax.Array:
     """Returns x [..., in] times kernel [in, out], a product of two matrices in the dtype of x.
 
     Batch and length become one axis, since XLA's CPU backend transposes the gradient of more
@@ -23,43 +22,42 @@ def kernel_product(
     Args:
         x: activations.
         kernel: in any dtype; cast to that of x, before devices gather it.
-        precision: of `jax.lax.dot_general`.
         float32_sums: whether the output is float32; else it has the dtype of x.
     """
     dtype = jnp.float32 if float32_sums else x.dtype
     rows = x.reshape(-1, x.shape[-1])
-    y = _matmul(rows, kernel.astype(x.dtype), ((1,), (0,)), precision, dtype)
+    y = _matmul(rows, kernel.astype(x.dtype), ((1,), (0,)), dtype)
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _forward(x, kernel, precision, float32_sums):
+def _forward(x, kernel, float32_sums):
     # the plain function: a policy of `jax.checkpoint` keeps the products that it sees
-    y = kernel_product.fun(x.value, kernel.value, precision, float32_sums)
+    y = kernel_product.fun(x.value, kernel.value, float32_sums)
     # what has no gradient, such as a frozen kernel, costs no product: a key that is there or not,
     # since a flag would become an array
     wanted = {name: () for name, of in (("x", x), ("kernel", kernel)) if of.perturbed}
     return y, (x.value, kernel.value, wanted)
 
 
-def _backward(precision, float32_sums, kept, slope):
+def _backward(float32_sums, kept, slope):
     x, kernel, wanted = kept
     x_grad = kernel_grad = None
     if isinstance(slope, jax.custom_derivatives.SymbolicZero):
         return x_grad, kernel_grad
     slopes = slope.reshape(-1, slope.shape[-1]).astype(x.dtype)
     if "x" in wanted:
-        x_grad = _matmul(slopes, kernel.astype(x.dtype), ((1,), (1,)), precision, x.dtype)
+        x_grad = _matmul(slopes, kernel.astype(x.dtype), ((1,), (1,)), x.dtype)
         x_grad = x_grad.reshape(x.shape)
     if "kernel" in wanted:
         rows = x.reshape(-1, x.shape[-1])
-        kernel_grad = _matmul(rows, slopes, ((0,), (0,)), precision, kernel.dtype)
+        kernel_grad = _matmul(rows, slopes, ((0,), (0,)), kernel.dtype)
     return x_grad, kernel_grad
 
 
 kernel_product.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _matmul(x, y, contracting, precision, dtype):
+def _matmul(x, y, contracting, dtype):
     return jax.lax.dot_general(
-        x, y, (contracting, ((), ())), precision, preferred_element_type=dtype
+        x, y, (contracting, ((), ())), precision_of(x.dtype), preferred_element_type=dtype
     )

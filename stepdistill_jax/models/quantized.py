@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.precision import precision_of
 
 KERNEL, SCALE = "kernel", "kernel_scale"
 LARGEST = 127
@@ -46,7 +47,12 @@ class QuantizedDense(nn.Module):
         scale: Any = self.param(SCALE, named(_zeros(jnp.float32), self.axes[1:]), shape[1:])
         # XLA would take the conversion out of the loop over tokens, and read the large kernel there
         kernel, x = jax.lax.optimization_barrier((kernel, x.astype(self.dtype)))
-        sums = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        sums = jnp.matmul(
+            x,
+            kernel.astype(self.dtype),
+            precision=precision_of(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
         y = sums * scale
         return y if self.float32_sums else y.astype(self.dtype)
 

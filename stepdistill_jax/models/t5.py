@@ -12,19 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from stepdistill_jax.models.attention import ATTENTION_OUTPUT
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.cpu_speed import DROPOUT_MASK
+from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.layers import (
-    DROPOUT_MASK,
     Attention,
-    Dropout,
     Mlp,
     RelativeBias,
     RMSNorm,
+    Segments,
     dense,
-    mask_bias,
-    same_segment,
 )
 from stepdistill_jax.models.lora import has_adapters
+from stepdistill_jax.models.precision import precision_of
 from stepdistill_jax.models.quantized import kernel_of
 
 Cache = dict[str, jax.Array]
@@ -35,14 +36,16 @@ class EncoderLayer(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, bias, position):
+    def __call__(self, x, segments, bias, position):
+        """`bias`, of attention: [1, heads, q, k], or None where each layer has its own."""
         c, off = self.config, self.deterministic
-        drop = Dropout(c.dropout_rate, deterministic=off)
+        drop = Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=off)
         if not c.shared_relative_position_bias:
-            bias = bias + RelativeBias(c, True, name="relpos_bias")(position, position)
+            bias = RelativeBias(c, True, name="relpos_bias")(position, position)
         attention = Attention(c, name="attention")
         h = RMSNorm(c, name="pre_attention_layer_norm")(x)
-        x = x + drop(attention(h, *attention.keys_values(h), bias, deterministic=off))
+        keys, values = attention.keys_values(h)
+        x = x + drop(attention(h, keys, values, (segments, segments), bias, deterministic=off))
         h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
         x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
@@ -52,8 +55,9 @@ class DecoderContext(NamedTuple):
     """Inputs that all layers of a decoder share."""
 
     encoded: Any  # [batch, length, embed], or `encoded` of `T5.decode_step`
-    self_bias: jax.Array  # [batch or 1, heads or 1, q, k] float32, added to the scores
-    cross_bias: jax.Array
+    self_segments: Segments
+    cross_segments: Segments
+    bias: Any  # of self-attention: [1, heads, q, k] float32, or None where each layer has its own
     query: jax.Array  # positions [q], [k] of the self-attention
     key: jax.Array
     index: Any  # position of the cache that is filled in
@@ -63,15 +67,16 @@ class DecoderLayer(nn.Module):
     """`cache` None: teacher forcing. Else this layer's key and value, and of the input `encoded` or cross_key, cross_value."""
 
     config: T5Config
+    causal: bool
     deterministic: bool
 
     @nn.compact
     def __call__(self, x, cache, context: DecoderContext):
         c, off = self.config, self.deterministic
-        encoded, self_bias, cross_bias, query, key, index = context
-        drop = Dropout(c.dropout_rate, deterministic=off)
+        encoded, self_segments, cross_segments, bias, query, key, index = context
+        drop = Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=off)
         if not c.shared_relative_position_bias:
-            self_bias = self_bias + RelativeBias(c, False, name="relpos_bias")(query, key)
+            bias = RelativeBias(c, False, name="relpos_bias")(query, key)
         attention = Attention(c, name="self_attention")
         cross = Attention(c, name="encoder_decoder_attention")
         h = RMSNorm(c, name="pre_self_attention_layer_norm")(x)
@@ -79,18 +84,19 @@ class DecoderLayer(nn.Module):
         if cache is not None:
             keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], keys, index, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache["value"], values, index, axis=1)
-        x = x + drop(attention(h, keys, values, self_bias, deterministic=off))
+        y = attention(h, keys, values, self_segments, bias, causal=self.causal, deterministic=off)
+        x = x + drop(y)
         h = RMSNorm(c, name="pre_cross_attention_layer_norm")(x)
         if cache is None:
-            y = cross(h, *cross.keys_values(encoded), cross_bias, deterministic=off)
+            y = cross(h, *cross.keys_values(encoded), cross_segments, deterministic=off)
         else:
             # beams of one input are so many queries to the same keys: no copy of these per beam
-            queries = h.reshape(cross_bias.shape[0], -1, h.shape[-1])
+            queries = h.reshape(cross_segments[1].shape[0], -1, h.shape[-1])
             if encoded is not None:
-                y = cross.over_states(queries, *encoded, cross_bias)
+                y = cross.over_states(queries, *encoded, cross_segments)
             else:
                 given = cache["cross_key"], cache["cross_value"]
-                y = cross(queries, *given, cross_bias, deterministic=off)
+                y = cross(queries, *given, cross_segments, deterministic=off)
         x = x + drop(y.reshape(x.shape))
         h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
         x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
@@ -102,9 +108,10 @@ def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: 
     """`length` layers as one compiled body; params are stacked, the layer is axis 0."""
     policies = jax.checkpoint_policies
     policy = {
-        # activations and norms are cheaper to compute again than to write and read
+        # activations and norms are cheaper to compute again than to write and read. A kernel's
+        # output is kept by its name; of plain operations it is a product, which is kept once
         "elementwise": policies.save_from_both_policies(
-            policies.dots_saveable, policies.save_only_these_names(DROPOUT_MASK)
+            policies.dots_saveable, policies.save_only_these_names(DROPOUT_MASK, ATTENTION_OUTPUT)
         ),
         "minimal": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
@@ -125,18 +132,17 @@ class Encoder(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x, mask, *, deterministic: bool):
-        """x [batch, length, embed], mask [batch, 1, q, k] -> [batch, length, embed]."""
+    def __call__(self, x, segments, *, deterministic: bool):
+        """x [batch, length, embed], segments [batch, length] -> [batch, length, embed]."""
         c = self.config
-        drop = Dropout(c.dropout_rate, deterministic=deterministic)
-        position = jnp.arange(x.shape[1])
-        bias = mask_bias(mask)
+        drop = Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=deterministic)
+        position, bias = jnp.arange(x.shape[1]), None
         if c.shared_relative_position_bias:
-            bias = bias + RelativeBias(c, True, name="relpos_bias")(position, position)
+            bias = RelativeBias(c, True, name="relpos_bias")(position, position)
         layers = scan_layers(
             EncoderLayer, c, c.num_encoder_layers, nn.broadcast, deterministic=deterministic
         )
-        x, _ = layers(drop(x), bias, position)
+        x, _ = layers(drop(x), segments, bias, position)
         return drop(RMSNorm(c, name="encoder_norm")(x))
 
 
@@ -145,21 +151,40 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x, cache, *, encoded=None, self_mask, cross_mask, query, key, index=0, deterministic
+        self,
+        x,
+        cache,
+        *,
+        encoded=None,
+        self_segments: Segments,
+        cross_segments: Segments,
+        causal: bool,
+        query,
+        key,
+        index=0,
+        deterministic: bool,
     ):
-        """x [batch, q, embed], masks [batch or 1, 1, q, k] -> ([batch, q, embed], updated cache or None)."""
-        c = self.config
-        drop = Dropout(c.dropout_rate, deterministic=deterministic)
-        bias = mask_bias(self_mask)
+        """x [batch, q, embed] -> ([batch, q, embed], updated cache or None)."""
+        c, bias = self.config, None
+        drop = Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=deterministic)
         if c.shared_relative_position_bias:
-            bias = bias + RelativeBias(c, False, name="relpos_bias")(query, key)
+            bias = RelativeBias(c, False, name="relpos_bias")(query, key)
         layers = scan_layers(
-            DecoderLayer, c, c.num_decoder_layers, (0, nn.broadcast), deterministic=deterministic
+            DecoderLayer,
+            c,
+            c.num_decoder_layers,
+            (0, nn.broadcast),
+            causal=causal,
+            deterministic=deterministic,
         )
-        x, cache = layers(
-            drop(x), cache, DecoderContext(encoded, bias, mask_bias(cross_mask), query, key, index)
-        )
+        context = DecoderContext(encoded, self_segments, cross_segments, bias, query, key, index)
+        x, cache = layers(drop(x), cache, context)
         return drop(RMSNorm(c, name="decoder_norm")(x)), cache
+
+
+def _one_segment(visible: jax.Array) -> Segments:
+    """Segments by which each query sees the keys where `visible` [batch or 1, k] is true."""
+    return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
 class T5(nn.Module):
@@ -190,8 +215,14 @@ class T5(nn.Module):
     def _logits(self, x: jax.Array) -> jax.Array:
         # [batch, length, embed] -> [batch, length, vocab]; float32 for the softmax
         if self.config.logits_via_embedding:
-            table = self.token_embedder.astype(self.config.dtype)
-            logits = jnp.einsum("ble,ve->blv", x, table, preferred_element_type=jnp.float32)
+            dtype = self.config.dtype
+            logits = jnp.einsum(
+                "ble,ve->blv",
+                x,
+                self.token_embedder.astype(dtype),
+                precision=precision_of(dtype),
+                preferred_element_type=jnp.float32,
+            )
         else:
             logits = self.logits_dense(x)
         return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
@@ -202,7 +233,7 @@ class T5(nn.Module):
         """[batch, length] ids and segments -> encoder states [batch, length, embed]."""
         return self.encoder(
             self._embed(encoder_input_tokens),
-            same_segment(encoder_segment_ids, encoder_segment_ids),
+            encoder_segment_ids,
             deterministic=not enable_dropout,
         )
 
@@ -228,13 +259,13 @@ class T5(nn.Module):
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
         encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
         position = jnp.arange(target.shape[1])
-        causal = (position[:, None] >= position[None, :])[None, None]
         x, _ = self.decoder(
             self._embed(batch["decoder_input_tokens"]),
             None,
             encoded=encoded,
-            self_mask=same_segment(target, target) & causal,
-            cross_mask=same_segment(batch.get("decoder_encoder_segment_ids", target), source),
+            self_segments=(target, target),
+            cross_segments=(batch.get("decoder_encoder_segment_ids", target), source),
+            causal=True,
             query=position,
             key=position,
             deterministic=not enable_dropout,
@@ -268,8 +299,9 @@ class T5(nn.Module):
             self._embed(ids),
             cache,
             encoded=encoded,
-            self_mask=(key <= index)[None, None, None, :],
-            cross_mask=(encoder_segment_ids > 0)[:, None, None, :],
+            self_segments=_one_segment((key <= index)[None]),  # what is filled in
+            cross_segments=_one_segment(encoder_segment_ids > 0),
+            causal=False,
             query=index[None],
             key=key,
             index=index,
@@ -295,13 +327,13 @@ class T5(nn.Module):
         Returns:
             [batch, target length, embed].
         """
-        position, segments = jnp.arange(decoder_input_tokens.shape[1]), decoder_segment_ids
-        causal = (position[:, None] >= position[None, :])[None, None]
+        position = jnp.arange(decoder_input_tokens.shape[1])
         x, _ = self.decoder(
             self._embed(decoder_input_tokens),
             cache,
-            self_mask=same_segment(segments, segments) & causal,
-            cross_mask=(encoder_segment_ids > 0)[:, None, None, :],
+            self_segments=(decoder_segment_ids, decoder_segment_ids),
+            cross_segments=_one_segment(encoder_segment_ids > 0),
+            causal=True,
             query=position,
             key=position,
             deterministic=True,
@@ -348,8 +380,8 @@ def start_cache(
     heads = (config.num_heads, config.head_dim)
 
     def project(name: str) -> jax.Array:
-        kernel = kernel_of(kernels[name], config.dtype)
-        joined = jnp.einsum("ble,nej->nblj", encoded, kernel)
+        kernel, precision = kernel_of(kernels[name], config.dtype), precision_of(config.dtype)
+        joined = jnp.einsum("ble,nej->nblj", encoded, kernel, precision=precision)
         return joined.reshape(config.num_decoder_layers, *encoded.shape[:2], *heads)
 
     empty = jnp.zeros(

@@ -8,6 +8,7 @@ from typing import Any
 from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import (
+    ATTENTIONS,
     DTYPES,
     MAX_LENGTH,
     LoraConfig,
@@ -118,7 +119,11 @@ class TrainConfig:
         train_steps, eval_every, checkpoint_every: steps.
         learning_rate: peak.
         num_microbatches: slices of a step, whose gradients are added up.
-        dtype: of activations.
+        dtype: of activations, and of the products with them.
+        dropout_broadcast: all positions of a row share one dropout mask, as in T5X: fewer random
+            numbers, and more noise in the gradient.
+        attention: how attention is computed: `xla`, or `auto`, what is fastest on the platform (so
+            far the same).
         layout: name or sizes of the mesh.
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
@@ -174,6 +179,8 @@ class TrainConfig:
     learning_rate: float = 5e-5
     num_microbatches: int = 1
     dtype: str = T5Config.dtype
+    dropout_broadcast: bool = T5Config.dropout_broadcast
+    attention: str = T5Config.attention
     layout: str | Layout = "data"
     seed: int = 0
     data_fraction: float = 1.0
@@ -210,9 +217,10 @@ class TrainConfig:
         keep(self, number, "data_fraction", above=0, most=1)
         keep(self, number, "dropout_rate", least=0, below=1)
         for names, kind, words in (
-            (("task", "model_size", "dtype", "model_family", "remat_policy"), str, "text"),
+            (("task", "model_size", "dtype", "attention"), str, "text"),
+            (("model_family", "remat_policy"), str, "text"),
             (("task_module", "init_from", "best_metric"), str | None, "text or None"),
-            (("pack",), bool, "True or False"),
+            (("pack", "dropout_broadcast"), bool, "True or False"),
             (("lora",), LoraConfig | None, "a `LoraConfig` or None"),
             (("optimizer",), OptimizerConfig | OptimizerFunction, OPTIMIZER),
             (("supervision",), Supervision, "a `Supervision`"),
@@ -221,6 +229,7 @@ class TrainConfig:
             for name in names:
                 of_type(name, getattr(self, name), kind, words)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
+        one_of("attention", self.attention, ATTENTIONS)
         if self.init_rules is not None:
             object.__setattr__(self, "init_rules", _init_rules(self.init_rules))
             if self.init_from is None:

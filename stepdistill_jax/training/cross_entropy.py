@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from stepdistill_jax.models.precision import precision_of
 from stepdistill_jax.models.sharding import BATCH_AXES
 
 # of one device: fewer make small matrix products; more fall out of a CPU's cache, and on a TPU out of
@@ -37,7 +38,7 @@ def cross_entropy(
         [batch, length] float32 (ties count; argmax would take the first of them).
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, False, False)
-    return jnp.vdot(scale, nll), nll, correct
+    return _total(scale, nll), nll, correct
 
 
 def _forward(states, kernel, targets, scale):
@@ -51,7 +52,11 @@ def _forward(states, kernel, targets, scale):
     )
     if of_kernel is not None:
         of_kernel = of_kernel.astype(kernel.value.dtype)
-    return (jnp.vdot(scale.value, nll), nll, correct), (of_states, of_kernel)
+    return (_total(scale.value, nll), nll, correct), (of_states, of_kernel)
+
+
+def _total(scale: jax.Array, nll: jax.Array) -> jax.Array:
+    return jnp.vdot(scale, nll, precision=precision_of(nll.dtype))
 
 
 def _backward(grads, cotangents):
@@ -110,6 +115,7 @@ def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad:
     tokens = rows * length
     chunks = -(-tokens // _chunk_tokens())
     size = -(-tokens // chunks)
+    product = functools.partial(jnp.dot, precision=precision_of(states.dtype))
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(tokens, *x.shape[2:])
@@ -121,7 +127,7 @@ def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad:
 
     def add_chunk(kernel_sum, chunk):
         x, target, share = chunk
-        logits = jnp.dot(x, weights, preferred_element_type=jnp.float32)
+        logits = product(x, weights, preferred_element_type=jnp.float32)
         highest = logits.max(-1, keepdims=True)
         exp = jnp.exp(logits - highest)
         total = exp.sum(-1, keepdims=True)
@@ -133,9 +139,9 @@ def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad:
             slope = exp * (share[:, None] / total) - jnp.where(is_target, share[:, None], 0.0)
             slope = slope.astype(weights.dtype)
         if states_grad:
-            x_grad = jnp.dot(slope, weights.T)
+            x_grad = product(slope, weights.T)
         if kernel_grad:
-            kernel_sum += jnp.dot(x.T, slope, preferred_element_type=jnp.float32)
+            kernel_sum += product(x.T, slope, preferred_element_type=jnp.float32)
         return kernel_sum, (nll[:, 0], correct[:, 0].astype(jnp.float32), x_grad)
 
     empty = jnp.zeros(weights.shape, jnp.float32) if kernel_grad else None

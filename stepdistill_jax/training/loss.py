@@ -1,5 +1,6 @@
 """The two-objective loss, as sums that can be added over slices, devices and steps."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from stepdistill_jax.batches.packing import TASK_IDS
+from stepdistill_jax.models.precision import precision_of
 from stepdistill_jax.training.cross_entropy import cross_entropy
 
 Group = Mapping[str, jax.Array]
@@ -53,7 +55,8 @@ class ObjectiveSums(struct.PyTreeNode):
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
         """sum over o of weight_o x mean of o; an objective without tokens adds 0."""
-        return jnp.vdot(loss_scale(self.count, objective_weights), self.loss)
+        scale = loss_scale(self.count, objective_weights)
+        return jnp.vdot(scale, self.loss, precision=precision_of(scale.dtype))
 
 
 def means_of_tasks(
@@ -131,10 +134,12 @@ def objective_sums(
     """
     weights = token_weights(group, len(scale), num_objectives or len(scale))
     targets = group["decoder_target_tokens"]
-    loss, nll, correct = cross_entropy(states, kernel, targets, weights @ scale)
+    product = functools.partial(jnp.einsum, precision=precision_of(weights.dtype))
+    of_tokens = product("blo,o->bl", weights, scale)
+    loss, nll, correct = cross_entropy(states, kernel, targets, of_tokens)
     sums = ObjectiveSums(
-        loss=jnp.einsum("bl,blo->o", nll, weights),
-        correct=jnp.einsum("bl,blo->o", correct, weights),
+        loss=product("bl,blo->o", nll, weights),
+        correct=product("bl,blo->o", correct, weights),
         count=weights.sum((0, 1)),
     )
     return loss, sums

@@ -34,6 +34,7 @@ from stepdistill_jax.versions import version_block
 # `init_from` may have moved; what it held is in the fingerprint.
 FREE_FIELDS = (
     "layout",
+    "attention",
     "num_microbatches",
     "checkpoint_every",
     "init_from",

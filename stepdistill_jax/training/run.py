@@ -44,7 +44,14 @@ from stepdistill_jax.training.state import (
 from stepdistill_jax.training.validation import Validator
 from stepdistill_jax.training.workdir import RUN, check_workdir, read_run
 
-MODEL_SETTINGS = ("dtype", "dropout_rate", "remat_policy", "lora")
+MODEL_SETTINGS = (
+    "dtype",
+    "dropout_rate",
+    "dropout_broadcast",
+    "attention",
+    "remat_policy",
+    "lora",
+)
 
 
 @dataclasses.dataclass(frozen=True)

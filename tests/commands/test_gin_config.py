@@ -60,6 +60,8 @@ def weights(config) -> list[float]:
         ("BATCH_SIZE=32", "batch_size", 32),
         ("LEARNING_RATE=1e-3", "learning_rate", 1e-3),
         ("PACK=False", "pack", False),
+        ("DROPOUT_BROADCAST=True", "dropout_broadcast", True),
+        ("ATTENTION=xla", "attention", "xla"),
         ("INIT_FROM=None", "init_from", None),
         ("INIT_FROM=models/t5-v1_1-base", "init_from", "models/t5-v1_1-base"),
         ("TASK=my_task", "task", "my_task"),
@@ -181,6 +183,7 @@ def test_the_last_set_of_a_name_wins():
         ),
         ("TASK=5", ["--set TASK=5: TASK must be text, not 5"]),
         ("TASK=%SEED", ["SEED must be text, not 0"]),
+        ("ATTENTION=flash", ["--set ATTENTION=flash", "ATTENTION must be one of auto, xla, not"]),
         ("train.remat_policy=ful", ["--set train.remat_policy=ful", "elementwise, minimal, full"]),
     ],
 )

@@ -43,3 +43,19 @@ def family(request, make_random_hf, tmp_path_factory):
 def padded_batch(oracle):
     """(source, target) ids longer than `max_distance`, with rows of several lengths."""
     return oracle.padded_batch()
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+@pytest.fixture(scope="session")
+def equations():
+    """Of a program of `jax.make_jaxpr`: all equations, those of loops and calls included."""
+    return lambda program: _equations(program.jaxpr)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.cpu_speed import threefry
-from stepdistill_jax.models.layers import DRAWS, Dropout, dense
+from stepdistill_jax.models.cpu_speed import DRAWS, threefry
+from stepdistill_jax.models.dropout import Dropout
+from stepdistill_jax.models.layers import dense
 from stepdistill_jax.models.t5 import T5, init_params
 
 MODEL = T5Config(64, 16, 2, 8, 48, 3, 2, dropout_rate=0.1)
@@ -82,6 +83,19 @@ def kept_arrays(config):
     return collections.Counter((x.shape, x.dtype.name) for x in kept)
 
 
+def quarter(length):
+    """Positions of a layer's mask as it is kept: a byte holds four of them."""
+    return -(-length // 4)
+
+
+def kept_masks(config):
+    """Shape -> how many masks are kept: those of layers in bytes, those at the ends of a stack as they are."""
+    kept = kept_arrays(config).items()
+    return {
+        shape: n for (shape, dtype), n in kept if dtype == ("uint8" if len(shape) > 3 else "bool")
+    }
+
+
 def test_the_backward_pass_keeps_products_and_dropout_masks_alone():
     """Of the encoder's feed-forward block: what both projections give, and one mask; of its attention
     weights: the scores and one mask."""
@@ -89,10 +103,11 @@ def test_the_backward_pass_keeps_products_and_dropout_masks_alone():
     wide = (MODEL.num_encoder_layers, BATCH, INPUTS, MODEL.mlp_dim)
     flat = (MODEL.num_encoder_layers, BATCH * INPUTS, MODEL.mlp_dim)
     assert kept[wide, "float32"] + kept[flat, "float32"] == 2
-    assert kept[wide, "bool"] == 1
+    assert kept[(*wide[:2], quarter(INPUTS), MODEL.mlp_dim), "uint8"] == 1
     square = (MODEL.num_encoder_layers, BATCH, MODEL.num_heads, INPUTS, INPUTS)
     assert kept[square, "float32"] == 1
-    assert kept[square, "bool"] == 1
+    assert kept[(*square[:3], quarter(INPUTS), INPUTS), "uint8"] == 1
+    assert not kept[wide, "bool"] + kept[square, "bool"]
     full = kept_arrays(dataclasses.replace(MODEL, remat_policy="full"))
     assert not full[wide, "float32"] + full[flat, "float32"] + full[square, "float32"]
 
@@ -101,28 +116,46 @@ def test_dropout_has_all_the_places_of_t5():
     """Inside the feed-forward block, on what each sublayer adds, on the attention weights, and at the
     input and output of both stacks (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
     m = MODEL
+    inputs, targets = quarter(INPUTS), quarter(TARGETS)
     encoder, decoder = (m.num_encoder_layers, BATCH), (m.num_decoder_layers, BATCH)
     places = {
         "encoder: embeddings, encoder_norm": ((BATCH, INPUTS, m.emb_dim), 2),
-        "encoder layers: outputs of attention, mlp": ((*encoder, INPUTS, m.emb_dim), 2),
-        "encoder layers: attention weights": ((*encoder, m.num_heads, INPUTS, INPUTS), 1),
-        "encoder layers: inside mlp": ((*encoder, INPUTS, m.mlp_dim), 1),
+        "encoder layers: outputs of attention, mlp": ((*encoder, inputs, m.emb_dim), 2),
+        "encoder layers: attention weights": ((*encoder, m.num_heads, inputs, INPUTS), 1),
+        "encoder layers: inside mlp": ((*encoder, inputs, m.mlp_dim), 1),
         "decoder: embeddings, decoder_norm": ((BATCH, TARGETS, m.emb_dim), 2),
         "decoder layers: outputs of self_attention, encoder_decoder_attention, mlp": (
-            (*decoder, TARGETS, m.emb_dim),
+            (*decoder, targets, m.emb_dim),
             3,
         ),
-        "decoder layers: self_attention weights": ((*decoder, m.num_heads, TARGETS, TARGETS), 1),
+        "decoder layers: self_attention weights": ((*decoder, m.num_heads, targets, TARGETS), 1),
         "decoder layers: encoder_decoder_attention weights": (
-            (*decoder, m.num_heads, TARGETS, INPUTS),
+            (*decoder, m.num_heads, targets, INPUTS),
             1,
         ),
-        "decoder layers: inside mlp": ((*decoder, TARGETS, m.mlp_dim), 1),
+        "decoder layers: inside mlp": ((*decoder, targets, m.mlp_dim), 1),
     }
-    masks = {shape: count for (shape, dtype), count in kept_arrays(m).items() if dtype == "bool"}
+    masks = kept_masks(m)
     found = {place: masks.pop(shape, 0) for place, (shape, _) in places.items()}
     assert found == {place: count for place, (_, count) in places.items()}
     assert not masks
+
+
+def test_the_shared_masks_of_a_layer_have_one_position_each():
+    def of_layers(config):
+        masks = {shape: n for shape, n in kept_masks(config).items() if len(shape) > 3}
+        return collections.Counter(masks).elements()
+
+    want = sorted((*shape[:-2], 1, shape[-1]) for shape in of_layers(MODEL))
+    assert sorted(of_layers(dataclasses.replace(MODEL, dropout_broadcast=True))) == want
+
+
+def test_the_output_of_attention_is_kept_by_its_name_and_once():
+    """A kernel would run twice otherwise; of plain operations the product behind it is not kept, too."""
+    layers, heads, width = MODEL.num_encoder_layers, MODEL.num_heads, MODEL.head_dim
+    kept = kept_arrays(MODEL)
+    assert kept[(layers, BATCH, INPUTS, heads, width), "float32"] == 1
+    assert kept[(layers, BATCH, heads, width, INPUTS), "float32"] == 0
 
 
 def test_the_gradient_of_a_kernel_is_a_product_of_two_matrices():

@@ -7,7 +7,7 @@ import pytest
 
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.layers import Dropout
+from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.tasks.task_data import TaskData

@@ -1,0 +1,144 @@
+"""Attention over segments: one function, behind which every way to compute it stands.
+
+A mask is made inside, from the segments of queries and keys, and a relative bias is the same for all
+rows. So neither an array [batch, heads, q, k] nor a gradient of that shape goes from layer to layer.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from stepdistill_jax.models.config import ATTENTIONS
+from stepdistill_jax.models.cpu_speed import sum_over_rows
+from stepdistill_jax.models.dropout import dropout
+from stepdistill_jax.models.precision import precision_of
+
+NEG_INF = -1e9
+ATTENTION_OUTPUT = "attention_output"  # its name, for `jax.checkpoint` policies
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    relative_bias: jax.Array | None = None,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    causal: bool,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+    dropout_broadcast: bool = False,
+    softcap: float | None = None,
+    window: int | None = None,
+    scale: float = 1.0,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Mean of the values that a query sees, weighted by the softmax of its scores.
+
+    A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
+    plus the bias. A query without any key gets a finite mean of no meaning.
+
+    Args:
+        q: [batch, q, heads, d].
+        k: [batch, k, kv_heads, d]; `kv_heads` divides `heads`, and head i reads i // (heads / kv_heads).
+        v: the shape of `k`.
+        relative_bias: [1, heads, q, k] float32, added to the scores.
+        query_segments: [batch or 1, q or 1] int32.
+        key_segments: [batch or 1, k] int32; 0 is padding and is never seen.
+        causal: a query does not see keys of later places.
+        dropout_rate: share of the weights that becomes 0; 0 <= rate < 1.
+        dropout_rng: None is no dropout.
+        dropout_broadcast: all queries of a head share one mask.
+        softcap: a score s becomes softcap x tanh(s / softcap).
+        window: a query sees keys less than so many places away.
+        scale: T5's is 1, since its initial query kernel holds 1 / sqrt(d).
+        implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "auto"
+            is what is fastest on the platform, and so far the same.
+
+    Returns:
+        [batch, q, heads, d] in the dtype of `v`.
+    """
+    if implementation not in ATTENTIONS:
+        raise ValueError(f"implementation must be one of {ATTENTIONS}, not {implementation!r}")
+    scores = _scores(q, k)
+    if scale != 1.0:
+        scores = scores * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if relative_bias is not None:
+        scores = _plus_bias(scores, relative_bias)
+    mask = seen(query_segments, key_segments)
+    if causal or window is not None:
+        mask &= _near(q.shape[1], k.shape[1], causal, window)
+    weights = masked_softmax(scores, mask).astype(v.dtype)
+    weights = dropout(weights, dropout_rate, dropout_rng, broadcast=dropout_broadcast)
+    return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
+
+
+@jax.custom_vjp
+def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
+    """[batch, heads, q, k] and [1, heads, q, k], whose gradient is a sum over the batch."""
+    return scores + bias
+
+
+_plus_bias.defvjp(
+    lambda scores, bias: (scores + bias, None),
+    lambda _, gradient: (gradient, sum_over_rows(gradient)),
+)
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the keys where `mask` [batch or 1, 1, q or 1, k] is true: float32 [batch, heads, q, k].
+
+    A sum of both: `jnp.where` would make arrays as large as the scores of `NEG_INF` and of the mask,
+    which JAX takes out of the layers' loop, and each layer would read them.
+    """
+    hidden = (~mask).astype(jnp.float32) * NEG_INF
+    return nn.softmax(scores.astype(jnp.float32) + hidden, axis=-1)
+
+
+def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
+    """[batch, q], [batch, k] -> [batch, 1, q, k] bool: equal segments, and no padding."""
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return (same & (key_segments > 0)[:, None, :])[:, None]
+
+
+def _near(queries: int, keys: int, causal: bool, window: int | None) -> jax.Array:
+    """[1, 1, q, k] bool by the places alone, both counted from 0."""
+    ahead = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
+    mask = ahead <= 0 if causal else jnp.full(ahead.shape, True)
+    if window is not None:
+        mask &= jnp.abs(ahead) < window
+    return mask[None, None]
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """[batch, q, heads, d], [batch, k, kv_heads, d] -> [batch, heads, q, k] float32.
+
+    In bfloat16 the products are rounded to it; the softmax is float32, since its sums of long inputs
+    would not be.
+    """
+    precision = precision_of(q.dtype)
+    batch, queries, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    if heads == kv_heads:
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
+    else:  # the g heads of a group read the same keys
+        q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
+        scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, precision=precision)
+        scores = scores.reshape(batch, heads, queries, keys)
+    return scores.astype(jnp.float32)
+
+
+def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """[batch, heads, q, k], [batch, k, kv_heads, d] -> [batch, q, heads, d]."""
+    precision = precision_of(v.dtype)
+    batch, heads, queries, keys = weights.shape
+    kv_heads, width = v.shape[2:]
+    if heads == kv_heads:
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision=precision)
+    weights = weights.reshape(batch, kv_heads, heads // kv_heads, queries, keys)
+    mixed = jnp.einsum("bhgqk,bkhd->bqhgd", weights, v, precision=precision)
+    return mixed.reshape(batch, queries, heads, width)
