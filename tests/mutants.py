@@ -549,7 +549,7 @@ MUTANTS = [
         id="B8",
         what="the cost of packed rows leaves out the empty rows of a step",
         file="stepdistill_jax/batches/row_lengths.py",
-        old="rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))",
+        old="rows = float(np.mean([packed.rounded(count) for count in probes]))",
         new="rows = float(np.mean(probes))",
         tests=[
             "tests/batches/test_row_lengths.py::test_rows_that_devices_share_out_are_shorter_where_they_would_be_empty"
