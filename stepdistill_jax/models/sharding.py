@@ -216,7 +216,7 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
     def placed(x: np.ndarray) -> jax.Array:
         size = len(x) // len(blocks)
 
-        def rows(index: tuple[slice, ...]) -> np.ndarray:
+        def rows(index: Any) -> np.ndarray:
             # consecutive blocks: a device's rows may begin in one and end in another
             first, end, _ = index[0].indices(size * num_blocks)
             own = place_of[first // size] * size + first % size
