@@ -16,14 +16,14 @@ from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import agreed
 
 T = TypeVar("T")
-_MAIN = Channel("main")  # of the main thread
+MAIN = Channel("main")  # of the main thread
 
 
 class PeerFailed(RuntimeError):
     """Another process failed; the message has its number and its error."""
 
 
-def on_all_processes(action: Callable[[], T]) -> T:
+def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """`action()` on every process, each with its own result.
 
     Raises:
@@ -31,11 +31,11 @@ def on_all_processes(action: Callable[[], T]) -> T:
             others have a `PeerFailed`). The message names the process.
     """
     result, error = _tried(action)
-    _raise_first(_gather(_as_json(error)), error)
+    _raise_first(_gather(_as_json(error), channel), error)
     return result  # pyright: ignore[reportReturnType]
 
 
-def of_all_processes(action: Callable[[], T], channel: Channel = _MAIN) -> list[T]:
+def of_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
     """`action()` on every process; the result of each, a JSON value, by process, on all.
 
     Raises:
@@ -47,7 +47,7 @@ def of_all_processes(action: Callable[[], T], channel: Channel = _MAIN) -> list[
     return list(results)
 
 
-def on_process_0(action: Callable[[], Any], channel: Channel = _MAIN) -> Any:
+def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
     """`action()` on process 0 alone; its result, a JSON value, on all.
 
     Raises:
@@ -146,6 +146,6 @@ def _raise_first(errors: Sequence[Any], own: Exception | None) -> None:
             raise (InputError if is_input else PeerFailed)(f"process {process}: {message}")
 
 
-def _gather(value: Any, channel: Channel = _MAIN) -> list[Any]:
+def _gather(value: Any, channel: Channel = MAIN) -> list[Any]:
     """The JSON value of each process, by process."""
     return channel.combined(value, lambda values: values)
