@@ -1,5 +1,6 @@
 """What processes say to each other beside their devices."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -45,18 +46,49 @@ def test_a_process_on_its_own_hears_itself():
     assert Channel("alone").combined([3], lambda values: values) == [[3]]
 
 
-@pytest.mark.slow  # three processes
-def test_processes_hear_each_other_in_several_threads_and_one_may_stop_waiting():
+# process VICTIM dies, and the other one waits for its word in a thread
+LOSE = """
+import os, signal, sys, threading
+import jax
+me = int(sys.argv[2])
+jax.distributed.initialize(sys.argv[1], 2, me, heartbeat_timeout_seconds=10)
+from stepdistill_jax.runtime.channel import Channel
+talk = Channel("talk")
+talk.combined(me, sum)
+if me == int(sys.argv[3]):
+    os.kill(os.getpid(), signal.SIGKILL)
+thread = threading.Thread(target=lambda: talk.combined(me, sum))
+thread.start()
+thread.join()
+"""
+
+
+def run(script, count, *argv):
+    """Exit codes and errors of a job's processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TALK, address, str(me)],
+            [sys.executable, "-c", script, address, str(me), *argv],
             stderr=subprocess.PIPE,
             text=True,
         )
-        for me in range(3)
+        for me in range(count)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    return [process.returncode for process in processes], errors
+
+
+@pytest.mark.slow  # three processes
+def test_processes_hear_each_other_in_several_threads_and_one_may_stop_waiting():
+    codes, errors = run(TALK, 3)
+    assert codes == [0, 0, 0], errors
+
+
+@pytest.mark.slow  # half a minute, of waiting
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_one_that_waits_for_its_word(victim):
+    codes, errors = run(LOSE, 2, str(victim))
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == -signal.SIGABRT, errors
