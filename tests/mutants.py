@@ -361,8 +361,8 @@ MUTANTS = [
         id="C4",
         what="the manifest compares sizes alone",
         file="stepdistill_jax/runtime/checkpoints/manifest.py",
-        old="        if crc != wanted[name][1]:",
-        new="        if len(crc) != len(wanted[name][1]):",
+        old="        if found[name] != wanted[name][1]:",
+        new="        if len(found[name]) != len(wanted[name][1]):",
         tests=[
             "tests/faults/test_checkpoints.py::test_any_flipped_bit_is_found_and_its_file_named"
         ],
@@ -549,10 +549,28 @@ MUTANTS = [
         id="B8",
         what="the cost of packed rows leaves out the empty rows of a step",
         file="stepdistill_jax/batches/row_lengths.py",
-        old="rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))",
+        old="rows = float(np.mean([packed.rounded(count) for count in probes]))",
         new="rows = float(np.mean(probes))",
         tests=[
             "tests/batches/test_row_lengths.py::test_rows_that_devices_share_out_are_shorter_where_they_would_be_empty"
+        ],
+    ),
+    Mutant(
+        id="B9",
+        what="a device whose rows begin inside a block gets the block's first ones",
+        file="stepdistill_jax/models/sharding.py",
+        old="own = place_of[first // size] * size + first % size",
+        new="own = place_of[first // size] * size",
+        tests=["tests/batches/test_batch.py::test_devices_get_their_rows_of_the_whole_batch"],
+    ),
+    Mutant(
+        id="B10",
+        what="a batch has the rows of its emptiest shard",
+        file="stepdistill_jax/batches/host.py",
+        old="counts[..., :1].max(0)",
+        new="counts[..., :1].min(0)",
+        tests=[
+            "tests/batches/test_host.py::test_the_rows_of_a_step_are_those_that_its_fullest_shard_needs"
         ],
     ),
     Mutant(

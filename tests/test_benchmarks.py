@@ -370,3 +370,20 @@ def test_run_all_refuses_an_unknown_benchmark_and_quick_figures_in_the_docs(run_
         monkeypatch.setattr(sys, "argv", ["run_all.py", *flags])
         with pytest.raises(run_all.InputError, match=message):
             run_all.main()
+
+
+@pytest.mark.slow
+def test_a_host_makes_its_share_of_a_large_batch():
+    options = ["--examples", "300", "--rounds", "1", "--batch-sizes", "64", "4096", "--json"]
+    done = run("host_input", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    by_cell = {(c["batch_size"], c["processes"]): c for c in found["cells"]}
+    assert {cell: c["examples"] for cell, c in by_cell.items()} == {
+        (64, 1): 64,
+        (64, 64): 64,
+        (4096, 1): 4096,
+        (4096, 64): 512,
+    }
+    assert found["ours"]["examples_per_second"] == by_cell[4096, 1]["examples_per_second"]
+    assert found["need"]["base"] > found["need"]["large"] > 0

@@ -6,7 +6,9 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,10 +40,38 @@ from stepdistill_jax.tasks.task_data import TaskData
 
 Batch = tuple[Group, ...]
 
+SHARD_EXAMPLES = 512  # more at once pack no better, and cost as much
+
+
+class Packed(NamedTuple):
+    """A group of a shard before its arrays are made.
+
+    Attributes:
+        rows: its examples by table; none in a group without tokens.
+        encodings, packing: where their tokens go; None without tokens.
+    """
+
+    rows: Rows
+    encodings: Encodings | None = None
+    packing: Packing | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that hold tokens."""
+        return 0 if self.packing is None else self.packing.num_rows
+
+
+Shard = tuple[Packed, ...]  # by group
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """`batches(step)` is the global batch of a step, the same in every process and in any order.
+
+    Its examples are packed in `num_shards` shards, of about as many consecutive ones each, and the rows
+    of a shard are a block of the batch's: shard i of n has the rows from i/n to (i+1)/n. All blocks
+    have as many rows as the fullest shard needs, rounded up. So the batch does not depend on the number
+    of processes, and each of them packs the shards whose rows its devices own (`batches/host.py`).
 
     A step takes `batch_size` examples, each with the rows of all its objectives; an absent target
     leaves its row out, and several rationales make several rows (or one that is drawn anew in each
@@ -163,6 +193,16 @@ class Batches:
         return self.num_examples / self.batch_size
 
     @property
+    def num_shards(self) -> int:
+        """Shards of a batch, by its size alone; one of fewer than 1,024 examples."""
+        return max(1, self.batch_size // SHARD_EXAMPLES)
+
+    @property
+    def _shard_size(self) -> int:
+        """Examples of the largest shard."""
+        return -(-self.batch_size // self.num_shards)
+
+    @property
     def num_steps(self) -> int:
         """Steps that take each example once, with `shuffle` False."""
         return -(-self.num_examples // self.batch_size)
@@ -177,16 +217,27 @@ class Batches:
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
-            # a batch that crosses the end of an epoch may hold an example once for each
-            epochs = (self.batch_size - 1) // len(self._sampler.pools[store]) + 2
+            # a shard that crosses the end of an epoch may hold an example once for each
+            epochs = (self._shard_size - 1) // len(self._sampler.pools[store]) + 2
             encodings = self._all_encodings(store)
             shares = encodings.sizes / self.row_lengths
             load = np.bincount(encodings.places, shares.sum(1))
             loads.append(np.repeat(load[usable], epochs))
             rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
-        probes = self.probe(PROBES)
-        bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self.batch_size)
-        return choose_row_counts(probes, bound, self.row_multiple)
+        bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self._shard_size)
+        counts = choose_row_counts(
+            self.probe(PROBES), bound, self._block_multiple, num_shards=self.num_shards
+        )
+        return tuple(self.num_shards * count for count in counts)
+
+    @property
+    def _block_multiple(self) -> int:
+        """What a block's rows are a multiple of, so that the batch's are one of `row_multiple`."""
+        return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
+
+    def rounded(self, num_rows: int) -> int:
+        """Returns the rows of a batch in which each shard has so many."""
+        return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
         """Returns the tokens of the longest input and of the longest target, truncated."""
@@ -197,13 +248,14 @@ class Batches:
         return max(1, inputs), max(1, targets)
 
     def probe(self, count: int) -> list[int]:
-        """Returns the packed rows that each of `count` random batches needs, or of fewer large ones.
+        """Returns the packed rows that each of `count` random shards needs, or of fewer large ones.
 
         They are drawn in the same way for any `seed` and `data_fraction`, which of several
         rationales is sampled excepted. More than `count` x 1,024 rows before packing would take
-        seconds: then there are fewer batches, a sixteenth at least.
+        seconds: then there are fewer shards, a sixteenth at least.
         """
-        most = count * PROBED_ROWS // (self.batch_size * len(self._tables))
+        size = self._shard_size
+        most = count * PROBED_ROWS // (size * len(self._tables))
         count = min(count, max(1, count // 16, most))
         shares = np.asarray(self.data.rates, np.float64)
         if not self.shuffle:
@@ -211,12 +263,12 @@ class Batches:
         rng = np.random.default_rng(0)
         probes = []
         for _ in range(count):
-            stores = rng.choice(len(shares), self.batch_size, p=shares / shares.sum())
-            indices = np.empty(self.batch_size, np.int64)
+            stores = rng.choice(len(shares), size, p=shares / shares.sum())
+            indices = np.empty(size, np.int64)
             for store, usable in enumerate(self._usable):
                 mine = stores == store
                 indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
-            epochs = rng.integers(1 << 30, size=self.batch_size)
+            epochs = rng.integers(1 << 30, size=size)
             rows = self._rows(ExampleIds(stores, indices, epochs), self._tables)
             probes.append(first_fit(self._encodings(rows).sizes, self.lengths[0]).num_rows)
         return probes
@@ -253,29 +305,59 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         """The global batch of a step."""
-        drawn = self.examples(step)
-        each = zip(self._groups, self.lengths, strict=True)
-        return tuple(self._group(drawn, tables, lengths) for tables, lengths in each)
+        shards = [self.shard(step, number) for number in range(self.num_shards)]
+        return self.arrays(shards, max(shard[0].num_rows for shard in shards))
 
-    def _group(
+    def shard(self, step: int, number: int) -> Shard:
+        """Returns where the tokens of one shard of a step go, in its own rows."""
+        first, end = (
+            step * self.batch_size + n * self.batch_size // self.num_shards
+            for n in (number, number + 1)
+        )
+        drawn = self._sampler(np.arange(first, end))
+        each = zip(self._groups, self.lengths, strict=True)
+        return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
+
+    def batch_rows(self, fullest: int) -> int:
+        """Returns the rows of each group of a batch whose fullest shard needs so many."""
+        if not self.pack:
+            return self.rounded(self._shard_size)
+        return next(c for c in self.row_counts if c >= self.num_shards * fullest)
+
+    def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
+        """Returns the rows of some of a step's shards, block after block.
+
+        Args:
+            shards: of the step.
+            fullest: rows that the fullest of all its shards needs, these or others.
+        """
+        count, features = self.batch_rows(fullest) // self.num_shards, self._features
+        batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
+        for place, shard in enumerate(shards):
+            block = slice(place * count, (place + 1) * count)
+            for group, packed in zip(batch, shard, strict=True):
+                if packed.encodings is None or packed.packing is None:
+                    continue
+                own = {name: array[block] for name, array in group.items()}
+                tokens = zip(*(table.tokens(e) for table, e, _ in packed.rows), strict=True)
+                scatter(own, packed.encodings, packed.packing, *map(np.concatenate, tokens))
+        return batch
+
+    @property
+    def _features(self) -> dict[str, bool]:
+        return {"shared": self.shared, "several_tasks": len(self.data.parts) > 1}
+
+    def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
-    ) -> Group:
-        """One group: the rows drawn, the encodings they read, where these lie, and the arrays."""
+    ) -> Packed:
+        """One group of a shard: the rows drawn, the encodings they read, and where these lie."""
         rows = self._rows(drawn, tables)
-        count = round_up(self.batch_size, self.row_multiple)
-        features = {"shared": self.shared, "several_tasks": len(self.data.parts) > 1}
         if not rows:
-            return empty_group(count, *lengths, **features)
+            return Packed(rows)
         encodings = self._encodings(rows)
         if self.pack:
-            packing = first_fit(encodings.sizes, lengths)
-            count = next(c for c in self.row_counts if c >= packing.num_rows)
-        else:
-            packing = Packing.padded(encodings.places)
-        group = empty_group(count, *lengths, **features)
-        tokens = zip(*(table.tokens(examples) for table, examples, _ in rows), strict=True)
-        scatter(group, encodings, packing, *map(np.concatenate, tokens))
-        return group
+            return Packed(rows, encodings, first_fit(encodings.sizes, lengths))
+        return Packed(rows, encodings, Packing.padded(encodings.places))
 
     def _rows(self, drawn: ExampleIds, tables: Sequence[TokenTable]) -> Rows:
         return rows_of(drawn, tables, self.seed if self.data.sample_rationales else None)
@@ -311,15 +393,3 @@ class Batches:
 def filled_rows(batch: Batch) -> int:
     """Returns the number of rows that hold tokens."""
     return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)
-
-
-def iterate(
-    batches: Batches, start: int, stop: int, *, num_threads: int = 1, prefetch: int = 4
-) -> Iterator[Batch]:
-    """Batches of the steps from `start` to before `stop`, made ahead in threads by Grain."""
-    import grain
-
-    if stop <= start:
-        return iter(())
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.range(start, stop).map(batches).to_iter_dataset(options))

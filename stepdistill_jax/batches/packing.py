@@ -231,21 +231,28 @@ def _each_two(lengths: list[int]) -> np.ndarray:
     return sums
 
 
-def choose_row_counts(probes: Sequence[int], bound: int, row_multiple: int) -> tuple[int, ...]:
-    """At most four packed row counts that cost few empty rows, the last for any batch at all.
+def choose_row_counts(
+    probes: Sequence[int], bound: int, row_multiple: int, *, num_shards: int = 1
+) -> tuple[int, ...]:
+    """At most four packed row counts of a shard that cost few empty rows, the last for any at all.
 
-    The first two are those that give the probes the smallest mean; the third stands a standard
-    deviation above the largest probe, so that the fourth, which is far larger, is hardly ever
-    compiled.
+    The first two are those that give the fullest of `num_shards` probes the smallest mean; the third
+    stands a standard deviation or two above the largest probe, so that the fourth, which is far
+    larger, is hardly ever compiled.
 
     Args:
-        probes: packed rows that random batches needed.
-        bound: packed rows that no batch can exceed.
+        probes: packed rows that random shards needed.
+        bound: packed rows that no shard can exceed.
         row_multiple: counts are multiples of it.
+        num_shards: of a batch, which all get as many rows as the fullest of them needs.
     """
     used = np.sort(np.asarray(probes, np.int64))
+    # of more shards one lies further out: so far that the fourth is for one batch in some thousands
+    spread = used.std() * (1 + math.log10(num_shards) / 2)
+    third = round_up(used[-1] + max(1, int(np.ceil(spread))), row_multiple)
+    if num_shards > 1:
+        used = np.random.default_rng(0).choice(used, (PROBES, num_shards)).max(1)
     rounded = np.array([round_up(count, row_multiple) for count in used.tolist()])
-    third = round_up(used[-1] + max(1, int(np.ceil(used.std()))), row_multiple)
     values = np.unique(rounded)
     means = {
         (a, b): np.where(rounded <= a, a, np.where(rounded <= b, b, third)).mean()

@@ -58,7 +58,7 @@ def candidates(
         free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token"}
         packed = dataclasses.replace(batches, row_lengths=lengths, **free)
         probes = packed.probe(PROBES)
-        rows = float(np.mean([round_up(count, batches.row_multiple) for count in probes]))
+        rows = float(np.mean([packed.rounded(count) for count in probes]))
         found.append(RowLengths(*lengths, rows, rows * cost(*lengths)))
     return found
 

@@ -198,16 +198,53 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def place_rows(batch: Any, mesh: Mesh) -> Any:
+def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
     """A tree of host arrays [rows, ...] as global arrays cut by rows over the mesh.
 
-    Every process holds the whole batch and gives each of its devices the rows that this device
-    owns: right for any mesh, also where a tensor axis makes two processes own the same rows.
+    Every process gives each of its devices the rows that this device owns: right for any mesh, also
+    where a tensor axis makes two processes own the same rows.
+
+    Args:
+        batch: arrays of the blocks at hand, one after the other; all rows by default.
+        mesh: that the rows are cut over.
+        blocks: which of `num_blocks` equal blocks of rows these are, ascending: those of `blocks_on`.
+        num_blocks: into which all rows are cut.
     """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
-    )
+    place_of = {block: place for place, block in enumerate(blocks)}
+
+    def placed(x: np.ndarray) -> jax.Array:
+        size = len(x) // len(blocks)
+
+        def rows(index: Any) -> np.ndarray:
+            # consecutive blocks: a device's rows may begin in one and end in another
+            first, end, _ = index[0].indices(size * num_blocks)
+            own = place_of[first // size] * size + first % size
+            return x[own : own + end - first]
+
+        return jax.make_array_from_callback((size * num_blocks, *x.shape[1:]), sharding, rows)
+
+    return jax.tree.map(placed, batch)
+
+
+def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
+    """Returns which of equal blocks of a batch's rows devices need, for the rows that they own.
+
+    A device needs each block that holds a row of its own. Where blocks and devices do not divide each
+    other, and where a tensor axis spans processes, two processes need the same block.
+
+    Args:
+        mesh: that the rows are cut over.
+        num_blocks: into which all rows are cut.
+        devices: of the mesh; None is this process's.
+    """
+    shards = batch_shards(mesh)
+    owned = batch_sharding(mesh).devices_indices_map((shards * num_blocks,))
+    needed = set()
+    for device in mesh.local_devices if devices is None else devices:
+        first, end, _ = owned[device][0].indices(shards * num_blocks)
+        needed.update(range(first // shards, -(-end // shards)))
+    return tuple(sorted(needed))
 
 
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:

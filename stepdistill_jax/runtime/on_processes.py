@@ -1,48 +1,53 @@
 """Work of one process or of all, and what they tell each other; with one process nothing is sent.
 
-Every process must make these calls in the same order. An error that only one of them meets is raised
-in all: they end together, instead of waiting for one that has left.
+Every process must make these calls in the same order, in the main thread or, with a channel of its
+own, in another one. An error that only one of them meets is raised in all: they end together, instead
+of waiting for one that has left.
 """
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
+from stepdistill_jax.runtime.channel import Channel
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import agreed
 
 T = TypeVar("T")
-_BLOCK = 1024  # bytes; messages are filled up to few sizes, so few programs compile
+MAIN = Channel("main")  # of the main thread
 
 
 class PeerFailed(RuntimeError):
     """Another process failed; the message has its number and its error."""
 
 
-def on_all_processes(action: Callable[[], T]) -> T:
+def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """`action()` on every process, each with its own result.
 
     Raises:
         InputError: on all processes, if the first one that failed met one; else what it met (the
             others have a `PeerFailed`). The message names the process.
     """
-    import jax
-
-    if jax.process_count() == 1:
-        return action()
-    result, error = None, None
-    try:
-        result = action()
-    except Exception as e:
-        error = e
-    _raise_first(_gather(_as_json(error)), error)
+    result, error = _tried(action)
+    _raise_first(_gather(_as_json(error), channel), error)
     return result  # pyright: ignore[reportReturnType]
 
 
-def on_process_0(action: Callable[[], Any]) -> Any:
+def of_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
+    """`action()` on every process; the result of each, a JSON value, by process, on all.
+
+    Raises:
+        InputError, PeerFailed: as `on_all_processes`.
+    """
+    result, error = _tried(action)
+    results, errors = zip(*_gather([result, _as_json(error)], channel), strict=True)
+    _raise_first(errors, error)
+    return list(results)
+
+
+def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
     """`action()` on process 0 alone; its result, a JSON value, on all.
 
     Raises:
@@ -50,15 +55,8 @@ def on_process_0(action: Callable[[], Any]) -> Any:
     """
     import jax
 
-    if jax.process_count() == 1:
-        return action()
-    result, error = None, None
-    if jax.process_index() == 0:
-        try:
-            result = action()
-        except Exception as e:
-            error = e
-    result, failure = _gather([result, _as_json(error)])[0]
+    result, error = _tried(action) if jax.process_index() == 0 else (None, None)
+    result, failure = _gather([result, _as_json(error)], channel)[0]
     _raise_first([failure], error)
     return result
 
@@ -116,6 +114,18 @@ def until_stopped(
         yield update
 
 
+def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Returns the result or, where other processes wait to hear of it, the error."""
+    import jax
+
+    if jax.process_count() == 1:
+        return action(), None
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
 def _as_json(error: Exception | None) -> list[Any] | None:
     if error is None:
         return None
@@ -124,7 +134,7 @@ def _as_json(error: Exception | None) -> list[Any] | None:
     return [False, f"{type(error).__name__}: {error}"]
 
 
-def _raise_first(errors: list[Any], own: Exception | None) -> None:
+def _raise_first(errors: Sequence[Any], own: Exception | None) -> None:
     import jax
 
     # one error decides for all, so that all go on or unwind in the same way
@@ -136,14 +146,6 @@ def _raise_first(errors: list[Any], own: Exception | None) -> None:
             raise (InputError if is_input else PeerFailed)(f"process {process}: {message}")
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: Any, channel: Channel = MAIN) -> list[Any]:
     """The JSON value of each process, by process."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(-(-int(sizes.max()) // _BLOCK) * _BLOCK, np.uint8)
-    padded[: text.size] = text
-    texts = multihost_utils.process_allgather(padded)
-    return [json.loads(t[:n].tobytes()) for t, n in zip(texts, sizes, strict=True)]
+    return channel.combined(value, lambda values: values)

@@ -2,16 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh
 
 from stepdistill_jax.batches import row_lengths
-from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.batches.batch import Batch, Batches
+from stepdistill_jax.batches.host import HostBatch, iterate
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.formats.directory import read_model_files
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import train_flops
+from stepdistill_jax.models.sharding import blocks_on, place_rows
+from stepdistill_jax.runtime.channel import Channel
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_weights import with_token_weights
@@ -125,3 +131,18 @@ def batches_of(
         shuffle=shuffle,
         loss_mean=config.loss_mean,
     )
+
+
+def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[HostBatch]:
+    """Returns this process's rows of the batches from `start` to before `stop`, made ahead.
+
+    Every process asks for the same steps, in the same order.
+    """
+    channel = Channel("batches") if jax.process_count() > 1 else None
+    shards = blocks_on(mesh, batches.num_shards)
+    return iterate(batches, start, stop, shards=shards, channel=channel)
+
+
+def placed(batch: HostBatch, mesh: Mesh) -> Batch:
+    """Returns a batch as global arrays, of which each process has made its rows."""
+    return place_rows(batch.groups, mesh, blocks=batch.shards, num_blocks=batch.num_shards)

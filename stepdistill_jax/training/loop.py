@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from stepdistill_jax.batches.batch import filled_rows, iterate
-from stepdistill_jax.models.sharding import batch_shards, place_rows
+from stepdistill_jax.batches.batch import filled_rows
+from stepdistill_jax.models.sharding import batch_shards
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
 from stepdistill_jax.runtime.metrics import last_step_metrics
@@ -16,6 +16,7 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.signals import UNWIND_SECS, StopSignals
 from stepdistill_jax.tasks.task_data import shares_in_words
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.data import on_this_host, placed
 from stepdistill_jax.training.memory import out_of_memory_explained
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 from stepdistill_jax.training.profile import StepProfile
@@ -88,14 +89,14 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
             extra_loss=config.extra_loss,
             num_tasks=len(run.data.parts),
         )
-        source = iterate(run.batches, start, config.train_steps)
+        source = on_this_host(run.batches, start, config.train_steps, run.mesh)
         startup.done("state")
         for step in range(start + 1, config.train_steps + 1):
             with profile.step(step):
                 asked = time.monotonic()
                 batch = next(source)
                 waited = time.monotonic() - asked
-                state, device_metrics = step_fn(state, place_rows(batch, run.mesh))
+                state, device_metrics = step_fn(state, placed(batch, run.mesh))
                 startup.first_step(device_metrics)
                 supervisor.record(step, batch, device_metrics, waited)
             profile.ended(step, supervisor.flush)

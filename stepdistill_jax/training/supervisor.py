@@ -42,7 +42,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from stepdistill_jax.batches.batch import Batch
+from stepdistill_jax.batches.host import HostBatch
 from stepdistill_jax.data.schedules import Schedule
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.answer_files import write_answers
@@ -124,7 +124,7 @@ class Supervisor:
         self._tasks = [part.name for part in run.data.parts]
         extra = [config.extra_loss] if config.extra_loss else []
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
-        self._pending: tuple[int, Batch, dict, float, float | None] | None = None
+        self._pending: tuple[int, HostBatch, dict, float, float | None] | None = None
         self.last: dict[str, Any] = {}
         self._silent = dict.fromkeys(self._names, 0)  # steps in a row without a target token
         self._zero_steps, self._spiking = 0, False
@@ -195,7 +195,7 @@ class Supervisor:
 
     # --- recording
 
-    def record(self, step: int, batch: Batch, device_metrics: dict, waited: float) -> None:
+    def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
         """Keeps a step and writes the one before it, so that reading never holds up the devices.
 
         `device_metrics` may still be computed; `waited` is in seconds, for the batch. Raises as `flush`.
@@ -237,16 +237,14 @@ class Supervisor:
         if self._in_a_row:
             self._enforce(step, metrics)
 
-    def _numbers(self, step: int, batch: Batch, got: dict[str, Any]) -> dict[str, float]:
+    def _numbers(self, step: int, batch: HostBatch, got: dict[str, Any]) -> dict[str, float]:
         by_task = got["sums"]
         sums = by_task.over_tasks(len(self._names), len(self._tasks))
         metrics = {"loss": float(got["loss"]), "grad_norm": float(got["grad_norm"])}
         for i, (name, weight) in enumerate(self._weights.items()):
             of_tokens = name in self._names  # an extra loss has no target tokens
             if of_tokens:
-                metrics[f"target_tokens/{name}"] = float(
-                    sum(int((g["decoder_objective_ids"] == i + 1).sum()) for g in batch)
-                )
+                metrics[f"target_tokens/{name}"] = float(batch.objective_tokens[i])
             if sums.count[i] > 0:
                 metrics[f"loss/{name}"] = float(sums.loss[i] / sums.count[i])
                 if of_tokens:

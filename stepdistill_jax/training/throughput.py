@@ -3,9 +3,8 @@
 import time
 
 import jax
-import numpy as np
 
-from stepdistill_jax.batches.batch import Batch
+from stepdistill_jax.batches.host import HostBatch
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.runtime.chips import chip_of
@@ -33,36 +32,25 @@ class Throughput:
         """Returns the middle between the last known end and `ended`: two steps share that time."""
         return (self._last + ended) / 2
 
-    def of_step(self, batch: Batch, ended: float) -> dict[str, float]:
+    def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
         """Returns `timing/...` and fill of a step that ended at `ended` of `now`.
 
         Its time is that since the step before it ended, or since the last `pause`.
         """
         seconds, self._last = max(ended - self._last, 1e-9), ended
-        targets = [g["decoder_segment_ids"] > 0 for g in batch]
-        inputs = [g["encoder_segment_ids"] > 0 for g in batch]
-        # not those of a decoder prefix, which are given
-        real_targets = sum(int((g["decoder_objective_ids"] > 0).sum()) for g in batch)
         flops = sum(
-            train_flops(
-                self._config,
-                rows=i.shape[0],
-                input_length=i.shape[1],
-                target_length=t.shape[1],
-            )
-            for i, t in zip(inputs, targets, strict=True)
+            train_flops(self._config, rows=rows, input_length=inputs, target_length=targets)
+            for rows, inputs, targets in batch.shapes
         )
+        cells = [sum(rows * lengths[i] for rows, *lengths in batch.shapes) for i in (0, 1)]
         metrics = {
-            "non_padding_fraction/inputs": _share(inputs),
-            "non_padding_fraction/targets": _share(targets),
+            "non_padding_fraction/inputs": batch.input_tokens / cells[0],
+            "non_padding_fraction/targets": batch.target_tokens / cells[1],
             "timing/examples_per_second": self._batch_size / seconds,
-            "timing/target_tokens_per_second": real_targets / seconds,
+            # not those of a decoder prefix, which are given
+            "timing/target_tokens_per_second": sum(batch.objective_tokens) / seconds,
             "timing/tflops_per_second": flops / seconds / 1e12,
         }
         if self._peak is not None:
             metrics["timing/mfu"] = flops / seconds / self._peak
         return metrics
-
-
-def _share(masks: list[np.ndarray]) -> float:
-    return float(sum(int(m.sum()) for m in masks) / sum(m.size for m in masks))

@@ -20,11 +20,11 @@ from stepdistill_jax.inference.labels import score_targets
 from stepdistill_jax.inference.prompting import cut_ids, read_answer, scored_answer
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.lora import merge
-from stepdistill_jax.models.sharding import place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.metrics import TaskMetrics
 from stepdistill_jax.tasks.task_data import Part, TaskData
+from stepdistill_jax.training.data import on_this_host, placed
 from stepdistill_jax.training.loss import over_tasks
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
@@ -171,8 +171,8 @@ class Validator:
         parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
         # loss, correct, count; float64 over many batches
         totals = np.zeros((3, len(parts) * count))
-        for step in range(self.batches.num_steps):
-            sums = self.eval_step(params, place_rows(self.batches(step), self.mesh))
+        for batch in on_this_host(self.batches, 0, self.batches.num_steps, self.mesh):
+            sums = self.eval_step(params, placed(batch, self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
             on_batch()
         metrics = self._means(over_tasks(of, count, len(parts)) for of in totals)

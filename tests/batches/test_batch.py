@@ -1,6 +1,7 @@
 import collections
 import itertools
 import pathlib
+from unittest import mock
 
 import hypothesis.strategies as st
 import jax
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from stepdistill_jax.batches.batch import Batches, iterate
+from stepdistill_jax.batches import batch as batch_module
+from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.sampler import MIXTURE_BLOCK
 from stepdistill_jax.data.objectives import Objective, step_by_step
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, place_rows
+from stepdistill_jax.models.sharding import Layout, blocks_on, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.tasks.registry import columns_of
 from stepdistill_jax.tasks.task_data import Part, TaskData
@@ -204,25 +206,55 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @PROPERTY
-@given(problems(), st.sampled_from([1, 2, 4]), st.booleans())
-def test_processes_share_out_one_and_the_same_batch(problem, processes, pack):
-    """Each makes the batch for itself; the rows of its devices, put together, are the batch."""
-    whole = make(problem, seed=1, row_multiple=8, pack=pack)(3)
-    sharding = batch_sharding(make_mesh(Layout(data=8)))
-    for process in range(processes):
-        own = make(problem, seed=1, row_multiple=8, pack=pack)(3)
-        for group, expected in zip(own, whole, strict=True):
-            for name, value in group.items():
-                rows = [
-                    index[0]
-                    for device, index in sharding.devices_indices_map(value.shape).items()
-                    if device.id * processes // 8 == process
-                ]
-                mine = slice(
-                    process * len(value) // processes, (process + 1) * len(value) // processes
-                )
-                joined = np.concatenate([value[r] for r in rows])
-                np.testing.assert_array_equal(joined, expected[name][mine])
+@given(problems(), st.integers(1, 5), st.sampled_from([1, 4, 6]), st.booleans())
+def test_a_shard_is_a_block_of_rows_with_its_own_examples(problem, shard, row_multiple, pack):
+    """Every target token lies in the block of its example's shard, once."""
+    examples, weights, lengths, batch_size = problem
+    with mock.patch.object(batch_module, "SHARD_EXAMPLES", shard):
+        batches = make(problem, seed=3, row_multiple=row_multiple, pack=pack)
+        count, whole = batches.num_shards, batches(2)
+    assert count == max(1, batch_size // shard)
+    drawn, ends = batches.examples(2).indices, [i * batch_size // count for i in range(count + 1)]
+    for number in range(count):
+        rows = len(whole[0]["encoder_segment_ids"])
+        assert rows % count == rows % row_multiple == 0
+        block = slice(number * rows // count, (number + 1) * rows // count)
+        mine = drawn[ends[number] : ends[number + 1]]
+        want = expected([examples[i] for i in mine], [weights[i] for i in mine], lengths)
+        got = segments([{name: x[block] for name, x in group.items()} for group in whole])
+        assert sorted(got) == sorted(want)
+
+
+@PROPERTY
+@given(
+    problems(),
+    st.integers(1, 5),
+    st.sampled_from([Layout(data=8), Layout(data=2, fsdp=2, tensor=2), Layout(tensor=8)]),
+    st.permutations(range(8)),
+    st.booleans(),
+)
+def test_devices_get_their_rows_of_the_whole_batch(problem, shard, layout, order, pack):
+    """However devices are dealt out to processes, and whether or not shards and devices divide."""
+    mesh, processes = make_mesh(layout), (order[:1], order[1:4], order[4:])
+    with (
+        mock.patch.object(batch_module, "SHARD_EXAMPLES", shard),
+        # of a real job a process is asked for its own devices' rows alone
+        mock.patch.object(jax, "make_array_from_callback", lambda *given: given),
+    ):
+        batches = make(problem, seed=1, row_multiple=8, pack=pack)
+        whole = batches(3)
+        every = [batches.shard(3, number) for number in range(batches.num_shards)]
+        fullest = max(packed[0].num_rows for packed in every)
+        for devices in ([jax.devices()[i] for i in process] for process in processes):
+            blocks = blocks_on(mesh, batches.num_shards, devices)
+            own = batches.arrays([every[number] for number in blocks], fullest)
+            placed = place_rows(own, mesh, blocks=blocks, num_blocks=batches.num_shards)
+            for group, want in zip(placed, whole, strict=True):
+                for name, (shape, sharding, rows) in group.items():
+                    assert shape == want[name].shape
+                    of = sharding.devices_indices_map(shape)
+                    for device in devices:
+                        np.testing.assert_array_equal(rows(of[device]), want[name][of[device]])
 
 
 def test_placed_rows_are_the_batch_and_lie_on_their_devices():
@@ -402,18 +434,6 @@ def test_examples_without_any_target_are_never_drawn():
     assert sorted(batches.examples(0).indices) == [1, 3, 5]
     with pytest.raises(InputError, match="no example with a target"):
         Batches(task_of(store_of(examples[:1])), 3, 8, 8, seed=0)
-
-
-def test_threads_of_grain_give_the_same_batches_from_any_step():
-    rng = np.random.default_rng(0)
-    examples = [[([3] * n + [1], [4] * m + [1])] for n, m in rng.integers(1, 9, (40, 2))]
-    batches = Batches(task_of(store_of(examples)), 8, 16, 16, seed=0)
-    got = list(iterate(batches, 5, 12, num_threads=3, prefetch=4))
-    assert len(got) == 7
-    for step, batch in enumerate(got, 5):
-        for name, value in batches(step)[0].items():
-            np.testing.assert_array_equal(batch[0][name], value)
-    assert list(iterate(batches, 5, 5)) == []
 
 
 MODEL = T5Config(

@@ -16,7 +16,7 @@ path, address, count, me = sys.argv[1:5]
 import jax
 if int(count) > 1:
     jax.config.update("jax_enable_compilation_cache", False)  # as `stepdistill_jax.runtime.distributed.join`
-    jax.distributed.initialize(address, int(count), int(me))
+    jax.distributed.initialize(address, int(count), int(me), heartbeat_timeout_seconds=30)
 code, sys.argv = 0, [path, *sys.argv[5:]]
 try:
     assert jax.process_count() == int(count)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from stepdistill_jax.batches import batch as batch_module
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import T5Config
@@ -25,6 +26,7 @@ from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.config import TrainConfig
+from stepdistill_jax.training.data import on_this_host, placed
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import in_mesh, jit_train_step
@@ -32,6 +34,7 @@ from stepdistill_jax.training.step import in_mesh, jit_train_step
 EXAMPLES, BATCH_SIZE, STEPS = 40, 16, 10  # an epoch ends in the middle of a step
 MODEL = T5Config(128, 64, 8, 8, 128, 1, 1, dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
+batch_module.SHARD_EXAMPLES = 4  # four shards, of which a process makes its own
 
 
 def batches_of() -> Batches:
@@ -104,19 +107,23 @@ def main(out: pathlib.Path, batches: Batches, tx, name, layout, stop, workdir=No
         "losses": [],
         "fed": [],
         "tokens": [],
+        "made": [],
+        "known": [],
     }
     static = {"model": T5(MODEL), "tx": tx, "objective_weights": WEIGHTS}
     lower = jit_train_step(abstract, mesh, **static).__wrapped__.lower
     step_fn = in_mesh(lower, mesh)(abstract, place_rows(batches(0), mesh)).compile()
     # gloo gives up on a peer that is still compiling 30 s later
     ocp.multihost.sync_global_processes(f"compiled {name}")
-    for step in range(int(state.step), stop):
-        placed = place_rows(batches(step), mesh)
-        seen, tokens = fed(placed[0])
-        state, metrics = step_fn(state, placed)
+    for own in on_this_host(batches, int(state.step), stop, mesh):
+        batch = placed(own, mesh)
+        seen, tokens = fed(batch[0])
+        state, metrics = step_fn(state, batch)
         saw["losses"].append(float(metrics["loss"]))
         saw["fed"].append(seen)
         saw["tokens"].append(tokens)
+        saw["made"].append(own.shards)
+        saw["known"].append([*own.objective_tokens, own.input_tokens, own.shapes])
     saw["end_digest"] = workdir and [digest(state.params), digest(state.opt_state)]
     if checkpoints:
         metrics = {"step": stop, "validated": False}

@@ -60,10 +60,14 @@ def test_processes_take_the_steps_of_one_device(tmp_path, start, one_device, cou
         saw, params = read(tmp_path, name, count)
         for process in saw:
             np.testing.assert_allclose(process["losses"], whole["losses"], rtol=2e-6, err_msg=name)
+            assert process["known"] == whole["known"]
             check_held(name, process, count)
         assert largest_gap(params, expected) < 1e-5, name
         if name not in SHARING[count]:
             check_rows(saw, whole)
+            # four shards, and each process packs those of its rows alone
+            made = sorted(shard for process in saw for shard in process["made"][0])
+            assert made == [0, 1, 2, 3]
         elif name == "tensor":
             assert all(process["fed"] == whole["fed"] for process in saw)
 

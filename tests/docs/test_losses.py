@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from stepdistill_jax.batches.batch import iterate
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.training import loop, train
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.data import on_this_host
 from stepdistill_jax.training.learning_rate import FALLING, SHAPES
 from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -156,13 +156,13 @@ def stop_after(step, config, workdir, **where):
         pass
 
     def batches(*args, **kwargs):
-        for number, batch in enumerate(iterate(*args, **kwargs)):
+        for number, batch in enumerate(on_this_host(*args, **kwargs)):
             if number == step:
                 raise Ended
             yield batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "iterate", batches)
+        patch.setattr(loop, "on_this_host", batches)
         with pytest.raises(Ended):
             train(config, workdir=workdir, **where)
 

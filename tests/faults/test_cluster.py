@@ -33,7 +33,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.training.validation import Validator
 
 PLACES = {
-    "step": (loop, "place_rows", 8),
+    "step": (loop, "placed", 8),
     "save": (Checkpoints, "_seal", 2),  # Orbax is still writing, the other one waits for it
     "validation": (Validator, "_decode", 1),
     "restore": (CheckpointManager, "restore", 1),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepdistill_jax.batches.host import HostBatch
 from stepdistill_jax.batches.sampler import ExampleIds
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.config import t5_config
@@ -90,20 +91,23 @@ def by_accuracy(found, best_metric):
 
 def record(supervisor, step, *, loss=2.0, grad_norm=1.0, rationale_tokens=0):
     """One row of three label tokens and some rationale tokens, one place of four left empty."""
-    ids = np.array([[1, 1, 1, *[2] * rationale_tokens]])
-    ones = np.ones_like(ids)
-    group = {
-        "decoder_objective_ids": ids,
-        "decoder_segment_ids": ones,
-        "encoder_segment_ids": np.array([[1, 1, 1, 0]]),
-    }
+    targets = 3 + rationale_tokens
+    batch = HostBatch(
+        groups=(),
+        shards=(0,),
+        num_shards=1,
+        shapes=((1, 4, targets),),
+        input_tokens=3,
+        target_tokens=targets,
+        objective_tokens=(3, rationale_tokens),
+    )
     sums = ObjectiveSums(
         loss=np.array([6.0, 3.0 * rationale_tokens]),
         correct=np.array([1.0, 0.0]),
         count=np.array([3.0, rationale_tokens]),
     )
     loss = loss if isinstance(loss, Result) else Result(loss)
-    supervisor.record(step, (group,), {"loss": loss, "grad_norm": grad_norm, "sums": sums}, 0.5)
+    supervisor.record(step, batch, {"loss": loss, "grad_norm": grad_norm, "sums": sums}, 0.5)
 
 
 # --- recording

@@ -100,13 +100,13 @@ NO_DATA = """
 import json, sys, threading
 import stepdistill_jax.training.loop as loop
 from stepdistill_jax.training import TrainConfig
-iterate = loop.iterate
-def stopping(batches, start, stop):
-    for step, batch in enumerate(iterate(batches, start, stop), start + 1):
+made = loop.on_this_host
+def stopping(batches, start, *others):
+    for step, batch in enumerate(made(batches, start, *others), start + 1):
         if step == 15:
             threading.Event().wait()
         yield batch
-loop.iterate = stopping
+loop.on_this_host = stopping
 settings, workdir, data_dir = json.loads(sys.argv[1]), *sys.argv[2:]
 loop.train(TrainConfig(**settings), workdir=workdir, data_dir=data_dir)
 """

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.channel import Channel
 from stepdistill_jax.runtime.checkpoints.fit import require_fit
 from stepdistill_jax.runtime.checkpoints.manifest import (
     DELETED,
@@ -20,6 +21,7 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
     CheckpointError,
     SavedStep,
     defect,
+    defect_by_all,
     files_digest,
     purge,
     reseal,
@@ -28,15 +30,12 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
     set_aside_unsound,
 )
 from stepdistill_jax.runtime.fingerprints import digest
-from stepdistill_jax.runtime.on_processes import on_process_0
+from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0
 from stepdistill_jax.runtime.stores import StoreError, as_path, is_remote
 
 FOLDER = "checkpoints"
 PARAMS, STATE = ITEMS = ("params", "state")
 KEPT_LATEST = 2
-BARRIER_MS = (
-    3_600_000  # a manifest of hundreds of gigabytes takes minutes; a lost peer ends us sooner
-)
 
 
 def rank(metrics: dict[str, Any]) -> Any:
@@ -83,7 +82,8 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_raised)
         self._folder = folder = checkpoints_folder(workdir)
-        on_process_0(lambda: (purge(folder), set_aside_unsound(folder)))
+        on_process_0(lambda: purge(folder))
+        set_aside_unsound(folder)
         self._metrics = saved_steps(workdir)
         self._verified = max(self._metrics, default=None)
         self._kept = _Kept(self._metrics)
@@ -104,7 +104,7 @@ class Checkpoints:
         )
         self._background = concurrent.futures.ThreadPoolExecutor(1, "seal")
         self._sealing: concurrent.futures.Future | None = None
-        self._saving = self._seals = 0
+        self._saving, self._channel = 0, Channel("seal")
 
     def latest_step(self) -> int | None:
         """The newest finished step."""
@@ -154,7 +154,7 @@ class Checkpoints:
             CheckpointError: it is damaged, or cannot be read by this process; names the file.
         """
         if step != self._verified:
-            on_process_0(lambda: self._require_sound(step))
+            self._require_sound(step)
         for item, wanted in ((PARAMS, params), (STATE, rest)):
             folder = self._folder / str(step) / item
             require_fit(folder, wanted, "this run's model and optimizer")
@@ -176,7 +176,7 @@ class Checkpoints:
         return got["params"], got["state"]
 
     def _require_sound(self, step: int) -> None:
-        if problem := defect(self._folder / str(step)):
+        if problem := defect_by_all(self._folder / str(step)):
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
     def wait(self) -> None:
@@ -196,15 +196,13 @@ class Checkpoints:
 
     def _seal(self, step: int, metrics: dict[str, Any]) -> None:
         """In the background, after Orbax has finished a step in all processes."""
+        on_all_processes(self._finish, self._channel)
+        seal(self._folder / str(step), metrics, self._channel)
+        on_process_0(lambda: purge(self._folder), self._channel)
+
+    def _finish(self) -> None:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
-        if jax.process_index() == 0:
-            seal(self._folder / str(step), metrics)
-            purge(self._folder)
-        # all processes come here, or JAX ends those that wait; no device takes part
-        self._seals += 1
-        sync = ocp.multihost.get_barrier_sync_fn()
-        sync(key=f"stepdistill_sealed_{self._seals}", timeout_ms=BARRIER_MS)
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:

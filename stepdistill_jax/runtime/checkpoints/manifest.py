@@ -10,11 +10,14 @@ import pathlib
 import re
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from stepdistill_jax.runtime.channel import Channel
+from stepdistill_jax.runtime.checkpoints.reading import digests, digests_by_all
 from stepdistill_jax.runtime.files import atomic_write
-from stepdistill_jax.runtime.fingerprints import crc32, digest, of_each
+from stepdistill_jax.runtime.fingerprints import digest
+from stepdistill_jax.runtime.on_processes import MAIN, on_process_0
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import asked, is_remote
 
@@ -51,12 +54,27 @@ class SavedStep(NamedTuple):
     problem: str | None
 
 
-def seal(step_folder: pathlib.Path, metrics: dict[str, Any]) -> None:
-    """Writes the manifest of a step that Orbax has finished; a crc32 of each file, read once."""
-    sizes = _files(step_folder)
-    digests = _digests(step_folder, _to_read(step_folder, sizes))
-    files = {name: [size, digests.get(name)] for name, size in sizes.items()}
-    _write(step_folder, {"metrics": metrics, "files": files})
+def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
+    """Writes the manifest of a step that Orbax has finished; a crc32 of each file, read once.
+
+    All processes call it: each reads a part of the files, process 0 writes. None returns before the
+    step is sealed.
+
+    Args:
+        step_folder: of the step.
+        metrics: of the step.
+        channel: of the calling thread.
+    """
+    sizes = on_process_0(lambda: _files(step_folder), channel)
+    to_read = {name: sizes[name] for name in _to_read(step_folder, sizes)}
+    found = digests_by_all(step_folder, to_read, channel)
+
+    def write() -> None:
+        read = found | digests(step_folder, to_read.keys() - found.keys())
+        files = {name: [size, read.get(name)] for name, size in sizes.items()}
+        _write(step_folder, {"metrics": metrics, "files": files})
+
+    on_process_0(write, channel)
 
 
 def reseal(step_folder: pathlib.Path, metrics: dict[str, Any]) -> None:
@@ -75,19 +93,52 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
         None where every byte is as it was saved, else FILE: WHAT of the first that is not.
     """
     try:
-        wanted = _read(step_folder)["files"]
+        wanted = _wanted(step_folder, below)
     except ValueError as error:
         return str(error)
-    wanted = {n: w for n, w in wanted.items() if n.startswith(f"{below}/" if below else "")}
-    if problem := _other_size(wanted, _files(step_folder)):
+    return _difference(step_folder, wanted, {})
+
+
+def defect_by_all(step_folder: pathlib.Path) -> str | None:
+    """Returns what `defect` does, on all processes, which call it together and read a part each."""
+
+    def look() -> tuple[dict[str, list[Any]], str | None]:
+        try:
+            return _wanted(step_folder, ""), None
+        except ValueError as error:
+            return {}, str(error)
+
+    wanted, problem = on_process_0(look)
+    if problem is not None:
         return problem
+    sizes = {name: size for name, (size, crc) in wanted.items() if crc is not None}
+    found = digests_by_all(step_folder, sizes, MAIN)
+    return on_process_0(lambda: _difference(step_folder, wanted, found))
+
+
+def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
+    """Size and digest of each file of an item by the manifest; ValueError where a size is another."""
+    files = _read(step_folder)["files"]
+    wanted = {n: w for n, w in files.items() if n.startswith(f"{below}/" if below else "")}
+    if problem := _other_size(wanted, _files(step_folder)):
+        raise ValueError(problem)
+    return wanted
+
+
+def _difference(
+    step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
+) -> str | None:
+    """The first file whose bytes are others than were saved; those not yet `found` are read."""
+    names = [n for n, (_, crc) in wanted.items() if crc is not None]
     try:
-        found = _digests(step_folder, [n for n, (_, crc) in wanted.items() if crc is not None])
+        found = found | digests(step_folder, [n for n in names if n not in found])
     except OSError as error:
         return f"{error.filename or step_folder}: cannot be read ({error.strerror or error})"
-    for name, crc in found.items():
-        if crc != wanted[name][1]:
-            return f"{name}: other bytes than were saved (crc32 {crc}, not {wanted[name][1]})"
+    for name in names:
+        if found[name] != wanted[name][1]:
+            return (
+                f"{name}: other bytes than were saved (crc32 {found[name]}, not {wanted[name][1]})"
+            )
     return None
 
 
@@ -120,6 +171,8 @@ def set_aside_unsound(folder: pathlib.Path) -> int | None:
     others, names and sizes are compared. A step without a manifest is the save that a kill cut off
     if it is the newest one: the next save only starts when the one before has its manifest.
 
+    All processes call it: each reads a part of the steps' bytes, process 0 judges and renames.
+
     Returns:
         The newest good step; None in a folder where no save has ever come to its end.
 
@@ -127,24 +180,40 @@ def set_aside_unsound(folder: pathlib.Path) -> int | None:
         CheckpointError: none is good, and there were some; lists them.
         OSError: one cannot be renamed.
     """
-    good, steps = None, saved(folder)
-    for step in reversed(steps):
-        if is_remote(folder) and not (step.folder / COMMITTED).exists():
-            continue  # what Orbax itself takes for unfinished, and removes
-        problem = step.problem or (defect(step.folder) if good is None else None)
-        if problem is None:
-            good = step.number if good is None else good
-            continue
-        cut_off = step.problem == UNSEALED and step is steps[-1]
-        target = _move(step.folder, UNFINISHED if cut_off else DAMAGED)
-        log(f"warning: checkpoint {step.folder}: {problem}; set aside as {target.name}")
+    good, problems = None, dict(on_process_0(lambda: _looked_at(folder)))
+    for number in reversed(list(problems)):
+        if problems[number] is None and good is None:
+            problems[number] = defect_by_all(folder / str(number))
+            good = number if problems[number] is None else None
+    on_process_0(lambda: _set_aside(folder, problems, good))
+    return good
+
+
+def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
+    """(step, problem) by names and sizes, oldest first; not of what Orbax itself will remove."""
+    steps = [
+        s
+        for s in saved(folder)
+        if not is_remote(folder) or (s.folder / COMMITTED).exists()  # Orbax: unfinished
+    ]
+    return [(s.number, s.problem) for s in steps]
+
+
+def _set_aside(folder: pathlib.Path, problems: Mapping[int, str | None], good: int | None) -> None:
+    newest = max((s.number for s in saved(folder)), default=None)
+    for number, problem in reversed(list(problems.items())):
+        if problem is not None:
+            cut_off = problem == UNSEALED and number == newest
+            target = _move(folder / str(number), UNFINISHED if cut_off else DAMAGED)
+            log(
+                f"warning: checkpoint {folder / str(number)}: {problem}; set aside as {target.name}"
+            )
     damaged = [p.name for p in set_aside(folder) if DAMAGED in p.name]
     if good is None and damaged:
         raise CheckpointError(
             f"{folder}: no good checkpoint to go on from, all are damaged: {', '.join(damaged)};"
             " put back a copy of one under its number, or start in another `workdir`"
         )
-    return good
 
 
 def purge(folder: pathlib.Path) -> None:
@@ -273,14 +342,6 @@ def _files(step_folder: pathlib.Path) -> dict[str, int]:
 def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
     remote = is_remote(step_folder)
     return [name for name, size in sizes.items() if not remote or size <= READ_IN_STORE]
-
-
-def _digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    def checksum(path: pathlib.Path) -> str:
-        with asked(path), path.open("rb") as f:
-            return f"{crc32(f):08x}"
-
-    return of_each(checksum, step_folder, names)
 
 
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:

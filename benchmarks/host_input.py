@@ -1,0 +1,145 @@
+"""CPU time of one host's input, for small and large global batches on one and on many processes.
+
+    python benchmarks/host_input.py --json
+
+Made-up examples, as long as CommonsenseQA's and with a rationale each, are drawn and packed into rows
+of 192 input and 72 target tokens. A process makes the shards of its own devices
+(`stepdistill_jax/batches/host.py`); the first of many does so here, alone. Figures are CPU time of one
+thread, the median of `--rounds` turns: a busy machine changes them little. Placing the arrays on devices
+is not in them. `need` is what 8 H100s at 45% of their peak would train on, in examples a second, with
+rows as full as these; `ours` is what one thread makes of the second batch size on one process.
+
+`opening` is the time to open the token store, of which pieces are read, and to compare every byte of
+it, as `inspect --verify` does.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import timing
+
+LENGTHS = (192, 72)
+GPUS, UTILISATION = 8, 0.45
+MODELS = ("base", "large")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--examples", type=int, default=100_000, help="of the data")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 4096, 65536])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 64])
+
+
+def examples(count: int) -> Iterator[Any]:
+    """Inputs of 45 tokens, labels of 3 and rationales of 29 on average."""
+    import numpy as np
+
+    from stepdistill_jax.tasks.token_store import TokenExample
+
+    rng = np.random.default_rng(0)
+
+    def ids(length: int) -> list[int]:
+        return [*rng.integers(3, 32_000, length).tolist(), 1]
+
+    for _ in range(count):
+        inputs = ids(int(np.clip(rng.normal(44, 10), 20, 120)))
+        rationale = ids(int(np.clip(rng.normal(28, 10), 5, 70)))
+        yield TokenExample([(inputs, ids(int(rng.integers(1, 4)))), (inputs, rationale)])
+
+
+def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
+    """CPU milliseconds of a step in the first of the processes, and what comes of them."""
+    own = range(-(-batches.num_shards // processes))
+    times = []
+    for step in range(rounds + 1):
+        began = time.process_time()
+        shards = [batches.shard(step, number) for number in own]
+        fullest = max(shard[0].num_rows for shard in shards)
+        batches.arrays(shards, fullest)
+        times.append(time.process_time() - began)
+    seconds = statistics.median(times[1:])  # the first draws a permutation
+    return {
+        "shards": len(own),
+        "of_shards": batches.num_shards,
+        "examples": len(own) * batches.batch_size / batches.num_shards,
+        "milliseconds": 1e3 * seconds,
+        "examples_per_row": batches.batch_size / batches.batch_rows(fullest),
+    }
+
+
+def needs(examples_per_row: float) -> dict[str, float]:
+    """Examples a second that the GPUs would train on, by model."""
+    from stepdistill_jax.models.config import t5_config
+    from stepdistill_jax.models.flops import peak_flops, train_flops
+
+    peak, found = peak_flops("NVIDIA H100"), {}
+    assert peak is not None
+    for size in MODELS:
+        model = t5_config("t5_v1_1", size, vocab_size=32_128)
+        inputs, targets = LENGTHS
+        row = train_flops(model, rows=1, input_length=inputs, target_length=targets)
+        found[size] = GPUS * UTILISATION * peak / row * examples_per_row
+    return found
+
+
+def main() -> None:
+    args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=5)
+    from stepdistill_jax.batches.batch import Batches
+    from stepdistill_jax.data.objectives import step_by_step
+    from stepdistill_jax.tasks.task_data import TaskData
+    from stepdistill_jax.tasks.token_store import open_store, verify_store, write_store
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/store"
+        store = write_store(path, ("label", "rationale"), examples(args.examples))
+        opening = {}
+        for name, open_it in (("opened", open_store), ("every_byte", verify_store)):
+            began = time.process_time()
+            open_it(store.directory)
+            opening[name] = 1e3 * (time.process_time() - began)
+        data = TaskData.of_store("made up", "train", step_by_step(1.0, 0.5), store, None)
+        cells = []
+        for batch_size in args.batch_sizes:
+            batches = Batches(data, batch_size, *LENGTHS, seed=0, row_multiple=8)
+            _ = batches.row_counts  # once a run
+            for processes in args.processes:
+                figures = of_process(batches, processes, args.rounds)
+                cells.append({"batch_size": batch_size, "processes": processes, **figures})
+    print(f"{timing.device()}, one thread, {args.rounds} rounds")
+    print(f"opening {args.examples} examples, ms of CPU: {opening}")
+    print(
+        "| batch | processes | shards of one | ms of CPU a step | examples a second of a thread |"
+    )
+    print("|---|---|---|---|---|")
+    for c in cells:
+        rate = c["examples"] / c["milliseconds"] * 1e3
+        c["examples_per_second"] = rate
+        print(
+            f"| {c['batch_size']:,} | {c['processes']} | {c['shards']} of {c['of_shards']} |"
+            f" {c['milliseconds']:.2f} | {rate:,.0f} |"
+        )
+    of_thread = cells[min(len(cells) - 1, len(args.processes))]
+    need = needs(of_thread["examples_per_row"])
+    for size, rate in need.items():
+        print(f"{GPUS} H100 of T5 v1.1 {size} at {UTILISATION:.0%} MFU: {rate:,.0f} examples/s")
+    if args.json:
+        ours = {"examples_per_second": of_thread["examples_per_second"]}
+        result = {
+            "ours": ours,
+            "peers": {},
+            "ratio": {n: ours["examples_per_second"] / rate for n, rate in need.items()},
+            "need": need,
+            "cells": cells,
+            "opening": opening,
+            "threads": 1,
+            "device": timing.device(),
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    timing.run(main)
