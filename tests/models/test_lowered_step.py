@@ -96,7 +96,7 @@ def forward(config, **changes):
 def scoring(config):
     seen = []
 
-    def trace(fn, mesh):
+    def trace(fn, mesh, dtype):
         def call(params, arrays):
             seen.append(jax.make_jaxpr(fn)(params, arrays))
             return np.zeros(arrays[1].shape, np.float32)
