@@ -88,7 +88,7 @@ def test_fields_are_mapped(tmp_path):
 @pytest.mark.parametrize(
     ("field_map", "message"),
     [
-        ({"input": "qestion"}, r"test\.jsonl:1 has no field 'qestion' \(found: question, answer\); did you mean 'question'"),
+        ({"input": "qestion"}, r"no row of .*test\.jsonl has a field 'qestion' \(found: question, answer\); did you mean 'question'"),
         ({"lable": "answer"}, r"no field 'lable' to fill \(known: id, input.*did you mean 'label'"),
     ],
 )  # fmt: skip
