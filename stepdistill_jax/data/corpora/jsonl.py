@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from stepdistill_jax.data.corpora.row_sources import RowSource, Source, find_sources
+from stepdistill_jax.data.csv_rows import is_csv
 from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import FIELDS, INPUT_PAIR, Rationale
 from stepdistill_jax.data.objectives import FIELD_NAME
@@ -139,9 +140,9 @@ class _Rows:
         if first_bad is None:
             raise InputError(f"{file.name}: no rows in it")
         self._check_mapped()
-        raise InputError(
-            str(first_bad) + (f" (and none of its {bad:,} rows can be used)" if bad > 1 else "")
-        )
+        header = "; its first line names the columns" if is_csv(file.name) else ""
+        none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
+        raise InputError(f"{first_bad}{header}{none}")
 
     def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | None:
         """Returns a row's example; None of one that `annotate` got no answer for.
