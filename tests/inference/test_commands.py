@@ -70,6 +70,7 @@ def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys)
         (("predict", workdir, broken, out), "broken.jsonl:7: broken JSON"),
         (("predict", workdir, tmp_path / "none.jsonl", out), "none.jsonl: no such file"),
         (("predict", tmp_path / "none", source, out), "none: no such model directory"),
+        (("predict", tmp_path / "none", broken, out), "none: no such model directory"),
         (("predict", workdir, source, out, "--step", "4"), "4"),
         (("predict", workdir, source, out, "--module", "mine"), "--module"),
         (
