@@ -5,7 +5,8 @@ import pathlib
 from typing import Any
 
 from stepdistill_jax.data.defects import BAD_ROW, Defect
-from stepdistill_jax.data.rows import BadRow
+from stepdistill_jax.data.labels import EXAMPLES
+from stepdistill_jax.data.rows import BadRow, place
 from stepdistill_jax.errors import InputError, printable
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.progress import written
@@ -41,6 +42,14 @@ class BadRows:
             {"file": x.file, "row": x.line, "reason": printable(written(x.reason), 300)}
             for x in self.first
         ]
+
+    def warnings(self, total: int) -> list[dict[str, Any]]:
+        """Returns the warning of rows that were left out, as `data.labels` has others; none of none."""
+        if not self.count:
+            return []
+        places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
+        message = f"{self.of(total)}; such rows are left out, and listed in {DEFECTS}"
+        return [{"kind": BAD_ROW, "count": self.count, "examples": places, "message": message}]
 
     def of(self, total: int) -> str:
         """Returns `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""

@@ -77,7 +77,8 @@ def _rows(
         if isinstance(cells, str):
             yield BadRow(path, line, cells)
         elif len(cells) != len(header):
-            wrong = f"{len(cells)} cells, where the header has {len(header)} columns"
+            s = "" if len(cells) == 1 else "s"
+            wrong = f"{len(cells)} cell{s}, where the header has {len(header)} columns"
             yield BadRow(path, line, wrong)
         else:
             pairs = zip(header, cells, strict=True)

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data import prepared, writing
-from stepdistill_jax.data.bad_rows import DEFECTS, UnusableRows, keep_list, remove_list
+from stepdistill_jax.data.bad_rows import UnusableRows, keep_list, remove_list
 from stepdistill_jax.data.corpora.row_sources import Source
 from stepdistill_jax.data.counts import shared_inputs
-from stepdistill_jax.data.defects import BAD_ROW
-from stepdistill_jax.data.labels import EXAMPLES, label_counts, warnings
+from stepdistill_jax.data.labels import label_counts, warnings
 from stepdistill_jax.data.reading import Reading
-from stepdistill_jax.data.rows import place
 from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.checks import one_of, refused
@@ -131,7 +129,7 @@ def prepare(
         "metric": reading.metric,
         "reused": reused,
         "notes": notes,
-        "warnings": warnings(tallies),
+        "warnings": [*bad.warnings(total), *warnings(tallies)],
         "skipped": bad.count,
         "bad_rows": bad.table(),
         "vocabulary_size": None,
@@ -142,12 +140,6 @@ def prepare(
             for split, tally in tallies.items()
         },
     }
-    if bad.count:
-        text = f"{bad.of(total)}; they are left out, and listed in {DEFECTS}"
-        places = [place(row.file, row.line) for row in bad.first[:EXAMPLES]]
-        result["warnings"].insert(
-            0, {"kind": BAD_ROW, "count": bad.count, "examples": places, "message": text}
-        )
     if (directory / prepared.VOCABULARY).exists():
         result["vocabulary_size"] = SentencePieceVocabulary(directory / prepared.VOCABULARY).size
         for split, counts in read_json(directory / prepared.FILE)["vocabulary"].items():

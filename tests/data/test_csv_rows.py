@@ -59,7 +59,7 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
         (8, ["two\nlines", "11"]),
     ]
     assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
-        (3, "1 cells, where the header has 2 columns"),
+        (3, "1 cell, where the header has 2 columns"),
         (4, "a quote opens, and does not close at the end of a cell (read up to line 6)"),
         (6, 'a quote closes within a cell; inside quotes, a quote is written twice ("")'),
         (7, "3 cells, where the header has 2 columns"),
