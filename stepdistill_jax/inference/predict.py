@@ -17,7 +17,6 @@ import jax
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.directory import require_directory
 from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.allowed_answers import Allowed, allow
 from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
@@ -101,7 +100,6 @@ def predict(
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
-    on_process_0(lambda: require_directory(path))
     on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
     source = on_all_processes(lambda: InputFile(input, on_error))
     model = open_engine(path, chosen)

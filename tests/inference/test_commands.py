@@ -169,5 +169,6 @@ print([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "gin") if m in 
     command = [sys.executable, "-c", code, str(model_dir), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-2])["rows"] == 1
+    assert json.loads(done.stdout.splitlines()[-3])["rows"] == 1
+    assert json.loads(done.stdout.splitlines()[-2])["exit_code"] == 2
     assert done.stdout.splitlines()[-1] == "[]"
