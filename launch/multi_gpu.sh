@@ -35,8 +35,15 @@ for number in ${options[@]+"${options[@]}"}; do
 done
 [ $# -gt 0 ] || die "no command after '--', e.g. -- stepdistill train CONFIG --workdir DIR"
 
-listed=$(nvidia-smi -L 2>&1) || die "nvidia-smi does not work here: ${listed%%$'\n'*}"
-gpus=$(grep -c '^GPU ' <<<"$listed" || true)
+if listed=$(nvidia-smi -L 2>&1); then
+  gpus=$(grep -c '^GPU ' <<<"$listed" || true)
+elif [ -n "$dry_run" ]; then  # it shows a job for another host
+  IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}"
+  gpus=${#visible[@]}
+  echo "multi_gpu.sh: nvidia-smi does not work here; this is for a host of $gpus GPUs" >&2
+else
+  die "nvidia-smi does not work here: ${listed%%$'\n'*}"
+fi
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
   IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
   [ ${#visible[@]} -le "$gpus" ] || die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#visible[@]} GPUs, nvidia-smi lists $gpus"

@@ -227,6 +227,20 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_shipped_config(name):
         find_config(name)
 
 
+@pytest.mark.parametrize("form", ["optimizers/{}", "gin/optimizers/{}"])
+def test_a_part_that_is_not_there_names_those_that_are(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        InputError, match=r"adam\.gin: no such config file or shipped part; "
+    ) as caught:
+        find_config(form.format("adam.gin"))
+    beside = [part for part in PARTS if part.startswith("optimizers/")]
+    assert "optimizers has " + ", ".join(part.partition("/")[2] for part in beside) in str(
+        caught.value
+    )
+    assert "did you mean 'adamw.gin'?" in str(caught.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [part for part in PARTS if part.startswith("optimizers/")])
 def test_an_optimizer_learns_in_20_steps(part, tmp_path):

@@ -13,17 +13,29 @@ from stepdistill_jax.errors import InputError, printable
 GIN_PREFIX = "--gin."
 
 
+class UsageExit(SystemExit):
+    """The exit with 2 of bad usage; `message` is what was wrong with it."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+
+
 class Parser(argparse.ArgumentParser):
     """Bad usage is one line and exit 2; the usage text stays behind `--help`."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {printable(message)}; see `{self.prog} --help`\n")
+        text = f"{printable(message)}; see `{self.prog} --help`"
+        self._print_message(f"{self.prog}: error: {text}\n", sys.stderr)
+        raise UsageExit(text)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """`--json` and `--debug`, which every command has."""
     parser.add_argument(
-        "--json", action="store_true", help="end standard output with one JSON object"
+        "--json",
+        action="store_true",
+        help="end standard output with one JSON object; of an error it has `error` and `exit_code`",
     )
     parser.add_argument(
         "--debug", action="store_true", help="show the whole traceback of any error"

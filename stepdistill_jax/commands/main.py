@@ -6,6 +6,7 @@ processes ends by SIGABRT where JAX lost another one: start all of them again.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
 import json
@@ -15,7 +16,12 @@ import sys
 from typing import Any
 
 from stepdistill_jax import __version__
-from stepdistill_jax.commands.arguments import Parser, add_common_arguments, split_gin_flags
+from stepdistill_jax.commands.arguments import (
+    Parser,
+    UsageExit,
+    add_common_arguments,
+    split_gin_flags,
+)
 from stepdistill_jax.commands.flag_names import as_typed
 from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.errors import InputError, nearest, printable
@@ -23,7 +29,7 @@ from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
 from stepdistill_jax.runtime.distributed import end_soon, is_process_0, leave
 from stepdistill_jax.runtime.files import DISK_ERRORS
 from stepdistill_jax.runtime.on_processes import PeerFailed
-from stepdistill_jax.runtime.progress import log, write_names
+from stepdistill_jax.runtime.progress import log, write_names, written
 from stepdistill_jax.runtime.rendezvous import ProcessesMissing
 from stepdistill_jax.runtime.stores import StoreError
 
@@ -49,10 +55,15 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line; returns its exit code, or ends here where others run with this process."""
+    typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:
-        code = _exit_code(split_gin_flags(sys.argv[1:] if argv is None else list(argv)))
+        code = _exit_code(typed)
     except SystemExit as stop:
-        _leave(stop.code if isinstance(stop.code, int) else FAILED, owns_process=argv is None)
+        code = stop.code if isinstance(stop.code, int) else FAILED
+        if code != OK:
+            stopped = "stopped by a signal; the same command continues"
+            _ended(typed, code, stop.message if isinstance(stop, UsageExit) else stopped)
+        _leave(code, owns_process=argv is None)
         raise
     _leave(code, owns_process=argv is None)
     return code
@@ -64,6 +75,14 @@ def _leave(code: int, *, owns_process: bool) -> None:
         end_soon(code)
 
 
+def _ended(argv: list[str], code: int, error: str) -> int:
+    """Prints the JSON object of a command that failed, under `--json`; returns its exit code."""
+    if "--json" in argv and is_process_0():
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps({"error": error, "exit_code": code}), flush=True)
+    return code
+
+
 def _exit_code(argv: list[str]) -> int:
     debug = "--debug" in argv
     try:
@@ -73,10 +92,10 @@ def _exit_code(argv: list[str]) -> int:
             show_traceback()
         # one line, whatever a library's text in it looked like
         log(f"stepdistill: error: {printable(error)}")
-        return BAD_INPUT
+        return _ended(argv, BAD_INPUT, written(printable(error)))
     except KeyboardInterrupt:
         log("stepdistill: interrupted")
-        return INTERRUPTED
+        return _ended(argv, INTERRUPTED, "interrupted")
     except BrokenPipeError:
         # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,7 +105,7 @@ def _exit_code(argv: list[str]) -> int:
         if debug:
             show_traceback()
         log(f"stepdistill: failed: {printable(error)}")
-        return FAILED
+        return _ended(argv, FAILED, written(printable(error)))
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename
         if debug or not full:  # of a full disk, the line names the file
@@ -94,7 +113,7 @@ def _exit_code(argv: list[str]) -> int:
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if debug or full else " (--debug shows JAX's inner frames, too)"
         log(f"stepdistill: failed: {printable(summary)}{hint}")
-        return FAILED
+        return _ended(argv, FAILED, written(printable(summary)))
     finally:
         write_names(str)
 
@@ -115,7 +134,7 @@ def _run(argv: list[str]) -> int:
             _print_versions(as_json=args.json)
         else:
             parser.print_help()
-        return OK if args.version else BAD_INPUT
+        return OK if args.version else _ended(argv, BAD_INPUT, "no command given")
     if args.debug:
         os.environ["JAX_TRACEBACK_FILTERING"] = "off"
     write_names(as_typed(sub))

@@ -54,10 +54,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             " model's own task says (`evaluate --module` reads a split of such a task)"
         )
     join_and_cache(args.path)
+    from stepdistill_jax.formats.directory import require_directory
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.accuracy import in_words
     from stepdistill_jax.runtime.distributed import is_process_0
+    from stepdistill_jax.runtime.on_processes import on_process_0
 
+    # a mistyped model is named before a fault of the input
+    on_process_0(lambda: require_directory(args.path))
     with stopped_by_signals():
         result = predict(
             args.path,

@@ -1,11 +1,15 @@
 """`stepdistill prepare`: original files in, a checked dataset out."""
 
 import argparse
+import collections
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.commands.terminal import console
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, printable
+
+MOST_LABELS = 20  # in the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,14 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows), delivery (embedded)",
+        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows, CSV and TSV"
+        " among them), delivery (embedded)",
     )
     parser.add_argument(
         "--source",
         type=pathlib.Path,
         metavar="PATH",
-        help="folder of the original files; for jsonl a file, or a folder with train.jsonl and"
-        " perhaps validation.jsonl and test.jsonl",
+        help="folder of the original files; for jsonl a file (.csv and .tsv are read by their names), or"
+        " a folder with train.jsonl (or .csv, .tsv) and perhaps validation and test",
     )
     parser.add_argument(
         "--name",
@@ -53,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read the paper's files as its published code does, as dataset NAME_paper (NAME may be asdiv)",
     )
     parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="for jsonl: when all rows have been read, stop if some cannot be used (default), or skip"
+        " these; both list them",
+    )
+    parser.add_argument(
         "--report",
         type=pathlib.Path,
         metavar="DIR",
@@ -64,20 +76,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares, prints a table per split, and returns the figures."""
     from stepdistill_jax.commands.arguments import require_seqio
+    from stepdistill_jax.data.bad_rows import UnusableRows
     from stepdistill_jax.data.prepare import prepare
 
     require_seqio("prepare")
-    result = prepare(
-        args.name,
-        source=args.source,
-        new_name=args.new_name,
-        field_map=parse_map(args.field_map),
-        fields=[name.strip() for name in args.fields.split(",")] if args.fields else (),
-        teacher=args.teacher,
-        paper_exact=args.paper_exact,
-        report=args.report,
-        data_dir=args.data_dir,
-    )
+    try:
+        result = prepare(
+            args.name,
+            source=args.source,
+            new_name=args.new_name,
+            field_map=parse_map(args.field_map),
+            fields=[name.strip() for name in args.fields.split(",")] if args.fields else (),
+            teacher=args.teacher,
+            paper_exact=args.paper_exact,
+            on_error=args.on_error,
+            report=args.report,
+            data_dir=args.data_dir,
+        )
+    except UnusableRows as error:
+        if error.rows.count > 1:  # of a single one, the error's line says all
+            show_bad_rows(
+                error.rows.table(), error.rows.count, console(highlight=False, stderr=True)
+            )
+        raise
     show(result)
     return result
 
@@ -106,8 +127,14 @@ def show(result: dict[str, Any]) -> None:
     screen = console(highlight=False)
     for split, figures in result["splits"].items():
         screen.print(_table(split, figures))
+    if labels := _labels(result["splits"]):
+        screen.print(labels)
+    if result["skipped"]:
+        show_bad_rows(result["bad_rows"], result["skipped"], screen)
     for note in result["notes"]:
         screen.print(f"note: {escape(note)}")
+    for warning in result["warnings"]:
+        screen.print(f"warning: {escape(warning['message'])}")
     size = result["vocabulary_size"]
     made = f"vocabulary of {size} pieces, " if size else ""
     screen.print(
@@ -117,6 +144,43 @@ def show(result: dict[str, Any]) -> None:
     )
     if result["report"]:
         screen.print(f"Report: {escape(result['report'])}", soft_wrap=True)
+
+
+def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> None:
+    """Prints the table of rows that cannot be used; `rows` are the first of `count`."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"bad rows: {count:,}", title_justify="left", title_style="bold")
+    for name in ("file", "line", "what is wrong"):
+        table.add_column(name, justify="right" if name == "line" else "left")
+    for row in rows:
+        table.add_row(escape(row["file"]), str(row["row"]), escape(row["reason"]))
+    if count > len(rows):
+        table.add_row("", "", f"and {count - len(rows):,} more")
+    screen.print(table)
+
+
+def _labels(splits: dict[str, Any]) -> Any:
+    """The table of a closed set of labels; None where answers are free."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    totals = collections.Counter[str]()
+    for figures in splits.values():
+        totals.update(figures["labels"])
+    if not totals:
+        return None
+    table = Table(title=f"labels: {len(totals):,}", title_justify="left", title_style="bold")
+    table.add_column("")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for label, _ in totals.most_common(MOST_LABELS):
+        counts = [str(figures["labels"].get(label, 0)) for figures in splits.values()]
+        table.add_row(escape(printable(label, 40)), *counts)
+    if len(totals) > MOST_LABELS:
+        table.add_row(f"and {len(totals) - MOST_LABELS:,} more")
+    return table
 
 
 def _table(split: str, figures: dict[str, Any]) -> Any:

@@ -62,8 +62,20 @@ def find_config(name: str) -> pathlib.Path:
         return found
     if os.path.isdir(path):
         raise InputError(f"{name}: is a folder, a config file is wanted")
+    if len(path.parts) > 1 and (parts := _parts_beside(path)):
+        raise InputError(
+            f"{name}: no such config file or shipped part; {path.parent.name} has"
+            f" {', '.join(parts)}{nearest(path.name, parts)}"
+        )
     known = shipped_configs()
     raise InputError(
         f"{name}: no such config file, and no shipped config of that name"
         f"{nearest(path.stem, known) or ' (shipped: ' + ', '.join(known) + ')'}"
     )
+
+
+def _parts_beside(path: pathlib.Path) -> list[str]:
+    """Returns the file names of the shipped parts in the folder of a name such as `optimizers/adam.gin`."""
+    folder = shipped_folder("gin") / path.parent.as_posix().removeprefix("gin/")
+    # os.path's answer for a name that no folder can have is no
+    return sorted(part.name for part in folder.glob("*.gin")) if os.path.isdir(folder) else []

@@ -1,4 +1,4 @@
-"""Figures of a split, gathered row by row: nothing grows with the number of rows but eight bytes each."""
+"""Figures of a split, gathered row by row: nothing grows with the number of rows but 32 bytes each."""
 
 import array
 import collections
@@ -9,6 +9,7 @@ import numpy as np
 
 from stepdistill_jax.data.defects import HARMLESS, Defect
 from stepdistill_jax.data.reading import UNLABELLED, CheckedExample
+from stepdistill_jax.data.rows import place
 from stepdistill_jax.runtime.fingerprints import hash64
 
 TEACHER_FIGURES = {
@@ -17,6 +18,8 @@ TEACHER_FIGURES = {
     "teacher_accuracy_repaired": "after our repairs",
 }
 MAX_LABELS = 50
+COUNTED_LABELS, LONG_LABEL = 1000, 200  # different ones of a split; characters
+LINE_BITS = 40  # of a place, below the number of its file
 SHOWN = 3  # examples of each defect
 LENGTH_FIELDS = ("input", "label", "rationale")
 
@@ -35,6 +38,9 @@ class Tally:
         labelled: rows with a gold label, which the teacher's accuracy is over.
         human: rows with an explanation by people.
         texts, characters: of what a vocabulary would learn from.
+        label_rows: for each gold label its number of rows, and which row of the split (from 0) is the first; None where
+            there are more than COUNTED_LABELS, or more than MAX_LABELS and long ones among them.
+        hashes: of each row its input, its label (0 for none), and all of it that is trained on.
     """
 
     def __init__(self):
@@ -47,8 +53,11 @@ class Tally:
         self.examples: dict[str, list[tuple[str, Defect]]] = {}
         self.kept: collections.Counter[str] = collections.Counter()
         self.lengths = {name: collections.Counter[int]() for name in LENGTH_FIELDS}
-        self._labels: set[str] | None = set()
-        self._inputs = array.array("Q")
+        self.label_rows: dict[str, list[Any]] | None = {}
+        self.hashes = {name: array.array("Q") for name in ("input", "label", "row")}
+        self._choices = False
+        self._files: dict[str, int] = {}
+        self._places = array.array("Q")
 
     def add(self, row: CheckedExample) -> None:
         """Counts one row."""
@@ -60,7 +69,7 @@ class Tally:
         self.right.update(row.right)
         for defect in row.defects:
             self.defects[defect.kind] += 1
-            self.first_defects.setdefault(defect.kind, f"{defect.file}:{defect.row}")
+            self.first_defects.setdefault(defect.kind, defect.where)
             shown = self.examples.setdefault(defect.kind, [])
             if len(shown) < SHOWN:
                 shown.append((example.id, defect))
@@ -71,13 +80,30 @@ class Tally:
         self.texts += 2 + bool(example.label) + max(len(example.rationales), 1)
         self.characters += 2 * len(example.input) + len(example.rationale)
         self.characters += sum(len(r.text) for r in example.rationales)
-        self._inputs.append(hash64(example.input + example.input_pair))
-        if example.choices:
-            self._labels = None
-        elif self._labels is not None and example.label:
-            self._labels.add(example.label)
-            if len(self._labels) > MAX_LABELS:
-                self._labels = None
+        self._choices |= bool(example.choices)
+        self._note(row)
+
+    def _note(self, row: CheckedExample) -> None:
+        """Keeps what `data.labels` compares rows by, and where each stands."""
+        example, at = row.example, len(self._places)
+        asked = example.input + example.input_pair
+        texts = (asked, example.label, example.rationale, example.llm_label)
+        self.hashes["input"].append(hash64(asked))
+        self.hashes["label"].append(hash64(example.label) if example.label else 0)
+        self.hashes["row"].append(hash64("\0".join(texts)))
+        file = self._files.setdefault(row.file, len(self._files))
+        self._places.append(file << LINE_BITS | row.line)
+        if self.label_rows is None or not example.label:
+            return
+        self.label_rows.setdefault(example.label, [0, at])[0] += 1
+        many = len(self.label_rows)
+        if many > COUNTED_LABELS or (many > MAX_LABELS and len(example.label) > LONG_LABEL):
+            self.label_rows = None
+
+    def place(self, number: int) -> str:
+        """Returns `file:line` of a row, counted from 0 in this split; empty where it is not known."""
+        file, line = divmod(self._places[number], 1 << LINE_BITS)
+        return place([*self._files][file], line) if line else ""
 
     def _filter(self, row: CheckedExample) -> None:
         agrees = row.right.get("teacher_accuracy_repaired", row.right.get("teacher_accuracy"))
@@ -96,7 +122,8 @@ class Tally:
     @property
     def labels(self) -> list[str]:
         """The labels where they are few and the same for every row; else none."""
-        return sorted(self._labels or ())
+        few = self.label_rows is not None and len(self.label_rows) <= MAX_LABELS
+        return sorted(self.label_rows or ()) if few and not self._choices else []
 
     def figures(self) -> dict[str, Any]:
         """The split's entry of `prepare`'s result."""
@@ -116,11 +143,17 @@ def shared_inputs(tallies: Mapping[str, Tally]) -> list[str]:
     """Warns of inputs that are trained on and then asked for again."""
     if "train" not in tallies:
         return []
-    trained_on = [tallies[split]._inputs for split in ("train", UNLABELLED) if split in tallies]
+    trained_on = [
+        tallies[split].hashes["input"] for split in ("train", UNLABELLED) if split in tallies
+    ]
     seen = np.unique(np.concatenate([np.frombuffer(x, np.uint64) for x in trained_on]))
     counts = {
-        split: int(np.isin(np.frombuffer(tally._inputs, np.uint64), seen).sum())
+        split: int(np.isin(np.frombuffer(tally.hashes["input"], np.uint64), seen).sum())
         for split, tally in tallies.items()
         if split not in ("train", UNLABELLED)
     }
-    return [f"{n} inputs of {split} stand in train, too" for split, n in counts.items() if n]
+    return [
+        f"{n} input{'s' if n > 1 else ''} of {split} stand{'' if n > 1 else 's'} in train, too"
+        for split, n in counts.items()
+        if n
+    ]

@@ -2,9 +2,14 @@
 
 import dataclasses
 
+from stepdistill_jax.data.rows import place
+
 TEXT_LENGTH = 200  # characters of a defect's text
+BAD_ROW = "bad_row"
 # kind -> what it means and, where that is not "nothing", what is done
 KINDS = {
+    BAD_ROW: "a row that cannot be used, for the reason in its text; left out where that is asked for",
+    "blanks_around_label": "blanks before or after the label; stripped",
     "runs_on": "text goes on with an invented question; cut there",
     "empty": "no text before the next question",
     "no_answer": "no answer in the text: neither rationale nor answer; the row keeps its label",
@@ -34,8 +39,8 @@ class Defect:
 
     Attributes:
         kind: a name in KINDS.
-        file: the file in which it was found.
-        row: its position there (line number, or index in a JSON list, both from 1).
+        file: the file in which it was found; empty of a list in Python.
+        row: its position there (line number, or index in a list, both from 1).
         text: the text concerned, cut to TEXT_LENGTH.
     """
 
@@ -47,3 +52,8 @@ class Defect:
     def __post_init__(self):
         if len(self.text) > TEXT_LENGTH:
             object.__setattr__(self, "text", self.text[: TEXT_LENGTH - 1] + "…")
+
+    @property
+    def where(self) -> str:
+        """`file:row`, or `row 3` where there is no file."""
+        return place(self.file, self.row)

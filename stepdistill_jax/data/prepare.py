@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data import prepared, writing
+from stepdistill_jax.data.bad_rows import UnusableRows, keep_list, remove_list
+from stepdistill_jax.data.corpora.row_sources import Source
 from stepdistill_jax.data.counts import shared_inputs
+from stepdistill_jax.data.labels import label_counts, warnings
 from stepdistill_jax.data.reading import Reading
 from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
-from stepdistill_jax.runtime.checks import refused
+from stepdistill_jax.runtime.checks import one_of, refused
 from stepdistill_jax.runtime.files import read_json
 from stepdistill_jax.runtime.folders import alone, folder_aside
 from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
@@ -21,17 +24,19 @@ from stepdistill_jax.runtime.stores import local_path
 logger = logging.getLogger(__name__)
 
 NAMES = (*prepared.ORIGINALS, "jsonl", "delivery")
+ON_ERROR = ("stop", "skip")
 
 
 def prepare(
     name: str,
     *,
-    source: os.PathLike | str | None = None,
+    source: Source | None = None,
     new_name: str | None = None,
     field_map: Mapping[str, str] | None = None,
     fields: Sequence[str] = (),
     teacher: bool = True,
     paper_exact: bool = False,
+    on_error: str = "stop",
     report: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
@@ -45,8 +50,9 @@ def prepare(
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (the original layout, or exports), `jsonl` (anybody's
             own rows) or `delivery` (embedded, without source).
-        source: the folder of the original files; for `jsonl` a file, or a folder with train.jsonl
-            and optionally validation.jsonl and test.jsonl.
+        source: the folder of the original files; for `jsonl` a file (JSON lines; CSV or TSV by its
+            name), a folder with train.jsonl (or .csv, .tsv) and optionally validation and test, a
+            list of dicts, or such lists by split, e.g. {"train": [...], "test": [...]}.
         new_name: what to call the dataset, lower_snake_case; needed for `jsonl`.
         field_map: for `jsonl`, our field to the source's, e.g. {"input": "question"}.
         fields: for `jsonl`, names of other texts of a row to keep, for objectives that name them.
@@ -54,34 +60,48 @@ def prepare(
         paper_exact: reads the paper's files as its published code does, without repairs, and draws its
             validation split; the dataset is NAME_paper. It knows `asdiv`, too: SVAMP's and ASDiv's
             rows together.
+        on_error: for `jsonl`: after all rows have been read, `stop` if some cannot be used, or `skip`
+            them.
         report: folder for NAME.html, a page about the dataset.
         data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
 
     Returns:
-        {"name", "directory", "fingerprint", "metric", "reused", "notes", "vocabulary_size", "report",
+        {"name", "directory", "fingerprint", "metric", "reused", "notes", "warnings" (see
+        `data.labels`), "skipped" (number of bad rows), "bad_rows" (the first ones: [{"file", "row",
+        "reason"}]), "vocabulary_size", "report",
         "splits": {SPLIT: {"rows", "with_rationale", "teacher_accuracy", "teacher_accuracy_by_text",
-        "teacher_accuracy_repaired", "defects": {KIND: count}, "first_defects": {KIND: "file:row"},
+        "teacher_accuracy_repaired", "labels" ({LABEL: rows}, empty where answers are free),
+        "defects": {KIND: count}, "first_defects": {KIND: "file:row"},
         "vocabulary": {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}}}. Accuracies
         are shares of all rows with a gold label, None where they do not apply; a changed row does not come back the
         same from encoding and decoding, a changed-whitespace row does but for its whitespace.
 
     Raises:
+        UnusableRows: under `stop`, an InputError of all bad rows. They are listed with the other
+            defects in `data_dir/NAME.defects.jsonl`; nothing else is written.
         InputError: bad usage or a source that cannot be read as it should; nothing is written.
     """
+    one_of("on_error", on_error, ON_ERROR)
+    if on_error != "stop" and name != "jsonl":
+        raise InputError(f"`on_error`: only `prepare jsonl` has rows to skip, not {name}")
     dataset_name = _dataset_name(name, new_name, paper_exact)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
-    check_apart([directory], [source])
+    is_path = isinstance(source, str | os.PathLike)
+    check_apart([directory], [source] if is_path else [])
     if report is not None:
         from stepdistill_jax.data.report import PAGE, write_report
 
         page = pathlib.Path(report) / f"{dataset_name}.html"
-        check_outputs({page: PAGE}, [source], "`report`")
+        check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
     reading = _read(name, source, field_map, fields, teacher, paper_exact)
     with alone(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with folder_aside(directory) as new:
-            tallies, fingerprint = writing.write_rows(reading, new)
+            tallies, fingerprint, bad = writing.write_rows(reading, new)
+            total = bad.count + sum(tally.rows for tally in tallies.values())
+            if bad.count and on_error == "stop":
+                raise UnusableRows(bad, total, keep_list(new, directory))
             if not tallies:
                 raise InputError(
                     f"prepare {name}: no row of the source can be used: {'; '.join(reading.notes)}"
@@ -91,7 +111,9 @@ def prepare(
                 writing.check_replaceable(directory)
                 writing.write_rest(dataset_name, new, reading, tallies, fingerprint)
                 writing.replace(new, directory)
+            remove_list(directory)
     notes = [*reading.notes, *shared_inputs(tallies)]
+    counts = label_counts(tallies)
     if damage:
         notes.append(f"what was there was damaged, and is written anew: {damage}")
     if found is not None:
@@ -107,9 +129,16 @@ def prepare(
         "metric": reading.metric,
         "reused": reused,
         "notes": notes,
+        "warnings": [*bad.warnings(total), *warnings(tallies)],
+        "skipped": bad.count,
+        "bad_rows": bad.table(),
         "vocabulary_size": None,
         "report": None,
-        "splits": {split: tally.figures() for split, tally in tallies.items()},
+        "splits": {
+            split: tally.figures()
+            | {"labels": {label: n[split] for label, n in counts.items() if split in n}}
+            for split, tally in tallies.items()
+        },
     }
     if (directory / prepared.VOCABULARY).exists():
         result["vocabulary_size"] = SentencePieceVocabulary(directory / prepared.VOCABULARY).size
@@ -144,6 +173,7 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
         )
     if name not in NAMES and not paper_exact:
         more = "; `paper_exact` has it" if name in prepared.PUBLISHED else nearest(name, NAMES)
+        more = "; `prepare jsonl` reads CSV and TSV, too" if name in ("csv", "tsv") else more
         raise InputError(f"prepare: unknown dataset {name!r} (known: {', '.join(NAMES)}){more}")
     own = f"{name}{prepared.PAPER_SUFFIX}" if paper_exact else name
     if new_name is None:
@@ -163,7 +193,7 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
 
 def _read(
     name: str,
-    source: os.PathLike | str | None,
+    source: Source | None,
     field_map: Mapping[str, str] | None,
     fields: Sequence[str],
     teacher: bool,
@@ -181,7 +211,10 @@ def _read(
         return delivery.read()
     if source is None:
         raise InputError(f"prepare {name}: say where its files are with `source`")
-    source = local_path(source, "`source`")
+    if isinstance(source, str | os.PathLike):
+        source = local_path(source, "`source`")
+    elif name != "jsonl":
+        raise InputError(f"prepare {name}: `source` is a folder; lists are for `prepare jsonl`")
     if name == "jsonl":
         from stepdistill_jax.data.corpora import jsonl
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.runtime.fingerprints import hash64
 
 SPLITS = ("train", "validation", "test")
@@ -23,11 +24,15 @@ class CheckedExample:
         defects: what is wrong with it or its teacher text, each with file and row.
         right: for each teacher figure (`teacher_accuracy`, ...), whether this row counts as right;
             empty where no teacher was asked.
+        file: name of its file, without folders; empty of a list.
+        line: of the file, or position in the list, from 1; 0 where it is not known.
     """
 
     example: Example
     defects: tuple[Defect, ...] = ()
     right: dict[str, bool] = dataclasses.field(default_factory=dict)
+    file: str = ""
+    line: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Reading:
         version: raised when the same source would give other rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
         rows: starts reading: yields (split, row). The rows of a split come in the source's order;
-            splits may alternate.
+            splits may alternate. Some readers yield a `BadRow` for a row that cannot be used, with
+            an empty split where it would have none.
         sources: digest of each file that is read, by its name within the source.
         options: what else the rows depend on (field map, no teacher), JSON-like.
         notes: things to tell the user, e.g. that a split is left out; whole once `rows` is done.
@@ -49,7 +55,7 @@ class Reading:
     reader: str
     version: int
     metric: str
-    rows: Callable[[], Iterator[tuple[str, CheckedExample]]]
+    rows: Callable[[], Iterator[tuple[str, CheckedExample | BadRow]]]
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     options: dict[str, object] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -57,10 +63,20 @@ class Reading:
 
     @functools.cached_property
     def splits(self) -> dict[str, list[CheckedExample]]:
-        """All rows in memory, by split: for small sources."""
+        """All rows in memory, by split: for small sources.
+
+        Raises:
+            BadRow: the first one.
+        """
         found: dict[str, list[CheckedExample]] = collections.defaultdict(list)
+        bad: list[BadRow] = []
         for split, row in self.rows():
-            found[split].append(row)
+            if isinstance(row, BadRow):
+                bad.append(row)
+            else:
+                found[split].append(row)
+        if bad:
+            raise bad[0]
         return {split: found[split] for split in in_order(found)}
 
 

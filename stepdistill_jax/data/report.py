@@ -12,6 +12,7 @@ import numpy as np
 
 from stepdistill_jax.data.counts import LENGTH_FIELDS, TEACHER_FIGURES, Tally
 from stepdistill_jax.data.defects import KINDS
+from stepdistill_jax.data.labels import label_counts
 from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.overwriting import Made
 
@@ -20,6 +21,7 @@ PAGE = Made(
     b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     b'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Dataset ',
 )
+MOST_LABELS = 100  # in the table
 BARS = 24  # of a histogram, at most
 Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
@@ -80,6 +82,9 @@ def page(result: Mapping[str, Any], tallies: Mapping[str, Tally]) -> str:
         _list(result["notes"]),
         "<h2>Rows</h2>",
         _counts(tallies),
+        "<h2>Labels</h2>",
+        _list([warning["message"] for warning in result["warnings"]]),
+        _labels(tallies),
         "<h2>The teacher's answers</h2>",
         _accuracies(tallies),
         "<h2>What each filter would keep</h2>",
@@ -125,6 +130,19 @@ def _counts(tallies: Mapping[str, Tally]) -> str:
         for s, t in tallies.items()
     ]
     return _table(head, rows, (1, 2, 3, 4))
+
+
+def _labels(tallies: Mapping[str, Tally]) -> str:
+    counts = label_counts(tallies)
+    if not counts:
+        return "<p>Few rows share a label, so answers are taken as free, and not listed here.</p>"
+    rows = [
+        (html.escape(label), *(str(by_split.get(split, 0)) for split in tallies))
+        for label, by_split in [*counts.items()][:MOST_LABELS]
+    ]
+    if more := len(counts) - len(rows):
+        rows.append((f"and {more:,} more", *("" for _ in tallies)))
+    return _table(("label", *map(html.escape, tallies)), rows, range(1, len(tallies) + 1))
 
 
 def _accuracies(tallies: Mapping[str, Tally]) -> str:
@@ -182,7 +200,7 @@ def _defects(tallies: Mapping[str, Tally]) -> str:
     for kind in kinds:
         shown = [
             (
-                html.escape(f"{defect.file}:{defect.row}"),
+                html.escape(defect.where),
                 html.escape(f"{split}, {example_id}"),
                 f"<pre>{html.escape(defect.text) or '(no text)'}</pre>",
             )

@@ -33,9 +33,9 @@ class JsonRow:
 
     Attributes:
         fields: the object.
-        where: `file:line`, with the path as the user gave it.
+        where: `file:line`, with the path as the user gave it; `row 3` of a list.
         number: position among the file's rows, from 1; blank lines do not count.
-        line: line of the file, from 1.
+        line: line of the file, or position in the list, from 1.
     """
 
     fields: Mapping[str, Any]
@@ -50,7 +50,7 @@ class JsonRow:
             name: the field.
             strip: whether outer whitespace goes; an input is kept as it is.
             blank: whether a blank text will do.
-            hint: what to do about a missing text, for the message.
+            hint: what to do about an absent field, for the message.
 
         Raises:
             InputError: it is absent, blank, no text, or no valid Unicode.
@@ -60,7 +60,7 @@ class JsonRow:
         value = self.fields[name]
         value = None if value is None else as_text(value, name, self.where)
         if value is None or not (blank or value.strip()):
-            raise self._wrong(name, f"is empty{hint}")
+            raise self._wrong(name, "is empty")
         return value.strip() if strip else value
 
     def optional_text(self, name: str) -> str:
@@ -103,15 +103,20 @@ class JsonRow:
         return [JsonRow(x, f"{self.where}: in {name}[{i}]") for i, x in enumerate(values)]
 
     @property
+    def path(self) -> str:
+        """The path of its file; empty of a list."""
+        return self.where.rpartition(":")[0]
+
+    @property
     def file(self) -> str:
-        """The name of its file, without folders."""
-        return os.path.basename(self.where.rpartition(":")[0])
+        """The name of its file, without folders; empty of a list."""
+        return os.path.basename(self.path)
 
     @property
     def names(self) -> str:
         """The names of its fields for a message: `id, question`, or `none`."""
         more = ["..."] if len(self.fields) > MOST_NAMES else []
-        return ", ".join([*itertools.islice(self.fields, MOST_NAMES), *more]) or "none"
+        return ", ".join([*map(str, itertools.islice(self.fields, MOST_NAMES)), *more]) or "none"
 
     def _wrong(self, name: str, what: str) -> InputError:
         return InputError(f"{self.where}: the field {name!r} {what}")
@@ -121,14 +126,25 @@ class BadRow(InputError):
     """A row that cannot be read, and why.
 
     Attributes:
-        line: of the file, from 1.
+        file: name of the file, without folders; empty of a list.
+        line: of the file, or position in the list, from 1.
         reason: the message without file and line.
     """
 
-    def __init__(self, where: os.PathLike | str, line: int, reason: str):
-        """`where` is the file's path."""
-        super().__init__(f"{where}:{line}: {reason}")
-        self.line, self.reason = line, reason
+    def __init__(self, path: os.PathLike | str, line: int, reason: str):
+        """`path` is the file's; empty of a list."""
+        super().__init__(f"{place(path, line)}: {reason}")
+        self.file, self.line, self.reason = os.path.basename(path), line, reason
+
+    @classmethod
+    def of(cls, row: JsonRow, error: InputError) -> "BadRow":
+        """Returns what a reader of `row` raised, as a bad row."""
+        return cls(row.path, row.line, str(error).removeprefix(f"{row.where}: "))
+
+
+def place(path: os.PathLike | str, line: int) -> str:
+    """Returns `file:line`, or `row 3` where there is no file."""
+    return f"{os.fspath(path)}:{line}" if os.fspath(path) else f"row {line}"
 
 
 def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
@@ -144,6 +160,15 @@ def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
             yield BadRow(path, line, str(found).removeprefix(f"{where}: "))
         else:
             yield JsonRow(found, where, number, line)
+
+
+def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[JsonRow | BadRow]:
+    """Yields each row of a list of dicts, or what is wrong with it; `name` stands for a file's."""
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, Mapping):
+            yield JsonRow(row, place(name, number), number, number)
+        else:
+            yield BadRow(name, number, f"expected a dict, got {_kind(row)}")
 
 
 def read_rows(path: os.PathLike | str) -> Iterator[JsonRow]:
@@ -176,7 +201,7 @@ def read_example(
     Args:
         row: the row.
         needs: fields whose texts must be there and not blank, with a hint for the message of one that
-            is not. An input must always be there; unless it is among these, it may be blank.
+            is absent. An input must always be there; unless it is among these, it may be blank.
         fields: those to read; others are ignored, whatever they hold. `id`, `input`, `label` and
             `choices` always are.
         more: names of other texts to read, which rows may lack.
@@ -225,8 +250,8 @@ class UniqueIds:
         first = self._lines.setdefault(hash64(example_id), row.line)
         if first != row.line:
             raise InputError(
-                f"{row.where}: the id {example_id!r} stands at"
-                f" {row.where.rpartition(':')[0]}:{first}, too; a missing id is the row's number"
+                f"{row.where}: the id {example_id!r} stands at {place(row.path, first)}, too;"
+                " a missing id is the row's number"
             )
         return example_id
 

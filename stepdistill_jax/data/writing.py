@@ -9,9 +9,11 @@ from typing import Any
 
 from stepdistill_jax.data import objectives, prepared
 from stepdistill_jax.data import train_vocabulary as training
+from stepdistill_jax.data.bad_rows import DEFECTS, BadRows
 from stepdistill_jax.data.counts import Tally
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, in_order
+from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write, fsync, read_json, read_jsonl, write_json
 from stepdistill_jax.runtime.fingerprints import of_each, sha256
@@ -22,25 +24,29 @@ from stepdistill_jax.runtime.progress import progress
 FORMAT = 2  # raised when the same rows would be written otherwise
 PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process
 MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
-DEFECTS = "defects.jsonl"
 _FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of each dataset.json
 
 
-def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str]:
+def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str, BadRows]:
     """Reads everything once, and writes SPLIT.jsonl and defects.jsonl while it does.
 
     Returns:
-        The tally of each split, train first, and the fingerprint.
+        The tally of each split, train first, the fingerprint, and the bad rows, which are left out.
 
     Raises:
-        InputError: a row that is not as it should be.
+        InputError: the source cannot be read.
     """
+    bad = BadRows()
     tallies: dict[str, Tally] = {}
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(None, f"reading {reading.reader}, rows"))
         defects = stack.enter_context(atomic_write(folder / DEFECTS))
         for split, row in reading.rows():
+            bar.update()
+            if isinstance(row, BadRow):
+                defects.write(_line(bad.add(row, split)))
+                continue
             if split not in files:
                 files[split] = stack.enter_context(atomic_write(folder / f"{split}.jsonl"))
                 tallies[split] = Tally()
@@ -49,10 +55,9 @@ def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally]
             for defect in row.defects:
                 about = {"split": split, "id": row.example.id}
                 defects.write(_line(about | vars(defect)))
-            bar.update()
     tallies = {split: tallies[split] for split in in_order(tallies)}
     rows = {split: sha256(folder / f"{split}.jsonl") for split in tallies}
-    return tallies, prepared.fingerprint(describe(reading), rows)
+    return tallies, prepared.fingerprint(describe(reading), rows), bad
 
 
 def describe(reading: Reading) -> dict[str, Any]:

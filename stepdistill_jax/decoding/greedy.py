@@ -132,13 +132,14 @@ def _jit_decode(
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
     """`fn(params, arrays)` under `jax.jit`: of trees of [rows, ...]; each device gets all results.
 
-    Under a mesh, devices with rows of their own gather the parameters once, in `dtype`, and go
-    through their rows by themselves. GSPMD alone would gather them again at each token, ask all
-    devices whether all are done, and gather the logits of beams. It has its way where the gathered
-    parameters take more than `GATHERED` of a device's memory.
+    Matrices are cast to `dtype` once, not at each token. Under a mesh, devices with rows of their own
+    also gather the parameters once, and go through their rows by themselves. GSPMD alone would gather
+    them again at each token, ask all devices whether all are done, and gather the logits of beams. It
+    has its way where the gathered parameters take more than `GATHERED` of a device's memory.
     """
+    cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
-        return jax.jit(fn)
+        return jax.jit(lambda params, arrays: fn(cast(params), arrays))
     own_rows = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
     # the axes that are left to GSPMD inside
     rules = [(name, axis) for name, axis in LOGICAL_AXIS_RULES if axis == "tensor"]
@@ -148,8 +149,8 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
             return fn(params, arrays)
 
     def spread(params, arrays):
-        gathered = jax.tree_util.tree_map_with_path(functools.partial(_in_dtype, dtype), params)
-        if not own_rows or not _fits(gathered, mesh):
+        params = cast(params)
+        if not own_rows or not _fits(params, mesh):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
         return jax.shard_map(
@@ -159,13 +160,13 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
             out_specs=rows,
             axis_names=set(own_rows),
             check_vma=False,
-        )(gathered, arrays)
+        )(params, arrays)
 
     return jax.jit(spread, out_shardings=replicated(mesh))
 
 
 def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
-    """Returns what the model multiplies in `dtype` as such, so that half the bytes are sent."""
+    """Returns in `dtype` what the model multiplies in it: half the bytes to read and to send."""
     is_matrix = path[-1].key in ("kernel", "token_embedder") and x.dtype == np.float32
     return x.astype(dtype) if is_matrix else x
 

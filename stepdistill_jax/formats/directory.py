@@ -136,6 +136,18 @@ def write_model_files(
     write_json(directory / GENERATION_CONFIG, generation)
 
 
+def require_directory(path: os.PathLike | str) -> pathlib.Path:
+    """Returns the path of a model directory or workdir, here or in a store.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    path = as_path(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such model directory or workdir")
+    return path
+
+
 def is_ctranslate2(directory: os.PathLike | str) -> bool:
     """Whether a folder of this machine is one of CTranslate2's (`formats.ctranslate2`), whole or not."""
     folder = as_path(directory)
@@ -154,9 +166,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     Raises:
         InputError: a file or field that is missing, wrong, or not supported; names both.
     """
-    directory = as_path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such model directory")
+    directory = require_directory(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
         raise InputError(f"{directory}: not a model directory or workdir (it has no {CONFIG})")
     config = read_config(directory)

@@ -54,7 +54,7 @@ def read_questions(
             if check_row:
                 check_row(found)
         except InputError as error:
-            yield BadRow(path, row.line, str(error).removeprefix(f"{row.where}: "))
+            yield BadRow.of(row, error)
         else:
             yield found
 

@@ -107,12 +107,7 @@ class T5Config:
     quantized: bool = False
 
     def __post_init__(self):
-        if self.dtype == "float16":
-            raise InputError(
-                "`dtype`: float16 overflows in T5's feed-forward layers and gives NaN;"
-                " set `dtype=bfloat16`"
-            )
-        one_of("dtype", self.dtype, DTYPES)
+        check_dtype(self.dtype)
         one_of("attention", self.attention, ATTENTIONS)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
         if self.mlp_activations not in ACTIVATIONS:
@@ -127,6 +122,20 @@ class T5Config:
                 f"relative positions: `num_buckets` must be at least 4 and `max_distance` from"
                 f" {self.num_buckets // 2 + 1} to {MAX_SIZE}, not {self.num_buckets} and {self.max_distance}"
             )
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses a type that activations cannot have.
+
+    Raises:
+        InputError: float16, or no type that we know.
+    """
+    if dtype == "float16":
+        raise InputError(
+            "`dtype`: float16 overflows in T5's feed-forward layers and gives NaN;"
+            " set `dtype=bfloat16`"
+        )
+    one_of("dtype", dtype, DTYPES)
 
 
 def known_remat_policy(name: str) -> str:

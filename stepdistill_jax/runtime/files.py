@@ -16,7 +16,7 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
-_TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
+TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
 _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
     b"\x1f\x8b": "it is gzip's, so unpack it first",
     b"PK\x03\x04": "it is a zip archive, so unpack it first",
@@ -150,9 +150,9 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError:
-        raise InputError(f"not UTF-8{_no_text(raw)}") from None
+        raise InputError(f"not UTF-8{not_text(raw)}") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"broken JSON ({error.msg}){_no_text(raw)}") from None
+        raise InputError(f"broken JSON ({error.msg}){not_text(raw)}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
         raise InputError(f"JSON that cannot be read ({error})") from None
     if not isinstance(row, dict):
@@ -168,8 +168,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_text(raw: bytes) -> str:
-    """`; it is gzip's, so unpack it first` of what begins like that."""
+def not_text(raw: bytes) -> str:
+    """Returns a hint for a message, such as `; it is gzip's, so unpack it first`, or an empty text."""
     return next((f"; {what}" for magic, what in _NO_TEXT.items() if raw.startswith(magic)), "")
 
 
@@ -209,9 +209,9 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
     check_file(path, "a JSON-lines file")
     try:
         with open(path, "rb") as file:
-            for number, raw in _lines(file):
+            for number, raw in raw_lines(file):
                 if raw is None:
-                    yield number, InputError(f"{path}:{number}: {_TOO_LONG}")
+                    yield number, InputError(f"{path}:{number}: {TOO_LONG}")
                     continue
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -226,8 +226,8 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """(number from 1, line); None for one that is too long, which is passed over piece by piece."""
+def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Yields (number from 1, line); None for one that is too long, which is passed over in pieces."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from stepdistill_jax.data.builder import tensorflow
+from stepdistill_jax.data.corpora.row_sources import split_lists
 from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.data.text_metrics import METRICS, accuracy, metric_fn
 from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
@@ -31,6 +32,7 @@ from stepdistill_jax.tasks.sources import (
     check_source,
     describe_source,
     named_errors,
+    rows_of_lists,
 )
 from stepdistill_jax.tasks.supervision import Supervision, choose
 
@@ -95,8 +97,9 @@ def add_task(
     Args:
         name: of the mixture.
         source: a function from a split's name to rows (dicts with `input`, `label` and optionally
-            `rationale`, `llm_label`, `weight`; and texts that `objectives` name beside these), or
-            any `seqio.DataSource` of such rows.
+            `rationale`, `llm_label`, `weight`; and texts that `objectives` name beside these); such
+            rows themselves, as a list for the split `train` or as lists by split,
+            {"train": [...], "validation": [...]}; or any `seqio.DataSource` of such rows.
         splits: names of the splits; only for a function.
         objectives: an arm's name or objectives; each becomes a task. A `decoder_prefix` is not in
             its targets: training puts it before them.
@@ -127,6 +130,8 @@ def add_task(
     function, metric = (metric, "text_match") if callable(metric) else (None, metric)
     metric_fn(metric)
     objectives = resolve(objectives)
+    if splits is None and (lists := split_lists(source)) is not None:
+        source, splits = rows_of_lists(lists), list(lists)
     if callable(source) and not isinstance(source, seqio.DataSource):
         if not splits:
             raise InputError(f"add_task({name!r}): say which splits=[...] the function can read")
@@ -141,8 +146,8 @@ def add_task(
         )
     elif not isinstance(source, seqio.DataSource):
         raise InputError(
-            f"add_task({name!r}): source must be a function of the split's name or a"
-            f" seqio.DataSource, got {type(source).__name__}"
+            f"add_task({name!r}): source must be a function of the split's name, a list of dicts, lists"
+            f" by split or a seqio.DataSource, got {type(source).__name__}"
         )
     check_source(name, source)
     load_vocabulary(vocabulary)

@@ -13,9 +13,10 @@ from stepdistill_jax.models.config import (
     MAX_LENGTH,
     LoraConfig,
     T5Config,
+    check_dtype,
     known_remat_policy,
 )
-from stepdistill_jax.models.sharding import Layout
+from stepdistill_jax.models.sharding import LAYOUTS, Layout
 from stepdistill_jax.runtime.checks import keep, number, of_type, one_of, refused, whole
 from stepdistill_jax.tasks.mixtures import SINGLE
 from stepdistill_jax.tasks.supervision import Supervision
@@ -228,6 +229,9 @@ class TrainConfig:
         ):
             for name in names:
                 of_type(name, getattr(self, name), kind, words)
+        check_dtype(self.dtype)
+        if isinstance(self.layout, str):
+            one_of("layout", self.layout, LAYOUTS)
         object.__setattr__(self, "remat_policy", known_remat_policy(self.remat_policy))
         one_of("attention", self.attention, ATTENTIONS)
         if self.init_rules is not None:

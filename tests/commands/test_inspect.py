@@ -118,6 +118,8 @@ def test_verify_says_what_was_compared_and_names_a_damaged_store(
         (["delivry"], "did you mean 'delivery'"),
         (["demo_step_by_stp"], "did you mean 'demo_step_by_step'"),
         (["no/such.gin"], "no such config file"),
+        (["demo_step_by_step", "--set", "DTYPE=float16"], "DTYPE: float16 overflows"),
+        (["demo_step_by_step", "--set", "LAYOUT=ddp"], "LAYOUT must be one of data, fsdp"),
         (["delivery", "--split", "dev"], "no split 'dev'"),
         (["delivery", "--set", "SEED=1"], "need a config"),
         (["delivery", "--module", "no_such_tasks"], "no module 'no_such_tasks'"),

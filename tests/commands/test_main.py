@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -260,3 +261,34 @@ def test_a_full_disk_is_one_line_that_names_the_file(fake, capsys):
     assert capsys.readouterr().err == (
         "stepdistill: failed: OSError: [Errno 28] No space left on device: 'out.jsonl.partial'\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (InputError("rows.jsonl:7: broken,\n`run_name` is wrong"), 2, "rows.jsonl:7: broken, --run-name is wrong"),
+        (RuntimeError("no luck\nat all"), 1, "RuntimeError: no luck"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(75), 75, "stopped by a signal; the same command continues"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)  # fmt: skip
+def test_json_has_one_object_of_an_error_too(fake, capsys, raised, code, message):
+    fake(raising(raised), lambda parser: parser.add_argument("--run-name"))
+    try:
+        assert main.main(["fake", "--json"]) == code
+    except SystemExit as stop:
+        assert stop.code == code
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"error": message, "exit_code": code}
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [(["train", "x", "--wrkdir", "y"], "--workdir"), (["trian"], "did you mean 'train'"), ([], "no command")],
+)  # fmt: skip
+def test_json_has_one_object_of_bad_usage_too(capsys, argv, part):
+    with contextlib.suppress(SystemExit):
+        main.main([*argv, "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert part in found["error"] and found["exit_code"] == 2

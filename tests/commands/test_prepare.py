@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from stepdistill_jax.commands import prepare as command
+from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 
 
@@ -78,6 +79,47 @@ def test_the_table_shows_each_split_with_its_defects_and_where_the_first_stands(
     assert "label_not_a_choice" in text
     assert "[draft].jsonl:4" in " ".join(text.split())
     assert "note: " in text and "cut by the hashed ids" in " ".join(text.split())
+    assert "labels: 2" in text
+    for label in ("yes", "no"):
+        (line,) = [line for line in text.splitlines() if f"│ {label} " in line]
+        assert [int(cell) for cell in line.split("│")[2:-1]] == [
+            figures["labels"].get(label, 0) for figures in result["splits"].values()
+        ]
+
+
+def test_bad_rows_are_a_table_and_one_line_and_exit_2(rows, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = rows.read_text().splitlines()
+    lines[6], lines[9] = lines[6][:-1], '{"question": "is 9 even ?", "answer": ""}'
+    rows.write_text("\n".join(lines))
+    argv = [
+        "prepare",
+        "jsonl",
+        "--source",
+        str(rows),
+        "--name",
+        "mine",
+        "--data-dir",
+        str(tmp_path),
+    ]
+    argv += ["--map", "input=question,label=answer"]
+    assert main([*argv, "--json"]) == 2
+    out, err = capfd.readouterr()
+    assert json.loads(out)["error"].startswith("2 of 40 rows cannot be used, the first at ")
+    *table, line = err.splitlines()
+    assert table[0].strip() == "bad rows: 2" and max(map(len, table)) <= 80
+    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in table if row[0] == "│"]
+    assert ["rows [draft].jsonl", "10", "the field 'answer' is empty"] in cells
+    assert ["rows [draft].jsonl", "7"] in [row[:2] for row in cells]
+    assert f"all are listed in {tmp_path}/mine.defects.jsonl" in line
+    assert line.endswith("Correct them, or give --on-error skip to continue without them")
+
+
+def test_rows_of_other_datasets_are_not_skipped(tmp_path):
+    with pytest.raises(
+        InputError, match="`on_error`: only `prepare jsonl` has rows to skip, not cqa"
+    ):
+        command.run(_arguments("cqa", "--source", tmp_path, "--on-error", "skip"))
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_fields_are_mapped(tmp_path):
 @pytest.mark.parametrize(
     ("field_map", "message"),
     [
-        ({"input": "qestion"}, r"test\.jsonl:1 has no field 'qestion' \(found: question, answer\); did you mean 'question'"),
+        ({"input": "qestion"}, r"no row of .*test\.jsonl has a field 'qestion' \(found: question, answer\); did you mean 'question'"),
         ({"lable": "answer"}, r"no field 'lable' to fill \(known: id, input.*did you mean 'label'"),
     ],
 )  # fmt: skip
@@ -259,3 +259,49 @@ def test_a_field_that_is_kept_is_text(tmp_path):
     _write(tmp_path / "test.jsonl", [ROW | {"page": ["3"]}])
     with pytest.raises(InputError, match=r"test\.jsonl:1: the field 'page' must be text"):
         _only(jsonl.read(tmp_path, more=["page"]))
+
+
+def test_csv_files_are_read_by_the_same_rules(tmp_path):
+    (tmp_path / "train.csv").write_text(
+        'question,label,weight,why\n"wet, or dry ?",yes,2,rain\nq,no,,\n'
+    )
+    (tmp_path / "test.tsv").write_text("question\tlabel\nwet ?\tyes\n")
+    reading = jsonl.read(tmp_path, field_map={"input": "question", "rationale": "why"})
+    found = {split: [row.example for row in rows] for split, rows in reading.splits.items()}
+    (first,) = [e for rows in found.values() for e in rows if e.id == "1" and e.weight == 2.0]
+    assert (first.input, first.label, first.rationale) == ("wet, or dry ?", "yes", "rain")
+    assert [e.input for e in found["test"]] == ["wet ?"]
+    assert set(reading.sources) == {"train.csv", "test.tsv"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wet ?,yes\ndry ?,no\n", r"rows\.csv:2: no field 'input' \(found: wet \?, yes\).*; its first line names the columns$"),
+        ("input,label\na,\nb,\n", r"rows\.csv:2: the field 'label' is empty; .*; none of its 2 rows can be used"),
+        ("input,label\n", r"rows\.csv: no rows in it"),
+        ("", r"rows\.csv: no rows in it"),
+    ],
+)  # fmt: skip
+def test_a_csv_file_without_a_good_row_is_one_line(tmp_path, text, message):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        list(jsonl.read(tmp_path / "rows.csv").rows())
+
+
+def test_two_files_of_one_split_are_refused(tmp_path):
+    for name in ("train.jsonl", "train.csv"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match=r"train\.jsonl and train\.csv are both in it"):
+        jsonl.read(tmp_path)
+
+
+def test_blanks_around_a_label_are_a_defect(tmp_path):
+    rows = _read_rows(tmp_path, ROW | {"label": "Sound "}, ROW)
+    assert [row.example.label for row in rows] == ["Sound", "yes"]
+    (defect,) = [d for row in rows for d in row.defects]
+    assert (defect.kind, defect.where, defect.text) == (
+        "blanks_around_label",
+        "test.jsonl:1",
+        "Sound ",
+    )

@@ -10,6 +10,7 @@ import pytest
 
 import stepdistill_jax.data
 from stepdistill_jax.data import writing
+from stepdistill_jax.data.bad_rows import UnusableRows
 from stepdistill_jax.data.example import Rationale
 from stepdistill_jax.data.prepare import ensure_prepared, prepare
 from stepdistill_jax.data.prepared import open_prepared
@@ -389,3 +390,101 @@ def test_a_report_replaces_its_own_page_alone(tmp_path, own):
     page.unlink()
     for _ in range(2):
         assert prepare("jsonl", **options)["report"] == str(page)
+
+
+def _bad_source(tmp_path):
+    """40 rows as CSV, 37 of which can be used."""
+    lines = [f'{i},"question {i}",{"no" if i % 3 else "yes"}' for i in range(40)]
+    lines[5], lines[17], lines[30] = "5,question 5,", "17,question 17", "4,question 30,no"
+    path = tmp_path / "rows.csv"
+    path.write_text("id,question,label\n" + "".join(f"{line}\n" for line in lines))
+    return path
+
+
+def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
+    options = {"source": _bad_source(tmp_path), "new_name": "mine", "data_dir": tmp_path / "data"}
+    options["field_map"] = {"input": "question"}
+    with pytest.raises(UnusableRows) as caught:
+        prepare("jsonl", **options)
+    listed = tmp_path / "data" / "mine.defects.jsonl"
+    assert (caught.value.rows.count, caught.value.path) == (3, listed)
+    assert "3 of 40 rows cannot be used, the first at " in str(caught.value)
+    assert "rows.csv:7: the field 'label' is empty; all are listed in" in str(caught.value)
+    rows = [row for _, row in read_jsonl(listed)]
+    assert [(row["file"], row["row"], row["kind"]) for row in rows] == [
+        ("rows.csv", line, "bad_row") for line in (7, 19, 32)
+    ]
+    assert "the id '4' stands at" in rows[2]["text"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", listed.name]
+
+    # without them it is prepared, and the list is in its folder
+    result = prepare("jsonl", **options, on_error="skip")
+    dataset = open_prepared("mine", tmp_path / "data")
+    ids = {e.id for split in dataset.splits for e in dataset.examples(split)}
+    assert ids == {str(i) for i in range(40)} - {"5", "17", "30"}
+    assert (result["skipped"], [row["row"] for row in result["bad_rows"]]) == (3, [7, 19, 32])
+    assert result["warnings"][0]["kind"] == "bad_row"
+    assert "3 of 40 rows cannot be used" in result["warnings"][0]["message"]
+    assert [row for _, row in read_jsonl(tmp_path / "data" / "mine" / "defects.jsonl")] == rows
+    assert not listed.exists()
+
+
+def test_a_list_of_bad_rows_replaces_no_file_of_the_users(tmp_path):
+    theirs = tmp_path / "data" / "mine.defects.jsonl"
+    theirs.parent.mkdir()
+    theirs.write_text("my own notes")
+    options = {"source": _bad_source(tmp_path), "new_name": "mine", "data_dir": tmp_path / "data"}
+    options["field_map"] = {"input": "question"}
+    with pytest.raises(InputError, match=r"mine\.defects\.jsonl: is there and was not written by"):
+        prepare("jsonl", **options)
+    prepare("jsonl", **options, on_error="skip")
+    assert theirs.read_text() == "my own notes"
+
+
+def test_a_list_of_dicts_is_prepared_as_its_file_is(tmp_path, own):
+    source, data_dir, _ = own
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    first = prepare("jsonl", source=rows, new_name="listed", data_dir=tmp_path)
+    ours, theirs = open_prepared("listed", tmp_path), open_prepared("mine", data_dir)
+    assert {split: list(ours.examples(split)) for split in ours.splits} == {
+        split: list(theirs.examples(split)) for split in theirs.splits
+    }
+    # the fingerprint is that of the contents
+    again = prepare(
+        "jsonl", source=[dict(row) for row in rows], new_name="listed", data_dir=tmp_path
+    )
+    assert again["reused"] and again["fingerprint"] == first["fingerprint"]
+    rows[3]["unread"] = "more"
+    assert not prepare("jsonl", source=rows, new_name="listed", data_dir=tmp_path)["reused"]
+
+    rows[2]["label"], rows[7] = 1.5, "no dict"
+    with pytest.raises(
+        UnusableRows, match=r"2 of 60 .* row 3: the field 'label' must be text"
+    ) as caught:
+        prepare("jsonl", source=rows, new_name="listed", data_dir=tmp_path)
+    assert str(caught.value.rows.first[1]) == "row 8: expected a dict, got text"
+    assert caught.value.rows.table()[1] == {
+        "file": "",
+        "row": 8,
+        "reason": "expected a dict, got text",
+    }
+
+
+def test_lists_by_split_are_prepared_as_a_folder_is(tmp_path):
+    rows = _rows(40)
+    split = {"train": rows[:30], "test": rows[30:]}
+    prepare("jsonl", source=split, new_name="mine", data_dir=tmp_path)
+    dataset = open_prepared("mine", tmp_path)
+    assert [e.id for e in dataset.examples("test")] == [row["id"] for row in rows[30:]]
+    assert dataset.splits["train"] + dataset.splits["validation"] == 30
+    for source, message in (
+        ({"train": rows, "tset": rows}, r"unknown split 'tset' .*did you mean 'test'"),
+        ({"test": rows[:3] + [{"input": "q"}]}, r"test:4: no field 'label' \(found: input\)"),
+        ({"test": "rows.jsonl"}, r"`source` 'test': expected a list of dicts, got str"),
+        (iter(rows), "`source`: expected a list of dicts, got list_iterator"),
+        ([], "the list: no rows in it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
+    with pytest.raises(InputError, match="lists are for `prepare jsonl`"):
+        prepare("cqa", source=rows, data_dir=tmp_path)

@@ -23,6 +23,7 @@ RESULT = {
     "fingerprint": "0" * 64,
     "metric": "text_match",
     "notes": [f"a note on {HOSTILE}"],
+    "warnings": [{"message": f"a warning of {HOSTILE}"}],
 }
 
 
@@ -81,8 +82,8 @@ def test_texts_of_the_dataset_are_escaped_and_nothing_is_loaded(tallies):
     assert "script" not in parsed.tags
     assert parsed.links and all(link.startswith("data:image/svg+xml;") for link in parsed.links)
     assert "url(" not in text and "@import" not in text
-    # shown as written: a note, an id, a file, the text
-    assert sum(HOSTILE in data for data in parsed.text) == 4
+    # shown as written: a note, a warning, an id, a file, the text
+    assert sum(HOSTILE in data for data in parsed.text) == 5
 
 
 def test_figures_are_those_of_the_rows(tallies):

@@ -10,12 +10,13 @@ import sys
 import pytest
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.prepared import open_prepared
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_task.md"
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = ["TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=2"]
-WAYS = {"jsonl": 0, "add_task": 1, "seqio": 2, "mixture": 3, "metrics": 4}
+WAYS = {"jsonl": 0, "csv": 1, "add_task": 2, "seqio": 3, "mixture": 4, "metrics": 5}
 
 
 def files():
@@ -124,6 +125,23 @@ def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
     absent = {(o, i) for o, i, _ in shown}
     assert ("rationale", "explain: the courier was rude") not in absent
     assert ("rationale", "explain: coal") not in absent
+
+
+@pytest.mark.slow
+def test_csv_and_lists_of_dicts_are_prepared_as_the_page_says(reader, typed):
+    found = typed(commands("csv")[0])
+    assert sum(figures["rows"] for figures in found["splits"].values()) == 3
+    dataset = open_prepared("parts", reader / "data")
+    rows = {e.id: e for split in dataset.splits for e in dataset.examples(split)}
+    assert rows["p2"].input == 'even, and "as new"' and rows["p2"].rationale == ""
+
+    (code,) = re.findall(
+        r"```python\n(from stepdistill_jax.data import .*?)```", PAGE.read_text(), re.S
+    )
+    exec(code, {})
+    dataset = open_prepared("tickets_in_memory", reader / "data")
+    labels = {e.label for split in dataset.splits for e in dataset.examples(split)}
+    assert labels == {"delivery", "billing"}
 
 
 def test_the_task_in_code_takes_under_25_lines():

@@ -25,7 +25,8 @@ from stepdistill_jax.commands.main import main
 DATA = pathlib.Path(__file__).parents[1] / "bad_inputs" / "data"
 GOOD = '{"id": "one", "input": "is it wet ?", "label": "yes"}\n'
 MOST_SECONDS = 20.0  # of one refusal; milliseconds on an idle machine
-LEFT = (".lock", ".sqlite", ".sqlite-wal", ".sqlite-shm")  # what a refused command may leave
+# what a refused command may leave; the last is the list of a source's bad rows
+LEFT = (".lock", ".sqlite", ".sqlite-wal", ".sqlite-shm", "mine.defects.jsonl")
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -37,7 +38,7 @@ def table(name):
 def snapshot(folder):
     """Kind and contents of all that lies in a folder, but for locks and caches."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix not in LEFT):
+    for path in sorted(p for p in folder.rglob("*") if not p.name.endswith(LEFT)):
         mode = path.lstat().st_mode
         found[path] = (
             stat.S_IFMT(mode),
@@ -66,9 +67,13 @@ class Refusals:
         row = {"id": "1", "input": "q", "label": "a", "score": -0.5, "provenance": {}}
         (folder / "out.jsonl").write_text(json.dumps(row) + "\n")
         (folder / "in.jsonl").write_text(GOOD)
+        (folder / "no_model").mkdir()
 
     def __call__(self, kind, says, *argv):
-        """The command must end with 2 and one line that has `says` in it."""
+        """The command must end with 2 and one line that has `says` in it.
+
+        Several bad rows of one source may be shown in a table before it.
+        """
         before = snapshot(self.folder)
         self.tried += 1
         start = time.monotonic()
@@ -78,8 +83,10 @@ class Refusals:
             code = stop.code
         seconds = time.monotonic() - start
         out, err = self._capfd.readouterr()
-        fine = code == 2 and says in err and err.count("\n") == 1 and not out
-        fine = fine and err.startswith("stepdistill: error: ") and len(err) < 4000
+        *table, line = err.splitlines() or [""]
+        fine = code == 2 and says in line and err.endswith("\n") and not out
+        fine = fine and (not table or (table[0].startswith("bad rows: ") and len(table) < 50))
+        fine = fine and line.startswith("stepdistill: error: ") and len(err) < 6000
         if not fine or seconds > MOST_SECONDS:
             self.wrong.append(f"{kind}: {code}, {seconds:.1f} s, {err[-300:]!r}, not {says!r}")
         if snapshot(self.folder) != before:

@@ -138,6 +138,17 @@ def test_json_lines(fuzz, tmp_path):
     assert count
 
 
+def test_csv(fuzz, tmp_path):
+    good = b'id,input,label,weight\n1,"is it ""wet"" ?",yes,2\n\n2,"a\nb",no,\n'
+
+    def read(content):
+        path = tmp_path / "test.csv"
+        path.write_bytes(content)
+        write_rows(jsonl.read(tmp_path), tmp_path / "made")
+
+    fuzz("CSV, by prepare", bytewise(good), read)
+
+
 ORIGINALS = {"cqa": cqa, "svamp": svamp, "esnli": esnli, "anli": anli}
 
 
@@ -214,7 +225,7 @@ def test_a_description_of_a_dataset(fuzz, tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(ROW) + "\n")
     made = tmp_path / "data" / "mine"
     reading = jsonl.read(tmp_path)
-    _, fingerprint = write_rows(reading, made)
+    _, fingerprint, _ = write_rows(reading, made)
     (made / "1.0.0").mkdir()
     about = {"fingerprint": fingerprint, "splits": {"test": 1}, "labels": ["no"], "files": {}}
 

@@ -70,6 +70,7 @@ def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys)
         (("predict", workdir, broken, out), "broken.jsonl:7: broken JSON"),
         (("predict", workdir, tmp_path / "none.jsonl", out), "none.jsonl: no such file"),
         (("predict", tmp_path / "none", source, out), "none: no such model directory"),
+        (("predict", tmp_path / "none", broken, out), "none: no such model directory"),
         (("predict", workdir, source, out, "--step", "4"), "4"),
         (("predict", workdir, source, out, "--module", "mine"), "--module"),
         (
@@ -168,5 +169,6 @@ print([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "gin") if m in 
     command = [sys.executable, "-c", code, str(model_dir), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-2])["rows"] == 1
+    assert json.loads(done.stdout.splitlines()[-3])["rows"] == 1
+    assert json.loads(done.stdout.splitlines()[-2])["exit_code"] == 2
     assert done.stdout.splitlines()[-1] == "[]"

@@ -367,3 +367,17 @@ def test_dockerfiles_copy_what_the_package_is_built_from(name):
     (install,) = [line for line in lines if line.startswith("RUN pip install")]
     assert "-c constraints.txt" in install
     assert any(line.startswith("USER ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("visible", "options", "gpus"),
+    [(None, [], 8), ("0,3", [], 2), (None, ["--process-per-gpu"], 8)],
+    ids=["usual", "visible", "processes"],
+)
+def test_a_dry_run_for_gpus_needs_no_gpu(launch, stubs, visible, options, gpus):
+    stubs.add("nvidia-smi", "import sys\nsys.exit(9)\n")
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    done = launch("multi_gpu.sh", "--dry-run", *options, "--", "stepdistill", **environment)
+    assert done.returncode == 0
+    assert f"EXPECT_DEVICES={gpus} " in done.stdout
+    assert f"nvidia-smi does not work here; this is for a host of {gpus} GPUs" in done.stderr

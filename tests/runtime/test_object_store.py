@@ -267,12 +267,13 @@ def test_what_must_be_local_says_so(store, monkeypatch, capfd):
         data_folder(None)
     monkeypatch.delenv("STEPDISTILL_DATA_DIR")
     pathlib.Path("in.jsonl").write_text('{"input": "a"}\n')
+    pathlib.Path("model").mkdir()
     config, bad = ["train", "demo_label_only", "--workdir", RUN], "gs://bucket/bad"
     for command in (
         [*config, "--data-dir", bad],
         [*config, "--set", f"INIT_FROM={bad}", "--data-dir", "data"],
-        ["predict", RUN, bad, "out.jsonl"],
-        ["predict", RUN, "in.jsonl", bad],
+        ["predict", "model", bad, "out.jsonl"],
+        ["predict", "model", "in.jsonl", bad],
         ["evaluate", RUN, "--task", "delivery", "--output", bad, "--data-dir", "data"],
         ["prepare", "delivery", "--data-dir", bad],
         ["prepare", "delivery", "--data-dir", "data", "--report", bad],

@@ -138,6 +138,29 @@ def test_other_objectives_need_no_other_registration(roads, tmp_path):
     assert why["targets"].lengths[5] == 0
 
 
+def test_lists_of_dicts_are_the_rows_that_a_function_would_give(seqio, roads, tmp_path):
+    add_task("listed_roads", source={"train": ROWS, "validation": ROWS[:3]})
+    listed, given = seqio.get_mixture_or_task("listed_roads"), seqio.get_mixture_or_task(roads)
+    assert set(listed.splits) == {"train", "validation"}
+
+    def texts(mixture):
+        dataset = mixture.get_dataset(None, "train", shuffle=False, num_epochs=1)
+        return [r["inputs"].tolist() for r in dataset.as_numpy_iterator()]
+
+    assert texts(listed) == texts(given)
+    add_task("train_roads", source=ROWS)
+    assert set(seqio.get_mixture_or_task("train_roads").splits) == {"train"}
+    bad = [*ROWS[:2], {"input": "q", "lable": "x"}]
+    with pytest.raises(
+        InputError, match=r"task 'bad_list', split 'train', row 3: field 'label' is"
+    ):
+        add_task("bad_list", source=bad)
+    with pytest.raises(InputError, match=r"unknown split 'dev'"):
+        add_task("bad_list", source={"dev": ROWS})
+    with pytest.raises(InputError, match=r"a list of dicts, lists by split .*got str"):
+        add_task("bad_list", source="rows.jsonl")
+
+
 def test_a_source_of_seqio_is_renamed_by_preprocessors(seqio, tmp_path):
     path = tmp_path / "rows.tsv"
     path.write_text("2 + 2\tfour\n3 + 3\tsix\n")
@@ -243,7 +266,7 @@ def test_bad_arguments_are_named(roads, tmp_path):
     with pytest.raises(InputError, match="no such vocabulary"):
         add_task("other", source=rows, splits=["train"], vocabulary=tmp_path / "no.model")
     with pytest.raises(InputError, match="function of the split's name"):
-        add_task("other", source=[1, 2])
+        add_task("other", source=7)
     with pytest.raises(InputError, match="splits is only for a function"):
         add_task("other", source=[1, 2], splits=["train"])
 

@@ -1,10 +1,10 @@
-"""Anybody's own rows as JSON lines, without code."""
+"""Anybody's own rows, without code: JSON lines, CSV, TSV, or a list of dicts."""
 
 import dataclasses
-import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from stepdistill_jax.data.corpora.row_sources import RowSource, Source, find_sources
+from stepdistill_jax.data.csv_rows import is_csv
 from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import FIELDS, INPUT_PAIR, Rationale
 from stepdistill_jax.data.objectives import FIELD_NAME
@@ -12,17 +12,14 @@ from stepdistill_jax.data.reading import (
     SPLITS,
     CheckedExample,
     Reading,
-    absent_notes,
     split_of,
     tenth,
 )
-from stepdistill_jax.data.rows import JsonRow, UniqueIds, read_example, read_rows
+from stepdistill_jax.data.rows import MOST_NAMES, BadRow, JsonRow, UniqueIds, read_example
 from stepdistill_jax.data.text_metrics import text_match
 from stepdistill_jax.errors import InputError, nearest, printable
-from stepdistill_jax.runtime.files import check_file
-from stepdistill_jax.runtime.fingerprints import sha256
 
-VERSION = 1
+VERSION = 2
 PROVENANCE = "provenance"  # what `annotate` adds to each row
 TEACHER_FIELDS = ("rationale", "rationales", "llm_label")
 RATIONALE_FIELDS = ("text", "source", "label")
@@ -30,104 +27,184 @@ NEEDS = {name: f"; `field_map` {name}=FIELD says which is meant" for name in ("i
 
 
 def read(
-    source: pathlib.Path,
+    source: Source,
     *,
     field_map: Mapping[str, str] | None = None,
     more: Sequence[str] = (),
     teacher: bool = True,
 ) -> Reading:
-    """Reads a file, or the train.jsonl, validation.jsonl and test.jsonl of a folder.
+    """Reads a file, the train, validation and test file of a folder, or lists of dicts.
 
-    `data.rows` gives the format of a row; each needs a `label` or an `llm_label`. Of several rationales the
-    first is trained on, unless `rationale` names one.
+    Files are JSON lines, or CSV or TSV by the ending of their name. `data.rows` gives the format of a row;
+    each needs a `label` or an `llm_label`. Of several rationales the first is trained on, unless
+    `rationale` names one.
 
-    A file is cut into train (8 tenths), validation and test (a tenth each) by a hash of the id; a
-    folder without validation.jsonl takes a tenth of train.
+    A file or list is cut into train (8 tenths), validation and test (a tenth each) by a hash of the id; a
+    folder without a validation file takes a tenth of train.
+
+    While rows are read, a bad one (a missing field, a wrong type, an id that stands twice, an empty
+    label or input, broken JSON or quotes) is a `BadRow` among them.
 
     Args:
-        source: file or folder.
+        source: file or folder, a list of dicts, or such lists by split.
         field_map: our field to the source's name for it, e.g. {"input": "question"}.
         more: names of other texts to keep, which objectives may name; a row may be without.
         teacher: False leaves rationales and teacher labels out.
 
     Raises:
         InputError: no such file, a name in `more` that is none, or a map of a field that we do not
-            have. While rows are read: a field that is mapped or in `more` and not there, a wrong
-            type, an id that stands twice, an empty label or input, broken JSON; names file, line and
-            field.
+            have. While rows are read: a field that is mapped or in `more` and in no row, or a file
+            without a good row.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
     _check_map(field_map, (*FIELDS, *more))
     names = {name: field_map.get(name, name) for name in (*FIELDS, *more)}
-    fields = [name for name in FIELDS if teacher or name not in TEACHER_FIELDS]
-    answers = [names[name] for name in ("label", "llm_label") if name in fields]
     notes: list[str] = []
-    files = _files(source, notes)
-    one_file = not os.path.isdir(source)
-
-    def rows() -> Iterator[tuple[str, CheckedExample]]:
-        found: set[str] = set()
-        unread: set[str] = set()
-        unanswered: list[str] = []
-        having = dict.fromkeys(more, 0)
-        count = 0
-        for split, path in files.items():
-            ids = UniqueIds()
-            for row in read_rows(path):
-                if row.number == 1:
-                    _check_mapped_fields(field_map, row)
-                unread |= row.fields.keys() - set(names.values())
-                # `annotate` leaves a row without an answer as it was
-                if PROVENANCE in row.fields and not any(map(row.fields.get, answers)):
-                    unanswered.append(row.where)
-                    continue
-                checked = _checked(row, fields, more, names)
-                count += 1
-                for name in checked.example.more:
-                    having[name] += 1
-                number = tenth(ids.add(checked.example.id, row))
-                target = split_of(number, split, files)
-                if one_file:
-                    target = {0: "validation", 1: "test"}.get(number, "train")
-                found.add(target)
-                yield target, checked
-        not_read = printable(", ".join(sorted(unread)))
-        told = [f"fields that were not read: {not_read}"] if unread else []
-        wanted = SPLITS if one_file else ("train", "validation") if "train" in files else ()
-        told += [
-            f"the split {split} is left out: of so few rows none falls into it"
-            for split in wanted
-            if split not in found
-        ]
-        if unanswered:
-            told.append(
-                f"{len(unanswered)} rows that a teacher was asked about and that nobody has labelled"
-                f" are left out, the first at {unanswered[0]}"
-            )
-        told += [f"the field {name} is in {n} of {count} rows" for name, n in having.items()]
-        if absent := next((name for name, n in having.items() if not n), None):
-            raise InputError(
-                f"`fields` {absent}: no row of {source} has a text in the field {names[absent]!r}"
-                f" (not read: {not_read or 'none'}){nearest(names[absent], unread)}"
-            )
-        notes.extend(note for note in told if note not in notes)
-
+    sources, cut = find_sources(source, notes, [names["weight"]])
+    fields = [name for name in FIELDS if teacher or name not in TEACHER_FIELDS]
     return Reading(
         "jsonl",
         VERSION,
         "text_match",
-        rows,
-        {path.name: sha256(path) for path in files.values()},
+        lambda: _Rows(sources, cut, field_map, names, fields, more, notes).read(),
+        {file.key: file.digest for file in sources.values()},
         {
             "field_map": field_map,
             "teacher": teacher,
-            "cut": one_file,
+            "cut": cut,
             **({"fields": list(more)} if more else {}),
         },
         notes,
         more,
     )
+
+
+class _Rows:
+    """Reads all rows once, and counts what the notes are about."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, RowSource],
+        cut: bool,
+        field_map: Mapping[str, str],
+        names: Mapping[str, str],
+        fields: Sequence[str],
+        more: Sequence[str],
+        notes: list[str],
+    ):
+        self._sources, self._cut, self._map, self._names = sources, cut, field_map, names
+        self._fields, self._more, self._notes = fields, more, notes
+        self._answers = [names[name] for name in ("label", "llm_label") if name in fields]
+        self._seen: dict[str, None] = {}  # names of fields, in the order of their first rows
+        self._having = dict.fromkeys(more, 0)
+        self._good = 0
+        self._unanswered: list[str] = []
+
+    def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
+        """Yields (split, row); the split of a bad row of a file that is cut is empty."""
+        found: set[str] = set()
+        for split, file in self._sources.items():
+            for checked in self._of(file):
+                if isinstance(checked, BadRow):
+                    yield "" if self._cut else split, checked
+                    continue
+                number = tenth(checked.example.id)
+                target = split_of(number, split, self._sources)
+                if self._cut:
+                    target = {0: "validation", 1: "test"}.get(number, "train")
+                found.add(target)
+                yield target, checked
+        self._check_mapped()
+        self._tell(found)
+
+    def _of(self, file: RowSource) -> Iterator[CheckedExample | BadRow]:
+        """Yields the rows of a file.
+
+        Raises:
+            InputError: it has none, or none that can be used: what is wrong with the first.
+        """
+        ids = UniqueIds()
+        first_bad, bad, before = None, 0, self._good + len(self._unanswered)
+        for row in file.rows():
+            try:
+                checked = row if isinstance(row, BadRow) else self._checked(row, ids)
+            except InputError as error:
+                checked = BadRow.of(row, error)
+            if isinstance(checked, BadRow):
+                first_bad, bad = first_bad or checked, bad + 1
+            if checked is not None:
+                yield checked
+        if self._good + len(self._unanswered) > before:
+            return
+        if first_bad is None:
+            raise InputError(f"{file.name}: no rows in it")
+        self._check_mapped()
+        header = "; its first line names the columns" if is_csv(file.name) else ""
+        none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
+        raise InputError(f"{first_bad}{header}{none}")
+
+    def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | None:
+        """Returns a row's example; None of one that `annotate` got no answer for.
+
+        Raises:
+            InputError: the row cannot be used.
+        """
+        self._seen |= dict.fromkeys(row.fields)
+        # `annotate` leaves a row without an answer as it was
+        if PROVENANCE in row.fields and not any(map(row.fields.get, self._answers)):
+            self._unanswered.append(row.where)
+            return None
+        checked = _checked(row, self._fields, self._more, self._names)
+        ids.add(checked.example.id, row)
+        self._good += 1
+        for name in checked.example.more:
+            self._having[name] += 1
+        return checked
+
+    def _check_mapped(self) -> None:
+        for name, theirs in self._map.items():
+            if theirs not in self._seen:
+                found = printable(", ".join([*map(str, self._seen)][:MOST_NAMES]))
+                raise InputError(
+                    f"`field_map` {name}={theirs}: no row of {self._name} has a field {theirs!r}"
+                    f" (found: {found or 'none'}){nearest(theirs, map(str, self._seen))}"
+                )
+
+    def _tell(self, found: set[str]) -> None:
+        """Adds the notes that are known when all rows are read.
+
+        Raises:
+            InputError: a field of `more` is in no row.
+        """
+        unread = {str(name) for name in self._seen} - set(self._names.values())
+        not_read = printable(", ".join(sorted(unread)))
+        told = [f"fields that were not read: {not_read}"] if unread else []
+        wanted = SPLITS if self._cut else ("train", "validation")
+        told += [
+            f"the split {split} is left out: of so few rows none falls into it"
+            for split in (wanted if "train" in self._sources else ())
+            if split not in found
+        ]
+        if self._unanswered:
+            told.append(
+                f"{len(self._unanswered)} rows that a teacher was asked about and that nobody has"
+                f" labelled are left out, the first at {self._unanswered[0]}"
+            )
+        told += [
+            f"the field {name} is in {n} of {self._good} rows" for name, n in self._having.items()
+        ]
+        if absent := next((name for name, n in self._having.items() if not n), None):
+            theirs = self._names[absent]
+            raise InputError(
+                f"`fields` {absent}: no row of {self._name} has a text in the field {theirs!r}"
+                f" (not read: {not_read or 'none'}){nearest(theirs, unread)}"
+            )
+        self._notes.extend(note for note in told if note not in self._notes)
+
+    @property
+    def _name(self) -> str:
+        return " or ".join(file.name for file in self._sources.values())
 
 
 def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
@@ -155,42 +232,6 @@ def _check_more(more: Sequence[str]) -> tuple[str, ...]:
     return tuple(more)
 
 
-def _files(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
-    """The file of each split; `train` for a single one."""
-    if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
-        if not os.path.exists(source):
-            raise InputError(f"`source` {source}: no such file or folder")
-        check_file(source)
-        notes.append(
-            f"{source}: one file, so it is cut by the hashed ids: validation and test are a tenth"
-            " each, train is the rest"
-        )
-        return {"train": source}
-    paths = {split: source / f"{split}.jsonl" for split in SPLITS}
-    files = {split: path for split, path in paths.items() if path.exists()}
-    others = sorted(p.name for p in source.glob("*.jsonl") if p not in files.values())
-    if not files:
-        raise InputError(
-            f"`source` {source}: none of {', '.join(p.name for p in paths.values())} is in it"
-            + (f" (found: {', '.join(others)})" if others else "")
-        )
-    notes += absent_notes(paths, files)
-    for path in files.values():
-        check_file(path, "a JSON-lines file")
-    if others:
-        notes.append(f"{source}: files that were not read: {', '.join(others)}")
-    return files
-
-
-def _check_mapped_fields(field_map: Mapping[str, str], row: JsonRow) -> None:
-    for name, theirs in field_map.items():
-        if theirs not in row.fields:
-            raise InputError(
-                f"`field_map` {name}={theirs}: {row.where} has no field {theirs!r}"
-                f" (found: {row.names}){nearest(theirs, row.fields)}"
-            )
-
-
 def _checked(
     row: JsonRow, fields: Sequence[str], more: Sequence[str], names: Mapping[str, str]
 ) -> CheckedExample:
@@ -214,5 +255,8 @@ def _checked(
         for kind, answer in (("gold_not_a_choice", label), ("label_not_a_choice", llm_label))
         if example.choices and answer and answer not in example.choices
     )
+    given = row.fields.get(names["label"])
+    if isinstance(given, str) and given.strip() != given:
+        defects += (Defect("blanks_around_label", row.file, row.line, given),)
     right = {"teacher_accuracy": text_match(llm_label, label)} if llm_label and label else {}
-    return CheckedExample(example, defects, right)
+    return CheckedExample(example, defects, right, row.file, row.line)

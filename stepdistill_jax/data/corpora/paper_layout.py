@@ -132,7 +132,7 @@ def file_rows(
         if found is None:
             absent += 1
         else:
-            yield found
+            yield dataclasses.replace(found, file=row.file, line=row.line)
     note = f"{path}: {absent} rows without a gold label are left out"
     if absent and note not in notes:
         notes.append(note)

@@ -142,7 +142,7 @@ class _File:
         for row, said in paper_layout.paired(self.folder, self.path, self.teachers):
             example = self.corpus.to_example(row, ids)
             if said is None:
-                yield CheckedExample(example)
+                yield CheckedExample(example, file=row.file, line=row.line)
                 continue
             try:
                 rationale, label = self.corpus.rule(said.text, neox=self.neox)
@@ -153,7 +153,8 @@ class _File:
                 ) from None
             example = dataclasses.replace(example, rationale=rationale, llm_label=label)
             equal = value_match if self.corpus.rule is rules.svamp else str.__eq__
-            yield CheckedExample(example, right={"teacher_accuracy": equal(label, example.label)})
+            right = {"teacher_accuracy": equal(label, example.label)}
+            yield CheckedExample(example, right=right, file=row.file, line=row.line)
 
 
 def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File]:

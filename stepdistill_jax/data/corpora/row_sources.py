@@ -1,0 +1,155 @@
+"""Where anybody's own rows lie: a file, a folder with a file for each split, or lists of dicts."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from stepdistill_jax.data.csv_rows import SUFFIXES, each_csv_row, is_csv
+from stepdistill_jax.data.reading import SPLITS, absent_notes
+from stepdistill_jax.data.rows import BadRow, JsonRow, each_dict, each_row
+from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.runtime.files import check_file
+from stepdistill_jax.runtime.fingerprints import sha256, sha256_of_rows
+
+ENDINGS = (".jsonl", *SUFFIXES)
+Rows = Sequence[Mapping[str, Any]]
+Source = os.PathLike | str | Rows | Mapping[str, Rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSource:
+    """The rows of a split, or of a file that is cut into splits.
+
+    Attributes:
+        name: how messages call it: its path, or `the list`.
+        key: its name in the fingerprint.
+        digest: hex digest of its contents.
+        rows: starts reading.
+    """
+
+    name: str
+    key: str
+    digest: str
+    rows: Callable[[], Iterator[JsonRow | BadRow]]
+
+
+def find_sources(
+    source: Source, notes: list[str], numbers: Sequence[str] = ()
+) -> tuple[dict[str, RowSource], bool]:
+    """Returns the source of each split, and whether there is but one, to be cut; it is `train` then.
+
+    Args:
+        source: a path, a list of dicts, or such lists by split.
+        notes: is added to: what is absent, what is not read.
+        numbers: columns of CSV whose cells are numbers.
+
+    Raises:
+        InputError: there is nothing to read; says what is missing.
+    """
+    if isinstance(source, Mapping):
+        return {split: _of_list(rows, split) for split, rows in _lists(source).items()}, False
+    if not isinstance(source, str | os.PathLike):
+        notes.append(_cut("a list"))
+        return {"train": _of_list(source, "")}, True
+    one_file = not os.path.isdir(source)  # pathlib's own raises for a name that is too long
+    files = _one(pathlib.Path(source), notes) if one_file else _of_folder(source, notes)
+    return {split: _of_file(path, numbers) for split, path in files.items()}, one_file
+
+
+def split_lists(source: Any) -> dict[str, Rows] | None:
+    """Returns the lists of dicts by split that `source` is; a list alone is train, None is neither.
+
+    Raises:
+        InputError: a dict of other things than lists.
+    """
+    if isinstance(source, Mapping):
+        return _lists(source)
+    return {"train": source} if isinstance(source, list | tuple) else None
+
+
+def _lists(source: Mapping[str, Any]) -> dict[str, Rows]:
+    for split, rows in source.items():
+        if split not in SPLITS:
+            raise InputError(
+                f"`source`: unknown split {split!r} (known: {', '.join(SPLITS)})"
+                f"{nearest(str(split), SPLITS)}"
+            )
+        _check_list(rows, f"`source` {split!r}")
+    if not source:
+        raise InputError("`source`: expected lists of dicts by split, got none")
+    return dict(source)
+
+
+def _check_list(rows: Any, name: str) -> None:
+    if not isinstance(rows, list | tuple):
+        raise InputError(f"{name}: expected a list of dicts, got {type(rows).__name__}")
+
+
+def _of_list(rows: Rows, split: str) -> RowSource:
+    _check_list(rows, "`source`")
+    rows = tuple(rows)
+    # a value that is not JSON's is refused or not read, so that its type will do
+    lines = (
+        json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode()
+        for row in rows
+    )
+    name = f"the list {split!r}" if split else "the list"
+    key = f"rows of {split}" if split else "rows"
+    digest = sha256_of_rows(lines)["sha256"]
+    return RowSource(name, key, digest, functools.partial(each_dict, rows, split))
+
+
+def _of_file(path: pathlib.Path, numbers: Sequence[str]) -> RowSource:
+    read = functools.partial(each_csv_row, path, numbers)
+    return RowSource(
+        str(path), path.name, sha256(path), read if is_csv(path) else lambda: each_row(path)
+    )
+
+
+def _cut(what: str) -> str:
+    return (
+        f"{what}, so it is cut by the hashed ids: validation and test are a tenth each, train is"
+        " the rest"
+    )
+
+
+def _one(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
+    if not os.path.exists(source):
+        raise InputError(f"`source` {source}: no such file or folder")
+    check_file(source)
+    notes.append(_cut(f"{source}: one file"))
+    return {"train": source}
+
+
+def _of_folder(folder: os.PathLike | str, notes: list[str]) -> dict[str, pathlib.Path]:
+    source = pathlib.Path(folder)
+    found = {
+        split: [path for e in ENDINGS if (path := source / f"{split}{e}").exists()]
+        for split in SPLITS
+    }
+    for split, paths in found.items():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise InputError(
+                f"`source` {source}: {names} are both in it; keep one file for {split}"
+            )
+    files = {split: paths[0] for split, paths in found.items() if paths}
+    others = sorted(
+        p.name for p in source.iterdir() if p.suffix in ENDINGS and p not in files.values()
+    )
+    wanted = {split: source / f"{split}.jsonl" for split in SPLITS}
+    if not files:
+        raise InputError(
+            f"`source` {source}: none of {', '.join(p.name for p in wanted.values())} (or .csv, .tsv)"
+            " is in it" + (f" (found: {', '.join(others)})" if others else "")
+        )
+    notes += absent_notes(wanted, files)
+    for path in files.values():
+        check_file(path, "a file of rows")
+    if others:
+        notes.append(f"{source}: files that were not read: {', '.join(others)}")
+    return files

@@ -1,0 +1,171 @@
+"""Rows of a CSV or TSV file, as `data.rows` has those of JSON lines."""
+
+import collections
+import csv
+import itertools
+import os
+from collections.abc import Collection, Iterator
+from typing import IO, Any
+
+from stepdistill_jax.data.rows import BadRow, JsonRow
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.files import (
+    MAX_LINE_BYTES,
+    TOO_LONG,
+    check_file,
+    not_text,
+    raw_lines,
+)
+
+SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and what separates the cells
+
+
+def is_csv(path: os.PathLike | str) -> bool:
+    """Returns whether a file is read as CSV or TSV, by its name."""
+    return os.path.splitext(path)[1].lower() in SUFFIXES
+
+
+def each_csv_row(
+    path: os.PathLike | str, numbers: Collection[str] = ()
+) -> Iterator[JsonRow | BadRow]:
+    """Yields each row below the header of a CSV or TSV file, or what is wrong with it.
+
+    Quotes are those of Python's `csv`. A cell that is blank is null, a row whose cells all are is no
+    row. The line of a row is the one on which it begins. A CSV file whose header has semicolons and
+    no comma is read with semicolons, as spreadsheets write it in some countries.
+
+    A row whose quotes are broken ends on its own line, so that an unclosed quote costs no other row:
+
+        input,label
+        "a,yes         <- bad row, line 2
+        b,no           <- row 2, line 3
+
+    Args:
+        path: of the file, UTF-8.
+        numbers: columns whose cells are numbers.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8, or its header is not sound.
+    """
+    check_file(path, "a CSV file")
+    csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        with open(path, "rb") as file:
+            yield from _rows(path, _decoded(file, path), numbers)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _rows(
+    path: os.PathLike | str, decoded: Iterator[tuple[int, str]], numbers: Collection[str]
+) -> Iterator[JsonRow | BadRow]:
+    first = next(decoded, (1, ""))
+    lines = _Lines(itertools.chain([first], decoded))
+    reader = csv.reader(lines, delimiter=_delimiter(path, first[1]), strict=True)
+    header: list[str] | None = None
+    count = 0
+    while (cells := _next_row(reader, lines)) is not None:
+        line = lines.row[0][0]
+        if isinstance(cells, list) and not any(map(str.strip, cells)):
+            continue
+        if header is None:
+            if isinstance(cells, str):
+                raise InputError(f"{path}:{line}: {cells}")
+            header = _header(path, line, cells)
+            continue
+        count += 1
+        if isinstance(cells, str):
+            yield BadRow(path, line, cells)
+        elif len(cells) != len(header):
+            s = "" if len(cells) == 1 else "s"
+            wrong = f"{len(cells)} cell{s}, where the header has {len(header)} columns"
+            yield BadRow(path, line, wrong)
+        else:
+            pairs = zip(header, cells, strict=True)
+            fields = {name: _value(cell, name in numbers) for name, cell in pairs}
+            yield JsonRow(fields, f"{path}:{line}", count, line)
+
+
+def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
+    """Returns the cells of a row, or what is wrong with it, or None at the end; it is in `lines.row`."""
+    lines.row.clear()
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        last, several = lines.row[-1][0], len(lines.row) > 1
+        lines.end_row()
+        if several or "unexpected end" in str(error):
+            return (
+                f"a quote opens, and does not close at the end of a cell (read up to line {last})"
+            )
+        if "expected after" in str(error):
+            return 'a quote closes within a cell; inside quotes, a quote is written twice ("")'
+        if "new-line" in str(error):
+            return "a line ends with a carriage return alone; save the file with LF or CRLF"
+        return f"broken CSV ({error})"
+
+
+class _Lines:
+    """Gives a CSV reader its lines, and takes back those of a row that does not end."""
+
+    def __init__(self, numbered: Iterator[tuple[int, str]]):
+        self._numbered, self._again = numbered, collections.deque[tuple[int, str]]()
+        self.row: list[tuple[int, str]] = []  # number and text of the lines of the present row
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        self.row.append(self._again.popleft() if self._again else next(self._numbered))
+        return self.row[-1][1]
+
+    def end_row(self) -> None:
+        """Lets the present row end with its first line: the next one begins on the second."""
+        self._again.extendleft(reversed(self.row[1:]))
+        del self.row[1:]
+
+
+def _decoded(file: IO[bytes], path: os.PathLike | str) -> Iterator[tuple[int, str]]:
+    for number, raw in raw_lines(file):
+        if raw is None:
+            raise InputError(f"{path}:{number}: {TOO_LONG}")
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            hint = not_text(raw) or (
+                "; save it as UTF-8 (in a spreadsheet `CSV UTF-8`; a Western European file by"
+                f" `iconv -f WINDOWS-1252 -t UTF-8 {path}`)"
+            )
+            byte = raw[error.start]
+            raise InputError(
+                f"{path}:{number}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}){hint}"
+            ) from None
+        if "\0" in text:
+            raise InputError(f"{path}:{number}: holds NUL bytes, so it is no text{not_text(raw)}")
+        yield number, text
+
+
+def _delimiter(path: os.PathLike | str, header: str) -> str:
+    usual = SUFFIXES[os.path.splitext(path)[1].lower()]
+    return ";" if usual == "," and ";" in header and "," not in header else usual
+
+
+def _header(path: os.PathLike | str, line: int, cells: list[str]) -> list[str]:
+    names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
+    if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
+        raise InputError(f"{path}:{line}: the column {twice[0]!r} stands twice in the header")
+    return names
+
+
+def _value(cell: str, number: bool) -> Any:
+    """Returns the cell as JSON would have it; a number that is none stays a text."""
+    if not cell.strip():
+        return None
+    if number:
+        try:
+            return float(cell)
+        except ValueError:
+            pass
+    return cell

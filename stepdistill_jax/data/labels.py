@@ -1,0 +1,215 @@
+"""What is odd about a dataset's labels and rows taken together: warnings, each with its places."""
+
+import collections
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stepdistill_jax.data.counts import COUNTED_LABELS, Tally
+from stepdistill_jax.errors import nearest, printable
+
+ROWS_OF_A_LABEL = 5  # on average, in a closed set
+NUMBERS = 20  # different ones, at most, in a closed set: ratings, not answers to sums
+EXAMPLES = 3  # places that a warning names
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
+
+
+def label_counts(tallies: Mapping[str, Tally]) -> dict[str, dict[str, int]]:
+    """Returns the rows of each label by split, {LABEL: {SPLIT: rows}}, the commonest label first.
+
+    Empty unless the labels are a closed set: each stands in five rows or more on average, and there
+    are at most 1,000 of them, or 20 where most are numbers. Otherwise answers are free: a label that
+    stands in one row is nothing odd.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for split, tally in tallies.items():
+        if tally.label_rows is None:
+            return {}
+        for label, (count, _) in tally.label_rows.items():
+            found.setdefault(label, {})[split] = count
+    rows = sum(sum(counts.values()) for counts in found.values())
+    most = NUMBERS if 2 * len(_numbers(found)) > len(found) else COUNTED_LABELS
+    if len(found) > most or rows < ROWS_OF_A_LABEL * len(found):
+        return {}
+    ordered = sorted(found, key=lambda label: (-sum(found[label].values()), label))
+    return {label: found[label] for label in ordered}
+
+
+def warnings(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
+    """Returns [{"kind", "count", "examples": [PLACE, ...], "message"}] of what is odd.
+
+    Kinds: `labels_alike`, `numbers_among_labels`, `labels_of_one_row` (of closed sets only),
+    `duplicate_rows` and `different_labels` (counted in inputs). The message is one line: what, how
+    many, where the first ones are, and what to do.
+    """
+    counts = label_counts(tallies)
+    totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
+    first = {label: _first(label, tallies) for label in totals}
+    found = [
+        *_alike(totals, first),
+        *_numbers_among(totals, first),
+        *_single(totals, first),
+        *_repeated(tallies),
+    ]
+    return [
+        {
+            "kind": kind,
+            "count": count,
+            "examples": [place for place in places if place][:EXAMPLES],
+            "message": message,
+        }
+        for kind, count, places, message in found
+    ]
+
+
+_Found = Iterator[tuple[str, int, Sequence[str], str]]  # kind, count, places, message
+
+
+def _alike(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
+    groups = collections.defaultdict(list)
+    for label in totals:  # the commonest first
+        groups[" ".join(label.casefold().split())].append(label)
+    groups = {key: labels for key, labels in groups.items() if len(labels) > 1}
+    if not groups:
+        return
+    rarer = [label for labels in groups.values() for label in labels[1:]]
+    shown = "; ".join(
+        " and ".join(
+            f"{_quoted(label)} {_rows(totals[label])}{_at(first[label])}" for label in some
+        )
+        for some in [*groups.values()][:EXAMPLES]
+    )
+    yield (
+        "labels_alike",
+        sum(totals[label] for label in rarer),
+        [first[label] for label in rarer],
+        f"labels that differ only in case or blanks: {shown}{_more(groups)}. To a model they are"
+        " different answers: choose one spelling",
+    )
+
+
+def _numbers_among(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
+    numbers = _numbers(totals)
+    if not numbers or 2 * len(numbers) > len(totals):
+        return
+    rows = sum(totals[label] for label in numbers)
+    shown = ", ".join(f"{_quoted(x)} {_rows(totals[x])}{_at(first[x])}" for x in numbers[:EXAMPLES])
+    yield (
+        "numbers_among_labels",
+        rows,
+        [first[label] for label in numbers],
+        f"numbers among labels that are words: {shown}{_more(numbers)}. Correct them unless they are"
+        " meant",
+    )
+
+
+def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
+    single = [label for label, count in totals.items() if count == 1]
+    if not single:
+        return
+    usual = [label for label, count in totals.items() if count >= ROWS_OF_A_LABEL]
+    shown = ", ".join(
+        f"{_quoted(label)}{_at(first[label], nearest(label, usual))}" for label in single[:EXAMPLES]
+    )
+    yield (
+        "labels_of_one_row",
+        len(single),
+        [first[label] for label in single],
+        f"{_many(len(single), 'label')} of a single row: {shown}{_more(single)}. Correct them if they"
+        " are mistakes: a model cannot learn a label from one row, and may still answer with it",
+    )
+
+
+def _repeated(tallies: Mapping[str, Tally]) -> _Found:
+    """Equal rows, and equal inputs with different labels, in all splits together."""
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([np.frombuffer(t.hashes[name], np.uint64) for t in tallies.values()])
+
+    if not tallies:
+        return
+    rows, inputs, labels = joined("row"), joined("input"), joined("label")
+    values, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    if extra := len(rows) - len(values):
+        again = np.flatnonzero(firsts[inverse] != np.arange(len(rows)))
+        pairs = [(int(firsts[inverse[i]]), int(i)) for i in again[:EXAMPLES]]
+        places = [_place(tallies, i) for pair in pairs for i in pair]
+        yield (
+            "duplicate_rows",
+            extra,
+            places[1::2],
+            f"{_many(extra, 'row')} {'is' if extra == 1 else 'are'} equal to an earlier one"
+            f"{_pairs(places, extra)}. Remove such rows, unless they are meant to weigh more",
+        )
+    labelled = labels != 0
+    order = np.lexsort((labels, inputs))
+    order = order[labelled[order]]
+    same = inputs[order][1:] == inputs[order][:-1]
+    differ = labels[order][1:] != labels[order][:-1]
+    clashing = np.unique(inputs[order][1:][same & differ])
+    if not len(clashing):
+        return
+    members = np.flatnonzero(np.isin(inputs, clashing) & labelled)
+    places = []
+    for value in dict.fromkeys(inputs[members].tolist()):
+        group = members[inputs[members] == value]
+        other = group[labels[group] != labels[group[0]]][0]
+        places += [_place(tallies, int(group[0])), _place(tallies, int(other))]
+        if len(places) == 2 * EXAMPLES:
+            break
+    yield (
+        "different_labels",
+        len(clashing),
+        places,
+        f"{_many(len(clashing), 'input')} with different labels, {len(members):,} rows in all"
+        f"{_pairs(places, len(clashing))}. Nothing in the input tells them apart: correct or remove what is wrong",
+    )
+
+
+def _place(tallies: Mapping[str, Tally], number: int) -> str:
+    """Returns the place of a row that is counted over all splits."""
+    for tally in tallies.values():
+        if number < tally.rows:
+            return tally.place(number)
+        number -= tally.rows
+    raise IndexError(number)
+
+
+def _first(label: str, tallies: Mapping[str, Tally]) -> str:
+    """Returns the place of a label's first row, in the first split that has one."""
+    some = next(tally for tally in tallies.values() if label in (tally.label_rows or ()))
+    return some.place((some.label_rows or {})[label][1])
+
+
+def _numbers(labels: Iterable[str]) -> list[str]:
+    return [label for label in labels if _NUMBER.fullmatch(label)]
+
+
+def _quoted(label: str) -> str:
+    return repr(printable(label, 60))
+
+
+def _rows(count: int) -> str:
+    return f"in {_many(count, 'row')}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _at(place: str, hint: str = "") -> str:
+    inside = f"{place}{hint}" if place else hint.removeprefix("; ")
+    return f" ({inside})" if inside else ""
+
+
+def _pairs(places: Sequence[str], count: int) -> str:
+    """Returns ` (such as A and B, C and D)`; the first two of each of `count` groups."""
+    pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
+    such_as = "such as " if len(pairs) < count else ""
+    return f" ({such_as}{', '.join(pairs)})" if pairs else ""
+
+
+def _more(found: Sequence[Any] | Mapping[str, Any]) -> str:
+    return f" and {len(found) - EXAMPLES:,} more" if len(found) > EXAMPLES else ""

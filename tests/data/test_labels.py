@@ -1,0 +1,112 @@
+"""What `prepare` says about labels and rows taken together."""
+
+import pytest
+
+from stepdistill_jax.data.counts import Tally
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.labels import label_counts, warnings
+from stepdistill_jax.data.reading import CheckedExample
+
+
+def _tallies(**splits):
+    """Tallies of {split: [(input, label), ...]}; a row stands in SPLIT.csv, on lines from 2 on."""
+    made = {}
+    for split, rows in splits.items():
+        made[split] = Tally()
+        for line, (text, label, *why) in enumerate(rows, 2):
+            example = Example(str(line), text, label, *why)
+            made[split].add(CheckedExample(example, file=f"{split}.csv", line=line))
+    return made
+
+
+def _rows(counts):
+    """`count` rows of each label, of inputs that occur once."""
+    return [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
+
+
+def _by_kind(tallies):
+    found = warnings(tallies)
+    assert len({warning["kind"] for warning in found}) == len(found)
+    return {warning["kind"]: warning for warning in found}
+
+
+def test_rows_of_each_label_are_counted_by_split_the_commonest_first():
+    found = label_counts(
+        _tallies(train=_rows({"no": 6, "yes": 9}), test=[("x", "no"), ("y", "maybe")])
+    )
+    assert list(found) == ["yes", "no", "maybe"]
+    assert found == {"yes": {"train": 9}, "no": {"train": 6, "test": 1}, "maybe": {"test": 1}}
+
+
+@pytest.mark.parametrize(
+    ("counts", "closed"),
+    [
+        ({"yes": 9, "no": 1}, True),
+        ({f"intent {i}": 10 for i in range(150)}, True),
+        ({str(i): 10 for i in range(5)}, True),  # ratings
+        ({str(i): 10 for i in range(60)}, False),  # answers to sums
+        ({f"a name {i}": 2 for i in range(60)}, False),  # answers in words
+        ({f"{i}": 1 for i in range(1200)}, False),
+        ({}, False),
+    ],
+    ids=["two", "intents", "ratings", "sums", "names", "many", "none"],
+)
+def test_a_closed_set_is_told_from_free_answers(counts, closed):
+    tallies = _tallies(train=_rows(counts))
+    assert bool(label_counts(tallies)) == closed
+    if not closed:  # whose single labels are nothing odd
+        assert warnings(tallies) == []
+
+
+def test_odd_labels_are_named_with_count_place_and_advice():
+    odd = [("a", "Sound"), ("b", "Sound"), ("c", "7"), ("d", "crackd"), ("e", "no  more")]
+    tallies = _tallies(
+        train=_rows({"sound": 20, "cracked": 30, "no more": 5}) + odd, test=[("z", "SOUND")]
+    )
+    found = _by_kind(tallies)
+    assert set(found) == {"labels_alike", "numbers_among_labels", "labels_of_one_row"}
+    alike = found["labels_alike"]
+    assert (alike["count"], alike["examples"]) == (
+        4,
+        ["train.csv:57", "test.csv:2", "train.csv:61"],
+    )
+    assert (
+        "'sound' in 20 rows (train.csv:2) and 'Sound' in 2 rows (train.csv:57) and 'SOUND' in 1 row"
+        " (test.csv:2); 'no more' in 5 rows" in alike["message"]
+    )
+    assert found["numbers_among_labels"]["examples"] == ["train.csv:59"]
+    single = found["labels_of_one_row"]
+    assert single["count"] == 4
+    assert "'crackd' (train.csv:60; did you mean 'cracked'?)" in single["message"]
+
+
+def test_labels_that_are_all_fine_give_no_warning():
+    assert warnings(_tallies(train=_rows({"yes": 30, "no": 30}), test=[("x", "no")])) == []
+    assert warnings({}) == []
+
+
+def test_equal_rows_and_inputs_with_different_labels_are_found_in_all_splits():
+    tallies = _tallies(
+        train=[("a", "x"), ("b", "y"), ("a", "x"), ("a", "x"), ("c", "x", "why"), ("e", "")],
+        test=[("b", "z"), ("c", "x", "since"), ("b", "y"), ("e", "x")],
+    )
+    found = _by_kind(tallies)
+    equal, different = found["duplicate_rows"], found["different_labels"]
+    # two more of a, one more of b; c has another rationale, e's first row no label
+    assert (equal["count"], equal["examples"]) == (3, ["train.csv:4", "train.csv:5", "test.csv:4"])
+    assert "(train.csv:2 and train.csv:4, train.csv:2 and train.csv:5, train.csv:3 and test.csv:4)" in equal["message"]  # fmt: skip
+    assert different["count"] == 1
+    assert "1 input with different labels, 3 rows in all (train.csv:3 and test.csv:2)" in different["message"]  # fmt: skip
+
+
+def test_the_labels_of_a_dataset_are_few_and_of_rows_without_choices():
+    def labels(rows):
+        tally = Tally()
+        for row in rows:
+            tally.add(CheckedExample(row))
+        return tally.labels
+
+    rows = [Example(str(i), "q", f"label {i:02d}") for i in range(50)]
+    assert labels(rows) == [f"label {i:02d}" for i in range(50)]
+    assert labels([*rows, Example("51", "q", "another")]) == []
+    assert labels([*rows[:9], Example("51", "q", "a", choices=("a", "b"))]) == []
