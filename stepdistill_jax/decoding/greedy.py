@@ -22,6 +22,7 @@ from stepdistill_jax.models.sharding import (
     place_rows,
     replicated,
 )
+from stepdistill_jax.runtime.chips import chip_of
 
 SMALLEST_BUCKET = 32
 ROWS_PER_DEVICE = 64
@@ -172,11 +173,10 @@ def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
 
 
 def _fits(params: Any, mesh: Mesh) -> bool:
-    """Whether a device can hold what it would gather: the same answer in every process."""
-    here = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
-    limit = (here.memory_stats() or {}).get("bytes_limit")
+    """Whether a device can hold what it would gather; of an unknown kind it is taken to."""
+    chip = chip_of(mesh.devices.flat[0].device_kind)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
-    return limit is None or size < GATHERED * limit
+    return chip is None or size < GATHERED * chip.memory
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:

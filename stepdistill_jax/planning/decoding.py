@@ -13,7 +13,6 @@ from stepdistill_jax.decoding.greedy import (
     greedy_decode,
     jit_over_rows,
     rows_at_once,
-    whole_model,
 )
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
@@ -134,7 +133,8 @@ def _lower(
     )
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     decode = jit_over_rows(
-        lambda params, ids: greedy_decode(params, model, ids, max_decode_len=tokens), mesh
+        lambda params, ids: greedy_decode(params, model, ids, max_decode_len=tokens),
+        mesh,
+        model.dtype,
     )
-    lower = decode.lower if whole_model(mesh) else in_mesh(decode.lower, mesh)
-    return lower(params, ids), bytes_per_device(params)
+    return in_mesh(decode.lower, mesh)(params, ids), bytes_per_device(params)
