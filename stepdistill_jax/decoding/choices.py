@@ -18,7 +18,7 @@ from stepdistill_jax.decoding.greedy import (
     rows_at_once,
 )
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.precision import precision_of
+from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.sharding import batch_shards
 from stepdistill_jax.models.t5 import T5, output_kernel, start_cache
 

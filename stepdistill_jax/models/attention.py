@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from stepdistill_jax.models.config import ATTENTIONS
 from stepdistill_jax.models.cpu_speed import sum_over_rows
 from stepdistill_jax.models.dropout import dropout
-from stepdistill_jax.models.precision import precision_of
+from stepdistill_jax.models.products import precision_of
 
 NEG_INF = -1e9
 ATTENTION_OUTPUT = "attention_output"  # its name, for `jax.checkpoint` policies

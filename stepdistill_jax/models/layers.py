@@ -16,8 +16,7 @@ from stepdistill_jax.models.attention import attention, masked_softmax, seen
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.lora import LoraDense
-from stepdistill_jax.models.precision import precision_of
-from stepdistill_jax.models.products import kernel_product
+from stepdistill_jax.models.products import kernel_product, precision_of
 from stepdistill_jax.models.quantized import QuantizedDense, kernel_of
 
 Segments = tuple[jax.Array, jax.Array]  # of queries and keys, as `attention` takes them

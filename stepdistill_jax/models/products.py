@@ -1,11 +1,18 @@
-"""The product of activations and a kernel, whose gradient is float32 whatever the activations are."""
+"""How exactly products are computed, and the product of activations and a kernel."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from stepdistill_jax.models.precision import precision_of
+
+def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
+    """Returns the precision of a product whose factors are of `dtype`.
+
+    By default a TPU multiplies float32 numbers rounded to bfloat16, and a GPU rounds them to TF32.
+    float32 means float32 here; bfloat16 factors are exact by default.
+    """
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.precision import precision_of
+from stepdistill_jax.models.products import precision_of
 
 KERNEL, SCALE = "kernel", "kernel_scale"
 LARGEST = 127

@@ -25,7 +25,7 @@ from stepdistill_jax.models.layers import (
     dense,
 )
 from stepdistill_jax.models.lora import has_adapters
-from stepdistill_jax.models.precision import precision_of
+from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.quantized import kernel_of
 
 Cache = dict[str, jax.Array]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from stepdistill_jax.models.precision import precision_of
+from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.sharding import BATCH_AXES
 
 # of one device: fewer make small matrix products; more fall out of a CPU's cache, and on a TPU out of

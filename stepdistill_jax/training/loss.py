@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 
 from stepdistill_jax.batches.packing import TASK_IDS
-from stepdistill_jax.models.precision import precision_of
+from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.training.cross_entropy import cross_entropy
 
 Group = Mapping[str, jax.Array]
