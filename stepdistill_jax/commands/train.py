@@ -1,4 +1,4 @@
-"""`stepdistill train`: trains a config in a workdir, or goes on with what was begun there."""
+"""`stepdistill train`: trains a config in a workdir, or resumes the run that is there."""
 
 import argparse
 import time
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of checkpoints, metrics and model, also gs://; an unfinished run there is"
-        " gone on with",
+        help="folder of checkpoints, metrics and model, also gs://; an unfinished run in it is"
+        " resumed",
     )
     add_data_arguments(parser)
 
