@@ -29,7 +29,7 @@ PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 SLOW_PARTS := $(addprefix test-slow-,model answers hosts road faults)
-.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments constraints clean
+.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments reference constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
@@ -45,6 +45,7 @@ help:
 	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
 	@echo "                  docs/benchmarks.md is written anew"
 	@echo "make experiments  the claim and its controls, 170 small runs (about 50 minutes); docs/experiments.md is written anew"
+	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
 
@@ -126,6 +127,9 @@ bench: $(VENV)/.installed-bench
 
 experiments: $(VENV)/.installed
 	$(BIN)/python benchmarks/claim.py --workdir runs/claim
+
+reference: $(VENV)/.installed
+	$(BIN)/python docs/reference/write.py
 
 constraints:
 	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \

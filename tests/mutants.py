@@ -348,6 +348,14 @@ MUTANTS = [
         tests=["tests/runtime/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
     ),
     Mutant(
+        id="C7",
+        what="the best step of a run without validation is its first",
+        file="stepdistill_jax/runtime/checkpoints/manager.py",
+        old="return (False, 0.0, 0.0, step)",
+        new="return (False, 0.0, 0.0, -step)",
+        tests=["tests/runtime/checkpoints/test_manager.py::test_the_better_step_is_chosen_by"],
+    ),
+    Mutant(
         id="C3",
         what="the best step is not kept",
         file="stepdistill_jax/runtime/checkpoints/manager.py",

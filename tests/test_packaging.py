@@ -15,7 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parent.parent
+INFERENCE = "requirements-inference.txt"
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "constraints.txt")
+SOURCES += (INFERENCE,)
 FOLDERS = ("stepdistill_jax", "gin", "configs")
 
 
@@ -91,6 +93,16 @@ def test_tensorflow_is_asked_for_only_where_tensorflow_text_has_wheels(project):
             assert marker.evaluate({"sys_platform": "linux", "platform_machine": machine})
 
 
+def test_what_serves_a_model_is_the_project_without_tensorflow_and_seqio(project):
+    """Which `predict`, `evaluate`, `export` and `serve` import neither of, tests in tests/inference say."""
+    builders = {"seqio", "tensorflow", "tensorflow-datasets", "tensorflow-text"}
+    needed = [*project["dependencies"], *project["optional-dependencies"]["serve"]]
+    lines = (ROOT / INFERENCE).read_text().splitlines()
+    listed = {line for line in lines if not line.startswith("#")}
+    assert listed == {x for x in needed if Requirement(x).name not in builders}
+    assert builders <= {Requirement(x).name for x in needed}
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> pathlib.Path:
     """A copy of the sources, so that a build leaves nothing behind in the checkout."""
@@ -159,7 +171,7 @@ def test_the_sdist_builds_the_same_wheel(checkout):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ("gin", "configs"):
         assert {f"{folder}/{name}" for name in gin_files(folder)} <= names
-    assert {"setup.py", "LICENSE", "constraints.txt"} <= names
+    assert {"setup.py", "LICENSE", "constraints.txt", INFERENCE} <= names
 
 
 def test_the_installed_wheel_is_the_one_that_runs(installed, tmp_path):

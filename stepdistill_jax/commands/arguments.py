@@ -225,7 +225,8 @@ def require_seqio(command: str) -> None:
     if missing:
         raise InputError(
             f"{command} needs {missing[0]}, which is not installed for Python"
-            f" {platform.python_version()} on {sys.platform} ({platform.machine()}):"
-            " tensorflow-text has wheels for Linux and for macOS on Apple silicon only, so prepare"
-            " and train there; predict, evaluate and export work here"
+            f" {platform.python_version()} on {sys.platform} ({platform.machine()}): prepare and train"
+            " where the package is installed with all its dependencies, on Linux or on macOS on Apple"
+            " silicon (tensorflow-text has no wheels for others); predict, evaluate, export and serve"
+            " work here"
         )

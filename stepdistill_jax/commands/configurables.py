@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
 import gin
 import optax
 
+from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.data.objectives import ARMS, Objective
 from stepdistill_jax.data.schedules import cosine_schedule, linear_schedule
 from stepdistill_jax.errors import InputError, nearest
@@ -62,6 +64,13 @@ def defaults(selector: str) -> dict[str, Any]:
         return {}
     signature = inspect.signature(CONFIGURABLES[selector])
     return {name: p.default for name, p in signature.parameters.items()}
+
+
+@functools.cache
+def main_bindings() -> dict[str, str]:
+    """What `train.gin` binds, as it stands there: `train.task` is `%TASK`, `TASK` is `%gin.REQUIRED`."""
+    text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w.]+) += +(\S+)", text, re.MULTILINE))
 
 
 def selector_of(name: str) -> str:

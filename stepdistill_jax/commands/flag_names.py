@@ -40,11 +40,9 @@ def _settings() -> dict[str, str]:
 
     A class has the name of its reference: `LoraConfig` is `@lora()`.
     """
-    from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults
-    from stepdistill_jax.commands.shipped import shipped_folder
+    from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults, main_bindings
 
-    text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
-    macros = dict(re.findall(r"^(\w+\.\w+) += +%(\w+)", text, re.MULTILINE))
+    macros = {key: b[1:] for key, b in main_bindings().items() if b.startswith("%")}
     keys = [f"{owner}.{field}" for owner in CONFIGURABLES for field in defaults(owner)]
     settings = {key: macros.get(key, key) for key in keys}
     settings |= {

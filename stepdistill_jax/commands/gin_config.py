@@ -77,7 +77,7 @@ def load_config(
     known = {*declared, *reached}
     for b in typed:
         if "." not in b.key and b.key not in known:
-            hint = _suggestion(b.key, known)
+            hint = suggestion(b.key, known)
             raise InputError(f"{b.where}: {last} declares no {b.key}{hint}")
     reached = _reached(declared | {b.key: b for b in typed})
     _check_values(reached, last)
@@ -121,7 +121,7 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
         own = b.path == last and not is_part(b.path)
         is_read = b.key in reached or not own if "." in b.key else b.owner in used
         if not is_read:
-            hint = _suggestion(b.key, {call[1:] for call in used})
+            hint = suggestion(b.key, {call[1:] for call in used})
             raise InputError(f"{b.where}: nothing uses {b.key}{hint}")
 
 
@@ -139,7 +139,7 @@ def _check_values(reached: Bindings, config: str) -> None:
                     f"{config}: {key} has no default; bind it there or give --set {key}=VALUE"
                 )
             if call[0] == "%" and call[1:] not in reached:
-                hint = _suggestion(call[1:], reached)
+                hint = suggestion(call[1:], reached)
                 raise InputError(f"{b.where}: {call} is bound nowhere{hint}")
         _source(b, reached)
 
@@ -155,8 +155,8 @@ def _source(b: Binding, bindings: Bindings) -> Binding:
     return b
 
 
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean ...?`, or the macros that there are."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """What to say of an unknown setting: `; did you mean ...?`, or the macros that there are."""
     if name in T5X_NAMES:
         return f"; here it is {T5X_NAMES[name]}"
     known, upper = set(known), name.upper()

@@ -41,6 +41,7 @@ COMMANDS = {
     "prepare": "read a dataset with its rationales, check it, and write it as TFDS and JSONL",
     "annotate": "ask a large model for the rationales and labels of a JSONL file",
     "inspect": "show rows as the model sees them, and what the lengths would cut",
+    "settings": "list the settings of a config: default, unit and meaning",
     "plan": "memory, FLOPs and traffic of a config on N devices, without them",
     "train": "train a config in a workdir, or resume it",
     "checkpoints": "list a workdir's saved steps, and whether they are as they were saved",
@@ -127,7 +128,7 @@ def _run(argv: list[str]) -> int:
     if command is not None:  # flags that all commands share may stand before it
         at = argv.index(command)
         argv = [command, *argv[:at], *argv[at + 1 :]]
-    parser, sub, run = _parser(command)
+    parser, sub, run = parser_of(command)
     args = parser.parse_args(argv)
     if command is None:
         if args.version:
@@ -153,7 +154,7 @@ def _run(argv: list[str]) -> int:
     return FAILED if any((result or {}).get(name) for name in ended_badly) else OK
 
 
-def _parser(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
+def parser_of(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
     """The whole parser, the one of a command with its arguments filled in, and its `run`."""
     parser = Parser(
         prog="stepdistill",

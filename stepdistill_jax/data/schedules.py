@@ -23,8 +23,8 @@ class Schedule:
         shape: `linear`, or `cosine` (half a wave, flat at both ends).
         init_value: the weight until `transition_begin`; at least 0.
         end_value: the weight from `transition_begin + transition_steps` on; at least 0.
-        transition_steps: how many steps the change takes; at least 1.
-        transition_begin: the step that it begins at.
+        transition_steps (steps): how many the change takes; at least 1.
+        transition_begin (steps): after which it begins.
 
     Raises:
         InputError: another shape, a value that is no number from 0, steps that are no whole numbers,

@@ -25,9 +25,9 @@ class LoraConfig:
     The names are those of the parameter tree; a rank holds for every layer of both sides.
 
     Attributes:
-        query, key, value, out: of self-attention and of attention to the encoder.
-        wi: of the feed-forward block's first projection, or of both where it is gated.
-        wo: of its second one.
+        query, key, value, out: rank in self-attention and in attention to the encoder.
+        wi: rank of the feed-forward block's first projection, or of both where it is gated.
+        wo: rank of the feed-forward block's second projection.
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:

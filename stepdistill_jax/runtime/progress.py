@@ -42,29 +42,47 @@ def format_values(values: dict[str, float]) -> str:
 
 
 class _Lines:
-    """For log files: a line every ten seconds and one at the end."""
+    """For log files: a line every ten seconds, and one when all is done."""
 
     def __init__(self, total: int | None, description: str, done: int):
         self._total, self._description = total, description
         self._first, self._done = done, done
-        self._start = self._last = time.monotonic()
+        self._start = self._last = self._advanced = time.monotonic()
         self._values: dict[str, float] = {}
 
     def update(self, advance: int = 1, **values: float) -> None:
         self._done += advance
         self._values |= values
-        now = time.monotonic()
-        if advance and (now - self._last >= LINE_EVERY_SECS or self._done == self._total):
-            self._last = now
-            rate = (self._done - self._first) / max(now - self._start, 1e-9)
-            of = "" if self._total is None else f"/{self._total}"
-            left = (
-                "" if self._total is None else f"  ETA {_clock((self._total - self._done) / rate)}"
-            )
-            log(
-                f"{self._description}: {self._done}{of}  {rate:.1f}/s{left}"
-                f"  {format_values(self._values)}".rstrip()
-            )
+        if not advance:
+            return
+        self._advanced = time.monotonic()
+        # the last line waits for values that come after the last unit: `end` writes it
+        if self._advanced - self._last >= LINE_EVERY_SECS and self._done != self._total:
+            self._last = self._advanced
+            self._write()
+
+    def end(self) -> None:
+        if self._first < self._done == self._total:
+            self._write()
+
+    def _write(self) -> None:
+        count, seconds = self._done - self._first, self._advanced - self._start
+        of, left = "", ""
+        if self._total is not None:
+            of = f"/{self._total}"
+            left = f"  ETA {_clock((self._total - self._done) * seconds / count)}"
+        log(
+            f"{self._description}: {self._done}{of}  {_rate(count, seconds)}{left}"
+            f"  {format_values(self._values)}".rstrip()
+        )
+
+
+def _rate(count: int, seconds: float) -> str:
+    """`12.3/s`, or `4.5 s each` of what takes longer than a second; empty before the first one."""
+    if not count:
+        return ""
+    each = max(seconds, 1e-9) / count
+    return f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each"
 
 
 def _clock(seconds: float) -> str:
@@ -86,7 +104,9 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
         A `Bar`.
     """
     if not sys.stderr.isatty():
-        yield _Lines(total, description, done)
+        lines = _Lines(total, description, done)
+        yield lines
+        lines.end()
         return
     from rich.console import Console
     from rich.progress import (
@@ -114,7 +134,7 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
                 nonlocal count
                 count += advance
                 shown.update(values)
-                rate = count / max(time.monotonic() - start, 1e-9)
-                bar.update(task, advance=advance, rate=f"{rate:.1f}/s", values=format_values(shown))
+                rate = _rate(count, time.monotonic() - start)
+                bar.update(task, advance=advance, rate=rate, values=format_values(shown))
 
         yield Rich()

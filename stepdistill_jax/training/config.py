@@ -37,14 +37,15 @@ class OptimizerConfig:
     """Update rule and schedule; the defaults are the paper's (Hsieh et al. 2023, appendix A.1).
 
     Attributes:
-        name: `adamw` or `adafactor`.
+        name: the update rule, `adamw` or `adafactor`.
         schedule: the name of a `LearningRate` (`linear`, `cosine`, `rsqrt`, `constant`), or one.
-        warmup_steps: of a schedule given by its name.
-        b1, b2, eps: AdamW's.
+        warmup_steps (steps): until the peak of a schedule that is given by its name.
+        b1, b2: AdamW's, decay of the averages of the gradient and of its square.
+        eps: AdamW's, added to the root of the second moment.
         eps_before_correction: adds AdamW's `eps` to the root of the second moment before its bias is
             corrected, as the `AdamW` of transformers did; its effect is sqrt(1000) times as large in
             the first step, with a `b2` of 0.999, and the same in the end.
-        weight_decay: of either; the paper's is 0, optax's default is not.
+        weight_decay: of either rule; the paper's is 0, optax's default is not.
         clip_norm: global gradient norm above which gradients are scaled down.
         mu_dtype: AdamW's first moment is kept as `float32` or `bfloat16` (optax's name); the second,
             an average of squares over 1 / (1 - b2) steps, would stop to move in bfloat16.
@@ -97,67 +98,75 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One run. Each field but the last fourteen is the gin macro of the same name in capitals.
+    """One training run.
+
+    Each field but the last fourteen is the gin macro of the same name in capitals.
 
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
-        task_module: module that registers it, imported before it is looked up.
+        task_module: Python module that registers the task, imported before the task is looked up.
         model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
         init_from: model directory, or another run's workdir (its best step), to start from; None is
             random.
         init_rules: (regular expression, name in `init_from` or None) each, tried in this order on the
             whole name of a parameter: which one of `init_from` it takes, None leaving it as it is
             drawn by the seed. None loads each under its own name.
-        objectives: an arm's name or objectives.
+        objectives: an arm's name, such as `step_by_step`, or objectives of one's own.
         task_objectives: which objective each plain task of a mixture gives, for instance
             {"own_label": "label", "own_rationale": "rationale"}; `single` trains all tasks of it as
             one objective. Tasks of `add_task` and prepared datasets say it themselves.
         extra_loss: one more term of the loss; None adds nothing to the compiled step.
-        batch_size: examples (not rows) a step.
+        batch_size (examples): of a step, each with all its rows.
         pack: several rows in one; False pads each objective to its own length.
-        input_length, target_length: tokens at which inputs and targets are truncated.
-        row_input_length, row_target_length: tokens of a packed row; `auto` chooses the cheapest.
-        train_steps, eval_every, checkpoint_every: steps.
-        learning_rate: peak.
+        input_length (tokens): longer inputs are truncated and counted.
+        target_length (tokens): longer targets are truncated and counted.
+        row_input_length, row_target_length (tokens): of a packed row; `auto` chooses the cheapest.
+        train_steps (steps): updates of the run.
+        eval_every (steps): from one validation to the next; the last step is validated, too.
+        checkpoint_every (steps): from one checkpoint to the next; a better step and the last one are
+            saved, too.
+        learning_rate: peak of the optimizer's schedule.
         num_microbatches: slices of a step, whose gradients are added up.
-        dtype: of activations, and of the products with them.
+        dtype: of activations, `float32` or `bfloat16`; parameters and optimizer are always float32.
         dropout_broadcast: all positions of a row share one dropout mask, as in T5X: fewer random
             numbers, and more noise in the gradient.
         attention: how attention is computed: `xla`, or `auto`, what is fastest on the platform (so
             far the same).
-        layout: name or sizes of the mesh.
+        layout: name or sizes of the mesh: `data`, `fsdp`, `fsdp_tensor`, `tensor`, `hybrid`.
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
             Of a dataset prepared with `paper_exact` the seed draws it, and validation out of it.
         best_metric: number of a validation, named without `eval/validation/`, that the best step has
             the largest of (the smallest, if it starts with `loss`); None is the mean label accuracy.
             Then comes the label's loss, then the earlier step.
-        profile_steps: first and last step of a profile in `WORKDIR/profile`; None writes none.
+        profile_steps (steps): first and last one of a profile in `WORKDIR/profile`; None writes
+            none.
         optimizer: update rule and schedule, or a function of the user's that returns one.
         supervision: which label and rationales are trained on.
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
         dropout_rate: the same everywhere in the model.
-        max_decode_len: most tokens of a decoded label with its end of sequence, in validation and
+        max_decode_len (tokens): most of a decoded label with its end of sequence, in validation and
             wherever the trained model is asked; None is the longest of train, rounded up, as it always
             is where the answer is more than a label.
-        remat_policy: `elementwise`, `minimal` or `full`.
+        remat_policy: what the backward pass computes again to save memory: `elementwise`, `minimal`
+            or `full`.
         loss_mean: an objective's loss is the mean over its target tokens in the global batch
             (`token`, the paper's), or over its targets of each one's mean (`example`).
         token_weights: for names of objectives, the field of the train rows that has a weight for each
             word of the target, e.g. {"rationale": "rationale_weights"}; None weighs all alike.
         lora: trains adapters of these ranks and nothing else; None trains every weight.
-        watchdog_medians: a step that takes so many times the median of the recent ones is stuck, and
-            the process ends; 0 never.
-        watchdog_min_secs: but not before so many seconds; 12 times as many for the first step, a
-            validation and a save.
+        watchdog_medians: a step that takes this many times the median of the recent ones is stuck,
+            and the process ends; 0 never.
+        watchdog_min_secs (seconds): before which no step is stuck; 12 times as many for the first
+            step, a validation and a save.
         on_nonfinite: a step whose loss or gradient is not finite is `skip`ped (no update; counted,
             and its examples reported), or the run will `stop` there.
-        max_consecutive_nonfinite: after so many in a row the run goes on from the last good
-            checkpoint's parameters; the second time it stops.
-        spike_factor: a loss above so many times the median of the last 100 steps is reported with
+        max_consecutive_nonfinite (steps): after this many in a row the run goes on from the last
+            good checkpoint's parameters; the second time it stops.
+        spike_factor: a loss above this many times the median of the last 100 steps is reported with
             its examples; 0 never.
-        grace_secs: after a stop signal the process ends within so many seconds, saved or not; 0 is
-            no limit.
+        grace_secs (seconds): after a stop signal the process ends within this time, saved or not; 0
+            is no limit.
     """
 
     task: str

@@ -26,10 +26,10 @@ class LearningRate:
 
     Attributes:
         shape: one of these four.
-        warmup_steps: W; at least 1 for `rsqrt`.
-        end_value: E; at least 0.
-        learning_rate: P; None is the run's.
-        train_steps: N; None is the run's.
+        warmup_steps (steps): W, of the rise to the peak; of `rsqrt` W steps at it, at least 1.
+        end_value: E, the rate of the last step; at least 0.
+        learning_rate: P, the peak; None is the run's.
+        train_steps (steps): N, the last step of the fall; None is the run's.
 
     Raises:
         InputError: another shape, or a value out of its range.

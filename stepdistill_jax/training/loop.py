@@ -48,8 +48,9 @@ def train(
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ..., `examples_per_second` (mean
-        over this life, 0 where nothing was left to do), `best_step`, and the best step's
-        `eval/validation/...`.
+        over this life, 0 where nothing was left to do), `best_step`, the best step's
+        `eval/validation/...`, and where there is a validation split `majority_baseline`, the label
+        accuracy there of always giving the commonest label.
 
     Raises:
         InputError: a setting, dataset or workdir that does not fit; before anything is compiled.
@@ -164,9 +165,11 @@ def _summary(run: Run, last: dict[str, Any], examples_per_second: float) -> dict
         last, examples_per_second = last_step_metrics(run.workdir), 0.0
     best = resolve_step(run.workdir, "best")
     validation = saved_steps(run.workdir)[best]
+    baseline = {"majority_baseline": run.validator.majority_baseline()} if run.validator else {}
     return {
         **{n: v for n, v in last.items() if not n.startswith("timing/")},
         "examples_per_second": examples_per_second,
         "best_step": best,
         **{n: v for n, v in validation.items() if n.startswith("eval/")},
+        **baseline,
     }

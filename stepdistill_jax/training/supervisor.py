@@ -144,12 +144,15 @@ class Supervisor:
             rest = run.abstract.replace(params=None)
             params, rest = checkpoints.restore(start, run.abstract.params, rest)
             state = rest.replace(params=params)
-            log(f"resumed {run.workdir} from step {start}")
         else:
             state = run.initial_state()
         first, saved = jax.process_index() == 0, saved_steps(run.workdir)
         self._best = max(map(rank, saved.values()), default=None)
         validated = saved.get(start, {}).get("validated", True)
+        if start == config.train_steps and (validated or run.validator is None):
+            log(f"{run.workdir} is finished: step {start} of {start} is saved")
+        elif start > 0:
+            log(f"resumed {run.workdir} from step {start}")
         self._writer = MetricsWriter(
             run.workdir, start_step=start, validated=validated, active=first
         )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import end_value
-from stepdistill_jax.data.text_metrics import accuracy
+from stepdistill_jax.data.text_metrics import accuracy, majority_baseline
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.decoding.greedy import Decoded, LabelDecoder
 from stepdistill_jax.errors import InputError
@@ -114,6 +114,12 @@ class Validator:
                 objective = self.data.objectives[column.objective - 1].name
                 names += [f"loss/{objective}", f"accuracy/{objective}"]
         return list(dict.fromkeys(names))
+
+    def majority_baseline(self) -> float:
+        """Returns the label accuracy of always giving the commonest label; the mean over the parts."""
+        labelled = [part for part in self.data.parts if part.label_column is not None]
+        of_parts = [majority_baseline(p.labelled_inputs()[1], p.metric) for p in labelled]
+        return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
         """Returns what a step is ranked by, first things first, each better when larger.

@@ -66,7 +66,7 @@ def test_help_loads_nothing_heavy(command):
 
 @pytest.mark.parametrize("command", sorted(main.COMMANDS))
 def test_every_command_has_json_debug_and_a_function_of_its_own(command):
-    _, parser, run = main._parser(command)
+    _, parser, run = main.parser_of(command)
     text = parser.format_help()
     assert "--json" in text
     assert "--debug" in text

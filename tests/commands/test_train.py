@@ -1,28 +1,39 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 
 import pytest
 
+import stepdistill_jax.tasks.load as tasks_load
 import stepdistill_jax.training
 from stepdistill_jax.commands import main
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.shipped import find_config
 
+MADE = {
+    "step": 400,
+    "loss": 0.5,
+    "best_step": 300,
+    "eval/validation/label_accuracy": 0.452,
+    "majority_baseline": 0.211,
+}
+
 
 @pytest.fixture
 def called(monkeypatch):
-    """Arguments that `training.train` would have been called with."""
+    """Arguments that `training.train` would have been called with; it would have made `MADE`."""
     calls = []
 
     def train(config, **kwargs):
         calls.append((config, kwargs))
-        return {"step": config.train_steps, "loss": 0.5}
+        return MADE
 
     monkeypatch.setattr(stepdistill_jax.training, "train", train, raising=False)
+    monkeypatch.setattr(tasks_load, "has_split", lambda task, split, **where: split == "test")
     return calls
 
 
@@ -35,7 +46,33 @@ def test_train_passes_config_folders_and_text(called, tmp_path, capsys):
     assert config == expected
     assert 0 <= time.monotonic() - kwargs.pop("began") < 60
     assert kwargs == {"workdir": str(workdir), "data_dir": data_dir, "config_text": text}
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"step": 3, "loss": 0.5}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == MADE
+
+
+def test_train_ends_with_the_best_step_and_the_next_command(called, tmp_path, capsys):
+    workdir, data_dir = str(tmp_path / "my run"), str(tmp_path / "data")
+    argv = ["train", "demo_step_by_step", "--workdir", workdir, "--set", "TRAIN_STEPS=400"]
+    assert main.main([*argv, "--data-dir", data_dir]) == 0
+    made, following = capsys.readouterr().out.splitlines()
+    assert made == (
+        f"{workdir}: best step 300 of 400, validation accuracy 0.452 (always the commonest label: 0.211)"
+    )
+    evaluation = ["evaluate", workdir, "--task", "delivery", "--split", "test"]
+    word, *command = shlex.split(following)
+    assert (word, command) == ("next:", ["stepdistill", *evaluation, "--data-dir", data_dir])
+    parser, *_ = main.parser_of("evaluate")
+    assert parser.parse_args(command[1:]).split == "test"  # can be copied as it is
+
+
+def test_the_end_of_a_run_without_validation_and_test(called, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tasks_load, "has_split", lambda *_, **__: False)
+    monkeypatch.delitem(MADE, "majority_baseline")
+    argv = ["train", "demo_step_by_step", "--workdir", "runs/x", "--set", "TRAIN_STEPS=300"]
+    assert main.main(argv) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "runs/x: best step 300 of 300, the last one, since delivery has no validation split",
+        "next: stepdistill export runs/x my_model",
+    ]
 
 
 def test_module_is_the_configs_task_module(called, tmp_path):

@@ -435,14 +435,18 @@ def test_damaged_weights_do_not_write_nan(model_dir, tiny_params, write_rows, tm
         predict(broken, write_rows([{"input": "a"}]), tmp_path / "out.jsonl")
 
 
-def test_no_tensorflow_torch_or_transformers_is_imported(model_dir, workdir, write_rows, tmp_path):
+def test_predict_imports_no_tensorflow_torch_or_transformers_and_export_no_tensorflow(
+    model_dir, workdir, write_rows, tmp_path
+):
     code = """
 import json, sys
-from stepdistill_jax.inference import predict
+from stepdistill_jax.inference import export, predict
 for path in sys.argv[1:3]:
     predict(path, sys.argv[3], sys.argv[4])
-print(json.dumps([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "torch",
-                              "transformers", "gin") if m in sys.modules]))
+builders = ("tensorflow", "tensorflow_text", "seqio", "tensorflow_datasets", "gin")
+found = [m for m in (*builders, "torch", "transformers") if m in sys.modules]
+export(sys.argv[2], sys.argv[5])
+print(json.dumps([*found, *(m for m in builders if m in sys.modules)]))
 """
     done = subprocess.run(
         [
@@ -453,6 +457,7 @@ print(json.dumps([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "tor
             str(workdir),
             str(write_rows([{"input": "a"}])),
             str(tmp_path / "out.jsonl"),
+            str(tmp_path / "exported"),
         ],
         capture_output=True,
         text=True,

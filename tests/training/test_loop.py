@@ -1,5 +1,6 @@
 """Runs of a tiny model on the embedded dataset, in processes of their own where they are hurt."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -237,13 +238,18 @@ def test_a_run_whose_rate_ends_with_it_cannot_be_trained_further(undisturbed, de
     assert "new `workdir` with this one as `init_from`" in message
 
 
-def test_the_layout_may_change_on_a_resume(undisturbed, delivery_data_dir):
+def test_the_layout_may_change_on_a_resume_and_a_finished_run_says_so(
+    undisturbed, delivery_data_dir, capsys
+):
     workdir, _ = undisturbed
     config = TrainConfig(**SETTINGS | {"layout": "data", "checkpoint_every": 7})
     assert train(config, workdir=workdir, data_dir=delivery_data_dir)["step"] == 30
+    said = capsys.readouterr().err
+    assert f"{workdir} is finished: step 30 of 30 is saved\n" in said
+    assert "resumed" not in said
 
 
-def test_the_best_step_is_the_best_validation(undisturbed):
+def test_the_best_step_is_the_best_validation(undisturbed, delivery_data_dir):
     workdir, summary = undisturbed
     validations = [x for x in read_metrics(workdir) if "eval/validation/loss" in x]
     best = max(
@@ -251,6 +257,9 @@ def test_the_best_step_is_the_best_validation(undisturbed):
         key=lambda x: (x["eval/validation/label_accuracy"], -x["eval/validation/loss/label"]),
     )
     assert summary["best_step"] == best["step"] == resolve_step(workdir, "best")
+    rows = (delivery_data_dir / "delivery" / "validation.jsonl").read_text().splitlines()
+    ((_, commonest),) = collections.Counter(json.loads(x)["label"] for x in rows).most_common(1)
+    assert summary["majority_baseline"] == pytest.approx(commonest / len(rows))
 
 
 @pytest.mark.slow

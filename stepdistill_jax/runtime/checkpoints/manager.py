@@ -41,14 +41,15 @@ KEPT_LATEST = 2
 def rank(metrics: dict[str, Any]) -> Any:
     """Higher is better: the numbers in `rank`, then the earlier step.
 
-    A step that was saved without a validation ranks below every validated one. Older versions wrote
-    no `rank`: it was label accuracy, then a lower label loss.
+    A step that was saved without a validation ranks below every validated one, and among its like by
+    the later step: the best step of a run without validation is its last. Older versions wrote no
+    `rank`: it was label accuracy, then a lower label loss.
     """
-    step = -float(metrics["step"])
+    step = float(metrics["step"])
     if not metrics.get("validated"):
         return (False, 0.0, 0.0, step)
     first, second = metrics.get("rank") or (metrics["label_accuracy"], -metrics["label_loss"])
-    return (True, first, second, step)
+    return (True, first, second, -step)
 
 
 class _Kept:

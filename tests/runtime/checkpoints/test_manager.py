@@ -76,8 +76,12 @@ def test_steps_without_a_validation_are_not_kept_for_ever(tmp_path):
         (validated(9, 0.0, 9.0), unvalidated(1)),
         (validated(9, 0.1, 2.0) | {"rank": [-3, -2.0]}, validated(1, 0.8, 0.1) | {"rank": [-4, 0]}),
         (validated(9, 0.1, 2.0) | {"rank": [-math.inf, -9.0]}, unvalidated(1)),
+        (unvalidated(9), unvalidated(1)),
     ],
-    ids=["accuracy", "loss", "earlier", "any_validation", "rank", "a_validation_without_number"],
+    ids=[
+        *("accuracy", "loss", "earlier", "any_validation", "rank", "a_validation_without_number"),
+        "later_without_a_validation",
+    ],
 )
 def test_the_better_step_is_chosen_by(better, worse):
     assert rank(better) > rank(worse)
