@@ -227,7 +227,7 @@ def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
     for line in read_metrics(workdir):  # a step's training and its validation are two lines
         by_step.setdefault(line["step"], {}).update(line)
     steps = sorted(by_step)
-    columns = {"step": np.array(steps, np.int64)}
+    columns: dict[str, np.ndarray] = {"step": np.array(steps, np.int64)}
     for name in dict.fromkeys(name for step in steps for name in by_step[step]):
         if name != "step":
             values = [by_step[step].get(name) for step in steps]
