@@ -101,6 +101,15 @@ def test_lines_are_rows_of_a_table_in_requests_of_32():
     assert shown.endswith("|64|text 63|label 31|75.0%|Why?")
 
 
+def test_a_table_has_a_column_of_reasons_where_there_are_some():
+    answers = {"rows": [ANSWER | {"rationale": "since"}, ANSWER]}
+    info = INFO | {"rationale": False}  # they are a part of the answer
+    shown, _, _ = run({"info": info, "predict": answers}, "await submit('a\\nb');")
+    assert shown == "|text|label|probability|reason|1|a|yes|75.0%|since|2|b|yes|75.0%|"
+    shown, _, _ = run({"info": info, "predict": {"rows": [ANSWER] * 2}}, "await submit('a\\nb');")
+    assert shown == "|text|label|probability|1|a|yes|75.0%|2|b|yes|75.0%"
+
+
 def test_lines_can_be_one_text():
     _, _, asked = run({"predict": ANSWER}, "await submit('a\\nb', {whole: true});")
     assert asked == [["predict", {"input": "a\nb"}]]
