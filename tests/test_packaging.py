@@ -76,7 +76,7 @@ def test_python_versions_are_those_with_tensorflow_text(project):
 
 
 def test_the_extras_of_the_documentation_are_there(project):
-    extras = {"test", "bench", "teacher", "torch", "cuda12", "cuda13", "tpu", "tensorboard"}
+    extras = {"test", "bench", "teacher", "torch", "cuda12", "cuda13", "tpu"}
     assert extras <= set(project["optional-dependencies"])
 
 
