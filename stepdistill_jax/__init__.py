@@ -1,3 +1,26 @@
-"""Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax."""
+"""Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax.
+
+`load(directory)` gives a model that labels texts, `curves(workdir)` a run's metrics as columns,
+`plot_curves(workdir)` a figure of them.
+"""
 
 __version__ = "0.1.0"
+
+# name -> module, which is imported when the name is first used: `import stepdistill_jax` is quick
+_EXPORTS = {
+    "load": "inference.predictor",
+    "curves": "runtime.metrics",
+    "plot_curves": "experiments.plots",
+}
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

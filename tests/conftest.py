@@ -270,7 +270,7 @@ def small_windows(monkeypatch):
     def cut(rows, stop_in=None):
         # `inference.predict` is the function
         module = importlib.import_module("stepdistill_jax.inference.predict")
-        decode_window, windows = module._decode_window, []
+        decode_window, windows = module.decode_window, []
 
         def watched(*args):
             windows.append(len(args[2]))
@@ -278,12 +278,26 @@ def small_windows(monkeypatch):
                 raise KeyboardInterrupt
             return decode_window(*args)
 
-        monkeypatch.setattr(module, "_decode_window", watched)
+        monkeypatch.setattr(module, "decode_window", watched)
         monkeypatch.setattr(module, "WINDOW_ROWS", rows)
         monkeypatch.setattr(module, "WINDOW_BATCHES", 0)
         return windows
 
     return cut
+
+
+@pytest.fixture
+def compiled():
+    """One item for each program that JAX compiles."""
+    events = []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")

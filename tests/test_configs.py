@@ -35,6 +35,10 @@ T5_VOCABULARY = 32128
 BASE_PARAMETERS = 247_577_856
 
 
+# what a config leaves to its user
+NEEDED = {"finetune": ["TASK=mine", "INIT_FROM=models/t5"]}
+
+
 def count(tree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nn.meta.unbox(tree)))
 
@@ -59,7 +63,7 @@ def test_the_configs_of_the_documentation_are_there():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_loads_and_its_model_can_be_built(name):
-    config, _ = load_config(name)
+    config, _ = load_config(name, NEEDED.get(name, ()))
     model = t5_config(
         config.model_family,
         config.model_size,
@@ -120,7 +124,20 @@ def test_a_config_is_includes_and_then_literals(name):
     includes = [line for line in lines if line.startswith("include ")]
     assert includes[0] == 'include "train.gin"'
     assert lines[: len(includes)] == includes
-    assert all(re.fullmatch(r"[\w.]+ = [^@%]+", line) for line in lines[len(includes) :])
+    value = "(%gin.REQUIRED|[^@%]+)"
+    assert all(re.fullmatch(rf"[\w.]+ = {value}", line) for line in lines[len(includes) :])
+
+
+def test_finetuning_has_the_settings_of_the_paper_and_names_all_that_it_needs():
+    config, _ = load_config("finetune", NEEDED["finetune"])
+    paper, _ = load_config("paper_cqa", ["TASK=mine", "INIT_FROM=models/t5", "MODEL_SIZE=tiny"])
+    assert config == paper
+    with pytest.raises(InputError) as caught:
+        load_config("finetune")
+    assert str(caught.value).endswith(
+        "finetune.gin: TASK and INIT_FROM have no default; bind them there or give --set TASK=VALUE"
+        " --set INIT_FROM=VALUE"
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)

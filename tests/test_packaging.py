@@ -193,7 +193,8 @@ from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.shipped import shipped_configs, shipped_folder
 print(shipped_folder("gin"))
 for name in shipped_configs():
-    load_config(name)
+    needed = ["TASK=mine", "INIT_FROM=models/t5"] if name == "finetune" else []
+    load_config(name, needed)
     print(name)
 assert callable(gin.configurable)
 """

@@ -126,7 +126,8 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
 
 
 def _check_values(reached: Bindings, config: str) -> None:
-    """Refuses a key of two parts, and a macro that has no value."""
+    """Refuses a key of two parts, and macros that have no value."""
+    missing = []
     for key, b in reached.items():
         if b.rival is not None:
             raise InputError(
@@ -135,13 +136,18 @@ def _check_values(reached: Bindings, config: str) -> None:
             )
         for call in b.calls:
             if call == "%gin.REQUIRED":
-                raise InputError(
-                    f"{config}: {key} has no default; bind it there or give --set {key}=VALUE"
-                )
-            if call[0] == "%" and call[1:] not in reached:
+                missing.append(key)
+            elif call[0] == "%" and call[1:] not in reached:
                 hint = suggestion(call[1:], reached)
                 raise InputError(f"{b.where}: {call} is bound nowhere{hint}")
         _source(b, reached)
+    if missing:
+        *others, last = missing
+        names = f"{', '.join(others)} and {last} have" if others else f"{last} has"
+        flags = " ".join(f"--set {key}=VALUE" for key in missing)
+        raise InputError(
+            f"{config}: {names} no default; bind {'them' if others else 'it'} there or give {flags}"
+        )
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:

@@ -180,7 +180,7 @@ def _baseline(runs: Sequence[RunResult], asked: str | None) -> str:
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
     """What tells the groups apart: the grid, and settings that differ between runs of one arm."""
-    flat = [_flat(with_defaults(r.config)) for r in runs]
+    flat = [flat_settings(with_defaults(r.config)) for r in runs]
     differing: dict[str, None] = {}
     by_arm = defaultdict(list)
     for run, config in zip(runs, flat, strict=True):
@@ -190,17 +190,22 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
             if len({c.get(name, "None") for c in configs}) > 1:
                 differing[name] = None
     return [
-        dict(run.grid) | {n: _short(config.get(n, "None")) for n in differing if n not in run.grid}
+        dict(run.grid)
+        | {n: short_value(config.get(n, "None")) for n in differing if n not in run.grid}
         for run, config in zip(runs, flat, strict=True)
     ]
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns a run's settings as texts by name: macros in capitals, nested ones as `optimizer.name`.
+
+    Without those of `NO_SETTING`, but for INIT_FROM, and the objectives' weights and prompts.
+    """
     found = {}
     for name, value in config.items():
         if prefix or name not in NO_SETTING:
             if isinstance(value, Mapping):
-                found |= _flat(value, f"{prefix}{name}.")
+                found |= flat_settings(value, f"{prefix}{name}.")
             else:
                 found[f"{prefix}{name}" if prefix else name.upper()] = str(value)
     if not prefix:
@@ -212,7 +217,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _short(value: str) -> str:
+def short_value(value: str) -> str:
+    """Returns a setting's text, of a path the last part."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value

@@ -7,7 +7,29 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepdistill_jax.experiments.comparison import Comparison, Point
-from stepdistill_jax.experiments.plots import figure, look_of, plain, save, series, smoothed
+from stepdistill_jax.experiments.plots import (
+    ACCURACY,
+    figure,
+    learning_axes,
+    look_of,
+    plain,
+    save,
+    series,
+    smoothed,
+)
+
+
+def share_of_data(fraction: float) -> str:
+    """Returns `12.5% of the data`, or `all of the data`."""
+    return "all of the data" if fraction == 1 else f"{100 * fraction:g}% of the data"
+
+
+def _runs_of(points: Sequence[Point]) -> str:
+    """`mean of 3 runs`, or `mean of 2 to 3 runs` where it differs between points."""
+    counts = sorted({len(p.runs) for p in points})
+    if counts == [1]:
+        return "one run"
+    return f"mean of {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs"
 
 
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
@@ -19,19 +41,33 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
     fractions = sorted({p.fraction for p in comparison.points})
     for i, arm in enumerate(comparison.arms):
         points, look = comparison.of_arm(arm), look_of(i)
-        _whiskers(axis, [p.fraction for p in points], points, i, look | {"label": plain(arm)})
+        label = f"{plain(arm)}, {_runs_of(points)}"
+        _whiskers(axis, [p.fraction for p in points], points, i, look | {"label": label})
         crosses = [(r.fraction, r.accuracy) for p in points for r in p.runs if r.collapsed]
         if crosses:
             axis.plot(*zip(*crosses, strict=True), "x", color=look["color"], ms=9, mew=1.6)
-            axis.plot([], [], "x", color=look["color"], label=f"{plain(arm)}: collapsed run")
+            axis.plot(
+                [],
+                [],
+                "x",
+                color=look["color"],
+                label=f"{plain(arm)}, a run with one answer to all",
+            )
+    _key_of_whiskers(axis, comparison.points)
     _lines(axis, comparison)
     axis.set(xlabel="share of the training data", ylabel=f"label accuracy on {plain(split)}")
     if len(fractions) > 1:
         axis.set_xscale("log")
-        axis.set_xticks(fractions, [f"{f:g}" for f in fractions])
-        axis.minorticks_off()
+    axis.set_xticks(fractions, [_tick(comparison, f) for f in fractions])
+    axis.minorticks_off()
     made.legend(loc="outside right upper", frameon=False, fontsize=9)
     return save(made, stem)
+
+
+def _tick(comparison: Comparison, fraction: float) -> str:
+    """`25%`, and below it `375 labels` where all arms have as many."""
+    labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
+    return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")
 
 
 def _whiskers(axis, places: Sequence[float], points: Sequence[Point], i: int, look: dict) -> None:
@@ -41,6 +77,11 @@ def _whiskers(axis, places: Sequence[float], points: Sequence[Point], i: int, lo
     for x, p in zip(at, points, strict=True):
         if p.low is not None and p.high is not None:
             axis.plot([x, x], [max(0.0, p.low), min(1.0, p.high)], color=look["color"], lw=1.1)
+
+
+def _key_of_whiskers(axis, points: Sequence[Point]) -> None:
+    if any(p.low is not None for p in points):
+        axis.plot([], [], "|", color="0.3", ms=11, mew=1.1, label="95% interval of a mean")
 
 
 def _lines(axis, comparison: Comparison) -> None:
@@ -59,11 +100,11 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
     largest = {arm: comparison.of_arm(arm)[-1] for arm in comparison.arms}
     if not any(r.lines for p in largest.values() for r in p.runs):
         return None
-    made, (accuracy, loss) = figure(2)
+    made, accuracy, loss = learning_axes("label loss on train, nats per token")
     for i, (arm, point) in enumerate(largest.items()):
         look = look_of(i)
-        label = f"{plain(arm)} ({point.fraction:g})"
-        for axis, key in ((accuracy, "eval/validation/label_accuracy"), (loss, "loss/label")):
+        label = f"{plain(arm)}, {share_of_data(point.fraction)}, {_runs_of([point])}"
+        for axis, key in ((accuracy, ACCURACY), (loss, "loss/label")):
             by_step = defaultdict(list)
             for run in point.runs:
                 steps, values = series(run.lines, key)
@@ -76,10 +117,11 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
             thick = {"color": look["color"], "ls": look["ls"], "lw": 2, "label": label}
             marked = {"marker": look["marker"], "ms": 4} if axis is accuracy else {}
             axis.plot(whole, means, **thick, **marked)
-    accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
-    loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
+    loss.set_ylim(0, None)
+    if any(len(point.runs) > 1 for point in largest.values()):
+        accuracy.plot([], [], color="0.3", lw=0.5, label="a single run")
     handles, labels = accuracy.get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    made.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return save(made, stem)
 
 
@@ -98,11 +140,24 @@ def size_figure(
     for i, (arm, points) in enumerate(by_arm.items()):
         points.sort(key=lambda p: p[0])
         sizes = [size for size, _ in points]
-        _whiskers(axis, sizes, [p for _, p in points], i, look_of(i) | {"label": plain(arm)})
+        label = f"{plain(arm)}, {_runs_of([p for _, p in points])}"
+        _whiskers(axis, sizes, [p for _, p in points], i, look_of(i) | {"label": label})
+    _key_of_whiskers(axis, [p for points in by_arm.values() for _, p in points])
     best = max(comparisons, key=lambda c: c.teacher or 0.0)
     _lines(axis, best)
     axis.set(
         xscale="log", xlabel="parameters of the model", ylabel=f"label accuracy on {plain(split)}"
     )
+    every = sorted({size for points in by_arm.values() for size, _ in points})
+    axis.set_xticks(every, [_rounded(size) for size in every])
+    axis.minorticks_off()
     made.legend(loc="outside right upper", frameon=False, fontsize=9)
     return save(made, stem)
+
+
+def _rounded(size: int) -> str:
+    """`248M` of 247,577,856."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if size >= unit:
+            return f"{size / unit:.3g}{letter}"
+    return str(size)

@@ -1,14 +1,19 @@
 """Pictures of runs; colours that colour-blind readers tell apart, and lines that print in grey."""
 
+import importlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stepdistill_jax.runtime.metrics import read_metrics
+
 # Okabe and Ito 2008
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
+ACCURACY = "eval/validation/label_accuracy"
+SMOOTHED = 20  # steps
 
 
 def learning_curves(
@@ -24,31 +29,58 @@ def learning_curves(
         path: of the PNG.
         chance: accuracy of always giving the commonest label, drawn as a thin line.
     """
-    from matplotlib import pyplot as plt
-
-    made, (accuracy, loss) = figure(2)
+    made, accuracy, loss = learning_axes("label loss on train, nats per token")
     for i, (name, lines) in enumerate(runs.items()):
         look = look_of(i) | {"label": plain(name)}
-        steps, values = series(lines, "eval/validation/label_accuracy")
+        steps, values = series(lines, ACCURACY)
         accuracy.plot(steps, values, ms=3, **look)
         steps, values = series(lines, "loss/label")
         loss.plot(steps, smoothed(values), **look | {"marker": ""})
     if chance is not None:
         accuracy.axhline(chance, color="0.5", lw=0.8, label="always the commonest label", zorder=0)
-    accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
-    loss.set(xlabel="step", ylabel="label loss on train, nats per token", ylim=(0, None))
+    loss.set_ylim(0, None)
     accuracy.legend(loc="lower right", frameon=False)
     made.savefig(path, dpi=130)
-    plt.close(made)
+
+
+def plot_curves(workdir: os.PathLike | str) -> Any:
+    """Returns a `matplotlib.figure.Figure` of a run: validation accuracy, and each objective's loss.
+
+    A line is the mean training loss of 20 steps, a marker the loss of a validation. A notebook shows
+    the figure where it is the last value of a cell; `.savefig(PATH)` writes it.
+
+    Raises:
+        InputError: as `read_metrics`.
+    """
+    importlib.import_module("matplotlib.pyplot")  # with it a notebook learns to show figures
+    lines = read_metrics(workdir)
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("loss/"))
+    made, accuracy, loss = learning_axes("loss, nats per token")
+    steps, values = series(lines, ACCURACY)
+    accuracy.plot(steps, values, ms=4, **look_of(0))
+    for i, name in enumerate(names):
+        look, objective = look_of(i), plain(name.removeprefix("loss/"))
+        steps, values = series(lines, name)
+        label = f"{objective}, train (mean of {SMOOTHED} steps)"
+        loss.plot(steps, smoothed(values), **look | {"marker": "", "label": label})
+        steps, values = series(lines, f"eval/validation/{name}")
+        if steps:
+            loss.plot(
+                steps, values, **look | {"ls": "", "ms": 5, "label": f"{objective}, validation"}
+            )
+    loss.set_ylim(0, None)
+    if names:
+        loss.legend(frameon=False, fontsize=9)
+    return made
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that have `key`."""
-    found = [(line["step"], line[key]) for line in lines if key in line]
+    """Returns steps and values of the lines that have a number under `key`."""
+    found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def smoothed(values: Sequence[float], window: int = 20) -> list[float]:
+def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
     """Mean over the last `window` values."""
     return [
         sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
@@ -71,25 +103,35 @@ def plain(text: str) -> str:
 
 def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
     """Writes STEM.png and STEM.svg, the same bytes for the same picture; gives the second."""
-    from matplotlib import pyplot as plt
+    import matplotlib
 
-    with plt.rc_context({"svg.hashsalt": "stepdistill"}):
+    with matplotlib.rc_context({"svg.hashsalt": "stepdistill"}):
         figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
         figure.savefig(stem.with_suffix(".png"), dpi=150)
-    plt.close(figure)
     return stem.with_suffix(".svg")
 
 
+def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
+    """Returns a figure, and its axes of validation accuracy and of a loss against the step."""
+    from matplotlib.ticker import MaxNLocator
+
+    made, (accuracy, loss) = figure(2)
+    accuracy.sharex(loss)
+    loss.xaxis.set_major_locator(MaxNLocator(integer=True))
+    accuracy.set(xlabel="step", ylabel="label accuracy on validation", ylim=(0, 1.03))
+    loss.set(xlabel="step", ylabel=loss_label)
+    return made, accuracy, loss
+
+
 def figure(columns: int = 1) -> tuple[Any, Any]:
-    """A figure without a screen and its axes (one, or a list of them)."""
-    import matplotlib
+    """Returns a figure and its axes (one, or an array of them).
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    It is none of pyplot's: no window, whatever the backend, and nothing to close.
+    """
+    from matplotlib.figure import Figure
 
-    made, axes = plt.subplots(
-        1, columns, figsize=(8.0 if columns == 1 else 10.5, 4.2), layout="constrained"
-    )
+    made = Figure(figsize=(8.0 if columns == 1 else 10.5, 4.2), layout="constrained")
+    axes = made.subplots(1, columns)
     for axis in made.axes:
         axis.spines[["top", "right"]].set_visible(False)
     return made, axes

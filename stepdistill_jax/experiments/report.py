@@ -17,7 +17,12 @@ from stepdistill_jax import __version__
 from stepdistill_jax.data.objectives import fields_of
 from stepdistill_jax.experiments import tables
 from stepdistill_jax.experiments.comparison import Comparison, Enough, compare
-from stepdistill_jax.experiments.figures import accuracy_figure, learning_figure, size_figure
+from stepdistill_jax.experiments.figures import (
+    accuracy_figure,
+    learning_figure,
+    share_of_data,
+    size_figure,
+)
 from stepdistill_jax.experiments.results import read_runs
 from stepdistill_jax.experiments.stats import DRAWS
 from stepdistill_jax.inference.rationale_quality import INCONSISTENT, VERDICTS
@@ -139,6 +144,7 @@ def _write_comparison(
         "accuracy": tables.accuracy_table(comparison, f"accuracy{suffix}"),
         "tests": tables.tests_table(comparison, f"tests{suffix}"),
         "cost": tables.cost_table(comparison, f"cost{suffix}"),
+        "settings": tables.settings_table(comparison, f"settings{suffix}"),
     }
     rationales = tables.rationale_table(comparison, f"rationales{suffix}")
     if rationales.rows:
@@ -176,13 +182,12 @@ def headline(comparison: Comparison) -> list[str]:
     """
     said = []
     base, point = comparison.baseline, comparison.of_arm(comparison.baseline)[-1]
-    full = point.fraction
-    data = "all of the data" if full == 1 else f"{full:g} of the data"
+    data = share_of_data(point.fraction)
     if comparison.enough and comparison.is_chance(point):
         said.append(
-            f"{base}'s accuracy with {data} ({point.accuracy:.4f}, {point.labels:.0f} labels) is not shown"
-            f" to be above that of always giving the commonest label ({comparison.majority:.4f}):"
-            " that an arm reaches it means nothing."
+            f"{base}, trained on {data} ({point.labels:.0f} labels), has an accuracy of"
+            f" {point.accuracy:.4f}, which is not shown to be above that of always giving the commonest"
+            f" label, {comparison.majority:.4f}. That another arm reaches it says nothing."
         )
         said += _better(comparison.enough)
     else:
@@ -201,22 +206,21 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
     """With how much of the data an arm reaches what the baseline has with `data`."""
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
-        f"{base}'s accuracy with {data} ({enough.target:.4f}, {enough.baseline_labels:.0f} labels)"
+        f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
+        f" {enough.baseline_labels:.0f} labels)"
     )
     if enough.fraction is None or enough.labels is None:
-        return f"{enough.arm} does not reach {theirs} at any fraction tried."
+        return f"{enough.arm} does not reach {theirs} at any share tried."
     times = enough.baseline_labels / enough.labels
     fewer = f", {times:.3g} times fewer" if times > 1 else ""
-    part = "the same data" if enough.fraction == full else f"{enough.fraction:g} of it"
+    part = "the same data" if enough.fraction == full else share_of_data(enough.fraction)
     said = [
-        f"{enough.arm} reaches {theirs} with {part} ({enough.labels:.0f} labels{fewer}).",
+        f"With {part} ({enough.labels:.0f} labels{fewer}), {enough.arm} reaches {theirs}.",
         *_better([enough]),
     ]
     if enough.reverse is None:
         last = comparison.of_arm(enough.arm)[-1]
-        said.append(
-            f"{base} does not reach {enough.arm}'s {last.accuracy:.4f} at any fraction tried."
-        )
+        said.append(f"{base} does not reach {enough.arm}'s {last.accuracy:.4f} at any share tried.")
     return " ".join(said)
 
 
@@ -231,11 +235,11 @@ def _better(found: Sequence[Enough]) -> list[str]:
         *others, last = by_share[share]
         arms = f"{', '.join(others)} and {last}" if others else last
         verb = "are" if others else "is"
-        said.append(
-            f"At no share {verb} {arms} better beyond chance (95%)."
-            if share is None
-            else f"{arms} {verb} better beyond chance (95%) from a share of {share:g} on."
-        )
+        if share is None:
+            said.append(f"At no share {verb} {arms} better beyond chance (95%).")
+            continue
+        on = "" if share == 1 else " or more"
+        said.append(f"With {share_of_data(share)}{on}, {arms} {verb} better beyond chance (95%).")
     return said
 
 

@@ -3,15 +3,23 @@
 import csv
 import dataclasses
 import io
+import math
 import pathlib
+from collections import defaultdict
 from collections.abc import Sequence
 
 from stepdistill_jax.errors import escaped
-from stepdistill_jax.experiments.comparison import Comparison
+from stepdistill_jax.experiments.comparison import Comparison, flat_settings, short_value
 from stepdistill_jax.experiments.paper import paper_accuracy
 from stepdistill_jax.experiments.results import RunResult
 from stepdistill_jax.inference.rationale_quality import VERDICTS
 from stepdistill_jax.runtime.files import atomic_write
+from stepdistill_jax.training.provenance import with_defaults
+
+# in each table of settings, at their defaults or not
+USUAL_SETTINGS = ("TASK", "MODEL_SIZE", "INIT_FROM", "parameters", "TRAIN_STEPS", "BATCH_SIZE")
+USUAL_SETTINGS += ("LEARNING_RATE", "optimizer.name", "optimizer.schedule", "DROPOUT_RATE")
+USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "SEED")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +164,42 @@ def cost_table(comparison: Comparison, name: str) -> Table:
             )
         )
     return Table(name, head, rows, range(1, len(head)))
+
+
+def settings_table(comparison: Comparison, name: str) -> Table:
+    """The settings of the runs: the usual ones, those that are not at their defaults, any that differ."""
+    default = flat_settings(with_defaults({}))
+    by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for run in comparison.runs:
+        settings = flat_settings(with_defaults(run.config))
+        settings |= {"DATA_FRACTION": f"{run.fraction:g}", "SEED": str(run.seed)}
+        by_arm[run.arm].append(settings | {"parameters": f"{run.parameters:,}"})
+    names = dict.fromkeys(
+        [*USUAL_SETTINGS, *(n for runs in by_arm.values() for settings in runs for n in settings)]
+    )
+    usual = {*USUAL_SETTINGS}
+    usual |= {f"{o['name']}.weight" for run in comparison.runs for o in run.config["objectives"]}
+    rows = []
+    for setting in names:
+        values = {
+            arm: ", ".join(sorted({short_value(s.get(setting, "")) for s in runs}, key=_in_order))
+            for arm, runs in by_arm.items()
+        }
+        values = {arm: value for arm, value in values.items() if value}
+        alike = len(set(values.values())) == 1
+        at_default = alike and set(values.values()) == {default.get(setting)}
+        if setting in usual or not at_default:
+            each = [f"{arm}: {value}" for arm, value in values.items()]
+            rows.append((setting, next(iter(values.values())) if alike else "; ".join(each)))
+    return Table(name, ("setting", "value"), rows, ())
+
+
+def _in_order(value: str) -> tuple[float, str]:
+    """Numbers by their size, then texts."""
+    try:
+        return float(value), value
+    except ValueError:
+        return math.inf, value
 
 
 def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:

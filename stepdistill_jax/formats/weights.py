@@ -15,13 +15,14 @@ from stepdistill_jax.formats.tensors import Tensor, Weights, shard_files
 from stepdistill_jax.formats.torch_bin import open_torch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_INDEX_SUFFIX = ".index.json"
+INDEX_SUFFIX = ".index.json"
 # the first that is there is read; msgpack before torch's, since it needs no torch
 _READERS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
     WEIGHTS: open_safetensors,
     "flax_model.msgpack": open_flax,
     "pytorch_model.bin": open_torch,
 }
+WEIGHT_FILES = tuple(_READERS)
 _TENSORFLOW = "tf_model.h5"
 _BLOCK = 1024  # rows that are compared at once
 
@@ -39,7 +40,7 @@ def open_weights(directory: os.PathLike | str) -> Weights:
     for name, reader in _READERS.items():
         if (directory / name).is_file():
             return Weights(reader(directory / name))
-        if (index := directory / (name + _INDEX_SUFFIX)).is_file():
+        if (index := directory / (name + INDEX_SUFFIX)).is_file():
             tensors: dict[str, Tensor] = {}
             for file in shard_files(index):
                 tensors |= reader(file)
@@ -52,7 +53,7 @@ def open_weights(directory: os.PathLike | str) -> Weights:
 def has_weights(directory: os.PathLike | str) -> bool:
     """Whether the directory holds weights, be it in a format that `open_weights` refuses."""
     directory = pathlib.Path(directory)
-    names = [n + suffix for n in (*_READERS, _TENSORFLOW) for suffix in ("", _INDEX_SUFFIX)]
+    names = [n + suffix for n in (*_READERS, _TENSORFLOW) for suffix in ("", INDEX_SUFFIX)]
     return any((directory / n).is_file() for n in names) or find_t5x(directory) is not None
 
 
@@ -75,7 +76,7 @@ def has_own_head(weights: Weights) -> bool:
 
 def _how_to_convert(directory: pathlib.Path) -> str:
     """The command that makes safetensors of TensorFlow weights; empty if there are none."""
-    names = (_TENSORFLOW, _TENSORFLOW + _INDEX_SUFFIX)
+    names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:
         return ""

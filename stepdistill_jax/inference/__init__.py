@@ -12,16 +12,19 @@ from stepdistill_jax.inference.export import export
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.predict import predict
+from stepdistill_jax.inference.predictor import Predictor, load
 
 __all__ = [
     "DecodeOptions",
     "Decoded",
     "LabelDecoder",
     "LoadedModel",
+    "Predictor",
     "beam_search",
     "evaluate",
     "export",
     "greedy_decode",
+    "load",
     "load_model",
     "predict",
     "sample_decode",

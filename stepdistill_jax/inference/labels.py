@@ -72,6 +72,28 @@ def label_rows(
     return Labels(answers, decoded.ids, decoded.scores, unfinished, unparsed)
 
 
+def explain_rows(
+    model: Engine, asking: Asking, objective: int, inputs: Sequence[Sequence[int]]
+) -> tuple[list[str], int]:
+    """Returns the text that an objective other than the label's gives for each row, and how many are unfinished.
+
+    Args:
+        model: opened by `open_engine`.
+        asking: of `how_to_ask`, with the rationale.
+        objective: its place in `asking.objectives`.
+        inputs: ids of each row's prompt of that objective.
+
+    Raises:
+        NotFinite: the model gives NaN.
+    """
+    prefix = asking.objectives[objective].decoder_prefix
+    given = {"decoder_prefix": model.vocabulary.encode(prefix)} if prefix else {}
+    decoded = model.decode(inputs, asking.decode_lengths[objective], None, **given)
+    require_finite(model, decoded.scores)
+    texts = [model.vocabulary.decode(ids) for ids in decoded.ids]
+    return texts, int((~decoded.finished).sum())
+
+
 def score_targets(
     score: Callable[..., list[np.ndarray]],
     inputs: Sequence[Sequence[int]],

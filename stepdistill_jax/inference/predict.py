@@ -9,7 +9,7 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import jax
@@ -19,9 +19,9 @@ from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.allowed_answers import Allowed, allow
-from stepdistill_jax.inference.engines import Engine, open_engine, require_finite
+from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import InputFile, next_window
-from stepdistill_jax.inference.labels import label_rows
+from stepdistill_jax.inference.labels import explain_rows, label_rows
 from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import (
     RATIONALE,
@@ -165,18 +165,16 @@ def _run(
                 tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
 
     on_all_processes(count_earlier)
-    window_rows = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
-    if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each
-        window_rows = max(1, window_rows * WINDOW_LABELS // len(allowed.labels))
+    most = window_rows(model, allowed)
     start = time.perf_counter()
     with until_stopped(
         source.total,
         f"predict {pathlib.Path(source.path).name}",
         kept=lambda: shared.state["rows"],
     ) as update:
-        while window := on_all_processes(lambda: next_window(rows, window_rows)):
+        while window := on_all_processes(lambda: next_window(rows, most)):
             require_same([row.texts for row in window], "input")
-            answers = _decode_window(model, asking, window, counts, update, allowed)
+            answers = decode_window(model, asking, window, counts, update, allowed)
             _require_unchanged(source, shared)  # what has been kept was made from this input
             shared.append(answers, **counts)
             for row, answer in zip(window, answers, strict=True):
@@ -210,19 +208,40 @@ def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
             yield row
 
 
-def _decode_window(
+def window_rows(model: Engine, allowed: Allowed | None) -> int:
+    """Returns how many rows are decoded together."""
+    most = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
+    if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each
+        most = max(1, most * WINDOW_LABELS // len(allowed.labels))
+    return most
+
+
+def decode_window(
     model: Engine,
     asking: Asking,
     window: list[Example],
-    counts: dict[str, int],
-    update: Callable[[int], None],
+    counts: MutableMapping[str, int],
+    update: Callable[[int], None] | None,
     allowed: Allowed | None,
 ) -> list[dict[str, Any]]:
+    """Returns what is written of each row of a window, and adds to the counts of the summary.
+
+    Args:
+        model: opened by `open_engine`.
+        asking: of `how_to_ask`.
+        window: the rows.
+        counts: `cut_inputs`, `unfinished`, ...; `unparsed` is counted only where it is there.
+        update: called with the number of rows of each batch whose label is done.
+        allowed: of `allow`.
+
+    Raises:
+        NotFinite: the model gives NaN.
+    """
     answers: list[dict[str, Any]] = [{"id": row.id} for row in window]
     if asking.reads:
         counts["incomplete_inputs"] += sum(bool(asking.lacks(row)) for row in window)
     prompts = zip(*map(asking.prompts, window), strict=True)
-    for i, (length, texts) in enumerate(zip(asking.decode_lengths, prompts, strict=True)):
+    for i, texts in enumerate(prompts):
         encoded = [
             encode_input(model.vocabulary, text, asking.input_length, asking.input_pair_of(row))
             for text, row in zip(texts, window, strict=True)
@@ -237,11 +256,8 @@ def _decode_window(
             if "unparsed" in counts:
                 counts["unparsed"] += found.unparsed
             continue
-        prefix = asking.objectives[i].decoder_prefix
-        given = {"decoder_prefix": model.vocabulary.encode(prefix)} if prefix else {}
-        decoded = model.decode(inputs, length, None, **given)
-        require_finite(model, decoded.scores)
-        for answer, ids in zip(answers, decoded.ids, strict=True):
-            answer[RATIONALE] = model.vocabulary.decode(ids)
-        counts["unfinished_rationales"] += int((~decoded.finished).sum())
+        rationales, unfinished = explain_rows(model, asking, i, inputs)
+        for answer, rationale in zip(answers, rationales, strict=True):
+            answer[RATIONALE] = rationale
+        counts["unfinished_rationales"] += unfinished
     return answers

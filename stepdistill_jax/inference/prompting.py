@@ -126,6 +126,16 @@ def how_to_ask(
     )
 
 
+def how_to_explain(
+    model: LoadedModel | Engine, options: DecodeOptions | None = None
+) -> Asking | None:
+    """Returns `how_to_ask` with the rationale; None of a model that gives none, or in its answer only."""
+    objectives = model.task_info.objectives if model.task_info else BARE_OBJECTIVES
+    if not any(o.name == RATIONALE for o in objectives[1:]):
+        return None
+    return how_to_ask(model, options, with_rationale=True)
+
+
 def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
     """What is written of an answer, and whether its label was found.
 

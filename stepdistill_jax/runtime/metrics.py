@@ -11,6 +11,8 @@ import tempfile
 import time
 from typing import Any
 
+import numpy as np
+
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write, check_file, naming, opener, parse_json_line
 from stepdistill_jax.runtime.progress import log
@@ -207,6 +209,34 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     if not path.exists():
         raise InputError(f"{path}: no such file; {workdir} is not a training run")
     return [entry for _, entry in _lines(path) if entry is not None]
+
+
+def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
+    """Returns a run's metrics as columns, each with an entry for every step that has any.
+
+    A `pandas.DataFrame` takes them as they are.
+
+    Returns:
+        `step`, int64 and rising, and by name float64 columns of its length: `loss`, `loss/label`,
+        `eval/validation/label_accuracy`, ... An entry is NaN where the step has no such number.
+
+    Raises:
+        InputError: as `read_metrics`.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(workdir):  # a step's training and its validation are two lines
+        by_step.setdefault(line["step"], {}).update(line)
+    steps = sorted(by_step)
+    columns: dict[str, np.ndarray] = {"step": np.array(steps, np.int64)}
+    for name in dict.fromkeys(name for step in steps for name in by_step[step]):
+        if name != "step":
+            values = [by_step[step].get(name) for step in steps]
+            columns[name] = np.array([_number(value) for value in values], np.float64)
+    return columns
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A model that is asked row by row, as `predict` asks it: the same prompts, ids, labels and scores."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -8,19 +9,18 @@ from typing import Any
 
 import stepdistill_jax
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.allowed_answers import Allowed
+from stepdistill_jax.inference.allowed_answers import LABELS, ROW, Allowed
 from stepdistill_jax.inference.engines import (
     CTranslate2Engine,
     Engine,
     JaxEngine,
     NotFinite,
 )
-from stepdistill_jax.inference.input_rows import question
-from stepdistill_jax.inference.labels import label_rows
-from stepdistill_jax.inference.prompting import Asking, encode_input
+from stepdistill_jax.inference.labels import explain_rows, label_rows
+from stepdistill_jax.inference.predictor import checked_row
+from stepdistill_jax.inference.prompting import RATIONALE, Asking, encode_input
 from stepdistill_jax.serving.batcher import lane_length
 
 MAX_CHOICES = 256  # of one row: each costs time that others wait for
@@ -40,12 +40,31 @@ class Question:
 
 
 class Answerer:
-    """An engine and how it is asked. Only the label is decoded: that is what the method is for."""
+    """An engine and how it is asked. A label is what the method serves; a rationale is for looking."""
 
-    def __init__(self, engine: Engine, asking: Asking, allowed: Allowed | None = None):
-        """As `predict` has them: `asking` without the rationale, `allowed` where choices are scored."""
+    def __init__(
+        self,
+        engine: Engine,
+        asking: Asking,
+        allowed: Allowed | None = None,
+        explaining: Asking | None = None,
+    ):
+        """Takes what `predict` takes.
+
+        Args:
+            engine: opened by `open_engine`.
+            asking: of `how_to_ask`, without the rationale.
+            allowed: where choices are scored.
+            explaining: with the rationale; None where the model gives none by itself.
+        """
         self._engine, self._asking, self._allowed = engine, asking, allowed
+        self._explaining = explaining
         self.batch_size = engine.batch_size
+
+    @property
+    def explains(self) -> bool:
+        """Whether there are rationales to ask for."""
+        return self._explaining is not None
 
     def question(self, row: dict[str, Any], number: int) -> Question:
         """The question of a JSON object; an input that is too long is cut, as in training.
@@ -57,25 +76,22 @@ class Answerer:
         Raises:
             InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
         """
-        where = f"row {number}"
-        parsed = question(JsonRow(row, where, number), self._asking.reads)
-        if absent := self._asking.lacks(parsed):
-            raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
-        if self._allowed:
-            if not self._allowed.labels and len(parsed.choices) > MAX_CHOICES:
-                raise InputError(f"{where}: more than {MAX_CHOICES} choices")
-            try:
-                self._allowed.check(parsed)
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-        text = self._asking.prompts(parsed)[0]
+        checked = checked_row(row, number, self._asking, self._allowed, most_choices=MAX_CHOICES)
+        return self._question(self._asking, 0, checked)
+
+    def rationale_question(self, row: dict[str, Any]) -> Question:
+        """The question of a JSON object that asks for a rationale; see `question`."""
+        assert self._explaining is not None
+        return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
+
+    def _question(self, asking: Asking, objective: int, row: Example) -> Question:
         ids, _ = encode_input(
             self._engine.vocabulary,
-            text,
-            self._asking.input_length,
-            self._asking.input_pair_of(parsed),
+            asking.prompts(row)[objective],
+            asking.input_length,
+            asking.input_pair_of(row),
         )
-        return Question(parsed, ids)
+        return Question(row, ids)
 
     def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """What `predict` writes of each question.
@@ -84,14 +100,32 @@ class Answerer:
             InputError: an engine that cannot ask one of them.
             ArithmeticError: the model gives NaN.
         """
-        try:
+        with self._errors_for_clients():
             found = self._asked(questions)
+        return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
+
+    def explanation(self, question: Question) -> dict[str, Any]:
+        """The row's id and the rationale that `predict --with-rationale` writes; errors as `answers`."""
+        with self._errors_for_clients():
+            return {"id": question.row.id, RATIONALE: self._explained(question)}
+
+    def _explained(self, question: Question) -> str:
+        assert self._explaining is not None
+        ids = question.ids
+        if isinstance(self._engine, JaxEngine):  # one length: one program, which is warm
+            ids = ids + [PAD_ID] * (self._explaining.input_length - len(ids))
+        (text,), _ = explain_rows(self._engine, self._explaining, 1, [ids])
+        return text
+
+    @contextlib.contextmanager
+    def _errors_for_clients(self) -> Iterator[None]:
+        try:
+            yield
         except NotFinite:
             raise ArithmeticError("the model gives NaN") from None
         except InputError as error:
             # where the model lies is not for those who ask it
             raise InputError(str(error).removeprefix(f"{self._engine.path}: ")) from None
-        return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
 
     def _asked(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         inputs = [question.ids for question in questions]
@@ -110,6 +144,9 @@ class Answerer:
 
         The pieces raise InputError where the model gives NaN.
         """
+        if self._explaining and isinstance(self._engine, JaxEngine):
+            empty = Question(Example("", ""), [UNK_ID, EOS_ID])
+            yield functools.partial(self._explained, empty)
         if self._allowed and not self._allowed.labels:
             return
         longest, length = self._asking.input_length, 0
@@ -137,6 +174,9 @@ class Answerer:
             "device": engine.device,
             "task": engine.task_info.task if engine.task_info else None,
             "labels": list(self._allowed.labels if self._allowed else asking.labels),
+            "choices": self._allowed and (LABELS if self._allowed.labels else ROW),
+            "reads": list(asking.reads),
+            "rationale": self.explains,
             "input_length": asking.input_length,
             "max_decode_len": asking.decode_lengths[0],
             "batch_size": self.batch_size,

@@ -5,25 +5,32 @@ import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from stepdistill_jax.errors import InputError, printable
 from stepdistill_jax.runtime.files import parse_json_line
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.serving import metrics
+from stepdistill_jax.serving import metrics, page
 from stepdistill_jax.serving.answerer import Answerer, Question
 from stepdistill_jax.serving.batcher import Batcher, QueueFull
+from stepdistill_jax.serving.requests import (
+    MAX_BODY_BYTES,
+    MAX_HEAD_BYTES,
+    Refused,
+    head_bytes,
+    read_body,
+    rows_of,
+    unless_left,
+)
 
-MAX_HEAD_BYTES = 2**14
-MAX_BODY_BYTES = 2**20
 # a client sees a broken connection and not the answer if the connection closes while it is sending:
 # up to this size the rest of a refused body is read and thrown away
 MOST_READ_BYTES = 16 * MAX_BODY_BYTES
@@ -46,20 +53,6 @@ class Limits:
     timeout_secs: float
 
 
-class Refused(Exception):
-    """A request that gets no answer.
-
-    Attributes:
-        status: of HTTP.
-        headers: of the response.
-    """
-
-    def __init__(self, status: int, reason: str, **headers: str):
-        """`reason` is what the client reads."""
-        super().__init__(reason)
-        self.status, self.headers = status, headers
-
-
 class Service:
     """An application for uvicorn, and the state that it has; it warms up as soon as it runs.
 
@@ -79,6 +72,7 @@ class Service:
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._warm = False
+        self._explaining = asyncio.Lock()
         self._answerer, self._limits = answerer, limits
         self.batcher = Batcher(
             answerer.answers,
@@ -91,7 +85,9 @@ class Service:
         self._metrics = metrics.Metrics(lambda: self.batcher.rows, lambda: self.state == READY)
         self._routes = Starlette(
             routes=[
+                Route("/", self._page),
                 Route("/predict", self._predict, methods=["POST"]),
+                Route("/explain", self._explain, methods=["POST"]),
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", self._show_metrics),
@@ -130,7 +126,7 @@ class Service:
                     message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
-        if _head_bytes(scope) > MAX_HEAD_BYTES:
+        if head_bytes(scope) > MAX_HEAD_BYTES:
             refusal = _error(431, f"the head of a request has at most {MAX_HEAD_BYTES} bytes")
             return await refusal(scope, received, answer)
         return await self._routes(scope, received, answer)
@@ -166,17 +162,22 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         began = time.perf_counter()
-        response = await self._response(request)
+        response = await self._response(request, self._answer)
         self._metrics.requests.labels(str(response.status_code)).inc()
         if response.status_code == 200:
             self._metrics.request_seconds.observe(time.perf_counter() - began)
         return response
 
-    async def _response(self, request: Request) -> Response:
+    async def _explain(self, request: Request) -> Response:
+        return await self._response(request, self._explanation)
+
+    async def _response(
+        self, request: Request, answer: Callable[[Request, bytes], Awaitable[dict[str, Any]]]
+    ) -> Response:
         self.open += 1
         try:
             async with asyncio.timeout(self._limits.timeout_secs):
-                return JSONResponse(await self._answer(request))
+                return JSONResponse(await answer(request, await self._body(request)))
         except Refused as error:
             return _error(error.status, str(error), error.headers)
         except InputError as error:
@@ -196,12 +197,15 @@ class Service:
         finally:
             self.open -= 1
 
-    async def _answer(self, request: Request) -> dict[str, Any]:
+    async def _body(self, request: Request) -> bytes:
+        """The body of a request that may be answered now."""
         if not self._warm:
             raise Refused(503, "the model is warming up", **{"Retry-After": "5"})
         if self.open > self._limits.max_queue:
             raise self._queue_full()
-        body = await _body(request)
+        return await read_body(request)
+
+    async def _answer(self, request: Request, body: bytes) -> dict[str, Any]:
         # in a thread: the longest text takes a third of a second, in which others are to be heard
         questions, alone = await asyncio.to_thread(self._questions, body)
         answers = await self._answers(request, questions)
@@ -209,9 +213,23 @@ class Service:
         self._metrics.rows.inc(len(answers))
         return answers[0] if alone else {"rows": answers}
 
+    async def _explanation(self, request: Request, body: bytes) -> dict[str, Any]:
+        if not self._answerer.explains:
+            raise Refused(404, "this model was not trained to give a rationale by itself")
+        rows, alone = rows_of(parse_json_line(body))
+        if not alone:
+            raise InputError('one row {"input": ...} is explained at a time')
+        question = await asyncio.to_thread(self._answerer.rationale_question, rows[0])
+        return await unless_left(request, asyncio.ensure_future(self._explained(question)))
+
+    async def _explained(self, question: Question) -> dict[str, Any]:
+        # one at a time: a batch of labels goes between two rationales
+        async with self._explaining:
+            return await self.batcher.in_thread(self._answerer.explanation, question)
+
     def _questions(self, body: bytes) -> tuple[list[Question], bool]:
         """Those of a body, and whether it is one row by itself."""
-        rows, alone = _rows_of(parse_json_line(body))
+        rows, alone = rows_of(parse_json_line(body))
         if len(rows) > self._limits.max_queue:
             raise Refused(
                 413, f"at most {self._limits.max_queue} rows are taken at once, got {len(rows)}"
@@ -227,25 +245,19 @@ class Service:
         except QueueFull:
             raise self._queue_full() from None
         answered = asyncio.gather(*futures)
-        # looked at in any case: asyncio logs what nobody has asked for
-        answered.add_done_callback(lambda done: done.cancelled() or done.exception())
-        left = asyncio.create_task(_disconnected(request))
-        try:
-            await asyncio.wait({answered, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not answered.done():
-                raise ClientDisconnect
-        finally:
-            left.cancel()
-            answered.cancel()  # and with it each future that waits
-        for number, answer in enumerate(answered.result(), 1):
+        answers = await unless_left(request, answered)
+        for number, answer in enumerate(answers, 1):
             if isinstance(answer, InputError):
                 raise InputError(f"row {number}: {answer}")
             if isinstance(answer, Exception):
                 raise answer
-        return answered.result()
+        return answers
 
     def _queue_full(self) -> Refused:
         return Refused(503, "too many rows are waiting; ask again later", **{"Retry-After": "1"})
+
+    async def _page(self, _request: Request) -> Response:
+        return HTMLResponse(page.HTML, headers=page.HEADERS)
 
     async def _health(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -258,53 +270,6 @@ class Service:
 
     async def _info(self, _request: Request) -> Response:
         return JSONResponse(self._answerer.info())
-
-
-def _head_bytes(scope: Scope) -> int:
-    """Returns the size of a request's head, without the spaces around the values of its headers."""
-    query = scope["query_string"]
-    line = [
-        scope["method"].encode(),
-        scope["raw_path"],
-        b"?" + query if query else b"",
-        b"HTTP/1.1",
-    ]
-    headers = sum(len(name) + len(value) + len(":\r\n") for name, value in scope["headers"])
-    return sum(map(len, line)) + len("  \r\n") + headers + len("\r\n")
-
-
-async def _body(request: Request) -> bytes:
-    """The body of a request.
-
-    Raises:
-        Refused: it is too large.
-        ClientDisconnect: it does not come.
-    """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes; send fewer rows")
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a body, and whether it is one row by itself."""
-    if "rows" not in body:
-        return [body], True
-    rows = body["rows"]
-    if len(body) > 1 or not isinstance(rows, list):
-        raise InputError('one row {"input": ...} or {"rows": [...]} alone is wanted')
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise InputError(f"row {number}: a JSON object is wanted, got {type(row).__name__}")
-    return rows, False
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _error(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:

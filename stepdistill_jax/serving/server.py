@@ -13,7 +13,8 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.signals import StopSignals
-from stepdistill_jax.serving.app import MAX_HEAD_BYTES, STOPPING, Service
+from stepdistill_jax.serving.app import STOPPING, Service
+from stepdistill_jax.serving.requests import MAX_HEAD_BYTES
 
 KEEP_ALIVE_SECS = 75  # proxies keep idle connections for a minute, and should be who ends them
 

@@ -106,8 +106,8 @@ class TrainConfig:
         task: a prepared dataset, or a registered SeqIO task or mixture.
         task_module: Python module that registers the task, imported before the task is looked up.
         model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
-        init_from: model directory, or another run's workdir (its best step), to start from; None is
-            random.
+        init_from: model directory, another run's workdir (its best step), or a model's name on the
+            Hugging Face hub, `OWNER/NAME`, to start from; None is random.
         init_rules: (regular expression, name in `init_from` or None) each, tried in this order on the
             whole name of a parameter: which one of `init_from` it takes, None leaving it as it is
             drawn by the seed. None loads each under its own name.

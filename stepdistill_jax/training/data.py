@@ -14,6 +14,7 @@ from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.objectives import Objective, held_out_objectives, resolve
 from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.formats.directory import read_model_files
+from stepdistill_jax.formats.hub import local_model
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.models.sharding import blocks_on, place_rows
@@ -29,7 +30,7 @@ TRAIN, VALIDATION = "train", "validation"
 def vocabulary_of(config: TrainConfig) -> str | None:
     """Returns the vocabulary that INIT_FROM or the model's family brings; None is the task's own."""
     if config.init_from is not None:
-        return read_model_files(config.init_from).vocabulary.source
+        return read_model_files(local_model(config.init_from)).vocabulary.source
     return BYTES if config.model_family == "byt5" else None
 
 

@@ -16,6 +16,7 @@ from stepdistill_jax.data import schedules
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.formats.directory import read_config
+from stepdistill_jax.formats.hub import local_model
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.load import has_split
@@ -138,7 +139,7 @@ def _model_of(config: TrainConfig, data: TaskData) -> T5Config:
     if config.init_from is None:
         family, size = config.model_family, config.model_size
         return t5_config(family, size, vocab_size=data.vocab_size, **settings)
-    return dataclasses.replace(read_config(config.init_from), **settings)
+    return dataclasses.replace(read_config(local_model(config.init_from)), **settings)
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 from stepdistill_jax.data import schedules
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, TaskInfo, write_model_files
+from stepdistill_jax.formats.hub import local_model
 from stepdistill_jax.models.config import OLD_REMAT_POLICIES
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, params_digest
@@ -239,6 +240,7 @@ def _agree(described: dict[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     given = described["config"]["init_from"]
+    given = given and local_model(given)
     # run.json has sizes only; under a cut each process reads its part, and two models would become a third
     weights = ""
     if given and pathlib.Path(given).is_dir() and not is_workdir(given):

@@ -15,6 +15,7 @@ from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
+from stepdistill_jax.formats.hub import local_model
 from stepdistill_jax.models.config import T5Config, t5_config
 from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
@@ -185,7 +186,8 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Con
 
 
 def _init_path(init_from: str) -> pathlib.Path:
-    """INIT_FROM: a workdir may be in a store, a model directory must not."""
+    """INIT_FROM: a workdir may be in a store, a model directory must not; a name is the hub's."""
+    init_from = local_model(init_from)
     return as_path(init_from) if is_workdir(init_from) else local_path(init_from, "`init_from`")
 
 
@@ -197,6 +199,8 @@ def _initial_weights(
     path = as_path(config.init_from)
     # one decides: the others may not see the same files
     resumed, step = on_process_0(lambda: _begun(workdir, path))
+    if not resumed:
+        path = as_path(local_model(config.init_from))
     initial = InitialWeights(path, step, config.init_rules, model, abstract)
     if resumed:
         return initial

@@ -32,7 +32,7 @@ from stepdistill_jax.commands.main import main
 module = importlib.import_module("stepdistill_jax.inference.predict")
 engines = importlib.import_module("stepdistill_jax.inference.engines")
 module.WINDOW_ROWS, module.WINDOW_BATCHES = settings.get("window", 4096), 0
-decode_window, load_model, windows = module._decode_window, engines.load_model, []
+decode_window, load_model, windows = module.decode_window, engines.load_model, []
 def decode(*args):
     windows.append(1)
     if len(windows) == settings.get("kill_in"):
@@ -47,7 +47,7 @@ def load(*args, **options):
     held = [x.addressable_shards[0].data.size for x in jax.tree.leaves(model.params)]
     print(f"held {sum(held)} of {sum(x.size for x in jax.tree.leaves(model.params))}", file=sys.stderr)
     return model
-module._decode_window, engines.load_model = decode, load
+module.decode_window, engines.load_model = decode, load
 sys.exit(main(arguments))
 """
 NOBODY = "/proc/nobody/writes/here"

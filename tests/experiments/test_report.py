@@ -78,8 +78,9 @@ def test_the_smallest_fraction_that_is_enough(made):
     assert enough.reverse is None
     (sentence,) = headline(comparison)
     assert (
-        "with 0.25 of it (375 labels, 4 times fewer). step_by_step is better beyond chance (95%) from a share of 1 on"
-        in sentence
+        "With 25% of the data (375 labels, 4 times fewer), step_by_step reaches the accuracy that label_only"
+        " has with all of the data (0.7200, with 1500 labels). With all of the data, step_by_step is better"
+        " beyond chance (95%)." in sentence
     )
 
 
@@ -89,14 +90,14 @@ def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     chance = dataclasses.replace(comparison, majority=low)
     sentence, better = headline(chance)
     assert "times fewer" not in sentence and sentence.endswith(
-        "that an arm reaches it means nothing."
+        "That another arm reaches it says nothing."
     )
-    assert better == "step_by_step is better beyond chance (95%) from a share of 1 on."
+    assert better == "With all of the data, step_by_step is better beyond chance (95%)."
     (enough,) = comparison.enough
     others = [dataclasses.replace(enough, arm=arm, surely=None) for arm in ("a", "b")]
     same = dataclasses.replace(enough, arm="c")
     assert headline(dataclasses.replace(chance, enough=[*others, enough, same]))[1:] == [
-        "step_by_step and c are better beyond chance (95%) from a share of 1 on.",
+        "With all of the data, step_by_step and c are better beyond chance (95%).",
         "At no share are a and b better beyond chance (95%).",
     ]
     (sentence,) = headline(dataclasses.replace(comparison, majority=low - 1e-6))
@@ -115,6 +116,28 @@ def test_arms_are_tested_on_the_same_rows(made):
     )
     alone = [int((a & ~b).sum()) for a, b in zip(first, second, strict=True)]
     assert full.only_first == sum(alone)
+
+
+def test_the_settings_of_the_runs_are_named(made):
+    rows = dict(csv.reader((made[1] / "settings.csv").read_text().splitlines()))
+    assert rows["TASK"] == "delivery" and rows["TRAIN_STEPS"] == "40" and rows["BATCH_SIZE"] == "8"
+    assert rows["SEED"] == "0, 1, 2" and rows["DATA_FRACTION"] == "0.25, 1"
+    assert rows["label.weight"] == "label_only: 1.0; step_by_step: 0.5"
+    assert rows["rationale.weight"] == "0.5"  # of the one arm that has it
+    assert "PACK" not in rows  # at its default, and not among the usual ones
+    page = (made[1] / "report.html").read_text()
+    assert "<td>TRAIN_STEPS</td><td>40</td>" in page
+
+
+def test_ticks_and_legends_say_what_they_are(made):
+    """Text in an SVG is drawn as paths, with the words in a comment before each line."""
+    said = re.findall("<!-- (.*?) -->", (made[1] / "accuracy.svg").read_text())
+    for words in ("25%", "375 labels", "100%", "1500 labels", "step_by_step, mean of 3 runs"):
+        assert words in said
+    assert "95% interval of a mean" in said
+    assert "label_only, a run with one answer to all" in said
+    learned = re.findall("<!-- (.*?) -->", (made[1] / "learning.svg").read_text())
+    assert "step_by_step, all of the data, mean of 3 runs" in learned and "a single run" in learned
 
 
 def test_cost_is_added_up_over_the_steps(made):
@@ -158,7 +181,7 @@ def test_the_page_is_whole_by_itself_and_shows_hostile_text_as_text(made):
 def test_pictures_and_tables_are_files_too(made):
     written, output = made
     assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in written.files)
-    names = ("accuracy", "tests", "cost", "runs")
+    names = ("accuracy", "tests", "cost", "settings", "runs")
     assert {f"{n}.csv" for n in names} == {p.name for p in written.files if p.suffix == ".csv"}
     assert {p.suffix for p in written.files} == {".html", ".csv", ".svg", ".png"}
     assert (output / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -301,13 +301,13 @@ def test_a_row_of_ten_megabytes_and_windows_of_long_rows(echo, tmp_path):
     source.write_text("".join(json.dumps({"input": text}) + "\n" for text in texts))
     with pytest.MonkeyPatch.context() as patch:
         windows = []
-        decode_window = predict_module._decode_window
+        decode_window = predict_module.decode_window
 
         def counted(*args):
             windows.append(len(args[2]))
             return decode_window(*args)
 
-        patch.setattr(predict_module, "_decode_window", counted)
+        patch.setattr(predict_module, "decode_window", counted)
         assert predict(echo, source, out, window=4096)["cut_inputs"] == 4
     assert windows == [4, 2], "16 million characters end a window"
     labels = [json.loads(line)["label"] for line in out.open()]

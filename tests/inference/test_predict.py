@@ -118,13 +118,13 @@ def test_a_killed_process_costs_its_last_window_only(
 import importlib, os, signal, sys
 module = importlib.import_module("stepdistill_jax.inference.predict")
 module.WINDOW_ROWS, module.WINDOW_BATCHES = 40, 0
-decode_window, windows = module._decode_window, []
+decode_window, windows = module.decode_window, []
 def killed(*args):
     windows.append(1)
     if len(windows) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return decode_window(*args)
-module._decode_window = killed
+module.decode_window = killed
 module.predict(*sys.argv[1:])
 """
     command = [sys.executable, "-c", code, str(model_dir), str(source), str(out)]
@@ -216,7 +216,7 @@ def test_a_former_output_stays_until_the_new_one_is_whole(
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict_module, "_decode_window", fails)
+        patch.setattr(predict_module, "decode_window", fails)
         with pytest.raises(RuntimeError):
             predict(model_dir, source, out)
     assert out.read_text() == former
@@ -269,10 +269,10 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
     rows = [q | {"unread": "x" * 10_000} for q in questions[:90]]
     source, out = write_rows(rows), tmp_path / "out.jsonl"
     windows = small_windows(40)
-    decode_window = predict_module._decode_window
+    decode_window = predict_module.decode_window
 
     def changes(*args):
-        monkeypatch.setattr(predict_module, "_decode_window", decode_window)
+        monkeypatch.setattr(predict_module, "decode_window", decode_window)
         if change == "grows":
             with open(source, "a") as f:
                 f.write('{"input": "one more"}\n')
@@ -284,7 +284,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
             source.unlink()
         return decode_window(*args)
 
-    monkeypatch.setattr(predict_module, "_decode_window", changes)
+    monkeypatch.setattr(predict_module, "decode_window", changes)
     with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read \(90 good rows"):
         predict(model_dir, source, out)
     assert windows == [40], "it is noticed before the next window"

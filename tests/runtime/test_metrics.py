@@ -1,10 +1,11 @@
 import json
+import math
 import os
 
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.metrics import MetricsWriter, read_flagged, read_metrics
+from stepdistill_jax.runtime.metrics import MetricsWriter, curves, read_flagged, read_metrics
 
 
 def write(workdir, start_step, steps):
@@ -94,3 +95,21 @@ def test_other_processes_write_nothing(tmp_path):
     writer.write(1, {"loss": 1.0})
     writer.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_curves_are_columns_with_an_entry_for_each_step(tmp_path):
+    """Training and validation of a step are two lines and one entry; what is missing is NaN."""
+    writer = MetricsWriter(tmp_path, start_step=0)
+    writer.write(1, {"loss": 4.0, "skipped_steps": 0})
+    writer.write(2, {"loss": math.nan, "skipped_steps": 1})
+    writer.write(2, {"eval/validation/label_accuracy": 0.25})
+    writer.write(3, {"loss": 1.0, "skipped_steps": 1})
+    writer.close()
+    found = curves(tmp_path)
+    assert {name: column.tolist() for name, column in found.items()} == {
+        "step": [1, 2, 3],
+        "loss": [4.0, pytest.approx(math.nan, nan_ok=True), 1.0],
+        "skipped_steps": [0, 1, 1],
+        "eval/validation/label_accuracy": pytest.approx([math.nan, 0.25, math.nan], nan_ok=True),
+    }
+    assert found["step"].dtype == "int64" and found["skipped_steps"].dtype == "float64"

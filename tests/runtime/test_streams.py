@@ -19,16 +19,16 @@ def test_a_second_run_on_an_output_is_refused_and_the_first_one_ends_well(
 ):
     source, out, whole = write_rows(questions[:90]), tmp_path / "out.jsonl", tmp_path / "w.jsonl"
     predict(model_dir, source, whole)
-    decode_window, refused = predict_module._decode_window, []
+    decode_window, refused = predict_module.decode_window, []
 
     def meets_another(*args):
-        monkeypatch.setattr(predict_module, "_decode_window", decode_window)
+        monkeypatch.setattr(predict_module, "decode_window", decode_window)
         with pytest.raises(InputError, match=r"out\.jsonl\.partial: another run is writing it"):
             predict(model_dir, source, out)
         refused.append(True)
         return decode_window(*args)
 
-    monkeypatch.setattr(predict_module, "_decode_window", meets_another)
+    monkeypatch.setattr(predict_module, "decode_window", meets_another)
     predict(model_dir, source, out)
     assert refused and out.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "w.jsonl"]

@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import DecodeOptions, engines, export, predict
 from stepdistill_jax.inference.allowed_answers import allow
-from stepdistill_jax.inference.prompting import how_to_ask
+from stepdistill_jax.inference.prompting import how_to_ask, how_to_explain
 from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving import run as serving_run
 from stepdistill_jax.serving.answerer import Answerer
@@ -67,10 +66,19 @@ class Running:
     """A service on a free port, in a thread of its own."""
 
     def __init__(
-        self, engine, *, max_wait_secs=0.001, max_queue=256, timeout_secs=20.0, allowed=None
+        self,
+        engine,
+        *,
+        max_wait_secs=0.001,
+        max_queue=256,
+        timeout_secs=20.0,
+        allowed=None,
+        explains=False,
     ):
         limits = app.Limits(max_wait_secs, max_queue, timeout_secs)
-        self.service = app.Service(Answerer(engine, how_to_ask(engine), allowed), limits)
+        explaining = how_to_explain(engine) if explains else None
+        answerer = Answerer(engine, how_to_ask(engine), allowed, explaining)
+        self.service = app.Service(answerer, limits)
         self._signals = StopSignals(None)
         listener = server.bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -89,16 +97,16 @@ class Running:
         wait_for(lambda: self.client.get("/ready").status_code == 200, secs=240)
         return self
 
-    def ask(self, body, **more):
+    def ask(self, body, path="/predict", **more):
         content = body if isinstance(body, bytes) else json.dumps(body)
-        return self.client.post("/predict", content=content, **more)
+        return self.client.post(path, content=content, **more)
 
-    def in_thread(self, body, count=1):
+    def in_thread(self, body, count=1, path="/predict"):
         """Asks without waiting; futures of the responses."""
         from concurrent.futures import ThreadPoolExecutor
 
         pool = ThreadPoolExecutor(count)
-        return [pool.submit(self.ask, body) for _ in range(count)]
+        return [pool.submit(self.ask, body, path) for _ in range(count)]
 
     def metric(self, name):
         """A value of /metrics; 0 where it has not been counted yet."""
@@ -138,20 +146,6 @@ def echo():
     engine = Echo()
     with running(engine) as found:
         yield found.ready(), engine
-
-
-@pytest.fixture
-def compiled():
-    """One item for each program that JAX compiles."""
-    events = []
-
-    def listen(event, *_, **__):
-        if event == "/jax/core/compile/backend_compile_duration":
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("kind", ["jax", "ctranslate2"])
@@ -283,6 +277,78 @@ def test_what_cannot_be_asked_is_one_line_and_400(echo, body, part):
     assert part in response.json()["error"] and "\n" not in response.json()["error"]
     assert engine.batches == []
     assert service.metric('stepdistill_requests_total{status="400"}') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jax", "ctranslate2"])
+def test_rationales_are_those_of_predict(
+    kind, model_dir, questions, write_rows, read_rows_of, tmp_path, monkeypatch, compiled
+):
+    monkeypatch.setattr(engines, "device_mesh", lambda _: None)
+    path = model_dir
+    if kind == "ctranslate2":
+        pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
+        path = tmp_path / "converted"
+        export(model_dir, path, format="ctranslate2")
+    rows = [{**row, "id": i} for i, row in enumerate(questions[:6])]
+    predict(path, write_rows(rows), tmp_path / "out.jsonl", batch_size=2, with_rationale=True)
+    want = read_rows_of(tmp_path / "out.jsonl")
+    assert len({row["rationale"] for row in want}) > 2
+    engine = engines.open_engine(path, DecodeOptions(batch_size=2))
+    with running(engine, explains=True, timeout_secs=200) as found:
+        assert found.ready().client.get("/info").json()["rationale"] is True
+        compiled.clear()
+        for row, wanted in zip(rows, want, strict=True):
+            answer = found.ask(row, "/explain").json()
+            assert answer == {"id": row["id"], "rationale": wanted["rationale"]}
+    assert compiled == []
+
+
+def test_a_batch_of_labels_goes_between_two_rationales():
+    engine = Echo(held=True)
+    with running(engine, explains=True) as found:
+        first = found.ready().in_thread({"input": "one"}, path="/explain")
+        engine.begun()
+        second = found.in_thread({"input": "two", "id": 2}, path="/explain")
+        wait_for(lambda: found.service.open == 2)
+        batcher, working = found.service.batcher, found.service.batcher._working
+        label = found.in_thread({"input": "three"})
+        wait_for(lambda: batcher._working is not working)  # the batch stands in line
+        engine.go(3)
+        assert first[0].result().json() == {"id": "1", "rationale": "explain: one"}
+        assert second[0].result().json() == {"id": 2, "rationale": "explain: two"}
+        assert label[0].result().json()["label"] == "predict: three"
+    assert engine.batches == [["explain: one"], ["predict: three"], ["explain: two"]]
+    assert found.service.answered == 1  # labels are what is counted
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "part"),
+    [
+        ({"rows": [{"input": "a"}]}, 400, "one row"),
+        ({"question": "a"}, 400, "row 1: no field 'input'"),
+        (b"{", 400, "broken JSON"),
+        (b"[]" * 2**20, 413, "at most"),
+    ],
+)
+def test_a_rationale_that_cannot_be_asked_for_is_one_line(explaining, body, status, part):
+    response = explaining.ask(body, "/explain")
+    assert response.status_code == status and part in response.json()["error"]
+    assert explaining.client.get("/explain").status_code == 405
+
+
+@pytest.fixture(scope="module")
+def explaining():
+    with running(Echo(), explains=True) as found:
+        yield found.ready()
+
+
+def test_a_model_without_rationales_says_so(echo):
+    service, _ = echo
+    response = service.ask({"input": "a"}, "/explain")
+    assert response.status_code == 404 and "no rationale" not in response.text
+    assert response.json() == {"error": "this model was not trained to give a rationale by itself"}
+    assert service.client.get("/info").json()["rationale"] is False
 
 
 def test_the_wrong_path_or_method_is_json_too(echo):

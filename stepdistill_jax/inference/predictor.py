@@ -1,0 +1,137 @@
+"""`load`: a trained model that is asked from Python, as `predict` asks it through files."""
+
+import collections
+import dataclasses
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.rows import JsonRow
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.allowed_answers import Allowed, allow
+from stepdistill_jax.inference.engines import Engine, open_engine
+from stepdistill_jax.inference.input_rows import next_window, question
+from stepdistill_jax.inference.options import DecodeOptions, decode_options
+from stepdistill_jax.inference.predict import decode_window, window_rows
+from stepdistill_jax.inference.prompting import Asking, how_to_ask
+
+_OF_A_CALL = ("choices", "choices_temperature")  # options that `Predictor.predict` takes itself
+
+
+def load(path: os.PathLike | str, **options: Any) -> "Predictor":
+    """Opens a trained model to be asked from Python.
+
+    Args:
+        path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
+        **options: fields of `DecodeOptions`, such as `step` and `batch_size`, but for `choices` and
+            `choices_temperature`.
+
+    Raises:
+        InputError: bad options or model.
+    """
+    chosen = decode_options(load, options, without=_OF_A_CALL)
+    return Predictor(open_engine(path, chosen), chosen)
+
+
+class Predictor:
+    """A trained model; several threads may ask it, and take turns.
+
+    What JAX compiles for a number of rows and a length of text is kept: the first call waits for it,
+    later ones do not.
+
+    Attributes:
+        path: the directory that it came from.
+        step: of the checkpoint; None where the directory holds one model only.
+        labels: that the task has, where they are few; else empty.
+    """
+
+    def __init__(self, engine: Engine, options: DecodeOptions):
+        """As `load`."""
+        self._engine, self._options = engine, options
+        self._turn = threading.Lock()
+        self.path: pathlib.Path = engine.path
+        self.step: int | None = engine.step
+        self.labels: tuple[str, ...] = how_to_ask(engine, options).labels
+
+    def predict(
+        self,
+        rows: Iterable[str | Mapping[str, Any]],
+        *,
+        with_rationale: bool = False,
+        choices: os.PathLike | str | Sequence[str] | None = None,
+        choices_temperature: float = 1.0,
+    ) -> list[dict[str, Any]]:
+        """Returns what `inference.predict` writes of each row: `id`, `label`, `score`, ...
+
+        Args:
+            rows: texts, or objects with the fields of `predict`'s input (`input`, `choices`, ...). A
+                row without an `id` has its number, from "1" on.
+            with_rationale: also decodes a rationale, for looking; the label does not depend on it.
+            choices: the allowed answers, as in `DecodeOptions`: `row`, `labels`, a file or a list.
+                Then there are `probability` and `choices`, too.
+            choices_temperature: of these probabilities.
+
+        Raises:
+            InputError: bad options, or a bad row; names its number.
+        """
+        if isinstance(rows, str | Mapping):
+            raise InputError("`rows`: expected a list of texts or objects, got one; give [ROW]")
+        given = {"choices": choices, "choices_temperature": choices_temperature}
+        options = dataclasses.replace(self._options, **given)
+        asking = how_to_ask(self._engine, options, with_rationale=with_rationale)
+        allowed = allow(options, asking, self._engine)
+        checked = iter(
+            [checked_row(_fields(row, n), n, asking, allowed) for n, row in enumerate(rows, 1)]
+        )
+        answers, counts = [], collections.Counter()
+        most = window_rows(self._engine, allowed)
+        with self._turn:
+            while window := next_window(checked, most):
+                answers += decode_window(self._engine, asking, window, counts, None, allowed)
+        return answers
+
+
+def _fields(row: Any, number: int) -> Mapping[str, Any]:
+    if isinstance(row, str):
+        return {"input": row}
+    if not isinstance(row, Mapping):
+        raise InputError(f"row {number}: expected a text or an object, got {type(row).__name__}")
+    return row
+
+
+def checked_row(
+    fields: Mapping[str, Any],
+    number: int,
+    asking: Asking,
+    allowed: Allowed | None,
+    *,
+    most_choices: int | None = None,
+) -> Example:
+    """Returns the question of a row that is no line of a file.
+
+    Args:
+        fields: those of `predict`'s input.
+        number: of the row among those asked together, from 1.
+        asking: of `how_to_ask`.
+        allowed: of `allow`.
+        most_choices: of the row's own; None is any number.
+
+    Raises:
+        InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
+    """
+    where = f"row {number}"
+    row = question(JsonRow(fields, where, number), asking.reads)
+    if absent := asking.lacks(row):
+        raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
+    if allowed is None:
+        return row
+    if most_choices is not None and not allowed.labels and len(row.choices) > most_choices:
+        raise InputError(f"{where}: more than {most_choices} choices")
+    try:
+        allowed.check(row)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return row

@@ -1,0 +1,96 @@
+"""What is read of a request, within bounds, and whether its client is still there."""
+
+import asyncio
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Scope
+
+from stepdistill_jax.errors import InputError
+
+MAX_HEAD_BYTES = 2**14
+MAX_BODY_BYTES = 2**20
+
+
+class Refused(Exception):
+    """A request that gets no answer.
+
+    Attributes:
+        status: of HTTP.
+        headers: of the response.
+    """
+
+    def __init__(self, status: int, reason: str, **headers: str):
+        """`reason` is what the client reads."""
+        super().__init__(reason)
+        self.status, self.headers = status, headers
+
+
+def head_bytes(scope: Scope) -> int:
+    """Returns the size of a request's head, without the spaces around the values of its headers."""
+    query = scope["query_string"]
+    line = [
+        scope["method"].encode(),
+        scope["raw_path"],
+        b"?" + query if query else b"",
+        b"HTTP/1.1",
+    ]
+    headers = sum(len(name) + len(value) + len(":\r\n") for name, value in scope["headers"])
+    return sum(map(len, line)) + len("  \r\n") + headers + len("\r\n")
+
+
+async def read_body(request: Request) -> bytes:
+    """Returns the body of a request.
+
+    Raises:
+        Refused: it is too large.
+        ClientDisconnect: it does not come.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes; send fewer rows")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
+    """Returns the rows of a body, and whether it is one row by itself.
+
+    Raises:
+        InputError: neither a row nor {"rows": [...]}.
+    """
+    if "rows" not in body:
+        return [body], True
+    rows = body["rows"]
+    if len(body) > 1 or not isinstance(rows, list):
+        raise InputError('one row {"input": ...} or {"rows": [...]} alone is wanted')
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise InputError(f"row {number}: a JSON object is wanted, got {type(row).__name__}")
+    return rows, False
+
+
+async def unless_left(request: Request, answered: asyncio.Future) -> Any:
+    """Returns the result of `answered`, which is cancelled when the client leaves.
+
+    Raises:
+        ClientDisconnect: it has left.
+    """
+    # looked at in any case: asyncio logs what nobody has asked for
+    answered.add_done_callback(lambda done: done.cancelled() or done.exception())
+    left = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({answered, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not answered.done():
+            raise ClientDisconnect
+    finally:
+        left.cancel()
+        answered.cancel()  # and with it each future that waits
+    return answered.result()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
