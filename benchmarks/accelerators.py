@@ -64,8 +64,9 @@ def result(cell: str, settings: list[str], folder: pathlib.Path, no_data: str) -
             + ["--data-dir", no_data],
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
+        if done.returncode:  # `plan` has said why
+            sys.exit(done.returncode)
         kept.write_text(done.stdout.splitlines()[-1])
     return json.loads(kept.read_text())
 

@@ -70,9 +70,11 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     console.print("Collectives of a batch on one device:")
     show_collectives(result["collectives_by_dtype"], console)
     show_bound(result["bound"], "batch", console)
+    on_gpu = result["device_kind"].startswith("NVIDIA")
     console.print(
         f"A token of all rows: {result['bound']['token_ms']:.3g} ms; {result['bound']['kernels']}"
-        " operations a batch, each of which a GPU launches in some microseconds more"
+        " operations a batch"
+        + (", each of which a GPU launches in some microseconds more" if on_gpu else "")
     )
 
 

@@ -135,8 +135,8 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
     Matrices are cast to `dtype` once, not at each token. Under a mesh, devices with rows of their own
     also gather the parameters once, and go through their rows by themselves. GSPMD alone would gather
-    them again at each token, ask all devices whether all are done, and gather the logits of beams. It
-    has its way where the gathered parameters take more than `GATHERED` of a device's memory.
+    them again at each token, ask all devices whether all are done, and gather the logits of beams.
+    Where gathered parameters take more than `GATHERED` of a device's memory, GSPMD cuts the program.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
@@ -151,7 +151,7 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
     def spread(params, arrays):
         params = cast(params)
-        if not own_rows or not _fits(params, mesh):
+        if not own_rows or (mesh.shape["fsdp"] > 1 and not _fits(params, mesh)):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
         return jax.shard_map(
@@ -173,10 +173,12 @@ def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
 
 
 def _fits(params: Any, mesh: Mesh) -> bool:
-    """Whether a device can hold what it would gather; of an unknown kind it is taken to."""
-    chip = chip_of(mesh.devices.flat[0].device_kind)
+    """Whether a device can hold what it would gather; an unknown accelerator counts as too small."""
+    device = mesh.devices.flat[0]
+    # not what the device says of its memory: all processes must trace the same program
+    chip = chip_of(device.device_kind)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
-    return chip is None or size < GATHERED * chip.memory
+    return device.platform == "cpu" if chip is None else size < GATHERED * chip.memory
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:

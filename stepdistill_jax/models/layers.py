@@ -198,6 +198,28 @@ def relative_buckets(
     return offset + jnp.where(relative < exact, relative, large)
 
 
+@jax.custom_vjp
+def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
+    """table [heads, buckets], buckets [q, k] -> [heads, q, k]; the gradient is a product.
+
+    A lookup's own gradient is a scatter, which accelerators do slowly; T5X multiplies with one-hot
+    buckets both ways. At HIGHEST precision the sums are those of float32.
+    """
+    return jnp.take(table, buckets, axis=1)
+
+
+def _to_table(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, None]:
+    table, buckets = kept
+    hot = jax.nn.one_hot(buckets, table.shape[1], dtype=slope.dtype)
+    product = jnp.einsum("hqk,qkb->hb", slope, hot, precision=jax.lax.Precision.HIGHEST)
+    return product, None
+
+
+_of_buckets.defvjp(
+    lambda table, buckets: (_of_buckets(table, buckets), (table, buckets)), _to_table
+)
+
+
 class RelativeBias(nn.Module):
     """Learned bias per head and bucket; computed once for all layers of a side, but in UMT5."""
 
@@ -219,8 +241,4 @@ class RelativeBias(nn.Module):
             num_buckets=c.num_buckets,
             max_distance=c.max_distance,
         )
-        # a product in place of a lookup, as in T5X, since a lookup's gradient is a scatter, which
-        # accelerators do slowly; at HIGHEST its values are the table's own
-        hot = jax.nn.one_hot(buckets, c.num_buckets, dtype=jnp.float32, axis=0)
-        bias = jnp.einsum("hb,bqk->hqk", table, hot, precision=jax.lax.Precision.HIGHEST)
-        return bias[None]
+        return _of_buckets(table, buckets)[None]

@@ -109,7 +109,7 @@ def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: 
     policies = jax.checkpoint_policies
     policy = {
         # activations and norms are cheaper to compute again than to write and read. A kernel's
-        # output is kept by its name; of plain operations it is a product, which is kept once
+        # output is kept by its name; plain operations end in a product, of which that is the only copy
         "elementwise": policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(DROPOUT_MASK, ATTENTION_OUTPUT)
         ),

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import REMAT_POLICIES, T5Config
 from stepdistill_jax.models.sharding import Layout, batch_shards, make_mesh
 from stepdistill_jax.planning.compiling import figures, state_bytes
@@ -51,6 +52,22 @@ def layouts_for(model: T5Config, devices: int) -> dict[str, Layout]:
     if devices > 1 and divides(1, devices):
         found["tensor"] = Layout(tensor=devices)
     return found
+
+
+def named_layout(layout: str | Layout, model: T5Config, devices: int) -> str | Layout:
+    """Returns the sizes of a layout that has them in its name, such as `fsdp_tensor 32x8`.
+
+    Raises:
+        InputError: this model cannot have it on so many devices.
+    """
+    if not isinstance(layout, str):
+        return layout
+    named = layouts_for(model, devices)
+    if " " in layout and layout not in named:
+        raise InputError(
+            f"`layout` {layout}: on {devices} devices this model can have {', '.join(named)}"
+        )
+    return named.get(layout, layout)
 
 
 def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:

@@ -1,5 +1,6 @@
 """What decoding a batch of labels takes at least on chips that are not here."""
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -18,11 +19,12 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, param_shardings
 from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.planning.candidates import named_layout
 from stepdistill_jax.planning.collectives import by_dtype, collectives
 from stepdistill_jax.planning.compiling import bound_on, bytes_per_device, compile_for
 from stepdistill_jax.planning.devices import memory_of, topology_devices, usable_share
 from stepdistill_jax.planning.hlo import Module
-from stepdistill_jax.planning.workload import prepared, workload
+from stepdistill_jax.planning.workload import model_of, prepared
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
@@ -48,7 +50,7 @@ def plan_decode(
     Args:
         config: of the run; its dtype is that of the activations.
         topology: as for `plan`.
-        layout: of the mesh; None is `data`.
+        layout: of the mesh, by name, also such as `fsdp_tensor 4x2`, or by sizes; None is the config's.
         rows: decoded at once, on all devices together; None is 64 for each that has its own.
         hbm: as for `plan`.
         data_dir: of prepared datasets.
@@ -68,9 +70,11 @@ def plan_decode(
     if rows is not None:
         whole("rows", rows, 1)
     began, devices = time.perf_counter(), topology_devices(topology)
-    mesh = make_mesh(layout or "data", devices)
-    work = workload(config, rows=1, data_dir=data_dir)
-    assumptions, data = list(work.assumptions), prepared(config, data_dir)
+    assumptions: list[str] = []
+    data = prepared(config, data_dir)
+    # as a validation: adapters are merged
+    model = dataclasses.replace(model_of(config, data, assumptions), lora=None)
+    mesh = make_mesh(named_layout(layout or config.layout, model, len(devices)), devices)
     if data is not None:
         tokens = max_decode_len(data, config)
     elif (tokens := config.max_decode_len or 0) == 0:
@@ -78,7 +82,7 @@ def plan_decode(
         assumptions.append(f"labels of {tokens} tokens (`max_decode_len`)")
     count, length = rows_at_once(rows, mesh), bucket_length(config.input_length)
     assumptions.append(f"each batch has an input of `input_length`, so all rows are {length} long")
-    lowered, params = _lower(work.model, mesh, count, length, tokens)
+    lowered, params = _lower(model, mesh, count, length, tokens)
     try:
         compiled = compile_for(lowered, mesh)
     except MemoryError as error:

@@ -44,9 +44,7 @@ def memory_fraction() -> float:
     except ValueError:
         share = 0.0
     if not 0 < share <= 1:
-        raise InputError(
-            f"{name}={os.environ[name]}: a share of the memory above 0, at most 1, is wanted"
-        )
+        raise InputError(f"{name}={os.environ[name]}: expected a share above 0 and at most 1")
     return share
 
 
@@ -120,7 +118,7 @@ def topology_devices(name: str) -> list[Any]:
 def _gpus(name: str, count: str) -> list[Any]:
     if not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
         raise InputError(
-            f"`topology` {name}: H100s of one host are wanted, {GPU}:1 to {GPU}:{MOST_GPUS}"
+            f"`topology` {name}: expected {GPU}:1 to {GPU}:{MOST_GPUS}, H100s of one host"
         )
     if not any(_found(f"jax_plugins.xla_cuda{version}") for version in (13, 12)):
         raise InputError(

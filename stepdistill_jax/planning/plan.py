@@ -5,11 +5,10 @@ import math
 import os
 from typing import Any
 
-from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import REMAT_POLICIES
 from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.planning.advice import MORE_DEVICES, Base, remedies
-from stepdistill_jax.planning.candidates import Target, candidates, compiled, layouts_for
+from stepdistill_jax.planning.candidates import Target, candidates, compiled, named_layout
 from stepdistill_jax.planning.devices import (
     memory_of,
     topology_devices,
@@ -84,12 +83,7 @@ def plan(
         tried = list(candidates(config, target))
     else:
         name = layout if isinstance(layout, str) else "given"
-        named = layouts_for(target.work.model, len(used))
-        if " " in name and name not in named:
-            raise InputError(
-                f"`layout` {name}: on {len(used)} devices this model can have {', '.join(named)}"
-            )
-        layout = named.get(name, layout)
+        layout = named_layout(layout, target.work.model, len(used))
         tried = [compiled(config, target, name, layout, config.remat_policy)]
     best = min((c for c in tried if c["fits"]), key=lambda c: c["cost"], default=None)
     shown = best or min((c for c in tried if "cost" in c), key=_total, default=None)

@@ -90,7 +90,7 @@ def workload(
     """
     assumptions: list[str] = []
     data = prepared(config, data_dir)
-    model = _model(config, data, assumptions)
+    model = model_of(config, data, assumptions)
     if data is not None and rows is None:
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
     given = (config.row_input_length, config.row_target_length)
@@ -149,7 +149,8 @@ def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskDat
     return load_split(config, TRAIN, vocabulary=vocabulary_of(config), data_dir=data_dir)
 
 
-def _model(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> T5Config:
+def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> T5Config:
+    """Returns the configuration that `train` would build, and adds what it assumes to `assumptions`."""
     settings = model_settings(config)
     if config.init_from is not None and os.path.isdir(config.init_from):
         return dataclasses.replace(read_config(config.init_from), **settings)

@@ -11,7 +11,8 @@ class Chip:
         bfloat16: dense products of bfloat16, FLOP/s.
         memory: bytes of its main memory; of an H100 as its driver counts them.
         bandwidth: of that memory, bytes/s.
-        link: to other devices of the slice or host, bytes/s in one direction.
+        link: to other devices of the slice or host, bytes/s that one collective sends; of a TPU
+            along one axis of its torus, half of what the data sheet adds up for all links.
         integer, other: element operations a second, on integers and on anything else; estimates
             from lanes and clock (an H100 has 64 and 128 lanes in each of 132 multiprocessors, a
             TPU's vector unit four of 8 x 128).
@@ -49,6 +50,20 @@ class Chip:
 
 # by the start of the name that JAX gives a device
 CHIPS: dict[str, Chip] = {
+    **dict.fromkeys(
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
+        Chip(
+            312e12,
+            40 * 10**9,
+            1.555e12,
+            300e9,
+            9.7e12,
+            19.5e12,
+            1.41e9,
+            float32=156e12,
+            exact=19.5e12,
+        ),
+    ),
     "NVIDIA A100": Chip(
         312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
     ),

@@ -86,10 +86,11 @@ def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad:
 
     def local(states, kernel, targets, scale):
         nll, correct, states_sum, kernel_sum = chunked(states, kernel, targets, scale)
+        # each device keeps its part, and sends no more than that over `data`, maybe a slow network
+        if kernel_sum is not None and "fsdp" in mesh_axes:
+            kernel_sum = jax.lax.psum_scatter(kernel_sum, "fsdp", tiled=True)
         if kernel_sum is not None and added:
             kernel_sum = jax.lax.psum(kernel_sum, added)
-        if kernel_sum is not None and "fsdp" in mesh_axes:  # each device keeps its part
-            kernel_sum = jax.lax.psum_scatter(kernel_sum, "fsdp", tiled=True)
         return nll, correct, states_sum, kernel_sum
 
     rows, embed = P(mesh_axes), P("fsdp") if "fsdp" in mesh_axes else P()

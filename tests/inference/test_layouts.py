@@ -24,6 +24,7 @@ from stepdistill_jax.models import sharding
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.t5 import abstract_params, init_params
 from stepdistill_jax.planning.collectives import collectives
+from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.step import in_mesh
 
@@ -140,7 +141,7 @@ def test_devices_that_have_the_whole_model_do_not_wait_for_each_other(params, se
 def test_devices_that_have_a_part_of_the_model_gather_it_once(params, layout):
     """Inside the loops over tokens and layers nothing crosses the axis fsdp."""
     tensor = mesh_of(layout).shape["tensor"]
-    sent, _ = collectives(compiled_decoder(params, layout, "greedy"), 8)
+    sent, _ = collectives(Module(compiled_decoder(params, layout, "greedy")), 8)
     assert sum("/while/" not in c.op_name for c in sent if c.kind == "all-gather") > 10
     assert {c.group for c in sent if "/while/" in c.op_name} <= {tensor} - {1}
 

@@ -1,12 +1,13 @@
 """The real compilers on our step and decoder, without a TPU or GPU; need the extra [tpu] or [aot-cuda]."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from stepdistill_jax.planning import devices
 
 # rows, layouts and devices that both compilers take in a minute or two
 CHILD = """
@@ -37,7 +38,7 @@ def compiler_of(platform):
     """Skips where it is not installed."""
     if platform == "tpu":
         pytest.importorskip("libtpu", reason="no TPU compiler: pip install '.[tpu]'")
-    elif importlib.util.find_spec("jax_plugins") is None:
+    elif not any(devices._found(f"jax_plugins.xla_cuda{version}") for version in (13, 12)):
         pytest.skip("no compiler for NVIDIA GPUs: pip install '.[aot-cuda]'")
 
 

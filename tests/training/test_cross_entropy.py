@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stepdistill_jax.models.sharding import make_mesh
+from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.training import cross_entropy as module
 from stepdistill_jax.training.cross_entropy import cross_entropy
 
@@ -78,10 +78,21 @@ def test_each_layout_gives_what_one_device_gives(layout, monkeypatch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), found, wanted)
 
 
-def test_under_fsdp_each_device_adds_up_its_part_of_the_kernels_gradient():
-    mesh = make_mesh("fsdp")
-    rows = P("fsdp")
-    shardings = [NamedSharding(mesh, spec) for spec in (rows, rows, rows, rows)]
+@pytest.mark.parametrize(
+    ("layout", "sums"),
+    [
+        ("fsdp", [(f"f32[{EMBED // 8},{VOCAB}]", "reduce-scatter")]),
+        (
+            Layout(data=2, fsdp=4),
+            [(f"f32[{EMBED // 4},{VOCAB}]", op) for op in ("reduce-scatter", "all-reduce")],
+        ),
+    ],
+    ids=["fsdp", "hybrid"],
+)
+def test_under_fsdp_each_device_adds_up_its_part_of_the_kernels_gradient(layout, sums):
+    mesh = make_mesh(layout)
+    rows = P(("data", "fsdp"))
+    shardings = [NamedSharding(mesh, spec) for spec in (rows, P("fsdp"), rows, rows)]
     shapes = [
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         for x, s in zip(problem(jnp.bfloat16), shardings, strict=True)
@@ -90,7 +101,19 @@ def test_under_fsdp_each_device_adds_up_its_part_of_the_kernels_gradient():
     with jax.set_mesh(mesh):
         compiled = jax.jit(gradient, out_shardings=shardings[1]).lower(*shapes).compile().as_text()
     added = re.findall(r"= (\S+?)(?:{\S*)? (all-reduce|reduce-scatter)\(", compiled)
-    assert added == [(f"f32[{EMBED // 8},{VOCAB}]", "reduce-scatter")]
+    assert added == sums
+
+
+@pytest.mark.parametrize(("platform", "tokens"), [("gpu", 2048), ("tpu", 512)])
+def test_the_tokens_of_a_chunk_are_those_of_the_meshs_devices(platform, tokens):
+    """In a program that this machine cannot compile: its products have so many rows."""
+    device = jax.sharding.AbstractDevice("a chip", None, platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    shapes = [((4, 1024, EMBED), jnp.bfloat16), ((EMBED, VOCAB), jnp.float32)]
+    shapes += [((4, 1024), jnp.int32), ((4, 1024), jnp.float32)]
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(cross_entropy)(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+    assert f"f32[{tokens},{VOCAB}] = dot_general" in str(program)
 
 
 def products(function, *args) -> int:
