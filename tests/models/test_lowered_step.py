@@ -128,6 +128,6 @@ def test_float32_is_multiplied_as_float32_and_bfloat16_as_bfloat16(name, dtype, 
     for e in products:
         (factors,) = {dtype for _, dtype in shapes(e.invars)}
         by_dtype[factors].append(e.params["precision"])
-    assert set(by_dtype["float32"]) == {HIGHEST}
+    assert set(by_dtype["float32"]) <= {HIGHEST}
     assert set(by_dtype["bfloat16"]) <= {None}
     assert len(by_dtype[dtype]) > 15
