@@ -41,6 +41,7 @@ def test_the_files_of_the_page_are_those_of_a_report(tmp_path):
         "tests",
         "rationales",
         "cost",
+        "settings",
         "learning",
         "size",
         "runs",

@@ -14,13 +14,14 @@ from flax.traverse_util import flatten_dict
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats import hub
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.formats.hf import save_params, to_hf
 from stepdistill_jax.inference import export
 from stepdistill_jax.models.config import LoraConfig, T5Config
 from stepdistill_jax.models.t5 import init_params
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step
-from stepdistill_jax.training import TrainConfig, train
+from stepdistill_jax.training import TrainConfig, inspect, train
 from stepdistill_jax.training.provenance import describe
 from stepdistill_jax.training.run import assemble
 from stepdistill_jax.training.state import init_state
@@ -171,6 +172,27 @@ def test_rules_read_a_t5x_checkpoint(given, vocabulary, tmp_path, delivery_data_
     scratch = init_state(run.model, run.tx, run.abstract, seed=5)
     expected = by_hand(flat(params), flat(scratch.params))
     assert_equal(flat(run.initial_state().params), expected)
+
+
+@pytest.mark.slow
+def test_a_name_of_the_hub_is_the_model_that_is_downloaded_and_a_resume_needs_it_no_more(
+    given, vocabulary, model_dir, tmp_path, delivery_data_dir, monkeypatch
+):
+    config, params = given
+    monkeypatch.setattr(hub, "_of_hub", lambda _: str(model_dir))
+    run = run_of(tmp_path, delivery_data_dir, init_from="own/er")
+    assert (run.config.init_from, run.model.emb_dim) == ("own/er", config.emb_dim)
+    assert_equal(flat(run.initial_state().params), flat(params))
+    shown = inspect(run.config, data_dir=delivery_data_dir)
+    assert shown["vocabulary_size"] == vocabulary.size
+    settings = SETTINGS | {"init_from": "own/er", "layout": "data"}
+    first = TrainConfig(**settings)
+    done = train(first, workdir=tmp_path / "run", data_dir=delivery_data_dir)
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert kept["config"]["init_from"] == "own/er" and "init_from" in kept["fingerprint"]
+    monkeypatch.setattr(hub, "_of_hub", lambda _: pytest.fail("a resume asked the hub"))
+    again = train(first, workdir=tmp_path / "run", data_dir=delivery_data_dir)
+    assert again["step"] == done["step"] == 2
 
 
 @pytest.mark.slow
