@@ -7,7 +7,8 @@ of 192 input and 72 target tokens. A process makes the shards of its own devices
 (`stepdistill_jax/batches/host.py`); the first of many does so here, alone. Figures are CPU time of one
 thread, the median of `--rounds` turns: a busy machine changes them little. Placing the arrays on devices
 is not in them. `need` is what 8 H100s at 45% of their peak would train on, in examples a second, with
-rows as full as these; `ours` is what one thread makes of the second batch size on one process.
+rows as full as these; `ours` is what one thread makes of the second batch size (or of the only one) on
+the fewest processes.
 
 `opening` is the time to open the token store, of which pieces are read, and to compare every byte of
 it, as `inspect --verify` does.
@@ -74,10 +75,10 @@ def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
 def needs(examples_per_row: float) -> dict[str, float]:
     """Examples a second that the GPUs would train on, by model."""
     from stepdistill_jax.models.config import t5_config
-    from stepdistill_jax.models.flops import peak_flops, train_flops
+    from stepdistill_jax.models.flops import train_flops
+    from stepdistill_jax.runtime.chips import CHIPS
 
-    peak, found = peak_flops("NVIDIA H100"), {}
-    assert peak is not None
+    peak, found = CHIPS["NVIDIA H100"].bfloat16, {}
     for size in MODELS:
         model = t5_config("t5_v1_1", size, vocab_size=32_128)
         inputs, targets = LENGTHS
@@ -122,7 +123,8 @@ def main() -> None:
             f"| {c['batch_size']:,} | {c['processes']} | {c['shards']} of {c['of_shards']} |"
             f" {c['milliseconds']:.2f} | {rate:,.0f} |"
         )
-    of_thread = cells[min(len(cells) - 1, len(args.processes))]
+    one, second = min(args.processes), args.batch_sizes[min(1, len(args.batch_sizes) - 1)]
+    of_thread = next(c for c in cells if c["processes"] == one and c["batch_size"] == second)
     need = needs(of_thread["examples_per_row"])
     for size, rate in need.items():
         print(f"{GPUS} H100 of T5 v1.1 {size} at {UTILISATION:.0%} MFU: {rate:,.0f} examples/s")

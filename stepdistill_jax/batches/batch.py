@@ -236,7 +236,7 @@ class Batches:
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the rows of a batch in which each shard has so many."""
+        """Returns the rows of a batch whose shards need `num_rows` each, rounded up."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:

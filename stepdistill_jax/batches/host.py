@@ -15,9 +15,8 @@ from stepdistill_jax.batches.batch import Batch, Batches, Shard
 from stepdistill_jax.runtime.channel import Channel
 
 AGREED_STEPS = 8
-Counts = list[
-    int
-]  # of a shard: its rows, input and target tokens, and the tokens of each objective
+# of a shard: its rows, input tokens, target tokens, then the tokens of each objective
+Counts = list[int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,7 +247,8 @@ def choose_row_counts(
         num_shards: of a batch, which all get as many rows as the fullest of them needs.
     """
     used = np.sort(np.asarray(probes, np.int64))
-    # of more shards one lies further out: so far that the fourth is for one batch in some thousands
+    # the fullest of several shards lies further above the mean: so far that the fourth is for one
+    # batch in some thousands
     spread = used.std() * (1 + math.log10(num_shards) / 2)
     third = round_up(used[-1] + max(1, int(np.ceil(spread))), row_multiple)
     if num_shards > 1:

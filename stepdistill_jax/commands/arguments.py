@@ -35,7 +35,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="end standard output with one JSON object; of an error it has `error` and `exit_code`",
+        help="end standard output with one JSON object; on an error its keys are `error` and"
+        " `exit_code`",
     )
     parser.add_argument(
         "--debug", action="store_true", help="show the whole traceback of any error"

@@ -24,7 +24,7 @@ from stepdistill_jax.commands.arguments import (
 )
 from stepdistill_jax.commands.flag_names import as_typed
 from stepdistill_jax.commands.terminal import say, show_traceback
-from stepdistill_jax.errors import InputError, nearest, printable
+from stepdistill_jax.errors import EXIT_STOPPED, InputError, nearest, printable
 from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
 from stepdistill_jax.runtime.distributed import end_soon, is_process_0, leave
 from stepdistill_jax.runtime.files import DISK_ERRORS
@@ -62,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else FAILED
         if code != OK:
-            stopped = "stopped by a signal; the same command continues"
-            _ended(typed, code, stop.message if isinstance(stop, UsageExit) else stopped)
+            message = stop.message if isinstance(stop, UsageExit) else str(stop.code)
+            if code == EXIT_STOPPED:
+                message = "stopped by a signal; the same command continues"
+            _ended(typed, code, message)
         _leave(code, owns_process=argv is None)
         raise
     _leave(code, owns_process=argv is None)

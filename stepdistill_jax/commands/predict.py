@@ -58,10 +58,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.accuracy import in_words
     from stepdistill_jax.runtime.distributed import is_process_0
-    from stepdistill_jax.runtime.on_processes import on_process_0
+    from stepdistill_jax.runtime.on_processes import on_all_processes
 
     # a mistyped model is named before a fault of the input
-    on_process_0(lambda: require_directory(args.path))
+    on_all_processes(lambda: require_directory(args.path))
     with stopped_by_signals():
         result = predict(
             args.path,

@@ -67,7 +67,10 @@ class UnusableRows(InputError):
 
     def __init__(self, rows: BadRows, total: int, path: pathlib.Path):
         if rows.count == 1:
-            text = f"{rows.first[0]} (`on_error=skip` continues without such rows)"
+            text = (
+                f"{rows.first[0]}; it is listed in {path} (`on_error=skip` continues without such"
+                " rows)"
+            )
         else:
             text = (
                 f"{rows.of(total)}; all are listed in {path}. Correct them, or give `on_error=skip`"

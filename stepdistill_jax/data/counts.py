@@ -1,4 +1,7 @@
-"""Figures of a split, gathered row by row: nothing grows with the number of rows but 32 bytes each."""
+"""Figures of a split, gathered row by row: only 40 bytes a row are kept.
+
+While rows are compared at the end (`data.labels`), 80 bytes more of each are in use.
+"""
 
 import array
 import collections
@@ -40,7 +43,8 @@ class Tally:
         texts, characters: of what a vocabulary would learn from.
         label_rows: for each gold label its number of rows, and which row of the split (from 0) is the first; None where
             there are more than COUNTED_LABELS, or more than MAX_LABELS and long ones among them.
-        hashes: of each row its input, its label (0 for none), and all of it that is trained on.
+        hashes: of each row its input; its question, which is the input with the choices and further
+            texts; its label (0 for none); and all of it but the id.
     """
 
     def __init__(self):
@@ -54,7 +58,7 @@ class Tally:
         self.kept: collections.Counter[str] = collections.Counter()
         self.lengths = {name: collections.Counter[int]() for name in LENGTH_FIELDS}
         self.label_rows: dict[str, list[Any]] | None = {}
-        self.hashes = {name: array.array("Q") for name in ("input", "label", "row")}
+        self.hashes = {name: array.array("Q") for name in ("input", "question", "label", "row")}
         self._choices = False
         self._files: dict[str, int] = {}
         self._places = array.array("Q")
@@ -87,10 +91,12 @@ class Tally:
         """Keeps what `data.labels` compares rows by, and where each stands."""
         example, at = row.example, len(self._places)
         asked = example.input + example.input_pair
-        texts = (asked, example.label, example.rationale, example.llm_label)
+        question = (example.input, sorted(example.more.items()), example.choices)
+        answer = (example.label, example.rationale, example.rationales, example.llm_label)
         self.hashes["input"].append(hash64(asked))
+        self.hashes["question"].append(hash64(repr(question)))
         self.hashes["label"].append(hash64(example.label) if example.label else 0)
-        self.hashes["row"].append(hash64("\0".join(texts)))
+        self.hashes["row"].append(hash64(repr((question, answer, example.weight))))
         file = self._files.setdefault(row.file, len(self._files))
         self._places.append(file << LINE_BITS | row.line)
         if self.label_rows is None or not example.label:

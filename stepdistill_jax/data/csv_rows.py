@@ -4,8 +4,9 @@ import collections
 import csv
 import itertools
 import os
+import re
 from collections.abc import Collection, Iterator
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from stepdistill_jax.data.rows import BadRow, JsonRow
 from stepdistill_jax.errors import InputError
@@ -18,6 +19,13 @@ from stepdistill_jax.runtime.files import (
 )
 
 SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and what separates the cells
+_SEPARATOR = re.compile(r"sep=([^\w\s\"]|\t)\s*", re.IGNORECASE)  # a line of Excel's, no row
+
+
+class _Line(NamedTuple):
+    number: int  # in the file, from 1
+    text: str  # of a bad line what can be read of it
+    problem: str  # empty of a good one
 
 
 def is_csv(path: os.PathLike | str) -> bool:
@@ -32,7 +40,8 @@ def each_csv_row(
 
     Quotes are those of Python's `csv`. A cell that is blank is null, a row whose cells all are is no
     row. The line of a row is the one on which it begins. A CSV file whose header has semicolons and
-    no comma is read with semicolons, as spreadsheets write it in some countries.
+    no comma is read with semicolons, as spreadsheets write it in some countries; a first line `sep=;`
+    says so, too.
 
     A row whose quotes are broken ends on its own line, so that an unclosed quote costs no other row:
 
@@ -45,7 +54,7 @@ def each_csv_row(
         numbers: columns whose cells are numbers.
 
     Raises:
-        InputError: the file cannot be read, is not UTF-8, or its header is not sound.
+        InputError: the file cannot be read, or its header is not UTF-8 or not sound.
     """
     check_file(path, "a CSV file")
     csv.field_size_limit(MAX_LINE_BYTES)
@@ -57,15 +66,20 @@ def each_csv_row(
 
 
 def _rows(
-    path: os.PathLike | str, decoded: Iterator[tuple[int, str]], numbers: Collection[str]
+    path: os.PathLike | str, decoded: Iterator[_Line], numbers: Collection[str]
 ) -> Iterator[JsonRow | BadRow]:
-    first = next(decoded, (1, ""))
-    lines = _Lines(itertools.chain([first], decoded))
-    reader = csv.reader(lines, delimiter=_delimiter(path, first[1]), strict=True)
+    first = next((x for x in decoded if x.problem or x.text.strip()), _Line(1, "", ""))
+    if said := _SEPARATOR.fullmatch(first.text):
+        lines, delimiter = _Lines(decoded), said[1]
+    else:
+        lines, delimiter = _Lines(itertools.chain([first], decoded)), _delimiter(path, first.text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     count = 0
     while (cells := _next_row(reader, lines)) is not None:
-        line = lines.row[0][0]
+        line = lines.row[0].number
+        if bad := next((x for x in lines.row if x.problem), None):
+            cells = bad.problem if bad.number == line else f"line {bad.number}: {bad.problem}"
         if isinstance(cells, list) and not any(map(str.strip, cells)):
             continue
         if header is None:
@@ -92,7 +106,7 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
     try:
         return next(reader, None)
     except csv.Error as error:
-        last, several = lines.row[-1][0], len(lines.row) > 1
+        last, several = lines.row[-1].number, len(lines.row) > 1
         lines.end_row()
         if several or "unexpected end" in str(error):
             return (
@@ -108,16 +122,16 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
 class _Lines:
     """Gives a CSV reader its lines, and takes back those of a row that does not end."""
 
-    def __init__(self, numbered: Iterator[tuple[int, str]]):
-        self._numbered, self._again = numbered, collections.deque[tuple[int, str]]()
-        self.row: list[tuple[int, str]] = []  # number and text of the lines of the present row
+    def __init__(self, lines: Iterator[_Line]):
+        self._lines, self._again = lines, collections.deque[_Line]()
+        self.row: list[_Line] = []  # the lines of the present row
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        self.row.append(self._again.popleft() if self._again else next(self._numbered))
-        return self.row[-1][1]
+        self.row.append(self._again.popleft() if self._again else next(self._lines))
+        return self.row[-1].text
 
     def end_row(self) -> None:
         """Lets the present row end with its first line: the next one begins on the second."""
@@ -125,26 +139,28 @@ class _Lines:
         del self.row[1:]
 
 
-def _decoded(file: IO[bytes], path: os.PathLike | str) -> Iterator[tuple[int, str]]:
+def _decoded(file: IO[bytes], path: os.PathLike | str) -> Iterator[_Line]:
     for number, raw in raw_lines(file):
         if raw is None:
-            raise InputError(f"{path}:{number}: {TOO_LONG}")
+            yield _Line(number, "\n", TOO_LONG)
+            continue
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         try:
-            text = raw.decode("utf-8")
+            text, problem = raw.decode("utf-8"), ""
         except UnicodeDecodeError as error:
-            hint = not_text(raw) or (
-                "; save it as UTF-8 (in a spreadsheet `CSV UTF-8`; a Western European file by"
-                f" `iconv -f WINDOWS-1252 -t UTF-8 {path}`)"
-            )
-            byte = raw[error.start]
-            raise InputError(
-                f"{path}:{number}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}){hint}"
-            ) from None
-        if "\0" in text:
-            raise InputError(f"{path}:{number}: holds NUL bytes, so it is no text{not_text(raw)}")
-        yield number, text
+            text, problem = raw.decode("utf-8", errors="replace"), _not_utf8(raw, error.start, path)
+        if "\0" in text and not problem:
+            problem = f"holds NUL bytes, so it is no text{not_text(raw)}"
+        yield _Line(number, text, problem)
+
+
+def _not_utf8(raw: bytes, at: int, path: os.PathLike | str) -> str:
+    hint = not_text(raw) or (
+        "; save it as UTF-8 (in a spreadsheet `CSV UTF-8`; a Western European file by"
+        f" `iconv -f WINDOWS-1252 -t UTF-8 {path}`)"
+    )
+    return f"not UTF-8 (byte 0x{raw[at]:02x} at column {at + 1}){hint}"
 
 
 def _delimiter(path: os.PathLike | str, header: str) -> str:

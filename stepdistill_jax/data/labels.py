@@ -130,7 +130,7 @@ def _repeated(tallies: Mapping[str, Tally]) -> _Found:
 
     if not tallies:
         return
-    rows, inputs, labels = joined("row"), joined("input"), joined("label")
+    rows, inputs, labels = joined("row"), joined("question"), joined("label")
     values, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
     if extra := len(rows) - len(values):
         again = np.flatnonzero(firsts[inverse] != np.arange(len(rows)))

@@ -12,6 +12,8 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from stepdistill_jax.data.example import FIELDS, Example, Rationale
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import json_lines
@@ -166,9 +168,23 @@ def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[Jso
     """Yields each row of a list of dicts, or what is wrong with it; `name` stands for a file's."""
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
-            yield JsonRow(row, place(name, number), number, number)
+            yield JsonRow(as_json(row), place(name, number), number, number)
         else:
             yield BadRow(name, number, f"expected a dict, got {_kind(row)}")
+
+
+def as_json(value: Any) -> Any:
+    """Returns what JSON would have for a value of a table or list: NaN is null, a tuple a list.
+
+    A scalar of NumPy becomes Python's, also inside. What JSON does not know stays as it is.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {name: as_json(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def read_rows(path: os.PathLike | str) -> Iterator[JsonRow]:

@@ -22,10 +22,10 @@ class Closed(RuntimeError):
 
 
 class Channel:
-    """All processes open it, and each speaks in it equally often, one thread of each at a time.
+    """Every process opens its channels of one name in the same order.
 
-    Channels are told apart by their names and, of one name, by their order: those that are opened
-    with it in each process.
+    The n-th of one process talks to the n-th of the others. All call `combined` equally often, from
+    one thread at a time.
     """
 
     def __init__(self, name: str):
@@ -54,11 +54,12 @@ class Channel:
             _store().key_value_set(f"{folder}/{me}", json.dumps(value))
             return json.loads(self._read(f"{folder}/all"))
         others = [self._read(f"{folder}/{i}") for i in range(1, jax.process_count())]
-        if self._round > 1:  # whoever has spoken since has read what was said before
+        _store().key_value_delete(f"{folder}/")  # no one else reads what they said
+        if self._round > 1:  # whoever has spoken since has read the answer before
             _store().key_value_delete(f"{self._name}/{self._round - 2}/")
-        result = combine([value, *map(json.loads, others)])
-        _store().key_value_set(f"{folder}/all", json.dumps(result))
-        return result
+        text = json.dumps(combine([value, *map(json.loads, others)]))
+        _store().key_value_set(f"{folder}/all", text)
+        return json.loads(text)  # what the others get: tuples are lists, keys are texts
 
     def close(self) -> None:
         """Ends the waiting of another thread within seconds."""

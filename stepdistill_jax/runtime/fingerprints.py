@@ -8,8 +8,9 @@ import pathlib
 import sys
 import zlib
 from collections.abc import Callable, Iterable
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+T = TypeVar("T")
 _BLOCK, _READERS = 1 << 20, 4
 
 
@@ -30,8 +31,8 @@ def sha256(path: os.PathLike | str) -> str:
 
 
 def of_each(
-    of_file: Callable[[pathlib.Path], str], folder: pathlib.Path, names: Iterable[str]
-) -> dict[str, str]:
+    of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
+) -> dict[str, T]:
     """A digest of a folder's files by name; several are read at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:

@@ -41,7 +41,14 @@ def test_a_byte_order_mark_blank_cells_and_numbers(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("a.tsv", "x\ty\n1,2\t3\n"), ("a.csv", "x;y\n1,2;3\n"), ("a.CSV", 'x,y\n"1,2",3\n')],
+    [
+        ("a.tsv", "x\ty\n1,2\t3\n"),
+        ("a.csv", "x;y\n1,2;3\n"),
+        ("a.CSV", 'x,y\n"1,2",3\n'),
+        ("a.csv", "\n \r\nx;y\n1,2;3\n"),
+        ("a.csv", "\ufeffsep=;\r\nx;y\r\n1,2;3\r\n"),
+        ("a.csv", "SEP=\t\n\nx\ty\n1,2\t3\n"),
+    ],
 )
 def test_what_separates_cells_follows_the_name_and_the_header(tmp_path, name, text):
     (row,) = _read(tmp_path, text, name)
@@ -67,10 +74,36 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
     ]
 
 
+def test_a_line_that_is_no_text_costs_its_own_row_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("stepdistill_jax.runtime.files.MAX_LINE_BYTES", 40)
+    long = b"5," + b"z" * 60 + b"\n"
+    text = (
+        b'x,y\n1,2\nna\xefve,1\n3,a\0b\n"two\nl\xffnes",4\n'
+        + long
+        + b'6,7\n"8\xff,9\n10,\xef\xbf\xbd\n'
+    )
+    found = _read(tmp_path, text)
+    good = [row for row in found if not isinstance(row, BadRow)]
+    # the last one holds a replacement character of its own
+    assert [(r.line, r.number, r.fields["x"], r.fields["y"]) for r in good] == [
+        (2, 1, "1", "2"),
+        (8, 6, "6", "7"),
+        (10, 8, "10", "\ufffd"),
+    ]
+    bad = {row.line: row.reason for row in found if isinstance(row, BadRow)}
+    assert list(bad) == [3, 4, 5, 7, 9]
+    assert bad[3].startswith("not UTF-8 (byte 0xef at column 3); save it as UTF-8")
+    assert f"iconv -f WINDOWS-1252 -t UTF-8 {tmp_path / 'rows.csv'}" in bad[3]
+    assert bad[4] == "holds NUL bytes, so it is no text"
+    assert bad[5].startswith("line 6: not UTF-8 (byte 0xff at column 2)")
+    assert bad[7].startswith("a line of more than ")
+    assert bad[9].startswith("not UTF-8 (byte 0xff at column 3)")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("x,y\nna\u00efve,1\n".encode("latin-1"), r"rows\.csv:2: not UTF-8 \(byte 0xef at column 3\); save it as UTF-8 .*iconv -f WINDOWS-1252"),
+        ("na\u00efve,y\n".encode("latin-1"), r"rows\.csv:1: not UTF-8 \(byte 0xef at column 3\); save it as UTF-8 .*iconv -f WINDOWS-1252"),
         ("x,y\n1,2\n".encode("utf-16"), r"rows\.csv:1: not UTF-8 .*; it looks like UTF-16, so save it as UTF-8"),
         ("x,y\n1,2\n".encode("utf-16-le"), r"rows\.csv:1: holds NUL bytes, so it is no text"),
         (b"PK\x03\x04\xff\n", r"rows\.csv:1: not UTF-8 .*it is a zip archive"),

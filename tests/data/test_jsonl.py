@@ -5,6 +5,7 @@ Every kind of bad row, for each command that reads rows, is in tests/bad_inputs/
 
 import json
 
+import numpy as np
 import pytest
 
 from stepdistill_jax.data.corpora import jsonl
@@ -188,6 +189,28 @@ def test_an_answer_outside_the_choices_is_a_defect(tmp_path):
     rows = _read_rows(tmp_path, ROW | {"choices": ["no"], "llm_label": "maybe"})
     kinds = [d.kind for row in rows for d in row.defects]
     assert sorted(kinds) == ["gold_not_a_choice", "label_not_a_choice"]
+
+
+def test_values_of_a_table_are_read_as_json_has_them():
+    table = ROW | {
+        "id": np.int64(7),
+        "label": np.str_("yes"),
+        "rationale": float("nan"),
+        "weight": np.float64("nan"),
+        "choices": ("yes", np.str_("no")),
+    }
+    plain = ROW | {"id": 7, "rationale": None, "weight": None, "choices": ["yes", "no"]}
+    tables, plains = jsonl.read({"test": [table]}), jsonl.read({"test": [plain]})
+    assert _only(tables) == _only(plains)
+    assert tables.sources == plains.sources
+    assert jsonl.read({"test": [table | {"id": np.int64(8)}]}).sources != tables.sources
+
+
+def test_a_row_that_contains_itself_is_named():
+    row = ROW | {"rationales": []}
+    row["rationales"].append(row)
+    with pytest.raises(InputError, match=r"^the list 'test': row 2 cannot be written as JSON \("):
+        jsonl.read({"test": [ROW, row]})
 
 
 @pytest.mark.parametrize("files", [(), ("dev.jsonl",)])

@@ -1,9 +1,11 @@
 """What `prepare` says about labels and rows taken together."""
 
+import dataclasses
+
 import pytest
 
-from stepdistill_jax.data.counts import Tally
-from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.counts import Tally, shared_inputs
+from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.data.labels import label_counts, warnings
 from stepdistill_jax.data.reading import CheckedExample
 
@@ -97,6 +99,35 @@ def test_equal_rows_and_inputs_with_different_labels_are_found_in_all_splits():
     assert "(train.csv:2 and train.csv:4, train.csv:2 and train.csv:5, train.csv:3 and test.csv:4)" in equal["message"]  # fmt: skip
     assert different["count"] == 1
     assert "1 input with different labels, 3 rows in all (train.csv:3 and test.csv:2)" in different["message"]  # fmt: skip
+
+
+def test_rows_that_differ_in_any_field_are_not_equal():
+    same = Example("1", "q", "a", rationale="r")
+    second = Rationale("r"), Rationale("s")
+    others = [
+        dataclasses.replace(same, **field)
+        for field in (
+            {"weight": 2.0},
+            {"choices": ("a", "b")},
+            {"more": {"hint": "h"}},
+            {"rationales": second},
+            {"rationales": (second[0], Rationale("t"))},
+            {"choices": ("a", "c"), "label": "c"},  # of another question
+            {"more": {"hint": "i"}, "label": "c"},
+        )
+    ]
+    tally = Tally()
+    for row in (same, *others):
+        tally.add(CheckedExample(row))
+    assert warnings({"train": tally}) == []
+    tally.add(CheckedExample(dataclasses.replace(others[2], id="2", label="b")))
+    tally.add(CheckedExample(dataclasses.replace(others[1], id="3")))
+    counts = {w["kind"]: w["count"] for w in warnings({"train": tally})}
+    assert counts == {"different_labels": 1, "duplicate_rows": 1}
+    # an input that is asked again with other choices is one that was trained on
+    assert shared_inputs({"train": tally, "test": tally}) == [
+        "10 inputs of test stand in train, too"
+    ]
 
 
 def test_the_labels_of_a_dataset_are_few_and_of_rows_without_choices():

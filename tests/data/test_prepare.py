@@ -429,6 +429,17 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     assert not listed.exists()
 
 
+def test_the_message_of_a_single_bad_row_says_where_it_is_listed(tmp_path):
+    source = _write(tmp_path / "mine.jsonl", [*_rows(20), {"input": "q"}])
+    with pytest.raises(
+        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; it is listed in (.*) \(`on"
+    ) as caught:
+        prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
+    listed = tmp_path / "mine.defects.jsonl"
+    assert caught.value.path == listed and str(listed) in str(caught.value)
+    assert [row["row"] for _, row in read_jsonl(listed)] == [21]
+
+
 def test_a_list_of_bad_rows_replaces_no_file_of_the_users(tmp_path):
     theirs = tmp_path / "data" / "mine.defects.jsonl"
     theirs.parent.mkdir()

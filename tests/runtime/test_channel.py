@@ -1,12 +1,18 @@
 """What processes say to each other beside their devices."""
 
+import collections
+import concurrent.futures
+import itertools
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
+import jax
 import pytest
 
+from stepdistill_jax.runtime import channel
 from stepdistill_jax.runtime.channel import Channel
 
 TALK = """
@@ -44,6 +50,56 @@ jax.distributed.shutdown()
 
 def test_a_process_on_its_own_hears_itself():
     assert Channel("alone").combined([3], lambda values: values) == [[3]]
+
+
+class Store:
+    """That of JAX's coordinator, for threads that stand for processes."""
+
+    def __init__(self):
+        self.held, self._changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self._changed:
+            assert key not in self.held
+            self.held[key] = value
+            self._changed.notify_all()
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self._changed:
+            assert self._changed.wait_for(lambda: key in self.held, milliseconds / 1e3), key
+            return self.held[key]
+
+    def key_value_delete(self, key):
+        with self._changed:
+            folder = f"{key.rstrip('/')}/"
+            self.held = {
+                k: v for k, v in self.held.items() if k != key and not k.startswith(folder)
+            }
+
+
+def test_all_hear_the_same_and_a_channel_leaves_one_key(monkeypatch):
+    count, rounds, store, process = 3, 5, Store(), threading.local()
+    monkeypatch.setattr(channel, "_store", lambda: store)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: process.index)
+
+    def opened(name):
+        monkeypatch.setattr(channel, "_opened", collections.defaultdict(itertools.count))
+        return Channel(name)
+
+    def talk(index, channels):
+        process.index = index
+        return [
+            one.combined(index + i, lambda values: {len(values): tuple(values)})
+            for one in channels
+            for i in range(rounds)
+        ]
+
+    ends = [[opened(name) for name in ("first", "second")] for _ in range(count)]
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        heard = list(pool.map(talk, range(count), ends))
+    assert heard == [2 * [{"3": [i, i + 1, i + 2]} for i in range(rounds)]] * count
+    assert len(store.held) == 2  # the last answer of each, which some process may yet read
 
 
 # process VICTIM dies, and the other one waits for its word in a thread

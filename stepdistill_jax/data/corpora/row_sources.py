@@ -10,7 +10,7 @@ from typing import Any
 
 from stepdistill_jax.data.csv_rows import SUFFIXES, each_csv_row, is_csv
 from stepdistill_jax.data.reading import SPLITS, absent_notes
-from stepdistill_jax.data.rows import BadRow, JsonRow, each_dict, each_row
+from stepdistill_jax.data.rows import BadRow, JsonRow, as_json, each_dict, each_row
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import check_file
 from stepdistill_jax.runtime.fingerprints import sha256, sha256_of_rows
@@ -92,15 +92,24 @@ def _check_list(rows: Any, name: str) -> None:
 def _of_list(rows: Rows, split: str) -> RowSource:
     _check_list(rows, "`source`")
     rows = tuple(rows)
-    # a value that is not JSON's is refused or not read, so that its type will do
-    lines = (
-        json.dumps(row, skipkeys=True, default=lambda value: type(value).__name__).encode()
-        for row in rows
-    )
     name = f"the list {split!r}" if split else "the list"
     key = f"rows of {split}" if split else "rows"
-    digest = sha256_of_rows(lines)["sha256"]
+    digest = sha256_of_rows(_written(row, name, n) for n, row in enumerate(rows, 1))["sha256"]
     return RowSource(name, key, digest, functools.partial(each_dict, rows, split))
+
+
+def _written(row: Any, name: str, number: int) -> bytes:
+    """Returns a row of a list as JSON.
+
+    Raises:
+        InputError: it contains itself, or lists in lists a thousand deep.
+    """
+    try:
+        # a value that is not JSON's is refused or not read, so that its type will do
+        text = json.dumps(as_json(row), skipkeys=True, default=lambda value: type(value).__name__)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: row {number} cannot be written as JSON ({error})") from None
+    return text.encode()
 
 
 def _of_file(path: pathlib.Path, numbers: Sequence[str]) -> RowSource:

@@ -128,10 +128,15 @@ def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
 def _difference(
     step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
 ) -> str | None:
-    """The first file whose bytes are others than were saved; those not yet `found` are read."""
+    """The first file whose bytes are others than were saved.
+
+    Files that are not `found`, or not as they were saved, are read here: one host's bad read must not
+    condemn a good step.
+    """
     names = [n for n, (_, crc) in wanted.items() if crc is not None]
     try:
-        found = found | digests(step_folder, [n for n in names if n not in found])
+        again = [n for n in names if found.get(n) != wanted[n][1]]
+        found = found | digests(step_folder, again)
     except OSError as error:
         return f"{error.filename or step_folder}: cannot be read ({error.strerror or error})"
     for name in names:

@@ -16,7 +16,7 @@ from stepdistill_jax.runtime.stores import StoreError, asked
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
     """Returns the crc32 of files by name; OSError names the first that cannot be read."""
-    return of_each(_checksum, step_folder, names)
+    return {name: crc for name, (crc, _) in of_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
@@ -24,7 +24,8 @@ def digests_by_all(
 ) -> dict[str, str]:
     """Returns the crc32 of files by name, on all processes, which read a part each.
 
-    Files that nobody whose part they were could read are left out; with one process all are.
+    Left out are files that the process whose part they were could not read, or not to their end; with
+    one process all are.
 
     Args:
         step_folder: of a step.
@@ -37,7 +38,10 @@ def digests_by_all(
         return {}
     own = dealt_out(sizes, jax.process_count())[jax.process_index()]
     parts = of_all_processes(lambda: of_each(_checksum_if_seen, step_folder, own), channel)
-    return {name: crc for part in parts for name, crc in part.items() if crc}
+    # a host's view of a shared file system may lag: what it sees of a file may be its beginning
+    return {
+        name: crc for part in parts for name, (crc, size) in part.items() if size == sizes[name]
+    }
 
 
 def dealt_out(sizes: Mapping[str, int], count: int) -> list[list[str]]:
@@ -54,14 +58,15 @@ def dealt_out(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     return parts
 
 
-def _checksum(path: pathlib.Path) -> str:
+def _checksum(path: pathlib.Path) -> tuple[str, int]:
+    """The crc32 of a file's bytes, and their number."""
     with asked(path), path.open("rb") as f:
-        return f"{crc32(f):08x}"
+        return f"{crc32(f):08x}", f.tell()
 
 
-def _checksum_if_seen(path: pathlib.Path) -> str:
-    """Empty where this host does not see the file (yet)."""
+def _checksum_if_seen(path: pathlib.Path) -> tuple[str, int]:
+    """As `_checksum`; the number is -1 where this host does not see the file (yet)."""
     try:
         return _checksum(path)
     except (OSError, StoreError):
-        return ""
+        return "", -1
