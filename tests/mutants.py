@@ -709,8 +709,8 @@ MUTANTS = [
         id="EV1",
         what="validation leaves out its last batch",
         file="stepdistill_jax/training/validation.py",
-        old="for step in range(self.batches.num_steps):",
-        new="for step in range(max(1, self.batches.num_steps - 1)):",
+        old="on_this_host(self.batches, 0, self.batches.num_steps, self.mesh)",
+        new="on_this_host(self.batches, 0, max(1, self.batches.num_steps - 1), self.mesh)",
         tests=[
             "tests/training/test_evaluate.py::test_losses_are_means_over_all_tokens_of_the_split"
         ],
