@@ -66,10 +66,12 @@ def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str
     if "majority_baseline" not in result:
         return f"{best}, the last one, since {config.task} has no validation split"
     chosen = "" if config.best_metric is None else f" by {config.best_metric}"
-    return (
-        f"{best}{chosen}, validation accuracy {result['eval/validation/label_accuracy']:.4g}"
-        f" (always the commonest label: {result['majority_baseline']:.4g})"
-    )
+    accuracy, baseline = result["eval/validation/label_accuracy"], result["majority_baseline"]
+    line = f"{best}{chosen}, validation accuracy {accuracy:.4g}"
+    line += f" (always the commonest label: {baseline:.4g})"
+    if accuracy <= baseline:
+        line += "; not better than that yet: a larger TRAIN_STEPS may help"
+    return line
 
 
 def _next_command(config: "TrainConfig", args: argparse.Namespace) -> list[str]:

@@ -13,6 +13,7 @@ import stepdistill_jax.training
 from stepdistill_jax.commands import main
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.shipped import find_config
+from stepdistill_jax.commands.train import in_words
 
 MADE = {
     "step": 400,
@@ -47,6 +48,13 @@ def test_train_passes_config_folders_and_text(called, tmp_path, capsys):
     assert 0 <= time.monotonic() - kwargs.pop("began") < 60
     assert kwargs == {"workdir": str(workdir), "data_dir": data_dir, "config_text": text}
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == MADE
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.2, True), (0.211, True), (0.212, False)])
+def test_a_model_that_is_no_better_than_the_baseline_is_said(accuracy, said):
+    made = MADE | {"eval/validation/label_accuracy": accuracy}
+    line = in_words(made, load_config("demo_step_by_step", [])[0], "runs/x")
+    assert line.endswith("; not better than that yet: a larger TRAIN_STEPS may help") == said
 
 
 def test_train_ends_with_the_best_step_and_the_next_command(called, tmp_path, capsys):
