@@ -105,7 +105,7 @@ class Answerer:
         return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
 
     def explanation(self, question: Question) -> dict[str, Any]:
-        """The row's id and the rationale that `predict --with-rationale` writes; errors as `answers`."""
+        """The row's id and the rationale that `predict` writes next to a label; errors as `answers`."""
         with self._errors_for_clients():
             return {"id": question.row.id, RATIONALE: self._explained(question)}
 

@@ -10,7 +10,7 @@ import stepdistill_jax
 
 PACKAGE = pathlib.Path(stepdistill_jax.__file__).parent
 FLAG = re.compile(r"(?<![\w-])--(?!xla_)[a-z][a-z_-]+")
-WHOLE_COMMAND = re.compile(r"`(stepdistill|tensorboard|tfds) [^`]*`")  # that a reader is to run
+WHOLE_COMMAND = re.compile(r"`(stepdistill|tensorboard|tfds|hf) [^`]*`")  # that a reader is to run
 # arguments of git, and of the program that a stub server is
 OF_OTHERS = {"--error-unmatch", "--always", "--dirty", "--port"}
 

@@ -129,7 +129,10 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
         (["demo_step_by_step", "--devices", "8", "--layout", "fdsp"], "did you mean 'fsdp'"),
         (["demo_step_by_step", "--devices", "8", "--topology", "v5e:4x4"], "leave one of them out"),
         (["demo_step_by_step", "--devices", "64"], "already has 8 CPU devices"),
-        (["demo_step_by_step", "--topology", "cuda:9"], "--topology cuda:9: H100s of one host"),
+        (
+            ["demo_step_by_step", "--topology", "cuda:9"],
+            "--topology cuda:9: expected cuda:1 to cuda:8",
+        ),
         (["demo_step_by_step", "--topology", "cuda:8"], "pip install 'stepdistill-jax[aot-cuda]'"),
         (["demo_step_by_step", "--topology", "v5e:2x4"], "pip install 'stepdistill-jax[tpu]'"),
         (["demo_step_by_step", "--decode"], "--decode: give --topology, such as cuda:8"),

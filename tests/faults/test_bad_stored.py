@@ -171,7 +171,7 @@ def prepared(folder):
     (folder / "source" / "test.jsonl").write_text(GOOD)
     reading = jsonl.read(folder / "source")
     made = folder / "data" / "mine"
-    tallies, fingerprint = writing.write_rows(reading, made)
+    tallies, fingerprint, _ = writing.write_rows(reading, made)
     (made / "1.0.0").mkdir()
     (made / "1.0.0" / "features.json").write_text("{}")
     described = writing.describe(reading) | {
@@ -345,7 +345,7 @@ def test_what_only_looks_bad_is_read_and_its_notes_can_be_written(tmp_path):
         folder.mkdir()
         (folder / "test.jsonl").write_bytes(content)
         reading = jsonl.read(folder)
-        tallies, _ = write_rows(reading, folder / "made")
+        tallies, *_ = write_rows(reading, folder / "made")
         assert tallies["test"].rows == rows, kind
         assert "\n".join(reading.notes).encode()
 

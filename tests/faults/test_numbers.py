@@ -1,5 +1,6 @@
 """Losses that are not finite, spikes and collapse, in whole runs of a tiny model."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from stepdistill_jax.batches.batch import Batches
+from stepdistill_jax.batches import host
 from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints, saved_steps
@@ -31,15 +32,15 @@ class Trainer:
         self._settings = settings | {"max_consecutive_nonfinite": 3}
         self.states, self.summary = {}, {}
         self._data_dir, self._bad, self._told = data_dir, (), []
-        call, save = Batches.__call__, Checkpoints.save
+        call, save = host._Maker.__call__, Checkpoints.save
         record, ended = Supervisor.record, Supervisor.save
 
-        def poisoned(batches, step):
-            batch = call(batches, step)
-            if batches.shuffle and step + 1 in self._bad:
-                nan = np.float32(np.nan)
-                name = "decoder_loss_weights"
-                batch = tuple(group | {name: nan * group[name]} for group in batch)
+        def poisoned(maker, step):
+            batch = call(maker, step)
+            if maker._batches.shuffle and step + 1 in self._bad:
+                nan, name = np.float32(np.nan), "decoder_loss_weights"
+                groups = tuple(group | {name: nan * group[name]} for group in batch.groups)
+                batch = dataclasses.replace(batch, groups=groups)
             return batch
 
         def signalled(supervisor, step, *rest):
@@ -55,7 +56,7 @@ class Trainer:
             self.states[step] = jax.tree.map(np.array, (params, rest.opt_state))
             save(checkpoints, step, params, rest, metrics)
 
-        monkeypatch.setattr(Batches, "__call__", poisoned)
+        monkeypatch.setattr(host._Maker, "__call__", poisoned)
         monkeypatch.setattr(Supervisor, "record", signalled)
         monkeypatch.setattr(Supervisor, "save", seen)
         monkeypatch.setattr(Checkpoints, "save", saved)

@@ -89,7 +89,8 @@ def test_fsdp_cuts_state_by_the_devices(fsdp):
 
 def test_fsdp_sends_each_weight_a_fixed_number_of_times(fsdp):
     """Gathered forward and backward, its gradient summed: at most 4 times, here without remat."""
-    assert fsdp["collectives"].keys() == {"all-gather", "all-reduce"}
+    # the CPU's compiler sums whole gradients; the output layer's is cut by us
+    assert fsdp["collectives"].keys() == {"all-gather", "all-reduce", "reduce-scatter"}
     assert 3 * 4 * TINY < fsdp["wire_bytes"] < 4 * 4 * TINY
     assert fsdp["unknown_loops"] == 0
 
@@ -107,7 +108,8 @@ def test_flops_of_the_compiled_step_are_those_of_the_formula(one_device):
     flops = train_flops(model, rows=16, input_length=64, target_length=32)
     bound = one_device["bound"]
     assert bound["flops"] == pytest.approx(flops, rel=0.005)
-    assert bound["products_ms"] == pytest.approx(1e3 * bound["flops"] / 1e12)
+    # float32 is multiplied at the highest precision, a sixth of the rate
+    assert bound["products_ms"] == pytest.approx(6 * 1e3 * bound["flops"] / 1e12)
     assert bound["unknown_loops"] == 0
     # each of the parts has its share of products, and of no other part's
     by_part = {part["part"]: part["flops"] for part in bound["parts"]}
@@ -141,7 +143,7 @@ def test_a_gpus_memory_is_what_jax_takes_of_it(name, value, share, monkeypatch):
 @pytest.mark.parametrize("value", ["0", "1.5", "most"])
 def test_a_share_of_memory_that_is_none_is_refused(value, monkeypatch):
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
-    with pytest.raises(InputError, match=f"XLA_CLIENT_MEM_FRACTION={value}: a share"):
+    with pytest.raises(InputError, match=f"XLA_CLIENT_MEM_FRACTION={value}: expected a share"):
         usable_share(jax.devices()[0])
 
 
