@@ -95,18 +95,24 @@ class InputFile:
             reads: fields that prompts show in addition to the input.
 
         Raises:
-            InputError: the file cannot be read, one of `reads` is in no row, or under `stop` the first
-                bad row: file and line.
+            InputError: the file cannot be read, has rows but no good one, one of `reads` is in no row,
+                or under `stop` the first bad row: file and line.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
         self.total, absent = 0, set(self._reads)
+        first_bad, bad = None, 0
         for row in self.rows():
             if not isinstance(row, BadRow):
                 self.total += 1
                 absent -= {name for name in absent if row.texts.get(name)}
             elif on_error == "stop":
                 raise InputError(f"{row} (`on_error=skip` continues without such rows)")
+            else:
+                first_bad, bad = first_bad or row, bad + 1
+        if first_bad and not self.total:
+            none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
+            raise InputError(f"{first_bad}{none}")
         if absent and self.total:
             raise InputError(
                 f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"

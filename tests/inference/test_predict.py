@@ -245,6 +245,14 @@ def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
     assert not out.exists()
 
 
+def test_skip_stops_where_no_row_is_good(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"".join(line + b"\n" for line, _ in BAD_LINES.values()))
+    with pytest.raises(InputError, match=r"in\.jsonl:1: broken JSON.*; none of its 3 rows can be"):
+        predict(tmp_path / "no such model", source, out, on_error="skip")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_skip_leaves_bad_rows_out_and_counts_them(
     model_dir, tmp_path, read_rows_of, capsys, answers
 ):
