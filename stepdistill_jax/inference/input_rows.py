@@ -4,10 +4,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from stepdistill_jax.data.csv_rows import each_csv_row, is_csv
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import sha256
+from stepdistill_jax.runtime.stores import local_path
 
 FIELDS = ("rationale", "llm_label")  # optional fields of a question
 WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory
@@ -35,17 +37,18 @@ def read_questions(
     check_row: Callable[[Example], None] | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[Example | BadRow]:
-    """Yields each question of a JSON-lines file, or what is wrong with its row.
+    """Yields each question of a file, or what is wrong with its row.
 
     Args:
-        path: of the file.
+        path: of the file: JSON lines, or CSV or TSV by the ending of its name.
         check_row: raises InputError, the reason alone, at a row that will not do.
         more: as for `question`.
 
     Raises:
         InputError: the file cannot be read.
     """
-    for row in each_row(path):
+    path = local_path(path, "input")
+    for row in each_csv_row(path) if is_csv(path) else each_row(path):
         if isinstance(row, BadRow):
             yield row
             continue

@@ -1,5 +1,6 @@
 """`predict` on a tiny untrained model: what it writes, when it goes on, and what it refuses."""
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -267,6 +268,33 @@ def test_skip_leaves_bad_rows_out_and_counts_them(
     assert [row["id"] for row in rows] == ["a", *numbers], "a bad row keeps its number"
     log = capsys.readouterr().err
     assert all(f"{source}:{number}: " in log for number in range(2, len(bad) + 2))
+
+
+@pytest.mark.parametrize(("ending", "between"), [(".csv", ","), (".tsv", "\t")])
+def test_a_table_is_read_by_its_name_and_a_stopped_run_goes_on(
+    model_dir, questions, small_windows, write_rows, tmp_path, monkeypatch, ending, between
+):
+    rows = [{"id": f"q{i}", "input": q["input"]} for i, q in enumerate(questions[:5])]
+    table, out, want = tmp_path / f"in{ending}", tmp_path / "out.jsonl", tmp_path / "want.jsonl"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "input"], delimiter=between)
+        writer.writeheader()
+        writer.writerows(rows)
+    small_windows(2)
+    predict(model_dir, write_rows(rows), want)
+    decode_window, calls = predict_module.decode_window, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode_window(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predict_module, "decode_window", stops)
+        predict(model_dir, table, out)
+    predict(model_dir, table, out)
+    assert out.read_bytes() == want.read_bytes()
 
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "is another", "is removed"])
