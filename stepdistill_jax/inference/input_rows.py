@@ -25,11 +25,22 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     Raises:
         InputError: a field that is missing or of a wrong type.
     """
+    if "input" not in row.fields:
+        row.text("input", hint=_rename(row))
     found = read_example(row, needs={}, fields=FIELDS, more=more)
     given = row.fields.get("id")
     if given == found.id or not row.optional_text("id"):
         return found
     return dataclasses.replace(found, id=given)
+
+
+def _rename(row: JsonRow) -> str:
+    """Returns what to do about a row without an input, for the message."""
+    if is_csv(row.path):
+        return "; its first line names the columns, and one of them has to be 'input'"
+    if len(row.fields) == 1:
+        return f"; rename {next(iter(row.fields))!r} to 'input'"
+    return "; rows have the names that prepare writes: input, and if known id, label, choices"
 
 
 def read_questions(

@@ -228,7 +228,7 @@ def test_a_former_output_stays_until_the_new_one_is_whole(
 
 BAD_LINES = {  # all kinds: tests/bad_inputs/data
     "broken JSON": (b'{"input": "a"', "broken JSON"),
-    "no input": (b'{"question": "a"}', "no field 'input' (found: question)"),
+    "no input": (b'{"question": "a"}', "no field 'input' (found: question); rename 'question' to"),
     "label is a list": (b'{"input": "a", "label": ["b"]}', "the field 'label' must be text"),
 }
 
@@ -244,6 +244,27 @@ def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
     assert f"{source}:3: " in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        (
+            "q.jsonl",
+            '{"id": 1, "question": "a"}',
+            "names that prepare writes: input, and if known id",
+        ),
+        (
+            "q.csv",
+            "wet?\ndry?\n",
+            "its first line names the columns, and one of them has to be 'input'",
+        ),
+    ],
+)
+def test_a_row_without_an_input_says_what_to_do(tmp_path, name, text, hint):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"no field 'input' .found: .*; .*{hint}"):
+        predict(tmp_path / "no such model", tmp_path / name, tmp_path / "out.jsonl")
 
 
 def test_skip_stops_where_no_row_is_good(tmp_path):
