@@ -3,10 +3,11 @@
 import argparse
 import collections
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.commands.terminal import console
+from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError, printable
 
 MOST_LABELS = 20  # in the table
@@ -100,6 +101,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             )
         raise
     show(result)
+    if "train" in result["splits"]:  # a task needs its vocabulary
+        where = [] if args.data_dir is None else ["--data-dir", str(args.data_dir)]
+        say(f"next: {shlex.join(['stepdistill', 'inspect', result['name'], *where])}")
     return result
 
 

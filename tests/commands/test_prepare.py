@@ -53,7 +53,9 @@ def test_a_run_ends_with_one_json_object_and_keeps_quiet_beside_its_table(rows, 
     assert [line.split("  ")[0] for line in done.stderr.splitlines()] == [
         "writing mine, rows: 40/40"
     ]
-    result = json.loads(done.stdout.splitlines()[-1])
+    *_, next_command, result = done.stdout.splitlines()
+    assert next_command == f"next: stepdistill inspect mine --data-dir {tmp_path / 'data'}"
+    result = json.loads(result)
     assert set(result["splits"]) == {"train", "validation", "test"}
     assert sum(figures["rows"] for figures in result["splits"].values()) == 40
     assert (tmp_path / "data" / "mine" / "1.0.0").is_dir()
