@@ -76,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares, prints a table per split, and returns the figures."""
+    from rich.markup import escape
+
     from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.data.bad_rows import UnusableRows
     from stepdistill_jax.data.prepare import prepare
@@ -95,10 +97,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data_dir=args.data_dir,
         )
     except UnusableRows as error:
+        screen = console(highlight=False, stderr=True)
         if error.rows.count > 1:  # of a single one, the error's line says all
-            show_bad_rows(
-                error.rows.table(), error.rows.count, console(highlight=False, stderr=True)
-            )
+            show_bad_rows(error.rows.table(), error.rows.count, screen)
+        for notice in error.notices:
+            screen.print(f"warning: {escape(notice)}")
         raise
     show(result)
     if "train" in result["splits"]:  # a task needs its vocabulary

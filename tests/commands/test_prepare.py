@@ -117,6 +117,17 @@ def test_bad_rows_are_a_table_and_one_line_and_exit_2(rows, tmp_path, capfd, mon
     assert line.endswith("Correct them, or give --on-error skip to continue without them")
 
 
+def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
+    rows = [{"input": f"q{i}", "label": "Yes" if i == 4 else "yes"} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    argv = ["prepare", "jsonl", "--source", str(path), "--name", "mine"]
+    assert main([*argv, "--data-dir", str(tmp_path / "data")]) == 2
+    err = " ".join(capfd.readouterr().err.split())
+    assert err.startswith("warning: labels that differ only in case or blanks: 'yes' in 29 rows")
+    assert f"error: {path}:31: no field 'input'" in err
+
+
 def test_rows_of_other_datasets_are_not_skipped(tmp_path):
     with pytest.raises(
         InputError, match="`on_error`: only `prepare jsonl` has rows to skip, not cqa"
