@@ -8,7 +8,6 @@ from stepdistill_jax.data.csv_rows import each_csv_row
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 
-
 OPEN = "a quote opens and does not close"
 
 
