@@ -728,7 +728,9 @@ def test_bad_options_are_said_before_it_listens(model_dir, options, part):
 def test_a_port_that_is_taken_is_said_before_the_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"`port` {port}: cannot be listened on .*in use"):
+        with pytest.raises(
+            InputError, match=f"port {port} on 127.0.0.1 is in use; .* `port` .0: any"
+        ):
             serve(tmp_path / "no model", port=port)
     with pytest.raises(InputError, match="no such model directory"):
         serve(tmp_path / "no model", port=0)
