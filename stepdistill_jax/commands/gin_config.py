@@ -168,8 +168,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     known, upper = set(known), name.upper()
     if upper in known:
         return f"; did you mean {upper!r}?"
-    macros = ", ".join(sorted(k for k in known if "." not in k))
-    return nearest(name, known) or nearest(upper, known) or f" (known: {macros})"
+    macros = sorted(k for k in known if "." not in k)
+    # `batchsize` is BATCH_SIZE, rather than the field of that macro
+    first = "" if "." in name else nearest(upper, macros)
+    return (
+        first or nearest(name, known) or nearest(upper, known) or f" (known: {', '.join(macros)})"
+    )
 
 
 def _build(reached: Bindings, config: str) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""`stepdistill predict`: labels and scores for the rows of a JSON-lines file."""
+"""`stepdistill predict`: labels and scores for the rows of a file."""
 
 import argparse
 import contextlib
@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
-        help='rows {"input": ...}, and if known "id", "label", "choices"',
+        help='rows {"input": ...}, and if known "id", "label", "choices"; .csv and .tsv are read by'
+        " their names",
     )
     parser.add_argument(
         "output",

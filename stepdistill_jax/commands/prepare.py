@@ -3,10 +3,11 @@
 import argparse
 import collections
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.commands.terminal import console
+from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError, printable
 
 MOST_LABELS = 20  # in the table
@@ -75,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares, prints a table per split, and returns the figures."""
+    from rich.markup import escape
+
     from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.data.bad_rows import UnusableRows
     from stepdistill_jax.data.prepare import prepare
@@ -94,12 +97,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             data_dir=args.data_dir,
         )
     except UnusableRows as error:
+        screen = console(highlight=False, stderr=True)
         if error.rows.count > 1:  # of a single one, the error's line says all
-            show_bad_rows(
-                error.rows.table(), error.rows.count, console(highlight=False, stderr=True)
-            )
+            show_bad_rows(error.rows.table(), error.rows.count, screen)
+        for notice in error.notices:
+            screen.print(f"warning: {escape(notice)}")
         raise
     show(result)
+    if "train" in result["splits"]:  # a task needs its vocabulary
+        where = [] if args.data_dir is None else ["--data-dir", str(args.data_dir)]
+        say(f"next: {shlex.join(['stepdistill', 'inspect', result['name'], *where])}")
     return result
 
 

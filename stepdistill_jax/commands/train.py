@@ -1,6 +1,7 @@
 """`stepdistill train`: trains a config in a workdir, or resumes the run that is there."""
 
 import argparse
+import os
 import shlex
 import time
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from stepdistill_jax.commands.arguments import (
     require_seqio,
 )
 from stepdistill_jax.commands.terminal import say
+from stepdistill_jax.errors import InputError
 
 if TYPE_CHECKING:
     from stepdistill_jax.training.config import TrainConfig
@@ -38,6 +40,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     keep_pages()
     join()
+    refuse_dataset(args.config, args.data_dir)
     bindings = list(args.gin_bindings)
     if args.task_module:
         bindings.append(f"TASK_MODULE={args.task_module}")
@@ -54,6 +57,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         say(in_words(result, config, args.workdir))
         say(f"next: {shlex.join(_next_command(config, args))}")
     return result
+
+
+def refuse_dataset(config: str | None, data_dir: str | None) -> None:
+    """Refuses the name of a prepared dataset in the place of a config's.
+
+    Raises:
+        InputError: what to type for it.
+    """
+    from stepdistill_jax.commands.shipped import find_shipped
+    from stepdistill_jax.data.prepared import NAME, data_folder, is_prepared
+
+    if not config or not NAME.fullmatch(config) or os.path.isfile(config) or find_shipped(config):
+        return
+    if is_prepared(config, data_folder(data_dir)):
+        raise InputError(
+            f"{config!r} is a prepared dataset, not a config: stepdistill train demo_step_by_step"
+            f" --set TASK={config}, or the config finetune for a pretrained T5"
+        )
 
 
 def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str:

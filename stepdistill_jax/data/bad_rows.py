@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.data.defects import BAD_ROW, Defect
@@ -63,9 +64,10 @@ class UnusableRows(InputError):
     Attributes:
         rows: the bad rows.
         path: the list of all defects.
+        notices: what is odd about the good rows, a line each.
     """
 
-    def __init__(self, rows: BadRows, total: int, path: pathlib.Path):
+    def __init__(self, rows: BadRows, total: int, path: pathlib.Path, notices: Sequence[str] = ()):
         if rows.count == 1:
             text = (
                 f"{rows.first[0]}; it is listed in {path} (`on_error=skip` continues without such"
@@ -77,7 +79,7 @@ class UnusableRows(InputError):
                 " to continue without them"
             )
         super().__init__(text)
-        self.rows, self.path = rows, path
+        self.rows, self.path, self.notices = rows, path, tuple(notices)
 
 
 def list_beside(directory: pathlib.Path) -> pathlib.Path:

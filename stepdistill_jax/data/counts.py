@@ -153,13 +153,13 @@ def shared_inputs(tallies: Mapping[str, Tally]) -> list[str]:
         tallies[split].hashes["input"] for split in ("train", UNLABELLED) if split in tallies
     ]
     seen = np.unique(np.concatenate([np.frombuffer(x, np.uint64) for x in trained_on]))
-    counts = {
-        split: int(np.isin(np.frombuffer(tally.hashes["input"], np.uint64), seen).sum())
-        for split, tally in tallies.items()
-        if split not in ("train", UNLABELLED)
-    }
-    return [
-        f"{n} input{'s' if n > 1 else ''} of {split} stand{'' if n > 1 else 's'} in train, too"
-        for split, n in counts.items()
-        if n
-    ]
+    told = []
+    for split, tally in tallies.items():
+        again = np.flatnonzero(np.isin(np.frombuffer(tally.hashes["input"], np.uint64), seen))
+        if split in ("train", UNLABELLED) or not len(again):
+            continue
+        n, first = len(again), tally.place(int(again[0]))
+        one = "inputs of {} stand" if n > 1 else "input of {} stands"
+        at = "" if not first else f", the first at {first}" if n > 1 else f" ({first})"
+        told.append(f"{n} {one.format(split)} in train, too{at}")
+    return told

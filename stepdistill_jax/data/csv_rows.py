@@ -106,12 +106,11 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
     try:
         return next(reader, None)
     except csv.Error as error:
-        last, several = lines.row[-1].number, len(lines.row) > 1
+        second = lines.row[1].number if len(lines.row) > 1 else None
         lines.end_row()
-        if several or "unexpected end" in str(error):
-            return (
-                f"a quote opens, and does not close at the end of a cell (read up to line {last})"
-            )
+        if second or "unexpected end" in str(error):
+            again = f" (line {second} is read as a row of its own)" if second else ""
+            return f"a quote opens and does not close{again}"
         if "expected after" in str(error):
             return 'a quote closes within a cell; inside quotes, a quote is written twice ("")'
         if "new-line" in str(error):

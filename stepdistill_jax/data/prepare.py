@@ -101,7 +101,8 @@ def prepare(
             tallies, fingerprint, bad = writing.write_rows(reading, new)
             total = bad.count + sum(tally.rows for tally in tallies.values())
             if bad.count and on_error == "stop":
-                raise UnusableRows(bad, total, keep_list(new, directory))
+                odd = [w["message"] for w in warnings(tallies)] + shared_inputs(tallies)
+                raise UnusableRows(bad, total, keep_list(new, directory), odd)
             if not tallies:
                 raise InputError(
                     f"prepare {name}: no row of the source can be used: {'; '.join(reading.notes)}"

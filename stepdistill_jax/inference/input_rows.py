@@ -4,10 +4,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+from stepdistill_jax.data.csv_rows import each_csv_row, is_csv
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import sha256
+from stepdistill_jax.runtime.stores import local_path
 
 FIELDS = ("rationale", "llm_label")  # optional fields of a question
 WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory
@@ -23,6 +25,8 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     Raises:
         InputError: a field that is missing or of a wrong type.
     """
+    if "input" not in row.fields:
+        row.text("input", hint=_rename(row))
     found = read_example(row, needs={}, fields=FIELDS, more=more)
     given = row.fields.get("id")
     if given == found.id or not row.optional_text("id"):
@@ -30,22 +34,32 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     return dataclasses.replace(found, id=given)
 
 
+def _rename(row: JsonRow) -> str:
+    """Returns what to do about a row without an input, for the message."""
+    if is_csv(row.path):
+        return "; its first line names the columns, and one of them has to be 'input'"
+    if len(row.fields) == 1:
+        return f"; rename {next(iter(row.fields))!r} to 'input'"
+    return "; rows have the names that prepare writes: input, and if known id, label, choices"
+
+
 def read_questions(
     path: os.PathLike | str,
     check_row: Callable[[Example], None] | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[Example | BadRow]:
-    """Yields each question of a JSON-lines file, or what is wrong with its row.
+    """Yields each question of a file, or what is wrong with its row.
 
     Args:
-        path: of the file.
+        path: of the file: JSON lines, or CSV or TSV by the ending of its name.
         check_row: raises InputError, the reason alone, at a row that will not do.
         more: as for `question`.
 
     Raises:
         InputError: the file cannot be read.
     """
-    for row in each_row(path):
+    path = local_path(path, "input")
+    for row in each_csv_row(path) if is_csv(path) else each_row(path):
         if isinstance(row, BadRow):
             yield row
             continue
@@ -95,18 +109,24 @@ class InputFile:
             reads: fields that prompts show in addition to the input.
 
         Raises:
-            InputError: the file cannot be read, one of `reads` is in no row, or under `stop` the first
-                bad row: file and line.
+            InputError: the file cannot be read, has rows but no good one, one of `reads` is in no row,
+                or under `stop` the first bad row: file and line.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
         self.total, absent = 0, set(self._reads)
+        first_bad, bad = None, 0
         for row in self.rows():
             if not isinstance(row, BadRow):
                 self.total += 1
                 absent -= {name for name in absent if row.texts.get(name)}
             elif on_error == "stop":
                 raise InputError(f"{row} (`on_error=skip` continues without such rows)")
+            else:
+                first_bad, bad = first_bad or row, bad + 1
+        if first_bad and not self.total:
+            none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
+            raise InputError(f"{first_bad}{none}")
         if absent and self.total:
             raise InputError(
                 f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"

@@ -64,8 +64,8 @@ def predict(
 
     Args:
         path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
-        input: JSON lines in a regular file, with the fields of `prepare jsonl`: `input`, and if
-            known `id`, `label`, `choices`. An empty `input` is asked as the prefix alone; one that
+        input: a regular file of JSON lines, or of CSV or TSV by the ending of its name, with the
+            fields of `prepare jsonl`: `input`, and if known `id`, `label`, `choices`. An empty `input` is asked as the prefix alone; one that
             is longer than in training is cut and counted.
         output: JSON lines `id`, `label`, `score` (natural log of the probability of the answer, its
             end of sequence included, 6 digits), and `rationale` if asked for. With choices also

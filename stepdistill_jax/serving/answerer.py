@@ -74,9 +74,14 @@ class Answerer:
             number: of the row in its request, from 1.
 
         Raises:
-            InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
+            InputError: a field that is missing or of a wrong type, choices that cannot be scored, or
+                some where the server's own labels are.
         """
         checked = checked_row(row, number, self._asking, self._allowed, most_choices=MAX_CHOICES)
+        if checked.choices and self._allowed and self._allowed.labels:
+            raise InputError(
+                f"row {number}: this server scores its own labels; --choices row takes a row's"
+            )
         return self._question(self._asking, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import socket
 from typing import Any, NoReturn
@@ -45,6 +46,10 @@ def bind(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except (OSError, UnicodeError) as error:  # UnicodeError: a name that is no host's
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise InputError(
+                f"port {port} on {host} is in use; take another with `port` (0: any that is free)"
+            ) from None
         reason = getattr(error, "strerror", None) or error
         raise InputError(
             f"`host` {host} `port` {port}: cannot be listened on ({reason}); name others"

@@ -53,7 +53,9 @@ def test_a_run_ends_with_one_json_object_and_keeps_quiet_beside_its_table(rows, 
     assert [line.split("  ")[0] for line in done.stderr.splitlines()] == [
         "writing mine, rows: 40/40"
     ]
-    result = json.loads(done.stdout.splitlines()[-1])
+    *_, next_command, result = done.stdout.splitlines()
+    assert next_command == f"next: stepdistill inspect mine --data-dir {tmp_path / 'data'}"
+    result = json.loads(result)
     assert set(result["splits"]) == {"train", "validation", "test"}
     assert sum(figures["rows"] for figures in result["splits"].values()) == 40
     assert (tmp_path / "data" / "mine" / "1.0.0").is_dir()
@@ -113,6 +115,17 @@ def test_bad_rows_are_a_table_and_one_line_and_exit_2(rows, tmp_path, capfd, mon
     assert ["rows [draft].jsonl", "7"] in [row[:2] for row in cells]
     assert f"all are listed in {tmp_path}/mine.defects.jsonl" in line
     assert line.endswith("Correct them, or give --on-error skip to continue without them")
+
+
+def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
+    rows = [{"input": f"q{i}", "label": "Yes" if i == 4 else "yes"} for i in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    argv = ["prepare", "jsonl", "--source", str(path), "--name", "mine"]
+    assert main([*argv, "--data-dir", str(tmp_path / "data")]) == 2
+    err = " ".join(capfd.readouterr().err.split())
+    assert err.startswith("warning: labels that differ only in case or blanks: 'yes' in 29 rows")
+    assert f"error: {path}:31: no field 'input'" in err
 
 
 def test_rows_of_other_datasets_are_not_skipped(tmp_path):

@@ -69,6 +69,7 @@ def test_the_line_of_a_setting(capsys):
     ("typed", "hint"),
     [
         ("BATCH_SIEZ", "did you mean 'BATCH_SIZE'?"),
+        ("batchsize", "did you mean 'BATCH_SIZE'?"),
         ("train.remat_polcy", "did you mean 'train.remat_policy'?"),
         ("INITIAL_CHECKPOINT_PATH", "here it is INIT_FROM"),
     ],

@@ -116,6 +116,16 @@ def test_a_bad_config_is_exit_2_and_makes_no_workdir(called, tmp_path, capsys, a
     assert not workdir.exists()
 
 
+def test_a_dataset_in_the_place_of_a_config_says_what_to_type(called, tmp_path, capsys):
+    (tmp_path / "helpdesk").mkdir()
+    (tmp_path / "helpdesk" / "dataset.json").write_text("{}")
+    argv = ["train", "helpdesk", "--workdir", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
+    assert main.main(argv) == 2
+    err = capsys.readouterr().err
+    assert "'helpdesk' is a prepared dataset, not a config: stepdistill train demo" in err
+    assert "--set TASK=helpdesk" in err and err.count("\n") == 1
+
+
 def test_train_without_seqio_is_exit_2(called, tmp_path, capsys, monkeypatch):
     from stepdistill_jax.commands import arguments
 

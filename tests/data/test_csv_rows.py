@@ -8,6 +8,8 @@ from stepdistill_jax.data.csv_rows import each_csv_row
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 
+OPEN = "a quote opens and does not close"
+
 
 def _read(tmp_path, text, name="rows.csv", **options):
     path = tmp_path / name
@@ -67,10 +69,10 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
     ]
     assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
         (3, "1 cell, where the header has 2 columns"),
-        (4, "a quote opens, and does not close at the end of a cell (read up to line 6)"),
+        (4, f"{OPEN} (line 5 is read as a row of its own)"),
         (6, 'a quote closes within a cell; inside quotes, a quote is written twice ("")'),
         (7, "3 cells, where the header has 2 columns"),
-        (10, "a quote opens, and does not close at the end of a cell (read up to line 10)"),
+        (10, OPEN),
     ]
 
 

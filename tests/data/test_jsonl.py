@@ -90,6 +90,7 @@ def test_fields_are_mapped(tmp_path):
     ("field_map", "message"),
     [
         ({"input": "qestion"}, r"no row of .*test\.jsonl has a field 'qestion' \(found: question, answer\); did you mean 'question'"),
+        ({"question": "input"}, r"no field 'question' .*; it is OURS=YOURS: `field_map` input=question"),
         ({"lable": "answer"}, r"no field 'lable' to fill \(known: id, input.*did you mean 'label'"),
     ],
 )  # fmt: skip

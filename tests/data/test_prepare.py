@@ -217,7 +217,10 @@ def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
     result = prepare("jsonl", source=tmp_path, new_name="mine", data_dir=tmp_path / "data")
     train = {e.input for e in open_prepared("mine", tmp_path / "data").examples("train")}
     shared = sum(row["input"] in train for row in asked)
-    assert shared and f"{shared} inputs of test stand in train, too" in result["notes"]
+    first = next(i for i, row in enumerate(asked, 1) if row["input"] in train)
+    assert shared > 1
+    note = f"{shared} inputs of test stand in train, too, the first at test.jsonl:{first}"
+    assert note in result["notes"]
     assert not any("inputs of validation" in note for note in result["notes"])
 
 

@@ -1,5 +1,6 @@
 """`predict` on a tiny untrained model: what it writes, when it goes on, and what it refuses."""
 
+import csv
 import dataclasses
 import importlib
 import json
@@ -227,7 +228,7 @@ def test_a_former_output_stays_until_the_new_one_is_whole(
 
 BAD_LINES = {  # all kinds: tests/bad_inputs/data
     "broken JSON": (b'{"input": "a"', "broken JSON"),
-    "no input": (b'{"question": "a"}', "no field 'input' (found: question)"),
+    "no input": (b'{"question": "a"}', "no field 'input' (found: question); rename 'question' to"),
     "label is a list": (b'{"input": "a", "label": ["b"]}', "the field 'label' must be text"),
 }
 
@@ -245,6 +246,35 @@ def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "hint"),
+    [
+        (
+            "q.jsonl",
+            '{"id": 1, "question": "a"}',
+            "names that prepare writes: input, and if known id",
+        ),
+        (
+            "q.csv",
+            "wet?\ndry?\n",
+            "its first line names the columns, and one of them has to be 'input'",
+        ),
+    ],
+)
+def test_a_row_without_an_input_says_what_to_do(tmp_path, name, text, hint):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"no field 'input' .found: .*; .*{hint}"):
+        predict(tmp_path / "no such model", tmp_path / name, tmp_path / "out.jsonl")
+
+
+def test_skip_stops_where_no_row_is_good(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"".join(line + b"\n" for line, _ in BAD_LINES.values()))
+    with pytest.raises(InputError, match=r"in\.jsonl:1: broken JSON.*; none of its 3 rows can be"):
+        predict(tmp_path / "no such model", source, out, on_error="skip")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_skip_leaves_bad_rows_out_and_counts_them(
     model_dir, tmp_path, read_rows_of, capsys, answers
 ):
@@ -259,6 +289,33 @@ def test_skip_leaves_bad_rows_out_and_counts_them(
     assert [row["id"] for row in rows] == ["a", *numbers], "a bad row keeps its number"
     log = capsys.readouterr().err
     assert all(f"{source}:{number}: " in log for number in range(2, len(bad) + 2))
+
+
+@pytest.mark.parametrize(("ending", "between"), [(".csv", ","), (".tsv", "\t")])
+def test_a_table_is_read_by_its_name_and_a_stopped_run_goes_on(
+    model_dir, questions, small_windows, write_rows, tmp_path, monkeypatch, ending, between
+):
+    rows = [{"id": f"q{i}", "input": q["input"]} for i, q in enumerate(questions[:5])]
+    table, out, want = tmp_path / f"in{ending}", tmp_path / "out.jsonl", tmp_path / "want.jsonl"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "input"], delimiter=between)
+        writer.writeheader()
+        writer.writerows(rows)
+    small_windows(2)
+    predict(model_dir, write_rows(rows), want)
+    decode_window, calls = predict_module.decode_window, []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode_window(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predict_module, "decode_window", stops)
+        predict(model_dir, table, out)
+    predict(model_dir, table, out)
+    assert out.read_bytes() == want.read_bytes()
 
 
 @pytest.mark.parametrize("change", ["grows", "shrinks", "is another", "is removed"])

@@ -210,9 +210,13 @@ class _Rows:
 def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
     for name in field_map:
         if name not in known:
+            theirs = field_map[name]
+            hint = nearest(name, known)
+            if theirs in known:
+                hint = f"; it is OURS=YOURS: `field_map` {theirs}={name}"
             raise InputError(
-                f"`field_map` {name}={field_map[name]}: there is no field {name!r} to fill"
-                f" (known: {', '.join(known)}){nearest(name, known)}"
+                f"`field_map` {name}={theirs}: there is no field {name!r} to fill"
+                f" (known: {', '.join(known)}){hint}"
             )
 
 
