@@ -80,7 +80,7 @@ class Answerer:
         checked = checked_row(row, number, self._asking, self._allowed, most_choices=MAX_CHOICES)
         if checked.choices and self._allowed and self._allowed.labels:
             raise InputError(
-                f"row {number}: this server scores its own labels; --choices row takes a row's"
+                f"row {number}: this server scores its own labels, not a row's `choices`"
             )
         return self._question(self._asking, 0, checked)
 

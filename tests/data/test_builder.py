@@ -56,11 +56,8 @@ def test_a_missing_tensorflow_says_where_to_do_this_step(monkeypatch):
         builder.tensorflow.__wrapped__()
 
 
-@pytest.mark.parametrize(
-    "first",
-    [pytest.param("os", marks=pytest.mark.slow), "grain"],
-    ids=["alone", "after_absl_logging_began"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["os", "grain"], ids=["alone", "after_absl_logging_began"])
 def test_importing_tensorflow_writes_nothing(first):
     code = (
         f"import {first};"

@@ -184,6 +184,7 @@ def test_where_a_stop_has_pushed_the_good_checkpoint_out_the_run_stops(trained, 
             trained(tmp_path, {7, 8, 9}, told=[6, 8], eval_every=4)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_before_the_run_stops(trained, tmp_path, survives):
     with survives("three in a row before the first checkpoint") as seen:
         seen.append("exit 1 with the step")

@@ -215,7 +215,7 @@ def test_choices_are_scored_as_predict_scores_them(
         if choices != "row":
             own = found.ask({"rows": [{"input": "a"}, rows[0]]})
             assert own.status_code == 400
-            assert own.json()["error"].startswith("row 2: this server scores its own labels; ")
+            assert own.json()["error"].startswith("row 2: this server scores its own labels, ")
             rows = [{name: row[name] for name in row if name != "choices"} for row in rows]
         for got, want in zip(
             found.ask({"rows": rows}).json()["rows"],

@@ -221,10 +221,8 @@ def test_the_mixture_pairs_the_rows_of_an_example(seqio, folder):
         last = question
 
 
-@pytest.mark.parametrize(
-    "pack",
-    [pytest.param(True, id="packed"), pytest.param(False, id="padded", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", [True, False], ids=["packed", "padded"])
 def test_a_users_mixture_of_datasets_has_no_empty_target(seqio, folder, pack):
     register_prepared(folder, vocabulary="bytes")
     seqio.MixtureRegistry.add("both", ["tickets", "delivery"], default_rate=1.0)

@@ -212,7 +212,7 @@ def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
         if name not in known:
             theirs = field_map[name]
             hint = nearest(name, known)
-            if theirs in known:
+            if theirs in known and not hint:
                 hint = f"; it is OURS=YOURS: `field_map` {theirs}={name}"
             raise InputError(
                 f"`field_map` {name}={theirs}: there is no field {name!r} to fill"
