@@ -24,6 +24,7 @@ def data_dir(tmp_path_factory, questions, lay_out):
     return lay_out(tmp_path_factory.mktemp("data"), rows)
 
 
+@pytest.mark.slow
 def test_predict_writes_the_answers_of_a_beam_search(
     model_dir, questions, write_rows, read_rows_of, tmp_path, capsys
 ):

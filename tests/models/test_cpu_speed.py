@@ -36,6 +36,7 @@ def faults(*argv):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
 def test_a_step_clears_its_pages_once():
     # a busy machine adds some to either, now and then

@@ -185,6 +185,7 @@ def test_what_a_mixture_is_refused_for(modules, tmp_path, mixture, options, mess
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_plain_tasks_trains_and_is_evaluated(modules, tmp_path):
     """Losses for each task and objective are the objective's where one task gives it."""
     name = modules()

@@ -254,6 +254,7 @@ def test_best_metric_chooses_the_step(turns, tmp_path, name, step):
     assert json.loads(kept.splitlines()[0])["step"] == step
 
 
+@pytest.mark.slow
 def test_a_best_metric_that_no_validation_gives_is_refused_before_the_first_step(turns, tmp_path):
     turns.start()
     config = TrainConfig(task="turns", best_metric="tern", **SETTINGS)
