@@ -139,21 +139,22 @@ def test_a_seqio_task_of_a_module_is_evaluated_like_its_texts(
 
 
 def test_the_module_of_a_models_own_task_is_looked_in_and_of_no_other(
-    model_dir, task_info, tiny_config, spiece, tmp_path
+    task_info, tiny_config, spiece, tmp_path
 ):
-    own = tmp_path / "own"
-    origin = {"config": {"task_module": "module_of_roads"}}
-    info = dataclasses.replace(task_info, provenance=origin)
-    write_model_files(own, tiny_config, load_vocabulary(spiece), info)
+    own, bare = tmp_path / "own", tmp_path / "bare"  # of a task that no other test registers
+    origins = {own: {"config": {"task_module": "module_of_roads"}}, bare: {}}
+    for folder, origin in origins.items():
+        info = dataclasses.replace(task_info, task="gravel_roads", provenance=origin)
+        write_model_files(folder, tiny_config, load_vocabulary(spiece), info)
     for task, module, message in (
-        ("roads", None, "no module 'module_of_roads'"),
-        ("roads", "other", "no module 'other'"),
+        ("gravel_roads", None, "no module 'module_of_roads'"),
+        ("gravel_roads", "other", "no module 'other'"),
         ("lanes", None, "unknown task 'lanes'"),
     ):
         with pytest.raises(InputError, match=message):
             evaluate(own, task=task, task_module=module, data_dir=tmp_path)
-    with pytest.raises(InputError, match="unknown task 'roads'"):  # its config has no module
-        evaluate(model_dir, task="roads", data_dir=tmp_path)
+    with pytest.raises(InputError, match="unknown task 'gravel_roads'"):  # no module
+        evaluate(bare, task="gravel_roads", data_dir=tmp_path)
 
 
 def test_a_prepared_dataset_is_evaluated_without_tensorflow(model_dir, tmp_path, lay_out):
