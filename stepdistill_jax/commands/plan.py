@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
-from stepdistill_jax.commands.plan_bound import show_bound, show_collectives, show_decode
+from stepdistill_jax.commands.plan_bound import GIB, show_bound, show_collectives, show_decode
 from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
@@ -20,7 +20,6 @@ _UNITS = {"": 1, "B": 1} | {
     for end, base in (("", 1000), ("i", 1024))
     for power, prefix in enumerate("KMGT")
 }
-GIB = 2**30
 _FITS = {True: "yes", False: "no", None: "not tried"}
 _SIZES = ("params", "optimizer", "gradients", "activations", "total")
 # what is typed for a change of `planning.plan`; layout and remat policy are of every candidate

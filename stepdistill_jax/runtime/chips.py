@@ -48,39 +48,21 @@ class Chip:
         return {"highest": exact, "high": high}.get(precision, default)
 
 
-# by the start of the name that JAX gives a device
+_A100 = Chip(
+    312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
+)
+_A100_40GB = dataclasses.replace(_A100, memory=40 * 10**9, bandwidth=1.555e12)
+_H100 = Chip(
+    989e12, 84_942_979_072, 3.352e12, 450e9, 14.8e12, 29.6e12, 1.755e9, float32=494e12, exact=67e12
+)
+
+# by the start of the name that JAX gives a device; the longer of two such names comes first
 CHIPS: dict[str, Chip] = {
-    **dict.fromkeys(
-        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
-        Chip(
-            312e12,
-            40 * 10**9,
-            1.555e12,
-            300e9,
-            9.7e12,
-            19.5e12,
-            1.41e9,
-            float32=156e12,
-            exact=19.5e12,
-        ),
-    ),
-    "NVIDIA A100": Chip(
-        312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
-    ),
-    "NVIDIA H100": Chip(
-        989e12,
-        84_942_979_072,
-        3.352e12,
-        450e9,
-        14.8e12,
-        29.6e12,
-        1.755e9,
-        float32=494e12,
-        exact=67e12,
-    ),
-    "NVIDIA H200": Chip(
-        989e12, 141 * 10**9, 4.8e12, 450e9, 14.8e12, 29.6e12, 1.755e9, float32=494e12, exact=67e12
-    ),
+    "NVIDIA A100-SXM4-40GB": _A100_40GB,
+    "NVIDIA A100-PCIE-40GB": _A100_40GB,
+    "NVIDIA A100": _A100,
+    "NVIDIA H100": _H100,
+    "NVIDIA H200": dataclasses.replace(_H100, memory=141 * 10**9, bandwidth=4.8e12),
     "TPU v4": Chip(275e12, 32 * 2**30, 1.2e12, 150e9, 8.6e12, 8.6e12, 1.05e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 819e9, 100e9, 6.1e12, 6.1e12, 1.5e9),
     "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 300e9, 14e12, 14e12, 1.75e9),  # v5p
