@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def result(cell: str, settings: list[str], folder: pathlib.Path, no_data: str) -> dict[str, Any]:
-    """What `plan` says of a cell."""
+    """Returns the JSON that `plan` prints for a cell."""
     kept = folder / f"{'+'.join([cell, *settings])}.json"
     if not kept.is_file():
         more = [word for setting in settings for word in ("--set", setting)]

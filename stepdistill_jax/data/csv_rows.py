@@ -38,7 +38,7 @@ def each_csv_row(
 ) -> Iterator[JsonRow | BadRow]:
     """Yields each row below the header of a CSV or TSV file, or what is wrong with it.
 
-    Quotes are those of Python's `csv`. A cell that is blank is null, a row whose cells all are is no
+    Cells are quoted as in Python's `csv`. A cell that is blank is null, a row whose cells all are is no
     row. The line of a row is the one on which it begins. A CSV file whose header has semicolons and
     no comma is read with semicolons, as spreadsheets write it in some countries; a first line `sep=;`
     says so, too.

@@ -32,9 +32,8 @@ class Objective:
             label is parsed out of what is decoded, by the words between the fields.
         weight: factor of its mean cross-entropy in the loss; at least 0, or a `Schedule` of it
             over the steps.
-        decoder_prefix: text that the decoder is given before the target, which then goes on from
-            there; its tokens are in no loss. For objectives that read one encoding of the same
-            input, and are told apart by it.
+        decoder_prefix: text that the decoder reads before the target; no loss counts its tokens.
+            It tells apart objectives that share one encoding of an input.
 
     Raises:
         InputError: a weight that is no number from 0, a name that is not lower_snake, a template that

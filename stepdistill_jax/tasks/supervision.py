@@ -34,8 +34,8 @@ class Supervision:
             the label that is asked for is left out, with all its rows.
         disagree_weight: under `agree` the factor of an example whose teacher said something else or
             nothing; 0 leaves it out.
-        rationales: `first` (the example's `rationale`), `all` of its `rationales`, each a row of
-            its own, or `sample`, one of them, drawn anew in each epoch by the seed. Under `agree`
+        rationales: `first` takes the example's `rationale`; `all` makes a row of each of its
+            `rationales`; `sample` draws one of them in each epoch, by the seed. Under `agree`,
             `all` and `sample` leave out a rationale that argues for another label.
         rationale_source: only rationales of this `source` (`human`, `llm`, a teacher's name); None
             takes any. A row's `rationale` that stands in no list is the teacher's, `llm`.
