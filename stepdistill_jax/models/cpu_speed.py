@@ -3,8 +3,6 @@
 Gains, measured on two cores (docs/training_speed.md, docs/decoding_speed.md):
 
     keep_pages      a step takes 0.63 to 1.0 of the time, with a tenth of the page faults
-    keep_mask       a step of 16 examples: 4.53 -> 4.17 s on one thread, 2.45 -> 2.30 s on two, with two draws of
-                    a random word; four in one pass: 1.06 times the examples/s of that on two
     argmax          8 -> 0.4 ms of a decoding step of 64 rows
     sum_over_rows   attention alone, forward and backward, takes about 0.6 of the time
     in_row_blocks   decoding 256 rows takes 0.83 of the time
@@ -19,14 +17,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 NEVER = 2**31 - 1
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # bits, of threefry-2x32
-DROPOUT_MASK = "dropout_mask"  # name of the masks, for `jax.checkpoint` policies
-DRAWS = 2**16  # values that a random number of a dropout mask can have
 BLOCK_TOKENS = 1024  # whose activations fit a CPU's cache
 
 
@@ -53,51 +46,6 @@ def _on_cpu() -> bool:
     if chosen := os.environ.get("JAX_PLATFORMS"):
         return chosen.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
-
-
-def keep_mask(key: jax.Array, shape: tuple[int, ...], kept: int) -> jax.Array:
-    """Mask [..., length, features], true with probability `kept` / `DRAWS`, from a quarter of the bits.
-
-    `jax.random.bits` gives one word for each evaluation of threefry, and its rounds are a loop over
-    memory on a CPU. Four values share one evaluation here, 16 bits each.
-    """
-    *batch, length, features = shape
-    places = (*batch, -(-length // 4), features)
-
-    def number(first: int, last: int) -> jax.Array:
-        """Returns each element's place, counted over the axes `first` to `last` - 1."""
-        count = jnp.zeros(places, jnp.uint32)
-        for axis in range(first, last):
-            here = jax.lax.broadcasted_iota(jnp.uint32, places, axis)
-            count = count * np.uint32(places[axis]) + here
-        return count
-
-    # two counters, since 32 bits may not hold one
-    counters = number(0, len(batch)), number(len(batch), len(places))
-    words = threefry(jax.random.bits(key, (2,)), *counters)
-    draws = [draw for word in words for draw in (word % DRAWS, word // DRAWS)]
-    bits = sum((draw < kept).astype(jnp.uint8) << i for i, draw in enumerate(draws))
-    # computed once, not again for each quarter; and kept like this, a quarter of the mask's size
-    bits = checkpoint_name(jax.lax.optimization_barrier(bits), DROPOUT_MASK)
-    # quarters side by side along the length, the one axis that no layout cuts
-    mask = jnp.concatenate([bits >> i & 1 for i in range(4)], axis=-2)
-    return mask[..., :length, :] != 0
-
-
-def threefry(key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both random words of counters x and y, uint32 each: threefry-2x32 of 20 rounds.
-
-    The generator of `jax.random` (Salmon et al. 2011, doi:10.1145/2063384.2063405) in one expression,
-    which XLA compiles to one pass.
-    """
-    keys = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
-    x, y = x + keys[0], y + keys[1]
-    for group in range(5):
-        for rotation in ROTATIONS[group % 2]:
-            x = x + y
-            y = x ^ (y << rotation | y >> 32 - rotation)
-        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
-    return x, y
 
 
 def sum_over_rows(x: jax.Array) -> jax.Array:

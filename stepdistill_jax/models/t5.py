@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from stepdistill_jax.models.attention import ATTENTION_OUTPUT
 from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.cpu_speed import DROPOUT_MASK
 from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.layers import (
     Attention,
@@ -111,7 +110,7 @@ def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: 
         # activations and norms are cheaper to compute again than to write and read. A kernel's
         # output is kept by its name; plain operations end in a product, of which that is the only copy
         "elementwise": policies.save_from_both_policies(
-            policies.dots_saveable, policies.save_only_these_names(DROPOUT_MASK, ATTENTION_OUTPUT)
+            policies.dots_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
         ),
         "minimal": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
