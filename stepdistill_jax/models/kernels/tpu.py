@@ -1,0 +1,264 @@
+"""T5's attention for TPUs from v5e on, in Pallas.
+
+Scores, weights, masks and random words stay in the chip's vector memory, which holds a whole tile of
+T5's lengths. The grid is (pair of heads, row of the batch), rows innermost: the bias of a pair is
+fetched once, and its gradient is summed over rows on the chip. `tpu_programs` says what a program
+does.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from stepdistill_jax.models.attention import ATTENTION_OUTPUT
+from stepdistill_jax.models.dropout import DRAWS, HALF
+from stepdistill_jax.models.kernel_costs import KernelCost, kernel_cost
+from stepdistill_jax.models.kernels import tpu_programs
+from stepdistill_jax.models.kernels.tpu_programs import COLUMNS, QUERIES, UNSEEN, Call
+
+_LANES = 128
+_DTYPES = ("bfloat16", "float32")
+_MEMORY = 60 * 2**20  # of the 64 MiB that a v5p has; a v5e and a v6e have 128
+_TEMPORARIES = 12  # arrays [keys, 256] float32 that a program holds, about
+_FORWARD, _BACKWARD = "tpu_attention", "tpu_attention_gradient"
+
+
+def reason_against(
+    q_len: int, k_len: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Returns why the kernel cannot do shapes of one device, or None."""
+    del heads
+    dtype = jnp.dtype(dtype)
+    if head_dim % HALF:
+        return f"head_dim {head_dim} is not a multiple of {HALF}"
+    if dtype.name not in _DTYPES:
+        return f"dtype {dtype.name} is not one of {_DTYPES}"
+    need = _memory(_up(q_len, QUERIES), _up(k_len, _LANES), head_dim, dtype.itemsize)
+    if need > _MEMORY:
+        return f"lengths {q_len}, {k_len} need {need >> 20} MiB of the {_MEMORY >> 20} on the chip"
+    return None
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    seeds: jax.Array | None,
+    *,
+    causal: bool,
+    kept: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
+
+    Masks of dropout are those of `dropout.dropout`, bit for bit. A query that sees no key gets 0 and
+    gives no gradient.
+
+    Args:
+        q: [rows, q, heads, d].
+        k, v: [rows, k, heads, d].
+        bias: [heads, q, k] float32, added to the scores of each row.
+        query_segments: [rows, q] int32.
+        key_segments: [rows, k] int32; 0 is padding and is never seen.
+        seeds: [2, rows, heads] uint32 of `dropout_seeds`; None is no dropout.
+        causal: a query does not see keys of later places.
+        kept: how many of the `DRAWS` values of a draw keep a weight.
+        interpret: runs the programs on a CPU, for tests.
+
+    Returns:
+        [rows, q, heads, d] in the dtype of `v`.
+    """
+    queries, heads, width = q.shape[1:]
+    more_queries, more_keys = -queries % QUERIES, -k.shape[1] % _LANES
+    odd = heads % 2  # a head of zeros makes a pair
+
+    def flat(x, more):
+        x = jnp.pad(x, ((0, 0), (0, more), (0, odd), (0, 0)))
+        return x.reshape(*x.shape[:2], -1)
+
+    if bias is not None:
+        bias = _bias_columns(jnp.pad(bias, ((0, odd), (0, more_queries), (0, more_keys))))
+    if seeds is not None:
+        seeds = jnp.pad(seeds, ((0, 0), (0, 0), (0, odd)))
+    query_segments = jnp.pad(query_segments, ((0, 0), (0, more_queries)))
+    key_segments = jnp.where(key_segments > 0, key_segments, UNSEEN)
+    key_segments = jnp.pad(key_segments, ((0, 0), (0, more_keys)), constant_values=UNSEEN)
+    out = _attention(
+        flat(q, more_queries),
+        flat(k, more_keys),
+        flat(v, more_keys),
+        bias,
+        _segment_columns(query_segments),
+        key_segments[:, None],
+        seeds,
+        Call(width, causal, DRAWS if seeds is None else kept, interpret),
+    )
+    return out.reshape(*out.shape[:2], heads + odd, width)[:, :queries, :heads]
+
+
+def _bias_columns(bias):
+    """[heads, q, k] -> [pairs, rounds, k, 256]: columns as `tpu_programs` has them."""
+    heads, queries, keys = bias.shape
+    bias = bias.reshape(heads // 2, 2, queries // QUERIES, 2, HALF, keys)
+    return bias.transpose(0, 2, 5, 3, 1, 4).reshape(heads // 2, -1, keys, COLUMNS)
+
+
+def _segment_columns(segments):
+    """[rows, q] -> [rows, rounds, 256]: the same for both heads."""
+    halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
+    both = jnp.broadcast_to(halves, (*halves.shape[:3], 2, HALF))
+    return both.reshape(*both.shape[:2], COLUMNS)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attention(q, k, v, bias, q_segments, k_segments, seeds, call):
+    return _forward(q, k, v, bias, q_segments, k_segments, seeds, call)[0]
+
+
+def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
+    given = (seeds, q, k, v, bias, q_segments, k_segments)
+    one = _Specs(given, call.width)
+    out, log_sums = _run(
+        call,
+        tpu_programs.forward,
+        _FORWARD,
+        one,
+        given,
+        one.given,
+        [jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct(one.log_sums, jnp.float32)],
+        [one.queries, one.per_query],
+        [],
+    )
+    # kept by name, or a layer that is computed again would call the kernel again
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
+    log_sums = checkpoint_name(log_sums, ATTENTION_OUTPUT)
+    return out, (given, out, log_sums)
+
+
+def _backward(call, saved, slope):
+    given, out, log_sums = saved
+    _, q, k, v, bias, _, _ = given
+    one = _Specs(given, call.width)
+    like = jax.ShapeDtypeStruct.like
+    sums = pltpu.VMEM((k.shape[1], 2 * call.width), jnp.float32)
+    slopes = _run(
+        call,
+        tpu_programs.backward,
+        _BACKWARD,
+        one,
+        (*given, out, log_sums, slope),
+        [*one.given, one.queries, one.per_query, one.queries],
+        [like(q), like(k), like(v), None if bias is None else like(bias)],
+        [one.queries, one.keys, one.keys, one.bias],
+        [sums, sums],
+    )
+    return *slopes, None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+class _Specs:
+    """What a program (pair of heads, row) sees of each array."""
+
+    def __init__(self, given, width: int):
+        _, q, k, _, bias, _, _ = given
+        rows, queries = q.shape[:2]
+        keys, rounds, pairs = k.shape[1], queries // QUERIES, q.shape[2] // (2 * width)
+        self.grid = pairs, rows
+        self.log_sums = (rows, pairs, rounds, COLUMNS)
+        self.memory = _memory(queries, keys, width, q.dtype.itemsize)
+        self.queries = pl.BlockSpec((1, queries, 2 * width), lambda p, r: (r, 0, p))
+        self.keys = pl.BlockSpec((1, keys, 2 * width), lambda p, r: (r, 0, p))
+        self.per_query = pl.BlockSpec((1, 1, rounds, COLUMNS), lambda p, r: (r, p, 0, 0))
+        self.bias = None
+        if bias is not None:
+            self.bias = pl.BlockSpec((1, rounds, keys, COLUMNS), lambda p, r: (p, 0, 0, 0))
+        self.given = [
+            None if given[0] is None else pl.BlockSpec(memory_space=pltpu.SMEM),
+            self.queries,
+            self.keys,
+            self.keys,
+            self.bias,
+            pl.BlockSpec((1, rounds, COLUMNS), lambda p, r: (r, 0, 0)),
+            pl.BlockSpec((1, 1, keys), lambda p, r: (r, 0, 0)),
+        ]
+        self.scratch = [
+            pltpu.VMEM((keys, _LANES), jnp.int32),
+            pltpu.VMEM((2 * width, keys), q.dtype),
+        ]
+
+
+def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scratch):
+    return pl.pallas_call(
+        functools.partial(program, call),
+        grid=one.grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[*one.scratch, *scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=one.memory
+        ),
+        interpret=call.interpret,
+        name=name,
+    )(*arrays)
+
+
+def _memory(queries: int, keys: int, width: int, itemsize: int) -> int:
+    """Bytes of vector memory of the backward program; blocks are there twice, for the next program."""
+    bias = 4 * 2 * queries * keys
+    rows = 4 * (queries + keys) * 2 * width * itemsize
+    scratch = keys * (2 * width * (itemsize + 8) + 4 * _LANES)
+    return 2 * (2 * bias + rows) + scratch + _TEMPORARIES * keys * COLUMNS * 4
+
+
+def _up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; the backward call's
+# go on with the output, its log-sums and its gradient.
+
+
+@kernel_cost(_FORWARD)
+def _forward_cost(operands, results) -> KernelCost:
+    # products: scores, mean of values. Of an element: mask, largest, difference, exponential (a product
+    # and a power of 2), sum, rounding; dropout chooses once
+    pairs = results[-1].dims[1]
+    return _cost(operands, results, pairs, after=0, products=2, other=7, of_bias=1, choices=1)
+
+
+@kernel_cost(_BACKWARD)
+def _backward_cost(operands, results) -> KernelCost:
+    # products: scores, gradients of weights, q, k and v. Of an element: mask, difference, exponential,
+    # two operations of the gradient, two roundings; of the bias its gradient, too
+    pairs = operands[-2].dims[1]
+    return _cost(operands, results, pairs, after=3, products=5, other=8, of_bias=2, choices=2)
+
+
+def _cost(operands, results, pairs, *, after, products, other, of_bias, choices) -> KernelCost:
+    dropout = operands[0].dtype == "u32"
+    given = operands[dropout : len(operands) - after]
+    q, k, bias = given[0], given[1], len(given) == 6
+    elements = q.dims[0] * 2 * pairs * q.dims[1] * k.dims[1]
+    # both heads of a pair are one product, in which an element is a sum over the features of both
+    passes = 6 if q.dtype == "f32" else 1
+    flops = products * 2 * elements * (q.dims[2] // pairs) * passes
+    # each pair reads the segments
+    again = (pairs - 1) * sum(array.bytes for array in given[-2:])
+    # segments are compared; a word costs 10 and has two draws, which are cut out and compared
+    integer = 1 + dropout * (10 / 2 + 2)
+    return KernelCost(
+        flops=flops,
+        bytes=again + sum(array.bytes for array in (*operands, *results)),
+        integer=integer * elements,
+        other=(other + bias * of_bias + dropout * choices) * elements,
+    )

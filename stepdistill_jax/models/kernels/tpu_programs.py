@@ -1,0 +1,223 @@
+"""What one program of each attention kernel for TPUs does.
+
+Keys are in rows and queries in columns: then a sum over keys adds vectors up, and what belongs to a
+query, such as its largest score, is one row. A program has a row of the batch and two heads, and takes
+128 queries at a time, which are 256 columns:
+
+    column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
+    query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
+    head          first       second        first       second
+
+So the left and the right half draw from the same random words, whose two draws belong to positions p
+and p + 64. With each head's features in rows of their own (`_per_head`) both heads are one product:
+
+    k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from stepdistill_jax.models.dropout import DRAWS, HALF, random_words
+from stepdistill_jax.models.products import precision_of
+
+QUERIES = 2 * HALF  # that a program takes at a time
+COLUMNS = 2 * QUERIES  # of two heads
+UNSEEN = -2  # segment of keys that no query sees
+_UNROLLED = 4  # rounds of a loop; more take the compiler long
+_HIDDEN = -1e9  # score of a key that is not seen
+# of a query's largest score: where no key is seen, weights are exp(_HIDDEN - _LEAST) = 0
+_LEAST = -1e8
+_PLAIN, _BY_ROWS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # x y, x y^T
+
+
+class Call(NamedTuple):
+    """What is the same for all programs.
+
+    Attributes:
+        width: features of a head.
+        causal: a query does not see keys of later places.
+        kept: of `DRAWS`, how many draws keep a weight.
+        interpret: a CPU runs the programs.
+    """
+
+    width: int
+    causal: bool
+    kept: int
+    interpret: bool
+
+
+def forward(
+    call: Call, seeds, q, k, v, bias, q_segments, k_segments, out, log_sums, columns, turned
+):
+    """Writes the output, and of each query the logarithm of the sum of its exponentials.
+
+    Args:
+        seeds: [2, rows, heads], or None.
+        q, out: [1, queries, 2 d].
+        k, v: [1, keys, 2 d].
+        bias: [1, rounds, keys, 256], or None.
+        q_segments: [1, rounds, 256].
+        k_segments: [1, 1, keys].
+        log_sums: [1, 1, rounds, 256].
+        columns, turned: for k_segments [keys, 128] and v [2 d, keys].
+    """
+    seeds = _seeds(seeds)
+    _turn(k_segments, columns)
+    turned[...] = v[0].T
+
+    def some(i, _):
+        at = pl.ds(pl.multiple_of(i * QUERIES, QUERIES), QUERIES)
+        scores = _scores(call, i, k[0], _per_head(call, q[0, at]), bias, q_segments, columns)
+        top = jnp.maximum(_over_keys(jnp.maximum, jnp.max, scores), _LEAST)
+        weights = jnp.exp(scores - top)
+        total = _over_keys(jnp.add, jnp.sum, weights)
+        total = jnp.where(total == 0, 1, total)
+        if seeds is not None:
+            weights = jnp.where(_keep(call, i, seeds, k.shape[1]), weights, 0)
+        mixed = _product(call, turned[...], weights.astype(v.dtype))
+        mixed *= DRAWS / call.kept / total
+        log_sums[0, 0, pl.ds(i, 1)] = top + jnp.log(total)
+        out[0, at] = _of_own_head(call, mixed).astype(out.dtype)
+
+    _each(q, some)
+
+
+def backward(
+    call: Call,
+    seeds, q, k, v, bias, q_segments, k_segments, out, log_sums, slope,
+    q_slope, k_slope, v_slope, bias_slope,
+    columns, turned, k_sum, v_sum,
+):  # fmt: skip
+    """Writes the gradients; adds that of the bias to what the rows before gave.
+
+    With w the weights, m the mask of dropout (0, or what it scales by) and g the gradient of a weight
+    after dropout, that of a score is  w (m g - sum over keys of w m g),  and the sum is out . slope.
+    The scale s goes into w: s w (g, or 0 - out . slope / s).
+
+    Args:
+        slope: of `out`.
+        turned: for k [2 d, keys].
+        k_sum, v_sum: [keys, 2 d] float32.
+        others: as in `forward`; gradients have the shapes of their arrays.
+    """
+    seeds = _seeds(seeds)
+    _turn(k_segments, columns)
+    turned[...] = k[0].T
+    for of_row in (k_sum, v_sum):
+        of_row[...] = jnp.zeros_like(of_row)
+    if bias is not None:
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            bias_slope[...] = jnp.zeros_like(bias_slope)
+
+    scale = DRAWS / call.kept
+
+    def some(i, _):
+        at = pl.ds(pl.multiple_of(i * QUERIES, QUERIES), QUERIES)
+        queries, slopes = _per_head(call, q[0, at]), _per_head(call, slope[0, at])
+        scores = _scores(call, i, k[0], queries, bias, q_segments, columns)
+        weights = jnp.exp(scores - (log_sums[0, 0, pl.ds(i, 1)] - math.log(scale)))
+        dots = _per_head(call, out[0, at].astype(jnp.float32) * slope[0, at].astype(jnp.float32))
+        dots = jnp.sum(dots.T, axis=0, keepdims=True) / scale
+        dropped, of_dropped = weights, _product(call, v[0], slopes, _BY_ROWS)
+        if seeds is not None:
+            keep = _keep(call, i, seeds, k.shape[1])
+            dropped, of_dropped = (jnp.where(keep, x, 0) for x in (dropped, of_dropped))
+        of_scores = weights * (of_dropped - dots)
+        if bias is not None:
+            bias_slope[0, i] += of_scores
+        v_sum[...] += _product(call, dropped.astype(v.dtype), slopes)
+        of_scores = of_scores.astype(q.dtype)
+        k_sum[...] += _product(call, of_scores, queries)
+        q_slope[0, at] = _of_own_head(call, _product(call, turned[...], of_scores)).astype(q.dtype)
+
+    _each(q, some)
+    k_slope[0] = k_sum[...].astype(k.dtype)
+    v_slope[0] = v_sum[...].astype(v.dtype)
+
+
+def _each(q, some: Callable) -> None:
+    """Calls `some` for each 128 queries."""
+    rounds = q.shape[1] // QUERIES
+    unroll = rounds if rounds <= _UNROLLED else 1
+    jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
+
+
+def _turn(k_segments, columns):
+    """[1, 1, keys] -> [keys, 128], all columns the same."""
+    keys, width = columns.shape
+    columns[...] = jnp.broadcast_to(k_segments[0], (width, keys)).T
+
+
+def _scores(call, i, k, queries, bias, q_segments, columns):
+    """[keys, 256] float32, masked."""
+    scores = _product(call, k, queries, _BY_ROWS)
+    if bias is not None:
+        scores += bias[0, i]
+    seen = jnp.concatenate([columns[...]] * 2, axis=1) == q_segments[0, pl.ds(i, 1)]
+    if call.causal:
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1)
+        query = i * QUERIES + column // QUERIES * HALF + column % HALF
+        seen &= jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= query
+    return jnp.where(seen, scores, _HIDDEN)
+
+
+def _seeds(seeds):
+    """Two [1, 128] uint32 of this row and its heads, or None."""
+    if seeds is None:
+        return None
+    row, head = pl.program_id(1), 2 * pl.program_id(0)
+    of_first = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1) < HALF
+    return [
+        jnp.where(of_first, seeds[word, row, head], seeds[word, row, head + 1]) for word in range(2)
+    ]
+
+
+def _keep(call, i, seeds, keys):
+    """[keys, 256] bool: the masks of `dropout.dropout`."""
+    column = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1)
+    position = (i * QUERIES + column % HALF).astype(jnp.uint32)
+    feature = jax.lax.broadcasted_iota(jnp.uint32, (keys, QUERIES), 0)
+    # the position goes into the seed, once a column
+    words = random_words(seeds[0] ^ position << 16, seeds[1], np.uint32(0), feature)
+    draws = jnp.concatenate([words & (DRAWS - 1), words >> 16], axis=1)
+    return draws.astype(jnp.int32) < call.kept  # the chip compares signed numbers
+
+
+def _per_head(call, x):
+    """[128, 2 d] -> [256, 2 d]: row (half, head, query) has the features of that head, else 0."""
+    wide = x.astype(jnp.float32)  # of bfloat16 the chip selects none
+    own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
+    first, second = jnp.where(own, wide, 0), jnp.where(own, 0, wide)
+    halves = first[:HALF], second[:HALF], first[HALF:], second[HALF:]
+    return jnp.concatenate(halves).astype(x.dtype)
+
+
+def _of_own_head(call, x):
+    """[2 d, 256] -> [128, 2 d]: of each column the features of its head."""
+    x = x.T
+    own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
+    blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
+    return jnp.concatenate([jnp.where(own, *blocks[:2]), jnp.where(own, *blocks[2:])])
+
+
+def _over_keys(combine, reduce, x):
+    """[keys, 256] -> [1, 256]; in halves, of which none waits for another."""
+    while x.shape[0] % 16 == 0:
+        x = combine(*jnp.split(x, 2))
+    return reduce(x, axis=0, keepdims=True)
+
+
+def _product(call, x, y, dimensions=_PLAIN):
+    if call.interpret:  # a CPU has no product of bfloat16 in float32
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return jax.lax.dot_general(
+        x, y, dimensions, precision_of(x.dtype), preferred_element_type=jnp.float32
+    )
