@@ -164,7 +164,7 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
     seen = jnp.concatenate([columns[...]] * 2, axis=1) == q_segments[0, pl.ds(i, 1)]
     if call.causal:
         column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1)
-        query = i * QUERIES + column // QUERIES * HALF + column % HALF
+        query = i * QUERIES + jnp.where(column < QUERIES, 0, HALF) + column % HALF
         seen &= jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= query
     return jnp.where(seen, scores, _HIDDEN)
 
