@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from stepdistill_jax.models.config import ATTENTIONS
 from stepdistill_jax.models.cpu_speed import sum_over_rows
 from stepdistill_jax.models.dropout import dropout
+from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fits, fused_attention
 from stepdistill_jax.models.products import precision_of
 
 NEG_INF = -1e9
@@ -54,14 +55,30 @@ def attention(
         softcap: a score s becomes softcap x tanh(s / softcap).
         window: a query sees keys less than so many places away.
         scale: T5's is 1, since its initial query kernel holds 1 / sqrt(d).
-        implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "auto"
-            is what is fastest on the platform, and so far the same.
+        implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "pallas"
+            is one kernel, which a CPU interprets, for tests; "auto" is the kernel on the chips that
+            have one for these shapes. A few queries, as in decoding, are always plain operations.
 
     Returns:
         [batch, q, heads, d] in the dtype of `v`.
     """
     if implementation not in ATTENTIONS:
         raise ValueError(f"implementation must be one of {ATTENTIONS}, not {implementation!r}")
+    plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
+    many = plain and q.shape[1] >= FEWEST_QUERIES
+    if many and (implementation == "pallas" or (implementation == "auto" and fits(q, k))):
+        return fused_attention(
+            q,
+            k,
+            v,
+            relative_bias=relative_bias,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            causal=causal,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+            dropout_broadcast=dropout_broadcast,
+        )
     scores = _scores(q, k)
     if scale != 1.0:
         scores = scores * scale
