@@ -33,9 +33,12 @@ def fused_attention(
     causal: bool,
     dropout_rate: float,
     dropout_rng: jax.Array | None,
-    dropout_broadcast: bool,
 ) -> jax.Array:
-    """Returns what `attention.attention` does, which has the arguments; softcap, window and scale are not there."""
+    """Returns what `attention.attention` does, whose arguments these are.
+
+    There is no softcap, window or scale, as many heads of keys as of queries, and each query has a mask
+    of its own.
+    """
     platform = traced_platform()
     kept, seeds = kept_draws(dropout_rate), None
     if dropout_rng is not None and kept < DRAWS:
@@ -44,7 +47,6 @@ def fused_attention(
         kernel_of(platform).attention,
         causal=causal,
         kept=kept,
-        shared=dropout_broadcast,
         interpret=platform == "cpu",
     )
     bias = None if relative_bias is None else relative_bias[0]
