@@ -233,7 +233,9 @@ def test_rows_that_cannot_hold_a_pair_and_data_without_one_are_refused():
     with pytest.raises(InputError, match=r"`row_target_length=4`: train of test has .* 5 tokens"):
         Batches(data, 1, 3, 3, seed=0, pairs=True, row_lengths=(6, 4))
     alone = task_of(store_of([[pair[0], ([], [])], [([], []), pair[1]]]))
-    with pytest.raises(InputError, match="`extra_loss`: train of test .* both label and rationale"):
+    with pytest.raises(
+        InputError, match=r"`extra_loss`: train of test .* both label and rationale"
+    ):
         Batches(alone, 1, 3, 3, seed=0, pairs=True)
 
 
