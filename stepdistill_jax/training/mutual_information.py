@@ -20,15 +20,15 @@ class MutualInformation(PairedLoss):
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    with no gradient through z, and their mean over the global batch is added with `weight` (the
-    paper's alpha_3, its code's beta, 0.1 there): the rationale is drawn to the words that the label
-    predicts. The paper derives it as a bound of the mutual information of the two tasks' outputs.
+    with no gradient through z. Its mean over the pairs of the global batch is added with `weight`,
+    so the rationale is drawn to the words that the label predicts.
 
-    The paper says cross-entropy of the two reductions and no more; this is what its code computes
-    (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`): r is taken as
-    logits, so it meets a second softmax, z does not sum to 1, and z is detached. In one thing the
-    two differ: the code takes the maxima over padding, too, so that its loss depends on the other
-    rows of a batch. Here they are over the target's own tokens, the end of sequence included.
+    The paper has the cross-entropy of the two reductions as its bound of the mutual information; how
+    it is computed is taken from its code (github.com/xinchen9/cot_distillation_ACL2024, commit
+    59ca033, `model_utils.py`): r is taken as logits, so it meets a second softmax, z does not sum to
+    1, and z is detached. One thing differs. The code takes the maxima over padding, too, so its loss
+    depends on the other rows of a batch; here they are over the target's own tokens, the end of
+    sequence included.
 
     With 2 ids, a label whose tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), so z = (0.9,
     0.8), and a rationale of (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
@@ -36,8 +36,8 @@ class MutualInformation(PairedLoss):
     The logits of a slice are made at once, in float32: the largest array of the step.
 
     Attributes:
-        weight: at least 0, or a `Schedule`; 0.1 is the paper's, next to 0.5 and 0.5 for label and
-            rationale.
+        weight: at least 0, or a `Schedule`; the paper's code has 0.1 (`beta`) next to 0.5 for label
+            and rationale.
     """
 
     name = "mutual_information"
