@@ -13,12 +13,14 @@ import torch
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh
+from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, place_rows
+from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.data import batches_of
 from stepdistill_jax.training.mutual_information import MutualInformation
-from stepdistill_jax.training.state import create_state
-from stepdistill_jax.training.step import train_step
+from stepdistill_jax.training.state import abstract_state, create_state, init_state
+from stepdistill_jax.training.step import jit_train_step, train_step
 
 LOSS = MutualInformation(0.3)
 TX = optax.sgd(0.1, momentum=0.9)  # its trace after one step is the gradient itself
@@ -117,6 +119,36 @@ def test_eight_devices_give_the_sum_and_the_gradient_of_one(data):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     # a device's pairs are its own: no row travels, but for sums
     assert "all-gather" not in compiled.as_text()
+
+
+MODEL = dataclasses.replace(
+    t5_config("t5_v1_1", "tiny", vocab_size=128),
+    emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1, dropout_rate=0.0,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_t5_has_one_update_packed_and_padded_on_one_device_and_on_eight_in_slices(data):
+    def gradient(batch, layout, devices, slices):
+        mesh = make_mesh(layout, jax.devices()[:devices])
+        abstract = abstract_state(MODEL, TX, mesh)
+        static = {"tx": TX, "objective_weights": (0.5, 0.5), "extra_loss": LOSS}
+        static |= {"model": T5(MODEL), "num_microbatches": slices}
+        step = jit_train_step(abstract, mesh, **static)
+        state, metrics = step(init_state(MODEL, TX, abstract, seed=0), place_rows(batch, mesh))
+        assert float(metrics["sums"].loss[-1]) > 0
+        return float(metrics["loss"]), jax.tree.map(np.array, state.opt_state[0].trace)
+
+    loss, want = gradient(batch_of(data), Layout(), 1, 1)
+    cube = Layout(data=2, fsdp=2, tensor=2)
+    many = batch_of(data, row_multiple=16, row_lengths=(64, 88))
+    for form in ((batch_of(data, pack=False), Layout(), 1, 1), (many, cube, 8, 4)):
+        other, got = gradient(*form)
+        assert other == pytest.approx(loss, rel=1e-6)
+        gaps = jax.tree.map(
+            lambda a, b: np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6), got, want
+        )
+        assert max(jax.tree.leaves(gaps)) < 1e-5
 
 
 def test_mutual_information_docstring():
