@@ -48,7 +48,7 @@ class Arm:
         what: in words, for the page.
         shares: of the train split.
         config: a demo config.
-        part: a gin file over it.
+        part: of `gin/`, over it.
         settings: NAME=VALUE.
         train: its train split: of `spoil` (kind, share), or a function of this file's; None is `delivery`'s.
     """
@@ -79,7 +79,8 @@ def why_not(examples: Sequence[Example]) -> list[dict]:
     return rows
 
 
-# Weights are the demo's, 1 for the label and 3 for all others together, but for one arm's.
+EQUAL = ["step_by_step.label_weight=0.5", "step_by_step.rationale_weight=0.5"]
+# Weights are the demo's, 1 for the label and 3 for all others together, but where they are EQUAL.
 # The lengths hold every text of an arm.
 ARMS = {
     "label_only": Arm("the label alone: standard fine-tuning", CURVE, config="demo_label_only"),
@@ -87,18 +88,24 @@ ARMS = {
     "step_by_step_equal": Arm(
         "the same with the paper's weights, 0.5 and 0.5",
         FULL,
-        settings=["step_by_step.label_weight=0.5", "step_by_step.rationale_weight=0.5"],
+        settings=EQUAL,
+    ),
+    "step_by_step_mi": Arm(
+        "the same, and the mutual-information loss of Chen et al. 2024 with their weight, 0.1",
+        FULL,
+        part="losses/mutual_information",
+        settings=EQUAL,
     ),
     "single_task": Arm(
         "rationale, then label, in one target: the paper's ablation; decodes both",
         CURVE,
-        part="single_task",
+        part="objectives/single_task",
         settings=["single_task.label_weight=1.0", "INPUT_LENGTH=32", "TARGET_LENGTH=60"],
     ),
     "rationale_input": Arm(
         "the rationale is read, at test time, too: a bound, not a method",
         CURVE,
-        part="rationale_input",
+        part="objectives/rationale_input",
         settings=["rationale_input.label_weight=1.0", "INPUT_LENGTH=40", "TARGET_LENGTH=8"],
     ),
     "shared_encoder": Arm(
@@ -109,7 +116,7 @@ ARMS = {
     "step_by_step_multi": Arm(
         "a third objective: what the other label would need",
         FULL,
-        part="step_by_step_multi",
+        part="objectives/step_by_step_multi",
         settings=[
             "step_by_step_multi.label_weight=1.0",
             "step_by_step_multi.rationale_weight=1.5",
@@ -120,14 +127,14 @@ ARMS = {
     "label_only_llm": Arm(
         "the teacher's labels alone, 20% of them wrong: standard distillation",
         TWO,
-        part="label_only_llm",
+        part="objectives/label_only_llm",
         settings=["label_only_llm.label_weight=1.0"],
         train=("teacher_errs", 0.2),
     ),
     "step_by_step_llm": Arm(
         "the same labels, and the rationales that led the teacher to them",
         TWO,
-        part="step_by_step_llm",
+        part="objectives/step_by_step_llm",
         settings=["step_by_step_llm.label_weight=1.0", "step_by_step_llm.rationale_weight=3.0"],
         train=("teacher_errs", 0.2),
     ),
@@ -175,6 +182,11 @@ CLAIMS = [
     ("One encoding for both targets costs accuracy", "step_by_step", "shared_encoder"),
     ("A third objective helps", "step_by_step_multi", "step_by_step"),
     ("Rationales help without gold labels, too", "step_by_step_llm", "label_only_llm"),
+    (
+        "Mutual information helps: step_by_step_mi beats step_by_step_equal",
+        "step_by_step_mi",
+        "step_by_step_equal",
+    ),
 ]
 
 
@@ -194,7 +206,7 @@ def cells(arms: dict[str, Arm], args: argparse.Namespace) -> list[Cell]:
     found = []
     for name, arm in arms.items():
         task = prepared(arm, args.data_dir)
-        parts = [f"objectives/{arm.part}.gin"] if arm.part else []
+        parts = [f"{arm.part}.gin"] if arm.part else []
         for share in [s for s in arm.shares if s >= args.least_share]:
             for seed in range(args.seeds):
                 overrides = [*arm.settings, f"TASK={task}", f"DATA_FRACTION={share}"]

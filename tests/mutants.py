@@ -582,6 +582,42 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="B11",
+        what="with pairs an example's second target overwrites its first",
+        file="stepdistill_jax/batches/packing.py",
+        old="offset[order] = before - before[np.searchsorted(of[order], of[order])]",
+        new="offset[order] = 0",
+        tests=["tests/batches/test_batch.py::test_no_token_is_lost_or_doubled"],
+    ),
+    Mutant(
+        id="B12",
+        what="a pair's number may be larger than the places for pairs",
+        file="stepdistill_jax/batches/packing.py",
+        old="    key = start[first] + (count == 1) * (start.max(initial=0) + 1)\n",
+        new="    key = start[first]\n",
+        tests=["tests/batches/test_batch.py::test_the_example_ids_of_the_docstring"],
+    ),
+    Mutant(
+        id="TR2",
+        what="the mutual-information loss moves the label, too",
+        file="stepdistill_jax/training/mutual_information.py",
+        old="jax.lax.stop_gradient(reduced(1))",
+        new="reduced(1)",
+        tests=[
+            "tests/training/test_mutual_information.py::test_an_example_without_a_rationale_adds_nothing"
+        ],
+    ),
+    Mutant(
+        id="TR3",
+        what="a run with a paired loss packs targets apart",
+        file="stepdistill_jax/training/data.py",
+        old="pairs=data.split == TRAIN and config.pairs,",
+        new="pairs=False,",
+        tests=[
+            "tests/training/test_mutual_information.py::test_only_batches_of_train_and_of_a_run_with_pairs_are_packed_by_example"
+        ],
+    ),
+    Mutant(
         id="TR1",
         what="a resume chooses its packed rows again",
         file="stepdistill_jax/training/run.py",

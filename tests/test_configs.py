@@ -45,7 +45,8 @@ def count(tree) -> int:
 
 def with_part(part: str, folder: pathlib.Path) -> str:
     """A config of train.gin, one part of each kind, and the given part last."""
-    kinds = ("models/t5_v1_1.gin", "objectives/label_only.gin", "optimizers/adamw.gin")
+    objectives = "step_by_step" if part.startswith("losses/") else "label_only"
+    kinds = ("models/t5_v1_1.gin", f"objectives/{objectives}.gin", "optimizers/adamw.gin")
     includes = [MAIN, *(k for k in kinds if k.split("/")[0] != part.split("/")[0])]
     includes += [part] * (part != MAIN)
     text = "".join(f'include "{name}"\n' for name in includes)

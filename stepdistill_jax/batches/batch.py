@@ -6,6 +6,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -103,18 +104,28 @@ class Batches:
     Of data with several parts each target token also has the number of its part, from 1, in
     `decoder_task_ids`.
 
+    With `pairs` all rows of an example lie side by side in one packed row, or in one padded row, and
+    each target token has the number of its example in that row. Examples with several targets are
+    numbered first, here the first of the two:
+
+        decoder_target_tokens        7  1  7  1  8  9  1  0
+        decoder_segment_ids          1  1  2  2  3  3  3  0
+        decoder_example_ids          2  2  1  1  1  1  1  0
+
     Attributes:
         data: token stores and objectives.
         batch_size: examples a step.
         input_length, target_length: tokens of an input and of a target (with its decoder prefix);
             longer ones are truncated, the end of sequence stays as their last id.
         seed: of the order, and of which examples a `data_fraction` keeps.
-        pack: False gives one group for each objective, row i for the i-th example, as long as its
-            longest row, and encodes an input anew for each of them.
+        pack: False gives one group for each objective (with `pairs` one for all), row i for the
+            i-th example, as long as its longest row, and encodes an input anew for each of them.
         row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
         data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
         row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` has
-            what they cost); (0, 0) is `input_length` and `target_length`.
+            what they cost); (0, 0) is `input_length` and `target_length`, with `pairs` no less than
+            the longest example.
+        pairs: a row has all targets of its examples, for a loss that compares them.
         loss_mean: `example` divides a row's weight by the number of its target tokens.
         shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
             last with fewer examples in the same shapes.
@@ -131,6 +142,7 @@ class Batches:
     shuffle: bool = True
     loss_mean: str = "token"
     row_lengths: tuple[int, int] = (0, 0)
+    pairs: bool = False
 
     def __post_init__(self):
         keep(self, whole, "batch_size", "input_length", "target_length", "row_multiple", least=1)
@@ -141,20 +153,29 @@ class Batches:
                     f"`target_length={self.target_length}`: nothing is left for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
-        if self.row_lengths == (0, 0):
-            object.__setattr__(self, "row_lengths", (self.input_length, self.target_length))
-        names = ("row_input_length", "row_target_length")
-        for name, length, longest in zip(names, self.row_lengths, self.longest(), strict=True):
-            if self.pack and length < longest:
-                raise InputError(
-                    f"`{name}={length}`: {self.data.split} of {self.data.name} has an example of"
-                    f' {longest} tokens; give at least that, or "auto"'
-                )
         for store, pool in enumerate(self._sampler.pools):
             if not len(pool):
                 raise InputError(
                     f"{self.data.name}: store {store + 1} of split {self.data.split} has no"
                     " example with a target"
+                )
+        if self.pairs and not self._has_pairs():
+            raise InputError(
+                f"`extra_loss`: {self.data.split} of {self.data.name} has no example with targets of"
+                f" both {' and '.join(o.name for o in self.data.objectives[:2])}, which it pairs"
+            )
+        longest_of = self.longest()
+        if self.row_lengths == (0, 0):
+            lengths = (self.input_length, self.target_length)
+            if self.pairs:
+                lengths = (max(lengths[0], longest_of[0]), max(lengths[1], longest_of[1]))
+            object.__setattr__(self, "row_lengths", lengths)
+        names = ("row_input_length", "row_target_length")
+        for name, length, longest in zip(names, self.row_lengths, longest_of, strict=True):
+            if self.pack and length < longest:
+                raise InputError(
+                    f"`{name}={length}`: {self.data.split} of {self.data.name} has an example of"
+                    f' {longest} tokens; give at least that, or "auto"'
                 )
 
     @property
@@ -181,6 +202,15 @@ class Batches:
     def _sampler(self) -> Sampler:
         pools = nested_pools(self._usable, self.data_fraction, self.seed)
         return Sampler(pools, self.data.rates, self.seed, self.shuffle)
+
+    def _has_pairs(self) -> bool:
+        """Whether an example has a target of each of the first two objectives."""
+        pairs = itertools.product(self._tables, self._tables)
+        return any(
+            (one.store, one.objective, other.objective) == (other.store, 1, 2)
+            and bool((one.present & other.present).any())
+            for one, other in pairs
+        )
 
     @property
     def num_examples(self) -> int:
@@ -219,11 +249,10 @@ class Batches:
         for store, usable in enumerate(self._usable):
             # a shard that crosses the end of an epoch may hold an example once for each
             epochs = (self._shard_size - 1) // len(self._sampler.pools[store]) + 2
-            encodings = self._all_encodings(store)
-            shares = encodings.sizes / self.row_lengths
-            load = np.bincount(encodings.places, shares.sum(1))
+            places, sizes = self._units(self._all_encodings(store))
+            load = np.bincount(places, (sizes / self.row_lengths).sum(1))
             loads.append(np.repeat(load[usable], epochs))
-            rows_each.append(np.repeat(np.bincount(encodings.places)[usable], epochs))
+            rows_each.append(np.repeat(np.bincount(places)[usable], epochs))
         bound = most_rows(np.concatenate(loads), np.concatenate(rows_each), self._shard_size)
         counts = choose_row_counts(
             self.probe(PROBES), bound, self._block_multiple, num_shards=self.num_shards
@@ -240,7 +269,13 @@ class Batches:
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
-        """Returns the tokens of the longest input and of the longest target, truncated."""
+        """Returns the tokens of the longest input and of the longest target, truncated.
+
+        With `pairs` these are the inputs and the targets of an example together.
+        """
+        if self.pairs:
+            inputs, targets = self.sizes().max(0, initial=1).tolist()
+            return inputs, targets
         tables = self._tables
         inputs_of = [table.inputs.lengths[table.present] for table in tables]
         sides = (inputs_of, [table.decoder_lengths for table in tables])
@@ -270,7 +305,8 @@ class Batches:
                 indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
             epochs = rng.integers(1 << 30, size=size)
             rows = self._rows(ExampleIds(stores, indices, epochs), self._tables)
-            probes.append(first_fit(self._encodings(rows).sizes, self.lengths[0]).num_rows)
+            _, sizes = self._units(self._encodings(rows))
+            probes.append(first_fit(sizes, self.lengths[0]).num_rows)
         return probes
 
     @functools.cached_property
@@ -278,6 +314,8 @@ class Batches:
         """(input, target) length of each group."""
         if self.pack:
             return (self.row_lengths,)
+        if self.pairs:
+            return (self.longest(),)
 
         def longest(lengths: Iterable[np.ndarray]) -> int:
             return max(1, *(int(of_table.max(initial=0)) for of_table in lengths))
@@ -290,7 +328,7 @@ class Batches:
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
         """The tables of each group: all of them or, padded, the ones with one row per example."""
-        if self.pack:
+        if self.pack or self.pairs:
             return [list(self._tables)]
         groups = collections.defaultdict(list)
         for table in self._tables:
@@ -345,7 +383,8 @@ class Batches:
 
     @property
     def _features(self) -> dict[str, bool]:
-        return {"shared": self.shared, "several_tasks": len(self.data.parts) > 1}
+        several_tasks = len(self.data.parts) > 1
+        return {"shared": self.shared, "several_tasks": several_tasks, "pairs": self.pairs}
 
     def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
@@ -355,9 +394,9 @@ class Batches:
         if not rows:
             return Packed(rows)
         encodings = self._encodings(rows)
-        if self.pack:
-            return Packed(rows, encodings, first_fit(encodings.sizes, lengths))
-        return Packed(rows, encodings, Packing.padded(encodings.places))
+        places, sizes = self._units(encodings)
+        packing = first_fit(sizes, lengths) if self.pack else Packing.padded(places)
+        return Packed(rows, encodings, packing.of_encodings(encodings) if self.pairs else packing)
 
     def _rows(self, drawn: ExampleIds, tables: Sequence[TokenTable]) -> Rows:
         return rows_of(drawn, tables, self.seed if self.data.sample_rationales else None)
@@ -366,7 +405,13 @@ class Batches:
         parts = [(t.inputs.lengths[e], t.decoder_lengths[e], places) for t, e, places in rows]
         inputs, targets, places = map(np.concatenate, zip(*parts, strict=True))
         sizes = np.stack([inputs, targets], 1)
-        return Encodings.of(sizes, places, self.row_lengths[1], shared=self.shared)
+        # all targets of a pair fit into a row (`longest`), so its input is never encoded again
+        room = int(targets.sum()) if self.pairs else self.row_lengths[1]
+        return Encodings.of(sizes, places, room, shared=self.shared)
+
+    def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
+        """Places and sizes of what is packed as one: an encoding or, with `pairs`, an example."""
+        return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
         """Those of all examples of a store, each at the place of its number, with all rationales."""
@@ -374,9 +419,9 @@ class Batches:
         return self._encodings([(table, examples, examples) for table, examples in every])
 
     def sizes(self) -> np.ndarray:
-        """[encodings, 2] input and target length of what is packed, of all examples of the data."""
+        """[units, 2] input and target length of what is packed as one, of all examples of the data."""
         stores = range(len(self.data.stores))
-        return np.concatenate([self._all_encodings(store).sizes for store in stores])
+        return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])
 
     def cut_counts(self) -> dict[str, dict[str, int]]:
         """For each objective how many inputs and targets in use are longer than the lengths."""

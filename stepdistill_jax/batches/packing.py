@@ -2,7 +2,8 @@
 
 1. `Encodings.of`: which rows of a step read one encoding of an input, and how long it and they are.
 2. `first_fit`: the packed row of each encoding, and its first column there. `choose_row_counts` and
-   `most_rows` bound how many packed rows there may be.
+   `most_rows` bound how many packed rows there may be. Where targets are paired, whole examples are
+   packed instead (`Encodings.of_examples`), and `Packing.of_encodings` places what is in them.
 3. `scatter`: the cell of each token in the arrays of a batch.
 """
 
@@ -20,6 +21,7 @@ Group = dict[str, np.ndarray]
 # the encoder segment that a target token reads; without this feature, the segment of its own number
 DECODER_ENCODER_SEGMENTS = "decoder_encoder_segment_ids"
 TASK_IDS = "decoder_task_ids"
+EXAMPLE_IDS = "decoder_example_ids"
 
 PROBES = 128
 PROBED_ROWS = 1024  # for each: probing must stay below about two seconds for any batch size
@@ -82,6 +84,12 @@ class Encodings:
         of_first = np.stack([sizes[first, 0], sums], 1)
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
+    def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the place of each example, ascending, and the sizes [examples, 2] of all it has."""
+        places, of = np.unique(self.places, return_inverse=True)
+        sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
+        return places, np.stack(sums, 1).astype(np.int64)
+
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
@@ -105,6 +113,22 @@ class Packing:
         """Each encoding by itself, in the row of its place."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
+
+    def of_encodings(self, encodings: Encodings) -> "Packing":
+        """Returns where encodings lie whose examples, as `of_examples` orders them, lie here.
+
+        They lie side by side. An example of two encodings of sizes (3, 1) and (3, 4) that begins at
+        the columns (5, 2) has its first at (5, 2) and its second at (8, 3).
+        """
+        _, of = np.unique(encodings.places, return_inverse=True)
+        order = np.argsort(of, kind="stable")
+        before = np.cumsum(encodings.sizes[order], 0) - encodings.sizes[order]
+        offset = np.empty_like(before)
+        # what lies before an encoding, less what lies before the first of its example
+        offset[order] = before - before[np.searchsorted(of[order], of[order])]
+        row, starts = self.row[of], np.stack([self.input_start, self.target_start], 1)[of] + offset
+        segment = _numbers_within(row, starts[:, 1])
+        return Packing(row, starts[:, 0], starts[:, 1], segment, self.num_rows)
 
 
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
@@ -296,11 +320,12 @@ def empty_group(
     *,
     shared: bool = False,
     several_tasks: bool = False,
+    pairs: bool = False,
 ) -> Group:
     """A group of `count` rows of padding, with all features.
 
     Where encodings are `shared`, a decoder segment says which encoder segment it reads; of several
-    tasks each target token says which it is of.
+    tasks each target token says which it is of, and with `pairs` which example of its row.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -312,6 +337,7 @@ def empty_group(
         ),
         *([DECODER_ENCODER_SEGMENTS] if shared else []),
         *([TASK_IDS] if several_tasks else []),
+        *([EXAMPLE_IDS] if pairs else []),
     ]
     for name in names:
         group[name] = np.zeros((count, target_length), np.int32)
@@ -358,6 +384,22 @@ def scatter(
         np.put(group[TASK_IDS], cells, tasks)
     if DECODER_ENCODER_SEGMENTS in group:
         np.put(group[DECODER_ENCODER_SEGMENTS], cells, np.repeat(packing.segment[of], lengths))
+    if EXAMPLE_IDS in group:
+        numbers = _numbers_of_examples(encodings.places[of], row, start)
+        np.put(group[EXAMPLE_IDS], cells, np.repeat(numbers, lengths))
+
+
+def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """[rows] the number of each row's example in its packed row, from 1.
+
+    Examples with several targets come first, from left to right, then the others: so the numbers of
+    pairs are at most half of the row's target tokens, whatever the others are.
+    """
+    _, first, of, count = np.unique(
+        places, return_index=True, return_inverse=True, return_counts=True
+    )
+    key = start[first] + (count == 1) * (start.max(initial=0) + 1)
+    return _numbers_within(row[first], key)[of]
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training import learning_rate
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.mutual_information import MutualInformation
 
 ROOT = "train"
 LITERAL = str | int | float | None  # of a default: no `empty`, no mark of a dataclass's factory
@@ -41,6 +42,7 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "lora": LoraConfig,
     "Layout": Layout,
     "Objective": Objective,
+    "mutual_information": MutualInformation,
     "linear_schedule": linear_schedule,
     "cosine_schedule": cosine_schedule,
     "linear": learning_rate.linear,

@@ -142,14 +142,14 @@ class Figures:
 
 
 def abstract_batch(
-    groups: Sequence[tuple[int, int, int]], mesh: Mesh, *, shared: bool = False
+    groups: Sequence[tuple[int, int, int]], mesh: Mesh, **features: bool
 ) -> tuple[dict, ...]:
-    """Groups of `Batches` as shapes, cut by rows; `shared`: targets name their encoding."""
+    """Groups of `Batches` as shapes, cut by rows; see `empty_group` for the features."""
     sharding = batch_sharding(mesh)
     return tuple(
         {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            for name, x in empty_group(*group, shared=shared).items()
+            for name, x in empty_group(*group, **features).items()
         }
         for group in groups
     )
@@ -189,7 +189,7 @@ def lower_step(
         extra_loss=config.extra_loss,
     )
     shared = config.pack and share_encoding(resolve(config.objectives))
-    batch = abstract_batch(groups, mesh, shared=shared)
+    batch = abstract_batch(groups, mesh, shared=shared, pairs=config.pairs)
     return in_mesh(step.__wrapped__.lower, mesh)(state, batch), state
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from stepdistill_jax.batches.batch import filled_rows
 from stepdistill_jax.batches.packing import round_up
+from stepdistill_jax.data.objectives import share_encoding
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
@@ -95,6 +96,11 @@ def workload(
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
+    if config.pairs:  # a row holds all that an example reads and writes
+        inputs_each = (
+            1 if config.pack and share_encoding(config.objectives) else len(config.objectives)
+        )
+        cuts = (inputs_each * cuts[0], len(config.objectives) * cuts[1])
     if not config.pack:
         given = (AUTO, AUTO)
     inputs, targets = (c if g == AUTO else int(g) for g, c in zip(given, cuts, strict=True))
@@ -103,7 +109,7 @@ def workload(
             inputs, targets = in_cheapest_rows(config, batches_of(config, data), model).row_lengths
         groups = ((rows, inputs, targets),)
     else:
-        count = 1 if config.pack else len(config.objectives)
+        count = 1 if config.pack or config.pairs else len(config.objectives)
         groups = ((config.batch_size, inputs, targets),) * count
         assumptions.append(
             f"dataset {config.task!r} is not prepared here: "
@@ -111,6 +117,7 @@ def workload(
                 "one packed row for each example of a step (short rows pack into fewer: `rows`)"
                 if config.pack
                 else "rows as long as `input_length` and `target_length`"
+                + (", of all objectives together" if config.pairs else "")
             )
         )
 

@@ -1,4 +1,4 @@
-"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`; `ExtraLoss` to add a term."""
+"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`; `ExtraLoss`, `PairedLoss` to add a term."""
 
 _EXPORTS = {
     "TrainConfig": "config",
@@ -6,6 +6,7 @@ _EXPORTS = {
     "OptimizerFunction": "optimizer_function",
     "LearningRate": "learning_rate",
     "ExtraLoss": "extra_loss",
+    "PairedLoss": "extra_loss",
     "train": "loop",
     "inspect": "inspection",
 }

@@ -20,7 +20,7 @@ from stepdistill_jax.models.sharding import LAYOUTS, Layout
 from stepdistill_jax.runtime.checks import keep, number, of_type, one_of, refused, whole
 from stepdistill_jax.tasks.mixtures import SINGLE
 from stepdistill_jax.tasks.supervision import Supervision
-from stepdistill_jax.training.extra_loss import ExtraLoss
+from stepdistill_jax.training.extra_loss import ExtraLoss, PairedLoss
 from stepdistill_jax.training.learning_rate import SHAPES, LearningRate
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
@@ -295,6 +295,16 @@ class TrainConfig:
             ) from None
         if extra.name in {o.name for o in resolve(self.objectives)}:
             raise InputError(f"`extra_loss`: an objective is called {extra.name!r}, too")
+        if self.pairs and len(self.objectives) < 2:
+            raise InputError(
+                f"`extra_loss`: {type(extra).__name__} pairs the targets of two objectives, and"
+                f" `objectives` has {self.objectives[0].name} alone"
+            )
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the extra loss needs all targets of an example in one row."""
+        return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `run.json` keeps them and as a resume compares them."""

@@ -118,7 +118,8 @@ def batches_of(
 ) -> Batches:
     """Returns the batches of a split as a run of `config` draws them, `data_fraction` of `train`.
 
-    Their rows are as long as inputs and targets may be; `with_row_lengths` changes that.
+    Their rows are as long as inputs and targets may be; `with_row_lengths` changes that. Those of
+    `train` keep an example's targets together where its extra loss pairs them.
     """
     return Batches(
         data,
@@ -131,6 +132,7 @@ def batches_of(
         data_fraction=1.0 if data.split != TRAIN or data.share_is_drawn else config.data_fraction,
         shuffle=shuffle,
         loss_mean=config.loss_mean,
+        pairs=data.split == TRAIN and config.pairs,
     )
 
 

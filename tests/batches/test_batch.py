@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 from stepdistill_jax.batches import batch as batch_module
 from stepdistill_jax.batches.batch import Batches
@@ -135,8 +135,12 @@ def problems(draw):
     return examples, weights, lengths, draw(st.integers(1, 12))
 
 
+FORMS = st.fixed_dictionaries({"pack": st.booleans(), "pairs": st.booleans()})
+
+
 def make(problem, **kwargs):
     examples, weights, lengths, batch_size = problem
+    assume(not kwargs.get("pairs") or any(e[1][1] for e in examples))
     return Batches(task_of(store_of(examples, weights)), batch_size, *lengths, **kwargs)
 
 
@@ -162,10 +166,10 @@ def test_the_batch_of_the_docstring():
 
 
 @PROPERTY
-@given(problems(), st.booleans(), st.integers(0, 3))
-def test_no_token_is_lost_or_doubled(problem, pack, seed):
+@given(problems(), FORMS, st.integers(0, 3))
+def test_no_token_is_lost_or_doubled(problem, form, seed):
     examples, weights, lengths, batch_size = problem
-    batches = make(problem, pack=pack, seed=seed)
+    batches = make(problem, **form, seed=seed)
     # as many steps as there are examples: batch_size epochs
     got = collections.Counter(s for k in range(len(examples)) for s in segments(batches(k)))
     want = collections.Counter(expected(examples, weights, lengths))
@@ -181,6 +185,58 @@ def test_label_and_rationale_of_an_example_are_in_one_step(problem, pack):
         drawn = batches.examples(step).indices
         want = expected([examples[i] for i in drawn], [weights[i] for i in drawn], lengths)
         assert sorted(segments(batches(step))) == sorted(want)
+
+
+@PROPERTY
+@given(problems(), st.booleans())
+def test_paired_targets_share_a_row_and_the_number_of_their_example(problem, pack):
+    """The first input id of an example's targets says which it is: 2 i + 3 and 2 i + 4."""
+    batches = make(problem, pack=pack, pairs=True, seed=5)
+    for step in range(3):
+        (group,) = batches(step)
+        found = collections.Counter()
+        for row, numbers in enumerate(group["decoder_example_ids"]):
+            own, first = group["decoder_segment_ids"][row], {}
+            for segment in range(1, own.max() + 1):
+                (number,) = set(numbers[own == segment])
+                inputs = group["encoder_input_tokens"][row]
+                begins = inputs[group["encoder_segment_ids"][row] == segment][0]
+                first.setdefault(int(number), []).append(int(begins))
+            assert ((numbers > 0) == (own > 0)).all()
+            assert sorted(first) == list(range(1, len(first) + 1))
+            # those with both targets come first: so few numbers hold all pairs of a row
+            assert sorted((len(first[n]) for n in sorted(first)), reverse=True) == [
+                len(first[n]) for n in sorted(first)
+            ]
+            found.update((begins[0] - 3) // 2 for begins in first.values())
+            assert all(b[0] + 1 == b[1] for b in first.values() if len(b) > 1)
+            if not pack and first:
+                assert list(first) == [1]
+        assert found == collections.Counter(batches.examples(step).indices.tolist())
+
+
+def test_the_example_ids_of_the_docstring():
+    examples = [
+        [([20, 5, 1], [7, 1]), ([21, 5, 1], [8, 9, 1])],
+        [([20, 6, 1], [7, 1]), ([21, 6, 1], [])],
+    ]
+    data = task_of(store_of(examples))
+    (group,) = Batches(data, 2, 10, 8, seed=0, shuffle=False, pairs=True)(0)
+    assert group["decoder_target_tokens"][0].tolist() == [7, 1, 7, 1, 8, 9, 1, 0]
+    assert group["decoder_example_ids"][0].tolist() == [2, 2, 1, 1, 1, 1, 1, 0]
+
+
+def test_rows_that_cannot_hold_a_pair_and_data_without_one_are_refused():
+    pair = [([20, 5, 1], [7, 1]), ([21, 5, 1], [8, 9, 1])]
+    data = task_of(store_of([pair]))
+    assert Batches(data, 1, 3, 3, seed=0, pairs=True).row_lengths == (6, 5)
+    with pytest.raises(InputError, match=r"`row_target_length=4`: train of test has .* 5 tokens"):
+        Batches(data, 1, 3, 3, seed=0, pairs=True, row_lengths=(6, 4))
+    alone = task_of(store_of([[pair[0], ([], [])], [([], []), pair[1]]]))
+    with pytest.raises(
+        InputError, match=r"`extra_loss`: train of test .* both label and rationale"
+    ):
+        Batches(alone, 1, 3, 3, seed=0, pairs=True)
 
 
 @PROPERTY
@@ -206,12 +262,12 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @PROPERTY
-@given(problems(), st.integers(1, 5), st.sampled_from([1, 4, 6]), st.booleans())
-def test_a_shard_is_a_block_of_rows_with_its_own_examples(problem, shard, row_multiple, pack):
+@given(problems(), st.integers(1, 5), st.sampled_from([1, 4, 6]), FORMS)
+def test_a_shard_is_a_block_of_rows_with_its_own_examples(problem, shard, row_multiple, form):
     """Every target token lies in the block of its example's shard, once."""
     examples, weights, lengths, batch_size = problem
     with mock.patch.object(batch_module, "SHARD_EXAMPLES", shard):
-        batches = make(problem, seed=3, row_multiple=row_multiple, pack=pack)
+        batches = make(problem, seed=3, row_multiple=row_multiple, **form)
         count, whole = batches.num_shards, batches(2)
     assert count == max(1, batch_size // shard)
     drawn, ends = batches.examples(2).indices, [i * batch_size // count for i in range(count + 1)]
@@ -280,9 +336,9 @@ def test_a_batch_does_not_depend_on_those_asked_for_before(problem, step):
 
 
 @PROPERTY
-@given(problems(), st.sampled_from([1, 3, 8]))
-def test_rows_have_one_of_at_most_four_counts(problem, row_multiple):
-    batches = make(problem, seed=4, row_multiple=row_multiple)
+@given(problems(), st.sampled_from([1, 3, 8]), st.booleans())
+def test_rows_have_one_of_at_most_four_counts(problem, row_multiple, pairs):
+    batches = make(problem, seed=4, row_multiple=row_multiple, pairs=pairs)
     assert 1 <= len(batches.row_counts) <= 4
     assert all(count % row_multiple == 0 for count in batches.row_counts)
     for step in range(10):

@@ -91,14 +91,16 @@ def on_processes(batches, shards_of, start, stop):
     return made, meeting.rounds
 
 
-@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize(
+    "form", [{}, {"pack": False}, {"pairs": True}], ids=["packed", "padded", "pairs"]
+)
 @pytest.mark.parametrize(
     "shards_of",
     [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(0, 1), (1, 2, 3)], [(3,), (1,), (0,), (2,)]],
     ids=["one process", "two", "two share a shard", "four"],
 )
-def test_processes_make_the_rows_of_one_batch_and_know_what_it_holds(small_shards, shards_of, pack):
-    batches, start, stop = batches_of(pack=pack), 5, 5 + 2 * AGREED_STEPS + 1
+def test_processes_make_the_rows_of_one_batch_and_know_what_it_holds(small_shards, shards_of, form):
+    batches, start, stop = batches_of(**form), 5, 5 + 2 * AGREED_STEPS + 1
     made, rounds = on_processes(batches, shards_of, start, stop)
     assert rounds == 3
     for process, shards in zip(made, shards_of, strict=True):

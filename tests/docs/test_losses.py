@@ -48,36 +48,36 @@ def agreement(reader):
 
 @pytest.fixture
 def group():
-    """Three rows: three examples of which one has no rationale; one example; padding."""
+    """Three rows: three examples of which the third has no rationale; one example; padding."""
     group = {
-        n: np.zeros((3, LENGTH), np.int32)
-        for n in ("decoder_encoder_segment_ids", "decoder_objective_ids")
+        n: np.zeros((3, LENGTH), np.int32) for n in ("decoder_example_ids", "decoder_objective_ids")
     }
-    group["decoder_encoder_segment_ids"][0, :11] = [1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3]
+    group["decoder_example_ids"][0, :11] = [1, 1, 1, 1, 1, 3, 3, 2, 2, 2, 2]
     # the first rationale has a decoder prefix of one token, which is of no objective
     group["decoder_objective_ids"][0, :11] = [1, 1, 0, 2, 2, 1, 1, 1, 1, 2, 2]
-    group["decoder_encoder_segment_ids"][1, :5] = 1
+    group["decoder_example_ids"][1, :5] = 1
     group["decoder_objective_ids"][1, :5] = [1, 1, 2, 2, 2]
     return group
 
 
-def test_the_example_is_info_nce_over_the_pairs_of_a_row(agreement, group):
+def test_the_example_compares_the_states_of_each_pair(agreement, group):
     states = np.random.default_rng(0).normal(size=(3, LENGTH, 4)).astype(np.float32)
 
     def unit(row, first, last):
         x = states[row, first:last].sum(0)
         return x / np.linalg.norm(x)
 
-    answers, rationales = [unit(0, 0, 2), unit(0, 7, 9)], [unit(0, 3, 5), unit(0, 9, 11)]
-    scores = np.array(answers) @ np.array(rationales).T / 0.5
-    wanted = -np.log(np.diag(np.exp(scores)) / np.exp(scores).sum(1)).sum()  # a lone pair adds 0
-    loss = agreement.Agreement(temperature=0.5)
+    labels = [unit(0, 0, 2), unit(0, 7, 9), unit(1, 0, 2)]
+    rationales = [unit(0, 3, 5), unit(0, 9, 11), unit(1, 2, 5)]
+    wanted = sum(1 - a @ b for a, b in zip(labels, rationales, strict=True))
+    loss = agreement.Agreement()
     assert loss.count(group) == 3
     total, gradient = jax.jit(jax.value_and_grad(loss.total))(states, None, group)
     np.testing.assert_allclose(total, wanted, rtol=1e-5)
-    assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0.01
-    np.testing.assert_allclose(gradient[1:], 0, atol=1e-6)
-    assert not gradient[0, 5:7].any() and not gradient[0, 2].any()
+    assert np.isfinite(gradient).all()
+    moved = np.abs(gradient).max(-1) > 1e-3
+    assert moved[0].tolist() == [True, True, False, True, True, *[False] * 2, *[True] * 4, False]
+    assert moved[1:].sum(1).tolist() == [5, 0]
 
 
 def test_all_weights_and_clip_and_epsilon_times_a_half_is_the_same_run():
@@ -103,7 +103,7 @@ def test_all_weights_and_clip_and_epsilon_times_a_half_is_the_same_run():
 
 CHANGING = """
 include "agreement.gin"
-shared_encoder.rationale_weight = @linear_schedule()
+step_by_step.rationale_weight = @linear_schedule()
 linear_schedule.init_value = 1.0
 linear_schedule.end_value = 0.0
 linear_schedule.transition_steps = 4
@@ -138,7 +138,6 @@ def test_its_files_train_and_a_resumed_run_is_the_same(
     assert told["config"]["extra_loss"] == {
         "class": "agreement.Agreement",
         "weight": 0.1,
-        "temperature": 0.1,
     }
 
     stop_after(3, config, tmp_path / "cut", **where)

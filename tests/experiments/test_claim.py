@@ -19,10 +19,10 @@ def test_one_command_writes_the_page_of_the_claim(tmp_path, delivery_data_dir):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "docs/experiments.md").read_text()
-    assert page.count("**is not shown**") == 14
+    assert page.count("**is not shown**") == 15
     table = page.split("## Accuracy")[1].splitlines()
     arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")]
-    assert len(arms) == 16 and {"label_only", "step_by_step_equal", "missing_50"} <= set(arms)
+    assert len(arms) == 17 and {"label_only", "step_by_step_mi", "missing_50"} <= set(arms)
     assert "With 12824 labels, every one that can be made (8.5 times as many)" in page
     for name in ("claim", "controls"):
         assert (tmp_path / f"docs/images/{name}.png").read_bytes().startswith(b"\x89PNG")

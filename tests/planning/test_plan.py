@@ -22,6 +22,7 @@ from stepdistill_jax.planning.devices import memory_of, usable_share
 from stepdistill_jax.planning.workload import workload
 from stepdistill_jax.runtime.chips import CHIPS, Chip
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
+from stepdistill_jax.training.mutual_information import MutualInformation
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 from stepdistill_jax.training.run import assemble
 
@@ -329,16 +330,28 @@ def test_rows_are_rounded_up_to_the_devices_and_slices(layout, rows):
     assert (found.groups, found.filled) == (((rows, 64, 32),), 3)
 
 
-@pytest.mark.parametrize("pack", [True, False])
-def test_the_arrays_of_targets_that_share_an_encoding_are_those_of_training(pack):
-    config = dataclasses.replace(CONFIG, objectives="shared_encoder", pack=pack)
+@pytest.mark.parametrize(
+    ("pack", "extra_loss"), [(True, None), (True, MutualInformation()), (False, None)]
+)
+def test_the_arrays_of_targets_that_share_an_encoding_are_those_of_training(pack, extra_loss):
+    changes = {"objectives": "shared_encoder", "extra_loss": extra_loss}
+    config = dataclasses.replace(CONFIG, **changes, pack=pack)
     work, mesh = workload(config, rows=3), make_mesh(Layout(), jax.devices()[:1])
     lowered, _ = lower_step(config, work.model, work.rows_of(1).groups, mesh)
     (planned,) = lowered.args_info[0][1]
-    real = empty_group(3, 64, 32, shared=pack)
+    targets = 32 if extra_loss is None else 64  # a row holds both targets of an example
+    real = empty_group(3, 64, targets, shared=pack, pairs=extra_loss is not None)
     assert {n: (a.shape, a.dtype) for n, a in planned.items()} == {
         n: (a.shape, a.dtype) for n, a in real.items()
     }
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_row_of_pairs_holds_all_that_an_example_reads_and_writes(pack):
+    config = dataclasses.replace(
+        CONFIG, objectives="step_by_step", extra_loss=MutualInformation(), pack=pack
+    )
+    assert workload(config).rows_of(1).groups == ((config.batch_size, 128, 64),)
 
 
 def test_a_prepared_dataset_decides_rows_and_vocabulary(delivery_data_dir, tmp_path):

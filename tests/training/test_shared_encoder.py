@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import Objective, share_encoding, shared_encoder, step_by_step
@@ -95,11 +95,12 @@ def problems(draw):
 
 
 @PROPERTY
-@given(problems())
-def test_every_target_is_there_once_and_reads_its_own_input(tmp_path_factory, problem):
+@given(problems(), st.booleans())
+def test_every_target_is_there_once_and_reads_its_own_input(tmp_path_factory, problem, pairs):
     examples, lengths, batch_size, seed = problem
+    assume(not pairs or any(targets[1] for _, targets in examples))
     data = task(tmp_path_factory.mktemp("store"), examples, SHARED)
-    batches = Batches(data, batch_size, *lengths, seed=seed)
+    batches = Batches(data, batch_size, *lengths, seed=seed, pairs=pairs)
     prefixes = [ByteVocabulary().encode(o.decoder_prefix) for o in SHARED]
     for step in range(3):
         got = collections.Counter()
@@ -120,6 +121,12 @@ def test_every_target_is_there_once_and_reads_its_own_input(tmp_path_factory, pr
                     ids = (*prefix, *cut(ids, lengths[1] - len(prefix)))
                     want[cut(inputs, lengths[0]), ids, 1.0 + i % 3, number] += 1
         assert got == want
+        if pairs:  # an example has one encoding, however long its targets are together
+            assert len(encodings) == len(batches.examples(step).indices)
+            (group,) = batches(step)
+            for row, numbers in enumerate(group["decoder_example_ids"]):
+                sources = set(zip(numbers.tolist(), group[CROSS][row].tolist(), strict=True))
+                assert len(sources) == len({n for n, _ in sources}) == len({s for _, s in sources})
         rows = len(batches(step)[0]["encoder_segment_ids"])
         assert rows in batches.row_counts
 
