@@ -1,5 +1,6 @@
 """Ten steps on each layout are ten steps on one device, and a checkpoint goes from any to any."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -87,6 +88,28 @@ def test_ten_steps_on_eight_devices_are_those_of_one(run, one_device, layout, se
         lambda a, b: np.linalg.norm(np.array(a) - b) / np.linalg.norm(b), state.params, expected
     )
     assert max(jax.tree.leaves(gaps)) < 1e-5  # measured 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
+@pytest.mark.parametrize("layout", ["data", "fsdp_tensor"])
+def test_ten_steps_with_the_kernel_on_eight_devices_are_those_of_plain_operations(
+    batches, take_steps, layout, dropout_rate
+):
+    model = dataclasses.replace(MODEL, num_heads=4, head_dim=64, dropout_rate=dropout_rate)
+
+    def ran(layout, devices, attention):
+        kernel = dataclasses.replace(model, attention=attention)
+        settings = {"tx": optimizer("adamw"), "weights": WEIGHTS}
+        state, found = take_steps(kernel, batches, layout, devices, **settings)
+        return jax.tree.map(np.array, state.params), [float(m["loss"]) for m in found]
+
+    expected, expected_losses = ran(Layout(), 1, "xla")
+    params, losses = ran(ALL[layout], 8, "pallas")
+    np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
+    assert losses[-1] < losses[0] - 0.1
+    gaps = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), params, expected)
+    assert max(jax.tree.leaves(gaps)) < 1e-5
 
 
 def random_values(abstract, seed):
