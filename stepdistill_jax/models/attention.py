@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from stepdistill_jax.models.config import ATTENTIONS
 from stepdistill_jax.models.cpu_speed import sum_over_rows
 from stepdistill_jax.models.dropout import dropout
+from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fits, fused_attention
 from stepdistill_jax.models.products import precision_of
 
 NEG_INF = -1e9
@@ -50,18 +51,36 @@ def attention(
         causal: a query does not see keys of later places.
         dropout_rate: share of the weights that becomes 0; 0 <= rate < 1.
         dropout_rng: None is no dropout.
-        dropout_broadcast: all queries of a head share one mask.
+        dropout_broadcast: all queries of a head share one mask (where `kv_heads` are fewer, all that
+            read the same values).
         softcap: a score s becomes softcap x tanh(s / softcap).
         window: a query sees keys less than so many places away.
         scale: T5's is 1, since its initial query kernel holds 1 / sqrt(d).
-        implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "auto"
-            is what is fastest on the platform, and so far the same.
+        implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "pallas"
+            is one kernel, which a CPU interprets, for tests; "auto" is the kernel on the chips that
+            have one for these shapes. A few queries, as in decoding, are always plain operations.
 
     Returns:
         [batch, q, heads, d] in the dtype of `v`.
     """
     if implementation not in ATTENTIONS:
         raise ValueError(f"implementation must be one of {ATTENTIONS}, not {implementation!r}")
+    if dropout_broadcast and dropout_rng is not None:
+        v, dropout_rng = _dropped_values(v, dropout_rate, dropout_rng), None
+    plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
+    many = plain and q.shape[1] >= FEWEST_QUERIES
+    if many and (implementation == "pallas" or (implementation == "auto" and fits(q, k))):
+        return fused_attention(
+            q,
+            k,
+            v,
+            relative_bias=relative_bias,
+            query_segments=query_segments,
+            key_segments=key_segments,
+            causal=causal,
+            dropout_rate=dropout_rate,
+            dropout_rng=dropout_rng,
+        )
     scores = _scores(q, k)
     if scale != 1.0:
         scores = scores * scale
@@ -73,8 +92,18 @@ def attention(
     if causal or window is not None:
         mask &= _near(q.shape[1], k.shape[1], causal, window)
     weights = masked_softmax(scores, mask).astype(v.dtype)
-    weights = dropout(weights, dropout_rate, dropout_rng, broadcast=dropout_broadcast)
+    weights = dropout(weights, dropout_rate, dropout_rng, broadcast=False)
     return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
+
+
+def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
+    """[batch, k, heads, d] with values of 0: those that no query of a head weighs.
+
+    The same as weights of 0, without a mask of their size.
+    """
+    batch, keys, heads, _ = v.shape
+    kept = dropout(jnp.ones((batch, heads, 1, keys), v.dtype), rate, rng, broadcast=True)
+    return v * kept.transpose(0, 3, 1, 2)
 
 
 @jax.custom_vjp

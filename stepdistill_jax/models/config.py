@@ -13,7 +13,7 @@ MAX_LENGTH = 2**16  # ids of an input or of an answer
 
 ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
-ATTENTIONS = ("auto", "xla")
+ATTENTIONS = ("auto", "xla", "pallas")
 REMAT_POLICIES = ("elementwise", "minimal", "full")
 OLD_REMAT_POLICIES = {"none": "elementwise"}  # as configs and `run.json` of older versions say
 
@@ -70,7 +70,7 @@ class T5Config:
         scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
             (the name is Hugging Face's).
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
-        attention: how attention is computed, `auto` or `xla` (`models.attention`).
+        attention: how attention is computed, `auto`, `xla` or `pallas` (`models.attention`).
         remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax and activations,
             no products and no dropout masks; `none` is its old name), `minimal` (all but the products
             with weights), `full` (everything inside a layer).
@@ -101,7 +101,7 @@ class T5Config:
     logits_via_embedding: bool = False
     scale_decoder_outputs: bool = False
     dtype: str = "float32"
-    attention: str = "auto"
+    attention: str = "xla"
     remat_policy: str = "elementwise"
     lora: LoraConfig | None = None
     quantized: bool = False

@@ -183,6 +183,17 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inner, outer, **options)
 
 
+def traced_platform() -> str:
+    """Returns what the program that is being traced will run on: `cpu`, `gpu`, `tpu`.
+
+    It is that of the mesh in whose context it is traced, whose devices need not be here; without a mesh
+    that of JAX's default device.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    return "gpu" if platform == "cuda" else platform
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts into which the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -130,8 +130,8 @@ class TrainConfig:
         dtype: of activations, `float32` or `bfloat16`; parameters and optimizer are always float32.
         dropout_broadcast: all positions of a row share one dropout mask, as in T5X: fewer random
             numbers, and more noise in the gradient.
-        attention: how attention is computed: `xla`, or `auto`, what is fastest on the platform (so
-            far the same).
+        attention: how attention is computed: `xla` (plain operations), `pallas` (one kernel), or
+            `auto`: the kernel on TPUs and GPUs, if it compiles there and computes what `xla` does.
         layout: name or sizes of the mesh: `data`, `fsdp`, `fsdp_tensor`, `tensor`, `hybrid`.
         seed: of init, dropout and data order.
         data_fraction: share of the train split that is used; smaller shares are subsets of larger.
@@ -190,7 +190,7 @@ class TrainConfig:
     num_microbatches: int = 1
     dtype: str = T5Config.dtype
     dropout_broadcast: bool = T5Config.dropout_broadcast
-    attention: str = T5Config.attention
+    attention: str = "auto"
     layout: str | Layout = "data"
     seed: int = 0
     data_fraction: float = 1.0

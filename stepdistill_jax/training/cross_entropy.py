@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from stepdistill_jax.models.products import precision_of
-from stepdistill_jax.models.sharding import BATCH_AXES
+from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
 # of one device: fewer make small matrix products; more fall out of a CPU's cache, and on a TPU out of
 # the memory of the chip (libtpu keeps the logits of 512 tokens there)
@@ -103,18 +103,12 @@ def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad:
     )(states, kernel, targets, scale)
 
 
-def _chunk_tokens() -> int:
-    """Returns the tokens of a chunk on the devices of the mesh that the step is traced under."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    on_gpu = device is not None and device.platform in ("gpu", "cuda", "rocm")
-    return GPU_CHUNK_TOKENS if on_gpu else CHUNK_TOKENS
-
-
 def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad: bool):
     """([batch, length] nll, correct, gradients of the sum by states and kernel, or None each)."""
     rows, length, _ = states.shape
     tokens = rows * length
-    chunks = -(-tokens // _chunk_tokens())
+    most = GPU_CHUNK_TOKENS if traced_platform() in ("gpu", "rocm") else CHUNK_TOKENS
+    chunks = -(-tokens // most)
     size = -(-tokens // chunks)
     product = functools.partial(jnp.dot, precision=precision_of(states.dtype))
 

@@ -24,6 +24,7 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, local_path
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.tasks.task_data import TaskData
+from stepdistill_jax.training.attention_choice import settle_attention
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import (
     TRAIN,
@@ -112,6 +113,7 @@ def assemble(
     inputs, targets = on_process_0(lambda: _row_lengths(config, batches, model, workdir))
     rows = (inputs, targets)
     batches = with_row_lengths(batches, rows)  # of another run they may be too short: refused later
+    model = settle_attention(model, mesh, batches.lengths)
     abstract = abstract_state(model, tx, mesh)
     initial = None
     if config.init_from is not None:

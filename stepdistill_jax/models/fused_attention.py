@@ -1,0 +1,105 @@
+"""Attention in one kernel of the chip: which, whether it fits, and its call on the devices of a mesh.
+
+A kernel (`models.kernels`) computes on one device, and XLA cannot cut it: `shard_map` gives each device
+its own rows and heads.
+"""
+
+import functools
+import importlib
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from stepdistill_jax.models.dropout import DRAWS, dropout_seeds, kept_draws
+from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
+
+# a CPU interprets the TPU's, for tests
+KERNELS = {"tpu": "tpu", "gpu": "gpu", "cpu": "tpu"}
+# decoding has a query or a few: nothing to gain, and most of a tile would be empty
+FEWEST_QUERIES = 16
+
+
+def fused_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    relative_bias: jax.Array | None,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    causal: bool,
+    dropout_rate: float,
+    dropout_rng: jax.Array | None,
+) -> jax.Array:
+    """Returns what `attention.attention` does, whose arguments these are.
+
+    There is no softcap, window or scale, as many heads of keys as of queries, and each query has a mask
+    of its own.
+    """
+    platform = traced_platform()
+    kept, seeds = kept_draws(dropout_rate), None
+    if dropout_rng is not None and kept < DRAWS:
+        seeds = dropout_seeds(dropout_rng, (q.shape[0], q.shape[2]))
+    call = functools.partial(
+        kernel_of(platform).attention,
+        causal=causal,
+        kept=kept,
+        interpret=platform == "cpu",
+    )
+    bias = None if relative_bias is None else relative_bias[0]
+    query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
+    key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
+    rows, heads = _cut(BATCH_AXES), _cut(("tensor",))
+    if rows or heads:
+        of_rows, of_heads = P(rows), P(rows, None, heads)
+        call = jax.shard_map(
+            call,
+            # no array stands for None, and no sharding
+            in_specs=(
+                *(of_heads,) * 3,
+                None if bias is None else P(heads),
+                *(of_rows,) * 2,
+                None if seeds is None else P(None, rows, heads),
+            ),
+            out_specs=of_heads,
+            axis_names={*rows, *heads},
+            check_vma=False,
+        )
+    return call(q, k, v, bias, query_segments, key_segments, seeds)
+
+
+def fits(q: jax.Array, k: jax.Array) -> bool:
+    """Whether the chip that the program is traced for has a kernel for these shapes; a CPU has none."""
+    platform = traced_platform()
+    if platform == "cpu":
+        return False
+    heads = q.shape[2] // _size(_cut(("tensor",)))
+    return reason_against(platform, q.shape[1], k.shape[1], heads, *q.shape[3:], q.dtype) is None
+
+
+def kernel_of(platform: str) -> types.ModuleType:
+    """Returns the module; imported late, since Pallas takes as long to import as a short program runs."""
+    return importlib.import_module(f"stepdistill_jax.models.kernels.{KERNELS[platform]}")
+
+
+def reason_against(
+    platform: str, q_len: int, k_len: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Returns why there is no kernel for a platform and the shapes of one device, in words; or None."""
+    if platform not in KERNELS:
+        return f"there is none for {platform}"
+    return kernel_of(platform).reason_against(q_len, k_len, heads, head_dim, dtype)
+
+
+def _cut(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns which of the axes cut arrays here: not those of size 1, nor those cut already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(a for a in axes if mesh.shape.get(a, 1) > 1 and a not in mesh.manual_axes)
+
+
+def _size(axes: tuple[str, ...]) -> int:
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes)
