@@ -71,9 +71,9 @@ class T5Config:
             (the name is Hugging Face's).
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
         attention: how attention is computed, `auto`, `xla` or `pallas` (`models.attention`).
-        remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax and activations,
-            no products and no dropout masks; `none` is its old name), `minimal` (all but the products
-            with weights), `full` (everything inside a layer).
+        remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax, activations and
+            dropout's masks, no products; `none` is its old name), `minimal` (all but the products with
+            weights), `full` (everything inside a layer).
         lora: adapters beside the projections; None is the plain model, the only one that decodes
             (`models.lora.merge`).
         quantized: kernels are int8 with a scale for each output; for decoding alone
