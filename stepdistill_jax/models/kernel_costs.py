@@ -8,6 +8,7 @@ XLA knows nothing of what a custom call does, so a plan asks here. A kernel regi
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -67,6 +68,9 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 
 
 def formula_of(target: str, op_name: str) -> Formula | None:
-    """The formula of a custom call: by its target, else by a part of the path that JAX gave it."""
-    names = [target, *reversed(op_name.split("/"))]
+    """The formula of a custom call: by its target, else by a name in the path that JAX gave it.
+
+    A path is such as `jit(f)/transpose(jvp(my_attention))/pallas_call`.
+    """
+    names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

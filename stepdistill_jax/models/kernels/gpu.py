@@ -21,7 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 from stepdistill_jax.models.attention import ATTENTION_OUTPUT
 from stepdistill_jax.models.dropout import DRAWS
 from stepdistill_jax.models.kernels import gpu_programs
-from stepdistill_jax.models.kernels.gpu_programs import Call
+from stepdistill_jax.models.kernels.gpu_costs import name_of
+from stepdistill_jax.models.kernels.gpu_tiles import KEYS, KEYS_FLOAT32, Call
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = ("bfloat16", "float32")
@@ -37,6 +38,8 @@ def reason_against(
         return f"head_dim {head_dim} is not one of {_HEAD_DIMS}"
     if jnp.dtype(dtype).name not in _DTYPES:
         return f"dtype {jnp.dtype(dtype).name} is not one of {_DTYPES}"
+    if jnp.dtype(dtype) == jnp.float32 and head_dim > 64:
+        return f"head_dim {head_dim} of float32 does not fit the shared memory"
     if max(q_len, k_len) > _LONGEST:
         return f"a length of {max(q_len, k_len)} is more than {_LONGEST}"
     return None
@@ -53,7 +56,6 @@ def attention(
     *,
     causal: bool,
     kept: int,
-    shared: bool,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
@@ -70,7 +72,6 @@ def attention(
         seeds: [2, rows, heads] uint32 of `dropout_seeds`; None is no dropout.
         causal: a query does not see keys of later places.
         kept: how many of the `DRAWS` values of a draw keep a weight.
-        shared: all queries of a head share one mask.
         interpret: runs the programs on a CPU, for tests.
 
     Returns:
@@ -78,17 +79,17 @@ def attention(
     """
     if seeds is None:
         kept = DRAWS
-    call = Call(causal, kept, shared, q.shape[1], k.shape[1])
-    return _attention(q, k, v, bias, query_segments, key_segments, seeds, call, interpret)
+    keys = KEYS_FLOAT32 if q.dtype == jnp.float32 else KEYS
+    call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
+    return _attention(q, k, v, bias, query_segments, key_segments, seeds, call)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _attention(q, k, v, bias, q_segments, k_segments, seeds, call, interpret):
-    arrays = (q, k, v, bias, q_segments, k_segments, seeds)
-    return _forward(*arrays, call, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attention(q, k, v, bias, q_segments, k_segments, seeds, call):
+    return _forward(q, k, v, bias, q_segments, k_segments, seeds, call)[0]
 
 
-def _forward(q, k, v, bias, q_segments, k_segments, seeds, call, interpret):
+def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
     arrays = (q, k, v, bias, q_segments, k_segments, seeds)
     rows, _, heads, _ = q.shape
     one = _Specs(arrays)
@@ -100,7 +101,6 @@ def _forward(q, k, v, bias, q_segments, k_segments, seeds, call, interpret):
         one.inputs,
         [jax.ShapeDtypeStruct(q.shape, v.dtype), _per_query(q)],
         [one.queries, one.per_query],
-        interpret,
     )
     # kept by name, or a layer that is computed again would call the kernel again
     out = checkpoint_name(out, ATTENTION_OUTPUT)
@@ -108,13 +108,12 @@ def _forward(q, k, v, bias, q_segments, k_segments, seeds, call, interpret):
     return out, (arrays, out, log_sum)
 
 
-def _backward(call, interpret, saved, slope):
+def _backward(call, saved, slope):
     arrays, out, log_sum = saved
     q, k, v, bias = arrays[:4]
     rows, _, heads, _ = q.shape
     one = _Specs(arrays)
-    run = functools.partial(_run, interpret=interpret)
-    dq, dots = run(
+    dq, dots = _run(
         gpu_programs.queries_gradient,
         call,
         (call.query_programs, rows, heads),
@@ -123,7 +122,7 @@ def _backward(call, interpret, saved, slope):
         [jax.ShapeDtypeStruct.like(q), _per_query(q)],
         [one.queries, one.per_query],
     )
-    dk, dv = run(
+    dk, dv = _run(
         gpu_programs.keys_gradient,
         call,
         (call.key_tiles, rows, heads),
@@ -135,7 +134,7 @@ def _backward(call, interpret, saved, slope):
     dbias = None
     if bias is not None:
         every = _Specs(arrays, all_rows=True)
-        (dbias,) = run(
+        (dbias,) = _run(
             gpu_programs.bias_gradient,
             call,
             (call.key_tiles, call.query_programs, heads),
@@ -189,15 +188,21 @@ def _per_query(q):
     return jax.ShapeDtypeStruct((rows, heads, q_len), jnp.float32)
 
 
-def _run(program, call, grid, arrays, in_specs, out_shape, out_specs, interpret):
-    wide = arrays[0].shape[-1] > 64 or arrays[0].dtype == jnp.float32
-    return pl.pallas_call(
+def _run(program, call, grid, arrays, in_specs, out_shape, out_specs):
+    # a wider tile's sums need the registers of more threads; float32 tiles twice would fill the
+    # shared memory that a program can have
+    single = arrays[0].dtype == jnp.float32
+    warps = 8 if single or arrays[0].shape[-1] > 64 else 4
+    kernel = pl.pallas_call(
         functools.partial(program, call),
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=plgpu.CompilerParams(num_warps=8 if wide else 4, num_stages=2),
-        interpret=interpret,
-        name=f"gpu_attention_{program.__name__}",
-    )(*arrays)
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1 if single else 2),
+        interpret=call.interpret,
+        name=name_of(program.__name__, call.causal),
+    )
+    # JAX never removes a kernel whose results nobody reads, as when a layer is computed again whose
+    # output is kept; it does remove a function
+    return jax.jit(kernel)(*arrays)
