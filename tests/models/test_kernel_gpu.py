@@ -57,7 +57,7 @@ class Case:
     def segments(self, rng, length):
         """Packed examples and padding; of the last row padding alone."""
         found = np.sort(rng.integers(1, 4, (self.rows, length)), axis=1)
-        found[:, length - length // 5 :] = 0
+        found[:, length - length // 16 :] = 0
         found[-1] *= self.rows == 1
         return jnp.asarray(found, jnp.int32)
 
@@ -101,7 +101,8 @@ def check(case):
     assert len(got) == 4 + case.bias
     tolerances = TOLERANCE[case.dtype][0], *(TOLERANCE[case.dtype][1],) * 4
     for one, other, tolerance in zip(got, want, tolerances, strict=False):
-        assert np.linalg.norm(one - other) <= tolerance * np.linalg.norm(other)
+        # the gradient of a query that sees one key is 0
+        assert np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(other), 1)
 
 
 def test_the_kernel_computes_what_plain_operations_do():
@@ -211,6 +212,11 @@ def test_shapes_that_the_kernel_cannot_do():
     assert "head_dim 128" in gpu.reason_against(512, 512, 16, 128, jnp.float32)
     assert "float16" in gpu.reason_against(512, 512, 16, 64, jnp.float16)
     assert "40000" in gpu.reason_against(40_000, 512, 16, 64, jnp.float32)
+    older = jax.sharding.AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=older)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert gpu.reason_against(512, 114, 16, 64, jnp.bfloat16) is None
+        assert "H100" in gpu.reason_against(512, 114, 32, 128, jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,11 +22,13 @@ from stepdistill_jax.models.attention import ATTENTION_OUTPUT
 from stepdistill_jax.models.dropout import DRAWS
 from stepdistill_jax.models.kernels import gpu_programs
 from stepdistill_jax.models.kernels.gpu_costs import name_of
-from stepdistill_jax.models.kernels.gpu_tiles import KEYS, KEYS_FLOAT32, Call
+from stepdistill_jax.models.kernels.gpu_tiles import FEW_KEYS, KEYS, Call
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = ("bfloat16", "float32")
 _LONGEST = 32768  # a program reads the segments of a whole row
+# GPUs whose products read shared memory; those of an older one need registers for what they read
+_FROM_MEMORY = ("H100", "H200", "GH200")
 
 
 def reason_against(
@@ -38,8 +40,11 @@ def reason_against(
         return f"head_dim {head_dim} is not one of {_HEAD_DIMS}"
     if jnp.dtype(dtype).name not in _DTYPES:
         return f"dtype {jnp.dtype(dtype).name} is not one of {_DTYPES}"
-    if jnp.dtype(dtype) == jnp.float32 and head_dim > 64:
+    single = jnp.dtype(dtype) == jnp.float32
+    if single and head_dim > 64:
         return f"head_dim {head_dim} of float32 does not fit the shared memory"
+    if _is_older() and (single or head_dim > 64):
+        return f"head_dim {head_dim} of {jnp.dtype(dtype).name} does not fit a GPU before the H100"
     if max(q_len, k_len) > _LONGEST:
         return f"a length of {max(q_len, k_len)} is more than {_LONGEST}"
     return None
@@ -79,9 +84,16 @@ def attention(
     """
     if seeds is None:
         kept = DRAWS
-    keys = KEYS_FLOAT32 if q.dtype == jnp.float32 else KEYS
+    keys = FEW_KEYS if q.dtype == jnp.float32 or _is_older() else KEYS
     call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
     return _attention(q, k, v, bias, query_segments, key_segments, seeds, call)
+
+
+def _is_older() -> bool:
+    """Whether the program is traced for a GPU before the H100; compiled without one it is for that."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    kind = device.device_kind
+    return kind.startswith("NVIDIA") and not any(name in kind for name in _FROM_MEMORY)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from stepdistill_jax.models.dropout import DRAWS
 from stepdistill_jax.models.kernel_costs import KernelCost, Shaped, kernel_cost
-from stepdistill_jax.models.kernels.gpu_tiles import KEYS, KEYS_FLOAT32, Call
+from stepdistill_jax.models.kernels.gpu_tiles import FEW_KEYS, KEYS, Call
 
 # of a random word: 9 of its hash, 1 for its place, 1 to take its first draw out of it
 _WORD = 11
@@ -34,7 +34,7 @@ def _cost(program: str, causal: bool, operands: Sequence[Shaped], results: Seque
     rows, q_len, heads, head_dim = q.dims
     dropout = any(operand.dtype == "u32" for operand in operands)
     bias = operands[3].dtype == "f32"
-    keys = KEYS_FLOAT32 if q.dtype == "f32" else KEYS
+    keys = FEW_KEYS if q.dtype == "f32" else KEYS
     call = Call(causal, DRAWS, q_len, k.dims[1], keys, interpret=False)
     places = rows * heads * call.tiles * call.queries * keys
     products, always, of_dropout = _PROGRAMS[program]

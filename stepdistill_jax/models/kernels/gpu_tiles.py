@@ -1,7 +1,7 @@
 """Tiles of attention, of which the programs of the kernels for NVIDIA GPUs are made.
 
 Queries come in halves of 64, since positions p and p + 64 share a random word of dropout: a program
-has both halves and computes a word once. Keys come in tiles of 64. What stands after the end of an
+has both halves and computes a word once. Keys come in tiles of 64 or 32. What stands after the end of an
 array is never read, and its segment is 0: padding.
 """
 
@@ -17,7 +17,7 @@ from stepdistill_jax.models.dropout import DRAWS, HALF, random_words
 from stepdistill_jax.models.products import precision_of
 
 KEYS = 64  # of a tile
-KEYS_FLOAT32 = 32  # more would not fit the shared memory that a program can have
+FEW_KEYS = 32  # of float32, and on an A100: else shared memory or registers overflow
 LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # a score that is not seen: its weight is 0, whatever the maximum
 LOWEST = -1e20  # where a running maximum begins
