@@ -911,6 +911,26 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="GK1",
+        what="both halves of a GPU program's queries have the same draws",
+        file="stepdistill_jax/models/kernels/gpu_tiles.py",
+        old="draws = words >> 16 if half else words & (DRAWS - 1)",
+        new="draws = words & (DRAWS - 1)",
+        tests=[
+            "tests/models/test_kernel_gpu.py::test_the_kernel_computes_what_plain_operations_do"
+        ],
+    ),
+    Mutant(
+        id="GK2",
+        what="a GPU program reads queries after the end of its row",
+        file="stepdistill_jax/models/kernels/gpu_tiles.py",
+        old="return _rows(ref, start, HALF, call.q_len, call.queries, *row)",
+        new="return _rows(ref, start, HALF, call.q_len, 1, *row)",
+        tests=[
+            "tests/models/test_kernel_gpu.py::test_the_kernel_computes_what_plain_operations_do"
+        ],
+    ),
+    Mutant(
         id="IN1",
         what="a score continues after the end of its answer",
         file="stepdistill_jax/decoding/token_loop.py",

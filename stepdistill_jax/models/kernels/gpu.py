@@ -1,0 +1,220 @@
+"""T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
+
+Neither scores, weights, masks nor random numbers are ever in main memory. The forward kernel goes over
+the keys with a running softmax (FlashAttention) and keeps the logarithm of its sum; the backward
+kernels compute the weights from it again. There are three, each with the loop that its sum needs, so
+that none adds to what another program writes, and a run is repeatable:
+
+    queries' gradient           a program has 128 queries of a row and a head, and goes over keys
+    keys' and values' gradient  a program has 64 keys of a row and a head, and goes over queries
+    bias's gradient             a program has 128 queries and 64 keys of a head, and goes over rows
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from stepdistill_jax.models.attention import ATTENTION_OUTPUT
+from stepdistill_jax.models.dropout import DRAWS
+from stepdistill_jax.models.kernels import gpu_programs
+from stepdistill_jax.models.kernels.gpu_costs import name_of
+from stepdistill_jax.models.kernels.gpu_tiles import FEW_KEYS, KEYS, Call
+
+_HEAD_DIMS = (16, 32, 64, 128)
+_DTYPES = ("bfloat16", "float32")
+_LONGEST = 32768  # a program reads the segments of a whole row
+# GPUs whose products read shared memory; those of an older one need registers for what they read
+_FROM_MEMORY = ("H100", "H200", "GH200")
+
+
+def reason_against(
+    q_len: int, k_len: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+    """Returns why the kernel cannot do shapes of one device, or None."""
+    del heads
+    if head_dim not in _HEAD_DIMS:
+        return f"head_dim {head_dim} is not one of {_HEAD_DIMS}"
+    if jnp.dtype(dtype).name not in _DTYPES:
+        return f"dtype {jnp.dtype(dtype).name} is not one of {_DTYPES}"
+    single = jnp.dtype(dtype) == jnp.float32
+    if single and head_dim > 64:
+        return f"head_dim {head_dim} of float32 does not fit the shared memory"
+    if _is_older() and (single or head_dim > 64):
+        return f"head_dim {head_dim} of {jnp.dtype(dtype).name} does not fit a GPU before the H100"
+    if max(q_len, k_len) > _LONGEST:
+        return f"a length of {max(q_len, k_len)} is more than {_LONGEST}"
+    return None
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    seeds: jax.Array | None,
+    *,
+    causal: bool,
+    kept: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
+
+    Masks of dropout are those of `dropout.dropout`, bit for bit. A query that sees no key gets 0 and
+    gives no gradient.
+
+    Args:
+        q: [rows, q, heads, d].
+        k, v: [rows, k, heads, d].
+        bias: [heads, q, k] float32, added to the scores of each row.
+        query_segments: [rows, q] int32.
+        key_segments: [rows, k] int32; 0 is padding and is never seen.
+        seeds: [2, rows, heads] uint32 of `dropout_seeds`; None is no dropout.
+        causal: a query does not see keys of later places.
+        kept: how many of the `DRAWS` values of a draw keep a weight.
+        interpret: runs the programs on a CPU, for tests.
+
+    Returns:
+        [rows, q, heads, d] in the dtype of `v`.
+    """
+    if seeds is None:
+        kept = DRAWS
+    keys = FEW_KEYS if q.dtype == jnp.float32 or _is_older() else KEYS
+    call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
+    return _attention(q, k, v, bias, query_segments, key_segments, seeds, call)
+
+
+def _is_older() -> bool:
+    """Whether the program is traced for a GPU before the H100; compiled without one it is for that."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    kind = device.device_kind
+    return kind.startswith("NVIDIA") and not any(name in kind for name in _FROM_MEMORY)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attention(q, k, v, bias, q_segments, k_segments, seeds, call):
+    return _forward(q, k, v, bias, q_segments, k_segments, seeds, call)[0]
+
+
+def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
+    arrays = (q, k, v, bias, q_segments, k_segments, seeds)
+    rows, _, heads, _ = q.shape
+    one = _Specs(arrays)
+    out, log_sum = _run(
+        gpu_programs.forward,
+        call,
+        (call.query_programs, rows, heads),
+        arrays,
+        one.inputs,
+        [jax.ShapeDtypeStruct(q.shape, v.dtype), _per_query(q)],
+        [one.queries, one.per_query],
+    )
+    # kept by name, or a layer that is computed again would call the kernel again
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
+    log_sum = checkpoint_name(log_sum, ATTENTION_OUTPUT)
+    return out, (arrays, out, log_sum)
+
+
+def _backward(call, saved, slope):
+    arrays, out, log_sum = saved
+    q, k, v, bias = arrays[:4]
+    rows, _, heads, _ = q.shape
+    one = _Specs(arrays)
+    dq, dots = _run(
+        gpu_programs.queries_gradient,
+        call,
+        (call.query_programs, rows, heads),
+        (*arrays, log_sum, out, slope),
+        [*one.inputs, one.per_query, one.queries, one.queries],
+        [jax.ShapeDtypeStruct.like(q), _per_query(q)],
+        [one.queries, one.per_query],
+    )
+    dk, dv = _run(
+        gpu_programs.keys_gradient,
+        call,
+        (call.key_tiles, rows, heads),
+        (*arrays, log_sum, dots, slope),
+        [*one.inputs, one.per_query, one.per_query, one.queries],
+        [jax.ShapeDtypeStruct.like(k), jax.ShapeDtypeStruct.like(v)],
+        [one.keys, one.keys],
+    )
+    dbias = None
+    if bias is not None:
+        every = _Specs(arrays, all_rows=True)
+        (dbias,) = _run(
+            gpu_programs.bias_gradient,
+            call,
+            (call.key_tiles, call.query_programs, heads),
+            (*arrays, log_sum, dots, slope),
+            [*every.inputs, every.per_query, every.per_query, every.queries],
+            [jax.ShapeDtypeStruct.like(bias)],
+            [every.bias],
+        )
+    return dq, dk, dv, dbias, None, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+class _Specs:
+    """What a program sees of each array: its row, or all rows, and its head.
+
+    A grid is (part of a row, row, head), or without the row: what runs at the same time shares a head,
+    so that its bias and keys come from the cache.
+    """
+
+    def __init__(self, arrays, all_rows: bool = False):
+        q, k, _, bias, _, _, seeds = arrays
+        rows, q_len, _, width = q.shape
+        k_len = k.shape[1]
+        row = rows if all_rows else None
+
+        def spec(shape, index):
+            def place(part, r, head):
+                return index(0 if all_rows else r, head)
+
+            return pl.BlockSpec(shape, place)
+
+        self.queries = spec((row, q_len, None, width), lambda r, h: (r, 0, h, 0))
+        self.keys = spec((row, k_len, None, width), lambda r, h: (r, 0, h, 0))
+        self.per_query = spec((row, None, q_len), lambda r, h: (r, h, 0))
+        self.bias = spec((None, q_len, k_len), lambda r, h: (h, 0, 0))
+        self.inputs = [
+            self.queries,
+            self.keys,
+            self.keys,
+            None if bias is None else self.bias,
+            spec((row, q_len), lambda r, h: (r, 0)),
+            spec((row, k_len), lambda r, h: (r, 0)),
+            None if seeds is None else spec((2, row, None), lambda r, h: (0, r, h)),
+        ]
+
+
+def _per_query(q):
+    rows, q_len, heads, _ = q.shape
+    return jax.ShapeDtypeStruct((rows, heads, q_len), jnp.float32)
+
+
+def _run(program, call, grid, arrays, in_specs, out_shape, out_specs):
+    # a wider tile's sums need the registers of more threads; float32 tiles twice would fill the
+    # shared memory that a program can have
+    single = arrays[0].dtype == jnp.float32
+    warps = 8 if single or arrays[0].shape[-1] > 64 else 4
+    kernel = pl.pallas_call(
+        functools.partial(program, call),
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1 if single else 2),
+        interpret=call.interpret,
+        name=name_of(program.__name__, call.causal),
+    )
+    # JAX never removes a kernel whose results nobody reads, as when a layer is computed again whose
+    # output is kept; it does remove a function
+    return jax.jit(kernel)(*arrays)

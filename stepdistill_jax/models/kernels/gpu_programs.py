@@ -1,0 +1,177 @@
+"""What one program of each attention kernel for NVIDIA GPUs does.
+
+A program's references are those of its row and its head: q, out and slope [q, d]; k and v [k, d]; bias
+[q, k]; segments [q] and [k]; seeds [2]; log-sums and dots [q]. `bias_gradient` has all rows of them.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from stepdistill_jax.models.dropout import DRAWS, HALF
+from stepdistill_jax.models.kernels import gpu_tiles as tiles
+
+
+def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref, sum_ref):
+    """Writes the output and the logarithm of the softmax's sum, to base 2, of a program's queries."""
+    start = pl.program_id(0) * call.queries
+    halves = tiles.queries(call, q_ref, q_segs, start)
+
+    def step(i, state):
+        keys = tiles.keys(call, k_ref, k_segs, i * call.keys)
+        v = tiles.key_rows(call, v_ref, i * call.keys)
+        words = tiles.words(call, seeds, halves[0], keys)
+        after = []
+        for half, (queries, (mixed, top, total)) in enumerate(zip(halves, state, strict=True)):
+            scores = tiles.scores(call, queries, keys, bias_ref)
+            highest = jnp.maximum(top, jnp.max(scores, axis=1))
+            weights = tiles.weights(scores, (highest * tiles.LOG2_E)[:, None])
+            shrink = tiles.weights(top - highest, 0.0)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            weights = tiles.dropped(call, weights, words, half).astype(v.dtype)
+            after.append((mixed * shrink[:, None] + tiles.dot(call, weights, v), highest, total))
+        return tuple(after)
+
+    lowest, zeros = jnp.full((HALF,), tiles.LOWEST, jnp.float32), jnp.zeros((HALF,), jnp.float32)
+    state = (jnp.zeros(halves[0].x.shape, jnp.float32), lowest, zeros)
+    seen = tiles.key_tiles(call, halves, k_segs, start)
+    for queries, (mixed, top, total) in zip(
+        halves, jax.lax.fori_loop(*seen, step, (state,) * call.halves), strict=True
+    ):
+        sees = total > 0
+        some = jnp.where(sees, total, 1.0)
+        tiles.store_queries(call, out_ref, mixed * (DRAWS / call.kept / some)[:, None], queries)
+        log_sum = jnp.where(sees, top * tiles.LOG2_E + jnp.log2(some), tiles.NO_KEY)
+        tiles.store_queries(call, sum_ref, log_sum, queries)
+
+
+def queries_gradient(
+    call,
+    q_ref,
+    k_ref,
+    v_ref,
+    bias_ref,
+    q_segs,
+    k_segs,
+    seeds,
+    sums,
+    out_ref,
+    slope_ref,
+    dq_ref,
+    dot_ref,
+):
+    """Writes the gradient of a program's queries, and slope . output of each, which all gradients need."""
+    start = pl.program_id(0) * call.queries
+    halves = tiles.queries(call, q_ref, q_segs, start)
+    slopes = [tiles.query_rows(call, slope_ref, q.start) for q in halves]
+    outs = [tiles.query_rows(call, out_ref, q.start) for q in halves]
+    dots = [
+        jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=1)
+        for out, slope in zip(outs, slopes, strict=True)
+    ]
+    log_sums = [tiles.query_vector(call, sums, q.start, tiles.NO_KEY) for q in halves]
+
+    def step(i, state):
+        keys = tiles.keys(call, k_ref, k_segs, i * call.keys)
+        v = tiles.key_rows(call, v_ref, i * call.keys)
+        words = tiles.words(call, seeds, halves[0], keys)
+        after = []
+        for half, dq in enumerate(state):
+            scores = tiles.scores(call, halves[half], keys, bias_ref)
+            weights = tiles.weights(scores, log_sums[half][:, None])
+            ds = tiles.softmax_gradient(
+                call, weights, tiles.dot(call, slopes[half], v.T), dots[half][:, None], words, half
+            )
+            after.append(dq + tiles.dot(call, ds.astype(keys.x.dtype), keys.x))
+        return tuple(after)
+
+    state = (jnp.zeros(halves[0].x.shape, jnp.float32),) * call.halves
+    seen = tiles.key_tiles(call, halves, k_segs, start)
+    found = jax.lax.fori_loop(*seen, step, state)
+    for queries, dq, dot in zip(halves, found, dots, strict=True):
+        tiles.store_queries(call, dq_ref, dq, queries)
+        tiles.store_queries(call, dot_ref, dot, queries)
+
+
+def keys_gradient(
+    call,
+    q_ref,
+    k_ref,
+    v_ref,
+    bias_ref,
+    q_segs,
+    k_segs,
+    seeds,
+    sums,
+    dots,
+    slope_ref,
+    dk_ref,
+    dv_ref,
+):
+    """Writes the gradients of the keys and values of a program.
+
+    Its tiles are [keys, queries], or each product would transpose what the one before it computed.
+    """
+    keys = tiles.keys(call, k_ref, k_segs, pl.program_id(0) * call.keys)
+    v = tiles.key_rows(call, v_ref, keys.start)
+
+    def step(i, state):
+        dk, dv = state
+        halves = tiles.queries(call, q_ref, q_segs, i * call.queries)
+        words = tiles.words(call, seeds, halves[0], keys, keys_first=True)
+        for half, queries in enumerate(halves):
+            at = queries.start
+            slope = tiles.query_rows(call, slope_ref, at)
+            log_sum = tiles.query_vector(call, sums, at, tiles.NO_KEY)
+            dot = tiles.query_vector(call, dots, at, 0.0)
+            scores = tiles.scores(call, queries, keys, bias_ref, keys_first=True)
+            weights = tiles.weights(scores, log_sum[None, :])
+            dropped = tiles.dropped(call, weights, words, half)
+            dv = dv + tiles.dot(call, dropped.astype(slope.dtype), slope)
+            ds = tiles.softmax_gradient(
+                call, weights, tiles.dot(call, v, slope.T), dot[None, :], words, half
+            )
+            dk = dk + tiles.dot(call, ds.astype(queries.x.dtype), queries.x)
+        return dk, dv
+
+    zeros = jnp.zeros(keys.x.shape, jnp.float32)
+    seeing = tiles.query_tiles(call, keys, q_segs)
+    dk, dv = jax.lax.fori_loop(*seeing, step, (zeros, zeros))
+    tiles.store_keys(call, dk_ref, dk, keys)
+    tiles.store_keys(call, dv_ref, dv * (DRAWS / call.kept), keys)
+
+
+def bias_gradient(
+    call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, sums, dots, slope_ref, db_ref
+):
+    """Writes the gradient of a program's part of the bias: a sum over the rows of the batch."""
+    start, key = pl.program_id(1) * call.queries, pl.program_id(0) * call.keys
+    rows = q_ref.shape[0]
+
+    def step(row, state):
+        halves = tiles.queries(call, q_ref, q_segs, start, row)
+        keys = tiles.keys(call, k_ref, k_segs, key, row)
+        v = tiles.key_rows(call, v_ref, key, row)
+        words = tiles.words(call, seeds, halves[0], keys, row)
+        after = []
+        for half, queries in enumerate(halves):
+            at = queries.start
+            slope = tiles.query_rows(call, slope_ref, at, row)
+            log_sum = tiles.query_vector(call, sums, at, tiles.NO_KEY, row)
+            dot = tiles.query_vector(call, dots, at, 0.0, row)
+            scores = tiles.scores(call, queries, keys, bias_ref)
+            weights = tiles.weights(scores, log_sum[:, None])
+            after.append(
+                state[half]
+                + tiles.softmax_gradient(
+                    call, weights, tiles.dot(call, slope, v.T), dot[:, None], words, half
+                )
+            )
+        return tuple(after)
+
+    if call.causal:  # no row where no query of the program sees a key
+        rows *= (key < start + call.queries).astype(jnp.int32)
+    zeros = (jnp.zeros((HALF, call.keys), jnp.float32),) * call.halves
+    found = jax.lax.fori_loop(0, rows, step, zeros)
+    for half, gradient in enumerate(found):
+        tiles.bias_tile(call, db_ref, start + half * HALF, key, gradient)
