@@ -58,7 +58,8 @@ def plan_decode(
     Returns:
         `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `layout`, `rows`, `input_length`,
         `tokens`; `per_device`: bytes of `params`, `arguments`, `temp` and `total`; `fits`;
-        `collectives_by_dtype`, `wire_bytes`; `bound` of a batch, as for `plan`, with `token_ms`.
+        `collectives_by_dtype`, `wire_bytes`; `bound` of a batch, as for `plan`, with `token_ms` and
+        `kernels_per_token`.
 
     Raises:
         InputError: no topology, or as `plan`.
@@ -98,8 +99,9 @@ def plan_decode(
     operations, _ = collectives(hlo, mesh.size, unknown_trips=tokens)
     found = bound_on(hlo, mesh, tokens)
     assert found is not None  # a topology's chips are known
-    without_last = bound_on(hlo, mesh, tokens - 1) if tokens > 1 else None
-    token = found.seconds - (0.0 if without_last is None else without_last.seconds)
+    # a token more, since of no token the loop has no length
+    longer = bound_on(hlo, mesh, tokens + 1)
+    assert longer is not None
     wire_bytes = sum(c.wire_bytes for c in operations)
     return {
         "devices": len(devices),
@@ -118,7 +120,8 @@ def plan_decode(
         "bound": {
             **found.to_json(),
             "links_ms": 1e3 * wire_bytes / found.chip.link,
-            "token_ms": 1e3 * token,
+            "token_ms": 1e3 * (longer.seconds - found.seconds),
+            "kernels_per_token": longer.kernels - found.kernels,
             "rows_per_second": count / found.seconds,
             "rows_per_second_per_device": count / found.seconds / len(devices),
         },
