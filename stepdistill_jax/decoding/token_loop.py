@@ -18,7 +18,7 @@ from stepdistill_jax.runtime.chips import chip_of
 # rows that go on are gathered when a quarter is left, as long as these are 8; at most twice, since each
 # size is one more step to compile
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
-KEPT = 1 / 8  # of an accelerator's memory, for keys and values that are kept for speed alone
+KEPT = 1 / 8  # of a GPU's memory, for keys and values that are kept for speed alone
 
 Memory = dict[str, Any]
 
@@ -62,8 +62,8 @@ def start(
         beams: decoder rows per input; those of an input are neighbours.
         decoder_prefix: ids that every answer goes on from; they are no part of it.
     """
-    accelerator = _accelerator()
-    if accelerator:
+    gpu = _gpu()
+    if gpu:
         config = dataclasses.replace(config, unrolled_decoder=True)
     model = T5(config)
     segments = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
@@ -74,10 +74,10 @@ def start(
     encoded = in_row_blocks(encode, encoder_input_tokens, segments)
     given = len(decoder_prefix)
     # keys and values of the inputs are worth their making where many queries read them; half of
-    # what `Attention.over_states` says, since its products are small ones. An accelerator reads them
-    # as fast as the states themselves, by one kernel in the place of nine
+    # what `Attention.over_states` says, since its products are small ones. A GPU reads them as fast as
+    # the states, by one kernel in the place of nine; a TPU has the states in its own fast memory
     cross = 2 * beams * (given + max_decode_len) > config.head_dim
-    cross = cross or (accelerator is not None and _has_room(config, encoded, accelerator))
+    cross = cross or (gpu is not None and _has_room(config, encoded, gpu))
     cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
     memory: dict[str, Any] = {
         name: cache.pop(name) for name in [*cache] if name.startswith("cross")
@@ -117,10 +117,10 @@ def start(
     return Start(step, cache, memory, last, jnp.sum(segments, axis=-1) == 0)
 
 
-def _accelerator() -> str | None:
-    """The kind of accelerator that the traced program is for; None is a CPU."""
+def _gpu() -> str | None:
+    """The kind of GPU that the traced program is for; None is another device."""
     device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return None if device.platform == "cpu" else device.device_kind
+    return device.device_kind if device.platform == "gpu" else None
 
 
 def _has_room(config: T5Config, encoded: jax.Array, kind: str) -> bool:

@@ -79,7 +79,7 @@ class T5Config:
         quantized: kernels are int8 with a scale for each output; for decoding alone
             (`models.quantized.quantize`).
         unrolled_decoder: the decoder has a parameter tree for each layer, and no loop over layers;
-            for decoding on accelerators (`models.unrolled.unrolled`).
+            for decoding on a GPU (`models.unrolled.unrolled`).
 
     Raises:
         InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy, a size

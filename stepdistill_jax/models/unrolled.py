@@ -1,7 +1,8 @@
-"""The decoder's parameters as accelerators read them for each token.
+"""The decoder's parameters as a GPU reads them for each token.
 
 A loop over stacked layers copies each layer's matrices out of the stack before it multiplies, at each
-token. Here each layer has a tree of its own, and the projections of one input are one matrix.
+token, and puts the projections of one input together there, too. Here each layer has a tree of its
+own, and the projections of one input are one matrix.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ def unrolled(params: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
     """Returns parameters of a decoder with `layers_0`, `layers_1`, ... in the place of `layers`.
 
     In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], in the place of the
-    three, and `mlp` has `wi`, [embed, 2, mlp], in the place of both. Their outputs are an axis
-    of its own, so that what is cut over devices stays cut.
+    three, and `mlp` has `wi`, [embed, 2, mlp], in the place of both (of one projection [embed, 1,
+    mlp]). Features keep an axis of their own, so that kernels cut over devices stay cut.
 
     Args:
         params: unboxed parameters of a `T5` of `config`, int8 or not, layers stacked.

@@ -1,4 +1,4 @@
-"""The form of the decoder for accelerators, run on a CPU, against the one with a loop over layers."""
+"""The form of the decoder for a GPU, run on a CPU, against the one with a loop over layers."""
 
 import dataclasses
 import functools
