@@ -17,6 +17,7 @@ from stepdistill_jax.decoding.greedy import (
     bucket_length,
     bucketed,
     greedy_decode,
+    rows_at_once,
 )
 from stepdistill_jax.decoding.sampling import sample_decode
 from stepdistill_jax.models import sharding
@@ -237,6 +238,12 @@ def test_few_shapes_are_compiled(tiny_config, tiny_params):
         lengths = np.random.default_rng(seed).integers(1, 65, 21)
         decoder(tiny_params, [[3] * n for n in lengths])
     assert decoder._decode._cache_size() == len({bucket_length(n) for n in range(1, 65)}) == 5
+
+
+def test_a_gpu_decodes_at_least_eight_rows_at_once(monkeypatch):
+    assert [rows_at_once(n, None) for n in (1, 9, None)] == [1, 9, 64]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [rows_at_once(n, None) for n in (1, 9, None)] == [8, 9, 64]
 
 
 @given(st.integers(1, 5000))
