@@ -241,8 +241,8 @@ class LabelDecoder:
         Args:
             config: of the model; dropout is off.
             max_decode_len: most tokens of an answer, the end of sequence included.
-            batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes. None is
-                64 for each part of the mesh that has rows of its own.
+            batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes, and on a
+                GPU to 8. None is 64 for each part of the mesh that has rows of its own.
             mesh: where `params` live and rows are spread; None is the default device. On several
                 processes each must ask for the same rows, and each gets all answers.
             decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
