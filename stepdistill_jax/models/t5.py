@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         if c.shared_relative_position_bias:
             bias = RelativeBias(c, False, name="relpos_bias")(query, key)
         context = DecoderContext(encoded, self_segments, cross_segments, bias, query, key, index)
-        options = {"causal": causal, "deterministic": deterministic}
+        options: dict[str, Any] = {"causal": causal, "deterministic": deterministic}
         if c.unrolled_decoder:
             x, found = drop(x), []
             for i in range(c.num_decoder_layers):
