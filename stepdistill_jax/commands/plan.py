@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the label decoder of a validation in place of the training step; needs --topology",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=("int8",),
+        help="with --decode: weights in memory as int8, as `predict --quantization int8` has them",
+    )
     add_data_dir_argument(parser)
 
 
@@ -83,6 +88,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config, plans, and prints the tables."""
     if args.topology and args.devices is not None:
         raise InputError("--devices: the topology says how many there are; leave one of them out")
+    if args.quantization and not args.decode:
+        raise InputError("--quantization: only of the decoder; give --decode, too")
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.planning import plan, plan_decode
@@ -94,6 +101,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             topology=args.topology,
             layout=args.layout,
             rows=args.rows,
+            quantization=args.quantization,
             hbm=hbm,
             data_dir=args.data_dir,
         )

@@ -70,10 +70,9 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     console.print("Collectives of a batch on one device:")
     show_collectives(result["collectives_by_dtype"], console)
     show_bound(result["bound"], "batch", console)
-    on_gpu = result["device_kind"].startswith("NVIDIA")
+    on_gpu, bound = result["device_kind"].startswith("NVIDIA"), result["bound"]
     console.print(
-        f"A token of all rows: {result['bound']['token_ms']:.3g} ms; {result['bound']['kernels']}"
-        " operations a batch"
+        f"A token of all rows: {bound['token_ms']:.3g} ms and {bound['kernels_per_token']} operations"
         + (", each of which a GPU launches in some microseconds more" if on_gpu else "")
     )
 

@@ -1,5 +1,6 @@
 """What greedy decoding, sampling and beam search share: the start, one step, the loop over tokens."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,10 +12,13 @@ from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.cpu_speed import in_row_blocks
 from stepdistill_jax.models.t5 import T5, Cache, start_cache
+from stepdistill_jax.models.unrolled import unrolled
+from stepdistill_jax.runtime.chips import chip_of
 
 # rows that go on are gathered when a quarter is left, as long as these are 8; at most twice, since each
 # size is one more step to compile
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
+KEPT = 1 / 8  # of a GPU's memory, for keys and values that are kept for speed alone
 
 Memory = dict[str, Any]
 
@@ -25,8 +29,8 @@ class Start(NamedTuple):
     Attributes:
         step: (ids [batch * beams] of the position before, cache, memory, scalar position) -> logits
             [batch * beams, vocab] float32 and the cache with that position filled in.
-        cache: the decoder's own keys and values, [layers, batch * beams, max_decode_len, heads, kv];
-            more by a decoder prefix, which is filled in.
+        cache: the decoder's own keys and values, [layers, batch * beams, ...] of `start_cache` for
+            `max_decode_len` positions; more by a decoder prefix, which is filled in.
         memory: what is known of the inputs, and never changes.
         last: [batch * beams] int32 ids of the position before the first.
         filler: [batch] bool, rows of zeros: they only fill the batch and have no answer.
@@ -58,6 +62,9 @@ def start(
         beams: decoder rows per input; those of an input are neighbours.
         decoder_prefix: ids that every answer goes on from; they are no part of it.
     """
+    gpu = _gpu()
+    if gpu:
+        config = dataclasses.replace(config, unrolled_decoder=True)
     model = T5(config)
     segments = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
 
@@ -67,8 +74,10 @@ def start(
     encoded = in_row_blocks(encode, encoder_input_tokens, segments)
     given = len(decoder_prefix)
     # keys and values of the inputs are worth their making where many queries read them; half of
-    # what `Attention.over_states` says, since its products are small ones
+    # what `Attention.over_states` says, since its products are small ones. A GPU reads them as fast as
+    # the states, by one kernel in the place of nine; a TPU has the states in its own fast memory
     cross = 2 * beams * (given + max_decode_len) > config.head_dim
+    cross = cross or (gpu is not None and _has_room(config, encoded, gpu))
     cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
     memory: dict[str, Any] = {
         name: cache.pop(name) for name in [*cache] if name.startswith("cross")
@@ -76,6 +85,8 @@ def start(
     memory["segments"] = segments
     if not cross:
         memory["encoded"] = (encoded, encoded.swapaxes(1, 2))
+    if config.unrolled_decoder:
+        params = unrolled(params, config)
 
     def step_at(last, cache, memory, index):
         of_layers = {name: x for name, x in memory.items() if name.startswith("cross")}
@@ -104,6 +115,21 @@ def start(
     cache = {name: jnp.repeat(x, beams, axis=1) for name, x in cache.items()}
     last = jnp.full(batch * beams, begin[-1])
     return Start(step, cache, memory, last, jnp.sum(segments, axis=-1) == 0)
+
+
+def _gpu() -> str | None:
+    """The kind of GPU that the traced program is for; None is another device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return device.device_kind if device.platform == "gpu" else None
+
+
+def _has_room(config: T5Config, encoded: jax.Array, kind: str) -> bool:
+    """Whether keys and values of `encoded`, in all layers, are small for a device of this kind."""
+    chip, (batch, length, _) = chip_of(kind), encoded.shape
+    if chip is None or not isinstance(batch, int) or not isinstance(length, int):
+        return False
+    of_layer = 2 * batch * length * config.num_heads * config.head_dim * encoded.dtype.itemsize
+    return config.num_decoder_layers * of_layer <= KEPT * chip.memory
 
 
 def decode_tokens(

@@ -78,6 +78,8 @@ class T5Config:
             (`models.lora.merge`).
         quantized: kernels are int8 with a scale for each output; for decoding alone
             (`models.quantized.quantize`).
+        unrolled_decoder: the decoder has a parameter tree for each layer, and no loop over layers;
+            for decoding on a GPU (`models.unrolled.unrolled`).
 
     Raises:
         InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy, a size
@@ -105,6 +107,7 @@ class T5Config:
     remat_policy: str = "elementwise"
     lora: LoraConfig | None = None
     quantized: bool = False
+    unrolled_decoder: bool = False
 
     def __post_init__(self):
         check_dtype(self.dtype)

@@ -17,7 +17,7 @@ from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.dropout import Dropout
 from stepdistill_jax.models.lora import LoraDense
 from stepdistill_jax.models.products import kernel_product, precision_of
-from stepdistill_jax.models.quantized import QuantizedDense, kernel_of
+from stepdistill_jax.models.quantized import KERNEL, SCALE, QuantizedDense, int8_product, kernel_of
 
 Segments = tuple[jax.Array, jax.Array]  # of queries and keys, as `attention` takes them
 
@@ -71,6 +71,23 @@ def dense(
     )
 
 
+class Merged(nn.Module):
+    """Projections of one input as one product; their kernel comes from `models.unrolled`."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """x [..., inputs] -> [..., features] of each projection."""
+        params: Any = self.variables["params"]  # kernel [inputs, projections, features]
+        if self.config.quantized:
+            y = int8_product(x, params[KERNEL], params[SCALE], self.config.dtype)
+            y = y.astype(self.config.dtype)
+        else:
+            y = kernel_product(x, params[KERNEL])
+        return [y[..., i, :] for i in range(y.shape[-2])]
+
+
 class Attention(nn.Module):
     """Multi-head attention; keys and values are computed apart, so that a decoder can keep them."""
 
@@ -85,11 +102,20 @@ class Attention(nn.Module):
         self.key = dense(c, joined, axes, c.emb_dim**-0.5, projection="key")
         self.value = dense(c, joined, axes, c.emb_dim**-0.5, projection="value")
         self.out = dense(c, c.emb_dim, ("joined_kv", "embed"), joined**-0.5, projection="out")
+        self.query_key_value = Merged(c)
 
     def _split(self, x: jax.Array) -> jax.Array:
         # [batch, length, joined_kv] -> [batch, length, heads, kv]
         x = x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)
         return nn.with_logical_constraint(x, ("batch", "length", "heads", "kv"))
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """x [batch, length, embed] -> [batch, length, heads, kv]."""
+        return self._split(self.query(x))
+
+    def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
+        """`queries` and `keys_values` of x by one product, of the parameters of `models.unrolled`."""
+        return [self._split(y) for y in self.query_key_value(x)]
 
     def keys_values(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         """y [batch, length, embed] -> keys and values, each [batch, length, heads, kv]."""
@@ -110,7 +136,7 @@ class Attention(nn.Module):
         c = self.config
         off = deterministic or not c.dropout_rate
         mixed = attention(
-            self._split(self.query(x)),
+            self.queries(x),
             keys,
             values,
             relative_bias=relative_bias,
@@ -123,6 +149,26 @@ class Attention(nn.Module):
             implementation=c.attention,
         )
         return self.out(mixed.reshape(*x.shape[:2], -1))
+
+    def over_cache(
+        self, queries, keys, values, segments: Segments, relative_bias=None
+    ) -> jax.Array:
+        """`__call__` with what a cache keeps, and keeps as these products read it.
+
+        Args:
+            queries: [batch, q, heads, kv].
+            keys: [batch, heads, kv, k].
+            values: [batch, heads, k, kv].
+            segments, relative_bias: as for `__call__`.
+        """
+        c = self.config
+        product = functools.partial(jnp.einsum, precision=precision_of(c.dtype))
+        scores = product("bqhd,bhdk->bhqk", queries, keys)
+        if relative_bias is not None:
+            scores = scores.astype(jnp.float32) + relative_bias
+        weights = masked_softmax(scores, seen(*segments)).astype(c.dtype)
+        mixed = product("bhqk,bhkd->bqhd", weights, values)
+        return self.out(mixed.reshape(*queries.shape[:2], -1))
 
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
         """`__call__` with the keys and values of `encoded` [batch, k, embed], which are never made.
@@ -157,20 +203,26 @@ _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nn.Module):
     """Feed-forward block: the product of one projection per activation, then one back.
 
-    `("relu",)` has one projection, `wi`; `("gelu", "linear")`, the gated one, `wi_0` and `wi_1`.
+    `("relu",)` has one projection, `wi`; `("gelu", "linear")`, the gated one, `wi_0` and `wi_1`. With
+    `merged` these are one product, of the parameters of `models.unrolled`.
     """
 
     config: T5Config
+    merged: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
         """x [batch, length, embed] -> the same shape."""
         c = self.config
         names = ["wi"] if len(c.mlp_activations) == 1 else ["wi_0", "wi_1"]
+        if self.merged:
+            projected = Merged(c, name="wi")(x)
+        else:
+            size = c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5
+            projected = [dense(c, *size, name, "wi")(x) for name in names]
         h = jnp.ones((), c.dtype)
-        for name, activation in zip(names, c.mlp_activations, strict=True):
-            project = dense(c, c.mlp_dim, ("embed", "mlp"), c.emb_dim**-0.5, name, "wi")
-            h = h * _ACTIVATION_FNS[activation](project(x))
+        for y, activation in zip(projected, c.mlp_activations, strict=True):
+            h = h * _ACTIVATION_FNS[activation](y)
         h = Dropout(c.dropout_rate, c.dropout_broadcast)(h, deterministic=deterministic)
         wo = dense(c, c.emb_dim, ("mlp", "embed"), c.mlp_dim**-0.5, "wo", "wo")
         return wo(nn.with_logical_constraint(h, ("batch", "length", "mlp")))

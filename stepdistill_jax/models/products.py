@@ -34,7 +34,7 @@ def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) 
     dtype = jnp.float32 if float32_sums else x.dtype
     rows = x.reshape(-1, x.shape[-1])
     y = _matmul(rows, kernel.astype(x.dtype), ((1,), (0,)), dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 def _forward(x, kernel, float32_sums):

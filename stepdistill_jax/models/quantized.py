@@ -45,16 +45,22 @@ class QuantizedDense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param(KERNEL, named(_zeros(jnp.int8), self.axes), shape)
         scale: Any = self.param(SCALE, named(_zeros(jnp.float32), self.axes[1:]), shape[1:])
-        # XLA would take the conversion out of the loop over tokens, and read the large kernel there
-        kernel, x = jax.lax.optimization_barrier((kernel, x.astype(self.dtype)))
-        sums = jnp.matmul(
-            x,
-            kernel.astype(self.dtype),
-            precision=precision_of(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        y = sums * scale
+        y = int8_product(x, kernel, scale, self.dtype)
         return y if self.float32_sums else y.astype(self.dtype)
+
+
+def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
+    """x [..., inputs], kernel [inputs, ...] int8 and scale [...] of its outputs -> [..., ...] float32."""
+    # XLA would take the conversion out of the loop over tokens, and read the large kernel there
+    kernel, x = jax.lax.optimization_barrier((kernel, x.astype(dtype)))
+    sums = jnp.tensordot(
+        x,
+        kernel.astype(dtype),
+        axes=1,
+        precision=precision_of(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return sums * scale
 
 
 def _zeros(dtype: Any) -> Any:

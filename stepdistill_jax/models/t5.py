@@ -79,11 +79,21 @@ class DecoderLayer(nn.Module):
         attention = Attention(c, name="self_attention")
         cross = Attention(c, name="encoder_decoder_attention")
         h = RMSNorm(c, name="pre_self_attention_layer_norm")(x)
-        keys, values = attention.keys_values(h)
-        if cache is not None:
-            keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], keys, index, axis=1)
-            values = jax.lax.dynamic_update_slice_in_dim(cache["value"], values, index, axis=1)
-        y = attention(h, keys, values, self_segments, bias, causal=self.causal, deterministic=off)
+        new = None
+        if cache is None or "key" not in cache:
+            given = attention.keys_values(h)
+            y = attention(h, *given, self_segments, bias, causal=self.causal, deterministic=off)
+        else:
+            if c.unrolled_decoder:
+                queries, keys, values = attention.queries_keys_values(h)
+            else:
+                queries, (keys, values) = attention.queries(h), attention.keys_values(h)
+            new = {"key": keys.transpose(0, 2, 3, 1), "value": values.swapaxes(1, 2)}
+            # the cache of all layers is written once, by `decode_step`
+            here = key == index
+            keys = jnp.where(here[None, None, None, :], new["key"], cache["key"])
+            values = jnp.where(here[None, None, :, None], new["value"], cache["value"])
+            y = attention.over_cache(queries, keys, values, self_segments, bias)
         x = x + drop(y)
         h = RMSNorm(c, name="pre_cross_attention_layer_norm")(x)
         if cache is None:
@@ -95,12 +105,12 @@ class DecoderLayer(nn.Module):
                 y = cross.over_states(queries, *encoded, cross_segments)
             else:
                 given = cache["cross_key"], cache["cross_value"]
-                y = cross(queries, *given, cross_segments, deterministic=off)
+                y = cross.over_cache(cross.queries(queries), *given, cross_segments)
         x = x + drop(y.reshape(x.shape))
         h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
-        x = x + drop(Mlp(c, name="mlp")(h, deterministic=off))
+        x = x + drop(Mlp(c, c.unrolled_decoder, name="mlp")(h, deterministic=off))
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
-        return x, None if cache is None else {"key": keys, "value": values}
+        return x, new
 
 
 def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: Any, **kwargs):
@@ -168,16 +178,21 @@ class Decoder(nn.Module):
         drop = Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=deterministic)
         if c.shared_relative_position_bias:
             bias = RelativeBias(c, False, name="relpos_bias")(query, key)
-        layers = scan_layers(
-            DecoderLayer,
-            c,
-            c.num_decoder_layers,
-            (0, nn.broadcast),
-            causal=causal,
-            deterministic=deterministic,
-        )
         context = DecoderContext(encoded, self_segments, cross_segments, bias, query, key, index)
-        x, cache = layers(drop(x), cache, context)
+        options: dict[str, Any] = {"causal": causal, "deterministic": deterministic}
+        if c.unrolled_decoder:
+            x, found = drop(x), []
+            for i in range(c.num_decoder_layers):
+                layer = DecoderLayer(c, **options, name=f"layers_{i}")
+                x, of_layer = layer(
+                    x, jax.tree.map(lambda stacked, i=i: stacked[i], cache), context
+                )
+                found.append(of_layer)
+            cache = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *found)
+        else:
+            axes = (0, nn.broadcast)
+            layers = scan_layers(DecoderLayer, c, c.num_decoder_layers, axes, **options)
+            x, cache = layers(drop(x), cache, context)
         return drop(RMSNorm(c, name="decoder_norm")(x)), cache
 
 
@@ -293,7 +308,7 @@ class T5(nn.Module):
         Returns:
             Logits [batch, vocab] float32 and the cache with this position filled in.
         """
-        key = jnp.arange(cache["key"].shape[2])
+        key = jnp.arange(cache["key"].shape[-1])
         x, new = self.decoder(
             self._embed(ids),
             cache,
@@ -306,6 +321,10 @@ class T5(nn.Module):
             index=index,
             deterministic=True,
         )
+        new = {
+            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], index, axis)
+            for name, axis in (("key", -1), ("value", -2))
+        }
         return self._logits(self._scaled(x))[:, 0], {**cache, **new}
 
     def target_states(
@@ -329,7 +348,7 @@ class T5(nn.Module):
         position = jnp.arange(decoder_input_tokens.shape[1])
         x, _ = self.decoder(
             self._embed(decoder_input_tokens),
-            cache,
+            {name: x for name, x in cache.items() if name.startswith("cross")},
             self_segments=(decoder_segment_ids, decoder_segment_ids),
             cross_segments=_one_segment(encoder_segment_ids > 0),
             causal=True,
@@ -367,8 +386,8 @@ def start_cache(
             where the rows of an input and their tokens are fewer than `head_dim`.
 
     Returns:
-        `key`, `value` [layers, batch, max_decode_len, heads, kv] zeros; `cross_key`, `cross_value`
-        [layers, batch, length, heads, kv].
+        `key` [layers, batch, heads, kv, max_decode_len] and `value` [layers, batch, heads,
+        max_decode_len, kv], zeros; `cross_key` and `cross_value` are the same of `length`.
 
     Raises:
         ValueError: the parameters or the configuration have adapters, which decoding would leave out.
@@ -378,17 +397,19 @@ def start_cache(
     kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
     heads = (config.num_heads, config.head_dim)
 
-    def project(name: str) -> jax.Array:
+    def project(name: str, axes: str) -> jax.Array:
         kernel, precision = kernel_of(kernels[name], config.dtype), precision_of(config.dtype)
-        joined = jnp.einsum("ble,nej->nblj", encoded, kernel, precision=precision)
-        return joined.reshape(config.num_decoder_layers, *encoded.shape[:2], *heads)
+        kernel = kernel.reshape(*kernel.shape[:2], *heads)
+        return jnp.einsum(f"ble,nehd->{axes}", encoded, kernel, precision=precision)
 
-    empty = jnp.zeros(
-        (config.num_decoder_layers, encoded.shape[0], max_decode_len, *heads), config.dtype
-    )
-    cache = {"key": empty, "value": empty}
+    # as the products of each token read them: no axis moves inside the loop
+    rows, (count, width) = (config.num_decoder_layers, encoded.shape[0]), heads
+    cache = {
+        "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
+        "value": jnp.zeros((*rows, count, max_decode_len, width), config.dtype),
+    }
     if cross:
-        cache |= {"cross_key": project("key"), "cross_value": project("value")}
+        cache |= {"cross_key": project("key", "nbhdl"), "cross_value": project("value", "nbhld")}
     return cache
 
 

@@ -34,7 +34,7 @@ FLOPS_PER_BYTE = 1000
 # can be tried out on one, so products go to cuBLAS, which is as fast as what trying would choose
 OPTIONS: dict[str, Any] = {
     "cpu": {"xla_backend_optimization_level": 0},
-    "gpu": {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False},
+    "gpu": {"xla_gpu_autotune_level": 0},
 }
 
 
@@ -193,14 +193,25 @@ def lower_step(
     return in_mesh(step.__wrapped__.lower, mesh)(state, batch), state
 
 
-def compile_for(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+def compile_for(
+    lowered: jax.stages.Lowered, mesh: Mesh, *, triton: bool = False
+) -> jax.stages.Compiled:
     """Compiles for the devices of a mesh.
+
+    Args:
+        lowered: the program.
+        mesh: whose devices it is for.
+        triton: a GPU's products by Triton, in the tiles it takes by default: of int8 weights, which it
+            converts as it reads them, where cuBLAS reads a converted copy.
 
     Raises:
         MemoryError: the compiler finds that it does not fit; its own words.
     """
     try:
-        return lowered.compile(OPTIONS.get(mesh.devices.flat[0].platform))
+        options = dict(OPTIONS.get(platform := mesh.devices.flat[0].platform, {}))
+        if platform == "gpu":
+            options["xla_gpu_enable_triton_gemm"] = triton
+        return lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -175,7 +175,9 @@ class Costs:
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
             if user.opcode in _SLICES and place == 0:
-                total += user.arrays[0].bytes
+                source = inner.by_name[user.operands[0]].arrays[0]
+                # of its own dtype, which a conversion before the slice changes
+                total += user.arrays[0].bytes * parameter.arrays[0].bytes / source.bytes
             elif user.opcode == "fusion" and (callee := self._module.called(user)):
                 total += self._read(callee[0], callee[0].parameters[place])
             else:
@@ -184,9 +186,9 @@ class Costs:
 
 
 def _uses(inner: Computation, name: str):
-    """Who reads a value, through bitcasts."""
+    """Who reads a value, through bitcasts and conversions."""
     for user, place in inner.uses[name]:
-        if user.opcode == "bitcast":
+        if user.opcode in ("bitcast", "convert"):
             yield from _uses(inner, user.name)
         else:
             yield user, place

@@ -16,6 +16,7 @@ from stepdistill_jax.decoding.greedy import (
     rows_at_once,
 )
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.inference.options import QUANTIZATIONS
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, param_shardings
 from stepdistill_jax.models.t5 import abstract_params
@@ -25,7 +26,7 @@ from stepdistill_jax.planning.compiling import bound_on, bytes_per_device, compi
 from stepdistill_jax.planning.devices import memory_of, topology_devices, usable_share
 from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.planning.workload import model_of, prepared
-from stepdistill_jax.runtime.checks import whole
+from stepdistill_jax.runtime.checks import one_of, whole
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import max_decode_len
@@ -40,6 +41,7 @@ def plan_decode(
     topology: str | None,
     layout: str | Layout | None = None,
     rows: int | None = None,
+    quantization: str | None = None,
     hbm: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
@@ -51,14 +53,17 @@ def plan_decode(
         config: of the run; its dtype is that of the activations.
         topology: as for `plan`.
         layout: of the mesh, by name, also such as `fsdp_tensor 4x2`, or by sizes; None is the config's.
-        rows: decoded at once, on all devices together; None is 64 for each that has its own.
+        rows: decoded at once, on all devices together; None is 64 for each that has its own. A GPU
+            decodes at least 8.
+        quantization: `int8` is of kernels in int8; None as the config's `dtype` multiplies them.
         hbm: as for `plan`.
         data_dir: of prepared datasets.
 
     Returns:
         `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `layout`, `rows`, `input_length`,
         `tokens`; `per_device`: bytes of `params`, `arguments`, `temp` and `total`; `fits`;
-        `collectives_by_dtype`, `wire_bytes`; `bound` of a batch, as for `plan`, with `token_ms`.
+        `collectives_by_dtype`, `wire_bytes`; `bound` of a batch, as for `plan`, with `token_ms` and
+        `kernels_per_token`.
 
     Raises:
         InputError: no topology, or as `plan`.
@@ -69,11 +74,15 @@ def plan_decode(
         )
     if rows is not None:
         whole("rows", rows, 1)
+    if quantization is not None:
+        one_of("quantization", quantization, QUANTIZATIONS)
     began, devices = time.perf_counter(), topology_devices(topology)
     assumptions: list[str] = []
     data = prepared(config, data_dir)
     # as a validation: adapters are merged
-    model = dataclasses.replace(model_of(config, data, assumptions), lora=None)
+    model = dataclasses.replace(
+        model_of(config, data, assumptions), lora=None, quantized=quantization is not None
+    )
     mesh = make_mesh(named_layout(layout or config.layout, model, len(devices)), devices)
     if data is not None:
         tokens = max_decode_len(data, config)
@@ -84,7 +93,7 @@ def plan_decode(
     assumptions.append(f"each batch has an input of `input_length`, so all rows are {length} long")
     lowered, params = _lower(model, mesh, count, length, tokens)
     try:
-        compiled = compile_for(lowered, mesh)
+        compiled = compile_for(lowered, mesh, triton=model.quantized)
     except MemoryError as error:
         raise InputError(f"the decoder does not fit: {error}") from None
     log(f"compiled in {time.perf_counter() - began:.1f} s")
@@ -98,8 +107,9 @@ def plan_decode(
     operations, _ = collectives(hlo, mesh.size, unknown_trips=tokens)
     found = bound_on(hlo, mesh, tokens)
     assert found is not None  # a topology's chips are known
-    without_last = bound_on(hlo, mesh, tokens - 1) if tokens > 1 else None
-    token = found.seconds - (0.0 if without_last is None else without_last.seconds)
+    # a token more, since of no token the loop has no length
+    longer = bound_on(hlo, mesh, tokens + 1)
+    assert longer is not None
     wire_bytes = sum(c.wire_bytes for c in operations)
     return {
         "devices": len(devices),
@@ -118,7 +128,8 @@ def plan_decode(
         "bound": {
             **found.to_json(),
             "links_ms": 1e3 * wire_bytes / found.chip.link,
-            "token_ms": 1e3 * token,
+            "token_ms": 1e3 * (longer.seconds - found.seconds),
+            "kernels_per_token": longer.kernels - found.kernels,
             "rows_per_second": count / found.seconds,
             "rows_per_second_per_device": count / found.seconds / len(devices),
         },

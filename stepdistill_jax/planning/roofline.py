@@ -68,6 +68,11 @@ class Bound:
         return sum(o.seconds for o in self.operations)
 
     @property
+    def kernels(self) -> int:
+        """Operations that a device runs, one after the other."""
+        return sum(o.times for o in self.operations)
+
+    @property
     def flops(self) -> float:
         """FLOPs of all products."""
         return sum(o.times * o.cost.flops for o in self.operations)
@@ -77,7 +82,7 @@ class Bound:
         return {
             "bound_ms": 1e3 * self.seconds,
             **_totals(self.operations),
-            "kernels": sum(o.times for o in self.operations),
+            "kernels": self.kernels,
             "compiler_ms": 1e3 * sum(o.times * o.cycles for o in self.operations) / self.chip.clock,
             "parts": self._parts(),
             "dearest": [_described(o) for o in self.operations[:DEAREST]],

@@ -103,8 +103,8 @@ def test_the_encoders_keys_are_not_copied_per_beam(tiny_config, tiny_params):
                 tiny_params, jnp.ones((3, 512), jnp.int32)
             )
         )
-        # [layers, rows, length, heads, kv]
-        return {rows for rows in range(1, 40) if f"f32[1,{rows},512,2,8]" in text}
+        # [layers, rows, heads, kv, length]
+        return {rows for rows in range(1, 40) if f"f32[1,{rows},2,8,512]" in text}
 
     assert biggest(2) == biggest(4) == {3}
 

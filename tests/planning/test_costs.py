@@ -28,6 +28,18 @@ ENTRY %main (kept: f32[24,100], i: s32[]) -> f32[100] {
   ROOT %f = f32[100]{0} fusion(%kept, %i), kind=kLoop, calls=%fused
 }
 """
+CONVERTED = """
+%fused (p0: f32[24,100]) -> bf16[2,100] {
+  %p0 = f32[24,100]{1,0} parameter(0)
+  %small = bf16[24,100]{1,0} convert(%p0)
+  ROOT %two = bf16[2,100]{1,0} slice(%small), slice={[3:5], [0:100]}
+}
+
+ENTRY %main (kept: f32[24,100]) -> bf16[2,100] {
+  %kept = f32[24,100]{1,0} parameter(0)
+  ROOT %f = bf16[2,100]{1,0} fusion(%kept), kind=kLoop, calls=%fused
+}
+"""
 IN_PLACE = """
 %fused (p0: bf16[24,100], p1: bf16[100], p2: s32[]) -> bf16[24,100] {
   %p0 = bf16[24,100]{1,0} parameter(0)
@@ -119,6 +131,7 @@ def root_cost(text, on_tpu=False):
     ("text", "on_tpu", "size"),
     [
         pytest.param(SLICED, False, 4 * (100 + 100 + 1), id="of 24 rows one is read"),
+        pytest.param(CONVERTED, False, 4 * 200 + 2 * 200, id="of 24 rows two are converted"),
         pytest.param(IN_PLACE, False, 2 * (100 + 100) + 4, id="of 24 rows one is written"),
         # 100 x 200 in tiles of 8 x 128; what lies in the chip's own memory costs nothing
         pytest.param(TILED, True, 2 * (2 * 104 * 256), id="tiles are filled"),

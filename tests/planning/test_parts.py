@@ -20,6 +20,7 @@ KERNEL = 'custom-call(%a, %b), custom_call_target="tpu_custom_call"'
     [
         (PRODUCT, f"{LAYER}/self_attention/bqhd,bkhd->bhqk/dot_general", parts.ATTENTION_PRODUCTS),
         (PRODUCT, f"{LAYER}/self_attention.keys_values/key/dot_general", parts.PROJECTIONS),
+        (PRODUCT, f"{LAYER}_3/self_attention.queries_keys_values/query_key_value/dot_general", parts.PROJECTIONS),
         (PRODUCT, f"{BACK}/layers/attention/out/transpose", parts.PROJECTIONS),
         (PRODUCT, f"{BACK}/layers/mlp/wi_0/dot_general", parts.MLP),
         (PRODUCT, "jit(train_step)/jvp()/while/body/closed_call/dot_general", parts.OUTPUT),

@@ -1,0 +1,40 @@
+"""The decoder's parameters as a GPU reads them for each token.
+
+A loop over stacked layers copies each layer's matrices out of the stack before it multiplies, at each
+token, and puts the projections of one input together there, too. Here each layer has a tree of its
+own, and the projections of one input are one matrix.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from stepdistill_jax.models.config import T5Config
+
+
+def unrolled(params: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
+    """Returns parameters of a decoder with `layers_0`, `layers_1`, ... in the place of `layers`.
+
+    In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], in the place of the
+    three, and `mlp` has `wi`, [embed, 2, mlp], in the place of both (of one projection [embed, 1,
+    mlp]). Features keep an axis of their own, so that kernels cut over devices stay cut.
+
+    Args:
+        params: unboxed parameters of a `T5` of `config`, int8 or not, layers stacked.
+        config: of the model.
+    """
+    decoder = dict(params["decoder"])
+    layers = decoder.pop("layers")
+    gated = ["wi"] if len(config.mlp_activations) == 1 else ["wi_0", "wi_1"]
+    for i in range(config.num_decoder_layers):
+        layer = jax.tree.map(lambda x, i=i: x[i], layers)
+        for block, names, name in (
+            ("self_attention", ["query", "key", "value"], "query_key_value"),
+            ("mlp", gated, "wi"),
+        ):
+            found = [layer[block].pop(one) for one in names]
+            layer[block][name] = jax.tree.map(lambda *x: jnp.stack(x, axis=-2), *found)
+        decoder[f"layers_{i}"] = layer
+    return {**params, "decoder": decoder}
