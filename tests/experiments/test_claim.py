@@ -19,7 +19,7 @@ def test_one_command_writes_the_page_of_the_claim(tmp_path, delivery_data_dir):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "docs/experiments.md").read_text()
-    assert page.count("**is not shown**") == 14
+    assert page.count("**is not shown**") == 16
     table = page.split("## Accuracy")[1].splitlines()
     arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")]
     assert len(arms) == 16 and {"label_only", "step_by_step_equal", "missing_50"} <= set(arms)

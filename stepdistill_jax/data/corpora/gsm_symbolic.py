@@ -109,7 +109,7 @@ def _draws(
     A template without further questions is left out, and the others have its turns.
     """
     left, made = dict(templates), 0
-    streams = {k: random.Random(f"{seed} {k}") for k in templates}  # noqa: S311
+    streams = {k: random.Random(f"{seed} {k}") for k in templates}
     while made < count:
         if not left:
             raise InputError(
@@ -166,7 +166,7 @@ def _short(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Returns the lines of a solution as sentences, without headings and list marks.
+    r"""Returns the lines of a solution as sentences, without headings and list marks.
 
     Example: `_prose("1. Cost:\n   - 2 x 3 = 6")` is "2 x 3 = 6.".
     """
@@ -177,5 +177,7 @@ def _prose(text: str) -> str:
 
 def _same(left: str, right: str) -> bool:
     """Whether two numbers have one value; money signs and the commas of thousands do not count."""
-    a, b = (arithmetic.evaluate(text.strip().strip("$€£").replace(",", "")) for text in (left, right))
+    a, b = (
+        arithmetic.evaluate(text.strip().strip("$€£").replace(",", "")) for text in (left, right)
+    )
     return a is not None and b is not None and arithmetic.equal(a, b)
