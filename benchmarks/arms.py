@@ -166,17 +166,51 @@ def verdict(test: PairTest, better: str) -> str:
     return f"**{word}** {sign * test.difference + 0.0:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def claim_rows(
+def labels_of(comparison: Comparison) -> dict[float, str]:
+    """`1500 labels` by share of the train split, of the arm `step_by_step`."""
+    return {p.fraction: f"{p.labels:.0f} labels" for p in comparison.of_arm("step_by_step")}
+
+
+def claim_table(
     comparison: Comparison, claims: Iterable[tuple[str, str, str]], shares: Sequence[float]
 ) -> list[str]:
-    """A row for each claim (sentence, better arm, other): its verdict at each share that both were trained on."""
+    """Lines: how a claim is judged, and the verdict on each at each share that both arms were trained on.
+
+    Args:
+        comparison: of all runs.
+        claims: (sentence, the arm that it says is better, the other one).
+        shares: of the train split; one that was left out is no column.
+    """
+    labels = {s: name for s, name in labels_of(comparison).items() if s in shares}
     tests = {(frozenset((t.first, t.second)), t.fraction): t for t in comparison.tests}
-    rows = []
+    lines = [
+        "By the 95% interval of the difference in test accuracy (paired bootstrap over rows and seeds). *Is not shown*: the interval"
+        " holds 0.",
+        "",
+        f"| claim | {' | '.join(labels.values())} |",
+        f"|---|{'---|' * len(labels)}",
+    ]
     for sentence, better, other in claims:
-        found = [tests.get((frozenset((better, other)), share)) for share in shares]
-        shown = [verdict(t, better) if t else "" for t in found]
-        rows.append(f"| {sentence} | {' | '.join(shown)} |")
-    return rows
+        found = [tests.get((frozenset((better, other)), share)) for share in labels]
+        verdicts = [verdict(t, better) if t else "" for t in found]
+        lines.append(f"| {sentence} | {' | '.join(verdicts)} |")
+    return lines
+
+
+def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
+    """Lines: the accuracy of each arm at each share, and what the arm is."""
+    points = {(p.arm, p.fraction): p for p in comparison.points}
+    labels = labels_of(comparison)
+    lines = [
+        f"Mean over the seeds, ± the 95% interval (Student's t). Always giving the commonest label: {comparison.majority:.3f}.",
+        "",
+        f"| arm | {' | '.join(labels.values())} | what it is |",
+        "|---|" + "---|" * (len(labels) + 1),
+    ]
+    for name, arm in arms.items():
+        row = [shown(points.get((name, share))) for share in labels]
+        lines.append(f"| {name} | {' | '.join(row)} | {arm.what} |")
+    return lines
 
 
 def shown(point: Point | None) -> str:

@@ -13,7 +13,16 @@ import re
 import time
 from collections.abc import Sequence
 
-from arms import Arm, cells, claim_rows, options, pictures, shown, train_all
+from arms import (
+    Arm,
+    accuracy_table,
+    cells,
+    claim_table,
+    options,
+    pictures,
+    shown,
+    train_all,
+)
 
 from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
@@ -161,10 +170,6 @@ def fewer_labels(comparison: Comparison) -> list[str]:
 def page(comparison: Comparison, seconds: float | None) -> str:
     """docs/experiments.md."""
     versions = version_block()
-    points = {(p.arm, p.fraction): p for p in comparison.points}
-    shares = sorted({p.fraction for p in comparison.points})
-    labels = {p.fraction: f"{p.labels:.0f}" for p in comparison.of_arm("step_by_step")}
-    ends = [s for s in shares if s in TWO]
     runs = comparison.runs
     recipe = runs[0].config
     steps = recipe["train_steps"]
@@ -187,12 +192,7 @@ def page(comparison: Comparison, seconds: float | None) -> str:
         "",
         "## What holds",
         "",
-        "By the 95% interval of the difference in test accuracy (paired bootstrap over rows and seeds). *Is not shown*: the interval"
-        " holds 0.",
-        "",
-        f"| claim | {' | '.join(f'{labels[s]} labels' for s in ends)} |",
-        f"|---|{'---|' * len(ends)}",
-        *claim_rows(comparison, CLAIMS, ends),
+        *claim_table(comparison, CLAIMS, TWO),
         "",
         "## How many labels",
         "",
@@ -200,15 +200,7 @@ def page(comparison: Comparison, seconds: float | None) -> str:
         "",
         "## Accuracy",
         "",
-        f"Mean over the seeds, ± the 95% interval (Student's t). Always giving the commonest label: {comparison.majority:.3f}.",
-        "",
-        "| arm | " + " | ".join(f"{labels[s]} labels" for s in shares) + " | what it is |",
-        "|---|" + "---|" * (len(shares) + 1),
-    ]
-    for name, arm in ARMS.items():
-        row = [shown(points.get((name, s))) for s in shares]
-        lines.append(f"| {name} | {' | '.join(row)} | {arm.what} |")
-    lines += [
+        *accuracy_table(comparison, ARMS),
         "",
         f"Runs that gave every row the same answer: {sum(r.collapsed for r in runs)} of {len(runs)}.",
         "",
