@@ -41,6 +41,13 @@ ARMS = {
     "shuffled": Arm(
         "step_by_step, each solution that of another row", FULL, CONFIG, train=("shuffled", 1.0)
     ),
+    "single_task": Arm(
+        "solution, then answer, in one target: the paper's ablation; decodes both",
+        FULL,
+        CONFIG,
+        "single_task",
+        settings=["single_task.label_weight=1.0"],
+    ),
 }
 # (sentence, the arm that it says is better, the other one)
 CLAIMS = [
@@ -53,6 +60,7 @@ CLAIMS = [
         "shuffled",
     ),
     ("Solutions of other rows do harm: label_only beats shuffled", "label_only", "shuffled"),
+    ("Writing the solution first beats both tasks", "single_task", "step_by_step"),
 ]
 
 
