@@ -45,7 +45,7 @@ help:
 	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
 	@echo "                  docs/benchmarks.md is written anew"
 	@echo "make experiments  the claim and its controls, 185 small runs (about an hour); docs/experiments.md is written anew"
-	@echo "make experiments-gsm  the claim on word problems, 27 small runs; docs/experiments_gsm.md is written"
+	@echo "make experiments-gsm  the claim on word problems, 27 small runs (about 50 minutes); docs/experiments_gsm.md is written"
 	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
