@@ -29,7 +29,7 @@ PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 SLOW_PARTS := $(addprefix test-slow-,model answers hosts road faults)
-.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments reference constraints clean
+.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments experiments-gsm reference constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
@@ -44,7 +44,8 @@ help:
 	@echo "make format       rewrite the files as the formatter wants them"
 	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
 	@echo "                  docs/benchmarks.md is written anew"
-	@echo "make experiments  the claim and its controls, 175 small runs (about 50 minutes); docs/experiments.md is written anew"
+	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/experiments.md is written anew"
+	@echo "make experiments-gsm  the claim on word problems, 27 small runs (about 50 minutes); docs/experiments_gsm.md is written"
 	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
 	@echo "make constraints  resolve constraints.txt anew (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
@@ -74,6 +75,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 $(VENV)/.installed-bench: $(VENV)/.installed
 	@echo "== installing the peers into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[bench]'
+	@touch $@
+
+$(VENV)/.installed-gsm: $(VENV)/.installed
+	@echo "== installing reasoning-gym into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[gsm]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -127,6 +133,9 @@ bench: $(VENV)/.installed-bench
 
 experiments: $(VENV)/.installed
 	$(BIN)/python benchmarks/claim.py --workdir runs/claim
+
+experiments-gsm: $(VENV)/.installed-gsm
+	$(BIN)/python benchmarks/claim_gsm.py --workdir runs/claim_gsm
 
 reference: $(VENV)/.installed
 	$(BIN)/python docs/reference/write.py

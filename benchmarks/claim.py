@@ -8,57 +8,30 @@ where it was. The figures in the page are those of the run that wrote it; nothin
 beforehand.
 """
 
-import argparse
-import dataclasses
-import multiprocessing
 import os
-import pathlib
 import re
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-from stepdistill_jax.commands.gin_config import load_config
+from arms import (
+    Arm,
+    accuracy_table,
+    cells,
+    claim_table,
+    options,
+    pictures,
+    shown,
+    train_all,
+)
+
 from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.errors import EXIT_STOPPED
-from stepdistill_jax.experiments import plots
-from stepdistill_jax.experiments.comparison import Comparison, PairTest, Point
-from stepdistill_jax.experiments.controls import prepare_control, prepare_variant
-from stepdistill_jax.experiments.figures import accuracy_figure
+from stepdistill_jax.experiments.comparison import Comparison
 from stepdistill_jax.experiments.report import headline, report
-from stepdistill_jax.experiments.sweep import DONE, SWEEP, Cell, sweep
-from stepdistill_jax.models.cpu_speed import keep_pages
-from stepdistill_jax.runtime import compile_cache
-from stepdistill_jax.runtime.files import read_json
-from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.versions import version_block
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
 TASK = "delivery"
 CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """What is trained, and on which shares of the labels.
-
-    Attributes:
-        what: in words, for the page.
-        shares: of the train split.
-        config: a demo config.
-        part: of `gin/`, over it.
-        settings: NAME=VALUE.
-        train: its train split: of `spoil` (kind, share), or a function of this file's; None is `delivery`'s.
-    """
-
-    what: str
-    shares: Sequence[float]
-    config: str = "demo_step_by_step"
-    part: str | None = None
-    settings: Sequence[str] = ()
-    train: tuple[str, float] | Callable[[Sequence[Example]], list[dict]] | None = None
 
 
 def more_labels(examples: Sequence[Example]) -> list[dict]:
@@ -87,7 +60,7 @@ ARMS = {
     "step_by_step": Arm("label and rationale, two objectives: the paper's method", CURVE),
     "step_by_step_equal": Arm(
         "the same with the paper's weights, 0.5 and 0.5",
-        FULL,
+        CURVE,
         settings=EQUAL,
     ),
     "step_by_step_mi": Arm(
@@ -123,6 +96,7 @@ ARMS = {
             "step_by_step_multi.why_not_weight=1.5",
         ],
         train=why_not,
+        fields=["why_not"],
     ),
     "label_only_llm": Arm(
         "the teacher's labels alone, 20% of them wrong: standard distillation",
@@ -169,6 +143,8 @@ MORE = Arm(
 # (sentence, the arm that it says is better, the other one)
 CLAIMS = [
     ("Rationales help: step_by_step beats label_only", "step_by_step", "label_only"),
+    ("They help with the paper's weights, too", "step_by_step_equal", "label_only"),
+    ("The demo's weights beat the paper's", "step_by_step", "step_by_step_equal"),
     ("Reasons help, more text does not: it beats copy_control", "step_by_step", "copy_control"),
     ("The reasons must be the row's own: it beats shuffled", "step_by_step", "shuffled"),
     ("10% wrong reasons cost accuracy", "step_by_step", "wrong_10"),
@@ -190,129 +166,6 @@ CLAIMS = [
 ]
 
 
-def prepared(arm: Arm, data_dir: pathlib.Path | None) -> str:
-    """Name of the dataset that an arm trains on; its test rows are `delivery`'s."""
-    if arm.train is None:
-        return TASK
-    if isinstance(arm.train, tuple):
-        return prepare_control(TASK, *arm.train, data_dir=data_dir).name
-    name = arm.train.__name__
-    fields = [name] if arm.train is why_not else []
-    return prepare_variant(TASK, f"{TASK}_{name}", arm.train, fields=fields, data_dir=data_dir).name
-
-
-def cells(arms: dict[str, Arm], args: argparse.Namespace) -> list[Cell]:
-    """All runs of these arms."""
-    found = []
-    for name, arm in arms.items():
-        task = prepared(arm, args.data_dir)
-        parts = [f"{arm.part}.gin"] if arm.part else []
-        for share in [s for s in arm.shares if s >= args.least_share]:
-            for seed in range(args.seeds):
-                overrides = [*arm.settings, f"TASK={task}", f"DATA_FRACTION={share}"]
-                overrides += [f"SEED={seed}"]
-                overrides += [f"TRAIN_STEPS={args.steps}"] if args.steps else []
-                config = load_config(arm.config, overrides, parts)
-                found.append(Cell(name, share, seed, {}, *config))
-    return found
-
-
-def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.Namespace) -> None:
-    """One process: its share of the cells, on one core, told to FOLDER.log."""
-    with open(folder.with_suffix(".log"), "a", buffering=1) as told:
-        os.dup2(told.fileno(), sys.stderr.fileno())
-        keep_pages()
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {core})
-        compile_cache.enable(compile_cache.beside(args.workdir / "cell"))
-        done = sweep(part, workdir=folder, data_dir=args.data_dir, with_rationale=True)
-        sys.exit(1 if done["failed_cells"] else 0)
-
-
-def train_all(args: argparse.Namespace) -> list[pathlib.Path]:
-    """Trains and evaluates what is left, one process a core; the folders of their sweeps.
-
-    A model as small as this gains little from a second thread: two processes are nearly twice as fast.
-    """
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    every = cells(ARMS | {MORE_LABELS: MORE}, args)
-    cores = range(os.cpu_count() or 1)
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    parts = {args.workdir / f"part_{i}": every[i :: len(cores)] for i in range(len(cores))}
-    spawn = multiprocessing.get_context("spawn")
-    workers = [
-        spawn.Process(target=work, args=(folder, part, core, args), daemon=True)
-        for (folder, part), core in zip(parts.items(), cores, strict=True)
-        if part
-    ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # takes the workers along
-    for worker in workers:
-        worker.start()
-    began, before, last = time.monotonic(), number_done(parts), None
-    while any(worker.is_alive() for worker in workers):
-        time.sleep(1)
-        if (done := number_done(parts)) != last and done > before:
-            left = (time.monotonic() - began) / (done - before) * (len(every) - done)
-            log(f"{done} of {len(every)} runs are done, {left / 60:.0f} minutes left")
-        last = done
-    if any(worker.exitcode for worker in workers):
-        raise SystemExit(f"a run failed, or was stopped: {args.workdir}/part_*.log")
-    return list(parts)
-
-
-def number_done(folders: Iterable[pathlib.Path]) -> int:
-    """Runs that are trained and evaluated."""
-    files = [folder / SWEEP for folder in folders if (folder / SWEEP).is_file()]
-    return sum(c["state"] == DONE for file in files for c in read_json(file)["cells"].values())
-
-
-def of_arms(comparison: Comparison, arms: Sequence[str]) -> Comparison:
-    """The points of these arms, to be drawn."""
-    return dataclasses.replace(comparison, points=[p for p in comparison.points if p.arm in arms])
-
-
-def pictures(comparison: Comparison, folder: pathlib.Path) -> None:
-    """claim.png: curves. controls.png: every arm with all labels."""
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = [name for name, arm in ARMS.items() if arm.shares == CURVE]
-    stems = [folder / "claim", folder / "controls"]
-    accuracy_figure(of_arms(comparison, curves), "test", stems[0])
-    figure, axis = plots.figure()
-    points = [comparison.of_arm(name)[-1] for name in ARMS]
-    for i, p in enumerate(points):
-        look = plots.look_of(0 if p.arm in curves else 1) | {"ls": ""}
-        axis.plot([p.accuracy], [i], ms=7, **look)
-        if p.low is not None and p.high is not None:
-            axis.plot([max(0, p.low), min(1, p.high)], [i, i], color=look["color"], lw=1.6)
-    axis.axvline(comparison.majority, color="0.6", lw=0.9, zorder=0)
-    axis.set_yticks(range(len(points)), [p.arm for p in points])
-    axis.invert_yaxis()
-    axis.set(xlabel="label accuracy on test, all labels; the line: always the commonest label")
-    plots.save(figure, stems[1])
-    for stem in stems:
-        stem.with_suffix(".svg").unlink()
-
-
-def verdict(test: PairTest, better: str) -> str:
-    """`**holds** +0.512 [+0.480, +0.543]`: by the 95% interval of the difference."""
-    sign = 1 if test.second == better else -1
-    low, high = sorted((sign * test.low + 0.0, sign * test.high + 0.0))  # + 0.0: no -0.000
-    word = "holds" if low > 0 else "does not hold" if high < 0 else "is not shown"
-    return f"**{word}** {sign * test.difference + 0.0:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def claim_rows(comparison: Comparison, shares: Sequence[float]) -> list[str]:
-    """A row for each of CLAIMS: its verdict at each share that both arms were trained on."""
-    tests = {(frozenset((t.first, t.second)), t.fraction): t for t in comparison.tests}
-    rows = []
-    for sentence, better, other in CLAIMS:
-        found = [tests.get((frozenset((better, other)), share)) for share in shares]
-        shown = [verdict(t, better) if t else "" for t in found]
-        rows.append(f"| {sentence} | {' | '.join(shown)} |")
-    return rows
-
-
 def fewer_labels(comparison: Comparison) -> list[str]:
     """Paragraphs: what step_by_step needs, and whether more labels make up for its rationales."""
     words = [s for s in headline(comparison) if re.match(r"label_only\b|.*\bstep_by_step\b", s)]
@@ -329,10 +182,6 @@ def fewer_labels(comparison: Comparison) -> list[str]:
 def page(comparison: Comparison, seconds: float | None) -> str:
     """docs/experiments.md."""
     versions = version_block()
-    points = {(p.arm, p.fraction): p for p in comparison.points}
-    shares = sorted({p.fraction for p in comparison.points})
-    labels = {p.fraction: f"{p.labels:.0f}" for p in comparison.of_arm("step_by_step")}
-    ends = [s for s in shares if s in TWO]
     runs = comparison.runs
     recipe = runs[0].config
     steps = recipe["train_steps"]
@@ -355,12 +204,7 @@ def page(comparison: Comparison, seconds: float | None) -> str:
         "",
         "## What holds",
         "",
-        "By the 95% interval of the difference in test accuracy (paired bootstrap over rows and seeds). *Is not shown*: the interval"
-        " holds 0.",
-        "",
-        f"| claim | {' | '.join(f'{labels[s]} labels' for s in ends)} |",
-        f"|---|{'---|' * len(ends)}",
-        *claim_rows(comparison, ends),
+        *claim_table(comparison, CLAIMS, TWO),
         "",
         "## How many labels",
         "",
@@ -368,15 +212,7 @@ def page(comparison: Comparison, seconds: float | None) -> str:
         "",
         "## Accuracy",
         "",
-        f"Mean over the seeds, ± the 95% interval (Student's t). Always giving the commonest label: {comparison.majority:.3f}.",
-        "",
-        "| arm | " + " | ".join(f"{labels[s]} labels" for s in shares) + " | what it is |",
-        "|---|" + "---|" * (len(shares) + 1),
-    ]
-    for name, arm in ARMS.items():
-        row = [shown(points.get((name, s))) for s in shares]
-        lines.append(f"| {name} | {' | '.join(row)} | {arm.what} |")
-    lines += [
+        *accuracy_table(comparison, ARMS),
         "",
         f"Runs that gave every row the same answer: {sum(r.collapsed for r in runs)} of {len(runs)}.",
         "",
@@ -389,29 +225,16 @@ def page(comparison: Comparison, seconds: float | None) -> str:
     return "\n".join(lines)
 
 
-def shown(point: Point | None) -> str:
-    """`0.795 ± 0.303`."""
-    if point is None:
-        return ""
-    half = "" if point.high is None else f" ± {point.high - point.accuracy:.3f}"
-    return f"{point.accuracy:.3f}{half}"
-
-
 def main() -> None:
     """Prepares, trains what is left, compares, writes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/claim"))
-    parser.add_argument("--data-dir", type=pathlib.Path)
-    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="where the page goes")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--least-share", type=float, default=0.0, help="leave smaller shares out")
-    parser.add_argument("--steps", type=int, help="of each run, to try this out")
-    args = parser.parse_args()
+    args = options(__doc__.splitlines()[0], "runs/claim", seeds=5).parse_args()
     began, fresh = time.monotonic(), not args.workdir.exists()
-    parts = train_all(args)
+    parts = train_all(cells(TASK, ARMS | {MORE_LABELS: MORE}, args), args)
     written = report(parts, output=args.workdir / "report", data_dir=args.data_dir)
     (comparison,) = written.comparisons
-    pictures(comparison, args.docs / "images")
+    curves = [name for name, arm in ARMS.items() if arm.shares == CURVE]
+    stems = [args.docs / "images" / name for name in ("claim", "controls")]
+    pictures(comparison, ARMS, curves, stems)
     seconds = time.monotonic() - began if fresh else None
     (args.docs / "experiments.md").write_text(page(comparison, seconds), encoding="utf-8")
     print(f"{args.docs / 'experiments.md'}; all figures: {written.page}")

@@ -103,6 +103,26 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="D8",
+        what="a template that training never sees is in test, too",
+        file="stepdistill_jax/data/corpora/gsm_symbolic.py",
+        old="if (k in held_out) == (split == UNSEEN)}",
+        new='if (k in held_out) == (split == UNSEEN) or split == "test"}',
+        tests=[
+            "tests/data/test_gsm_symbolic.py::test_templates_of_unseen_are_in_no_other_split_and_no_question_stands_twice"
+        ],
+    ),
+    Mutant(
+        id="D9",
+        what="more rows of gsm_symbolic's train change the rows of its other splits",
+        file="stepdistill_jax/data/corpora/gsm_symbolic.py",
+        old='f"{seed} {split}", asked)',
+        new='f"{seed} {split} {rows}", asked)',
+        tests=[
+            "tests/data/test_gsm_symbolic.py::test_rows_and_seed_say_all_and_more_rows_change_no_other_split"
+        ],
+    ),
+    Mutant(
         id="IN12",
         what="`predict` asks with both texts of an input as one",
         file="stepdistill_jax/inference/prompting.py",

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         metavar="NAME",
         help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows, CSV and TSV"
-        " among them), delivery (embedded)",
+        " among them), delivery (embedded), gsm_symbolic (word problems; needs the extra [gsm])",
     )
     parser.add_argument(
         "--source",
@@ -66,6 +66,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " these; both list them",
     )
     parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="for gsm_symbolic: rows of the train split (default: 20000)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="for gsm_symbolic: another seed makes other rows (default: 0)",
+    )
+    parser.add_argument(
         "--report",
         type=pathlib.Path,
         metavar="DIR",
@@ -93,6 +105,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             teacher=args.teacher,
             paper_exact=args.paper_exact,
             on_error=args.on_error,
+            rows=args.rows,
+            seed=args.seed,
             report=args.report,
             data_dir=args.data_dir,
         )

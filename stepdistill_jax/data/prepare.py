@@ -23,7 +23,7 @@ from stepdistill_jax.runtime.stores import local_path
 
 logger = logging.getLogger(__name__)
 
-NAMES = (*prepared.ORIGINALS, "jsonl", "delivery")
+NAMES = (*prepared.ORIGINALS, "jsonl", "delivery", prepared.GENERATED)
 ON_ERROR = ("stop", "skip")
 
 
@@ -37,6 +37,8 @@ def prepare(
     teacher: bool = True,
     paper_exact: bool = False,
     on_error: str = "stop",
+    rows: int | None = None,
+    seed: int | None = None,
     report: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
@@ -49,7 +51,8 @@ def prepare(
 
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (the original layout, or exports), `jsonl` (anybody's
-            own rows) or `delivery` (embedded, without source).
+            own rows), `delivery` (embedded, without source) or `gsm_symbolic` (made by the package
+            `reasoning-gym`, without source).
         source: the folder of the original files; for `jsonl` a file (JSON lines; CSV or TSV by its
             name), a folder with train.jsonl (or .csv, .tsv) and optionally validation and test, a
             list of dicts, or such lists by split, e.g. {"train": [...], "test": [...]}.
@@ -62,6 +65,8 @@ def prepare(
             rows together.
         on_error: for `jsonl`: after all rows have been read, `stop` if some cannot be used, or `skip`
             them.
+        rows: for `gsm_symbolic`, of its train split; None for 20,000.
+        seed: for `gsm_symbolic`, of what is random in its rows; None for 0.
         report: folder for NAME.html, a page about the dataset.
         data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
 
@@ -84,6 +89,11 @@ def prepare(
     one_of("on_error", on_error, ON_ERROR)
     if on_error != "stop" and name != "jsonl":
         raise InputError(f"`on_error`: only `prepare jsonl` has rows to skip, not {name}")
+    for option, value in (("rows", rows), ("seed", seed)):
+        if value is not None and name != prepared.GENERATED:
+            raise InputError(
+                f"`{option}`: only `prepare {prepared.GENERATED}` makes its rows, not {name}"
+            )
     dataset_name = _dataset_name(name, new_name, paper_exact)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
@@ -94,7 +104,10 @@ def prepare(
 
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
-    reading = _read(name, source, field_map, fields, teacher, paper_exact)
+    if name == prepared.GENERATED:
+        reading = _generated(source, rows, seed)
+    else:
+        reading = _read(name, source, field_map, fields, teacher, paper_exact)
     with alone(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with folder_aside(directory) as new:
@@ -190,6 +203,14 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
             f"`new_name`: {new_name!r} belongs to `prepare {taken[new_name]}`, choose another"
         )
     return new_name
+
+
+def _generated(source: Source | None, rows: int | None, seed: int | None) -> Reading:
+    from stepdistill_jax.data.corpora import gsm_symbolic
+
+    if source is not None:
+        raise InputError(f"prepare {prepared.GENERATED}: it is generated, leave `source` out")
+    return gsm_symbolic.read(rows=rows, seed=seed)
 
 
 def _read(

@@ -22,6 +22,7 @@ ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files
 PUBLISHED = (*ORIGINALS, "asdiv")  # datasets of the paper's published code
 PAPER_SUFFIX = "_paper"  # of a dataset that is read as that code does
 EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
+GENERATED = "gsm_symbolic"  # needs no source, but a package
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; no path's
 SPLIT = re.compile(r"[a-z]+")
 
@@ -258,7 +259,7 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
 
 def how_to_prepare(name: str) -> str:
     """The command that prepares `name`."""
-    if name == EMBEDDED:
+    if name in (EMBEDDED, GENERATED):
         return f"run `stepdistill prepare {name}`"
     original = name.removesuffix(PAPER_SUFFIX)
     if name != original and original in PUBLISHED:

@@ -12,6 +12,7 @@ from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.runtime.fingerprints import hash64
 
 SPLITS = ("train", "validation", "test")
+UNSEEN = "unseen"  # more to evaluate on, of kinds that are not in train
 UNLABELLED = "unlabelled"  # more inputs to train on, with the teacher's labels only
 
 
@@ -82,7 +83,7 @@ class Reading:
 
 def in_order(splits: Iterable[str]) -> list[str]:
     """Names of splits, train first."""
-    return [split for split in (*SPLITS, UNLABELLED) if split in set(splits)]
+    return [split for split in (*SPLITS, UNSEEN, UNLABELLED) if split in set(splits)]
 
 
 def tenth(example_id: str) -> int:

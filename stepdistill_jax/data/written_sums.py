@@ -43,7 +43,7 @@ def _hangs_on(before: str) -> bool:
     """Whether an expression belongs to the two characters before it: an operator, digit or letter."""
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
-        last != "" and last in "+-*/^%="
+        last != "" and last in "+-*/x^%="
     )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ its own rows and heads.
 
 import functools
 import importlib
-import math
 import types
 
 import jax
@@ -52,8 +51,9 @@ def fused_attention(
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
-    rows, heads = _cut(BATCH_AXES), _cut(("tensor",))
-    if rows or heads:
+    # all axes, also those that cut nothing: XLA refuses a kernel that it might have to cut
+    if (free := _free_axes()) and jax.sharding.get_abstract_mesh().size > 1:
+        rows, heads = [tuple(a for a in free if a in axes) for axes in (BATCH_AXES, ("tensor",))]
         of_rows, of_heads = P(rows), P(rows, None, heads)
         call = jax.shard_map(
             call,
@@ -65,7 +65,7 @@ def fused_attention(
                 None if seeds is None else P(None, rows, heads),
             ),
             out_specs=of_heads,
-            axis_names={*rows, *heads},
+            axis_names=set(free),
             check_vma=False,
         )
     return call(q, k, v, bias, query_segments, key_segments, seeds)
@@ -76,7 +76,8 @@ def fits(q: jax.Array, k: jax.Array) -> bool:
     platform = traced_platform()
     if platform == "cpu":
         return False
-    heads = q.shape[2] // _size(_cut(("tensor",)))
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = q.shape[2] // (mesh.shape["tensor"] if "tensor" in _free_axes() else 1)
     return reason_against(platform, q.shape[1], k.shape[1], heads, *q.shape[3:], q.dtype) is None
 
 
@@ -94,12 +95,7 @@ def reason_against(
     return kernel_of(platform).reason_against(q_len, k_len, heads, head_dim, dtype)
 
 
-def _cut(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns which of the axes cut arrays here: not those of size 1, nor those cut already."""
+def _free_axes() -> tuple[str, ...]:
+    """Returns the axes of the mesh that do not cut arrays here already, by a `shard_map` around this."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tuple(a for a in axes if mesh.shape.get(a, 1) > 1 and a not in mesh.manual_axes)
-
-
-def _size(axes: tuple[str, ...]) -> int:
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return math.prod(sizes[axis] for axis in axes)
+    return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)

@@ -25,6 +25,7 @@ from stepdistill_jax.data.written_sums import wrong_sums
         # what hangs on to something else cannot be judged
         ("5 apples + 3 = 8", []),
         ("5 apples + 3 + 1 = 9", []),
+        ("153 pages x 2/3 = 102 pages", []),
         ("7 = 2x + 3", []),
         ("2x + 3 = 7", []),
         ("50% * 4 = 2", []),

@@ -1,0 +1,233 @@
+"""Arms of an experiment: their runs, one process a core, and what a page says of them.
+
+Used by claim.py and claim_gsm.py.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from stepdistill_jax.commands.gin_config import load_config
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.errors import EXIT_STOPPED
+from stepdistill_jax.experiments import plots
+from stepdistill_jax.experiments.comparison import Comparison, PairTest, Point
+from stepdistill_jax.experiments.controls import prepare_control, prepare_variant
+from stepdistill_jax.experiments.figures import accuracy_figure
+from stepdistill_jax.experiments.sweep import DONE, SWEEP, Cell, sweep
+from stepdistill_jax.models.cpu_speed import keep_pages
+from stepdistill_jax.runtime import compile_cache
+from stepdistill_jax.runtime.files import read_json
+from stepdistill_jax.runtime.progress import log
+
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is trained, and on which shares of the labels.
+
+    Attributes:
+        what: in words, for the page.
+        shares: of the train split.
+        config: a shipped config.
+        part: of `gin/`, over it.
+        settings: NAME=VALUE.
+        train: its train split: of `spoil` (kind, share), or a function of the task's rows; None is the
+            task's.
+        fields: that this function adds to rows.
+    """
+
+    what: str
+    shares: Sequence[float]
+    config: str = "demo_step_by_step"
+    part: str | None = None
+    settings: Sequence[str] = ()
+    train: tuple[str, float] | Callable[[Sequence[Example]], list[dict]] | None = None
+    fields: Sequence[str] = ()
+
+
+def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
+    """Name of the dataset that an arm trains on; its test rows are those of `task`."""
+    if arm.train is None:
+        return task
+    if isinstance(arm.train, tuple):
+        return prepare_control(task, *arm.train, data_dir=data_dir).name
+    new = f"{task}_{arm.train.__name__}"
+    return prepare_variant(task, new, arm.train, fields=arm.fields, data_dir=data_dir).name
+
+
+def cells(task: str, arms: dict[str, Arm], args: argparse.Namespace) -> list[Cell]:
+    """All runs of these arms."""
+    found = []
+    for name, arm in arms.items():
+        dataset = prepared(task, arm, args.data_dir)
+        parts = [f"{arm.part}.gin"] if arm.part else []
+        for share in [s for s in arm.shares if s >= args.least_share]:
+            for seed in range(args.seeds):
+                overrides = [*arm.settings, f"TASK={dataset}", f"DATA_FRACTION={share}"]
+                overrides += [f"SEED={seed}"]
+                overrides += [f"TRAIN_STEPS={args.steps}"] if args.steps else []
+                config = load_config(arm.config, overrides, parts)
+                found.append(Cell(name, share, seed, {}, *config))
+    return found
+
+
+def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.Namespace) -> None:
+    """One process: its share of the cells, on one core, told to FOLDER.log."""
+    with open(folder.with_suffix(".log"), "a", buffering=1) as told:
+        os.dup2(told.fileno(), sys.stderr.fileno())
+        keep_pages()
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {core})
+        compile_cache.enable(compile_cache.beside(args.workdir / "cell"))
+        done = sweep(part, workdir=folder, data_dir=args.data_dir, with_rationale=True)
+        sys.exit(1 if done["failed_cells"] else 0)
+
+
+def train_all(every: Sequence[Cell], args: argparse.Namespace) -> list[pathlib.Path]:
+    """Trains and evaluates what is left, one process a core; the folders of their sweeps.
+
+    A model as small as this gains little from a second thread: two processes are nearly twice as fast.
+    """
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    cores = range(os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    parts = {args.workdir / f"part_{i}": every[i :: len(cores)] for i in range(len(cores))}
+    spawn = multiprocessing.get_context("spawn")
+    workers = [
+        spawn.Process(target=work, args=(folder, part, core, args), daemon=True)
+        for (folder, part), core in zip(parts.items(), cores, strict=True)
+        if part
+    ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # takes the workers along
+    for worker in workers:
+        worker.start()
+    began, before, last = time.monotonic(), number_done(parts), None
+    while any(worker.is_alive() for worker in workers):
+        time.sleep(1)
+        if (done := number_done(parts)) != last and done > before:
+            left = (time.monotonic() - began) / (done - before) * (len(every) - done)
+            log(f"{done} of {len(every)} runs are done, {left / 60:.0f} minutes left")
+        last = done
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit(f"a run failed, or was stopped: {args.workdir}/part_*.log")
+    return list(parts)
+
+
+def number_done(folders: Iterable[pathlib.Path]) -> int:
+    """Runs that are trained and evaluated."""
+    files = [folder / SWEEP for folder in folders if (folder / SWEEP).is_file()]
+    return sum(c["state"] == DONE for file in files for c in read_json(file)["cells"].values())
+
+
+def of_arms(comparison: Comparison, arms: Sequence[str]) -> Comparison:
+    """The points of these arms, to be drawn."""
+    return dataclasses.replace(comparison, points=[p for p in comparison.points if p.arm in arms])
+
+
+def pictures(
+    comparison: Comparison,
+    arms: dict[str, Arm],
+    curves: Sequence[str],
+    stems: Sequence[pathlib.Path],
+) -> None:
+    """Two PNG files of these stems: the curves, and every arm with all labels."""
+    stems[0].parent.mkdir(parents=True, exist_ok=True)
+    accuracy_figure(of_arms(comparison, curves), "test", stems[0])
+    figure, axis = plots.figure()
+    points = [comparison.of_arm(name)[-1] for name in arms]
+    for i, p in enumerate(points):
+        look = plots.look_of(0 if p.arm in curves else 1) | {"ls": ""}
+        axis.plot([p.accuracy], [i], ms=7, **look)
+        if p.low is not None and p.high is not None:
+            axis.plot([max(0, p.low), min(1, p.high)], [i, i], color=look["color"], lw=1.6)
+    axis.axvline(comparison.majority, color="0.6", lw=0.9, zorder=0)
+    axis.set_yticks(range(len(points)), [p.arm for p in points])
+    axis.invert_yaxis()
+    axis.set(xlabel="label accuracy on test, all labels; the line: always the commonest label")
+    plots.save(figure, stems[1])
+    for stem in stems:
+        stem.with_suffix(".svg").unlink()
+
+
+def verdict(test: PairTest, better: str) -> str:
+    """`**holds** +0.512 [+0.480, +0.543]`: by the 95% interval of the difference."""
+    sign = 1 if test.second == better else -1
+    low, high = sorted((sign * test.low + 0.0, sign * test.high + 0.0))  # + 0.0: no -0.000
+    word = "holds" if low > 0 else "does not hold" if high < 0 else "is not shown"
+    return f"**{word}** {sign * test.difference + 0.0:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def labels_of(comparison: Comparison) -> dict[float, str]:
+    """`1500 labels` by share of the train split, of the arm `step_by_step`."""
+    return {p.fraction: f"{p.labels:.0f} labels" for p in comparison.of_arm("step_by_step")}
+
+
+def claim_table(
+    comparison: Comparison, claims: Iterable[tuple[str, str, str]], shares: Sequence[float]
+) -> list[str]:
+    """Lines: how a claim is judged, and the verdict on each at each share that both arms were trained on.
+
+    Args:
+        comparison: of all runs.
+        claims: (sentence, the arm that it says is better, the other one).
+        shares: of the train split; one that was left out is no column.
+    """
+    labels = {s: name for s, name in labels_of(comparison).items() if s in shares}
+    tests = {(frozenset((t.first, t.second)), t.fraction): t for t in comparison.tests}
+    lines = [
+        "By the 95% interval of the difference in test accuracy (paired bootstrap over rows and seeds). *Is not shown*: the interval"
+        " holds 0.",
+        "",
+        f"| claim | {' | '.join(labels.values())} |",
+        f"|---|{'---|' * len(labels)}",
+    ]
+    for sentence, better, other in claims:
+        found = [tests.get((frozenset((better, other)), share)) for share in labels]
+        verdicts = [verdict(t, better) if t else "" for t in found]
+        lines.append(f"| {sentence} | {' | '.join(verdicts)} |")
+    return lines
+
+
+def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
+    """Lines: the accuracy of each arm at each share, and what the arm is."""
+    points = {(p.arm, p.fraction): p for p in comparison.points}
+    labels = labels_of(comparison)
+    lines = [
+        f"Mean over the seeds, ± the 95% interval (Student's t). Always giving the commonest label: {comparison.majority:.3f}.",
+        "",
+        f"| arm | {' | '.join(labels.values())} | what it is |",
+        "|---|" + "---|" * (len(labels) + 1),
+    ]
+    for name, arm in arms.items():
+        row = [shown(points.get((name, share))) for share in labels]
+        lines.append(f"| {name} | {' | '.join(row)} | {arm.what} |")
+    return lines
+
+
+def shown(point: Point | None) -> str:
+    """`0.795 ± 0.303`."""
+    if point is None:
+        return ""
+    half = "" if point.high is None else f" ± {point.high - point.accuracy:.3f}"
+    return f"{point.accuracy:.3f}{half}"
+
+
+def options(description: str, workdir: str, *, seeds: int) -> argparse.ArgumentParser:
+    """The flags that these commands share; `seeds` and `workdir` are their defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
+    parser.add_argument("--data-dir", type=pathlib.Path)
+    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="where the page goes")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--least-share", type=float, default=0.0, help="leave smaller shares out")
+    parser.add_argument("--steps", type=int, help="of each run, to try this out")
+    return parser

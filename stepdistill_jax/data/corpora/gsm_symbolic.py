@@ -1,0 +1,183 @@
+"""Word problems of the package `reasoning-gym`, made from templates: question, worked solution, answer.
+
+Its templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): the sentences stay, names and
+numbers change. Ten of the templates are in no split but `unseen`.
+"""
+
+import hashlib
+import importlib.metadata
+import pathlib
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stepdistill_jax.data import arithmetic
+from stepdistill_jax.data.defects import Defect
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.reading import UNSEEN, CheckedExample, Reading
+from stepdistill_jax.data.written_sums import wrong_sums
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.runtime.checks import whole
+from stepdistill_jax.runtime.fingerprints import hash64, sha256
+
+VERSION = 1
+PACKAGE = "reasoning-gym"
+SITE = "https://github.com/open-thought/reasoning-gym"
+ROWS = 20_000  # of train, if nothing else is asked for
+HELD_OUT_ROWS = {"test": 1000, UNSEEN: 500, "validation": 500}  # whatever the rows of train are
+UNSEEN_TEMPLATES = 10
+MAX_REPEATS = 200  # draws in a row that give no new question: the template has no more to give
+ANSWER = "####"  # before a solution's answer, on its last line
+
+_Template = Callable[[random.Random, float], dict[str, Any]]
+_POINT_ZERO = re.compile(r"(?<![\d.])(\d+)\.0+(?![\d.])")
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_LIST_MARK = re.compile(r"^(?:\d+\.|[-•])\s+")
+
+
+def read(*, rows: int | None = None, seed: int | None = None) -> Reading:
+    """Returns `rows` + 500 + 1,000 examples of the same templates, and 500 of templates held out.
+
+    The same rows, seed and version of the package give the same examples. Validation, test and unseen
+    do not depend on `rows`. No question stands twice. An id is `t17-3`: the number of the template in the
+    package, and the example's in the split.
+
+    Args:
+        rows: of train; None for 20,000.
+        seed: of all names and numbers; None for 0.
+
+    Raises:
+        InputError: the package is not installed, a number out of range; at `rows`, more rows than the
+            templates have different questions.
+    """
+    rows = whole("rows", ROWS if rows is None else rows, 1)
+    seed = whole("seed", 0 if seed is None else seed, 0)
+    templates, version, folder = _templates()
+    held_out = set(sorted(templates, key=lambda k: hash64(f"template {k}"))[:UNSEEN_TEMPLATES])
+    counts = HELD_OUT_ROWS | {"train": rows}
+
+    def each() -> Iterator[tuple[str, CheckedExample]]:
+        asked: set[bytes] = set()
+        for split, count in counts.items():
+            chosen = {k: t for k, t in templates.items() if (k in held_out) == (split == UNSEEN)}
+            drawn = _draws(chosen, count, f"{seed} {split}", asked)
+            for number, (template, draw) in enumerate(drawn, 1):
+                yield split, _checked(draw, f"t{template}-{number}", number)
+
+    return Reading(
+        "gsm_symbolic",
+        VERSION,
+        "text_match",
+        each,
+        sources={
+            path.relative_to(folder).as_posix(): sha256(path)
+            for path in sorted(folder.glob("*.py"))
+        },
+        options={"rows": rows, "seed": seed, "package": f"{PACKAGE} {version}"},
+        notes=[
+            f"made by {PACKAGE} {version} ({SITE}; licence: Apache-2.0) after GSM-Symbolic (arXiv 2410.05229)",
+            f"templates {', '.join(map(str, sorted(held_out)))} are in no split but {UNSEEN}",
+        ],
+    )
+
+
+def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
+    """Returns the working templates by number, the package's version, and the folder of their code.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    try:
+        from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic  # imports all of the package
+    except ImportError as error:
+        raise InputError(
+            f"prepare gsm_symbolic: the package {PACKAGE} makes its rows and cannot be imported ({error});"
+            " install the extra: pip install 'stepdistill-jax[gsm]'"
+        ) from None
+    config = gsm_symbolic.GSMSymbolicDatasetConfig(seed=0, size=1)
+    generators = gsm_symbolic.GSMSymbolicDataset(config).generators
+    found = {number: generators[number] for number in gsm_symbolic.tasks_ok}
+    return found, importlib.metadata.version(PACKAGE), pathlib.Path(gsm_symbolic.__file__).parent
+
+
+def _draws(
+    templates: dict[int, _Template], count: int, seed: str, asked: set[bytes]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields `count` rows, the templates in turn, whose questions are not in `asked`, and adds them.
+
+    A template without further questions is left out, and the others have its turns.
+    """
+    left, made = dict(templates), 0
+    streams = {k: random.Random(f"{seed} {k}") for k in templates}
+    while made < count:
+        if not left:
+            raise InputError(
+                f"`rows`: the templates have no more than {made} questions that differ, got {count}"
+            )
+        for number, template in list(left.items()):
+            for _ in range(MAX_REPEATS):
+                draw = template(streams[number], 1.0)  # its difficulty; the package has no other
+                key = hashlib.blake2b(draw["question"].encode(), digest_size=16).digest()
+                if key not in asked:
+                    break
+            else:
+                del left[number]
+                continue
+            asked.add(key)
+            yield number, draw
+            made += 1
+            if made == count:
+                return
+
+
+def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExample:
+    """Returns a row with its solution cleaned, and what is wrong with it.
+
+    The sentence that the package's own dataset adds to each question ("Give the result as your final
+    answer. Do not include units.") is left out: it tells a chat model what `predict: ` tells ours.
+    """
+    given, solution = draw["answer"], draw["metadata"]["answer_cot"]
+    label = _short(given)
+    text, mark, last = solution.rpartition(ANSWER)
+    text = text if mark else solution
+    rationale = _prose(text)
+    found = _NUMBER.findall(rationale.replace(",", ""))
+    problems = []
+    if not rationale:
+        problems.append(("no_rationale", solution))
+    if not mark or not _same(last, label):
+        problems.append(("no_answer_line", solution[-60:]))
+    if _POINT_ZERO.search(f"{given} {solution}"):
+        problems.append(("point_zero", given))
+    if rationale and not (found and _same(found[-1], label)):
+        problems.append(("ends_elsewhere", f"{rationale[-60:]} ({label})"))
+    problems += [("arithmetic_wrong", sums) for sums in wrong_sums(rationale)]
+    defects = tuple(Defect(kind, "", number, text) for kind, text in problems)
+    return CheckedExample(Example(example_id, draw["question"], label, rationale), defects)
+
+
+def _short(text: str) -> str:
+    """Returns `text` with `36` for each `36.0`.
+
+    Example: `_short("26.0 - 4 = 22.0")` is "26 - 4 = 22"; `0.5` and `12.00.3` stay.
+    """
+    return _POINT_ZERO.sub(r"\1", text.strip())
+
+
+def _prose(text: str) -> str:
+    r"""Returns the lines of a solution as sentences, without headings and list marks.
+
+    Example: `_prose("1. Cost:\n   - 2 x 3 = 6")` is "2 x 3 = 6.".
+    """
+    lines = [_LIST_MARK.sub("", line.strip()) for line in _short(text).splitlines()]
+    kept = [line for line in lines if line and not line.endswith(":")]
+    return " ".join(line if line[-1] in ".!?" else f"{line}." for line in kept)
+
+
+def _same(left: str, right: str) -> bool:
+    """Whether two numbers have one value; money signs and the commas of thousands do not count."""
+    a, b = (
+        arithmetic.evaluate(text.strip().strip("$€£").replace(",", "")) for text in (left, right)
+    )
+    return a is not None and b is not None and arithmetic.equal(a, b)
