@@ -174,4 +174,4 @@ def bias_gradient(
     zeros = (jnp.zeros((HALF, call.keys), jnp.float32),) * call.halves
     found = jax.lax.fori_loop(0, rows, step, zeros)
     for half, gradient in enumerate(found):
-        tiles.bias_tile(call, db_ref, start + half * HALF, key, gradient)
+        tiles.store_bias(call, db_ref, start + half * HALF, key, gradient)

@@ -101,7 +101,7 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
     first, second = (keys, queries) if keys_first else (queries, keys)
     scores = dot(call, first.x, second.x.T)
     if bias_ref is not None:
-        bias = bias_tile(call, bias_ref, queries.start, keys.start)
+        bias = _bias(call, bias_ref, queries.start, keys.start)
         scores += bias.T if keys_first else bias
     q, k = _pair(queries.segments, keys.segments, keys_first)
     mask = q == k
@@ -238,16 +238,25 @@ def _store(ref, x, tile, inside):
     plgpu.store(at, x.astype(ref.dtype), mask=inside)
 
 
-def bias_tile(call, ref, query, key, value=None):
-    """Loads 64 queries and keys of ref [q, k], or stores `value` there."""
+def _bias(call, ref, query, key):
+    """[64, keys] of ref [q, k]."""
+    at, mask = _bias_tile(call, ref, query, key)
+    return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
+
+
+def store_bias(call, ref, query, key, x):
+    """Writes x [64, keys] into ref [q, k]."""
+    at, mask = _bias_tile(call, ref, query, key)
+    plgpu.store(at, x, mask=mask)
+
+
+def _bias_tile(call, ref, query, key):
+    """64 queries and a tile of keys of ref [q, k], and which of them are inside; None: all are."""
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
-    mask = None
-    if call.q_len % call.queries or call.k_len % call.keys:
-        inside = _places(query, HALF) < call.q_len, _places(key, call.keys) < call.k_len
-        mask = inside[0][:, None] & inside[1][None, :]
-    if value is None:
-        return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
-    return plgpu.store(at, value, mask=mask)
+    if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:
+        return at, None
+    inside = _places(query, HALF) < call.q_len, _places(key, call.keys) < call.k_len
+    return at, inside[0][:, None] & inside[1][None, :]
 
 
 def dot(call, x, y):
