@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted, against the plain operations; and the TPU compiler on it."""
+"""The TPU's attention kernel, interpreted, against plain operations; and the TPU compiler on it."""
 
 import functools
 import math
