@@ -911,6 +911,34 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="KT1",
+        what="the TPU kernel swaps the two draws of a random word",
+        file="stepdistill_jax/models/kernels/tpu_programs.py",
+        old="[words & (DRAWS - 1), words >> 16]",
+        new="[words >> 16, words & (DRAWS - 1)]",
+        tests=["tests/models/test_kernel_tpu.py::test_dropout_keeps_its_rate_and_mean"],
+    ),
+    Mutant(
+        id="KT2",
+        what="the TPU kernel's gradient forgets that dropout scales",
+        file="stepdistill_jax/models/kernels/tpu_programs.py",
+        old="dots = jnp.sum(dots.T, axis=0, keepdims=True) / scale",
+        new="dots = jnp.sum(dots.T, axis=0, keepdims=True)",
+        tests=[
+            "tests/models/test_kernel_tpu.py::test_gradients_are_differences_of_values_with_the_mask_fixed"
+        ],
+    ),
+    Mutant(
+        id="KT3",
+        what="a layer computed again calls the TPU's forward kernel again",
+        file="stepdistill_jax/models/kernels/tpu.py",
+        old="log_sums = checkpoint_name(log_sums, ATTENTION_OUTPUT)",
+        new="pass",
+        tests=[
+            "tests/models/test_kernel_tpu.py::test_a_layer_computed_again_does_not_call_the_kernel_again"
+        ],
+    ),
+    Mutant(
         id="M14",
         what="the output of attention is not kept by its name",
         file="stepdistill_jax/models/t5.py",

@@ -1,9 +1,11 @@
-"""The TPU's attention kernel, interpreted, against the plain operations; and the TPU compiler on it."""
+"""The TPU's attention kernel, interpreted, against plain operations; and the TPU compiler on it."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.extend
@@ -13,6 +15,7 @@ import pytest
 
 from stepdistill_jax.models.attention import ATTENTION_OUTPUT, attention
 from stepdistill_jax.models.dropout import dropout, dropout_seeds, kept_draws
+from stepdistill_jax.models.kernel_costs import formula_of
 from stepdistill_jax.models.kernels import tpu
 
 KEY = jax.random.key(3)
@@ -173,7 +176,33 @@ def test_shapes_that_the_kernel_cannot_do_are_named():
     assert "4096" in tpu.reason_against(4096, 4096, 8, 64, jnp.bfloat16)
 
 
-# heads, width, dtype; 3 of 6 heads are those of `small` on a device of two
+class Array(NamedTuple):
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def bytes(self):
+        return math.prod(self.dims) * (2 if self.dtype == "bf16" else 4)
+
+
+def test_a_forward_call_costs_two_products_and_reads_segments_for_each_pair():
+    """2 rows of 128 queries and keys, 4 heads of 64."""
+    wide, bias = Array("bf16", (2, 128, 256)), Array("f32", (2, 1, 128, 256))
+    segments = Array("s32", (2, 1, 256)), Array("s32", (2, 1, 128))
+    operands = [Array("u32", (2, 2, 4)), wide, wide, wide, bias, *segments]
+    results = [wide, Array("f32", (2, 2, 1, 256))]
+    formula = formula_of("tpu_custom_call", "jit(f)/jvp(tpu_attention)/pallas_call")
+    elements = 2 * 4 * 128 * 128
+    found = formula(operands, results)
+    assert found.flops == 2 * 2 * elements * 128
+    # seeds, 4 wide, bias, log-sums, and segments of both pairs
+    sizes = 2 * 2 * 4, 4 * 128 * 256, 2 * 128 * 256, 4 * 256, 2 * 2 * (256 + 128)
+    assert found.bytes == 4 * sum(sizes)
+    without = formula([*operands[1:4], *segments], results)
+    assert found.integer - without.integer == 7 * elements
+    assert found.other - without.other == 2 * elements
+
+
 COMPILED = """
 import sys
 import jax, jax.numpy as jnp
@@ -191,22 +220,27 @@ def array(*shape, dtype=dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 source, target = lengths
-for q_len, k_len, bias, causal in ((source, source, True, False), (target, target, True, True), (target, source, False, False)):
+encoder, decoder = (source, source, True, False), (target, target, True, True)
+cross = target, source, False, False
+for q_len, k_len, bias, causal in (encoder, decoder, cross):
     assert tpu.reason_against(q_len, k_len, heads, width, dtype) is None
     q, k = array(rows, q_len, heads, width), array(rows, k_len, heads, width)
     given = (q, k, k, array(heads, q_len, k_len, dtype=jnp.float32) if bias else None)
-    others = array(rows, q_len, dtype=jnp.int32), array(rows, k_len, dtype=jnp.int32), array(2, rows, heads, dtype=jnp.uint32)
+    segments = [array(rows, length, dtype=jnp.int32) for length in (q_len, k_len)]
+    others = *segments, array(2, rows, heads, dtype=jnp.uint32)
 
     def both(slope, others, *given):
-        value, back = jax.vjp(lambda *x: tpu.attention(*x, *others, causal=causal, kept=58982), *given)
+        call = lambda *x: tpu.attention(*x, *others, causal=causal, kept=58982)
+        value, back = jax.vjp(call, *given)
         return value, back(slope)
 
     compiled = jax.jit(both).lower(q, others, *given).compile()
     found = bound(Module(compiled.as_text()), chip_of(device.device_kind), on_tpu=True).to_json()
     assert not found["calls_without_formula"], found
     tiles = rows * (heads + heads % 2) * -(-q_len // 128) * -(-k_len // 128)
-    # seven products of 128 x 128 elements and two heads' features; float32 takes six passes
-    assert found["flops"] == tiles * 7 * 2 * 128 * 128 * 2 * width * (6 if dtype == "float32" else 1)
+    # seven products of 128 x 128 elements and two heads' features
+    passes = 6 if dtype == "float32" else 1
+    assert found["flops"] == tiles * 7 * 2 * 128 * 128 * 2 * width * passes
 """
 
 
@@ -215,7 +249,7 @@ for q_len, k_len, bias, causal in ((source, source, True, False), (target, targe
 @pytest.mark.parametrize(
     ("lengths", "heads", "width", "dtype"),
     [
-        ("512/114", 3, 64, "bfloat16"),
+        ("512/114", 3, 64, "bfloat16"),  # half of `small`'s heads
         ("512/114", 16, 64, "bfloat16"),
         ("512/114", 12, 64, "float32"),
         ("1024/256", 16, 64, "bfloat16"),

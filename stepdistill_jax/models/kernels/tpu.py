@@ -1,9 +1,9 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
-Scores, weights, masks and random words stay in the chip's vector memory, which holds a whole tile of
-T5's lengths. The grid is (pair of heads, row of the batch), rows innermost: the bias of a pair is
-fetched once, and its gradient is summed over rows on the chip. `tpu_programs` says what a program
-does.
+Scores, weights, masks and random words stay in the chip's vector memory, which holds all queries and
+keys of a row at T5's lengths. The grid is (pair of heads, row of the batch), rows innermost: the bias
+of a pair is fetched once, and its gradient is summed over rows on the chip. `tpu_programs` says what
+a program does.
 """
 
 import functools
@@ -33,8 +33,8 @@ def reason_against(
     """Returns why the kernel cannot do shapes of one device, or None."""
     del heads
     dtype = jnp.dtype(dtype)
-    if head_dim % HALF:
-        return f"head_dim {head_dim} is not a multiple of {HALF}"
+    if 2 * head_dim % _LANES:
+        return f"head_dim {head_dim} is not a multiple of {_LANES // 2}"
     if dtype.name not in _DTYPES:
         return f"dtype {dtype.name} is not one of {_DTYPES}"
     need = _memory(_up(q_len, QUERIES), _up(k_len, _LANES), head_dim, dtype.itemsize)
@@ -58,7 +58,7 @@ def attention(
 ) -> jax.Array:
     """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
 
-    Masks of dropout are those of `dropout.dropout`, bit for bit. A query that sees no key gets 0 and
+    Masks of dropout are those of `dropout.dropout`, bit for bit. A query that sees no key gets 0, and
     gives no gradient.
 
     Args:
@@ -90,7 +90,7 @@ def attention(
     query_segments = jnp.pad(query_segments, ((0, 0), (0, more_queries)))
     key_segments = jnp.where(key_segments > 0, key_segments, UNSEEN)
     key_segments = jnp.pad(key_segments, ((0, 0), (0, more_keys)), constant_values=UNSEEN)
-    out = _attention(
+    out: jax.Array = _attention(
         flat(q, more_queries),
         flat(k, more_keys),
         flat(v, more_keys),
@@ -213,7 +213,7 @@ def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scrat
 
 
 def _memory(queries: int, keys: int, width: int, itemsize: int) -> int:
-    """Bytes of vector memory of the backward program; blocks are there twice, for the next program."""
+    """Bytes of vector memory of the backward program; of a block there are two, one being fetched."""
     bias = 4 * 2 * queries * keys
     rows = 4 * (queries + keys) * 2 * width * itemsize
     scratch = keys * (2 * width * (itemsize + 8) + 4 * _LANES)
@@ -224,22 +224,23 @@ def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; the backward call's
-# go on with the output, its log-sums and its gradient.
+# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; those of the
+# backward call go on with the output, its log-sums and its gradient. Whether a call is causal is not
+# seen, so neither are the two operations an element that this costs.
 
 
 @kernel_cost(_FORWARD)
 def _forward_cost(operands, results) -> KernelCost:
-    # products: scores, mean of values. Of an element: mask, largest, difference, exponential (a product
-    # and a power of 2), sum, rounding; dropout chooses once
+    # products: scores, mean of values. Of an element: mask, largest, difference, exponential (a
+    # product and a power of 2), sum, rounding; dropout chooses once
     pairs = results[-1].dims[1]
     return _cost(operands, results, pairs, after=0, products=2, other=7, of_bias=1, choices=1)
 
 
 @kernel_cost(_BACKWARD)
 def _backward_cost(operands, results) -> KernelCost:
-    # products: scores, gradients of weights, q, k and v. Of an element: mask, difference, exponential,
-    # two operations of the gradient, two roundings; of the bias its gradient, too
+    # products: scores, gradients of weights, q, k and v. Of an element: mask, difference,
+    # exponential, two operations of the gradient, two roundings; of the bias its gradient, too
     pairs = operands[-2].dims[1]
     return _cost(operands, results, pairs, after=3, products=5, other=8, of_bias=2, choices=2)
 

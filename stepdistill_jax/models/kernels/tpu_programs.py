@@ -16,7 +16,7 @@ and p + 64. With each head's features in rows of their own (`_per_head`) both he
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,8 +185,9 @@ def _keep(call, i, seeds, keys):
     column = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1)
     position = (i * QUERIES + column % HALF).astype(jnp.uint32)
     feature = jax.lax.broadcasted_iota(jnp.uint32, (keys, QUERIES), 0)
-    # the position goes into the seed, once a column
-    words = random_words(seeds[0] ^ position << 16, seeds[1], np.uint32(0), feature)
+    # the position goes into the seed, once a column, and its own operations are folded away
+    none: Any = np.uint32(0)
+    words = random_words(seeds[0] ^ position << 16, seeds[1], none, feature)
     draws = jnp.concatenate([words & (DRAWS - 1), words >> 16], axis=1)
     return draws.astype(jnp.int32) < call.kept  # the chip compares signed numbers
 
