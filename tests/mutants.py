@@ -833,7 +833,7 @@ MUTANTS = [
         old='split_rngs={"params": True, "dropout": True}',
         new='split_rngs={"params": True, "dropout": False}',
         tests=[
-            "tests/models/test_training_cost.py::test_the_backward_pass_keeps_products_and_no_masks"
+            "tests/models/test_training_cost.py::test_the_backward_pass_keeps_products_and_dropout_masks_alone"
         ],
     ),
     Mutant(
@@ -848,18 +848,18 @@ MUTANTS = [
         id="M9",
         what="dropout does not scale up what it keeps",
         file="stepdistill_jax/models/dropout.py",
-        old="jnp.where(draws < kept, x * (DRAWS / kept), 0)",
-        new="jnp.where(draws < kept, x, 0)",
+        old="return jnp.where(mask, x * (DRAWS / kept), 0)",
+        new="return jnp.where(mask, x, 0)",
         tests=[
             "tests/models/test_training_cost.py::test_dropout_meets_its_rate_and_keeps_the_mean"
         ],
     ),
     Mutant(
         id="M10",
-        what="both positions of a random word share their draw",
-        file="stepdistill_jax/models/dropout.py",
-        old="jnp.where(position & HALF, words >> 16, words & (DRAWS - 1))",
-        new="words & (DRAWS - 1)",
+        what="two quarters of a row share their dropout mask",
+        file="stepdistill_jax/models/cpu_speed.py",
+        old="[bits >> i & 1 for i in range(4)]",
+        new="[bits >> i % 3 & 1 for i in range(4)]",
         tests=[
             "tests/models/test_training_cost.py::test_dropout_masks_are_independent_of_their_neighbours"
         ],
@@ -896,8 +896,8 @@ MUTANTS = [
         id="M14",
         what="the output of attention is not kept by its name",
         file="stepdistill_jax/models/t5.py",
-        old="policies.save_only_these_names(ATTENTION_OUTPUT)",
-        new="policies.save_only_these_names()",
+        old="policies.save_only_these_names(DROPOUT_MASK, ATTENTION_OUTPUT)",
+        new="policies.save_only_these_names(DROPOUT_MASK)",
         tests=[
             "tests/models/test_training_cost.py::test_the_output_of_attention_is_kept_by_its_name_and_once"
         ],
