@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from stepdistill_jax.batches.batch import filled_rows
 from stepdistill_jax.batches.packing import round_up
-from stepdistill_jax.data.objectives import share_encoding
+from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import T5Config, t5_config
@@ -97,10 +97,9 @@ def workload(
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
     if config.pairs:  # a row holds all that an example reads and writes
-        inputs_each = (
-            1 if config.pack and share_encoding(config.objectives) else len(config.objectives)
-        )
-        cuts = (inputs_each * cuts[0], len(config.objectives) * cuts[1])
+        objectives = resolve(config.objectives)
+        inputs_each = 1 if config.pack and share_encoding(objectives) else len(objectives)
+        cuts = (inputs_each * cuts[0], len(objectives) * cuts[1])
     if not config.pack:
         given = (AUTO, AUTO)
     inputs, targets = (c if g == AUTO else int(g) for g, c in zip(given, cuts, strict=True))

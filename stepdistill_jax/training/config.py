@@ -293,12 +293,13 @@ class TrainConfig:
             raise InputError(
                 f"`extra_loss`: {type(extra).__name__} must be a frozen dataclass of plain values: {error}"
             ) from None
-        if extra.name in {o.name for o in resolve(self.objectives)}:
+        names = [o.name for o in resolve(self.objectives)]
+        if extra.name in names:
             raise InputError(f"`extra_loss`: an objective is called {extra.name!r}, too")
-        if self.pairs and len(self.objectives) < 2:
+        if self.pairs and len(names) < 2:
             raise InputError(
                 f"`extra_loss`: {type(extra).__name__} pairs the targets of two objectives, and"
-                f" `objectives` has {self.objectives[0].name} alone"
+                f" `objectives` has {names[0]} alone"
             )
 
     @property
