@@ -81,8 +81,8 @@ class Merged(nn.Module):
         """x [..., inputs] -> [..., features] of each projection."""
         params: Any = self.variables["params"]  # kernel [inputs, projections, features]
         if self.config.quantized:
-            y = int8_product(x, params[KERNEL], params[SCALE], self.config.dtype)
-            y = y.astype(self.config.dtype)
+            sums = int8_product(x, params[KERNEL], params[SCALE], self.config.dtype)
+            y: Any = sums.astype(self.config.dtype)
         else:
             y = kernel_product(x, params[KERNEL])
         return [y[..., i, :] for i in range(y.shape[-2])]
