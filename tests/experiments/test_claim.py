@@ -42,7 +42,7 @@ def test_one_command_writes_the_page_of_the_claim_on_word_problems(tmp_path):
         {
             "input": f"Ann has {i} and {i % 7}.",
             "label": f"{i + i % 7}",
-            "rationale": f"{i} + {i % 7}.",
+            "rationale": f"so the answer is {i} + {i % 7}",
         }
         for i in range(90)
     ]
