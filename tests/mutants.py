@@ -954,9 +954,7 @@ MUTANTS = [
         file="stepdistill_jax/models/layers.py",
         old="dropout_broadcast=c.dropout_broadcast,",
         new="",
-        tests=[
-            "tests/models/test_training_cost.py::test_the_shared_masks_of_a_layer_have_one_position_each"
-        ],
+        tests=["tests/models/test_training_cost.py::test_shared_masks_have_one_position_each"],
     ),
     Mutant(
         id="GK1",
