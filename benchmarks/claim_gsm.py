@@ -28,7 +28,9 @@ MOST_WORDS = {"input": 50, "rationale": 36}
 MOST_DIGITS = 2  # of an answer
 SHARES, FULL = (0.25, 0.5, 1.0), (1.0,)
 ARMS = {
-    "label_only": Arm("the answer alone: standard fine-tuning", SHARES, CONFIG, "label_only"),
+    "label_only": Arm(
+        "the answer alone: standard fine-tuning", SHARES, CONFIG, "objectives/label_only"
+    ),
     "step_by_step": Arm(
         "answer and worked solution with the paper's weights, 0.5 and 0.5 (λ = 1)", SHARES, CONFIG
     ),
@@ -45,7 +47,7 @@ ARMS = {
         "solution, then answer, in one target: the paper's ablation; decodes both",
         FULL,
         CONFIG,
-        "single_task",
+        "objectives/single_task",
         settings=["single_task.label_weight=1.0"],
     ),
 }
