@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
 from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.cpu_speed import in_row_blocks
+from stepdistill_jax.models.sharding import traced_device, traced_platform
 from stepdistill_jax.models.t5 import T5, Cache, start_cache
 from stepdistill_jax.models.unrolled import unrolled
 from stepdistill_jax.runtime.chips import chip_of
@@ -119,8 +120,7 @@ def start(
 
 def _gpu() -> str | None:
     """The kind of GPU that the traced program is for; None is another device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return device.device_kind if device.platform == "gpu" else None
+    return traced_device().device_kind if traced_platform() == "gpu" else None
 
 
 def _has_room(config: T5Config, encoded: jax.Array, kind: str) -> bool:

@@ -183,14 +183,18 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     return mesh_utils.create_hybrid_device_mesh(inner, outer, **options)
 
 
-def traced_platform() -> str:
-    """Returns what the program that is being traced will run on: `cpu`, `gpu`, `tpu`.
+def traced_device() -> Any:
+    """Returns a device of the program that is being traced: its `platform` and `device_kind`.
 
-    It is that of the mesh in whose context it is traced, whose devices need not be here; without a mesh
-    that of JAX's default device.
+    It is one of the mesh in whose context it is traced, whose devices need not be here; without a mesh
+    JAX's first one.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+
+
+def traced_platform() -> str:
+    """Returns what the program that is being traced will run on: `cpu`, `gpu` (NVIDIA's), `rocm`, `tpu`."""
+    platform = traced_device().platform
     return "gpu" if platform == "cuda" else platform
 
 

@@ -23,6 +23,7 @@ from stepdistill_jax.models.dropout import DRAWS
 from stepdistill_jax.models.kernels import gpu_programs
 from stepdistill_jax.models.kernels.gpu_costs import name_of
 from stepdistill_jax.models.kernels.gpu_tiles import FEW_KEYS, KEYS, Call
+from stepdistill_jax.models.sharding import traced_device
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = ("bfloat16", "float32")
@@ -91,7 +92,7 @@ def attention(
 
 def _is_older() -> bool:
     """Whether the program is traced for a GPU before the H100; compiled without one it is for that."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    device = traced_device()
     kind = device.device_kind
     return kind.startswith("NVIDIA") and not any(name in kind for name in _FROM_MEMORY)
 
