@@ -74,6 +74,8 @@ class T5Config:
         remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax, activations and
             dropout's masks, no products; `none` is its old name), `minimal` (all but the products with
             weights), `full` (everything inside a layer).
+        scan_layers: layers are a loop, compiled once; else one after the other. Parameters are stacked
+            either way.
         lora: adapters beside the projections; None is the plain model, the only one that decodes
             (`models.lora.merge`).
         quantized: kernels are int8 with a scale for each output; for decoding alone
@@ -105,6 +107,7 @@ class T5Config:
     dtype: str = "float32"
     attention: str = "xla"
     remat_policy: str = "elementwise"
+    scan_layers: bool = True
     lora: LoraConfig | None = None
     quantized: bool = False
     unrolled_decoder: bool = False

@@ -114,7 +114,7 @@ class DecoderLayer(nn.Module):
 
 
 def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: Any, **kwargs):
-    """`length` layers as one compiled body; params are stacked, the layer is axis 0."""
+    """`length` layers, in a loop or one after the other; params are stacked, the layer is axis 0."""
     policies = jax.checkpoint_policies
     policy = {
         # activations and norms are cheaper to compute again than to write and read. A kernel's
@@ -125,13 +125,17 @@ def scan_layers(layer: type[nn.Module], config: T5Config, length: int, in_axes: 
         "minimal": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
     }[config.remat_policy]
-    layer = nn.remat(layer, prevent_cse=False, policy=policy)
+    # in a loop XLA cannot keep what is to be computed again; without one it may, where that is only
+    # elementwise and so no question of memory
+    prevent_cse = not config.scan_layers and config.remat_policy != "elementwise"
+    layer = nn.remat(layer, prevent_cse=prevent_cse, policy=policy)
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
+        unroll=1 if config.scan_layers else length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(config, name="layers", **kwargs)

@@ -36,6 +36,7 @@ from stepdistill_jax.versions import version_block
 FREE_FIELDS = (
     "layout",
     "attention",
+    "scan_layers",
     "num_microbatches",
     "checkpoint_every",
     "init_from",

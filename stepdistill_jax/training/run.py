@@ -52,6 +52,7 @@ MODEL_SETTINGS = (
     "dropout_broadcast",
     "attention",
     "remat_policy",
+    "scan_layers",
     "lora",
 )
 
@@ -126,7 +127,7 @@ def assemble(
             with_row_lengths(
                 batches_of(config, held_out, row_multiple=shards, shuffle=False), rows
             ),
-            config=model,
+            config=dataclasses.replace(model, scan_layers=True),  # compiled for many lengths
             abstract=abstract,
             mesh=mesh,
             max_decode_len=max_decode_len(data, config),
