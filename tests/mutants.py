@@ -638,6 +638,16 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="TR4",
+        what="a run takes a chip's kernel without a trial",
+        file="stepdistill_jax/training/run.py",
+        old="model = settle_attention(model, mesh, batches.lengths)",
+        new="model = dataclasses.replace(model, attention='pallas')",
+        tests=[
+            "tests/training/test_attention_choice.py::test_a_run_settles_its_attention_for_the_lengths_of_its_rows"
+        ],
+    ),
+    Mutant(
         id="TR1",
         what="a resume chooses its packed rows again",
         file="stepdistill_jax/training/run.py",
@@ -866,8 +876,8 @@ MUTANTS = [
         id="M9",
         what="dropout does not scale up what it keeps",
         file="stepdistill_jax/models/dropout.py",
-        old="jnp.where(draws < kept, x * (DRAWS / kept), 0)",
-        new="jnp.where(draws < kept, x, 0)",
+        old="(x.astype(jnp.float32) * (DRAWS / kept)).astype(x.dtype)",
+        new="x",
         tests=[
             "tests/models/test_training_cost.py::test_dropout_meets_its_rate_and_keeps_the_mean"
         ],

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from stepdistill_jax.models.config import ATTENTIONS
 from stepdistill_jax.models.cpu_speed import sum_over_rows
 from stepdistill_jax.models.dropout import dropout
-from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fits, fused_attention
+from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fused_attention
 from stepdistill_jax.models.products import precision_of
 
 NEG_INF = -1e9
@@ -57,8 +57,8 @@ def attention(
         window: a query sees keys less than so many places away.
         scale: T5's is 1, since its initial query kernel holds 1 / sqrt(d).
         implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "pallas"
-            is one kernel, which a CPU interprets, for tests; "auto" is the kernel on the chips that
-            have one for these shapes. A few queries, as in decoding, are always plain operations.
+            is one kernel, which a CPU interprets, for tests; a few queries, as in decoding, are plain
+            operations all the same. "auto" is "xla" here: `training.attention_choice` settles it.
 
     Returns:
         [batch, q, heads, d] in the dtype of `v`.
@@ -69,7 +69,7 @@ def attention(
         v, dropout_rng = _dropped_values(v, dropout_rate, dropout_rng), None
     plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
     many = plain and q.shape[1] >= FEWEST_QUERIES
-    if many and (implementation == "pallas" or (implementation == "auto" and fits(q, k))):
+    if many and implementation == "pallas":
         return fused_attention(
             q,
             k,
@@ -102,8 +102,8 @@ def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
     The same as weights of 0, without a mask of their size.
     """
     batch, keys, heads, _ = v.shape
-    kept = dropout(jnp.ones((batch, heads, 1, keys), v.dtype), rate, rng, broadcast=True)
-    return v * kept.transpose(0, 3, 1, 2)
+    kept = dropout(jnp.ones((batch, heads, 1, keys)), rate, rng, broadcast=True)
+    return (v * kept.transpose(0, 3, 1, 2)).astype(v.dtype)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ from stepdistill_jax.runtime.checks import keep, number, one_of, refused, whole
 # each layer, or a number leaves 32 bits.
 MAX_SIZE, MAX_LAYERS = 2**24, 1000
 MAX_LENGTH = 2**16  # ids of an input or of an answer
+MAX_WIDTH = 2**16  # that of T5-11B's feed-forward block; dropout's masks repeat beyond
 
 ACTIVATIONS = (("relu",), ("gelu", "linear"))
 DTYPES = ("float32", "bfloat16")
@@ -119,7 +120,8 @@ class T5Config:
         if self.mlp_activations not in ACTIVATIONS:
             raise refused("mlp_activations", f"one of {ACTIVATIONS}", self.mlp_activations)
         keep(self, number, "dropout_rate", least=0, below=1)
-        widths = ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim", "num_buckets")
+        keep(self, whole, "emb_dim", "mlp_dim", least=1, most=MAX_WIDTH)
+        widths = ("vocab_size", "num_heads", "head_dim", "num_buckets")
         keep(self, whole, *widths, least=1, most=MAX_SIZE)
         keep(self, whole, "num_encoder_layers", "num_decoder_layers", least=1, most=MAX_LAYERS)
         # else the logarithm of `models.layers.relative_buckets` has no scale

@@ -37,12 +37,14 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
     feature = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
     words = random_words(first, second, position & ~np.uint32(HALF), feature)
     draws = jnp.where(position & HALF, words >> 16, words & (DRAWS - 1))
-    return jnp.where(draws < kept, x * (DRAWS / kept), 0)
+    # in float32: in bfloat16 1 / 0.9 is 0.16% less
+    scaled = (x.astype(jnp.float32) * (DRAWS / kept)).astype(x.dtype)
+    return jnp.where(draws < kept, scaled, 0)
 
 
 def kept_draws(rate: float) -> int:
     """Returns how many of the `DRAWS` values of a draw keep an element."""
-    return round(DRAWS * (1 - rate))
+    return max(1, round(DRAWS * (1 - rate)))
 
 
 def dropout_seeds(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -60,7 +62,8 @@ def random_words(
 
     Args:
         first, second: uint32 seeds of the matrix.
-        position, feature: uint32 row and column, less than 65,536; arrays that broadcast.
+        position, feature: uint32 row and column, less than 65,536 (`config.MAX_WIDTH`), else masks repeat; arrays
+            that broadcast.
     """
     x = (position << 16 | feature) ^ first
     x = (x ^ x >> 16) * np.uint32(0x7FEB352D)

@@ -7,6 +7,7 @@ its own rows and heads.
 import functools
 import importlib
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,28 +72,32 @@ def fused_attention(
     return call(q, k, v, bias, query_segments, key_segments, seeds)
 
 
-def fits(q: jax.Array, k: jax.Array) -> bool:
-    """Whether the chip that the program is traced for has a kernel for these shapes; a CPU has none."""
-    platform = traced_platform()
-    if platform == "cpu":
-        return False
-    mesh = jax.sharding.get_abstract_mesh()
-    heads = q.shape[2] // (mesh.shape["tensor"] if "tensor" in _free_axes() else 1)
-    return reason_against(platform, q.shape[1], k.shape[1], heads, *q.shape[3:], q.dtype) is None
-
-
 def kernel_of(platform: str) -> types.ModuleType:
     """Returns the module; imported late, since Pallas takes as long to import as a short program runs."""
     return importlib.import_module(f"stepdistill_jax.models.kernels.{KERNELS[platform]}")
 
 
 def reason_against(
-    platform: str, q_len: int, k_len: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    device: Any,
+    q_len: int,
+    k_len: int,
+    heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    bias: bool,
 ) -> str | None:
-    """Returns why there is no kernel for a platform and the shapes of one device, in words; or None."""
-    if platform not in KERNELS:
-        return f"there is none for {platform}"
-    return kernel_of(platform).reason_against(q_len, k_len, heads, head_dim, dtype)
+    """Returns why a device has no kernel for these shapes, its own, in words; or None.
+
+    Args:
+        device: its `platform` and `device_kind`.
+        q_len, k_len, heads, head_dim, dtype: of queries and keys.
+        bias: whether there is a relative bias.
+    """
+    if device.platform not in KERNELS:
+        return f"there is none for {device.device_kind}"
+    shapes = (q_len, k_len, heads, head_dim, dtype)
+    return kernel_of(device.platform).reason_against(*shapes, bias=bias, kind=device.device_kind)
 
 
 def _free_axes() -> tuple[str, ...]:

@@ -72,7 +72,10 @@ def dense(
 
 
 class Merged(nn.Module):
-    """Projections of one input as one product; their kernel comes from `models.unrolled`."""
+    """Projections of one input as one product; their kernel comes from `models.unrolled`.
+
+    For decoding: `kernel_product` has no gradient by such a kernel.
+    """
 
     config: T5Config
 

@@ -193,9 +193,8 @@ def traced_device() -> Any:
 
 
 def traced_platform() -> str:
-    """Returns what the program that is being traced will run on: `cpu`, `gpu` (NVIDIA's), `rocm`, `tpu`."""
-    platform = traced_device().platform
-    return "gpu" if platform == "cuda" else platform
+    """Returns what the program that is being traced will run on: `cpu`, `gpu`, `tpu`."""
+    return traced_device().platform
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -22,6 +22,7 @@ from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.planning.roofline import Bound, bound
 from stepdistill_jax.planning.workload import Workload
 from stepdistill_jax.runtime.chips import chip_of
+from stepdistill_jax.training.attention_choice import untried_attention
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import TrainState, abstract_state
@@ -241,9 +242,10 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         MemoryError: the compiler finds that the step does not fit; its own words.
     """
     began = time.perf_counter()
-    model = dataclasses.replace(work.model, remat_policy=remat_policy)
     rows = work.rows_of(batch_shards(mesh) * config.num_microbatches)
     groups = rows.groups
+    model = dataclasses.replace(work.model, remat_policy=remat_policy)
+    model, _ = untried_attention(model, mesh, [lengths for _, *lengths in groups])
     lowered, state = lower_step(config, model, groups, mesh)
     compiled = compile_for(lowered, mesh)
     memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())

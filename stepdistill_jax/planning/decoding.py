@@ -79,9 +79,13 @@ def plan_decode(
     began, devices = time.perf_counter(), topology_devices(topology)
     assumptions: list[str] = []
     data = prepared(config, data_dir)
-    # as a validation: adapters are merged
+    # as a validation's: adapters are merged, and a kernel is of training alone
     model = dataclasses.replace(
-        model_of(config, data, assumptions), lora=None, quantized=quantization is not None
+        model_of(config, data, assumptions),
+        lora=None,
+        quantized=quantization is not None,
+        attention="xla",
+        scan_layers=True,
     )
     mesh = make_mesh(named_layout(layout or config.layout, model, len(devices)), devices)
     if data is not None:

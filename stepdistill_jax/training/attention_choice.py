@@ -2,9 +2,8 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +18,18 @@ from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.progress import log
 
 ROWS = 2
-# largest |kernel - plain| / |plain| over an output or a gradient: far above bfloat16's rounding, far
-# below what a wrong mask or bias gives
-TOLERANCE = 0.05
+# largest |kernel - plain| / |plain| of an output or a gradient: ten times what interpreted kernels have,
+# far below what a wrong mask or bias, or float32 multiplied as bfloat16, gives
+TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+class _Call(NamedTuple):
+    """One kind of attention in a step."""
+
+    queries: int
+    keys: int
+    causal: bool
+    bias: bool
 
 
 def settle_attention(model: T5Config, mesh: Mesh, lengths: Sequence[tuple[int, int]]) -> T5Config:
@@ -35,28 +43,45 @@ def settle_attention(model: T5Config, mesh: Mesh, lengths: Sequence[tuple[int, i
     Raises:
         InputError: "pallas" where there is no kernel for the platform or the shapes.
     """
-    if model.attention == "xla":
-        return model
+    settled, problem = untried_attention(model, mesh, lengths)
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        if model.attention == "auto":
-            return dataclasses.replace(model, attention="xla")
-        _say("attention: the TPU's kernel, interpreted on a CPU; slow, for tests")
-        return model
+        if settled.attention == "pallas":
+            _say("attention: the TPU's kernel, interpreted on a CPU; slow, for tests")
+        return settled
+    if model.attention == "auto" and problem is None:
+        # process 0 decides: all must compile the same program
+        problem = on_process_0(lambda: _failure(model, mesh.shape["tensor"], lengths))
+    if problem is not None:
+        _say(f"warning: attention by plain operations (xla), since its kernel fails: {problem}")
+        return dataclasses.replace(model, attention="xla")
+    if settled.attention == "pallas":
+        equal = ", equal to plain operations" * (model.attention == "auto")
+        _say(f"attention: one kernel (pallas){equal} on {device.device_kind}")
+    return settled
+
+
+def untried_attention(
+    model: T5Config, mesh: Mesh, lengths: Sequence[tuple[int, int]]
+) -> tuple[T5Config, str | None]:
+    """Returns `settle_attention`'s model if its kernel works, and why there is no kernel, or None.
+
+    The arguments, and what is raised, are those of `settle_attention`; the devices need not be here.
+    """
+    device = mesh.devices.flat[0]
+    if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
+        return dataclasses.replace(model, attention="xla"), None
     heads = model.num_heads // mesh.shape["tensor"]
-    problem = _reason(device.platform, model, heads, lengths)
-    if model.attention == "pallas":
-        if problem is not None:
-            raise InputError(f"`attention`: pallas has no kernel here: {problem}; use auto or xla")
-        _say(f"attention: one kernel (pallas) on {device.device_kind}")
-        return model
-    # process 0 decides: all must compile the same program
-    problem = problem or on_process_0(lambda: _difference(model, heads, lengths))
+    problems = (
+        reason_against(device, c.queries, c.keys, heads, model.head_dim, model.dtype, bias=c.bias)
+        for c in _calls(lengths)
+    )
+    problem = next((p for p in problems if p is not None), None)
     if problem is None:
-        _say(f"attention: one kernel (pallas), equal to plain operations on {device.device_kind}")
-        return dataclasses.replace(model, attention="pallas")
-    _say(f"warning: attention by plain operations (xla), since its kernel fails: {problem}")
-    return dataclasses.replace(model, attention="xla")
+        return dataclasses.replace(model, attention="pallas"), None
+    if model.attention == "pallas":
+        raise InputError(f"`attention`: pallas has no kernel here: {problem}; use auto or xla")
+    return dataclasses.replace(model, attention="xla"), problem
 
 
 def _say(line: str) -> None:
@@ -64,74 +89,72 @@ def _say(line: str) -> None:
         log(line)
 
 
-def _calls(lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-    """Returns the (queries, keys, whether it is causal) of each kind of attention in a step."""
-    kinds = [((i, i, False), (t, t, True), (t, i, False)) for i, t in lengths]
-    return [*dict.fromkeys(itertools.chain.from_iterable(kinds))]
+def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
+    """Of encoder, decoder, and decoder to encoder, which has no bias."""
+    return [
+        call
+        for inputs, targets in dict.fromkeys(lengths)
+        for call in (
+            _Call(inputs, inputs, causal=False, bias=True),
+            _Call(targets, targets, causal=True, bias=True),
+            _Call(targets, inputs, causal=False, bias=False),
+        )
+    ]
 
 
-def _reason(
-    platform: str, model: T5Config, heads: int, lengths: Sequence[tuple[int, int]]
-) -> str | None:
-    for queries, keys, _ in _calls(lengths):
-        reason = reason_against(platform, queries, keys, heads, model.head_dim, model.dtype)
-        if reason is not None:
-            return reason
-    return None
-
-
-def _difference(model: T5Config, heads: int, lengths: Sequence[tuple[int, int]]) -> str | None:
+def _failure(model: T5Config, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
     """Returns how the kernel differs from plain operations on this process's first device, or None."""
-    for call in _calls(lengths):
-        arrays, options = _example(model, heads, *call)
-        by = {
-            name: jax.jit(functools.partial(_value_and_gradients, implementation=name, **options))
-            for name in ("pallas", "xla")
-        }
-        try:
-            found = by["pallas"](*arrays)
-            jax.block_until_ready(found)
-        except Exception as error:  # a compiler's or a driver's own; whatever it is, XLA goes on
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        for one, other in zip(found, by["xla"](*arrays), strict=True):
-            one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
-            distance = np.linalg.norm(one - other) / np.linalg.norm(other)
-            if not distance < TOLERANCE:  # NaN, too
-                return f"it differs by {distance:.2g} of the norm at {call[0]} x {call[1]} tokens"
-    return None
+    heads = model.num_heads // tensor
+    try:
+        distances = {call: _distance(model, heads, call) for call in _calls(lengths)}
+    except Exception as error:  # a compiler's or a driver's own; whatever it is, XLA goes on
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    worst = max(distances, key=lambda call: np.nan_to_num(distances[call], nan=np.inf))
+    if distances[worst] < TOLERANCES[model.dtype]:
+        return None
+    where = f"{worst.queries} x {worst.keys} tokens"
+    return f"it differs by {distances[worst]:.2g} of the norm at {where}"
 
 
-def _example(
-    model: T5Config, heads: int, queries: int, keys: int, causal: bool
-) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Returns arrays of a packed batch, and the options of `attention`."""
+def _distance(model: T5Config, heads: int, call: _Call) -> float:
+    """The largest |kernel - plain| / |plain| of a packed batch's output and gradients."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape) / 2, model.dtype)
+    def normal(*shape: int, dtype: str = model.dtype) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32) / 2, dtype)
 
     def segments(length: int) -> jax.Array:  # two examples, and a tenth of padding
         place = np.arange(length) / length
         return jnp.asarray(np.select([place < 0.4, place < 0.9], [1, 2]), jnp.int32)[None]
 
-    sizes = heads, model.head_dim
-    arrays = (
-        normal(ROWS, queries, *sizes),
-        normal(ROWS, keys, *sizes),
-        normal(ROWS, keys, *sizes),
-        normal(1, heads, queries, keys).astype(jnp.float32),
-        normal(ROWS, queries, *sizes),
-    )
-    return arrays, {
-        "query_segments": segments(queries),
-        "key_segments": segments(keys),
-        "causal": causal,
+    queries, keys = ((ROWS, n, heads, model.head_dim) for n in (call.queries, call.keys))
+    arrays = [normal(*queries), normal(*keys), normal(*keys)]
+    if call.bias:
+        arrays.append(normal(1, heads, call.queries, call.keys, dtype="float32"))
+    options: dict[str, Any] = {
+        "query_segments": segments(call.queries),
+        "key_segments": segments(call.keys),
+        "causal": call.causal,
         "dropout_rate": model.dropout_rate,
         "dropout_broadcast": model.dropout_broadcast,
     }
+    slope = normal(*queries)
+    kernel, plain = (
+        jax.jit(functools.partial(_value_and_gradients, implementation=name, **options))(
+            slope, *arrays
+        )
+        for name in ("pallas", "xla")
+    )
+
+    def distance(one: jax.Array, other: jax.Array) -> float:
+        one, other = (x.astype(jnp.float32) for x in (one, other))
+        return float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
+
+    # the largest, or NaN
+    return float(np.max([distance(*pair) for pair in zip(kernel, plain, strict=True)]))
 
 
-def _value_and_gradients(q, k, v, bias, slope, **options):
+def _value_and_gradients(slope, q, k, v, bias=None, **options):
     def call(q, k, v, bias):
         rng = jax.random.key(0)
         mixed = attention(q, k, v, relative_bias=bias, dropout_rng=rng, **options)
@@ -139,4 +162,4 @@ def _value_and_gradients(q, k, v, bias, slope, **options):
         return jnp.where(options["query_segments"][..., None, None] > 0, mixed, 0)
 
     value, backward = jax.vjp(call, q, k, v, bias)
-    return value, *backward(slope)
+    return value, *(gradient for gradient in backward(slope) if gradient is not None)

@@ -107,7 +107,7 @@ def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad:
     """([batch, length] nll, correct, gradients of the sum by states and kernel, or None each)."""
     rows, length, _ = states.shape
     tokens = rows * length
-    most = GPU_CHUNK_TOKENS if traced_platform() in ("gpu", "rocm") else CHUNK_TOKENS
+    most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS
     chunks = -(-tokens // most)
     size = -(-tokens // chunks)
     product = functools.partial(jnp.dot, precision=precision_of(states.dtype))

@@ -127,7 +127,8 @@ def assemble(
             with_row_lengths(
                 batches_of(config, held_out, row_multiple=shards, shuffle=False), rows
             ),
-            config=dataclasses.replace(model, scan_layers=True),  # compiled for many lengths
+            # compiled for many lengths, of which a run tries none
+            config=dataclasses.replace(model, attention="xla", scan_layers=True),
             abstract=abstract,
             mesh=mesh,
             max_decode_len=max_decode_len(data, config),

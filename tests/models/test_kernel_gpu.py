@@ -102,7 +102,7 @@ def check(case):
     tolerances = TOLERANCE[case.dtype][0], *(TOLERANCE[case.dtype][1],) * 4
     for one, other, tolerance in zip(got, want, tolerances, strict=False):
         # the gradient of a query that sees one key is 0
-        assert np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(other), 1)
+        assert np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(other), 0.1)
 
 
 def test_the_kernel_computes_what_plain_operations_do():
@@ -207,16 +207,19 @@ def test_a_layer_that_is_computed_again_does_not_call_the_forward_kernel_again(e
 
 
 def test_shapes_that_the_kernel_cannot_do():
-    assert gpu.reason_against(512, 114, 16, 64, jnp.bfloat16) is None
-    assert "head_dim 80" in gpu.reason_against(512, 512, 16, 80, jnp.bfloat16)
-    assert "head_dim 128" in gpu.reason_against(512, 512, 16, 128, jnp.float32)
-    assert "float16" in gpu.reason_against(512, 512, 16, 64, jnp.float16)
-    assert "40000" in gpu.reason_against(40_000, 512, 16, 64, jnp.float32)
-    older = jax.sharding.AbstractDevice("NVIDIA A100-SXM4-80GB", 108, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=older)
-    with jax.sharding.use_abstract_mesh(mesh):
-        assert gpu.reason_against(512, 114, 16, 64, jnp.bfloat16) is None
-        assert "H100" in gpu.reason_against(512, 114, 32, 128, jnp.bfloat16)
+    def reason(*shapes, kind="NVIDIA H100 80GB HBM3"):
+        return gpu.reason_against(*shapes, bias=True, kind=kind)
+
+    older = "NVIDIA A100-SXM4-80GB"
+    assert reason(512, 114, 16, 64, jnp.bfloat16) is None
+    assert reason(512, 114, 32, 128, jnp.bfloat16) is None
+    assert "head_dim 80" in reason(512, 512, 16, 80, jnp.bfloat16)
+    assert "head_dim 128" in reason(512, 512, 16, 128, jnp.float32)
+    assert "float16" in reason(512, 512, 16, 64, jnp.float16)
+    assert "40000" in reason(40_000, 512, 16, 64, jnp.float32)
+    assert reason(512, 114, 16, 64, jnp.bfloat16, kind=older) is None
+    assert older in reason(512, 114, 32, 128, jnp.bfloat16, kind=older)
+    assert "AMD" in reason(512, 114, 16, 64, jnp.bfloat16, kind="AMD Instinct MI300X")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,8 +256,10 @@ from stepdistill_jax.models.kernels import gpu
 from stepdistill_jax.planning.devices import topology_devices
 
 heads, head_dim, inputs, targets, dtype = json.loads(sys.argv[1])
-assert gpu.reason_against(inputs, targets, heads, head_dim, dtype) is None
-sharding = jax.sharding.SingleDeviceSharding(topology_devices("cuda:1")[0])
+(device,) = topology_devices("cuda:1")
+shapes = inputs, targets, heads, head_dim, dtype
+assert gpu.reason_against(*shapes, bias=True, kind=device.device_kind) is None
+sharding = jax.sharding.SingleDeviceSharding(device)
 shape = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 for q_len, k_len, causal, bias in [
     (inputs, inputs, False, True), (targets, targets, True, True), (targets, inputs, False, False)

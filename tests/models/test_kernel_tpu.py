@@ -168,12 +168,17 @@ def names_of_kernels(jaxpr):
 
 
 def test_shapes_that_the_kernel_cannot_do_are_named():
+    reason = functools.partial(tpu.reason_against, bias=True, kind="TPU v5 lite")
     for d in (64, 128):
         for lengths in ((512, 512), (114, 114), (114, 512), (1024, 1024), (256, 1024)):
-            assert tpu.reason_against(*lengths, 3, d, jnp.bfloat16) is None
-    assert "head_dim 48" in tpu.reason_against(512, 512, 8, 48, jnp.bfloat16)
-    assert "float16" in tpu.reason_against(512, 512, 8, 64, jnp.float16)
-    assert "4096" in tpu.reason_against(4096, 4096, 8, 64, jnp.bfloat16)
+            assert reason(*lengths, 3, d, jnp.bfloat16) is None
+    assert "head_dim 48" in reason(512, 512, 8, 48, jnp.bfloat16)
+    assert "float16" in reason(512, 512, 8, 64, jnp.float16)
+    assert "4096" in reason(4096, 4096, 8, 64, jnp.bfloat16)
+    assert "need 61 MiB of the chip's 60" in reason(1088, 1088, 8, 64, jnp.bfloat16)
+    # without a bias, as across: the keys alone are long
+    assert "2048" in reason(512, 2048, 8, 64, jnp.bfloat16)
+    assert reason(512, 2048, 8, 64, jnp.bfloat16, bias=False) is None
 
 
 class Array(NamedTuple):
@@ -213,7 +218,7 @@ from stepdistill_jax.planning.roofline import bound
 from stepdistill_jax.runtime.chips import chip_of
 
 (device, *_), lengths = topology_devices(sys.argv[1]), [int(x) for x in sys.argv[2].split("/")]
-sharding, rows = jax.sharding.SingleDeviceSharding(device), 4
+sharding, rows = jax.sharding.SingleDeviceSharding(device), int(sys.argv[6])
 heads, width, dtype = int(sys.argv[3]), int(sys.argv[4]), jnp.dtype(sys.argv[5])
 
 def array(*shape, dtype=dtype):
@@ -223,7 +228,8 @@ source, target = lengths
 encoder, decoder = (source, source, True, False), (target, target, True, True)
 cross = target, source, False, False
 for q_len, k_len, bias, causal in (encoder, decoder, cross):
-    assert tpu.reason_against(q_len, k_len, heads, width, dtype) is None
+    shapes = q_len, k_len, heads, width, dtype
+    assert tpu.reason_against(*shapes, bias=bias, kind=device.device_kind) is None
     q, k = array(rows, q_len, heads, width), array(rows, k_len, heads, width)
     given = (q, k, k, array(heads, q_len, k_len, dtype=jnp.float32) if bias else None)
     segments = [array(rows, length, dtype=jnp.int32) for length in (q_len, k_len)]
@@ -247,22 +253,23 @@ for q_len, k_len, bias, causal in (encoder, decoder, cross):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("lengths", "heads", "width", "dtype"),
+    ("lengths", "heads", "width", "dtype", "rows"),
     [
-        ("512/114", 3, 64, "bfloat16"),  # half of `small`'s heads
-        ("512/114", 16, 64, "bfloat16"),
-        ("512/114", 12, 64, "float32"),
-        ("1024/256", 16, 64, "bfloat16"),
-        ("1024/256", 6, 64, "float32"),
-        ("512/114", 32, 128, "bfloat16"),
-        ("1024/256", 32, 128, "bfloat16"),
+        ("512/114", 3, 64, "bfloat16", 4),  # half of `small`'s heads
+        ("512/114", 16, 64, "bfloat16", 4),
+        ("512/114", 12, 64, "float32", 4),
+        ("1024/256", 16, 64, "bfloat16", 4),
+        ("1024/256", 6, 64, "float32", 4),
+        ("512/114", 32, 128, "bfloat16", 4),
+        ("1024/256", 32, 128, "bfloat16", 4),
+        ("512/114", 16, 64, "bfloat16", 2048),  # whose seeds would not fit at once
     ],
 )
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_the_compiler_takes_the_kernel(topology, lengths, heads, width, dtype):
+def test_the_compiler_takes_the_kernel(topology, lengths, heads, width, dtype, rows):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install '.[tpu]'")
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED, topology, lengths, str(heads), str(width), dtype],
+        [sys.executable, "-c", COMPILED, topology, lengths, *map(str, (heads, width, dtype, rows))],
         text=True, capture_output=True, env=os.environ | {"XLA_FLAGS": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Which attention a run takes, and what its first lines say of it, with a kernel of any behaviour."""
 
+import dataclasses
 import types
 
 import jax
@@ -11,13 +12,15 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models import fused_attention
 from stepdistill_jax.models.attention import attention
 from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.training import run as run_module
 from stepdistill_jax.training.attention_choice import settle_attention
+from stepdistill_jax.training.config import TrainConfig
 
-LENGTHS = ((20, 20),)  # two kinds of call: one for the encoder and across, one for the decoder
+LENGTHS = ((20, 20),)
 
 
-def mesh(platform="tpu"):
-    device = types.SimpleNamespace(platform=platform, device_kind="TPU v5 lite")
+def mesh(platform="tpu", kind="TPU v5 lite"):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
     return types.SimpleNamespace(devices=np.array([device]), shape={"tensor": 1})
 
 
@@ -68,7 +71,7 @@ def chip(monkeypatch):
     """`chip(kernel, reason)`: a TPU that has such a kernel, which the CPU computes."""
 
     def made(kernel, reason=None):
-        module = types.SimpleNamespace(attention=kernel, reason_against=lambda *_: reason)
+        module = types.SimpleNamespace(attention=kernel, reason_against=lambda *_, **__: reason)
         monkeypatch.setattr(fused_attention, "kernel_of", lambda platform: module)
 
     return made
@@ -109,7 +112,40 @@ def test_a_kernel_without_these_shapes_is_a_warning_by_auto_and_an_error_by_pall
 def test_a_cpu_computes_plain_operations_unless_the_kernel_is_asked_for(capsys):
     assert settle_attention(model("auto"), mesh("cpu"), LENGTHS).attention == "xla"
     assert not capsys.readouterr().err
-    assert settle_attention(model("pallas"), mesh("cpu"), LENGTHS).attention == "pallas"
+    kernel = dataclasses.replace(model("pallas"), head_dim=64)
+    assert settle_attention(kernel, mesh("cpu"), LENGTHS).attention == "pallas"
     assert "interpreted" in capsys.readouterr().err
-    with pytest.raises(InputError, match="there is none for rocm"):
-        settle_attention(model("pallas"), mesh("rocm"), LENGTHS)
+    with pytest.raises(InputError, match="there is none for another chip"):
+        settle_attention(model("pallas"), mesh("other", "another chip"), LENGTHS)
+
+
+def test_float32_that_is_multiplied_as_bfloat16_is_no_float32(chip, capsys):
+    def rounded(q, k, v, *others, **options):
+        q, k, v = (x.astype(jnp.bfloat16).astype(x.dtype) for x in (q, k, v))
+        return right(q, k, v, *others, **options)
+
+    chip(rounded)
+    assert settle_attention(model("auto"), mesh(), LENGTHS).attention == "xla"
+    assert "it differs by " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_run_settles_its_attention_for_the_lengths_of_its_rows(
+    pack, monkeypatch, tmp_path, delivery_data_dir
+):
+    asked = []
+
+    def settled(model, mesh, lengths):
+        asked.append((model.attention, lengths))
+        return dataclasses.replace(model, attention="pallas")
+
+    monkeypatch.setattr(run_module, "settle_attention", settled)
+    config = TrainConfig(
+        task="delivery", model_size="tiny", batch_size=8, input_length=64, target_length=40,
+        train_steps=2, eval_every=2, checkpoint_every=2, pack=pack,
+    )  # fmt: skip
+    run = run_module.assemble(config, tmp_path / "run", delivery_data_dir)
+    assert run.model.attention == "pallas" and asked == [("auto", run.batches.lengths)]
+    assert len(asked[0][1]) == (1 if pack else 2)
+    # a validation's many lengths are not tried
+    assert run.validator is not None and run.validator.config.attention == "xla"

@@ -28,15 +28,25 @@ from stepdistill_jax.models.sharding import traced_device
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = ("bfloat16", "float32")
 _LONGEST = 32768  # a program reads the segments of a whole row
-# GPUs whose products read shared memory; those of an older one need registers for what they read
-_FROM_MEMORY = ("H100", "H200", "GH200")
+# of the kinds of an H100, whose products read shared memory; another GPU needs registers for what they
+# read, so it gets smaller tiles
+_HOPPER = ("H100", "H200", "H800", "H20")
 
 
 def reason_against(
-    q_len: int, k_len: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    q_len: int,
+    k_len: int,
+    heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    bias: bool,
+    kind: str,
 ) -> str | None:
-    """Returns why the kernel cannot do shapes of one device, or None."""
-    del heads
+    """Returns why the kernel cannot do shapes of one device of this kind, or None."""
+    del heads, bias
+    if not kind.startswith("NVIDIA"):
+        return f"there is none for {kind}"
     if head_dim not in _HEAD_DIMS:
         return f"head_dim {head_dim} is not one of {_HEAD_DIMS}"
     if jnp.dtype(dtype).name not in _DTYPES:
@@ -44,8 +54,8 @@ def reason_against(
     single = jnp.dtype(dtype) == jnp.float32
     if single and head_dim > 64:
         return f"head_dim {head_dim} of float32 does not fit the shared memory"
-    if _is_older() and (single or head_dim > 64):
-        return f"head_dim {head_dim} of {jnp.dtype(dtype).name} does not fit a GPU before the H100"
+    if not _is_hopper(kind) and (single or head_dim > 64):
+        return f"head_dim {head_dim} of {jnp.dtype(dtype).name} was not tried on {kind}"
     if max(q_len, k_len) > _LONGEST:
         return f"a length of {max(q_len, k_len)} is more than {_LONGEST}"
     return None
@@ -85,16 +95,15 @@ def attention(
     """
     if seeds is None:
         kept = DRAWS
-    keys = FEW_KEYS if q.dtype == jnp.float32 or _is_older() else KEYS
+    large = q.dtype != jnp.float32 and _is_hopper(traced_device().device_kind)
+    keys = KEYS if large else FEW_KEYS
     call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
     return _attention(q, k, v, bias, query_segments, key_segments, seeds, call)
 
 
-def _is_older() -> bool:
-    """Whether the program is traced for a GPU before the H100; compiled without one it is for that."""
-    device = traced_device()
-    kind = device.device_kind
-    return kind.startswith("NVIDIA") and not any(name in kind for name in _FROM_MEMORY)
+def _is_hopper(kind: str) -> bool:
+    """Whether products of this GPU read shared memory; what is not NVIDIA's interprets the program."""
+    return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -28,18 +28,26 @@ _FORWARD, _BACKWARD = "tpu_attention", "tpu_attention_gradient"
 
 
 def reason_against(
-    q_len: int, k_len: int, heads: int, head_dim: int, dtype: jax.typing.DTypeLike
+    q_len: int,
+    k_len: int,
+    heads: int,
+    head_dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    bias: bool,
+    kind: str,
 ) -> str | None:
     """Returns why the kernel cannot do shapes of one device, or None."""
-    del heads
+    del heads, kind  # a chip with less memory fails to compile, which a run tries first
     dtype = jnp.dtype(dtype)
     if 2 * head_dim % _LANES:
         return f"head_dim {head_dim} is not a multiple of {_LANES // 2}"
     if dtype.name not in _DTYPES:
         return f"dtype {dtype.name} is not one of {_DTYPES}"
-    need = _memory(_up(q_len, QUERIES), _up(k_len, _LANES), head_dim, dtype.itemsize)
+    padded = _up(q_len, QUERIES), _up(k_len, _LANES)
+    need = _memory(*padded, head_dim, dtype.itemsize, bias=bias)
     if need > _MEMORY:
-        return f"lengths {q_len}, {k_len} need {need >> 20} MiB of the {_MEMORY >> 20} on the chip"
+        return f"lengths {q_len}, {k_len} need {-(-need >> 20)} MiB of the chip's {_MEMORY >> 20}"
     return None
 
 
@@ -86,7 +94,8 @@ def attention(
     if bias is not None:
         bias = _bias_columns(jnp.pad(bias, ((0, odd), (0, more_queries), (0, more_keys))))
     if seeds is not None:
-        seeds = jnp.pad(seeds, ((0, 0), (0, 0), (0, odd)))
+        # by rows, of which a program gets one: all would not fit its memory for numbers
+        seeds = jnp.pad(seeds, ((0, 0), (0, 0), (0, odd))).swapaxes(0, 1)
     query_segments = jnp.pad(query_segments, ((0, 0), (0, more_queries)))
     key_segments = jnp.where(key_segments > 0, key_segments, UNSEEN)
     key_segments = jnp.pad(key_segments, ((0, 0), (0, more_keys)), constant_values=UNSEEN)
@@ -169,20 +178,24 @@ class _Specs:
     """What a program (pair of heads, row) sees of each array."""
 
     def __init__(self, given, width: int):
-        _, q, k, _, bias, _, _ = given
+        seeds, q, k, _, bias, _, _ = given
         rows, queries = q.shape[:2]
         keys, rounds, pairs = k.shape[1], queries // QUERIES, q.shape[2] // (2 * width)
         self.grid = pairs, rows
         self.log_sums = (rows, pairs, rounds, COLUMNS)
-        self.memory = _memory(queries, keys, width, q.dtype.itemsize)
+        has_bias = bias is not None
+        self.memory = _memory(queries, keys, width, q.dtype.itemsize, bias=has_bias)
         self.queries = pl.BlockSpec((1, queries, 2 * width), lambda p, r: (r, 0, p))
         self.keys = pl.BlockSpec((1, keys, 2 * width), lambda p, r: (r, 0, p))
         self.per_query = pl.BlockSpec((1, 1, rounds, COLUMNS), lambda p, r: (r, p, 0, 0))
-        self.bias = None
+        self.seeds = self.bias = None
+        if seeds is not None:
+            of_row = (1, *seeds.shape[1:])
+            self.seeds = pl.BlockSpec(of_row, lambda p, r: (r, 0, 0), memory_space=pltpu.SMEM)
         if bias is not None:
             self.bias = pl.BlockSpec((1, rounds, keys, COLUMNS), lambda p, r: (p, 0, 0, 0))
         self.given = [
-            None if given[0] is None else pl.BlockSpec(memory_space=pltpu.SMEM),
+            self.seeds,
             self.queries,
             self.keys,
             self.keys,
@@ -212,12 +225,12 @@ def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scrat
     )(*arrays)
 
 
-def _memory(queries: int, keys: int, width: int, itemsize: int) -> int:
+def _memory(queries: int, keys: int, width: int, itemsize: int, *, bias: bool) -> int:
     """Bytes of vector memory of the backward program; of a block there are two, one being fetched."""
-    bias = 4 * 2 * queries * keys
+    of_bias = bias * 4 * 2 * queries * keys
     rows = 4 * (queries + keys) * 2 * width * itemsize
     scratch = keys * (2 * width * (itemsize + 8) + 4 * _LANES)
-    return 2 * (2 * bias + rows) + scratch + _TEMPORARIES * keys * COLUMNS * 4
+    return 2 * (2 * of_bias + rows) + scratch + _TEMPORARIES * keys * COLUMNS * 4
 
 
 def _up(length: int, multiple: int) -> int:

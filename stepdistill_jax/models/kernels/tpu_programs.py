@@ -58,7 +58,7 @@ def forward(
     """Writes the output, and of each query the logarithm of the sum of its exponentials.
 
     Args:
-        seeds: [2, rows, heads], or None.
+        seeds: [1, 2, heads], or None.
         q, out: [1, queries, 2 d].
         k, v: [1, keys, 2 d].
         bias: [1, rounds, keys, 256], or None.
@@ -173,10 +173,10 @@ def _seeds(seeds):
     """Two [1, 128] uint32 of this row and its heads, or None."""
     if seeds is None:
         return None
-    row, head = pl.program_id(1), 2 * pl.program_id(0)
+    head = 2 * pl.program_id(0)
     of_first = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1) < HALF
     return [
-        jnp.where(of_first, seeds[word, row, head], seeds[word, row, head + 1]) for word in range(2)
+        jnp.where(of_first, seeds[0, word, head], seeds[0, word, head + 1]) for word in range(2)
     ]
 
 
