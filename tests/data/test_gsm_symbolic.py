@@ -5,13 +5,16 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
 
 from stepdistill_jax.data.corpora import gsm_symbolic
 from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
 
 # Template k asks for a + b + k. 30 gives three questions and no more; 31 to 35 give solutions of the real package's kinds.
@@ -202,9 +205,12 @@ def test_prepared_it_names_its_source_and_licence_and_is_the_same_byte_for_byte(
     assert about["sources"].keys() == {"__init__.py", "gsm_symbolic.py"}
 
 
-@pytest.mark.skipif(
+needs_package = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="the extra [gsm] is not installed"
 )
+
+
+@needs_package
 def test_rows_of_the_real_package():
     """Of 0.1.25; other rows need a look at templates and defects, and then another digest."""
     reading = gsm_symbolic.read(rows=2000)
@@ -225,3 +231,26 @@ def test_rows_of_the_real_package():
     assert "t2" in named["arithmetic_wrong"] and not {"t36", "t69"} & named["arithmetic_wrong"]
     text = "".join(json.dumps(row.example.to_json()) + "\n" for _, row in rows)
     assert hashlib.sha256(text.encode()).hexdigest() == DIGEST
+
+
+@needs_package
+@pytest.mark.slow
+def test_the_short_rows_of_the_experiment_are_tested_on_numbers_that_training_does_not_see(
+    tmp_path,
+):
+    script = pathlib.Path(__file__).parents[2] / "benchmarks/claim_gsm.py"
+    flags = ["--prepare-only", "--data-dir", tmp_path / "data", "--workdir", tmp_path / "runs"]
+    subprocess.run([sys.executable, script, *flags], check=True)
+    dataset = open_prepared("gsm_short", tmp_path / "data")
+    rows = {split: list(dataset.examples(split)) for split in dataset.splits}
+    assert (
+        len(rows["test"]) == 1000 and len(rows["validation"]) == 500 and len(rows["train"]) > 10_000
+    )
+    seen = {numbers_of(e) for e in rows["train"]}
+    assert not any(numbers_of(e) in seen for e in rows["test"] + rows["validation"])
+    assert all(len(e.input.split()) <= 50 for of in rows.values() for e in of)
+    assert not (tmp_path / "runs").exists()
+
+
+def numbers_of(example):
+    return (example.id.partition("-")[0], *re.findall(r"\d+(?:[.,]\d+)*", example.input))
