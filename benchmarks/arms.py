@@ -272,14 +272,8 @@ def write_page(
 ) -> None:
     """Trains what is left, compares, and writes experimentsSUFFIX.md with its two pictures.
 
-    Args:
-        task: a prepared dataset.
-        arms: what the page is about.
-        args: of `options`.
-        page: its text, by the comparison and a sentence on the time it took.
-        curve: the shares of the arms that are drawn as curves.
-        apart: more arms to train, which are in no table.
-        suffix: of the names of page and pictures.
+    `page` makes its text of the comparison and a sentence on the time it took. Arms with the shares
+    `curve` are drawn as curves; those of `apart` are trained, and in no table or picture.
     """
     began, fresh = time.monotonic(), not args.workdir.exists()
     parts = train_all(cells(task, arms | (apart or {}), args), args)

@@ -48,13 +48,13 @@ def read(
 
     The same rows, seed and version of the package give the same examples. Validation, test and unseen
     do not depend on `rows`. No question stands twice, and no two splits have questions that differ in
-    names alone: `split_of_numbers` says whose a template's numbers are. An id is `t17-3`: the number of the template in the
-    package, and the example's in the split.
+    names alone: `split_of_numbers` says whose a template's numbers are. An id is `t17-3`: the number of
+    the template in the package, and the example's in the split.
 
     Args:
         rows: of train; None for 20,000.
         seed: of all names and numbers; None for 0.
-        held_out_rows: of the other splits.
+        held_out_rows: of the other splits; one that is not named is left out.
 
     Raises:
         InputError: the package is not installed, a number out of range; at `rows`, more rows than the
