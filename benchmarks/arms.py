@@ -20,11 +20,13 @@ from stepdistill_jax.experiments import plots
 from stepdistill_jax.experiments.comparison import Comparison, PairTest, Point
 from stepdistill_jax.experiments.controls import prepare_control, prepare_variant
 from stepdistill_jax.experiments.figures import accuracy_figure
+from stepdistill_jax.experiments.report import report
 from stepdistill_jax.experiments.sweep import DONE, SWEEP, Cell, sweep
 from stepdistill_jax.models.cpu_speed import keep_pages
 from stepdistill_jax.runtime import compile_cache
 from stepdistill_jax.runtime.files import read_json
 from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.versions import version_block
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
@@ -39,8 +41,8 @@ class Arm:
         config: a shipped config.
         part: of `gin/`, over it.
         settings: NAME=VALUE.
-        train: its train split: of `spoil` (kind, share), or a function of the task's rows; None is the
-            task's.
+        train: where its train split comes from: (kind, share) of `spoil`, a function of the task's
+            rows, or None for the task's own rows.
         fields: that this function adds to rows.
     """
 
@@ -80,9 +82,9 @@ def cells(task: str, arms: dict[str, Arm], args: argparse.Namespace) -> list[Cel
 
 
 def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.Namespace) -> None:
-    """One process: its share of the cells, on one core, told to FOLDER.log."""
-    with open(folder.with_suffix(".log"), "a", buffering=1) as told:
-        os.dup2(told.fileno(), sys.stderr.fileno())
+    """One process: its share of the cells, on one core, logged to FOLDER.log."""
+    with open(folder.with_suffix(".log"), "a", buffering=1) as log_file:
+        os.dup2(log_file.fileno(), sys.stderr.fileno())
         keep_pages()
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {core})
@@ -219,6 +221,71 @@ def shown(point: Point | None) -> str:
         return ""
     half = "" if point.high is None else f" ± {point.high - point.accuracy:.3f}"
     return f"{point.accuracy:.3f}{half}"
+
+
+def size_of(comparison: Comparison, arms: dict[str, Arm], took: str) -> str:
+    """`16 arms, 5 seeds, 1000 steps of 32 examples: 190 runs, 2 CPU cores, jax 0.10.2, 2026-11-29.`, and `took`."""
+    recipe, seeds = comparison.runs[0].config, max(len(p.runs) for p in comparison.points)
+    return (
+        f"{len(arms)} arms, {seeds} seed{'' if seeds == 1 else 's'}, {recipe['train_steps']} steps of"
+        f" {recipe['batch_size']} examples: {len(comparison.runs)} runs, {os.cpu_count()} CPU cores,"
+        f" jax {version_block()['jax']}, {time.strftime('%Y-%m-%d', time.gmtime())}.{took}"
+    )
+
+
+def results(
+    comparison: Comparison,
+    arms: dict[str, Arm],
+    claims: Iterable[tuple[str, str, str]],
+    shares: Sequence[float],
+    labels: Sequence[str],
+) -> list[str]:
+    """Lines of a page: the claims at these shares, `labels` on how many are needed, and the accuracies."""
+    runs = comparison.runs
+    return [
+        "## What holds",
+        "",
+        *claim_table(comparison, claims, shares),
+        "",
+        "## How many labels",
+        "",
+        *labels,
+        "",
+        "## Accuracy",
+        "",
+        *accuracy_table(comparison, arms),
+        "",
+        f"Runs that gave every row the same answer: {sum(r.collapsed for r in runs)} of {len(runs)}.",
+        "",
+    ]
+
+
+def write_page(
+    task: str,
+    arms: dict[str, Arm],
+    args: argparse.Namespace,
+    page: Callable[[Comparison, str], str],
+    *,
+    curve: Sequence[float],
+    apart: dict[str, Arm] | None = None,
+    suffix: str = "",
+) -> None:
+    """Trains what is left, compares, and writes experimentsSUFFIX.md with its two pictures.
+
+    `page` makes its text of the comparison and a sentence on the time it took. Arms with the shares
+    `curve` are drawn as curves; those of `apart` are trained, and in no table or picture.
+    """
+    began, fresh = time.monotonic(), not args.workdir.exists()
+    parts = train_all(cells(task, arms | (apart or {}), args), args)
+    written = report(parts, output=args.workdir / "report", data_dir=args.data_dir)
+    (comparison,) = written.comparisons
+    curves = [name for name, arm in arms.items() if arm.shares == curve]
+    stems = [args.docs / "images" / f"{name}{suffix}" for name in ("claim", "controls")]
+    pictures(comparison, arms, curves, stems)
+    took = f" It took {(time.monotonic() - began) / 60:.0f} minutes." if fresh else ""
+    out = args.docs / f"experiments{suffix}.md"
+    out.write_text(page(comparison, took), encoding="utf-8")
+    print(f"{out}; all figures: {written.page}")
 
 
 def options(description: str, workdir: str, *, seeds: int) -> argparse.ArgumentParser:

@@ -8,27 +8,15 @@ where it was. The figures in the page are those of the run that wrote it; nothin
 beforehand.
 """
 
-import os
 import re
-import time
 from collections.abc import Sequence
 
-from arms import (
-    Arm,
-    accuracy_table,
-    cells,
-    claim_table,
-    options,
-    pictures,
-    shown,
-    train_all,
-)
+from arms import Arm, options, results, shown, size_of, write_page
 
 from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.experiments.comparison import Comparison
-from stepdistill_jax.experiments.report import headline, report
-from stepdistill_jax.versions import version_block
+from stepdistill_jax.experiments.report import headline
 
 TASK = "delivery"
 CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
@@ -179,44 +167,26 @@ def fewer_labels(comparison: Comparison) -> list[str]:
     ]
 
 
-def page(comparison: Comparison, seconds: float | None) -> str:
+def page(comparison: Comparison, took: str) -> str:
     """docs/experiments.md."""
-    versions = version_block()
-    runs = comparison.runs
-    recipe = runs[0].config
-    steps = recipe["train_steps"]
-    took = "" if seconds is None else f" It took {seconds / 60:.0f} minutes."
+    recipe = comparison.runs[0].config
     lines = [
         "# The claim, and what controls make of it",
         "",
         "Written by `make experiments` (`benchmarks/claim.py`), from nothing. The embedded dataset `delivery`, a tiny T5 from"
-        f" scratch; {len(ARMS)} arms, {max(len(p.runs) for p in comparison.points)} seeds,"
-        f" {steps} steps: {len(runs)} runs, {os.cpu_count()} CPU cores, jax"
-        f" {versions['jax']}, {time.strftime('%Y-%m-%d', time.gmtime())}.{took}",
+        f" scratch; {size_of(comparison, ARMS, took)}",
         "",
         "The recipe is the demo's and not the paper's: weight 1 for the label and 3 for the other objectives together (the paper: 0.5"
         f" and 0.5, λ = 1; here the arm `step_by_step_equal`), dropout {recipe['dropout_rate']:g}, a learning rate of"
-        f" {recipe['learning_rate']:g}, {recipe['batch_size']} examples a step.",
+        f" {recipe['learning_rate']:g}.",
         "",
         "![Accuracy of each arm against the share of the labels](images/claim.png)",
         "",
         "![Accuracy of every arm with all labels](images/controls.png)",
         "",
-        "## What holds",
-        "",
-        *claim_table(comparison, CLAIMS, TWO),
-        "",
-        "## How many labels",
-        "",
-        *fewer_labels(comparison),
-        "",
-        "## Accuracy",
-        "",
-        *accuracy_table(comparison, ARMS),
-        "",
-        f"Runs that gave every row the same answer: {sum(r.collapsed for r in runs)} of {len(runs)}.",
-        "",
-        f"This is a made-up task that a tiny model can learn by way of its reasons, and by {steps:,} steps it has either seen through it"
+        *results(comparison, ARMS, CLAIMS, TWO, fewer_labels(comparison)),
+        "This is a made-up task that a tiny model can learn by way of its reasons, and by"
+        f" {recipe['train_steps']:,} steps it has either seen through it"
         " or not: between chance and all right lies little. It shows that the method, this code and the"
         " controls do what they say; how much the method gains on other data, only runs on that data say"
         " ([docs/experimenting.md](experimenting.md)).",
@@ -228,16 +198,7 @@ def page(comparison: Comparison, seconds: float | None) -> str:
 def main() -> None:
     """Prepares, trains what is left, compares, writes."""
     args = options(__doc__.splitlines()[0], "runs/claim", seeds=5).parse_args()
-    began, fresh = time.monotonic(), not args.workdir.exists()
-    parts = train_all(cells(TASK, ARMS | {MORE_LABELS: MORE}, args), args)
-    written = report(parts, output=args.workdir / "report", data_dir=args.data_dir)
-    (comparison,) = written.comparisons
-    curves = [name for name, arm in ARMS.items() if arm.shares == CURVE]
-    stems = [args.docs / "images" / name for name in ("claim", "controls")]
-    pictures(comparison, ARMS, curves, stems)
-    seconds = time.monotonic() - began if fresh else None
-    (args.docs / "experiments.md").write_text(page(comparison, seconds), encoding="utf-8")
-    print(f"{args.docs / 'experiments.md'}; all figures: {written.page}")
+    write_page(TASK, ARMS, args, page, curve=CURVE, apart={MORE_LABELS: MORE})
 
 
 if __name__ == "__main__":

@@ -3,27 +3,26 @@
     python benchmarks/claim_gsm.py --workdir runs/claim_gsm
 
 The rows are short problems of `prepare gsm_symbolic` (the extra [gsm]), the model a tiny T5 from scratch,
-one process a CPU core. Stopped, it continues where it was. The text of the page holds whatever the runs give.
+one process a CPU core. Stopped, it continues where it was. No sentence of the page assumes a result.
+With `--prepare-only` it makes the dataset `gsm_short` and trains nothing.
 """
 
 import collections
-import os
 import pathlib
-import time
 
-from arms import Arm, accuracy_table, cells, claim_table, options, pictures, train_all
+from arms import Arm, options, results, size_of, write_page
 
 from stepdistill_jax.data.corpora import gsm_symbolic
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import data_folder, is_prepared
 from stepdistill_jax.data.reading import CheckedExample
 from stepdistill_jax.experiments.comparison import Comparison
-from stepdistill_jax.experiments.report import headline, report
-from stepdistill_jax.versions import version_block
+from stepdistill_jax.experiments.report import headline
 
 TASK, CONFIG = "gsm_short", "gsm_short_cpu_tiny"
-DRAWN = 90_000  # rows of gsm_symbolic, of which about one in six is short
-HELD_OUT = {"test": 1000, "validation": 500}  # the rest is train
+# rows of gsm_symbolic, of train and of the others; nearly one in five is short
+DRAWN, DRAWN_HELD_OUT = 72_000, {"test": 6500, "validation": 3500}
+HELD_OUT = {"test": 1000, "validation": 500}  # of the short ones
 MOST_WORDS = {"input": 50, "rationale": 36}
 MOST_DIGITS = 2  # of an answer
 SHARES, FULL = (0.25, 0.5, 1.0), (1.0,)
@@ -39,6 +38,12 @@ ARMS = {
         FULL,
         CONFIG,
         settings=["step_by_step.label_weight=1.0", "step_by_step.rationale_weight=3.0"],
+    ),
+    "step_by_step_mi": Arm(
+        "step_by_step, and the mutual-information loss of Chen et al. 2024 with their weight, 0.1",
+        FULL,
+        CONFIG,
+        "losses/mutual_information",
     ),
     "shuffled": Arm(
         "step_by_step, each solution that of another row", FULL, CONFIG, train=("shuffled", 1.0)
@@ -63,6 +68,7 @@ CLAIMS = [
     ),
     ("Solutions of other rows do harm: label_only beats shuffled", "label_only", "shuffled"),
     ("Writing the solution first beats both tasks", "single_task", "step_by_step"),
+    ("Mutual information helps: it beats step_by_step", "step_by_step_mi", "step_by_step"),
 ]
 
 
@@ -75,72 +81,49 @@ def is_short(row: CheckedExample) -> bool:
 
 
 def prepare_short(data_dir: pathlib.Path | None) -> None:
-    """Prepares `gsm_short`, once: the short rows of gsm_symbolic's train split, of the same templates in all splits."""
+    """Prepares `gsm_short`, once: the short rows of gsm_symbolic's splits of the same templates."""
     if is_prepared(TASK, data_folder(data_dir)):
         return
-    drawn = gsm_symbolic.read(rows=DRAWN).rows()
-    rows = [r.example.to_json() for split, r in drawn if split == "train" and is_short(r)]
     source = collections.defaultdict(list)
-    for split, count in HELD_OUT.items():
-        source[split], rows = rows[:count], rows[count:]
-    prepare("jsonl", source=source | {"train": rows}, new_name=TASK, data_dir=data_dir)
+    for split, row in gsm_symbolic.read(rows=DRAWN, held_out_rows=DRAWN_HELD_OUT).rows():
+        if is_short(row) and len(source[split]) < HELD_OUT.get(split, DRAWN):
+            source[split].append(row.example.to_json())
+    prepare("jsonl", source=source, new_name=TASK, data_dir=data_dir)
 
 
-def page(comparison: Comparison, seconds: float | None) -> str:
+def page(comparison: Comparison, took: str) -> str:
     """docs/experiments_gsm.md."""
-    versions, runs = version_block(), comparison.runs
-    recipe = runs[0].config
-    took = "" if seconds is None else f" It took {seconds / 60:.0f} minutes."
+    recipe = comparison.runs[0].config
     lines = [
         "# The claim on word problems",
         "",
         "Written by `make experiments-gsm` (`benchmarks/claim_gsm.py`), from nothing. Word problems of GSM-Symbolic's templates"
         f" ([datasets.md](datasets.md#word-problems-gsm_symbolic)): questions of at most {MOST_WORDS['input']} words, worked solutions of at most"
-        f" {MOST_WORDS['rationale']}, answers of at most {MOST_DIGITS} digits. A tiny T5 from scratch; {len(ARMS)} arms,"
-        f" {max(len(p.runs) for p in comparison.points)} seeds, {recipe['train_steps']} steps of {recipe['batch_size']} examples:"
-        f" {len(runs)} runs, {os.cpu_count()} CPU cores, jax {versions['jax']},"
-        f" {time.strftime('%Y-%m-%d', time.gmtime())}.{took}",
+        f" {MOST_WORDS['rationale']}, answers of at most {MOST_DIGITS} digits. A tiny T5 from scratch;"
+        f" {size_of(comparison, ARMS, took)}",
         "",
         f"Dropout {recipe['dropout_rate']:g}, a learning rate of {recipe['learning_rate']:g}. Each share is trained for the same number of"
-        " steps. The test rows are new questions of the templates that training sees.",
+        " steps. The test rows are of the templates that training sees, with numbers that it does not see: no test row has the template"
+        " and the numbers of a train row.",
         "",
         "![Accuracy of label_only and step_by_step against the share of the labels](images/claim_gsm.png)",
         "",
         "![Accuracy of every arm with all labels](images/controls_gsm.png)",
         "",
-        "## What holds",
-        "",
-        *claim_table(comparison, CLAIMS, SHARES),
-        "",
-        "## How many labels",
-        "",
-        " ".join(headline(comparison)),
-        "",
-        "## Accuracy",
-        "",
-        *accuracy_table(comparison, ARMS),
-        "",
-        f"Runs that gave every row the same answer: {sum(r.collapsed for r in runs)} of {len(runs)}.",
-        "",
+        *results(comparison, ARMS, CLAIMS, SHARES, [" ".join(headline(comparison))]),
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Prepares, trains what is left, compares, writes."""
-    args = options(__doc__.splitlines()[0], "runs/claim_gsm", seeds=3).parse_args()
-    began, fresh = time.monotonic(), not args.workdir.exists()
+    parser = options(__doc__.splitlines()[0], "runs/claim_gsm", seeds=3)
+    parser.add_argument("--prepare-only", action="store_true", help=f"make {TASK}, train nothing")
+    args = parser.parse_args()
     prepare_short(args.data_dir)
-    parts = train_all(cells(TASK, ARMS, args), args)
-    written = report(parts, output=args.workdir / "report", data_dir=args.data_dir)
-    (comparison,) = written.comparisons
-    curves = [name for name, arm in ARMS.items() if arm.shares == SHARES]
-    stems = [args.docs / "images" / name for name in ("claim_gsm", "controls_gsm")]
-    pictures(comparison, ARMS, curves, stems)
-    seconds = time.monotonic() - began if fresh else None
-    out = args.docs / "experiments_gsm.md"
-    out.write_text(page(comparison, seconds), encoding="utf-8")
-    print(f"{out}; all figures: {written.page}")
+    if args.prepare_only:
+        return
+    write_page(TASK, ARMS, args, page, curve=SHARES, suffix="_gsm")
 
 
 if __name__ == "__main__":

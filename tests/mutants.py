@@ -123,6 +123,16 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="D10",
+        what="train has questions of gsm_symbolic's test with other names",
+        file="stepdistill_jax/data/corpora/gsm_symbolic.py",
+        old="split_of_numbers(number, question) == split",
+        new="split_of_numbers(number, question) in (split, 'test')",
+        tests=[
+            "tests/data/test_gsm_symbolic.py::test_no_two_splits_have_one_template_with_the_same_numbers"
+        ],
+    ),
+    Mutant(
         id="IN12",
         what="`predict` asks with both texts of an input as one",
         file="stepdistill_jax/inference/prompting.py",

@@ -4,6 +4,7 @@
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
@@ -164,19 +165,35 @@ class Batches:
                 f"`extra_loss`: {self.data.split} of {self.data.name} has no example with targets of"
                 f" both {' and '.join(o.name for o in self.data.objectives[:2])}, which it pairs"
             )
-        longest_of = self.longest()
         if self.row_lengths == (0, 0):
             lengths = (self.input_length, self.target_length)
             if self.pairs:
-                lengths = (max(lengths[0], longest_of[0]), max(lengths[1], longest_of[1]))
+                longest = self.longest()
+                lengths = (max(lengths[0], longest[0]), max(lengths[1], longest[1]))
             object.__setattr__(self, "row_lengths", lengths)
+        self._check_row_lengths()
+
+    def _check_row_lengths(self) -> None:
         names = ("row_input_length", "row_target_length")
-        for name, length, longest in zip(names, self.row_lengths, longest_of, strict=True):
+        for name, length, longest in zip(names, self.row_lengths, self.longest(), strict=True):
             if self.pack and length < longest:
                 raise InputError(
                     f"`{name}={length}`: {self.data.split} of {self.data.name} has an example of"
                     f' {longest} tokens; give at least that, or "auto"'
                 )
+
+    def with_row_lengths(self, row_lengths: tuple[int, int]) -> "Batches":
+        """Returns the same batches in rows of these lengths, without another look at the examples.
+
+        Raises:
+            InputError: an example is longer.
+        """
+        other = copy.copy(self)
+        for name in ("lengths", "row_counts"):  # the cached properties that depend on them
+            other.__dict__.pop(name, None)
+        object.__setattr__(other, "row_lengths", row_lengths)
+        other._check_row_lengths()
+        return other
 
     @property
     def shared(self) -> bool:
@@ -204,11 +221,11 @@ class Batches:
         return Sampler(pools, self.data.rates, self.seed, self.shuffle)
 
     def _has_pairs(self) -> bool:
-        """Whether an example has a target of each of the first two objectives."""
+        """Whether an example in use has a target of each of the first two objectives."""
         pairs = itertools.product(self._tables, self._tables)
         return any(
             (one.store, one.objective, other.objective) == (other.store, 1, 2)
-            and bool((one.present & other.present).any())
+            and bool((one.present & other.present)[self._sampler.pools[one.store]].any())
             for one, other in pairs
         )
 
@@ -271,8 +288,13 @@ class Batches:
     def longest(self) -> tuple[int, int]:
         """Returns the tokens of the longest input and of the longest target, truncated.
 
-        With `pairs` these are the inputs and the targets of an example together.
+        With `pairs` these are the inputs and the targets of an example together; of rationales that
+        are sampled, the longest counts.
         """
+        return self._longest
+
+    @functools.cached_property
+    def _longest(self) -> tuple[int, int]:
         if self.pairs:
             inputs, targets = self.sizes().max(0, initial=1).tolist()
             return inputs, targets
@@ -402,8 +424,13 @@ class Batches:
         return rows_of(drawn, tables, self.seed if self.data.sample_rationales else None)
 
     def _encodings(self, rows: Rows) -> Encodings:
-        parts = [(t.inputs.lengths[e], t.decoder_lengths[e], places) for t, e, places in rows]
-        inputs, targets, places = map(np.concatenate, zip(*parts, strict=True))
+        return self._encodings_of(
+            (t.inputs.lengths[e], t.decoder_lengths[e], places) for t, e, places in rows
+        )
+
+    def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
+        """Those of rows by their input lengths, decoder lengths and places, each [rows]."""
+        inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # all targets of a pair fit into a row (`longest`), so its input is never encoded again
         room = int(targets.sum()) if self.pairs else self.row_lengths[1]
@@ -414,9 +441,21 @@ class Batches:
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Those of all examples of a store, each at the place of its number, with all rationales."""
-        every = [(table, np.flatnonzero(table.present)) for table in self._tables_of(store)]
-        return self._encodings([(table, examples, examples) for table, examples in every])
+        """Those of all examples of a store, each at the place of its number, with all rationales.
+
+        With `pairs` and sampled rationales an example has but one, as in a step: as long as its longest.
+        """
+        groups = collections.defaultdict(list)
+        for column, table in enumerate(self._tables_of(store)):
+            one_of_them = self.pairs and self.data.sample_rationales
+            groups[table.objective if one_of_them else column].append(table)
+        rows = []
+        for tables in groups.values():
+            inputs = np.max([np.where(t.present, t.inputs.lengths, 0) for t in tables], axis=0)
+            targets = np.max([t.decoder_lengths for t in tables], axis=0)
+            examples = np.flatnonzero(targets)
+            rows.append((inputs[examples], targets[examples], examples))
+        return self._encodings_of(rows)
 
     def sizes(self) -> np.ndarray:
         """[units, 2] input and target length of what is packed as one, of all examples of the data."""

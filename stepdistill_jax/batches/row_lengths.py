@@ -53,10 +53,11 @@ def candidates(
         input_length, target_length: None where it is free.
     """
     found = []
+    # one for all seeds and fractions
+    free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token", "row_lengths": (0, 0)}
+    batches = dataclasses.replace(batches, **free)
     for lengths in _lengths(batches, input_length, target_length):
-        # one for all seeds and fractions
-        free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token"}
-        packed = dataclasses.replace(batches, row_lengths=lengths, **free)
+        packed = batches.with_row_lengths(lengths)
         probes = packed.probe(PROBES)
         rows = float(np.mean([packed.rounded(count) for count in probes]))
         found.append(RowLengths(*lengths, rows, rows * cost(*lengths)))

@@ -104,10 +104,7 @@ def prepare(
 
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
-    if name == prepared.GENERATED:
-        reading = _generated(source, rows, seed)
-    else:
-        reading = _read(name, source, field_map, fields, teacher, paper_exact)
+    reading = _read(name, source, field_map, fields, teacher, paper_exact, rows, seed)
     with alone(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with folder_aside(directory) as new:
@@ -205,14 +202,6 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
     return new_name
 
 
-def _generated(source: Source | None, rows: int | None, seed: int | None) -> Reading:
-    from stepdistill_jax.data.corpora import gsm_symbolic
-
-    if source is not None:
-        raise InputError(f"prepare {prepared.GENERATED}: it is generated, leave `source` out")
-    return gsm_symbolic.read(rows=rows, seed=seed)
-
-
 def _read(
     name: str,
     source: Source | None,
@@ -220,17 +209,20 @@ def _read(
     fields: Sequence[str],
     teacher: bool,
     paper_exact: bool,
+    rows: int | None,
+    seed: int | None,
 ) -> Reading:
     if field_map and name != "jsonl":
         raise InputError(f"`field_map`: only `prepare jsonl` has fields to map, not {name}")
     if fields and name != "jsonl":
         raise InputError(f"`fields`: only `prepare jsonl` has more fields to keep, not {name}")
-    if name == "delivery":
-        from stepdistill_jax.data.corpora import delivery
+    if name in (prepared.EMBEDDED, prepared.GENERATED):
+        from stepdistill_jax.data.corpora import delivery, gsm_symbolic
 
         if source is not None:
-            raise InputError("prepare delivery: it is generated, leave `source` out")
-        return delivery.read()
+            raise InputError(f"prepare {name}: it is generated, leave `source` out")
+        own = name == prepared.EMBEDDED
+        return delivery.read() if own else gsm_symbolic.read(rows=rows, seed=seed)
     if source is None:
         raise InputError(f"prepare {name}: say where its files are with `source`")
     if isinstance(source, str | os.PathLike):

@@ -12,6 +12,7 @@ import numpy as np
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepare import ensure_prepared, prepare
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder, is_prepared, open_prepared
+from stepdistill_jax.data.reading import SPLITS
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import one_of
 
@@ -68,7 +69,7 @@ def prepare_control(
     seed: int = 0,
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """The dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`; other splits as they are.
+    """The dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`, and its validation and test.
 
     Raises:
         InputError: as `spoil` and `prepare_variant`.
@@ -89,9 +90,9 @@ def prepare_variant(
     fields: Sequence[str] = (),
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """The dataset NEW_NAME: NAME with another train split; other splits as they are.
+    """The dataset NEW_NAME: NAME with another train split, and NAME's validation and test.
 
-    So its runs answer the same validation and test rows, and may be compared. It is prepared once.
+    So its runs answer the same rows, and may be compared. Other splits are left out. It is prepared once.
 
     Args:
         name, new_name: of a prepared dataset (or `delivery`), and of this one.
@@ -107,7 +108,7 @@ def prepare_variant(
         return open_prepared(new_name, folder)
     dataset = ensure_prepared(name, folder)
     with tempfile.TemporaryDirectory() as scratch:
-        for split in dataset.splits:
+        for split in [split for split in dataset.splits if split in SPLITS]:
             examples = list(dataset.examples(split))
             rows = change(examples) if split == "train" else (e.to_json() for e in examples)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

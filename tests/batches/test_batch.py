@@ -237,6 +237,38 @@ def test_rows_that_cannot_hold_a_pair_and_data_without_one_are_refused():
         InputError, match=r"`extra_loss`: train of test .* both label and rationale"
     ):
         Batches(alone, 1, 3, 3, seed=0, pairs=True)
+    some = task_of(store_of([pair, *[[pair[0], ([], [])]] * 9]))
+    kept = {seed: Batches(some, 1, 3, 3, seed, data_fraction=0.5).examples for seed in range(8)}
+    has_pair = {
+        seed: 0 in {int(f(step).indices[0]) for step in range(5)} for seed, f in kept.items()
+    }
+    assert set(has_pair.values()) == {True, False}
+    for seed, has in has_pair.items():
+        if has:
+            Batches(some, 1, 3, 3, seed, data_fraction=0.5, pairs=True)
+        else:
+            with pytest.raises(InputError, match="both label and rationale"):
+                Batches(some, 1, 3, 3, seed, data_fraction=0.5, pairs=True)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_of_pairs_hold_the_rationales_of_a_step(sampled):
+    """Inputs of 3, a label of 2, and rationales of 3 and 5 tokens, of which a step may draw one."""
+    question = [20, 5, 1]
+    rationales = [(question, [8] * 2 + [1]), (question, [9] * 4 + [1])]
+    store = store_of([[(question, [7, 1]), *rationales]] * 3)
+    label, rationale = step_by_step()
+    columns = columns_of((label, rationale), 2)
+    parts = (Part("part", store, columns, 1.0),)
+    data = TaskData("test", "train", (label, rationale), parts, ByteVocabulary(), sampled)
+    batches = Batches(data, 3, 3, 5, seed=0, pairs=True)
+    assert batches.longest() == batches.row_lengths == ((6, 7) if sampled else (9, 10))
+    for step in range(6):
+        (group,) = batches(step)
+        seen = collections.Counter(
+            group["decoder_example_ids"][group["decoder_example_ids"] > 0].tolist()
+        )
+        assert seen.keys() == {1} and len(group["decoder_example_ids"]) >= 3
 
 
 @PROPERTY

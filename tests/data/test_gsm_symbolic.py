@@ -3,19 +3,24 @@
 import collections
 import hashlib
 import importlib.util
+import itertools
 import json
+import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
 
 from stepdistill_jax.data.corpora import gsm_symbolic
 from stepdistill_jax.data.prepare import prepare
+from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
 
-# Template k asks for a + b + k. 30 gives three questions and no more; 31 to 34 give solutions of the real package's kinds.
+# Template k asks for a + b + k. 30 gives three questions and no more; 31 to 35 give solutions of the real package's kinds.
+# 41 has 40 numbers and many names.
 STUB = """
-tasks_ok = [*range(12), 30, 31, 32, 33, 34]
+tasks_ok = [*range(12), 30, 31, 32, 33, 34, 35, 41]
 
 class GSMSymbolicDatasetConfig:
     def __init__(self, seed, size): pass
@@ -26,6 +31,9 @@ def template(k):
         a, b = rng.randint(1, 3) if k == 30 else rng.randint(1, 10**6), rng.randint(1, 10**6)
         if k == 30:
             b = 0
+        name = "Ann"
+        if k == 41:
+            a, b, name = rng.randint(1, 40), 0, "".join(rng.choices("AEINS", k=5))
         total, kind = a + b + k, k
         answer, end = str(total), f"#### {total}"
         solution = f"First {a} + {b} + {k} = {total}"
@@ -37,15 +45,17 @@ def template(k):
             solution, end = f"{a} + 1 = {a + 2}. So it is ${total:,} of 12 boxes.", "#### 0"
         if kind == 34:
             end = ""
-        question = f"Template {k}: Ann has {a} and {b}."
+        if kind == 35:
+            solution = f"Of 0.3333333333333333 {solution}"
+        question = f"Template {k}: {name} has {a} and {b}."
         return {"question": question, "answer": answer, "metadata": {"answer_cot": solution + "\\n" + end}}
     return draw
 
 class GSMSymbolicDataset:
     def __init__(self, config): self.generators = {k: template(k) for k in [*tasks_ok, 99]}
 """
-DIGEST = "44d5a8541bd253fad3558cab5ba0ad8a8eb6538442d64d31c1ef26e5fb3e5934"
-ODD = {30, 31, 32, 33, 34}
+DIGEST = "0de464333d15ecca657107deffdfa66c269803dc85f2698ab73d31818d5f010b"
+ODD = {30, 31, 32, 33, 34, 35, 41}
 
 
 @pytest.fixture
@@ -87,13 +97,26 @@ def test_templates_of_unseen_are_in_no_other_split_and_no_question_stands_twice(
     everything = [e for rows in splits.values() for e in rows]
     assert len({e.input for e in everything}) == len(everything)
     kinds = {split: {template_of(e) for e in rows} for split, rows in splits.items()}
-    assert len(kinds["unseen"]) == 10 and len(kinds["test"]) == 7
+    assert len(kinds["unseen"]) == 10 and len(kinds["test"]) == 9
     for split in ("train", "validation", "test"):
         assert not kinds[split] & kinds["unseen"]
     assert kinds["train"] | kinds["test"] | kinds["unseen"] == {*range(12), *ODD}
     for rows in splits.values():
         assert len({e.id for e in rows}) == len(rows)
         assert all(e.id.startswith(f"t{template_of(e)}-") for e in rows)
+
+
+def test_no_two_splits_have_one_template_with_the_same_numbers(package):
+    """Names alone would make no new question of one that training has seen with its solution."""
+    first, other = (examples(gsm_symbolic.read(rows=1000, seed=seed)) for seed in range(2))
+    numbers = {
+        split: {(template_of(e), *re.findall(r"\d+", e.input)) for e in first[split] + other[split]}
+        for split in ("train", "validation", "test")
+    }
+    for one, two in itertools.combinations(numbers.values(), 2):
+        assert not one & two
+    few = [sum(key[0] == 41 for key in keys) for keys in numbers.values()]
+    assert sum(few) == 40 and few[0] >= 25 and min(few) >= 1
 
 
 def test_rows_and_seed_say_all_and_more_rows_change_no_other_split(package):
@@ -103,7 +126,10 @@ def test_rows_and_seed_say_all_and_more_rows_change_no_other_split(package):
     assert more["train"][:50] == first["train"]
     assert all(more[split] == first[split] for split in ("validation", "test", "unseen"))
     other = examples(gsm_symbolic.read(rows=50, seed=4))
-    same = [{e.input for rows in of.values() for e in rows} for of in (first, other)]
+    same = [
+        {e.input for rows in of.values() for e in rows if template_of(e) != 41}
+        for of in (first, other)
+    ]
     assert {template_of(e) for e in other["unseen"]} == {template_of(e) for e in first["unseen"]}
     assert len(same[0] & same[1]) <= 3, (
         "template 30 has three questions; the others are drawn again"
@@ -115,10 +141,11 @@ def test_solutions_are_cleaned_and_their_defects_named(package):
     for _, row in gsm_symbolic.read(rows=10).rows():
         found[template_of(row.example)] = row
     kinds = {k: sorted(d.kind for d in row.defects) for k, row in found.items()}
-    assert kinds == {k: [] for k in [*range(12), 30, 31]} | {
+    assert kinds == {k: [] for k in [*range(12), 30, 31, 41]} | {
         32: ["point_zero"],
         33: ["arithmetic_wrong", "ends_elsewhere", "no_answer_line"],
         34: ["no_answer_line"],
+        35: ["unrounded"],
     }
     for k, row in found.items():
         example = row.example
@@ -129,6 +156,7 @@ def test_solutions_are_cleaned_and_their_defects_named(package):
             31: f"{a} + {b} + {k} = {total}. So {total} in all.",
             32: f"It is {total} eggs.",
             33: f"{a} + 1 = {a + 2}. So it is ${total:,} of 12 boxes.",
+            35: f"Of 0.3333333333333333 First {a} + {b} + {k} = {total}.",
         }.get(k, f"First {a} + {b} + {k} = {total}.")
         assert all(d.where == f"row {example.id.partition('-')[2]}" for d in row.defects)
 
@@ -153,8 +181,13 @@ def test_what_is_missing_or_cannot_be_is_said(tmp_path, monkeypatch):
         prepare("gsm_symbolic", rows=0, data_dir=tmp_path)
     with pytest.raises(InputError, match="`seed`: only `prepare gsm_symbolic`"):
         prepare("delivery", seed=1, data_dir=tmp_path)
-    with pytest.raises(InputError, match="leave `source` out"):
-        prepare("gsm_symbolic", source=tmp_path, data_dir=tmp_path)
+    for name in ("gsm_symbolic", "delivery"):
+        with pytest.raises(InputError, match="leave `source` out"):
+            prepare(name, source=tmp_path, data_dir=tmp_path)
+    with pytest.raises(InputError, match="`field_map`: only `prepare jsonl`"):
+        prepare("gsm_symbolic", field_map={"input": "question"}, data_dir=tmp_path)
+    with pytest.raises(InputError, match="`fields`: only `prepare jsonl`"):
+        prepare("gsm_symbolic", fields=["question"], data_dir=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -172,9 +205,12 @@ def test_prepared_it_names_its_source_and_licence_and_is_the_same_byte_for_byte(
     assert about["sources"].keys() == {"__init__.py", "gsm_symbolic.py"}
 
 
-@pytest.mark.skipif(
+needs_package = pytest.mark.skipif(
     importlib.util.find_spec("reasoning_gym") is None, reason="the extra [gsm] is not installed"
 )
+
+
+@needs_package
 def test_rows_of_the_real_package():
     """Of 0.1.25; other rows need a look at templates and defects, and then another digest."""
     reading = gsm_symbolic.read(rows=2000)
@@ -191,6 +227,30 @@ def test_rows_of_the_real_package():
             named[defect.kind].add(row.example.id.partition("-")[0])
     assert named["ends_elsewhere"] == {"t46"} and "no_answer_line" not in named
     assert {"t25", "t27", "t84", "t89"} <= named["point_zero"]
+    assert named["unrounded"] == {"t46", "t52", "t66"}
     assert "t2" in named["arithmetic_wrong"] and not {"t36", "t69"} & named["arithmetic_wrong"]
     text = "".join(json.dumps(row.example.to_json()) + "\n" for _, row in rows)
     assert hashlib.sha256(text.encode()).hexdigest() == DIGEST
+
+
+@needs_package
+@pytest.mark.slow
+def test_the_short_rows_of_the_experiment_are_tested_on_numbers_that_training_does_not_see(
+    tmp_path,
+):
+    script = pathlib.Path(__file__).parents[2] / "benchmarks/claim_gsm.py"
+    flags = ["--prepare-only", "--data-dir", tmp_path / "data", "--workdir", tmp_path / "runs"]
+    subprocess.run([sys.executable, script, *flags], check=True)
+    dataset = open_prepared("gsm_short", tmp_path / "data")
+    rows = {split: list(dataset.examples(split)) for split in dataset.splits}
+    assert (
+        len(rows["test"]) == 1000 and len(rows["validation"]) == 500 and len(rows["train"]) > 10_000
+    )
+    seen = {numbers_of(e) for e in rows["train"]}
+    assert not any(numbers_of(e) in seen for e in rows["test"] + rows["validation"])
+    assert all(len(e.input.split()) <= 50 for of in rows.values() for e in of)
+    assert not (tmp_path / "runs").exists()
+
+
+def numbers_of(example):
+    return (example.id.partition("-")[0], *re.findall(r"\d+(?:[.,]\d+)*", example.input))

@@ -51,8 +51,16 @@ def test_one_command_writes_the_page_of_the_claim_on_word_problems(tmp_path):
     run("claim_gsm.py", tmp_path, tmp_path / "data")
     page = (tmp_path / "docs/experiments_gsm.md").read_text()
     claims = [line for line in page.splitlines() if "| **" in line]
-    assert len(claims) == 6 and "| claim | 60 labels |" in page
-    for arm in ("label_only", "step_by_step", "step_by_step_3", "shuffled", "single_task"):
+    assert len(claims) == 7 and "6 arms, 1 seed, 2 steps of 64 examples: 6 runs" in page
+    assert "| claim | 60 labels |" in page
+    for arm in (
+        "label_only",
+        "step_by_step",
+        "step_by_step_3",
+        "step_by_step_mi",
+        "shuffled",
+        "single_task",
+    ):
         assert f"| {arm} | 0." in page
     for name in ("claim_gsm", "controls_gsm"):
         assert (tmp_path / f"docs/images/{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -31,12 +31,12 @@ def batch_of(data, **changes):
     return Batches(data, 24, pairs=True, **settings | changes)(0)
 
 
-def by_target(data, step=0):
+def by_target(data):
     """The public code's two padded batches: (target ids, is it a token) of label and of rationale.
 
-    Of the examples of a step that have both; [pairs, length] each.
+    Of the examples of the first step that have both; [pairs, length] each.
     """
-    examples = Batches(data, 24, 32, 48, seed=0).examples(step).indices
+    examples = Batches(data, 24, 32, 48, seed=0).examples(0).indices
     rows = [r["targets"] for r in data.stores[0].rows]
     pairs = [i for i in examples if all(r.lengths[i] for r in rows)]
     found = []

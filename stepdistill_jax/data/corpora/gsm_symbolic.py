@@ -1,7 +1,8 @@
 """Word problems of the package `reasoning-gym`, made from templates: question, worked solution, answer.
 
 Its templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): the sentences stay, names and
-numbers change. Ten of the templates are in no split but `unseen`.
+numbers change. Ten of the templates are in no split but `unseen`. Of the others each split has numbers
+of its own.
 """
 
 import hashlib
@@ -9,43 +10,51 @@ import importlib.metadata
 import pathlib
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from stepdistill_jax.data import arithmetic
 from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.reading import UNSEEN, CheckedExample, Reading
+from stepdistill_jax.data.reading import UNSEEN, CheckedExample, Reading, tenth
 from stepdistill_jax.data.written_sums import wrong_sums
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.fingerprints import hash64, sha256
 
-VERSION = 1
+VERSION = 2
 PACKAGE = "reasoning-gym"
 SITE = "https://github.com/open-thought/reasoning-gym"
 ROWS = 20_000  # of train, if nothing else is asked for
 HELD_OUT_ROWS = {"test": 1000, UNSEEN: 500, "validation": 500}  # whatever the rows of train are
 UNSEEN_TEMPLATES = 10
-MAX_REPEATS = 200  # draws in a row that give no new question: the template has no more to give
+MAX_REPEATS = 500  # draws in a row that give no new question: the template has no more to give
 ANSWER = "####"  # before a solution's answer, on its last line
 
 _Template = Callable[[random.Random, float], dict[str, Any]]
 _POINT_ZERO = re.compile(r"(?<![\d.])(\d+)\.0+(?![\d.])")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_UNROUNDED = re.compile(r"\d\.\d{6,}")
 _LIST_MARK = re.compile(r"^(?:\d+\.|[-•])\s+")
 
 
-def read(*, rows: int | None = None, seed: int | None = None) -> Reading:
+def read(
+    *,
+    rows: int | None = None,
+    seed: int | None = None,
+    held_out_rows: Mapping[str, int] = HELD_OUT_ROWS,
+) -> Reading:
     """Returns `rows` + 500 + 1,000 examples of the same templates, and 500 of templates held out.
 
     The same rows, seed and version of the package give the same examples. Validation, test and unseen
-    do not depend on `rows`. No question stands twice. An id is `t17-3`: the number of the template in the
-    package, and the example's in the split.
+    do not depend on `rows`. No question stands twice, and no two splits have questions that differ in
+    names alone: `split_of_numbers` says whose a template's numbers are. An id is `t17-3`: the number of
+    the template in the package, and the example's in the split.
 
     Args:
         rows: of train; None for 20,000.
         seed: of all names and numbers; None for 0.
+        held_out_rows: of the other splits; one that is not named is left out.
 
     Raises:
         InputError: the package is not installed, a number out of range; at `rows`, more rows than the
@@ -55,15 +64,22 @@ def read(*, rows: int | None = None, seed: int | None = None) -> Reading:
     seed = whole("seed", 0 if seed is None else seed, 0)
     templates, version, folder = _templates()
     held_out = set(sorted(templates, key=lambda k: hash64(f"template {k}"))[:UNSEEN_TEMPLATES])
-    counts = HELD_OUT_ROWS | {"train": rows}
+    counts = {**held_out_rows, "train": rows}
+    notes = [
+        f"made by {PACKAGE} {version} ({SITE}; licence: Apache-2.0) after GSM-Symbolic (arXiv 2410.05229)",
+        f"templates {', '.join(map(str, sorted(held_out)))} are in no split but {UNSEEN}",
+    ]
 
     def each() -> Iterator[tuple[str, CheckedExample]]:
         asked: set[bytes] = set()
         for split, count in counts.items():
             chosen = {k: t for k, t in templates.items() if (k in held_out) == (split == UNSEEN)}
-            drawn = _draws(chosen, count, f"{seed} {split}", asked)
+            made = dict.fromkeys(chosen, 0)
+            drawn = _draws(chosen, split, count, f"{seed} {split}", asked)
             for number, (template, draw) in enumerate(drawn, 1):
+                made[template] += 1
                 yield split, _checked(draw, f"t{template}-{number}", number)
+            notes.extend(note for note in _used_up(split, made) if note not in notes)
 
     return Reading(
         "gsm_symbolic",
@@ -75,10 +91,7 @@ def read(*, rows: int | None = None, seed: int | None = None) -> Reading:
             for path in sorted(folder.glob("*.py"))
         },
         options={"rows": rows, "seed": seed, "package": f"{PACKAGE} {version}"},
-        notes=[
-            f"made by {PACKAGE} {version} ({SITE}; licence: Apache-2.0) after GSM-Symbolic (arXiv 2410.05229)",
-            f"templates {', '.join(map(str, sorted(held_out)))} are in no split but {UNSEEN}",
-        ],
+        notes=notes,
     )
 
 
@@ -101,10 +114,31 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
     return found, importlib.metadata.version(PACKAGE), pathlib.Path(gsm_symbolic.__file__).parent
 
 
+def split_of_numbers(template: int, question: str) -> str:
+    """Returns the split that has this template with these numbers, whatever the names and the seed.
+
+    A tenth of a template's numbers are test's and a tenth validation's.
+    """
+    numbers = " ".join(re.findall(r"\d+", question))
+    return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")
+
+
+def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
+    """Returns a note on the templates with fewer rows than the others, if there are any."""
+    most = max(made.values(), default=0)
+    fewer = [f"{template} ({count})" for template, count in made.items() if count < most - 1]
+    if not fewer:
+        return []
+    return [
+        f"{split}: templates without further questions have fewer rows than the others' {most}:"
+        f" {', '.join(fewer)}"
+    ]
+
+
 def _draws(
-    templates: dict[int, _Template], count: int, seed: str, asked: set[bytes]
+    templates: dict[int, _Template], split: str, count: int, seed: str, asked: set[bytes]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `count` rows, the templates in turn, whose questions are not in `asked`, and adds them.
+    """Yields `count` rows of a split, the templates in turn, with questions not in `asked`; adds them.
 
     A template without further questions is left out, and the others have its turns.
     """
@@ -118,8 +152,10 @@ def _draws(
         for number, template in list(left.items()):
             for _ in range(MAX_REPEATS):
                 draw = template(streams[number], 1.0)  # its difficulty; the package has no other
-                key = hashlib.blake2b(draw["question"].encode(), digest_size=16).digest()
-                if key not in asked:
+                question = draw["question"]
+                key = hashlib.blake2b(question.encode(), digest_size=16).digest()
+                is_own = split == UNSEEN or split_of_numbers(number, question) == split
+                if is_own and key not in asked:
                     break
             else:
                 del left[number]
@@ -150,6 +186,9 @@ def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExamp
         problems.append(("no_answer_line", solution[-60:]))
     if _POINT_ZERO.search(f"{given} {solution}"):
         problems.append(("point_zero", given))
+    if unrounded := _UNROUNDED.search(f"{draw['question']} {given} {solution}"):
+        start = max(0, unrounded.start() - 20)
+        problems.append(("unrounded", unrounded.string[start : unrounded.end() + 20]))
     if rationale and not (found and _same(found[-1], label)):
         problems.append(("ends_elsewhere", f"{rationale[-60:]} ({label})"))
     problems += [("arithmetic_wrong", sums) for sums in wrong_sums(rationale)]
