@@ -163,7 +163,7 @@ def test_ctranslate2_goes_on_from_it_too(shared, tmp_path):
     np.testing.assert_allclose(found.scores, ours.scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("num_beams", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_generate_goes_on_from_decoder_input_ids_in_the_same_way(
     shared, tiny_config, tiny_params, inputs, num_beams
 ):

@@ -23,7 +23,13 @@ OTHER = dataclasses.replace(CONFIG, shared_relative_position_bias=False, mlp_act
 @pytest.mark.parametrize(
     ("config", "int8", "search"),
     [
-        pytest.param(CONFIG, False, {"decoder_prefix": (5, 9)}, id="greedy after a prefix"),
+        pytest.param(
+            CONFIG,
+            False,
+            {"decoder_prefix": (5, 9)},
+            id="greedy after a prefix",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(OTHER, True, {"num_beams": 3}, id="beams of int8 weights"),
     ],
 )

@@ -143,7 +143,8 @@ ANLI = [
 
 
 @pytest.mark.parametrize(
-    ("prefix", "name", "rows"), [("esnli", "esnli", ESNLI), ("anli1", "anli", ANLI)]
+    ("prefix", "name", "rows"),
+    [pytest.param("esnli", "esnli", ESNLI, marks=pytest.mark.slow), ("anli1", "anli", ANLI)],
 )
 def test_hand_made_rows_of_inference_have_the_published_ids(rule, tmp_path, prefix, name, rows):
     source = tmp_path / prefix

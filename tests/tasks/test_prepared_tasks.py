@@ -282,6 +282,7 @@ def write_cache(seqio, task, folder):
     (out / "COMPLETED").touch()
 
 
+@pytest.mark.slow
 def test_a_cached_task_is_read_from_its_cache(seqio, folder, tmp_path, monkeypatch):
     register_prepared(folder)
     tasks = seqio.get_subtasks(seqio.get_mixture_or_task("tickets"))

@@ -168,7 +168,7 @@ def dropped_step(one_layer):
     return create_state(params, tx, seed=0), jax.jit(step)
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_update_does_not_depend_on_the_tasks_that_rows_are_of(one_layer, num_microbatches):
     """An objective's loss is the mean over the tokens of all tasks."""
     (model, params), tx = one_layer(dropout_rate=0.0), optax.sgd(1e-2)
