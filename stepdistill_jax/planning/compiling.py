@@ -245,7 +245,8 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     rows = work.rows_of(batch_shards(mesh) * config.num_microbatches)
     groups = rows.groups
     model = dataclasses.replace(work.model, remat_policy=remat_policy)
-    model, _ = untried_attention(model, mesh, [lengths for _, *lengths in groups])
+    lengths = [(inputs, targets) for _, inputs, targets in groups]
+    model, _ = untried_attention(model, mesh, lengths)
     lowered, state = lower_step(config, model, groups, mesh)
     compiled = compile_for(lowered, mesh)
     memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())

@@ -101,8 +101,9 @@ def check(case):
     assert len(got) == 4 + case.bias
     tolerances = TOLERANCE[case.dtype][0], *(TOLERANCE[case.dtype][1],) * 4
     for one, other, tolerance in zip(got, want, tolerances, strict=False):
-        # the gradient of a query that sees one key is 0
-        assert np.linalg.norm(one - other) <= tolerance * max(np.linalg.norm(other), 0.1)
+        norm = np.linalg.norm(other)
+        # of queries that see one key each, the gradient is 0
+        assert np.linalg.norm(one - other) <= tolerance * (norm if norm > 1e-3 else 2)
 
 
 def test_the_kernel_computes_what_plain_operations_do():
