@@ -68,8 +68,8 @@ def attention(
     if dropout_broadcast and dropout_rng is not None:
         v, dropout_rng = _dropped_values(v, dropout_rate, dropout_rng), None
     plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
-    many = plain and q.shape[1] >= FEWEST_QUERIES
-    if many and implementation == "pallas":
+    # in this order: an exported program has a length that compares with no number
+    if implementation == "pallas" and plain and q.shape[1] >= FEWEST_QUERIES:
         return fused_attention(
             q,
             k,

@@ -17,7 +17,8 @@ from stepdistill_jax.training.config import TrainConfig
 
 topology, layout, folder = sys.argv[1:]
 config = TrainConfig(
-    task="none", batch_size=8, input_length=128, target_length=64, dtype="bfloat16", layout="fsdp"
+    task="none", batch_size=8, input_length=128, target_length=64, dtype="bfloat16", layout="fsdp",
+    attention="xla",  # a kernel does products twice
 )
 found = plan(config, topology=topology, layout=layout, data_dir=folder)
 # 8 rows a device: of fewer XLA makes 8 for cuBLAS
@@ -89,8 +90,10 @@ def check_decoder(decoder, model):
     bound, tokens = decoder["bound"], decoder["tokens"]
     assert decoder["fits"]
     assert (decoder["input_length"], tokens) == (128, 8)
-    # all parameters are on each device, and read
-    assert bound["bytes"] > decoder["per_device"]["params"] > 4 * 2 * 64 * 32128
+    # each device has its part of the parameters, and reads all of them
+    whole = 4 * 2 * model["emb_dim"] * model["vocab_size"]
+    assert bound["bytes"] > whole
+    assert 1 < decoder["devices"] * decoder["per_device"]["params"] / whole < 1.2
     # at each token 8 rows go through the output layer, and none in the loop of fewer rows
     (head,) = [p["flops"] for p in bound["parts"] if p["part"] == "output layer and loss"]
     assert head == pytest.approx(2 * 8 * tokens * model["emb_dim"] * model["vocab_size"], rel=0.02)
