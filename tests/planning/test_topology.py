@@ -90,17 +90,17 @@ def check_decoder(decoder, model):
     bound, tokens = decoder["bound"], decoder["tokens"]
     assert decoder["fits"]
     assert (decoder["input_length"], tokens) == (128, 8)
-    # each device has its part of the parameters, and reads all of them
+    # each device has its part of the parameters, and reads it
     whole = 4 * 2 * model["emb_dim"] * model["vocab_size"]
-    assert bound["bytes"] > whole
+    assert bound["bytes"] > decoder["per_device"]["params"]
     assert 1 < decoder["devices"] * decoder["per_device"]["params"] / whole < 1.2
     # at each token 8 rows go through the output layer, and none in the loop of fewer rows
     (head,) = [p["flops"] for p in bound["parts"] if p["part"] == "output layer and loss"]
     assert head == pytest.approx(2 * 8 * tokens * model["emb_dim"] * model["vocab_size"], rel=0.02)
     assert 0 < bound["token_ms"] * tokens < bound["bound_ms"]
     if decoder["device_kind"].startswith("NVIDIA"):
-        # layers one by one, of a dozen operations each: a loop over layers copies their matrices, too
-        assert 8 < bound["kernels_per_token"] / model["num_decoder_layers"] < 20
+        # one layer of a dozen operations, and as many around it: a loop over layers would copy matrices
+        assert model["num_decoder_layers"] == 1 and 16 < bound["kernels_per_token"] < 32
 
 
 @pytest.mark.slow
