@@ -51,7 +51,7 @@ def with_other_masks(q, k, v, bias, queries, keys, seeds, **options):
 
 
 def without_bias(q, k, v, bias, *others, **options):
-    return right(q, k, v, jnp.zeros_like(bias), *others, **options)
+    return right(q, k, v, None if bias is None else jnp.zeros_like(bias), *others, **options)
 
 
 def without_gradient(q, *others, **options):
