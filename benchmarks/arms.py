@@ -33,7 +33,7 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What is trained, and on which shares of the labels.
+    """An arm of the experiment: its training, and the shares of the labels that it trains on.
 
     Attributes:
         what: in words, for the page.
@@ -56,7 +56,7 @@ class Arm:
 
 
 def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
-    """Name of the dataset that an arm trains on; its test rows are those of `task`."""
+    """Returns the dataset that an arm trains on; the test rows are always those of `task`."""
     if arm.train is None:
         return task
     if isinstance(arm.train, tuple):
@@ -273,7 +273,7 @@ def write_page(
     """Trains what is left, compares, and writes experimentsSUFFIX.md with its two pictures.
 
     `page` makes its text of the comparison and a sentence on the time it took. Arms with the shares
-    `curve` are drawn as curves; those of `apart` are trained, and in no table or picture.
+    `curve` are drawn as curves. Arms in `apart` are trained, but no table or picture shows them.
     """
     began, fresh = time.monotonic(), not args.workdir.exists()
     parts = train_all(cells(task, arms | (apart or {}), args), args)

@@ -73,7 +73,7 @@ CLAIMS = [
 
 
 def is_short(row: CheckedExample) -> bool:
-    """Whether question, solution and answer are short, and nothing is wrong with them."""
+    """Returns whether question, solution and answer are short and free of defects."""
     example = row.example
     words = {name: len(getattr(example, name).split()) for name in MOST_WORDS}
     short = all(words[name] <= most for name, most in MOST_WORDS.items())

@@ -74,25 +74,7 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
-
-    Masks of dropout are those of `dropout.dropout`, bit for bit. A query that sees no key gets 0 and
-    gives no gradient.
-
-    Args:
-        q: [rows, q, heads, d].
-        k, v: [rows, k, heads, d].
-        bias: [heads, q, k] float32, added to the scores of each row.
-        query_segments: [rows, q] int32.
-        key_segments: [rows, k] int32; 0 is padding and is never seen.
-        seeds: [2, rows, heads] uint32 of `dropout_seeds`; None is no dropout.
-        causal: a query does not see keys of later places.
-        kept: how many of the `DRAWS` values of a draw keep a weight.
-        interpret: runs the programs on a CPU, for tests.
-
-    Returns:
-        [rows, q, heads, d] in the dtype of `v`.
-    """
+    """Returns attention on the arrays of one device; the package says what they are."""
     if seeds is None:
         kept = DRAWS
     large = q.dtype != jnp.float32 and _is_hopper(traced_device().device_kind)

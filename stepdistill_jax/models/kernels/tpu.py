@@ -64,25 +64,7 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
-
-    Masks of dropout are those of `dropout.dropout`, bit for bit. A query that sees no key gets 0, and
-    gives no gradient.
-
-    Args:
-        q: [rows, q, heads, d].
-        k, v: [rows, k, heads, d].
-        bias: [heads, q, k] float32, added to the scores of each row.
-        query_segments: [rows, q] int32.
-        key_segments: [rows, k] int32; 0 is padding and is never seen.
-        seeds: [2, rows, heads] uint32 of `dropout_seeds`; None is no dropout.
-        causal: a query does not see keys of later places.
-        kept: how many of the `DRAWS` values of a draw keep a weight.
-        interpret: runs the programs on a CPU, for tests.
-
-    Returns:
-        [rows, q, heads, d] in the dtype of `v`.
-    """
+    """Returns attention on the arrays of one device; the package says what they are."""
     queries, heads, width = q.shape[1:]
     more_queries, more_keys = -queries % QUERIES, -k.shape[1] % _LANES
     odd = heads % 2  # a head of zeros makes a pair
@@ -94,7 +76,7 @@ def attention(
     if bias is not None:
         bias = _bias_columns(jnp.pad(bias, ((0, odd), (0, more_queries), (0, more_keys))))
     if seeds is not None:
-        # by rows, of which a program gets one: all would not fit its memory for numbers
+        # rows first: a program gets one, since all of them would not fit its scalar memory
         seeds = jnp.pad(seeds, ((0, 0), (0, 0), (0, odd))).swapaxes(0, 1)
     query_segments = jnp.pad(query_segments, ((0, 0), (0, more_queries)))
     key_segments = jnp.where(key_segments > 0, key_segments, UNSEEN)
