@@ -74,13 +74,13 @@ def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
 
 def needs(examples_per_row: float) -> dict[str, float]:
     """Examples a second that the GPUs would train on, by model."""
-    from stepdistill_jax.models.config import t5_config
+    from stepdistill_jax.models.families import model_config
     from stepdistill_jax.models.flops import train_flops
     from stepdistill_jax.runtime.chips import CHIPS
 
     peak, found = CHIPS["NVIDIA H100"].bfloat16, {}
     for size in MODELS:
-        model = t5_config("t5_v1_1", size, vocab_size=32_128)
+        model = model_config("t5_v1_1", size, vocab_size=32_128)
         inputs, targets = LENGTHS
         row = train_flops(model, rows=1, input_length=inputs, target_length=targets)
         found[size] = GPUS * UTILISATION * peak / row * examples_per_row

@@ -31,10 +31,10 @@ def save_random_model(
     from stepdistill_jax.data.vocabulary import EOS_ID
     from stepdistill_jax.formats.directory import write_model_files
     from stepdistill_jax.formats.hf import save_params
-    from stepdistill_jax.models.config import t5_config
-    from stepdistill_jax.models.t5 import init_params
+    from stepdistill_jax.models.encoder_decoder import init_params
+    from stepdistill_jax.models.families import model_config
 
-    config = t5_config("t5_v1_1", size, vocab_size=max(vocabulary.size, vocab_size or 0))
+    config = model_config("t5_v1_1", size, vocab_size=max(vocabulary.size, vocab_size or 0))
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
     head = params["logits_dense"]["kernel"]  # [emb_dim, vocab_size]
     params["logits_dense"]["kernel"] = head.at[:, EOS_ID].multiply(ends)

@@ -59,7 +59,7 @@ class Ours:
         keep_pages()  # before JAX starts, as `train` does
         import jax
 
-        from stepdistill_jax.models.t5 import T5
+        from stepdistill_jax.models.encoder_decoder import EncoderDecoder
         from stepdistill_jax.training.run import assemble
         from stepdistill_jax.training.step import jit_eval_step, jit_train_step
 
@@ -68,7 +68,7 @@ class Ours:
         self.block, self.steps, self.batches = jax.block_until_ready, args.steps, run.batches
         self.weights, self.model = [o.weight for o in run.data.objectives], run.model
         self.state = run.initial_state()
-        t5, of_run = T5(run.model), (run.abstract, run.mesh)
+        t5, of_run = EncoderDecoder(run.model), (run.abstract, run.mesh)
         self.evaluate = jit_eval_step(*of_run, model=t5, num_objectives=len(self.weights))
         self.update = jit_train_step(
             *of_run, model=t5, tx=run.tx, objective_weights=tuple(self.weights)

@@ -146,7 +146,7 @@ def spiece(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    from stepdistill_jax.models.config import T5Config
+    from stepdistill_jax.models.t5 import T5Config
 
     return T5Config(
         vocab_size=128,
@@ -162,7 +162,7 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def tiny_params(tiny_config):
     """Random, but with a head that says EOS now and then: else nothing ever stops early."""
-    from stepdistill_jax.models.t5 import init_params
+    from stepdistill_jax.models.encoder_decoder import init_params
 
     params = jax.jit(init_params, static_argnums=0)(tiny_config, jax.random.key(0))
     head = np.array(params["logits_dense"]["kernel"])
@@ -303,7 +303,7 @@ def compiled():
 @pytest.fixture(scope="module")
 def params(request):
     """Of the module's MODEL, drawn by NumPy: `init_state` would be one more program to compile."""
-    from stepdistill_jax.models.t5 import init_params
+    from stepdistill_jax.models.encoder_decoder import init_params
 
     rng = np.random.default_rng(0)
     init = functools.partial(init_params, request.module.MODEL)

@@ -20,9 +20,10 @@ from stepdistill_jax.commands.shipped import (
     shipped_folder,
 )
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, abstract_params, init_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import LAYOUTS, make_mesh
-from stepdistill_jax.models.t5 import T5, abstract_params, init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.training.config import OptimizerConfig
 
 CONFIGS = shipped_configs()
@@ -65,7 +66,7 @@ def test_the_configs_of_the_documentation_are_there():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_loads_and_its_model_can_be_built(name):
     config, _ = load_config(name, NEEDED.get(name, ()))
-    model = t5_config(
+    model = model_config(
         config.model_family,
         config.model_size,
         vocab_size=T5_VOCABULARY,
@@ -103,7 +104,7 @@ VOCABULARIES = {"mt5": 250_112, "byt5": 384, "umt5": 256_384}
 def test_a_published_size_has_the_published_number_of_parameters(family, size):
     vocab_size = VOCABULARIES.get(family, T5_VOCABULARY)
     assert (
-        count(abstract_params(t5_config(family, size, vocab_size=vocab_size)))
+        count(abstract_params(model_config(family, size, vocab_size=vocab_size)))
         == (PUBLISHED[family, size])
     )
 
@@ -291,7 +292,7 @@ def test_an_optimizer_learns_in_20_steps(part, tmp_path):
     @jax.jit
     def step(params, opt_state):
         def loss_of(params):
-            logits = T5(model).apply({"params": params}, batch)
+            logits = EncoderDecoder(model).apply({"params": params}, batch)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             return losses.mean()
 

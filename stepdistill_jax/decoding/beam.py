@@ -13,7 +13,7 @@ from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
 from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.decoding.token_loop import start
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.checks import number, whole
 
 NOTHING = -1e9  # log probability of what does not go on
@@ -22,7 +22,7 @@ LENGTH_PENALTY = 1.0
 
 def beam_search(
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     encoder_input_tokens: jax.Array,
     *,
     max_decode_len: int,

@@ -17,10 +17,14 @@ from stepdistill_jax.decoding.greedy import (
     pipelined,
     rows_at_once,
 )
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.products import precision_of
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import (
+    EncoderDecoder,
+    OutputLayer,
+    output_layer,
+    start_cache,
+)
 from stepdistill_jax.models.sharding import batch_shards
-from stepdistill_jax.models.t5 import T5, output_kernel, start_cache
 
 WIDTHS = (
     8,
@@ -50,7 +54,7 @@ class ChoiceScorer:
     """
 
     def __init__(
-        self, config: T5Config, *, batch_size: int | None = None, mesh: Mesh | None = None
+        self, config: ModelConfig, *, batch_size: int | None = None, mesh: Mesh | None = None
     ):
         """Compiles nothing yet.
 
@@ -108,8 +112,8 @@ class ChoiceScorer:
 
 
 @functools.lru_cache(maxsize=8)  # as decode._jit_decode: compiled once in a process
-def _jit_score(config: T5Config, batch_size: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
-    model = T5(config)
+def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
+    model = EncoderDecoder(config)
     rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
 
     def score(params, arrays):
@@ -119,7 +123,8 @@ def _jit_score(config: T5Config, batch_size: int, mesh: Mesh | None) -> Callable
         present = (inputs != PAD_ID).astype(jnp.int32)
         encoded: Any = model.apply(variables, inputs, present, method="encode")
         cache = start_cache(params, encoded, config, targets.shape[-1])
-        kernel = output_kernel(params, config).astype(config.dtype)
+        output = output_layer(params, config)
+        output = output.replace(kernel=output.kernel.astype(config.dtype))
 
         def one_decoder_row(_, of_row):
             targets, segments = of_row  # [rows, width]
@@ -127,7 +132,7 @@ def _jit_score(config: T5Config, batch_size: int, mesh: Mesh | None) -> Callable
             ids = jnp.where(begins, PAD_ID, _shifted(targets))
             x: Any = model.apply(variables, ids, segments, cache, present, method="target_states")
             at_once = max(1, CHUNK_TOKENS // rows_of_device)
-            return None, _log_probs(x, kernel, targets, at_once)
+            return None, _log_probs(x, output, targets, at_once)
 
         _, found = jax.lax.scan(
             one_decoder_row, None, (targets.swapaxes(0, 1), segments.swapaxes(0, 1))
@@ -142,8 +147,8 @@ def _shifted(x: jax.Array) -> jax.Array:
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
-def _log_probs(x: jax.Array, kernel: jax.Array, targets: jax.Array, at_once: int) -> jax.Array:
-    """States [rows, width, embed], kernel [embed, vocab], ids [rows, width] -> [rows, width] float32.
+def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: int) -> jax.Array:
+    """States [rows, width, embed] and ids [rows, width] -> [rows, width] float32.
 
     With logits for at most `at_once` tokens of each row at a time.
     """
@@ -155,13 +160,7 @@ def _log_probs(x: jax.Array, kernel: jax.Array, targets: jax.Array, at_once: int
 
     def of_chunk(_, chunk):
         x, ids = chunk
-        logits = jnp.einsum(
-            "rte,ev->rtv",
-            x,
-            kernel,
-            precision=precision_of(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        logits = output.logits(x)
         of_ids = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return None, of_ids - jax.nn.logsumexp(logits, axis=-1)
 

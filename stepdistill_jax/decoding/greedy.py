@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.decoding.token_loop import decode_tokens
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.cpu_speed import argmax
 from stepdistill_jax.models.sharding import (
     BATCH_AXES,
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 def greedy_decode(
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     encoder_input_tokens: jax.Array,
     *,
     max_decode_len: int,
@@ -109,7 +109,7 @@ def bucketed(
 
 @functools.lru_cache(maxsize=8)
 def _jit_decode(
-    config: T5Config,
+    config: ModelConfig,
     max_decode_len: int,
     mesh: Mesh | None,
     decode_fn: Callable,
@@ -228,7 +228,7 @@ class LabelDecoder:
 
     def __init__(
         self,
-        config: T5Config,
+        config: ModelConfig,
         *,
         max_decode_len: int,
         batch_size: int | None = None,

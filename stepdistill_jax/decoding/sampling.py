@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from stepdistill_jax.data.vocabulary import PAD_ID
 from stepdistill_jax.decoding.token_loop import decode_tokens
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.checks import number, whole
 
 
 def sample_decode(
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     encoder_input_tokens: jax.Array,
     *,
     max_decode_len: int,

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.cpu_speed import in_row_blocks
+from stepdistill_jax.models.encoder_decoder import Cache, EncoderDecoder, start_cache
 from stepdistill_jax.models.sharding import traced_device, traced_platform
-from stepdistill_jax.models.t5 import T5, Cache, start_cache
 from stepdistill_jax.models.unrolled import unrolled
 from stepdistill_jax.runtime.chips import chip_of
 
@@ -46,7 +46,7 @@ class Start(NamedTuple):
 
 def start(
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     encoder_input_tokens: jax.Array,
     *,
     max_decode_len: int,
@@ -66,7 +66,7 @@ def start(
     gpu = _gpu()
     if gpu:
         config = dataclasses.replace(config, unrolled_decoder=True)
-    model = T5(config)
+    model = EncoderDecoder(config)
     segments = (encoder_input_tokens != PAD_ID).astype(jnp.int32)
 
     def encode(tokens, segments) -> Any:
@@ -77,7 +77,7 @@ def start(
     # keys and values of the inputs are worth their making where many queries read them; half of
     # what `Attention.over_states` says, since its products are small ones. A GPU reads them as fast as
     # the states, by one kernel in the place of nine; a TPU has the states in its own fast memory
-    cross = 2 * beams * (given + max_decode_len) > config.head_dim
+    cross = 2 * beams * (given + max_decode_len) > config.decoder.head_dim
     cross = cross or (gpu is not None and _has_room(config, encoded, gpu))
     cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
     memory: dict[str, Any] = {
@@ -123,18 +123,19 @@ def _gpu() -> str | None:
     return traced_device().device_kind if traced_platform() == "gpu" else None
 
 
-def _has_room(config: T5Config, encoded: jax.Array, kind: str) -> bool:
+def _has_room(config: ModelConfig, encoded: jax.Array, kind: str) -> bool:
     """Whether keys and values of `encoded`, in all layers, are small for a device of this kind."""
     chip, (batch, length, _) = chip_of(kind), encoded.shape
     if chip is None or not isinstance(batch, int) or not isinstance(length, int):
         return False
-    of_layer = 2 * batch * length * config.num_heads * config.head_dim * encoded.dtype.itemsize
-    return config.num_decoder_layers * of_layer <= KEPT * chip.memory
+    side = config.decoder
+    of_layer = 2 * batch * length * side.num_kv_heads * side.head_dim * encoded.dtype.itemsize
+    return side.num_layers * of_layer <= KEPT * chip.memory
 
 
 def decode_tokens(
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     encoder_input_tokens: jax.Array,
     choose: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     *,

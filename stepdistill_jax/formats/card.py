@@ -6,7 +6,7 @@ from typing import Any
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.vocabulary import BYTES, PAD_ID, Vocabulary
 from stepdistill_jax.formats.directory import TaskInfo
-from stepdistill_jax.models.config import LoraConfig, T5Config
+from stepdistill_jax.models.config import LoraConfig, ModelConfig
 
 _METRICS = {
     "label_accuracy": "validation label accuracy",
@@ -110,7 +110,7 @@ was trained without, so scores and sampling are wrong there, and greedy labels a
 
 def model_card(
     task_info: TaskInfo,
-    config: T5Config,
+    config: ModelConfig,
     vocabulary: Vocabulary,
     *,
     num_parameters: int,
@@ -157,9 +157,9 @@ def model_card(
         + _answers(task_info.objectives[0]),
         scaled=config.scale_decoder_outputs,
         parameters=f"{num_parameters:,}",
-        encoder=config.num_encoder_layers,
-        decoder=config.num_decoder_layers,
-        width=config.emb_dim,
+        encoder=config.encoder.num_layers,
+        decoder=config.decoder.num_layers,
+        width=config.decoder.emb_dim,
         version=version,
         objectives="\n".join(
             f"| {o.name} | `{o.input_template}` | `{o.target_template}` | {o.weight:g} |"
@@ -201,7 +201,7 @@ def _answers(objective: Objective) -> str:
     return said
 
 
-def family(config: T5Config, vocabulary: Vocabulary) -> str:
+def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
     """What a reader knows the architecture as, with its article; mT5 and Flan-T5 are T5 v1.1."""
     if vocabulary.source == BYTES:
         return "A ByT5"

@@ -33,7 +33,7 @@ from stepdistill_jax.formats.directory import (
 from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.parameter_names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.files import fsync, read_json, write_json
 from stepdistill_jax.runtime.fingerprints import sha256

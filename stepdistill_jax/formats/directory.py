@@ -25,7 +25,8 @@ from stepdistill_jax.formats.parameter_names import HEAD
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
-from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig, T5Config
+from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.files import atomic_write, write_json
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_copy
 
@@ -124,7 +125,7 @@ def write_model_files(
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
         # transformers 5 makes a cache as deep as the encoder, and fails where the decoder is deeper
-        "use_cache": config.num_decoder_layers <= config.num_encoder_layers,
+        "use_cache": config.decoder.num_layers <= config.encoder.num_layers,
     }
     if task_info:
         tokenizer["model_max_length"] = task_info.input_length

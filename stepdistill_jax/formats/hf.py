@@ -19,8 +19,8 @@ from stepdistill_jax.formats.parameter_names import HEAD, IGNORED, hf_names, is_
 from stepdistill_jax.formats.safetensors_file import write_safetensors
 from stepdistill_jax.formats.tensors import Weights
 from stepdistill_jax.formats.weights import INDEX, WEIGHTS, has_own_head, open_weights
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import abstract_params
 from stepdistill_jax.runtime.files import write_json
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; Hugging Face's "5GB"
@@ -28,7 +28,7 @@ MAX_SHARD_SIZE = 5 * 10**9  # bytes; Hugging Face's "5GB"
 
 def load_params(
     directory: os.PathLike | str,
-    config: T5Config,
+    config: ModelConfig,
     shardings: Any | None = None,
     *,
     sources: Mapping[str, str] | None = None,
@@ -47,7 +47,7 @@ def load_params(
             same shape (`stored_shapes`); None reads all, each under its own name.
 
     Returns:
-        The unboxed parameter tree of `models.t5.T5`; of `sources` those alone.
+        The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`; of `sources` those alone.
 
     Raises:
         InputError: tensors that are missing, unknown, of a wrong shape or type: all of them in one
@@ -76,7 +76,7 @@ def load_params(
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def stored_shapes(directory: os.PathLike | str, config: T5Config) -> dict[str, tuple[int, ...]]:
+def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter that a model directory holds, by our name, layers stacked.
 
     Args:
@@ -179,12 +179,12 @@ def _check(
         raise InputError(f"{directory}: weights {what}; {'; '.join(problems)}")
 
 
-def to_hf(params: Any, config: T5Config) -> dict[str, np.ndarray]:
+def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
     """Hugging Face name -> contiguous float32 tensor, the layers taken apart."""
     return {name: _tensor(*part) for name, part in _parts(params, config)}
 
 
-def _parts(params: Any, config: T5Config) -> Iterator[tuple[str, tuple[Any, int | None, bool]]]:
+def _parts(params: Any, config: ModelConfig) -> Iterator[tuple[str, tuple[Any, int | None, bool]]]:
     # name, (our array, the layer of it, whether torch has it the other way round)
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     table = hf_names(config)
@@ -204,7 +204,7 @@ def _tensor(array: Any, layer: int | None, transposed: bool) -> np.ndarray:
 def save_params(
     directory: os.PathLike | str,
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
@@ -216,7 +216,7 @@ def save_params(
 
     Args:
         directory: of the model; must be there.
-        params: parameters of a `models.t5.T5`, unboxed.
+        params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
         config: of the model.
         max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
 

@@ -1,6 +1,6 @@
 """Hugging Face tensor names of our parameters."""
 
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5Config
 
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
 # copies of the embedding that some writers keep

@@ -27,7 +27,8 @@ from stepdistill_jax.formats.tensors import (
     is_file_name,
     read_object,
 )
-from stepdistill_jax.models.config import MAX_LAYERS, T5Config
+from stepdistill_jax.models.config import MAX_LAYERS
+from stepdistill_jax.models.t5 import T5Config
 
 CHECKPOINT, METADATA, OCDBT = "checkpoint", "_METADATA", "manifest.ocdbt"
 _PLACEHOLDER = "PLACEHOLDER://"

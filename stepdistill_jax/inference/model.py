@@ -15,10 +15,10 @@ from stepdistill_jax.data.vocabulary import Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import ModelFiles, TaskInfo, read_model_files
 from stepdistill_jax.formats.hf import load_params
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import abstract_params
 from stepdistill_jax.models.lora import merge
 from stepdistill_jax.models.sharding import Layout, make_mesh, param_shardings
-from stepdistill_jax.models.t5 import abstract_params
 from stepdistill_jax.runtime.checkpoints.manager import (
     FOLDER,
     is_workdir,
@@ -44,7 +44,7 @@ class LoadedModel:
     """
 
     path: pathlib.Path
-    config: T5Config
+    config: ModelConfig
     params: Any
     vocabulary: Vocabulary
     task_info: TaskInfo | None

@@ -14,14 +14,14 @@ import stepdistill_jax
 from stepdistill_jax.data.vocabulary import BYTES, EOS_ID, Vocabulary
 from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.files import atomic_write
 
 DECODER, PARAMS = "label_decoder.jax_export", "params"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-def export_decoder(params: Any, config: T5Config, *, max_decode_len: int) -> jax.export.Exported:
+def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> jax.export.Exported:
     """`greedy_decode` of a model, with its loop, for any batch, length and platform.
 
     The parameters are arguments, not constants: a serialized program holds 2 GB at most.
@@ -47,7 +47,7 @@ def export_decoder(params: Any, config: T5Config, *, max_decode_len: int) -> jax
 
 
 def write_decoder(
-    directory: os.PathLike | str, params: Any, config: T5Config, *, max_decode_len: int
+    directory: os.PathLike | str, params: Any, config: ModelConfig, *, max_decode_len: int
 ) -> tuple[jax.export.Exported, int]:
     """Writes `label_decoder.jax_export` and, beside it, a file of `params/` per parameter.
 

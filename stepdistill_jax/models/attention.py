@@ -32,7 +32,7 @@ def attention(
     dropout_rng: jax.Array | None = None,
     dropout_broadcast: bool = False,
     softcap: float | None = None,
-    window: int | None = None,
+    window: jax.Array | int | None = None,
     scale: float = 1.0,
     implementation: str = "auto",
 ) -> jax.Array:
@@ -81,11 +81,7 @@ def attention(
             dropout_rate=dropout_rate,
             dropout_rng=dropout_rng,
         )
-    scores = _scores(q, k)
-    if scale != 1.0:
-        scores = scores * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = shaped_scores(_scores(q, k), scale, softcap)
     if relative_bias is not None:
         scores = _plus_bias(scores, relative_bias)
     mask = seen(query_segments, key_segments)
@@ -94,6 +90,18 @@ def attention(
     weights = masked_softmax(scores, mask).astype(v.dtype)
     weights = dropout(weights, dropout_rate, dropout_rng, broadcast=False)
     return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
+
+
+def shaped_scores(scores: jax.Array, scale: float, softcap: float | None) -> jax.Array:
+    """Scores as they are, or in float32 times the scale, and then capped."""
+    if scale == 1.0 and softcap is None:
+        return scores
+    return softcapped(scores.astype(jnp.float32) * scale, softcap)
+
+
+def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
+    """softcap x tanh(x / softcap), between -softcap and softcap; None leaves x (Gemma 2, arXiv:2408.00118, section 2)."""
+    return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
@@ -134,7 +142,7 @@ def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
     return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
-def _near(queries: int, keys: int, causal: bool, window: int | None) -> jax.Array:
+def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None) -> jax.Array:
     """[1, 1, q, k] bool by the places alone, both counted from 0."""
     ahead = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
     mask = ahead <= 0 if causal else jnp.full(ahead.shape, True)

@@ -1,18 +1,20 @@
-"""Sizes of a T5, and the published families by name."""
+"""What every model's configuration says: the sizes of its two sides, its arithmetic, its adapters."""
 
+import abc
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, one_of, refused, whole
 
-# Far above any T5, and small enough that a config.json which claims more is refused before a name is made for
-# each layer, or a number leaves 32 bits.
+# Far above any model here, and small enough that a config.json which claims more is refused before a name is
+# made for each layer, or a number leaves 32 bits.
 MAX_SIZE, MAX_LAYERS = 2**24, 1000
 MAX_LENGTH = 2**16  # ids of an input or of an answer
 MAX_WIDTH = 2**16  # that of T5-11B's feed-forward block; dropout's masks repeat beyond
 
-ACTIVATIONS = (("relu",), ("gelu", "linear"))
+ACTIVATIONS = (("relu",), ("gelu", "linear"), ("silu", "linear"))
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "pallas")
 REMAT_POLICIES = ("elementwise", "minimal", "full")
@@ -52,24 +54,78 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Config:
-    """Everything that decides shapes and arithmetic of a T5 (names as in T5X's `network.py`).
+class Side:
+    """Sizes and attention of an encoder's or a decoder's layers.
 
     Attributes:
-        vocab_size: rows of the embedding; at least the vocabulary's pieces.
-        emb_dim: model width (Hugging Face `d_model`).
-        num_heads, head_dim: attention heads and the width of each (`num_heads`, `d_kv`).
-        mlp_dim: feed-forward width (`d_ff`).
-        num_encoder_layers, num_decoder_layers: depth (`num_layers`, `num_decoder_layers`).
-        mlp_activations: `("relu",)` is v1.0's, `("gelu", "linear")` the gated tanh gelu of v1.1.
+        emb_dim: model width.
+        num_heads, num_kv_heads, head_dim: attention heads, those of keys and values, the width of each.
+            Head i reads the keys and values of i // (num_heads / num_kv_heads).
+        mlp_dim: feed-forward width.
+        num_layers: depth.
+        score_scale: a score is this times (query . key).
+        score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves it.
+        windows: for each layer the number of tokens that self-attention reaches back (and, in an
+            encoder, ahead); 0 is all of them. None: every layer reaches all.
+        rope_theta: base of the rotary position embedding; None has no such embedding.
+        init_stddev: of initial kernels; None is T5's own rule, by the widths of each.
+
+    Raises:
+        InputError: a size out of bounds, or heads that no whole number of key/value heads divides.
+    """
+
+    emb_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_layers: int
+    score_scale: float = 1.0
+    score_softcap: float | None = None
+    windows: tuple[int, ...] | None = None
+    rope_theta: float | None = None
+    init_stddev: float | None = None
+
+    def __post_init__(self):
+        keep(self, whole, "emb_dim", "mlp_dim", least=1, most=MAX_WIDTH)
+        keep(self, whole, "num_heads", "num_kv_heads", "head_dim", least=1, most=MAX_SIZE)
+        keep(self, whole, "num_layers", least=1, most=MAX_LAYERS)
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"`num_kv_heads`: {self.num_kv_heads} does not divide the {self.num_heads} heads"
+            )
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise refused("head_dim", "even, since positions turn pairs of it", self.head_dim)
+        if self.windows is not None and len(self.windows) != self.num_layers:
+            raise refused("windows", f"one for each of {self.num_layers} layers", self.windows)
+
+    @property
+    def joined_kv(self) -> int:
+        """Width of all heads' queries together."""
+        return self.num_heads * self.head_dim
+
+    def window_of(self, layer: int) -> int:
+        """Returns the tokens that a layer reaches back; 0 is all."""
+        return self.windows[layer] if self.windows is not None else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(abc.ABC):
+    """All that the code outside a family's module knows of a model.
+
+    A family is a subclass in a module of its own and a row of `models.families.FAMILIES`; how its files
+    look is a row of `formats.families.FAMILIES`. The module of all families is
+    `models.encoder_decoder.EncoderDecoder`.
+
+    Attributes:
+        vocab_size: rows of an embedding; at least the vocabulary's pieces.
+        mlp_activations: `("relu",)` is T5 v1.0's; `("gelu", "linear")` the gated tanh gelu of v1.1 and
+            Gemma; `("silu", "linear")` UL2's.
         dropout_rate: of embeddings, attention weights, and the output of each block; 0 to 1.
         dropout_broadcast: all positions of a row share one dropout mask (`models.dropout`).
-        num_buckets, max_distance: relative position bias.
-        shared_relative_position_bias: one table per side, read by all its layers; UMT5 has one per
-            layer.
-        logits_via_embedding: the embedding doubles as output layer (v1.0); v1.1 has its own.
-        scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
-            (the name is Hugging Face's).
+        layer_norm_epsilon: added to the mean of squares.
+        logits_via_embedding: the decoder's embedding doubles as output layer.
+        logits_softcap: a logit x becomes softcap x tanh(x / softcap); None leaves it.
         dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
         attention: how attention is computed, `auto`, `xla` or `pallas` (`models.attention`).
         remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax, activations and
@@ -90,21 +146,12 @@ class T5Config:
     """
 
     vocab_size: int = 32128
-    emb_dim: int = 512
-    num_heads: int = 6
-    head_dim: int = 64
-    mlp_dim: int = 1024
-    num_encoder_layers: int = 8
-    num_decoder_layers: int = 8
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     dropout_rate: float = 0.1
     dropout_broadcast: bool = False
-    num_buckets: int = 32
-    max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-    shared_relative_position_bias: bool = True
     logits_via_embedding: bool = False
-    scale_decoder_outputs: bool = False
+    logits_softcap: float | None = None
     dtype: str = "float32"
     attention: str = "xla"
     remat_policy: str = "elementwise"
@@ -120,16 +167,61 @@ class T5Config:
         if self.mlp_activations not in ACTIVATIONS:
             raise refused("mlp_activations", f"one of {ACTIVATIONS}", self.mlp_activations)
         keep(self, number, "dropout_rate", least=0, below=1)
-        keep(self, whole, "emb_dim", "mlp_dim", least=1, most=MAX_WIDTH)
-        widths = ("vocab_size", "num_heads", "head_dim", "num_buckets")
-        keep(self, whole, *widths, least=1, most=MAX_SIZE)
-        keep(self, whole, "num_encoder_layers", "num_decoder_layers", least=1, most=MAX_LAYERS)
-        # else the logarithm of `models.layers.relative_buckets` has no scale
-        if self.num_buckets < 4 or not self.num_buckets // 2 < self.max_distance <= MAX_SIZE:
-            raise InputError(
-                f"relative positions: `num_buckets` must be at least 4 and `max_distance` from"
-                f" {self.num_buckets // 2 + 1} to {MAX_SIZE}, not {self.num_buckets} and {self.max_distance}"
-            )
+        keep(self, whole, "vocab_size", least=1, most=MAX_SIZE)
+
+    @property
+    @abc.abstractmethod
+    def encoder(self) -> Side:
+        """Sizes of the encoder."""
+
+    @property
+    @abc.abstractmethod
+    def decoder(self) -> Side:
+        """Sizes of the decoder."""
+
+    # What most families share, and a subclass may answer otherwise.
+
+    @property
+    def position_bias(self) -> str | None:
+        """Who has a table of relative position biases: each `side`, each `layer`, or None."""
+        return None
+
+    @property
+    def output_scale(self) -> float:
+        """Number that the decoder's states are multiplied by before the output layer."""
+        return 1.0
+
+    @property
+    def start_id(self) -> int:
+        """Id that the decoder reads first, which batches of every family write as 0."""
+        return 0
+
+    # a norm multiplies by this plus its scale: Gemma keeps the distance from 1
+    norm_offset: ClassVar[float] = 0.0
+    # whether what a block adds has a norm of its own
+    post_norms: ClassVar[bool] = False
+    # whether embeddings are multiplied by the root of their width
+    scaled_embeddings: ClassVar[bool] = False
+    # names of the parameters that embed inputs and targets; the second, tied, is the output layer
+    input_embedder: ClassVar[str] = "token_embedder"
+    target_embedder: ClassVar[str] = "token_embedder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of published models: a row of `models.families.FAMILIES`.
+
+    Attributes:
+        config: its class.
+        sizes: the fields of `config` for each published size; `tiny` is for tests and demos.
+        vocab_size: of its published vocabulary.
+        traits: fields of `config` that all its sizes share.
+    """
+
+    config: type[ModelConfig]
+    sizes: Mapping[str, Mapping[str, Any]]
+    vocab_size: int
+    traits: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def check_dtype(dtype: str) -> None:
@@ -151,77 +243,3 @@ def known_remat_policy(name: str) -> str:
     policy = OLD_REMAT_POLICIES.get(name, name)
     one_of("remat_policy", policy, REMAT_POLICIES)
     return policy
-
-
-# Width, heads, head width, feed-forward width, encoder and decoder depth. `tiny` is the demo's.
-_COLUMNS = (
-    "emb_dim",
-    "num_heads",
-    "head_dim",
-    "mlp_dim",
-    "num_encoder_layers",
-    "num_decoder_layers",
-)
-_TINY = (64, 4, 16, 128, 2, 1)
-# t5x examples/t5/t5_1_1/{small,base,large,xl,xxl}.gin; mT5 differs in its vocabulary alone
-_V1_1 = {
-    "tiny": _TINY,
-    "small": (512, 6, 64, 1024, 8, 8),
-    "base": (768, 12, 64, 2048, 12, 12),
-    "large": (1024, 16, 64, 2816, 24, 24),
-    "xl": (2048, 32, 64, 5120, 24, 24),
-    "xxl": (4096, 64, 64, 10240, 24, 24),
-}
-SIZES: dict[str, dict[str, tuple[int, ...]]] = {
-    # Raffel et al. 2020 (arXiv:1910.10683, section 3.7); xl is "3B" there and xxl "11B"
-    "t5_v1_0": {
-        "tiny": _TINY,
-        "small": (512, 8, 64, 2048, 6, 6),
-        "base": (768, 12, 64, 3072, 12, 12),
-        "large": (1024, 16, 64, 4096, 24, 24),
-        "xl": (1024, 32, 128, 16384, 24, 24),
-        "xxl": (1024, 128, 128, 65536, 24, 24),
-    },
-    "t5_v1_1": _V1_1,
-    "mt5": _V1_1,
-    # Xue et al. 2022 (arXiv:2105.13626, table 1): the encoder is three times as deep
-    "byt5": {
-        "tiny": (64, 4, 16, 128, 3, 1),
-        "small": (1472, 6, 64, 3584, 12, 4),
-        "base": (1536, 12, 64, 3968, 18, 6),
-        "large": (1536, 16, 64, 3840, 36, 12),
-        "xl": (2560, 32, 64, 6720, 36, 12),
-        "xxl": (4672, 64, 64, 12352, 36, 12),
-    },
-    "umt5": _V1_1,  # Chung et al. 2023 (arXiv:2304.09151); no `large` was published
-}
-_TRAITS: dict[str, dict[str, Any]] = {
-    "t5_v1_0": {
-        "mlp_activations": ("relu",),
-        "logits_via_embedding": True,
-        "scale_decoder_outputs": True,
-    },
-    "umt5": {"shared_relative_position_bias": False},
-}
-VOCAB_MULTIPLE = 128
-
-
-def t5_config(family: str, size: str, *, vocab_size: int, **overrides) -> T5Config:
-    """The configuration of a published model, its vocabulary rounded up to a multiple of 128.
-
-    The padded rows let the table be cut over any usual number of devices, as T5's own 32128 does.
-
-    Args:
-        family: `t5_v1_0`, `t5_v1_1` (Flan-T5, too), `mt5`, `byt5` or `umt5`.
-        size: `small` to `xxl`, or `tiny` for tests and demos.
-        vocab_size: ids of the vocabulary.
-        **overrides: of other fields of `T5Config`.
-
-    Raises:
-        InputError: an unknown family or size.
-    """
-    one_of("model_family", family, SIZES)
-    one_of("model_size", size, SIZES[family])
-    vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    sizes: dict[str, Any] = dict(zip(_COLUMNS, SIZES[family][size], strict=True))
-    return T5Config(**{"vocab_size": vocab_size, **sizes, **_TRAITS.get(family, {}), **overrides})

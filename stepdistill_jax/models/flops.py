@@ -1,9 +1,9 @@
-"""Matmul FLOPs of a T5 by formula (XLA's own count sees a loop body once)."""
+"""Matmul FLOPs of a model by formula (XLA's own count sees a loop body once)."""
 
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig, Side
 
 
-def train_flops(config: T5Config, *, rows: int, input_length: int, target_length: int) -> float:
+def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
     """FLOPs of the matmuls of a forward and a backward pass over padded rows.
 
     The backward pass is twice the forward: a gradient for each factor of a product. Under LoRA the
@@ -23,7 +23,7 @@ def train_flops(config: T5Config, *, rows: int, input_length: int, target_length
 
 
 def recomputed_flops(
-    config: T5Config, *, rows: int, input_length: int, target_length: int
+    config: ModelConfig, *, rows: int, input_length: int, target_length: int
 ) -> float:
     """FLOPs of the matmuls that the backward pass does again under the config's `remat_policy`.
 
@@ -31,32 +31,37 @@ def recomputed_flops(
     `full` recomputes each layer's forward pass. Neither recomputes the output layer.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
-    head = 2 * target_length * config.emb_dim * config.vocab_size
+    head = 2 * target_length * config.decoder.emb_dim * config.vocab_size
     again = {"elementwise": 0, "minimal": scores, "full": weights - head + adapters + scores}
     return float(rows * again[config.remat_policy])
 
 
-def _forward_flops(config: T5Config, inputs: int, targets: int) -> tuple[int, int, int]:
+def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
     """A row's forward pass: products with weights, with adapters, and inside attention."""
-    c = config
-    joined = c.num_heads * c.head_dim
-    gates = len(c.mlp_activations)
-    # per position: the weights, and the adapters' of LoRA, of one layer
-    attention, mlp = 2 * 4 * c.emb_dim * joined, 2 * (gates + 1) * c.emb_dim * c.mlp_dim
-    thin_attention = thin_mlp = thin_cross_inputs = 0
-    if (lora := c.lora) is not None:
-        one = 2 * (c.emb_dim + joined)
-        thin_cross_inputs = one * (lora.key + lora.value)
-        thin_attention = one * (lora.query + lora.out) + thin_cross_inputs
-        thin_mlp = 2 * (gates * lora.wi + lora.wo) * (c.emb_dim + c.mlp_dim)
+    encoder, decoder, ranks = config.encoder, config.decoder, config.lora
+    weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 
-    def layers(attention: int, mlp: int, cross_inputs: int) -> int:
-        encoder = inputs * (attention + mlp)
-        decoder = targets * (2 * attention - cross_inputs + mlp) + inputs * cross_inputs
-        return c.num_encoder_layers * encoder + c.num_decoder_layers * decoder
+    def add(positions: int, width: int, features: int, projection: str) -> None:
+        """Counts the product of each position with [width, features], and with its adapter."""
+        nonlocal weights, adapters
+        rank = getattr(ranks, projection) if ranks else 0
+        weights += 2 * positions * width * features
+        adapters += 2 * positions * rank * (width + features)
 
-    weights = layers(attention, mlp, attention // 2) + 2 * targets * c.emb_dim * c.vocab_size
-    adapters = layers(thin_attention, thin_mlp, thin_cross_inputs)
-    scores = c.num_encoder_layers * inputs * inputs
-    scores += c.num_decoder_layers * targets * (targets + inputs)
-    return weights, adapters, 4 * joined * scores
+    def attend(side: Side, queries: int, keys: int, width: int) -> None:
+        """Counts attention in all layers of a side, to keys made of states [keys, width]."""
+        nonlocal scores
+        layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim
+        add(layers * queries, side.emb_dim, side.joined_kv, "query")
+        add(layers * queries, side.joined_kv, side.emb_dim, "out")
+        add(layers * keys, width, kv_width, "key")
+        add(layers * keys, width, kv_width, "value")
+        scores += layers * 4 * queries * keys * side.joined_kv
+
+    for side, length in ((encoder, inputs), (decoder, targets)):
+        attend(side, length, length, side.emb_dim)
+        gates = len(config.mlp_activations) * side.num_layers
+        add(gates * length, side.emb_dim, side.mlp_dim, "wi")
+        add(side.num_layers * length, side.mlp_dim, side.emb_dim, "wo")
+    attend(decoder, targets, inputs, encoder.emb_dim)
+    return weights, adapters, scores

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.products import kernel_product
 
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -87,7 +87,7 @@ def base_of(params: Any) -> Any:
     return frozen or trained
 
 
-def merge(params: Any, config: T5Config) -> tuple[Any, T5Config]:
+def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     """Plain weights that give the same outputs: W + (alpha / rank) A B in float32.
 
     Inside `jax.jit` or outside. Outside, a merged kernel lies on the devices as its kernel did;

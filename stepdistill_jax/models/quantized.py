@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.products import precision_of
 
 KERNEL, SCALE = "kernel", "kernel_scale"
@@ -75,7 +75,7 @@ def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
     return (kernel * projection[SCALE][..., None, :]).astype(dtype)
 
 
-def quantize(params: Any, config: T5Config) -> tuple[Any, T5Config]:
+def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     """int8 kernels in the place of all kernels; on the devices they lie as those did.
 
     Args:

@@ -36,7 +36,7 @@ LOGICAL_AXIS_RULES = (
     ("relpos_buckets", None),
     ("lora", None),
 )
-# logical axis -> the field of `models.config.T5Config` that is its size
+# logical axis -> the field of `models.config.Side` or `ModelConfig` that is its size
 _FIELDS = {
     "vocab": "vocab_size",
     "mlp": "mlp_dim",
@@ -262,7 +262,7 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
 
 
 def param_shardings(mesh: Mesh, boxed: Any) -> Any:
-    """Shardings of a tree of logically partitioned boxes (`models.t5.abstract_params`).
+    """Shardings of a tree of logically partitioned boxes (`models.encoder_decoder.abstract_params`).
 
     Raises:
         InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and

@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 
 
-def unrolled(params: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
+def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns parameters of a decoder with `layers_0`, `layers_1`, ... in the place of `layers`.
 
     In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], in the place of the
-    three, and `mlp` has `wi`, [embed, 2, mlp], in the place of both (of one projection [embed, 1,
+    three (of fewer key/value heads `query` and `key_value`, [embed, 2, joined]), and `mlp` has `wi`, [embed, 2, mlp], in the place of both (of one projection [embed, 1,
     mlp]). Features keep an axis of their own, so that kernels cut over devices stay cut.
 
     Args:
@@ -28,10 +28,12 @@ def unrolled(params: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
     decoder = dict(params["decoder"])
     layers = decoder.pop("layers")
     gated = ["wi"] if len(config.mlp_activations) == 1 else ["wi_0", "wi_1"]
-    for i in range(config.num_decoder_layers):
+    grouped = config.decoder.num_kv_heads < config.decoder.num_heads
+    attention = ["key", "value"] if grouped else ["query", "key", "value"]
+    for i in range(config.decoder.num_layers):
         layer = jax.tree.map(lambda x, i=i: x[i], layers)
         for block, names, name in (
-            ("self_attention", ["query", "key", "value"], "query_key_value"),
+            ("self_attention", attention, "_".join(attention)),
             ("mlp", gated, "wi"),
         ):
             found = [layer[block].pop(one) for one in names]

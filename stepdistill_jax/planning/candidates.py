@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import REMAT_POLICIES, T5Config
+from stepdistill_jax.models.config import REMAT_POLICIES, ModelConfig
 from stepdistill_jax.models.sharding import Layout, batch_shards, make_mesh
 from stepdistill_jax.planning.compiling import figures, state_bytes
 from stepdistill_jax.planning.workload import Workload
@@ -35,12 +35,15 @@ class Target:
     limit: float
 
 
-def layouts_for(model: T5Config, devices: int) -> dict[str, Layout]:
+def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
     """The layouts by name whose axes divide the model's dimensions."""
 
     def divides(fsdp: int, tensor: int) -> bool:
-        heads_and_widths = (model.num_heads, model.mlp_dim, model.vocab_size)
-        return model.emb_dim % fsdp == 0 and all(size % tensor == 0 for size in heads_and_widths)
+        sides = (model.encoder, model.decoder)
+        by_tensor = [model.vocab_size, *(n for s in sides for n in (s.num_kv_heads, s.mlp_dim))]
+        return all(side.emb_dim % fsdp == 0 for side in sides) and all(
+            size % tensor == 0 for size in by_tensor
+        )
 
     found = {"data": Layout(data=devices)}
     if devices > 1 and divides(devices, 1):
@@ -54,7 +57,7 @@ def layouts_for(model: T5Config, devices: int) -> dict[str, Layout]:
     return found
 
 
-def named_layout(layout: str | Layout, model: T5Config, devices: int) -> str | Layout:
+def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str | Layout:
     """Returns the sizes of a layout that has them in its name, such as `fsdp_tensor 32x8`.
 
     Raises:

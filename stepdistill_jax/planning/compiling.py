@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.data.objectives import resolve, share_encoding
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.lora import split
 from stepdistill_jax.models.sharding import batch_sharding, batch_shards
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.planning.collectives import Collective, by_dtype, by_kind, collectives
 from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.planning.roofline import Bound, bound
@@ -171,7 +171,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 
 
 def lower_step(
-    config: TrainConfig, model: T5Config, groups: Sequence[tuple[int, int, int]], mesh: Mesh
+    config: TrainConfig, model: ModelConfig, groups: Sequence[tuple[int, int, int]], mesh: Mesh
 ) -> tuple[jax.stages.Lowered, TrainState]:
     """`training.step.train_step` lowered for these shapes, and the abstract state.
 
@@ -183,7 +183,7 @@ def lower_step(
     step = jit_train_step(
         state,
         mesh,
-        model=T5(model),
+        model=EncoderDecoder(model),
         tx=tx,
         objective_weights=tuple(o.weight for o in resolve(config.objectives)),
         num_microbatches=config.num_microbatches,

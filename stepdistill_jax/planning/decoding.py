@@ -17,9 +17,9 @@ from stepdistill_jax.decoding.greedy import (
 )
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.options import QUANTIZATIONS
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import abstract_params
 from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, param_shardings
-from stepdistill_jax.models.t5 import abstract_params
 from stepdistill_jax.planning.candidates import named_layout
 from stepdistill_jax.planning.collectives import by_dtype, collectives
 from stepdistill_jax.planning.compiling import bound_on, bytes_per_device, compile_for
@@ -141,7 +141,7 @@ def plan_decode(
 
 
 def _lower(
-    model: T5Config, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
+    model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
 ) -> tuple[jax.stages.Lowered, int]:
     """The decoder lowered for a batch, and the bytes of its parameters on one device."""
     boxed = abstract_params(model)

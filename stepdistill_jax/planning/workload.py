@@ -10,7 +10,8 @@ from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
-from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.families import FAMILIES, model_config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import AUTO, TrainConfig
@@ -23,9 +24,6 @@ from stepdistill_jax.training.data import (
 )
 from stepdistill_jax.training.run import model_settings
 
-# ids of the published models; test_configs checks their parameter counts
-PUBLISHED_VOCABULARY = {"mt5": 250_112, "byt5": 384, "umt5": 256_384}
-T5_VOCABULARY = 32_128
 STEPS_LOOKED_AT = 32
 
 
@@ -60,7 +58,7 @@ class Workload:
         assumptions: sentences; empty where everything was read.
     """
 
-    model: T5Config
+    model: ModelConfig
     rows_of: Callable[[int], StepRows]
     assumptions: tuple[str, ...]
 
@@ -127,7 +125,7 @@ def workload(
     return Workload(model, rounded, tuple(assumptions))
 
 
-def _reader(config: TrainConfig, data: TaskData, model: T5Config) -> Callable[[int], StepRows]:
+def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable[[int], StepRows]:
     """Returns the rows of a run on the data, as it would choose and round them."""
 
     def rows_of(multiple: int) -> StepRows:
@@ -155,7 +153,7 @@ def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskDat
     return load_split(config, TRAIN, vocabulary=vocabulary_of(config), data_dir=data_dir)
 
 
-def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> T5Config:
+def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> ModelConfig:
     """Returns the configuration that `train` would build, and adds what it assumes to `assumptions`."""
     settings = model_settings(config)
     if config.init_from is not None and os.path.isdir(config.init_from):
@@ -163,11 +161,11 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
     if config.init_from is None and data is not None:
         vocab_size = data.vocab_size
     else:
-        vocab_size = PUBLISHED_VOCABULARY.get(config.model_family, T5_VOCABULARY)
+        vocab_size = FAMILIES[config.model_family].vocab_size
         missing = (
             f"dataset {config.task!r} is not prepared here"
             if config.init_from is None
             else f"`init_from` {config.init_from} is not here: {config.model_family} {config.model_size}"
         )
         assumptions.append(f"{missing}, with the published vocabulary of {vocab_size}")
-    return t5_config(config.model_family, config.model_size, vocab_size=vocab_size, **settings)
+    return model_config(config.model_family, config.model_size, vocab_size=vocab_size, **settings)

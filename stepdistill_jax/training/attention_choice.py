@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.attention import attention
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.fused_attention import reason_against
 from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.progress import log
@@ -32,7 +32,9 @@ class _Call(NamedTuple):
     bias: bool
 
 
-def settle_attention(model: T5Config, mesh: Mesh, lengths: Sequence[tuple[int, int]]) -> T5Config:
+def settle_attention(
+    model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
+) -> ModelConfig:
     """Returns the model with "auto" replaced by what it comes to on the mesh, and says what that is.
 
     Args:
@@ -62,8 +64,8 @@ def settle_attention(model: T5Config, mesh: Mesh, lengths: Sequence[tuple[int, i
 
 
 def untried_attention(
-    model: T5Config, mesh: Mesh, lengths: Sequence[tuple[int, int]]
-) -> tuple[T5Config, str | None]:
+    model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
+) -> tuple[ModelConfig, str | None]:
     """Returns `settle_attention`'s model if its kernel works, and why there is no kernel, or None.
 
     The arguments, and what is raised, are those of `settle_attention`; the devices need not be here.
@@ -71,12 +73,18 @@ def untried_attention(
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
         return dataclasses.replace(model, attention="xla"), None
-    heads = model.num_heads // mesh.shape["tensor"]
-    problems = (
-        reason_against(device, c.queries, c.keys, heads, model.head_dim, model.dtype, bias=c.bias)
-        for c in _calls(lengths)
-    )
-    problem = next((p for p in problems if p is not None), None)
+    side = model.decoder
+    if side.score_softcap is not None or side.num_kv_heads < side.num_heads:
+        problem = "it has no soft caps, and no grouped heads"
+    else:
+        heads = side.num_heads // mesh.shape["tensor"]
+        problems = (
+            reason_against(
+                device, c.queries, c.keys, heads, side.head_dim, model.dtype, bias=c.bias
+            )
+            for c in _calls(lengths)
+        )
+        problem = next((p for p in problems if p is not None), None)
     if problem is None:
         return dataclasses.replace(model, attention="pallas"), None
     if model.attention == "pallas":
@@ -102,9 +110,9 @@ def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
     ]
 
 
-def _failure(model: T5Config, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
+def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
     """Returns how the kernel differs from plain operations on this process's first device, or None."""
-    heads = model.num_heads // tensor
+    heads = model.decoder.num_heads // tensor
     try:
         distances = {call: _distance(model, heads, call) for call in _calls(lengths)}
     except Exception as error:  # a compiler's or a driver's own; whatever it is, XLA goes on
@@ -116,7 +124,7 @@ def _failure(model: T5Config, tensor: int, lengths: Sequence[tuple[int, int]]) -
     return f"it differs by {distances[worst]:.2g} of the norm at {where}"
 
 
-def _distance(model: T5Config, heads: int, call: _Call) -> float:
+def _distance(model: ModelConfig, heads: int, call: _Call) -> float:
     """The largest |kernel - plain| / |plain| of a packed batch's output and gradients."""
     rng = np.random.default_rng(0)
 
@@ -127,7 +135,7 @@ def _distance(model: T5Config, heads: int, call: _Call) -> float:
         place = np.arange(length) / length
         return jnp.asarray(np.select([place < 0.4, place < 0.9], [1, 2]), jnp.int32)[None]
 
-    queries, keys = ((ROWS, n, heads, model.head_dim) for n in (call.queries, call.keys))
+    queries, keys = ((ROWS, n, heads, model.decoder.head_dim) for n in (call.queries, call.keys))
     arrays = [normal(*queries), normal(*keys), normal(*keys)]
     if call.bias:
         arrays.append(normal(1, heads, call.queries, call.keys, dtype="float32"))

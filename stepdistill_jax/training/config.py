@@ -12,7 +12,7 @@ from stepdistill_jax.models.config import (
     DTYPES,
     MAX_LENGTH,
     LoraConfig,
-    T5Config,
+    ModelConfig,
     check_dtype,
     known_remat_policy,
 )
@@ -190,8 +190,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     learning_rate: float = 5e-5
     num_microbatches: int = 1
-    dtype: str = T5Config.dtype
-    dropout_broadcast: bool = T5Config.dropout_broadcast
+    dtype: str = ModelConfig.dtype
+    dropout_broadcast: bool = ModelConfig.dropout_broadcast
     attention: str = "auto"
     layout: str | Layout = "data"
     seed: int = 0
@@ -203,10 +203,10 @@ class TrainConfig:
     )
     supervision: Supervision = dataclasses.field(default_factory=Supervision)
     model_family: str = "t5_v1_1"
-    dropout_rate: float = T5Config.dropout_rate
+    dropout_rate: float = ModelConfig.dropout_rate
     max_decode_len: int | None = None
-    remat_policy: str = T5Config.remat_policy
-    scan_layers: bool = T5Config.scan_layers
+    remat_policy: str = ModelConfig.remat_policy
+    scan_layers: bool = ModelConfig.scan_layers
     loss_mean: str = "token"
     token_weights: dict[str, str] | None = None
     lora: LoraConfig | None = None

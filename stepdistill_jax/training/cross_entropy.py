@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from stepdistill_jax.models.attention import softcapped
 from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
@@ -20,9 +21,13 @@ from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, scale: jax.Array
+    states: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    scale: jax.Array,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum over tokens of scale x (-log softmax(states kernel)[target]), and what it is made of.
 
@@ -31,22 +36,24 @@ def cross_entropy(
         kernel: [embed, vocab].
         targets: [batch, length] int32.
         scale: [batch, length] float32, a token's share in the sum; no gradient.
+        softcap: a logit x becomes softcap x tanh(x / softcap); None leaves it.
 
     Returns:
         The sum, a float32 scalar, the only output with a gradient; each token's negative log
         probability in nats [batch, length] float32; and whether no id is likelier than the target
         [batch, length] float32 (ties count; argmax would take the first of them).
     """
-    nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, False, False)
+    nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, False, False)
     return _total(scale, nll), nll, correct
 
 
-def _forward(states, kernel, targets, scale):
+def _forward(states, kernel, targets, scale, softcap):
     nll, correct, of_states, of_kernel = _on_own_rows(
         states.value,
         kernel.value,
         targets.value,
         scale.value,
+        softcap,
         states.perturbed,
         kernel.perturbed,
     )
@@ -59,7 +66,7 @@ def _total(scale: jax.Array, nll: jax.Array) -> jax.Array:
     return jnp.vdot(scale, nll, precision=precision_of(nll.dtype))
 
 
-def _backward(grads, cotangents):
+def _backward(softcap, grads, cotangents):
     along = cotangents[0]
     if isinstance(along, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
@@ -69,7 +76,7 @@ def _backward(grads, cotangents):
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad: bool):
+def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, kernel_grad: bool):
     """`_chunked` on each device's rows; the kernel is gathered once, its gradient added up once.
 
     Under GSPMD alone the loop would do both for each chunk.
@@ -77,7 +84,9 @@ def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad:
     # not those of size 1: XLA cannot add up over nothing (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
-    chunked = functools.partial(_chunked, states_grad=states_grad, kernel_grad=kernel_grad)
+    chunked = functools.partial(
+        _chunked, softcap=softcap, states_grad=states_grad, kernel_grad=kernel_grad
+    )
     # before the devices gather it: half the bytes in bfloat16
     kernel = kernel.astype(states.dtype)
     if not mesh_axes:
@@ -103,7 +112,7 @@ def _on_own_rows(states, kernel, targets, scale, states_grad: bool, kernel_grad:
     )(states, kernel, targets, scale)
 
 
-def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad: bool):
+def _chunked(states, weights, targets, scale, *, softcap, states_grad: bool, kernel_grad: bool):
     """([batch, length] nll, correct, gradients of the sum by states and kernel, or None each)."""
     rows, length, _ = states.shape
     tokens = rows * length
@@ -122,7 +131,7 @@ def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad:
 
     def add_chunk(kernel_sum, chunk):
         x, target, share = chunk
-        logits = product(x, weights, preferred_element_type=jnp.float32)
+        logits = softcapped(product(x, weights, preferred_element_type=jnp.float32), softcap)
         highest = logits.max(-1, keepdims=True)
         exp = jnp.exp(logits - highest)
         total = exp.sum(-1, keepdims=True)
@@ -132,6 +141,8 @@ def _chunked(states, weights, targets, scale, *, states_grad: bool, kernel_grad:
         x_grad = None
         if states_grad or kernel_grad:
             slope = exp * (share[:, None] / total) - jnp.where(is_target, share[:, None], 0.0)
+            if softcap is not None:  # d softcap tanh(x / softcap) / dx = 1 - tanh^2
+                slope *= 1 - jnp.square(logits / softcap)
             slope = slope.astype(weights.dtype)
         if states_grad:
             x_grad = product(slope, weights.T)

@@ -15,7 +15,7 @@ from stepdistill_jax.data.objectives import Objective, held_out_objectives, reso
 from stepdistill_jax.data.vocabulary import BYTES
 from stepdistill_jax.formats.directory import read_model_files
 from stepdistill_jax.formats.hub import local_model
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.models.sharding import blocks_on, place_rows
 from stepdistill_jax.runtime.channel import Channel
@@ -80,7 +80,7 @@ def load_split(
 
 
 def tried_row_lengths(
-    config: TrainConfig, batches: Batches, model: T5Config
+    config: TrainConfig, batches: Batches, model: ModelConfig
 ) -> list[row_lengths.RowLengths]:
     """Returns the packed rows that a run of `config` may have, with the FLOPs of a step.
 
@@ -98,7 +98,7 @@ def tried_row_lengths(
     return row_lengths.candidates(batches, cost, *free)
 
 
-def in_cheapest_rows(config: TrainConfig, batches: Batches, model: T5Config) -> Batches:
+def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) -> Batches:
     """Returns batches in the packed rows that a new run of `config` has; padded ones as they are."""
     if not config.pack:
         return batches

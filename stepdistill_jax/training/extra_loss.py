@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from stepdistill_jax.batches.packing import EXAMPLE_IDS
 from stepdistill_jax.data.schedules import Weight, check_weight
+from stepdistill_jax.models.encoder_decoder import OutputLayer
 from stepdistill_jax.runtime.checks import snake_case
 
 
@@ -51,14 +52,14 @@ class ExtraLoss(abc.ABC):
 
     @abc.abstractmethod
     def total(
-        self, states: jax.Array, kernel: jax.Array, group: Mapping[str, jax.Array]
+        self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
         """Scalar: the sum of the terms of these rows, in nats; finite also where there are none.
 
         Args:
             states: [rows, length, embed] of the decoder after its last norm, in the run's dtype.
-            kernel: [embed, vocab] float32; `states @ kernel` are the logits, and the largest array
-                of the step if all are made at once.
+            output: `output.logits(states)` are the logits, float32, and the largest array of the step
+                if all are made at once; `output.kernel` is [embed, vocab] float32.
             group: see `batches.batch`: [rows, length] each, `decoder_target_tokens`,
                 `decoder_segment_ids`, `decoder_objective_ids` (0 padding, i for the i-th
                 objective), `decoder_loss_weights`, of a mixture `decoder_task_ids`, for a

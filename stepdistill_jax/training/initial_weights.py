@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.hf import load_params, stored_shapes
 from stepdistill_jax.inference.model import load_model
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.lora import base_of, combine
 from stepdistill_jax.training.state import TrainState, drawn, shardings_of, with_new_adapters
 
@@ -35,7 +35,7 @@ class InitialWeights:
     path: pathlib.Path
     step: int | None
     rules: Rules | None
-    model: T5Config
+    model: ModelConfig
     abstract: TrainState
 
     @functools.cached_property

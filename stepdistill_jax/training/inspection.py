@@ -17,7 +17,8 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.formats.hub import local_model
-from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.tasks.task_data import TaskData
@@ -133,12 +134,12 @@ def _train_batches(
     return dataclasses.replace(batches, row_multiple=config.num_microbatches)
 
 
-def _model_of(config: TrainConfig, data: TaskData) -> T5Config:
+def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
     """The model that would be trained, of which the lengths' costs depend."""
     settings = model_settings(config)
     if config.init_from is None:
         family, size = config.model_family, config.model_size
-        return t5_config(family, size, vocab_size=data.vocab_size, **settings)
+        return model_config(family, size, vocab_size=data.vocab_size, **settings)
     return dataclasses.replace(read_config(local_model(config.init_from)), **settings)
 
 

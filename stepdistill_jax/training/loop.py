@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from stepdistill_jax.batches.batch import filled_rows
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.sharding import batch_shards
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
 from stepdistill_jax.runtime.metrics import last_step_metrics
 from stepdistill_jax.runtime.progress import log
@@ -83,7 +83,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
         step_fn = jit_train_step(
             run.abstract,
             run.mesh,
-            model=T5(run.model),
+            model=EncoderDecoder(run.model),
             tx=run.tx,
             objective_weights=tuple(o.weight for o in run.data.objectives),
             num_microbatches=config.num_microbatches,

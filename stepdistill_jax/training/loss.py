@@ -10,6 +10,7 @@ import numpy as np
 from flax import struct
 
 from stepdistill_jax.batches.packing import TASK_IDS
+from stepdistill_jax.models.encoder_decoder import OutputLayer
 from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.training.cross_entropy import cross_entropy
 
@@ -107,7 +108,7 @@ def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
 
 def objective_sums(
     states: jax.Array,
-    kernel: jax.Array,
+    output: OutputLayer,
     group: Group,
     scale: jax.Array,
     num_objectives: int | None = None,
@@ -123,7 +124,7 @@ def objective_sums(
 
     Args:
         states: [batch, length, embed] of the decoder.
-        kernel: [embed, vocab]; logits are states x kernel.
+        output: makes logits of the states.
         group: `decoder_target_tokens`, `decoder_objective_ids` (0 padding, i for the i-th
             objective) and `decoder_loss_weights`, all [batch, length].
         scale: [columns] float32, of `loss_scale`; a column is an objective, or one of a task.
@@ -136,7 +137,7 @@ def objective_sums(
     targets = group["decoder_target_tokens"]
     product = functools.partial(jnp.einsum, precision=precision_of(weights.dtype))
     of_tokens = product("blo,o->bl", weights, scale)
-    loss, nll, correct = cross_entropy(states, kernel, targets, of_tokens)
+    loss, nll, correct = cross_entropy(states, output.kernel, targets, of_tokens, output.softcap)
     sums = ObjectiveSums(
         loss=product("bl,blo->o", nll, weights),
         correct=product("bl,blo->o", correct, weights),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from stepdistill_jax.data.schedules import Weight
-from stepdistill_jax.models.products import kernel_product
+from stepdistill_jax.models.encoder_decoder import OutputLayer
 from stepdistill_jax.training.extra_loss import PairedLoss
 
 
@@ -44,10 +44,10 @@ class MutualInformation(PairedLoss):
     weight: Weight = 0.1
 
     def total(
-        self, states: jax.Array, kernel: jax.Array, group: Mapping[str, jax.Array]
+        self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
         """Sum of CE(z, r) over the pairs of these rows, in nats."""
-        probabilities = jax.nn.softmax(kernel_product(states, kernel, True))
+        probabilities = jax.nn.softmax(output.logits(states))
         pairs = self.is_pair(group)[..., None]
 
         def reduced(objective: int) -> jax.Array:

@@ -16,7 +16,8 @@ from stepdistill_jax.data.prepared import EMBEDDED, data_folder
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hub import local_model
-from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.on_processes import on_process_0
@@ -66,7 +67,7 @@ class Run:
     mesh: Mesh
     data: TaskData
     batches: Batches
-    model: T5Config
+    model: ModelConfig
     tx: optax.GradientTransformation
     abstract: TrainState
     validator: Validator | None
@@ -102,7 +103,7 @@ def assemble(
     read = {"vocabulary": vocabulary, "data_dir": data_dir}
     data = load_split(config, TRAIN, **read)
     if model is None:
-        model = t5_config(
+        model = model_config(
             config.model_family,
             config.model_size,
             vocab_size=data.vocab_size,
@@ -151,7 +152,7 @@ def assemble(
 
 
 def _row_lengths(
-    config: TrainConfig, batches: Batches, model: T5Config, workdir: pathlib.Path
+    config: TrainConfig, batches: Batches, model: ModelConfig, workdir: pathlib.Path
 ) -> tuple[int, int]:
     """Returns the tokens of a packed row: on a resume those of the run, on any layout."""
     if config.pack and (workdir / RUN).is_file():
@@ -180,7 +181,7 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in MODEL_SETTINGS}
 
 
-def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, T5Config]:
+def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:
     """Vocabulary and configuration of INIT_FROM; on a resume the workdir has them, too."""
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
@@ -196,7 +197,7 @@ def _init_path(init_from: str) -> pathlib.Path:
 
 
 def _initial_weights(
-    config: TrainConfig, workdir: pathlib.Path, model: T5Config, abstract: TrainState
+    config: TrainConfig, workdir: pathlib.Path, model: ModelConfig, abstract: TrainState
 ) -> InitialWeights:
     """INIT_FROM with its rules; those of a new run are checked and reported here."""
     assert config.init_from is not None

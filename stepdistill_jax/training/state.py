@@ -12,10 +12,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
 from stepdistill_jax.models.lora import combine, split
 from stepdistill_jax.models.sharding import param_shardings, replicated
-from stepdistill_jax.models.t5 import abstract_params, init_params
 
 
 class TrainState(struct.PyTreeNode):
@@ -23,7 +23,7 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
         step: scalar int32, updates done; the data position, too.
-        params: float32 tree of `models.t5`, all of it.
+        params: float32 tree of `models.encoder_decoder`, all of it.
         opt_state: of the optax transformation, for what is trained (`models.lora.split`): the
             adapters alone where there are any.
         rng: typed key; dropout of step k uses fold_in(rng, k).
@@ -78,7 +78,7 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
-def abstract_state(config: T5Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as shapes with shardings: what jit, checkpoints and weight loading aim at."""
     boxed = abstract_params(config)
     shardings = param_shardings(mesh, boxed)
@@ -112,14 +112,14 @@ def _key_data(seed: int) -> np.ndarray:
 
 
 def init_state(
-    config: T5Config, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
+    config: ModelConfig, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
     """A random state, each part made on the device that keeps it."""
     return _jit_init(config, tx, *hashable(abstract))(_key_data(seed))
 
 
 @functools.lru_cache(maxsize=4)
-def _jit_init(config: T5Config, tx: optax.GradientTransformation, leaves: tuple, tree: Any):
+def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tuple, tree: Any):
     def init(key_data) -> TrainState:
         key = jax.random.wrap_key_data(key_data)
         params = init_params(config, jax.random.fold_in(key, 0))
@@ -128,7 +128,9 @@ def _jit_init(config: T5Config, tx: optax.GradientTransformation, leaves: tuple,
     return jax.jit(init, out_shardings=shardings_of(jax.tree.unflatten(tree, leaves)))
 
 
-def drawn(part: Callable[[Any], Any], config: T5Config, abstract: TrainState, *, seed: int) -> Any:
+def drawn(
+    part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
+) -> Any:
     """The part of the parameters that `init_state` would draw, placed.
 
     XLA drops the rest of `init_params`, since nothing asks for it.
@@ -146,7 +148,7 @@ def drawn(part: Callable[[Any], Any], config: T5Config, abstract: TrainState, *,
     return jax.jit(init, out_shardings=shardings_of(part(abstract.params)))()
 
 
-def with_new_adapters(base: Any, config: T5Config, abstract: TrainState, *, seed: int) -> Any:
+def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
     """Placed plain weights with the adapters that `init_state` would draw beside them."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 

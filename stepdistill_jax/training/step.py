@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from stepdistill_jax.data.schedules import Schedule, Weight
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, output_layer
 from stepdistill_jax.models.lora import base_of, combine, split
 from stepdistill_jax.models.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
-from stepdistill_jax.models.t5 import T5, output_kernel
 from stepdistill_jax.training.extra_loss import ExtraLoss
 from stepdistill_jax.training.loss import (
     Batch,
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array | ObjectiveSums]
 
 
 def batch_sums(
-    model: T5,
+    model: EncoderDecoder,
     params,
     batch: Batch,
     scale: jax.Array,
@@ -46,11 +46,11 @@ def batch_sums(
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
         states: Any = model.apply({"params": params}, group, method="states", **apply)
-        kernel = output_kernel(params, model.config)
-        part, part_sums = objective_sums(states, kernel, group, scale, num_objectives)
+        output = output_layer(params, model.config)
+        part, part_sums = objective_sums(states, output, group, scale, num_objectives)
         loss, sums = loss + part, sums.merge(part_sums)
         if extra_loss is not None:
-            total = extra_loss.total(states, kernel, group).astype(jnp.float32)
+            total = extra_loss.total(states, output, group).astype(jnp.float32)
             loss += scale[-1] * total
             sums = sums.with_last(total, extra_loss.count(group))
     return loss, sums
@@ -84,7 +84,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     *,
-    model: T5,
+    model: EncoderDecoder,
     tx: optax.GradientTransformation,
     objective_weights: tuple[Weight, ...],
     num_microbatches: int = 1,
@@ -181,7 +181,7 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 
 
 def eval_step(
-    params, batch: Batch, *, model: T5, num_objectives: int, num_tasks: int = 1
+    params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
     """Totals of a batch without dropout."""
     scale = jnp.zeros(num_objectives * num_tasks)

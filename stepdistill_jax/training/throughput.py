@@ -5,7 +5,7 @@ import time
 import jax
 
 from stepdistill_jax.batches.host import HostBatch
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.runtime.chips import chip_of
 
@@ -13,7 +13,7 @@ from stepdistill_jax.runtime.chips import chip_of
 class Throughput:
     """Turns step times into rates; validation and saving are left out by `pause`."""
 
-    def __init__(self, config: T5Config, *, batch_size: int):
+    def __init__(self, config: ModelConfig, *, batch_size: int):
         """Starts the clock."""
         self._config, self._batch_size = config, batch_size
         self._last = time.monotonic()

@@ -18,9 +18,9 @@ from stepdistill_jax.decoding.greedy import Decoded, LabelDecoder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.labels import score_targets
 from stepdistill_jax.inference.prompting import cut_ids, read_answer, scored_answer
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.lora import merge
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.metrics import TaskMetrics
 from stepdistill_jax.tasks.task_data import Part, TaskData
@@ -40,7 +40,7 @@ class Validator:
     Adapters are merged first: what is measured is the model that will be exported.
     """
 
-    config: T5Config
+    config: ModelConfig
     data: TaskData
     batches: Batches
     decoder: LabelDecoder
@@ -55,7 +55,7 @@ class Validator:
         data: TaskData,
         batches: Batches,
         *,
-        config: T5Config,
+        config: ModelConfig,
         abstract: TrainState,
         mesh: Mesh,
         max_decode_len: int,
@@ -79,7 +79,7 @@ class Validator:
             jit_eval_step(
                 abstract,
                 mesh,
-                model=T5(plain),
+                model=EncoderDecoder(plain),
                 num_objectives=len(data.objectives),
                 num_tasks=len(data.parts),
             ),

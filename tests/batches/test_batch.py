@@ -16,9 +16,9 @@ from stepdistill_jax.batches.sampler import MIXTURE_BLOCK
 from stepdistill_jax.data.objectives import Objective, step_by_step
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.sharding import Layout, blocks_on, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.registry import columns_of
 from stepdistill_jax.tasks.task_data import Part, TaskData
 from stepdistill_jax.tasks.token_store import TokenRows, TokenStore
@@ -545,7 +545,9 @@ def six_segments(params):
     batch |= {"encoder_input_tokens": ids, "decoder_input_tokens": ids + 18}
 
     def segment_logits(embedder, segment):
-        logits = T5(MODEL).apply({"params": {**params, "token_embedder": embedder}}, batch)
+        logits = EncoderDecoder(MODEL).apply(
+            {"params": {**params, "token_embedder": embedder}}, batch
+        )
         mine = (batch["decoder_segment_ids"] == segment)[..., None]
         noise = jax.random.normal(jax.random.key(1), logits.shape)  # a plain sum could cancel
         return jnp.sum(jnp.where(mine, logits * noise, 0.0))

@@ -26,7 +26,7 @@ from stepdistill_jax.data.objectives import (
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TASK_INFO, TaskInfo, read_task_info, write_model_files
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.provenance import differences
 
@@ -63,7 +63,7 @@ def test_the_shared_encoder_asks_for_the_label_as_step_by_step_does():
 @pytest.fixture
 def directory(tmp_path):
     info = TaskInfo("sums", shared_encoder(), 40, 24, 8)
-    config = t5_config("t5_v1_1", "tiny", vocab_size=259)
+    config = model_config("t5_v1_1", "tiny", vocab_size=259)
     write_model_files(tmp_path, config, ByteVocabulary(), info)
     assert read_task_info(tmp_path) == info
     return tmp_path

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(scope="session")
 def log_probs_of():
     """(config, params, inputs, answers, both [rows, any] padded with 0) -> [rows, any, vocab]."""
-    from stepdistill_jax.models.t5 import T5
+    from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 
     def teacher_forced(config, params, inputs, answers):
         batch = {
@@ -17,7 +17,7 @@ def log_probs_of():
             "decoder_input_tokens": np.pad(answers, ((0, 0), (1, 0)))[:, :-1],
             "decoder_segment_ids": np.ones_like(answers),
         }
-        logits = jax.jit(T5(config).apply)({"params": params}, batch)
+        logits = jax.jit(EncoderDecoder(config).apply)({"params": params}, batch)
         logits = np.asarray(logits, np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -27,8 +27,8 @@ def log_probs_of():
 @pytest.fixture(scope="session")
 def model_of_few_ids():
     """(number of ids, of decoder layers, seed) -> (config, params)."""
-    from stepdistill_jax.models.config import T5Config
-    from stepdistill_jax.models.t5 import init_params
+    from stepdistill_jax.models.encoder_decoder import init_params
+    from stepdistill_jax.models.t5 import T5Config
 
     def make(vocab_size, num_decoder_layers, seed):
         config = T5Config(vocab_size, 16, 2, 8, 24, 1, num_decoder_layers)

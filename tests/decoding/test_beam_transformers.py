@@ -9,7 +9,7 @@ import pytest
 
 from stepdistill_jax.decoding.beam import search
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
 
 MAX_DECODE_LEN = 12
 ROWS = 200

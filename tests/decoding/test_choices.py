@@ -15,8 +15,8 @@ from stepdistill_jax.decoding.greedy import LabelDecoder, bucket_length
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
+from stepdistill_jax.models.t5 import T5Config
 
 # eight heads: `tensor` cuts them over all devices; other depths: encoder and decoder are not mixed up
 CONFIG = T5Config(128, 32, 8, 8, 48, 2, 1)

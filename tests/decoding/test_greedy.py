@@ -21,7 +21,7 @@ from stepdistill_jax.decoding.greedy import (
 )
 from stepdistill_jax.decoding.sampling import sample_decode
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.t5 import T5, abstract_params
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, abstract_params
 
 MAX_DECODE_LEN = 10
 SEARCHES = {
@@ -194,13 +194,13 @@ def test_progress_counts_rows_and_not_fillers(decoder, tiny_params, rows):
 @pytest.fixture
 def steps(monkeypatch):
     """The number of rows in each step of the loop over tokens."""
-    seen, step = [], T5.decode_step
+    seen, step = [], EncoderDecoder.decode_step
 
     def watched(self, last, *args):
         jax.debug.callback(lambda: seen.append(last.shape[0]))
         return step(self, last, *args)
 
-    monkeypatch.setattr(T5, "decode_step", watched)
+    monkeypatch.setattr(EncoderDecoder, "decode_step", watched)
     return seen
 
 

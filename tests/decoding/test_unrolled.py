@@ -10,9 +10,9 @@ import pytest
 
 from stepdistill_jax.decoding.beam import beam_search
 from stepdistill_jax.decoding.greedy import greedy_decode
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.encoder_decoder import init_params
 from stepdistill_jax.models.quantized import quantize
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.t5 import T5Config
 
 # 8 tokens are few for heads so wide: their queries read the encoder's states, and 18 keys and values
 CONFIG = T5Config(128, 32, 2, 32, 48, 1, 3)

@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 from stepdistill_jax.batches import batch as batch_module
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import step_by_step
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows, replicated
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
@@ -110,7 +110,7 @@ def main(out: pathlib.Path, batches: Batches, tx, name, layout, stop, workdir=No
         "made": [],
         "known": [],
     }
-    static = {"model": T5(MODEL), "tx": tx, "objective_weights": WEIGHTS}
+    static = {"model": EncoderDecoder(MODEL), "tx": tx, "objective_weights": WEIGHTS}
     lower = jit_train_step(abstract, mesh, **static).__wrapped__.lower
     step_fn = in_mesh(lower, mesh)(abstract, place_rows(batches(0), mesh)).compile()
     # gloo gives up on a peer that is still compiling 30 s later

@@ -16,8 +16,8 @@ import pytest
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats.directory import TaskInfo, write_model_files
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.runtime.locks import open_locked
 

@@ -14,7 +14,7 @@ from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference.evaluate import evaluate
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import import_task_module
 from stepdistill_jax.training.config import TrainConfig
@@ -312,7 +312,9 @@ def test_ids_above_the_models_vocabulary(tmp_path, registries):
     import seqio
 
     model = tmp_path / "model"
-    write_model_files(model, t5_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None)
+    write_model_files(
+        model, model_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None
+    )
     feature = seqio.Feature(seqio.ByteVocabulary(extra_ids=100), add_eos=False)
     high = seqio.map_over_dataset(lambda row: {k: row[k] * 100 for k in ("inputs", "targets")})
     add_plain(

@@ -22,8 +22,8 @@ from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, write_model_files
 from stepdistill_jax.formats.hf import save_params
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.tasks.token_store import MANIFEST, TokenExample, open_store, write_store

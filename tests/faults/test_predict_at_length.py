@@ -29,8 +29,8 @@ from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.inference.accuracy import Tally
 from stepdistill_jax.inference.skipped_rows import SkippedRows
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.files import partial_of
 from stepdistill_jax.runtime.streams import ResumableFile, outputs_of, sidecar_of
 

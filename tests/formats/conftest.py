@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.formats import hf
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 
 SIZES = {
     "vocab_size": 64,

@@ -20,8 +20,8 @@ from stepdistill_jax.formats.ctranslate2 import (
     write_ctranslate2,
 )
 from stepdistill_jax.formats.directory import is_ctranslate2, read_config
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 
 ctranslate2 = pytest.importorskip("ctranslate2", reason="ctranslate2 is not installed")
 

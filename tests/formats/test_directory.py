@@ -13,8 +13,8 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 
 CONFIG = T5Config(
     vocab_size=256,

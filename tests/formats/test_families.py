@@ -9,8 +9,8 @@ import pytest
 from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats.directory import read_config, write_model_files
 from stepdistill_jax.formats.hf import load_params, save_params
-from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.families import model_config
 
 # family -> model_type of its directory; mT5 and ByT5 are T5 v1.1 but for sizes and vocabulary
 MODEL_TYPES = {"t5_v1_0": "t5", "t5_v1_1": "t5", "mt5": "t5", "byt5": "t5", "umt5": "umt5"}
@@ -19,7 +19,7 @@ MODEL_TYPES = {"t5_v1_0": "t5", "t5_v1_1": "t5", "mt5": "t5", "byt5": "t5", "umt
 @pytest.fixture(params=MODEL_TYPES)
 def written(request, make_params, tmp_path):
     """(family, config, directory with weights)."""
-    config = t5_config(request.param, "tiny", vocab_size=259)
+    config = model_config(request.param, "tiny", vocab_size=259)
     write_model_files(tmp_path, config, load_vocabulary("bytes"), None)
     save_params(tmp_path, jax.tree.map(lambda x: 0.3 * x, make_params(config)), config)
     return request.param, config, tmp_path
@@ -56,7 +56,7 @@ def test_transformers_gives_our_logits(written):
         "decoder_input_tokens": target.astype(np.int32),
         "decoder_segment_ids": np.ones_like(target, np.int32),
     }
-    got = jax.jit(T5(config).apply)({"params": load_params(directory, config)}, batch)
+    got = jax.jit(EncoderDecoder(config).apply)({"params": load_params(directory, config)}, batch)
     assert np.std(want) > 0.01
     # measured: at most 2e-6 of the largest logit
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())

@@ -13,7 +13,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.flax_msgpack import read_tree
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.models.encoder_decoder import abstract_params
 
 FILE = "flax_model.msgpack"
 

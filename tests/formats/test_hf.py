@@ -11,8 +11,8 @@ import safetensors.numpy
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf, safetensors_file
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
+from stepdistill_jax.models.t5 import T5Config
 
 CONFIG = T5Config(
     vocab_size=64,

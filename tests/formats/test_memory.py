@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.formats import hf
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5Config
 
 pytestmark = pytest.mark.slow  # half a minute
 
@@ -27,8 +27,8 @@ if int(processes) > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
 from stepdistill_jax.models import sharding
 from stepdistill_jax.formats.hf import load_params
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.encoder_decoder import abstract_params
 import numpy as np, safetensors
 config = T5Config(65536, 1024, 16, 64, 8192, 7, 6)
 shardings = sharding.param_shardings(sharding.make_mesh("fsdp"), abstract_params(config))
@@ -72,7 +72,7 @@ def big_directory(tmp_path_factory):
     import flax.linen as nn
     import jax
 
-    from stepdistill_jax.models.t5 import abstract_params
+    from stepdistill_jax.models.encoder_decoder import abstract_params
 
     abstract = jax.eval_shape(nn.meta.unbox, abstract_params(CONFIG))
     header, at = {"__metadata__": {"format": "pt"}}, 0

@@ -15,8 +15,8 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.models.encoder_decoder import abstract_params
+from stepdistill_jax.models.t5 import T5Config
 
 LIMIT = 30_000  # bytes; the embedding of 64 x 32 floats has 8,192
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config, read_model_files
 from stepdistill_jax.formats.weights import open_weights
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.t5 import abstract_params
+from stepdistill_jax.models.encoder_decoder import abstract_params
 
 TREES = {
     "layers apart": {},

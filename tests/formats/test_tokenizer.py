@@ -8,7 +8,7 @@ from stepdistill_jax.data.vocabulary import EOS_ID, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import tokenizer as exported_tokenizer
 from stepdistill_jax.formats.directory import read_model_files, write_model_files
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5Config
 
 TEXTS = [
     "with rain in the forecast , the truck takes the narrow bridge .",

@@ -21,9 +21,10 @@ import optax
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.decoding.greedy import greedy_decode
-from stepdistill_jax.models.config import SIZES, T5Config, t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.state import abstract_state, create_state
@@ -32,6 +33,7 @@ from stepdistill_jax.training.step import jit_train_step
 PATH = pathlib.Path(__file__).with_name("golden.npz")
 SEED = 20261124
 STEPS = 5
+FAMILIES = ("t5_v1_0", "t5_v1_1", "mt5", "byt5", "umt5")
 
 
 # nearly all of the time is compilation, so XLA optimises little
@@ -40,7 +42,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 def tiny(family: str) -> T5Config:
     """A model of a family in a few thousand parameters; ByT5 keeps its deeper encoder."""
-    return t5_config(
+    return model_config(
         family,
         "tiny",
         vocab_size=128,
@@ -79,7 +81,7 @@ def numpy_params(config: T5Config, seed: int):
 def of_family(family: str) -> dict[str, np.ndarray]:
     """Logits of a padded batch longer than `max_distance`; greedy ids, scores and margins."""
     config = tiny(family)
-    params = numpy_params(config, SEED + list(SIZES).index(family))
+    params = numpy_params(config, SEED + FAMILIES.index(family))
     rng = np.random.default_rng(SEED)
     source = rng.integers(2, 128, (6, 24)).astype(np.int32)
     source[1, 7:] = source[3, 15:] = 0
@@ -91,7 +93,7 @@ def of_family(family: str) -> dict[str, np.ndarray]:
         "decoder_input_tokens": np.pad(target, ((0, 0), (1, 0)))[:, :-1],
         "decoder_segment_ids": (target > 0).astype(np.int32),
     }
-    logits = np.asarray(quick_jit(T5(config).apply)({"params": params}, batch))
+    logits = np.asarray(quick_jit(EncoderDecoder(config).apply)({"params": params}, batch))
     decode = quick_jit(functools.partial(greedy_decode, config=config, max_decode_len=8))
     ids, scores, _ = decode(params, encoder_input_tokens=source)
     return {
@@ -125,7 +127,9 @@ def of_training() -> dict[str, np.ndarray]:
     mesh = make_mesh(Layout(), jax.devices()[:1])
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.0))
     abstract = abstract_state(config, tx, mesh)
-    step_fn = jit_train_step(abstract, mesh, model=T5(config), tx=tx, objective_weights=(0.5, 0.5))
+    step_fn = jit_train_step(
+        abstract, mesh, model=EncoderDecoder(config), tx=tx, objective_weights=(0.5, 0.5)
+    )
     with tempfile.TemporaryDirectory() as folder:
         made = batches(pathlib.Path(folder) / "store")
         steps = [made(step) for step in range(STEPS)]
@@ -143,7 +147,7 @@ def of_training() -> dict[str, np.ndarray]:
 def make() -> dict[str, np.ndarray]:
     """Everything that the file holds but `about`."""
     found = of_training()
-    for family in SIZES:
+    for family in FAMILIES:
         found |= of_family(family)
     return found
 

@@ -15,7 +15,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import LabelDecoder, export, load_model, predict
 from stepdistill_jax.inference.stablehlo import PLATFORMS, export_decoder
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.encoder_decoder import init_params
 
 # jax with its dependencies, and what `jax.export` asks for beside them
 ALLOWED = ("jax", "jaxlib", "numpy", "scipy", "ml_dtypes", "opt_einsum", "flatbuffers")

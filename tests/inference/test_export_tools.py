@@ -12,8 +12,9 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import LabelDecoder, export, load_model
-from stepdistill_jax.models.config import LoraConfig, t5_config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 
 LENGTH = 8
@@ -127,7 +128,7 @@ def test_the_card_says_which_family_it_is(exported):
     ],
 )
 def test_the_card_names_families_and_adapters(family, vocabulary, words, task_info, spiece):
-    config = t5_config(family, "tiny", vocab_size=384)
+    config = model_config(family, "tiny", vocab_size=384)
     card = model_card(
         task_info,
         config,

@@ -21,8 +21,8 @@ from stepdistill_jax.inference import DecodeOptions, LabelDecoder, evaluate, loa
 from stepdistill_jax.inference.evaluate import evaluate_tokens
 from stepdistill_jax.inference.model import params_fingerprint
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.planning.collectives import collectives
 from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints

@@ -20,8 +20,8 @@ from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.inference import export, load_model
-from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import abstract_params, init_params
+from stepdistill_jax.models.families import model_config
+from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
 from stepdistill_jax.data.vocabulary import load_vocabulary
 
 what, workdir, target = sys.argv[1:]
@@ -37,7 +37,7 @@ def sample():
         time.sleep(0.001)
 
 mesh = sharding.make_mesh("fsdp")
-config = t5_config("t5_v1_1", "small", vocab_size=32128)
+config = model_config("t5_v1_1", "small", vocab_size=32128)
 before = anonymous()
 if what == "write":
     params = jax.block_until_ready(jax.jit(init_params, static_argnums=0)(config, jax.random.key(0)))

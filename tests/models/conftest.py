@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from stepdistill_jax.models.config import SIZES as FAMILIES
+from stepdistill_jax.models.families import FAMILIES
 
 
 def _load_oracle():

@@ -17,8 +17,8 @@ import numpy as np
 from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config
-from stepdistill_jax.models.config import SIZES as FAMILIES
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.families import FAMILIES
 
 SIZES = {
     "vocab_size": 512,
@@ -139,7 +139,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def _ours(config, params, batch, target):
     def loss_and_outputs(params):
-        logits, seen = T5(config).apply(
+        logits, seen = EncoderDecoder(config).apply(
             {"params": params}, batch, capture_intermediates=lambda _, method: method == "encode"
         )
         picked = jnp.take_along_axis(nn.log_softmax(logits), target[..., None], -1)[..., 0]
@@ -152,7 +152,7 @@ def _ours(config, params, batch, target):
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
 def our_logits(config, params, batch):
     """[batch, target length, vocab] float32 alone, which compiles faster."""
-    return T5(config).apply({"params": params}, batch)
+    return EncoderDecoder(config).apply({"params": params}, batch)
 
 
 def our_outputs(config, params, source, target) -> Outputs:

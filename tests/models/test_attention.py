@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.models.attention import attention
-from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.dropout import Dropout
-from stepdistill_jax.models.layers import RelativeBias, relative_buckets
+from stepdistill_jax.models.positions import RelativeBias, relative_buckets
+from stepdistill_jax.models.t5 import T5Config
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 5, 7, 4, 3
 QUERY_SEGMENTS = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]], np.int32)

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from stepdistill_jax.models.config import t5_config
-from stepdistill_jax.models.t5 import T5, init_params, start_cache
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params, start_cache
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.training.state import create_state
 from stepdistill_jax.training.step import train_step
 
@@ -19,7 +19,7 @@ FAMILIES = ("t5_v1_0", "t5_v1_1", "umt5")
 
 
 def config_of(family):
-    config = t5_config(family, "tiny", vocab_size=128)
+    config = model_config(family, "tiny", vocab_size=128)
     return dataclasses.replace(config, dtype="bfloat16", dropout_rate=0.0)
 
 
@@ -44,7 +44,7 @@ def forward(request, equations):
     config = config_of(request.param)
 
     def logits(params, batch):
-        return T5(config).apply({"params": params}, batch)
+        return EncoderDecoder(config).apply({"params": params}, batch)
 
     traced = jax.make_jaxpr(logits)(abstract_params(config), batch())
     found = {}
@@ -91,7 +91,7 @@ def test_the_gradient_of_a_frequent_token_loses_no_digits():
 
     def total(table, dtype):
         """The sum over 2,000 equal tokens of what the lookup gives."""
-        model = T5(dataclasses.replace(config, dtype=dtype))
+        model = EncoderDecoder(dataclasses.replace(config, dtype=dtype))
         ids = jnp.full((4, 500), 7)
         whole = {**params, "token_embedder": table}
         return jnp.sum(model.apply({"params": whole}, ids, method="_embed").astype(jnp.float32))
@@ -103,12 +103,12 @@ def test_the_gradient_of_a_frequent_token_loses_no_digits():
 def test_states_and_cache_are_bfloat16_and_logits_float32():
     config = config_of("t5_v1_1")
     params, ids = abstract_params(config), jnp.ones((2, 8), jnp.int32)
-    encode = functools.partial(T5(config).apply, method="encode")
+    encode = functools.partial(EncoderDecoder(config).apply, method="encode")
     states = jax.eval_shape(encode, {"params": params}, ids, ids)
     assert states.dtype == BF16
     cache = jax.eval_shape(functools.partial(start_cache, config=config, max_decode_len=4), params, states)  # fmt: skip
     assert {x.dtype for x in cache.values()} == {BF16}
-    assert jax.eval_shape(T5(config).apply, {"params": params}, batch()).dtype == F32
+    assert jax.eval_shape(EncoderDecoder(config).apply, {"params": params}, batch()).dtype == F32
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2])
@@ -125,7 +125,7 @@ def test_parameters_moments_gradients_and_loss_of_a_step_are_float32(num_microba
     state = jax.eval_shape(functools.partial(create_state, tx=tx, seed=0), abstract_params(config))
     step = functools.partial(
         train_step,
-        model=T5(config),
+        model=EncoderDecoder(config),
         tx=tx,
         objective_weights=(0.5, 0.5),
         num_microbatches=num_microbatches,
@@ -142,7 +142,7 @@ def test_float32_activations_leave_no_bfloat16_anywhere(equations):
     config = dataclasses.replace(config_of("umt5"), dtype="float32")
 
     def logits(params, batch):
-        return T5(config).apply({"params": params}, batch)
+        return EncoderDecoder(config).apply({"params": params}, batch)
 
     traced = jax.make_jaxpr(logits)(abstract_params(config), batch())
     dtypes = {np.dtype(v.aval.dtype) for e in equations(traced) for v in e.outvars}

@@ -12,10 +12,17 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.encoder_decoder import (
+    EncoderDecoder,
+    abstract_params,
+    init_params,
+    start_cache,
+)
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.models.lora import base_of, has_adapters, merge, split
-from stepdistill_jax.models.t5 import T5, abstract_params, init_params, start_cache
+from stepdistill_jax.models.t5 import T5Config
 
 PLAIN = T5Config(
     vocab_size=64,
@@ -66,7 +73,7 @@ def batch():
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, params, batch):
-    return T5(config).apply({"params": params}, batch)
+    return EncoderDecoder(config).apply({"params": params}, batch)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +147,7 @@ def test_the_gradient_of_adapters_follows_from_that_of_the_merged_kernel(batch):
     params = params_of(config)
 
     def loss(config, params):
-        logits = T5(config).apply({"params": params}, batch)
+        logits = EncoderDecoder(config).apply({"params": params}, batch)
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     merged, plain = merge(params, config)
@@ -193,7 +200,7 @@ def test_merge_wants_parameters_that_fit_the_configuration():
 
 def test_a_step_of_adapters_is_said_to_cost_less_than_a_full_one():
     """No gradient of the frozen kernels: 4 of 6 FLOPs per weight, and the adapters' own on top."""
-    plain = t5_config("t5_v1_1", "large", vocab_size=32128)
+    plain = model_config("t5_v1_1", "large", vocab_size=32128)
     size = {"rows": 8, "input_length": 512, "target_length": 114}
     full = train_flops(plain, **size)
     lora = train_flops(dataclasses.replace(plain, lora=LoraConfig(query=8, value=8)), **size)

@@ -11,8 +11,9 @@ import pytest
 
 from stepdistill_jax.decoding import choices
 from stepdistill_jax.decoding.greedy import greedy_decode
-from stepdistill_jax.models.config import LoraConfig, T5Config
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.training.state import create_state
 from stepdistill_jax.training.step import eval_step, train_step
 
@@ -39,7 +40,7 @@ def batch():
 def training_program(config):
     tx = optax.adamw(1e-3)
     state = jax.eval_shape(functools.partial(create_state, tx=tx, seed=0), abstract_params(config))
-    step = functools.partial(train_step, model=T5(config), tx=tx, **TRAINING)
+    step = functools.partial(train_step, model=EncoderDecoder(config), tx=tx, **TRAINING)
     return jax.make_jaxpr(step)(state, (batch(),))
 
 
@@ -90,13 +91,13 @@ def decoding_program(config, tokens, **changes):
 
 
 def evaluation(config):
-    step = functools.partial(eval_step, model=T5(config), num_objectives=2)
+    step = functools.partial(eval_step, model=EncoderDecoder(config), num_objectives=2)
     return jax.make_jaxpr(step)(abstract_params(config), (batch(),))
 
 
 def forward(config, **changes):
     config = dataclasses.replace(config, **changes)
-    logits = lambda params: T5(config).apply({"params": params}, batch())  # noqa: E731
+    logits = lambda params: EncoderDecoder(config).apply({"params": params}, batch())  # noqa: E731
     return jax.make_jaxpr(logits)(abstract_params(config))
 
 

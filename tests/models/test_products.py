@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from stepdistill_jax.models.config import LoraConfig, t5_config
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.layers import dense
 from stepdistill_jax.models.sharding import make_mesh
 
@@ -15,7 +16,7 @@ ROWS, LENGTH, INPUTS, OUTPUTS = 8, 64, 16, 24
 
 
 def layer(**changes):
-    config = t5_config("t5_v1_1", "tiny", vocab_size=128, dtype="bfloat16", **changes)
+    config = model_config("t5_v1_1", "tiny", vocab_size=128, dtype="bfloat16", **changes)
     return dense(config, OUTPUTS, ("embed", "mlp"), 0.02, projection="wi")
 
 

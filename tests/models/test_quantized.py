@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, abstract_params, init_params
 from stepdistill_jax.models.quantized import KERNEL, SCALE, kernel_of, quantize
-from stepdistill_jax.models.t5 import T5, abstract_params, init_params
+from stepdistill_jax.models.t5 import T5Config
 
 CONFIG = T5Config(128, 32, 2, 8, 48, 2, 2, dropout_rate=0.0)
 TIED = dataclasses.replace(CONFIG, logits_via_embedding=True, mlp_activations=("relu",))
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_same_weights_in_float32(models):
     segments = "encoder_segment_ids", "decoder_segment_ids"
     batch = dict.fromkeys(names, tokens) | dict.fromkeys(segments, jnp.ones_like(tokens))
     found, wanted = (
-        np.asarray(jax.jit(T5(config).apply)({"params": params}, batch))
+        np.asarray(jax.jit(EncoderDecoder(config).apply)({"params": params}, batch))
         for params, config in models
     )
     assert np.abs(found - wanted).max() < 1e-5 * wanted.std()

@@ -8,9 +8,10 @@ import jax
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import LoraConfig, t5_config
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.encoder_decoder import abstract_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh, param_shardings
-from stepdistill_jax.models.t5 import abstract_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +167,7 @@ def test_copies_that_do_not_fit_the_slices_are_refused():
 )
 def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
     given = {"vocab_size": 32128} | changes
-    config = dataclasses.replace(t5_config("t5_v1_1", "small", vocab_size=32128), **given)
+    config = dataclasses.replace(model_config("t5_v1_1", "small", vocab_size=32128), **given)
     with pytest.raises(InputError, match=f"^`layout`.*{message}"):
         param_shardings(make_mesh(layout), abstract_params(config))
 
@@ -175,10 +176,10 @@ def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
 @pytest.mark.parametrize(
     "config",
     [
-        t5_config("t5_v1_1", "small", vocab_size=32128),
-        t5_config("umt5", "base", vocab_size=256_384, lora=LoraConfig(query=3)),
-        t5_config("byt5", "small", vocab_size=384),
-        t5_config("t5_v1_0", "xl", vocab_size=32128),
+        model_config("t5_v1_1", "small", vocab_size=32128),
+        model_config("umt5", "base", vocab_size=256_384, lora=LoraConfig(query=3)),
+        model_config("byt5", "small", vocab_size=384),
+        model_config("t5_v1_0", "xl", vocab_size=32128),
     ],
     ids=["v1_1", "umt5_lora", "byt5", "v1_0"],
 )
@@ -193,7 +194,7 @@ def test_published_models_fit_the_named_layouts(config, layout):
 
 def test_a_layout_cuts_width_by_fsdp_and_heads_mlp_and_vocabulary_by_tensor():
     """Of every parameter; T5 v1.1 base has 12 layers, 12 heads of 64 and widths of 768 and 2048."""
-    boxed = abstract_params(t5_config("t5_v1_1", "base", vocab_size=32128))
+    boxed = abstract_params(model_config("t5_v1_1", "base", vocab_size=32128))
     shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(nn.meta.unbox, boxed))
     shardings = jax.tree.leaves(param_shardings(make_mesh(Layout(fsdp=2, tensor=4)), boxed))
     width, heads, mlp, vocabulary = 768 // 2, 12 * 64 // 4, 2048 // 4, 32128 // 4

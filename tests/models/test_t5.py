@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.models import sharding
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5, abstract_params, init_params, start_cache
+from stepdistill_jax.models.encoder_decoder import (
+    EncoderDecoder,
+    abstract_params,
+    init_params,
+    start_cache,
+)
+from stepdistill_jax.models.t5 import T5Config
 
 TINY = T5Config(
     vocab_size=64,
@@ -40,13 +45,13 @@ def teacher_forced(source, target):
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, params, batch):
     """Logits; jitted, since op by op a scanned model takes seconds."""
-    return T5(config).apply({"params": params}, batch)
+    return EncoderDecoder(config).apply({"params": params}, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward_with_dropout(config, params, batch, key):
     rngs = {"dropout": key}
-    return T5(config).apply({"params": params}, batch, enable_dropout=True, rngs=rngs)
+    return EncoderDecoder(config).apply({"params": params}, batch, enable_dropout=True, rngs=rngs)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +197,7 @@ def test_logits_are_the_same_on_eight_devices(tiny, layout):
     placed = jax.device_put(tiny, sharding.param_shardings(mesh, abstract_params(TINY)))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.LOGICAL_AXIS_RULES):
-        got = jax.jit(T5(TINY).apply)({"params": placed}, batch)
+        got = jax.jit(EncoderDecoder(TINY).apply)({"params": placed}, batch)
     np.testing.assert_allclose(np.asarray(got), want, atol=2e-5)
 
 
@@ -201,7 +206,7 @@ def test_a_step_over_the_encoder_states_has_the_logits_of_their_keys_and_values(
     tiny, tiny_batch, beams
 ):
     source = jnp.asarray(tiny_batch["encoder_input_tokens"])
-    segments, model = (source > 0).astype(jnp.int32), T5(TINY)
+    segments, model = (source > 0).astype(jnp.int32), EncoderDecoder(TINY)
 
     @jax.jit
     def logits(ids):

@@ -10,8 +10,8 @@ import pytest
 
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
+from stepdistill_jax.models.t5 import T5Config
 
 UNTIED = T5Config(
     vocab_size=32,
@@ -77,7 +77,7 @@ def test_scaled_logits_are_divided_by_the_root_of_the_width(bare_directory):
     x = np.random.default_rng(1).normal(size=(1, 3, 16)).astype(np.float32)
 
     def logits(scaled):
-        model = T5(dataclasses.replace(config, scale_decoder_outputs=scaled))
+        model = EncoderDecoder(dataclasses.replace(config, scale_decoder_outputs=scaled))
         return model.apply({"params": params}, x, method=lambda m, x: m._logits(m._scaled(x)))
 
     np.testing.assert_allclose(logits(True), logits(False) / 4, rtol=1e-5)  # 16 ** 0.5

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.dropout import DRAWS, HALF, Dropout
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
 from stepdistill_jax.models.layers import dense
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.t5 import T5Config
 
 MODEL = T5Config(64, 16, 2, 8, 48, 3, 2, dropout_rate=0.1)
 BATCH, INPUTS, TARGETS = 2, 10, 7
@@ -72,7 +72,7 @@ def kept_arrays(config):
 
     def backward(params, batch):
         rngs = {"dropout": jax.random.key(0)}
-        apply = T5(config).apply
+        apply = EncoderDecoder(config).apply
         return jax.vjp(
             lambda p: apply({"params": p}, batch, enable_dropout=True, rngs=rngs), params
         )[1]
@@ -100,7 +100,7 @@ def forward_program(config):
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rngs = {"dropout": jax.random.key(0)}
     return jax.make_jaxpr(
-        lambda p, x: T5(config).apply({"params": p}, x, enable_dropout=True, rngs=rngs)
+        lambda p, x: EncoderDecoder(config).apply({"params": p}, x, enable_dropout=True, rngs=rngs)
     )(params, batch_shapes())
 
 

@@ -26,9 +26,9 @@ from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.formats import hf
 from stepdistill_jax.formats.directory import read_config, write_model_files
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5, init_params
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.data import batches_of, load_split, with_row_lengths
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -91,7 +91,7 @@ def make_setting(
 ) -> Setting:
     """Random weights (T5 v1.1, width 64, 2 + 2 layers) in `folder`, and batches of the task."""
     data = load_split(config, "train", vocabulary=None, data_dir=data_dir)
-    model = t5_config(
+    model = model_config(
         "t5_v1_1", "tiny", vocab_size=data.vocab_size, num_decoder_layers=2, dropout_rate=0.0
     )
     write_model_files(folder, model, data.vocabulary, None)
@@ -199,7 +199,7 @@ def train_with_ours(setting: Setting) -> Trained:
     step_fn = jit_train_step(
         abstract,
         mesh,
-        model=T5(model),
+        model=EncoderDecoder(model),
         tx=tx,
         objective_weights=tuple(o.weight for o in setting.config.objectives),
     )

@@ -12,9 +12,11 @@ import pytest
 
 from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import LoraConfig, T5Config, t5_config
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.sharding import Layout, make_mesh
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.planning import candidates, plan
 from stepdistill_jax.planning.candidates import Target, layouts_for, row_multiple
 from stepdistill_jax.planning.compiling import lower_step
@@ -97,7 +99,7 @@ def test_fsdp_sends_each_weight_a_fixed_number_of_times(fsdp):
 
 
 def test_flops_are_those_of_the_formula(fsdp):
-    model = t5_config("t5_v1_1", "tiny", vocab_size=32128)
+    model = model_config("t5_v1_1", "tiny", vocab_size=32128)
     shape = {"rows": 16, "input_length": 64, "target_length": 32}
     assert fsdp["flops"]["step"] == train_flops(model, **shape)
     assert fsdp["flops"]["per_device"] == train_flops(model, **shape) / 8
@@ -105,7 +107,7 @@ def test_flops_are_those_of_the_formula(fsdp):
 
 def test_flops_of_the_compiled_step_are_those_of_the_formula(one_device):
     """Loops counted: 0.1% more, since the tokens of the loss are cut into chunks of one size."""
-    model = t5_config("t5_v1_1", "tiny", vocab_size=32128)
+    model = model_config("t5_v1_1", "tiny", vocab_size=32128)
     flops = train_flops(model, rows=16, input_length=64, target_length=32)
     bound = one_device["bound"]
     assert bound["flops"] == pytest.approx(flops, rel=0.005)
@@ -316,7 +318,7 @@ def test_where_nothing_fits_the_table_has_the_least_that_each_layout_takes():
     ],
 )
 def test_only_layouts_that_divide_the_model_are_tried(size, devices, expected):
-    model = t5_config("t5_v1_1", size, vocab_size=32128)
+    model = model_config("t5_v1_1", size, vocab_size=32128)
     assert list(layouts_for(model, devices)) == expected
 
 

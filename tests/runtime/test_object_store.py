@@ -17,7 +17,7 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.inference import export
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.runtime import files
 from stepdistill_jax.runtime import metrics as writers
 from stepdistill_jax.runtime.checkpoints import manifest
@@ -178,7 +178,7 @@ def test_metrics_are_uploaded_before_a_checkpoint_and_cut_back_on_a_resume(store
 
 def test_a_workdir_is_a_model_directory_there_too(store, delivery_data_dir):
     vocabulary = load_vocabulary(delivery_data_dir / "delivery" / "spiece.model")
-    config = t5_config("t5_v1_1", "tiny", vocab_size=vocabulary.size)
+    config = model_config("t5_v1_1", "tiny", vocab_size=vocabulary.size)
     info = TaskInfo("delivery", label_only(), 64, 8, 8)
     write_model_files(as_path(RUN), config, vocabulary, info)
     write_model_files(as_path(RUN), config, vocabulary, info)  # over itself

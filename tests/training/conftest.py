@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.data.objectives import step_by_step
-from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.dropout import Dropout
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.state import abstract_state, init_state
@@ -45,7 +45,7 @@ def take_steps():
     ):
         mesh = make_mesh(layout, jax.devices()[:devices])
         abstract = abstract_state(model, tx, mesh)
-        static = {"model": T5(model), "tx": tx, "objective_weights": weights}
+        static = {"model": EncoderDecoder(model), "tx": tx, "objective_weights": weights}
         step = jit_train_step(abstract, mesh, **static, num_microbatches=num_microbatches)
         state, found = init_state(model, tx, abstract, seed=seed), []
         for batch in batches:

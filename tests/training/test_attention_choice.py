@@ -11,7 +11,7 @@ import pytest
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models import fused_attention
 from stepdistill_jax.models.attention import attention
-from stepdistill_jax.models.config import T5Config
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.training import run as run_module
 from stepdistill_jax.training.attention_choice import settle_attention
 from stepdistill_jax.training.config import TrainConfig

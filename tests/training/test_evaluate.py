@@ -9,8 +9,8 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.data.vocabulary import EOS_ID, ByteVocabulary
 from stepdistill_jax.decoding.greedy import LabelDecoder
-from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, make_mesh
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.loss import ObjectiveSums

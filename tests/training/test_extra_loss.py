@@ -12,15 +12,15 @@ import pytest
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import linear_schedule
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.training import ExtraLoss, TrainConfig
 from stepdistill_jax.training.state import abstract_state, create_state, shardings_of
 from stepdistill_jax.training.step import jit_train_step, train_step
 
 MODEL = dataclasses.replace(
-    t5_config("t5_v1_1", "tiny", vocab_size=128),
+    model_config("t5_v1_1", "tiny", vocab_size=128),
     emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1, dropout_rate=0.0,
 )  # fmt: skip
 # of label, rationale and the extra loss; the second stays
@@ -111,13 +111,15 @@ def test_two_slices_give_the_gradient_of_the_formula_at_each_step(one_layer, bat
 def test_eight_devices_give_that_of_a_t5_too(params, batch):
     mesh = make_mesh(Layout(data=8))
     abstract = abstract_state(MODEL, TX, mesh)
-    step_fn = jit_train_step(abstract, mesh, model=T5(MODEL), num_microbatches=1, **STATIC)
+    step_fn = jit_train_step(
+        abstract, mesh, model=EncoderDecoder(MODEL), num_microbatches=1, **STATIC
+    )
 
     def placed(state, batch):
         return step_fn(jax.device_put(state, shardings_of(abstract)), place_rows(batch, mesh))
 
     def logits(params, group):
-        return T5(MODEL).apply({"params": params}, group)
+        return EncoderDecoder(MODEL).apply({"params": params}, group)
 
     check(placed, params, batch, (5,), written_out(logits, params, batch))
 

@@ -18,8 +18,9 @@ from stepdistill_jax.formats import hub
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.formats.hf import save_params, to_hf
 from stepdistill_jax.inference import export
-from stepdistill_jax.models.config import LoraConfig, T5Config
-from stepdistill_jax.models.t5 import init_params
+from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step
 from stepdistill_jax.training import TrainConfig, inspect, train
 from stepdistill_jax.training.provenance import describe

@@ -35,10 +35,12 @@ def bytes_model(tmp_path_factory):
     """A model directory whose vocabulary is bytes."""
     from stepdistill_jax.data.vocabulary import ByteVocabulary
     from stepdistill_jax.formats.directory import write_model_files
-    from stepdistill_jax.models.config import t5_config
+    from stepdistill_jax.models.families import model_config
 
     folder = tmp_path_factory.mktemp("bytes") / "model"
-    write_model_files(folder, t5_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None)
+    write_model_files(
+        folder, model_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), None
+    )
     return folder
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.batches.batch import Batches
-from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -171,8 +171,8 @@ COMPILE = """
 import functools, sys
 import flax.linen as nn
 import jax, jax.numpy as jnp, optax
-from stepdistill_jax.models.config import T5Config
-from stepdistill_jax.models.t5 import T5
+from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.sharding import LAYOUTS, Layout, batch_sharding, make_mesh
 from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.training.state import abstract_state
@@ -186,10 +186,10 @@ def compile_step(name, layout):
     abstract = abstract_state(model, tx, mesh)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh))
     batch = (jax.tree.map(place, empty_group(16, 32, 32)),)
-    static = {"model": T5(model), "tx": tx, "objective_weights": (1.0, 1.0), "num_microbatches": 2}
+    static = {"model": EncoderDecoder(model), "tx": tx, "objective_weights": (1.0, 1.0), "num_microbatches": 2}
     step = jit_train_step(abstract, mesh, **static).__wrapped__
     in_mesh(step.lower, mesh)(abstract, batch).compile()
-    evaluate = jit_eval_step(abstract, mesh, model=T5(model), num_objectives=2).__wrapped__
+    evaluate = jit_eval_step(abstract, mesh, model=EncoderDecoder(model), num_objectives=2).__wrapped__
     in_mesh(evaluate.lower, mesh)(abstract.params, batch).compile()
 
 layouts = LAYOUTS | {"hybrid": Layout(dcn_data=2, fsdp=-1)}

@@ -10,14 +10,14 @@ import pytest
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, make_mesh
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.training.state import abstract_state
 from stepdistill_jax.training.step import jit_eval_step
 
 MODEL = dataclasses.replace(
-    t5_config("t5_v1_1", "tiny", vocab_size=128),
+    model_config("t5_v1_1", "tiny", vocab_size=128),
     emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1, dropout_rate=0.0,
 )  # fmt: skip
 # 24 cut some of the rationales: a cut target has the length that it was cut to
@@ -56,7 +56,7 @@ def scores(data, params):
     padded = [
         {n: np.pad(x, ((0, 0), (0, longest[n] - x.shape[1]))) for n, x in g.items()} for g in groups
     ]
-    logits = jax.jit(T5(MODEL).apply)
+    logits = jax.jit(EncoderDecoder(MODEL).apply)
     return [(g, np.asarray(logits({"params": params}, g), np.float64)) for g in padded]
 
 
@@ -83,7 +83,7 @@ def one_at_a_time(scores, mean):
 def test_packed_rows_give_the_mean_of_one_target_at_a_time(data, params, scores, mean):
     mesh = make_mesh(Layout(), jax.devices()[:1])
     abstract = abstract_state(MODEL, optax.sgd(0.1), mesh)
-    step = jit_eval_step(abstract, mesh, model=T5(MODEL), num_objectives=2)
+    step = jit_eval_step(abstract, mesh, model=EncoderDecoder(MODEL), num_objectives=2)
     sums = step(params, Batches(data, **SIZES, loss_mean=mean)(0))
     loss, accuracy = one_at_a_time(scores, mean)
     np.testing.assert_allclose(sums.loss / sums.count, loss, rtol=1e-5)

@@ -13,9 +13,9 @@ import torch
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.training import TrainConfig
 from stepdistill_jax.training.data import batches_of
 from stepdistill_jax.training.mutual_information import MutualInformation
@@ -122,7 +122,7 @@ def test_eight_devices_give_the_sum_and_the_gradient_of_one(data):
 
 
 MODEL = dataclasses.replace(
-    t5_config("t5_v1_1", "tiny", vocab_size=128),
+    model_config("t5_v1_1", "tiny", vocab_size=128),
     emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1, dropout_rate=0.0,
 )  # fmt: skip
 
@@ -133,7 +133,7 @@ def test_a_t5_has_one_update_packed_and_padded_on_one_device_and_on_eight_in_sli
         mesh = make_mesh(layout, jax.devices()[:devices])
         abstract = abstract_state(MODEL, TX, mesh)
         static = {"tx": TX, "objective_weights": (0.5, 0.5), "extra_loss": LOSS}
-        static |= {"model": T5(MODEL), "num_microbatches": slices}
+        static |= {"model": EncoderDecoder(MODEL), "num_microbatches": slices}
         step = jit_train_step(abstract, mesh, **static)
         state, metrics = step(init_state(MODEL, TX, abstract, seed=0), place_rows(batch, mesh))
         assert float(metrics["sums"].loss[-1]) > 0

@@ -5,8 +5,8 @@ import optax
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import T5Config
 from stepdistill_jax.models.sharding import Layout, make_mesh
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer, make_schedule

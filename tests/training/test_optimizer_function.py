@@ -12,8 +12,9 @@ import pytest
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import LoraConfig, T5Config
+from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.models.sharding import Layout, make_mesh
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training import LearningRate, OptimizerFunction, TrainConfig
 from stepdistill_jax.training.learning_rate import constant, cosine, linear

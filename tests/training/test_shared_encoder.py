@@ -14,9 +14,9 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import Objective, share_encoding, shared_encoder, step_by_step
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout
-from stepdistill_jax.models.t5 import T5
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
@@ -25,7 +25,7 @@ from stepdistill_jax.training import TrainConfig, train
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CROSS = "decoder_encoder_segment_ids"
 MODEL = dataclasses.replace(
-    t5_config("t5_v1_1", "tiny", vocab_size=300),
+    model_config("t5_v1_1", "tiny", vocab_size=300),
     emb_dim=16, num_heads=2, head_dim=8, mlp_dim=32, num_encoder_layers=1, dropout_rate=0.0,
 )  # fmt: skip
 PREFIX = ByteVocabulary().encode("why: ")
@@ -239,7 +239,7 @@ def test_devices_and_slices_change_nothing(packed, update, layout, devices, slic
 def test_another_examples_input_moves_no_other_loss(packed, params):
     """Whatever shares the packed row: only the targets of the encoding that changed see it."""
     (group,), _ = packed
-    states = jax.jit(lambda g: T5(MODEL).apply({"params": params}, g, method="states"))
+    states = jax.jit(lambda g: EncoderDecoder(MODEL).apply({"params": params}, g, method="states"))
     before, moved = np.asarray(states(group)), 0
     for segment in range(1, int(group["encoder_segment_ids"].max()) + 1):
         ids = group["encoder_input_tokens"]

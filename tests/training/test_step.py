@@ -11,15 +11,16 @@ import pytest
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import label_only
-from stepdistill_jax.models.config import T5Config, t5_config
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5, init_params
+from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training import ExtraLoss
 from stepdistill_jax.training.state import abstract_state, create_state, init_state
 from stepdistill_jax.training.step import jit_train_step, train_step
 
-MODEL = dataclasses.replace(t5_config("t5_v1_1", "tiny", vocab_size=128), dropout_rate=0.0)
+MODEL = dataclasses.replace(model_config("t5_v1_1", "tiny", vocab_size=128), dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
 
 
@@ -113,14 +114,16 @@ def test_the_state_is_donated_and_cut(data):
     assert kernel.addressable_shards[0].data.shape == (2, 64 // 8, 128)
     moment = state.opt_state[0].nu["encoder"]["layers"]["mlp"]["wi_0"]["kernel"]
     assert moment.sharding == kernel.sharding
-    step = jit_train_step(abstract, mesh, model=T5(MODEL), tx=tx, objective_weights=WEIGHTS)
+    step = jit_train_step(
+        abstract, mesh, model=EncoderDecoder(MODEL), tx=tx, objective_weights=WEIGHTS
+    )
     step(state, place_rows(batches(data)(0), mesh))
     assert kernel.is_deleted()
 
 
 def test_a_state_is_born_sharded():
     """Making it takes a device its share of memory, and nothing of the size of the whole."""
-    config, tx = t5_config("t5_v1_1", "small", vocab_size=32128), optax.adamw(1e-3)
+    config, tx = model_config("t5_v1_1", "small", vocab_size=32128), optax.adamw(1e-3)
     abstract = abstract_state(config, tx, make_mesh("fsdp"))
     init = jax.jit(functools.partial(init_state, config, tx, abstract, seed=0))
     memory = init.lower().compile().memory_analysis()

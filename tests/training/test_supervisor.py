@@ -14,7 +14,7 @@ import pytest
 from stepdistill_jax.batches.host import HostBatch
 from stepdistill_jax.batches.sampler import ExampleIds
 from stepdistill_jax.data.objectives import step_by_step
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.runtime.checkpoints.manager import resolve_step, saved_steps
 from stepdistill_jax.runtime.metrics import read_flagged, read_metrics
 from stepdistill_jax.runtime.signals import StopSignals
@@ -69,7 +69,7 @@ def begin(tmp_path):
                 data=types.SimpleNamespace(
                     objectives=step_by_step(), parts=(types.SimpleNamespace(name="any"),)
                 ),
-                model=t5_config("t5_v1_1", "tiny", vocab_size=128),
+                model=model_config("t5_v1_1", "tiny", vocab_size=128),
                 batches=types.SimpleNamespace(
                     examples=lambda step: ExampleIds(*np.zeros((3, 0), int))
                 ),

@@ -15,7 +15,7 @@ from stepdistill_jax.data.schedules import Schedule, cosine_schedule, linear_sch
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info, write_model_files
-from stepdistill_jax.models.config import t5_config
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.training.optimizer import weights_at
 
 CONFIG = """\
@@ -114,7 +114,7 @@ def test_a_config_with_a_bad_schedule_is_refused_in_one_line(tmp_path, change, w
 def test_a_model_directory_keeps_the_schedule(tmp_path):
     info = TaskInfo("sums", step_by_step(1.0, cosine_schedule(0.5, 0.0, 10)), 40, 24, 8)
     write_model_files(
-        tmp_path, t5_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), info
+        tmp_path, model_config("t5_v1_1", "tiny", vocab_size=259), ByteVocabulary(), info
     )
     assert read_task_info(tmp_path) == info
     path = tmp_path / "stepdistill.json"

@@ -1,0 +1,302 @@
+"""The model: an encoder-decoder over packed or padded batches, whatever its family, in Flax Linen.
+
+A batch's way through: `EncoderDecoder.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding takes the same
+modules apart: `encode` once, `start_cache` once, `decode_step` per token.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from stepdistill_jax.models.attention import softcapped
+from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.layers import Segments, dense
+from stepdistill_jax.models.lora import has_adapters
+from stepdistill_jax.models.products import kernel_product, precision_of
+from stepdistill_jax.models.quantized import kernel_of
+from stepdistill_jax.models.stacks import Decoder, Encoder
+
+Cache = dict[str, jax.Array]
+
+
+def _one_segment(visible: jax.Array) -> Segments:
+    """Segments by which each query sees the keys where `visible` [batch or 1, k] is true."""
+    return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
+
+
+class EncoderDecoder(nn.Module):
+    """Encoder-decoder over packed or padded batches."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        named = nn.with_logical_partitioning
+        tables = {c.input_embedder: c.encoder, c.target_embedder: c.decoder}
+        self.tables: Any = {
+            name: self.param(
+                name,
+                named(nn.initializers.normal(side.init_stddev or 1.0), ("vocab", "embed")),
+                (c.vocab_size, side.emb_dim),
+            )
+            for name, side in tables.items()
+        }
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        if not c.logits_via_embedding:
+            width = c.decoder.emb_dim
+            stddev, axes = c.decoder.init_stddev or width**-0.5, ("embed", "vocab")
+            self.logits_dense = dense(c, c.vocab_size, axes, stddev, float32_sums=True)
+
+    def _embed(self, ids: jax.Array, embedder: str) -> jax.Array:
+        # [batch, length] -> [batch, length, embed]. The width is gathered first: a lookup whose
+        # width is cut over fsdp forces XLA into a full rematerialization
+        table = nn.with_logical_constraint(self.tables[embedder], ("vocab", None))
+        # cast after the lookup: its gradient sums over equal tokens, which bfloat16 would stop at 256
+        x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
+        if self.config.scaled_embeddings:  # the root, too, has the dtype of activations
+            x = x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed"))
+
+    def _embed_targets(self, ids: jax.Array) -> jax.Array:
+        c = self.config
+        if (
+            c.start_id
+        ):  # 0 begins a target in batches of every family, and is padding where nobody looks
+            ids = jnp.where(ids == 0, c.start_id, ids)
+        return self._embed(ids, c.target_embedder)
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return x if self.config.output_scale == 1.0 else x * self.config.output_scale
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        # [batch, length, embed] -> [batch, length, vocab]; float32 for the softmax
+        c = self.config
+        if c.logits_via_embedding:
+            logits = jnp.einsum(
+                "ble,ve->blv",
+                x,
+                self.tables[c.target_embedder].astype(c.dtype),
+                precision=precision_of(c.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        else:
+            logits = self.logits_dense(x)
+        logits = softcapped(logits, c.logits_softcap)
+        return nn.with_logical_constraint(logits, ("batch", "length", "vocab"))
+
+    def encode(
+        self, encoder_input_tokens, encoder_segment_ids, *, enable_dropout: bool = False
+    ) -> jax.Array:
+        """[batch, length] ids and segments -> encoder states [batch, length, embed]."""
+        return self.encoder(
+            self._embed(encoder_input_tokens, self.config.input_embedder),
+            encoder_segment_ids,
+            deterministic=not enable_dropout,
+        )
+
+    def __call__(
+        self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
+    ) -> jax.Array:
+        """Logits of each target position: [batch, target length, vocab] float32; see `states`."""
+        return self._logits(self.states(batch, enable_dropout=enable_dropout))
+
+    def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
+        """The decoder's states under teacher forcing; `output_layer` makes logits of them.
+
+        Args:
+            batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
+                `decoder_input_tokens`, `decoder_segment_ids` [batch, target length]. Segment 0 is
+                padding; a decoder segment reads the encoder segment of the same number, or the one
+                that `decoder_encoder_segment_ids` [batch, target length] names where it is given.
+            enable_dropout: needs the rng collection `dropout`.
+
+        Returns:
+            [batch, target length, embed].
+        """
+        source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+        encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
+        position = jnp.arange(target.shape[1])
+        x, _ = self.decoder(
+            self._embed_targets(batch["decoder_input_tokens"]),
+            None,
+            encoded=encoded,
+            self_segments=(target, target),
+            cross_segments=(batch.get("decoder_encoder_segment_ids", target), source),
+            causal=True,
+            query=position,
+            key=position,
+            deterministic=not enable_dropout,
+        )
+        return self._scaled(x)
+
+    def decode_step(
+        self,
+        ids: jax.Array,
+        cache: Cache,
+        encoder_segment_ids: jax.Array,
+        index: jax.Array,
+        encoded: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """One token for each row.
+
+        Args:
+            ids: [batch, 1] int32, the previous token (0 first). In a beam search [batch * beams, 1],
+                and so are `key` and `value` of the cache; what comes from the encoder is [batch].
+            cache: from `start_cache`.
+            encoder_segment_ids: [batch, length], 0 is padding.
+            index: scalar int32, position of the token that is decoded.
+            encoded: where the cache has no keys and values of it, [batch, length, embed] from `encode`
+                and the same [batch, embed, length].
+
+        Returns:
+            Logits [batch, vocab] float32 and the cache with this position filled in.
+        """
+        key = jnp.arange(cache["key"].shape[-1])
+        x, new = self.decoder(
+            self._embed_targets(ids),
+            cache,
+            encoded=encoded,
+            self_segments=_one_segment((key <= index)[None]),  # what is filled in
+            cross_segments=_one_segment(encoder_segment_ids > 0),
+            causal=False,
+            query=index[None],
+            key=key,
+            index=index,
+            deterministic=True,
+        )
+        new = {
+            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], index, axis)
+            for name, axis in (("key", -1), ("value", -2))
+        }
+        return self._logits(self._scaled(x))[:, 0], {**cache, **new}
+
+    def target_states(
+        self,
+        decoder_input_tokens: jax.Array,
+        decoder_segment_ids: jax.Array,
+        cache: Cache,
+        encoder_segment_ids: jax.Array,
+    ) -> jax.Array:
+        """`states` of given targets, from the keys and values that `start_cache` keeps of the inputs.
+
+        Args:
+            decoder_input_tokens, decoder_segment_ids: [batch, target length] int32. Each segment is a
+                target by itself, 0 is padding; all of a row read the same input.
+            cache: from `start_cache`, of so many positions; nothing is put into it.
+            encoder_segment_ids: [batch, length], 0 is padding.
+
+        Returns:
+            [batch, target length, embed].
+        """
+        position = jnp.arange(decoder_input_tokens.shape[1])
+        x, _ = self.decoder(
+            self._embed_targets(decoder_input_tokens),
+            {name: x for name, x in cache.items() if name.startswith("cross")},
+            self_segments=(decoder_segment_ids, decoder_segment_ids),
+            cross_segments=_one_segment(encoder_segment_ids > 0),
+            causal=True,
+            query=position,
+            key=position,
+            deterministic=True,
+        )
+        return self._scaled(x)
+
+
+@struct.dataclass
+class OutputLayer:
+    """What makes logits of the decoder's states.
+
+    Attributes:
+        kernel: [embed, vocab].
+        softcap: of the logits (`ModelConfig.logits_softcap`).
+    """
+
+    kernel: jax.Array
+    softcap: float | None = struct.field(pytree_node=False, default=None)
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """States [..., embed] -> [..., vocab] float32."""
+        return softcapped(kernel_product(states, self.kernel, True), self.softcap)
+
+
+def output_layer(params: Mapping, config: ModelConfig) -> OutputLayer:
+    """Returns what makes logits of `EncoderDecoder.states`; a tied one is the targets' embedding."""
+    if config.logits_via_embedding:
+        kernel = params[config.target_embedder].T
+    else:
+        kernel = kernel_of(params["logits_dense"], jnp.float32)
+    return OutputLayer(kernel, config.logits_softcap)
+
+
+def start_cache(
+    params: Mapping,
+    encoded: jax.Array,
+    config: ModelConfig,
+    max_decode_len: int,
+    *,
+    cross: bool = True,
+) -> Cache:
+    """An empty decoder cache, with the cross-attention's keys and values of all layers filled in.
+
+    They depend on the encoder alone, so they are computed once per batch, outside the loop.
+
+    Args:
+        params: parameters of an `EncoderDecoder` (unboxed).
+        encoded: [batch, length, embed] from `EncoderDecoder.encode`.
+        max_decode_len: positions of self-attention to hold.
+        cross: false leaves these out; `decode_step` wants `encoded` itself then, which is less work
+            where the rows of an input and their tokens are fewer than `head_dim`.
+
+    Returns:
+        `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
+        max_decode_len, kv], zeros; `cross_key` and `cross_value` are the same of `length`.
+
+    Raises:
+        ValueError: the parameters or the configuration have adapters, which decoding would leave out.
+    """
+    if config.lora is not None or has_adapters(params):
+        raise ValueError("decoding wants plain weights: call models.lora.merge first")
+    kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
+    side = config.decoder
+    heads = (side.num_kv_heads, side.head_dim)
+
+    def project(name: str, axes: str) -> jax.Array:
+        kernel, precision = kernel_of(kernels[name], config.dtype), precision_of(config.dtype)
+        kernel = kernel.reshape(*kernel.shape[:2], *heads)
+        return jnp.einsum(f"ble,nehd->{axes}", encoded, kernel, precision=precision)
+
+    # as the products of each token read them: no axis moves inside the loop
+    rows, (count, width) = (side.num_layers, encoded.shape[0]), heads
+    cache = {
+        "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
+        "value": jnp.zeros((*rows, count, max_decode_len, width), config.dtype),
+    }
+    if cross:
+        cache |= {"cross_key": project("key", "nbhdl"), "cross_value": project("value", "nbhld")}
+    return cache
+
+
+_FEATURES = (
+    "encoder_input_tokens",
+    "encoder_segment_ids",
+    "decoder_input_tokens",
+    "decoder_segment_ids",
+)
+
+
+@functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB of each trace
+def abstract_params(config: ModelConfig) -> Any:
+    """The parameter tree as boxed shapes with logical axis names; nothing is allocated."""
+    batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
+    return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), batch)["params"]
+
+
+def init_params(config: ModelConfig, rng: jax.Array) -> Any:
+    """Random initial parameters, unboxed."""
+    batch = dict.fromkeys(_FEATURES, jnp.ones((1, 8), jnp.int32))
+    return nn.meta.unbox(EncoderDecoder(config).init(rng, batch)["params"])

@@ -1,0 +1,106 @@
+"""What attention knows of positions: T5's learned bias by distance, and rotary embeddings."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [length, kv / 2] float32
+
+
+def relative_buckets(
+    query: jax.Array, key: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> jax.Array:
+    """Bucket of each (query, key) pair of positions: [q], [k] -> [q, k] int32.
+
+    Half the buckets are exact distances, the rest grow by the logarithm up to `max_distance`
+    (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Packed segments are contiguous in both
+    inputs and targets, so plain indices give the same differences as positions in a segment.
+    """
+    relative, offset = key[None, :] - query[:, None], 0
+    if bidirectional:
+        num_buckets //= 2
+        offset = (relative > 0) * num_buckets
+        relative = jnp.abs(relative)
+    else:
+        relative = jnp.maximum(-relative, 0)
+    exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(relative, 1) / exact) / np.log(max_distance / exact)
+    large = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
+    return offset + jnp.where(relative < exact, relative, large)
+
+
+@jax.custom_vjp
+def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
+    """table [heads, buckets], buckets [q, k] -> [heads, q, k]; the gradient is a product.
+
+    A lookup's own gradient is a scatter, which accelerators do slowly; T5X multiplies with one-hot
+    buckets both ways. At HIGHEST precision the sums are those of float32.
+    """
+    return jnp.take(table, buckets, axis=1)
+
+
+def _to_table(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, None]:
+    table, buckets = kept
+    hot = jax.nn.one_hot(buckets, table.shape[1], dtype=slope.dtype)
+    product = jnp.einsum("hqk,qkb->hb", slope, hot, precision=jax.lax.Precision.HIGHEST)
+    return product, None
+
+
+_of_buckets.defvjp(
+    lambda table, buckets: (_of_buckets(table, buckets), (table, buckets)), _to_table
+)
+
+
+class RelativeBias(nn.Module):
+    """Learned bias per head and bucket, added to the scores of self-attention."""
+
+    config: Any  # a `models.t5.T5Config`: no other family has the table
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        """Positions [q], [k] -> bias [1, heads, q, k] float32."""
+        c = self.config
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")
+        )
+        table: Any = self.param("rel_embedding", init, (c.num_heads, c.num_buckets))
+        buckets = relative_buckets(
+            query,
+            key,
+            bidirectional=self.bidirectional,
+            num_buckets=c.num_buckets,
+            max_distance=c.max_distance,
+        )
+        return _of_buckets(table, buckets)[None]
+
+
+def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
+    """Returns the angles by which `rotate` turns pairs at positions [length].
+
+    Pair i of position p turns by p / theta^(2i / head_dim) (Su et al. 2021, arXiv:2104.09864, equation
+    15). A score then depends on the distance of query and key alone, so plain indices serve packed
+    segments, too.
+
+    Args:
+        positions: [length] int32.
+        head_dim: width of a head, even.
+        theta: 10,000 in Gemma 2.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """[batch, length, heads, kv] -> the same, each pair turned; in float32, then the dtype of x.
+
+    A pair is feature i of the first half and feature i of the second, as in Hugging Face's weights.
+    """
+    cos, sin = (table[None, :, None, :] for table in by)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,0 +1,257 @@
+"""An encoder's and a decoder's layers, scanned: the parameters of a stack are stacked, the layer is axis 0."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from stepdistill_jax.models.attention import ATTENTION_OUTPUT
+from stepdistill_jax.models.config import MAX_LENGTH, ModelConfig, Side
+from stepdistill_jax.models.dropout import Dropout
+from stepdistill_jax.models.layers import Attention, Mlp, RMSNorm, Segments
+from stepdistill_jax.models.positions import RelativeBias, Rotation, rotate, rotation
+
+
+class Context(NamedTuple):
+    """Inputs that all layers of a stack share.
+
+    Attributes:
+        segments: of self-attention.
+        query, key: positions [q] and [k] of self-attention.
+        bias: [1, heads, q, k] float32 of self-attention; None where layers have their own, or none.
+        turn: by which the queries and keys of positions `query` are turned, or None.
+        encoded: for a decoder [batch, length, embed], or `encoded` of `EncoderDecoder.decode_step`.
+        cross_segments: of the attention to it.
+        index: position of the cache that is filled in.
+    """
+
+    segments: Segments
+    query: jax.Array
+    key: jax.Array
+    bias: jax.Array | None
+    turn: Rotation | None
+    encoded: Any = None
+    cross_segments: Any = None
+    index: Any = 0
+
+
+class _Layer(nn.Module):
+    """What a layer of either stack has."""
+
+    config: ModelConfig
+    deterministic: bool
+
+    def drop(self) -> Dropout:
+        """Dropout of what a layer's blocks add: one module, whose calls have masks of their own."""
+        c = self.config
+        return Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=self.deterministic)
+
+    def normed(self, y: jax.Array, block: str) -> jax.Array:
+        """What a block gives, after a norm of its own where the family has one."""
+        if not self.config.post_norms:
+            return y
+        return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)
+
+    def bias(self, context: Context, bidirectional: bool) -> jax.Array | None:
+        """The position bias of this layer's self-attention."""
+        if self.config.position_bias != "layer":
+            return context.bias
+        table = RelativeBias(self.config, bidirectional, name="relpos_bias")
+        return table(context.query, context.key)
+
+
+class EncoderLayer(_Layer):
+    @nn.compact
+    def __call__(self, x, window, context: Context):
+        """x [batch, length, embed] -> (the same shape, None); `window` is of `windows_of`, or None."""
+        c, side, drop = self.config, self.config.encoder, self.drop()
+        bias = self.bias(context, bidirectional=True)
+        attention = Attention(c, side, side.emb_dim, name="attention")
+        h = RMSNorm(c, name="pre_attention_layer_norm")(x)
+        keys, values = attention.keys_values(h)
+        queries, keys = _turned(attention.queries(h), keys, context.turn)
+        options: dict[str, Any] = {"window": window, "deterministic": self.deterministic}
+        y = attention(queries, keys, values, context.segments, bias, **options)
+        x = x + drop(self.normed(y, "attention"))
+        h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
+        y = Mlp(c, side, name="mlp")(h, deterministic=self.deterministic)
+        x = x + drop(self.normed(y, "mlp"))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed")), None
+
+
+class DecoderLayer(_Layer):
+    """`cache` None: teacher forcing. Else this layer's key and value, and of the input `encoded` or cross_key, cross_value."""
+
+    causal: bool
+
+    @nn.compact
+    def __call__(self, x, window, cache, context: Context):
+        """x [batch, q, embed] -> (the same shape, this layer's new key and value, or None)."""
+        c, side, off, drop = self.config, self.config.decoder, self.deterministic, self.drop()
+        bias = self.bias(context, bidirectional=False)
+        attention = Attention(c, side, side.emb_dim, name="self_attention")
+        cross = Attention(c, side, c.encoder.emb_dim, name="encoder_decoder_attention")
+        h = RMSNorm(c, name="pre_self_attention_layer_norm")(x)
+        new = None
+        if cache is None or "key" not in cache:
+            keys, values = attention.keys_values(h)
+            queries, keys = _turned(attention.queries(h), keys, context.turn)
+            options: dict[str, Any] = {"causal": self.causal, "window": window}
+            y = attention(
+                queries, keys, values, context.segments, bias, deterministic=off, **options
+            )
+        else:
+            y, new = self._next(attention, h, window, cache, bias, context)
+        x = x + drop(self.normed(y, "self_attention"))
+        h = RMSNorm(c, name="pre_cross_attention_layer_norm")(x)
+        segments = context.cross_segments
+        if cache is None:
+            keys, values = cross.keys_values(context.encoded)
+            y = cross(cross.queries(h), keys, values, segments, deterministic=off)
+        else:
+            # beams of one input are so many queries to the same keys: no copy of these per beam
+            queries = h.reshape(segments[1].shape[0], -1, h.shape[-1])
+            if context.encoded is not None:
+                y = cross.over_states(queries, *context.encoded, segments)
+            else:
+                given = cache["cross_key"], cache["cross_value"]
+                y = cross.over_cache(cross.queries(queries), *given, segments)
+        x = x + drop(self.normed(y.reshape(x.shape), "cross_attention"))
+        h = RMSNorm(c, name="pre_mlp_layer_norm")(x)
+        y = Mlp(c, side, c.unrolled_decoder, name="mlp")(h, deterministic=off)
+        x = x + drop(self.normed(y, "mlp"))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
+
+    def _next(self, attention: Attention, h, window, cache, bias, context: Context):
+        """Self-attention of one token over the cache, and the token's own key and value."""
+        if self.config.unrolled_decoder:
+            queries, keys, values = attention.queries_keys_values(h)
+        else:
+            queries, (keys, values) = attention.queries(h), attention.keys_values(h)
+        queries, keys = _turned(queries, keys, context.turn)
+        new = {"key": keys.transpose(0, 2, 3, 1), "value": values.swapaxes(1, 2)}
+        # the cache of all layers is written once, by `decode_step`
+        here = context.key == context.index
+        keys = jnp.where(here[None, None, None, :], new["key"], cache["key"])
+        values = jnp.where(here[None, None, :, None], new["value"], cache["value"])
+        of_queries, of_keys = context.segments
+        if window is not None:
+            near = context.key > context.index - window
+            of_keys = jnp.where(near[None, :], of_keys, 0)
+        return attention.over_cache(queries, keys, values, (of_queries, of_keys), bias), new
+
+
+def _turned(queries, keys, turn: Rotation | None):
+    return (queries, keys) if turn is None else (rotate(queries, turn), rotate(keys, turn))
+
+
+def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
+    """[layers] int32: self-attention sees keys less than so many places away; None sees all.
+
+    `Side.windows` are those of Hugging Face, which counts the last place in an encoder (distance <=
+    window) and not in a decoder. With `longest` places and windows beyond there is nothing to mask.
+    """
+    reach = [w + (not causal) if w else 2 * MAX_LENGTH for w in side.windows or ()]
+    if not reach or (isinstance(longest, int) and min(reach) >= longest):
+        return None
+    return jnp.array(reach, jnp.int32)
+
+
+def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
+    """`length` layers, in a loop or one after the other; params are stacked, the layer is axis 0."""
+    policies = jax.checkpoint_policies
+    policy = {
+        # activations and norms are cheaper to compute again than to write and read. A kernel's
+        # output is kept by its name; plain operations end in a product, of which that is the only copy
+        "elementwise": policies.save_from_both_policies(
+            policies.dots_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
+        ),
+        "minimal": policies.dots_with_no_batch_dims_saveable,
+        "full": policies.nothing_saveable,
+    }[config.remat_policy]
+    # in a loop XLA cannot keep what is to be computed again; without one it may, where that is only
+    # elementwise and so no question of memory
+    prevent_cse = not config.scan_layers and config.remat_policy != "elementwise"
+    layer = nn.remat(layer, prevent_cse=prevent_cse, policy=policy)
+    scanned = nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+        unroll=1 if config.scan_layers else length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(config, name="layers", **kwargs)
+
+
+class _Stack(nn.Module):
+    """What an encoder and a decoder have."""
+
+    config: ModelConfig
+
+    def context(self, side: Side, bidirectional: bool, segments, query, key, **more) -> Context:
+        """What all layers share; queries are at positions `query` [q], keys at `key` [k]."""
+        bias = turn = None
+        if self.config.position_bias == "side":
+            bias = RelativeBias(self.config, bidirectional, name="relpos_bias")(query, key)
+        if side.rope_theta is not None:
+            turn = rotation(query, side.head_dim, side.rope_theta)
+        return Context(segments, query, key, bias, turn, **more)
+
+    def drop(self, deterministic: bool) -> Dropout:
+        """Dropout of what goes in, and of what comes out."""
+        c = self.config
+        return Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=deterministic)
+
+
+class Encoder(_Stack):
+    @nn.compact
+    def __call__(self, x, segments, *, deterministic: bool):
+        """x [batch, length, embed], segments [batch, length] -> [batch, length, embed]."""
+        c, side = self.config, self.config.encoder
+        drop, position = self.drop(deterministic), jnp.arange(x.shape[1])
+        context = self.context(side, True, (segments, segments), position, position)
+        windows = windows_of(side, x.shape[1], causal=False)
+        axes = (0, nn.broadcast)
+        layers = scan_layers(EncoderLayer, c, side.num_layers, axes, deterministic=deterministic)
+        x, _ = layers(drop(x), windows, context)
+        return drop(RMSNorm(c, name="encoder_norm")(x))
+
+
+class Decoder(_Stack):
+    @nn.compact
+    def __call__(
+        self,
+        x,
+        cache,
+        *,
+        encoded=None,
+        self_segments: Segments,
+        cross_segments: Segments,
+        causal: bool,
+        query,
+        key,
+        index=0,
+        deterministic: bool,
+    ):
+        """x [batch, q, embed] -> ([batch, q, embed], updated cache or None)."""
+        c, side, drop = self.config, self.config.decoder, self.drop(deterministic)
+        more = {"encoded": encoded, "cross_segments": cross_segments, "index": index}
+        context = self.context(side, False, self_segments, query, key, **more)
+        windows = windows_of(side, key.shape[0], causal=True)
+        options: dict[str, Any] = {"causal": causal, "deterministic": deterministic}
+        if c.unrolled_decoder:
+            x, found = drop(x), []
+            for i in range(side.num_layers):
+                layer = DecoderLayer(c, **options, name=f"layers_{i}")
+                of_layer = jax.tree.map(lambda stacked, i=i: stacked[i], (windows, cache))
+                x, new = layer(x, *of_layer, context)
+                found.append(new)
+            cache = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *found)
+        else:
+            axes = (0, 0, nn.broadcast)
+            layers = scan_layers(DecoderLayer, c, side.num_layers, axes, **options)
+            x, cache = layers(drop(x), windows, cache, context)
+        return drop(RMSNorm(c, name="decoder_norm")(x)), cache
