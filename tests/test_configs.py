@@ -96,8 +96,17 @@ PUBLISHED = {
     ("byt5", "small"): 299_637_760,
     ("byt5", "base"): 581_653_248,
     ("umt5", "small"): 306_601_984,
+    # KerasHub's presets t5gemma_s_s_ul2 and t5gemma_b_b_ul2; the others as transformers counts them
+    ("t5gemma", "small"): 312_517_632,
+    ("t5gemma", "base"): 591_490_560,
+    ("t5gemma", "large"): 1_241_761_792,
+    ("t5gemma", "ml"): 2_200_345_344,
+    ("t5gemma", "xl"): 3_766_980_608,
+    ("t5gemma", "2b-2b"): 5_596_853_760,
+    ("t5gemma", "9b-2b"): 12_292_375_296,
+    ("t5gemma", "9b-9b"): 20_333_401_088,
 }
-VOCABULARIES = {"mt5": 250_112, "byt5": 384, "umt5": 256_384}
+VOCABULARIES = {"mt5": 250_112, "byt5": 384, "umt5": 256_384, "t5gemma": 256_000}
 
 
 @pytest.mark.parametrize(("family", "size"), PUBLISHED, ids=str)
@@ -149,6 +158,12 @@ def test_a_part_loads_and_includes_no_part(part, tmp_path):
     assert text.startswith("#")
     config, _ = load_config(with_part(part, tmp_path))
     assert config.task == "delivery"
+
+
+@pytest.mark.parametrize("value", ["9b-2b", "'9b-2b'"])
+def test_a_size_of_two_sides_is_a_bare_word_too(value, tmp_path):
+    path = with_part("models/t5gemma.gin", tmp_path)
+    assert load_config(path, [f"MODEL_SIZE={value}"])[0].model_size == "9b-2b"
 
 
 def test_the_parts_do_what_their_names_say(tmp_path):

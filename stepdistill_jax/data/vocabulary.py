@@ -38,6 +38,9 @@ class Vocabulary(Protocol):
     @property
     def unk_id(self) -> int: ...
 
+    @property
+    def bos_id(self) -> int: ...
+
     def pieces(self) -> list[str]: ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -96,6 +99,11 @@ class SentencePieceVocabulary:
         """The id of what no piece covers."""
         return self._processor.unk_id()
 
+    @property
+    def bos_id(self) -> int:
+        """The id that begins a text; 0 where the vocabulary has none, as T5's."""
+        return max(self._processor.bos_id(), 0)
+
     def pieces(self) -> list[str]:
         """The piece of each id."""
         return self._processor.id_to_piece(list(range(self.size)))
@@ -123,6 +131,7 @@ class ByteVocabulary:
     fingerprint = digest(BYTES)
     source = BYTES  # what `load_vocabulary` takes for it
     unk_id = UNK_ID
+    bos_id = 0  # it has none
 
     def pieces(self) -> list[str]:
         """A name for each id, as `transformers` has them: a byte is the character of its number."""

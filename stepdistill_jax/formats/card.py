@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any
 
 from stepdistill_jax.data.objectives import Objective
-from stepdistill_jax.data.vocabulary import BYTES, PAD_ID, Vocabulary
+from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
 from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.models.config import LoraConfig, ModelConfig
+from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig
 
 _METRICS = {
     "label_accuracy": "validation label accuracy",
@@ -17,12 +19,12 @@ _CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [t5, distillation, distilling-step-by-step]
+tags: [{tag}, distillation, distilling-step-by-step]
 ---
 
-# {task}, T5 distilled step by step
+# {task}, {title} distilled step by step
 
-{family} of {parameters} parameters ({encoder} encoder and {decoder} decoder layers, width {width}), trained by
+{family} of {parameters} parameters ({sizes}), trained by
 `stepdistill-jax` {version} with *Distilling Step-by-Step* (Hsieh et al. 2023, arXiv:2305.02301): the
 objectives below share one model, and only the first is asked when it serves.{adapters}
 
@@ -35,7 +37,7 @@ objectives below share one model, and only the first is asked when it serves.{ad
 {facts}
 
 The licence of the weights follows from that of the data and of the model they started from; it is
-not stated here.
+not stated here.{terms}
 
 ## Use
 
@@ -60,7 +62,9 @@ print(tokenizer.decode(ids, skip_special_tokens=True))
 ```
 {others}
 {notes}
+"""
 
+_CTRANSLATE2 = """
 For CTranslate2, which is faster on CPUs, `stepdistill export THIS_FOLDER NEW_FOLDER --format ctranslate2` writes a
 directory. Without that package (`pip install ctranslate2 transformers torch`, the last two for the conversion alone):
 
@@ -104,6 +108,8 @@ print(tokenizer.decode(ids[start.shape[1] :], skip_special_tokens=True))
 _SPECIAL = """\
 Texts that spell a special token (`</s>`, `<pad>`, `<unk>`) are split into letters by `stepdistill`, and are that token for
 `transformers`."""
+_GEMMA_TERMS = """ Weights of T5Gemma that Google published are under the
+Gemma Terms of Use (https://ai.google.dev/gemma/terms), which hold for models made from them, too."""
 _UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width; this model
 was trained without, so scores and sampling are wrong there, and greedy labels are not."""
 
@@ -148,18 +154,19 @@ def model_card(
     else:
         facts.append("- No validation was run at this step")
     prefixed = [o for o in task_info.objectives if o.decoder_prefix]
-    return _CARD.format(
+    is_t5, prompt = isinstance(config, T5Config), _prompt(task_info.objectives[0])
+    card = _CARD.format(
         task=task_info.task,
+        tag="t5" if is_t5 else "t5gemma",
+        title="T5" if is_t5 else "T5Gemma",
+        terms="" if is_t5 else _GEMMA_TERMS,
         family=family(config, vocabulary),
         adapters=_adapters(lora),
         notes=_SPECIAL
-        + (_UMT5 if not config.shared_relative_position_bias else "")
+        + (_UMT5 if config.position_bias == "layer" else "")
         + _answers(task_info.objectives[0]),
-        scaled=config.scale_decoder_outputs,
         parameters=f"{num_parameters:,}",
-        encoder=config.encoder.num_layers,
-        decoder=config.decoder.num_layers,
-        width=config.decoder.emb_dim,
+        sizes=_sizes(config),
         version=version,
         objectives="\n".join(
             f"| {o.name} | `{o.input_template}` | `{o.target_template}` | {o.weight:g} |"
@@ -170,7 +177,7 @@ def model_card(
                 name=o.name,
                 prefix=o.decoder_prefix,
                 prompt=_prompt(o),
-                ids=[PAD_ID, *vocabulary.encode(o.decoder_prefix)],
+                ids=[config.start_id, *vocabulary.encode(o.decoder_prefix)],
                 length=task_info.target_length,
             )
             for o in prefixed
@@ -178,7 +185,24 @@ def model_card(
         facts="\n".join(facts),
         input_length=task_info.input_length,
         max_decode_len=task_info.max_decode_len,
-        prompt=_prompt(task_info.objectives[0]),
+        prompt=prompt,
+    )
+    if isinstance(config, T5Config):  # the only family that CTranslate2 is given
+        length, scaled = task_info.max_decode_len, config.scale_decoder_outputs
+        card += _CTRANSLATE2.format(scaled=scaled, prompt=prompt, max_decode_len=length)
+    return card
+
+
+def _sizes(config: ModelConfig) -> str:
+    encoder, decoder = config.encoder, config.decoder
+    if encoder.emb_dim == decoder.emb_dim:
+        return (
+            f"{encoder.num_layers} encoder and {decoder.num_layers} decoder layers,"
+            f" width {decoder.emb_dim}"
+        )
+    return (
+        f"{encoder.num_layers} encoder layers of width {encoder.emb_dim},"
+        f" {decoder.num_layers} decoder layers of width {decoder.emb_dim}"
     )
 
 
@@ -203,10 +227,14 @@ def _answers(objective: Objective) -> str:
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
     """What a reader knows the architecture as, with its article; mT5 and Flan-T5 are T5 v1.1."""
+    if isinstance(config, T5GemmaConfig):
+        return "A T5Gemma"
     if vocabulary.source == BYTES:
         return "A ByT5"
-    if not config.shared_relative_position_bias:
+    if config.position_bias == "layer":
         return "A UMT5"
+    if config.mlp_activations == ("silu", "linear"):
+        return "A UL2 (gated SiLU)"
     if config.mlp_activations == ("relu",):
         return (
             "A T5 v1.0 (ReLU)" if config.logits_via_embedding else "A T5 (ReLU, own output layer)"

@@ -33,6 +33,7 @@ from stepdistill_jax.formats.directory import (
 from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.parameter_names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.files import fsync, read_json, write_json
@@ -102,7 +103,7 @@ def check_quantization(quantization: str | None) -> None:
 def write_ctranslate2(
     directory: os.PathLike | str,
     params: Any,
-    config: T5Config,
+    config: ModelConfig,
     vocabulary: Vocabulary,
     task_info: TaskInfo | None,
     quantization: str | None = None,
@@ -114,7 +115,7 @@ def write_ctranslate2(
     Args:
         directory: a new folder, or an empty one.
         params: parameters of a `T5`, unboxed, without adapters.
-        config: of the model: any family.
+        config: of the model: any family of T5.
         vocabulary: its text to ids.
         task_info: how it is asked.
         quantization: one of `QUANTIZATIONS`; None is float32. int8 is for all matrices, by
@@ -124,9 +125,13 @@ def write_ctranslate2(
         The number of parameters.
 
     Raises:
-        InputError: no such quantization, or CTranslate2 is not installed.
+        InputError: no such quantization, another family, or CTranslate2 is not installed.
     """
     check_quantization(quantization)
+    if not isinstance(config, T5Config):
+        raise InputError(
+            "`format`: ctranslate2 is written of T5s alone, and this model is none; use hf or jax"
+        )
     specs = import_ctranslate2("`format=ctranslate2`", "ctranslate2.specs")
     folder = pathlib.Path(directory)
     write_model_files(folder, config, vocabulary, task_info)

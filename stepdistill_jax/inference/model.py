@@ -76,7 +76,7 @@ def load_model(
     require_same(on_all_processes(lambda: _weights(path, found)), "model")
     boxed = abstract_params(files.config)
     if mesh:
-        shardings = param_shardings(mesh, boxed)
+        shardings = param_shardings(mesh, boxed, files.config)
     else:
         one = SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: one, nn.meta.unbox(boxed))

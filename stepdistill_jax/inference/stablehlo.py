@@ -81,7 +81,7 @@ def write_decoder(
 _README = """\
 # The label decoder of {task} as StableHLO
 
-`{decoder}` is a program of `jax.export`: encoder, cache and the loop over tokens of a T5 of {parameters}
+`{decoder}` is a program of `jax.export`: encoder, cache and the loop over tokens of a model of {parameters}
 parameters, greedy. `{params}/` has its parameters, one numpy file each. It runs where jax is installed, with the small package
 by which `jax.export` reads files (`pip install jax flatbuffers`); the package that wrote it (`stepdistill-jax` {version}) is not
 needed.

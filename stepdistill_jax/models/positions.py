@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ROPE = "rope"  # in the names of operations
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [length, kv / 2] float32
 
 
@@ -78,6 +79,7 @@ class RelativeBias(nn.Module):
         return _of_buckets(table, buckets)[None]
 
 
+@jax.named_scope(ROPE)
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
     """Returns the angles by which `rotate` turns pairs at positions [length].
 
@@ -95,6 +97,7 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@jax.named_scope(ROPE)
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     """[batch, length, heads, kv] -> the same, each pair turned; in float32, then the dtype of x.
 

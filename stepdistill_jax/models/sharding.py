@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.checks import keep, of_type, one_of, whole
 
 AXES = ("data", "fsdp", "tensor")
@@ -261,8 +262,13 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
     return tuple(sorted(needed))
 
 
-def param_shardings(mesh: Mesh, boxed: Any) -> Any:
+def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -> Any:
     """Shardings of a tree of logically partitioned boxes (`models.encoder_decoder.abstract_params`).
+
+    Args:
+        mesh: that the parameters are cut over.
+        boxed: the tree.
+        config: of the model, whose heads then are cut whole; None checks dimensions alone.
 
     Raises:
         InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and
@@ -270,14 +276,20 @@ def param_shardings(mesh: Mesh, boxed: Any) -> Any:
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
-    _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings)
+    heads = {}
+    if config is not None:
+        heads = {"encoder": config.encoder.num_kv_heads, "decoder": config.decoder.num_kv_heads}
+    _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings, heads)
     return shardings
 
 
-def _check_divisible(mesh: Mesh, params: Any, specs: Any, shardings: Any) -> None:
+def _check_divisible(
+    mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
+) -> None:
     """Each dimension is a multiple of its mesh axis: jit refuses else, and GSPMD would pad.
 
-    Heads are cut whole: the relative bias is a table by head.
+    Heads are cut whole: those of keys and values, `heads` of each side, into parts of one size. A
+    kernel [embed, 2 heads x 64] does not say that its 128 columns have two parts at most.
     """
     wrong: dict[str, str] = {}
     cut: dict[str, int] = dict.fromkeys(AXES, 0)  # greatest common divisor of what an axis cuts
@@ -295,6 +307,11 @@ def _check_divisible(mesh: Mesh, params: Any, specs: Any, shardings: Any) -> Non
                 )
 
     jax.tree_util.tree_map_with_path(check, params, specs, shardings)
+    for side, count in heads.items():
+        cut["tensor"] = math.gcd(cut["tensor"], count)
+        if count % mesh.shape["tensor"]:
+            what = f"tensor={mesh.shape['tensor']} does not divide num_kv_heads={count}"
+            wrong.setdefault(what, f"of the {side}'s keys and values, cut whole")
     if wrong:
         wanted = (1, *(mesh.shape[axis] for axis in AXES))
         nearest_layout = _nearest_layout(

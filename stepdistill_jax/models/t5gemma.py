@@ -85,13 +85,14 @@ def _sizes(encoder: str, decoder: str) -> dict[str, Any]:
     return {"encoder": _SIDES[encoder], "decoder": _SIDES[decoder]}
 
 
+# names of two sides are those of the published models: t5gemma-9b-2b; `small` is t5gemma-s-s
 T5GEMMA = Family(
     T5GemmaConfig,
     {
         **{name: _sizes(name, name) for name in ("tiny", "small", "base", "large", "ml", "xl")},
-        "2b_2b": _sizes("2b", "2b"),
-        "9b_2b": _sizes("9b", "2b"),
-        "9b_9b": _sizes("9b", "9b"),
+        "2b-2b": _sizes("2b", "2b"),
+        "9b-2b": _sizes("9b", "2b"),
+        "9b-9b": _sizes("9b", "9b"),
     },
     vocab_size=256_000,
 )

@@ -148,7 +148,7 @@ def _lower(
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(nn.meta.unbox, boxed),
-        param_shardings(mesh, boxed),
+        param_shardings(mesh, boxed, model),
     )
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     decode = jit_over_rows(

@@ -3,6 +3,7 @@
 import collections
 import re
 
+from stepdistill_jax.models.positions import ROPE
 from stepdistill_jax.planning.costs import Cost, is_kernel
 from stepdistill_jax.planning.hlo import Instruction, Module
 
@@ -45,7 +46,7 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
 
 
 def _by_name(op_name: str, is_product: bool) -> str:
-    """Reads a path such as `jit(train_step)/jvp(T5.states)/.../layers/mlp/wi_0/dot_general`."""
+    """Reads a path such as `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`."""
     names = [piece for step in op_name.split("/") for piece in step.split(".")]
     steps, last = set(names), names[-1]
     if _OUTPUT & steps:
@@ -58,7 +59,7 @@ def _by_name(op_name: str, is_product: bool) -> str:
         if _in_dropout(names) and last in ("lt", "ge", "gt", "xor", "concatenate", "or", "and"):
             return RANDOM_BITS
         return ATTENTION_ELEMENTWISE
-    if "relpos_bias" in steps:
+    if {"relpos_bias", ROPE} & steps:
         return ATTENTION_ELEMENTWISE
     if any(name.endswith("norm") for name in names):
         return NORMS
@@ -66,7 +67,7 @@ def _by_name(op_name: str, is_product: bool) -> str:
         return MLP
     if re.search(r"dynamic_(update_)?(slice|index)", last) or _clears(names):
         return KEPT
-    if "_embed" in steps or "token_embedder" in steps:
+    if {"_embed", "_embed_targets"} & steps:
         return EMBEDDING
     return RESIDUAL if {"encoder", "decoder", "layers"} & steps else OPTIMIZER
 

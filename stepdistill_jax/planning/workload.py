@@ -11,7 +11,6 @@ from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import ModelConfig
-from stepdistill_jax.models.families import FAMILIES, model_config
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import AUTO, TrainConfig
@@ -22,7 +21,7 @@ from stepdistill_jax.training.data import (
     load_split,
     vocabulary_of,
 )
-from stepdistill_jax.training.run import model_settings
+from stepdistill_jax.training.run import model_settings, new_model
 
 STEPS_LOOKED_AT = 32
 
@@ -155,17 +154,15 @@ def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskDat
 
 def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> ModelConfig:
     """Returns the configuration that `train` would build, and adds what it assumes to `assumptions`."""
-    settings = model_settings(config)
     if config.init_from is not None and os.path.isdir(config.init_from):
-        return dataclasses.replace(read_config(config.init_from), **settings)
+        return dataclasses.replace(read_config(config.init_from), **model_settings(config))
     if config.init_from is None and data is not None:
-        vocab_size = data.vocab_size
-    else:
-        vocab_size = FAMILIES[config.model_family].vocab_size
-        missing = (
-            f"dataset {config.task!r} is not prepared here"
-            if config.init_from is None
-            else f"`init_from` {config.init_from} is not here: {config.model_family} {config.model_size}"
-        )
-        assumptions.append(f"{missing}, with the published vocabulary of {vocab_size}")
-    return model_config(config.model_family, config.model_size, vocab_size=vocab_size, **settings)
+        return new_model(config, data)
+    model = new_model(config, None)
+    missing = (
+        f"dataset {config.task!r} is not prepared here"
+        if config.init_from is None
+        else f"`init_from` {config.init_from} is not here: {config.model_family} {config.model_size}"
+    )
+    assumptions.append(f"{missing}, with the published vocabulary of {model.vocab_size}")
+    return model

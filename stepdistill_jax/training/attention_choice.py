@@ -55,7 +55,7 @@ def settle_attention(
         # process 0 decides: all must compile the same program
         problem = on_process_0(lambda: _failure(model, mesh.shape["tensor"], lengths))
     if problem is not None:
-        _say(f"warning: attention by plain operations (xla), since its kernel fails: {problem}")
+        _say(f"warning: attention by plain operations (xla), not by the kernel: {problem}")
         return dataclasses.replace(model, attention="xla")
     if settled.attention == "pallas":
         equal = ", equal to plain operations" * (model.attention == "auto")
@@ -73,10 +73,8 @@ def untried_attention(
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
         return dataclasses.replace(model, attention="xla"), None
-    side = model.decoder
-    if side.score_softcap is not None or side.num_kv_heads < side.num_heads:
-        problem = "it has no soft caps, and no grouped heads"
-    else:
+    side, problem = model.decoder, _beyond_kernels(model)
+    if problem is None:
         heads = side.num_heads // mesh.shape["tensor"]
         problems = (
             reason_against(
@@ -90,6 +88,18 @@ def untried_attention(
     if model.attention == "pallas":
         raise InputError(f"`attention`: pallas has no kernel here: {problem}; use auto or xla")
     return dataclasses.replace(model, attention="xla"), problem
+
+
+def _beyond_kernels(model: ModelConfig) -> str | None:
+    """Returns what a model's attention has that no kernel computes; None is nothing."""
+    sides = (model.encoder, model.decoder)
+    lacking = {
+        "no soft caps of scores": any(side.score_softcap is not None for side in sides),
+        "no heads that share keys and values": any(s.num_kv_heads < s.num_heads for s in sides),
+        "no windows": any(any(side.windows or ()) for side in sides),
+    }
+    found = [what for what, wanted in lacking.items() if wanted]
+    return f"it has {', '.join(found)}" if found else None
 
 
 def _say(line: str) -> None:

@@ -105,7 +105,8 @@ class TrainConfig:
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
         task_module: Python module that registers the task, imported before the task is looked up.
-        model_size: `tiny` ... `xxl`; not used where `init_from` brings a configuration.
+        model_size: `tiny` ... `xxl`, of T5Gemma also `9b-2b` and the like; not used where `init_from`
+            brings a configuration.
         init_from: model directory, another run's workdir (its best step), or a model's name on the
             Hugging Face hub, `OWNER/NAME`, to start from; None is random.
         init_rules: (regular expression, name in `init_from` or None) each, tried in this order on the
@@ -143,7 +144,8 @@ class TrainConfig:
             none.
         optimizer: update rule and schedule, or a function of the user's that returns one.
         supervision: which label and rationales are trained on.
-        model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5` or `umt5`; not used with `init_from`.
+        model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5`, `umt5`, `ul2` or `t5gemma`; not used with
+            `init_from`.
         dropout_rate: the same everywhere in the model.
         max_decode_len (tokens): most of a decoded label with its end of sequence, in validation and
             wherever the trained model is asked; None is the longest of train, rounded up, as it always

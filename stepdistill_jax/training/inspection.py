@@ -18,7 +18,6 @@ from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.formats.hub import local_model
 from stepdistill_jax.models.config import ModelConfig
-from stepdistill_jax.models.families import model_config
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.tasks.load import has_split
 from stepdistill_jax.tasks.task_data import TaskData
@@ -32,7 +31,7 @@ from stepdistill_jax.training.data import (
     vocabulary_of,
     with_row_lengths,
 )
-from stepdistill_jax.training.run import model_settings
+from stepdistill_jax.training.run import model_settings, new_model
 
 MEASURED_STEPS = 12
 HISTOGRAM_BINS = 10
@@ -136,11 +135,10 @@ def _train_batches(
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
     """The model that would be trained, of which the lengths' costs depend."""
-    settings = model_settings(config)
     if config.init_from is None:
-        family, size = config.model_family, config.model_size
-        return model_config(family, size, vocab_size=data.vocab_size, **settings)
-    return dataclasses.replace(read_config(local_model(config.init_from)), **settings)
+        return new_model(config, data)
+    found = read_config(local_model(config.init_from))
+    return dataclasses.replace(found, **model_settings(config))
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hub import local_model
 from stepdistill_jax.models.config import ModelConfig
-from stepdistill_jax.models.families import model_config
+from stepdistill_jax.models.families import FAMILIES, model_config
 from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.on_processes import on_process_0
@@ -103,12 +103,7 @@ def assemble(
     read = {"vocabulary": vocabulary, "data_dir": data_dir}
     data = load_split(config, TRAIN, **read)
     if model is None:
-        model = model_config(
-            config.model_family,
-            config.model_size,
-            vocab_size=data.vocab_size,
-            **model_settings(config),
-        )
+        model = new_model(config, data)
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
     # one decides: the others may not see the same files
@@ -179,6 +174,20 @@ def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | N
 def model_settings(config: TrainConfig) -> dict[str, Any]:
     """Returns what a config says of its model, whichever the weights are."""
     return {name: getattr(config, name) for name in MODEL_SETTINGS}
+
+
+def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
+    """Returns the model of a run that starts from random weights.
+
+    Args:
+        config: of the run.
+        data: whose vocabulary the model has; None is the published one of its family.
+    """
+    if data is None:
+        ids: dict[str, int] = {"vocab_size": FAMILIES[config.model_family].vocab_size}
+    else:
+        ids = {"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id}
+    return model_config(config.model_family, config.model_size, **ids, **model_settings(config))
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:

@@ -81,7 +81,7 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
 def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state as shapes with shardings: what jit, checkpoints and weight loading aim at."""
     boxed = abstract_params(config)
-    shardings = param_shardings(mesh, boxed)
+    shardings = param_shardings(mesh, boxed, config)
     params = jax.eval_shape(nn.meta.unbox, boxed)  # a bare unbox fails on abstract values in a mesh
     state = jax.eval_shape(functools.partial(create_state, tx=tx, seed=0), params)
     trained, cut = split(params)[0], split(shardings)[0]

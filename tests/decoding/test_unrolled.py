@@ -13,6 +13,7 @@ from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.models.encoder_decoder import init_params
 from stepdistill_jax.models.quantized import quantize
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 
 # 8 tokens are few for heads so wide: their queries read the encoder's states, and 18 keys and values
 CONFIG = T5Config(
@@ -26,6 +27,12 @@ CONFIG = T5Config(
 )
 # a position bias for each layer, one feed-forward projection
 OTHER = dataclasses.replace(CONFIG, shared_relative_position_bias=False, mlp_activations=("relu",))
+# two heads to each head of keys and values, a window of 3 tokens in every other layer
+GEMMA = T5GemmaConfig(
+    vocab_size=128,
+    encoder=gemma_side(24, 2, 2, 8, 40, 1, window=3, init_stddev=0.3),
+    decoder=gemma_side(32, 4, 2, 16, 48, 3, window=3, init_stddev=0.3),
+)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,10 @@ OTHER = dataclasses.replace(CONFIG, shared_relative_position_bias=False, mlp_act
             marks=pytest.mark.slow,
         ),
         pytest.param(OTHER, True, {"num_beams": 3}, id="beams of int8 weights"),
+        pytest.param(GEMMA, False, {}, id="greedy, T5Gemma", marks=pytest.mark.slow),
+        pytest.param(
+            GEMMA, True, {"num_beams": 3}, id="beams, T5Gemma in int8", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_answers_and_scores_are_those_of_the_loop_over_layers(config, int8, search):

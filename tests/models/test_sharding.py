@@ -172,6 +172,32 @@ def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
         param_shardings(make_mesh(layout), abstract_params(config))
 
 
+@pytest.mark.parametrize(
+    ("size", "layout", "message"),
+    [
+        # 4 heads of 256: 8 divides the kernel's 1024 columns, and not the heads
+        (
+            "9b-2b",
+            "tensor",
+            r"tensor=8 does not divide num_kv_heads=4 \(of the decoder's keys and values, cut whole\);"
+            " nearest layout of 8 devices that does: fsdp=2, tensor=4",
+        ),
+        ("2b-2b", Layout(fsdp=1, tensor=8), "num_kv_heads=4 .* that does: fsdp=2, tensor=4"),
+        ("9b-2b", Layout(fsdp=2, tensor=4), None),
+        ("9b-9b", "tensor", None),
+    ],
+    ids=str,
+)
+def test_heads_that_are_shared_are_cut_whole(size, layout, message):
+    config = model_config("t5gemma", size, vocab_size=256_000)
+    mesh, boxed = make_mesh(layout), abstract_params(config)
+    if message is None:
+        assert param_shardings(mesh, boxed, config)
+        return
+    with pytest.raises(InputError, match=f"^`layout`: {message}$"):
+        param_shardings(mesh, boxed, config)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("tensor", "hybrid")])
 @pytest.mark.parametrize(
     "config",

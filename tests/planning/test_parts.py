@@ -6,10 +6,8 @@ from stepdistill_jax.planning import parts
 from stepdistill_jax.planning.costs import Costs
 from stepdistill_jax.planning.hlo import Module
 
-LAYER = "jit(train_step)/jvp(T5.states)/decoder/while/body/closed_call/layers"
-BACK = (
-    "jit(train_step)/transpose(jvp(T5.states))/T5.encode/encoder/while/body/closed_call/checkpoint"
-)
+LAYER = "jit(train_step)/jvp(EncoderDecoder.states)/decoder/while/body/closed_call/layers"
+BACK = "jit(train_step)/transpose(jvp(EncoderDecoder.states))/EncoderDecoder.encode/encoder/while/body/closed_call/checkpoint"
 PRODUCT = "dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 SUM = "add(%a, %b)"
 KERNEL = 'custom-call(%a, %b), custom_call_target="tpu_custom_call"'
@@ -24,15 +22,15 @@ KERNEL = 'custom-call(%a, %b), custom_call_target="tpu_custom_call"'
         (PRODUCT, f"{BACK}/layers/attention/out/transpose", parts.PROJECTIONS),
         (PRODUCT, f"{BACK}/layers/mlp/wi_0/dot_general", parts.MLP),
         (PRODUCT, "jit(train_step)/jvp()/while/body/closed_call/dot_general", parts.OUTPUT),
-        (PRODUCT, "jit(decode)/while/body/T5.decode_step/T5._logits/logits_dense/dot_general", parts.OUTPUT),
+        (PRODUCT, "jit(decode)/while/body/EncoderDecoder.decode_step/EncoderDecoder._logits/logits_dense/dot_general", parts.OUTPUT),
         (SUM, f"{BACK}/rematted_computation/layers/attention/reduce_max", parts.ATTENTION_ELEMENTWISE),
         (KERNEL, f"{BACK}/layers/attention/my_kernel/pallas_call", parts.ATTENTION_KERNEL),
         (SUM, f"{LAYER}/pre_self_attention_layer_norm/mul", parts.NORMS),
         (SUM, f"{LAYER}/mlp/Dropout_0/jit(_where)/select_n", parts.MLP),
         (SUM, f"{LAYER}/Dropout_0/jit(_where)/select_n", parts.RESIDUAL),
-        (SUM, "jit(train_step)/jvp(T5.states)/T5._embed/jit(_take)/gather", parts.EMBEDDING),
-        (SUM, "jit(train_step)/jvp(T5.states)/decoder/while/body/dynamic_update_slice", parts.KEPT),
-        (SUM, "jit(train_step)/jvp(T5.states)/T5.encode/encoder/broadcast_in_dim", parts.KEPT),
+        (SUM, "jit(train_step)/jvp(EncoderDecoder.states)/EncoderDecoder._embed/jit(_take)/gather", parts.EMBEDDING),
+        (SUM, "jit(train_step)/jvp(EncoderDecoder.states)/decoder/while/body/dynamic_update_slice", parts.KEPT),
+        (SUM, "jit(train_step)/jvp(EncoderDecoder.states)/EncoderDecoder.encode/encoder/broadcast_in_dim", parts.KEPT),
         (SUM, "jit(train_step)/mul", parts.OPTIMIZER),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.models.sharding import LAYOUTS, Layout, make_mesh
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
@@ -27,6 +28,12 @@ MODEL = T5Config(
     num_encoder_layers=1,
     num_decoder_layers=1,
     dropout_rate=0.0,
+)
+# sides of two widths, heads that share keys and values, rows of 64 tokens and windows of 9
+GEMMA = T5GemmaConfig(
+    vocab_size=128,
+    encoder=gemma_side(64, 16, 8, 8, 128, 2, window=9),
+    decoder=gemma_side(32, 8, 8, 4, 64, 2, window=9),
 )
 # wide enough that Adafactor factors its moments
 WIDE = T5Config(
@@ -67,7 +74,8 @@ def run(batches, take_steps):
 
     def ran(layout, devices=8, *, optimizer_name="adamw", **settings):
         settings |= {"tx": optimizer(optimizer_name), "weights": WEIGHTS}
-        state, found = take_steps(MODEL, batches, layout, devices, **settings)
+        model = settings.pop("model", MODEL)
+        state, found = take_steps(model, batches, layout, devices, **settings)
         return state, [float(metrics["loss"]) for metrics in found]
 
     return ran
@@ -75,11 +83,11 @@ def run(batches, take_steps):
 
 @pytest.fixture(scope="module")
 def one_device(run):
-    """(losses, params) of one device by the optimizer's name, each run when it is asked for."""
+    """(losses, params) of one device by the optimizer's name and model, run when asked for."""
 
     @functools.cache
-    def found(optimizer_name):
-        state, losses = run(Layout(), 1, optimizer_name=optimizer_name)
+    def found(optimizer_name, model):
+        state, losses = run(Layout(), 1, optimizer_name=optimizer_name, model=model)
         return losses, jax.tree.map(np.array, state.params)
 
     return found
@@ -93,12 +101,19 @@ def one_device(run):
         pytest.param("fsdp", {"optimizer_name": "adafactor"}, marks=pytest.mark.slow),
         pytest.param("tensor", {}, marks=pytest.mark.slow),
         pytest.param("hybrid", {}, marks=pytest.mark.slow),
+        pytest.param("data", {"model": GEMMA}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"model": GEMMA}, marks=pytest.mark.slow),
+        pytest.param(
+            "fsdp_tensor", {"model": GEMMA, "num_microbatches": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param("tensor", {"model": GEMMA}, marks=pytest.mark.slow),
     ],
 )
 def test_ten_steps_on_eight_devices_are_those_of_one(run, one_device, layout, settings):
     assert jax.device_count() == 8
     state, losses = run(ALL[layout], **settings)
-    expected_losses, expected = one_device(settings.get("optimizer_name", "adamw"))
+    of_one = (settings.get("optimizer_name", "adamw"), settings.get("model", MODEL))
+    expected_losses, expected = one_device(*of_one)
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)  # measured 5e-7
     assert losses[-1] < losses[0] - 0.1
     gaps = jax.tree.map(
@@ -152,18 +167,19 @@ def plain(tree):
 
 
 @pytest.mark.parametrize(
-    ("optimizer_name", "pairs"),
+    ("optimizer_name", "pairs", "model"),
     [
-        pytest.param("adafactor", "all", marks=pytest.mark.slow),
-        pytest.param("adamw", "neighbours", marks=pytest.mark.slow),
+        pytest.param("adafactor", "all", WIDE, marks=pytest.mark.slow),
+        pytest.param("adamw", "neighbours", WIDE, marks=pytest.mark.slow),
+        pytest.param("adamw", "neighbours", GEMMA, marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_of_any_layout_restores_on_any_other(tmp_path, optimizer_name, pairs):
+def test_a_checkpoint_of_any_layout_restores_on_any_other(tmp_path, optimizer_name, pairs, model):
     """One device among them: parameters, moments, step and key, bitwise."""
     tx = optimizer(optimizer_name)
     places = {name: make_mesh(layout) for name, layout in ALL.items()}
     places["one_device"] = make_mesh(Layout(), jax.devices()[:1])
-    abstract = {name: abstract_state(WIDE, tx, mesh) for name, mesh in places.items()}
+    abstract = {name: abstract_state(model, tx, mesh) for name, mesh in places.items()}
     names = list(places)
     for number, saved_on in enumerate(names):
         values = random_values(abstract[saved_on], number)
@@ -213,7 +229,7 @@ layouts = LAYOUTS | {"hybrid": Layout(dcn_data=2, fsdp=-1)}
 for name, layout in layouts.items():
     compile_step(name, layout)
 # the same program without the table's constraint: that the compiler would say it
-T5._embed = lambda self, ids: jnp.take(self.token_embedder, ids, axis=0)
+EncoderDecoder._embed = lambda self, ids, embedder: jnp.take(self.tables[embedder], ids, axis=0)
 jax.clear_caches()  # the step of these arguments was traced before
 compile_step("control", layouts["hybrid"])
 """
