@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats import hf
+from stepdistill_jax.formats.config_json import config_json
 from stepdistill_jax.formats.directory import read_config, read_model_files
 from stepdistill_jax.formats.weights import open_weights
 from stepdistill_jax.models import sharding
 from stepdistill_jax.models.encoder_decoder import abstract_params
+from stepdistill_jax.models.families import model_config
 
 TREES = {
     "layers apart": {},
@@ -48,6 +50,15 @@ def test_the_orbax_form_gives_sizes_and_weights(
     write_t5x_orbax(tmp_path / "checkpoint_1000", params, **tree, **handler)
     assert read_config(tmp_path) == config
     assert_same_params(hf.load_params(tmp_path, config), params)
+
+
+def test_a_t5gemma_is_not_read_from_t5x(v1_1, write_t5x, tmp_path):
+    write_t5x(tmp_path, v1_1[1])
+    config = model_config("t5gemma", "tiny", vocab_size=64)
+    (tmp_path / "config.json").write_text(json.dumps(config_json(config)))
+    with pytest.raises(InputError, match=r"do not fit config\.json") as caught:
+        hf.load_params(tmp_path, read_config(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_orbax_s_first_form_keeps_its_tree_in_the_file_of_t5x(

@@ -14,6 +14,7 @@ from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.training.state import create_state
 from stepdistill_jax.training.step import eval_step, train_step
 
@@ -38,20 +39,20 @@ def abstract_params(config):
     return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
-def batch():
-    lengths = {"encoder": INPUTS, "decoder": TARGETS}
+def batch(rows=ROWS, inputs=INPUTS, targets=TARGETS):
+    lengths = {"encoder": inputs, "decoder": targets}
     names = [f"{side}_{name}" for side in lengths for name in ("input_tokens", "segment_ids")]
     names += [f"decoder_{name}" for name in ("target_tokens", "objective_ids")]
-    ids = {n: jnp.ones((ROWS, lengths[n.split("_")[0]]), jnp.int32) for n in names}
-    return ids | {"decoder_loss_weights": jnp.ones((ROWS, TARGETS))}
+    ids = {n: jnp.ones((rows, lengths[n.split("_")[0]]), jnp.int32) for n in names}
+    return ids | {"decoder_loss_weights": jnp.ones((rows, targets))}
 
 
 @functools.cache
-def training_program(config):
+def training_program(config, **sizes):
     tx = optax.adamw(1e-3)
     state = jax.eval_shape(functools.partial(create_state, tx=tx, seed=0), abstract_params(config))
     step = functools.partial(train_step, model=EncoderDecoder(config), tx=tx, **TRAINING)
-    return jax.make_jaxpr(step)(state, (batch(),))
+    return jax.make_jaxpr(step)(state, (batch(**sizes),))
 
 
 def shapes(variables):
@@ -80,6 +81,16 @@ def test_without_a_loop_layers_are_unrolled_and_memory_is_still_saved(remat_poli
     assert [e.params["unroll"] for e in loops] == [LAYERS] * 4
     kept = {e.params["prevent_cse"] for e in every if e.primitive.name == "remat2"}
     assert kept == {remat_policy == "full"}
+
+
+def test_a_step_has_no_logits_of_all_tokens(equations):
+    """Of 2,048 tokens x 256,000 ids with a soft cap: those of a chunk, and the tables themselves."""
+    sides = {name: gemma_side(8, 2, 1, 4, 8, 1) for name in ("encoder", "decoder")}
+    model = T5GemmaConfig(**sides)
+    program = training_program(model, rows=8, inputs=16, targets=256)
+    made = [v.aval for e in equations(program) for v in e.outvars]
+    wide = {x.shape for x in made if model.vocab_size in getattr(x, "shape", ())}
+    assert {max(n for n in (1, *s) if n != model.vocab_size) for s in wide} == {1, 8, 512}
 
 
 def test_the_gradient_of_a_relative_bias_is_a_product_with_one_hot_buckets(equations):

@@ -17,6 +17,7 @@ from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.flops import recomputed_flops, train_flops
 from stepdistill_jax.models.sharding import Layout, make_mesh
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.planning import candidates, plan
 from stepdistill_jax.planning.candidates import Target, layouts_for, row_multiple
 from stepdistill_jax.planning.compiling import lower_step
@@ -174,6 +175,45 @@ def test_recomputation_by_hand():
     minimal = dataclasses.replace(model, remat_policy="minimal")
     assert recomputed_flops(minimal, **shape) == scores
     assert recomputed_flops(dataclasses.replace(model, remat_policy="elementwise"), **shape) == 0
+
+
+def test_sides_of_two_sizes_and_shared_heads_by_hand():
+    """One layer each, 3 inputs, 2 targets; widths 4 and 6, two heads of 2 that read one of keys."""
+    encoder, decoder = gemma_side(4, 2, 1, 2, 5, 1), gemma_side(6, 2, 1, 2, 7, 1)
+    model = T5GemmaConfig(vocab_size=8, encoder=encoder, decoder=decoder)
+    shape = {"rows": 1, "input_length": 3, "target_length": 2}
+    # query and out, key and value, three projections of the gated block
+    of_encoder = 3 * 2 * (2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 5)
+    of_decoder = 2 * 2 * (2 * 6 * 4 + 2 * 6 * 2 + 3 * 6 * 7)
+    cross = 2 * 2 * (2 * 6 * 4) + 3 * 2 * (2 * 4 * 2)
+    scores = 2 * 2 * (3 * 3 + 2 * 2 + 2 * 3) * 4
+    head = 2 * 2 * 6 * 8
+    assert train_flops(model, **shape) == 3 * (of_encoder + of_decoder + cross + scores + head)
+
+
+@pytest.mark.slow
+def test_the_step_of_a_t5gemma_has_the_flops_and_bytes_of_the_formula(monkeypatch):
+    """XLA's own count, loops included, and each part's; its vocabulary is cut to that of T5."""
+    monkeypatch.setitem(CHIPS, "cpu", Chip(1e12, 1, 1e11, 1e10, 1e11, 1e11, 1e9))
+    model = model_config("t5gemma", "tiny", vocab_size=32128, dropout_rate=0.0)
+    monkeypatch.setattr(
+        sys.modules[plan.__module__],
+        "workload",
+        lambda *args, **options: dataclasses.replace(workload(*args, **options), model=model),
+    )
+    found = only(devices=1, layout="data")
+    flops = train_flops(model, rows=16, input_length=64, target_length=32)
+    by_part = {part["part"]: part["flops"] for part in found["bound"]["parts"]}
+    assert found["bound"]["flops"] == pytest.approx(flops, rel=0.005), by_part
+    scores = 3 * 2 * 2 * 16 * 64 * 2 * (64 * 64 + 32 * 32 + 32 * 64)
+    assert by_part["attention: its products"] == pytest.approx(scores, rel=0.005)
+    head = 3 * 2 * 16 * 32 * 64 * 32128
+    assert by_part["output layer and loss"] == pytest.approx(head, rel=0.005)
+    attention, mlp = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 128
+    encoder, decoder = 2 * (attention + mlp + 4 * 64), 2 * (2 * attention + mlp + 6 * 64)
+    params = 2 * 32128 * 64 + encoder + decoder + 2 * 64
+    assert found["per_device"]["params"] == 4 * params
+    assert found["per_device"]["optimizer"] == 2 * 4 * params + 2 * 4
 
 
 @pytest.mark.slow
