@@ -55,7 +55,7 @@ def settle_attention(
         # process 0 decides: all must compile the same program
         problem = on_process_0(lambda: _failure(model, mesh.shape["tensor"], lengths))
     if problem is not None:
-        _say(f"warning: attention by plain operations (xla), not by the kernel: {problem}")
+        _say(f"warning: attention by plain operations (xla), without a kernel: {problem}")
         return dataclasses.replace(model, attention="xla")
     if settled.attention == "pallas":
         equal = ", equal to plain operations" * (model.attention == "auto")
@@ -93,13 +93,13 @@ def untried_attention(
 def _beyond_kernels(model: ModelConfig) -> str | None:
     """Returns what a model's attention has that no kernel computes; None is nothing."""
     sides = (model.encoder, model.decoder)
-    lacking = {
-        "no soft caps of scores": any(side.score_softcap is not None for side in sides),
-        "no heads that share keys and values": any(s.num_kv_heads < s.num_heads for s in sides),
-        "no windows": any(any(side.windows or ()) for side in sides),
+    beyond = {
+        "soft caps of scores": any(side.score_softcap is not None for side in sides),
+        "shared heads of keys and values": any(s.num_kv_heads < s.num_heads for s in sides),
+        "windows": any(any(side.windows or ()) for side in sides),
     }
-    found = [what for what, wanted in lacking.items() if wanted]
-    return f"it has {', '.join(found)}" if found else None
+    found = [what for what, wanted in beyond.items() if wanted]
+    return f"none has {', '.join(found)}" if found else None
 
 
 def _say(line: str) -> None:

@@ -12,6 +12,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models import fused_attention
 from stepdistill_jax.models.attention import attention
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.training import run as run_module
 from stepdistill_jax.training.attention_choice import settle_attention
 from stepdistill_jax.training.config import TrainConfig
@@ -117,6 +118,23 @@ def test_a_kernel_without_these_shapes_is_a_warning_by_auto_and_an_error_by_pall
     assert "heads of 3 values" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"`attention`: .*heads of 3 values"):
         settle_attention(model("pallas"), mesh(), LENGTHS)
+
+
+def test_a_t5gemma_has_no_kernel_which_is_said_once(chip, capsys):
+    chip(right)
+    sides = {name: gemma_side(16, 2, 1, 8, 24, 2) for name in ("encoder", "decoder")}
+    model = T5GemmaConfig(vocab_size=64, **sides, attention="auto")
+    none = "none has soft caps of scores, shared heads of keys and values, windows"
+    assert settle_attention(model, mesh(), LENGTHS).attention == "xla"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said == f"warning: attention by plain operations (xla), without a kernel: {none}"
+    assert settle_attention(model, mesh("cpu"), LENGTHS).attention == "xla"
+    assert not capsys.readouterr().err
+    for platform in ("tpu", "gpu", "cpu"):
+        with pytest.raises(InputError, match=f"^`attention`: pallas has no kernel here: {none};"):
+            settle_attention(
+                dataclasses.replace(model, attention="pallas"), mesh(platform), LENGTHS
+            )
 
 
 def test_a_cpu_computes_plain_operations_unless_the_kernel_is_asked_for(capsys):

@@ -52,6 +52,22 @@ def test_any_chunk_gives_the_plain_losss_values_and_gradients(chunk_tokens, monk
     )
 
 
+def test_a_soft_cap_of_logits_is_in_the_loss_and_its_gradients(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 5)
+
+    def capped(states, kernel, targets, scale):
+        logits = 2.0 * jnp.tanh(jnp.einsum("bld,dv->blv", states, kernel) / 2.0)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.vdot(scale, nll), nll, (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+
+    ours = lambda *args: cross_entropy(*args, 2.0)  # noqa: E731
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
+        value_and_grads(ours, *problem()),
+        value_and_grads(capped, *problem()),
+    )
+
+
 def test_bfloat16_states_have_float32_losses_and_kernel_gradients():
     args = problem(jnp.bfloat16)
     (total, (nll, _)), (states_grad, kernel_grad) = value_and_grads(cross_entropy, *args)
