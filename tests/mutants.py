@@ -835,8 +835,8 @@ MUTANTS = [
     Mutant(
         id="M3",
         what="the tied head is not scaled",
-        file="stepdistill_jax/models/t5.py",
-        old="return x * self.config.emb_dim**-0.5 if self.config.scale_decoder_outputs else x",
+        file="stepdistill_jax/models/encoder_decoder.py",
+        old="return x if self.config.output_scale == 1.0 else x * self.config.output_scale",
         new="return x",
         tests=[
             "tests/models/test_tied_head.py::test_scaled_logits_are_divided_by_the_root_of_the_width"
@@ -845,15 +845,15 @@ MUTANTS = [
     Mutant(
         id="M4",
         what="no dropout on the decoder's embeddings",
-        file="stepdistill_jax/models/t5.py",
-        old="x, cache = layers(drop(x), cache, context)",
-        new="x, cache = layers(x, cache, context)",
+        file="stepdistill_jax/models/stacks.py",
+        old="x, cache = layers(drop(x), windows, cache, context)",
+        new="x, cache = layers(x, windows, cache, context)",
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
     ),
     Mutant(
         id="M5",
         what="no dropout after the decoder's last norm",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/stacks.py",
         old='return drop(RMSNorm(c, name="decoder_norm")(x)), cache',
         new='return RMSNorm(c, name="decoder_norm")(x), cache',
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
@@ -861,15 +861,15 @@ MUTANTS = [
     Mutant(
         id="M6",
         what="no dropout on the output of cross-attention",
-        file="stepdistill_jax/models/t5.py",
-        old="x = x + drop(y.reshape(x.shape))",
-        new="x = x + y.reshape(x.shape)",
+        file="stepdistill_jax/models/stacks.py",
+        old='x = x + drop(self.normed(y.reshape(x.shape), "cross_attention"))',
+        new='x = x + self.normed(y.reshape(x.shape), "cross_attention")',
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
     ),
     Mutant(
         id="M7",
         what="all layers share one dropout mask",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/stacks.py",
         old='split_rngs={"params": True, "dropout": True}',
         new='split_rngs={"params": True, "dropout": False}',
         tests=["tests/models/test_training_cost.py::test_each_layer_has_masks_of_its_own"],
@@ -877,7 +877,7 @@ MUTANTS = [
     Mutant(
         id="M8",
         what="a packed target reads all inputs of its row",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/encoder_decoder.py",
         old='cross_segments=(batch.get("decoder_encoder_segment_ids", target), source),',
         new="cross_segments=_one_segment(source > 0),",
         tests=["tests/models/test_t5.py::test_packed_examples_have_the_logits_of_examples_alone"],
@@ -961,7 +961,7 @@ MUTANTS = [
     Mutant(
         id="M14",
         what="the output of attention is not kept by its name",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/stacks.py",
         old="policies.save_only_these_names(ATTENTION_OUTPUT)",
         new="policies.save_only_these_names()",
         tests=[
