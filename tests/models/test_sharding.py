@@ -194,7 +194,7 @@ def test_heads_that_are_shared_are_cut_whole(size, layout, message):
     if message is None:
         assert param_shardings(mesh, boxed, config)
         return
-    with pytest.raises(InputError, match=f"^`layout`: {message}$"):
+    with pytest.raises(InputError, match=f"^`layout`: .*{message}$"):
         param_shardings(mesh, boxed, config)
 
 
