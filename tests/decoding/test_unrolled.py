@@ -30,6 +30,7 @@ OTHER = dataclasses.replace(CONFIG, shared_relative_position_bias=False, mlp_act
 # two heads to each head of keys and values, a window of 3 tokens in every other layer
 GEMMA = T5GemmaConfig(
     vocab_size=128,
+    logits_via_embedding=False,  # a tied one repeats its input
     encoder=gemma_side(24, 2, 2, 8, 40, 1, window=3, init_stddev=0.3),
     decoder=gemma_side(32, 4, 2, 16, 48, 3, window=3, init_stddev=0.3),
 )

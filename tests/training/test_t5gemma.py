@@ -98,7 +98,9 @@ def test_bfloat16_is_near_float32(three_steps):
 def test_adafactor_learns(three_steps):
     losses = three_steps(optimizer="adafactor")
     assert losses[0] == pytest.approx(three_steps()[0], rel=1e-6)
-    assert losses[2] < losses[0] - 0.1
+    assert losses[2] < losses[0] - 0.01
+    sliced = three_steps(optimizer="adafactor", num_microbatches=2)
+    np.testing.assert_allclose(sliced, losses, rtol=5e-6)
 
 
 @pytest.mark.slow
@@ -221,7 +223,7 @@ def test_the_road_from_a_directory_of_transformers_and_back(given, tmp_path, del
     source = tmp_path / "in.jsonl"
     lines = (data_dir / "delivery" / "test.jsonl").read_text().splitlines()[:40]
     source.write_text("\n".join(lines) + "\n")
-    found = evaluate(workdir, "delivery", "test", step=4, data_dir=data_dir)
+    found = evaluate(workdir, task="delivery", split="test", step=4, data_dir=data_dir)
     assert found["rows"] == 500
     export(workdir, tmp_path / "model", step=4)
 
