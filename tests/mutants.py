@@ -658,6 +658,16 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="TR5",
+        what="a new T5Gemma starts with Gemma's bos, whatever its vocabulary has",
+        file="stepdistill_jax/training/run.py",
+        old='"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id',
+        new='"vocab_size": data.vocab_size',
+        tests=[
+            "tests/training/test_t5gemma.py::test_a_new_model_starts_with_the_bos_of_its_vocabulary"
+        ],
+    ),
+    Mutant(
         id="TR1",
         what="a resume chooses its packed rows again",
         file="stepdistill_jax/training/run.py",
@@ -1172,6 +1182,14 @@ MUTANTS = [
         old='    ("vocab", "tensor"),\n',
         new='    ("vocab", "fsdp"),\n',
         tests=["tests/models/test_sharding.py::test_a_dimension_that_is_not_divided_is_named"],
+    ),
+    Mutant(
+        id="SH3",
+        what="heads of keys and values are cut inside",
+        file="stepdistill_jax/models/sharding.py",
+        old='if count % mesh.shape["tensor"]:',
+        new="if False:",
+        tests=["tests/models/test_sharding.py::test_heads_that_are_shared_are_cut_whole"],
     ),
     Mutant(
         id="PL1",
