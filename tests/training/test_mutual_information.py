@@ -156,7 +156,7 @@ def test_mutual_information_docstring():
     group = {"decoder_example_ids": ids, "decoder_objective_ids": jnp.array([[1, 1, 2, 2]])}
     states = jnp.log(jnp.array([[[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.5, 0.5]]]))
     assert LOSS.count(group) == 1
-    total = jax.jit(LOSS.total)(states, jnp.eye(2), group)
+    total = jax.jit(LOSS.total)(states, OutputLayer(jnp.eye(2)), group)
     np.testing.assert_allclose(total, 1.7 * np.log(2), rtol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_an_example_without_a_rationale_adds_nothing():
         "decoder_objective_ids": jnp.array([[1, 1, 1, 0, 2, 0]]),  # 0: a decoder prefix
     }
     states = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 3)), jnp.float32)
-    total, slope = jax.jit(jax.value_and_grad(LOSS.total))(states, jnp.eye(3), group)
+    total, slope = jax.jit(jax.value_and_grad(LOSS.total))(states, OutputLayer(jnp.eye(3)), group)
     assert LOSS.is_pair(group).tolist() == [[True, False, False]]
     assert np.isfinite(total) and total > 0
     assert [bool(x) for x in np.abs(slope[0]).max(-1) > 0] == [False] * 4 + [True, False]
