@@ -74,13 +74,14 @@ def one_layer():
     """`one_layer(dropout_rate)`: (a model of one tied embedding, its parameters), for `train_step`."""
 
     def made(dropout_rate):
-        sizes = {"num_heads": 2, "head_dim": 8, "mlp_dim": 32}
-        layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
         config = T5Config(
             vocab_size=128,
             emb_dim=16,
-            **sizes,
-            **layers,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
             dropout_rate=dropout_rate,
             logits_via_embedding=True,
         )
