@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from stepdistill_jax.models.dropout import DRAWS, HALF, Dropout
 from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
 from stepdistill_jax.models.layers import dense
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 
 MODEL = T5Config(
     vocab_size=64,
@@ -137,6 +139,26 @@ def test_dropout_has_all_the_places_of_t5(equations):
         (BATCH, m.num_heads, INPUTS, INPUTS): 1,
         (BATCH, m.num_heads, TARGETS, TARGETS): 1,
         (BATCH, m.num_heads, TARGETS, INPUTS): 1,
+    }
+
+
+@pytest.mark.slow
+def test_dropout_of_a_t5gemma_has_the_same_places(equations):
+    """Attention weights of grouped heads, too; widths are those of each side."""
+    encoder, decoder = gemma_side(16, 4, 2, 8, 48, 2), gemma_side(24, 4, 2, 8, 40, 2)
+    model = T5GemmaConfig(vocab_size=64, encoder=encoder, decoder=decoder, dropout_rate=0.1)
+    flat = collections.Counter()
+    for shape, count in drawn_masks(model, equations).items():
+        heads = (BATCH, math.prod(shape[1:-2]), *shape[-2:])  # whether grouped or not
+        flat[heads if len(shape) > 3 else shape] += count
+    assert flat == {
+        (BATCH, INPUTS, 16): 2 + 2,
+        (BATCH, TARGETS, 24): 2 + 3,
+        (BATCH, INPUTS, 48): 1,
+        (BATCH, TARGETS, 40): 1,
+        (BATCH, 4, INPUTS, INPUTS): 1,
+        (BATCH, 4, TARGETS, TARGETS): 1,
+        (BATCH, 4, TARGETS, INPUTS): 1,
     }
 
 
