@@ -39,6 +39,15 @@ class Mutant(NamedTuple):
     tests: list[str]  # paths or node ids; the fastest one that fails, first
 
 
+GEMMA_PARITY = [
+    "tests/models/test_parity.py::"
+    "test_states_logits_loss_and_gradients_equal_those_of_transformers[t5gemma]"
+]
+GEMMA_GREEDY = [
+    "tests/models/test_parity.py::"
+    "test_greedy_answers_to_forty_inputs_equal_those_of_generate[t5gemma]"
+]
+
 MUTANTS = [
     Mutant(
         id="D1",
@@ -835,8 +844,8 @@ MUTANTS = [
     Mutant(
         id="M3",
         what="the tied head is not scaled",
-        file="stepdistill_jax/models/t5.py",
-        old="return x * self.config.emb_dim**-0.5 if self.config.scale_decoder_outputs else x",
+        file="stepdistill_jax/models/encoder_decoder.py",
+        old="return x if self.config.output_scale == 1.0 else x * self.config.output_scale",
         new="return x",
         tests=[
             "tests/models/test_tied_head.py::test_scaled_logits_are_divided_by_the_root_of_the_width"
@@ -845,15 +854,15 @@ MUTANTS = [
     Mutant(
         id="M4",
         what="no dropout on the decoder's embeddings",
-        file="stepdistill_jax/models/t5.py",
-        old="x, cache = layers(drop(x), cache, context)",
-        new="x, cache = layers(x, cache, context)",
+        file="stepdistill_jax/models/stacks.py",
+        old="x, cache = layers(drop(x), windows, cache, context)",
+        new="x, cache = layers(x, windows, cache, context)",
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
     ),
     Mutant(
         id="M5",
         what="no dropout after the decoder's last norm",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/stacks.py",
         old='return drop(RMSNorm(c, name="decoder_norm")(x)), cache',
         new='return RMSNorm(c, name="decoder_norm")(x), cache',
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
@@ -861,15 +870,15 @@ MUTANTS = [
     Mutant(
         id="M6",
         what="no dropout on the output of cross-attention",
-        file="stepdistill_jax/models/t5.py",
-        old="x = x + drop(y.reshape(x.shape))",
-        new="x = x + y.reshape(x.shape)",
+        file="stepdistill_jax/models/stacks.py",
+        old='x = x + drop(self.normed(y.reshape(x.shape), "cross_attention"))',
+        new='x = x + self.normed(y.reshape(x.shape), "cross_attention")',
         tests=["tests/models/test_training_cost.py::test_dropout_has_all_the_places_of_t5"],
     ),
     Mutant(
         id="M7",
         what="all layers share one dropout mask",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/stacks.py",
         old='split_rngs={"params": True, "dropout": True}',
         new='split_rngs={"params": True, "dropout": False}',
         tests=["tests/models/test_training_cost.py::test_each_layer_has_masks_of_its_own"],
@@ -877,7 +886,7 @@ MUTANTS = [
     Mutant(
         id="M8",
         what="a packed target reads all inputs of its row",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/encoder_decoder.py",
         old='cross_segments=(batch.get("decoder_encoder_segment_ids", target), source),',
         new="cross_segments=_one_segment(source > 0),",
         tests=["tests/models/test_t5.py::test_packed_examples_have_the_logits_of_examples_alone"],
@@ -931,6 +940,98 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="G1",
+        what="the norms of T5Gemma multiply by their scale, not by 1 plus it",
+        file="stepdistill_jax/models/t5gemma.py",
+        old="norm_offset: ClassVar[float] = 1.0",
+        new="norm_offset: ClassVar[float] = 0.0",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G2",
+        what="the windows of an encoder do not count the last place",
+        file="stepdistill_jax/models/stacks.py",
+        old="reach = [w + (not causal) if w",
+        new="reach = [w if w",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G3",
+        what="the windows of a decoder count one place more",
+        file="stepdistill_jax/models/stacks.py",
+        old="reach = [w + (not causal) if w",
+        new="reach = [w + 1 if w",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G4",
+        what="a token that is decoded reads one place more of the cache than its window",
+        file="stepdistill_jax/models/stacks.py",
+        old="near = context.key > context.index - window",
+        new="near = context.key >= context.index - window",
+        tests=GEMMA_GREEDY,
+    ),
+    Mutant(
+        id="G5",
+        what="the loss's gradient ignores the cap of logits",
+        file="stepdistill_jax/training/cross_entropy.py",
+        old="slope *= 1 - jnp.square(logits / softcap)",
+        new="pass",
+        tests=[
+            "tests/training/test_cross_entropy.py::test_any_chunk_gives_the_plain_losss_values_and_gradients"
+        ],
+    ),
+    Mutant(
+        id="G6",
+        what="positions turn neighbouring features, not those of the two halves",
+        file="stepdistill_jax/models/positions.py",
+        old="first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)",
+        new="first, second = (x.astype(jnp.float32)[..., i::2] for i in (0, 1))",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G7",
+        what="the decoder of T5Gemma begins with padding",
+        file="stepdistill_jax/models/t5gemma.py",
+        old="return self.bos_id",
+        new="return 0",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G8",
+        what="the embeddings of T5Gemma are not multiplied by the root of their width",
+        file="stepdistill_jax/models/t5gemma.py",
+        old="scaled_embeddings: ClassVar[bool] = True",
+        new="scaled_embeddings: ClassVar[bool] = False",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G9",
+        what="heads that are neighbours read different keys, where keys have fewer heads",
+        file="stepdistill_jax/models/attention.py",
+        old='jnp.einsum("bqhgd,bkhd->bhgqk"',
+        new='jnp.einsum("bqhgd,bkhd->bghqk"',
+        tests=[
+            "tests/models/test_attention.py::test_attention_is_the_mean_of_what_each_query_sees"
+        ],
+    ),
+    Mutant(
+        id="G10",
+        what="the same over a cache",
+        file="stepdistill_jax/models/layers.py",
+        old='product("bqhgd,bhdk->bhgqk"',
+        new='product("bqhgd,bhdk->bghqk"',
+        tests=GEMMA_GREEDY,
+    ),
+    Mutant(
+        id="G11",
+        what="the same over the encoder's states",
+        file="stepdistill_jax/models/layers.py",
+        old="jnp.repeat(found, groups, axis=1)",
+        new="jnp.tile(found, (1, groups, 1))",
+        tests=GEMMA_GREEDY,
+    ),
+    Mutant(
         id="KT1",
         what="the TPU kernel swaps the two draws of a random word",
         file="stepdistill_jax/models/kernels/tpu_programs.py",
@@ -961,7 +1062,7 @@ MUTANTS = [
     Mutant(
         id="M14",
         what="the output of attention is not kept by its name",
-        file="stepdistill_jax/models/t5.py",
+        file="stepdistill_jax/models/stacks.py",
         old="policies.save_only_these_names(ATTENTION_OUTPUT)",
         new="policies.save_only_these_names()",
         tests=[
