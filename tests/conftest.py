@@ -172,6 +172,33 @@ def tiny_params(tiny_config):
 
 
 @pytest.fixture(scope="session")
+def tiny_t5gemma():
+    """(configuration, random parameters): unequal sides, fewer key/value heads, windows of a few tokens."""
+    import flax.traverse_util
+
+    from stepdistill_jax.models.encoder_decoder import init_params
+    from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
+
+    config = T5GemmaConfig(
+        vocab_size=384,
+        encoder=gemma_side(32, 4, 2, 8, 48, 3, window=5, score_softcap=3.0),
+        decoder=gemma_side(24, 6, 2, 8, 40, 2, window=4, score_softcap=3.0),
+        logits_softcap=3.0,
+    )
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    rng, flat = np.random.default_rng(0), {}
+    for path, x in flax.traverse_util.flatten_dict(shapes, sep="/").items():
+        flat[path] = rng.normal(size=x.shape).astype(np.float32)
+        flat[path] *= {"kernel": x.shape[-2:][0] ** -0.5, "scale": 0.3}.get(
+            path.split("/")[-1], 0.06
+        )
+    flat["decoder/decoder_norm/scale"] += 3.0  # so that logits bend
+    flat["target_embedder"][1] *= 2.5  # a random head never says EOS
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    return config, jax.tree.map(jax.numpy.asarray, params)
+
+
+@pytest.fixture(scope="session")
 def task_info():
     from stepdistill_jax.data.objectives import step_by_step
     from stepdistill_jax.formats.directory import TaskInfo

@@ -39,6 +39,15 @@ class Mutant(NamedTuple):
     tests: list[str]  # paths or node ids; the fastest one that fails, first
 
 
+GEMMA_PARITY = [
+    "tests/models/test_parity.py::"
+    "test_states_logits_loss_and_gradients_equal_those_of_transformers[t5gemma]"
+]
+GEMMA_GREEDY = [
+    "tests/models/test_parity.py::"
+    "test_greedy_answers_to_forty_inputs_equal_those_of_generate[t5gemma]"
+]
+
 MUTANTS = [
     Mutant(
         id="D1",
@@ -939,6 +948,98 @@ MUTANTS = [
         tests=[
             "tests/models/test_lowered_step.py::test_float32_is_multiplied_as_float32_and_bfloat16_as_bfloat16"
         ],
+    ),
+    Mutant(
+        id="G1",
+        what="the norms of T5Gemma multiply by their scale, not by 1 plus it",
+        file="stepdistill_jax/models/t5gemma.py",
+        old="norm_offset: ClassVar[float] = 1.0",
+        new="norm_offset: ClassVar[float] = 0.0",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G2",
+        what="the windows of an encoder do not count the last place",
+        file="stepdistill_jax/models/stacks.py",
+        old="reach = [w + (not causal) if w",
+        new="reach = [w if w",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G3",
+        what="the windows of a decoder count one place more",
+        file="stepdistill_jax/models/stacks.py",
+        old="reach = [w + (not causal) if w",
+        new="reach = [w + 1 if w",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G4",
+        what="a token that is decoded reads one place more of the cache than its window",
+        file="stepdistill_jax/models/stacks.py",
+        old="near = context.key > context.index - window",
+        new="near = context.key >= context.index - window",
+        tests=GEMMA_GREEDY,
+    ),
+    Mutant(
+        id="G5",
+        what="the loss's gradient ignores the cap of logits",
+        file="stepdistill_jax/training/cross_entropy.py",
+        old="slope *= 1 - jnp.square(logits / softcap)",
+        new="pass",
+        tests=[
+            "tests/training/test_cross_entropy.py::test_any_chunk_gives_the_plain_losss_values_and_gradients"
+        ],
+    ),
+    Mutant(
+        id="G6",
+        what="positions turn neighbouring features, not those of the two halves",
+        file="stepdistill_jax/models/positions.py",
+        old="first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)",
+        new="first, second = (x.astype(jnp.float32)[..., i::2] for i in (0, 1))",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G7",
+        what="the decoder of T5Gemma begins with padding",
+        file="stepdistill_jax/models/t5gemma.py",
+        old="return self.bos_id",
+        new="return 0",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G8",
+        what="the embeddings of T5Gemma are not multiplied by the root of their width",
+        file="stepdistill_jax/models/t5gemma.py",
+        old="scaled_embeddings: ClassVar[bool] = True",
+        new="scaled_embeddings: ClassVar[bool] = False",
+        tests=GEMMA_PARITY,
+    ),
+    Mutant(
+        id="G9",
+        what="heads that are neighbours read different keys, where keys have fewer heads",
+        file="stepdistill_jax/models/attention.py",
+        old='jnp.einsum("bqhgd,bkhd->bhgqk"',
+        new='jnp.einsum("bqhgd,bkhd->bghqk"',
+        tests=[
+            "tests/models/test_attention.py::test_attention_is_the_mean_of_what_each_query_sees"
+        ],
+    ),
+    Mutant(
+        id="G10",
+        what="the same over a cache",
+        file="stepdistill_jax/models/layers.py",
+        old='product("bqhgd,bhdk->bhgqk"',
+        new='product("bqhgd,bhdk->bghqk"',
+        tests=GEMMA_GREEDY,
+    ),
+    Mutant(
+        id="G11",
+        what="the same over the encoder's states",
+        file="stepdistill_jax/models/layers.py",
+        old="jnp.repeat(found, groups, axis=1)",
+        new="jnp.tile(found, (1, groups, 1))",
+        tests=GEMMA_GREEDY,
     ),
     Mutant(
         id="KT1",

@@ -117,55 +117,60 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
     for name in ("encoder", "decoder"):
         if not isinstance(raw.get(name), dict):
             raise InputError(f"{path}: {name} must be an object, got {raw.get(name)!r}")
-        sides[name] = _read_side(path, raw[name], name)
+        sides[name] = _read_side(f"{path}: {name}", raw[name])
     encoder, decoder = raw["encoder"], raw["decoder"]
-    for name, default in (("vocab_size", 256_000), ("rms_norm_eps", 1e-6)):
-        choice(path, encoder, name, default, [decoder.get(name, default)])
-    choice(
-        path,
-        encoder,
-        "hidden_activation",
-        _ACTIVATION,
-        [decoder.get("hidden_activation", _ACTIVATION)],
-    )
+    here = f"{path}: decoder"
+    for name, default in (
+        ("vocab_size", 256_000),
+        ("rms_norm_eps", 1e-6),
+        ("hidden_activation", _ACTIVATION),
+    ):
+        choice(f"{path}: encoder", encoder, name, default, [decoder.get(name, default)])
     given = decoder.get("cross_attention_hidden_size")
     if given not in (None, sides["encoder"].emb_dim):
         raise InputError(
             f"{path}: decoder.cross_attention_hidden_size must be encoder.hidden_size"
             f" ({sides['encoder'].emb_dim}), got {given!r}"
         )
-    for name, value in (("pad_token_id", PAD_ID), ("eos_token_id", EOS_ID)):
-        choice(path, decoder, name, value, [value])
+    choice(here, decoder, "pad_token_id", PAD_ID, [PAD_ID])
+    # instruction-tuned models also stop at the end of a turn, which no target of ours has
+    ends = decoder.get("eos_token_id", EOS_ID)
+    if (ends[:1] if isinstance(ends, list) else [ends]) != [EOS_ID]:
+        raise InputError(
+            f"{here}: eos_token_id must be {EOS_ID}, or a list that begins with it, got {ends!r}"
+        )
     return T5GemmaConfig(
-        vocab_size=size(path, decoder, "vocab_size", 256_000),
+        vocab_size=size(here, decoder, "vocab_size", 256_000),
         encoder=sides["encoder"],
         decoder=sides["decoder"],
-        bos_id=0 if decoder.get("bos_token_id", 2) == 0 else size(path, decoder, "bos_token_id", 2),
-        mlp_activations=_HIDDEN[choice(path, decoder, "hidden_activation", _ACTIVATION, _HIDDEN)],
+        bos_id=0 if decoder.get("bos_token_id", 2) == 0 else size(here, decoder, "bos_token_id", 2),
+        mlp_activations=_HIDDEN[choice(here, decoder, "hidden_activation", _ACTIVATION, _HIDDEN)],
         dropout_rate=share(path, raw, "dropout_rate", 0.0),
-        layer_norm_epsilon=share(path, decoder, "rms_norm_eps", 1e-6),
+        layer_norm_epsilon=share(here, decoder, "rms_norm_eps", 1e-6),
         logits_via_embedding=tied,
-        logits_softcap=positive(path, decoder, "final_logit_softcapping", 30.0),
+        logits_softcap=positive(here, decoder, "final_logit_softcapping", 30.0),
     )
 
 
 _ACTIVATION = "gelu_pytorch_tanh"
 
 
-def _read_side(path: pathlib.Path, raw: dict[str, Any], name: str) -> Side:
-    """One of the two modules that a T5Gemma's `config.json` holds; defaults are those of transformers."""
-    choice(path, raw, "attention_bias", False, [False])
+def _read_side(where: str, raw: dict[str, Any]) -> Side:
+    """One of the two modules that a T5Gemma's `config.json` holds; defaults are those of transformers.
+
+    Args:
+        where: the file and the module, for messages.
+        raw: the module's fields.
+    """
+    choice(where, raw, "attention_bias", False, [False])
     rope = raw.get("rope_parameters") or {}
-    if (
-        not isinstance(rope, dict)
-        or rope.get("rope_type", "default") != "default"
-        or raw.get("rope_scaling")
-    ):
+    other = raw.get("rope_scaling") or rope
+    if other is not rope or not isinstance(rope, dict) or not _is_plain(rope):
         raise InputError(
-            f"{path}: {name}.rope_parameters must be those of plain rotary positions"
-            f' ({{"rope_type": "default", "rope_theta": ...}}), got {raw.get("rope_scaling") or rope!r}'
+            f"{where}: rope_parameters must be those of plain rotary positions"
+            f' ({{"rope_type": "default", "rope_theta": ...}}), got {other!r}'
         )
-    layers = size(path, raw, "num_hidden_layers", 26)
+    layers = size(where, raw, "num_hidden_layers", 26)
     types = raw.get("layer_types") or [_LAYER_TYPES[i % 2] for i in range(layers)]
     if (
         not isinstance(types, list)
@@ -173,24 +178,31 @@ def _read_side(path: pathlib.Path, raw: dict[str, Any], name: str) -> Side:
         or not all(t in _LAYER_TYPES for t in types)
     ):
         raise InputError(
-            f"{path}: {name}.layer_types must name one of {', '.join(_LAYER_TYPES)} for each of"
+            f"{where}: layer_types must name one of {', '.join(_LAYER_TYPES)} for each of"
             f" {layers} layers, got {types!r}"
         )
-    window = size(path, raw, "sliding_window", 4096) if _LAYER_TYPES[0] in types else 0
-    scalar = positive(path, raw, "query_pre_attn_scalar", 256) or 256.0
+    window = size(where, raw, "sliding_window", 4096) if _LAYER_TYPES[0] in types else 0
     return Side(
-        emb_dim=size(path, raw, "hidden_size", 2304),
-        num_heads=size(path, raw, "num_attention_heads", 8),
-        num_kv_heads=size(path, raw, "num_key_value_heads", 4),
-        head_dim=size(path, raw, "head_dim", 256),
-        mlp_dim=size(path, raw, "intermediate_size", 9216),
+        emb_dim=size(where, raw, "hidden_size", 2304),
+        num_heads=size(where, raw, "num_attention_heads", 8),
+        num_kv_heads=size(where, raw, "num_key_value_heads", 4),
+        head_dim=size(where, raw, "head_dim", 256),
+        mlp_dim=size(where, raw, "intermediate_size", 9216),
         num_layers=layers,
-        score_scale=scalar**-0.5,
-        score_softcap=positive(path, raw, "attn_logit_softcapping", 50.0),
+        score_scale=size(where, raw, "query_pre_attn_scalar", 256) ** -0.5,
+        score_softcap=positive(where, raw, "attn_logit_softcapping", 50.0),
         windows=tuple(window if t == _LAYER_TYPES[0] else 0 for t in types),
-        rope_theta=positive(path, rope or raw, "rope_theta", 10_000.0),
-        init_stddev=positive(path, raw, "initializer_range", 0.02),
+        rope_theta=positive(where, rope or raw, "rope_theta", 10_000.0) or 10_000.0,
+        init_stddev=positive(where, raw, "initializer_range", 0.02),
     )
+
+
+def _is_plain(rope: dict[str, Any]) -> bool:
+    # a type for each kind of layer, or a factor, is not
+    return rope.get("rope_type", "default") == "default" and rope.keys() <= {
+        "rope_type",
+        "rope_theta",
+    }
 
 
 def _write_t5gemma(config: Any) -> dict[str, Any]:

@@ -8,7 +8,11 @@ from stepdistill_jax.models.config import MAX_LAYERS, MAX_SIZE
 
 
 def size(
-    path: pathlib.Path, raw: dict, name: str, default: int | None = None, most: int | None = None
+    path: pathlib.Path | str,
+    raw: dict,
+    name: str,
+    default: int | None = None,
+    most: int | None = None,
 ) -> int:
     """Returns a whole number from 1 to `most`; None is the most layers or the largest size."""
     value = raw.get(name, default)
@@ -20,7 +24,7 @@ def size(
     return value
 
 
-def share(path: pathlib.Path, raw: dict, name: str, default: float) -> float:
+def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> float:
     """Returns a number from 0 to below 1."""
     value = raw.get(name, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
@@ -29,7 +33,7 @@ def share(path: pathlib.Path, raw: dict, name: str, default: float) -> float:
 
 
 def positive(
-    path: pathlib.Path, raw: dict, name: str, default: float | None = None
+    path: pathlib.Path | str, raw: dict, name: str, default: float | None = None
 ) -> float | None:
     """Returns a number above 0, or None where the field is null."""
     value = raw.get(name, default)
@@ -40,14 +44,14 @@ def positive(
     return float(value)
 
 
-def flag(path: pathlib.Path, raw: dict, name: str, default: bool) -> bool:
+def flag(path: pathlib.Path | str, raw: dict, name: str, default: bool) -> bool:
     """Returns true or false."""
     if not isinstance(value := raw.get(name, default), bool):
         raise InputError(f"{path}: {name} must be true or false, got {value!r}")
     return value
 
 
-def choice(path: pathlib.Path, raw: dict, name: str, default: Any, known: Any) -> Any:
+def choice(path: pathlib.Path | str, raw: dict, name: str, default: Any, known: Any) -> Any:
     """Returns one of the known values."""
     value = raw.get(name, default)
     if value not in tuple(known):  # a tuple: the value may be a list, which has no hash

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.decoding import choices
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.decoding.greedy import LabelDecoder, bucket_length
-from stepdistill_jax.formats.directory import write_model_files
+from stepdistill_jax.formats.config_json import config_json
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.models import sharding
 from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.runtime.files import write_json
 
 # eight heads: `tensor` cuts them over all devices; other depths: encoder and decoder are not mixed up
 CONFIG = T5Config(
@@ -66,16 +66,24 @@ def asked():
 
 @pytest.mark.parametrize(
     "config",
-    [CONFIG, pytest.param(TIED, marks=pytest.mark.slow)],
-    ids=["v1.1", "tied"],
+    [
+        CONFIG,
+        pytest.param(TIED, marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+    ids=["v1.1", "tied", "t5gemma"],
 )
-def test_scores_are_those_of_teacher_forcing_in_transformers(config, asked, spiece, tmp_path):
+def test_scores_are_those_of_teacher_forcing_in_transformers(config, asked, tiny_t5gemma, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(4))
-    write_model_files(tmp_path, config, load_vocabulary(spiece), None)
+    if config is None:
+        config, params = tiny_t5gemma
+    else:
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(4))
+    write_json(tmp_path / "config.json", config_json(config))
     save_params(tmp_path, params, config)
-    peer = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    auto = transformers.AutoModelForSeq2SeqLM
+    peer = auto.from_pretrained(tmp_path, attn_implementation="eager").eval()
     rows, answers = asked
     scores = ChoiceScorer(config, batch_size=13)(params, rows, answers)
     for row, of_row, got in zip(rows, answers, scores, strict=True):

@@ -56,6 +56,22 @@ def test_scores_are_those_of_teacher_forcing_after_the_prefix(
 
 
 @pytest.mark.slow
+def test_windows_count_from_the_start_of_the_prefix(tiny_t5gemma, inputs, log_probs_of):
+    config, params = tiny_t5gemma
+    found = answers(config, params, inputs, decoder_prefix=PREFIX)
+    source, forced = np.zeros((ROWS, 31), np.int32), np.zeros((ROWS, 12), np.int32)
+    for i, (row, ids) in enumerate(zip(inputs, found.ids, strict=True)):
+        source[i, : len(row)] = row
+        forced[i, : 4 + len(ids)] = [*PREFIX, *ids]
+    log_probs = log_probs_of(config, params, source, forced)
+    for i, ids in enumerate(found.ids):
+        at = range(4, 4 + len(ids))
+        assert log_probs[i, at].argmax(-1).tolist() == ids
+        assert found.scores[i] == pytest.approx(log_probs[i, at, ids].sum(), abs=1e-4)
+    assert len({tuple(ids) for ids in found.ids}) > ROWS // 4
+
+
+@pytest.mark.slow
 def test_another_prefix_gives_other_answers(tiny_config, tiny_params, inputs, greedy):
     for other in ((), PREFIX[:-1]):
         found = answers(tiny_config, tiny_params, inputs, decoder_prefix=other)

@@ -21,10 +21,11 @@ import optax
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.decoding.greedy import greedy_decode
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
 from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
-from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.state import abstract_state, create_state
@@ -33,15 +34,25 @@ from stepdistill_jax.training.step import jit_train_step
 PATH = pathlib.Path(__file__).with_name("golden.npz")
 SEED = 20261124
 STEPS = 5
-FAMILIES = ("t5_v1_0", "t5_v1_1", "mt5", "byt5", "umt5")
+FAMILIES = ("t5_v1_0", "t5_v1_1", "mt5", "byt5", "umt5", "ul2", "t5gemma")
 
 
 # nearly all of the time is compilation, so XLA optimises little
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def tiny(family: str) -> T5Config:
-    """A model of a family in a few thousand parameters; ByT5 keeps its deeper encoder."""
+def tiny(family: str) -> ModelConfig:
+    """A model of a family in a few thousand parameters; ByT5 keeps its deeper encoder.
+
+    T5Gemma has unequal sides, fewer key/value heads, windows shorter than the rows and caps that bend.
+    """
+    if family == "t5gemma":
+        return T5GemmaConfig(
+            vocab_size=128,
+            encoder=gemma_side(16, 4, 2, 8, 24, 3, window=5, score_softcap=3.0),
+            decoder=gemma_side(12, 2, 1, 8, 20, 2, window=4, score_softcap=3.0),
+            logits_softcap=3.0,
+        )
     return model_config(
         family,
         "tiny",
@@ -56,7 +67,7 @@ def tiny(family: str) -> T5Config:
     )
 
 
-def numpy_params(config: T5Config, seed: int):
+def numpy_params(config: ModelConfig, seed: int):
     """Parameters drawn by numpy, path by path; scales and biases away from 1 and 0."""
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     rng = np.random.default_rng(seed)
@@ -64,17 +75,20 @@ def numpy_params(config: T5Config, seed: int):
     for path, x in sorted(flax.traverse_util.flatten_dict(shapes, sep="/").items()):
         values = rng.normal(size=x.shape)
         if path.endswith("scale"):
-            values = 1 + 0.3 * values
+            values = 1 - config.norm_offset + 0.3 * values
+            if config.logits_softcap and "decoder_norm" in path:
+                values = values + 3  # else no logit is near the cap
         elif path.endswith("kernel"):
             values = values * x.shape[-2] ** -0.5
-        elif path == "token_embedder" and config.logits_via_embedding:
-            values = values * 0.2  # else a tied model repeats its last token
+        elif path.endswith("embedder") and config.logits_via_embedding:
+            # else a tied model repeats its last token
+            values = values * (0.06 if config.scaled_embeddings else 0.2)
         flat[path] = values.astype(np.float32)
     # a random model never says its end: that row is made longer
     if config.logits_via_embedding:
-        flat["token_embedder"][1] *= 1.4
+        flat[config.target_embedder][1] *= 2.5 if config.scaled_embeddings else 1.4
     else:
-        flat["logits_dense/kernel"][:, 1] *= 3 if config.shared_relative_position_bias else 2
+        flat["logits_dense/kernel"][:, 1] *= 2 if config.position_bias == "layer" else 3
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -116,17 +116,21 @@ def test_the_directory_says_what_it_is(exported, workdir):
 
 
 @pytest.mark.slow
-def test_what_other_families_have_is_exported_too(tiny_config):
-    """ReLU and the tied, scaled head of v1.0 with a bias per layer, as in UMT5."""
-    config = dataclasses.replace(
-        tiny_config,
-        mlp_activations=("relu",),
-        logits_via_embedding=True,
-        scale_decoder_outputs=True,
-        shared_relative_position_bias=False,
-    )
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
-    exported = export_decoder(params, config, max_decode_len=5)
+@pytest.mark.parametrize("kind", ["t5", "t5gemma"])
+def test_what_other_families_have_is_exported_too(tiny_config, tiny_t5gemma, kind):
+    """ReLU and the tied, scaled head of v1.0 with a bias per layer, as in UMT5; windows of T5Gemma."""
+    if kind == "t5gemma":
+        config, params = tiny_t5gemma
+    else:
+        config = dataclasses.replace(
+            tiny_config,
+            mlp_activations=("relu",),
+            logits_via_embedding=True,
+            scale_decoder_outputs=True,
+            shared_relative_position_bias=False,
+        )
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
+    exported = export_decoder(params, config, max_decode_len=6)
     assert exported.platforms == PLATFORMS
     assert str(exported.in_avals[-1]) == "int32[batch,length]"
     again = jax.export.deserialize(exported.serialize())
@@ -134,14 +138,16 @@ def test_what_other_families_have_is_exported_too(tiny_config):
         ".".join(key.key for key in path): x
         for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
     }
-    batch = np.random.default_rng(0).integers(2, 128, (3, 40)).astype(np.int32)
-    batch[1:, 9:] = 0
-    ids, scores, _ = map(np.asarray, jax.jit(again.call)(flat, batch))
-    rows = [row[row > 0].tolist() for row in batch]
-    want = LabelDecoder(config, max_decode_len=5, batch_size=3)(params, rows)
-    for got, row in zip(ids.tolist(), want.ids, strict=True):
-        assert got == row + [0] * (5 - len(row))
-    np.testing.assert_allclose(scores, want.scores, atol=1e-4)
+    # two lengths: the encoder's windows are shorter than the one and longer than the other
+    for length in (40, 4):
+        batch = np.random.default_rng(0).integers(2, 128, (3, length)).astype(np.int32)
+        batch[1:, 9:] = 0
+        ids, scores, _ = map(np.asarray, jax.jit(again.call)(flat, batch))
+        rows = [row[row > 0].tolist() for row in batch]
+        want = LabelDecoder(config, max_decode_len=6, batch_size=3)(params, rows)
+        for got, row in zip(ids.tolist(), want.ids, strict=True):
+            assert got == row + [0] * (6 - len(row))
+        np.testing.assert_allclose(scores, want.scores, atol=1e-4)
 
 
 def test_a_model_directory_without_a_task_is_a_source_too(model_dir, tmp_path, capsys):

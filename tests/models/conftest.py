@@ -32,7 +32,11 @@ def make_random_hf(oracle):
     return oracle.random_hf
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+# ul2 is T5 v1.1 with another activation
+SLOW_FAMILIES = {"ul2": pytest.param("ul2", marks=pytest.mark.slow)}
+
+
+@pytest.fixture(scope="session", params=[SLOW_FAMILIES.get(name, name) for name in FAMILIES])
 def family(request, make_random_hf, tmp_path_factory):
     """(name, model of `transformers`, its directory)."""
     directory = tmp_path_factory.mktemp(request.param)

@@ -33,10 +33,38 @@ SIZES = {
 OF_FAMILY = {
     "t5_v1_0": {"feed_forward_proj": "relu"},
     "byt5": {"num_layers": 3, "num_decoder_layers": 1, "vocab_size": 384},
+    "ul2": {"feed_forward_proj": "gated-silu"},
 }
 CLASSES = {"mt5": "MT5", "umt5": "UMT5"}
+# T5Gemma: what its sides share, and what each has. Windows are shorter than the rows, and caps so small
+# that scores and logits bend; the scale of scores is not that of the heads' width.
+GEMMA = {
+    "vocab_size": 512,
+    "head_dim": 32,  # wide for 16 tokens: their queries read the encoder's states, and no keys of them
+    "query_pre_attn_scalar": 9,
+    "attn_logit_softcapping": 3.0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA_SIDES = {
+    "encoder": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 9,
+    },
+    "decoder": {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "sliding_window": 6,
+    },
+}
 # a random head never says EOS: its row is made longer, so that answers end at different places
-EOS_STRENGTH = {"t5_v1_0": 4.0, "mt5": 1.6}
+EOS_STRENGTH = {"t5_v1_0": 4.0, "mt5": 1.6, "t5gemma": 3.0}
 
 
 def random_hf(directory, *, family="t5_v1_1", tied=None, seed=0, **sizes):
@@ -48,6 +76,8 @@ def random_hf(directory, *, family="t5_v1_1", tied=None, seed=0, **sizes):
     import torch
     import transformers
 
+    if family == "t5gemma":
+        return random_t5gemma(directory, tied=tied in (None, True), seed=seed, **sizes)
     tied = family == "t5_v1_0" if tied is None else tied
     kind = CLASSES.get(family, "T5")
     torch.manual_seed(seed + list(FAMILIES).index(family))
@@ -76,6 +106,40 @@ def random_hf(directory, *, family="t5_v1_1", tied=None, seed=0, **sizes):
     raw.pop("scale_decoder_outputs", None)
     path.write_text(json.dumps(raw))
     assert (model.lm_head.weight is model.shared.weight) == tied
+    return model
+
+
+def random_t5gemma(directory, *, tied=True, seed=0, encoder=None, decoder=None, **shared):
+    """`random_hf` of a T5Gemma; `encoder` and `decoder` hold fields of one side, `shared` those of both."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    given = {"encoder": encoder, "decoder": decoder}
+    sides = {
+        name: transformers.T5GemmaModuleConfig(
+            **{**GEMMA, **fields, **shared, **(given[name] or {})}
+        )
+        for name, fields in GEMMA_SIDES.items()
+    }
+    config = transformers.T5GemmaConfig(
+        **sides,
+        vocab_size=sides["decoder"].vocab_size,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",  # of which alone the caps of scores are promised
+    )
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:  # a distance from 1; the last is larger, so that logits bend
+                p.normal_(mean=2.0 if name.endswith("decoder.norm.weight") else 0.0, std=0.3)
+            elif "embed_tokens" in name:  # small: a tied decoder would say its last token again
+                p.normal_(std=0.06)
+            else:
+                p.normal_(std=p.shape[1] ** -0.5)
+        model.lm_head.out_proj.weight[1] *= EOS_STRENGTH["t5gemma"]
+    assert (model.lm_head.out_proj.weight is model.model.decoder.embed_tokens.weight) == tied
+    model.save_pretrained(directory)
     return model
 
 

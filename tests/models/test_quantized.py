@@ -34,11 +34,18 @@ def rows(count=9):
     return [[*rng.integers(3, 128, rng.integers(1, 31)).tolist(), 1] for _ in range(count)]
 
 
-@pytest.fixture(scope="module", params=[CONFIG, TIED], ids=["own head", "tied head"])
-def models(request):
+@pytest.fixture(
+    scope="module",
+    params=[CONFIG, TIED, pytest.param(None, marks=pytest.mark.slow)],
+    ids=["own head", "tied head", "t5gemma"],
+)
+def models(request, tiny_t5gemma):
     """(int8 parameters, their configuration), and a float32 model with the same weights."""
     config = request.param
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(2))
+    if config is None:
+        config, params = tiny_t5gemma
+    else:
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(2))
     small, small_config = quantize(params, config)
     flat = flatten_dict(small)
     for path in [p for p in flat if p[-1] == SCALE]:
