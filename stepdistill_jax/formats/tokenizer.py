@@ -9,9 +9,14 @@ import os
 import pathlib
 from typing import Any
 
-from stepdistill_jax.data.vocabulary import EOS_ID, SentencePieceVocabulary, Vocabulary
+from stepdistill_jax.data.vocabulary import (
+    EOS_ID,
+    TOKENIZER_CONFIG,
+    SentencePieceVocabulary,
+    Vocabulary,
+)
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.directory import FAST_TOKENIZER, SPIECE, TOKENIZER_CONFIG
+from stepdistill_jax.formats.vocabulary_files import FAST_TOKENIZER, SPIECE
 from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 
 # Texts in which a wrong normalizer, unknown id or byte piece, or a lost space shows. Left out is what the
