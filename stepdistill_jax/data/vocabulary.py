@@ -168,6 +168,10 @@ class SentencePieceVocabulary:
         """The id of what no piece covers."""
         return self._processor.unk_id()
 
+    def normalize(self, text: str) -> str:
+        """Returns the text as it is before it is split into pieces."""
+        return self._processor.normalize(text)
+
     def pieces(self) -> list[str]:
         """The piece of each id."""
         return self._processor.id_to_piece(list(range(self.size)))
