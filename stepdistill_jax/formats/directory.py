@@ -13,13 +13,13 @@ from stepdistill_jax.data.schedules import Schedule
 from stepdistill_jax.data.text_metrics import METRICS
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.parameter_names import HEAD
+from stepdistill_jax.formats.config_json import config_json, config_of
+from stepdistill_jax.formats.fields import size
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.formats.vocabulary_files import read_vocabulary, write_vocabulary
-from stepdistill_jax.formats.weights import has_own_head, has_weights, open_weights
-from stepdistill_jax.models.config import MAX_LAYERS, MAX_LENGTH, MAX_SIZE, LoraConfig
-from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.formats.weights import has_weights, open_weights
+from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig, ModelConfig
 from stepdistill_jax.runtime.files import write_json
 from stepdistill_jax.runtime.stores import as_path, is_remote
 
@@ -28,19 +28,6 @@ GENERATION_CONFIG = "generation_config.json"
 CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS = "model.bin", "shared_vocabulary.json"
 FORMAT_VERSION = 1
 LORA = "stepdistill_lora"  # in a workdir's config.json: its checkpoints hold adapters
-
-# `feed_forward_proj` of Hugging Face -> our activations
-_FEED_FORWARD = {"relu": ("relu",), "gated-gelu": ("gelu", "linear")}
-# mT5 is T5 v1.1 with another vocabulary, ByT5 one of type `t5`; UMT5 has a bias table per layer
-_MODEL_TYPES = {"t5": True, "mt5": True, "umt5": False}
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "emb_dim": "d_model",
-    "num_heads": "num_heads",
-    "head_dim": "d_kv",
-    "mlp_dim": "d_ff",
-    "num_encoder_layers": "num_layers",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +61,7 @@ class TaskInfo:
 class ModelFiles:
     """A model directory but for its weights. `task_info` is None in a bare Hugging Face one."""
 
-    config: T5Config
+    config: ModelConfig
     vocabulary: Vocabulary
     task_info: TaskInfo | None
 
@@ -86,16 +73,17 @@ class ModelFiles:
 
 def write_model_files(
     directory: os.PathLike | str,
-    config: T5Config,
+    config: ModelConfig,
     vocabulary: Vocabulary,
     task_info: TaskInfo | None,
 ) -> None:
     """Writes configuration, vocabulary and task; `transformers` opens its tokenizer from them."""
     directory = as_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / CONFIG, _to_hf_config(config))
+    raw = config_json(config) | ({LORA: dataclasses.asdict(config.lora)} if config.lora else {})
+    write_json(directory / CONFIG, raw)
     generation = {
-        "decoder_start_token_id": PAD_ID,
+        "decoder_start_token_id": config.start_id,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
         # transformers 5 makes a cache as deep as the encoder, and fails where the decoder is deeper
@@ -150,36 +138,19 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
             f"{directory / CONFIG}: vocab_size {config.vocab_size} is below the"
             f" {vocabulary.size} pieces of the vocabulary"
         )
+    bos = vocabulary.framing.bos_id
+    if config.start_id != bos:
+        raise InputError(
+            f"{directory}: the vocabulary is of another model: the decoder of {CONFIG} begins with id"
+            f" {config.start_id}, and {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, as"
+            f" {'Gemma' if bos else 'T5'} has; copy the vocabulary from the directory that the"
+            " weights are from"
+        )
     task_info = read_task_info(directory) if (directory / TASK_INFO).is_file() else None
     return ModelFiles(config, vocabulary, task_info)
 
 
-def _to_hf_config(config: T5Config) -> dict[str, Any]:
-    model_type = "t5" if config.shared_relative_position_bias else "umt5"
-    kinds: dict[tuple[str, ...], str] = {v: k for k, v in _FEED_FORWARD.items()}
-    return {
-        "architectures": [f"{model_type.upper()}ForConditionalGeneration"],
-        "model_type": model_type,
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
-        "num_decoder_layers": config.num_decoder_layers,
-        "feed_forward_proj": kinds[config.mlp_activations],
-        "relative_attention_num_buckets": config.num_buckets,
-        "relative_attention_max_distance": config.max_distance,
-        "dropout_rate": config.dropout_rate,
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "initializer_factor": 1.0,
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": config.logits_via_embedding,
-        "scale_decoder_outputs": config.scale_decoder_outputs,
-        "decoder_start_token_id": PAD_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": PAD_ID,
-        "dtype": "float32",
-        "use_cache": True,
-    } | ({LORA: dataclasses.asdict(config.lora)} if config.lora else {})
-
-
-def read_config(directory: os.PathLike | str) -> T5Config:
+def read_config(directory: os.PathLike | str) -> ModelConfig:
     """The model's sizes, from the raw `config.json`; tied or not as the weights there say.
 
     A T5X checkpoint has no `config.json`: there, the shapes of its parameters say them.
@@ -196,83 +167,21 @@ def read_config(directory: os.PathLike | str) -> T5Config:
             f"{directory}: a CTranslate2 directory, which `predict` and `evaluate` alone read; give the"
             " one that it was made from"
         )
-    raw = read_object(path)
-    # tuples: what is looked up may be a list, which has no hash
-    if (model_type := raw.get("model_type")) not in tuple(_MODEL_TYPES):
-        raise InputError(
-            f"{path}: model_type must be one of {', '.join(_MODEL_TYPES)}, got {model_type!r}"
-        )
-    kind = raw.get("feed_forward_proj", "relu")  # the default of transformers
-    if kind not in tuple(_FEED_FORWARD):
-        raise InputError(
-            f"{path}: feed_forward_proj must be one of {', '.join(_FEED_FORWARD)}, got {kind!r}"
-        )
-    sizes: dict[str, Any] = {ours: _size(path, raw, theirs) for ours, theirs in _SIZES.items()}
-    if raw.get("num_decoder_layers") is None:  # transformers: as deep as the encoder
-        raw["num_decoder_layers"] = raw["num_layers"]
-    tied = _flag(path, raw, "tie_word_embeddings", True)
+    raw, weights = read_object(path), None
     if has_weights(directory):
         weights = open_weights(directory)
-        # a table that is there twice is tied, unless the file says that it began as a copy
-        tied = HEAD not in weights.shapes() or (tied and not has_own_head(weights))
-    sizes |= {
-        "num_decoder_layers": _size(path, raw, "num_decoder_layers"),
-        "num_buckets": _size(path, raw, "relative_attention_num_buckets", 32),
-        "max_distance": _size(path, raw, "relative_attention_max_distance", 128),
-    }
-    rates: dict[str, Any] = {
-        "dropout_rate": _number(path, raw, "dropout_rate", 0.1),
-        "layer_norm_epsilon": _number(path, raw, "layer_norm_epsilon", 1e-6),
-    }
-    scaled = _flag(path, raw, "scale_decoder_outputs", tied)
-    # weights in the Hugging Face layout are plain
-    lora = None if has_weights(directory) else _read_lora(path, raw)
-    try:
-        return T5Config(
-            **sizes,
-            **rates,
-            mlp_activations=_FEED_FORWARD[kind],
-            shared_relative_position_bias=_MODEL_TYPES[model_type],
-            logits_via_embedding=tied,
-            scale_decoder_outputs=scaled,
-            lora=lora,
-        )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    elif LORA in raw:  # weights in the Hugging Face layout are plain
+        return dataclasses.replace(config_of(path, raw, None), lora=_read_lora(path, raw[LORA]))
+    return config_of(path, raw, weights)
 
 
-def _read_lora(path: pathlib.Path, raw: dict) -> LoraConfig | None:
-    if (given := raw.get(LORA)) is None:
+def _read_lora(path: pathlib.Path, given: Any) -> LoraConfig | None:
+    if given is None:
         return None
     try:
         return LoraConfig(**given)
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {LORA}: {error}") from None
-
-
-def _size(
-    path: pathlib.Path, raw: dict, name: str, default: int | None = None, most: int | None = None
-) -> int:
-    value = raw.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        found = f"got {value!r}" if name in raw else "it is missing"
-        raise InputError(f"{path}: {name} must be a whole number above 0, {found}")
-    if value > (most := most or (MAX_LAYERS if name.endswith("_layers") else MAX_SIZE)):
-        raise InputError(f"{path}: {name} must be at most {most}, got {value!r}")
-    return value
-
-
-def _number(path: pathlib.Path, raw: dict, name: str, default: float) -> float:
-    value = raw.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
-    return float(value)
-
-
-def _flag(path: pathlib.Path, raw: dict, name: str, default: bool) -> bool:
-    if not isinstance(value := raw.get(name, default), bool):
-        raise InputError(f"{path}: {name} must be true or false, got {value!r}")
-    return value
 
 
 def read_task_info(directory: os.PathLike | str) -> TaskInfo:
@@ -307,9 +216,9 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     return TaskInfo(
         task=field("task", str, "a text"),
         objectives=_read_objectives(path, field("objectives", list, "a list")),
-        input_length=_size(path, raw, "input_length", most=MAX_LENGTH),
-        target_length=_size(path, raw, "target_length", most=MAX_LENGTH),
-        max_decode_len=_size(path, raw, "max_decode_len", most=MAX_LENGTH),
+        input_length=size(path, raw, "input_length", most=MAX_LENGTH),
+        target_length=size(path, raw, "target_length", most=MAX_LENGTH),
+        max_decode_len=size(path, raw, "max_decode_len", most=MAX_LENGTH),
         metric=metric,
         labels=tuple(labels),
         provenance=field("provenance", dict, "an object"),

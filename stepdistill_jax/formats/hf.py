@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.parameter_names import HEAD, IGNORED, hf_names, is_transposed
+from stepdistill_jax.formats.parameter_names import NAMES, Names, hf_names, is_transposed
 from stepdistill_jax.formats.safetensors_file import write_safetensors
 from stepdistill_jax.formats.tensors import Weights
 from stepdistill_jax.formats.weights import INDEX, WEIGHTS, has_own_head, open_weights
@@ -62,7 +62,7 @@ def load_params(
     sources = {path: path for path in flat} if sources is None else sources
     flat = {path: flat[path] for path in sources}
     taken = {source: flat[path] for path, source in sources.items()}
-    _check(directory, weights, _expected(taken, table), partly)
+    _check(directory, weights, _expected(taken, table), NAMES[type(config)], partly)
     placed: dict[str, Any] = dict.fromkeys(flat, SingleDeviceSharding(jax.devices()[0]))
     if shardings is not None:
         placed = flax.traverse_util.flatten_dict(shardings, sep="/")
@@ -145,13 +145,14 @@ def _check(
     directory: os.PathLike | str,
     weights: Weights,
     expected: Mapping[str, tuple[int, ...]],
+    names: Names,
     partly: bool,
 ) -> None:
     # partly: tensors beyond the expected ones are left alone
     found = weights.shapes()
-    ignored: set[str] = set(IGNORED)
-    if HEAD in found and HEAD not in expected and not has_own_head(weights):
-        ignored.add(HEAD)
+    ignored, head = set(names.ignored), names.head
+    if head in found and head not in expected and not has_own_head(weights, names):
+        ignored.add(head)
     both = [name for name in expected if name in found]
     wrong_shapes = [
         f"{name} is {list(found[name])}, {list(expected[name])} is wanted"

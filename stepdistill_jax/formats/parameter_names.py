@@ -1,6 +1,12 @@
 """Hugging Face tensor names of our parameters."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
 # copies of the embedding that some writers keep
@@ -13,11 +19,7 @@ IGNORED = (
 _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
-def hf_names(config: T5Config) -> dict[str, str]:
-    """Our path -> Hugging Face tensor name, `{}` standing for the layer.
-
-    Example: `decoder/layers/mlp/wo/kernel` -> `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
-    """
+def _t5_names(config: Any) -> dict[str, str]:
     table = {
         "token_embedder": EMBEDDING,
         "encoder/encoder_norm/scale": "encoder.final_layer_norm.weight",
@@ -49,6 +51,64 @@ def hf_names(config: T5Config) -> dict[str, str]:
         for name in (*gates, "wo"):
             table[f"{ours}mlp/{name}/kernel"] = f"{block}{last}.DenseReluDense.{name}.weight"
     return table
+
+
+def _t5gemma_names(config: Any) -> dict[str, str]:
+    table = {
+        "input_embedder": "model.encoder.embed_tokens.weight",
+        "target_embedder": GEMMA.embedding,
+    }
+    if not config.logits_via_embedding:
+        table["logits_dense/kernel"] = GEMMA.head
+    for side in ("encoder", "decoder"):
+        table[f"{side}/{side}_norm/scale"] = f"model.{side}.norm.weight"
+        blocks = {
+            "attention" if side == "encoder" else "self_attention": ("self_attn", "self_attn")
+        }
+        if side == "decoder":
+            blocks["encoder_decoder_attention"] = ("cross_attn", "cross_attn")
+        ours, theirs = f"{side}/layers/", f"model.{side}.layers.{{}}."
+        for block, (module, norm) in blocks.items():
+            norm_of = "cross_attention" if block == "encoder_decoder_attention" else block
+            for when in ("pre", "post"):
+                path = f"{ours}{when}_{norm_of}_layer_norm/scale"
+                table[path] = f"{theirs}{when}_{norm}_layernorm.weight"
+            for name, letter in _ATTENTION.items():
+                table[f"{ours}{block}/{name}/kernel"] = f"{theirs}{module}.{letter}_proj.weight"
+        for when in ("pre", "post"):
+            path = f"{ours}{when}_mlp_layer_norm/scale"
+            table[path] = f"{theirs}{when}_feedforward_layernorm.weight"
+        for name, theirs_name in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
+            table[f"{ours}mlp/{name}/kernel"] = f"{theirs}mlp.{theirs_name}_proj.weight"
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a family's tensors are named in Hugging Face's layout.
+
+    Attributes:
+        table: of a configuration, our path -> tensor name, `{}` standing for the layer. Example:
+            `decoder/layers/mlp/wo/kernel` -> `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
+        head: the output layer.
+        embedding: the table that a tied output layer is.
+        ignored: tensors that some files hold and no model reads.
+    """
+
+    table: Callable[[Any], dict[str, str]]
+    head: str
+    embedding: str
+    ignored: tuple[str, ...] = ()
+
+
+T5 = Names(_t5_names, HEAD, EMBEDDING, IGNORED)
+GEMMA = Names(_t5gemma_names, "lm_head.out_proj.weight", "model.decoder.embed_tokens.weight")
+NAMES = {T5Config: T5, T5GemmaConfig: GEMMA}
+
+
+def hf_names(config: ModelConfig) -> dict[str, str]:
+    """Returns the Hugging Face tensor name of each of our paths; see `Names.table`."""
+    return NAMES[type(config)].table(config)
 
 
 def is_transposed(path: str) -> bool:

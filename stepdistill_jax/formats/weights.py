@@ -8,7 +8,7 @@ import numpy as np
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.flax_msgpack import open_flax
-from stepdistill_jax.formats.parameter_names import EMBEDDING, HEAD
+from stepdistill_jax.formats.parameter_names import Names
 from stepdistill_jax.formats.safetensors_file import open_safetensors
 from stepdistill_jax.formats.t5x import find_t5x, open_t5x
 from stepdistill_jax.formats.tensors import Tensor, Weights, shard_files
@@ -57,19 +57,21 @@ def has_weights(directory: os.PathLike | str) -> bool:
     return any((directory / n).is_file() for n in names) or find_t5x(directory) is not None
 
 
-def has_own_head(weights: Weights) -> bool:
+def has_own_head(weights: Weights, names: Names) -> bool:
     """Whether there is an output layer that is no copy of the embedding.
 
     The files of v1.0 that older tools wrote keep the tied table a second time, as `lm_head.weight`.
     """
     shapes = weights.shapes()
-    if HEAD not in shapes:
+    if names.head not in shapes:
         return False
-    if shapes[HEAD] != shapes.get(EMBEDDING) or len(shapes[HEAD]) != 2:
+    if shapes[names.head] != shapes.get(names.embedding) or len(shapes[names.head]) != 2:
         return True
-    for start in range(0, shapes[HEAD][0], _BLOCK):  # the first block tells them apart
+    for start in range(0, shapes[names.head][0], _BLOCK):  # the first block tells them apart
         index = (slice(start, start + _BLOCK), slice(None))
-        if not np.array_equal(weights.read(HEAD, index), weights.read(EMBEDDING, index)):
+        if not np.array_equal(
+            weights.read(names.head, index), weights.read(names.embedding, index)
+        ):
             return True
     return False
 

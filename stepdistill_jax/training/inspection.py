@@ -139,7 +139,8 @@ def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
     settings = model_settings(config)
     if config.init_from is None:
         family, size = config.model_family, config.model_size
-        return model_config(family, size, vocab_size=data.vocab_size, **settings)
+        bos_id = data.vocabulary.framing.bos_id
+        return model_config(family, size, vocab_size=data.vocab_size, bos_id=bos_id, **settings)
     return dataclasses.replace(read_config(local_model(config.init_from)), **settings)
 
 

@@ -107,6 +107,7 @@ def assemble(
             config.model_family,
             config.model_size,
             vocab_size=data.vocab_size,
+            bos_id=data.vocabulary.framing.bos_id,
             **model_settings(config),
         )
     data.check_ids(model.vocab_size)

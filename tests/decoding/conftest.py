@@ -31,7 +31,15 @@ def model_of_few_ids():
     from stepdistill_jax.models.t5 import T5Config
 
     def make(vocab_size, num_decoder_layers, seed):
-        config = T5Config(vocab_size, 16, 2, 8, 24, 1, num_decoder_layers)
+        config = T5Config(
+            vocab_size=vocab_size,
+            emb_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=24,
+            num_encoder_layers=1,
+            num_decoder_layers=num_decoder_layers,
+        )
         return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
 
     return make

@@ -19,8 +19,26 @@ from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
 from stepdistill_jax.models.t5 import T5Config
 
 # eight heads: `tensor` cuts them over all devices; other depths: encoder and decoder are not mixed up
-CONFIG = T5Config(128, 32, 8, 8, 48, 2, 1)
-TIED = T5Config(128, 32, 2, 8, 48, 1, 2, logits_via_embedding=True, scale_decoder_outputs=True)
+CONFIG = T5Config(
+    vocab_size=128,
+    emb_dim=32,
+    num_heads=8,
+    head_dim=8,
+    mlp_dim=48,
+    num_encoder_layers=2,
+    num_decoder_layers=1,
+)
+TIED = T5Config(
+    vocab_size=128,
+    emb_dim=32,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
+    logits_via_embedding=True,
+    scale_decoder_outputs=True,
+)
 
 
 @pytest.fixture(scope="module")

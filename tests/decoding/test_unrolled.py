@@ -15,7 +15,15 @@ from stepdistill_jax.models.quantized import quantize
 from stepdistill_jax.models.t5 import T5Config
 
 # 8 tokens are few for heads so wide: their queries read the encoder's states, and 18 keys and values
-CONFIG = T5Config(128, 32, 2, 32, 48, 1, 3)
+CONFIG = T5Config(
+    vocab_size=128,
+    emb_dim=32,
+    num_heads=2,
+    head_dim=32,
+    mlp_dim=48,
+    num_encoder_layers=1,
+    num_decoder_layers=3,
+)
 # a position bias for each layer, one feed-forward projection
 OTHER = dataclasses.replace(CONFIG, shared_relative_position_bias=False, mlp_activations=("relu",))
 

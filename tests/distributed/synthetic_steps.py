@@ -32,7 +32,16 @@ from stepdistill_jax.training.state import abstract_state, init_state
 from stepdistill_jax.training.step import in_mesh, jit_train_step
 
 EXAMPLES, BATCH_SIZE, STEPS = 40, 16, 10  # an epoch ends in the middle of a step
-MODEL = T5Config(128, 64, 8, 8, 128, 1, 1, dropout_rate=0.0)
+MODEL = T5Config(
+    vocab_size=128,
+    emb_dim=64,
+    num_heads=8,
+    head_dim=8,
+    mlp_dim=128,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.0,
+)
 WEIGHTS = (1.0, 0.7)
 batch_module.SHARD_EXAMPLES = 4  # four shards, of which a process makes its own
 

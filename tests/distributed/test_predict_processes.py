@@ -88,7 +88,15 @@ def without_gloo(printed):
 
 def save_model(folder, logits_scale):
     """A random model whose answers have all lengths; at step 2, saved from a cut over 8 devices."""
-    config = T5Config(384, 32, 4, 8, 48, 2, 2)
+    config = T5Config(
+        vocab_size=384,
+        emb_dim=32,
+        num_heads=4,
+        head_dim=8,
+        mlp_dim=48,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+    )
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     params["logits_dense"]["kernel"] = (
         params["logits_dense"]["kernel"].at[:, 1].multiply(logits_scale)

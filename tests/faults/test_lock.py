@@ -169,7 +169,15 @@ def test_a_disk_that_gets_full_ends_the_run_and_a_resume_goes_on(
 def byte_model(tmp_path):
     """A random model of bytes: one layer, answers of a few tokens."""
     vocabulary, folder = load_vocabulary(BYTES), tmp_path / "model"
-    config = T5Config(384, 32, 2, 8, 16, 1, 1)
+    config = T5Config(
+        vocab_size=384,
+        emb_dim=32,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    )
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     info = TaskInfo("roads", step_by_step(), 32, 24, 4)
     write_model_files(folder, config, vocabulary, info)

@@ -48,7 +48,15 @@ WORDS = " ".join(SENTENCES).split()
 def model_dir(tmp_path_factory, spiece):
     """Random, one layer; hundreds of different answers of at most two tokens."""
     folder = tmp_path_factory.mktemp("model")
-    config = T5Config(128, 32, 2, 8, 16, 1, 1)
+    config = T5Config(
+        vocab_size=128,
+        emb_dim=32,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    )
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     params = jax.tree.map(lambda x: 3 * x, params)
     info = TaskInfo("roads", step_by_step(), INPUT_LENGTH, 24, 2, labels=("smooth", "trouble"))

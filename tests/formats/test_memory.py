@@ -17,7 +17,15 @@ from stepdistill_jax.models.t5 import T5Config
 pytestmark = pytest.mark.slow  # half a minute
 
 MIB = 2**20
-CONFIG = T5Config(65536, 1024, 16, 64, 8192, 7, 6)
+CONFIG = T5Config(
+    vocab_size=65536,
+    emb_dim=1024,
+    num_heads=16,
+    head_dim=64,
+    mlp_dim=8192,
+    num_encoder_layers=7,
+    num_decoder_layers=6,
+)
 SLACK = 96 * MIB  # malloc's pools and small parameters on their way
 CHILD = """
 import dataclasses, json, os, re, sys, threading, time
@@ -30,7 +38,7 @@ from stepdistill_jax.formats.hf import load_params
 from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.models.encoder_decoder import abstract_params
 import numpy as np, safetensors
-config = T5Config(65536, 1024, 16, 64, 8192, 7, 6)
+config = T5Config(vocab_size=65536, emb_dim=1024, num_heads=16, head_dim=64, mlp_dim=8192, num_encoder_layers=7, num_decoder_layers=6)
 shardings = sharding.param_shardings(sharding.make_mesh("fsdp"), abstract_params(config))
 jax.block_until_ready(jax.device_put(np.zeros(1000)))
 

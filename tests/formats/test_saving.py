@@ -141,7 +141,15 @@ def test_transformers_opens_the_shards(make_params, tmp_path):
     pytest.importorskip("torch", reason="torch is not installed: transformers cannot open weights")
     from transformers import T5ForConditionalGeneration
 
-    config = T5Config(384, 32, 4, 8, 48, 2, 2)
+    config = T5Config(
+        vocab_size=384,
+        emb_dim=32,
+        num_heads=4,
+        head_dim=8,
+        mlp_dim=48,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+    )
     params = make_params(config)
     write_model_files(tmp_path, config, load_vocabulary("bytes"), None)
     hf.save_params(tmp_path, params, config, max_shard_size=LIMIT)

@@ -28,7 +28,15 @@ from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
 from stepdistill_jax.training.step import in_mesh
 
-CONFIG = T5Config(128, 32, 8, 8, 48, 2, 2)  # eight heads: `tensor` cuts them over all devices
+CONFIG = T5Config(
+    vocab_size=128,
+    emb_dim=32,
+    num_heads=8,
+    head_dim=8,
+    mlp_dim=48,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+)  # eight heads: `tensor` cuts them over all devices
 SEARCHES = {
     "greedy": greedy_decode,
     "beam": functools.partial(beam_search, num_beams=4),

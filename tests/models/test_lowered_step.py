@@ -19,7 +19,17 @@ from stepdistill_jax.training.step import eval_step, train_step
 
 HIGHEST = (jax.lax.Precision.HIGHEST,) * 2
 ROWS, INPUTS, TARGETS, LAYERS = 3, 10, 7, 5
-MODEL = T5Config(64, 16, 2, 8, 24, LAYERS, LAYERS, num_buckets=6, dtype="bfloat16")
+MODEL = T5Config(
+    vocab_size=64,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=24,
+    num_encoder_layers=LAYERS,
+    num_decoder_layers=LAYERS,
+    num_buckets=6,
+    dtype="bfloat16",
+)
 TRAINING = {"objective_weights": (0.5, 0.5)}
 
 

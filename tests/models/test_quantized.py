@@ -16,7 +16,16 @@ from stepdistill_jax.models.encoder_decoder import EncoderDecoder, abstract_para
 from stepdistill_jax.models.quantized import KERNEL, SCALE, kernel_of, quantize
 from stepdistill_jax.models.t5 import T5Config
 
-CONFIG = T5Config(128, 32, 2, 8, 48, 2, 2, dropout_rate=0.0)
+CONFIG = T5Config(
+    vocab_size=128,
+    emb_dim=32,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dropout_rate=0.0,
+)
 TIED = dataclasses.replace(CONFIG, logits_via_embedding=True, mlp_activations=("relu",))
 
 

@@ -14,7 +14,16 @@ from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
 from stepdistill_jax.models.layers import dense
 from stepdistill_jax.models.t5 import T5Config
 
-MODEL = T5Config(64, 16, 2, 8, 48, 3, 2, dropout_rate=0.1)
+MODEL = T5Config(
+    vocab_size=64,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    num_encoder_layers=3,
+    num_decoder_layers=2,
+    dropout_rate=0.1,
+)
 BATCH, INPUTS, TARGETS = 2, 10, 7
 
 

@@ -152,7 +152,17 @@ def test_a_share_of_memory_that_is_none_is_refused(value, monkeypatch):
 
 def test_recomputation_by_hand():
     """One layer each, 3 inputs, 2 targets, width 4, 1 head of 2, feed-forward 5, one gate, 8 ids."""
-    model = T5Config(8, 4, 1, 2, 5, 1, 1, mlp_activations=("relu",), remat_policy="full")
+    model = T5Config(
+        vocab_size=8,
+        emb_dim=4,
+        num_heads=1,
+        head_dim=2,
+        mlp_dim=5,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        mlp_activations=("relu",),
+        remat_policy="full",
+    )
     shape = {"rows": 1, "input_length": 3, "target_length": 2}
     products = 2 * 4 * 2  # a token through one projection of attention
     encoder = 3 * (4 * products + 2 * 2 * 4 * 5)

@@ -25,7 +25,17 @@ def mesh(platform="tpu", kind="TPU v5 lite"):
 
 
 def model(implementation):
-    return T5Config(64, 16, 2, 8, 24, 1, 1, num_buckets=6, attention=implementation)
+    return T5Config(
+        vocab_size=64,
+        emb_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=24,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_buckets=6,
+        attention=implementation,
+    )
 
 
 def right(q, k, v, bias, query_segments, key_segments, seeds, *, causal, kept, interpret):

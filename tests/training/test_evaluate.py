@@ -16,7 +16,15 @@ from stepdistill_jax.tasks.token_store import TokenExample, write_store
 from stepdistill_jax.training.loss import ObjectiveSums
 from stepdistill_jax.training.validation import Validator
 
-MODEL = T5Config(384, 16, 2, 8, 32, 1, 1)
+MODEL = T5Config(
+    vocab_size=384,
+    emb_dim=16,
+    num_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+)
 ROWS, BATCH = 11, 4  # two batches of 4 rows and one of 3
 INPUT_LENGTH, MAX_DECODE_LEN = 9, 6
 WEIGHTS = (1.0, 0.7)

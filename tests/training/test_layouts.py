@@ -18,9 +18,26 @@ from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state
 
-MODEL = T5Config(128, 64, 8, 8, 128, 1, 1, dropout_rate=0.0)
+MODEL = T5Config(
+    vocab_size=128,
+    emb_dim=64,
+    num_heads=8,
+    head_dim=8,
+    mlp_dim=128,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.0,
+)
 # wide enough that Adafactor factors its moments
-WIDE = T5Config(128, 128, 8, 16, 256, 1, 1)
+WIDE = T5Config(
+    vocab_size=128,
+    emb_dim=128,
+    num_heads=8,
+    head_dim=16,
+    mlp_dim=256,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+)
 WEIGHTS = (1.0, 0.7)
 STEPS = 10
 ALL = LAYOUTS | {"hybrid": Layout(dcn_data=2, fsdp=-1)}  # eight virtual devices are one slice
@@ -178,7 +195,7 @@ from stepdistill_jax.batches.packing import empty_group
 from stepdistill_jax.training.state import abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_eval_step, jit_train_step
 
-model, tx = T5Config(128, 64, 8, 8, 128, 2, 2), optax.adamw(1e-3)
+model, tx = T5Config(vocab_size=128, emb_dim=64, num_heads=8, head_dim=8, mlp_dim=128, num_encoder_layers=2, num_decoder_layers=2), optax.adamw(1e-3)
 
 def compile_step(name, layout):
     print("LAYOUT", name, file=sys.stderr, flush=True)

@@ -174,7 +174,15 @@ def test_adafactor_has_no_first_moment_to_keep():
 
 
 def test_the_moments_keep_their_types_through_a_checkpoint(tmp_path):
-    model = T5Config(128, 16, 2, 8, 32, 1, 1)
+    model = T5Config(
+        vocab_size=128,
+        emb_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+    )
     tx, mesh = make_optimizer(config(mu_dtype="bfloat16")), make_mesh(Layout(fsdp=8))
     abstract = abstract_state(model, tx, mesh)
 

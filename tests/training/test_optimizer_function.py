@@ -22,7 +22,16 @@ from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
 from stepdistill_jax.training.state import abstract_state, create_state
 from stepdistill_jax.training.step import train_step
 
-MODEL = T5Config(128, 64, 8, 8, 128, 1, 1, dropout_rate=0.0)
+MODEL = T5Config(
+    vocab_size=128,
+    emb_dim=64,
+    num_heads=8,
+    head_dim=8,
+    mlp_dim=128,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    dropout_rate=0.0,
+)
 PARAMS = {"w": np.float32([[1.0, -2.0], [0.5, 4.0]]), "scale": np.float32([3.0, 5.0])}
 
 

@@ -152,7 +152,7 @@ class SquareRoot(ExtraLoss):
     def count(self, group):
         return jnp.ones(())
 
-    def total(self, states, kernel, group):
+    def total(self, states, output, group):
         return jnp.sqrt((states**2).sum() * group["encoder_input_tokens"][:, 0].sum())
 
 
@@ -237,7 +237,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(droppe
 
 def test_the_key_of_dropout_has_drawn_no_parameter():
     """Else a mask would be drawn from the bits that made the weights."""
-    config, tx = T5Config(128, 16, 2, 8, 32, 1, 1), optax.sgd(1.0)
+    config, tx = (
+        T5Config(
+            vocab_size=128,
+            emb_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+        ),
+        optax.sgd(1.0),
+    )
     abstract = abstract_state(config, tx, make_mesh(Layout(), jax.devices()[:1]))
 
     @jax.jit

@@ -1,0 +1,56 @@
+"""The fields of a model directory's JSON files, checked: an error names the file, the field and what it holds."""
+
+import pathlib
+from typing import Any
+
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.models.config import MAX_LAYERS, MAX_SIZE
+
+
+def size(
+    path: pathlib.Path, raw: dict, name: str, default: int | None = None, most: int | None = None
+) -> int:
+    """Returns a whole number from 1 to `most`; None is the most layers or the largest size."""
+    value = raw.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        found = f"got {value!r}" if name in raw else "it is missing"
+        raise InputError(f"{path}: {name} must be a whole number above 0, {found}")
+    if value > (most := most or (MAX_LAYERS if name.endswith("_layers") else MAX_SIZE)):
+        raise InputError(f"{path}: {name} must be at most {most}, got {value!r}")
+    return value
+
+
+def share(path: pathlib.Path, raw: dict, name: str, default: float) -> float:
+    """Returns a number from 0 to below 1."""
+    value = raw.get(name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
+    return float(value)
+
+
+def positive(
+    path: pathlib.Path, raw: dict, name: str, default: float | None = None
+) -> float | None:
+    """Returns a number above 0, or None where the field is null."""
+    value = raw.get(name, default)
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise InputError(f"{path}: {name} must be a number above 0, got {value!r}")
+    return float(value)
+
+
+def flag(path: pathlib.Path, raw: dict, name: str, default: bool) -> bool:
+    """Returns true or false."""
+    if not isinstance(value := raw.get(name, default), bool):
+        raise InputError(f"{path}: {name} must be true or false, got {value!r}")
+    return value
+
+
+def choice(path: pathlib.Path, raw: dict, name: str, default: Any, known: Any) -> Any:
+    """Returns one of the known values."""
+    value = raw.get(name, default)
+    if value not in tuple(known):  # a tuple: the value may be a list, which has no hash
+        words = ", ".join(str(one) for one in known)
+        raise InputError(f"{path}: {name} must be one of {words}, got {value!r}")
+    return value
