@@ -186,7 +186,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
     if data is None:
         ids: dict[str, int] = {"vocab_size": FAMILIES[config.model_family].vocab_size}
     else:
-        ids = {"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id}
+        ids = {"vocab_size": data.vocab_size, "bos_id": data.vocabulary.framing.bos_id}
     return model_config(config.model_family, config.model_size, **ids, **model_settings(config))
 
 
