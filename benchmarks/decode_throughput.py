@@ -11,7 +11,7 @@ must be equal. Each way runs in a process of its own (benchmarks/apart.py), and 
 `ours` and `transformers` begin and end with ids. `ours_ctranslate2` is `predict` on the directory of
 `export --format ctranslate2`, and `ctranslate2` the plain lines that a user would write: both from one
 file of JSON lines to another, the model's start included, with a worker of one thread per core. The
-`_int8` ones have int8 weights.
+`_int8` ones have int8 weights. These are for the families of T5 alone.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from apart import TORCH, Apart
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="of the dataset")
-    parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
+    parser.add_argument("--family", default="t5_v1_1", help="of the model: t5_v1_1, t5gemma, ...")
+    parser.add_argument("--size", default="small", help="of the family: tiny, small, base, ...")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
     parser.add_argument("--rows", type=int, default=256, help="prompts, at most")
     parser.add_argument("--batch-size", type=int, default=64, help="rows decoded at once")
@@ -55,8 +56,10 @@ def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]
     torch = timing.peer_module("torch", args.threads)
     transformers = timing.peer_module("transformers")
     transformers.logging.set_verbosity_error()
-    model = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
-    assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties where it can
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+    # transformers 5 ties where it can
+    own_head = model.get_output_embeddings().weight is not model.get_decoder().embed_tokens.weight
+    assert own_head is not model.config.tie_word_embeddings
     pad, end = model.config.pad_token_id, model.config.eos_token_id
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
 
@@ -74,8 +77,6 @@ def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]
                     do_sample=False,
                     num_beams=1,
                     max_new_tokens=args.max_decode_len,
-                    # transformers 5 makes a cache as deep as the encoder
-                    use_cache=model.config.num_decoder_layers <= model.config.num_layers,
                 )
             for place, answer in zip(places, outputs[:, 1:].tolist(), strict=True):
                 answers[place] = answer[: answer.index(end) + 1] if end in answer else answer
@@ -167,12 +168,17 @@ class Decoder:
 def main() -> None:
     args = timing.start(__doc__.splitlines()[0], add_arguments, rounds=3)
     timing.peer_module("torch")
-    timing.peer_module("ctranslate2")
     from models import save_random_model
 
     from stepdistill_jax.data.prepared import open_prepared
     from stepdistill_jax.inference import export
+    from stepdistill_jax.models.t5 import T5_FAMILIES
     from stepdistill_jax.tasks.load import load_task
+
+    quantizations = {}
+    if args.family in T5_FAMILIES:  # CTranslate2 has no others
+        timing.peer_module("ctranslate2")
+        quantizations = {"": "float32", "_int8": "int8"}
 
     data = load_task(args.task, split=args.split, data_dir=args.data_dir)
     prompts = data.stores[0].rows[0]["inputs"]
@@ -181,8 +187,8 @@ def main() -> None:
         scratch = closing.enter_context(tempfile.TemporaryDirectory())
         directory = f"{scratch}/model"
         vocab_size = max(data.vocab_size, args.vocab_size or 0)
-        settings = {"size": args.size, "vocab_size": vocab_size, "seed": args.seed}
-        save_random_model(directory, data.vocabulary, **settings)
+        settings = {"family": args.family, "size": args.size, "seed": args.seed}
+        save_random_model(directory, data.vocabulary, vocab_size=vocab_size, **settings)
         makers: dict[str, tuple] = {
             "ours": (our_decoder, directory, args, rows),
             "transformers": (peer_decoder, directory, args, rows),
@@ -190,7 +196,7 @@ def main() -> None:
         source = pathlib.Path(scratch) / "in.jsonl"
         lines = open_prepared(args.task, args.data_dir).file(args.split).read_text().splitlines()
         source.write_text("".join(line + "\n" for line in lines[: len(rows)]))
-        for suffix, quantization in (("", "float32"), ("_int8", "int8")):
+        for suffix, quantization in quantizations.items():
             converted = f"{scratch}/{quantization}"
             export(directory, converted, format="ctranslate2", quantization=quantization)
             makers[f"ours_ctranslate2{suffix}"] = (our_predict, converted, args, source)
@@ -225,6 +231,7 @@ def main() -> None:
         further_ratios={
             f"{a} / {b}": round(statistics.median(timing.in_pairs(rates[a], rates[b])), 3)
             for a, b in pairs
+            if a in rates
         },
     )
 

@@ -1,4 +1,4 @@
-"""Models that the benchmarks ask: random weights of a T5 v1.1, in a directory that `predict` opens."""
+"""Models that the benchmarks ask: random weights, in a directory that `predict` opens."""
 
 import os
 from typing import Any
@@ -9,22 +9,26 @@ def save_random_model(
     vocabulary: Any,
     *,
     size: str,
+    family: str = "t5_v1_1",
     vocab_size: int | None = None,
     seed: int = 0,
     ends: float = 3.0,
     task_info: Any = None,
+    **overrides: Any,
 ) -> None:
     """Writes one whose answers end now and then, or never.
 
     Args:
         directory: a new one.
         vocabulary: of the prompts.
-        size: of T5 v1.1.
+        size: of the family.
+        family: a name of `models.families.FAMILIES`.
         vocab_size: rows of the embedding, where they are more than the vocabulary's.
         seed: of the weights.
-        ends: factor of the output row of the end of sequence: at 3 it is the likeliest token now and
-            then, at 0 never.
+        ends: factor of the output row of the end of sequence: at 3 it is the likeliest token of a T5
+            v1.1 now and then, at 0 never.
         task_info: how it is asked; None writes none.
+        **overrides: other fields of the family's configuration.
     """
     import jax
 
@@ -34,9 +38,14 @@ def save_random_model(
     from stepdistill_jax.models.encoder_decoder import init_params
     from stepdistill_jax.models.families import model_config
 
-    config = model_config("t5_v1_1", size, vocab_size=max(vocabulary.size, vocab_size or 0))
+    vocab_size = max(vocabulary.size, vocab_size or 0)
+    config = model_config(family, size, vocab_size=vocab_size, **overrides)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
-    head = params["logits_dense"]["kernel"]  # [emb_dim, vocab_size]
-    params["logits_dense"]["kernel"] = head.at[:, EOS_ID].multiply(ends)
+    if config.logits_via_embedding:
+        head = params[config.target_embedder]  # [vocab_size, emb_dim]
+        params[config.target_embedder] = head.at[EOS_ID].multiply(ends)
+    else:
+        head = params["logits_dense"]["kernel"]  # [emb_dim, vocab_size]
+        params["logits_dense"]["kernel"] = head.at[:, EOS_ID].multiply(ends)
     write_model_files(directory, config, vocabulary, task_info)
     save_params(directory, params, config)

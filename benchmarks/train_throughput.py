@@ -3,7 +3,7 @@
     python benchmarks/train_throughput.py --config paper_cqa --size small --vocab-size 32128 --json
 
 An example is its label row and its rationale row. `ours` is what `stepdistill train CONFIG` runs, from
-the config to the step: its own packed rows, INIT_FROM random weights of T5 v1.1. The peer is what the
+the config to the step: its own packed rows, INIT_FROM random weights of `--family`. The peer is what the
 paper's public code does (Hsieh et al. 2023, arXiv:2305.02301), on today's `transformers`: two forward
 passes a step, labels and rationales each padded to their longest row, the sum of both mean losses by
 weight, gradients clipped to 1, AdamW in its fused form. Both start from the same weights, draw the same
@@ -30,7 +30,8 @@ PEERS = ("transformers", "transformers_bfloat16", "ours_shared_encoder")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="paper_cqa", help="a config, or its shipped name")
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, as of `train`")
-    parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
+    parser.add_argument("--family", default="t5_v1_1", help="of the model: t5_v1_1, t5gemma, ...")
+    parser.add_argument("--size", default="small", help="of the family: tiny, small, base, ...")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
     parser.add_argument("--batch-size", type=int, help="examples a step; default: the config's")
     parser.add_argument("--steps", type=int, default=2, help="steps in a timed turn")
@@ -124,10 +125,8 @@ class Peer:
         data = load_split(config, TRAIN, vocabulary=vocabulary, data_dir=args.data_dir)
         self.batches, self.steps = batches_of(config, data), args.steps
         self.weights = [o.weight for o in data.objectives]
-        self.model = transformers.T5ForConditionalGeneration.from_pretrained(model)
+        self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(model)
         self.autocast = autocast
-        # transformers 5 ties the output layer of a T5 that is made from a configuration
-        assert self.model.lm_head.weight is not self.model.shared.weight
         self.optimizer = self.torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
         )
@@ -195,15 +194,16 @@ class Peer:
 
 
 def save_model(args: argparse.Namespace, directory: str) -> None:
-    """Random weights of a T5 v1.1 with the task's vocabulary, which all start from."""
+    """Random weights with the task's vocabulary, which all start from."""
     from models import save_random_model
 
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.data.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(ensure_prepared(args.task, args.data_dir).spiece_model)
-    settings = {"size": args.size, "vocab_size": args.vocab_size}
-    save_random_model(directory, vocabulary, **settings, ends=1.0)
+    settings = {"family": args.family, "size": args.size, "vocab_size": args.vocab_size}
+    dropout = run_config(args, directory).dropout_rate  # the peer reads it from the directory
+    save_random_model(directory, vocabulary, **settings, ends=1.0, dropout_rate=dropout)
 
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple]:
