@@ -7,7 +7,7 @@ from stepdistill_jax.data.text_metrics import LabelCounts, is_valid, metric_fn
 from stepdistill_jax.inference.calibration import Calibration
 
 
-class Tally:
+class AccuracyCounts:
     """Counts over rows in any order, in bounded memory; nothing is averaged before the end."""
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):

@@ -15,7 +15,7 @@ from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.options import DecodeOptions
-from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
+from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Prompting
 from stepdistill_jax.runtime.files import check_file, read_json
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.stores import local_path
@@ -144,7 +144,7 @@ class Allowed:
         return list(found)
 
 
-def allow(options: DecodeOptions, asking: Asking, model: Engine) -> Allowed | None:
+def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowed | None:
     """The answers that `options.choices` allows this model and task; None where any will do.
 
     Raises:
@@ -155,8 +155,8 @@ def allow(options: DecodeOptions, asking: Asking, model: Engine) -> Allowed | No
     info = model.task_info
     return Allowed(
         options.choices,
-        labels=asking.labels,
-        objective=asking.objectives[0],
+        labels=prompting.labels,
+        objective=prompting.objectives[0],
         vocabulary=model.vocabulary,
         most_ids=info.target_length if info else BARE_INPUT_LENGTH,
         temperature=options.choices_temperature,

@@ -17,15 +17,15 @@ from stepdistill_jax.data.prepared import PreparedDataset, data_folder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.allowed_answers import ROW, allow
 from stepdistill_jax.inference.answer_files import PREDICTIONS, answers_name, write_answers
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.labels import Labels, label_rows, score_targets
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import predict
-from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask
-from stepdistill_jax.inference.rationale_quality import RationaleTally
+from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, prompting_for
+from stepdistill_jax.inference.rationale_quality import RationaleCounts
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import read_jsonl, write_json
 from stepdistill_jax.runtime.on_processes import (
@@ -90,7 +90,7 @@ def evaluate(
         Of a mixture whose labels several tasks give: `task`, `split`, `rows` of all, and `tasks`,
         {NAME: result}.
         Else what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
-        rationales also `rationale`, that is what `RationaleTally.summary` has and `unfinished` (those
+        rationales also `rationale`, that is what `RationaleCounts.summary` has and `unfinished` (those
         that reached their greatest length without an end). Of a SeqIO task with metrics of its own
         also `metrics`, their values by name.
 
@@ -271,11 +271,11 @@ def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
 def _rationale_figures(
     dataset: PreparedDataset, split: str, answers: pathlib.Path
 ) -> dict[str, Any]:
-    tally = RationaleTally(dataset.metric, dataset.labels)
+    counts = RationaleCounts(dataset.metric, dataset.labels)
     rows = (row for _, row in read_jsonl(answers))
     for example, row in zip(dataset.examples(split), rows, strict=True):
-        tally.add(example, row["label"], row.get(RATIONALE, ""))
-    return tally.summary()
+        counts.add(example, row["label"], row.get(RATIONALE, ""))
+    return counts.summary()
 
 
 def evaluate_tokens(
@@ -316,24 +316,24 @@ def evaluate_tokens(
             "`choices=row`: rows of a SeqIO task have no field 'choices'; give a file of labels"
         )
     model = open_engine(path, options)
-    asking = dataclasses.replace(how_to_ask(model, options), labels=tuple(allowed))
-    chooser = on_all_processes(lambda: allow(options, asking, model))
-    cut = [cut_ids(ids, asking.input_length) for ids in inputs]
-    require_same([asking.input_length, cut], "data")
+    prompting = dataclasses.replace(prompting_for(model, options), labels=tuple(allowed))
+    chooser = on_all_processes(lambda: allow(options, prompting, model))
+    cut = [cut_ids(ids, prompting.input_length) for ids in inputs]
+    require_same([prompting.input_length, cut], "data")
     start = time.perf_counter()
     rows = [Example(str(i), "", label) for i, label in enumerate(labels, 1)]
     targets = None
     if task_metrics is not None and task_metrics.reads_target_scores:
         targets = task_metrics.targets
     with until_stopped(len(inputs) + len(targets or ()), "evaluate") as update:
-        found = label_rows(model, asking, chooser, rows, cut, update)
+        found = label_rows(model, prompting, chooser, rows, cut, update)
         target_scores = None
         if targets is not None:
             target_scores = score_targets(model.score, cut, targets, update)
     seconds = time.perf_counter() - start
-    tally = Tally(metric, allowed, options.choices_temperature)
+    accuracy = AccuracyCounts(metric, allowed, options.choices_temperature)
     for label, answer in zip(labels, found.answers, strict=True):
-        tally.add(answer["label"], label, (), answer.get("choices"))
+        accuracy.add(answer["label"], label, (), answer.get("choices"))
     keep(_kept(rows, found, target_scores))
     own = {}
     if task_metrics is not None:
@@ -341,12 +341,12 @@ def evaluate_tokens(
         own = {"metrics": {n: v if math.isfinite(v) else None for n, v in own.items()}}
     return {
         **_told(model.step, options),
-        **tally.summary(),
+        **accuracy.summary(),
         **own,
-        **({"reads": list(asking.reads)} if asking.reads else {}),
-        **({"unparsed": found.unparsed} if asking.objectives[0].writes_more else {}),
+        **({"reads": list(prompting.reads)} if prompting.reads else {}),
+        **({"unparsed": found.unparsed} if prompting.objectives[0].writes_more else {}),
         "unfinished": found.unfinished,
-        "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),
+        "cut_inputs": sum(len(ids) > prompting.input_length for ids in inputs),
         "skipped": 0,
         "rows_per_second": round(len(inputs) / seconds, 3) if len(inputs) else 0.0,
     }

@@ -8,7 +8,7 @@ import numpy as np
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.engines import Engine, require_finite
-from stepdistill_jax.inference.prompting import Asking, scored_answer
+from stepdistill_jax.inference.prompting import Prompting, scored_answer
 
 
 class Labels(NamedTuple):
@@ -31,7 +31,7 @@ class Labels(NamedTuple):
 
 def label_rows(
     model: Engine,
-    asking: Asking,
+    prompting: Prompting,
     allowed: Allowed | None,
     rows: Sequence[Example],
     inputs: Sequence[Sequence[int]],
@@ -41,7 +41,7 @@ def label_rows(
 
     Args:
         model: opened by `open_engine`.
-        asking: of `how_to_ask`.
+        prompting: of `prompting_for`.
         allowed: of `allow`; the likeliest allowed answer is the label. None decodes.
         rows: the questions.
         inputs: ids of each one's prompt (`encode_input`).
@@ -60,9 +60,9 @@ def label_rows(
             [of_row[s.argmax()] for of_row, s in zip(ids, scores, strict=True)],
             np.array([s.max() for s in scores]),
         )
-    decoded = model.decode(inputs, asking.decode_lengths[0], on_progress)
+    decoded = model.decode(inputs, prompting.decode_lengths[0], on_progress)
     require_finite(model, decoded.scores)
-    objective = asking.objectives[0]
+    objective = prompting.objectives[0]
     found = [
         scored_answer(objective, model.vocabulary.decode(ids), score)
         for ids, score in zip(decoded.ids, decoded.scores, strict=True)
@@ -73,22 +73,22 @@ def label_rows(
 
 
 def explain_rows(
-    model: Engine, asking: Asking, objective: int, inputs: Sequence[Sequence[int]]
+    model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
     """Returns the text that an objective other than the label's gives for each row, and how many are unfinished.
 
     Args:
         model: opened by `open_engine`.
-        asking: of `how_to_ask`, with the rationale.
-        objective: its place in `asking.objectives`.
+        prompting: of `prompting_for`, with the rationale.
+        objective: its place in `prompting.objectives`.
         inputs: ids of each row's prompt of that objective.
 
     Raises:
         NotFinite: the model gives NaN.
     """
-    prefix = asking.objectives[objective].decoder_prefix
+    prefix = prompting.objectives[objective].decoder_prefix
     given = {"decoder_prefix": model.vocabulary.encode(prefix)} if prefix else {}
-    decoded = model.decode(inputs, asking.decode_lengths[objective], None, **given)
+    decoded = model.decode(inputs, prompting.decode_lengths[objective], None, **given)
     require_finite(model, decoded.scores)
     texts = [model.vocabulary.decode(ids) for ids in decoded.ids]
     return texts, int((~decoded.finished).sum())

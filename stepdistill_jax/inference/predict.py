@@ -17,7 +17,7 @@ import jax
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.allowed_answers import Allowed, allow
 from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import InputFile, next_window
@@ -25,9 +25,9 @@ from stepdistill_jax.inference.labels import explain_rows, label_rows
 from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import (
     RATIONALE,
-    Asking,
+    Prompting,
     encode_input,
-    how_to_ask,
+    prompting_for,
 )
 from stepdistill_jax.inference.skipped_rows import LIST, SkippedRows, skipped_of
 from stepdistill_jax.runtime.checks import one_of
@@ -71,7 +71,7 @@ def predict(
             end of sequence included, 6 digits), and `rationale` if asked for. With choices also
             `probability` and `choices` (`inference.allowed_answers`). Where the model writes
             more than a label, that is parsed out of its answer, and the other fields of the target
-            are there, too (`asking.read_answer`). It gets its name when
+            are there, too (`prompting.read_answer`). It gets its name when
             it is whole; a file of that name is replaced only then. A run that was stopped goes on
             where it was: with the same bytes in the end, or, on other devices or in other batches,
             with the same labels and scores within 1e-5.
@@ -103,16 +103,16 @@ def predict(
     on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
     source = on_all_processes(lambda: InputFile(input, on_error))
     model = open_engine(path, chosen)
-    asking = on_all_processes(
-        lambda: how_to_ask(
+    prompting = on_all_processes(
+        lambda: prompting_for(
             model, chosen, task=task, with_rationale=with_rationale, data_dir=data_dir
         )
     )
-    allowed = on_all_processes(lambda: allow(chosen, asking, model))
+    allowed = on_all_processes(lambda: allow(chosen, prompting, model))
     check = allowed.check if allowed and not allowed.labels else None
-    if check or asking.reads:  # what the model wants of a row is known only now
-        source = on_all_processes(lambda: InputFile(input, on_error, check, asking.reads))
-    asked = [dataclasses.asdict(asking), chosen.num_beams, chosen.length_penalty]
+    if check or prompting.reads:  # what the model wants of a row is known only now
+        source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads))
+    asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
     # not the batch size and the number of devices: they move a score by its last digit, and who was
     # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
     key = {
@@ -126,7 +126,7 @@ def predict(
         contextlib.closing(ResumableFile(output, key)) as shared,
         contextlib.closing(SkippedRows(output)) as skipped,
     ):
-        result = _run(model, asking, source, shared, skipped, allowed)
+        result = _run(model, prompting, source, shared, skipped, allowed)
         _require_unchanged(source, shared, result["rows"])
         on_process_0(skipped.finish)
         shared.finish()
@@ -141,17 +141,19 @@ def _check_output(output: os.PathLike | str, *inputs: Any) -> None:
 
 def _run(
     model: Engine,
-    asking: Asking,
+    prompting: Prompting,
     source: InputFile,
     shared: ResumableFile,
     skipped: SkippedRows,
     allowed: Allowed | None,
 ) -> dict[str, Any]:
-    tally = Tally(asking.metric, asking.labels, allowed.temperature if allowed else 1.0)
+    accuracy = AccuracyCounts(
+        prompting.metric, prompting.labels, allowed.temperature if allowed else 1.0
+    )
     names = ["unfinished", "cut_inputs"]
-    names += ["unfinished_rationales"] if len(asking.objectives) > 1 else []
-    names += ["unparsed" for o in asking.objectives[:1] if o.writes_more]
-    names += ["incomplete_inputs"] if asking.reads else []
+    names += ["unfinished_rationales"] if len(prompting.objectives) > 1 else []
+    names += ["unparsed" for o in prompting.objectives[:1] if o.writes_more]
+    names += ["incomplete_inputs"] if prompting.reads else []
     counts = {name: shared.state.get(name, 0) for name in names}
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
@@ -162,7 +164,7 @@ def _run(
         earlier = shared.rows()  # all are there, or none: only the process that writes counts
         for row in itertools.islice(rows, done):
             if answer := next(earlier, None):
-                tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
+                accuracy.add(answer["label"], row.label, row.choices, answer.get("choices"))
 
     on_all_processes(count_earlier)
     most = window_rows(model, allowed)
@@ -174,18 +176,18 @@ def _run(
     ) as update:
         while window := on_all_processes(lambda: next_window(rows, most)):
             require_same([row.texts for row in window], "input")
-            answers = decode_window(model, asking, window, counts, update, allowed)
+            answers = decode_window(model, prompting, window, counts, update, allowed)
             _require_unchanged(source, shared)  # what has been kept was made from this input
             shared.append(answers, **counts)
             for row, answer in zip(window, answers, strict=True):
-                tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
+                accuracy.add(answer["label"], row.label, row.choices, answer.get("choices"))
     seconds = time.perf_counter() - start
-    new = tally.rows - done
+    new = accuracy.rows - done
     return on_process_0(
         lambda: {
-            **tally.summary(),
+            **accuracy.summary(),
             **counts,
-            **({"reads": list(asking.reads)} if asking.reads else {}),
+            **({"reads": list(prompting.reads)} if prompting.reads else {}),
             "skipped": skipped.count,
             "rows_per_second": round(new / seconds, 3) if new else 0.0,
         }
@@ -218,7 +220,7 @@ def window_rows(model: Engine, allowed: Allowed | None) -> int:
 
 def decode_window(
     model: Engine,
-    asking: Asking,
+    prompting: Prompting,
     window: list[Example],
     counts: MutableMapping[str, int],
     update: Callable[[int], None] | None,
@@ -228,7 +230,7 @@ def decode_window(
 
     Args:
         model: opened by `open_engine`.
-        asking: of `how_to_ask`.
+        prompting: of `prompting_for`.
         window: the rows.
         counts: `cut_inputs`, `unfinished`, ...; `unparsed` is counted only where it is there.
         update: called with the number of rows of each batch whose label is done.
@@ -238,25 +240,27 @@ def decode_window(
         NotFinite: the model gives NaN.
     """
     answers: list[dict[str, Any]] = [{"id": row.id} for row in window]
-    if asking.reads:
-        counts["incomplete_inputs"] += sum(bool(asking.lacks(row)) for row in window)
-    prompts = zip(*map(asking.prompts, window), strict=True)
+    if prompting.reads:
+        counts["incomplete_inputs"] += sum(bool(prompting.lacks(row)) for row in window)
+    prompts = zip(*map(prompting.prompts, window), strict=True)
     for i, texts in enumerate(prompts):
         encoded = [
-            encode_input(model.vocabulary, text, asking.input_length, asking.input_pair_of(row))
+            encode_input(
+                model.vocabulary, text, prompting.input_length, prompting.input_pair_of(row)
+            )
             for text, row in zip(texts, window, strict=True)
         ]
         inputs = [ids for ids, _ in encoded]
         if i == 0:
             counts["cut_inputs"] += sum(cut for _, cut in encoded)
-            found = label_rows(model, asking, allowed, window, inputs, update)
+            found = label_rows(model, prompting, allowed, window, inputs, update)
             for answer, label in zip(answers, found.answers, strict=True):
                 answer |= label
             counts["unfinished"] += found.unfinished
             if "unparsed" in counts:
                 counts["unparsed"] += found.unparsed
             continue
-        rationales, unfinished = explain_rows(model, asking, i, inputs)
+        rationales, unfinished = explain_rows(model, prompting, i, inputs)
         for answer, rationale in zip(answers, rationales, strict=True):
             answer[RATIONALE] = rationale
         counts["unfinished_rationales"] += unfinished

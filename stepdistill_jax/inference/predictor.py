@@ -16,7 +16,7 @@ from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import next_window, question
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import decode_window, window_rows
-from stepdistill_jax.inference.prompting import Asking, how_to_ask
+from stepdistill_jax.inference.prompting import Prompting, prompting_for
 
 _OF_A_CALL = ("choices", "choices_temperature")  # options that `Predictor.predict` takes itself
 
@@ -54,7 +54,7 @@ class Predictor:
         self._turn = threading.Lock()
         self.path: pathlib.Path = engine.path
         self.step: int | None = engine.step
-        self.labels: tuple[str, ...] = how_to_ask(engine, options).labels
+        self.labels: tuple[str, ...] = prompting_for(engine, options).labels
 
     def predict(
         self,
@@ -81,16 +81,16 @@ class Predictor:
             raise InputError("`rows`: expected a list of texts or objects, got one; give [ROW]")
         given = {"choices": choices, "choices_temperature": choices_temperature}
         options = dataclasses.replace(self._options, **given)
-        asking = how_to_ask(self._engine, options, with_rationale=with_rationale)
-        allowed = allow(options, asking, self._engine)
+        prompting = prompting_for(self._engine, options, with_rationale=with_rationale)
+        allowed = allow(options, prompting, self._engine)
         checked = iter(
-            [checked_row(_fields(row, n), n, asking, allowed) for n, row in enumerate(rows, 1)]
+            [checked_row(_fields(row, n), n, prompting, allowed) for n, row in enumerate(rows, 1)]
         )
         answers, counts = [], collections.Counter()
         most = window_rows(self._engine, allowed)
         with self._turn:
             while window := next_window(checked, most):
-                answers += decode_window(self._engine, asking, window, counts, None, allowed)
+                answers += decode_window(self._engine, prompting, window, counts, None, allowed)
         return answers
 
 
@@ -105,7 +105,7 @@ def _fields(row: Any, number: int) -> Mapping[str, Any]:
 def checked_row(
     fields: Mapping[str, Any],
     number: int,
-    asking: Asking,
+    prompting: Prompting,
     allowed: Allowed | None,
     *,
     most_choices: int | None = None,
@@ -115,7 +115,7 @@ def checked_row(
     Args:
         fields: those of `predict`'s input.
         number: of the row among those asked together, from 1.
-        asking: of `how_to_ask`.
+        prompting: of `prompting_for`.
         allowed: of `allow`.
         most_choices: of the row's own; None is any number.
 
@@ -123,8 +123,8 @@ def checked_row(
         InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
     """
     where = f"row {number}"
-    row = question(JsonRow(fields, where, number), asking.reads)
-    if absent := asking.lacks(row):
+    row = question(JsonRow(fields, where, number), prompting.reads)
+    if absent := prompting.lacks(row):
         raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
     if allowed is None:
         return row

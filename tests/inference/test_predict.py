@@ -402,7 +402,7 @@ def test_asking_for_the_rationale_of_a_label_model_is_refused(model_dir, task_in
     info = dataclasses.replace(task_info, objectives=task_info.objectives[:1])
     model = dataclasses.replace(model, task_info=info)
     with pytest.raises(InputError, match=r"no objective named 'rationale'.*it has label"):
-        predict_module.how_to_ask(model, with_rationale=True)
+        predict_module.prompting_for(model, with_rationale=True)
 
 
 def test_a_bare_directory_is_asked_with_the_papers_prefix(
