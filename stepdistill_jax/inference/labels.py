@@ -1,4 +1,4 @@
-"""The label of each row, decoded or chosen: one way for `predict`, `evaluate` and `serve`."""
+"""The label of each row, decoded or chosen, for `predict`, `evaluate` and `serve` alike."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from stepdistill_jax.inference.prompting import Prompting, scored_answer
 
 
 class Labels(NamedTuple):
-    """Labels of rows, in their order.
+    """Labels of rows, in row order.
 
     Attributes:
-        answers: what is written of each row, its id left out.
-        unfinished: how many reached their greatest length without an end.
-        unparsed: how many answers have no label in them.
+        answers: the output fields of each row except its id.
+        unfinished: number of answers that reached the maximum length without an end.
+        unparsed: number of answers without a label in them.
         ids: of each answer, as decoded or chosen.
         scores: [rows] natural logs of their probabilities.
     """
@@ -37,15 +37,15 @@ def label_rows(
     inputs: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> Labels:
-    """Asks a model for the label of each row.
+    """Returns the label of each row.
 
     Args:
         model: opened by `open_engine`.
         prompting: of `prompting_for`.
-        allowed: of `allow`; the likeliest allowed answer is the label. None decodes.
+        allowed: of `allow`; the label is the likeliest allowed answer. None decodes.
         rows: the questions.
         inputs: ids of each one's prompt (`encode_input`).
-        on_progress: called with the number of rows of each batch that is done.
+        on_progress: called with the number of rows of each finished batch.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -75,12 +75,12 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Returns the text that an objective other than the label's gives for each row, and how many are unfinished.
+    """Returns the text of another objective than the label's for each row, and how many are unfinished.
 
     Args:
         model: opened by `open_engine`.
         prompting: of `prompting_for`, with the rationale.
-        objective: its place in `prompting.objectives`.
+        objective: its index in `prompting.objectives`.
         inputs: ids of each row's prompt of that objective.
 
     Raises:
@@ -100,13 +100,13 @@ def score_targets(
     targets: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Returns [rows] float32, natural logs of the targets' probabilities; 0 of one without ids.
+    """Returns [rows] float32, natural logs of the targets' probabilities; 0 for a target without ids.
 
     Args:
         score: `Engine.score`, or a `ChoiceScorer` with its parameters.
         inputs: ids of each row's prompt.
         targets: ids of each row's target, with its end of sequence.
-        on_progress: called with the number of rows of each batch that is done.
+        on_progress: called with the number of rows of each finished batch.
     """
     places = [i for i, ids in enumerate(targets) if ids]
     found = score([inputs[i] for i in places], [[targets[i]] for i in places], on_progress)

@@ -450,7 +450,7 @@ def test_a_changed_input_is_noticed_at_the_next_window_and_a_touched_one_is_none
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(echo, "decode", changes)
-        with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read"):
+        with pytest.raises(InputError, match=r"in\.jsonl: the file changed while it was read"):
             predict(echo, source, out)
     assert calls == [4] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]

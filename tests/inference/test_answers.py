@@ -136,7 +136,10 @@ def test_a_model_that_reads_rationales_is_shown_those_of_the_rows(opened, source
     )
     told = in_words(result)
     assert "inputs without a field that the model reads 1 (33.3%)" in told
-    assert "the model reads rationale of each row beside its input: a teacher has to write" in told
+    assert (
+        "the model reads rationale of each row in addition to its input: a teacher has to write"
+        in told
+    )
 
 
 def test_rows_that_all_lack_what_the_model_reads_are_refused(opened, write_rows, tmp_path):

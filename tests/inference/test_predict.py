@@ -342,7 +342,9 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
         return decode_window(*args)
 
     monkeypatch.setattr(predict_module, "decode_window", changes)
-    with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read \(90 good rows"):
+    with pytest.raises(
+        InputError, match=r"in\.jsonl: the file changed while it was read \(90 good rows"
+    ):
         predict(model_dir, source, out)
     assert windows == [40], "it is noticed before the next window"
     left = sorted(p.name for p in tmp_path.iterdir())
