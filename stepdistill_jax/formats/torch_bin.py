@@ -42,7 +42,7 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
         if found := re.search(r"GLOBAL (\S+)|Trying to (?:call|build)", str(error)):
             raise InputError(
                 f"{path}: its pickle calls {found[1] or 'code'}, and reading it would run that;"
-                " refused: a file of tensors is wanted"
+                " refused, since weights need only tensors"
             ) from None
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a complete torch file ({reason})") from None
