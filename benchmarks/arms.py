@@ -88,7 +88,7 @@ def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.N
         keep_pages()
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {core})
-        compile_cache.enable(compile_cache.beside(args.workdir / "cell"))
+        compile_cache.enable(compile_cache.folder_for(args.workdir / "cell"))
         done = sweep(part, workdir=folder, data_dir=args.data_dir, with_rationale=True)
         sys.exit(1 if done["failed_cells"] else 0)
 

@@ -48,13 +48,13 @@ def main() -> None:
     from stepdistill_jax.data.prepare import ensure_prepared
     from stepdistill_jax.data.rows import BadRow
     from stepdistill_jax.errors import InputError
-    from stepdistill_jax.inference.accuracy import Tally
+    from stepdistill_jax.inference.accuracy import AccuracyCounts
     from stepdistill_jax.inference.allowed_answers import allow
     from stepdistill_jax.inference.engines import open_engine
     from stepdistill_jax.inference.input_rows import read_questions
     from stepdistill_jax.inference.labels import label_rows
     from stepdistill_jax.inference.options import DecodeOptions
-    from stepdistill_jax.inference.prompting import encode_input, how_to_ask
+    from stepdistill_jax.inference.prompting import encode_input, prompting_for
 
     dataset = ensure_prepared(args.task, args.data_dir)
     rows = [
@@ -68,26 +68,26 @@ def main() -> None:
         decode = DecodeOptions(batch_size=args.batch_size, max_decode_len=args.max_decode_len)
         of_rows = DecodeOptions(choices="row" if rows[0].choices else "labels")
         engine = open_engine(model_of(args, dataset, scratch), decode)
-        asking = how_to_ask(engine, decode, task=args.task, data_dir=args.data_dir)
-        allowed = allow(of_rows, asking, engine)
+        prompting = prompting_for(engine, decode, task=args.task, data_dir=args.data_dir)
+        allowed = allow(of_rows, prompting, engine)
         prompts = [
-            encode_input(engine.vocabulary, asking.prompts(row)[0], asking.input_length)[0]
+            encode_input(engine.vocabulary, prompting.prompts(row)[0], prompting.input_length)[0]
             for row in rows
         ]
 
         def choices():
-            return label_rows(engine, asking, allowed, rows, prompts).answers
+            return label_rows(engine, prompting, allowed, rows, prompts).answers
 
         def greedy():
-            decoded = engine.decode(prompts, asking.decode_lengths[0])
+            decoded = engine.decode(prompts, prompting.decode_lengths[0])
             return [{"label": engine.vocabulary.decode(ids)} for ids in decoded.ids]
 
         found = {}
         for name, answer in (("choices", choices), ("greedy", greedy)):
-            tally = Tally(asking.metric, asking.labels)
+            counted = AccuracyCounts(prompting.metric, prompting.labels)
             for row, got in zip(rows, answer(), strict=True):
-                tally.add(got["label"], row.label, row.choices, got.get("choices"))
-            found[name] = tally.summary()
+                counted.add(got["label"], row.label, row.choices, got.get("choices"))
+            found[name] = counted.summary()
 
         def contender(answer) -> timing.Contender:
             return lambda number: lambda: len(answer())

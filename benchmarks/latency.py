@@ -86,11 +86,11 @@ def our_engine(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
     """One row as `serve` asks it, without HTTP."""
     from stepdistill_jax.inference.engines import open_engine
     from stepdistill_jax.inference.options import DecodeOptions
-    from stepdistill_jax.inference.prompting import how_to_ask
+    from stepdistill_jax.inference.prompting import prompting_for
     from stepdistill_jax.serving.answerer import Answerer
 
     engine = open_engine(directory, DecodeOptions(batch_size=1))
-    answerer = Answerer(engine, how_to_ask(engine))
+    answerer = Answerer(engine, prompting_for(engine))
 
     def ask(text: str) -> str:
         return answerer.answers([answerer.question({"input": text}, 1)])[0]["label"]

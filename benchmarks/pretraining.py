@@ -107,7 +107,7 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     args.workdir = args.workdir.resolve()
     tasks = args.tasks.split(",")
-    compile_cache.enable(compile_cache.beside(args.workdir / "cell"))
+    compile_cache.enable(compile_cache.folder_for(args.workdir / "cell"))
     texts = corpus(args.workdir, tasks, args.data_dir)
     add_span_corruption(
         TASK,

@@ -458,8 +458,8 @@ MUTANTS = [
         id="TS1",
         what="a store's fingerprint leaves out the names of the objectives",
         file="stepdistill_jax/tasks/token_store.py",
-        old="return digest([list(objectives), of_each(sha256, folder, names)])",
-        new="return digest([len(objectives), of_each(sha256, folder, names)])",
+        old="return digest([list(objectives), digest_each(sha256, folder, names)])",
+        new="return digest([len(objectives), digest_each(sha256, folder, names)])",
         tests=[
             "tests/tasks/test_token_store.py::test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives"
         ],
@@ -468,8 +468,8 @@ MUTANTS = [
         id="TS2",
         what="a store's fingerprint leaves out the names of its files (the order of columns)",
         file="stepdistill_jax/tasks/token_store.py",
-        old="return digest([list(objectives), of_each(sha256, folder, names)])",
-        new="return digest([list(objectives), sorted(of_each(sha256, folder, names).values())])",
+        old="return digest([list(objectives), digest_each(sha256, folder, names)])",
+        new="return digest([list(objectives), sorted(digest_each(sha256, folder, names).values())])",
         tests=[
             "tests/tasks/test_token_store.py::test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives"
         ],

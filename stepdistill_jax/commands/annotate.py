@@ -9,7 +9,7 @@ from typing import Any
 from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import check_file
-from stepdistill_jax.runtime.progress import log, written
+from stepdistill_jax.runtime.progress import log, translated
 
 # the fields of `teacher.Settings` that are a text or a number, which has the defaults
 FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         _show_batch(args.batch_file[0], result)
     else:
         if result["stopped"]:
-            result["stopped"] = written(result["stopped"])
+            result["stopped"] = translated(result["stopped"])
         _show(args.output, result)
     return result
 

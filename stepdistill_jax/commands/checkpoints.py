@@ -44,7 +44,7 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
         InputError: not a workdir.
     """
     from stepdistill_jax.runtime.checkpoints.manager import checkpoints_folder, is_workdir, rank
-    from stepdistill_jax.runtime.checkpoints.manifest import UNSEALED, defect, saved, set_aside
+    from stepdistill_jax.runtime.checkpoints.manifest import UNSEALED, defect, quarantined, saved
 
     if not is_workdir(workdir):
         raise InputError(f"{workdir}: not a workdir (it has no checkpoints)")
@@ -69,7 +69,7 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
                 "folder": str(step.folder),
             }
         )
-    for path in set_aside(folder):
+    for path in quarantined(folder):
         number = int(path.name.partition(".")[0])
         aside = {"step": number, "state": "set aside", "bytes": None, "metrics": None}
         entries.append(aside | {"problem": path.name, "folder": str(path)})

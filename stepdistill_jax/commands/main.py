@@ -29,7 +29,7 @@ from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
 from stepdistill_jax.runtime.distributed import end_soon, is_process_0, leave
 from stepdistill_jax.runtime.files import DISK_ERRORS
 from stepdistill_jax.runtime.on_processes import PeerFailed
-from stepdistill_jax.runtime.progress import log, write_names, written
+from stepdistill_jax.runtime.progress import log, translate_names, translated
 from stepdistill_jax.runtime.rendezvous import ProcessesMissing
 from stepdistill_jax.runtime.stores import StoreError
 
@@ -95,7 +95,7 @@ def _exit_code(argv: list[str]) -> int:
             show_traceback()
         # one line, whatever a library's text in it looked like
         log(f"stepdistill: error: {printable(error)}")
-        return _ended(argv, BAD_INPUT, written(printable(error)))
+        return _ended(argv, BAD_INPUT, translated(printable(error)))
     except KeyboardInterrupt:
         log("stepdistill: interrupted")
         return _ended(argv, INTERRUPTED, "interrupted")
@@ -108,7 +108,7 @@ def _exit_code(argv: list[str]) -> int:
         if debug:
             show_traceback()
         log(f"stepdistill: failed: {printable(error)}")
-        return _ended(argv, FAILED, written(printable(error)))
+        return _ended(argv, FAILED, translated(printable(error)))
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename
         if debug or not full:  # of a full disk, the line names the file
@@ -116,9 +116,9 @@ def _exit_code(argv: list[str]) -> int:
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if debug or full else " (--debug shows JAX's inner frames, too)"
         log(f"stepdistill: failed: {printable(summary)}{hint}")
-        return _ended(argv, FAILED, written(printable(summary)))
+        return _ended(argv, FAILED, translated(printable(summary)))
     finally:
-        write_names(str)
+        translate_names(str)
 
 
 def _run(argv: list[str]) -> int:
@@ -140,7 +140,7 @@ def _run(argv: list[str]) -> int:
         return OK if args.version else _ended(argv, BAD_INPUT, "no command given")
     if args.debug:
         os.environ["JAX_TRACEBACK_FILTERING"] = "off"
-    write_names(as_typed(sub))
+    translate_names(as_typed(sub))
     try:
         result = run(args)
     except OSError as error:

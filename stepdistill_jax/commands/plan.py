@@ -10,7 +10,7 @@ from stepdistill_jax.commands.plan_bound import GIB, show_bound, show_collective
 from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.progress import written
+from stepdistill_jax.runtime.progress import translated
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             hbm=hbm,
             data_dir=args.data_dir,
         )
-        result["assumptions"] = [written(line) for line in result["assumptions"]]
+        result["assumptions"] = [translated(line) for line in result["assumptions"]]
         show_decode(result, _console())
         return result
     result = plan(
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows=args.rows,
         data_dir=args.data_dir,
     )
-    result["assumptions"] = [written(line) for line in result["assumptions"]]
+    result["assumptions"] = [translated(line) for line in result["assumptions"]]
     for candidate in (*result["candidates"], *result["remedies"]):
         if "remat_policy" in candidate:
             candidate["flags"] = _flags(candidate, config.remat_policy, given=bool(args.layout))

@@ -96,7 +96,7 @@ def join_and_cache(path: str) -> None:
 
         jax.config.update("jax_platforms", "cpu")
     if is_workdir(path):  # a model directory may lie anywhere
-        compile_cache.enable(compile_cache.beside(path))
+        compile_cache.enable(compile_cache.folder_for(path))
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:

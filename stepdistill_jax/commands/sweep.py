@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     keep_pages()
     join()
-    compile_cache.enable(compile_cache.beside(os.path.join(args.workdir, "cell")))
+    compile_cache.enable(compile_cache.folder_for(os.path.join(args.workdir, "cell")))
     result = sweep(
         [cell for cell, _ in cells],
         workdir=args.workdir,

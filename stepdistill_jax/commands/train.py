@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.runtime import compile_cache
     from stepdistill_jax.training import train
 
-    compile_cache.enable(compile_cache.beside(args.workdir))
+    compile_cache.enable(compile_cache.folder_for(args.workdir))
     result = train(
         config, workdir=args.workdir, data_dir=args.data_dir, config_text=text, began=began
     )

@@ -10,7 +10,7 @@ from stepdistill_jax.data.labels import EXAMPLES
 from stepdistill_jax.data.rows import BadRow, place
 from stepdistill_jax.errors import InputError, printable
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
-from stepdistill_jax.runtime.progress import written
+from stepdistill_jax.runtime.progress import translated
 
 DEFECTS = "defects.jsonl"
 LIST = Made("prepare", b'{"split": ', ("split", "id", "kind", "file", "row", "text"))
@@ -34,13 +34,13 @@ class BadRows:
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(row)
-        defect = Defect(BAD_ROW, printable(row.file), row.line, printable(written(row.reason)))
+        defect = Defect(BAD_ROW, printable(row.file), row.line, printable(translated(row.reason)))
         return {"split": split, "id": "", **vars(defect)}
 
     def table(self) -> list[dict[str, Any]]:
         """Returns {"file", "row", "reason"} of the first ones."""
         return [
-            {"file": x.file, "row": x.line, "reason": printable(written(x.reason), 300)}
+            {"file": x.file, "row": x.line, "reason": printable(translated(x.reason), 300)}
             for x in self.first
         ]
 
@@ -55,7 +55,7 @@ class BadRows:
     def of(self, total: int) -> str:
         """Returns `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
         cannot = "row cannot" if total == 1 else "rows cannot"
-        return f"{self.count:,} of {total:,} {cannot} be used, the first at {written(str(self.first[0]))}"
+        return f"{self.count:,} of {total:,} {cannot} be used, the first at {translated(str(self.first[0]))}"
 
 
 class UnusableRows(InputError):

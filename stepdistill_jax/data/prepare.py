@@ -17,8 +17,8 @@ from stepdistill_jax.data.vocabulary import SentencePieceVocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.checks import one_of, refused
 from stepdistill_jax.runtime.files import read_json
-from stepdistill_jax.runtime.folders import alone, folder_aside
-from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, stranger
+from stepdistill_jax.runtime.folders import sole_writer, staged_folder
+from stepdistill_jax.runtime.overwriting import check_apart, check_outputs, foreign_file
 from stepdistill_jax.runtime.stores import local_path
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,9 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
     reading = _read(name, source, field_map, fields, teacher, paper_exact, rows, seed)
-    with alone(directory, name=f"`data_dir` {data_dir}", wait=True):
+    with sole_writer(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
-        with folder_aside(directory) as new:
+        with staged_folder(directory) as new:
             tallies, fingerprint, bad = writing.write_rows(reading, new)
             total = bad.count + sum(tally.rows for tally in tallies.values())
             if bad.count and on_error == "stop":
@@ -260,7 +260,7 @@ def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDatas
     if not folder.exists() or not any(folder.iterdir()):
         return None, ""
     if not writing.is_ours(folder):
-        raise stranger(folder, "prepare", f" (no {prepared.FILE} with its fields)")
+        raise foreign_file(folder, "prepare", f" (no {prepared.FILE} with its fields)")
     try:
         found = prepared.open_prepared(name, data_dir)
         found.check()

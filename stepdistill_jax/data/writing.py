@@ -16,9 +16,9 @@ from stepdistill_jax.data.reading import Reading, in_order
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write, fsync, read_json, read_jsonl, write_json
-from stepdistill_jax.runtime.fingerprints import of_each, sha256
+from stepdistill_jax.runtime.fingerprints import digest_each, sha256
 from stepdistill_jax.runtime.folders import REPLACED
-from stepdistill_jax.runtime.overwriting import stranger
+from stepdistill_jax.runtime.overwriting import foreign_file
 from stepdistill_jax.runtime.progress import progress
 
 FORMAT = 2  # raised when the same rows would be written otherwise
@@ -106,7 +106,7 @@ def write_rest(
             **describe(reading),
             "notes": reading.notes,
             "vocabulary": vocabulary,
-            "files": of_each(sha256, folder, files),
+            "files": digest_each(sha256, folder, files),
         },
     )
 
@@ -132,7 +132,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
     """
     shown = name or folder
     if folder.is_symlink():
-        raise stranger(shown, "prepare", " (it is a link)")
+        raise foreign_file(shown, "prepare", " (it is a link)")
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     stored = read_json(folder / prepared.FILE) if found else {}
     splits = [f"{split}.jsonl" for split in stored.get("splits") or ()]
@@ -142,11 +142,11 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
         # earlier versions kept no list of files
         listed = stored.get("files") or file.parts[0] != prepared.TFDS_VERSION
         if listed and file.as_posix() not in own:
-            raise stranger(shown / file, "prepare", ", which would replace its folder")
+            raise foreign_file(shown / file, "prepare", ", which would replace its folder")
 
 
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts `new` in the place of `final`, which goes beside it; `folder_aside` knows where.
+    """Puts `new` in the place of `final`, which goes beside it; `staged_folder` knows where.
 
     Raises:
         InputError: a file of the user's has come into `final` in the meantime.

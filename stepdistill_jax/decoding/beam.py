@@ -16,7 +16,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.checks import number, whole
 
-NOTHING = -1e9  # log probability of what does not go on
+NOTHING = -1e9  # log probability of a candidate that is out of the running
 LENGTH_PENALTY = 1.0
 
 
@@ -30,26 +30,27 @@ def beam_search(
     num_beams: int,
     length_penalty: float = LENGTH_PENALTY,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best answer of `num_beams` that are pursued at once.
+    """Returns the best of `num_beams` answers that are searched at once.
 
-    Answers compete by `sum of log probabilities / tokens ** length_penalty`, the end of sequence
-    being one of the tokens. The same as `generate(num_beams=..., length_penalty=...,
+    Answers compete by `sum of log probabilities / tokens ** length_penalty`; the end of sequence
+    counts as a token. The result equals `generate(num_beams=..., length_penalty=...,
     do_sample=False, early_stopping=False)` of transformers 5.23 (generation/utils.py,
-    `_beam_search`): of the 2 * num_beams best continuations those among the first `num_beams` that
-    end are kept, at most `num_beams` of all lengths, and the best `num_beams` that do not end go
-    on. A row is done once it has `num_beams` ended answers and the best that goes on, at its
-    present length, scores no better than the worst of them. At `max_decode_len` all count as ended.
+    `_beam_search`). Each step takes the 2 * num_beams best continuations. Those that end and are
+    among the first `num_beams` are kept, at most `num_beams` over all lengths; the best `num_beams`
+    that do not end continue. A row is done once it has `num_beams` finished answers and its best
+    unfinished one, at its current length, scores no better than the worst of them. At
+    `max_decode_len` every answer counts as finished.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        num_beams: at 1 it is `greedy_decode`, as in Hugging Face, and nothing competes.
-        length_penalty: above 0 it favours long answers, at 0 lengths are not looked at.
+        num_beams: 1 is `greedy_decode`, as in Hugging Face.
+        length_penalty: above 0 favours long answers; 0 ignores length.
 
     Returns:
-        As `greedy_decode`: ids, scores (the length penalty is not in them), and finished.
+        As `greedy_decode`: ids, scores (without the length penalty), and finished.
 
     Raises:
-        InputError: `num_beams` or `length_penalty` is no number that makes sense.
+        InputError: `num_beams` or `length_penalty` is out of range.
     """
     _check(num_beams, length_penalty)
     asked = params, config, encoder_input_tokens
@@ -62,7 +63,7 @@ def beam_search(
     state = {
         "index": jnp.int32(0),
         "done": begin.filler,
-        # all beams begin with the same, so only the first one counts
+        # all beams start out equal, so only the first one counts
         "running": {
             "ids": ids,
             "log_probs": jnp.full((batch, num_beams), NOTHING).at[:, 0].set(0.0),
@@ -117,14 +118,14 @@ def beam_search(
 
 
 def search(num_beams: int, length_penalty: float | None = None) -> Callable:
-    """The decode function of these options, for `LabelDecoder`.
+    """Returns the decode function of these options, for `LabelDecoder`.
 
     Args:
         num_beams: 1 is greedy decoding.
         length_penalty: None is 1.
 
     Raises:
-        InputError: a value that makes no sense, or a length penalty where nothing competes.
+        InputError: a value out of range, or a length penalty with a single beam.
     """
     penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
     _check(num_beams, penalty)
@@ -132,33 +133,33 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
         return _search(num_beams, float(penalty))
     if length_penalty is not None:
         raise InputError(
-            "`length_penalty`: one beam has no other answer to compare lengths with;"
+            "`length_penalty`: a single beam has no other answer to compete with;"
             " give `num_beams=2` or more, or leave it out"
         )
     return greedy_decode
 
 
-@functools.lru_cache(maxsize=8)  # one function for one search, so that it is compiled once
+@functools.lru_cache(maxsize=8)  # the same search is the same function, so it is compiled once
 def _search(num_beams: int, length_penalty: float) -> Callable:
     return functools.partial(beam_search, num_beams=num_beams, length_penalty=length_penalty)
 
 
 def _check(num_beams: int, length_penalty: float) -> None:
     whole("num_beams", num_beams, 1)
-    # beyond, 1024 ** length_penalty leaves float32
+    # above this, 1024 ** length_penalty overflows float32
     number("length_penalty", length_penalty, least=-10, most=10)
 
 
 def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best continuations of each row.
+    """Returns the best continuations of each row.
 
     Args:
         logits: [batch * beams, vocab].
         log_probs: [batch, beams], of the beams so far.
 
     Returns:
-        Log probabilities, beams and tokens, each [batch, 2 * beams], the best first. A beam ends in
-        one way only, so at least half of them do not end.
+        Log probabilities, beams and tokens, each [batch, 2 * beams], the best first. A beam has one
+        continuation that ends, so at least half of them do not.
     """
     batch, num_beams = log_probs.shape
     vocab = logits.shape[-1]
@@ -168,7 +169,7 @@ def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax
 
 
 def _keep_ended(ended, candidates, ends, penalty):
-    """The best of the answers that had ended and the candidates that do, the best first."""
+    """Returns the best of the finished answers and of the candidates that end now, the best first."""
     new = {
         **candidates,
         "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),
@@ -185,7 +186,7 @@ def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
-    """Each beam gets the keys and values of the one that it goes on from; beams [batch, beams]."""
+    """Gives each beam the keys and values of its parent; `beams` [batch, beams] names the parents."""
 
     def reorder(x):  # [layers, batch * beams, ...]
         by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])

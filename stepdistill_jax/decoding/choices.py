@@ -33,21 +33,21 @@ WIDTHS = (
     32,
     48,
     64,
-)  # tokens of a decoder row; an answer that is longer has its own row
-CHUNK_TOKENS = 512  # of all rows of one device: so many have logits at a time
+)  # tokens of a decoder row; a longer answer has a row of its own
+CHUNK_TOKENS = 512  # of all rows of one device; this many have logits at a time
 Ids = Sequence[int]
 
 
 class ChoiceScorer:
-    """Scores of given answers, exact under the model: the sum of the log probabilities of their ids.
+    """Scores given answers exactly: the sum of the log probabilities of their ids under the model.
 
-    The input is encoded once and its keys and values are computed once. The answers of a row lie one
-    behind the other in decoder rows of at most 64 tokens, each a segment of its own, as targets do
-    in a packed training batch; these rows follow each other, so that memory does not grow with the
-    number of answers, and neither do the logits, which are there for 512 tokens at a time. A score
-    does not depend on the other answers, nor on the rows beside it.
+    The input is encoded once, and its keys and values are computed once. The answers of a row are
+    packed into decoder rows of at most 64 tokens, each a segment of its own, like targets in a
+    training batch. The decoder rows are scored one after the other, and logits exist for 512 tokens
+    at a time, so memory does not grow with the number of answers. A score does not depend on the
+    other answers or on the other rows.
 
-    Keeps what it compiles: a program per bucket of input lengths, of row widths and, where a row has
+    Compiled programs are kept: one per bucket of input lengths, of row widths and, where a row has
     more than 64 tokens of answers, of their number.
 
     Example: `ChoiceScorer(config)(params, [[5, 7, 1]], [[[4, 1], [6, 8, 1]]])` is `[array([-2.1, -9.8])]`.
@@ -60,8 +60,8 @@ class ChoiceScorer:
 
         Args:
             config: of the model; dropout is off.
-            batch_size: inputs at once; as of `LabelDecoder`.
-            mesh: where `params` live and inputs are spread; as of `LabelDecoder`.
+            batch_size: inputs scored at once, as for `LabelDecoder`.
+            mesh: where `params` live and inputs are spread, as for `LabelDecoder`.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self._mesh = mesh
@@ -74,19 +74,19 @@ class ChoiceScorer:
         answers: Sequence[Sequence[Ids]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Scores of the answers of each row.
+        """Returns the scores of each row's answers.
 
         Args:
-            params: parameters of a `T5`, placed by the mesh if there is one.
+            params: of the model, placed by the mesh if there is one.
             rows: ids of each input with its end of sequence, without padding; none is empty.
             answers: of each row, the ids of each answer with its end of sequence; none is empty.
-            on_progress: called with the number of rows of each batch that is done.
+            on_progress: called with the number of rows of each finished batch.
 
         Returns:
             For each row [answers] float32, natural log of the probability of an answer's ids.
 
         Raises:
-            ValueError: a row or an answer without ids, or rows without answers of their own.
+            ValueError: a row without ids or without answers, or an answer without ids.
         """
         if len(rows) != len(answers) or not all(map(len, rows)) or not all(map(len, answers)):
             raise ValueError("each row needs ids, and at least one answer")
@@ -117,7 +117,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
     rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
 
     def score(params, arrays):
-        """Log probability of each token of [rows, decoder rows, width] targets."""
+        """Returns the log probability of each token of [rows, decoder rows, width] targets."""
         inputs, targets, segments = arrays
         variables = {"params": params}
         present = (inputs != PAD_ID).astype(jnp.int32)
@@ -150,7 +150,7 @@ def _shifted(x: jax.Array) -> jax.Array:
 def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: int) -> jax.Array:
     """States [rows, width, embed] and ids [rows, width] -> [rows, width] float32.
 
-    With logits for at most `at_once` tokens of each row at a time.
+    Logits exist for at most `at_once` tokens of each row at a time.
     """
     width = x.shape[1]
     size = max(n for n in range(1, width + 1) if width % n == 0 and n <= at_once)
@@ -171,13 +171,13 @@ def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: i
 def _batches(
     rows: Sequence[Ids], answers: Sequence[Sequence[Ids]], batch_size: int
 ) -> Iterator[list[int]]:
-    """Places of rows that are alike in number of decoder rows, bucket of the input, and tokens."""
+    """Yields places of rows that are alike in number of decoder rows, bucket of the input, and tokens."""
     tokens = [sum(map(len, of_row)) for of_row in answers]
 
     def size(i: int) -> tuple[int, int, int]:
         return -(tokens[i] // WIDTHS[-1]), -bucket_length(len(rows[i])), -tokens[i]
 
-    order = sorted(range(len(rows)), key=size)  # stable: equal ones in order
+    order = sorted(range(len(rows)), key=size)  # stable: equal rows keep their order
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
@@ -185,11 +185,11 @@ def _batches(
 def _arrays(
     rows: list[Ids], answers: list[Sequence[Ids]], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One batch, filled up with rows of zeros.
+    """Returns one batch, filled up with rows of zeros.
 
     Returns:
-        inputs [batch_size, bucket]; targets, segments and owners [batch_size, decoder rows, width]
-        int32: ids, their answers' numbers within a decoder row, and within the row, from 1.
+        inputs [batch_size, bucket]; targets, segments and owners [batch_size, decoder rows, width],
+        all int32: ids, the number of each id's answer in its decoder row, and in its row, from 1.
     """
     longest = max(len(ids) for of_row in answers for ids in of_row)
     most = max(sum(map(len, of_row)) for of_row in answers)
@@ -212,7 +212,7 @@ def _arrays(
 
 
 def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Numbers of answers for each decoder row, in order: `_pack([3, 4, 2], 8)` is [[0, 1], [2]]."""
+    """Returns the answers of each decoder row, in order: `_pack([3, 4, 2], 8)` is [[0, 1], [2]]."""
     decoder_rows, used = [[]], 0
     for number, length in enumerate(lengths):
         if used + length > width:
@@ -224,7 +224,7 @@ def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _rounded(count: int) -> int:
-    """1, 2, 3, 4, 6, 8, 12, 16, ...: few numbers of decoder rows, so few shapes compile."""
+    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, ...: few shapes compile."""
     power = 1
     while power < count:
         if power > 1 and power * 3 // 2 >= count:

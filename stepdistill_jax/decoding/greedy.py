@@ -38,20 +38,20 @@ def greedy_decode(
     max_decode_len: int,
     decoder_prefix: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The most probable next token, again and again, until each row has said its end.
+    """Takes the most probable token at each step until every row has ended.
 
     Args:
-        params: parameters of a `T5` (unboxed).
+        params: unboxed parameters of the model.
         config: its configuration.
-        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills the
-            batch: it is done from the start.
+        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros fills up the batch
+            and is done from the start.
         max_decode_len: most tokens of an answer, the end of sequence included.
-        decoder_prefix: ids that every answer goes on from; it and its probability are left out.
+        decoder_prefix: ids that every answer starts with; they and their probability are left out.
 
     Returns:
         ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
         natural log of the probability of those ids, the end of sequence included; finished [batch]
-        bool, false where `max_decode_len` ids came without an end (and in rows of zeros).
+        bool, false where the answer has no end within `max_decode_len` ids (and in rows of zeros).
     """
     return decode_tokens(
         params,
@@ -65,10 +65,10 @@ def greedy_decode(
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Answers, in the order of the rows asked.
+    """Answers, in the order of the input rows.
 
     Attributes:
-        ids: of each row, up to and with the end of sequence where there is one.
+        ids: of each row, up to and including the end of sequence if there is one.
         scores: [rows] float32, natural log of the probability of `ids`.
         finished: [rows] bool, whether the end of sequence was reached.
     """
@@ -79,10 +79,10 @@ class Decoded:
 
 
 def bucket_length(length: int) -> int:
-    """The padded length of a row: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
+    """Returns the padded length of a row: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
 
-    Few values, so few shapes compile (21 up to 1024); at most a fifth of a batch is padding that
-    its longest row did not need, apart from the shortest rows.
+    Few values compile few shapes (21 up to 1024). Beyond the length of the longest row, at most a
+    fifth of a batch is padding, except in batches of the shortest rows.
     """
     power = SMALLEST_BUCKET
     while 2 * power < length:
@@ -93,12 +93,14 @@ def bucket_length(length: int) -> int:
 def bucketed(
     rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Batches of rows of like length: (places in `rows`, [batch_size, bucket] int32).
+    """Yields batches of rows of similar length: (places in `rows`, [batch_size, bucket] int32).
 
-    The longest come first, so that memory runs out early if it does; the last batch is filled up
-    with rows of zeros.
+    The longest rows come first, so a batch that does not fit into memory fails early. The last
+    batch is filled up with rows of zeros.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # stable: equal lengths in order
+    order = sorted(
+        range(len(rows)), key=lambda i: -len(rows[i])
+    )  # stable: rows of equal length keep their order
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = np.zeros((batch_size, bucket_length(len(rows[places[0]]))), np.int32)
@@ -115,10 +117,10 @@ def _jit_decode(
     decode_fn: Callable,
     decoder_prefix: tuple[int, ...],
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """The compiled function of a `LabelDecoder`; the next one of its kind in this process gets it, too.
+    """Returns the compiled function of a `LabelDecoder`; equal decoders of a process share it.
 
-    A service that calls `predict` again and again compiles once, and JAX, which keeps what it has
-    traced, does not grow.
+    A service that calls `predict` repeatedly compiles once, and the traces that JAX keeps do not
+    accumulate.
     """
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
     if decoder_prefix:
@@ -131,18 +133,19 @@ def _jit_decode(
 
 
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
-    """`fn(params, arrays)` under `jax.jit`: of trees of [rows, ...]; each device gets all results.
+    """Returns `jax.jit` of `fn(params, arrays)`, for trees of [rows, ...]; each device gets all results.
 
     Matrices are cast to `dtype` once, not at each token. Under a mesh, devices with rows of their own
-    also gather the parameters once, and go through their rows by themselves. GSPMD alone would gather
-    them again at each token, ask all devices whether all are done, and gather the logits of beams.
-    Where gathered parameters take more than `GATHERED` of a device's memory, GSPMD cuts the program.
+    also gather the parameters once and decode their rows independently. GSPMD alone would gather
+    the parameters at each token, ask all devices whether all are done, and gather the logits of
+    beams. It does so only where gathered parameters would take more than `GATHERED` of a device's
+    memory.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
         return jax.jit(lambda params, arrays: fn(cast(params), arrays))
     own_rows = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
-    # the axes that are left to GSPMD inside
+    # the axes that GSPMD handles inside
     rules = [(name, axis) for name, axis in LOGICAL_AXIS_RULES if axis == "tensor"]
 
     def by_themselves(params, arrays):
@@ -167,15 +170,15 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
 
 def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
-    """Returns in `dtype` what the model multiplies in it: half the bytes to read and to send."""
+    """Casts the matrices that the model multiplies in `dtype`: bfloat16 halves the bytes read and sent."""
     is_matrix = path[-1].key in ("kernel", "token_embedder") and x.dtype == np.float32
     return x.astype(dtype) if is_matrix else x
 
 
 def _fits(params: Any, mesh: Mesh) -> bool:
-    """Whether a device can hold what it would gather; an unknown accelerator counts as too small."""
+    """Returns whether a device can hold all parameters; an unknown accelerator counts as too small."""
     device = mesh.devices.flat[0]
-    # not what the device says of its memory: all processes must trace the same program
+    # from a table, not from the device: all processes must trace the same program
     chip = chip_of(device.device_kind)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
     return device.platform == "cpu" if chip is None else size < GATHERED * chip.memory
@@ -190,9 +193,9 @@ def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) ->
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
-    """Yields what was started in its order, each item once `ahead` later ones have been started.
+    """Yields started items in order, each once `ahead` later ones have been started.
 
-    A device with one batch queued behind the one that runs does not wait for us.
+    With one batch queued, the device never waits for the host.
     """
     queue = collections.deque()
     for item in started:
@@ -204,10 +207,10 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 
 
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
-    """`batch_size`, or 64 for each part of the mesh that has rows of its own; rounded up to fill these.
+    """Returns `batch_size`, or 64 for each part of the mesh that has rows of its own, rounded up to fill them.
 
-    A GPU decodes at least 8 at once: of fewer, XLA fills up each product by itself, and of one row it
-    multiplies without the units for products, in half as many operations more.
+    A GPU decodes at least 8 rows at once. XLA pads each product of fewer rows by itself, and it
+    computes a single row without tensor cores, with half as many operations again.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
@@ -217,10 +220,10 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 
 
 class LabelDecoder:
-    """Answers to rows of ids, whatever their number, lengths and order; greedy unless told.
+    """Decodes rows of ids of any number, length and order; greedy by default.
 
-    Keeps what it compiles: a program per bucket of input lengths. A row's answer does not depend on
-    the rows beside it.
+    Compiled programs are kept, one per bucket of input lengths. A row's answer does not depend on
+    the other rows.
 
     Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`; with beams:
     `LabelDecoder(..., decode_fn=functools.partial(beam_search, num_beams=4))`.
@@ -244,11 +247,11 @@ class LabelDecoder:
             batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes, and on a
                 GPU to 8. None is 64 for each part of the mesh that has rows of its own.
             mesh: where `params` live and rows are spread; None is the default device. On several
-                processes each must ask for the same rows, and each gets all answers.
+                processes each must pass the same rows, and each gets all answers.
             decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
                 encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
-            decoder_prefix: ids that every answer goes on from (an objective's `decoder_prefix`);
-                where there are some, `decode_fn` is called with them, too.
+            decoder_prefix: ids that every answer starts with (an objective's `decoder_prefix`);
+                if not empty, `decode_fn` is called with them, too.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self.max_decode_len = max_decode_len
@@ -261,12 +264,12 @@ class LabelDecoder:
         rows: Sequence[Sequence[int]],
         on_progress: Callable[[int], None] | None = None,
     ) -> Decoded:
-        """Answers of `rows`.
+        """Decodes `rows`.
 
         Args:
-            params: parameters of a `T5`, placed by the mesh if there is one.
+            params: of the model, placed by the mesh if there is one.
             rows: ids of each input with its end of sequence, without padding; none is empty.
-            on_progress: called with the number of rows of each batch that is done.
+            on_progress: called with the number of rows of each finished batch.
 
         Raises:
             ValueError: a row without ids.

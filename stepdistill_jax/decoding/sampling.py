@@ -1,4 +1,4 @@
-"""Answers drawn at random, each row's draw depending on nothing but the key and the row."""
+"""Sampled answers: a row's draw depends on the key and the row alone."""
 
 import functools
 from collections.abc import Sequence
@@ -25,10 +25,9 @@ def sample_decode(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Answers drawn from the model's distribution, for looking at what else it may say.
+    """Samples answers from the model's distribution, to show what else it may answer.
 
-    No command has it: a label wants the likeliest answer, so `predict` and `evaluate` do not draw.
-    In Python it goes through `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
+    No command samples, since a label should be the likeliest answer. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
     rng=jax.random.key(0)))`. A row's draw depends on `rng` and the row's ids alone, whatever the
     batch, its order and its padding; so equal rows get equal answers, and another draw needs
     another key.
@@ -37,13 +36,13 @@ def sample_decode(
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         rng: a key of `jax.random`.
         temperature: divides the logits; above 0.
-        top_k: then only the `top_k` likeliest tokens (and those as likely as the last of them) can
-            be drawn; 0 is all.
-        top_p: then only the likeliest tokens that together have this probability can be drawn, at
-            least one; 1 is all.
+        top_k: only the `top_k` likeliest tokens (and any tied with the last of them) can be drawn;
+            0 is all.
+        top_p: of these, only the likeliest tokens that together have this probability can be drawn,
+            at least one; 1 is all.
 
     Returns:
-        As `greedy_decode`: ids, scores (at temperature 1, with nothing left out), and finished.
+        As `greedy_decode`: ids, scores (at temperature 1, over all tokens), and finished.
 
     Raises:
         InputError: `temperature`, `top_k` or `top_p` out of its range.
@@ -69,7 +68,7 @@ def sample_decode(
 
 
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Logits [..., vocab] over `temperature`, -inf where a token cannot be drawn.
+    """Returns logits [..., vocab] divided by `temperature`, -inf where a token cannot be drawn.
 
     The order and meaning are those of transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
     `TopPLogitsWarper`).
@@ -89,8 +88,8 @@ def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: f
 
 
 def row_keys(rng: jax.Array, encoder_input_tokens: jax.Array) -> jax.Array:
-    """One key per row [batch], from `rng` and the row's ids; padding is not looked at."""
-    # other generators of JAX give a row other bits in another batch; threefry does not
+    """Returns one key per row [batch], from `rng` and the row's ids; padding does not count."""
+    # with JAX's other generators a row's bits depend on its batch; with threefry they do not
     threefry = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
     rng = threefry(jax.random.bits(rng, (2,), jnp.uint32))
 
@@ -99,7 +98,7 @@ def row_keys(rng: jax.Array, encoder_input_tokens: jax.Array) -> jax.Array:
 
     def key(ids):  # [length]
         each = jax.vmap(words)(jnp.arange(ids.shape[0]), ids)
-        # a sum: zeros at the end do not change it, and all positions are computed at once
+        # a sum: trailing zeros do not change it, and all positions are computed at once
         return threefry(jnp.sum(jnp.where(ids[:, None] == PAD_ID, 0, each), 0, dtype=jnp.uint32))
 
     return jax.vmap(key)(encoder_input_tokens)

@@ -1,4 +1,4 @@
-"""What greedy decoding, sampling and beam search share: the start, one step, the loop over tokens."""
+"""The start, one step and the loop over tokens that greedy decoding, sampling and beam search share."""
 
 import dataclasses
 import functools
@@ -16,25 +16,25 @@ from stepdistill_jax.models.sharding import traced_device, traced_platform
 from stepdistill_jax.models.unrolled import unrolled
 from stepdistill_jax.runtime.chips import chip_of
 
-# rows that go on are gathered when a quarter is left, as long as these are 8; at most twice, since each
-# size is one more step to compile
+# unfinished rows are gathered once a quarter or less is left, if that is 8 or more; at most twice, since
+# each size compiles one more step
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
-KEPT = 1 / 8  # of a GPU's memory, for keys and values that are kept for speed alone
+KEPT = 1 / 8  # of a GPU's memory, for keys and values that are kept only for speed
 
 Memory = dict[str, Any]
 
 
 class Start(NamedTuple):
-    """What a loop over tokens begins with.
+    """The initial state of a loop over tokens.
 
     Attributes:
         step: (ids [batch * beams] of the position before, cache, memory, scalar position) -> logits
             [batch * beams, vocab] float32 and the cache with that position filled in.
         cache: the decoder's own keys and values, [layers, batch * beams, ...] of `start_cache` for
-            `max_decode_len` positions; more by a decoder prefix, which is filled in.
-        memory: what is known of the inputs, and never changes.
+            `max_decode_len` positions, plus those of a decoder prefix, which are filled in.
+        memory: the encoded inputs, which never change.
         last: [batch * beams] int32 ids of the position before the first.
-        filler: [batch] bool, rows of zeros: they only fill the batch and have no answer.
+        filler: [batch] bool, rows of zeros, which fill up the batch and have no answer.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
@@ -56,12 +56,12 @@ def start(
     """Encodes the inputs, once per row whatever the number of beams.
 
     Args:
-        params: parameters of a `T5` (unboxed).
+        params: unboxed parameters of the model.
         config: its configuration.
         encoder_input_tokens: [batch, length] int32, 0 is padding.
         max_decode_len: positions to hold.
-        beams: decoder rows per input; those of an input are neighbours.
-        decoder_prefix: ids that every answer goes on from; they are no part of it.
+        beams: decoder rows per input; the beams of an input are neighbours.
+        decoder_prefix: ids that every answer starts with; they are not part of it.
     """
     gpu = _gpu()
     if gpu:
@@ -74,9 +74,9 @@ def start(
 
     encoded = in_row_blocks(encode, encoder_input_tokens, segments)
     given = len(decoder_prefix)
-    # keys and values of the inputs are worth their making where many queries read them; half of
-    # what `Attention.over_states` says, since its products are small ones. A GPU reads them as fast as
-    # the states, by one kernel in the place of nine; a TPU has the states in its own fast memory
+    # keys and values of the inputs pay off where many queries read them: at half the number that
+    # `Attention.over_states` gives, since its products are small. A GPU reads them as fast as the
+    # states, with one kernel instead of nine; a TPU holds the states in its own fast memory
     cross = 2 * beams * (given + max_decode_len) > config.decoder.head_dim
     cross = cross or (gpu is not None and _has_room(config, encoded, gpu))
     cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
@@ -119,12 +119,12 @@ def start(
 
 
 def _gpu() -> str | None:
-    """The kind of GPU that the traced program is for; None is another device."""
+    """Returns the kind of GPU that the program is traced for; None on other devices."""
     return traced_device().device_kind if traced_platform() == "gpu" else None
 
 
 def _has_room(config: ModelConfig, encoded: jax.Array, kind: str) -> bool:
-    """Whether keys and values of `encoded`, in all layers, are small for a device of this kind."""
+    """Returns whether keys and values of `encoded`, in all layers, are small for this kind of device."""
     chip, (batch, length, _) = chip_of(kind), encoded.shape
     if chip is None or not isinstance(batch, int) or not isinstance(length, int):
         return False
@@ -142,10 +142,10 @@ def decode_tokens(
     max_decode_len: int,
     decoder_prefix: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One token after the other, each chosen for good, until each row has said its end.
+    """Decodes one token at a time, without going back, until every row has ended.
 
-    Most labels are short, and the longest of a batch would keep all its rows in the loop: when few
-    go on, these are gathered and go on by themselves.
+    Most labels are short, and the longest of a batch would keep all its rows in the loop. Once few
+    rows are unfinished, they are gathered and continue alone.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
@@ -190,7 +190,7 @@ def decode_tokens(
 
     for i, size in enumerate(sizes):
         if i > 0:
-            rows = jnp.argsort(state["done"], stable=True)[:size]  # those that go on come first
+            rows = jnp.argsort(state["done"], stable=True)[:size]  # unfinished rows come first
             places, memory = places[rows], _take_rows(memory, rows)
             index = state.pop("index")
             state = {**_take_rows(state, rows), "index": index}
@@ -206,9 +206,9 @@ def decode_tokens(
 
 
 def _sizes(batch: Any) -> list[int]:
-    """Rows of the loop at first, and when fewer are left: `_sizes(64)` is [64, 16].
+    """Returns the rows of the loop, first and as rows finish: `_sizes(64)` is [64, 16].
 
-    A batch whose size is a symbol (`jax.export`) has no smaller ones.
+    A batch of symbolic size (`jax.export`) has one size only.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:
@@ -217,7 +217,7 @@ def _sizes(batch: Any) -> list[int]:
 
 
 def _take_rows(arrays: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
-    """These rows of each array; what has a place per layer has the rows on axis 1."""
+    """Takes rows of each array; arrays with a layer axis have the rows on axis 1."""
 
     def take(name: str, x: Any) -> Any:
         axis = 1 if name == "cache" or name.startswith("cross") else 0

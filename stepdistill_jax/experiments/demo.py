@@ -15,7 +15,7 @@ from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.experiments.plots import learning_curves
 from stepdistill_jax.formats.directory import TaskInfo, read_task_info
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import encode_input
 from stepdistill_jax.runtime.files import write_json
@@ -126,10 +126,10 @@ def _test(
     examples = list(dataset.examples("test"))
     texts = [e.input for e in examples]
     predictions, counts = _decode(model, info, 0, texts, info.max_decode_len)
-    tally = Tally(dataset.metric)
+    accuracy = AccuracyCounts(dataset.metric)
     for prediction, example in zip(predictions, examples, strict=True):
-        tally.add(prediction, example.label)
-    right = tally.summary()["accuracy"]
+        accuracy.add(prediction, example.label)
+    right = accuracy.summary()["accuracy"]
     return {"test_accuracy": right, "tokens_per_row": float(np.mean(counts))}, predictions
 
 

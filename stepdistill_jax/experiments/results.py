@@ -84,7 +84,7 @@ class RunResult:
         answers: the labels given, in the order of the rows; None without `gold`.
         right: [rows] bool, the same.
         rationales: of the model, where they were decoded.
-        explained: what these are worth (`RationaleTally.summary` and `unfinished`), where it was kept.
+        explained: what these are worth (`RationaleCounts.summary` and `unfinished`), where it was kept.
         lines: of `metrics.jsonl`.
     """
 

@@ -23,7 +23,7 @@ from stepdistill_jax.inference.evaluate import check_result
 from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.runtime.checkpoints.manager import saved_steps
 from stepdistill_jax.runtime.files import read_json, write_json
-from stepdistill_jax.runtime.progress import log, written
+from stepdistill_jax.runtime.progress import log, translated
 from stepdistill_jax.runtime.signals import StopSignals, leave
 from stepdistill_jax.runtime.stores import as_path, is_remote
 from stepdistill_jax.tasks.load import has_split
@@ -186,7 +186,7 @@ def _run(
             told = {"state": DONE}
         except Exception as error:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            told = {"state": FAILED, "error": printable(written(f"{kind}{error}"), 500)}
+            told = {"state": FAILED, "error": printable(translated(f"{kind}{error}"), 500)}
             log(f"cell {cell.name} failed: {told['error']}")
             if attempt <= retries:
                 waiting.append((cell, attempt + 1))

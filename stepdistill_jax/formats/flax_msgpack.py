@@ -12,12 +12,12 @@ from stepdistill_jax.formats.tensors import Tensor, map_file
 
 
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
-    """Tensors of one file (or one of its shards) by Hugging Face's torch name.
+    """Opens the tensors of one file (or one of its shards) by Hugging Face's torch name.
 
     Flax keeps matrices as `kernel` [in, out], tables as `embedding` and norms as `weight`.
 
     Raises:
-        InputError: as `read_tree`, or a tensor of another name.
+        InputError: as `read_tree`, or a tensor with an unknown name.
     """
     tree = read_tree(path)
     if set(tree) == {"params"} and isinstance(tree["params"], dict):
@@ -26,17 +26,17 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
     for parts, leaf in flax.traverse_util.flatten_dict(tree).items():
         *where, last = parts
         if not isinstance(leaf, np.ndarray) or last not in ("kernel", "embedding", "weight"):
-            raise InputError(f"{path}: {'/'.join(parts)} is no tensor of a T5")
+            raise InputError(f"{path}: {'/'.join(parts)} is not a tensor of a T5")
         tensors[".".join([*where, "weight"])] = leaf.T if last == "kernel" else leaf
     return tensors
 
 
 def read_tree(path: os.PathLike | str) -> dict[str, Any]:
-    """The nested maps of a file, with numpy arrays in memory: about as many bytes as the file has.
+    """Returns the nested maps of a file, with numpy arrays in memory: about the size of the file.
 
     Raises:
-        InputError: a file that is cut, is not what Flax writes, or is larger than the memory of
-            this machine; one line with its name.
+        InputError: the file is truncated, not written by Flax, or larger than the memory of this
+            machine; names it.
     """
     data = map_file(path)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -48,7 +48,7 @@ def read_tree(path: os.PathLike | str) -> dict[str, Any]:
     try:
         tree = flax.serialization.msgpack_restore(data)
         flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all are maps from text
-    except Exception as error:  # of msgpack, Flax or numpy, whichever meets the fault first
+    except Exception as error:  # from msgpack, Flax or numpy, whichever finds the error first
         reason = printable(f"{type(error).__name__} {error}", 200)
-        raise InputError(f"{path}: not a whole msgpack file of Flax ({reason})") from None
+        raise InputError(f"{path}: not a complete msgpack file of Flax ({reason})") from None
     return tree

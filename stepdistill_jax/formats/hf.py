@@ -1,4 +1,4 @@
-"""Hugging Face T5 weights <-> our scanned parameter tree, one slice at a time."""
+"""Hugging Face's weights <-> our scanned parameter tree, one slice at a time."""
 
 import itertools
 import math
@@ -33,25 +33,24 @@ def load_params(
     *,
     sources: Mapping[str, str] | None = None,
 ) -> Any:
-    """Parameters of a model directory as float32, whatever they are stored as.
+    """Returns the parameters of a model directory as float32, whatever type they are stored in.
 
-    Memory: each process reads the slices of its own devices, one parameter at a time, so beyond them it
-    holds one slice on the host (tests/formats/test_memory.py measures it).
+    Memory: each process reads the slices of its own devices, one parameter at a time, so in addition to
+    them it holds one slice on the host (tests/formats/test_memory.py measures this).
 
     Args:
         directory: with weights in a format that `formats.weights.open_weights` reads.
         config: of the model, from `formats.directory.read_model_files`.
         shardings: of each parameter (`sharding.param_shardings`): then each process reads only the
             slices of its own devices. None puts everything on the default device.
-        sources: our name of each parameter that is read, and the one whose tensors it takes, of the
-            same shape (`stored_shapes`); None reads all, each under its own name.
+        sources: for each parameter to read, by our name, the parameter whose tensors it takes, which has
+            the same shape (`stored_shapes`); None reads all, each under its own name.
 
     Returns:
-        The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`; of `sources` those alone.
+        The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`; with `sources`, only those.
 
     Raises:
-        InputError: tensors that are missing, unknown, of a wrong shape or type: all of them in one
-            line.
+        InputError: tensors are missing, unknown, or of a wrong shape or type; lists all in one line.
     """
     weights, table = open_weights(directory), hf_names(config)
     abstract = jax.eval_shape(nn.meta.unbox, abstract_params(config))
@@ -67,24 +66,24 @@ def load_params(
     if shardings is not None:
         placed = flax.traverse_util.flatten_dict(shardings, sep="/")
     arrays = {}
-    # the largest first: its host copy is needed while little else is there
+    # the largest first, while little else is in memory
     for path, x in sorted(flat.items(), key=lambda item: -math.prod(item[1].shape)):
         read = _reader(weights, table[sources[path]], sources[path], x)
         array = jax.make_array_from_callback(x.shape, placed[path], read)
-        # the copy to the device may still run: host buffers would pile up
+        # wait for the copy to the device, or host buffers would pile up
         arrays[path] = array.block_until_ready()
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each parameter that a model directory holds, by our name, layers stacked.
+    """Returns the shape of each parameter in a model directory, by our name, layers stacked.
 
     Args:
         directory: as for `load_params`.
-        config: of the model; parameters may be missing, and have other shapes than it says.
+        config: of the model; stored parameters may be missing or have other shapes.
 
     Raises:
-        InputError: no weights that can be read, or layers of different shapes.
+        InputError: no readable weights, or layers of different shapes.
     """
     found, shapes = open_weights(directory).shapes(), {}
     for path, name in hf_names(config).items():
@@ -110,11 +109,11 @@ def _layers(found: Mapping[str, tuple[int, ...]], name: str) -> Iterator[tuple[i
 def _reader(
     weights: Weights, name: str, path: str, x: jax.ShapeDtypeStruct
 ) -> Callable[[Any], np.ndarray]:
-    # reads the slice `index` of our array out of one tensor, or of one tensor per layer
+    # reads the slice `index` of our array from one tensor, or from one tensor per layer
     def read(index):
         sizes = [len(range(*i.indices(n))) for i, n in zip(index, x.shape, strict=True)]
         out = np.empty(sizes, x.dtype)
-        into = out  # the same memory in torch's orientation
+        into = out  # the same memory, in torch's orientation
         if is_transposed(path):
             into = np.swapaxes(out, -1, -2)
             index = (*index[:-2], index[-1], index[-2])
@@ -148,19 +147,19 @@ def _check(
     names: Names,
     partly: bool,
 ) -> None:
-    # partly: tensors beyond the expected ones are left alone
+    # partly: tensors other than the expected ones are ignored
     found = weights.shapes()
     ignored, head = set(names.ignored), names.head
     if head in found and head not in expected and not has_own_head(weights, names):
         ignored.add(head)
     both = [name for name in expected if name in found]
     wrong_shapes = [
-        f"{name} is {list(found[name])}, {list(expected[name])} is wanted"
+        f"{name} is {list(found[name])}, expected {list(expected[name])}"
         for name in both
         if found[name] != expected[name]
     ]
     wrong_types = [
-        f"{name} is {weights.dtype(name)}, floats are wanted"
+        f"{name} is {weights.dtype(name)}, expected floats"
         for name in both
         if not jnp.issubdtype(weights.dtype(name), jnp.floating)
     ]
@@ -176,20 +175,22 @@ def _check(
     ]
     if problems:
         whole = (pathlib.Path(directory) / "config.json").is_file()
-        what = "do not fit config.json" if whole else "are not those of a T5"  # T5X has none
+        what = (
+            "do not fit config.json" if whole else "are not those of a T5"
+        )  # a T5X checkpoint has none
         raise InputError(f"{directory}: weights {what}; {'; '.join(problems)}")
 
 
 def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Hugging Face name -> contiguous float32 tensor, the layers taken apart."""
+    """Returns Hugging Face name -> contiguous float32 tensor, one for each layer."""
     return {name: _tensor(*part) for name, part in _parts(params, config)}
 
 
 def _parts(params: Any, config: ModelConfig) -> Iterator[tuple[str, tuple[Any, int | None, bool]]]:
-    # name, (our array, the layer of it, whether torch has it the other way round)
+    # name, (our array, its layer, whether torch stores it transposed)
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep="/")
     table = hf_names(config)
-    if flat.keys() != table.keys():  # e.g. adapters that nobody merged
+    if flat.keys() != table.keys():  # e.g. unmerged adapters
         raise ValueError(f"params and config disagree on {sorted(flat.keys() ^ table.keys())}")
     for path, name in table.items():
         for layer in range(flat[path].shape[0]) if "{}" in name else [None]:
@@ -198,7 +199,7 @@ def _parts(params: Any, config: ModelConfig) -> Iterator[tuple[str, tuple[Any, i
 
 def _tensor(array: Any, layer: int | None, transposed: bool) -> np.ndarray:
     part = np.asarray(array if layer is None else array[layer], np.float32)
-    # safetensors writes the buffer of a transposed view as it lies: wrong values, no error
+    # safetensors writes a transposed view's buffer as is: wrong values, no error
     return np.ascontiguousarray(part.T if transposed else part)
 
 
@@ -212,20 +213,20 @@ def save_params(
     """Writes float32 safetensors, reads them back and compares.
 
     One file, or, past `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as Hugging Face
-    cuts them. Beyond the parameters, one tensor is in memory. Safetensors that were in the directory
-    are replaced.
+    splits them. In addition to the parameters, one tensor is in memory. Older safetensors in the
+    directory are replaced.
 
     Args:
-        directory: of the model; must be there.
+        directory: of the model; must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
         config: of the model.
-        max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
 
     Returns:
         The number of parameters.
 
     Raises:
-        OSError: what was read back differs from what was written.
+        OSError: a file reads back differently from what was written.
     """
     directory = pathlib.Path(directory)
     parts = dict(_parts(params, config))
@@ -235,7 +236,7 @@ def save_params(
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = [WEIGHTS]
-    # an index that is here would lead a reader to old and new shards while they are written
+    # with an old index, a reader would mix old and new shards while they are written
     (directory / INDEX).unlink(missing_ok=True)
     for file, names in zip(files, shards, strict=True):
         of_file = {name: shapes[name] for name in names}
@@ -256,7 +257,7 @@ def _shape(array: Any, layer: int | None, transposed: bool) -> tuple[int, ...]:
 
 
 def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in their order, a new shard where the next tensor would not fit."""
+    """Splits names, in order, into shards; a tensor that does not fit starts a new one."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub by their name, `OWNER/NAME`: downloaded once, then found in its cache."""
+"""Models of the Hugging Face hub by name, `OWNER/NAME`: downloaded once, then taken from its cache."""
 
 import functools
 import pathlib
@@ -14,18 +14,18 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote
 
 SITE, TIMEOUT_SECS = "huggingface.co", 20.0
-# the hub has pages of these names, so nobody is called so: a folder of models that is not there
+# the hub has pages of these names, so no owner has them: such a name is a folder that does not exist
 _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
 def local_model(given: str) -> str:
-    """Returns the folder of a model: `given`, or where a model of the hub with this name lies.
+    """Returns the folder of a model: `given`, or the local copy of the hub's model of this name.
 
     Args:
-        given: `init_from`: a folder, or `OWNER/NAME` where there is no such folder.
+        given: `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
-        InputError: a name that cannot be downloaded; says what to run where there is internet.
+        InputError: the model cannot be downloaded; says what to run on a machine with internet access.
     """
     owner, _, name = given.partition("/")
     named = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
@@ -40,7 +40,7 @@ def _of_hub(name: str) -> str:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        # one question, without the retries that other calls make for half a minute
+        # one request, without the retries of half a minute that other calls make
         listed = huggingface_hub.model_info(name, timeout=TIMEOUT_SECS).siblings or []
         files = needed_files([file.rfilename for file in listed], name)
         log(f"`init_from` {name}: {', '.join(files)} from {SITE}, or from its cache here")
@@ -51,11 +51,11 @@ def _of_hub(name: str) -> str:
         ) from None
     except InputError:
         raise
-    except Exception as error:  # of the network, in many classes
+    except Exception as error:  # network errors have many classes
         reason = printable(error, 200)
     try:
         folder = pathlib.Path(huggingface_hub.snapshot_download(name, local_files_only=True))
-    except Exception:  # it was never downloaded
+    except Exception:  # never downloaded
         folder = None
     if folder and (folder / CONFIG).is_file() and has_weights(folder):
         log(f"`init_from` {name}: {SITE} does not answer; taken from its cache here")
@@ -69,17 +69,17 @@ def _of_hub(name: str) -> str:
 
 
 def needed_files(listed: Sequence[str], name: str) -> list[str]:
-    """Returns which files of a model are read: one format of its weights, the first in our order.
+    """Returns the files of a model to download: one format of its weights, the first in our order.
 
     >>> needed_files(["README.md", "config.json", "pytorch_model.bin", "spiece.model", "tf_model.h5"], "o/n")
     ['config.json', 'spiece.model', 'pytorch_model.bin']
 
     Args:
-        listed: names of all files, those of its folders included.
+        listed: names of all files, including those in folders.
         name: of the model, for messages.
 
     Raises:
-        InputError: no weights that can be read.
+        InputError: none of the weights can be read.
     """
     files = [
         f for f in (CONFIG, SPIECE, TOKENIZER_MODEL, TOKENIZER_CONFIG, TASK_INFO) if f in listed

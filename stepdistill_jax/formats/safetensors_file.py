@@ -22,16 +22,16 @@ _DTYPES = {
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Tensors of one file by name; only the header is read.
+    """Opens the tensors of one file by name; reads only the header.
 
     Raises:
-        InputError: a file that is cut or no safetensors, or tensors that are no floats.
+        InputError: the file is truncated or not safetensors, or a tensor is not of floats.
     """
-    try:  # the library checks that header and file fit; its slices would be copies
+    try:  # the library checks that header and file match; its slices would be copies
         with safetensors.safe_open(path, "numpy"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+        raise InputError(f"{path}: not a complete safetensors file ({error})") from None
     data = map_file(path)
     start = 8 + int.from_bytes(data[:8], "little")
     tensors: dict[str, Tensor] = {}
@@ -39,17 +39,17 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         if name == "__metadata__":
             continue
         entry = dict(entry)
-        if name in tensors:  # which of the two would be read depends on the library
-            raise InputError(f"{path}: {name} is there twice")
+        if name in tensors:  # libraries differ in which of the two they read
+            raise InputError(f"{path}: {name} is stored twice")
         if (dtype := _DTYPES.get(entry["dtype"])) is None:
             raise InputError(
-                f"{path}: {name} is stored as {entry['dtype']}, one of {', '.join(_DTYPES)} is wanted"
+                f"{path}: {name} is stored as {entry['dtype']}, expected one of {', '.join(_DTYPES)}"
             )
         begin, end = entry["data_offsets"]
         view = memoryview(data)[start + begin : start + end]
         try:
             tensors[name] = np.frombuffer(view, dtype).reshape(entry["shape"])
-        except ValueError as error:  # a shape of 100 sizes, or of 2**63 times 0
+        except ValueError as error:  # such as a shape of 100 sizes, or 2**63 times 0
             raise InputError(f"{path}: {name} has no shape for an array ({error})") from None
     return tensors
 
@@ -62,17 +62,17 @@ def write_safetensors(
     """Writes float32 tensors, reads them back and compares.
 
     The bytes are those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which holds
-    all tensors of a file twice while it writes; here one is held at a time.
+    two copies of all tensors while it writes; this function holds one tensor at a time.
 
     Args:
-        path: of the file; it appears whole or not at all.
+        path: of the file; it appears complete or not at all.
         shapes: of each tensor by name.
         tensor: makes a tensor, contiguous float32; called twice for each name.
 
     Raises:
-        OSError: what was read back differs from what was written.
+        OSError: the file reads back differently from what was written.
     """
-    names = sorted(shapes)  # the library's order, where all are of one type
+    names = sorted(shapes)  # the library's order when all tensors have one type
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
@@ -93,6 +93,6 @@ def write_safetensors(
 
 
 def _same(a: Tensor, b: np.ndarray) -> bool:
-    # bits: a NaN equals itself
+    # compares bits, so that a NaN equals itself
     a = np.asarray(a)
     return a.dtype == b.dtype and np.array_equal(a.view(np.uint32), b.view(np.uint32))

@@ -1,7 +1,7 @@
-"""T5X checkpoints, presented under Hugging Face's torch names; optimizer state is left alone.
+"""T5X checkpoints, presented under Hugging Face's torch names; optimizer state is ignored.
 
-After t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}: the first T5X form is a `checkpoint` file of
-msgpack, in which a parameter is an array or a TensorStore spec of a zarr folder beside it; the later is Orbax's.
+Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`, in
+which a parameter is an array or the TensorStore spec of a zarr folder next to it; the newer one is Orbax's.
 Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
 """
 
@@ -32,7 +32,10 @@ from stepdistill_jax.models.t5 import T5Config
 
 CHECKPOINT, METADATA, OCDBT = "checkpoint", "_METADATA", "manifest.ocdbt"
 _PLACEHOLDER = "PLACEHOLDER://"
-_SMALL, _UNPACKED = 64 << 20, 2000  # bytes; gzip, which T5X writes, makes 1000 of one at most
+_SMALL, _UNPACKED = (
+    64 << 20,
+    2000,
+)  # ratio; gzip, which T5X uses, expands one byte to at most about 1000
 _LAYER_AXIS = 1  # param_scan_axis of t5x's minimal models
 # our path -> Hugging Face name, for every kind of T5
 _NAMES = {
@@ -46,7 +49,7 @@ _NAMES = {
 
 
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
-    """The folder of a T5X checkpoint: `directory`, its `state`, or its newest `checkpoint_STEP`."""
+    """Returns the folder of a T5X checkpoint: `directory`, its `state`, or its newest `checkpoint_STEP`."""
     directory = pathlib.Path(directory)
     steps = {
         int(match[1]): path
@@ -62,10 +65,10 @@ def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
 
 
 def open_t5x(directory: pathlib.Path) -> Weights:
-    """The parameters (`target`) of a T5X checkpoint.
+    """Opens the parameters (`target`) of a T5X checkpoint.
 
     Raises:
-        InputError: a file that is missing or cut, a version before 2, or no parameters in it.
+        InputError: a missing or truncated file, a version before 2, or no parameters.
     """
     if (folder := find_t5x(directory)) is None:
         raise InputError(f"{directory}: no T5X checkpoint (neither {CHECKPOINT} nor {METADATA})")
@@ -75,13 +78,13 @@ def open_t5x(directory: pathlib.Path) -> Weights:
     for path, array in stored.items():
         ours, layer = _our_path(path)
         name = _NAMES.get(ours)
-        if name is None:  # what no T5 has, as it is called: the check lists it
+        if name is None:  # an unknown parameter keeps its name, and the check lists it
             tensors[path] = _Stored(array, path, stacked=False, folder=folder)
             continue
         tensor: Any = _Stored(array, ours, stacked=layer == "", folder=folder)
         tensor = Transposed(tensor) if is_transposed(ours) and len(tensor.shape) > 1 else tensor
         if layer == "":
-            if tensor.shape[0] > MAX_LAYERS:  # before a name is made for each
+            if tensor.shape[0] > MAX_LAYERS:  # checked before a name is made for each layer
                 raise InputError(f"{folder}: {path} claims {tensor.shape[0]} layers")
             stacks[name] = tensor
             tensors |= {name.format(i): _Layer(tensor, i) for i in range(tensor.shape[0])}
@@ -91,12 +94,12 @@ def open_t5x(directory: pathlib.Path) -> Weights:
 
 
 def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
-    """The model that a T5X checkpoint holds, which has no `config.json`.
+    """Returns the configuration of a T5X checkpoint, which has no `config.json`, from its shapes.
 
-    Shapes do not tell the activation: `wi` is taken for v1.0's ReLU, `wi_0` and `wi_1` for v1.1's gated GELU.
+    Shapes do not determine the activation: `wi` means v1.0's ReLU, `wi_0` and `wi_1` v1.1's gated GELU.
 
     Raises:
-        InputError: tensors without which a T5's sizes cannot be told.
+        InputError: tensors that determine a T5's sizes are missing.
     """
     attention = "encoder.block.0.layer.0.SelfAttention"
     bias, gated = f"{attention}.relative_attention_bias.weight", "wi_0"
@@ -136,7 +139,7 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
-    """Our path, and the layer: a number, "" for all of them in one array, None for none."""
+    """Returns our path, and the layer: a number, "" for all layers in one array, None outside of layers."""
     if path == "token_embedder/embedding":
         return "token_embedder", None
     if path == "decoder/logits_dense/kernel":
@@ -149,7 +152,7 @@ def _our_path(path: str) -> tuple[str, str | None]:
 
 
 class _Stored:
-    """A parameter as [layers if stacked, in, out]: heads and their width joined, the layer first."""
+    """A parameter as [layers if stacked, in, out], with heads and their width joined."""
 
     def __init__(self, array: Tensor, path: str, *, stacked: bool, folder: pathlib.Path):
         self._array, self._path, self._folder = array, path, folder
@@ -163,7 +166,7 @@ class _Stored:
             self._width = sizes.pop(self._joined + 1)
             sizes[self._joined] *= self._width
         self.shape = (*layers, *sizes)
-        # version 2 wrote bfloat16 as the 16 bits that it is
+        # version 2 wrote the 16 bits of bfloat16 as integers
         self._bits = np.dtype(_numpy_dtype(array)) == np.uint16
         self.dtype = np.dtype(ml_dtypes.bfloat16) if self._bits else np.dtype(_numpy_dtype(array))
 
@@ -171,7 +174,7 @@ class _Stored:
         wanted = [slice(*i.indices(n)) for i, n in zip(index, self.shape, strict=True)]
         layers = [wanted.pop(0)] if self._stacked else []
         cut = None
-        if self._joined is not None:  # whole heads are read, then cut
+        if self._joined is not None:  # whole heads are read, then sliced
             j, width = self._joined, self._width
             low, high = wanted[j].start // width, -(-wanted[j].stop // width)
             cut = slice(wanted[j].start - low * width, wanted[j].stop - low * width)
@@ -179,7 +182,7 @@ class _Stored:
         wanted[_LAYER_AXIS:_LAYER_AXIS] = layers
         try:
             part = np.asarray(self._array[tuple(wanted)])
-        except (ValueError, OSError) as error:  # a chunk that is missing or cut
+        except (ValueError, OSError) as error:  # a missing or truncated chunk
             reason = str(error).split(" [")[0]
             raise InputError(f"{self._folder}: {self._path} cannot be read ({reason})") from None
         if self._bits:
@@ -212,7 +215,7 @@ def _open_first_form(folder: pathlib.Path) -> dict[str, Tensor]:
         start = f.read(21)
     if start == b"model_checkpoint_path":
         raise InputError(
-            f"{file}: of TensorFlow's T5, not of T5X; convert it with t5x's convert_tf_checkpoint"
+            f"{file}: from TensorFlow's T5, not from T5X; convert it with t5x's convert_tf_checkpoint"
         )
     tree = read_tree(file)
     version = tree.get("version", 0)
@@ -222,20 +225,20 @@ def _open_first_form(folder: pathlib.Path) -> dict[str, Tensor]:
     target = state.get("target") if isinstance(state, dict) else None
     if not isinstance(target, dict) or not target:
         raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
-    ocdbt = (folder / OCDBT).is_file()  # Orbax's first form keeps its tree in this file, too
+    ocdbt = (folder / OCDBT).is_file()  # Orbax's first format also keeps its tree in this file
     tensors, folders = {}, {}
     for path, leaf in _leaves(target):
         if isinstance(leaf, dict):
             if not isinstance(store := leaf["kvstore"], dict):
                 store = {}
-            # before TensorStore 0.1.14 the path lay beside `kvstore`
+            # before TensorStore 0.1.14 the path was next to `kvstore`
             folders[path] = _inside(folder, store.get("path", leaf.get("path")))
         elif isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
             folders[path] = _inside(folder, leaf.removeprefix(_PLACEHOLDER))
         elif hasattr(leaf, "shape"):
             tensors[path] = leaf
         else:
-            raise InputError(f"{file}: {path} is no array")
+            raise InputError(f"{file}: {path} is not an array")
     return tensors | _open_arrays(folder, folders, ocdbt=ocdbt, driver="zarr")
 
 
@@ -256,7 +259,7 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
             for entry in raw["tree_metadata"].values()
         ]
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{file}: not what Orbax writes (no `tree_metadata`)") from None
+        raise InputError(f"{file}: not written by Orbax (no `tree_metadata`)") from None
     names = {"/".join(key[1:]): ".".join(key) for key in keys if key[0] == "target"}
     if not names:
         raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
@@ -266,17 +269,17 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _inside(folder: pathlib.Path, name: Any) -> str:
-    # a checkpoint is someone else's file: it may name arrays of its own folder only
+    # a checkpoint comes from someone else: it may name only arrays in its own folder
     name = name.rstrip("/") if isinstance(name, str) else ""
     if not is_file_name(name):
-        raise InputError(f"{folder / CHECKPOINT}: an array must lie in this folder, got {name!r}")
+        raise InputError(f"{folder / CHECKPOINT}: an array must be in this folder, got {name!r}")
     return name
 
 
 def _open_arrays(
     folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
 ) -> dict[str, Tensor]:
-    """Path -> TensorStore of the zarr array `name` in the folder, or in its OCDBT database."""
+    """Opens path -> TensorStore of the zarr array `name` in the folder, or in its OCDBT database."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
@@ -286,7 +289,7 @@ def _open_arrays(
             store = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         else:
             store = base | {"path": f"{base['path']}{name}/"}
-        # a chunk that is missing would else be read as zeros
+        # a missing chunk would otherwise be read as zeros
         return {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
 
     futures = {path: tensorstore.open(spec(name), read=True) for path, name in names.items()}
@@ -301,13 +304,13 @@ def _open_arrays(
         claimed = _claimed_bytes(opened[path])
         if claimed > _SMALL and claimed > _UNPACKED * stored():
             raise InputError(
-                f"{folder}: {names[path]} claims {claimed} bytes, and {stored()} are stored here in all"
+                f"{folder}: {names[path]} claims {claimed} bytes, and only {stored()} are stored here"
             )
     return opened
 
 
 def _claimed_bytes(array: Any) -> int:
-    """Of the array, or of one chunk where that is larger: TensorStore ends the process at one of 2**60."""
+    """Returns bytes of the array, or of one chunk if larger: a chunk of 2**60 makes TensorStore end the process."""
     chunk = array.chunk_layout.read_chunk.shape
     return _numpy_dtype(array).itemsize * max(math.prod(array.shape), math.prod(chunk))
 

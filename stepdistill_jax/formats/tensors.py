@@ -1,4 +1,4 @@
-"""What a source of weights is, whatever file it comes from: named tensors that are read by slices."""
+"""Named tensors that are read by slices, whatever file format they come from."""
 
 import json
 import mmap
@@ -14,11 +14,11 @@ from stepdistill_jax.formats.parameter_names import EMBEDDING, EMBEDDING_COPIES
 from stepdistill_jax.runtime.files import read_json
 
 Index = tuple[slice, ...]
-MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB
+MAX_JSON = 64 << 20  # bytes; the largest models have an index of 1 MB
 
 
 class Tensor(Protocol):
-    """A numpy view of a mapped file, or what reads like one: nothing is in memory until sliced."""
+    """A numpy view of a mapped file, or an object that reads like one; only slices are loaded."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -36,9 +36,9 @@ class Weights:
         """Takes the tensors of a file.
 
         Args:
-            tensors: by name. A copy of the embedding stands in for `shared.weight` where it lacks.
-            stacks: where the layers of a name (`{}` in it) are stored together: [layers, *shape].
-                Reading them at once spares decompressing the same chunk for each layer.
+            tensors: by name. A copy of the embedding replaces a missing `shared.weight`.
+            stacks: names (with `{}`) whose layers are stored together: [layers, *shape]. Reading them
+                at once avoids decompressing the same chunk for each layer.
         """
         self.tensors, self.stacks = dict(tensors), dict(stacks or {})
         copies = [name for name in EMBEDDING_COPIES if name in self.tensors]
@@ -46,15 +46,15 @@ class Weights:
             self.tensors[EMBEDDING] = self.tensors[copies[0]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape."""
+        """Returns tensor name -> shape."""
         return {name: tuple(t.shape) for name, t in self.tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """The type that a tensor is stored in."""
+        """Returns the type that a tensor is stored in."""
         return np.dtype(self.tensors[name].dtype)
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """One slice of a tensor, as it is stored; of a mapped file it is a view."""
+        """Returns a slice of a tensor as stored; a view if the file is mapped."""
         return np.asarray(self.tensors[name][index])
 
     def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
@@ -67,7 +67,7 @@ class Weights:
 
 
 class Transposed:
-    """A tensor with its last two axes exchanged, read by slices as it is."""
+    """A tensor with its last two axes swapped, read by slices."""
 
     def __init__(self, tensor: Tensor):
         self._tensor = tensor
@@ -80,7 +80,7 @@ class Transposed:
 
 
 def map_file(path: os.PathLike | str) -> mmap.mmap:
-    """The bytes of a file, read when they are looked at.
+    """Maps a file into memory; its bytes are read on access.
 
     Raises:
         InputError: no such file, or an empty one.
@@ -95,10 +95,10 @@ def map_file(path: os.PathLike | str) -> mmap.mmap:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object of one of a model directory's small files.
+    """Returns the JSON object in one of a model directory's small files.
 
     Raises:
-        InputError: no such file, not JSON, no object, too large, or text that is no Unicode.
+        InputError: no such file, not JSON, not an object, too large, or not valid Unicode.
     """
     if path.is_file() and path.stat().st_size > MAX_JSON:
         raise InputError(
@@ -106,19 +106,19 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
         )
     raw = read_json(path)
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a JSON object is wanted")
+        raise InputError(f"{path}: expected a JSON object")
     try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{path}: has half a surrogate pair, which is no text") from None
+        raise InputError(f"{path}: has an unpaired surrogate, which is not text") from None
     return raw
 
 
 def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
-    """The files that an index (`*.index.json`) names.
+    """Returns the files that an index (`*.index.json`) names.
 
     Raises:
-        InputError: a name that is no file of the index's own folder, or a file that is missing.
+        InputError: a name that is not a file in the index's folder, or a missing file.
     """
     weight_map = read_object(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -132,7 +132,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether something that a file says is a plain name, which cannot lead out of its folder."""
+    """Returns whether a value read from a file is a plain file name, which cannot leave its folder."""
     if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
         return False
     return name not in ("", ".", "..") and pathlib.PurePath(name).name == name

@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`, read by torch without running what a pickle may carry."""
+"""`pytorch_model.bin`, read by torch without running code that a pickle may carry."""
 
 import pathlib
 import re
@@ -13,14 +13,14 @@ from stepdistill_jax.formats.tensors import Tensor
 
 
 def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
-    """Tensors of one file (or one of its shards) by name.
+    """Opens the tensors of one file (or one of its shards) by name.
 
-    The zip form, which torch writes since 1.6, is mapped; the older form is read whole. A zip whose
-    members are compressed is refused: torch never writes one, its map would show compressed bytes as weights, and
-    a pickle of 2 MB could unpack to 2 GB.
+    The zip format, which torch has written since 1.6, is mapped; the older format is read whole. A zip
+    with compressed members is refused: torch never writes one, mapping would show compressed bytes as
+    weights, and a pickle of 2 MB could unpack to 2 GB.
 
     Raises:
-        InputError: torch is not installed, the file is cut, or it holds other things than tensors.
+        InputError: torch is not installed, the file is truncated, or it holds anything but tensors.
     """
     try:
         import torch
@@ -38,25 +38,23 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except InputError:
         raise
-    except Exception as error:  # on broken bytes its unpickler raises whatever comes up
+    except Exception as error:  # on broken bytes the unpickler raises errors of any class
         if found := re.search(r"GLOBAL (\S+)|Trying to (?:call|build)", str(error)):
             raise InputError(
                 f"{path}: its pickle calls {found[1] or 'code'}, and reading it would run that;"
-                " refused: a file of tensors is wanted"
+                " refused, since weights need only tensors"
             ) from None
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a whole file of torch ({reason})") from None
+        raise InputError(f"{path}: not a complete torch file ({reason})") from None
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items() if isinstance(state, dict) else [("", None)]:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(
-                f"{path}: a dictionary of tensors is wanted, as save_pretrained writes"
-            )
+            raise InputError(f"{path}: expected a dictionary of tensors, as save_pretrained writes")
         tensor = tensor.detach()
         try:
             size = tensor.numel() * tensor.element_size()
             if size > tensor.untyped_storage().nbytes():  # a view of one number may claim any shape
-                raise TypeError(f"its shape wants {size} bytes, and fewer are stored")
+                raise TypeError(f"its shape needs {size} bytes, and fewer are stored")
             tensors[name] = _view(tensor, torch)
         except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantized, ...
             reason = str(error).split("\n")[0]
@@ -69,11 +67,11 @@ def _require_plain(path: pathlib.Path) -> None:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise InputError(
-                    f"{path}: {member.filename} in it is compressed; torch writes none so"
+                    f"{path}: {member.filename} in it is compressed, which torch never does"
                 )
 
 
 def _view(tensor, torch) -> np.ndarray:
-    if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16 of its own
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

@@ -16,7 +16,7 @@ from stepdistill_jax.formats.torch_bin import open_torch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_SUFFIX = ".index.json"
-# the first that is there is read; msgpack before torch's, since it needs no torch
+# the first one found is read; msgpack before torch's, since it needs no torch
 _READERS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
     WEIGHTS: open_safetensors,
     "flax_model.msgpack": open_flax,
@@ -24,17 +24,17 @@ _READERS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
 }
 WEIGHT_FILES = tuple(_READERS)
 _TENSORFLOW = "tf_model.h5"
-_BLOCK = 1024  # rows that are compared at once
+_BLOCK = 1024  # rows compared at once
 
 
 def open_weights(directory: os.PathLike | str) -> Weights:
-    """The tensors of a directory; nothing but headers is read, of msgpack the whole file.
+    """Opens the tensors of a directory; reads only headers, but all of a msgpack file.
 
-    In this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
+    Formats are tried in this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
     `pytorch_model.bin`, its shards, a T5X checkpoint.
 
     Raises:
-        InputError: no weights, or weights that cannot be read; one line with the file.
+        InputError: no weights, or weights that cannot be read; names the file.
     """
     directory = pathlib.Path(directory)
     for name, reader in _READERS.items():
@@ -51,16 +51,16 @@ def open_weights(directory: os.PathLike | str) -> Weights:
 
 
 def has_weights(directory: os.PathLike | str) -> bool:
-    """Whether the directory holds weights, be it in a format that `open_weights` refuses."""
+    """Returns whether the directory holds weights, even in a format that `open_weights` refuses."""
     directory = pathlib.Path(directory)
     names = [n + suffix for n in (*_READERS, _TENSORFLOW) for suffix in ("", INDEX_SUFFIX)]
     return any((directory / n).is_file() for n in names) or find_t5x(directory) is not None
 
 
 def has_own_head(weights: Weights, names: Names) -> bool:
-    """Whether there is an output layer that is no copy of the embedding.
+    """Returns whether there is an output layer that is not a copy of the embedding.
 
-    The files of v1.0 that older tools wrote keep the tied table a second time, as `lm_head.weight`.
+    Older tools wrote the tied table of v1.0 a second time, as `lm_head.weight`.
     """
     shapes = weights.shapes()
     if names.head not in shapes:
@@ -77,7 +77,7 @@ def has_own_head(weights: Weights, names: Names) -> bool:
 
 
 def _how_to_convert(directory: pathlib.Path) -> str:
-    """The command that makes safetensors of TensorFlow weights; empty if there are none."""
+    """Returns the command that converts TensorFlow weights to safetensors; empty if there are none."""
     names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:

@@ -1,4 +1,4 @@
-"""Accuracy of the answers to a split, in the one place that counts it, and answers that cannot be right."""
+"""Counts right answers to a split, and answers that cannot be right; no other code counts them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from stepdistill_jax.data.text_metrics import LabelCounts, is_valid, metric_fn
 from stepdistill_jax.inference.calibration import Calibration
 
 
-class Tally:
-    """Counts over rows in any order, in bounded memory; nothing is averaged before the end."""
+class AccuracyCounts:
+    """Counts over rows in any order, in bounded memory; averages are taken only at the end."""
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
-        """`metric` compares answers; `labels` are the task's, where they are few.
+        """Takes the metric that compares answers, and the task's labels where they are few.
 
         `temperature` is that of the probabilities of choices.
         """
@@ -33,9 +33,9 @@ class Tally:
 
         Args:
             prediction: the label that a model gave.
-            label: the gold one; empty where it is not known.
-            choices: the row's own, where it has some.
-            probabilities: of all allowed answers, where some were.
+            label: the gold label; empty where it is unknown.
+            choices: of the row, if it has its own.
+            probabilities: of all allowed answers, if answers were restricted.
         """
         self.rows += 1
         if label:
@@ -54,11 +54,11 @@ class Tally:
             self._distinct.add(prediction)
 
     def summary(self) -> dict[str, Any]:
-        """`rows`; `accuracy` and `majority_baseline` over the rows with a label, if there are any.
+        """Returns `rows`, and `accuracy` and `majority_baseline` over the rows with a label, if any.
 
-        `invalid_labels` is the number of answers outside of what is allowed, None where nothing
-        says what is. `collapsed` is whether two or more rows all got one answer. With choices there
-        is what `Calibration` says, too.
+        `invalid_labels` is the number of answers that are not allowed, None where any answer is.
+        `collapsed` says whether two or more rows all got one answer. With choices, the results of
+        `Calibration` are added.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:
@@ -73,7 +73,7 @@ class Tally:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """The summary as a line for people; more of them for the task's own metrics, and for what is odd.
+    """Returns the summary as a line for people, and more lines for the task's own metrics and for oddities.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.
@@ -113,8 +113,8 @@ def in_words(summary: dict[str, Any]) -> str:
         line += "\n" + "  ".join(values)
     if summary.get("reads"):
         line += (
-            f"\nthe model reads {' and '.join(summary['reads'])} of each row beside its input: a teacher"
-            " has to write that at test time, too"
+            f"\nthe model reads {' and '.join(summary['reads'])} of each row in addition to its input: a teacher"
+            " has to write it at test time, too"
         )
     if summary["collapsed"]:
         line += (

@@ -15,22 +15,22 @@ from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.options import DecodeOptions
-from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Asking
+from stepdistill_jax.inference.prompting import BARE_INPUT_LENGTH, Prompting
 from stepdistill_jax.runtime.files import check_file, read_json
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.stores import local_path
 
 ROW, LABELS = "row", "labels"
-_KEPT = 2**16  # labels whose ids are kept: rows name the same ones again and again
+_KEPT = 2**16  # labels whose ids are cached: many rows have the same labels
 
 
 class Allowed:
-    """The answers that each row may have, and what they cost the model.
+    """The answers that each row may have, and their ids.
 
     Attributes:
-        labels: the allowed ones where they are the same for all rows; empty where each row has its own.
+        labels: the allowed labels if all rows share them; empty if each row has its own.
         temperature: of the probabilities.
-        key: differs where the answers or what is written of them may differ.
+        key: changes when the answers, or the output written for them, may change.
     """
 
     def __init__(
@@ -43,19 +43,19 @@ class Allowed:
         most_ids: int,
         temperature: float = 1.0,
     ):
-        """Reads the labels, where they are not the rows' own.
+        """Reads the labels, unless each row has its own.
 
         Args:
             choices: `row` (each row's field `choices`), `labels` (those of the task), a file (one label a
                 line, or a JSON list if its name ends in .json), or the labels themselves.
-            labels: of the task; empty where it has no closed set.
+            labels: of the task; empty if it has no closed set.
             objective: the label's; its target template says what the model was trained to write.
             vocabulary: of the model.
-            most_ids: of an answer, the end of sequence included; training cut longer ones.
+            most_ids: most ids of an answer, the end of sequence included; training truncated longer ones.
             temperature: of the probabilities; scores have none.
 
         Raises:
-            InputError: no such file, fewer than two labels, or one that stands twice or that the model
+            InputError: no such file, fewer than two labels, a repeated label, or one that the model
                 cannot tell from another or was not trained to write.
         """
         if fields_of(objective.target_template) != (objective.label_field,):
@@ -77,15 +77,15 @@ class Allowed:
         self.key = digest([ROW if choices == ROW else self.labels, self.temperature])
 
     def of(self, row: Example) -> tuple[str, ...]:
-        """The labels of a row, each once, in the order given."""
+        """Returns the labels of a row, each once, in the order given."""
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """The ids of these, with their end of sequence."""
+        """Returns the ids of each label, with the end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
-        """Refuses a row without choices, or with some that the model cannot tell apart.
+        """Refuses a row without choices, or with choices that the model cannot tell apart.
 
         Raises:
             InputError: the reason.
@@ -97,15 +97,15 @@ class Allowed:
         self.ids(row)
 
     def answer(self, row: Example, scores: np.ndarray) -> dict[str, Any]:
-        """What is written of a row, all numbers but the score with 6 significant digits.
+        """Returns the output fields of a row; all numbers but the score have 6 significant digits.
 
         Args:
             row: the question.
             scores: [labels of the row], natural logs of their probabilities.
 
         Returns:
-            `label`, the one of the highest score, or the first of those; `score`, its own;
-            `probability`, its share in the sum over all allowed ones; `choices`, this share of each.
+            `label`, the first label with the highest score; `score` of that label; `probability`, its
+            share of the sum over all allowed labels; `choices`, the share of each.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())
@@ -114,13 +114,13 @@ class Allowed:
         probabilities = [float(f"{share:.6g}") for share in shares]
         return {
             "label": labels[best],
-            "score": round(float(scores[best]), 6) + 0.0,  # a rounded -0.0 would be written as such
+            "score": round(float(scores[best]), 6) + 0.0,  # -0.0 would be written as such
             "probability": probabilities[best],
             "choices": dict(zip(labels, probabilities, strict=True)),
         }
 
     def _encode(self, label: str) -> tuple[int, ...]:
-        """As training encodes a target, but never cut."""
+        """Encodes a label as training encodes a target, but never truncates it."""
         target = self._objective.target_template.format_map({self._objective.label_field: label})
         return (*self._vocabulary.encode(target), EOS_ID)
 
@@ -144,8 +144,8 @@ class Allowed:
         return list(found)
 
 
-def allow(options: DecodeOptions, asking: Asking, model: Engine) -> Allowed | None:
-    """The answers that `options.choices` allows this model and task; None where any will do.
+def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowed | None:
+    """Returns the answers that `options.choices` allows for this model and task; None allows any.
 
     Raises:
         InputError: as `Allowed`.
@@ -155,8 +155,8 @@ def allow(options: DecodeOptions, asking: Asking, model: Engine) -> Allowed | No
     info = model.task_info
     return Allowed(
         options.choices,
-        labels=asking.labels,
-        objective=asking.objectives[0],
+        labels=prompting.labels,
+        objective=prompting.objectives[0],
         vocabulary=model.vocabulary,
         most_ids=info.target_length if info else BARE_INPUT_LENGTH,
         temperature=options.choices_temperature,
@@ -164,7 +164,7 @@ def allow(options: DecodeOptions, asking: Asking, model: Engine) -> Allowed | No
 
 
 def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
-    """Labels but for those that are as an earlier one: questions of CommonsenseQA repeat some."""
+    """Removes labels that repeat an earlier one, as in some questions of CommonsenseQA."""
     found: dict[str, str] = {}
     for label in labels:
         found.setdefault(normalize(label), label)
@@ -172,7 +172,7 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """(where they are from, the labels as they stand there)."""
+    """Returns (where the labels are from, the labels as written there)."""
     if choices == LABELS:
         if not of_task:
             raise InputError(
@@ -186,14 +186,14 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
 
 
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
-    """Texts of two or more labels, none blank, none twice; `name` says where they stand."""
+    """Returns two or more labels, none blank, none repeated; `name` says where they are from."""
     labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
     first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):
         if not label:
             raise InputError(f"{name}: label {number} is blank")
         if (before := first.setdefault(normalize(label), number)) != number:
-            raise InputError(f"{name}: the label {label!r} stands twice (as {before} and {number})")
+            raise InputError(f"{name}: the label {label!r} is repeated (as {before} and {number})")
     if len(labels) < 2:
         raise InputError(f"{name}: expected at least two labels, found {len(labels)}")
     return tuple(labels)

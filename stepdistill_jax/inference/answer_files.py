@@ -1,4 +1,4 @@
-"""Decoded answers that a workdir keeps in `predictions/`, one row a line."""
+"""Decoded answers in a workdir's `predictions/`, one row a line."""
 
 import json
 import os
@@ -16,7 +16,7 @@ WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 def answers_name(
     task: str, split: str, step: int | None, options: DecodeOptions, with_rationale: bool = False
 ) -> str:
-    """Returns the name, without `.jsonl`, of the answers that were decoded in this way."""
+    """Returns the name, without `.jsonl`, of the file for answers decoded with these options."""
     name = f"{task}-{split}-{step}"
     name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
     name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
@@ -26,10 +26,10 @@ def answers_name(
 
 
 def write_answers(workdir: os.PathLike | str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes `predictions/NAME.jsonl` of a workdir, atomically, in place of a former one.
+    """Writes `predictions/NAME.jsonl` of a workdir atomically, replacing an older one.
 
     Raises:
-        OSError: it cannot be written (a full disk); names the file.
+        OSError: the file cannot be written, such as on a full disk; names it.
     """
     with atomic_write(as_path(workdir) / PREDICTIONS / f"{name}.jsonl") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""How far the probabilities of `choices` can be trusted, over rows in any order, in bounded memory."""
+"""Calibration of the probabilities of `choices`, over rows in any order, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 BINS = 15  # of Guo et al. 2017
-# 3 % apart; near its lowest place the loss is flat, so a finer grid would change its 5th digit
+# 3% apart; the loss is flat near its minimum, so a finer grid would change only its 5th digit
 TEMPERATURES = np.geomspace(0.05, 100.0, 257)
 _SMALLEST = np.log(np.finfo(np.float64).tiny)
 
@@ -15,18 +15,18 @@ class Calibration:
     """Sums over rows whose gold label is known."""
 
     def __init__(self, temperature: float = 1.0):
-        """`temperature` is that of the probabilities that will be added."""
+        """Takes the temperature of the probabilities that will be added."""
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))
         self._loss, self._scored, self._without = 0.0, 0, 0
 
     def add(self, probabilities: Sequence[float], is_gold: Sequence[bool]) -> None:
-        """One row.
+        """Adds one row.
 
         Args:
             probabilities: of the allowed labels; they sum to 1.
-            is_gold: which of them are right; none where the gold label is not allowed.
+            is_gold: which of them are right; none if the gold label is not allowed.
         """
         p, gold = np.asarray(probabilities, np.float64), np.asarray(is_gold, bool)
         best = int(p.argmax())
@@ -43,13 +43,13 @@ class Calibration:
         self._losses += _surprise(logs * self._temperature / TEMPERATURES[:, None], gold)
 
     def summary(self) -> dict[str, Any]:
-        """`expected_calibration_error`, `log_loss`, `best_temperature`, `gold_not_a_choice`; or nothing.
+        """Returns `expected_calibration_error`, `log_loss`, `best_temperature` and `gold_not_a_choice`, or {}.
 
-        The first is the mean over rows of |share of right answers - mean probability| of the row's
-        bin, of 15 equally wide ones (Guo et al. 2017, arXiv:1706.04599, section 2). `log_loss` is the
-        mean of -log of the gold label's probability (nats), and `best_temperature` the one from 0.05
-        to 100 that makes it least on these rows (section 4.2): both over rows whose gold label is among
-        the allowed ones, None without such rows; `gold_not_a_choice` counts the others.
+        The calibration error is the mean over rows of |share of right answers - mean probability| of
+        the row's bin, with 15 bins of equal width (Guo et al. 2017, arXiv:1706.04599, section 2).
+        `log_loss` is the mean of -log of the gold label's probability (nats). `best_temperature`, from
+        0.05 to 100, minimises it on these rows (section 4.2). Both cover the rows whose gold label is
+        allowed and are None without such rows; `gold_not_a_choice` counts the other rows.
         """
         rows = self._count.sum()
         if not rows:
@@ -65,5 +65,5 @@ class Calibration:
 
 
 def _surprise(logs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """-log of the share of the gold ones: logs [..., labels], up to a constant -> [...]."""
+    """Returns -log of the gold labels' share: logs [..., labels], up to a constant -> [...]."""
     return np.logaddexp.reduce(logs, axis=-1) - np.logaddexp.reduce(logs[..., gold], axis=-1)

@@ -1,4 +1,4 @@
-"""What decodes rows of ids: our own decoder on whatever JAX runs on, or CTranslate2 on CPU cores."""
+"""The engines that decode rows of ids: our decoder on any device of JAX, or CTranslate2 on CPU cores."""
 
 import dataclasses
 import functools
@@ -35,14 +35,14 @@ from stepdistill_jax.runtime.stores import as_path, local_path
 
 
 class Engine(Protocol):
-    """A model and what runs it.
+    """A model and the engine that runs it.
 
     Attributes:
         path: the directory that it came from.
-        vocabulary, task_info: how it is asked.
+        vocabulary, task_info: of the model.
         step: of the checkpoint; None where the directory holds one model only.
         batch_size: rows decoded at once.
-        identity: digest of all files of the model that its answers depend on.
+        identity: digest of everything in the model that its answers depend on.
         device: what it runs on.
     """
 
@@ -63,13 +63,13 @@ class Engine(Protocol):
         on_progress: Callable[[int], None] | None = None,
         decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
-        """Answers of `rows`, in their order.
+        """Returns the answers to `rows`, in their order.
 
         Args:
             rows: ids of each input with its end of sequence; none is empty.
             max_decode_len: most tokens of an answer, the end of sequence included.
-            on_progress: called with the number of rows of each batch that is done.
-            decoder_prefix: ids that every answer goes on from; they are no part of it or its score.
+            on_progress: called with the number of rows of each finished batch.
+            decoder_prefix: ids that every answer starts with; they are not part of it or its score.
         """
         ...
 
@@ -79,7 +79,7 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Log probabilities of given answers to each row: `choices.ChoiceScorer`, without parameters."""
+        """Returns log probabilities of given answers to each row; see `choices.ChoiceScorer`."""
         ...
 
 
@@ -87,12 +87,12 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
     """Opens a workdir or model directory with the engine that reads it.
 
     Args:
-        path: of any kind of directory that we write.
-        options: which model, and how it decodes; None is `DecodeOptions()`.
+        path: of a workdir, model directory or CTranslate2 directory.
+        options: which step, and how it decodes; None is `DecodeOptions()`.
 
     Raises:
         InputError: an engine that does not read the directory, a bad model, or options that do not
-            fit it.
+            fit the model.
     """
     options = options or DecodeOptions()
     converted = is_ctranslate2(path)
@@ -114,7 +114,7 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
 
 
 class JaxEngine:
-    """Our decoder; on several processes all must make the same calls."""
+    """Our decoder; on several processes, all must make the same calls."""
 
     def __init__(self, path: os.PathLike | str, options: DecodeOptions):
         """As `open_engine`."""
@@ -127,7 +127,7 @@ class JaxEngine:
         self.vocabulary, self.task_info = model.vocabulary, model.task_info
         self.batch_size = rows_at_once(options.batch_size, mesh)  # on all devices together
         decode_fn = search(options.num_beams, options.length_penalty)
-        # each keeps what it has compiled
+        # each keeps its compiled programs
         self._decoder = functools.cache(
             functools.partial(LabelDecoder, self._config, mesh=mesh, decode_fn=decode_fn)
         )
@@ -138,7 +138,7 @@ class JaxEngine:
     def identity(self) -> str:
         """Digest of parameters, configuration and vocabulary, as they are in memory.
 
-        `stepdistill.json` is not in it: what it says of prompts and lengths are options of a run.
+        `stepdistill.json` is left out: its prompts and lengths are options of a run.
         """
         config = dataclasses.asdict(self._config)
         return digest([params_fingerprint(self._params), config, self.vocabulary.fingerprint])
@@ -169,7 +169,7 @@ class JaxEngine:
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """The batch size for so many: filler rows take time, and its halves are few shapes."""
+        """Returns the batch size for so many rows: full or halved, since filler rows take time and shapes compile."""
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
             size //= 2
@@ -177,17 +177,17 @@ class JaxEngine:
 
 
 class CTranslate2Engine:
-    """CTranslate2, with a worker for each core that this process may use, all on one copy of the weights.
+    """CTranslate2 with one worker per core that this process may use, all on one copy of the weights.
 
-    One thread each: threads that share a matrix product wait for the slowest of them, so that two
-    beside a busy core were six times slower than one.
+    Each worker has one thread. Threads that share a matrix product wait for the slowest one: next to
+    a busy core, two threads were six times slower than one.
     """
 
     device: str = "cpu"
     step: int | None = None
 
     def __init__(self, path: os.PathLike | str, options: DecodeOptions):
-        """As `open_engine`; reads the whole file of weights."""
+        """Opens a directory as `open_engine` does; reads the whole file of weights."""
         if options.step not in ("best", "last"):
             raise InputError(
                 f"`step` {options.step}: {path} is a CTranslate2 directory, which holds one model"
@@ -216,7 +216,7 @@ class CTranslate2Engine:
         self._workers, asked = usable_cores(), options.batch_size
         rows = ROWS_PER_DEVICE if asked is None else -(-asked // self._workers)
         self.batch_size = rows * self._workers
-        # enough for a worker that is faster than the others; whoever stops waits for all of them
+        # enough to keep a fast worker busy; a caller that stops waits for all queued batches
         self._ahead = 2 * self._workers
         try:
             self._translator = library.Translator(
@@ -236,13 +236,13 @@ class CTranslate2Engine:
         """As `Engine.decode`.
 
         Raises:
-            InputError: a row of nothing but its end of sequence, which CTranslate2 does not decode; or
-                a decoder prefix where lengths compete, of which CTranslate2 takes it for a part.
+            InputError: a row that holds only its end of sequence, which CTranslate2 does not decode; or a
+                decoder prefix where lengths compete, since CTranslate2 counts it as part of the answer.
         """
         prefix = [self._names[i] for i in decoder_prefix]
         if prefix and self._penalty:
             raise InputError(
-                f"{self.path}: CTranslate2 counts the decoder's prefix of a rationale as a part of it"
+                f"{self.path}: CTranslate2 counts a rationale's decoder prefix as part of it"
                 " when beams of different lengths compete; give `length_penalty=0`, or ask the"
                 " directory that this one was made from"
             )
@@ -250,7 +250,7 @@ class CTranslate2Engine:
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )
 
-        # the longest first: they end with the others. Few rows are shared out among the workers
+        # the longest first, so that all workers end together; few rows are divided among the workers
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         at_once = min(self.batch_size, len(rows))
         size = max(1, -(-at_once // self._workers))
@@ -316,12 +316,12 @@ class CTranslate2Engine:
         return scores
 
     def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
-        """Batches of (row, answer): like inputs, the longest first, few tokens of answers at a time."""
+        """Yields batches of (row, answer): inputs of similar length, the longest first, few answer tokens at a time."""
         pairs, longest = [], 0
         for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
             for number, ids in enumerate(answers[place]):
                 new_longest = max(longest, len(ids))
-                # all of a batch have logits at the same time
+                # all tokens of a batch have logits at the same time
                 if pairs and (len(pairs) + 1) * new_longest > CHUNK_TOKENS:
                     yield pairs
                     pairs, new_longest = [], len(ids)
@@ -333,7 +333,7 @@ class CTranslate2Engine:
     def _start(
         self, rows: list[Sequence[int]], max_decode_len: int, prefix: list[str]
     ) -> list[Any]:
-        """One batch, put into the queue: a result to wait for per row."""
+        """Queues one batch; returns a result to wait for, per row."""
         return self._translator.translate_batch(
             [[self._names[i] for i in row] for row in rows],
             target_prefix=[prefix] * len(rows) if prefix else None,
@@ -341,7 +341,7 @@ class CTranslate2Engine:
             beam_size=self._beams,
             length_penalty=self._penalty,
             max_decoding_length=len(prefix) + max_decode_len,
-            # by default it cuts inputs at 1024 tokens, and forbids the end of sequence at first
+            # CTranslate2 truncates inputs at 1024 tokens by default, and forbids the end of sequence as first token
             max_input_length=0,
             min_decoding_length=0,
             return_scores=True,
@@ -350,17 +350,17 @@ class CTranslate2Engine:
 
 
 class NotFinite(InputError):
-    """A model whose answers have no probabilities."""
+    """Raised when a model gives NaN."""
 
 
 def require_finite(model: Engine, scores: np.ndarray) -> None:
-    """Raises `NotFinite` where a score is no number."""
+    """Raises `NotFinite` if a score is NaN or infinite."""
     if not np.isfinite(scores).all():
         raise NotFinite(f"{model.path}: the model gives NaN; its weights are damaged")
 
 
 def usable_cores() -> int:
-    """Number of CPU cores that this process may run on."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Accuracy on a split of any task: a prepared dataset, or one that only SeqIO can read."""
+"""Accuracy on a split of any task: a prepared dataset, or a task that only SeqIO can read."""
 
 import dataclasses
 import math
@@ -18,15 +18,15 @@ from stepdistill_jax.data.vocabulary import truncate
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.allowed_answers import ROW, allow
 from stepdistill_jax.inference.answer_files import PREDICTIONS, answers_name, write_answers
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.labels import Labels, label_rows, score_targets
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import predict
-from stepdistill_jax.inference.prompting import RATIONALE, how_to_ask
-from stepdistill_jax.inference.rationale_quality import RationaleTally
+from stepdistill_jax.inference.prompting import RATIONALE, prompting_for
+from stepdistill_jax.inference.rationale_quality import RationaleCounts
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import read_jsonl, write_json
 from stepdistill_jax.runtime.on_processes import (
@@ -48,7 +48,7 @@ RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
 
 
 def check_result(output: os.PathLike | str, choices: Any = None) -> None:
-    """Refuses, before the work, a file for the result that must not be written (`check_outputs`)."""
+    """Refuses an output file that must not be written, before any work (`check_outputs`)."""
     inputs = [choices] if isinstance(choices, os.PathLike | str) else []
     check_outputs({local_path(output, "`output`"): RESULT}, inputs, "`output`")
 
@@ -64,10 +64,10 @@ def evaluate(
     task_module: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Decodes the labels of a split and compares them.
+    """Decodes the labels of a split and compares them with the gold labels.
 
     The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
-    SeqIO, as for training, and its own metrics are computed, too.
+    SeqIO, as for training, and its own metrics are computed as well.
 
     A workdir keeps the answers in `predictions/TASK-SPLIT-STEP.jsonl`. Options
     add to the name before `.jsonl`, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`,
@@ -79,19 +79,18 @@ def evaluate(
             labels are compared.
         split: of the task.
         output: JSON file for the result; None writes none.
-        with_rationale: also decodes the rationales of a prepared dataset, and says what they are
-            worth.
+        with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
         data_dir: where datasets are prepared and tokens are kept; None is the default folder.
-        task_module: module that registers the task; None is the one that the model was trained
+        task_module: module that registers the task; None is the module that the model was trained
             with, if it was trained on this task.
-        **options: fields of `DecodeOptions` but `max_decode_len` and `prefix`, which are the
+        **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, which are the
             model's own.
 
     Returns:
-        Of a mixture whose labels several tasks give: `task`, `split`, `rows` of all, and `tasks`,
-        {NAME: result}.
-        Else what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`; with
-        rationales also `rationale`, that is what `RationaleTally.summary` has and `unfinished` (those
+        For a mixture whose labels come from several tasks: `task`, `split`, `rows` of all, and
+        `tasks`, {NAME: result}.
+        Otherwise what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`;
+        with rationales also `rationale`: what `RationaleCounts.summary` has and `unfinished` (those
         that reached their greatest length without an end). Of a SeqIO task with metrics of its own
         also `metrics`, their values by name.
 
@@ -146,7 +145,7 @@ def evaluate(
 
 
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
-    """Refuses the validation rows of a dataset of which the model's run drew others (`paper_exact`).
+    """Refuses validation rows of a dataset if the model's run drew a different validation (`paper_exact`).
 
     Raises:
         InputError: the model was trained on some of them.
@@ -168,10 +167,10 @@ def _check_each(
     data_dir: pathlib.Path,
     task_module: str | None,
 ) -> None:
-    """Refuses, before any is decoded, tasks of a mixture that cannot be evaluated all.
+    """Refuses a mixture of which some task cannot be evaluated, before any is decoded.
 
     Raises:
-        InputError: one lacks the split, or is not prepared although fields of its rows are asked for.
+        InputError: a task lacks the split, or is not prepared although fields of its rows are needed.
     """
     for name in names:
         found = find_task(name, data_dir=data_dir, task_module=task_module)
@@ -189,7 +188,7 @@ def _check_each(
 
 
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
-    """Returns a model's objectives, and which of them the plain tasks of its mixture gave."""
+    """Returns a model's objectives, and which of them came from plain tasks of its mixture."""
     if info is None:
         return ["label"], None
     config = info.provenance.get("config")
@@ -198,7 +197,7 @@ def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:
-    """The module that registered the model's own task; None if `task` is another one."""
+    """Returns the module that registered the model's own task; None if `task` is another one."""
     if info is None or info.task != task:
         return None
     config = info.provenance.get("config")
@@ -213,7 +212,7 @@ def _evaluate_dataset(
     options: DecodeOptions,
     with_rationale: bool,
 ) -> dict[str, Any]:
-    """`predict` on a split; the answers stay in a workdir."""
+    """Returns `predict` on a split; a workdir keeps the answers."""
     source = on_all_processes(lambda: dataset.file(split))
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     name = answers_name(dataset.name, split, found, options, with_rationale)
@@ -244,7 +243,7 @@ def _evaluate_dataset(
 def _evaluate_part(
     path: os.PathLike | str, part: Part, split: str, options: DecodeOptions
 ) -> dict[str, Any]:
-    """Returns `evaluate_tokens` of a SeqIO task; the answers stay in a workdir."""
+    """Returns `evaluate_tokens` of a SeqIO task; a workdir keeps the answers."""
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     if found is not None:
         options = dataclasses.replace(options, step=found)
@@ -272,11 +271,11 @@ def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
 def _rationale_figures(
     dataset: PreparedDataset, split: str, answers: pathlib.Path
 ) -> dict[str, Any]:
-    tally = RationaleTally(dataset.metric, dataset.labels)
+    counts = RationaleCounts(dataset.metric, dataset.labels)
     rows = (row for _, row in read_jsonl(answers))
     for example, row in zip(dataset.examples(split), rows, strict=True):
-        tally.add(example, row["label"], row.get(RATIONALE, ""))
-    return tally.summary()
+        counts.add(example, row["label"], row.get(RATIONALE, ""))
+    return counts.summary()
 
 
 def evaluate_tokens(
@@ -289,17 +288,17 @@ def evaluate_tokens(
     task_metrics: TaskMetrics | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Decodes inputs that are ids already (a user's own SeqIO task), and compares.
+    """Decodes inputs that are ids already (a user's own SeqIO task), and compares the labels.
 
     Args:
         path: workdir or model directory.
-        inputs: ids of each row with its end of sequence; longer ones than in training are cut.
-        labels: the gold answer of each.
-        metric: how they are compared.
-        allowed: the possible labels, where they are few; the choice `labels` means these, and rows
-            have no choices of their own.
+        inputs: ids of each row with its end of sequence; inputs longer than in training are truncated.
+        labels: the gold answer of each row.
+        metric: how answers are compared.
+        allowed: the possible labels, where they are few; `choices=labels` means these. Rows have no
+            choices of their own.
         options: None is `DecodeOptions()`.
-        task_metrics: the task's own, of the same rows; None is none.
+        task_metrics: the task's own metrics, for the same rows; None has none.
         keep: called, before the metrics, with a row for each input: `id` (its number, from 1), `label`, `score` and what
             else `predict` writes of it, `target` (its label), and `target_score` (natural log of the
             probability of the target) where a metric reads it.
@@ -317,24 +316,24 @@ def evaluate_tokens(
             "`choices=row`: rows of a SeqIO task have no field 'choices'; give a file of labels"
         )
     model = open_engine(path, options)
-    asking = dataclasses.replace(how_to_ask(model, options), labels=tuple(allowed))
-    chooser = on_all_processes(lambda: allow(options, asking, model))
-    cut = [truncate(ids, asking.input_length) for ids in inputs]
-    require_same([asking.input_length, cut], "data")
+    prompting = dataclasses.replace(prompting_for(model, options), labels=tuple(allowed))
+    chooser = on_all_processes(lambda: allow(options, prompting, model))
+    cut = [truncate(ids, prompting.input_length) for ids in inputs]
+    require_same([prompting.input_length, cut], "data")
     start = time.perf_counter()
     rows = [Example(str(i), "", label) for i, label in enumerate(labels, 1)]
     targets = None
     if task_metrics is not None and task_metrics.reads_target_scores:
         targets = task_metrics.targets
     with until_stopped(len(inputs) + len(targets or ()), "evaluate") as update:
-        found = label_rows(model, asking, chooser, rows, cut, update)
+        found = label_rows(model, prompting, chooser, rows, cut, update)
         target_scores = None
         if targets is not None:
             target_scores = score_targets(model.score, cut, targets, update)
     seconds = time.perf_counter() - start
-    tally = Tally(metric, allowed, options.choices_temperature)
+    accuracy = AccuracyCounts(metric, allowed, options.choices_temperature)
     for label, answer in zip(labels, found.answers, strict=True):
-        tally.add(answer["label"], label, (), answer.get("choices"))
+        accuracy.add(answer["label"], label, (), answer.get("choices"))
     keep(_kept(rows, found, target_scores))
     own = {}
     if task_metrics is not None:
@@ -342,12 +341,12 @@ def evaluate_tokens(
         own = {"metrics": {n: v if math.isfinite(v) else None for n, v in own.items()}}
     return {
         **_told(model.step, options),
-        **tally.summary(),
+        **accuracy.summary(),
         **own,
-        **({"reads": list(asking.reads)} if asking.reads else {}),
-        **({"unparsed": found.unparsed} if asking.objectives[0].writes_more else {}),
+        **({"reads": list(prompting.reads)} if prompting.reads else {}),
+        **({"unparsed": found.unparsed} if prompting.objectives[0].writes_more else {}),
         "unfinished": found.unfinished,
-        "cut_inputs": sum(len(ids) > asking.input_length for ids in inputs),
+        "cut_inputs": sum(len(ids) > prompting.input_length for ids in inputs),
         "skipped": 0,
         "rows_per_second": round(len(inputs) / seconds, 3) if len(inputs) else 0.0,
     }

@@ -22,12 +22,12 @@ from stepdistill_jax.formats.directory import (
 from stepdistill_jax.formats.hf import save_params
 from stepdistill_jax.formats.tokenizer import write_tokenizer
 from stepdistill_jax.inference.model import LoadedModel, load_model
-from stepdistill_jax.inference.prompting import how_to_ask
+from stepdistill_jax.inference.prompting import prompting_for
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.files import atomic_write, check_writable, fsync
-from stepdistill_jax.runtime.folders import alone, folder_aside
+from stepdistill_jax.runtime.folders import sole_writer, staged_folder
 from stepdistill_jax.runtime.stores import local_path
 
 FORMATS = ("hf", "jax", "ctranslate2")
@@ -79,9 +79,9 @@ def export(
         "jax": _write_jax,
         "ctranslate2": functools.partial(_write_ctranslate2, quantization=quantization),
     }[format]
-    with alone(target):
+    with sole_writer(target):
         _check_target(target)  # another export may have written it since
-        with folder_aside(target) as new:
+        with staged_folder(target) as new:
             parameters = write(new, model)
             os.replace(new, target)
     fsync(target.parent)
@@ -128,7 +128,7 @@ def _write_jax(folder: pathlib.Path, model: LoadedModel) -> int:
     (folder / GENERATION_CONFIG).unlink()  # for `transformers`, which finds no weights here
     if model.vocabulary.framing == T5_FRAMING:
         (folder / TOKENIZER_CONFIG).unlink()
-    length = how_to_ask(model).decode_lengths[0]
+    length = prompting_for(model).decode_lengths[0]
     exported, parameters = write_decoder(folder, model.params, model.config, max_decode_len=length)
     _write_readme(folder, model, parameters, functools.partial(decoder_readme, exported))
     return parameters
@@ -147,14 +147,14 @@ def _write_ctranslate2(folder: pathlib.Path, model: LoadedModel, quantization: s
 def _write_readme(
     folder: pathlib.Path, model: LoadedModel, parameters: int, readme: Callable[..., str]
 ) -> None:
-    asking = how_to_ask(model)
+    prompting = prompting_for(model)
     text = readme(
         model.vocabulary,
         task=model.task_info.task if model.task_info else model.path.resolve().name,
-        prompt=asking.objectives[0].input_template.replace("{input}", "..."),
+        prompt=prompting.objectives[0].input_template.replace("{input}", "..."),
         num_parameters=parameters,
-        input_length=asking.input_length,
-        max_decode_len=asking.decode_lengths[0],
+        input_length=prompting.input_length,
+        max_decode_len=prompting.decode_lengths[0],
     )
     with atomic_write(folder / CARD) as f:
         f.write(text)

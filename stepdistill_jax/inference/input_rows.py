@@ -1,4 +1,4 @@
-"""Input rows of `predict` and `serve`; a bad one is named by its line."""
+"""Input rows of `predict` and `serve`; errors name the line."""
 
 import dataclasses
 import os
@@ -12,18 +12,20 @@ from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.runtime.stores import local_path
 
 FIELDS = ("rationale", "llm_label")  # optional fields of a question
-WINDOW_CHARS = 16 * 2**20  # of a window's texts: rows of megabytes do not fill the memory
+WINDOW_CHARS = (
+    16 * 2**20
+)  # characters of a window's texts: rows of megabytes do not fill the memory
 
 
 def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
-    """Returns the question of a row. Its input may be blank; its id is as given.
+    """Returns the question of a row. The input may be blank; the id is kept as given.
 
     Args:
         row: in the generic format.
-        more: names of other texts that a prompt shows; a row may be without.
+        more: names of other texts that a prompt shows; they may be missing.
 
     Raises:
-        InputError: a field that is missing or of a wrong type.
+        InputError: a field is missing or has the wrong type.
     """
     if "input" not in row.fields:
         row.text("input", hint=_rename(row))
@@ -35,7 +37,7 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
 
 
 def _rename(row: JsonRow) -> str:
-    """Returns what to do about a row without an input, for the message."""
+    """Returns what to do about a row without an input, for the error message."""
     if is_csv(row.path):
         return "; its first line names the columns, and one of them has to be 'input'"
     if len(row.fields) == 1:
@@ -48,11 +50,11 @@ def read_questions(
     check_row: Callable[[Example], None] | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[Example | BadRow]:
-    """Yields each question of a file, or what is wrong with its row.
+    """Yields each question of a file, or the error of its row.
 
     Args:
-        path: of the file: JSON lines, or CSV or TSV by the ending of its name.
-        check_row: raises InputError, the reason alone, at a row that will not do.
+        path: of the file: JSON lines, or CSV or TSV by its suffix.
+        check_row: raises InputError with the reason alone for an unusable row.
         more: as for `question`.
 
     Raises:
@@ -74,7 +76,7 @@ def read_questions(
 
 
 def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
-    """The next rows: `most_rows`, or as many as have 16 million characters; empty at the end."""
+    """Returns the next `most_rows` rows, or as many as have 16 million characters; empty at the end."""
     window, chars = [], 0
     for row in rows:
         window.append(row)
@@ -85,7 +87,7 @@ def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
 
 
 class InputFile:
-    """A file of rows that must stay as it is while it is read; it is read several times.
+    """A file of rows that is read several times and must not change meanwhile.
 
     Attributes:
         path: of the file.
@@ -100,7 +102,7 @@ class InputFile:
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
     ):
-        """Counts the good rows: a bad one in the middle is known before the first is decoded.
+        """Counts the good rows, so a bad row is known before the first is decoded.
 
         Args:
             path: of the file.
@@ -109,8 +111,8 @@ class InputFile:
             reads: fields that prompts show in addition to the input.
 
         Raises:
-            InputError: the file cannot be read, has rows but no good one, one of `reads` is in no row,
-                or under `stop` the first bad row: file and line.
+            InputError: the file cannot be read, has rows but no good one, or has one of `reads` in no
+                row; with `stop`, the first bad row, by file and line.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
@@ -135,7 +137,7 @@ class InputFile:
         self.digest = sha256(path)
 
     def rows(self) -> Iterator[Example | BadRow]:
-        """`read_questions` of it."""
+        """Yields `read_questions` of the file."""
         return read_questions(self.path, self._check_row, self._reads)
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -146,13 +148,13 @@ class InputFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def check(self, rows: int | None = None) -> None:
-        """Refuses a file that has changed; cheap while its size and time are as they were.
+        """Refuses a file that has changed; cheap while its size and modification time are the same.
 
         Args:
-            rows: how many good ones were read, at the end; all bytes are compared then.
+            rows: number of good rows that were read, at the end; then all bytes are compared.
 
         Raises:
-            InputError: it is another file, has other bytes, or is gone.
+            InputError: the file was replaced, changed or removed.
         """
         stamp = self._stat()
         if rows is None and stamp == self._stamp:
@@ -160,7 +162,7 @@ class InputFile:
         if rows not in (None, self.total) or stamp is None or sha256(self.path) != self.digest:
             then = "" if rows in (None, self.total) else f", then {rows}"
             raise InputError(
-                f"{self.path}: it changed while it was read ({self.total} good rows at first{then});"
-                " start again when it is whole"
+                f"{self.path}: the file changed while it was read ({self.total} good rows at first{then});"
+                " start again when it is complete"
             )
         self._stamp = stamp

@@ -1,4 +1,4 @@
-"""The label of each row, decoded or chosen: one way for `predict`, `evaluate` and `serve`."""
+"""The label of each row, decoded or chosen, for `predict`, `evaluate` and `serve` alike."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,16 +8,16 @@ import numpy as np
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.engines import Engine, require_finite
-from stepdistill_jax.inference.prompting import Asking, scored_answer
+from stepdistill_jax.inference.prompting import Prompting, scored_answer
 
 
 class Labels(NamedTuple):
-    """Labels of rows, in their order.
+    """Labels of rows, in row order.
 
     Attributes:
-        answers: what is written of each row, its id left out.
-        unfinished: how many reached their greatest length without an end.
-        unparsed: how many answers have no label in them.
+        answers: the output fields of each row except its id.
+        unfinished: number of answers that reached the maximum length without an end.
+        unparsed: number of answers without a label in them.
         ids: of each answer, as decoded or chosen.
         scores: [rows] natural logs of their probabilities.
     """
@@ -31,21 +31,21 @@ class Labels(NamedTuple):
 
 def label_rows(
     model: Engine,
-    asking: Asking,
+    prompting: Prompting,
     allowed: Allowed | None,
     rows: Sequence[Example],
     inputs: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> Labels:
-    """Asks a model for the label of each row.
+    """Returns the label of each row.
 
     Args:
         model: opened by `open_engine`.
-        asking: of `how_to_ask`.
-        allowed: of `allow`; the likeliest allowed answer is the label. None decodes.
+        prompting: of `prompting_for`.
+        allowed: of `allow`; the label is the likeliest allowed answer. None decodes.
         rows: the questions.
         inputs: ids of each one's prompt (`encode_input`).
-        on_progress: called with the number of rows of each batch that is done.
+        on_progress: called with the number of rows of each finished batch.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -60,9 +60,9 @@ def label_rows(
             [of_row[s.argmax()] for of_row, s in zip(ids, scores, strict=True)],
             np.array([s.max() for s in scores]),
         )
-    decoded = model.decode(inputs, asking.decode_lengths[0], on_progress)
+    decoded = model.decode(inputs, prompting.decode_lengths[0], on_progress)
     require_finite(model, decoded.scores)
-    objective = asking.objectives[0]
+    objective = prompting.objectives[0]
     found = [
         scored_answer(objective, model.vocabulary.decode(ids), score)
         for ids, score in zip(decoded.ids, decoded.scores, strict=True)
@@ -73,22 +73,22 @@ def label_rows(
 
 
 def explain_rows(
-    model: Engine, asking: Asking, objective: int, inputs: Sequence[Sequence[int]]
+    model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Returns the text that an objective other than the label's gives for each row, and how many are unfinished.
+    """Returns the text of another objective than the label's for each row, and how many are unfinished.
 
     Args:
         model: opened by `open_engine`.
-        asking: of `how_to_ask`, with the rationale.
-        objective: its place in `asking.objectives`.
+        prompting: of `prompting_for`, with the rationale.
+        objective: its index in `prompting.objectives`.
         inputs: ids of each row's prompt of that objective.
 
     Raises:
         NotFinite: the model gives NaN.
     """
-    prefix = asking.objectives[objective].decoder_prefix
+    prefix = prompting.objectives[objective].decoder_prefix
     given = {"decoder_prefix": model.vocabulary.encode(prefix)} if prefix else {}
-    decoded = model.decode(inputs, asking.decode_lengths[objective], None, **given)
+    decoded = model.decode(inputs, prompting.decode_lengths[objective], None, **given)
     require_finite(model, decoded.scores)
     texts = [model.vocabulary.decode(ids) for ids in decoded.ids]
     return texts, int((~decoded.finished).sum())
@@ -100,13 +100,13 @@ def score_targets(
     targets: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Returns [rows] float32, natural logs of the targets' probabilities; 0 of one without ids.
+    """Returns [rows] float32, natural logs of the targets' probabilities; 0 for a target without ids.
 
     Args:
         score: `Engine.score`, or a `ChoiceScorer` with its parameters.
         inputs: ids of each row's prompt.
         targets: ids of each row's target, with its end of sequence.
-        on_progress: called with the number of rows of each batch that is done.
+        on_progress: called with the number of rows of each finished batch.
     """
     places = [i for i, ids in enumerate(targets) if ids]
     found = score([inputs[i] for i in places], [[targets[i]] for i in places], on_progress)

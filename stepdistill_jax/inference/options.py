@@ -26,19 +26,18 @@ class DecodeOptions:
             has rows of its own.
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`): `data` gives
             each the whole model and rows of its own, `tensor` cuts a model that one cannot hold.
-        max_decode_len: most ids of a label, its end of sequence included; None is what training
-            found enough (64 where the directory does not say).
-        num_beams: answers pursued at once (`inference.beam_search`); 1 takes the likeliest token each
-            time.
-        length_penalty: with beams, the power of an answer's length that its score is divided by;
-            None is 1.
+        max_decode_len: most ids of a label, its end of sequence included; None is the longest label of
+            training (64 if the directory does not say).
+        num_beams: answers searched at once (`inference.beam_search`); 1 takes the likeliest token at
+            each step.
+        length_penalty: with beams, a score is divided by the answer's length to this power; None is 1.
         choices: the allowed answers: `row` (each row's `choices`), `labels` (the task's), a file of
-            them, or a list. Each is scored, exactly, instead of decoding, and the likeliest is the
+            them, or a list. Each is scored exactly instead of decoding, and the likeliest is the
             label (`inference.allowed_answers`). None allows any answer.
-        choices_temperature: of the probabilities of choices; `best_temperature` of a validation
-            split, say.
+        choices_temperature: of the probabilities of choices, such as the `best_temperature` of a
+            validation split.
         prefix: text before the input; None is the model's own template.
-        engine: `jax` or `ctranslate2` (`inference.engines`); None is what the directory is for.
+        engine: `jax` or `ctranslate2` (`inference.engines`); None is the one that the directory is made for.
         quantization: `int8` keeps the JAX engine's kernels in memory as int8 with a scale for each
             output (`models.quantized`); None as float32.
     """
@@ -68,10 +67,10 @@ class DecodeOptions:
         search(self.num_beams, self.length_penalty)  # checks both
         number("choices_temperature", self.choices_temperature, least=0.01, most=100)
         if self.choices is None and self.choices_temperature != 1:
-            raise InputError("`choices_temperature`: there is none without `choices`")
+            raise InputError("`choices_temperature`: needs `choices`")
         if self.choices is not None and self.num_beams != 1:
             raise InputError(
-                "`num_beams`: `choices` scores all allowed labels and searches nothing"
+                "`num_beams`: `choices` scores all allowed labels and does not search; leave it out"
             )
         if self.choices is not None and self.max_decode_len is not None:
             raise InputError("`max_decode_len`: `choices` decodes no label; leave it out")
@@ -84,15 +83,15 @@ class DecodeOptions:
 def decode_options(
     function: Callable, given: Mapping[str, Any], without: Sequence[str] = ()
 ) -> DecodeOptions:
-    """The `DecodeOptions` of a function's `**options`.
+    """Returns the `DecodeOptions` of a function's `**options`.
 
     Args:
         function: takes the options next to its own keyword arguments.
         given: its `**options`.
-        without: fields that it does not take.
+        without: fields that the function does not take.
 
     Raises:
-        TypeError: a name that is no option; names the nearest one.
+        TypeError: an unknown name; the message has the nearest option.
         InputError: as `DecodeOptions`.
     """
     known = {field.name for field in dataclasses.fields(DecodeOptions)} - set(without)

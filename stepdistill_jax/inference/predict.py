@@ -1,4 +1,4 @@
-"""Labels for a file of inputs, streamed: what is done is kept, and a second start goes on from there.
+"""Labels for a file of inputs, streamed: finished rows are kept, and a restart continues after them.
 
 Several processes read the same input and decode each batch together; process 0 writes.
 """
@@ -17,7 +17,7 @@ import jax
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.allowed_answers import Allowed, allow
 from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import InputFile, next_window
@@ -25,9 +25,9 @@ from stepdistill_jax.inference.labels import explain_rows, label_rows
 from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import (
     RATIONALE,
-    Asking,
+    Prompting,
     encode_input,
-    how_to_ask,
+    prompting_for,
 )
 from stepdistill_jax.inference.skipped_rows import LIST, SkippedRows, skipped_of
 from stepdistill_jax.runtime.checks import one_of
@@ -43,9 +43,9 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.runtime.streams import ResumableFile, outputs_of
 
-# decoded together, then written and synced: what a crash costs at most
+# rows decoded together, then written and synced: the most that a crash costs
 WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger one counts
-WINDOW_LABELS = 64  # more choices than these make it smaller
+WINDOW_LABELS = 64  # a window is smaller where rows have more choices
 ON_ERROR = ("stop", "skip")
 
 
@@ -60,27 +60,27 @@ def predict(
     data_dir: os.PathLike | str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Decodes the label of each input row, in order, in memory that does not grow with the rows.
+    """Decodes the label of each input row, in order, in memory that does not grow with the number of rows.
 
     Args:
         path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
         input: a regular file of JSON lines, or of CSV or TSV by the ending of its name, with the
-            fields of `prepare jsonl`: `input`, and if known `id`, `label`, `choices`. An empty `input` is asked as the prefix alone; one that
-            is longer than in training is cut and counted.
+            fields of `prepare jsonl`: `input`, and if known `id`, `label`, `choices`. An empty `input` is decoded from the prefix
+            alone; an input longer than in training is truncated and counted.
         output: JSON lines `id`, `label`, `score` (natural log of the probability of the answer, its
             end of sequence included, 6 digits), and `rationale` if asked for. With choices also
             `probability` and `choices` (`inference.allowed_answers`). Where the model writes
-            more than a label, that is parsed out of its answer, and the other fields of the target
-            are there, too (`asking.read_answer`). It gets its name when
-            it is whole; a file of that name is replaced only then. A run that was stopped goes on
-            where it was: with the same bytes in the end, or, on other devices or in other batches,
-            with the same labels and scores within 1e-5.
-        task: prepared dataset that says how labels are compared and which there are; None is the
-            model's own.
-        with_rationale: also decodes the objective `rationale`, for looking; the label does not
+            more than a label, the label is parsed out of its answer, and the other fields of the
+            target are added (`prompting.read_answer`). The file is `.partial` until it is complete;
+            only then does it replace a file of that name. A stopped run continues where it was. The
+            result has the same bytes, or, on other devices or in other batches, the same labels and
+            scores within 1e-5.
+        task: prepared dataset that says how labels are compared and which ones there are; None is
+            the model's own.
+        with_rationale: also decodes the objective `rationale`, for inspection; the label does not
             depend on it.
-        on_error: `stop` at a bad row, or `skip` it: counted in the result, and listed with line and
-            reason in OUTPUT.skipped.jsonl.
+        on_error: `stop` at a bad row, or `skip` it. Skipped rows are counted in the result and listed
+            with line and reason in OUTPUT.skipped.jsonl.
         data_dir: where `task` is prepared.
         **options: fields of `DecodeOptions`.
 
@@ -88,31 +88,31 @@ def predict(
         `rows`, `accuracy` and `majority_baseline` (only where rows have labels), `invalid_labels`,
         `unfinished` (rows that reached `max_decode_len` without an end), `rows_per_second`
         (compilation included), `collapsed`, `cut_inputs`, `skipped`; with choices and labels also
-        what `Calibration.summary` has; with rationales `unfinished_rationales`. Of a model that
-        writes more than a label also `unparsed` (answers without one), and of one that reads more
-        than the input `reads` (these fields) and `incomplete_inputs` (rows without one of them).
+        what `Calibration.summary` has; with rationales `unfinished_rationales`. For a model that
+        writes more than a label, also `unparsed` (answers without a label); for one that reads more
+        than the input, `reads` (these fields) and `incomplete_inputs` (rows without one of them).
 
     Raises:
         InputError: bad options, model, or row (file and line), an input that changed in the
-            meantime, or an output that another run is writing; a former output is left as it was.
-            One that only one of several processes meets is raised on all.
-        SystemExit: with 75, one of several processes got a SIGTERM; started again, it goes on.
+            meantime, or an output that another run is writing; an older output is kept. An error on
+            one of several processes is raised on all.
+        SystemExit: status 75 when one of several processes got a SIGTERM; a restart continues.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
     on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
     source = on_all_processes(lambda: InputFile(input, on_error))
     model = open_engine(path, chosen)
-    asking = on_all_processes(
-        lambda: how_to_ask(
+    prompting = on_all_processes(
+        lambda: prompting_for(
             model, chosen, task=task, with_rationale=with_rationale, data_dir=data_dir
         )
     )
-    allowed = on_all_processes(lambda: allow(chosen, asking, model))
+    allowed = on_all_processes(lambda: allow(chosen, prompting, model))
     check = allowed.check if allowed and not allowed.labels else None
-    if check or asking.reads:  # what the model wants of a row is known only now
-        source = on_all_processes(lambda: InputFile(input, on_error, check, asking.reads))
-    asked = [dataclasses.asdict(asking), chosen.num_beams, chosen.length_penalty]
+    if check or prompting.reads:  # which fields the model needs of a row is known only now
+        source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads))
+    asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
     # not the batch size and the number of devices: they move a score by its last digit, and who was
     # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
     key = {
@@ -126,7 +126,7 @@ def predict(
         contextlib.closing(ResumableFile(output, key)) as shared,
         contextlib.closing(SkippedRows(output)) as skipped,
     ):
-        result = _run(model, asking, source, shared, skipped, allowed)
+        result = _run(model, prompting, source, shared, skipped, allowed)
         _require_unchanged(source, shared, result["rows"])
         on_process_0(skipped.finish)
         shared.finish()
@@ -141,28 +141,30 @@ def _check_output(output: os.PathLike | str, *inputs: Any) -> None:
 
 def _run(
     model: Engine,
-    asking: Asking,
+    prompting: Prompting,
     source: InputFile,
     shared: ResumableFile,
     skipped: SkippedRows,
     allowed: Allowed | None,
 ) -> dict[str, Any]:
-    tally = Tally(asking.metric, asking.labels, allowed.temperature if allowed else 1.0)
+    accuracy = AccuracyCounts(
+        prompting.metric, prompting.labels, allowed.temperature if allowed else 1.0
+    )
     names = ["unfinished", "cut_inputs"]
-    names += ["unfinished_rationales"] if len(asking.objectives) > 1 else []
-    names += ["unparsed" for o in asking.objectives[:1] if o.writes_more]
-    names += ["incomplete_inputs"] if asking.reads else []
+    names += ["unfinished_rationales"] if len(prompting.objectives) > 1 else []
+    names += ["unparsed" for o in prompting.objectives[:1] if o.writes_more]
+    names += ["incomplete_inputs"] if prompting.reads else []
     counts = {name: shared.state.get(name, 0) for name in names}
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
     if done and jax.process_index() == 0:
-        log(f"{shared.path}: {done} rows are done, going on from there")
+        log(f"{shared.path}: {done} rows are done, continuing after them")
 
     def count_earlier() -> None:
         earlier = shared.rows()  # all are there, or none: only the process that writes counts
         for row in itertools.islice(rows, done):
             if answer := next(earlier, None):
-                tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
+                accuracy.add(answer["label"], row.label, row.choices, answer.get("choices"))
 
     on_all_processes(count_earlier)
     most = window_rows(model, allowed)
@@ -174,18 +176,18 @@ def _run(
     ) as update:
         while window := on_all_processes(lambda: next_window(rows, most)):
             require_same([row.texts for row in window], "input")
-            answers = decode_window(model, asking, window, counts, update, allowed)
-            _require_unchanged(source, shared)  # what has been kept was made from this input
+            answers = decode_window(model, prompting, window, counts, update, allowed)
+            _require_unchanged(source, shared)  # the kept rows were made from this input
             shared.append(answers, **counts)
             for row, answer in zip(window, answers, strict=True):
-                tally.add(answer["label"], row.label, row.choices, answer.get("choices"))
+                accuracy.add(answer["label"], row.label, row.choices, answer.get("choices"))
     seconds = time.perf_counter() - start
-    new = tally.rows - done
+    new = accuracy.rows - done
     return on_process_0(
         lambda: {
-            **tally.summary(),
+            **accuracy.summary(),
             **counts,
-            **({"reads": list(asking.reads)} if asking.reads else {}),
+            **({"reads": list(prompting.reads)} if prompting.reads else {}),
             "skipped": skipped.count,
             "rows_per_second": round(new / seconds, 3) if new else 0.0,
         }
@@ -201,7 +203,7 @@ def _require_unchanged(source: InputFile, shared: ResumableFile, rows: int | Non
 
 
 def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
-    for row in source.rows():  # under `stop`, `InputFile` has found that all are good
+    for row in source.rows():  # with `stop`, `InputFile` has checked that all rows are good
         if isinstance(row, BadRow):
             skipped.add(row)
         else:
@@ -209,54 +211,56 @@ def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
 
 
 def window_rows(model: Engine, allowed: Allowed | None) -> int:
-    """Returns how many rows are decoded together."""
+    """Returns the number of rows to decode together."""
     most = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
-    if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each
+    if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each choice
         most = max(1, most * WINDOW_LABELS // len(allowed.labels))
     return most
 
 
 def decode_window(
     model: Engine,
-    asking: Asking,
+    prompting: Prompting,
     window: list[Example],
     counts: MutableMapping[str, int],
     update: Callable[[int], None] | None,
     allowed: Allowed | None,
 ) -> list[dict[str, Any]]:
-    """Returns what is written of each row of a window, and adds to the counts of the summary.
+    """Returns the output fields of each row of a window, and adds to the summary's counts.
 
     Args:
         model: opened by `open_engine`.
-        asking: of `how_to_ask`.
+        prompting: of `prompting_for`.
         window: the rows.
-        counts: `cut_inputs`, `unfinished`, ...; `unparsed` is counted only where it is there.
-        update: called with the number of rows of each batch whose label is done.
+        counts: `cut_inputs`, `unfinished`, ...; `unparsed` is counted only if it is a key.
+        update: called with the number of rows of each batch whose labels are decoded.
         allowed: of `allow`.
 
     Raises:
         NotFinite: the model gives NaN.
     """
     answers: list[dict[str, Any]] = [{"id": row.id} for row in window]
-    if asking.reads:
-        counts["incomplete_inputs"] += sum(bool(asking.lacks(row)) for row in window)
-    prompts = zip(*map(asking.prompts, window), strict=True)
+    if prompting.reads:
+        counts["incomplete_inputs"] += sum(bool(prompting.lacks(row)) for row in window)
+    prompts = zip(*map(prompting.prompts, window), strict=True)
     for i, texts in enumerate(prompts):
         encoded = [
-            encode_input(model.vocabulary, text, asking.input_length, asking.input_pair_of(row))
+            encode_input(
+                model.vocabulary, text, prompting.input_length, prompting.input_pair_of(row)
+            )
             for text, row in zip(texts, window, strict=True)
         ]
         inputs = [ids for ids, _ in encoded]
         if i == 0:
             counts["cut_inputs"] += sum(cut for _, cut in encoded)
-            found = label_rows(model, asking, allowed, window, inputs, update)
+            found = label_rows(model, prompting, allowed, window, inputs, update)
             for answer, label in zip(answers, found.answers, strict=True):
                 answer |= label
             counts["unfinished"] += found.unfinished
             if "unparsed" in counts:
                 counts["unparsed"] += found.unparsed
             continue
-        rationales, unfinished = explain_rows(model, asking, i, inputs)
+        rationales, unfinished = explain_rows(model, prompting, i, inputs)
         for answer, rationale in zip(answers, rationales, strict=True):
             answer[RATIONALE] = rationale
         counts["unfinished_rationales"] += unfinished

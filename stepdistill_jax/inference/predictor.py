@@ -1,4 +1,4 @@
-"""`load`: a trained model that is asked from Python, as `predict` asks it through files."""
+"""`load`: labels from a trained model in Python, as `predict` gives them for files."""
 
 import collections
 import dataclasses
@@ -16,17 +16,17 @@ from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import next_window, question
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import decode_window, window_rows
-from stepdistill_jax.inference.prompting import Asking, how_to_ask
+from stepdistill_jax.inference.prompting import Prompting, prompting_for
 
 _OF_A_CALL = ("choices", "choices_temperature")  # options that `Predictor.predict` takes itself
 
 
 def load(path: os.PathLike | str, **options: Any) -> "Predictor":
-    """Opens a trained model to be asked from Python.
+    """Opens a trained model for use from Python.
 
     Args:
         path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
-        **options: fields of `DecodeOptions`, such as `step` and `batch_size`, but for `choices` and
+        **options: fields of `DecodeOptions`, such as `step` and `batch_size`, except `choices` and
             `choices_temperature`.
 
     Raises:
@@ -37,15 +37,15 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
 
 
 class Predictor:
-    """A trained model; several threads may ask it, and take turns.
+    """A trained model; several threads may use it, one at a time.
 
-    What JAX compiles for a number of rows and a length of text is kept: the first call waits for it,
-    later ones do not.
+    The first call for a number of rows and a length of text compiles a program, which later calls
+    reuse.
 
     Attributes:
         path: the directory that it came from.
         step: of the checkpoint; None where the directory holds one model only.
-        labels: that the task has, where they are few; else empty.
+        labels: of the task, where they are few; else empty.
     """
 
     def __init__(self, engine: Engine, options: DecodeOptions):
@@ -54,7 +54,7 @@ class Predictor:
         self._turn = threading.Lock()
         self.path: pathlib.Path = engine.path
         self.step: int | None = engine.step
-        self.labels: tuple[str, ...] = how_to_ask(engine, options).labels
+        self.labels: tuple[str, ...] = prompting_for(engine, options).labels
 
     def predict(
         self,
@@ -64,33 +64,33 @@ class Predictor:
         choices: os.PathLike | str | Sequence[str] | None = None,
         choices_temperature: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """Returns what `inference.predict` writes of each row: `id`, `label`, `score`, ...
+        """Returns what `inference.predict` writes for each row: `id`, `label`, `score`, ...
 
         Args:
             rows: texts, or objects with the fields of `predict`'s input (`input`, `choices`, ...). A
-                row without an `id` has its number, from "1" on.
-            with_rationale: also decodes a rationale, for looking; the label does not depend on it.
+                row without an `id` gets its number, starting at "1".
+            with_rationale: also decodes a rationale, for inspection; the label does not depend on it.
             choices: the allowed answers, as in `DecodeOptions`: `row`, `labels`, a file or a list.
-                Then there are `probability` and `choices`, too.
-            choices_temperature: of these probabilities.
+                They add `probability` and `choices` to the result.
+            choices_temperature: of their probabilities.
 
         Raises:
-            InputError: bad options, or a bad row; names its number.
+            InputError: bad options, or a bad row, by its number.
         """
         if isinstance(rows, str | Mapping):
             raise InputError("`rows`: expected a list of texts or objects, got one; give [ROW]")
         given = {"choices": choices, "choices_temperature": choices_temperature}
         options = dataclasses.replace(self._options, **given)
-        asking = how_to_ask(self._engine, options, with_rationale=with_rationale)
-        allowed = allow(options, asking, self._engine)
+        prompting = prompting_for(self._engine, options, with_rationale=with_rationale)
+        allowed = allow(options, prompting, self._engine)
         checked = iter(
-            [checked_row(_fields(row, n), n, asking, allowed) for n, row in enumerate(rows, 1)]
+            [checked_row(_fields(row, n), n, prompting, allowed) for n, row in enumerate(rows, 1)]
         )
         answers, counts = [], collections.Counter()
         most = window_rows(self._engine, allowed)
         with self._turn:
             while window := next_window(checked, most):
-                answers += decode_window(self._engine, asking, window, counts, None, allowed)
+                answers += decode_window(self._engine, prompting, window, counts, None, allowed)
         return answers
 
 
@@ -105,26 +105,26 @@ def _fields(row: Any, number: int) -> Mapping[str, Any]:
 def checked_row(
     fields: Mapping[str, Any],
     number: int,
-    asking: Asking,
+    prompting: Prompting,
     allowed: Allowed | None,
     *,
     most_choices: int | None = None,
 ) -> Example:
-    """Returns the question of a row that is no line of a file.
+    """Returns the question of a row that does not come from a file.
 
     Args:
         fields: those of `predict`'s input.
-        number: of the row among those asked together, from 1.
-        asking: of `how_to_ask`.
+        number: of the row in its call, from 1.
+        prompting: of `prompting_for`.
         allowed: of `allow`.
-        most_choices: of the row's own; None is any number.
+        most_choices: of the row; None allows any number.
 
     Raises:
-        InputError: a field that is missing or of a wrong type, or choices that cannot be scored.
+        InputError: a field is missing or has the wrong type, or choices cannot be scored.
     """
     where = f"row {number}"
-    row = question(JsonRow(fields, where, number), asking.reads)
-    if absent := asking.lacks(row):
+    row = question(JsonRow(fields, where, number), prompting.reads)
+    if absent := prompting.lacks(row):
         raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
     if allowed is None:
         return row

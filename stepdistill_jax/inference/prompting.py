@@ -30,7 +30,7 @@ BARE_INPUT_LENGTH, BARE_LABEL_LENGTH, BARE_RATIONALE_LENGTH = 1024, 64, 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class Prompting:
     """How a model is asked.
 
     Attributes:
@@ -74,14 +74,14 @@ class Asking:
         return texts
 
 
-def how_to_ask(
+def prompting_for(
     model: LoadedModel | Engine,
     options: DecodeOptions | None = None,
     *,
     task: str | None = None,
     with_rationale: bool = False,
     data_dir: os.PathLike | str | None = None,
-) -> Asking:
+) -> Prompting:
     """What the model's `stepdistill.json` says, or the paper's habits where it has none.
 
     Args:
@@ -114,7 +114,7 @@ def how_to_ask(
         dataset = open_prepared(task, data_dir)
         metric, labels = dataset.metric, dataset.labels
         input_pair = input_pair or (info is None and INPUT_PAIR in dataset.fields)
-    return Asking(
+    return Prompting(
         tuple(chosen),
         options.prefix,
         info.input_length if info else BARE_INPUT_LENGTH,
@@ -125,14 +125,14 @@ def how_to_ask(
     )
 
 
-def how_to_explain(
+def rationale_prompting_for(
     model: LoadedModel | Engine, options: DecodeOptions | None = None
-) -> Asking | None:
-    """Returns `how_to_ask` with the rationale; None of a model that gives none, or in its answer only."""
+) -> Prompting | None:
+    """Returns `prompting_for` with the rationale; None of a model that gives none, or in its answer only."""
     objectives = model.task_info.objectives if model.task_info else BARE_OBJECTIVES
     if not any(o.name == RATIONALE for o in objectives[1:]):
         return None
-    return how_to_ask(model, options, with_rationale=True)
+    return prompting_for(model, options, with_rationale=True)
 
 
 def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:

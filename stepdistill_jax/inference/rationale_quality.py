@@ -74,7 +74,7 @@ def references(example: Example) -> list[str]:
     return [example.rationale] if example.rationale else []
 
 
-class RationaleTally:
+class RationaleCounts:
     """Figures over rows in any order, in bounded memory."""
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):

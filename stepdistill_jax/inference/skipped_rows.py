@@ -1,4 +1,4 @@
-"""Rows that `on_error=skip` left out: the first ones are said, all are listed beside the output."""
+"""Rows that `on_error=skip` left out: the first are logged, all are listed next to the output."""
 
 import contextlib
 import json
@@ -16,23 +16,23 @@ from stepdistill_jax.runtime.streams import StreamedFile
 
 LIST = Made("predict", b'{"line": ', ("line", "error"))
 SHOWN = 20
-_MOST_CHARS = 500  # of a message: it may quote the names of all fields
+_MOST_CHARS = 500  # of a logged message, which may quote the names of all fields
 
 
 def skipped_of(output: os.PathLike | str) -> pathlib.Path:
-    """The list beside an output: JSON lines `line`, `error`."""
+    """Path of the list next to an output: JSON lines `line`, `error`."""
     output = local_path(output, "output")
     return output.with_name(output.name + ".skipped.jsonl")
 
 
 class SkippedRows:
-    """Counts bad rows; process 0 also says and lists them.
+    """Counts bad rows; process 0 also logs and lists them.
 
-    A run that goes on reads the input from its start, so the list is always made anew. It gets its
-    name with the output, and is there only where rows were skipped.
+    A resumed run reads the input from its start, so the list is always rewritten. It gets its final
+    name together with the output, and exists only if rows were skipped.
 
     Attributes:
-        count: of them so far.
+        count: bad rows so far.
     """
 
     def __init__(self, output: os.PathLike | str):
@@ -41,7 +41,7 @@ class SkippedRows:
         self.count = 0
 
     def add(self, bad: BadRow) -> None:
-        """One more."""
+        """Adds a bad row."""
         self.count += 1
         if jax.process_index() != 0:
             return
@@ -55,17 +55,17 @@ class SkippedRows:
         self._file.write(json.dumps(row).encode() + b"\n")
 
     def finish(self) -> None:
-        """Names the list, or removes that of a former output; on process 0, right before the output."""
+        """Gives the list its final name, or removes the list of an older output; on process 0, right before the output."""
         if self._file is None:
             self.path.unlink(missing_ok=True)
-            partial_of(self.path).unlink(missing_ok=True)  # of a run that was killed
+            partial_of(self.path).unlink(missing_ok=True)  # left by a run that was killed
             return
         self._file.finish()
-        self._file = None  # from the output's last rename on, another run may have its own
+        self._file = None  # after the output's rename, another run may write its own list
         log(f"{self.count} bad rows were skipped; all are listed in {self.path}")
 
     def close(self) -> None:
-        """Removes a list that was not finished."""
+        """Removes an unfinished list."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # of a full disk, which was told
+            with contextlib.suppress(OSError):  # a full disk, which was reported already
                 self._file.discard()

@@ -21,20 +21,20 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
-MORE_DEVICES = (2, 4)  # times as many are tried
-MORE_WORK = 1.25  # times the FLOPs that slices and devices may cost by rounding rows up
+MORE_DEVICES = (2, 4)  # multiples of the devices that are tried
+MORE_WORK = 1.25  # factor by which rounding up rows for slices and devices may raise the FLOPs
 _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 3, 4, 6, 8, 12, ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The candidate that advice starts from, which does not fit.
+    """The candidate that does not fit, from which advice starts.
 
     Attributes:
         config: of the run.
-        target: that it was compiled for.
+        target: the devices it was compiled for.
         found: the candidate.
-        layout: its own; `given` where the user chose it.
+        layout: of the candidate; `given` if the user chose it.
     """
 
     config: TrainConfig
@@ -45,22 +45,22 @@ class Base:
 
     @property
     def policy(self) -> str:
-        """Remat policy of the candidate; of one that was not compiled, what leaves the most room."""
+        """Remat policy of the candidate; if it was not compiled, the policy that saves the most memory."""
         return self.found.get("remat_policy", REMAT_POLICIES[-1])
 
     @property
     def most_flops(self) -> float:
-        """FLOPs of a step that other slices or devices may have."""
+        """Most FLOPs of a step that a change of slices or devices may lead to."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
 
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
-    """Returns what fits with one setting changed or, where none does, with all that save memory.
+    """Returns candidates that fit with one setting changed or, if none does, with all that save memory.
 
     Args:
-        base: what does not fit.
-        more_devices: the target's devices and then others, to compile for more of them.
+        base: the candidate that does not fit.
+        more_devices: the target's devices followed by further ones, to compile for more devices.
 
     Returns:
         Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. More
@@ -77,7 +77,7 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _single(base: Base) -> Iterator[dict[str, Any]]:
-    """Changes of one setting each."""
+    """Yields changes of one setting each."""
     config = base.config
     if base.given:  # otherwise the policies are candidates
         stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
@@ -86,7 +86,7 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
     if isinstance(optimizer, OptimizerFunction):
         yield {"optimizer": "adafactor"}
     elif optimizer.name == "adamw" and optimizer.mu_dtype == "float32":
-        if not optimizer.eps_before_correction:  # else the part of Adafactor is refused
+        if not optimizer.eps_before_correction:  # otherwise the Adafactor part is refused
             yield {"optimizer": "adafactor"}
         yield {"mu_dtype": "bfloat16"}
     on_cpu = base.target.devices[0].platform == "cpu"  # which widens bfloat16: nothing to measure
@@ -96,14 +96,16 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns how many slices to try: at most two numbers, which add no empty rows to speak of."""
+    """Returns at most two numbers of slices to try, which add hardly any empty rows."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
     counts = [k for k in _COUNTS if config.num_microbatches < k <= most]
     sizes = base.found.get("per_device", {})
     enough = counts[-1:]
-    if "activations" in sizes:  # where to begin: a slice's activations, its gradients and their sum
+    if (
+        "activations" in sizes
+    ):  # the first to try: a slice's activations, its gradients and their sum must fit
         fixed = sizes["arguments"] + 2 * sizes["gradients"]
         part = sizes["activations"] * config.num_microbatches
         enough = [k for k in counts if fixed + part / k <= base.target.limit] or enough
@@ -112,7 +114,7 @@ def _slices(base: Base) -> list[int]:
 
 
 def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Compiles the base with changes; None where its state alone is too large then."""
+    """Compiles the base with changes; None if the state alone is then too large."""
     config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
     target = base.target
     if "dtype" in changes:
@@ -127,7 +129,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config with what changes say of more than the model."""
+    """Returns the config with the changes that concern more than the model."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -139,10 +141,10 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the changes that each save memory together; None where that does not fit.
+    """Compiles all changes that save memory by themselves together; None if that does not fit.
 
-    Where the base has no size all changes are taken: its state is too large, or the TPU compiler
-    refused it.
+    If the base has no size (its state is too large, or the TPU compiler refused it), all changes are
+    taken.
     """
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:
@@ -158,7 +160,7 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the layout of least work, other than the base's, and of the least state of these."""
+    """Compiles the layout with the least work, other than the base's; the least state breaks ties."""
     config, target = base.config, base.target
 
     def work_and_state(item: tuple[str, Layout]) -> tuple[float, int]:
@@ -181,10 +183,10 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """The base's config on the fewest of more devices that it fits, if it does without empty rows."""
+    """Returns the base's config on the fewest further devices that it fits, if without empty rows."""
     config, name = base.config, base.found["name"]
     if base.given and name not in LAYOUTS:
-        return  # sizes of just so many devices
+        return  # sizes for exactly that many devices
     for times in MORE_DEVICES:
         count = times * len(base.target.devices)
         if count > len(devices):

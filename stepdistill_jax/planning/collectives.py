@@ -1,4 +1,4 @@
-"""What a compiled step sends between devices."""
+"""Data that a compiled step sends between devices."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from stepdistill_jax.planning.hlo import Instruction, Module
 from stepdistill_jax.planning.runs import runs
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# the TPU compiler's name for an all-reduce of which each device keeps its part
+# the TPU compiler's name for an all-reduce whose result stays cut over the devices
 _FUSED_SCATTER = "all-reduce-scatter"
 
 
@@ -20,11 +20,11 @@ class Collective:
 
     Attributes:
         kind: of `KINDS`.
-        count: runs in a step.
+        count: number of runs in a step.
         result_bytes: of one run on one device.
         group: devices that take part together.
         shares: dtype, as HLO writes it -> its share of the result's bytes.
-        op_name: where in the model it comes from; empty where XLA does not say.
+        op_name: the place in the model that it comes from; empty if XLA does not name it.
     """
 
     kind: str
@@ -41,13 +41,13 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step, by ring algorithms: none over a group of one."""
+        """Bytes that a device sends in a step by ring algorithms; 0 in a group of one."""
         share = (self.group - 1) / self.group
         factor = {
             "all-gather": share,
             "all-to-all": share,
             "all-reduce": 2 * share,
-            "reduce-scatter": self.group - 1.0,  # the result is one part of what is summed
+            "reduce-scatter": self.group - 1.0,  # the result is one part of the sum
             "collective-permute": 1.0,
         }[self.kind]
         return self.bytes * factor
@@ -56,15 +56,15 @@ class Collective:
 def collectives(
     module: Module, num_devices: int, *, unknown_trips: int | None = None
 ) -> tuple[list[Collective], int]:
-    """Collectives of a compiled module over more than one device, largest first.
+    """Returns the collectives of a compiled module over more than one device, largest first.
 
     Args:
         module: of the optimised program (`compiled.as_text()`).
-        num_devices: of the mesh; the group of an operation that names none.
+        num_devices: of the mesh; the group size of an operation that names no group.
         unknown_trips: as for `runs`.
 
     Returns:
-        The operations, and the number of loops with a collective whose length is not known.
+        The operations, and the number of loops of unknown length with a collective.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
@@ -81,13 +81,13 @@ def collectives(
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """The kind of a collective, started or whole; None for anything else."""
+    """Returns the kind of a collective, synchronous or started; None for anything else."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """`count`, `bytes` (results) and `wire_bytes` of a step on one device, per kind."""
+    """Returns `count`, `bytes` (results) and `wire_bytes` of a step on one device, per kind."""
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
@@ -98,9 +98,9 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """`kind`, `dtype`, `count`, `bytes` and `wire_bytes` of a step on one device, largest first.
+    """Returns `kind`, `dtype`, `count`, `bytes` and `wire_bytes` of a step on one device, largest first.
 
-    XLA combines small ones: one that has arrays of two dtypes counts in the rows of both.
+    XLA combines small collectives; one with arrays of two dtypes counts in the rows of both.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:
@@ -124,7 +124,7 @@ def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
 def _operation(instruction: Instruction, kind: str, times: int, num_devices: int) -> Collective:
     results = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # the started form gives its operands first, then as many results, then what it needs itself
+        # the started form returns its operands, then as many results, then its own state
         count = len(instruction.operands)
         results = results[count : 2 * count]
     size = sum(array.data_bytes for array in results)
@@ -150,7 +150,7 @@ def _as_scatter(c: Collective) -> Collective:
 
 
 def _group(attributes: str, num_devices: int) -> int:
-    """Devices of one group, from any of the three ways in which HLO writes them."""
+    """Returns the devices of one group, from any of the three notations of HLO."""
     groups = attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return listed.group(1).count(",") + 1
@@ -158,7 +158,7 @@ def _group(attributes: str, num_devices: int) -> int:
         return int(iota.group(2))
     if mesh := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", groups):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
-        # 'axis' is all of it, 'axis':(1)2 a part of two
+        # 'axis' is the whole axis, 'axis':(1)2 a part of size 2
         return math.prod(
             int(part) if part else sizes[name]
             for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))

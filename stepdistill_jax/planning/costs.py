@@ -1,4 +1,4 @@
-"""What one operation of a compiled module costs: FLOPs, bytes of main memory, element operations."""
+"""Cost of one operation of a compiled module: FLOPs, bytes of main memory, element operations."""
 
 import collections
 import dataclasses
@@ -10,14 +10,14 @@ import numpy as np
 from stepdistill_jax.models.kernel_costs import formula_of
 from stepdistill_jax.planning.hlo import Array, Computation, Instruction, Module
 
-# nothing runs for these
+# these run nothing
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
     "partition-id", "replica-id", "add-dependency", "domain",
 }  # fmt: skip
-# custom calls that are marks of the compiler
+# custom calls that are only marks of the compiler
 MARKS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
-# inside a fusion these move elements and compute none
+# inside a fusion these move elements and compute nothing
 _MOVES = {
     "broadcast", "reshape", "transpose", "copy", "dot", "convolution", "slice", "dynamic-slice",
     "dynamic-update-slice", "concatenate", "pad", "iota", "fusion", "call", "custom-call", "gather",
@@ -29,13 +29,13 @@ _COPIES = ("copy-start", "slice-start", "dynamic-slice-start")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one run of an operation on one device.
+    """Cost of one run of an operation on one device.
 
     Attributes:
         products: FLOPs by (dtype of the factors, precision).
         bytes: of main memory, read and written.
         integer, other: element operations.
-        known: false where it is a custom call without a formula, counted by its bytes.
+        known: false for a custom call without a formula, whose bytes alone are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -46,7 +46,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Of all products."""
+        """FLOPs of all products."""
         return sum(self.products.values())
 
 
@@ -54,18 +54,18 @@ class Costs:
     """Costs of a module's operations."""
 
     def __init__(self, module: Module, *, spaces_on_chip: bool):
-        """Of a parsed module.
+        """Takes a parsed module.
 
         Args:
             module: optimised.
-            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU; else
-                all are main memory.
+            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU;
+                otherwise all are main memory.
         """
         self._module = module
         self._on_chip = spaces_on_chip
 
     def of(self, computation: Computation, instruction: Instruction) -> Cost:
-        """Cost of an instruction that runs by itself."""
+        """Returns the cost of an instruction that runs by itself."""
         if instruction.opcode == "custom-call" and instruction.target in MARKS:
             return Cost()
         operands = computation.operands(instruction)
@@ -108,7 +108,7 @@ class Costs:
     # element operations
 
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
-        """(integer, other): sizes of the results of arithmetic; a reduction's of what it reads."""
+        """Returns (integer, other): result sizes of arithmetic; for a reduction, the size that it reads."""
         totals = [0.0, 0.0]
         if instruction.opcode in ("fusion", "call"):
             for inner in self._module.called(instruction):
@@ -130,7 +130,7 @@ class Costs:
     def _bytes(self, instruction: Instruction, operands: list[Instruction]) -> float:
         opcode, results = instruction.opcode, instruction.arrays
         if opcode == "custom-call" and len(results) > 1:
-            # a library's workspace is allocated, not necessarily touched
+            # a library's workspace is allocated but not necessarily used
             results = tuple(array for array in results if array.dtype not in _WORKSPACE)
         written = sum(map(self._in_memory, results))
         if opcode in _SLICES:
@@ -139,7 +139,9 @@ class Costs:
             return 2 * self._in_memory(operands[1].arrays[0])
         if opcode == "scatter":
             return 2 * sum(map(self._in_memory, operands[-1].arrays)) + written
-        if opcode in _COPIES:  # (destination, source, ...): what arrives, on each side in memory
+        if (
+            opcode in _COPIES
+        ):  # (destination, source, ...): counts the moved bytes once for each side in main memory
             ends = results[:2]
             moved = min(array.bytes for array in ends)
             return sum(moved for array in ends if self._in_memory(array))
@@ -156,7 +158,7 @@ class Costs:
         total, in_place = 0.0, set()
         for one, array in zip(roots, instruction.arrays, strict=False):
             one = _source(inner, one)
-            if one.opcode == "dynamic-update-slice":  # the rest of the operand stays where it is
+            if one.opcode == "dynamic-update-slice":  # the rest of the operand stays in place
                 update = inner.by_name[one.operands[1]].arrays[0]
                 total += min(update.bytes, array.bytes) if self._in_memory(array) else 0
                 in_place.add(_source(inner, inner.by_name[one.operands[0]]).name)
@@ -170,13 +172,13 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Bytes of a fusion's operand that are read: of one that is only sliced, the slices."""
+        """Returns the bytes of a fusion's operand that are read: only the slices, if it is only sliced."""
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
             if user.opcode in _SLICES and place == 0:
                 source = inner.by_name[user.operands[0]].arrays[0]
-                # of its own dtype, which a conversion before the slice changes
+                # in the operand's dtype, which a conversion before the slice may change
                 total += user.arrays[0].bytes * parameter.arrays[0].bytes / source.bytes
             elif user.opcode == "fusion" and (callee := self._module.called(user)):
                 total += self._read(callee[0], callee[0].parameters[place])
@@ -195,14 +197,14 @@ def _uses(inner: Computation, name: str):
 
 
 def _source(inner: Computation, instruction: Instruction) -> Instruction:
-    """What a value is but for its type and layout."""
+    """Returns the instruction behind bitcasts and conversions of a value."""
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         instruction = inner.by_name[instruction.operands[0]]
     return instruction
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Whether XLA calls something that is neither a product nor a mark of its own."""
+    """Returns whether an instruction calls a kernel: neither a library's product nor a compiler's mark."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 
@@ -212,7 +214,7 @@ def _is_gemm(instruction: Instruction) -> bool:
 
 
 def _flops(computation: Computation, instruction: Instruction) -> float:
-    """FLOPs of a product; 0 of anything else."""
+    """Returns the FLOPs of a product; 0 for anything else."""
     if instruction.opcode == "dot":
         return _dot_flops(computation, instruction, instruction.axes("lhs_contracting_dims"))
     if instruction.opcode == "convolution":
@@ -237,9 +239,10 @@ def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """The TPU compiler writes products as convolutions; batch dimensions become spatial ones.
+    """Returns the FLOPs of a convolution, as which the TPU compiler writes products.
 
-    Only pairs of a kernel's place and an input's place that both exist are multiplied.
+    Batch dimensions become spatial ones. Only pairs of kernel and input positions that both exist
+    are multiplied.
     """
     left, right = (computation.by_name[name].arrays[0] for name in convolution.operands[:2])
     out = convolution.arrays[0]
@@ -251,7 +254,7 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
     pairs, axes = 1, [label for label in of_out if label.isdigit()]
 
     def number(field: str, axis: int, default: int) -> int:
-        """`size=1x16` or `pad=0_0x15_15`, of which the low end."""
+        """Reads `size=1x16` or the low end of `pad=0_0x15_15`."""
         return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
 
     for i, label in enumerate(axes):

@@ -1,4 +1,4 @@
-"""What decoding a batch of labels takes at least on chips that are not here."""
+"""Lower bound of the time to decode a batch of labels, on chips that need not be here."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import max_decode_len
 from stepdistill_jax.training.step import in_mesh
 
-ASSUMED_TOKENS = 8  # of a label with its end of sequence
+ASSUMED_TOKENS = 8  # tokens of a label with its end of sequence
 
 
 def plan_decode(
@@ -45,17 +45,17 @@ def plan_decode(
     hbm: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles the greedy decoder of a validation for a topology, and says what a batch takes.
+    """Compiles the greedy decoder of a validation for a topology, and returns the cost of a batch.
 
-    All rows are counted to the last token: a label that ends early saves the rest.
+    All rows count up to the last token; a label that ends early saves the rest.
 
     Args:
         config: of the run; its dtype is that of the activations.
         topology: as for `plan`.
         layout: of the mesh, by name, also such as `fsdp_tensor 4x2`, or by sizes; None is the config's.
-        rows: decoded at once, on all devices together; None is 64 for each that has its own. A GPU
-            decodes at least 8.
-        quantization: `int8` is of kernels in int8; None as the config's `dtype` multiplies them.
+        rows: decoded at once, on all devices together; None is 64 for each device with rows of its
+            own. A GPU decodes at least 8.
+        quantization: `int8` for int8 kernels; None for kernels in the config's `dtype`.
         hbm: as for `plan`.
         data_dir: of prepared datasets.
 
@@ -70,7 +70,7 @@ def plan_decode(
     """
     if topology is None:
         raise InputError(
-            "`decode`: give `topology`, such as cuda:8: a CPU's program says nothing of other devices"
+            "`decode`: needs `topology`, such as cuda:8: a CPU's program says nothing about other devices"
         )
     if rows is not None:
         whole("rows", rows, 1)
@@ -79,7 +79,7 @@ def plan_decode(
     began, devices = time.perf_counter(), topology_devices(topology)
     assumptions: list[str] = []
     data = prepared(config, data_dir)
-    # as a validation's: adapters are merged, and a kernel is of training alone
+    # as in a validation: adapters are merged, and attention kernels are for training only
     model = dataclasses.replace(
         model_of(config, data, assumptions),
         lora=None,
@@ -102,7 +102,7 @@ def plan_decode(
         raise InputError(f"the decoder does not fit: {error}") from None
     log(f"compiled in {time.perf_counter() - began:.1f} s")
     memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())
-    assert memory is not None  # of both compilers
+    assert memory is not None  # both compilers provide it
     kind = devices[0].device_kind
     arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     total = arguments + temp + memory.output_size_in_bytes
@@ -110,8 +110,8 @@ def plan_decode(
     limit = size * usable_share(devices[0])
     operations, _ = collectives(hlo, mesh.size, unknown_trips=tokens)
     found = bound_on(hlo, mesh, tokens)
-    assert found is not None  # a topology's chips are known
-    # a token more, since of no token the loop has no length
+    assert found is not None  # the chips of a topology are known
+    # one token more: with 0 tokens the loop would have no length
     longer = bound_on(hlo, mesh, tokens + 1)
     assert longer is not None
     wire_bytes = sum(c.wire_bytes for c in operations)
@@ -143,7 +143,7 @@ def plan_decode(
 def _lower(
     model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
 ) -> tuple[jax.stages.Lowered, int]:
-    """The decoder lowered for a batch, and the bytes of its parameters on one device."""
+    """Returns the decoder lowered for a batch, and the bytes of its parameters on one device."""
     boxed = abstract_params(model)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -1,4 +1,4 @@
-"""Devices to compile for that are not there: virtual CPU devices, a TPU slice, or the H100s of a host."""
+"""Devices to compile for that need not exist: virtual CPU devices, a TPU slice, or a host's H100s."""
 
 import importlib.util
 import os
@@ -10,31 +10,31 @@ import jax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.chips import chip_of
 
-# What libtpu asks a TPU machine for; without answers it looks for them on the network, and complains.
-# They do not decide what is compiled: the topology's name does.
+# What libtpu asks a TPU machine for; without answers it searches the network and logs errors. The values
+# do not affect compilation: the topology's name does.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
-    # or a second plan on this machine aborts: libtpu guards a TPU, and there is none
+    # without it a second plan on this machine aborts: libtpu locks a TPU that does not exist
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
 DEFAULT_HBM = 80 * 10**9  # an A100 or H100
 GPU = "cuda"  # the kind of a topology such as `cuda:8`
-MOST_GPUS = 8  # of a host, all joined by NVLink
+MOST_GPUS = 8  # of one host, all connected by NVLink
 GPU_TARGET = pathlib.Path(__file__).with_name("h100_sxm.txtpb")
-# the share of a GPU's memory that JAX takes, unless one of these says another
+# share of a GPU's memory that JAX takes, unless one of these variables is set
 DEFAULT_FRACTION = 0.75
 _FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def memory_fraction() -> float:
-    """The share of a GPU's memory that JAX takes: three quarters, or what the environment says.
+    """Returns the share of a GPU's memory that JAX takes: three quarters, or the environment's value.
 
     Raises:
-        InputError: `XLA_CLIENT_MEM_FRACTION` or its older name is no share.
+        InputError: `XLA_CLIENT_MEM_FRACTION` or its older name is not a share.
     """
     name = next((name for name in _FRACTION if os.environ.get(name)), None)
     if name is None:
@@ -49,34 +49,35 @@ def memory_fraction() -> float:
 
 
 def memory_of(kind: str, hbm: int | None) -> int:
-    """Bytes of a device: as given, else as its chip has, else those of an A100 or H100."""
+    """Returns the bytes of a device: as given, or of its chip, or of an A100 or H100."""
     chip = chip_of(kind)
     return hbm or (DEFAULT_HBM if chip is None else chip.memory)
 
 
 def usable_share(device: Any) -> float:
-    """How much of a device's memory a step may take.
+    """Returns the share of a device's memory that a step may take.
 
-    The TPU compiler lays out all that a step holds, and refuses what has no room. JAX takes a share
-    of a GPU and no more, whatever the compiler says; a virtual device stands for a GPU.
+    The TPU compiler places everything that a step holds and refuses a step that does not fit. On a
+    GPU, JAX takes only a share of the memory, whatever the compiler says; a virtual device stands for
+    a GPU.
     """
     return 1.0 if device.platform == "tpu" else memory_fraction()
 
 
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
-    """CPU devices, at least `count`, which this makes where JAX has none yet: then `most`.
+    """Returns at least `count` CPU devices; makes `most` if JAX has no devices yet.
 
-    JAX fixes its devices when the first one is asked for: call this before anything else does, or in
-    a process that already has as many.
+    JAX fixes its devices on first use: call this before anything else uses them, or in a process that
+    already has enough.
 
     Raises:
-        InputError: JAX has devices, and not so many.
+        InputError: JAX already has devices, but too few.
     """
     most = most or count
     try:
         jax.config.update("jax_num_cpu_devices", most)
         jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:  # devices are there
+    except RuntimeError:  # devices exist already
         pass
     devices = jax.devices("cpu")
     if len(devices) < count:
@@ -88,13 +89,13 @@ def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Devices of `v5e:8x8` (a TPU slice) or `cuda:8` (H100s of a host), to compile for without them.
+    """Returns devices of `v5e:8x8` (a TPU slice) or `cuda:8` (a host's H100s), to compile for without them.
 
     Raises:
-        InputError: the compiler is not installed, or knows no such topology.
+        InputError: the compiler is not installed, or does not know the topology.
     """
     kind, _, sizes = name.partition(":")
-    # arrays that are really made, such as a random key, stay on the CPU
+    # real arrays, such as a random key, stay on the CPU
     if kind == GPU:
         return _gpus(name, sizes)
     if importlib.util.find_spec("libtpu") is None:
@@ -125,12 +126,12 @@ def _gpus(name: str, count: str) -> list[Any]:
             f"`topology` {name}: the compiler for NVIDIA GPUs is not installed (about 3 GB; no GPU is"
             " needed); pip install 'stepdistill-jax[aot-cuda]'"
         )
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it looks for a driver
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin looks for a driver
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     target = GPU_TARGET.read_text(encoding="utf-8")
-    # slices x hosts x devices of each
+    # slices x hosts x devices of a host
     found = topologies.get_topology_desc(
         platform=GPU, target_config=target, topology=f"1x1x{int(count)}"
     )
@@ -138,7 +139,7 @@ def _gpus(name: str, count: str) -> list[Any]:
 
 
 def _found(module: str) -> bool:
-    """Whether a module is installed, whose package may not be."""
+    """Returns whether a module is installed; its parent package may be missing."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

@@ -1,4 +1,4 @@
-"""An optimised module of XLA, read from its text: computations, instructions and shapes."""
+"""An optimised XLA module, parsed from its text: computations, instructions and shapes."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ class Array:
         dtype: as HLO writes it: `bf16`, `f32`, `pred`, ...
         dims: sizes; () is a scalar.
         layout: `{1,0:T(8,128)(2,1)S(1)}`: dimensions from the fastest to the slowest, tiles and
-            memory space; empty where the text has none.
+            memory space; empty if the text has none.
     """
 
     dtype: str
@@ -44,12 +44,12 @@ class Array:
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of the elements."""
         return self.size * bits(self.dtype) // 8
 
     @property
     def bytes(self) -> int:
-        """Bytes that it takes, the filling of its tiles included.
+        """Bytes in memory, including the padding of tiles.
 
         Example: bf16[100,200]{1,0:T(8,128)(2,1)} takes 104 x 256 x 2 bytes.
         """
@@ -78,9 +78,9 @@ class Instruction:
         name: without `%`.
         opcode: `fusion`, `custom-call`, `while`, ...
         arrays: of the result; those of a tuple in order, nested ones flattened.
-        operands: names, in the same computation.
+        operands: names of instructions of the same computation.
         inside: the text between the parentheses after the opcode.
-        attributes: the text behind them.
+        attributes: the text after them.
         is_root: whether the computation returns it.
     """
 
@@ -94,19 +94,19 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the model it comes from, as JAX says; empty where it does not."""
+        """Place in the model that it comes from, by JAX's names; empty if JAX gives none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def target(self) -> str:
-        """Of a custom call, what is called."""
+        """Name that a custom call calls."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs; not a loop's condition."""
+        """Names of the computations that it runs, without a loop's condition."""
         if self.opcode in ("async-update", "async-done"):  # the start runs it
             return []
         names = []
@@ -115,7 +115,7 @@ class Instruction:
         return names
 
     def axes(self, attribute: str) -> list[int]:
-        """Numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+        """Returns the numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
         found = re.search(rf"\b{attribute}=\{{([\d,]+)\}}", self.attributes)
         return [int(axis) for axis in found.group(1).split(",")] if found else []
 
@@ -138,17 +138,17 @@ class Computation:
         self.by_name[instruction.name] = instruction
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions that give its operands; one that the text lacks is left out."""
+        """Returns the instructions of the operands, without any that the text lacks."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """What is returned."""
+        """The instruction whose result is returned."""
         return next((i for i in self if i.is_root), self.instructions[-1])
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In order of their numbers."""
+        """Parameters, in order of their numbers."""
         found = [i for i in self if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.inside or 0))
 
@@ -167,7 +167,7 @@ class Module:
     """All computations of a module."""
 
     def __init__(self, text: str | None):
-        """Parses `compiled.as_text()`, which all our backends have."""
+        """Parses `compiled.as_text()`, which all our backends provide."""
         assert text is not None
         self.computations: dict[str, Computation] = {}
         self.entry = Computation("")
@@ -183,11 +183,11 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """The computations that it runs and the text has."""
+        """Returns the computations that an instruction runs, as far as the text has them."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:
-        """Instructions of a computation and of the fusions and calls in it, at any depth."""
+        """Yields the instructions of a computation and of the fusions and calls in it, at any depth."""
         for instruction in computation:
             yield instruction
             if instruction.opcode in ("fusion", "call"):
@@ -196,7 +196,7 @@ class Module:
 
 
 def _instruction(line: str) -> Instruction:
-    """`ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
+    """Parses `ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
     is_root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     if rest.startswith("("):
@@ -218,7 +218,7 @@ def _instruction(line: str) -> Instruction:
     )
 
 
-@functools.lru_cache(maxsize=10_000)  # few layouts, many lines
+@functools.lru_cache(maxsize=10_000)  # cached: many lines share few layouts
 def _arrays(text: str) -> tuple[Array, ...]:
     return tuple(
         Array(dtype, tuple(int(d) for d in dims.split(",")) if dims else (), layout)
@@ -227,7 +227,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Place of the parenthesis that closes the one at `start`; the end where there is none."""
+    """Returns the index of the parenthesis that closes the one at `start`; the end if there is none."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found.group() == "(" else -1

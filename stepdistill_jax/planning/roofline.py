@@ -1,8 +1,8 @@
-"""The least time of a compiled module on a chip: what its operations cost, none of them for free.
+"""Lower bound of a compiled module's time on a chip, from the costs of its operations.
 
 The time of an operation is the largest of FLOPs / peak, bytes / bandwidth of the main memory, and element
 operations / rate of the vector units; the bound is the sum over operations, which a device runs one
-after the other. Links are counted apart: they work while the device computes.
+after the other. Links are counted separately, since they work while the device computes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from stepdistill_jax.planning.parts import part_of
 from stepdistill_jax.planning.runs import runs
 from stepdistill_jax.runtime.chips import Chip
 
-DEAREST = 12  # operations that are named
+DEAREST = 12  # operations that are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Operation:
     """One operation of a module and all its runs.
 
     Attributes:
-        instruction: as it is printed.
+        instruction: as printed.
         part: of the model.
-        times: runs of the module.
+        times: number of runs in a run of the module.
         cost: of one run.
-        products, memory, elements: seconds of one run by each of the three rates.
-        cycles: of one run, by the TPU compiler; 0 where it says nothing.
+        products, memory, elements: seconds of one run by each of the three limits.
+        cycles: of one run, as the TPU compiler estimates; 0 if it does not.
     """
 
     instruction: Instruction
@@ -44,17 +44,17 @@ class Operation:
 
     @property
     def seconds(self) -> float:
-        """Bound of all runs."""
+        """Lower bound of all runs."""
         return self.times * max(self.products, self.memory, self.elements)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """What one run of a module takes at least on one device.
+    """Lower bound of one run of a module on one device.
 
     Attributes:
         chip: that it was compiled for.
-        operations: that run, the dearest first.
+        operations: those that run, the most expensive first.
         unknown_loops: loops of unknown length, counted as one run.
     """
 
@@ -64,12 +64,12 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The bound."""
+        """The lower bound."""
         return sum(o.seconds for o in self.operations)
 
     @property
     def kernels(self) -> int:
-        """Operations that a device runs, one after the other."""
+        """Number of operations that a device runs, one after the other."""
         return sum(o.times for o in self.operations)
 
     @property
@@ -78,7 +78,7 @@ class Bound:
         return sum(o.times * o.cost.flops for o in self.operations)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; times in milliseconds."""
+        """Returns plain values; times in milliseconds."""
         return {
             "bound_ms": 1e3 * self.seconds,
             **_totals(self.operations),
@@ -104,12 +104,12 @@ class Bound:
 
 
 def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None = None) -> Bound:
-    """The bound of a module.
+    """Returns the bound of a module.
 
     Args:
         module: optimised for the chip.
-        chip: whose rates are counted with.
-        on_tpu: where memory spaces other than 0 are on the chip.
+        chip: whose rates are used.
+        on_tpu: whether memory spaces other than 0 are on the chip.
         unknown_trips: as for `runs`.
     """
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
@@ -143,7 +143,7 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Sums over all runs: amounts, and the milliseconds that each would take alone."""
+    """Returns sums over all runs: amounts, and the milliseconds that each would take alone."""
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),
         "bytes": sum(o.times * o.cost.bytes for o in operations),
@@ -155,7 +155,7 @@ def _totals(operations) -> dict[str, float]:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    """One of the dearest operations, in words."""
+    """Returns plain values of one of the most expensive operations."""
     instruction = operation.instruction
     arrays = instruction.arrays[:3]
     return {

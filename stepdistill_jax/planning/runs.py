@@ -1,7 +1,7 @@
-"""What a module runs, and how often.
+"""The instructions that a module runs, and how often.
 
-XLA prints a loop's body once: what lies in it counts as often as the loop runs. The loops over layers
-and slices have a length that is known when they are compiled.
+XLA prints a loop's body once; its instructions count as often as the loop runs. The lengths of loops
+over layers and slices are known at compile time.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ class Run:
     """An instruction that a device runs by itself, with the loops around it.
 
     Attributes:
-        computation: that it is in.
-        instruction: itself.
-        times: that it runs.
-        unknown_loop: name of a loop around it whose length is not known; None where all are.
+        computation: that contains it.
+        instruction: the instruction.
+        times: number of runs.
+        unknown_loop: name of an enclosing loop of unknown length; None if all lengths are known.
     """
 
     computation: Computation
@@ -32,11 +32,11 @@ class Run:
 
 
 def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
-    """What the entry runs, loops, calls and the largest branch of each conditional gone through.
+    """Returns what the entry runs, through loops, calls and the largest branch of each conditional.
 
     Args:
-        unknown_trips: how often the first loop of unknown length runs; others like it do not,
-            then: at each token a decoder's rows are in one of its loops. None: each runs once.
+        unknown_trips: how often the first loop of unknown length runs; similar loops then do not run,
+            since a decoder's rows are in only one of its loops at each token. None: each runs once.
     """
     seen: list[str] = []
 
@@ -65,10 +65,10 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 
 
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
-    """How often a `while` of the computation `around` runs, None where that is not known.
+    """Returns how often a `while` of the computation `around` runs, None if unknown.
 
-    As XLA noted it, else by the counter that its condition compares with a constant:
-    ceil((limit - start) / step), where what the text does not say is a start of 0 and steps of 1.
+    Uses XLA's note, or else the counter that the condition compares with a constant:
+    ceil((limit - start) / step), with start 0 and step 1 where the text has no value.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))
@@ -83,12 +83,12 @@ def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     found = _INDEX.search(read[0].attributes) if len(read) == 1 else None
     if found is None:
         return limits[0]
-    place = int(found.group(1))  # of the counter, in what the loop carries
+    place = int(found.group(1))  # index of the counter in the loop's carry
     return max(0, -(-(limits[0] - _start(around, loop, place)) // _step(body, place)))
 
 
 def _size(module: Module, computation: Computation) -> int:
-    """Elements that a computation makes, as if each loop in it ran once."""
+    """Returns the number of elements that a computation makes, each loop run once."""
     return sum(
         sum(array.size for array in instruction.arrays)
         + sum(_size(module, callee) for callee in module.called(instruction))
@@ -97,14 +97,14 @@ def _size(module: Module, computation: Computation) -> int:
 
 
 def _constant(instruction: Instruction) -> int | None:
-    """The value of a constant whole number, None of anything else."""
+    """Returns the value of a constant integer, None for anything else."""
     if instruction.opcode != "constant" or instruction.arrays[0].dtype not in ("s32", "u32"):
         return None
     return int(instruction.inside) if instruction.inside.isdigit() else None
 
 
 def _start(around: Computation, loop: Instruction, place: int) -> int:
-    """What a loop's counter is at first; 0 where the text does not say."""
+    """Returns the initial value of a loop's counter; 0 if the text has none."""
     given = around.by_name.get(loop.operands[0]) if loop.operands else None
     if given is None or given.opcode != "tuple" or place >= len(given.operands):
         return 0
@@ -113,7 +113,7 @@ def _start(around: Computation, loop: Instruction, place: int) -> int:
 
 
 def _step(body: Computation, place: int) -> int:
-    """What a loop adds to its counter; 1 where the text does not say."""
+    """Returns the step of a loop's counter; 1 if the text has none."""
     if body.root.opcode != "tuple" or place >= len(body.root.operands):
         return 1
     added = body.by_name[body.root.operands[place]]

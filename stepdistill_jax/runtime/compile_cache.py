@@ -14,7 +14,7 @@ FOLDER = ".jax_cache"
 MAX_BYTES = 4 * 2**30  # of our folder, least recently used first; a user's own has the user's bound
 
 
-def beside(workdir: os.PathLike | str) -> str:
+def folder_for(workdir: os.PathLike | str) -> str:
     """The folder for what is compiled for a workdir: in its parent, be that in an object store."""
     path = as_path(workdir)
     if not is_remote(path):

@@ -9,7 +9,7 @@ import threading
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.runtime.rendezvous import own_address, roll_call
+from stepdistill_jax.runtime.rendezvous import own_address, rendezvous
 
 ADDRESS, NUM_PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
@@ -80,7 +80,7 @@ def join() -> None:
                 if given
                 else own_address(host, port, timeout_secs)
             )
-        roll_call(
+        rendezvous(
             host,
             port,
             num_processes=job.num_processes,

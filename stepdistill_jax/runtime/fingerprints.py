@@ -30,7 +30,7 @@ def sha256(path: os.PathLike | str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def of_each(
+def digest_each(
     of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
 ) -> dict[str, T]:
     """A digest of a folder's files by name; several are read at once."""

@@ -14,7 +14,7 @@ REPLACED = "replaced"  # next to the new folder: the one whose place it takes
 
 
 @contextlib.contextmanager
-def folder_aside(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
+def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder to be filled and renamed to `target`; what is left at the end is removed.
 
     A writer that moves an older `target` to `REPLACED`, beside the new folder, gets it back unless
@@ -22,7 +22,7 @@ def folder_aside(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
 
     Args:
         target: in a folder that is there.
-        tag: of writers that may remove what a killed one of them left (`remove_left`).
+        tag: of writers that may remove what a killed one of them left (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:
@@ -34,7 +34,7 @@ def folder_aside(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def alone(
+def sole_writer(
     target: pathlib.Path, tag: str = "", *, name: object = None, wait: bool = False
 ) -> Iterator[None]:
     """One process at a time writes `target`; what killed ones left is removed first.
@@ -43,7 +43,7 @@ def alone(
 
     Args:
         target: a folder, which need not be there.
-        tag: of `folder_aside`.
+        tag: of `staged_folder`.
         name: what is written, for messages; None is `target`.
         wait: for another process, instead of refusing.
 
@@ -53,11 +53,11 @@ def alone(
     lock = target.with_name(f".{target.name}.lock")
     with locked(lock, name or target, wait=wait) as held:
         if held:
-            remove_left(target, tag)
+            remove_leftovers(target, tag)
         yield
 
 
-def remove_left(target: pathlib.Path, tag: str = "") -> None:
+def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
     """Removes what killed writers of `target` left, as they would have; no other may be at work."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
         with contextlib.suppress(OSError):  # another user's, who removes it with the next run

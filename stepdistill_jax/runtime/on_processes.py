@@ -35,7 +35,7 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     return result  # pyright: ignore[reportReturnType]
 
 
-def of_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
+def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
     """`action()` on every process; the result of each, a JSON value, by process, on all.
 
     Raises:

@@ -91,7 +91,7 @@ def check_outputs(
         for written, is_ours in ((path, made.wrote), (partial, made.begins)):
             check_plain(written)
             if os.path.exists(written) and written not in known and not is_ours(written):
-                raise stranger(written, made.by)
+                raise foreign_file(written, made.by)
         name = ""
 
 
@@ -157,10 +157,10 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
     for path in (folder / name for name in names):
         check_plain(path)
         if path.exists() and not (folder / index).exists():
-            raise stranger(path, made.by, f" (no {index} beside it)")
+            raise foreign_file(path, made.by, f" (no {index} beside it)")
 
 
-def stranger(path: _Path, by: str, why: str = "") -> InputError:
+def foreign_file(path: _Path, by: str, why: str = "") -> InputError:
     """The refusal of a file that is not ours to replace."""
     return InputError(
         f"{path}: is there and was not written by `{by}`{why}, so it is left as it is; move it away,"

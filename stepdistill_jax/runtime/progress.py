@@ -20,20 +20,20 @@ class Bar(Protocol):
         ...
 
 
-def write_names(by: Callable[[str], str]) -> None:
+def translate_names(by: Callable[[str], str]) -> None:
     """Lets a command write the parameters that messages of `log` name as its own flags."""
     global _written
     _written = by
 
 
-def written(message: str) -> str:
+def translated(message: str) -> str:
     """`message` with the parameters that it names as the running command takes them."""
     return _written(message)
 
 
 def log(message: str) -> None:
     """Prints a line on standard error; control characters of foreign text as their escapes."""
-    print(escaped(written(message)), file=sys.stderr, flush=True)
+    print(escaped(translated(message)), file=sys.stderr, flush=True)
 
 
 def format_values(values: dict[str, float]) -> str:

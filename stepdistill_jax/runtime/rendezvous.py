@@ -17,7 +17,7 @@ import time
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import sha256_of
 
-GREETING = "stepdistill-roll-call"
+GREETING = "stepdistill-rendezvous"
 _GREETING = re.compile(rf"{GREETING} ([0-9a-f]{{64}}) (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
 GO, MISSING, REFUSED, STRANGER = "go", "missing", "refused", "stranger"
 RETRY_SECS = 0.5
@@ -29,7 +29,7 @@ class ProcessesMissing(TimeoutError):
     """Processes of the job that did not come in time; the message is one line with their numbers."""
 
 
-def roll_call(
+def rendezvous(
     host: str,
     port: int,
     *,
@@ -59,10 +59,10 @@ def roll_call(
     token = sha256_of(secret or f"{host}:{port}")
     if process_id:
         greeting = f"{GREETING} {token} {num_processes} {process_id}\n"
-        _answer(host, port, greeting, num_processes, deadline, timeout_secs)
+        _greet(host, port, greeting, num_processes, deadline, timeout_secs)
         return
     with _listen(bind or own_address(host, port, timeout_secs), deadline) as server:
-        _call(server, token, num_processes, deadline, timeout_secs)
+        _collect(server, token, num_processes, deadline, timeout_secs)
 
 
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
@@ -113,7 +113,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
             time.sleep(RETRY_SECS)
 
 
-def _call(
+def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
     """Process 0: waits for the others and tells them the outcome."""
@@ -131,7 +131,7 @@ def _call(
             if not ready or not left:  # strangers who keep coming do not hold it up
                 missing = sorted(set(range(1, num_processes)) - present.keys())
                 message = _missing(missing, num_processes, timeout_secs)
-                _tell(present, f"{MISSING} {message}")
+                _send(present, f"{MISSING} {message}")
                 raise ProcessesMissing(message)
             for key, _ in ready:
                 if key.fileobj is server:
@@ -148,18 +148,18 @@ def _call(
                     leave(connection)
                     continue
                 if not hmac.compare_digest(greeting[1], token):
-                    _tell({-1: connection}, STRANGER)
+                    _send({-1: connection}, STRANGER)
                     leave(connection)
                     continue
                 count, number = int(greeting[2]), int(greeting[3])
                 if refusal := _refusal(count, number, num_processes, present):
-                    _tell({**present, -1: connection}, f"{REFUSED} {refusal}")
+                    _send({**present, -1: connection}, f"{REFUSED} {refusal}")
                     raise InputError(refusal)
                 present[number] = connection
-        _tell(present, GO)
+        _send(present, GO)
 
 
-def _answer(
+def _greet(
     host: str,
     port: int,
     greeting: str,
@@ -210,7 +210,7 @@ def _receive(connection: socket.socket, packets: int = 64) -> str:
     return received.decode("ascii", errors="replace").strip()
 
 
-def _tell(connections: dict[int, socket.socket], line: str) -> None:
+def _send(connections: dict[int, socket.socket], line: str) -> None:
     for connection in connections.values():
         with contextlib.suppress(OSError):  # one that died in the meantime
             connection.sendall(f"{line}\n".encode())

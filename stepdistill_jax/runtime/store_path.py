@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from etils.epath import gpath, stat_utils
 
-from stepdistill_jax.runtime.stores import asked
+from stepdistill_jax.runtime.stores import store_errors
 
 
 class _Stat(stat_utils.StatResult):
@@ -23,7 +23,7 @@ class StorePath(gpath.PosixGPath):
     """An `epath.Path` of `gs://`; what the store's client raises is a `StoreError`."""
 
     def stat(self) -> _Stat:
-        with asked(self):
+        with store_errors(self):
             found = super().stat()
         return _Stat(**{f.name: getattr(found, f.name) for f in dataclasses.fields(found)})
 
@@ -43,21 +43,21 @@ class StorePath(gpath.PosixGPath):
         return self._is_folder() is False
 
     def iterdir(self) -> Iterator["StorePath"]:
-        with asked(self):
+        with store_errors(self):
             yield from list(super().iterdir())
 
     def read_bytes(self) -> bytes:
-        with asked(self):
+        with store_errors(self):
             return super().read_bytes()
 
     def read_text(self, encoding: str | None = None) -> str:
-        with asked(self):
+        with store_errors(self):
             return super().read_text(encoding)
 
     def write_bytes(self, data: bytes) -> int:
-        with asked(self):
+        with store_errors(self):
             return super().write_bytes(data)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with asked(self):
+        with store_errors(self):
             super().unlink(missing_ok)

@@ -73,7 +73,7 @@ class StoreError(Exception):
 
 
 @contextlib.contextmanager
-def asked(path: os.PathLike | str) -> Iterator[None]:
+def store_errors(path: os.PathLike | str) -> Iterator[None]:
     """Around what asks a store about `path`: each client has errors of its own, most without the URL.
 
     Raises:

@@ -37,7 +37,7 @@ def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[
         _is_filled(sidecar) and SIDECAR.wrote(sidecar)
     )
     made = {local_path(path, "output"): ROWS, sidecar: SIDECAR}
-    made |= {_aside(partial): ROWS, _aside(sidecar): SIDECAR}
+    made |= {_quarantine_path(partial): ROWS, _quarantine_path(sidecar): SIDECAR}
     return made, pair if ours else []
 
 
@@ -45,7 +45,7 @@ def _is_filled(path: pathlib.Path) -> bool:
     return os.path.isfile(path) and os.path.getsize(path) > 0
 
 
-def _aside(path: pathlib.Path) -> pathlib.Path:
+def _quarantine_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(path.name + ".old")
 
 
@@ -148,16 +148,16 @@ class ResumableFile(StreamedFile):
 
     def _resume(self) -> dict[str, Any]:
         file = self._open()
-        state = self._sound_state()
+        state = self._valid_state()
         if state and state["key"] != self._key:
-            self._set_aside(state)
+            self._quarantine(state)
             file.close()
             state, file = None, self._open()
         state = state or {"key": self._key, "bytes": 0, "rows": 0, "crc32": 0}
         file.truncate(state["bytes"])
         return state
 
-    def _sound_state(self) -> dict[str, Any] | None:
+    def _valid_state(self) -> dict[str, Any] | None:
         """What an earlier run left, if its sidecar and its bytes are as it wrote them."""
         size = os.path.getsize(self.partial)
         try:
@@ -175,10 +175,10 @@ class ResumableFile(StreamedFile):
             log(f"warning: {self.partial}: it is damaged; starting from scratch")
         return None
 
-    def _set_aside(self, state: dict[str, Any]) -> None:
+    def _quarantine(self, state: dict[str, Any]) -> None:
         """Renames the rows of something else: to redo them may take hours, and a flag is soon mistyped."""
         for path in (self.partial, self.sidecar):
-            os.replace(path, _aside(path))
+            os.replace(path, _quarantine_path(path))
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
         log(
             f"warning: {self.partial}: {state['rows']} rows of another {was}; set aside as"

@@ -20,7 +20,7 @@ from stepdistill_jax.inference.engines import (
 )
 from stepdistill_jax.inference.labels import explain_rows, label_rows
 from stepdistill_jax.inference.predictor import checked_row
-from stepdistill_jax.inference.prompting import RATIONALE, Asking, encode_input
+from stepdistill_jax.inference.prompting import RATIONALE, Prompting, encode_input
 from stepdistill_jax.serving.batcher import lane_length
 
 MAX_CHOICES = 256  # of one row: each costs time that others wait for
@@ -45,19 +45,19 @@ class Answerer:
     def __init__(
         self,
         engine: Engine,
-        asking: Asking,
+        prompting: Prompting,
         allowed: Allowed | None = None,
-        explaining: Asking | None = None,
+        explaining: Prompting | None = None,
     ):
         """Takes what `predict` takes.
 
         Args:
             engine: opened by `open_engine`.
-            asking: of `how_to_ask`, without the rationale.
+            prompting: of `prompting_for`, without the rationale.
             allowed: where choices are scored.
             explaining: with the rationale; None where the model gives none by itself.
         """
-        self._engine, self._asking, self._allowed = engine, asking, allowed
+        self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
         self.batch_size = engine.batch_size
 
@@ -77,24 +77,24 @@ class Answerer:
             InputError: a field that is missing or of a wrong type, choices that cannot be scored, or
                 some where the server's own labels are.
         """
-        checked = checked_row(row, number, self._asking, self._allowed, most_choices=MAX_CHOICES)
+        checked = checked_row(row, number, self._prompting, self._allowed, most_choices=MAX_CHOICES)
         if checked.choices and self._allowed and self._allowed.labels:
             raise InputError(
                 f"row {number}: this server scores its own labels, not a row's `choices`"
             )
-        return self._question(self._asking, 0, checked)
+        return self._question(self._prompting, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:
         """The question of a JSON object that asks for a rationale; see `question`."""
         assert self._explaining is not None
         return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
 
-    def _question(self, asking: Asking, objective: int, row: Example) -> Question:
+    def _question(self, prompting: Prompting, objective: int, row: Example) -> Question:
         ids, _ = encode_input(
             self._engine.vocabulary,
-            asking.prompts(row)[objective],
-            asking.input_length,
-            asking.input_pair_of(row),
+            prompting.prompts(row)[objective],
+            prompting.input_length,
+            prompting.input_pair_of(row),
         )
         return Question(row, ids)
 
@@ -136,10 +136,10 @@ class Answerer:
         inputs = [question.ids for question in questions]
         if isinstance(self._engine, JaxEngine):
             # one row is padded, and with it the batch: a lane has more lengths than are to be compiled
-            length = min(lane_length(max(map(len, inputs))), self._asking.input_length)
+            length = min(lane_length(max(map(len, inputs))), self._prompting.input_length)
             inputs[0] = inputs[0] + [PAD_ID] * (length - len(inputs[0]))
         rows = [question.row for question in questions]
-        return label_rows(self._engine, self._asking, self._allowed, rows, inputs).answers
+        return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
         """Pieces of work after which no row makes the engine compile.
@@ -154,7 +154,7 @@ class Answerer:
             yield functools.partial(self._explained, Question(Example("", ""), [unknown]))
         if self._allowed and not self._allowed.labels:
             return
-        longest, length = self._asking.input_length, 0
+        longest, length = self._prompting.input_length, 0
         while length < longest:
             length = min(lane_length(length + 1), longest)
             question = Question(Example("", ""), [unknown] * length)
@@ -169,7 +169,7 @@ class Answerer:
 
     def info(self) -> dict[str, Any]:
         """What a client may want to know of the model."""
-        engine, asking = self._engine, self._asking
+        engine, prompting = self._engine, self._prompting
         return {
             # its name alone: where it lies is not for those who ask
             "model": os.path.basename(os.path.abspath(engine.path)),
@@ -178,11 +178,11 @@ class Answerer:
             "engine": type(engine).__name__.removesuffix("Engine").lower(),
             "device": engine.device,
             "task": engine.task_info.task if engine.task_info else None,
-            "labels": list(self._allowed.labels if self._allowed else asking.labels),
+            "labels": list(self._allowed.labels if self._allowed else prompting.labels),
             "choices": self._allowed and (LABELS if self._allowed.labels else ROW),
-            "reads": list(asking.reads),
+            "reads": list(prompting.reads),
             "rationale": self.explains,
-            "input_length": asking.input_length,
-            "max_decode_len": asking.decode_lengths[0],
+            "input_length": prompting.input_length,
+            "max_decode_len": prompting.decode_lengths[0],
             "batch_size": self.batch_size,
         }

@@ -10,7 +10,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed_answers import allow
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.options import decode_options
-from stepdistill_jax.inference.prompting import how_to_ask, how_to_explain
+from stepdistill_jax.inference.prompting import prompting_for, rationale_prompting_for
 from stepdistill_jax.runtime.checks import number, whole
 from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving.answerer import Answerer
@@ -70,9 +70,9 @@ def serve(
         contextlib.closing(server.bind(host, port)) as listener,
     ):
         model = open_engine(path, chosen)
-        asking = how_to_ask(model, chosen)
-        allowed = allow(chosen, asking, model)
-        answerer = Answerer(model, asking, allowed, how_to_explain(model, chosen))
+        prompting = prompting_for(model, chosen)
+        allowed = allow(chosen, prompting, model)
+        answerer = Answerer(model, prompting, allowed, rationale_prompting_for(model, chosen))
         limits = app.Limits(max_wait_ms / 1000, max_queue, timeout_secs)
         service = app.Service(answerer, limits)
         server.run(service, listener, grace_secs, signals)

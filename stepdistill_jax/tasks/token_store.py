@@ -16,8 +16,8 @@ import numpy as np
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import fsync
-from stepdistill_jax.runtime.fingerprints import digest, of_each, sampled_sha256, sha256
-from stepdistill_jax.runtime.folders import REPLACED, folder_aside
+from stepdistill_jax.runtime.fingerprints import digest, digest_each, sampled_sha256, sha256
+from stepdistill_jax.runtime.folders import REPLACED, staged_folder
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.token_files import FEATURES, ROW_IDS, file_name, write_files
 
@@ -161,7 +161,7 @@ def write_store(
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with folder_aside(directory, own_tag()) as new:
+    with staged_folder(directory, own_tag()) as new:
         count, max_ids = write_files(new, len(objectives), examples)
         sizes = {p.name: p.stat().st_size for p in sorted(new.iterdir())}
         manifest = {
@@ -183,13 +183,13 @@ def write_store(
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
     """Digest of the objectives and of every byte of the files."""
-    return digest([list(objectives), of_each(sha256, folder, names)])
+    return digest([list(objectives), digest_each(sha256, folder, names)])
 
 
 def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
     """Digest of the rest of the manifest and of at most 4 MiB of each file."""
     rest = {key: value for key, value in manifest.items() if key != SAMPLED}
-    return digest([rest, of_each(sampled_sha256, folder, manifest["sizes"])])
+    return digest([rest, digest_each(sampled_sha256, folder, manifest["sizes"])])
 
 
 def own_tag() -> str:

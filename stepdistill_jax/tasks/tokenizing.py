@@ -16,7 +16,7 @@ import numpy as np
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.fingerprints import digest, hash64
-from stepdistill_jax.runtime.folders import alone
+from stepdistill_jax.runtime.folders import sole_writer
 from stepdistill_jax.runtime.progress import progress
 from stepdistill_jax.tasks.prepared_rows import PreparedRows
 from stepdistill_jax.tasks.preprocessors import LABEL_TEXT
@@ -82,7 +82,7 @@ def stored_tokens(
     reading = Reading(task, split, prefixes)
     if found is not None and reading.is_kept_in(found):
         return found
-    with alone(directory, own_tag(), wait=True):
+    with sole_writer(directory, own_tag(), wait=True):
         theirs = open_store(directory)  # of a process that was alone before
         if (
             theirs is not None

@@ -18,7 +18,7 @@ from stepdistill_jax.teacher.batch import read_batch, write_batch
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ChatClient, Teacher
-from stepdistill_jax.teacher.prompting import Asking, Estimate, load_asking, unanswered
+from stepdistill_jax.teacher.prompting import Estimate, Prompting, load_prompting, unanswered
 from stepdistill_jax.teacher.prompts import estimate_tokens
 from stepdistill_jax.teacher.questions import check_questions, read_questions
 from stepdistill_jax.teacher.run import Run, Stopped, run_until_signal
@@ -70,11 +70,11 @@ def annotate(
     check_apart([cache_path, f"{cache_path}-wal", f"{cache_path}-shm"], inputs)
     inputs.append(cache_path)
     check_outputs({output: ROWS, defects_of(output): DEFECTS}, inputs)
-    asking = load_asking(chosen)
+    prompting = load_prompting(chosen)
     if chosen.dry_run:
         cache = AnswerCache(cache_path) if cache_path.exists() else None
         try:
-            return _dry_run(asking, input, cache)
+            return _dry_run(prompting, input, cache)
         finally:
             if cache is not None:
                 cache.close()
@@ -82,11 +82,11 @@ def annotate(
     try:
         if chosen.batch_file:
             if action == "read":
-                return read_batch(asking, input, cache, paths)
+                return read_batch(prompting, input, cache, paths)
             if len(paths) > 1:
                 raise InputError("`batch_file` write: one FILE is wanted")
-            return write_batch(asking, input, cache, paths[0], inputs)
-        return asyncio.run(_annotate(asking, input, output, cache))
+            return write_batch(prompting, input, cache, paths[0], inputs)
+        return asyncio.run(_annotate(prompting, input, output, cache))
     finally:
         cache.close()
 
@@ -96,7 +96,7 @@ def defects_of(output: pathlib.Path) -> pathlib.Path:
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
 
 
-def estimated(asking: Asking, estimate: Estimate) -> dict[str, Any]:
+def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
     """Tokens and money that the answers that are not in the cache would take.
 
     Returns:
@@ -104,10 +104,10 @@ def estimated(asking: Asking, estimate: Estimate) -> dict[str, Any]:
         as long as the exemplars'), `cost` (None without prices), and `most_completion_tokens` and
         `most_cost`, if each answer were as long as `max_tokens`.
     """
-    settings = asking.settings
+    settings = prompting.settings
     budget = Budget(price_input=settings.price_input, price_output=settings.price_output)
     prompt_tokens = estimate_tokens(estimate.characters)
-    answer = min(asking.prompter.answer_tokens, settings.max_tokens)
+    answer = min(prompting.prompter.answer_tokens, settings.max_tokens)
     completion_tokens = estimate.answers * answer
     most = estimate.answers * settings.max_tokens
     return {
@@ -133,36 +133,38 @@ def in_words(estimate: dict[str, Any]) -> str:
     return line
 
 
-def _estimate(asking: Asking, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
+def _estimate(prompting: Prompting, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
     """Reads the whole file: a bad row in the middle is known before the first answer is paid for."""
-    settings, estimate = asking.settings, Estimate()
+    settings, estimate = prompting.settings, Estimate()
     rows = check_questions(input, settings.choices, label_given=settings.label_given)
-    for _ in unanswered(asking, rows, cache, estimate):
+    for _ in unanswered(prompting, rows, cache, estimate):
         pass
     return estimate
 
 
-def _dry_run(asking: Asking, input: pathlib.Path, cache: AnswerCache | None) -> dict[str, Any]:
-    estimate = _estimate(asking, input, cache)
+def _dry_run(
+    prompting: Prompting, input: pathlib.Path, cache: AnswerCache | None
+) -> dict[str, Any]:
+    estimate = _estimate(prompting, input, cache)
     first = estimate.first_prompt
     return {
         "prompt": first,
         "first_prompt_tokens": estimate_tokens(len(first)),
-        "parameters": asking.parameters,
-        **estimated(asking, estimate),
+        "parameters": prompting.parameters,
+        **estimated(prompting, estimate),
     }
 
 
 async def _annotate(
-    asking: Asking, input: pathlib.Path, output: pathlib.Path, cache: AnswerCache
+    prompting: Prompting, input: pathlib.Path, output: pathlib.Path, cache: AnswerCache
 ) -> dict[str, Any]:
-    settings = asking.settings
+    settings = prompting.settings
     with (
         contextlib.closing(StreamedFile(output)) as rows_file,
         contextlib.closing(StreamedFile(defects_of(output))) as defects_file,
     ):
-        read = _estimate(asking, input, cache)
-        estimate = estimated(asking, read)
+        read = _estimate(prompting, input, cache)
+        estimate = estimated(prompting, read)
         log(f"annotate: {in_words(estimate)}")
         budget = Budget(
             settings.max_tokens_total,
@@ -174,7 +176,9 @@ async def _annotate(
         teacher = _teacher(settings) if estimate["answers"] else None
         stopped, start = None, time.perf_counter()
         with progress(estimate["rows"], f"annotate {input.name}") as bar:
-            run = Run(asking, teacher, cache, budget, rows_file, defects_file, bar, kept=read.kept)
+            run = Run(
+                prompting, teacher, cache, budget, rows_file, defects_file, bar, kept=read.kept
+            )
             try:
                 await run_until_signal(run.all(read_questions(input, settings.choices)))
                 if run.counts.rows != estimate["rows"]:

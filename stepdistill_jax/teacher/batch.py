@@ -15,7 +15,7 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import completion, now, token_count
-from stepdistill_jax.teacher.prompting import Asking, Estimate, unanswered
+from stepdistill_jax.teacher.prompting import Estimate, Prompting, unanswered
 from stepdistill_jax.teacher.questions import check_questions
 
 # what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
@@ -24,7 +24,7 @@ MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
 
 
 def write_batch(
-    asking: Asking,
+    prompting: Prompting,
     input: os.PathLike | str,
     cache: AnswerCache,
     path: os.PathLike | str,
@@ -33,7 +33,7 @@ def write_batch(
     """Writes a request for each answer that is not in the cache.
 
     Args:
-        asking: how they are asked.
+        prompting: how they are asked.
         input: the questions.
         cache: of the answers that are there already.
         path: the first file; PATH-2, PATH-3, ... follow where a batch holds no more.
@@ -43,9 +43,11 @@ def write_batch(
         `rows`, `requests`, `files`.
     """
     estimate = Estimate()
-    rows = check_questions(input, asking.settings.choices, label_given=asking.settings.label_given)
-    lines = (_request(asking, prompt, key) for _, prompt, key in
-             unanswered(asking, rows, cache, estimate))  # fmt: skip
+    rows = check_questions(
+        input, prompting.settings.choices, label_given=prompting.settings.label_given
+    )
+    lines = (_request(prompting, prompt, key) for _, prompt, key in
+             unanswered(prompting, rows, cache, estimate))  # fmt: skip
     files = []
     line = next(lines, None)
     while line is not None:
@@ -68,23 +70,23 @@ def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
-def _request(asking: Asking, prompt: str, key: str) -> bytes:
+def _request(prompting: Prompting, prompt: str, key: str) -> bytes:
     body = {
-        "model": asking.settings.model,
-        "messages": asking.messages(prompt),
-        **asking.parameters,
+        "model": prompting.settings.model,
+        "messages": prompting.messages(prompt),
+        **prompting.parameters,
     }
     request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
     return json.dumps(request, ensure_ascii=False).encode() + b"\n"
 
 
 def read_batch(
-    asking: Asking, input: os.PathLike | str, cache: AnswerCache, paths: list[str]
+    prompting: Prompting, input: os.PathLike | str, cache: AnswerCache, paths: list[str]
 ) -> dict[str, Any]:
     """Puts the results that can be read into the cache.
 
     Args:
-        asking: as when the requests were written: another prompt has other keys.
+        prompting: as when the requests were written: another prompt has other keys.
         input: the questions.
         cache: where the answers go.
         paths: files of results.
@@ -94,20 +96,24 @@ def read_batch(
         `defects` (counts by name), `other` results that belong to no row of the input.
     """
     failed: list[str] = []
-    results = cache.fetch(itertools.chain.from_iterable(_results(p, asking, failed) for p in paths))
+    results = cache.fetch(
+        itertools.chain.from_iterable(_results(p, prompting, failed) for p in paths)
+    )
     kept, matched = 0, 0
     defects: dict[str, int] = {}
-    rows = check_questions(input, asking.settings.choices, label_given=asking.settings.label_given)
-    for row, _, key in unanswered(asking, rows, cache, Estimate()):
+    rows = check_questions(
+        input, prompting.settings.choices, label_given=prompting.settings.label_given
+    )
+    for row, _, key in unanswered(prompting, rows, cache, Estimate()):
         answer = cache.fetched(key)
         if answer is None:
             continue
         matched += 1
-        reading = asking.read(answer, row)
+        reading = prompting.read(answer, row)
         for kind in reading.problems:
             defects[kind] = defects.get(kind, 0) + 1
         if reading.usable:
-            cache.put(key, asking.settings.name, answer)
+            cache.put(key, prompting.settings.name, answer)
             kept += 1
     for message in failed[:3]:
         log(f"failed: {message}")
@@ -120,7 +126,7 @@ def read_batch(
     }
 
 
-def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str, Answer]]:
+def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tuple[str, Answer]]:
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
         response, key = row.get("response") or {}, row.get("custom_id")
@@ -137,7 +143,7 @@ def _results(path: str, asking: Asking, failed: list[str]) -> Iterator[tuple[str
             text, reason, usage = completion(response["body"])
             key.encode()  # half a surrogate pair cannot be written
             used = [token_count(usage.get(f"{n}_tokens"), 0) for n in ("prompt", "completion")]
-            answer = Answer(text, reason, used[0], used[1], now(), asking.parameters)
+            answer = Answer(text, reason, used[0], used[1], now(), prompting.parameters)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):
             failed.append(f"{where}: no completion in its response")
             continue

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterable
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.overwriting import stranger
+from stepdistill_jax.runtime.overwriting import foreign_file
 from stepdistill_jax.teacher.answers import Answer
 
 SCHEMA = 1
@@ -48,7 +48,7 @@ class AnswerCache:
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
             tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
             if tables - {"answers"}:
-                raise stranger(f"`cache` {path}", "annotate")
+                raise foreign_file(f"`cache` {path}", "annotate")
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]

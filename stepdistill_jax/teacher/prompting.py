@@ -15,7 +15,7 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
-class Asking:
+class Prompting:
     """How the rows of one run are asked.
 
     Attributes:
@@ -101,7 +101,7 @@ class Estimate:
     first_prompt: str = ""
 
 
-def load_asking(settings: Settings) -> Asking:
+def load_prompting(settings: Settings) -> Prompting:
     """Template, exemplars and parameters of the settings.
 
     Raises:
@@ -119,11 +119,11 @@ def load_asking(settings: Settings) -> Asking:
         from stepdistill_jax.teacher.local import fingerprint
 
         identity = fingerprint(settings.teacher.removeprefix(LOCAL))
-    return Asking(settings, prompter, settings.request_parameters(), identity)
+    return Prompting(settings, prompter, settings.request_parameters(), identity)
 
 
 def unanswered(
-    asking: Asking, rows: Iterator[Example], cache: AnswerCache | None, estimate: Estimate
+    prompting: Prompting, rows: Iterator[Example], cache: AnswerCache | None, estimate: Estimate
 ) -> Iterator[tuple[Example, str, str]]:
     """Yields (row, prompt, key) of each answer that is not in the cache; counts into `estimate`.
 
@@ -131,13 +131,13 @@ def unanswered(
     """
     seen: set[bytes] = set()
     for row in rows:
-        prompt = asking.prompt(row)
+        prompt = prompting.prompt(row)
         estimate.rows += 1
         estimate.first_prompt = estimate.first_prompt or prompt
-        for key in asking.keys(prompt):
+        for key in prompting.keys(prompt):
             if (packed := bytes.fromhex(key)) in seen:
                 continue
-            if cache is not None and asking.known(cache, key, row):
+            if cache is not None and prompting.known(cache, key, row):
                 estimate.kept += 1
                 continue
             seen.add(packed)

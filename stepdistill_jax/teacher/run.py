@@ -17,7 +17,7 @@ from stepdistill_jax.teacher.answers import Answer, Reading, metric_name
 from stepdistill_jax.teacher.budget import Budget, BudgetReached
 from stepdistill_jax.teacher.cache import AnswerCache
 from stepdistill_jax.teacher.client import ServerError, Teacher, now
-from stepdistill_jax.teacher.prompting import Asking
+from stepdistill_jax.teacher.prompting import Prompting
 from stepdistill_jax.teacher.vote import Sample, output_row
 
 FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
@@ -58,7 +58,7 @@ class Run:
 
     def __init__(
         self,
-        asking: Asking,
+        prompting: Prompting,
         teacher: Teacher | None,
         cache: AnswerCache,
         budget: Budget,
@@ -71,10 +71,10 @@ class Run:
         """Nothing is asked yet; without a teacher every answer must be in the cache.
 
         Args:
-            asking, teacher, cache, budget, output, defects, bar: what the run works with.
+            prompting, teacher, cache, budget, output, defects, bar: what the run works with.
             kept: answers of the file that are in the cache, which count as usable.
         """
-        self._asking, self._settings = asking, asking.settings
+        self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
         self._output, self._defects, self._bar = output, defects, bar
         self._slots = asyncio.Semaphore(self._settings.concurrency)
@@ -125,9 +125,9 @@ class Run:
         return not isinstance(work, asyncio.Task) or work.done()
 
     def _begin(self, row: Example) -> tuple[str, asyncio.Task | list[Sample]]:
-        prompt = self._asking.prompt(row)
-        keys = self._asking.keys(prompt)
-        known = [self._asking.known(self._cache, key, row) for key in keys]
+        prompt = self._prompting.prompt(row)
+        keys = self._prompting.keys(prompt)
+        known = [self._prompting.known(self._cache, key, row) for key in keys]
         found = [sample for sample in known if sample is not None]
         if len(found) == len(keys):
             self._bar.update(1)
@@ -155,7 +155,7 @@ class Run:
         task = self._under_way.get(key)
         if task is None:
             # a row of the same prompt may have got it since `_begin` looked
-            known = self._asking.known(self._cache, key, row)
+            known = self._prompting.known(self._cache, key, row)
             if known is not None:
                 return known
             task = asyncio.create_task(self._ask(key, row, prompt))
@@ -183,7 +183,7 @@ class Run:
                 self._failed(error)
                 answer = Answer(str(error), "error", time=now())
                 return answer, Reading(problems=("server_error",))
-            reading = self._asking.read(answer, row)
+            reading = self._prompting.read(answer, row)
             if reading.usable:
                 self._questions += 1
                 try:
@@ -210,7 +210,9 @@ class Run:
                 request = self._budget.request(prompt, self._settings.max_tokens)
                 async with request as reservation:
                     self._check_stop()
-                    answer = await self._teacher.ask(prompt, self._asking.parameters, reservation)
+                    answer = await self._teacher.ask(
+                        prompt, self._prompting.parameters, reservation
+                    )
                     self._budget.spend(prompt, answer)
             except BudgetReached as error:
                 self._end(Stopped(f"the next request might go over {error}"))
@@ -265,7 +267,7 @@ class Run:
             task=settings.task,
             source=settings.source,
             label_given=settings.label_given,
-            provenance=self._asking.provenance(prompt),
+            provenance=self._prompting.provenance(prompt),
         )
         self._output.add(result)
         self._tally(row, samples, result)

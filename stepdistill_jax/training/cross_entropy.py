@@ -2,8 +2,8 @@
 
 Logits of 2,048 tokens x 32,128 ids are 263 MB in float32, and a plain loss keeps several copies of
 them for the backward pass. Here the forward pass computes the gradient of each chunk while its logits
-are there, as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), so
-they are computed once and never whole.
+exist, as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), so
+logits are computed once, and all of them never exist at the same time.
 """
 
 import functools
@@ -16,8 +16,8 @@ from stepdistill_jax.models.attention import softcapped
 from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
-# of one device: fewer make small matrix products; more fall out of a CPU's cache, and on a TPU out of
-# the memory of the chip (libtpu keeps the logits of 512 tokens there)
+# tokens of a chunk on one device: fewer make small matrix products; more do not fit into a CPU's cache, or
+# into a TPU's vector memory (libtpu keeps the logits of 512 tokens there)
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 
 
@@ -29,19 +29,19 @@ def cross_entropy(
     scale: jax.Array,
     softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum over tokens of scale x (-log softmax(states kernel)[target]), and what it is made of.
+    """Returns the sum over tokens of scale x (-log softmax(states kernel)[target]), and its terms.
 
     Args:
         states: [batch, length, embed], of the decoder; its dtype is that of the products.
         kernel: [embed, vocab].
         targets: [batch, length] int32.
-        scale: [batch, length] float32, a token's share in the sum; no gradient.
+        scale: [batch, length] float32, a token's factor in the sum; has no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves it.
 
     Returns:
         The sum, a float32 scalar, the only output with a gradient; each token's negative log
         probability in nats [batch, length] float32; and whether no id is likelier than the target
-        [batch, length] float32 (ties count; argmax would take the first of them).
+        [batch, length] float32 (ties count as correct; argmax would take the first).
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, False, False)
     return _total(scale, nll), nll, correct
@@ -77,17 +77,17 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, kernel_grad: bool):
-    """`_chunked` on each device's rows; the kernel is gathered once, its gradient added up once.
+    """Runs `_chunked` on each device's rows; gathers the kernel once and sums its gradient once.
 
-    Under GSPMD alone the loop would do both for each chunk.
+    GSPMD alone would do both for each chunk of the loop.
     """
-    # not those of size 1: XLA cannot add up over nothing (RET_CHECK in its partitioner)
+    # without axes of size 1: XLA cannot reduce over them (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
     chunked = functools.partial(
         _chunked, softcap=softcap, states_grad=states_grad, kernel_grad=kernel_grad
     )
-    # before the devices gather it: half the bytes in bfloat16
+    # cast before the devices gather it: bfloat16 has half the bytes
     kernel = kernel.astype(states.dtype)
     if not mesh_axes:
         return chunked(states, kernel, targets, scale)
@@ -95,7 +95,7 @@ def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, ker
 
     def local(states, kernel, targets, scale):
         nll, correct, states_sum, kernel_sum = chunked(states, kernel, targets, scale)
-        # each device keeps its part, and sends no more than that over `data`, maybe a slow network
+        # each device keeps its part, and sends only that over `data`, which may be a slow network
         if kernel_sum is not None and "fsdp" in mesh_axes:
             kernel_sum = jax.lax.psum_scatter(kernel_sum, "fsdp", tiled=True)
         if kernel_sum is not None and added:
@@ -113,7 +113,7 @@ def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, ker
 
 
 def _chunked(states, weights, targets, scale, *, softcap, states_grad: bool, kernel_grad: bool):
-    """([batch, length] nll, correct, gradients of the sum by states and kernel, or None each)."""
+    """Returns [batch, length] nll and correct, and gradients of the sum by states and kernel, or None."""
     rows, length, _ = states.shape
     tokens = rows * length
     most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS

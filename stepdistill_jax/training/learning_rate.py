@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, as plain values: configs and `run.json` hold them."""
+"""Learning rates as functions of the step, as plain values that configs and `run.json` can hold."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import optax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, one_of, whole
 
-FALLING = ("linear", "cosine")  # to an end value at the last step, which they have to know
+FALLING = ("linear", "cosine")  # fall to an end value at the last step, which they have to know
 SHAPES = (*FALLING, "rsqrt", "constant")
 T5_WARMUP_STEPS = 10_000
 
@@ -17,7 +17,7 @@ T5_WARMUP_STEPS = 10_000
 class LearningRate:
     """A learning rate as a function of the step, which counts updates from 0.
 
-    With peak P, warm-up W, end value E and last step N, and each held after N:
+    With peak P, warm-up W, end value E and last step N; the last value is held after N:
 
         constant    rises from 0 to P in W steps, then P
         linear      rises from 0 to P in W steps, then a straight line to E at N
@@ -54,7 +54,7 @@ class LearningRate:
             raise InputError(f"`LearningRate`: {self.shape} has no end_value and no train_steps")
 
     def __repr__(self) -> str:
-        """As a config makes it: `cosine(warmup_steps=50)`."""
+        """Returns the call in a config that makes it: `cosine(warmup_steps=50)`."""
         given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         arguments = [f"{f.name}={getattr(self, f.name)!r}" for f in given if f.name != "shape"]
         return f"{self.shape}({', '.join(arguments)})"
@@ -62,7 +62,7 @@ class LearningRate:
     def schedule(self, learning_rate: float, train_steps: int) -> optax.Schedule:
         """Returns learning_rate_fn(step) of a run with this peak and this many steps.
 
-        The linear one has the values of `transformers`, which the paper's code uses.
+        `linear` has the values of `transformers`, which the paper's code uses.
         """
         warmup_steps = self.warmup_steps
         peak = learning_rate if self.learning_rate is None else self.learning_rate
@@ -86,7 +86,7 @@ def linear(
     learning_rate: float | None = None,
     train_steps: int | None = None,
 ) -> LearningRate:
-    """A rate that falls in a straight line."""
+    """Returns a rate that falls in a straight line."""
     return LearningRate("linear", warmup_steps, end_value, learning_rate, train_steps)
 
 
@@ -96,15 +96,15 @@ def cosine(
     learning_rate: float | None = None,
     train_steps: int | None = None,
 ) -> LearningRate:
-    """A rate that falls along half a cosine."""
+    """Returns a rate that falls along half a cosine."""
     return LearningRate("cosine", warmup_steps, end_value, learning_rate, train_steps)
 
 
 def rsqrt(warmup_steps: int = T5_WARMUP_STEPS, learning_rate: float | None = None) -> LearningRate:
-    """T5's rate of pre-training: flat, then the inverse square root of the step."""
+    """Returns T5's pre-training rate: constant, then the inverse square root of the step."""
     return LearningRate("rsqrt", warmup_steps, learning_rate=learning_rate)
 
 
 def constant(warmup_steps: int = 0, learning_rate: float | None = None) -> LearningRate:
-    """A rate that stays."""
+    """Returns a constant rate."""
     return LearningRate("constant", warmup_steps, learning_rate=learning_rate)

@@ -36,27 +36,27 @@ def train(
     config_text: str | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Trains `config` in `workdir`, or goes on where an earlier life of the same run stopped.
+    """Trains `config` in `workdir`, or continues where an earlier start of the same run stopped.
 
     Args:
         config: the run.
-        workdir: folder of checkpoints, metrics and model files; made if absent.
+        workdir: folder of checkpoints, metrics and model files; created if absent.
         data_dir: where `prepare` put the dataset.
         config_text: gin text to keep as `config.gin`.
-        began: when the command did, of `time.monotonic()`, for the line that says how long the first
-            step took to come; None is now.
+        began: when the command started, of `time.monotonic()`, for the line that reports the time to
+            the first step; None is now.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ..., `examples_per_second` (mean
-        over this life, 0 where nothing was left to do), `best_step`, the best step's
-        `eval/validation/...`, and where there is a validation split `majority_baseline`, the label
-        accuracy there of always giving the commonest label.
+        over this start, 0 if no step was left), `best_step`, the best step's `eval/validation/...`,
+        and, with a validation split, `majority_baseline`: the label accuracy of always answering the
+        commonest label.
 
     Raises:
-        InputError: a setting, dataset or workdir that does not fit; before anything is compiled.
-        SystemExit: 75, stopped by a signal after a clean save.
-        FloatingPointError: the loss is not finite, and the step is not to be skipped, or too many
-            are; names the step.
+        InputError: a setting, dataset or workdir does not fit; raised before anything is compiled.
+        SystemExit: status 75, stopped by a signal after a clean save.
+        FloatingPointError: the loss is not finite and steps must not be skipped, or too many were
+            skipped; names the step.
         MemoryError: a device has no room for a step; names the settings that decide.
     """
     startup = StartUp(began)
@@ -108,7 +108,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
 
 
 def _introduce(run: Run, described: dict[str, Any]) -> None:
-    """What will be trained, in a few lines."""
+    """Returns a few lines that describe the run."""
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
@@ -125,7 +125,9 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     if isinstance(optimizer := run.config.optimizer, OptimizerFunction):
         log(f"optimizer: {optimizer}")
         if not optimizer.takes(run.config.learning_rate):
-            log("warning: `learning_rate` has no effect on it: none of its arguments is that rate")
+            log(
+                "warning: `learning_rate` has no effect on it, since none of its arguments is the learning rate"
+            )
     if described["trained_parameters"] != described["parameters"]:
         log(
             f"LoRA: {described['trained_parameters']:,} parameters are trained"
@@ -144,7 +146,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
 
 
 def empty_rows(run: Run) -> str | None:
-    """What to say where the layout leaves most rows of a batch empty, by the first one; else None."""
+    """Returns a warning if the layout leaves most rows of the first batch empty, else None."""
     groups = run.batches(1)
     rows = sum(g["encoder_segment_ids"].shape[0] for g in groups)
     full = filled_rows(groups)
@@ -160,8 +162,8 @@ def empty_rows(run: Run) -> str | None:
 
 
 def _summary(run: Run, last: dict[str, Any], examples_per_second: float) -> dict[str, Any]:
-    """The last step's losses with the best step's validation."""
-    if not last:  # nothing was left to do
+    """Returns the last step's losses with the best step's validation."""
+    if not last:  # no step was left
         last, examples_per_second = last_step_metrics(run.workdir), 0.0
     best = resolve_step(run.workdir, "best")
     validation = saved_steps(run.workdir)[best]

@@ -22,8 +22,8 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 class ObjectiveSums(struct.PyTreeNode):
     """Totals per objective, each [objectives] float32; divide once, at the end.
 
-    Of several tasks there is a column for each task and objective, all objectives of the first task
-    first; `over_tasks` adds them up.
+    With several tasks there is a column for each task and objective, those of the first task first;
+    `over_tasks` adds them up.
 
     Attributes:
         loss: sum of weight x cross-entropy, nats.
@@ -37,25 +37,25 @@ class ObjectiveSums(struct.PyTreeNode):
 
     @classmethod
     def empty(cls, num_objectives: int) -> "ObjectiveSums":
-        """Zeros: adding them changes nothing."""
+        """Returns zeros, the neutral element of `merge`."""
         zeros = jnp.zeros(num_objectives, jnp.float32)
         return cls(zeros, zeros, zeros)
 
     def merge(self, other: "ObjectiveSums") -> "ObjectiveSums":
-        """Sums of both."""
+        """Returns the sums of both."""
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
-        """Adds to the last column, an extra loss's, which no token belongs to."""
+        """Adds to the last column, that of an extra loss, to which no token belongs."""
         loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
         return self.replace(loss=loss, count=count)
 
     def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
-        """Returns the totals per objective; columns after those of the tasks stay."""
+        """Returns the totals per objective; columns after those of the tasks are kept."""
         return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
-        """sum over o of weight_o x mean of o; an objective without tokens adds 0."""
+        """Returns the sum over o of weight_o x mean of o; an objective without tokens adds 0."""
         scale = loss_scale(self.count, objective_weights)
         return jnp.vdot(scale, self.loss, precision=precision_of(scale.dtype))
 
@@ -63,7 +63,7 @@ class ObjectiveSums(struct.PyTreeNode):
 def means_of_tasks(
     sums: ObjectiveSums, tasks: Sequence[str], objectives: Sequence[str]
 ) -> dict[str, float]:
-    """Returns `loss/TASK/OBJECTIVE`, nats per token, of the pairs that have tokens."""
+    """Returns `loss/TASK/OBJECTIVE`, nats per token, for the pairs that have tokens."""
     columns = [f"loss/{task}/{objective}" for task in tasks for objective in objectives]
     return {
         name: float(loss / count)
@@ -73,7 +73,7 @@ def means_of_tasks(
 
 
 def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
-    """weight_o / count_o, and 0 where an objective has no token: [objectives] float32."""
+    """Returns weight_o / count_o, 0 for an objective without tokens: [objectives] float32."""
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
 
 
@@ -81,7 +81,7 @@ def over_tasks(columns: Columns, num_objectives: int, num_tasks: int) -> Columns
     """Adds up the tasks' columns: [tasks x objectives + more] -> [objectives + more]."""
     if num_tasks == 1:
         return columns
-    # NumPy for what has been read back: an operation of a device would wait for the running step
+    # NumPy for values on the host: a device operation would wait for the running step
     concatenate: Any = jnp.concatenate if isinstance(columns, jax.Array) else np.concatenate
     of_tasks, more = columns[: num_tasks * num_objectives], columns[num_tasks * num_objectives :]
     return concatenate([of_tasks.reshape(num_tasks, num_objectives).sum(0), more])
@@ -95,9 +95,9 @@ def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Arr
 
 
 def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
-    """[batch, length, columns] float32: a token's loss weight in the column of its objective.
+    """Returns [batch, length, columns] float32: a token's loss weight in the column of its objective.
 
-    Of several tasks the column is that of its task and objective.
+    With several tasks the column is that of its task and objective.
     """
     ids = group["decoder_objective_ids"]
     if TASK_IDS in group:
@@ -113,11 +113,11 @@ def objective_sums(
     scale: jax.Array,
     num_objectives: int | None = None,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Totals of one group of rows, and its share of the loss.
+    """Returns the totals of one group of rows, and its share of the loss.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, each a mean
-    of cross-entropies over target tokens. The scale is left to the caller, who knows the counts
-    of the global batch: a mean of means would weigh a token by the slice that it fell into.
+    of cross-entropies over target tokens. The caller gives the scale, since it knows the counts of
+    the global batch: a mean of means would weight a token by the slice that it is in.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens the sums are
     (2 ln 4, 3 ln 4) and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
@@ -127,7 +127,7 @@ def objective_sums(
         output: makes logits of the states.
         group: `decoder_target_tokens`, `decoder_objective_ids` (0 padding, i for the i-th
             objective) and `decoder_loss_weights`, all [batch, length].
-        scale: [columns] float32, of `loss_scale`; a column is an objective, or one of a task.
+        scale: [columns] float32, of `loss_scale`; a column is an objective, or an objective of a task.
         num_objectives: of each task; None is the number of columns.
 
     Returns:

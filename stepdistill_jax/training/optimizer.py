@@ -14,13 +14,13 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """learning_rate_fn(step), step counted from 0; None where a function of the user's keeps it to itself."""
+    """Returns learning_rate_fn(step), step counted from 0; None if a user's function hides its rate."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 
 
 def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
-    """[weights] float32 of the update that takes `step` to the next; constants where all are."""
+    """Returns [weights] float32 for the update after `step`; constants if all weights are constant."""
     if not any(isinstance(weight, Schedule) for weight in weights):
         return jnp.asarray(weights, jnp.float32)
     now = [weight_schedule(w)(step) if isinstance(w, Schedule) else w for w in weights]
@@ -28,14 +28,14 @@ def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
 
 
 def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
-    """weight(step) of a `Schedule`."""
+    """Returns weight(step) of a `Schedule`."""
     changing: Callable[[Any], Any]
     if s.shape == "linear":
         changing = optax.linear_schedule(
             s.init_value, s.end_value, s.transition_steps, s.transition_begin
         )
     else:
-        # optax's falls to a share of its first value, which may be 0 here
+        # optax's cosine falls to a share of its first value, which may be 0 here
         fall = optax.cosine_decay_schedule(1.0, s.transition_steps)
 
         def wave(step):
@@ -44,16 +44,16 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 
         changing = wave
 
-    # rounding would leave a weight of -1e-7 where it ends with 0
+    # rounding could give -1e-7 instead of a final 0
     end = s.transition_begin + s.transition_steps
     return lambda step: jnp.where(step >= end, s.end_value, changing(step))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW (the paper) or Adafactor (T5X's habit: decay 0.8, scaled by the parameter).
+    """Returns a clip followed by AdamW (the paper) or Adafactor (as in T5X: decay 0.8, scaled by the parameter).
 
-    A function of the user's gives all of it. The same object for the same settings: runs of one
-    process share what is compiled with it.
+    A user's function returns the whole transformation instead. Equal settings return the same object,
+    so runs of one process share compiled programs.
 
     Raises:
         InputError: the user's function raises, or returns no transformation.

@@ -1,4 +1,4 @@
-"""An update rule of the user's: a function that returns an optax transformation, and its arguments."""
+"""A user's update rule: a function that returns an optax transformation, and its arguments."""
 
 import dataclasses
 import inspect
@@ -21,15 +21,15 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 class OptimizerFunction:
     """A function that returns an optax transformation, and its arguments.
 
-    What it returns is the whole update rule: no clip, weight decay or learning rate is added. A
-    `LearningRate` reaches it as an optax schedule, a function of the run's step.
+    The transformation is the whole update rule: no clip, weight decay or learning rate is added. A
+    `LearningRate` argument is passed as an optax schedule, a function of the run's step.
 
     Attributes:
         function: called when a run is assembled.
         arguments: by name; plain values and `LearningRate`s, which `run.json` can hold.
 
     Raises:
-        InputError: an argument that the function does not take or that is missing, or no plain value.
+        InputError: an argument is unknown, missing, or not a plain value.
     """
 
     function: Callable[..., Any]
@@ -47,19 +47,19 @@ class OptimizerFunction:
 
     @property
     def name(self) -> str:
-        """`my_module.my_function`; of a library's private module, the public one above it."""
+        """Returns `my_module.my_function`; a library's private module is replaced by its public parent."""
         module = getattr(self.function, "__module__", None) or ""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return f"{module.partition('._')[0]}.{name}"
 
     @property
     def rate(self) -> LearningRate | None:
-        """The argument `learning_rate`, where it is a schedule: what else the function does is its own."""
+        """Returns the argument `learning_rate` if it is a schedule; other rates are unknown."""
         rate = self.arguments.get("learning_rate")
         return rate if isinstance(rate, LearningRate) else None
 
     def takes(self, learning_rate: float) -> bool:
-        """Whether the run's peak is among its arguments, as it is or as that of a schedule."""
+        """Returns whether the run's peak is among the arguments, by itself or in a schedule."""
         return any(
             x.learning_rate in (None, learning_rate)
             if isinstance(x, LearningRate)
@@ -68,15 +68,15 @@ class OptimizerFunction:
         )
 
     def __str__(self) -> str:
-        """As it is called: `my_module.my_function(b1=0.9)`."""
+        """Returns the call: `my_module.my_function(b1=0.9)`."""
         return f"{self.name}({', '.join(f'{n}={x!r}' for n, x in self.arguments.items())})"
 
     def to_json(self) -> dict[str, Any]:
-        """Function and arguments, defaults among them, as `run.json` keeps them and a resume compares them."""
+        """Returns function and arguments with defaults, as `run.json` keeps them and a resume compares them."""
         described = {
             name: dataclasses.asdict(value) if isinstance(value, LearningRate) else value
             for name, value in {**self._all_arguments(), **self.arguments}.items()
-            if isinstance(value, LearningRate) or _is_plain(value)  # a default may be anything
+            if isinstance(value, LearningRate) or _is_plain(value)  # a default may be any object
         }
         return {"function": self.name, "arguments": described}
 
@@ -86,8 +86,8 @@ class OptimizerFunction:
         """Calls the function for a run with this peak and this many steps.
 
         Raises:
-            InputError: it raises, or returns something else. The transformation's `init` raises
-                one, too, where a training step could not call it.
+            InputError: the function raises or returns something else. The transformation's `init`
+                raises it if a training step could not call `update`.
         """
         arguments = {
             name: value.schedule(learning_rate, train_steps)
@@ -114,7 +114,7 @@ class OptimizerFunction:
         return optax.GradientTransformation(init, tx.update)
 
     def _check_update(self, tx: optax.GradientTransformation, state: Any, params: Any) -> None:
-        """Refuses, by shapes alone and before a step is compiled, an `update` that a step cannot call."""
+        """Refuses an `update` that a step cannot call; checks shapes only, before a step is compiled."""
 
         def step(params: Any, state: Any) -> Any:
             return (params, state), tx.update(params, state, params)
@@ -132,7 +132,7 @@ class OptimizerFunction:
                 raise self._refused(f"the transformation's update must return {what}")
 
     def _all_arguments(self) -> dict[str, Any]:
-        """By name, with the defaults of those not given; what `**kwargs` takes is left out."""
+        """Returns arguments by name, defaults included; what `**kwargs` takes is left out."""
         try:
             signature = inspect.signature(self.function)
             bound = signature.bind(**self.arguments)
@@ -149,7 +149,7 @@ class OptimizerFunction:
 
     def _failed(self, what: str, error: Exception) -> InputError:
         code, frames = _code(self.function), traceback.extract_tb(error.__traceback__)
-        # the user's line: the deepest of the function's file, where there is one
+        # the user's line: the deepest frame of the function's file, if there is one
         own = [f for f in frames if code and f.filename == code.co_filename] or frames
         kind, text = type(error).__name__, " ".join(str(error).split())[:500]
         return self._refused(f"{what}raised {kind} at {own[-1].filename}:{own[-1].lineno}: {text}")
@@ -164,7 +164,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _code(function: Any) -> Any:
-    """The code object of a Python function, which knows file and line; None of anything else."""
+    """Returns the code object of a Python function, which knows file and line; None for anything else."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 

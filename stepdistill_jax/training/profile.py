@@ -16,15 +16,15 @@ FOLDER = "profile"
 class StepProfile:
     """While entered, traces the steps `first` to `last` into `WORKDIR/profile`, on process 0 only.
 
-    The files are `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz` there. A run that ends
-    in the middle leaves what it has.
+    The files there are `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. A run that ends
+    during the trace writes the steps so far.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
         """`steps` None traces nothing."""
         self._folder = workdir / FOLDER
         self._steps = steps if jax.process_index() == 0 else None
-        self._written: pathlib.Path | None = None  # where, while tracing
+        self._written: pathlib.Path | None = None  # folder of the trace, while tracing
 
     def __enter__(self) -> "StepProfile":
         return self
@@ -33,7 +33,7 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Marks a step in the trace; begins it where this step is the first of them."""
+        """Marks a step in the trace; starts the trace at its first step."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)

@@ -1,4 +1,4 @@
-"""`run.json`: what is run, by what and on what; and what a resume must not change."""
+"""`run.json`: the run's settings, versions and devices, and the settings that a resume must not change."""
 
 import dataclasses
 import datetime
@@ -30,8 +30,8 @@ from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
-# What may differ between a run and its resume: nothing here changes the loss that is minimised.
-# `train_steps` may grow, too, where no learning rate depends on it.
+# Settings that may differ between a run and its resume: none changes the loss that is minimised.
+# `train_steps` may also grow, if no learning rate depends on it.
 # `init_from` may have moved; what it held is in the fingerprint.
 FREE_FIELDS = (
     "layout",
@@ -43,14 +43,14 @@ FREE_FIELDS = (
     "profile_steps",
     "watchdog_medians",
     "watchdog_min_secs",
-    # what a run does about trouble is changed in order to go on after it
+    # how a run handles failures may change in order to continue after one
     "on_nonfinite",
     "max_consecutive_nonfinite",
     "spike_factor",
     "grace_secs",
 )
-SEEN_SECS = 30.0  # until a file of another host is seen on a network disk
-# what may be another in each life of a run
+SEEN_SECS = 30.0  # until a file written by another host is visible on a network disk
+# may differ each time the run is started
 LIFE_FIELDS = (
     "versions",
     "device",
@@ -63,7 +63,7 @@ LIFE_FIELDS = (
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """What `run.json` keeps of a run: enough to know later what was run, and to compare a resume."""
+    """Returns the content of `run.json`: enough to know what was run, and to check a resume."""
     fingerprint = {"train": run.data.fingerprint}
     cut = {"train": run.batches.cut_counts()}
     if run.validator is not None:
@@ -90,7 +90,9 @@ def describe(run: Run) -> dict[str, Any]:
         "commit": _commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    if run.initial is not None and not (run.workdir / RUN).exists():  # else it says so already
+    if (
+        run.initial is not None and not (run.workdir / RUN).exists()
+    ):  # otherwise the config says so already
         described["initialised"] = run.initial.described()
     return json.loads(json.dumps(described, default=str))
 
@@ -100,9 +102,9 @@ def _count(tree: Any) -> int:
 
 
 def _weights_digest(initial: InitialWeights) -> str | None:
-    """Digest of INIT_FROM: a workdir's step and its files, or config.json and the sizes of the files.
+    """Returns a digest of INIT_FROM: a workdir's step and its files, or config.json and the file sizes.
 
-    Weights of many gigabytes are not read for it. None where the directory or the step is gone.
+    It does not read the weights, which may be many gigabytes. None if the directory or step is gone.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):
@@ -116,7 +118,7 @@ def _weights_digest(initial: InitialWeights) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the package runs from; None where it is installed, or git is not."""
+    """Returns the commit of the checkout that the package runs from; None if it is installed, or git is missing."""
     folder = pathlib.Path(__file__).parent
     try:
         tracked, described = (
@@ -132,7 +134,7 @@ def _commit() -> str | None:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config of `run.json` with the settings that its version lacked, also nested ones."""
+    """Returns a config of `run.json` with defaults for settings, also nested, that its version lacked."""
     found = json.loads(json.dumps(TrainConfig(task="").to_json()))
     for name, value in config.items():
         default = found.get(name)
@@ -143,7 +145,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`FIELD was A, is B` for each setting that would change the result of a resumed run."""
+    """Returns `FIELD was A, is B` for each setting that would change the result of a resumed run."""
     found = []
     for key in ("config", "fingerprint", "model"):
         old, new = before.get(key, {}), now[key]
@@ -166,7 +168,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Why a run of this config, as JSON, cannot get more steps; nothing where no rate depends on them."""
+    """Returns why a run of this config (as JSON) cannot get more steps; empty if no rate depends on them."""
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
     rates = [{"shape": named}] if isinstance(named, str) else [named]
@@ -183,11 +185,11 @@ def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) -> None:
-    """Writes `run.json`, `config.gin` and the model files, or checks them against earlier lives.
+    """Writes `run.json`, `config.gin` and the model files, or checks them against those of earlier starts.
 
     Raises:
         InputError: the workdir holds another run (names what differs), or cannot be written; or the
-            processes of this run do not see the same config, data or workdir. In every process.
+            processes of this run do not see the same config, data or workdir. Raised on every process.
     """
     _agree(described)
     path = run.workdir / RUN
@@ -201,7 +203,7 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
 
 
 def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """What `run.json` says of an earlier life of this run; None where there is none."""
+    """Returns the `run.json` of an earlier start of this run; None if there is none."""
     path = workdir / RUN
     earlier = read_run(workdir) if path.exists() else None
     if earlier is not None and (found := differences(earlier, described)):
@@ -213,18 +215,18 @@ def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any]
 
 
 def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str | None) -> None:
-    """The workdir's files."""
+    """Writes the workdir's files."""
     train_steps = {"train_steps": run.config.train_steps}
     life = {name: described[name] for name in LIFE_FIELDS} | train_steps
     lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
     kept = earlier or described
-    longer = kept["config"] | train_steps != kept["config"]  # than in the life before
+    longer = kept["config"] | train_steps != kept["config"]  # than in the previous start
     kept = kept | {"config": kept["config"] | train_steps}
     try:
         run.workdir.mkdir(parents=True, exist_ok=True)
-        # first, so that a kill between the files below leaves a folder that is known as this run's
+        # first, so that after a kill between these files the folder is still recognised as this run's
         write_json(run.workdir / RUN, kept | {"lives": lives})
-        if longer or not (run.workdir / GENERATION_CONFIG).exists():  # the last that is written
+        if longer or not (run.workdir / GENERATION_CONFIG).exists():  # written last
             info = task_info(run, described)
             write_model_files(run.workdir, run.model, run.data.vocabulary, info)
         if config_text:
@@ -237,7 +239,7 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
 
 
 def _agree(described: dict[str, Any]) -> None:
-    """Raises where a process of this run has another config, other data or another INIT_FROM."""
+    """Raises InputError if a process of this run has a different config, data or INIT_FROM."""
     if jax.process_count() == 1:
         return
     given = described["config"]["init_from"]
@@ -252,7 +254,7 @@ def _agree(described: dict[str, Any]) -> None:
 
 
 def _wait_for(path: pathlib.Path, written: str) -> None:
-    """Raises where this process does not see the file as process 0 has just written it."""
+    """Raises InputError if this process does not see the file that process 0 has just written."""
     deadline = time.monotonic() + SEEN_SECS
     while not (path.exists() and digest(read_json(path)) == written):
         if time.monotonic() > deadline:
@@ -264,7 +266,7 @@ def _wait_for(path: pathlib.Path, written: str) -> None:
 
 
 def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
-    """What a server needs to know to ask the trained model, and where the model comes from."""
+    """Returns what `stepdistill.json` holds: how to prompt the trained model, and where it comes from."""
     return TaskInfo(
         task=run.config.task,
         objectives=run.data.objectives,

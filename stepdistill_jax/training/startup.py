@@ -1,4 +1,4 @@
-"""Where the time from a command to its first step went."""
+"""Time from the start of a command to its first step, by part."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ class StartUp:
     """
 
     def __init__(self, began: float | None = None):
-        """Counts from `began`, of `time.monotonic()`; None is now."""
+        """Starts at `began`, of `time.monotonic()`; None is now."""
         self._began = self._last = time.monotonic() if began is None else began
         self._laps: dict[str, float] = {}
         self._over = False
@@ -30,7 +30,7 @@ class StartUp:
         self._last = now
 
     def first_step(self, result: Any) -> None:
-        """Ends the laps once `result` of a step is computed, and logs them; only of the first step."""
+        """Ends the last lap once the first step's `result` is computed, and logs all laps."""
         if self._over:
             return
         self._over = True
@@ -41,6 +41,6 @@ class StartUp:
             log(self.line())
 
     def line(self) -> str:
-        """What is logged, in seconds."""
+        """Returns the logged line, in seconds."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._laps.items())
         return f"first step after {self._last - self._began:.1f} s: {parts}"

@@ -1,4 +1,4 @@
-"""What a step changes, born where it lives: no process ever holds the whole of it."""
+"""The state that a step updates. It is created sharded: no process ever holds all of it."""
 
 import functools
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from stepdistill_jax.models.sharding import param_shardings, replicated
 
 
 class TrainState(struct.PyTreeNode):
-    """Attributes are saved in checkpoints.
+    """Everything that a checkpoint saves.
 
     Attributes:
-        step: scalar int32, updates done; the data position, too.
-        params: float32 tree of `models.encoder_decoder`, all of it.
-        opt_state: of the optax transformation, for what is trained (`models.lora.split`): the
-            adapters alone where there are any.
+        step: scalar int32, number of updates; also the data position.
+        params: float32 tree of `models.encoder_decoder`.
+        opt_state: of the optax transformation, for the trained parameters (`models.lora.split`):
+            the adapters alone if there are any.
         rng: typed key; dropout of step k uses fold_in(rng, k).
     """
 
@@ -36,19 +36,19 @@ class TrainState(struct.PyTreeNode):
 
 
 def create_state(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """Step 0 with the given parameters."""
+    """Returns step 0 with the given parameters."""
     return _first_state(params, tx, jax.random.key(seed))
 
 
 def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    # a key of its own: init has used fold 0 of the seed
+    # a separate key: init has used fold 0 of the seed
     rng = jax.random.fold_in(key, 1)
     opt_state = tx.init(split(params)[0])
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng)
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
-    """A moment of the parameter's shape is cut like it; a factored one (Adafactor) loses one axis."""
+    """Shards a moment like its parameter; a factored one (Adafactor) lacks one axis."""
     if moment.shape == param.shape:
         return sharding
     spec = list(sharding.spec) + [None] * (param.ndim - len(sharding.spec))
@@ -59,10 +59,10 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 
 
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Shardings of any transformation's state: a leaf whose path ends with a parameter's is its moment.
+    """Returns shardings of any transformation's state: a leaf whose path ends with a parameter's is its moment.
 
-    Not `optax.tree_map_params`, which calls `init` on a placeholder: a function of the user's may
-    want arrays there, and trees with masked nodes have another structure than the parameters.
+    `optax.tree_map_params` would call `init` on a placeholder, but a user's function may need arrays
+    there, and trees with masked nodes differ in structure from the parameters.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -79,7 +79,7 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
 
 
 def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state as shapes with shardings: what jit, checkpoints and weight loading aim at."""
+    """Returns the state as shapes with shardings, for jit, checkpoints and weight loading."""
     boxed = abstract_params(config)
     shardings = param_shardings(mesh, boxed, config)
     params = jax.eval_shape(nn.meta.unbox, boxed)  # a bare unbox fails on abstract values in a mesh
@@ -95,18 +95,18 @@ def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: 
 
 
 def shardings_of(abstract: Any) -> Any:
-    """Shardings of a tree of abstract arrays."""
+    """Returns the shardings of a tree of abstract arrays."""
     return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def hashable(abstract: Any) -> tuple[tuple, Any]:
-    """The leaves of a tree of abstract arrays and what is around them: a key for what is compiled."""
+    """Returns leaves and structure of a tree of abstract arrays, as a cache key for compiled programs."""
     leaves, tree = jax.tree.flatten(abstract)
     return tuple(leaves), tree
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """An argument, not a constant of the program: runs that differ in seed compile once."""
+    """Returns the seed's key as an argument of the program: runs that differ only in seed compile once."""
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
@@ -114,7 +114,7 @@ def _key_data(seed: int) -> np.ndarray:
 def init_state(
     config: ModelConfig, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """A random state, each part made on the device that keeps it."""
+    """Returns a random state, each part made on the device that keeps it."""
     return _jit_init(config, tx, *hashable(abstract))(_key_data(seed))
 
 
@@ -131,9 +131,9 @@ def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tup
 def drawn(
     part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
 ) -> Any:
-    """The part of the parameters that `init_state` would draw, placed.
+    """Returns a part of the parameters that `init_state` would draw, placed on the devices.
 
-    XLA drops the rest of `init_params`, since nothing asks for it.
+    XLA drops the rest of `init_params` as unused.
 
     Args:
         part: takes that part out of a parameter tree.
@@ -149,13 +149,13 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Placed plain weights with the adapters that `init_state` would draw beside them."""
+    """Adds to placed plain weights the adapters that `init_state` would draw."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 
 def state_from_params(
     params: Any, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """Step 0 around given parameters, on devices: copies of them, placed as in `abstract`."""
+    """Returns step 0 with copies of the given parameters, placed on devices as in `abstract`."""
     create = functools.partial(create_state, tx=tx, seed=seed)
     return jax.jit(create, out_shardings=shardings_of(abstract))(params)

@@ -39,7 +39,7 @@ def batch_sums(
     num_objectives: int | None = None,
     **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Loss and totals over all groups of a batch; those of an extra loss come last.
+    """Returns loss and totals over all groups of a batch; those of an extra loss come last.
 
     See `objective_sums` for `scale`, `num_objectives` and the columns.
     """
@@ -59,7 +59,7 @@ def batch_sums(
 def batch_counts(
     batch: Batch, columns: int, extra_loss: ExtraLoss | None, num_objectives: int
 ) -> jax.Array:
-    """[columns] float32: what the totals of `batch_sums` are divided by, from the ids alone."""
+    """Returns [columns] float32: the divisors of `batch_sums`' totals, from the ids alone."""
     counts = [token_weights(group, columns, num_objectives).sum((0, 1)) for group in batch]
     total = jnp.sum(jnp.stack(counts), axis=0)
     if extra_loss is not None:
@@ -68,7 +68,7 @@ def batch_counts(
 
 
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
-    """[rows, length] -> [slices, rows / slices, length]; slice i takes rows i, i + slices, ...
+    """Cuts [rows, length] -> [slices, rows / slices, length]; slice i takes rows i, i + slices, ...
 
     A contiguous cut would move every row to another device.
     """
@@ -91,12 +91,12 @@ def train_step(
     extra_loss: ExtraLoss | None = None,
     num_tasks: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Loss and gradient of the global batch, then one update.
+    """Computes loss and gradient of the global batch, then makes one update.
 
     The counts of the whole batch are known before it is cut into slices, so each slice adds its
     share of the exact gradient: the result does not depend on slices, devices or packing.
-    With adapters, gradient, clip and update are theirs alone. Where loss or gradient is not finite
-    parameters and optimizer stay as they were; the step counts all the same.
+    With adapters, gradient, clip and update cover the adapters alone. If loss or gradient is not
+    finite, parameters and optimizer keep their values, and the step still counts.
 
     Args:
         state: donated by the jitted form.
@@ -109,8 +109,9 @@ def train_step(
         num_tasks: parts of the data; an objective's loss is the mean over the tokens of all.
 
     Returns:
-        The new state, and `sums` (a column for each task and objective), `loss` (nats per token), `grad_norm` (before the clip) and, where
-        one is a schedule, `weights` of this step; an extra loss is the last of `sums` and `weights`.
+        The new state, and `sums` (a column for each task and objective), `loss` (nats per token),
+        `grad_norm` (before the clip) and, if a weight is a schedule, this step's `weights`. An extra
+        loss is the last column of `sums` and the last of `weights`.
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     of = (len(objective_weights), num_tasks)
@@ -154,21 +155,21 @@ def train_step(
 
 
 def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any) -> Any:
-    """`updated`, or `before` where loss or gradient is not finite.
+    """Returns `updated`, or `before` if loss or gradient is not finite.
 
-    Not `optax.apply_if_finite`: its counters would be part of every checkpoint, it looks at each
-    gradient once more, and after its last error it lets the update through. The norm is needed for
-    the clip anyway, and XLA makes the choice while it writes the update.
+    `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and
+    let the update through after its last allowed error. The norm is needed for the clip anyway, and
+    XLA makes the choice while it writes the update.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
 
 
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
-    """The learning rate stays a function of the step where updates were skipped.
+    """Sets schedules' counts to the step, so that skipped updates do not delay the learning rate.
 
-    A state that is a count and nothing else is a schedule's: `optax.ScaleByScheduleState`, and those
-    that `optax.inject_hyperparams` and scheduled weight decay keep.
+    A state that holds only a count belongs to a schedule: `optax.ScaleByScheduleState`, and the
+    states of `optax.inject_hyperparams` and scheduled weight decay.
     """
 
     def of_schedule(x: Any) -> bool:
@@ -183,13 +184,13 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 def eval_step(
     params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
-    """Totals of a batch without dropout."""
+    """Returns the totals of a batch without dropout."""
     scale = jnp.zeros(num_objectives * num_tasks)
     return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """`function` under the mesh and the logical axis rules, which tracing looks up."""
+    """Wraps `function` in the mesh and the logical axis rules, which tracing looks up."""
 
     @functools.wraps(function)
     def inside(*args):
@@ -200,9 +201,9 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """`train_step` compiled once per batch shape, with explicit shardings; the state is donated.
+    """Returns `train_step` compiled once per batch shape, with explicit shardings; the state is donated.
 
-    The same function for the same arguments: runs that differ in seed or data alone compile once.
+    Equal arguments return the same function, so runs that differ only in seed or data compile once.
     """
     return _jit_train_step(*hashable(abstract), mesh, tuple(static.items()))
 
@@ -220,9 +221,9 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """`eval_step` compiled once per batch shape; of the plain model, its adapters merged before.
+    """Returns `eval_step` compiled once per batch shape, for the plain model with merged adapters.
 
-    The same function for the same arguments, as `jit_train_step`.
+    Equal arguments return the same function, as for `jit_train_step`.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
 

@@ -1,29 +1,29 @@
-"""Watches over a run: records its steps, saves, stops, goes back, and ends it when it is stuck.
+"""Supervises a run: records steps, saves, stops on signals, rolls back, and ends a run that is stuck.
 
-The loop hands over each step by `record` and `save`. The run is in one of four states:
+The loop passes each step to `record` and `save`. The run is in one of four states:
 
     state       it lasts                        at most           a stop signal
     STARTING    until the first step ends       12 min_secs       ends the process: nothing to save
     STEPPING    until the next step ends        medians x median  lets the step end and be saved
     SAVING      between two steps               12 min_secs       lets one more step end and be saved
-    VALIDATING  for a part of SAVING            12 min_secs       breaks it off: the step is saved
-                (of STARTING, where a stop                        without, a resume validates it
-                put the validation off)
+    VALIDATING  for a part of SAVING            12 min_secs       interrupts it: the step is saved
+                (of STARTING, if a stop                           without; a resume validates it
+                postponed the validation)
 
     STARTING, STEPPING -> SAVING    a step has ended
-    SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last
-    SAVING -> STEPPING              what is due is saved: a better step, every `checkpoint_every`-th
-    any -> the same                 a loss or gradient is not finite: its update is skipped
-    any -> STARTING                 `max_consecutive_nonfinite` in a row: once, the run goes back to
-                                    an older checkpoint's parameters
-    any -> failed (1)               not finite where `on_nonfinite` is "stop"; too many in a row for
-                                    the second time, or without a checkpoint to go back to
+    SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
+    SAVING -> STEPPING              after saving a better step, or every `checkpoint_every`-th
+    any -> the same                 loss or gradient is not finite: the update is skipped
+    any -> STARTING                 `max_consecutive_nonfinite` in a row: the run rolls back, once,
+                                    to an older checkpoint's parameters
+    any -> failed (1)               not finite with `on_nonfinite` "stop"; too many in a row a second
+                                    time, or without a checkpoint to roll back to
     any -> stuck (134)              the state lasts too long
     any -> stopped                  `grace_secs` after a signal (75); at a second one (128 + number)
-    SAVING -> stopped (75)          the step that was under way at a signal is saved
+    SAVING -> stopped (75)          the step that was running at a signal is saved
     SAVING -> done (0)              the last step is saved
 
-Every process has a supervisor, and all come to the same verdict.
+Every process has a supervisor, and all reach the same decision.
 """
 
 import collections
@@ -57,19 +57,19 @@ from stepdistill_jax.training.run import Run
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.throughput import Throughput
 
-SPIKE_WINDOW = 100  # steps whose median loss is the usual one
-SPIKE_LEAST = 10  # fewer say nothing
-SILENT_STEPS = 20  # an objective without a target token for so long is worth a warning
+SPIKE_WINDOW = 100  # steps over which the usual loss is the median
+SPIKE_LEAST = 10  # with fewer, no step is flagged
+SILENT_STEPS = 20  # steps without a target token after which an objective gets a warning
 TEXT = 200  # characters of an input in the list of flagged steps
-EXIT_STUCK = 134  # as by SIGABRT, by which JAX ends the peers of a dead process: start again
-SLOW_FACTOR = 12  # what every state but STEPPING may take, in units of `min_secs`
-RECENT = 32  # step times whose median counts
+EXIT_STUCK = 134  # like SIGABRT, with which JAX ends the peers of a dead process: launchers restart
+SLOW_FACTOR = 12  # limit of every state but STEPPING, in units of `min_secs`
+RECENT = 32  # step times over which the median is taken
 
 State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step`: the run goes back, once the loop's state is let go."""
+    """Raised by `flush` after step `step`: the run rolls back, after the loop has released its state."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -77,46 +77,46 @@ class _TooManyBadSteps(Exception):
 
 
 class _BrokenOff(Exception):
-    """Raised between two batches of a validation: a stop signal has come."""
+    """Raised between two batches of a validation after a stop signal."""
 
 
 def leave_at_start(signal_name: str) -> None:
-    """Ends the process with 75 while there is nothing to save."""
-    leave(signal_name, "stopped before the first step, nothing was to be saved")
+    """Ends the process with status 75 while there is nothing to save."""
+    leave(signal_name, "stopped before the first step; there was nothing to save")
 
 
 def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns `life()`, called again when the run has gone back.
+    """Returns `life()`, called again after the run has rolled back.
 
     Raises:
-        FloatingPointError: of `life`, with what a user can do.
+        FloatingPointError: of `life`, with advice.
     """
     while True:
         try:
             try:
                 return life()
             except _TooManyBadSteps as error:
-                step = error.step  # the error's frames hold a state in the devices' memory
-            _go_back(run, step)
-        except FloatingPointError as error:  # no save is under way any more
+                step = error.step  # the error's frames keep a state in device memory
+            _roll_back(run, step)
+        except FloatingPointError as error:  # no save is running any more
             saved = max(saved_steps(run.workdir), default=None)
             raise FloatingPointError(
                 f"{error}; {'nothing is saved yet' if saved is None else f'step {saved} is saved'};"
-                f" the examples are in {os.fspath(run.workdir / FLAGGED)}: look at them, or take a"
+                f" the examples are in {os.fspath(run.workdir / FLAGGED)}: look at them, or use a"
                 " lower LEARNING_RATE in a new workdir"
             ) from None
 
 
 class Supervisor:
-    """Follows a run from its newest checkpoint on; `last` is the newest line of a step's metrics."""
+    """Follows a run from its newest checkpoint; `last` is the newest step's line of metrics."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """`stop` is entered; each state changes what a signal does."""
+        """Takes an entered `stop`; each state changes what a signal does."""
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
         self._enter(State.STARTING)
-        # all at once: an operation of its own would wait in the device's queue for the running step
+        # in one transfer: a separate operation would queue behind the running step
         learning_rate_fn, steps = make_schedule(config), np.arange(config.train_steps)
         rates = None if learning_rate_fn is None else np.asarray(learning_rate_fn(steps))
         self._learning_rates = rates if rates is None else np.broadcast_to(rates, steps.shape)
@@ -134,7 +134,7 @@ class Supervisor:
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
         """Opens the workdir, which `closing` closes; returns the newest checkpoint's step and state.
 
-        Without a checkpoint they are 0 and a new state, which devices may still be making.
+        Without a checkpoint, returns 0 and a new state that devices may still be computing.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
@@ -172,7 +172,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Counts what earlier lives of the run saw up to step `start`."""
+        """Restores the counts of earlier starts of the run up to step `start`."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -199,20 +199,21 @@ class Supervisor:
     # --- recording
 
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
-        """Keeps a step and writes the one before it, so that reading never holds up the devices.
+        """Keeps a step and writes the previous one, so that reading metrics never delays the devices.
 
-        `device_metrics` may still be computed; `waited` is in seconds, for the batch. Raises as `flush`.
+        `device_metrics` may still be computing; `waited` is the time spent waiting for the batch, in
+        seconds. Raises as `flush` does.
         """
-        # where the call returned after the step's end, `flush` would see it too late
+        # if the call returned after the step's end, `flush` would see the end too late
         ended = self._throughput.now() if device_metrics["loss"].is_ready() else None
         self.flush(before=ended)
         self._pending = step, batch, device_metrics, waited, ended
 
     def flush(self, before: float | None = None) -> None:
-        """Writes the step that is kept; `before`: when the step after it ended, if it has.
+        """Writes the kept step; `before`: when the next step ended, if it has.
 
         Raises:
-            FloatingPointError: the written step is not finite, and the run ends.
+            FloatingPointError: the written step is not finite, and the run must end.
         """
         if self._pending is None:
             return
@@ -296,7 +297,7 @@ class Supervisor:
         self._writer.flag(step, entry | {"examples": _examples_of(self._run, step)})
 
     def _enforce(self, step: int, metrics: dict[str, float]) -> None:
-        """Skips a step that is not finite, goes back after too many, or fails."""
+        """Skips a step that is not finite, rolls back after too many, or fails."""
         config = self._run.config
         what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
         if config.on_nonfinite == "stop":
@@ -308,16 +309,16 @@ class Supervisor:
             )
         if self._in_a_row >= config.max_consecutive_nonfinite:
             if self._gone_back:
-                raise FloatingPointError(f"{what}, {self._in_a_row} in a row once more")
+                raise FloatingPointError(f"{what}, {self._in_a_row} in a row for the second time")
             raise _TooManyBadSteps(step)
 
     # --- validating and saving
 
     def save(self, step: int, state: TrainState) -> None:
-        """Does what is due after a step: validates, saves, leaves after a stop signal.
+        """Does what is due after a step: validates, saves, and exits after a stop signal.
 
         Raises:
-            SystemExit: 75, the step is saved.
+            SystemExit: status 75, after the step is saved.
             FloatingPointError: as `flush`, before the step is saved.
         """
         self._watchdog.last_step = step
@@ -333,7 +334,7 @@ class Supervisor:
             better, self._best = True, rank(metrics)
         if better or stopping or last or step % self._run.config.checkpoint_every == 0:
             self.flush()
-            self._writer.sync()  # a resume from the checkpoint looks there
+            self._writer.sync()  # a resume from the checkpoint reads it there
             metrics = metrics or {"step": step, "validated": False}
             self._checkpoints.save(step, state.params, state.replace(params=None), metrics)
             self._throughput.pause()
@@ -349,7 +350,7 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Writes a step's validation and its answers; None where it is broken off.
+        """Writes a step's validation and its answers; None if a signal interrupts it.
 
         Returns it for the checkpoint.
         """
@@ -391,13 +392,13 @@ class Supervisor:
 
 
 def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns the loss and each objective's, without those of single tasks."""
+    """Returns the loss and the losses of objectives, without those of single tasks."""
     of_objective = {n: v for n, v in metrics.items() if n.startswith("loss/") and n.count("/") == 1}
     return {"loss": metrics["loss"]} | of_objective
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns a step's examples: place in the split as tokenised, start of the input, and label."""
+    """Returns a step's examples: index in the tokenised split, start of the input, and label."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -409,14 +410,15 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
     return found
 
 
-def _go_back(run: Run, step: int) -> None:
+def _roll_back(run: Run, step: int) -> None:
     """Saves step `step` again: the last good checkpoint's parameters and optimizer, at that step.
 
-    The batches in between are left out, as PaLM did (Chowdhery et al. 2022, section 5.1): gone
-    through again in the same order, they would end in the same place.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1): repeated in
+    the same order, they would fail again.
 
-    Good is the newest multiple of `checkpoint_every` whose next step was finite. A step that is
-    saved for another reason (a stop signal) is not taken: a run that nobody stopped has none.
+    The last good checkpoint is the newest multiple of `checkpoint_every` whose next step was finite.
+    Steps saved for another reason, such as a stop signal, do not count, so that stopped and unstopped
+    runs agree.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     good = (step - in_a_row - 1) // every * every
@@ -424,41 +426,41 @@ def _go_back(run: Run, step: int) -> None:
     first = jax.process_index() == 0
     with contextlib.closing(Checkpoints(run.workdir)) as checkpoints:
         if good not in saved_steps(run.workdir):
-            none = f"of step {good} to go back to" if good > 0 else "was due before"
+            none = f"of step {good} to roll back to" if good > 0 else "was due before"
             raise FloatingPointError(
                 f"{bad}: loss or gradient not finite, and no checkpoint {none}"
             )
         if first:
             log(
-                f"warning: {bad} were not finite: back to the parameters of step {good}; the"
-                f" batches up to step {step} are left out"
+                f"warning: {bad} were not finite: rolled back to the parameters of step {good}; the"
+                f" batches up to step {step} are skipped"
             )
         abstract = run.abstract
         params, rest = checkpoints.restore(good, abstract.params, abstract.replace(params=None))
-        # first: a line of a step that is not saved is cut off by the resume
+        # first: a resume cuts off lines of steps that are not saved
         writer = MetricsWriter(run.workdir, start_step=step, active=first)
         with contextlib.closing(writer):
             writer.flag(step, {"reason": "rolled_back", "to_step": good})
-        # a new array of the same placement: `step` is all that differs
+        # a new array with the same placement: only `step` differs
         rest = rest.replace(step=rest.step + (step - good))
         checkpoints.save(step, params, rest, {"step": step, "validated": False})
 
 
 class Watchdog:
-    """While entered: a state that lasts too long writes all threads' stacks and ends the process with 134.
+    """While entered, ends a process whose state lasts too long: writes all threads' stacks, exits with 134.
 
-    Time in which the whole process does not run (a suspended laptop, Ctrl-Z) does not count: the
+    Time in which the process does not run (a suspended laptop, Ctrl-Z) does not count, since the
     thread adds up its own short sleeps.
     """
 
     def __init__(self, medians: float, min_secs: float):
-        """`medians` and `min_secs`: see the table of the module; `medians` 0 turns it off."""
+        """Takes `medians` and `min_secs` of the module's table; `medians` 0 turns it off."""
         self.last_step: int | None = None  # for the message
         self._medians, self._min_secs = medians, min_secs
         self._interval = min(1.0, min_secs / 10)
         self._seconds: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._state, self._began = State.STARTING, time.monotonic()
-        self._ran = self._mark = 0.0  # seconds that the process ran: in all, and until this state
+        self._ran = self._mark = 0.0  # seconds that the process ran: in total, and until this state
         self._end = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -470,7 +472,7 @@ class Watchdog:
         self._end.set()
 
     def enter(self, state: State) -> None:
-        """Begins a state, and with that ends the one before."""
+        """Begins a state, which ends the previous one."""
         now = time.monotonic()
         if self._state is State.STEPPING:
             self._seconds.append(now - self._began)
@@ -498,7 +500,7 @@ class Watchdog:
         log(f"stuck: nothing for {secs:.0f} s {where}{usual}; the stacks of all threads:")
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         log(
-            f"stepdistill: failed: stuck {where}; start the same command again to go on from the last"
+            f"stepdistill: failed: stuck {where}; start the same command again to continue from the last"
             " saved step (train.watchdog_medians = 0 turns this off)"
         )
         os._exit(EXIT_STUCK)

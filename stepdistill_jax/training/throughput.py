@@ -1,4 +1,4 @@
-"""How fast a run is, from what its batches hold and the time between steps."""
+"""Training speed, from the contents of batches and the time between steps."""
 
 import time
 
@@ -11,7 +11,7 @@ from stepdistill_jax.runtime.chips import chip_of
 
 
 class Throughput:
-    """Turns step times into rates; validation and saving are left out by `pause`."""
+    """Turns step times into rates; `pause` excludes validation and saving."""
 
     def __init__(self, config: ModelConfig, *, batch_size: int):
         """Starts the clock."""
@@ -25,17 +25,17 @@ class Throughput:
         self._last = time.monotonic()
 
     def now(self) -> float:
-        """Returns the clock that steps are measured by, in seconds."""
+        """Returns the time of the clock that measures steps, in seconds."""
         return time.monotonic()
 
     def halfway(self, ended: float) -> float:
-        """Returns the middle between the last known end and `ended`: two steps share that time."""
+        """Returns the midpoint between the last known end and `ended`: two steps share that time."""
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns `timing/...` and fill of a step that ended at `ended` of `now`.
+        """Returns `timing/...` and the fill of a step that ended at time `ended` of `now`.
 
-        Its time is that since the step before it ended, or since the last `pause`.
+        A step's time counts from the end of the previous step, or from the last `pause`.
         """
         seconds, self._last = max(ended - self._last, 1e-9), ended
         flops = sum(
@@ -47,7 +47,7 @@ class Throughput:
             "non_padding_fraction/inputs": batch.input_tokens / cells[0],
             "non_padding_fraction/targets": batch.target_tokens / cells[1],
             "timing/examples_per_second": self._batch_size / seconds,
-            # not those of a decoder prefix, which are given
+            # without the tokens of a decoder prefix, which are given
             "timing/target_tokens_per_second": sum(batch.objective_tokens) / seconds,
             "timing/tflops_per_second": flops / seconds / 1e12,
         }

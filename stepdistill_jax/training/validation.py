@@ -30,15 +30,15 @@ from stepdistill_jax.training.loss import over_tasks
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
-OWN = ("loss", "label_accuracy", "unfinished", "collapsed", "unparsed")  # names of our numbers
+OWN = ("loss", "label_accuracy", "unfinished", "collapsed", "unparsed")  # names of our own metrics
 MEANS = ("label_accuracy", "unfinished", "collapsed")  # over the parts of a mixture
 
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """Everything that a validation needs, made once; `compute` is called with new parameters.
+    """Everything that a validation needs, made once; `compute` takes the parameters of a step.
 
-    Adapters are merged first: what is measured is the model that will be exported.
+    Adapters are merged first, so the model that would be exported is measured.
     """
 
     config: ModelConfig
@@ -48,7 +48,7 @@ class Validator:
     eval_step: Callable
     mesh: Mesh
     metrics: Mapping[str, TaskMetrics] = dataclasses.field(default_factory=dict)  # by part
-    scorer: Callable | None = None  # of given targets, where a metric reads their scores
+    scorer: Callable | None = None  # for given targets, if a metric reads their scores
 
     @classmethod
     def create(
@@ -62,9 +62,9 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Makes the compiled functions, and opens the metrics of the parts' tasks.
+        """Makes the functions to be compiled, and opens the metrics of the parts' tasks.
 
-        `batches` goes through the split once, in order; `batch_size` is the decoder's, in rows.
+        `batches` covers the split once, in order; `batch_size` is the decoder's, in rows.
         """
         plain = dataclasses.replace(config, lora=None)
         found = {part.name: TaskMetrics.of(part, data.split) for part in data.parts}
@@ -90,13 +90,13 @@ class Validator:
         )
 
     def try_out(self) -> list[str]:
-        """Returns the names that `compute` will give, without `eval/<split>/`, but those of mere warnings.
+        """Returns the names that `compute` will give, without `eval/<split>/` and without those of warnings.
 
-        Computes the metrics of the parts' tasks once, on the targets as answers: one that is broken
-        shows before the first step.
+        Computes the tasks' metrics once, with the targets as answers, so that a broken metric shows
+        before the first step.
 
         Raises:
-            InputError: a metric fails, or has the name of one of ours.
+            InputError: a metric fails, or has the name of one of our own.
         """
         several, of_parts = len(self.data.parts) > 1, []
         for part in self.data.parts:
@@ -108,7 +108,7 @@ class Validator:
         return [*dict.fromkeys(["label_accuracy", "loss", *ours]), *of_parts]
 
     def _numbers_of(self, part: Part) -> list[str]:
-        """Returns the names of our own numbers of a part."""
+        """Returns the names of our own metrics of a part."""
         names = ["label_accuracy"] if part.label_column is not None else []
         for column, rows in zip(part.columns, part.store.rows, strict=True):
             if rows["targets"].lengths.any():
@@ -117,28 +117,28 @@ class Validator:
         return list(dict.fromkeys(names))
 
     def majority_baseline(self) -> float:
-        """Returns the label accuracy of always giving the commonest label; the mean over the parts."""
+        """Returns the label accuracy of always answering the commonest label, averaged over the parts."""
         labelled = [part for part in self.data.parts if part.label_column is not None]
         of_parts = [majority_baseline(p.labelled_inputs()[1], p.metric) for p in labelled]
         return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
-        """Returns what a step is ranked by, first things first, each better when larger.
+        """Returns the numbers that rank a step, the most important first, each better when larger.
 
         Args:
             found: of `compute`.
-            best_metric: name without `eval/<split>/`, better when smaller if it starts with `loss`
-                (after the name of a part, where it has one); None is `label_accuracy`. The label's
-                loss decides between equals.
+            best_metric: name without `eval/<split>/`; smaller is better if it starts with `loss`
+                (after the name of a part, if it has one). None is `label_accuracy`. The label's
+                loss breaks ties.
 
         Raises:
-            InputError: this validation has no such number.
+            InputError: this validation has no such metric.
         """
         ranked = []
         for name in (best_metric or "label_accuracy", f"loss/{self.data.objectives[0].name}"):
             if (value := found.get(f"eval/{self.data.split}/{name}")) is None:
                 raise InputError(
-                    f"`best_metric`: this validation gave no {name!r}; let the metric give it each time"
+                    f"`best_metric`: this validation gave no {name!r}; the metric must return it each time"
                 )
             bare = name
             for part in self.data.parts:
@@ -154,29 +154,29 @@ class Validator:
         on_batch: Callable[[], None] = lambda: None,
         keep: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> dict[str, float]:
-        """Metrics of the split, each named `eval/<split>/...`.
+        """Returns the metrics of the split, named `eval/<split>/...`.
 
-        Of several parts, each part's are named `eval/<split>/<part>/...` and `label_accuracy` is the
-        mean of theirs.
+        With several parts, those of a part are named `eval/<split>/<part>/...`, and `label_accuracy` is
+        the mean over the parts.
 
         `on_batch` is called after each batch of losses and of answers, and may raise. Every process runs the same batches. `label_accuracy` is the share of decoded labels that
         match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
-        one answer (also said on standard error), else 0; where targets are more than a label, `unparsed` is
-        the share of answers without one, which count as wrong; `accuracy/<objective>` is the share of target
-        tokens that are the likeliest under teacher forcing, each weighed as in the loss. Losses are
-        nats per token; `loss` takes the weights that schedules end with, so that those of several
-        steps compare, and has no extra loss. The metrics of a part's own task have their own names,
-        after `<part>/` where there are several parts.
+        one answer (also logged), else 0; where targets are more than a label, `unparsed` is
+        the share of answers without a label, which count as wrong; `accuracy/<objective>` is the share of target
+        tokens that are the likeliest under teacher forcing, each weighted as in the loss. Losses are
+        nats per token. `loss` uses the final weights of schedules, so that steps can be compared, and
+        leaves out an extra loss. The metrics of a part's own task keep their names, after `<part>/` if
+        there are several parts.
 
         `keep` is called with each answer: `id` (the number of its row, from 1), `label`, `score`
-        (natural log of its probability), `target`, and of several parts `task`.
+        (natural log of its probability), `target`, and, with several parts, `task`.
 
         Raises:
-            InputError: a metric of a task fails.
+            InputError: a task's metric fails.
         """
         params, _ = merge(params, self.config)
         parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
-        # loss, correct, count; float64 over many batches
+        # loss, correct, count; float64, summed over many batches
         totals = np.zeros((3, len(parts) * count))
         for batch in on_this_host(self.batches, 0, self.batches.num_steps, self.mesh):
             sums = self.eval_step(params, placed(batch, self.mesh))
@@ -194,7 +194,7 @@ class Validator:
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
-        """Returns loss and accuracy of the objectives with tokens; totals of loss, correct, count."""
+        """Returns loss and accuracy of the objectives with tokens, from totals of loss, correct, count."""
         found = {}
         for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
             if count > 0:
@@ -205,7 +205,7 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Returns the metrics of the decoded labels; of several parts, each one's and their means."""
+        """Returns the metrics of the decoded labels: of each part, and the means of several parts."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [
@@ -281,11 +281,11 @@ class Validator:
 
 
 def _checked(part: Part, names: Iterable[str]) -> list[str]:
-    """Returns names of a task's metrics; refuses those that a validation has for its own numbers."""
+    """Returns names of a task's metrics; refuses names that a validation uses itself."""
     for name in (found := list(names)):
         if name in OWN or name.startswith(("loss/", "accuracy/")):
             raise InputError(
-                f"task {part.name!r}: its metric {name!r} has the name of a number that every"
-                " validation gives; give it another one"
+                f"task {part.name!r}: its metric {name!r} has the name of a metric that every"
+                " validation gives; rename it"
             )
     return found

@@ -1,4 +1,4 @@
-"""Whose folder a workdir is: nobody's yet, this run's, or something else's."""
+"""Ownership of a workdir: unused, this run's, or something else's."""
 
 import contextlib
 import datetime
@@ -24,13 +24,13 @@ from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.stores import StoreError, is_remote
 
 RUN, LOCK = "run.json", "run.lock"
-GIN = "config.gin"  # all that made the run; a run can be begun or gone on with from it
-# what a run writes, so what is there without a run.json is somebody else's
+GIN = "config.gin"  # everything that made the run; a run can be started or resumed from it
+# a run writes these after run.json, so without one they belong to something else
 _NAMES = (
     *(FOLDER, CONFIG, TASK_INFO, GENERATION_CONFIG, "model.safetensors", SPIECE, TOKENIZER_MODEL),
     *(GIN, METRICS, FLAGGED),
 )
-# what the readers of a run.json rely on; older versions wrote all of it but the last three
+# fields that readers of a run.json need; older versions wrote all but the last three
 _FIELDS = {"config": dict, "examples": int, "parameters": int}
 _CONFIG_FIELDS = {
     **{"task": str, "objectives": list, "data_fraction": (int, float), "seed": int},
@@ -41,10 +41,10 @@ _LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths
 
 @contextlib.contextmanager
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Process 0 holds the lock of a workdir; an object store, and a network disk without locks, have none.
+    """Holds the lock of a workdir, on process 0; object stores and network disks without locks have none.
 
     Raises:
-        InputError: another run holds it, or it cannot be written; in every process.
+        InputError: another run holds it, or it cannot be written; raised on every process.
     """
     with contextlib.ExitStack() as held:
         on_process_0(lambda: None if is_remote(workdir) else _hold(workdir, held))
@@ -60,7 +60,7 @@ def _hold(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
         held.enter_context(locked(path, note=note.encode()))
     except InUse:
         raise InputError(
-            f"`workdir` {workdir}: {_holder(path)} is training in it; wait for its end, stop it, or"
+            f"`workdir` {workdir}: {_holder(path)} is training in it; wait until it ends, stop it, or"
             " choose another folder"
         ) from None
 
@@ -68,17 +68,17 @@ def _hold(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
 def _holder(path: pathlib.Path) -> str:
     try:
         pid, host, since = json.loads(path.read_text())
-    except (OSError, ValueError):  # it has only just taken it
+    except (OSError, ValueError):  # the other run has only just taken it
         return "another run"
     return f"process {pid} on {host} (since {since})"
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
-    """Refuses, before anything is read or written, a folder that a run must not be in.
+    """Refuses a folder that a run must not use, before anything is read or written.
 
     Raises:
-        InputError: it cannot be written, has a damaged `run.json`, or holds files of a run's names
-            without one.
+        InputError: it cannot be written, has a damaged `run.json`, or holds a run's files without a
+            `run.json`.
     """
     if is_remote(workdir):
         _check_store(workdir)
@@ -91,12 +91,12 @@ def check_workdir(workdir: pathlib.Path) -> None:
         if (workdir / name).exists():
             raise InputError(
                 f"`workdir` {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
-                " choose another folder, or move that out of it"
+                " choose another folder, or move that file away"
             )
 
 
 def check_config(path: pathlib.Path, new: str) -> None:
-    """Refuses to replace a run's config that a person wrote: the text of `load_config` has bindings alone.
+    """Refuses to replace a config that a person wrote; the text of `load_config` has only bindings.
 
     Args:
         path: of the config in a workdir.
@@ -122,7 +122,7 @@ def check_config(path: pathlib.Path, new: str) -> None:
 
 
 def _check_store(workdir: pathlib.Path) -> None:
-    """Writes and removes a small object: rights in a store show only when they are used."""
+    """Writes and removes a small object: access rights in a store show only when used."""
     probe = workdir / f".{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"")
@@ -139,7 +139,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns the `run.json` of a workdir.
 
     Raises:
-        InputError: it is missing, damaged, or another program's; names the field.
+        InputError: it is missing, damaged, or from another program; names the field.
     """
     path = workdir / RUN
     found = read_json(path)
@@ -163,7 +163,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
-    """Says which field is missing or of another kind; None where all are there."""
+    """Returns which field is missing or has the wrong type; None if all are right."""
     if not isinstance(found, dict):
         return f"expected an object, got {_kind(found)}"
     for name, kind in kinds.items():

@@ -267,7 +267,7 @@ def _entry(header, **changes):
 
 
 SAFETENSORS = {
-    "overlapping": (lambda h: _entry(h, data_offsets=[0, 12288]), "not a whole safetensors file"),
+    "overlapping": (lambda h: _entry(h, data_offsets=[0, 12288]), "not a complete safetensors file"),
     "out of range": (lambda h: _entry(h, data_offsets=[2**40, 2**40 + 12288]), "not a whole"),
     "negative offset": (lambda h: _entry(h, data_offsets=[-12288, 0]), "not a whole"),
     "negative shape": (lambda h: _entry(h, shape=[-384, -8]), "not a whole"),
@@ -288,7 +288,7 @@ SAFETENSORS = {
         lambda h: h.update({"a\n\x1b[31mred": h.pop("shared.weight")}),
         "unknown: a \\x1b[31mred",
     ),
-    "another shape": (lambda h: _entry(h, shape=[8, 384]), "is [8, 384], [384, 8] is wanted"),
+    "another shape": (lambda h: _entry(h, shape=[8, 384]), "is [8, 384], expected [384, 8]"),
 }
 
 
@@ -315,7 +315,7 @@ def test_a_tensor_that_is_there_twice_is_refused(bad, refused):
     again = json.dumps({"shared.weight": header["shared.weight"]})
     text = (json.dumps(header)[:-1] + ", " + again[1:]).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
-    refused(bad, "shared.weight is there twice")
+    refused(bad, "shared.weight is stored twice")
 
 
 def test_safetensors_that_are_cut_or_longer_are_refused(bad, refused):
@@ -323,7 +323,7 @@ def test_safetensors_that_are_cut_or_longer_are_refused(bad, refused):
     whole = path.read_bytes()
     for content in (whole[:4], whole[:50], whole[:-1], whole + b"\0"):
         path.write_bytes(content)
-        refused(bad, f"{WEIGHTS}: not a whole safetensors file")
+        refused(bad, f"{WEIGHTS}: not a complete safetensors file")
 
 
 # pytorch_model.bin
@@ -392,10 +392,10 @@ def test_zips_of_torch_that_would_grow_or_lie_are_refused(bad, refused, tensors)
     for megabytes in (0, 50):
         torch.save(tensors, bad / TORCH)
         repacked(bad / TORCH, megabytes)
-        refused(bad, "is compressed; torch writes none so")
+        refused(bad, "is compressed, which torch never does")
     claimed = torch.zeros(1).expand(2**20, 2**20)
     torch.save(tensors | {"shared.weight": claimed}, bad / TORCH)
-    refused(bad, "shared.weight cannot be read (its shape wants 4398046511104 bytes")
+    refused(bad, "shared.weight cannot be read (its shape needs 4398046511104 bytes")
     for tensor in (
         tensors["shared.weight"].to_sparse(),
         tensors["shared.weight"].to("meta"),
@@ -405,7 +405,7 @@ def test_zips_of_torch_that_would_grow_or_lie_are_refused(bad, refused, tensors)
         refused(bad, "shared.weight cannot be read")
     with zipfile.ZipFile(bad / TORCH, "w") as archive:
         archive.writestr("../../evil", "x")
-    refused(bad, "not a whole file of torch")
+    refused(bad, "not a complete torch file")
     assert not list(bad.parent.parent.glob("evil"))
 
 
@@ -473,13 +473,13 @@ def _layers(tree, name):
 
 TREES = {
     **{
-        f"path {path!r}": (lambda t, p=path: _embedder(t).update(path=p), "must lie in this folder")
+        f"path {path!r}": (lambda t, p=path: _embedder(t).update(path=p), "must be in this folder")
         for path in ("../../x", "/etc", "..", ".", "", "a/b", "a\0b", 5, None)
     },
-    "a long path": (lambda t: _embedder(t).update(path="x" * 5000), "must lie in this folder"),
+    "a long path": (lambda t: _embedder(t).update(path="x" * 5000), "must be in this folder"),
     "placeholder": (
         lambda t: t["optimizer"]["target"].update(a="PLACEHOLDER://../../etc"),
-        "must lie in this folder, got '../../etc'",
+        "must be in this folder, got '../../etc'",
     ),
     "10**9 layers": (lambda t: _layers(t, f"layers_{10**9 - 1}"), "a whole number from 1 to 1000"),
     "a layer of 5,000 digits": (lambda t: _layers(t, "layers_" + "9" * 5000), "not those of a T5"),
@@ -489,7 +489,7 @@ TREES = {
         ),
         "claims 1000000 layers",
     ),
-    "no array": (lambda t: t["optimizer"]["target"].update(a=3), "a is no array"),
+    "no array": (lambda t: t["optimizer"]["target"].update(a=3), "a is not an array"),
     "version": (lambda t: t.update(version=[9]), "from version 2 on"),
     "no target": (lambda t: t.update(optimizer=[1]), "has no `target`"),
 }

@@ -22,7 +22,7 @@ from stepdistill_jax.runtime.files import MAX_LINE_BYTES, json_lines
 from stepdistill_jax.teacher.answers import _parse_free
 from stepdistill_jax.teacher.batch import read_batch
 from stepdistill_jax.teacher.cache import AnswerCache
-from stepdistill_jax.teacher.prompting import load_asking
+from stepdistill_jax.teacher.prompting import load_prompting
 from stepdistill_jax.teacher.settings import Settings
 
 GOOD = '{"id": "one", "input": "is it wet ?", "label": "yes"}\n'
@@ -132,7 +132,7 @@ PARTS = (
 def test_results_of_a_batch(tmp_path, record_fault):
     source, path = tmp_path / "in.jsonl", tmp_path / "results.jsonl"
     source.write_text(GOOD)
-    asking = load_asking(Settings(task="generic", model="m"))
+    prompting = load_prompting(Settings(task="generic", model="m"))
     cache = AnswerCache(tmp_path / "cache.sqlite")
     tried, wrong = 0, []
     for part in PARTS:
@@ -148,7 +148,7 @@ def test_results_of_a_batch(tmp_path, record_fault):
             path.write_text(json.dumps(row) + "\n")
             tried += 1
             try:
-                assert read_batch(asking, source, cache, [str(path)])["results"] == 1
+                assert read_batch(prompting, source, cache, [str(path)])["results"] == 1
             except InputError as error:
                 if f"{path}:1: " not in str(error):
                     wrong.append(f"{part} {value!r}: {error}")

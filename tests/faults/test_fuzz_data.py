@@ -16,7 +16,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.input_rows import read_questions
 from stepdistill_jax.teacher.batch import read_batch
 from stepdistill_jax.teacher.cache import AnswerCache
-from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
+from stepdistill_jax.teacher.prompting import Estimate, load_prompting, unanswered
 from stepdistill_jax.teacher.questions import check_questions
 from stepdistill_jax.teacher.settings import Settings
 
@@ -121,7 +121,7 @@ def fuzz(request, tmp_path, record_fault):
 
 def test_json_lines(fuzz, tmp_path):
     good = json.dumps({"input": "is it wet ?", "label": "yes"}).encode() + b"\n"
-    asking = load_asking(Settings(task="generic", model="m"))
+    prompting = load_prompting(Settings(task="generic", model="m"))
     count = 0
 
     def read(content):
@@ -131,7 +131,11 @@ def test_json_lines(fuzz, tmp_path):
         path.write_bytes(good + content)
         list(read_questions(path))  # of `predict`: bad ones are told, not raised
         with contextlib.suppress(InputError):
-            list(unanswered(asking, check_questions(path, (), label_given=False), None, Estimate()))
+            list(
+                unanswered(
+                    prompting, check_questions(path, (), label_given=False), None, Estimate()
+                )
+            )
         write_rows(jsonl.read(tmp_path), tmp_path / "made")
 
     fuzz("JSON lines, by prepare, predict and annotate", mutated(ROW), read)
@@ -178,8 +182,8 @@ def test_the_papers_layout(fuzz, tmp_path, name):
 def test_results_of_a_batch(fuzz, tmp_path):
     source, results = tmp_path / "in.jsonl", tmp_path / "results.jsonl"
     source.write_text('{"input": "is it wet ?"}\n')
-    asking = load_asking(Settings(task="generic", model="m"))
-    (key,) = asking.keys(asking.prompt(next(check_questions(source, (), label_given=False))))
+    prompting = load_prompting(Settings(task="generic", model="m"))
+    (key,) = prompting.keys(prompting.prompt(next(check_questions(source, (), label_given=False))))
     message = {"content": "Sure. So the answer is yes."}
     body = {
         "choices": [{"message": message, "finish_reason": "stop"}],
@@ -190,7 +194,7 @@ def test_results_of_a_batch(fuzz, tmp_path):
 
     def read(content):
         results.write_bytes(content)
-        read_batch(asking, source, cache, [str(results)])
+        read_batch(prompting, source, cache, [str(results)])
 
     fuzz("results of a batch", mutated(row), read)
     cache.close()

@@ -212,7 +212,7 @@ def test_kills_at_random_moments_lose_nothing(lives, tmp_path, record_fault):
         assert start(*command(workdir, data, **settings)) == 0, start.stderr.read_text()
     fate = Fate(start.trace["calls"], start.seconds)
     wanted, made = outcome(undisturbed), products(undisturbed)
-    places, lost, runs, kills, set_aside = collections.Counter(), {}, 0, 0, 0
+    places, lost, runs, kills, quarantined = collections.Counter(), {}, 0, 0, 0
     while kills < KILLS:
         run, runs, died = tmp_path / f"killed-{runs}" / "run", runs + 1, 0
         mine = run.parent / "data"
@@ -229,7 +229,7 @@ def test_kills_at_random_moments_lose_nothing(lives, tmp_path, record_fault):
         if code:
             lost[run] = died, start.stderr.read_text()[-1000:]
             continue
-        set_aside += len(list((run / "checkpoints").glob("*.unfinished-*")))
+        quarantined += len(list((run / "checkpoints").glob("*.unfinished-*")))
         wrong = differing(outcome(run), wanted) or differing(products(run), made)
         rubbish = names(run) ^ names(undisturbed) | names(mine) ^ names(data)
         if wrong or rubbish:
@@ -240,7 +240,7 @@ def test_kills_at_random_moments_lose_nothing(lives, tmp_path, record_fault):
         survived=kills - sum(died for died, *_ in lost.values()),
         seen=", ".join(f"in {place} {n}" for place, n in places.most_common())
         + f"; {runs} runs, in the end bitwise the undisturbed one (parameters, optimizer, metrics,"
-        f" export, predictions); {set_aside} unsealed steps set aside",
+        f" export, predictions); {quarantined} unsealed steps set aside",
     )
     assert not lost
     left = {p.name for p in start.temporary.iterdir()}

@@ -145,7 +145,7 @@ def test_too_many_in_a_row_go_on_from_the_last_good_checkpoint(trained, tmp_path
         seen.append("back to the last good checkpoint, also where the run is stopped in between")
         states = trained(tmp_path / "whole", {7, 8, 9})
         err = capsys.readouterr().err
-        assert "steps 7 to 9 were not finite: back to the parameters of step 5" in err
+        assert "steps 7 to 9 were not finite: rolled back to the parameters of step 5" in err
         assert same(states[9][0], states[5][0]) and not same(states[9][0], states[6][0])
         assert not same(states[10][0], states[9][0])
         expected = [(7, "nonfinite"), (8, "nonfinite"), (9, "nonfinite"), (9, "rolled_back")]
@@ -168,7 +168,7 @@ def test_the_second_time_the_run_stops_and_so_it_does_when_started_again(
         bad = set(range(7, 13))
         for _ in range(2):
             with pytest.raises(
-                FloatingPointError, match=r"step 12: loss nan.*3 in a row once more"
+                FloatingPointError, match=r"step 12: loss nan.*3 in a row for the second time"
             ):
                 trained(tmp_path, bad)
             assert flags(tmp_path).count((9, "rolled_back")) == 1
@@ -180,7 +180,7 @@ def test_where_a_stop_has_pushed_the_good_checkpoint_out_the_run_stops(trained, 
     """It must not go on from other parameters than a run that nobody stopped."""
     with survives("three in a row, the good checkpoint let go since") as seen:
         seen.append("exit 1 with the step")
-        with pytest.raises(FloatingPointError, match=r"no checkpoint of step 5 to go back to"):
+        with pytest.raises(FloatingPointError, match=r"no checkpoint of step 5 to roll back to"):
             trained(tmp_path, {7, 8, 9}, told=[6, 8], eval_every=4)
 
 

@@ -27,7 +27,7 @@ from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.skipped_rows import SkippedRows
 from stepdistill_jax.models.encoder_decoder import init_params
 from stepdistill_jax.models.t5 import T5Config
@@ -364,21 +364,21 @@ def test_a_list_on_a_full_disk_is_named_and_removed(tmp_path, finished, full_dis
 
 def test_memory_of_counts_lists_and_earlier_rows_does_not_grow_with_rows(tmp_path):
     key, rows = {"input": "x"}, 20_000
-    tally, skipped = Tally("text_match"), SkippedRows(tmp_path / "out.jsonl")
+    counted, skipped = AccuracyCounts("text_match"), SkippedRows(tmp_path / "out.jsonl")
     output = ResumableFile(tmp_path / "out.jsonl", key)
     output.append([{"id": i, "label": "a label"} for i in range(rows)])
     with contextlib.redirect_stderr(None):
         tracemalloc.start()
         try:
             for i, row in enumerate(output.rows()):
-                tally.add(row["label"], f"l{i % 2}" * 8)
+                counted.add(row["label"], f"l{i % 2}" * 8)
                 skipped.add(BadRow("in.jsonl", i, "bad"))
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
     skipped.close()
     output.close()
-    assert (tally.rows, skipped.count) == (rows, rows)
+    assert (counted.rows, skipped.count) == (rows, rows)
     assert peak < 10 * rows, "bytes: not even a pointer for each row"
 
 
@@ -450,7 +450,7 @@ def test_a_changed_input_is_noticed_at_the_next_window_and_a_touched_one_is_none
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(echo, "decode", changes)
-        with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read"):
+        with pytest.raises(InputError, match=r"in\.jsonl: the file changed while it was read"):
             predict(echo, source, out)
     assert calls == [4] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]

@@ -95,7 +95,7 @@ HOSTILE = {
     "4 GB text": (b"\x81\xa1a\xdb\xff\xff\xff\xff", "incomplete input"),
     "a list": (msgpack.packb([1]), "expected .*dict"),
     "a number as key": (msgpack.packb({1: 2}), "expected str"),
-    "a key twice": (b"\x82\xa1a\x01\xa1a\x02", "a is no tensor of a T5"),
+    "a key twice": (b"\x82\xa1a\x01\xa1a\x02", "a is not a tensor of a T5"),
     "bytes after it": (msgpack.packb({}) + b"\x00", "extra data"),
     "no array": (ext(msgpack.packb([1])), "not enough values"),
     "object type": (ext(msgpack.packb([[1], "object", b"12345678"])), "an OBJECT array"),
@@ -107,7 +107,7 @@ HOSTILE = {
         "at least one array",
     ),
     "reserved byte": (b"\x81\xa1a\xc1", "FormatError"),
-    "no T5": (msgpack.packb({"a": {"b": 1}}), "a/b is no tensor of a T5"),
+    "no T5": (msgpack.packb({"a": {"b": 1}}), "a/b is not a tensor of a T5"),
 }
 
 

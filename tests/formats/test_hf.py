@@ -156,7 +156,7 @@ def test_missing_unknown_and_wrongly_shaped_tensors_are_listed_in_one_line(direc
     for part in (
         "2 missing: decoder.final_layer_norm.weight, encoder.block.1.layer.0.SelfAttention.q.weight",
         "1 unknown: encoder.block.3.layer.0.layer_norm.weight",
-        "1 of a wrong shape: shared.weight is [60, 32], [64, 32] is wanted",
+        "1 of a wrong shape: shared.weight is [60, 32], expected [64, 32]",
     ):
         assert part in message
 
@@ -165,7 +165,7 @@ def test_a_truncated_file_is_named(directory, tmp_path):
     whole = (directory / "model.safetensors").read_bytes()
     for size in (5, len(whole) // 2):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
+        with pytest.raises(InputError, match=r"model\.safetensors: not a complete safetensors file"):
             hf.load_params(tmp_path, CONFIG)
 
 

@@ -186,7 +186,7 @@ def test_a_chunk_that_is_missing_is_no_zeros(v1_1, write_t5x, tmp_path):
     [
         ({"version": 1}, "from version 2 on can be read, got 1"),
         ({"optimizer": {"state": {}}}, "has no `target`"),
-        ({"optimizer": {"target": {"a": "text"}}}, "a is no array"),
+        ({"optimizer": {"target": {"a": "text"}}}, "a is not an array"),
         (
             {
                 "optimizer": {
@@ -195,7 +195,7 @@ def test_a_chunk_that_is_missing_is_no_zeros(v1_1, write_t5x, tmp_path):
                     }
                 }
             },
-            "must lie in this folder, got '../else'",
+            "must be in this folder, got '../else'",
         ),
     ],
     ids=["version", "no target", "text", "elsewhere"],
@@ -212,7 +212,7 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(tmp_path, change, message
 
 def test_a_checkpoint_of_tensorflow_is_told_apart(tmp_path):
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-1"\n')
-    with pytest.raises(InputError, match="of TensorFlow's T5, not of T5X"):
+    with pytest.raises(InputError, match="from TensorFlow's T5, not from T5X"):
         read_config(tmp_path)
 
 

@@ -18,7 +18,7 @@ from stepdistill_jax.formats.directory import TaskInfo
 from stepdistill_jax.inference import predict
 from stepdistill_jax.inference.accuracy import in_words
 from stepdistill_jax.inference.evaluate import evaluate, evaluate_tokens
-from stepdistill_jax.inference.prompting import how_to_ask
+from stepdistill_jax.inference.prompting import prompting_for
 from stepdistill_jax.serving.answerer import Answerer
 
 WRITTEN = ["it rains so the answer is no", "who knows", "sand so the answer is yes"]
@@ -136,7 +136,10 @@ def test_a_model_that_reads_rationales_is_shown_those_of_the_rows(opened, source
     )
     told = in_words(result)
     assert "inputs without a field that the model reads 1 (33.3%)" in told
-    assert "the model reads rationale of each row beside its input: a teacher has to write" in told
+    assert (
+        "the model reads rationale of each row in addition to its input: a teacher has to write"
+        in told
+    )
 
 
 def test_rows_that_all_lack_what_the_model_reads_are_refused(opened, write_rows, tmp_path):
@@ -159,12 +162,12 @@ def test_any_field_may_be_read(opened, write_rows, tmp_path):
 
 def test_a_service_parses_labels_and_refuses_rows_without_what_is_read():
     engine = Texts(single_task(), WRITTEN)
-    answerer = Answerer(engine, how_to_ask(engine))
+    answerer = Answerer(engine, prompting_for(engine))
     questions = [answerer.question({"input": q}, i) for i, (q, _, _) in enumerate(GOLD)]
     assert [a["label"] for a in answerer.answers(questions)] == ["no", "", "yes"]
     assert answerer.answers(questions[:1])[0]["rationale"] == "it rains"
     engine = Texts(rationale_input(), ["no"])
-    answerer = Answerer(engine, how_to_ask(engine))
+    answerer = Answerer(engine, prompting_for(engine))
     assert answerer.question({"input": "wet ?", "rationale": "sun"}, 1)
     with pytest.raises(InputError, match="row 1: no field 'rationale', which this model reads"):
         answerer.question({"input": "wet ?"}, 1)

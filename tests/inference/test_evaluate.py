@@ -12,9 +12,9 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import write_model_files
 from stepdistill_jax.inference import evaluate, load_model, predict
-from stepdistill_jax.inference.accuracy import Tally, in_words
+from stepdistill_jax.inference.accuracy import AccuracyCounts, in_words
 from stepdistill_jax.inference.evaluate import evaluate_tokens
-from stepdistill_jax.inference.rationale_quality import RationaleTally
+from stepdistill_jax.inference.rationale_quality import RationaleCounts
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def test_rationales_are_decoded_and_measured(workdir, data_dir, tmp_path, read_r
     result = json.loads(line)
     assert result == json.loads((tmp_path / "r.json").read_text())
     answers = read_rows_of(workdir / "predictions" / "roads-test-3-rationale.jsonl")
-    tally = RationaleTally("text_match", ("smooth", "trouble"))
+    counted = RationaleCounts("text_match", ("smooth", "trouble"))
     examples = open_prepared("roads", data_dir).examples("test")
     for example, answer in zip(examples, answers, strict=True):
-        tally.add(example, answer["label"], answer["rationale"])
+        counted.add(example, answer["label"], answer["rationale"])
     unfinished = result["rationale"].pop("unfinished")
-    assert result["rationale"] == tally.summary()
+    assert result["rationale"] == counted.summary()
     assert result["rationale"]["references"] == 20 and result["rationale"]["chrf"] > 0
     assert result["rationale"]["teacher"]["consistent"] == 20
     assert 0 < unfinished < 70  # `predict` counts them
@@ -111,16 +111,16 @@ def test_a_model_directory_has_no_steps_to_evaluate(model_dir, data_dir):
         evaluate(model_dir, task="roads", data_dir=data_dir, step="5")
 
 
-def tally(pairs, metric="text_match", labels=(), choices=()):
-    counts = Tally(metric, labels)
+def counted(pairs, metric="text_match", labels=(), choices=()):
+    counts = AccuracyCounts(metric, labels)
     for prediction, label in pairs:
         counts.add(prediction, label, choices)
     return counts.summary()
 
 
-def test_the_tally_of_a_worked_example():
+def test_the_counts_of_a_worked_example():
     pairs = [("a", "a"), ("b", "a"), ("c", "a"), ("b", "b"), ("b", "")]
-    assert tally(pairs, labels=("a", "b")) == {
+    assert counted(pairs, labels=("a", "b")) == {
         "rows": 5,
         "accuracy": 0.5,
         "majority_baseline": 0.75,
@@ -132,21 +132,21 @@ def test_the_tally_of_a_worked_example():
 
 def test_equations_are_compared_and_checked_by_value():
     pairs = [("10.0", "( 8 + 2 )"), ("no idea", "4"), ("( 2 + 2 )", "( 1 + 3 )")]
-    result = tally(pairs, "value_match")
+    result = counted(pairs, "value_match")
     assert result["accuracy"] == pytest.approx(2 / 3)
     assert result["invalid_labels"] == 1
 
 
 def test_nothing_is_invalid_where_nothing_says_what_is_valid():
-    assert tally([("x", "y")])["invalid_labels"] is None
-    assert tally([("x", "y")], choices=("y",))["invalid_labels"] == 1
+    assert counted([("x", "y")])["invalid_labels"] is None
+    assert counted([("x", "y")], choices=("y",))["invalid_labels"] == 1
 
 
 def test_a_collapsed_model_is_said_in_words():
-    result = {**tally([("a", "a"), ("a", "b")]), "unfinished": 0, "rows_per_second": 1.0}
+    result = {**counted([("a", "a"), ("a", "b")]), "unfinished": 0, "rows_per_second": 1.0}
     assert result["collapsed"]
     assert "all 2 answers are the same" in in_words(result)
-    result = {**tally([("a", "a"), ("b", "b")]), "unfinished": 1, "rows_per_second": 1.0}
+    result = {**counted([("a", "a"), ("b", "b")]), "unfinished": 1, "rows_per_second": 1.0}
     assert "the same" not in in_words(result)
     assert "unfinished 1 (50.0%)" in in_words(result)
 

@@ -342,7 +342,9 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
         return decode_window(*args)
 
     monkeypatch.setattr(predict_module, "decode_window", changes)
-    with pytest.raises(InputError, match=r"in\.jsonl: it changed while it was read \(90 good rows"):
+    with pytest.raises(
+        InputError, match=r"in\.jsonl: the file changed while it was read \(90 good rows"
+    ):
         predict(model_dir, source, out)
     assert windows == [40], "it is noticed before the next window"
     left = sorted(p.name for p in tmp_path.iterdir())
@@ -402,7 +404,7 @@ def test_asking_for_the_rationale_of_a_label_model_is_refused(model_dir, task_in
     info = dataclasses.replace(task_info, objectives=task_info.objectives[:1])
     model = dataclasses.replace(model, task_info=info)
     with pytest.raises(InputError, match=r"no objective named 'rationale'.*it has label"):
-        predict_module.how_to_ask(model, with_rationale=True)
+        predict_module.prompting_for(model, with_rationale=True)
 
 
 def test_a_bare_directory_is_asked_with_the_papers_prefix(

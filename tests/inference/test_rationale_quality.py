@@ -4,7 +4,7 @@ import pytest
 
 from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.inference.rationale_quality import (
-    RationaleTally,
+    RationaleCounts,
     in_words,
     named_answer,
     named_label,
@@ -82,16 +82,18 @@ def test_all_rationales_of_a_row_are_references():
 
 
 def test_the_figures_of_a_worked_example():
-    tally = RationaleTally("text_match", ("smooth", "trouble"))
+    counted = RationaleCounts("text_match", ("smooth", "trouble"))
     both = (Rationale("x"), Rationale("The cat ran fast!"))
     # two of three and of four words in order: F1 = 2 * (2/3 * 1/2) / (2/3 + 1/2) = 4/7, of the better one
-    tally.add(example(1, rationales=both), "smooth", "the cat sat")
+    counted.add(example(1, rationales=both), "smooth", "the cat sat")
     # one of two characters and none of one pair: both means are 1/4, and so is F
-    tally.add(example(2, rationale="ac", llm_label="smooth"), "smooth", "ab")
-    tally.add(example(3, rationale="a smooth ride", llm_label="trouble"), "smooth", "trouble ahead")
-    tally.add(example(4), "smooth", " ")
-    tally.add(example(5), "smooth", "smooth")
-    found = tally.summary()
+    counted.add(example(2, rationale="ac", llm_label="smooth"), "smooth", "ab")
+    counted.add(
+        example(3, rationale="a smooth ride", llm_label="trouble"), "smooth", "trouble ahead"
+    )
+    counted.add(example(4), "smooth", " ")
+    counted.add(example(5), "smooth", "smooth")
+    found = counted.summary()
     assert found.pop("rouge_l") == pytest.approx((4 / 7 + 0 + 0) / 3)
     chrf = found.pop("chrf")
     assert found == {
@@ -107,11 +109,11 @@ def test_the_figures_of_a_worked_example():
             {"id": "3", "label": "smooth", "named": "trouble", "rationale": "trouble ahead"}
         ],
     }
-    one = RationaleTally("text_match")
+    one = RationaleCounts("text_match")
     one.add(example(2, rationale="ac"), "smooth", "ab")
     assert one.summary()["chrf"] == pytest.approx(25)
     assert 25 / 3 < chrf < 100
-    said = in_words({**tally.summary(), "unfinished": 2})
+    said = in_words({**counted.summary(), "unfinished": 2})
     assert "ROUGE-L 0.190" in said and "(3 rows with a reference)" in said
     assert "1.4 words on average  empty 1  unfinished 2" in said
     assert "consistent 1 (20.0%)  inconsistent 1 (20.0%)  names no label 3 (60.0%)" in said
@@ -120,25 +122,25 @@ def test_the_figures_of_a_worked_example():
 
 
 def test_a_perfect_copy_has_the_highest_figures():
-    tally = RationaleTally("text_match")
-    tally.add(
+    counted = RationaleCounts("text_match")
+    counted.add(
         example(rationale="Wide roads suit heavy trucks."),
         "smooth",
         "Wide roads suit heavy trucks.",
     )
-    assert (tally.summary()["rouge_l"], tally.summary()["chrf"]) == (1.0, pytest.approx(100))
+    assert (counted.summary()["rouge_l"], counted.summary()["chrf"]) == (1.0, pytest.approx(100))
 
 
 def test_the_choices_of_a_row_go_before_the_tasks_labels():
-    tally = RationaleTally("text_match", ("zoo", "club"))
-    tally.add(example(choices=("farm", "lake")), "farm", "a zoo by a lake near the zoo")
-    assert tally.summary()["disagreements"][0]["named"] == "lake"
+    counted = RationaleCounts("text_match", ("zoo", "club"))
+    counted.add(example(choices=("farm", "lake")), "farm", "a zoo by a lake near the zoo")
+    assert counted.summary()["disagreements"][0]["named"] == "lake"
 
 
 def test_nothing_is_said_of_what_cannot_be_measured():
-    tally = RationaleTally("text_match")
-    tally.add(example(), "anything", "since it is so")
-    found = tally.summary()
+    counted = RationaleCounts("text_match")
+    counted.add(example(), "anything", "since it is so")
+    found = counted.summary()
     for name in ("rouge_l", "chrf", "consistent", "inconsistent", "names_no_label", "teacher"):
         assert found[name] is None
     said = in_words({**found, "unfinished": 0})
@@ -146,9 +148,9 @@ def test_nothing_is_said_of_what_cannot_be_measured():
 
 
 def test_only_the_first_disagreements_are_kept():
-    tally = RationaleTally("text_match", ("smooth", "trouble"))
+    counted = RationaleCounts("text_match", ("smooth", "trouble"))
     for number in range(20):
-        tally.add(example(number), "smooth", "trouble")
-    found = tally.summary()
+        counted.add(example(number), "smooth", "trouble")
+    found = counted.summary()
     assert found["inconsistent"] == 20
     assert [row["id"] for row in found["disagreements"]] == ["0", "1", "2", "3", "4"]

@@ -22,7 +22,7 @@ me = int(sys.argv[2])
 jax.distributed.initialize(sys.argv[1], 3, me)
 from stepdistill_jax.runtime import channel
 from stepdistill_jax.runtime.channel import Channel, Closed
-from stepdistill_jax.runtime.on_processes import of_all_processes
+from stepdistill_jax.runtime.on_processes import gather_from_all
 first, second = Channel("talk"), Channel("talk")
 channel.WAIT_SECS = 0.2
 heard = [first.combined(10 * me + i, lambda values: [values, sum(values)]) for i in range(20)]
@@ -31,9 +31,9 @@ if me == 2:
     time.sleep(1)  # longer than the others wait at a time
 assert second.combined({"me": me}, lambda values: values) == [{"me": 0}, {"me": 1}, {"me": 2}]
 found = []
-thread = threading.Thread(target=lambda: found.append(of_all_processes(lambda: -me, second)))
+thread = threading.Thread(target=lambda: found.append(gather_from_all(lambda: -me, second)))
 thread.start()
-assert of_all_processes(lambda: me) == [0, 1, 2]  # in the main thread at the same time
+assert gather_from_all(lambda: me) == [0, 1, 2]  # in the main thread at the same time
 thread.join()
 assert found == [[0, -1, -2]]
 if me == 1:  # alone
@@ -43,7 +43,7 @@ if me == 1:  # alone
         raise AssertionError
     except Closed:
         pass
-of_all_processes(lambda: None)
+gather_from_all(lambda: None)
 jax.distributed.shutdown()
 """
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from stepdistill_jax.runtime.compile_cache import FOLDER, beside, prune
+from stepdistill_jax.runtime.compile_cache import FOLDER, folder_for, prune
 
 COUNTING = """
 import json, sys
@@ -151,4 +151,4 @@ def test_the_programs_used_last_are_kept(tmp_path):
 )
 def test_the_cache_of_a_bucket_stays_in_the_bucket(workdir, cache):
     pytest.importorskip("gcsfs", reason="gcsfs is not installed: no gs:// to name")
-    assert beside(workdir) == cache
+    assert folder_for(workdir) == cache

@@ -23,7 +23,7 @@ from stepdistill_jax.runtime import metrics as writers
 from stepdistill_jax.runtime.checkpoints import manifest
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step, saved_steps
 from stepdistill_jax.runtime.checkpoints.manifest import seal
-from stepdistill_jax.runtime.compile_cache import beside
+from stepdistill_jax.runtime.compile_cache import folder_for
 from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 from stepdistill_jax.runtime.metrics import MetricsWriter, last_step_metrics, read_metrics
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
@@ -93,7 +93,7 @@ def test_a_local_path_is_pathlibs_and_a_url_is_not(store):
     assert str(as_path(RUN) / "run.json") == f"{RUN}/run.json"
     assert str(as_path(pathlib.Path(RUN))) == RUN  # pathlib makes `gs:/` of it
     assert as_path(as_path(RUN)) == as_path(RUN + "/")
-    assert beside(RUN) == "gs://bucket/runs/.jax_cache"
+    assert folder_for(RUN) == "gs://bucket/runs/.jax_cache"
 
 
 def test_the_config_of_a_run_in_a_store_follows_changed_settings(store):
@@ -228,7 +228,7 @@ def test_a_damaged_step_in_a_store_is_moved_inside_it(store, capfd):
     put("checkpoints/6/params/d/array", "half")
     folder, root = as_path(RUN) / "checkpoints", "/bucket/runs/a/checkpoints"
     (folder / "4" / "params" / "d" / "array").unlink()
-    assert manifest.set_aside_unsound(folder) == 2
+    assert manifest.quarantine_damaged(folder) == 2
     assert (
         "checkpoints/4: params/d/array: missing; set aside as 4.damaged-1" in capfd.readouterr().err
     )

@@ -1,4 +1,4 @@
-"""Threads stand for the processes: the roll call knows nothing but sockets."""
+"""Threads stand for the processes: the rendezvous knows nothing but sockets."""
 
 import concurrent.futures
 import hashlib
@@ -10,7 +10,7 @@ import time
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.rendezvous import ProcessesMissing, own_address, roll_call
+from stepdistill_jax.runtime.rendezvous import ProcessesMissing, own_address, rendezvous
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def outcomes(port, numbers, *, of, timeout_secs=1.5, counts=None, secrets=None):
         count = (counts or {}).get(number, of)
         secret = (secrets or {}).get(number)
         try:
-            roll_call(
+            rendezvous(
                 *("127.0.0.1", port),
                 num_processes=count,
                 process_id=number,
@@ -96,7 +96,7 @@ def token(secret):
 
 def test_one_that_came_and_died_is_missing(port):
     def visit():
-        with greet(port, f"stepdistill-roll-call {token('s')} 4 2\n".encode()):
+        with greet(port, f"stepdistill-rendezvous {token('s')} 4 2\n".encode()):
             time.sleep(0.2)
 
     threading.Thread(target=visit, daemon=True).start()
@@ -107,12 +107,12 @@ def test_one_that_came_and_died_is_missing(port):
 
 STRANGERS = {
     "a web client": b"GET / HTTP/1.1\r\n\r\n",
-    "no numbers": b"stepdistill-roll-call\n",
-    "without a token": b"stepdistill-roll-call 3 1\n",
-    "another token, number 1": b"stepdistill-roll-call %s 3 1\n" % token("other").encode(),
-    "another token, other count": b"stepdistill-roll-call %s 9 5\n" % token("other").encode(),
-    "the token of the address": b"stepdistill-roll-call %s 3 1\n",
-    "no end of line": b"stepdistill-roll-call",
+    "no numbers": b"stepdistill-rendezvous\n",
+    "without a token": b"stepdistill-rendezvous 3 1\n",
+    "another token, number 1": b"stepdistill-rendezvous %s 3 1\n" % token("other").encode(),
+    "another token, other count": b"stepdistill-rendezvous %s 9 5\n" % token("other").encode(),
+    "the token of the address": b"stepdistill-rendezvous %s 3 1\n",
+    "no end of line": b"stepdistill-rendezvous",
     "no text": bytes(range(128, 256)) + b"\n",
 }
 
@@ -187,7 +187,7 @@ def test_a_name_may_come_late_and_not_at_all(monkeypatch):
 
 def test_an_address_of_another_machine_is_bad_input():
     with pytest.raises(InputError, match=r"without the coordinator's address 192\.0\.2\.1; .*BIND"):
-        roll_call("192.0.2.1", 8476, num_processes=2, process_id=0, timeout_secs=1)
+        rendezvous("192.0.2.1", 8476, num_processes=2, process_id=0, timeout_secs=1)
 
 
 def test_a_port_that_another_has_is_bad_input():

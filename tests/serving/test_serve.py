@@ -19,7 +19,7 @@ from stepdistill_jax.decoding.greedy import Decoded
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import DecodeOptions, engines, export, predict
 from stepdistill_jax.inference.allowed_answers import allow
-from stepdistill_jax.inference.prompting import how_to_ask, how_to_explain
+from stepdistill_jax.inference.prompting import prompting_for, rationale_prompting_for
 from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving import run as serving_run
 from stepdistill_jax.serving.answerer import Answerer
@@ -76,8 +76,8 @@ class Running:
         explains=False,
     ):
         limits = app.Limits(max_wait_secs, max_queue, timeout_secs)
-        explaining = how_to_explain(engine) if explains else None
-        answerer = Answerer(engine, how_to_ask(engine), allowed, explaining)
+        explaining = rationale_prompting_for(engine) if explains else None
+        answerer = Answerer(engine, prompting_for(engine), allowed, explaining)
         self.service = app.Service(answerer, limits)
         self._signals = StopSignals(None)
         listener = server.bind("127.0.0.1", 0)
@@ -209,7 +209,7 @@ def test_choices_are_scored_as_predict_scores_them(
     rows = [{**row, "id": i, "choices": of_row[i % 2]} for i, row in enumerate(questions[:8])]
     predict(model_dir, write_rows(rows), tmp_path / "out.jsonl", batch_size=2, choices=choices)
     engine = engines.open_engine(model_dir, DecodeOptions(batch_size=2))
-    allowed = allow(DecodeOptions(choices=choices), how_to_ask(engine), engine)
+    allowed = allow(DecodeOptions(choices=choices), prompting_for(engine), engine)
     with running(engine, allowed=allowed, timeout_secs=200) as found:
         found.ready()
         if choices != "row":

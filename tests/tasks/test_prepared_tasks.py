@@ -13,7 +13,7 @@ from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder, open_prepared
 from stepdistill_jax.data.vocabulary import EOS_ID, load_vocabulary
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.inference.accuracy import Tally
+from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.prompting import encode_input
 from stepdistill_jax.tasks import add_task, load_task, prepared_tasks, register_prepared, registry
 from stepdistill_jax.tasks.lookup import find_task, splits_of
@@ -359,15 +359,15 @@ def test_seqios_evaluator_counts_as_we_do(seqio, folder):
     register_prepared(folder)
     dataset = open_prepared("delivery", folder)
     examples = list(dataset.examples("validation"))
-    tally, answers = Tally(dataset.metric, dataset.labels), []
+    counted, answers = AccuracyCounts(dataset.metric, dataset.labels), []
     for i, example in enumerate(examples):
         answers.append(example.label if i % 3 else "smooth")
-        tally.add(answers[-1], example.label)
+        counted.add(answers[-1], example.label)
     found = evaluated(seqio, "delivery", answers, "validation")
     accuracy = sum(a == e.label for a, e in zip(answers, examples, strict=True)) / len(examples)
     assert 0.5 < accuracy < 1
     assert found == {"delivery_label": {"accuracy": pytest.approx(accuracy)}}
-    assert tally.summary()["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert counted.summary()["accuracy"] == pytest.approx(accuracy, abs=1e-6)
 
 
 def test_seqios_evaluator_compares_equations_by_value(seqio, real):

@@ -17,7 +17,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, write_model_files
 from stepdistill_jax.inference.evaluate import evaluate
 from stepdistill_jax.inference.input_rows import read_questions
-from stepdistill_jax.inference.prompting import encode_input, how_to_ask
+from stepdistill_jax.inference.prompting import encode_input, prompting_for
 from stepdistill_jax.tasks import load_task, register_prepared
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.training.provenance import describe, task_info
@@ -72,14 +72,14 @@ def test_the_ids_of_a_pair_have_an_end_of_sequence_between_two_texts(folder):
     assert ids_of(data, 1, "targets", 1) == [*encode("Rain 1."), 1]
     # `predict` and `evaluate` ask with the same ids
     info = TaskInfo("anli_paper", step_by_step(), 64, 64, 63, input_pair=data.input_pair)
-    asking = how_to_ask(types.SimpleNamespace(path=folder, task_info=info))
-    assert asking.reads == ("input_pair",)
-    for i, row in enumerate(read_questions(dataset.file("train"), more=asking.reads)):
+    prompting = prompting_for(types.SimpleNamespace(path=folder, task_info=info))
+    assert prompting.reads == ("input_pair",)
+    for i, row in enumerate(read_questions(dataset.file("train"), more=prompting.reads)):
         prompt = step_by_step()[0].render(row.texts)[0]
-        ids, cut = encode_input(data.vocabulary, prompt, 1024, asking.input_pair_of(row))
+        ids, cut = encode_input(data.vocabulary, prompt, 1024, prompting.input_pair_of(row))
         assert (ids, cut) == (ids_of(data, 0, "inputs", i), False)
-        assert not asking.lacks(row)
-    assert asking.lacks(Example("1", "It rains.")) == ("input_pair",)
+        assert not prompting.lacks(row)
+    assert prompting.lacks(Example("1", "It rains.")) == ("input_pair",)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.folders import remove_left
+from stepdistill_jax.runtime.folders import remove_leftovers
 from stepdistill_jax.tasks.token_store import (
     TokenExample,
     open_store,
@@ -120,9 +120,9 @@ def test_what_a_killed_writer_left_beside_a_store_is_removed(tmp_path, monkeypat
     assert len(list(tmp_path.iterdir())) == 2
     with monkeypatch.context() as patch:
         patch.setattr(socket, "gethostname", lambda: "another")  # its lock may not be ours
-        remove_left(tmp_path / "s", own_tag())
+        remove_leftovers(tmp_path / "s", own_tag())
     assert len(list(tmp_path.iterdir())) == 2
-    remove_left(tmp_path / "s", own_tag())
+    remove_leftovers(tmp_path / "s", own_tag())
     assert [p.name.split(".")[1] for p in tmp_path.iterdir()] == ["other"]
 
 
@@ -134,7 +134,7 @@ def test_what_a_killed_writer_of_another_user_left_stops_nobody(tmp_path, monkey
         raise PermissionError(folder)
 
     monkeypatch.setattr(pathlib.Path, "iterdir", forbidden)
-    remove_left(tmp_path / "s", own_tag())
+    remove_leftovers(tmp_path / "s", own_tag())
     assert left.is_dir()
 
 

@@ -15,7 +15,7 @@ from stepdistill_jax.teacher import annotate
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Budget
 from stepdistill_jax.teacher.cache import AnswerCache
-from stepdistill_jax.teacher.prompting import Estimate, load_asking, unanswered
+from stepdistill_jax.teacher.prompting import Estimate, load_prompting, unanswered
 from stepdistill_jax.teacher.questions import check_questions
 from stepdistill_jax.teacher.run import Run
 from stepdistill_jax.teacher.settings import Settings
@@ -137,12 +137,12 @@ def test_an_answer_that_comes_after_the_first_look_is_not_paid_for_again(tmp_pat
     """There is no teacher: to ask would be an error."""
 
     async def go():
-        asking = load_asking(Settings(task="generic", model="m"))
+        prompting = load_prompting(Settings(task="generic", model="m"))
         cache = AnswerCache(tmp_path / "cache.sqlite")
         with progress(1, "test") as bar:
-            run = Run(asking, None, cache, Budget(), None, None, bar)
+            run = Run(prompting, None, cache, Budget(), None, None, bar)
             prompt, task = run._begin(Example("1", "Is it late?"))
-            cache.put(asking.key(prompt, 0), "m", Answer(GOOD.text))
+            cache.put(prompting.key(prompt, 0), "m", Answer(GOOD.text))
             return await task
 
     ((answer, reading),) = asyncio.run(go())
@@ -411,10 +411,10 @@ def test_counting_a_file_streams_it(annotating):
     """8 MB of rows are read, rendered and looked up in less than 2 MB."""
     source = annotating.write({"input": f"{i} " + "x" * 2000} for i in range(4000))
     assert source.stat().st_size > 8e6
-    asking = load_asking(Settings(task="generic", model="m"))
+    prompting = load_prompting(Settings(task="generic", model="m"))
     estimate = Estimate()
     tracemalloc.start()
-    for _ in unanswered(asking, check_questions(source, (), label_given=False), None, estimate):
+    for _ in unanswered(prompting, check_questions(source, (), label_given=False), None, estimate):
         pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -24,10 +24,10 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
     defect_by_all,
     files_digest,
     purge,
+    quarantine_damaged,
     reseal,
     saved,
     seal,
-    set_aside_unsound,
 )
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0
@@ -75,7 +75,7 @@ class Checkpoints:
         """Opens (or makes) the folder; what a kill in the middle of a save left behind is removed.
 
         A step that is damaged or was not saved to its end is set aside before Orbax sees it
-        (`manifest.set_aside_unsound`), so that `latest_step` is good, read as a whole.
+        (`manifest.quarantine_damaged`), so that `latest_step` is good, read as a whole.
 
         Raises:
             CheckpointError: there are steps, and none of them is good.
@@ -84,7 +84,7 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_is_not_raised)
         self._folder = folder = checkpoints_folder(workdir)
         on_process_0(lambda: purge(folder))
-        set_aside_unsound(folder)
+        quarantine_damaged(folder)
         self._metrics = saved_steps(workdir)
         self._verified = max(self._metrics, default=None)
         self._kept = _Kept(self._metrics)
@@ -128,7 +128,7 @@ class Checkpoints:
         """
         self.wait()
         self._saving, self._metrics[step] = step, metrics
-        with self._said():
+        with self._reported():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -155,7 +155,7 @@ class Checkpoints:
             CheckpointError: it is damaged, or cannot be read by this process; names the file.
         """
         if step != self._verified:
-            self._require_sound(step)
+            self._require_undamaged(step)
         for item, wanted in ((PARAMS, params), (STATE, rest)):
             folder = self._folder / str(step) / item
             require_fit(folder, wanted, "this run's model and optimizer")
@@ -176,7 +176,7 @@ class Checkpoints:
             ) from error
         return got["params"], got["state"]
 
-    def _require_sound(self, step: int) -> None:
+    def _require_undamaged(self, step: int) -> None:
         if problem := defect_by_all(self._folder / str(step)):
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
@@ -184,7 +184,7 @@ class Checkpoints:
         """Returns when the save in the background is whole and sealed; raises what it hit."""
         if (sealing := self._sealing) is not None:
             self._sealing = None
-            with self._said():
+            with self._reported():
                 sealing.result()
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class Checkpoints:
         self._manager.check_for_errors()
 
     @contextlib.contextmanager
-    def _said(self) -> Iterator[None]:
+    def _reported(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -228,7 +228,7 @@ class Checkpoints:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """False for the log of a traceback of what Orbax also raises: `_said` says it in one line."""
+    """False for the log of a traceback of what Orbax also raises: `_reported` says it in one line."""
     if not record.exc_info:
         return True
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname

@@ -19,7 +19,7 @@ from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import MAIN, on_process_0
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.runtime.stores import asked, is_remote
+from stepdistill_jax.runtime.stores import is_remote, store_errors
 
 MANIFEST = "manifest.json"
 COMMITTED = "commit_success.txt"  # what Orbax writes last in a store, which knows no rename
@@ -29,7 +29,7 @@ DAMAGED, UNFINISHED = "damaged", "unfinished"
 # in a store, which has checksums of its own, only files up to this size are read for a digest
 READ_IN_STORE = 64 * 1024
 _STEP = re.compile(r"0|[1-9][0-9]*")  # what Orbax takes for a step
-_SET_ASIDE = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
+_QUARANTINED = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
 
 class CheckpointError(Exception):
@@ -164,12 +164,12 @@ def saved(folder: pathlib.Path) -> list[SavedStep]:
     return [s for s in steps if s.problem is None or s.folder.exists()]
 
 
-def set_aside(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Folders that `set_aside_unsound` has renamed, by name."""
-    return sorted(p for p in _folders(folder) if _SET_ASIDE.fullmatch(p.name))
+def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Folders that `quarantine_damaged` has renamed, by name."""
+    return sorted(p for p in _folders(folder) if _QUARANTINED.fullmatch(p.name))
 
 
-def set_aside_unsound(folder: pathlib.Path) -> int | None:
+def quarantine_damaged(folder: pathlib.Path) -> int | None:
     """Renames the steps that must not be resumed from, says each in a line, and removes none.
 
     The newest step is read as a whole, and if it is damaged the one before it, and so on; of the
@@ -190,7 +190,7 @@ def set_aside_unsound(folder: pathlib.Path) -> int | None:
         if problems[number] is None and good is None:
             problems[number] = defect_by_all(folder / str(number))
             good = number if problems[number] is None else None
-    on_process_0(lambda: _set_aside(folder, problems, good))
+    on_process_0(lambda: _quarantine(folder, problems, good))
     return good
 
 
@@ -204,7 +204,7 @@ def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
     return [(s.number, s.problem) for s in steps]
 
 
-def _set_aside(folder: pathlib.Path, problems: Mapping[int, str | None], good: int | None) -> None:
+def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: int | None) -> None:
     newest = max((s.number for s in saved(folder)), default=None)
     for number, problem in reversed(list(problems.items())):
         if problem is not None:
@@ -213,7 +213,7 @@ def _set_aside(folder: pathlib.Path, problems: Mapping[int, str | None], good: i
             log(
                 f"warning: checkpoint {folder / str(number)}: {problem}; set aside as {target.name}"
             )
-    damaged = [p.name for p in set_aside(folder) if DAMAGED in p.name]
+    damaged = [p.name for p in quarantined(folder) if DAMAGED in p.name]
     if good is None and damaged:
         raise CheckpointError(
             f"{folder}: no good checkpoint to go on from, all are damaged: {', '.join(damaged)};"
@@ -327,7 +327,7 @@ def _files(step_folder: pathlib.Path) -> dict[str, int]:
     if is_remote(step_folder):
         import fsspec
 
-        with asked(step_folder):
+        with store_errors(step_folder):
             store, root = fsspec.core.url_to_fs(os.fspath(step_folder))
             listed = store.find(root, detail=True)
         sizes = {n.removeprefix(root).lstrip("/"): info["size"] for n, info in listed.items()}
@@ -352,7 +352,7 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
     """Renames a step to a name that Orbax does not read, and that was never used."""
     prefix = f"{step_folder.name}.{kind}-"
-    before = [p.name for p in set_aside(step_folder.parent) if p.name.startswith(prefix)]
+    before = [p.name for p in quarantined(step_folder.parent) if p.name.startswith(prefix)]
     number = max((int(name.removeprefix(prefix)) for name in before), default=0) + 1
     target = step_folder.with_name(f"{prefix}{number}")
     if is_remote(step_folder):
@@ -366,7 +366,7 @@ def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
     """Inside the store: nothing is downloaded. A kill in the middle leaves both folders."""
     import fsspec
 
-    with asked(step_folder):
+    with store_errors(step_folder):
         store, root = fsspec.core.url_to_fs(os.fspath(step_folder))
         _, goal = fsspec.core.url_to_fs(os.fspath(target))
         names = store.find(root)

@@ -9,14 +9,14 @@ import pathlib
 from collections.abc import Iterable, Mapping
 
 from stepdistill_jax.runtime.channel import Channel
-from stepdistill_jax.runtime.fingerprints import crc32, of_each
-from stepdistill_jax.runtime.on_processes import of_all_processes
-from stepdistill_jax.runtime.stores import StoreError, asked
+from stepdistill_jax.runtime.fingerprints import crc32, digest_each
+from stepdistill_jax.runtime.on_processes import gather_from_all
+from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
     """Returns the crc32 of files by name; OSError names the first that cannot be read."""
-    return {name: crc for name, (crc, _) in of_each(_checksum, step_folder, names).items()}
+    return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
@@ -36,18 +36,18 @@ def digests_by_all(
 
     if jax.process_count() == 1:
         return {}
-    own = dealt_out(sizes, jax.process_count())[jax.process_index()]
-    parts = of_all_processes(lambda: of_each(_checksum_if_seen, step_folder, own), channel)
+    own = balanced_shares(sizes, jax.process_count())[jax.process_index()]
+    parts = gather_from_all(lambda: digest_each(_checksum_if_seen, step_folder, own), channel)
     # a host's view of a shared file system may lag: what it sees of a file may be its beginning
     return {
         name: crc for part in parts for name, (crc, size) in part.items() if size == sizes[name]
     }
 
 
-def dealt_out(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """Returns `count` lists of names, of about as many bytes each: the largest file comes first.
 
-    `dealt_out({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
+    `balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
     """
     parts: list[list[str]] = [[] for _ in range(count)]
     least = [(0, number) for number in range(count)]
@@ -60,7 +60,7 @@ def dealt_out(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 def _checksum(path: pathlib.Path) -> tuple[str, int]:
     """The crc32 of a file's bytes, and their number."""
-    with asked(path), path.open("rb") as f:
+    with store_errors(path), path.open("rb") as f:
         return f"{crc32(f):08x}", f.tell()
 
 

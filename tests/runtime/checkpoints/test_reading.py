@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from stepdistill_jax.runtime.checkpoints import manifest, reading
-from stepdistill_jax.runtime.checkpoints.reading import dealt_out
+from stepdistill_jax.runtime.checkpoints.reading import balanced_shares
 
 FILES = {"params/a": b"first" * 100, "params/b": b"second" * 50, "params/c": b"third"}
 
@@ -30,12 +30,12 @@ def two_hosts(tmp_path, monkeypatch):
             found.insert(0, action())
         return json.loads(json.dumps(found))
 
-    def of_each(of_file, folder, names):
+    def digest_each(of_file, folder, names):
         return plain(of_file, views[me[0]], names)
 
-    plain = reading.of_each
-    monkeypatch.setattr(reading, "of_all_processes", of_all)
-    monkeypatch.setattr(reading, "of_each", of_each)
+    plain = reading.digest_each
+    monkeypatch.setattr(reading, "gather_from_all", of_all)
+    monkeypatch.setattr(reading, "digest_each", digest_each)
     monkeypatch.setattr(manifest, "on_process_0", lambda action, channel=None: action())
     return views
 
@@ -70,15 +70,15 @@ def test_a_bad_read_of_one_host_condemns_no_step_and_a_damaged_file_does(two_hos
 
 
 def test_dealt_out_docstring():
-    assert dealt_out({"a": 3, "b": 5, "c": 2, "d": 4}, 2) == [["b", "c"], ["d", "a"]]
+    assert balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2) == [["b", "c"], ["d", "a"]]
 
 
 @given(st.dictionaries(st.text(max_size=3), st.integers(0, 1000)), st.integers(1, 5), st.randoms())
 def test_each_file_is_one_processs_and_parts_are_as_large_as_files_allow(sizes, count, random):
-    parts = dealt_out(sizes, count)
+    parts = balanced_shares(sizes, count)
     assert sorted(name for part in parts for name in part) == sorted(sizes)
     loads = [sum(sizes[name] for name in part) for part in parts]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
     names = list(sizes)
     random.shuffle(names)  # a listing's order
-    assert dealt_out({name: sizes[name] for name in names}, count) == parts
+    assert balanced_shares({name: sizes[name] for name in names}, count) == parts
