@@ -1,7 +1,7 @@
-"""Attention over segments: one function, behind which every way to compute it stands.
+"""Attention over segments: one function for every way to compute it.
 
-A mask is made inside, from the segments of queries and keys, and a relative bias is the same for all
-rows. So neither an array [batch, heads, q, k] nor a gradient of that shape goes from layer to layer.
+The mask is made inside, from the segments of queries and keys, and a relative bias is shared by all
+rows. So neither an array [batch, heads, q, k] nor a gradient of that shape passes from layer to layer.
 """
 
 import flax.linen as nn
@@ -16,7 +16,7 @@ from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fused_attenti
 from stepdistill_jax.models.products import precision_of
 
 NEG_INF = -1e9
-ATTENTION_OUTPUT = "attention_output"  # its name, for `jax.checkpoint` policies
+ATTENTION_OUTPUT = "attention_output"  # name of its output for `jax.checkpoint` policies
 
 
 def attention(
@@ -36,10 +36,10 @@ def attention(
     scale: float = 1.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Mean of the values that a query sees, weighted by the softmax of its scores.
+    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
 
     A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
-    plus the bias. A query without any key gets a finite mean of no meaning.
+    plus the bias. A query that sees no key gets a finite, meaningless mean.
 
     Args:
         q: [batch, q, heads, d].
@@ -51,14 +51,14 @@ def attention(
         causal: a query does not see keys of later places.
         dropout_rate: share of the weights that becomes 0; 0 <= rate < 1.
         dropout_rng: None is no dropout.
-        dropout_broadcast: all queries of a head share one mask (where `kv_heads` are fewer, all that
-            read the same values).
+        dropout_broadcast: all queries of a head share one mask; with fewer `kv_heads`, all queries that
+            read the same values do.
         softcap: a score s becomes softcap x tanh(s / softcap).
-        window: a query sees keys less than so many places away.
-        scale: T5's is 1, since its initial query kernel holds 1 / sqrt(d).
-        implementation: of `config.ATTENTIONS`. "xla" is plain operations, as XLA fuses them; "pallas"
-            is one kernel, which a CPU interprets, for tests; a few queries, as in decoding, are plain
-            operations all the same. "auto" is "xla" here: `training.attention_choice` settles it.
+        window: a query sees keys less than this many places away.
+        scale: 1 in T5, whose initial query kernel contains 1 / sqrt(d).
+        implementation: one of `config.ATTENTIONS`. "xla" is plain operations that XLA fuses; "pallas" is
+            one kernel, which a CPU interprets in tests. A few queries, as in decoding, always use plain
+            operations. "auto" means "xla" here: `training.attention_choice` resolves it earlier.
 
     Returns:
         [batch, q, heads, d] in the dtype of `v`.
@@ -68,7 +68,7 @@ def attention(
     if dropout_broadcast and dropout_rng is not None:
         v, dropout_rng = _dropped_values(v, dropout_rate, dropout_rng), None
     plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
-    # in this order: an exported program has a length that compares with no number
+    # the length is compared last: in an exported program it is a symbol
     if implementation == "pallas" and plain and q.shape[1] >= FEWEST_QUERIES:
         return fused_attention(
             q,
@@ -93,21 +93,24 @@ def attention(
 
 
 def shaped_scores(scores: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Scores as they are, or in float32 times the scale, and then capped."""
+    """Scales and caps scores in float32; without scale and cap, returns them unchanged."""
     if scale == 1.0 and softcap is None:
         return scores
     return softcapped(scores.astype(jnp.float32) * scale, softcap)
 
 
 def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
-    """softcap x tanh(x / softcap), between -softcap and softcap; None leaves x (Gemma 2, arXiv:2408.00118, section 2)."""
+    """Returns softcap x tanh(x / softcap), which lies between -softcap and softcap; None returns x.
+
+    Gemma Team 2024 (arXiv:2408.00118, section 2).
+    """
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """[batch, k, heads, d] with values of 0: those that no query of a head weighs.
+    """Sets values [batch, k, heads, d] to 0 for all queries of a head.
 
-    The same as weights of 0, without a mask of their size.
+    Equals weights of 0, without a mask of their size.
     """
     batch, keys, heads, _ = v.shape
     kept = dropout(jnp.ones((batch, heads, 1, keys)), rate, rng, broadcast=True)
@@ -116,7 +119,7 @@ def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
-    """[batch, heads, q, k] and [1, heads, q, k], whose gradient is a sum over the batch."""
+    """Adds [1, heads, q, k] to [batch, heads, q, k]; its gradient is a sum over the batch."""
     return scores + bias
 
 
@@ -127,10 +130,10 @@ _plus_bias.defvjp(
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax over the keys where `mask` [batch or 1, 1, q or 1, k] is true: float32 [batch, heads, q, k].
+    """Returns the softmax over keys where `mask` [batch or 1, 1, q or 1, k] is true: float32 [batch, heads, q, k].
 
-    A sum of both: `jnp.where` would make arrays as large as the scores of `NEG_INF` and of the mask,
-    which JAX takes out of the layers' loop, and each layer would read them.
+    Adds the mask instead of using `jnp.where`, for which JAX would hoist arrays as large as the scores
+    out of the layers' loop, and each layer would read them.
     """
     hidden = (~mask).astype(jnp.float32) * NEG_INF
     return nn.softmax(scores.astype(jnp.float32) + hidden, axis=-1)
@@ -143,7 +146,7 @@ def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
 
 
 def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None) -> jax.Array:
-    """[1, 1, q, k] bool by the places alone, both counted from 0."""
+    """Returns [1, 1, q, k] bool from the places alone, both counted from 0."""
     ahead = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
     mask = ahead <= 0 if causal else jnp.full(ahead.shape, True)
     if window is not None:
@@ -154,15 +157,15 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """[batch, q, heads, d], [batch, k, kv_heads, d] -> [batch, heads, q, k] float32.
 
-    In bfloat16 the products are rounded to it; the softmax is float32, since its sums of long inputs
-    would not be.
+    The products of bfloat16 are rounded to bfloat16; the softmax is float32, since sums over long
+    inputs would lose digits.
     """
     precision = precision_of(q.dtype)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     if heads == kv_heads:
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
-    else:  # the g heads of a group read the same keys
+    else:  # the g heads of a group share keys
         q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
         scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, precision=precision)
         scores = scores.reshape(batch, heads, queries, keys)

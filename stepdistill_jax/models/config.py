@@ -1,4 +1,4 @@
-"""What every model's configuration says: the sizes of its two sides, its arithmetic, its adapters."""
+"""The configuration that all models share: sizes of encoder and decoder, arithmetic, adapters."""
 
 import abc
 import dataclasses
@@ -8,33 +8,33 @@ from typing import Any, ClassVar
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, one_of, refused, whole
 
-# Far above any model here, and small enough that a config.json which claims more is refused before a name is
-# made for each layer, or a number leaves 32 bits.
+# Far above any model here, and small enough to refuse an absurd config.json before naming its layers or
+# overflowing 32 bits.
 MAX_SIZE, MAX_LAYERS = 2**24, 1000
 MAX_LENGTH = 2**16  # ids of an input or of an answer
-MAX_WIDTH = 2**16  # that of T5-11B's feed-forward block; dropout's masks repeat beyond
+MAX_WIDTH = 2**16  # the feed-forward width of T5-11B; dropout masks repeat above it
 
 ACTIVATIONS = (("relu",), ("gelu", "linear"), ("silu", "linear"))
 DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "pallas")
 REMAT_POLICIES = ("elementwise", "minimal", "full")
-OLD_REMAT_POLICIES = {"none": "elementwise"}  # as configs and `run.json` of older versions say
+OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of older versions
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters: a rank per projection, 0 for none (Hu et al. 2021, arXiv:2106.09685).
 
-    The names are those of the parameter tree; a rank holds for every layer of both sides.
+    The names are those of the parameter tree; a rank applies to every layer of encoder and decoder.
 
     Attributes:
         query, key, value, out: rank in self-attention and in attention to the encoder.
-        wi: rank of the feed-forward block's first projection, or of both where it is gated.
+        wi: rank of the feed-forward block's first projection, or of both in a gated block.
         wo: rank of the feed-forward block's second projection.
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:
-        InputError: a rank that is no whole number from 0, ranks that are all 0, alpha not above 0.
+        InputError: a rank that is not a whole number from 0, no rank above 0, or alpha not above 0.
     """
 
     query: int = 0
@@ -59,19 +59,19 @@ class Side:
 
     Attributes:
         emb_dim: model width.
-        num_heads, num_kv_heads, head_dim: attention heads, those of keys and values, the width of each.
-            Head i reads the keys and values of i // (num_heads / num_kv_heads).
+        num_heads, num_kv_heads, head_dim: query heads, heads of keys and values, width of each head.
+            Query head i reads the keys and values of i // (num_heads / num_kv_heads).
         mlp_dim: feed-forward width.
         num_layers: depth.
-        score_scale: a score is this times (query . key).
+        score_scale: factor of (query . key).
         score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves it.
-        windows: for each layer the number of tokens that self-attention reaches back (and, in an
-            encoder, ahead); 0 is all of them. None: every layer reaches all.
-        rope_theta: base of the rotary position embedding; None has no such embedding.
-        init_stddev: of initial kernels; None is T5's own rule, by the widths of each.
+        windows: tokens that self-attention of each layer reaches back (and, in an encoder, ahead); 0 is
+            all. None: every layer reaches all.
+        rope_theta: base of the rotary position embedding; None for a model without it.
+        init_stddev: of initial kernels and embeddings; None is T5's rule, by the widths of each.
 
     Raises:
-        InputError: a size out of bounds, or heads that no whole number of key/value heads divides.
+        InputError: a size out of bounds, or heads that the key/value heads do not divide.
     """
 
     emb_dim: int
@@ -101,21 +101,17 @@ class Side:
 
     @property
     def joined_kv(self) -> int:
-        """Width of all heads' queries together."""
+        """Width of the queries of all heads together."""
         return self.num_heads * self.head_dim
-
-    def window_of(self, layer: int) -> int:
-        """Returns the tokens that a layer reaches back; 0 is all."""
-        return self.windows[layer] if self.windows is not None else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
-    """All that the code outside a family's module knows of a model.
+    """Everything that code outside a family's module knows about a model.
 
-    A family is a subclass in a module of its own and a row of `models.families.FAMILIES`; how its files
-    look is a row of `formats.families.FAMILIES`. The module of all families is
-    `models.encoder_decoder.EncoderDecoder`.
+    A family is a subclass in its own module and a row of `models.families.FAMILIES`. Its files are
+    described by a row of `formats.config_json` and one of `formats.parameter_names`. All families use
+    the module `models.encoder_decoder.EncoderDecoder`.
 
     Attributes:
         vocab_size: rows of an embedding; at least the vocabulary's pieces.
@@ -131,14 +127,14 @@ class ModelConfig(abc.ABC):
         remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax, activations and
             dropout's masks, no products; `none` is its old name), `minimal` (all but the products with
             weights), `full` (everything inside a layer).
-        scan_layers: layers are a loop, compiled once; else one after the other. Parameters are stacked
+        scan_layers: layers are a loop that is compiled once; false unrolls it. Parameters are stacked
             either way.
-        lora: adapters beside the projections; None is the plain model, the only one that decodes
+        lora: adapters of the projections; None is the plain model, which alone can decode
             (`models.lora.merge`).
-        quantized: kernels are int8 with a scale for each output; for decoding alone
+        quantized: kernels are int8 with a scale for each output; for decoding only
             (`models.quantized.quantize`).
-        unrolled_decoder: the decoder has a parameter tree for each layer, and no loop over layers;
-            for decoding on a GPU (`models.unrolled.unrolled`).
+        unrolled_decoder: the decoder has a parameter tree for each layer and no loop over layers; for
+            decoding on a GPU (`models.unrolled.unrolled`).
 
     Raises:
         InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy, a size
@@ -179,30 +175,30 @@ class ModelConfig(abc.ABC):
     def decoder(self) -> Side:
         """Sizes of the decoder."""
 
-    # What most families share, and a subclass may answer otherwise.
+    # Defaults that a family may override.
 
     @property
     def position_bias(self) -> str | None:
-        """Who has a table of relative position biases: each `side`, each `layer`, or None."""
+        """Owner of a table of relative position biases: each `side`, each `layer`, or None."""
         return None
 
     @property
     def output_scale(self) -> float:
-        """Number that the decoder's states are multiplied by before the output layer."""
+        """Factor of the decoder's states before the output layer."""
         return 1.0
 
     @property
     def start_id(self) -> int:
-        """Id that the decoder reads first, which batches of every family write as 0."""
+        """Id that the decoder reads first; batches of every family write it as 0."""
         return 0
 
-    # a norm multiplies by this plus its scale: Gemma keeps the distance from 1
+    # a norm multiplies by this plus its scale; Gemma stores the difference from 1
     norm_offset: ClassVar[float] = 0.0
-    # whether what a block adds has a norm of its own
+    # whether the output of a block has a norm of its own
     post_norms: ClassVar[bool] = False
     # whether embeddings are multiplied by the root of their width
     scaled_embeddings: ClassVar[bool] = False
-    # names of the parameters that embed inputs and targets; the second, tied, is the output layer
+    # parameters that embed inputs and targets; a tied output layer is the second
     input_embedder: ClassVar[str] = "token_embedder"
     target_embedder: ClassVar[str] = "token_embedder"
 
@@ -212,10 +208,10 @@ class Family:
     """A family of published models: a row of `models.families.FAMILIES`.
 
     Attributes:
-        config: its class.
-        sizes: the fields of `config` for each published size; `tiny` is for tests and demos.
+        config: class of its configuration.
+        sizes: fields of `config` for each published size; `tiny` is for tests and demos.
         vocab_size: of its published vocabulary.
-        traits: fields of `config` that all its sizes share.
+        traits: fields of `config` that all sizes share.
     """
 
     config: type[ModelConfig]
@@ -228,7 +224,7 @@ def check_dtype(dtype: str) -> None:
     """Refuses a type that activations cannot have.
 
     Raises:
-        InputError: float16, or no type that we know.
+        InputError: float16, or an unknown type.
     """
     if dtype == "float16":
         raise InputError(
@@ -239,7 +235,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def known_remat_policy(name: str) -> str:
-    """The policy of a name, also of an old one; InputError where there is none."""
+    """Returns the policy of a current or old name; raises InputError for an unknown one."""
     policy = OLD_REMAT_POLICIES.get(name, name)
     one_of("remat_policy", policy, REMAT_POLICIES)
     return policy

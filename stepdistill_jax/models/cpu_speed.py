@@ -1,4 +1,4 @@
-"""Everything that exists only for speed on CPUs; results are those of the plain way.
+"""Code that exists only for speed on CPUs; results equal those of the plain code.
 
 Gains, measured on two cores (docs/training_speed.md, docs/decoding_speed.md):
 
@@ -32,7 +32,7 @@ def keep_pages() -> bool:
     own for large blocks, no trimming, and one heap, since only the main one is never returned.
 
     Returns:
-        Whether it is done: not on an accelerator, nor with another C library.
+        Whether it was done: not on an accelerator or with another C library.
     """
     if not _on_cpu() or platform.libc_ver()[0] != "glibc":
         return False
@@ -42,7 +42,7 @@ def keep_pages() -> bool:
 
 
 def _on_cpu() -> bool:
-    """Predicts JAX's choice of platform without starting it."""
+    """Predicts whether JAX will choose the CPU, without starting it."""
     if chosen := os.environ.get("JAX_PLATFORMS"):
         return chosen.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
@@ -51,7 +51,7 @@ def _on_cpu() -> bool:
 def sum_over_rows(x: jax.Array) -> jax.Array:
     """[rows, ...] -> [1, ...], on a CPU as a product with ones.
 
-    XLA's own sum over the first axis jumps from row to row for each element there.
+    On a CPU, XLA's own sum over the first axis jumps from row to row for each element.
     """
 
     def product(x):
@@ -63,9 +63,9 @@ def sum_over_rows(x: jax.Array) -> jax.Array:
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """`jnp.argmax` over the last axis, the first of equals, in two passes of vector instructions.
+    """Returns `jnp.argmax` over the last axis, in two passes of vector instructions.
 
-    XLA's own goes id by id on a CPU.
+    On a CPU, XLA's own argmax goes through the ids one by one.
     """
     last = logits.shape[-1] - 1
     best = jnp.max(logits, axis=-1, keepdims=True)
@@ -73,7 +73,7 @@ def argmax(logits: jax.Array) -> jax.Array:
 
 
 def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
-    """`encode` of arrays [batch, length], on a CPU one block of rows after the other.
+    """Returns `encode` of arrays [batch, length]; on a CPU, one block of rows at a time.
 
     The activations of a block stay in the cache. Elsewhere all rows are encoded at once.
     """
@@ -90,7 +90,7 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """The largest divisor of `batch` with at most 1024 ids; all if none is near, or for symbolic sizes."""
+    """Returns the largest divisor of `batch` with at most 1024 ids; all rows if none is near, or for symbolic sizes."""
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch
     most = max(1, BLOCK_TOKENS // length)

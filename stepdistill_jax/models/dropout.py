@@ -1,7 +1,7 @@
-"""Dropout: as a function, and as a module that has its own random numbers.
+"""Dropout as a function, and as a module with its own random numbers.
 
-A mask is a function of a seed and of an element's place, with no state, so a kernel draws it again in
-its backward pass instead of keeping it, and it is the same however an array is cut.
+A mask is a stateless function of a seed and an element's place. So a kernel can draw it again in its
+backward pass instead of keeping it, and it does not depend on how an array is cut.
 """
 
 import flax.linen as nn
@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DRAWS = 2**16  # values that a draw can have; a random word has two
-HALF = 64  # positions p and p + 64 share a word, where bit 6 of p is 0
+DRAWS = 2**16  # values of a draw; a random word holds two draws
+HALF = 64  # positions p and p + 64 share a word if bit 6 of p is 0
 
 
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool) -> jax.Array:
     """Sets a share of the values to 0 and scales up the rest.
 
-    The rate is met to 1 in 65,536, and the rest is divided by the rate that is met. Masks depend on
-    the rng, the shape and the rate alone.
+    The rate is rounded to 1 in 65,536, and the kept values are divided by the rounded share. Masks
+    depend only on the rng, the shape and the rate.
 
     Args:
         x: [..., length, features].
@@ -37,13 +37,13 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
     feature = jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
     words = random_words(first, second, position & ~np.uint32(HALF), feature)
     draws = jnp.where(position & HALF, words >> 16, words & (DRAWS - 1))
-    # in float32: in bfloat16 1 / 0.9 is 0.16% less
+    # in float32: in bfloat16, 1 / 0.9 is 0.16% too small
     scaled = (x.astype(jnp.float32) * (DRAWS / kept)).astype(x.dtype)
     return jnp.where(draws < kept, scaled, 0)
 
 
 def kept_draws(rate: float) -> int:
-    """Returns how many of the `DRAWS` values of a draw keep an element."""
+    """Returns the number of the `DRAWS` values of a draw that keep an element."""
     return max(1, round(DRAWS * (1 - rate)))
 
 
@@ -62,8 +62,8 @@ def random_words(
 
     Args:
         first, second: uint32 seeds of the matrix.
-        position, feature: uint32 row and column, less than 65,536 (`config.MAX_WIDTH`), else masks repeat; arrays
-            that broadcast.
+        position, feature: uint32 row and column, arrays that broadcast. Masks repeat from 65,536
+            (`config.MAX_WIDTH`) on.
     """
     x = (position << 16 | feature) ^ first
     x = (x ^ x >> 16) * np.uint32(0x7FEB352D)
@@ -77,7 +77,7 @@ class Dropout(nn.Module):
     Attributes:
         rate: share that becomes 0, 0 <= rate < 1.
         broadcast: all positions share one mask.
-        deterministic: the input is returned; given here or in the call.
+        deterministic: returns the input; given here or in the call.
     """
 
     rate: float

@@ -23,9 +23,9 @@ def model_config(
     Args:
         family: a name of `FAMILIES`; Flan-T5 is a `t5_v1_1`.
         size: `small` to `xxl` of T5, or `tiny` for tests and demos; each family has its own, such as
-            `9b-2b` of T5Gemma, whose encoder is the larger.
+            T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
         vocab_size: ids of the vocabulary.
-        bos_id: the vocabulary's bos, 0 where it has none; None is that of the published models.
+        bos_id: of the vocabulary, 0 if it has none; None is the published models'.
         **overrides: other fields of the family's configuration.
 
     Raises:
@@ -41,7 +41,7 @@ def model_config(
     config = found.config(**{"vocab_size": vocab_size, **fields})
     if bos_id not in (None, config.start_id):
         raise InputError(
-            f"`model_family`: the vocabulary has bos {bos_id}, as Gemma's, and a decoder of {family}"
-            " begins without; choose t5gemma, or a vocabulary of T5's kind"
+            f"`model_family`: the vocabulary has bos {bos_id} like Gemma's, which a decoder of {family}"
+            " does not use; choose t5gemma, or a vocabulary of T5's kind"
         )
     return config

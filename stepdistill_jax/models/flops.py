@@ -1,19 +1,19 @@
-"""Matmul FLOPs of a model by formula (XLA's own count sees a loop body once)."""
+"""Matmul FLOPs of a model by formula; XLA's own count has a loop's body only once."""
 
 from stepdistill_jax.models.config import ModelConfig, Side
 
 
 def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
-    """FLOPs of the matmuls of a forward and a backward pass over padded rows.
+    """Returns the FLOPs of the matmuls of a forward and a backward pass over padded rows.
 
-    The backward pass is twice the forward: a gradient for each factor of a product. Under LoRA the
-    frozen weights have none, so their products count once.
+    The backward pass costs twice the forward pass: a gradient for each factor of a product. Under
+    LoRA frozen weights have no gradient, so their products count once.
 
     T5 v1.1 large with 512 inputs and 114 targets is 1.47e12 a row.
 
     Args:
         config: the model.
-        rows: rows of the batch, padded ones included.
+        rows: of the batch, including empty ones.
         input_length: encoder positions of a row.
         target_length: decoder positions of a row.
     """
@@ -25,9 +25,9 @@ def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_len
 def recomputed_flops(
     config: ModelConfig, *, rows: int, input_length: int, target_length: int
 ) -> float:
-    """FLOPs of the matmuls that the backward pass does again under the config's `remat_policy`.
+    """Returns the FLOPs of the matmuls that the backward pass repeats under the config's `remat_policy`.
 
-    `minimal` keeps what products with weights give and recomputes attention's own two products;
+    `minimal` keeps products with weights and recomputes attention's own two products;
     `full` recomputes each layer's forward pass. Neither recomputes the output layer.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
@@ -37,7 +37,7 @@ def recomputed_flops(
 
 
 def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
-    """A row's forward pass: products with weights, with adapters, and inside attention."""
+    """Returns FLOPs of a row's forward pass: products with weights, with adapters, inside attention."""
     encoder, decoder, ranks = config.encoder, config.decoder, config.lora
     weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 

@@ -1,7 +1,7 @@
-"""Attention in one kernel of the chip: which, whether it fits, and its call on the devices of a mesh.
+"""Attention as one kernel: its choice by chip, its limits, and its call on the devices of a mesh.
 
-A kernel (`models.kernels`) computes on one device, and XLA cannot cut it: `shard_map` gives each device
-its own rows and heads.
+A kernel (`models.kernels`) computes on one device, and XLA cannot partition it: `shard_map` gives each
+device its own rows and heads.
 """
 
 import functools
@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from stepdistill_jax.models.dropout import DRAWS, dropout_seeds, kept_draws
 from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
-# a CPU interprets the TPU's, for tests
+# a CPU interprets the TPU's kernel, for tests
 KERNELS = {"tpu": "tpu", "gpu": "gpu", "cpu": "tpu"}
-# decoding has a query or a few: nothing to gain, and most of a tile would be empty
+# decoding has one query or a few: most of a tile would be empty, and nothing is gained
 FEWEST_QUERIES = 16
 
 
@@ -34,10 +34,10 @@ def fused_attention(
     dropout_rate: float,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
-    """Returns what `attention.attention` does, whose arguments these are.
+    """Returns the result of `attention.attention`, whose arguments these are.
 
-    There is no softcap, window or scale, as many heads of keys as of queries, and each query has a mask
-    of its own.
+    There is no softcap, window or scale; keys have as many heads as queries, and each query has its
+    own dropout mask.
     """
     platform = traced_platform()
     kept, seeds = kept_draws(dropout_rate), None
@@ -52,13 +52,13 @@ def fused_attention(
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
-    # all axes, also those that cut nothing: XLA refuses a kernel that it might have to cut
+    # all axes, also those that cut nothing: XLA refuses a kernel that it might have to partition
     if (free := _free_axes()) and jax.sharding.get_abstract_mesh().size > 1:
         rows, heads = [tuple(a for a in free if a in axes) for axes in (BATCH_AXES, ("tensor",))]
         of_rows, of_heads = P(rows), P(rows, None, heads)
         call = jax.shard_map(
             call,
-            # no array stands for None, and no sharding
+            # None is no array and has no sharding
             in_specs=(
                 *(of_heads,) * 3,
                 None if bias is None else P(heads),
@@ -73,7 +73,7 @@ def fused_attention(
 
 
 def kernel_of(platform: str) -> types.ModuleType:
-    """Returns the module; imported late, since Pallas takes as long to import as a short program runs."""
+    """Returns the kernel's module; imported late, since importing Pallas takes as long as a short program."""
     return importlib.import_module(f"stepdistill_jax.models.kernels.{KERNELS[platform]}")
 
 
@@ -87,7 +87,7 @@ def reason_against(
     *,
     bias: bool,
 ) -> str | None:
-    """Returns why a device has no kernel for these shapes, its own, in words; or None.
+    """Returns why a device has no kernel for these shapes, or None.
 
     Args:
         device: its `platform` and `device_kind`.
@@ -101,6 +101,6 @@ def reason_against(
 
 
 def _free_axes() -> tuple[str, ...]:
-    """Returns the axes of the mesh that do not cut arrays here already, by a `shard_map` around this."""
+    """Returns the axes of the mesh that no enclosing `shard_map` has cut already."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)

@@ -1,6 +1,6 @@
-"""What a call of a kernel costs, by a formula that stands next to the kernel.
+"""Costs of kernel calls, by formulas next to the kernels.
 
-XLA knows nothing of what a custom call does, so a plan asks here. A kernel registers itself:
+XLA does not know what a custom call computes, so a plan looks its cost up here. A kernel registers itself:
 
     @kernel_cost("my_attention")
     def _cost(operands, results): ...
@@ -34,7 +34,7 @@ class Shaped(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
-    """Of one call on one device.
+    """Cost of one call on one device.
 
     Attributes:
         flops: of matrix products, two for each multiplication.
@@ -56,8 +56,7 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
     """Registers the formula (operands, results) -> cost of a kernel.
 
     Args:
-        name: the target of its custom call, or the name that it has in a `jax.named_scope` or as
-            `name` of `pallas_call`.
+        name: the target of its custom call, or its name in a `jax.named_scope` or `pallas_call`.
     """
 
     def register(formula: Formula) -> Formula:
@@ -68,9 +67,9 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 
 
 def formula_of(target: str, op_name: str) -> Formula | None:
-    """The formula of a custom call: by its target, else by a name in the path that JAX gave it.
+    """Returns the formula of a custom call, by its target or else by a name in its JAX path.
 
-    A path is such as `jit(f)/transpose(jvp(my_attention))/pallas_call`.
+    A path looks like `jit(f)/transpose(jvp(my_attention))/pallas_call`.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
         offset = self.config.norm_offset
         init = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("embed",))
         scale: Any = self.param("scale", init, (x.shape[-1],))
-        y = x.astype(jnp.float32)  # the mean of squares loses digits in bfloat16
+        y = x.astype(jnp.float32)  # bfloat16 would lose digits of the mean of squares
         y = y * jax.lax.rsqrt(
             jnp.mean(y * y, axis=-1, keepdims=True) + self.config.layer_norm_epsilon
         )
@@ -49,10 +49,10 @@ def dense(
     projection: str | None = None,
     float32_sums: bool = False,
 ) -> nn.Dense | LoraDense | QuantizedDense:
-    """A matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh.
+    """Returns a matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh.
 
-    It has an adapter where `config.lora` has a rank for `projection`. With `float32_sums` the output
-    is float32, whatever the factors are: else two logits may round to one number.
+    It has an adapter if `config.lora` has a rank for `projection`. With `float32_sums` the output is
+    float32 whatever the factors are; otherwise two logits may round to the same number.
     """
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
@@ -75,7 +75,7 @@ def dense(
 class Merged(nn.Module):
     """Projections of one input as one product; their kernel comes from `models.unrolled`.
 
-    For decoding: `kernel_product` has no gradient by such a kernel.
+    For decoding only: `kernel_product` has no gradient by this kernel.
     """
 
     config: ModelConfig
@@ -93,12 +93,12 @@ class Merged(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values are computed apart, so that a decoder can keep them.
+    """Multi-head attention; keys and values are computed separately, so that a decoder can keep them.
 
     Attributes:
         config: of the model.
-        side: whose queries these are.
-        inputs: width of what keys and values are made of.
+        side: of the queries.
+        inputs: width of the states that keys and values are made of.
     """
 
     config: ModelConfig
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         c, s = self.config, self.side
         joined, axes = s.joined_kv, ("embed", "joined_kv")
         keys = s.num_kv_heads * s.head_dim
-        # T5 does not divide the scores by sqrt(head_dim): it is folded into the initial query kernel
+        # T5 does not divide scores by sqrt(head_dim); its initial query kernel contains that factor
         of_query, of_keys, of_out = (
             s.init_stddev or width**-0.5 for width in (s.emb_dim * s.head_dim, self.inputs, joined)
         )
@@ -130,9 +130,9 @@ class Attention(nn.Module):
         return self._split(self.query(x))
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """`queries` and `keys_values` of x by one product, of the parameters of `models.unrolled`.
+        """Returns `queries` and `keys_values` of x by one product, with parameters of `models.unrolled`.
 
-        By two, where heads of keys and values are fewer.
+        By two products if there are fewer heads of keys and values.
         """
         if self.side.num_kv_heads == self.side.num_heads:
             return [self._split(y) for y in self.query_key_value(x)]
@@ -176,7 +176,7 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
     def _weights(self, scores, segments: Segments, relative_bias=None) -> jax.Array:
-        """Scores [batch, heads, q, k] as products give them -> weights in the config's dtype."""
+        """Turns raw scores [batch, heads, q, k] into weights in the config's dtype."""
         scores = shaped_scores(scores, self.side.score_scale, self.side.score_softcap)
         if relative_bias is not None:
             scores = scores.astype(jnp.float32) + relative_bias
@@ -185,7 +185,7 @@ class Attention(nn.Module):
     def over_cache(
         self, queries, keys, values, segments: Segments, relative_bias=None
     ) -> jax.Array:
-        """`__call__` with what a cache keeps, and keeps as these products read it.
+        """Returns `__call__` over a cache, whose layout suits these products.
 
         Args:
             queries: [batch, q, heads, kv].
@@ -199,7 +199,7 @@ class Attention(nn.Module):
             scores = product("bqhd,bhdk->bhqk", queries, keys)
             weights = self._weights(scores, segments, relative_bias)
             mixed = product("bhqk,bhkd->bqhd", weights, values)
-        else:  # the g heads of a group read the same keys and values: no copy of these
+        else:  # the g heads of a group share keys and values, which need no copy
             grouped = queries.reshape(batch, count, self.side.num_kv_heads, -1, width)
             scores = product("bqhgd,bhdk->bhgqk", grouped, keys)
             scores = scores.reshape(batch, heads, count, -1)
@@ -209,12 +209,12 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(batch, count, -1))
 
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
-        """`__call__` with the keys and values of `encoded` [batch, k, inputs], which are never made.
+        """Returns `__call__` over the states `encoded` [batch, k, inputs], without making keys and values.
 
-        A score q . (K e) is (K^T q) . e, and the mean of V e is V of the mean of e: equal but for
-        rounding. A query costs inputs / kv times as much, so `kv` queries of one input cost what its
-        keys and values would have; below that this is less work, and it keeps no copy per layer.
-        `transposed` is the same [batch, inputs, k]: turned round once, not at each call.
+        A score q . (K e) equals (K^T q) . e, and the mean of V e equals V times the mean of e, up to
+        rounding. A query costs inputs / kv times as much, so `kv` queries of one input cost as much as
+        its keys and values. With fewer queries this is less work, and it keeps no copy per layer.
+        `transposed` is `encoded` as [batch, inputs, k], transposed once instead of at each call.
         """
         c = self.config
         product = functools.partial(jnp.einsum, precision=precision_of(c.dtype))

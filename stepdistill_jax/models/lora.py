@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA): the projection that has one, and the way back to plain weights.
+"""Low-rank adapters (LoRA): a projection with an adapter, and merging into plain weights.
 
 Hu et al. 2021 (arXiv:2106.09685, section 4.1): y = x W + (alpha / rank) (x A) B, with W frozen. W, A
 and B are `kernel`, `lora_a` and `lora_b` of a projection.
@@ -23,8 +23,8 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 class LoraDense(nn.Module):
     """A matrix without bias plus the product of two thin ones; the full product is never made.
 
-    B begins as zeros, so the module begins as its kernel alone. A is drawn as in the authors' code:
-    uniform, of the same bounds as a kernel of its width, 1 / sqrt(inputs).
+    B starts as zeros, so the module starts out equal to its kernel. A is drawn as in the authors' code:
+    uniform, with the bounds of a kernel of its width, 1 / sqrt(inputs).
 
     Attributes:
         features: outputs.
@@ -60,12 +60,12 @@ class LoraDense(nn.Module):
 
 
 def has_adapters(params: Any) -> bool:
-    """Whether a parameter tree (or one of shapes or shardings) holds adapters."""
+    """Returns whether a tree of parameters, shapes or shardings holds adapters."""
     return any(path[-1] == LORA_A for path in flatten_dict(params))
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """(trained, frozen): the adapters and the rest, or everything and {} where there are none."""
+    """Returns (trained, frozen): adapters and the rest, or everything and {} if there are no adapters."""
     if not has_adapters(params):
         return params, {}
     trained, frozen = {}, {}
@@ -75,27 +75,27 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """The whole tree of what `split` took apart."""
+    """Joins the two trees of `split`."""
     if not frozen:
         return trained
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
 
 
 def base_of(params: Any) -> Any:
-    """The tree of the plain model, without adapters; nothing is merged."""
+    """Returns the tree of the plain model without adapters; merges nothing."""
     trained, frozen = split(params)
     return frozen or trained
 
 
 def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Plain weights that give the same outputs: W + (alpha / rank) A B in float32.
+    """Returns plain weights with the same outputs: W + (alpha / rank) A B in float32.
 
-    Inside `jax.jit` or outside. Outside, a merged kernel lies on the devices as its kernel did;
+    Works inside and outside of `jax.jit`. Outside, a merged kernel keeps its placement on devices, and
     everything else is shared with `params`, not copied.
 
     Args:
-        params: unboxed parameters of a `T5` of `config`, layers stacked.
-        config: says alpha and ranks; without LoRA both come back as they are.
+        params: unboxed parameters of a model of `config`, layers stacked.
+        config: has alpha and ranks; without LoRA both are returned unchanged.
 
     Returns:
         The parameters and the configuration of the model without LoRA.
@@ -122,6 +122,6 @@ def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 @functools.partial(jax.jit, static_argnames=("scale", "sharding"))
 def _add_product(kernel, a, b, scale: float, sharding) -> jax.Array:
     # [layers, inputs, features] + scale [layers, inputs, rank] [layers, rank, features]
-    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # accelerators round otherwise
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # accelerators round by default
     whole = kernel + scale * product
     return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)

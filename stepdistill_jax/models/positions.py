@@ -1,4 +1,4 @@
-"""What attention knows of positions: T5's learned bias by distance, and rotary embeddings."""
+"""Positions in attention: T5's learned bias by distance, and rotary embeddings."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [length, kv / 
 def relative_buckets(
     query: jax.Array, key: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> jax.Array:
-    """Bucket of each (query, key) pair of positions: [q], [k] -> [q, k] int32.
+    """Returns the bucket of each (query, key) pair of positions: [q], [k] -> [q, k] int32.
 
     Half the buckets are exact distances, the rest grow by the logarithm up to `max_distance`
     (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Packed segments are contiguous in both
@@ -37,8 +37,8 @@ def relative_buckets(
 def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
     """table [heads, buckets], buckets [q, k] -> [heads, q, k]; the gradient is a product.
 
-    A lookup's own gradient is a scatter, which accelerators do slowly; T5X multiplies with one-hot
-    buckets both ways. At HIGHEST precision the sums are those of float32.
+    The gradient of a lookup is a scatter, which is slow on accelerators; T5X multiplies by one-hot
+    buckets in both directions. HIGHEST precision sums in float32.
     """
     return jnp.take(table, buckets, axis=1)
 

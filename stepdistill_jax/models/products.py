@@ -1,4 +1,4 @@
-"""How exactly products are computed, and the product of activations and a kernel."""
+"""Precision of products, and the product of activations and a kernel."""
 
 import functools
 
@@ -10,7 +10,7 @@ def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
     """Returns the precision of a product whose factors are of `dtype`.
 
     By default a TPU multiplies float32 numbers rounded to bfloat16, and a GPU rounds them to TF32.
-    float32 means float32 here; bfloat16 factors are exact by default.
+    Here float32 means float32; bfloat16 factors are exact by default.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
@@ -19,16 +19,16 @@ def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
 def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) -> jax.Array:
     """Returns x [..., in] times kernel [in, out], a product of two matrices in the dtype of x.
 
-    Batch and length become one axis, since XLA's CPU backend transposes the gradient of more
-    dimensions before it multiplies: the kernel's gradient takes 1.7 times as long.
+    Batch and length become one axis: with more dimensions, XLA's CPU backend transposes before it
+    multiplies, and the kernel's gradient takes 1.7 times as long.
 
-    JAX's own gradient of a float32 kernel that is cast to bfloat16 is a bfloat16 product: devices
-    would add up sums that are rounded already. Here the product itself gives float32, so one device
-    and eight agree to float32's precision.
+    JAX's own gradient of a float32 kernel that is cast to bfloat16 is a bfloat16 product, so devices
+    would sum rounded values. Here the product itself gives float32, so one device and eight agree to
+    float32 precision.
 
     Args:
         x: activations.
-        kernel: in any dtype; cast to that of x, before devices gather it.
+        kernel: in any dtype; cast to the dtype of x before devices gather it.
         float32_sums: whether the output is float32; else it has the dtype of x.
     """
     dtype = jnp.float32 if float32_sums else x.dtype
@@ -38,10 +38,10 @@ def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) 
 
 
 def _forward(x, kernel, float32_sums):
-    # the plain function: a policy of `jax.checkpoint` keeps the products that it sees
+    # the plain function, since a policy of `jax.checkpoint` keeps the products that it sees
     y = kernel_product.fun(x.value, kernel.value, float32_sums)
-    # what has no gradient, such as a frozen kernel, costs no product: a key that is there or not,
-    # since a flag would become an array
+    # an argument without a gradient, such as a frozen kernel, costs no product. A dict's keys say which
+    # ones have it, since a flag would become an array
     wanted = {name: () for name, of in (("x", x), ("kernel", kernel)) if of.perturbed}
     return y, (x.value, kernel.value, wanted)
 

@@ -1,8 +1,8 @@
-"""int8 weights: a projection whose kernel is int8 with a scale for each output, and the way to it.
+"""int8 weights: a projection whose kernel is int8 with a scale for each output, and its quantization.
 
 Weights only, symmetric: W is about W8 * scale, with W8 from -127 to 127 and a scale for each column
-(Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations stay what they are, and so
-do the embedding, norms and position biases. It pays where reading the weights bounds decoding: on
+(Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings,
+norms and position biases are not quantized. It pays off where reading weights limits decoding: on
 accelerators.
 """
 
@@ -24,13 +24,13 @@ LARGEST = 127
 
 
 class QuantizedDense(nn.Module):
-    """A matrix without bias that lies in memory as int8, one byte a weight.
+    """A matrix without bias, stored as int8: one byte per weight.
 
     Attributes:
         features: outputs.
         axes: logical axes of the kernel.
         dtype: of the arithmetic.
-        float32_sums: whether the output is float32, whatever `dtype` is; else it is `dtype`.
+        float32_sums: whether the output is float32; otherwise it has `dtype`.
     """
 
     features: int
@@ -51,7 +51,7 @@ class QuantizedDense(nn.Module):
 
 def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
     """x [..., inputs], kernel [inputs, ...] int8 and scale [...] of its outputs -> [..., ...] float32."""
-    # XLA would take the conversion out of the loop over tokens, and read the large kernel there
+    # XLA would hoist the conversion out of the loop over tokens and read the large kernel inside it
     kernel, x = jax.lax.optimization_barrier((kernel, x.astype(dtype)))
     sums = jnp.tensordot(
         x,
@@ -68,7 +68,7 @@ def _zeros(dtype: Any) -> Any:
 
 
 def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
-    """The kernel [..., inputs, features] of a projection's parameters, int8 or not, in `dtype`."""
+    """Returns the kernel [..., inputs, features] of a projection's parameters, int8 or not, in `dtype`."""
     kernel = projection[KERNEL]
     if SCALE not in projection:
         return kernel.astype(dtype)
@@ -76,14 +76,14 @@ def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
 
 
 def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """int8 kernels in the place of all kernels; on the devices they lie as those did.
+    """Quantizes all kernels to int8; they keep their placement on devices.
 
     Args:
-        params: unboxed parameters of a `T5` of `config` without adapters, layers stacked.
+        params: unboxed parameters of a model of `config` without adapters, layers stacked.
         config: of the model.
 
     Returns:
-        The parameters and the configuration of the model that reads them.
+        The parameters, and the configuration that reads them.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     for path in [path for path in flat if path[-1] == KERNEL]:

@@ -1,6 +1,6 @@
-"""Where arrays live: mesh, layouts, and T5X-style logical axis rules.
+"""Placement of arrays: mesh, layouts, and T5X-style logical axis rules.
 
-`jax.jit` with shardings is the successor of `pjit`: GSPMD cuts the step by the shardings below.
+`jax.jit` with shardings is the successor of `pjit`: GSPMD partitions the step by the shardings below.
 """
 
 import collections
@@ -79,11 +79,11 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a layout (or of its name) over all devices, or over the given ones.
+    """Returns the mesh of a layout (or of its name) over all devices, or over the given ones.
 
-    Slices lie outermost, so what is cut inside a copy travels over the fast links of one slice. Where
-    devices do not know their slice, or are virtual ones of one machine (CPU), each process counts
-    as one, and `dcn_data` cuts the devices, in order of processes, into equal blocks.
+    Slices are the outermost axis, so a copy's parts communicate over the fast links of one slice. If
+    devices do not know their slice, or are virtual devices of one machine (CPU), each process counts
+    as a slice, and `dcn_data` cuts the devices, in order of processes, into equal blocks.
 
     Raises:
         InputError: an unknown layout, or one whose sizes do not fit the devices; names the nearest.
@@ -94,12 +94,12 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
     of_type("layout", layout, Layout, "a layout's name or a `Layout`")
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(layout, devices)
-    # Auto: GSPMD propagates; JAX's default, Explicit, wants a sharding on each operation
+    # Auto: GSPMD propagates; JAX's default, Explicit, needs a sharding for each operation
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: list[Any]) -> int:
-    """Number of slices; of processes, where devices do not know their slice."""
+    """Returns the number of slices, or of processes if devices do not know their slice."""
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
     # JAX counts the hosts of one machine as one slice: several processes there rehearse several
     if None in found or (len(found) == 1 and devices[0].platform == "cpu"):
@@ -112,7 +112,7 @@ def _slices(devices: list[Any]) -> int:
 
 
 def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) of the mesh, copies across slices included in data."""
+    """Returns (data, fsdp, tensor) of the mesh; data includes copies across slices."""
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
         raise InputError(
@@ -141,12 +141,12 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
 def _nearest_layout(
     wanted: Sequence[int], count: int, *, embed: int = 0, cut_by_tensor: int = 0
 ) -> str:
-    """The layout of `count` devices whose factors to `wanted` are smallest, as text.
+    """Returns, as text, the layout of `count` devices whose factors to `wanted` are smallest.
 
     Args:
         wanted: dcn_data, data, fsdp, tensor; -1 is free.
         count: devices.
-        embed, cut_by_tensor: what fsdp and tensor have to divide; 0 is anything.
+        embed, cut_by_tensor: sizes that fsdp and tensor must divide; 0 allows any.
     """
 
     def distance(layout: Sequence[int]) -> tuple[float, ...]:
@@ -154,7 +154,7 @@ def _nearest_layout(
             0.0 if asked == -1 else abs(math.log(size / max(asked, 1)))
             for asked, size in zip(wanted, layout, strict=True)
         ]
-        # of equally near ones the plainest, then the one that keeps the copies
+        # ties: the layout with the fewest axes, then the one that keeps the copies
         return round(sum(gaps), 9), sum(size > 1 for size in layout), *gaps[:2], gaps[3]
 
     divisors = [d for d in range(1, count + 1) if count % d == 0]
@@ -170,13 +170,13 @@ def _nearest_layout(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """[data, fsdp, tensor] devices, slices along the first axes that they divide."""
-    # splitting a physical axis is better than no mesh, and is tried last
+    """Returns [data, fsdp, tensor] devices, slices along the first axes that they divide."""
+    # tried last: splitting a physical axis is better than no mesh
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(d, "slice_index", None) for d in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, **options)
-    outer, left = [], slices  # sizes multiply to all devices, so 1 is left in the end
+    outer, left = [], slices  # sizes multiply to the number of devices, so 1 remains
     for size in sizes:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
@@ -185,45 +185,45 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 
 
 def traced_device() -> Any:
-    """Returns a device of the program that is being traced: its `platform` and `device_kind`.
+    """Returns a device of the program being traced, for its `platform` and `device_kind`.
 
-    It is one of the mesh in whose context it is traced, whose devices need not be here; without a mesh
-    JAX's first one.
+    It belongs to the mesh of the tracing context, whose devices need not exist here; without a mesh it
+    is JAX's first device.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def traced_platform() -> str:
-    """Returns what the program that is being traced will run on: `cpu`, `gpu`, `tpu`."""
+    """Returns the platform of the program being traced: `cpu`, `gpu` or `tpu`."""
     return traced_device().platform
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts into which the rows of a batch are cut."""
+    """Returns the number of parts into which the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on each device."""
+    """Returns the sharding of a whole array on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[batch, ...] cut by rows."""
+    """Returns the sharding of [batch, ...] by rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
-    """A tree of host arrays [rows, ...] as global arrays cut by rows over the mesh.
+    """Turns a tree of host arrays [rows, ...] into global arrays cut by rows over the mesh.
 
-    Every process gives each of its devices the rows that this device owns: right for any mesh, also
-    where a tensor axis makes two processes own the same rows.
+    Every process gives each of its devices the rows that the device owns. This holds for any mesh, also
+    if a tensor axis makes two processes own the same rows.
 
     Args:
-        batch: arrays of the blocks at hand, one after the other; all rows by default.
-        mesh: that the rows are cut over.
-        blocks: which of `num_blocks` equal blocks of rows these are, ascending: those of `blocks_on`.
-        num_blocks: into which all rows are cut.
+        batch: arrays of this process's blocks, one after the other; all rows by default.
+        mesh: over which rows are cut.
+        blocks: ascending numbers of these blocks among `num_blocks` equal ones, from `blocks_on`.
+        num_blocks: number of blocks of all rows.
     """
     sharding = batch_sharding(mesh)
     place_of = {block: place for place, block in enumerate(blocks)}
@@ -243,15 +243,15 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
 
 
 def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
-    """Returns which of equal blocks of a batch's rows devices need, for the rows that they own.
+    """Returns the numbers of the equal blocks of a batch's rows that devices need.
 
-    A device needs each block that holds a row of its own. Where blocks and devices do not divide each
-    other, and where a tensor axis spans processes, two processes need the same block.
+    A device needs each block that holds one of its rows. Two processes need the same block if blocks
+    and devices do not divide each other, or if a tensor axis spans processes.
 
     Args:
-        mesh: that the rows are cut over.
-        num_blocks: into which all rows are cut.
-        devices: of the mesh; None is this process's.
+        mesh: over which rows are cut.
+        num_blocks: number of blocks of all rows.
+        devices: of the mesh; None is this process's devices.
     """
     shards = batch_shards(mesh)
     owned = batch_sharding(mesh).devices_indices_map((shards * num_blocks,))
@@ -263,16 +263,16 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
 
 
 def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -> Any:
-    """Shardings of a tree of logically partitioned boxes (`models.encoder_decoder.abstract_params`).
+    """Returns the shardings of a tree of logically partitioned boxes (`models.encoder_decoder.abstract_params`).
 
     Args:
-        mesh: that the parameters are cut over.
+        mesh: over which parameters are cut.
         boxed: the tree.
-        config: of the model, whose heads then are cut whole; None checks dimensions alone.
+        config: of the model, whose heads must stay whole; None checks only dimensions.
 
     Raises:
         InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and
-            the nearest layout that divides all.
+            the nearest layout that divides everything.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
@@ -286,13 +286,15 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -
 def _check_divisible(
     mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
 ) -> None:
-    """Each dimension is a multiple of its mesh axis: jit refuses else, and GSPMD would pad.
+    """Refuses dimensions that are no multiple of their mesh axis: jit raises, and GSPMD would pad.
 
-    Heads are cut whole: those of keys and values, `heads` of each side, into parts of one size. A
-    kernel [embed, 2 heads x 64] does not say that its 128 columns have two parts at most.
+    Heads stay whole: the `heads` of a side's keys and values must divide evenly. A kernel [embed, 2
+    heads x 64] does not show that its 128 columns can be cut into two parts at most.
     """
     wrong: dict[str, str] = {}
-    cut: dict[str, int] = dict.fromkeys(AXES, 0)  # greatest common divisor of what an axis cuts
+    cut: dict[str, int] = dict.fromkeys(
+        AXES, 0
+    )  # greatest common divisor of the dimensions that an axis cuts
 
     def check(path, param, spec, sharding) -> None:
         for size, logical, axis in zip(param.shape, spec, sharding.spec, strict=False):

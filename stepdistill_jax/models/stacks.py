@@ -1,4 +1,4 @@
-"""An encoder's and a decoder's layers, scanned: the parameters of a stack are stacked, the layer is axis 0."""
+"""Encoder and decoder as stacks of layers; the parameters of all layers are stacked along axis 0."""
 
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ class Context(NamedTuple):
     Attributes:
         segments: of self-attention.
         query, key: positions [q] and [k] of self-attention.
-        bias: [1, heads, q, k] float32 of self-attention; None where layers have their own, or none.
-        turn: by which the queries and keys of positions `query` are turned, or None.
+        bias: [1, heads, q, k] float32 of self-attention; None if layers have their own, or none.
+        turn: rotation of queries and keys at the positions `query`, or None.
         encoded: for a decoder [batch, length, embed], or `encoded` of `EncoderDecoder.decode_step`.
         cross_segments: of the attention to it.
-        index: position of the cache that is filled in.
+        index: position of the cache to fill in.
     """
 
     segments: Segments
@@ -37,24 +37,24 @@ class Context(NamedTuple):
 
 
 class _Layer(nn.Module):
-    """What a layer of either stack has."""
+    """Parts of an encoder's and a decoder's layer."""
 
     config: ModelConfig
     deterministic: bool
 
     def drop(self) -> Dropout:
-        """Dropout of what a layer's blocks add: one module, whose calls have masks of their own."""
+        """Returns the dropout of the blocks' outputs: one module whose calls draw separate masks."""
         c = self.config
         return Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=self.deterministic)
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
-        """What a block gives, after a norm of its own where the family has one."""
+        """Normalises a block's output, if the family does."""
         if not self.config.post_norms:
             return y
         return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)
 
     def bias(self, context: Context, bidirectional: bool) -> jax.Array | None:
-        """The position bias of this layer's self-attention."""
+        """Returns the position bias of this layer's self-attention."""
         if self.config.position_bias != "layer":
             return context.bias
         table = RelativeBias(self.config, bidirectional, name="relpos_bias")
@@ -81,7 +81,11 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """`cache` None: teacher forcing. Else this layer's key and value, and of the input `encoded` or cross_key, cross_value."""
+    """A layer under teacher forcing (`cache` None), or over a cache.
+
+    The cache has this layer's `key` and `value` and, unless `context.encoded` is given, `cross_key` and
+    `cross_value` of the input.
+    """
 
     causal: bool
 
@@ -110,7 +114,7 @@ class DecoderLayer(_Layer):
             keys, values = cross.keys_values(context.encoded)
             y = cross(cross.queries(h), keys, values, segments, deterministic=off)
         else:
-            # beams of one input are so many queries to the same keys: no copy of these per beam
+            # the beams of an input are queries to the same keys, which need no copy per beam
             queries = h.reshape(segments[1].shape[0], -1, h.shape[-1])
             if context.encoded is not None:
                 y = cross.over_states(queries, *context.encoded, segments)
@@ -124,7 +128,7 @@ class DecoderLayer(_Layer):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
     def _next(self, attention: Attention, h, window, cache, bias, context: Context):
-        """Self-attention of one token over the cache, and the token's own key and value."""
+        """Returns self-attention of one token over the cache, and the token's own key and value."""
         if self.config.unrolled_decoder:
             queries, keys, values = attention.queries_keys_values(h)
         else:
@@ -147,10 +151,10 @@ def _turned(queries, keys, turn: Rotation | None):
 
 
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
-    """[layers] int32: self-attention sees keys less than so many places away; None sees all.
+    """Returns [layers] int32: self-attention sees keys less than that many places away; None sees all.
 
-    `Side.windows` are those of Hugging Face, which counts the last place in an encoder (distance <=
-    window) and not in a decoder. With `longest` places and windows beyond there is nothing to mask.
+    `Side.windows` follow Hugging Face: an encoder sees distances <= window, a decoder < window. If no
+    two of `longest` places are that far apart, there is nothing to mask.
     """
     reach = [w + (not causal) if w else 2 * MAX_LENGTH for w in side.windows or ()]
     if not reach or (isinstance(longest, int) and min(reach) >= longest):
@@ -159,19 +163,19 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
 
 
 def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
-    """`length` layers, in a loop or one after the other; params are stacked, the layer is axis 0."""
+    """Returns `length` layers, as a loop or unrolled; their parameters are stacked along axis 0."""
     policies = jax.checkpoint_policies
     policy = {
-        # activations and norms are cheaper to compute again than to write and read. A kernel's
-        # output is kept by its name; plain operations end in a product, of which that is the only copy
+        # activations and norms are cheaper to recompute than to write and read. A kernel's output is
+        # kept by its name; plain operations end in a product, whose result has the name already
         "elementwise": policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
         ),
         "minimal": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
     }[config.remat_policy]
-    # in a loop XLA cannot keep what is to be computed again; without one it may, where that is only
-    # elementwise and so no question of memory
+    # in a loop, XLA cannot undo recomputation. Unrolled it may, which is harmless where only
+    # elementwise results are recomputed
     prevent_cse = not config.scan_layers and config.remat_policy != "elementwise"
     layer = nn.remat(layer, prevent_cse=prevent_cse, policy=policy)
     scanned = nn.scan(
@@ -187,12 +191,12 @@ def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axe
 
 
 class _Stack(nn.Module):
-    """What an encoder and a decoder have."""
+    """Parts of an encoder and a decoder."""
 
     config: ModelConfig
 
     def context(self, side: Side, bidirectional: bool, segments, query, key, **more) -> Context:
-        """What all layers share; queries are at positions `query` [q], keys at `key` [k]."""
+        """Returns what all layers share; queries are at positions `query` [q], keys at `key` [k]."""
         bias = turn = None
         if self.config.position_bias == "side":
             bias = RelativeBias(self.config, bidirectional, name="relpos_bias")(query, key)
@@ -201,7 +205,7 @@ class _Stack(nn.Module):
         return Context(segments, query, key, bias, turn, **more)
 
     def drop(self, deterministic: bool) -> Dropout:
-        """Dropout of what goes in, and of what comes out."""
+        """Returns the dropout of the stack's input and output."""
         c = self.config
         return Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=deterministic)
 

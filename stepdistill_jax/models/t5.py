@@ -1,4 +1,4 @@
-"""The families of T5: their configuration, and the sizes that were published."""
+"""The families of T5: their configuration and published sizes."""
 
 import dataclasses
 from typing import Any
@@ -10,18 +10,18 @@ from stepdistill_jax.runtime.checks import keep, whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(ModelConfig):
-    """A T5, both of whose sides have one width (names as in T5X's `network.py`).
+    """A T5; encoder and decoder have the same width (names as in T5X's `network.py`).
 
     Attributes:
         emb_dim: model width (Hugging Face `d_model`).
         num_heads, head_dim: attention heads and the width of each (`num_heads`, `d_kv`).
         mlp_dim: feed-forward width (`d_ff`).
         num_encoder_layers, num_decoder_layers: depth (`num_layers`, `num_decoder_layers`).
-        num_buckets, max_distance: relative position bias.
-        shared_relative_position_bias: one table per side, read by all its layers; UMT5 has one per
-            layer.
-        scale_decoder_outputs: divides what the output layer reads by sqrt(emb_dim), as v1.0 does
-            (the name is Hugging Face's).
+        num_buckets, max_distance: of the relative position bias.
+        shared_relative_position_bias: all layers of a side share one table; in UMT5 each layer has its
+            own.
+        scale_decoder_outputs: divides the output layer's input by sqrt(emb_dim), as v1.0 does (the name
+            is Hugging Face's).
 
     Raises:
         InputError: as `ModelConfig`, and a size out of bounds.
@@ -41,14 +41,14 @@ class T5Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         keep(self, whole, "num_buckets", least=1, most=MAX_SIZE)
-        # else the logarithm of `models.positions.relative_buckets` has no scale
+        # otherwise the logarithm in `models.positions.relative_buckets` has no scale
         if self.num_buckets < 4 or not self.num_buckets // 2 < self.max_distance <= MAX_SIZE:
             raise InputError(
                 f"relative positions: `num_buckets` must be at least 4 and `max_distance` from"
                 f" {self.num_buckets // 2 + 1} to {MAX_SIZE}, not {self.num_buckets} and {self.max_distance}"
             )
         keep(self, whole, "num_encoder_layers", "num_decoder_layers", least=1, most=MAX_LAYERS)
-        _ = self.encoder  # its sizes are checked
+        _ = self.encoder  # checks the sizes
 
     @property
     def encoder(self) -> Side:

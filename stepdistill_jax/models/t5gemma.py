@@ -1,4 +1,4 @@
-"""T5Gemma: encoders and decoders of Gemma 2, of equal or unequal sizes (Zhang et al. 2025, arXiv:2504.06225)."""
+"""T5Gemma: an encoder and a decoder of Gemma 2, of equal or unequal sizes (Zhang et al. 2025, arXiv:2504.06225)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -19,12 +19,12 @@ def gemma_side(
 ) -> Side:
     """Returns a stack of Gemma 2 (Gemma Team 2024, arXiv:2408.00118, section 2 and table 1).
 
-    Every other layer, from the first, reaches `window` tokens; the others reach all.
+    Every other layer, starting with the first, reaches `window` tokens; the remaining layers reach all.
 
     Args:
         emb_dim, num_heads, num_kv_heads, head_dim, mlp_dim, num_layers: as `Side`.
-        window: tokens.
-        **other: of the fields of `Side`, what differs from Gemma 2.
+        window: in tokens.
+        **other: fields of `Side` that differ from Gemma 2.
     """
     windows = tuple(0 if layer % 2 else window for layer in range(num_layers))
     given: dict[str, Any] = {
@@ -55,11 +55,11 @@ _SIDES = {
 class T5GemmaConfig(ModelConfig):
     """A T5Gemma.
 
-    Embeddings are two, one of each side; the decoder's doubles as output layer where that is tied.
+    Encoder and decoder have an embedding each; a tied output layer is the decoder's.
 
     Attributes:
-        encoder, decoder: sizes and attention of each (`gemma_side`).
-        bos_id: id that the decoder reads first; 0 where the vocabulary has none.
+        encoder, decoder: sizes and attention (`gemma_side`).
+        bos_id: id that the decoder reads first; 0 if the vocabulary has no bos.
     """
 
     vocab_size: int = 256_000
@@ -85,7 +85,7 @@ def _sizes(encoder: str, decoder: str) -> dict[str, Any]:
     return {"encoder": _SIDES[encoder], "decoder": _SIDES[decoder]}
 
 
-# names of two sides are those of the published models: t5gemma-9b-2b; `small` is t5gemma-s-s
+# `9b-2b` is the published t5gemma-9b-2b, `small` is t5gemma-s-s
 T5GEMMA = Family(
     T5GemmaConfig,
     {

@@ -1,8 +1,8 @@
-"""The decoder's parameters as a GPU reads them for each token.
+"""The decoder's parameters in the form that a GPU reads fastest for each token.
 
-A loop over stacked layers copies each layer's matrices out of the stack before it multiplies, at each
-token, and puts the projections of one input together there, too. Here each layer has a tree of its
-own, and the projections of one input are one matrix.
+At each token, a loop over stacked layers would copy each layer's matrices out of the stack before it
+multiplies, and concatenate the projections of one input. Here each layer has its own tree, and the
+projections of one input are one matrix.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from stepdistill_jax.models.config import ModelConfig
 
 
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns parameters of a decoder with `layers_0`, `layers_1`, ... in the place of `layers`.
+    """Returns parameters of a decoder with `layers_0`, `layers_1`, ... instead of `layers`.
 
     In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], in the place of the
     three (of fewer key/value heads `query` and `key_value`, [embed, 2, joined]), and `mlp` has `wi`, [embed, 2, mlp], in the place of both (of one projection [embed, 1,
     mlp]). Features keep an axis of their own, so that kernels cut over devices stay cut.
 
     Args:
-        params: unboxed parameters of a `T5` of `config`, int8 or not, layers stacked.
+        params: unboxed parameters of a model of `config`, int8 or not, layers stacked.
         config: of the model.
     """
     decoder = dict(params["decoder"])
