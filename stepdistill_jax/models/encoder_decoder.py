@@ -1,7 +1,7 @@
-"""The model: an encoder-decoder over packed or padded batches, whatever its family, in Flax Linen.
+"""The model of every family: an encoder-decoder over packed or padded batches, in Flax Linen.
 
-A batch's way through: `EncoderDecoder.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding takes the same
-modules apart: `encode` once, `start_cache` once, `decode_step` per token.
+A batch passes through `EncoderDecoder.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding calls the parts
+by themselves: `encode` once, `start_cache` once, `decode_step` per token.
 """
 
 import functools
@@ -25,7 +25,7 @@ Cache = dict[str, jax.Array]
 
 
 def _one_segment(visible: jax.Array) -> Segments:
-    """Segments by which each query sees the keys where `visible` [batch or 1, k] is true."""
+    """Returns segments with which each query sees the keys where `visible` [batch or 1, k] is true."""
     return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
@@ -53,20 +53,20 @@ class EncoderDecoder(nn.Module):
             self.logits_dense = dense(c, c.vocab_size, axes, stddev, float32_sums=True)
 
     def _embed(self, ids: jax.Array, embedder: str) -> jax.Array:
-        # [batch, length] -> [batch, length, embed]. The width is gathered first: a lookup whose
+        # [batch, length] -> [batch, length, embed]. The width is gathered first, since a lookup whose
         # width is cut over fsdp forces XLA into a full rematerialization
         table = nn.with_logical_constraint(self.tables[embedder], ("vocab", None))
-        # cast after the lookup: its gradient sums over equal tokens, which bfloat16 would stop at 256
+        # cast after the lookup: its gradient sums over equal tokens, and bfloat16 sums stall at 256
         x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
-        if self.config.scaled_embeddings:  # the root, too, has the dtype of activations
+        if (
+            self.config.scaled_embeddings
+        ):  # the root has the dtype of activations, as in transformers
             x = x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def _embed_targets(self, ids: jax.Array) -> jax.Array:
         c = self.config
-        if (
-            c.start_id
-        ):  # 0 begins a target in batches of every family, and is padding where nobody looks
+        if c.start_id:  # 0 begins a target in batches of every family; elsewhere it is padding, which nothing attends to
             ids = jnp.where(ids == 0, c.start_id, ids)
         return self._embed(ids, c.target_embedder)
 
@@ -92,7 +92,7 @@ class EncoderDecoder(nn.Module):
     def encode(
         self, encoder_input_tokens, encoder_segment_ids, *, enable_dropout: bool = False
     ) -> jax.Array:
-        """[batch, length] ids and segments -> encoder states [batch, length, embed]."""
+        """Encodes [batch, length] ids and segments -> states [batch, length, embed]."""
         return self.encoder(
             self._embed(encoder_input_tokens, self.config.input_embedder),
             encoder_segment_ids,
@@ -102,17 +102,17 @@ class EncoderDecoder(nn.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Logits of each target position: [batch, target length, vocab] float32; see `states`."""
+        """Returns the logits of each target position: [batch, target length, vocab] float32; see `states`."""
         return self._logits(self.states(batch, enable_dropout=enable_dropout))
 
     def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
-        """The decoder's states under teacher forcing; `output_layer` makes logits of them.
+        """Returns the decoder's states under teacher forcing, of which `output_layer` makes logits.
 
         Args:
             batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
                 `decoder_input_tokens`, `decoder_segment_ids` [batch, target length]. Segment 0 is
-                padding; a decoder segment reads the encoder segment of the same number, or the one
-                that `decoder_encoder_segment_ids` [batch, target length] names where it is given.
+                padding. A decoder segment reads the encoder segment with the same number, or, if
+                given, the one in `decoder_encoder_segment_ids` [batch, target length].
             enable_dropout: needs the rng collection `dropout`.
 
         Returns:
@@ -142,16 +142,16 @@ class EncoderDecoder(nn.Module):
         index: jax.Array,
         encoded: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """One token for each row.
+        """Decodes one token for each row.
 
         Args:
-            ids: [batch, 1] int32, the previous token (0 first). In a beam search [batch * beams, 1],
-                and so are `key` and `value` of the cache; what comes from the encoder is [batch].
+            ids: [batch, 1] int32, the previous token (0 first). In a beam search, ids, and `key` and
+                `value` of the cache, have batch * beams rows; inputs from the encoder have batch.
             cache: from `start_cache`.
             encoder_segment_ids: [batch, length], 0 is padding.
-            index: scalar int32, position of the token that is decoded.
-            encoded: where the cache has no keys and values of it, [batch, length, embed] from `encode`
-                and the same [batch, embed, length].
+            index: scalar int32, position of the decoded token.
+            encoded: if the cache has no keys and values of the input, the states [batch, length, embed]
+                of `encode`, and the same as [batch, embed, length].
 
         Returns:
             Logits [batch, vocab] float32 and the cache with this position filled in.
@@ -161,7 +161,7 @@ class EncoderDecoder(nn.Module):
             self._embed_targets(ids),
             cache,
             encoded=encoded,
-            self_segments=_one_segment((key <= index)[None]),  # what is filled in
+            self_segments=_one_segment((key <= index)[None]),  # the positions filled in so far
             cross_segments=_one_segment(encoder_segment_ids > 0),
             causal=False,
             query=index[None],
@@ -182,12 +182,12 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """`states` of given targets, from the keys and values that `start_cache` keeps of the inputs.
+        """Returns `states` of given targets, over the inputs' keys and values from `start_cache`.
 
         Args:
-            decoder_input_tokens, decoder_segment_ids: [batch, target length] int32. Each segment is a
-                target by itself, 0 is padding; all of a row read the same input.
-            cache: from `start_cache`, of so many positions; nothing is put into it.
+            decoder_input_tokens, decoder_segment_ids: [batch, target length] int32. Each segment is
+                one target, 0 is padding; all targets of a row read the same input.
+            cache: from `start_cache` for this target length; it is not changed.
             encoder_segment_ids: [batch, length], 0 is padding.
 
         Returns:
@@ -209,7 +209,7 @@ class EncoderDecoder(nn.Module):
 
 @struct.dataclass
 class OutputLayer:
-    """What makes logits of the decoder's states.
+    """The output layer, which makes logits of the decoder's states.
 
     Attributes:
         kernel: [embed, vocab].
@@ -220,12 +220,12 @@ class OutputLayer:
     softcap: float | None = struct.field(pytree_node=False, default=None)
 
     def logits(self, states: jax.Array) -> jax.Array:
-        """States [..., embed] -> [..., vocab] float32."""
+        """Returns the logits of states [..., embed] -> [..., vocab] float32."""
         return softcapped(kernel_product(states, self.kernel, True), self.softcap)
 
 
 def output_layer(params: Mapping, config: ModelConfig) -> OutputLayer:
-    """Returns what makes logits of `EncoderDecoder.states`; a tied one is the targets' embedding."""
+    """Returns the output layer for `EncoderDecoder.states`; a tied one is the targets' embedding."""
     if config.logits_via_embedding:
         kernel = params[config.target_embedder].T
     else:
@@ -241,26 +241,26 @@ def start_cache(
     *,
     cross: bool = True,
 ) -> Cache:
-    """An empty decoder cache, with the cross-attention's keys and values of all layers filled in.
+    """Returns an empty decoder cache with the cross-attention's keys and values of all layers filled in.
 
-    They depend on the encoder alone, so they are computed once per batch, outside the loop.
+    These depend only on the encoder, so they are computed once per batch, outside the loop.
 
     Args:
         params: parameters of an `EncoderDecoder` (unboxed).
         encoded: [batch, length, embed] from `EncoderDecoder.encode`.
-        max_decode_len: positions of self-attention to hold.
-        cross: false leaves these out; `decode_step` wants `encoded` itself then, which is less work
-            where the rows of an input and their tokens are fewer than `head_dim`.
+        max_decode_len: number of positions of self-attention.
+        cross: false leaves them out. Then `decode_step` needs `encoded`, which is less work if an
+            input has fewer than `head_dim` rows and tokens to decode.
 
     Returns:
         `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
         max_decode_len, kv], zeros; `cross_key` and `cross_value` are the same of `length`.
 
     Raises:
-        ValueError: the parameters or the configuration have adapters, which decoding would leave out.
+        ValueError: the parameters or the configuration have adapters, which decoding would ignore.
     """
     if config.lora is not None or has_adapters(params):
-        raise ValueError("decoding wants plain weights: call models.lora.merge first")
+        raise ValueError("decoding needs plain weights: call models.lora.merge first")
     kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
     side = config.decoder
     heads = (side.num_kv_heads, side.head_dim)
@@ -270,7 +270,7 @@ def start_cache(
         kernel = kernel.reshape(*kernel.shape[:2], *heads)
         return jnp.einsum(f"ble,nehd->{axes}", encoded, kernel, precision=precision)
 
-    # as the products of each token read them: no axis moves inside the loop
+    # in the order of each token's products: no transposition inside the loop
     rows, (count, width) = (side.num_layers, encoded.shape[0]), heads
     cache = {
         "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
@@ -291,12 +291,12 @@ _FEATURES = (
 
 @functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB of each trace
 def abstract_params(config: ModelConfig) -> Any:
-    """The parameter tree as boxed shapes with logical axis names; nothing is allocated."""
+    """Returns the parameter tree as boxed shapes with logical axis names; allocates nothing."""
     batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), batch)["params"]
 
 
 def init_params(config: ModelConfig, rng: jax.Array) -> Any:
-    """Random initial parameters, unboxed."""
+    """Returns random initial parameters, unboxed."""
     batch = dict.fromkeys(_FEATURES, jnp.ones((1, 8), jnp.int32))
     return nn.meta.unbox(EncoderDecoder(config).init(rng, batch)["params"])

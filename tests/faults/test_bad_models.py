@@ -267,7 +267,10 @@ def _entry(header, **changes):
 
 
 SAFETENSORS = {
-    "overlapping": (lambda h: _entry(h, data_offsets=[0, 12288]), "not a complete safetensors file"),
+    "overlapping": (
+        lambda h: _entry(h, data_offsets=[0, 12288]),
+        "not a complete safetensors file",
+    ),
     "out of range": (lambda h: _entry(h, data_offsets=[2**40, 2**40 + 12288]), "not a whole"),
     "negative offset": (lambda h: _entry(h, data_offsets=[-12288, 0]), "not a whole"),
     "negative shape": (lambda h: _entry(h, shape=[-384, -8]), "not a whole"),

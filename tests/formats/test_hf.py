@@ -165,7 +165,9 @@ def test_a_truncated_file_is_named(directory, tmp_path):
     whole = (directory / "model.safetensors").read_bytes()
     for size in (5, len(whole) // 2):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"model\.safetensors: not a complete safetensors file"):
+        with pytest.raises(
+            InputError, match=r"model\.safetensors: not a complete safetensors file"
+        ):
             hf.load_params(tmp_path, CONFIG)
 
 
