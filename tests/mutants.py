@@ -661,7 +661,7 @@ MUTANTS = [
         id="TR5",
         what="a new T5Gemma starts with Gemma's bos, whatever its vocabulary has",
         file="stepdistill_jax/training/run.py",
-        old='"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id',
+        old='"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id or EOS_ID',
         new='"vocab_size": data.vocab_size',
         tests=[
             "tests/training/test_t5gemma.py::test_a_new_model_starts_with_the_bos_of_its_vocabulary"

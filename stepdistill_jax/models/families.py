@@ -24,8 +24,8 @@ def model_config(
         size: `small` to `xxl` of T5, or `tiny` for tests and demos; each family has its own, such as
             `9b-2b` of T5Gemma, whose encoder is the larger.
         vocab_size: ids of the vocabulary.
-        bos_id: id with which the vocabulary begins a text, 0 where it has none; None is that of the
-            published one. Read by families whose decoder starts with it.
+        bos_id: id that the decoder reads first, where that is the family's to say; None is that of
+            the published vocabulary.
         **overrides: other fields of the family's configuration.
 
     Raises:
