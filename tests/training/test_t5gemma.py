@@ -263,7 +263,10 @@ def test_the_road_from_a_directory_of_transformers_and_back(given, tmp_path, del
     labels = [json.loads(line)["label"] for line in int8.decode().splitlines()]
     assert np.mean([a == row["label"] for a, row in zip(labels, rows, strict=True)]) > 0.5
 
-    names = lines_of_card(tmp_path / "model")
+    names, decode = (
+        lines_of_card(tmp_path / "model"),
+        load_model(tmp_path / "model").vocabulary.decode,
+    )
     model, tokenizer = names["model"], names["tokenizer"]
     assert type(model).__name__ == "T5GemmaForConditionalGeneration"
     assert model.generation_config.decoder_start_token_id == 2
@@ -272,8 +275,7 @@ def test_the_road_from_a_directory_of_transformers_and_back(given, tmp_path, del
         inputs = tokenizer(prompt, truncation=True, return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(**inputs, do_sample=False)[0]
-        known = [i for i in ids[1:].tolist() if i < len(tokenizer)]
-        assert tokenizer.decode(known, skip_special_tokens=True).strip() == row["label"]
+        assert decode(ids[1:].tolist()).strip() == row["label"].strip()
 
 
 @pytest.mark.slow
