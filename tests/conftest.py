@@ -145,6 +145,46 @@ def spiece(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gemma_model(tmp_path_factory):
+    """`gemma_model(add_bos_token=..., add_eos_token=...)`: a small `tokenizer.model` of Gemma's kind.
+
+    The arguments are next to it in a `tokenizer_config.json`; without any there is none.
+    """
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=model,
+        vocab_size=380,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["<mask>", "<start_of_turn>", "\n", "\n\n", "▁▁", "▁▁▁"],
+        **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
+        **{f"{name}_piece": f"<{name}>" for name in ("pad", "eos", "bos", "unk")},
+        minloglevel=2,
+        num_threads=1,
+    )
+
+    def written(**framing):
+        folder = tmp_path_factory.mktemp("gemma")
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
+        if framing:
+            (folder / "tokenizer_config.json").write_text(json.dumps(framing))
+        return folder / "tokenizer.model"
+
+    return written
+
+
+@pytest.fixture(scope="session")
 def tiny_config():
     from stepdistill_jax.models.t5 import T5Config
 

@@ -133,6 +133,36 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="D11",
+        what="an input of a Gemma never begins with bos",
+        file="stepdistill_jax/data/vocabulary.py",
+        old="ids = [self.bos_id] if self.add_bos_token else []",
+        new="ids: list[int] = []",
+        tests=[
+            "tests/data/test_vocabulary.py::test_a_gemma_frames_inputs_as_its_tokenizer_config_says"
+        ],
+    ),
+    Mutant(
+        id="D12",
+        what="a truncated input ends with eos where the whole one does not",
+        file="stepdistill_jax/data/vocabulary.py",
+        old="EOS_ID if ids[-1] == EOS_ID else ids[length - 1]]",
+        new="EOS_ID]",
+        tests=[
+            "tests/data/test_vocabulary.py::test_a_truncated_input_keeps_the_eos_that_it_ends_with"
+        ],
+    ),
+    Mutant(
+        id="D13",
+        what="token stores of two framings are taken for one",
+        file="stepdistill_jax/data/vocabulary.py",
+        old="if self.framing == T5_FRAMING:\n            return found",
+        new="if found:\n            return found",
+        tests=[
+            "tests/data/test_vocabulary.py::test_tokens_of_one_framing_are_not_taken_for_those_of_another"
+        ],
+    ),
+    Mutant(
         id="IN12",
         what="`predict` asks with both texts of an input as one",
         file="stepdistill_jax/inference/prompting.py",
@@ -508,6 +538,14 @@ MUTANTS = [
         ],
     ),
     Mutant(
+        id="SQ7",
+        what="SeqIO's readers give an input of a Gemma no bos",
+        file="stepdistill_jax/tasks/preprocessors.py",
+        old="            if framing.add_bos_token:\n",
+        new="            if framing.add_bos_token and framing.bos_id < 0:\n",
+        tests=["tests/tasks/test_prepared_tasks.py::test_inputs_are_framed_as_the_vocabulary_says"],
+    ),
+    Mutant(
         id="IW1",
         what="a rule of INIT_RULES decides names that only begin as it says",
         file="stepdistill_jax/training/initial_weights.py",
@@ -661,7 +699,7 @@ MUTANTS = [
         id="TR5",
         what="a new T5Gemma starts with Gemma's bos, whatever its vocabulary has",
         file="stepdistill_jax/training/run.py",
-        old='"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id or EOS_ID',
+        old='"vocab_size": data.vocab_size, "bos_id": data.vocabulary.framing.bos_id',
         new='"vocab_size": data.vocab_size',
         tests=[
             "tests/training/test_t5gemma.py::test_a_new_model_starts_with_the_bos_of_its_vocabulary"
@@ -1164,6 +1202,24 @@ MUTANTS = [
         tests=[
             "tests/formats/test_t5x.py::test_the_first_form_gives_sizes_and_weights[t5_v1_1-stacked]"
         ],
+    ),
+    Mutant(
+        id="FM5",
+        what="tokenizer.json merges the pairs of a Gemma in alphabetical order",
+        file="stepdistill_jax/formats/tokenizer.py",
+        old="sorted(scores, key=lambda piece: -scores[piece])",
+        new="sorted(scores)",
+        tests=[
+            "tests/formats/test_tokenizer.py::test_transformers_frames_the_inputs_and_pairs_of_a_gemma_as_we_do"
+        ],
+    ),
+    Mutant(
+        id="FM6",
+        what="a T5 is opened with the vocabulary of a Gemma",
+        file="stepdistill_jax/formats/directory.py",
+        old="    if config.start_id != bos:\n",
+        new="    if config.start_id != bos and config.start_id:\n",
+        tests=["tests/formats/test_directory.py::test_a_vocabulary_of_another_family_is_refused"],
     ),
     Mutant(
         id="SH1",

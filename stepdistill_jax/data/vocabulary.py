@@ -1,30 +1,69 @@
 """Text to ids and back, without TensorFlow: a SentencePiece model or ByT5's bytes."""
 
+import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.runtime.files import check_file
+from stepdistill_jax.runtime.files import check_file, read_json
 from stepdistill_jax.runtime.fingerprints import digest, sha256
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTES = "bytes"
 MAX_BYTES = 128 << 20  # of a model's file; that of a quarter of a million pieces has 5
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def with_eos(*texts: Sequence[int]) -> list[int]:
-    """Returns the ids of an input's texts with an end of sequence after each.
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """The special ids around an input. A target ends with eos in every vocabulary.
 
-    Example: `with_eos([5, 6], [7])` is [5, 6, 1, 7, 1].
+    Attributes:
+        add_bos_token: an input begins with bos.
+        add_eos_token: an input ends with eos.
+        bos_id: 0 where the vocabulary has no bos.
     """
-    return [i for ids in texts for i in (*ids, EOS_ID)]
+
+    add_bos_token: bool = False
+    add_eos_token: bool = True
+    bos_id: int = 0
+
+    def input_ids(self, *texts: Sequence[int]) -> list[int]:
+        """Returns the ids of an input, one or more texts with eos between them.
+
+        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] as T5 frames it, and [2, 5, 6, 1, 7] with
+        bos 2 and without eos at the end.
+        """
+        first, *others = texts
+        ids = [self.bos_id] if self.add_bos_token else []
+        ids += first
+        for other in others:
+            ids += [EOS_ID, *other]
+        # an empty text without framing has an eos, too: a batch takes a row of zeros for filling
+        return [*ids, EOS_ID] if self.add_eos_token or not ids else ids
+
+
+T5_FRAMING = Framing()
+
+
+def truncate(ids: Sequence[int], length: int) -> list[int]:
+    """Returns at most `length` ids; an input that ends with eos still does, as `batches` has it.
+
+    Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
+    """
+    if len(ids) <= length:
+        return list(ids)
+    return [*ids[: length - 1], EOS_ID if ids[-1] == EOS_ID else ids[length - 1]]
 
 
 class Vocabulary(Protocol):
-    """Ids as T5 uses them: 0 padding, 1 end of sequence."""
+    """Ids as T5 and Gemma use them: 0 padding, 1 end of sequence."""
+
+    @property
+    def framing(self) -> Framing: ...
 
     @property
     def size(self) -> int: ...
@@ -38,9 +77,6 @@ class Vocabulary(Protocol):
     @property
     def unk_id(self) -> int: ...
 
-    @property
-    def bos_id(self) -> int: ...
-
     def pieces(self) -> list[str]: ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -51,13 +87,20 @@ class Vocabulary(Protocol):
 
 
 class SentencePieceVocabulary:
-    """`spiece.model`, read by the sentencepiece library; the ids equal SeqIO's (tested)."""
+    """`spiece.model` or `tokenizer.model`, read by the sentencepiece library; the ids equal SeqIO's (tested).
+
+    Attributes:
+        path: of the file.
+        framing: T5's; of a vocabulary of Gemma's kind (BPE with bos and byte fallback) what the
+            `tokenizer_config.json` next to it says, or transformers' defaults, bos alone.
+    """
 
     def __init__(self, path: os.PathLike | str):
         """Opens the model.
 
         Raises:
-            InputError: no such file, or not a SentencePiece model with T5's special ids.
+            InputError: no such file, not a SentencePiece model with the special ids of T5 and Gemma, or
+                a `tokenizer_config.json` that cannot be read.
         """
         import sentencepiece
 
@@ -74,6 +117,29 @@ class SentencePieceVocabulary:
         special = (self._processor.pad_id(), self._processor.eos_id())  # UMT5's unk is not 2
         if special != (PAD_ID, EOS_ID):
             raise InputError(f"{path}: pad and eos ids must be 0 and 1, got {special}")
+        self.framing = self._read_framing() if self._is_gemma() else T5_FRAMING
+
+    def _is_gemma(self) -> bool:
+        """Returns whether the model is BPE with bos and byte fallback; UMT5's has bos, and is unigram."""
+        if self._processor.bos_id() <= PAD_ID:
+            return False
+        from sentencepiece import sentencepiece_model_pb2
+
+        generated: Any = sentencepiece_model_pb2  # its classes are made when it is imported
+        trainer = generated.ModelProto.FromString(self.path.read_bytes()).trainer_spec
+        return trainer.model_type == trainer.BPE and trainer.byte_fallback
+
+    def _read_framing(self) -> Framing:
+        path = self.path.with_name(TOKENIZER_CONFIG)
+        given = read_json(path) if path.exists() else {}
+        if not isinstance(given, dict):
+            raise InputError(f"{path}: expected a JSON object, got {type(given).__name__}")
+        flags = {"add_bos_token": True, "add_eos_token": False}  # defaults of GemmaTokenizer
+        for name, default in flags.items():
+            flags[name] = given.get(name, default)
+            if not isinstance(flags[name], bool):
+                raise InputError(f"{path}: {name} must be true or false, got {flags[name]!r}")
+        return Framing(**flags, bos_id=self._processor.bos_id())
 
     @property
     def size(self) -> int:
@@ -87,22 +153,24 @@ class SentencePieceVocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the file."""
+        """Digest of the file, and of the framing where it is not T5's."""
         return self._digest
 
     @functools.cached_property
     def _digest(self) -> str:
-        return sha256(self.path)
+        found = sha256(self.path)
+        if self.framing == T5_FRAMING:
+            return found
+        return digest([found, dataclasses.asdict(self.framing)])
 
     @property
     def unk_id(self) -> int:
         """The id of what no piece covers."""
         return self._processor.unk_id()
 
-    @property
-    def bos_id(self) -> int:
-        """The id that begins a text; 0 where the vocabulary has none, as T5's."""
-        return max(self._processor.bos_id(), 0)
+    def normalize(self, text: str) -> str:
+        """Returns the text as it is before it is split into pieces."""
+        return self._processor.normalize(text)
 
     def pieces(self) -> list[str]:
         """The piece of each id."""
@@ -127,11 +195,11 @@ class SentencePieceVocabulary:
 class ByteVocabulary:
     """ByT5 (arXiv 2105.13626): id = byte + 3."""
 
+    framing = T5_FRAMING
     size = 256 + 3
     fingerprint = digest(BYTES)
     source = BYTES  # what `load_vocabulary` takes for it
     unk_id = UNK_ID
-    bos_id = 0  # it has none
 
     def pieces(self) -> list[str]:
         """A name for each id, as `transformers` has them: a byte is the character of its number."""
@@ -154,5 +222,5 @@ class ByteVocabulary:
 
 
 def load_vocabulary(path: os.PathLike | str) -> Vocabulary:
-    """The vocabulary of a `spiece.model`, or of the word `bytes`."""
+    """Returns the vocabulary of a `spiece.model` or `tokenizer.model`, or of the word `bytes`."""
     return ByteVocabulary() if str(path) == BYTES else SentencePieceVocabulary(path)

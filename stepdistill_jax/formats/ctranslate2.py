@@ -15,24 +15,22 @@ from typing import Any
 import numpy as np
 
 import stepdistill_jax
-from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
+from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, TOKENIZER_CONFIG, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import (
     CONFIG,
     CTRANSLATE2_MODEL,
     CTRANSLATE2_TOKENS,
     GENERATION_CONFIG,
-    SPIECE,
     TASK_INFO,
-    TOKENIZER_CONFIG,
     TaskInfo,
     read_task_info,
-    read_vocabulary,
     write_model_files,
 )
 from stepdistill_jax.formats.hf import to_hf
 from stepdistill_jax.formats.parameter_names import EMBEDDING, HEAD
 from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.formats.vocabulary_files import SPIECE, read_vocabulary
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.runtime.checks import one_of

@@ -6,33 +6,25 @@ A workdir is a model directory too; its weights are in `checkpoints/STEP/`.
 import dataclasses
 import os
 import pathlib
-import shutil
 from typing import Any
 
 from stepdistill_jax.data.objectives import Objective, check_first
 from stepdistill_jax.data.schedules import Schedule
 from stepdistill_jax.data.text_metrics import METRICS
-from stepdistill_jax.data.vocabulary import (
-    BYTES,
-    EOS_ID,
-    PAD_ID,
-    SentencePieceVocabulary,
-    Vocabulary,
-    load_vocabulary,
-)
+from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.config_json import config_json, config_of
 from stepdistill_jax.formats.fields import size
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
 from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.formats.vocabulary_files import read_vocabulary, write_vocabulary
 from stepdistill_jax.formats.weights import has_weights, open_weights
 from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig, ModelConfig
-from stepdistill_jax.runtime.files import atomic_write, write_json
-from stepdistill_jax.runtime.stores import as_path, is_remote, local_copy
+from stepdistill_jax.runtime.files import write_json
+from stepdistill_jax.runtime.stores import as_path, is_remote
 
-CONFIG, TASK_INFO, SPIECE = "config.json", "stepdistill.json", "spiece.model"
-FAST_TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+CONFIG, TASK_INFO = "config.json", "stepdistill.json"
+GENERATION_CONFIG = "generation_config.json"
 CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS = "model.bin", "shared_vocabulary.json"
 FORMAT_VERSION = 1
 LORA = "stepdistill_lora"  # in a workdir's config.json: its checkpoints hold adapters
@@ -85,29 +77,11 @@ def write_model_files(
     vocabulary: Vocabulary,
     task_info: TaskInfo | None,
 ) -> None:
-    """Writes configuration, vocabulary and task; `transformers` opens its tokenizer from them.
-
-    The tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell one would get other
-    ids than here, and a small vocabulary would get ids beyond the embedding.
-    """
+    """Writes configuration, vocabulary and task; `transformers` opens its tokenizer from them."""
     directory = as_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     raw = config_json(config) | ({LORA: dataclasses.asdict(config.lora)} if config.lora else {})
     write_json(directory / CONFIG, raw)
-    tokenizer: dict[str, Any] = {
-        "tokenizer_class": "ByT5Tokenizer",
-        "extra_ids": 0,
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    if isinstance(vocabulary, SentencePieceVocabulary):
-        tokenizer["tokenizer_class"] = "T5Tokenizer"
-        target = directory / SPIECE
-        in_place = not is_remote(target) and target.exists() and target.samefile(vocabulary.path)
-        if not in_place:
-            with open(vocabulary.path, "rb") as source, atomic_write(target, "wb") as f:
-                shutil.copyfileobj(source, f)
     generation = {
         "decoder_start_token_id": config.start_id,
         "eos_token_id": EOS_ID,
@@ -116,12 +90,11 @@ def write_model_files(
         "use_cache": config.decoder.num_layers <= config.encoder.num_layers,
     }
     if task_info:
-        tokenizer["model_max_length"] = task_info.input_length
         generation["max_new_tokens"] = task_info.max_decode_len
         write_json(
             directory / TASK_INFO, {"format": FORMAT_VERSION} | dataclasses.asdict(task_info)
         )
-    write_json(directory / TOKENIZER_CONFIG, tokenizer)
+    write_vocabulary(directory, vocabulary, task_info.input_length if task_info else None)
     write_json(directory / GENERATION_CONFIG, generation)
 
 
@@ -165,6 +138,15 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
             f"{directory / CONFIG}: vocab_size {config.vocab_size} is below the"
             f" {vocabulary.size} pieces of the vocabulary"
         )
+    bos = vocabulary.framing.bos_id
+    # without bos a T5 starts with the padding, and a T5Gemma with the end of sequence
+    if config.start_id not in ([bos] if bos else [PAD_ID, EOS_ID]):
+        raise InputError(
+            f"{directory}: the vocabulary is of another model: the decoder of {CONFIG} begins with id"
+            f" {config.start_id}, and {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, as"
+            f" {'Gemma' if bos else 'T5'} has; copy the vocabulary from the directory that the"
+            " weights are from"
+        )
     task_info = read_task_info(directory) if (directory / TASK_INFO).is_file() else None
     return ModelFiles(config, vocabulary, task_info)
 
@@ -201,37 +183,6 @@ def _read_lora(path: pathlib.Path, given: Any) -> LoraConfig | None:
         return LoraConfig(**given)
     except (InputError, TypeError) as error:
         raise InputError(f"{path}: {LORA}: {error}") from None
-
-
-def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
-    """The vocabulary of a model directory or workdir.
-
-    Raises:
-        InputError: there is none, or one that cannot be read.
-    """
-    if (directory / SPIECE).is_file():
-        return load_vocabulary(local_copy(directory / SPIECE))
-    tokenizer = directory / TOKENIZER_CONFIG
-    if tokenizer.is_file() and read_object(tokenizer).get("tokenizer_class") == "ByT5Tokenizer":
-        return load_vocabulary(BYTES)
-    raise InputError(
-        f"{directory}: no vocabulary (neither {SPIECE} nor a {TOKENIZER_CONFIG} of ByT5)"
-        f"{_where_to_find_it(directory)}"
-    )
-
-
-def _where_to_find_it(directory: pathlib.Path) -> str:
-    if (directory / FAST_TOKENIZER).is_file():
-        return (
-            f"; the {FAST_TOKENIZER} here has no {SPIECE} in it, and transformers 5 saves only that:"
-            f" copy {SPIECE} from the directory of the model that this one was made from"
-        )
-    if find_t5x(directory):
-        return (
-            f"; a T5X checkpoint has none: copy the sentencepiece.model that its gin file names here as"
-            f' {SPIECE}, or for ByT5 write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
-        )
-    return ""
 
 
 def read_task_info(directory: os.PathLike | str) -> TaskInfo:

@@ -5,8 +5,10 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from stepdistill_jax.data.vocabulary import TOKENIZER_CONFIG
 from stepdistill_jax.errors import InputError, printable
-from stepdistill_jax.formats.directory import CONFIG, SPIECE, TASK_INFO, TOKENIZER_CONFIG
+from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
+from stepdistill_jax.formats.vocabulary_files import SPIECE, TOKENIZER_MODEL
 from stepdistill_jax.formats.weights import INDEX_SUFFIX, WEIGHT_FILES, has_weights
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote
@@ -79,7 +81,9 @@ def needed_files(listed: Sequence[str], name: str) -> list[str]:
     Raises:
         InputError: no weights that can be read.
     """
-    files = [f for f in (CONFIG, SPIECE, TOKENIZER_CONFIG, TASK_INFO) if f in listed]
+    files = [
+        f for f in (CONFIG, SPIECE, TOKENIZER_MODEL, TOKENIZER_CONFIG, TASK_INFO) if f in listed
+    ]
     for weights in WEIGHT_FILES:
         if weights in listed:
             return [*files, weights]

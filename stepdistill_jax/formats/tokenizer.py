@@ -2,16 +2,23 @@
 
 `T5Tokenizer` of transformers 5 rebuilds every vocabulary as T5's own: unk is 2, no piece is a byte.
 The vocabularies of mT5 and UMT5 have byte pieces (and UMT5's unk is 3), so texts would get other ids.
-So `tokenizer.json` is built here from the SentencePiece model, and opened as it is.
+So `tokenizer.json` is built here from the SentencePiece model, and opened as it is; Gemma's, too.
 """
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
-from stepdistill_jax.data.vocabulary import EOS_ID, SentencePieceVocabulary, Vocabulary
+from stepdistill_jax.data.vocabulary import (
+    EOS_ID,
+    TOKENIZER_CONFIG,
+    Framing,
+    SentencePieceVocabulary,
+    Vocabulary,
+)
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.formats.directory import FAST_TOKENIZER, SPIECE, TOKENIZER_CONFIG
+from stepdistill_jax.formats.vocabulary_files import FAST_TOKENIZER, model_name
 from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 
 # Texts in which a wrong normalizer, unknown id or byte piece, or a lost space shows. Left out is what the
@@ -49,7 +56,8 @@ def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
     """
     directory = pathlib.Path(directory)
     if isinstance(vocabulary, SentencePieceVocabulary):
-        _write_fast_tokenizer(directory / FAST_TOKENIZER, directory / SPIECE)
+        model = directory / model_name(vocabulary)
+        _write_fast_tokenizer(directory / FAST_TOKENIZER, model, vocabulary)
         config = read_json(directory / TOKENIZER_CONFIG)
         config.pop("extra_ids", None)
         config |= {
@@ -71,8 +79,12 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
 
     # without a longest input: it would warn of those that are longer
     tokenizer = AutoTokenizer.from_pretrained(directory, model_max_length=10**9)
+    framing = vocabulary.framing
     for text in PROBES:
-        got, wanted = tokenizer(text)["input_ids"], [*vocabulary.encode(text), EOS_ID]
+        ids = vocabulary.encode(text)
+        if not (ids or framing.add_bos_token or framing.add_eos_token):
+            continue  # ours has an eos, and no template of transformers asks whether a text is empty
+        got, wanted = tokenizer(text)["input_ids"], framing.input_ids(ids)
         if got != wanted:
             raise InputError(
                 f"{vocabulary.source}: cannot be exported, since transformers would give other ids than"
@@ -80,27 +92,50 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
             )
 
 
-def _write_fast_tokenizer(path: pathlib.Path, spiece: pathlib.Path) -> None:
-    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
+def _write_fast_tokenizer(
+    path: pathlib.Path, model: pathlib.Path, vocabulary: SentencePieceVocabulary
+) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken
 
     generated: Any = sentencepiece_model_pb2  # its classes are made when it is imported
-    proto = generated.ModelProto.FromString(spiece.read_bytes())
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    if trainer.model_type != trainer.UNIGRAM:
+    proto = generated.ModelProto.FromString(model.read_bytes())
+    framing, trainer = vocabulary.framing, proto.trainer_spec
+    if framing.bos_id:
+        tokenizer = _bpe(proto, model)
+    elif trainer.model_type == trainer.UNIGRAM:
+        tokenizer = _unigram(proto, vocabulary)
+    else:
         raise InputError(
-            f"{spiece}: not a unigram model, which every T5 has; it cannot be exported"
+            f"{model}: neither a unigram model, which every T5 has, nor BPE with bos and byte fallback,"
+            " which Gemma has; it cannot be exported"
         )
     pieces = [piece.piece for piece in proto.pieces]
+    tokenizer.post_processor = _template(framing, pieces)
+    special = [0, EOS_ID, *([framing.bos_id] if framing.bos_id else []), trainer.unk_id]
+    tokenizer.add_special_tokens([AddedToken(pieces[i], special=True) for i in special])
+    with atomic_write(path) as f:
+        f.write(tokenizer.to_str(pretty=True))
+
+
+def _template(framing: Framing, pieces: Sequence[str]) -> Any:
+    """Returns the post-processor that frames an input as `Framing.input_ids` does."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos, eos = pieces[framing.bos_id], pieces[EOS_ID]
+    begin, end = [bos] * framing.add_bos_token, [eos] * framing.add_eos_token
+    return TemplateProcessing(
+        single=[*begin, "$A", *end],
+        pair=[*begin, "$A", eos, "$B", *end],
+        special_tokens=[(eos, EOS_ID), *[(bos, framing.bos_id)] * framing.add_bos_token],
+    )
+
+
+def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
+    """Returns a `tokenizers.Tokenizer` of T5's kind, as yet without special tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     tokenizer = Tokenizer(
         models.Unigram(
             [(piece.piece, piece.score) for piece in proto.pieces],
@@ -110,7 +145,7 @@ def _write_fast_tokenizer(path: pathlib.Path, spiece: pathlib.Path) -> None:
     )
     steps = []
     if normalizer.precompiled_charsmap:
-        if SentencePieceProcessor(model_file=str(spiece)).normalize(_JAMO).endswith(_SYLLABLE):
+        if vocabulary.normalize(_JAMO).endswith(_SYLLABLE):
             # `Precompiled` takes letters of 6 bytes and more mark by mark; so they are composed before
             steps.append(normalizers.NFC())
         steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
@@ -123,12 +158,49 @@ def _write_fast_tokenizer(path: pathlib.Path, spiece: pathlib.Path) -> None:
     if trainer.byte_fallback:
         decoder = decoders.Sequence([decoders.ByteFallback(), decoder])
     tokenizer.decoder = decoder
-    eos = pieces[EOS_ID]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=["$A", eos], pair=["$A", eos, "$B", eos], special_tokens=[(eos, EOS_ID)]
+    return tokenizer
+
+
+def _bpe(proto: Any, model: pathlib.Path) -> Any:
+    """Returns a `tokenizers.Tokenizer` of Gemma's kind, as yet without special tokens.
+
+    SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` has
+    a list of pairs instead, the first of which is merged first: all pairs of each piece, by its score.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    normalizer = proto.normalizer_spec
+    if (
+        normalizer.precompiled_charsmap
+        or normalizer.add_dummy_prefix
+        or normalizer.remove_extra_whitespaces
+    ):
+        raise InputError(
+            f"{model}: changes texts before it splits them, which no Gemma does; it cannot be exported"
+        )
+    kinds = type(proto.pieces[0])  # NORMAL, USER_DEFINED, ...
+    # special pieces and bytes are never the result or a part of a merge
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    merges = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += [(left, right) for left, right in cuts if left in scores and right in scores]
+    tokenizer = Tokenizer(
+        models.BPE(
+            {piece.piece: i for i, piece in enumerate(proto.pieces)},
+            merges,
+            unk_token=proto.pieces[proto.trainer_spec.unk_id].piece,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(pieces[i], special=True) for i in (0, EOS_ID, trainer.unk_id)]
+    # as transformers' GemmaTokenizer, whose pre-tokenizer finds no blank that is left
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    with atomic_write(path) as f:
-        f.write(tokenizer.to_str(pretty=True))
+    # `normalized`: they are looked for where blanks are "▁" already, since several are runs of it
+    whole = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in whole])
+    return tokenizer

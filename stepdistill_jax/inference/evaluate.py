@@ -14,6 +14,7 @@ import numpy as np
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import label_only
 from stepdistill_jax.data.prepared import PreparedDataset, data_folder
+from stepdistill_jax.data.vocabulary import truncate
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
@@ -24,7 +25,7 @@ from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.labels import Labels, label_rows, score_targets
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.predict import predict
-from stepdistill_jax.inference.prompting import RATIONALE, cut_ids, how_to_ask
+from stepdistill_jax.inference.prompting import RATIONALE, how_to_ask
 from stepdistill_jax.inference.rationale_quality import RationaleTally
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
 from stepdistill_jax.runtime.files import read_jsonl, write_json
@@ -318,7 +319,7 @@ def evaluate_tokens(
     model = open_engine(path, options)
     asking = dataclasses.replace(how_to_ask(model, options), labels=tuple(allowed))
     chooser = on_all_processes(lambda: allow(options, asking, model))
-    cut = [cut_ids(ids, asking.input_length) for ids in inputs]
+    cut = [truncate(ids, asking.input_length) for ids in inputs]
     require_same([asking.input_length, cut], "data")
     start = time.perf_counter()
     rows = [Example(str(i), "", label) for i, label in enumerate(labels, 1)]

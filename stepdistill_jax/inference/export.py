@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import stepdistill_jax
+from stepdistill_jax.data.vocabulary import T5_FRAMING, TOKENIZER_CONFIG
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.card import model_card
 from stepdistill_jax.formats.ctranslate2 import check_quantization, write_ctranslate2
 from stepdistill_jax.formats.ctranslate2_readme import ctranslate2_readme
 from stepdistill_jax.formats.directory import (
     GENERATION_CONFIG,
-    TOKENIZER_CONFIG,
     TaskInfo,
     read_config,
     write_model_files,
@@ -125,8 +125,9 @@ def _write_hf(folder: pathlib.Path, model: LoadedModel) -> int:
 
 def _write_jax(folder: pathlib.Path, model: LoadedModel) -> int:
     write_model_files(folder, model.config, model.vocabulary, _task_info(model))
-    for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
-        (folder / name).unlink()  # for `transformers`, which finds no weights here
+    (folder / GENERATION_CONFIG).unlink()  # for `transformers`, which finds no weights here
+    if model.vocabulary.framing == T5_FRAMING:
+        (folder / TOKENIZER_CONFIG).unlink()
     length = how_to_ask(model).decode_lengths[0]
     exported, parameters = write_decoder(folder, model.params, model.config, max_decode_len=length)
     _write_readme(folder, model, parameters, functools.partial(decoder_readme, exported))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.data.example import INPUT_PAIR, Example
@@ -14,7 +13,7 @@ from stepdistill_jax.data.objectives import (
     gives_rationale,
 )
 from stepdistill_jax.data.prepared import open_prepared
-from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary, with_eos
+from stepdistill_jax.data.vocabulary import Vocabulary, truncate
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.engines import Engine
 from stepdistill_jax.inference.model import LoadedModel
@@ -164,14 +163,9 @@ def encode_input(
     Args:
         vocabulary: of the model.
         text: a prompt.
-        input_length: most ids, the end of sequence included.
+        input_length: most ids, bos and the end of sequence included.
         input_pair: the row's second text, which the encoder reads after the end of the first.
     """
     texts = [text, input_pair] if input_pair else [text]
-    ids = with_eos(*map(vocabulary.encode, texts))
-    return cut_ids(ids, input_length), len(ids) > input_length
-
-
-def cut_ids(ids: Sequence[int], length: int) -> list[int]:
-    """At most `length` ids, the last one still the end of sequence: `[5, 6, 7, 1]` -> `[5, 6, 1]`."""
-    return list(ids) if len(ids) <= length else [*ids[: length - 1], EOS_ID]
+    ids = vocabulary.framing.input_ids(*map(vocabulary.encode, texts))
+    return truncate(ids, input_length), len(ids) > input_length

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import stepdistill_jax
-from stepdistill_jax.data.vocabulary import BYTES, EOS_ID, Vocabulary
+from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, truncate
 from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.vocabulary_files import model_name
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.files import atomic_write
 
@@ -98,7 +99,7 @@ decode = jax.jit(program.call)
 files = (folder / "{params}").glob("*.npy")
 params = {{f.stem: jax.device_put(np.load(f, mmap_mode="r")) for f in files}}
 
-rows = [{example}]  # ids of {prompt!r} and 1
+rows = [{example}]  # {framed}
 batch = np.zeros((len(rows), 64), np.int32)  # 0 is padding
 for row, ids in zip(batch, rows):
     row[: len(ids)] = ids
@@ -124,10 +125,10 @@ write it again from the checkpoint or from a model directory: `stepdistill expor
 """
 
 _SPIECE = """\
-`spiece.model` is a SentencePiece model. With `pip install sentencepiece`, here or in another process:
+`{file}` is a SentencePiece model. With `pip install sentencepiece`, here or in another process:
 
-    vocabulary = sentencepiece.SentencePieceProcessor(model_file="THIS_FOLDER/spiece.model")
-    row = [*vocabulary.encode(text), 1]
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file="THIS_FOLDER/{file}")
+    row = [{bos}*vocabulary.encode(text){eos}]
     label = vocabulary.decode([i for i in ids[0].tolist() if 1 < i < vocabulary.get_piece_size()])"""
 
 _BYTES = """\
@@ -158,17 +159,24 @@ def decoder_readme(
         input_length: most ids of an input that the model saw in training.
         max_decode_len: most ids of an answer.
     """
+    framing = vocabulary.framing
+    bos, eos = [framing.bos_id] * framing.add_bos_token, [1] * framing.add_eos_token
+    how = _SPIECE.format(
+        file=model_name(vocabulary),
+        bos="".join(f"{i}, " for i in bos),
+        eos="".join(f", {i}" for i in eos),
+    )
     return _README.format(
         task=task,
         decoder=DECODER,
         params=PARAMS,
         parameters=f"{num_parameters:,}",
         version=stepdistill_jax.__version__,
-        example=[*vocabulary.encode(prompt), EOS_ID][:input_length],
-        prompt=prompt,
+        example=truncate(framing.input_ids(vocabulary.encode(prompt)), input_length),
+        framed=" and ".join(map(str, [*bos, f"ids of {prompt!r}", *eos])),
         length=f"inputs had at most {input_length} ids in training",
         max_decode_len=max_decode_len,
-        vocabulary=_BYTES if vocabulary.source == BYTES else _SPIECE,
+        vocabulary=_BYTES if vocabulary.source == BYTES else how,
         platforms=", ".join(exported.platforms),
         jax=jax.__version__,
         convention=exported.calling_convention_version,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.t5 import T5_FAMILIES
 from stepdistill_jax.models.t5gemma import T5GEMMA
@@ -10,6 +11,7 @@ from stepdistill_jax.runtime.checks import one_of
 
 FAMILIES = {**T5_FAMILIES, "t5gemma": T5GEMMA}
 VOCAB_MULTIPLE = 128
+_EOS_ID = 1  # of every vocabulary that `data` reads
 
 
 def model_config(
@@ -24,19 +26,25 @@ def model_config(
         size: `small` to `xxl` of T5, or `tiny` for tests and demos; each family has its own, such as
             `9b-2b` of T5Gemma, whose encoder is the larger.
         vocab_size: ids of the vocabulary.
-        bos_id: id that the decoder reads first, where that is the family's to say; None is that of
-            the published vocabulary.
+        bos_id: the vocabulary's bos, 0 where it has none; None is that of the published models. A
+            T5Gemma of a vocabulary without one starts with the end of sequence: transformers takes
+            a 0 for padding there, and would not attend to it.
         **overrides: other fields of the family's configuration.
 
     Raises:
-        InputError: an unknown family or size.
+        InputError: an unknown family or size, or a vocabulary with bos for a family without.
     """
     one_of("model_family", family, FAMILIES)
     found = FAMILIES[family]
     one_of("model_size", size, found.sizes)
     vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     fields: dict[str, Any] = {**found.sizes[size], **found.traits, **overrides}
-    starts_with_bos = "bos_id" in {field.name for field in dataclasses.fields(found.config)}
-    if bos_id is not None and starts_with_bos:
-        fields["bos_id"] = bos_id
-    return found.config(**{"vocab_size": vocab_size, **fields})
+    if bos_id is not None and "bos_id" in {f.name for f in dataclasses.fields(found.config)}:
+        fields["bos_id"] = bos_id or _EOS_ID
+    config = found.config(**{"vocab_size": vocab_size, **fields})
+    if bos_id and bos_id != config.start_id:
+        raise InputError(
+            f"`model_family`: the vocabulary has bos {bos_id}, as Gemma's, and a decoder of {family}"
+            " begins without; choose t5gemma, or a vocabulary of T5's kind"
+        )
+    return config

@@ -121,14 +121,22 @@ def _prepare_stores() -> None:
 
 
 @functools.cache
-def local_copy(path: pathlib.Path) -> pathlib.Path:
-    """A file for a library that reads local ones only: `path`, or a copy that lives as long as we do."""
+def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
+    """Returns a file for a library that reads local ones only: `path`, or a copy until we exit.
+
+    Args:
+        path: on this machine or in a store.
+        beside: names of files next to it that are copied, too, where they exist.
+    """
     if not is_remote(path):
         return path
     folder = pathlib.Path(tempfile.mkdtemp(prefix="stepdistill-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = folder / path.name
     copy.write_bytes(path.read_bytes())
+    for name in beside:
+        if (path.parent / name).is_file():
+            (folder / name).write_bytes((path.parent / name).read_bytes())
     return copy
 
 

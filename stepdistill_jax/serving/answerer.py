@@ -9,7 +9,7 @@ from typing import Any
 
 import stepdistill_jax
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
+from stepdistill_jax.data.vocabulary import PAD_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.allowed_answers import LABELS, ROW, Allowed
 from stepdistill_jax.inference.engines import (
@@ -149,15 +149,15 @@ class Answerer:
 
         The pieces raise InputError where the model gives NaN.
         """
+        unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):
-            empty = Question(Example("", ""), [UNK_ID, EOS_ID])
-            yield functools.partial(self._explained, empty)
+            yield functools.partial(self._explained, Question(Example("", ""), [unknown]))
         if self._allowed and not self._allowed.labels:
             return
         longest, length = self._asking.input_length, 0
         while length < longest:
             length = min(lane_length(length + 1), longest)
-            question = Question(Example("", ""), [UNK_ID] * (length - 1) + [EOS_ID])
+            question = Question(Example("", ""), [unknown] * length)
             count = 1
             while True:  # few rows are decoded in halves of a batch: one of these counts needs each
                 yield functools.partial(self._asked, [question] * count)

@@ -49,22 +49,23 @@ def plain_store(
 def common_vocabulary(
     name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
 ) -> Vocabulary:
-    """Returns the one vocabulary of plain tasks, `given` (of INIT_FROM) if that is equal.
+    """Returns the one vocabulary of plain tasks; it is `given` (of INIT_FROM) if that has equal pieces.
 
     Raises:
         InputError: two that differ.
     """
     files = [_vocabulary_file(task, folder) for task in tasks]
-    opened = load_vocabulary(files[0])
+    first = opened = load_vocabulary(files[0])
     for other in [*files[1:], *([] if given is None else [given])]:
-        if not same_pieces(opened, load_vocabulary(other)):
+        opened = load_vocabulary(other)
+        if not same_pieces(first, opened):
             raise InputError(
                 f"task {name!r}: tokenised with {files[0]}, but"
                 f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
                 f" {other}; a model has one vocabulary: give it to the tasks (prepared datasets:"
                 " register_prepared(vocabulary=...))"
             )
-    return opened
+    return first if given is None else opened
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:

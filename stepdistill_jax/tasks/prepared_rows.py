@@ -11,7 +11,7 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.data.published_split import WHOLE, drawn_splits
-from stepdistill_jax.data.vocabulary import Vocabulary, with_eos
+from stepdistill_jax.data.vocabulary import EOS_ID, Vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
@@ -94,10 +94,11 @@ class PreparedRows:
         texts = [t for r in rows for pair in r for t in pair] + [e.input_pair for e in examples]
         found = self.vocabulary.encode_many(texts)
         ids, seconds = iter(found), found[-len(examples) :]
+        framed = self.vocabulary.framing.input_ids
         for example, texts, second in zip(examples, rows, seconds, strict=True):
             pairs, more = [], [second] if example.input_pair else []
             for _, target in texts:
-                inputs, targets = with_eos(next(ids), *more), with_eos(next(ids))
+                inputs, targets = framed(next(ids), *more), [*next(ids), EOS_ID]
                 # an absent target has not even an end of sequence
                 pairs.append((inputs, targets if target or blank else []))
             label = texts[0][1] if own else example.label

@@ -7,6 +7,7 @@ from typing import Any
 
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.objectives import Objective
+from stepdistill_jax.data.vocabulary import EOS_ID, T5_FRAMING, Framing
 from stepdistill_jax.errors import InputError, nearest
 
 LABEL_TEXT = "label text"  # no name that a field of a dataset can have
@@ -72,6 +73,34 @@ def render(
         if "label" in given and first.label_field and not first.is_plain:
             out[LABEL_TEXT] = given["label"]
         out["weight"] = tf.cast(given.get("weight", 1.0), tf.float32)
+        return out
+
+    return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def framing_steps(framing: Framing) -> list[Any]:
+    """Returns the SeqIO preprocessors that complete the framing of inputs, before eos is appended.
+
+    SeqIO itself appends eos (`add_eos` of a feature) and knows no bos.
+    """
+    return [] if framing == T5_FRAMING else [functools.partial(_frame, framing=framing)]
+
+
+def _frame(dataset: Any, *, framing: Framing) -> Any:
+    """Like `Framing.input_ids`, in TensorFlow, but for an eos at the end."""
+    tf = tensorflow()
+
+    @tf.autograph.experimental.do_not_convert
+    def convert(row: Mapping[str, Any]) -> dict[str, Any]:
+        out = dict(row)
+        for name in row:
+            if not name.endswith("inputs"):
+                continue
+            if framing.add_bos_token:
+                out[name] = tf.pad(row[name], [[1, 0]], constant_values=framing.bos_id)
+            elif not framing.add_eos_token:
+                missing = tf.cast(tf.equal(tf.size(row[name]), 0), tf.int32)
+                out[name] = tf.pad(row[name], [[0, missing]], constant_values=EOS_ID)
         return out
 
     return dataset.map(convert, num_parallel_calls=tf.data.AUTOTUNE)

@@ -15,12 +15,13 @@ from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.corpora.row_sources import split_lists
 from stepdistill_jax.data.objectives import Objective, resolve
 from stepdistill_jax.data.text_metrics import METRICS, accuracy, metric_fn
-from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
+from stepdistill_jax.data.vocabulary import BYTES, Framing, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.preprocessors import (
     LABEL_TEXT,
     drop_absent_rows,
     empty_absent_targets,
+    framing_steps,
     in_turn,
     paired_mixture,
     render,
@@ -231,7 +232,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """
     import seqio
 
-    feature = seqio.Feature(seqio_vocabulary(spec.vocabulary), add_eos=True)
+    framing = load_vocabulary(spec.vocabulary).framing
     by_length = any(
         "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
     )
@@ -248,11 +249,12 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
             ),
             seqio.preprocessors.tokenize,
             *([seqio.CacheDatasetPlaceholder()] if may_cache else []),
+            *framing_steps(framing),
             seqio.preprocessors.append_eos_after_trim,
             empty_absent_targets,
             drop_absent_rows,
         ],
-        "output_features": {"inputs": feature, "targets": feature},
+        "output_features": _features(spec.vocabulary, framing),
         **(_label_metrics(spec, objective) if objective is spec.objectives[0] else {}),
     }
 
@@ -322,7 +324,8 @@ def joint_task(
             )
         ]
 
-    feature = seqio.Feature(seqio_vocabulary(vocabulary), add_eos=True)
+    framing = load_vocabulary(vocabulary).framing
+    features = _features(vocabulary, framing)
     return seqio.Task(
         spec.name,
         source=spec.source,
@@ -337,14 +340,26 @@ def joint_task(
                 variants={f"{c.name}_": c.variant for c in columns},
             ),
             seqio.preprocessors.tokenize,
+            *framing_steps(framing),
             seqio.preprocessors.append_eos,
             empty_absent_targets,
         ],
         output_features={
-            f"{c.name}_{side}": feature for c in columns for side in ("inputs", "targets")
+            f"{c.name}_{side}": feature for c in columns for side, feature in features.items()
         },
         **(_label_metrics(spec, objectives[0]) if spec.function else {}),
     )
+
+
+def _features(vocabulary: str, framing: Framing) -> dict[str, Any]:
+    """Returns the `seqio.Feature` of inputs and of targets."""
+    import seqio
+
+    opened = seqio_vocabulary(vocabulary)
+    return {
+        "inputs": seqio.Feature(opened, add_eos=framing.add_eos_token),
+        "targets": seqio.Feature(opened, add_eos=True),
+    }
 
 
 def seqio_vocabulary(vocabulary: str) -> Any:

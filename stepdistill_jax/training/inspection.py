@@ -245,9 +245,10 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 
 def _text(data: TaskData, ids: list[int]) -> str:
-    """Returns the text of an input; where it has two, `</s>` stands between them."""
+    """Returns the text of an input; where it has two, the piece of eos stands between them."""
     texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
-    return "</s>".join(map(data.vocabulary.decode, texts))
+    decoded = list(map(data.vocabulary.decode, texts))
+    return data.vocabulary.pieces()[EOS_ID].join(decoded) if len(decoded) > 1 else "".join(decoded)
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:

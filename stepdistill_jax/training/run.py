@@ -13,7 +13,6 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.prepared import EMBEDDED, data_folder
-from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hub import local_model
@@ -187,8 +186,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
     if data is None:
         ids: dict[str, int] = {"vocab_size": FAMILIES[config.model_family].vocab_size}
     else:
-        # T5Gemma in transformers takes a 0 for padding, and would not attend to it as the start
-        ids = {"vocab_size": data.vocab_size, "bos_id": data.vocabulary.bos_id or EOS_ID}
+        ids = {"vocab_size": data.vocab_size, "bos_id": data.vocabulary.framing.bos_id}
     return model_config(config.model_family, config.model_size, **ids, **model_settings(config))
 
 

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.data.schedules import end_value
 from stepdistill_jax.data.text_metrics import accuracy, majority_baseline
+from stepdistill_jax.data.vocabulary import truncate
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.decoding.greedy import Decoded, LabelDecoder
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.labels import score_targets
-from stepdistill_jax.inference.prompting import cut_ids, read_answer, scored_answer
+from stepdistill_jax.inference.prompting import read_answer, scored_answer
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.lora import merge
@@ -207,7 +208,9 @@ class Validator:
         """Returns the metrics of the decoded labels; of several parts, each one's and their means."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
-        prompts = [cut_ids(ids, self.batches.input_length) for inputs, _ in asked for ids in inputs]
+        prompts = [
+            truncate(ids, self.batches.input_length) for inputs, _ in asked for ids in inputs
+        ]
         decoded = self.decoder(params, prompts, on_progress=lambda _: on_batch())
         each, several, end = {}, len(self.data.parts) > 1, 0
         for part, (inputs, labels) in zip(parts, asked, strict=True):

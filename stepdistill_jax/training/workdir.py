@@ -14,6 +14,7 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import CONFIG, GENERATION_CONFIG, TASK_INFO
+from stepdistill_jax.formats.vocabulary_files import SPIECE, TOKENIZER_MODEL
 from stepdistill_jax.runtime.checkpoints.manager import FOLDER
 from stepdistill_jax.runtime.files import check_writable, read_json
 from stepdistill_jax.runtime.locks import InUse, locked
@@ -26,7 +27,7 @@ RUN, LOCK = "run.json", "run.lock"
 GIN = "config.gin"  # all that made the run; a run can be begun or gone on with from it
 # what a run writes, so what is there without a run.json is somebody else's
 _NAMES = (
-    *(FOLDER, CONFIG, TASK_INFO, GENERATION_CONFIG, "model.safetensors", "spiece.model"),
+    *(FOLDER, CONFIG, TASK_INFO, GENERATION_CONFIG, "model.safetensors", SPIECE, TOKENIZER_MODEL),
     *(GIN, METRICS, FLAGGED),
 )
 # what the readers of a run.json rely on; older versions wrote all of it but the last three

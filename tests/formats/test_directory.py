@@ -9,12 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepdistill_jax.data.objectives import Objective, step_by_step
-from stepdistill_jax.data.vocabulary import load_vocabulary
+from stepdistill_jax.data.vocabulary import Framing, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TaskInfo, read_model_files, write_model_files
 from stepdistill_jax.formats.hf import save_params
+from stepdistill_jax.formats.vocabulary_files import read_vocabulary
 from stepdistill_jax.models.encoder_decoder import init_params
+from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.runtime import stores
 
 CONFIG = T5Config(
     vocab_size=256,
@@ -253,3 +256,68 @@ def test_any_task_is_read_back_as_written(tmp_path_factory, labels, lengths, wei
     config = dataclasses.replace(CONFIG, vocab_size=384)
     write_model_files(folder, config, load_vocabulary("bytes"), info)
     assert read_model_files(folder).task_info == info
+
+
+def gemma(vocabulary, **settings):
+    return model_config("t5gemma", "tiny", vocab_size=vocabulary.size, **settings)
+
+
+def test_a_gemma_vocabulary_is_read_back_with_its_framing(tmp_path, gemma_model):
+    for number, framing in enumerate([{}, {"add_bos_token": False}, {"add_eos_token": True}]):
+        vocabulary = load_vocabulary(gemma_model(**framing))
+        config = gemma(vocabulary, bos_id=vocabulary.framing.bos_id)
+        folder = tmp_path / str(number)
+        write_model_files(folder, config, vocabulary, INFO)
+        assert (folder / "tokenizer.model").exists() and not (folder / "spiece.model").exists()
+        files = read_model_files(folder)
+        assert files.config == config
+        assert files.vocabulary.framing == vocabulary.framing
+        assert files.vocabulary.fingerprint == vocabulary.fingerprint
+        raw = json.loads((folder / "tokenizer_config.json").read_text())
+        assert (raw["tokenizer_class"], raw["bos_token"]) == ("GemmaTokenizer", "<bos>")
+        assert raw["model_max_length"] == INFO.input_length
+        write_model_files(folder, config, files.vocabulary, INFO)  # its own file in place
+        assert read_model_files(folder).vocabulary.fingerprint == vocabulary.fingerprint
+
+
+def test_a_gemma_vocabulary_is_copied_from_a_store_with_its_framing(gemma_model, monkeypatch):
+    path = gemma_model(add_bos_token=False)
+    monkeypatch.setattr(stores, "is_remote", lambda path: True)
+    copied = read_vocabulary(path.parent)
+    assert copied.source != str(path)
+    assert copied.framing == Framing(False, False, 2)
+
+
+def test_a_t5gemma_of_a_vocabulary_without_bos_is_read_back(tmp_path, spiece):
+    vocabulary = load_vocabulary(spiece)
+    config = gemma(vocabulary, bos_id=vocabulary.framing.bos_id)
+    assert config.start_id == 1  # the end of sequence
+    write_model_files(tmp_path, config, vocabulary, INFO)
+    assert read_model_files(tmp_path).config == config
+
+
+def test_a_vocabulary_of_another_family_is_refused(tmp_path, spiece, gemma_model):
+    unigram, bpe = load_vocabulary(spiece), load_vocabulary(gemma_model())
+    t5 = T5Config(vocab_size=512)
+    cases = {
+        "t5gemma": (gemma(bpe), unigram, "begins with id 2, and .* has no bos, as T5 has"),
+        "t5": (t5, bpe, "begins with id 0, and .* has bos 2, as Gemma has"),
+        "other_bos": (gemma(bpe, bos_id=5), bpe, "begins with id 5, and .* has bos 2"),
+    }
+    for name, (config, vocabulary, message) in cases.items():
+        write_model_files(tmp_path / name, config, vocabulary, None)
+        with pytest.raises(InputError, match=f"the vocabulary is of another model: .*{message}"):
+            read_model_files(tmp_path / name)
+    with pytest.raises(InputError, match=r"the vocabulary has bos 2, .*choose t5gemma"):
+        model_config("t5_v1_1", "tiny", vocab_size=bpe.size, bos_id=bpe.framing.bos_id)
+
+
+def test_a_gemma_of_which_json_alone_was_saved_is_refused_with_what_to_copy(tmp_path, gemma_model):
+    vocabulary = load_vocabulary(gemma_model())
+    write_model_files(tmp_path, gemma(vocabulary), vocabulary, None)
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=r"no vocabulary .*copy tokenizer\.model from the directory of"
+    ):
+        read_model_files(tmp_path)

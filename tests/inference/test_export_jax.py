@@ -6,15 +6,19 @@ import re
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import LabelDecoder, export, load_model, predict
-from stepdistill_jax.inference.stablehlo import PLATFORMS, export_decoder
+from stepdistill_jax.inference.prompting import encode_input
+from stepdistill_jax.inference.stablehlo import PLATFORMS, decoder_readme, export_decoder
 from stepdistill_jax.models.encoder_decoder import init_params
 
 # jax with its dependencies, and what `jax.export` asks for beside them
@@ -178,3 +182,24 @@ def test_an_unknown_format_and_a_failure_leave_nothing(workdir, tmp_path, monkey
     with pytest.raises(OSError, match="disk full"):
         export(workdir, tmp_path / "model", format="jax")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("bos, eos", [(True, False), (False, False), (True, True)])
+def test_the_readme_frames_the_inputs_of_a_gemma(gemma_model, bos, eos):
+    vocabulary = load_vocabulary(gemma_model(add_bos_token=bos, add_eos_token=eos))
+    readme = decoder_readme(
+        SimpleNamespace(platforms=PLATFORMS, calling_convention_version=9),
+        vocabulary,
+        task="roads",
+        prompt="predict: ...",
+        num_parameters=1,
+        input_length=40,
+        max_decode_len=8,
+    )
+    want, _ = encode_input(vocabulary, "predict: ...", 40)
+    assert f"rows = [{want}]" in readme
+    lines = re.findall(r"^    ((?:vocabulary|row) = .*)$", readme, re.MULTILINE)
+    code = "\n".join(lines).replace("THIS_FOLDER", str(vocabulary.path.parent))
+    found = {"sentencepiece": sentencepiece, "text": "predict: ..."}
+    exec(code, found)
+    assert found["row"] == want

@@ -566,6 +566,28 @@ def test_a_plain_task_keeps_its_own_vocabulary(plain_module, delivery_data_dir, 
         load_task(name, **task, vocabulary=other)
 
 
+def test_a_plain_task_keeps_its_inputs_and_takes_the_framing_of_the_model(
+    seqio, gemma_model, tmp_path
+):
+    import tensorflow as tf
+
+    def rows(split, shuffle_files, seed=None):
+        return tf.data.Dataset.from_tensors({"inputs": "a b", "targets": "yes"})
+
+    own, given = gemma_model(), gemma_model(add_bos_token=False)
+    feature = seqio.Feature(seqio.SentencePieceVocabulary(str(own), extra_ids=0))
+    seqio.TaskRegistry.add(
+        "framed_elsewhere",
+        source=seqio.FunctionDataSource(rows, splits=["train"]),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+        output_features={"inputs": feature, "targets": feature},
+    )
+    data = load_task("framed_elsewhere", split="train", vocabulary=given, data_dir=tmp_path)
+    assert data.vocabulary.source == str(given)
+    encode = data.vocabulary.encode
+    assert ids_of(data.stores[0]) == [[[*encode("a b"), 1], [*encode("yes"), 1]]]
+
+
 def test_plain_tasks_that_no_encoder_decoder_can_train_are_named(seqio, tmp_path):
     feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=False)
     path = tmp_path / "lines.txt"

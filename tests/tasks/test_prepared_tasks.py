@@ -14,7 +14,8 @@ from stepdistill_jax.data.prepared import PreparedDataset, data_folder, open_pre
 from stepdistill_jax.data.vocabulary import EOS_ID, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.accuracy import Tally
-from stepdistill_jax.tasks import load_task, prepared_tasks, register_prepared, registry
+from stepdistill_jax.inference.prompting import encode_input
+from stepdistill_jax.tasks import add_task, load_task, prepared_tasks, register_prepared, registry
 from stepdistill_jax.tasks.lookup import find_task, splits_of
 
 TICKETS = [
@@ -127,6 +128,28 @@ def test_the_fast_reader_has_the_tokens_of_the_registered_tasks(seqio, folder, n
     assert rows_of(seqio, f"{name}_label") == label
     assert rows_of(seqio, f"{name}_rationale") == rationale
     assert len(label) > len(rationale) > 10 or name == "delivery"
+
+
+@pytest.mark.parametrize("bos, eos", [(True, False), (False, False), (True, True)])
+def test_inputs_are_framed_as_the_vocabulary_says(seqio, folder, gemma_model, bos, eos):
+    path = gemma_model(add_bos_token=bos, add_eos_token=eos)
+    register_prepared(folder, vocabulary=path)
+    label, rationale = stored(folder, "tickets", vocabulary=path)
+    assert rows_of(seqio, "tickets_label") == label
+    assert rows_of(seqio, "tickets_rationale") == rationale
+    encode = load_vocabulary(path).encode
+    asked, answer = encode("predict: parcel 0 is late"), encode("billing")
+    assert label[0] == ([2] * bos + asked + [1] * eos, [*answer, 1])
+    # the reader of rows that a supervision chooses among, and of those of `add_task`
+    add_task("parcels", source={"train": TICKETS}, vocabulary=path)
+    assert stored(folder, "parcels") == [label, rationale]
+    # batches truncate as `predict` does
+    data = load_task("tickets", split="train", vocabulary=path, data_dir=folder)
+    batches = Batches(data, 5, 9, 9, seed=0, shuffle=False, pack=False)
+    (group, *_) = batches(0)
+    cut = [encode_input(data.vocabulary, f"predict: {row['input']}", 9)[0] for row in TICKETS[:5]]
+    assert all(len(ids) == 9 for ids in cut)
+    assert group["encoder_input_tokens"][:5].tolist() == cut
 
 
 @pytest.mark.parametrize("name", [pytest.param("cqa", marks=pytest.mark.slow), "svamp"])

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import shutil
-import types
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.main import main
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import evaluate, export, load_model, predict
 from stepdistill_jax.models.config import LoraConfig
 from stepdistill_jax.models.encoder_decoder import EncoderDecoder
@@ -42,12 +43,18 @@ SETTINGS = {
 @pytest.mark.parametrize(("bos_id", "start_id"), [(0, 1), (3, 3)])
 def test_a_new_model_starts_with_the_bos_of_its_vocabulary(bos_id, start_id):
     """Or with its end of sequence: transformers would not attend to the padding id."""
-    data = types.SimpleNamespace(vocab_size=300, vocabulary=types.SimpleNamespace(bos_id=bos_id))
+    data = SimpleNamespace(
+        vocab_size=300, vocabulary=SimpleNamespace(framing=SimpleNamespace(bos_id=bos_id))
+    )
     config = TrainConfig(**SETTINGS)
     assert new_model(config, data).start_id == start_id
     assert new_model(config, None).start_id == 2  # Gemma's own
     t5 = dataclasses.replace(config, model_family="t5_v1_1")
-    assert new_model(t5, data).start_id == 0
+    if bos_id:
+        with pytest.raises(InputError, match="the vocabulary has bos 3, as Gemma's"):
+            new_model(t5, data)
+    else:
+        assert new_model(t5, data).start_id == 0
 
 
 MODEL = T5GemmaConfig(
@@ -209,6 +216,7 @@ def given(tmp_path_factory, delivery_data_dir):
         "query_pre_attn_scalar": 8,
         "sliding_window": 7,
         "initializer_range": 0.3,
+        "bos_token_id": 1,  # the vocabulary has no bos
     }
     config = transformers.T5GemmaConfig(
         encoder=side | {"num_hidden_layers": 3, "hidden_size": 48},
@@ -269,7 +277,7 @@ def test_the_road_from_a_directory_of_transformers_and_back(given, tmp_path, del
     )
     model, tokenizer = names["model"], names["tokenizer"]
     assert type(model).__name__ == "T5GemmaForConditionalGeneration"
-    assert model.generation_config.decoder_start_token_id == 2
+    assert model.generation_config.decoder_start_token_id == 1
     for line, row in zip(lines, rows, strict=True):
         prompt = "predict: " + json.loads(line)["input"]
         inputs = tokenizer(prompt, truncation=True, return_tensors="pt")

@@ -1,0 +1,105 @@
+"""The vocabulary of a model directory or workdir: a SentencePiece model, and what frames an input."""
+
+import dataclasses
+import pathlib
+import shutil
+from typing import Any
+
+from stepdistill_jax.data.vocabulary import (
+    BYTES,
+    EOS_ID,
+    PAD_ID,
+    TOKENIZER_CONFIG,
+    SentencePieceVocabulary,
+    Vocabulary,
+    load_vocabulary,
+)
+from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.t5x import find_t5x
+from stepdistill_jax.formats.tensors import read_object
+from stepdistill_jax.runtime.files import atomic_write, write_json
+from stepdistill_jax.runtime.stores import is_remote, local_copy
+
+SPIECE, TOKENIZER_MODEL = "spiece.model", "tokenizer.model"  # of T5's kind, of Gemma's
+FAST_TOKENIZER = "tokenizer.json"
+
+
+def model_name(vocabulary: Vocabulary) -> str:
+    """Returns the name that a SentencePiece model has in a model directory."""
+    return TOKENIZER_MODEL if vocabulary.framing.bos_id else SPIECE
+
+
+def write_vocabulary(
+    directory: pathlib.Path, vocabulary: Vocabulary, model_max_length: int | None = None
+) -> None:
+    """Writes the SentencePiece model and `tokenizer_config.json`, which `read_vocabulary` reads.
+
+    A T5's tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell one would get other
+    ids than here, and a small vocabulary would get ids beyond the embedding.
+
+    Args:
+        directory: there already; may be in a store.
+        vocabulary: bytes have no model.
+        model_max_length: most ids of an input; None leaves it out.
+    """
+    tokenizer: dict[str, Any] = {
+        "tokenizer_class": "ByT5Tokenizer",
+        "extra_ids": 0,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        tokenizer["tokenizer_class"] = "T5Tokenizer"
+        target = directory / model_name(vocabulary)
+        in_place = not is_remote(target) and target.exists() and target.samefile(vocabulary.path)
+        if not in_place:
+            with open(vocabulary.path, "rb") as source, atomic_write(target, "wb") as f:
+                shutil.copyfileobj(source, f)
+    if vocabulary.framing.bos_id:
+        tokenizer = _gemma_config(vocabulary)
+    if model_max_length is not None:
+        tokenizer["model_max_length"] = model_max_length
+    write_json(directory / TOKENIZER_CONFIG, tokenizer)
+
+
+def _gemma_config(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Returns the fields of `GemmaTokenizer`: the framing, and the special pieces by their names."""
+    framing, pieces = dataclasses.asdict(vocabulary.framing), vocabulary.pieces()
+    ids = {"bos": framing.pop("bos_id"), "eos": EOS_ID, "pad": PAD_ID, "unk": vocabulary.unk_id}
+    named = {f"{name}_token": pieces[i] for name, i in ids.items()}
+    return {"tokenizer_class": "GemmaTokenizer", **framing, **named}
+
+
+def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
+    """Returns the vocabulary of a model directory or workdir.
+
+    Raises:
+        InputError: there is none, or one that cannot be read.
+    """
+    for name in (SPIECE, TOKENIZER_MODEL):
+        if (directory / name).is_file():
+            return load_vocabulary(local_copy(directory / name, TOKENIZER_CONFIG))
+    tokenizer = directory / TOKENIZER_CONFIG
+    kind = read_object(tokenizer).get("tokenizer_class") if tokenizer.is_file() else None
+    if kind == "ByT5Tokenizer":
+        return load_vocabulary(BYTES)
+    name = TOKENIZER_MODEL if str(kind).startswith("Gemma") else SPIECE
+    raise InputError(
+        f"{directory}: no vocabulary (neither {SPIECE} nor {TOKENIZER_MODEL} nor a {TOKENIZER_CONFIG}"
+        f" of ByT5){_where_to_find_it(directory, name)}"
+    )
+
+
+def _where_to_find_it(directory: pathlib.Path, name: str) -> str:
+    if (directory / FAST_TOKENIZER).is_file():
+        return (
+            f"; the {FAST_TOKENIZER} here has no {name} in it, and transformers 5 saves only that:"
+            f" copy {name} from the directory of the model that this one was made from"
+        )
+    if find_t5x(directory):
+        return (
+            f"; a T5X checkpoint has none: copy the sentencepiece.model that its gin file names here as"
+            f' {SPIECE}, or for ByT5 write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
+        )
+    return ""
