@@ -1318,8 +1318,8 @@ MUTANTS = [
         id="FM6",
         what="a T5 is opened with the vocabulary of a Gemma",
         file="stepdistill_jax/formats/directory.py",
-        old="    if config.start_id != bos:\n",
-        new="    if config.start_id != bos and config.start_id:\n",
+        old="    if config.start_id not in ([bos] if bos else [PAD_ID, EOS_ID]):\n",
+        new="    if config.start_id not in [bos, PAD_ID, EOS_ID]:\n",
         tests=["tests/formats/test_directory.py::test_a_vocabulary_of_another_family_is_refused"],
     ),
     Mutant(

@@ -77,9 +77,6 @@ class Vocabulary(Protocol):
     @property
     def unk_id(self) -> int: ...
 
-    @property
-    def bos_id(self) -> int: ...
-
     def pieces(self) -> list[str]: ...
 
     def encode(self, text: str) -> list[int]: ...
@@ -203,7 +200,6 @@ class ByteVocabulary:
     fingerprint = digest(BYTES)
     source = BYTES  # what `load_vocabulary` takes for it
     unk_id = UNK_ID
-    bos_id = 0  # it has none
 
     def pieces(self) -> list[str]:
         """A name for each id, as `transformers` has them: a byte is the character of its number."""

@@ -139,7 +139,8 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
             f" {vocabulary.size} pieces of the vocabulary"
         )
     bos = vocabulary.framing.bos_id
-    if config.start_id != bos:
+    # without bos a T5 starts with the padding, and a T5Gemma with the end of sequence
+    if config.start_id not in ([bos] if bos else [PAD_ID, EOS_ID]):
         raise InputError(
             f"{directory}: the vocabulary is of another model: the decoder of {CONFIG} begins with id"
             f" {config.start_id}, and {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, as"

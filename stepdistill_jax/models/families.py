@@ -11,6 +11,7 @@ from stepdistill_jax.runtime.checks import one_of
 
 FAMILIES = {**T5_FAMILIES, "t5gemma": T5GEMMA}
 VOCAB_MULTIPLE = 128
+_EOS_ID = 1  # of every vocabulary that `data` reads
 
 
 def model_config(
@@ -25,7 +26,9 @@ def model_config(
         size: `small` to `xxl` of T5, or `tiny` for tests and demos; each family has its own, such as
             T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
         vocab_size: ids of the vocabulary.
-        bos_id: of the vocabulary, 0 if it has none; None is the published models'.
+        bos_id: of the vocabulary, 0 if it has none; None is the published models'. Without a bos, a
+            T5Gemma starts with the end of sequence: transformers would take a 0 for padding and not
+            attend to it.
         **overrides: other fields of the family's configuration.
 
     Raises:
@@ -37,9 +40,9 @@ def model_config(
     vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     fields: dict[str, Any] = {**found.sizes[size], **found.traits, **overrides}
     if bos_id is not None and "bos_id" in {f.name for f in dataclasses.fields(found.config)}:
-        fields["bos_id"] = bos_id
+        fields["bos_id"] = bos_id or _EOS_ID
     config = found.config(**{"vocab_size": vocab_size, **fields})
-    if bos_id not in (None, config.start_id):
+    if bos_id and bos_id != config.start_id:
         raise InputError(
             f"`model_family`: the vocabulary has bos {bos_id} like Gemma's, which a decoder of {family}"
             " does not use; choose t5gemma, or a vocabulary of T5's kind"

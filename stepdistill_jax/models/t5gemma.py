@@ -59,7 +59,7 @@ class T5GemmaConfig(ModelConfig):
 
     Attributes:
         encoder, decoder: sizes and attention (`gemma_side`).
-        bos_id: id that the decoder reads first; 0 if the vocabulary has no bos.
+        bos_id: id that the decoder reads first.
     """
 
     vocab_size: int = 256_000

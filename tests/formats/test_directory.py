@@ -291,7 +291,7 @@ def test_a_gemma_vocabulary_is_copied_from_a_store_with_its_framing(gemma_model,
 def test_a_t5gemma_of_a_vocabulary_without_bos_is_read_back(tmp_path, spiece):
     vocabulary = load_vocabulary(spiece)
     config = gemma(vocabulary, bos_id=vocabulary.framing.bos_id)
-    assert config.start_id == 0
+    assert config.start_id == 1  # the end of sequence
     write_model_files(tmp_path, config, vocabulary, INFO)
     assert read_model_files(tmp_path).config == config
 

@@ -23,6 +23,7 @@ from stepdistill_jax.inference.model import params_fingerprint
 from stepdistill_jax.models import sharding
 from stepdistill_jax.models.encoder_decoder import abstract_params, init_params
 from stepdistill_jax.models.t5 import T5Config
+from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.planning.collectives import collectives
 from stepdistill_jax.planning.hlo import Module
 from stepdistill_jax.runtime.checkpoints.manager import Checkpoints
@@ -111,6 +112,26 @@ def test_a_layout_gives_the_answers_of_one_device(
     assert len({len(ids) for ids in got.ids}) > 2
     np.testing.assert_array_equal(got.finished, want.finished)
     np.testing.assert_allclose(got.scores, want.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("search", "layout"), [("greedy", "fsdp_tensor"), ("beam", "tensor")])
+def test_a_t5gemma_gives_the_answers_of_one_device(rows, search, layout):
+    """Heads that share keys and values, windows of 5 tokens, sides of two widths."""
+    sides = {
+        "encoder": gemma_side(32, 16, 8, 8, 48, 2, window=5, init_stddev=0.3),
+        "decoder": gemma_side(48, 16, 8, 8, 64, 2, window=3, init_stddev=0.3),
+    }
+    config = T5GemmaConfig(vocab_size=128, **sides, logits_via_embedding=False)
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(2))
+    mesh = mesh_of(layout)
+    cut = sharding.param_shardings(mesh, abstract_params(config), config)
+    options = {"max_decode_len": 6, "batch_size": 24, "decode_fn": SEARCHES[search]}
+    want = LabelDecoder(config, **options)(params, rows)
+    got = LabelDecoder(config, mesh=mesh, **options)(jax.device_put(params, cut), rows)
+    assert got.ids == want.ids
+    assert len({tuple(ids) for ids in got.ids}) > 3
+    np.testing.assert_allclose(got.scores, want.scores, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import shutil
-import types
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,9 +14,10 @@ from flax.traverse_util import flatten_dict
 
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.main import main
-from stepdistill_jax.formats.directory import read_config
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import evaluate, export, load_model, predict
 from stepdistill_jax.models.config import LoraConfig
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder
 from stepdistill_jax.models.lora import base_of, split
 from stepdistill_jax.models.t5gemma import T5GemmaConfig, gemma_side
 from stepdistill_jax.runtime.checkpoints.manager import restore_params
@@ -39,14 +40,21 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(("bos_id", "start_id"), [(0, 0), (2, 2)])
+@pytest.mark.parametrize(("bos_id", "start_id"), [(0, 1), (3, 3)])
 def test_a_new_model_starts_with_the_bos_of_its_vocabulary(bos_id, start_id):
-    data = types.SimpleNamespace(vocab_size=300, vocabulary=types.SimpleNamespace(bos_id=bos_id))
+    """Or with its end of sequence: transformers would not attend to the padding id."""
+    data = SimpleNamespace(
+        vocab_size=300, vocabulary=SimpleNamespace(framing=SimpleNamespace(bos_id=bos_id))
+    )
     config = TrainConfig(**SETTINGS)
     assert new_model(config, data).start_id == start_id
     assert new_model(config, None).start_id == 2  # Gemma's own
     t5 = dataclasses.replace(config, model_family="t5_v1_1")
-    assert new_model(t5, data).start_id == 0
+    if bos_id:
+        with pytest.raises(InputError, match="the vocabulary has bos 3, as Gemma's"):
+            new_model(t5, data)
+    else:
+        assert new_model(t5, data).start_id == 0
 
 
 MODEL = T5GemmaConfig(
@@ -128,10 +136,28 @@ def trained(tmp_path_factory, delivery_data_dir):
 
 
 @pytest.mark.slow
-def test_a_run_on_the_tasks_vocabulary_has_no_bos(trained):
-    config = read_config(trained)
-    assert isinstance(config, T5GemmaConfig) and config.start_id == 0
-    assert json.loads((trained / "config.json").read_text())["decoder_start_token_id"] == 0
+def test_a_run_on_the_tasks_vocabulary_starts_with_eos_which_transformers_sees(trained, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from transformers import T5GemmaForConditionalGeneration
+
+    export(trained, tmp_path / "model", step=4)
+    model = load_model(tmp_path / "model")
+    assert isinstance(model.config, T5GemmaConfig) and model.config.start_id == 1
+    ids = np.random.default_rng(0).integers(3, 200, (2, 9)).astype(np.int32)
+    targets = np.concatenate([np.zeros((2, 1), np.int32), ids[:, :5]], axis=1)  # 0 begins a batch's
+    batch = {"encoder_input_tokens": ids, "encoder_segment_ids": np.ones_like(ids)}
+    batch |= {"decoder_input_tokens": targets, "decoder_segment_ids": np.ones_like(targets)}
+    ours = EncoderDecoder(model.config).apply({"params": model.params}, batch)
+    theirs = T5GemmaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    targets[:, 0] = theirs.generation_config.decoder_start_token_id
+    for use_cache in (True, False):
+        with torch.no_grad():
+            logits = theirs(
+                input_ids=torch.tensor(ids).long(),
+                decoder_input_ids=torch.tensor(targets).long(),
+                use_cache=use_cache,
+            ).logits
+        np.testing.assert_allclose(ours, logits.numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -190,6 +216,7 @@ def given(tmp_path_factory, delivery_data_dir):
         "query_pre_attn_scalar": 8,
         "sliding_window": 7,
         "initializer_range": 0.3,
+        "bos_token_id": 1,  # the vocabulary has no bos
     }
     config = transformers.T5GemmaConfig(
         encoder=side | {"num_hidden_layers": 3, "hidden_size": 48},
@@ -244,17 +271,19 @@ def test_the_road_from_a_directory_of_transformers_and_back(given, tmp_path, del
     labels = [json.loads(line)["label"] for line in int8.decode().splitlines()]
     assert np.mean([a == row["label"] for a, row in zip(labels, rows, strict=True)]) > 0.5
 
-    names = lines_of_card(tmp_path / "model")
+    names, decode = (
+        lines_of_card(tmp_path / "model"),
+        load_model(tmp_path / "model").vocabulary.decode,
+    )
     model, tokenizer = names["model"], names["tokenizer"]
     assert type(model).__name__ == "T5GemmaForConditionalGeneration"
-    assert model.generation_config.decoder_start_token_id == 2
+    assert model.generation_config.decoder_start_token_id == 1
     for line, row in zip(lines, rows, strict=True):
         prompt = "predict: " + json.loads(line)["input"]
         inputs = tokenizer(prompt, truncation=True, return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(**inputs, do_sample=False)[0]
-        known = [i for i in ids[1:].tolist() if i < len(tokenizer)]
-        assert tokenizer.decode(known, skip_special_tokens=True).strip() == row["label"]
+        assert decode(ids[1:].tolist()).strip() == row["label"].strip()
 
 
 @pytest.mark.slow
