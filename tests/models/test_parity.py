@@ -64,6 +64,14 @@ def test_greedy_answers_to_forty_inputs_equal_those_of_generate(family, oracle):
     assert len({tuple(ids) for ids in got.ids}) > 20
 
 
+# those of T5Gemma in a packed row are compared in test_t5gemma.py
+ALONE_FAMILIES = [
+    *("t5_v1_0", "t5_v1_1", "mt5", "byt5", "umt5"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("ul2", "t5gemma")),
+]
+
+
+@pytest.mark.parametrize("family", ALONE_FAMILIES, indirect=True)
 def test_logits_of_a_row_alone_are_those_it_has_beside_longer_rows(family, oracle, padded_batch):
     _, _, directory = family
     config, params = oracle.load(directory)
