@@ -43,21 +43,17 @@ def value_and_grads(function, *args):
     return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*args[:2])
 
 
+# 5 leaves a part of a chunk over; logits are about 4, so the cap bends most of them
 @pytest.mark.parametrize(
-    ("chunk_tokens", "softcap"),  # 5 leaves a part of a chunk over; logits reach 10
-    [(1, None), (5, None), (8, None), (56, None), (1000, None), (5, 3.0)],
+    ("chunk_tokens", "softcap"), [(1, None), (5, None), (8, 3.0), (56, None), (1000, None)]
 )
 def test_any_chunk_gives_the_plain_losss_values_and_gradients(chunk_tokens, softcap, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
     ours, theirs = (
-        jax.jit(lambda *a, f=f: value_and_grads(lambda *b: f(*b, softcap), *a))
+        jax.jit(lambda *a, f=f: value_and_grads(f, *a, softcap))(*problem())
         for f in (cross_entropy, plain)
     )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
-        ours(*problem()),
-        theirs(*problem()),
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), ours, theirs)
 
 
 def test_bfloat16_states_have_float32_losses_and_kernel_gradients():
