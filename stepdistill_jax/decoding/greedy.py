@@ -171,7 +171,7 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
 def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
     """Casts the matrices that the model multiplies in `dtype`: bfloat16 halves the bytes read and sent."""
-    is_matrix = path[-1].key in ("kernel", "token_embedder") and x.dtype == np.float32
+    is_matrix = path[-1].key.endswith(("kernel", "embedder")) and x.dtype == np.float32
     return x.astype(dtype) if is_matrix else x
 
 

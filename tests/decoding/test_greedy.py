@@ -17,6 +17,7 @@ from stepdistill_jax.decoding.greedy import (
     bucket_length,
     bucketed,
     greedy_decode,
+    jit_over_rows,
     rows_at_once,
 )
 from stepdistill_jax.decoding.sampling import sample_decode
@@ -225,6 +226,15 @@ def test_when_a_quarter_of_the_rows_is_left_these_are_decoded_by_themselves(
     going = [sum(len(ids) > step for ids in got.ids) for step in range(MAX_DECODE_LEN)]
     assert going[0] == 32 and 0 < going[-1] <= 8
     assert steps == [32 if count > 8 else 8 for count in going]
+
+
+def test_a_search_in_bfloat16_reads_all_matrices_in_it(tiny_params, tiny_t5gemma):
+    """Else each token would read, and cast, a table of all ids; norms and biases stay float32."""
+    for params in (tiny_params, tiny_t5gemma[1]):
+        params_of_search = jit_over_rows(lambda params, _: params, None, "bfloat16")
+        for x in jax.tree.leaves(jax.eval_shape(params_of_search, params, ())):
+            is_matrix = x.ndim > 1 and min(x.shape[-2:]) > 3  # a stack of scales has 2 or 3 rows
+            assert x.dtype == ("bfloat16" if is_matrix else "float32"), x.shape
 
 
 def test_a_row_without_ids_is_refused(decoder, tiny_params):

@@ -15,8 +15,8 @@ from stepdistill_jax.models.families import model_config
 # family -> model_type and class of its directory; mT5 and ByT5 are T5 v1.1 but for sizes and vocabulary
 MODEL_TYPES = dict.fromkeys(("t5_v1_0", "t5_v1_1", "mt5", "byt5", "ul2"), ("t5", "T5"))
 MODEL_TYPES |= {"umt5": ("umt5", "UMT5"), "t5gemma": ("t5gemma", "T5Gemma")}
-# ul2 is T5 v1.1 with another activation
-SLOW = {"ul2": pytest.param("ul2", marks=pytest.mark.slow)}
+# ul2 is T5 v1.1 with another activation; test_t5gemma.py has more than these
+SLOW = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("ul2", "t5gemma")}
 
 
 @pytest.fixture(params=[SLOW.get(name, name) for name in MODEL_TYPES])

@@ -23,8 +23,8 @@ def test_states_logits_loss_and_gradients_equal_those_of_transformers(outputs, o
     _, ours, want = outputs
     assert all(np.linalg.norm(g) > 0 for g in want.gradients.values())
     gaps = oracle.gaps(ours, want)
-    assert gaps["states"] < 2e-5  # measured 3.0e-6
-    assert gaps["logits"] < 2e-5  # measured 4.5e-6
+    assert gaps["states"] < 2e-5  # measured 5.3e-6
+    assert gaps["logits"] < 2e-5  # measured 8.4e-6
     assert gaps["loss"] < 2e-6  # measured 2.0e-7
     assert gaps["gradients"] < 2e-5  # of all parameters the worst; measured 3.4e-6
 
@@ -64,6 +64,14 @@ def test_greedy_answers_to_forty_inputs_equal_those_of_generate(family, oracle):
     assert len({tuple(ids) for ids in got.ids}) > 20
 
 
+# those of T5Gemma in a packed row are compared in test_t5gemma.py
+ALONE_FAMILIES = [
+    *("t5_v1_0", "t5_v1_1", "mt5", "byt5", "umt5"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("ul2", "t5gemma")),
+]
+
+
+@pytest.mark.parametrize("family", ALONE_FAMILIES, indirect=True)
 def test_logits_of_a_row_alone_are_those_it_has_beside_longer_rows(family, oracle, padded_batch):
     _, _, directory = family
     config, params = oracle.load(directory)
@@ -88,11 +96,11 @@ def test_bfloat16_is_near_float32_of_transformers_and_of_ours(
     got = oracle.our_outputs(*oracle.load(family[2], "bfloat16"), *padded_batch)
     for want in (theirs, ours):
         gaps = oracle.gaps(got, want)
-        assert 1e-3 < gaps["states"] < 0.2  # measured 0.070; the lower bound: it is bfloat16
-        assert gaps["logits"] < 0.3  # measured 0.10
-        assert gaps["logits_rms"] < 0.05  # measured 0.010
+        assert 1e-3 < gaps["states"] < 0.2  # measured 0.15; the lower bound: it is bfloat16
+        assert gaps["logits"] < 0.3  # measured 0.20
+        assert gaps["logits_rms"] < 0.05  # measured 0.016
         assert abs(got.loss - want.loss) < 1e-2  # measured 3.5e-3 of 9.3
-        # v1.0: measured 0.10, since its gradients are sums that nearly cancel; the others: 0.038
+        # v1.0: measured 0.10, since its gradients are sums that nearly cancel; the others: 0.051
         assert gaps["gradients"] < (0.3 if name == "t5_v1_0" else 0.15)
 
 
