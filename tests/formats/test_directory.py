@@ -170,7 +170,7 @@ def test_generate_of_transformers_works_where_the_decoder_is_deeper(tmp_path):
 
 
 CONFIG_DEFECTS = {
-    "model type": ({"model_type": "llama"}, "model_type must be one of t5, mt5, umt5, got 'llama'"),
+    "model type": ({"model_type": "llama"}, "model_type must be one of t5, mt5, umt5, t5gemma, got 'llama'"),
     "activation": ({"feed_forward_proj": "tanh"}, "feed_forward_proj must be one of relu, gated-"),
     "scale": ({"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, got 1"),
     "missing": ({"d_kv": "REMOVED"}, "d_kv must be a whole number above 0, it is missing"),
