@@ -139,8 +139,8 @@ def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tup
             )
         try:
             if row.get("error") or response["status_code"] != 200:
-                said = row.get("error") or response.get("body")
-                failed.append(f"{where}: {' '.join(str(said).split())[:200]}")
+                message = row.get("error") or response.get("body")
+                failed.append(f"{where}: {' '.join(str(message).split())[:200]}")
                 continue
             text, reason, usage = completion(response["body"])
             key.encode()  # raises for half a surrogate pair, which cannot be saved

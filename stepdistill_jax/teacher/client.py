@@ -198,12 +198,12 @@ class ChatClient:
         except (openai.APITimeoutError, TimeoutError) as error:
             used = self._used_by(error)
             what = "answer" if used is None else "connection"
-            said = f"no {what} within {self._settings.timeout:g} s"
-            raise SentAgain(said, used=used) from None
+            message = f"no {what} within {self._settings.timeout:g} s"
+            raise SentAgain(message, used=used) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            said = self.hide(f"{type(cause).__name__}: {cause}")
-            raise SentAgain(said, used=self._used_by(error)) from None
+            message = self.hide(f"{type(cause).__name__}: {cause}")
+            raise SentAgain(message, used=self._used_by(error)) from None
         except openai.APIStatusError as error:
             raise self._of_status(error) from None
         except openai.OpenAIError as error:
@@ -223,12 +223,12 @@ class ChatClient:
         try:
             body = json.loads(content)
             if isinstance(body, dict) and body.get("error"):
-                said = self.hide(f"the server answers with an error: {body['error']}")[:300]
-                raise SentAgain(said, used=_usage(body) or (0, 0))
+                message = self.hide(f"the server answers with an error: {body['error']}")[:300]
+                raise SentAgain(message, used=_usage(body) or (0, 0))
             text, reason, usage = completion(body)
             used = [
-                token_count(usage.get(name), estimate_tokens(len(said)))
-                for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
+                token_count(usage.get(name), estimate_tokens(len(sent)))
+                for name, sent in (("prompt_tokens", prompt), ("completion_tokens", text))
             ]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             # hide the key before truncating: a truncated key would not be recognised
@@ -245,18 +245,18 @@ class ChatClient:
         message = body.get("message") if isinstance(body, dict) else None
         # hide the key before truncating: a truncated key would not be recognised
         message = self.hide(" ".join(str(message or error.message).split()))[:300]
-        said = f"HTTP {status}: {message}"
+        summary = f"HTTP {status}: {message}"
         out_of_money = isinstance(body, dict) and body.get("code") == "insufficient_quota"
         if status < 500 and (status not in SENT_AGAIN or out_of_money):
             return InputError(
-                f"the server refuses the request for model {self._settings.model}: {said}"
+                f"the server refuses the request for model {self._settings.model}: {summary}"
                 f"{_hint(status, message, self._settings)}"
             )
         wait = retry_after(error.response.headers)
         if wait:
             # all requests wait: one sent now would be refused, too
             self._open_at = max(self._open_at, time.monotonic() + wait)
-        return SentAgain(said, status, wait)
+        return SentAgain(summary, status, wait)
 
     def _wait(self, error: SentAgain, failures: int) -> float:
         wait = error.wait
@@ -272,14 +272,14 @@ class ChatClient:
             self._report(str(error), wait)
         return wait
 
-    def _report(self, said: str, wait: float) -> None:
+    def _report(self, message: str, wait: float) -> None:
         """Logs the run's first refusal, and each long wait once for all the requests that it delays."""
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:
             return
         self._reported_until = until
-        log(f"{said}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
+        log(f"{message}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
 
 
 def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
