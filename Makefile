@@ -1,10 +1,10 @@
-# make            what there is
-# make demo       from a fresh clone to the method at work: .venv, pinned install, `stepdistill demo`
-# make test       the same set-up, then the tests
-# make faults     kills, damage, bad input and a soak; writes the table of docs/reliability.md
+# make            the list of targets
+# make demo       sets up .venv with pinned versions and runs `stepdistill demo`
+# make test       installs the test tools, too, and runs the tests
+# make faults     kills, damage, bad input and a soak; writes the table of docs/lab/reliability.md
 #
-# PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
-# PIP_FLAGS=...       more flags for pip install, say a mirror
+# PYTHON=python3.12   interpreter for .venv (3.11 to 3.13; default: the first one found)
+# PIP_FLAGS=...       more flags for pip install, such as a mirror
 # PYTEST_FLAGS=...    more flags for pytest
 # MUTANTS_FLAGS=...   flags of tests/mutants.py, e.g. "--part 1/4" or "--only B1,B2"
 # BENCH_FLAGS=...     flags of benchmarks/run_all.py, e.g. "--only input,startup --data-dir DIR"
@@ -15,11 +15,11 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 MUTANTS_FLAGS ?=
 BENCH_FLAGS ?=
-# tests compile many small programs and run each a few times: optimising them costs more than it gives, and
-# XLA's other emitters of fusions compile a decoding loop in a third of the time
+# Tests compile many small programs and run each a few times: optimising them costs more than it saves, and
+# XLA's older fusion emitters compile a decoding loop in a third of the time
 TEST_ENV := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
   --xla_cpu_parallel_codegen_split_count=1"
-# the parts of the slow tests, each at most 40 minutes on 2 quiet cores
+# parts of the slow tests, each at most 40 minutes on 2 idle cores
 SLOW_model := tests/batches tests/data tests/formats tests/models tests/parity tests/tasks tests/training
 SLOW_answers := tests/decoding tests/inference tests/serving tests/teacher
 SLOW_hosts := tests/distributed tests/launch tests/planning tests/runtime tests/test_remote_workdir.py
@@ -29,29 +29,30 @@ PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 SLOW_PARTS := $(addprefix test-slow-,model answers hosts road faults)
-.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments experiments-gsm test-gsm reference constraints clean
+.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments experiments-gsm test-gsm reference docs constraints clean
 
 help:
-	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
+	@echo "make demo         install the pinned versions into $(VENV) and run the demo (minutes on 2 CPU cores)"
 	@echo "make test         install the test tools, too, and run the tests"
-	@echo "make test-slow    the tests that take longer, part after part; one alone: make test-slow-PART,"
+	@echo "make test-slow    run the slow tests, part by part; a single part: make test-slow-PART,"
 	@echo "                  PART one of model, answers, hosts, road, faults, properties"
-	@echo "make test-gsm     install reasoning-gym, too, and run the tests of what it makes"
-	@echo "make faults       all faults (32 minutes), the table of docs/reliability.md is written anew"
-	@echo "make mutants      plant the bugs of tests/mutants.py, one at a time: a test must fail on each (15 minutes)"
-	@echo "make lint         formatting and ruff"
-	@echo "make types        pyright"
-	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"
-	@echo "make format       rewrite the files as the formatter wants them"
-	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
-	@echo "                  docs/benchmarks.md is written anew"
-	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/experiments.md is written anew"
-	@echo "make experiments-gsm  the claim on word problems, 30 small runs (about an hour); docs/experiments_gsm.md is written"
+	@echo "make test-gsm     install reasoning-gym, too, and run the tests of its dataset"
+	@echo "make faults       all faults (32 minutes), the table of docs/lab/reliability.md is rewritten"
+	@echo "make mutants      plant the bugs of tests/mutants.py one by one: a test must fail on each (15 minutes)"
+	@echo "make lint         check formatting and run ruff"
+	@echo "make types        run pyright"
+	@echo "make audit        known vulnerabilities in the pinned packages (pip-audit; needs the network)"
+	@echo "make format       format the source files"
+	@echo "make bench        speed next to SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
+	@echo "                  docs/lab/benchmarks.md is rewritten"
+	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/lab/experiments.md is rewritten"
+	@echo "make experiments-gsm  the claim on word problems, 30 small runs (about an hour); docs/lab/experiments_gsm.md is rewritten"
 	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
-	@echo "make constraints  resolve constraints.txt anew (needs uv)"
+	@echo "make docs         build the documentation site into site/"
+	@echo "make constraints  resolve the versions of constraints.txt again (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
 
-# The stamps make a second run cheap: pip is asked again only when the pins or the metadata changed.
+# The stamps make a second run cheap: pip runs again only when the pins or the metadata have changed.
 $(BIN)/python:
 	@python="$(PYTHON)"; \
 	if [ -z "$$python" ]; then for p in python3 python3.12 python3.13 python3.11; do \
@@ -59,7 +60,7 @@ $(BIN)/python:
 	    >/dev/null 2>&1 && python="$$p" && break; done; fi; \
 	if [ -z "$$python" ]; then \
 	  echo "no Python 3.11, 3.12 or 3.13 with venv on PATH (tensorflow-text has no wheels for others);" \
-	    "install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	    "install one, or give its path: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
 	echo "== making $(VENV) with $$("$$python" --version)"; \
 	"$$python" -m venv $(VENV)
 
@@ -74,7 +75,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	@echo "== installing the peers into $(VENV)"
+	@echo "== installing the libraries to compare with into $(VENV)"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[bench]'
 	@touch $@
 
@@ -83,7 +84,12 @@ $(VENV)/.installed-gsm: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[gsm]'
 	@touch $@
 
-# tests of the package itself: without it they are left out of all other targets
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "== installing MkDocs into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# these tests need the package reasoning-gym; without it, all other targets skip them
 test-gsm: $(VENV)/.installed-gsm $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest tests/data/test_gsm_symbolic.py $(PYTEST_FLAGS)
 
@@ -92,23 +98,23 @@ demo: $(VENV)/.installed
 	$(BIN)/stepdistill demo
 
 test: $(VENV)/.installed-test
-	@echo "== the tests, without those marked slow"
+	@echo "== tests, without those marked slow"
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not faults" $(PYTEST_FLAGS)
 
 test-slow: $(SLOW_PARTS) test-slow-properties
 
 test-slow-properties: $(VENV)/.installed-test
-	@echo "== properties, with many examples each"
+	@echo "== property tests, with many examples each"
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "hypothesis and not faults" --hypothesis-profile many \
 	  $(PYTEST_FLAGS)
 
 $(SLOW_PARTS): test-slow-%: $(VENV)/.installed-test
-	@echo "== the tests marked slow: $*"
+	@echo "== slow tests: $*"
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not faults" $(SLOW_$*) $(PYTEST_FLAGS)
 
 faults: $(VENV)/.installed-test
-	@echo "== faults: kills, damage, bad input, a soak"
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
+	@echo "== fault tests: kills, damage, bad input, a soak"
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal tests/faults --faults-table docs/lab/reliability.md $(PYTEST_FLAGS)
 
 mutants: $(VENV)/.installed-test
 	@echo "== mutants: planted bugs that the tests must catch"
@@ -120,11 +126,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 
 types: $(VENV)/.installed-test
-	@echo "== types (pyright fetches itself from npm on its first run)"
+	@echo "== types (pyright downloads itself from npm on its first run)"
 	$(BIN)/pyright
 
 audit: $(BIN)/python
-	@echo "== known holes in constraints.txt"
+	@echo "== known vulnerabilities in constraints.txt"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) 'pip-audit>=2.10,<3'
 	$(BIN)/python -m pip_audit --no-deps --disable-pip -r constraints.txt
 
@@ -133,7 +139,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-bench
-	@echo "== benchmarks, one after another; docs/benchmarks.md gets their figures"
+	@echo "== benchmarks, one after another; docs/lab/benchmarks.md gets their figures"
 	$(BIN)/python benchmarks/run_all.py $(BENCH_FLAGS)
 
 experiments: $(VENV)/.installed
@@ -145,9 +151,13 @@ experiments-gsm: $(VENV)/.installed-gsm
 reference: $(VENV)/.installed
 	$(BIN)/python docs/reference/write.py
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the site is in site/; to read it with its search: $(BIN)/python -m http.server -d site"
+
 constraints:
 	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \
 	  --no-annotate --custom-compile-command "make constraints" pyproject.toml -o constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,17 +3,17 @@
 #
 # usage: launch/local.sh -n N [-d DEVICES_EACH] [--max-restarts R] [--grace SECS] [--dry-run] -- COMMAND ...
 #
-#   -n N              processes
-#   -d DEVICES_EACH   CPU devices of each process (1)
-#   --max-restarts R  how often to start again after a lost process (2)
-#   --grace SECS      when one process failed, the others have SECS to end, and again SECS after SIGTERM (5)
-#   --dry-run         print what would be run
+#   -n N              number of processes
+#   -d DEVICES_EACH   CPU devices per process (1)
+#   --max-restarts R  number of restarts after a lost process (2)
+#   --grace SECS      seconds for the others to end after a process failed, and again after SIGTERM (5)
+#   --dry-run         print the commands instead of running them
 #
 #   launch/local.sh -n 2 -d 4 -- stepdistill train cqa_cpu_tiny --workdir runs/cqa --set LAYOUT=fsdp
 #
-# Process 0's standard output is the standard output; everything else goes to standard error as `[PROCESS] line`.
-# Exits with 0 done, 75 stopped by a signal (start again), 134 a process was lost (start again), or the code
-# of the process that failed first.
+# Standard output is that of process 0; everything else goes to standard error as `[PROCESS] line`.
+# Exit status: 0 done; 75 stopped by a signal (start again); 134 a process was lost (start again); else the
+# status of the process that failed first.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=xla_flags.sh
@@ -35,10 +35,10 @@ while [ $# -gt 0 ]; do
   esac
   shift || die "an option has no value (see --help)"
 done
-[[ $processes =~ ^[1-9][0-9]*$ ]] || die "-n '$processes' is no number of processes"
-[[ $devices =~ ^[1-9][0-9]*$ ]] || die "-d '$devices' is no number of devices"
+[[ $processes =~ ^[1-9][0-9]*$ ]] || die "-n '$processes': expected a number of processes"
+[[ $devices =~ ^[1-9][0-9]*$ ]] || die "-d '$devices': expected a number of devices"
 for number in ${options[@]+"${options[@]}"}; do
-  [[ $number =~ ^(--.*|[0-9]+(\.[0-9]+)?)$ ]] || die "'$number' is no number (see --help)"
+  [[ $number =~ ^(--.*|[0-9]+(\.[0-9]+)?)$ ]] || die "expected a number, got '$number' (see --help)"
 done
 [ $# -gt 0 ] || die "no command after '--', e.g. -- stepdistill train CONFIG --workdir DIR"
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One host, several GPUs: one process over all of them (JAX's way), or one process for each.
+# Runs a command on one host with several GPUs: one process for all of them (as JAX does), or one per GPU.
 #
 # usage: launch/multi_gpu.sh [--process-per-gpu] [--max-restarts R] [--dry-run] -- COMMAND ...
 #
-#   --process-per-gpu  one process for each GPU, as a job of several hosts has them
-#   --max-restarts R   with --process-per-gpu: how often to start again after a lost process (2)
-#   --dry-run          print what would be run
+#   --process-per-gpu  one process per GPU, as in a job of several hosts
+#   --max-restarts R   with --process-per-gpu: number of restarts after a lost process (2)
+#   --dry-run          print the commands instead of running them
 #
 #   launch/multi_gpu.sh -- stepdistill train paper_cqa --workdir runs/cqa --set LAYOUT=data
 #
-# CUDA_VISIBLE_DEVICES, if set, picks the GPUs. Exits as COMMAND does, or as local.sh.
+# CUDA_VISIBLE_DEVICES, if set, selects the GPUs. Exit status: COMMAND's, or as for local.sh.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=xla_flags.sh
@@ -31,16 +31,16 @@ while [ $# -gt 0 ]; do
   shift || die "an option has no value (see --help)"
 done
 for number in ${options[@]+"${options[@]}"}; do
-  [[ $number =~ ^(--.*|[0-9]+)$ ]] || die "'$number' is no number (see --help)"
+  [[ $number =~ ^(--.*|[0-9]+)$ ]] || die "expected a number, got '$number' (see --help)"
 done
 [ $# -gt 0 ] || die "no command after '--', e.g. -- stepdistill train CONFIG --workdir DIR"
 
 if listed=$(nvidia-smi -L 2>&1); then
   gpus=$(grep -c '^GPU ' <<<"$listed" || true)
-elif [ -n "$dry_run" ]; then  # it shows a job for another host
+elif [ -n "$dry_run" ]; then  # shows the commands for another host
   IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}"
   gpus=${#visible[@]}
-  echo "multi_gpu.sh: nvidia-smi does not work here; this is for a host of $gpus GPUs" >&2
+  echo "multi_gpu.sh: nvidia-smi does not work here; assuming a host with $gpus GPUs" >&2
 else
   die "nvidia-smi does not work here: ${listed%%$'\n'*}"
 fi

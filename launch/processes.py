@@ -1,8 +1,8 @@
 """Runs N processes of one command on this host: the common part of `local.sh` and `multi_gpu.sh`.
 
-Standard library only: it runs under the `python3` that is there, whatever environment COMMAND lives
-in. Each process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID and a
-STEPDISTILL_JOB_TOKEN of this start, which `stepdistill` reads before it touches JAX.
+It uses the standard library only, since it runs under the system's `python3`, in any environment. Each
+process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID and a STEPDISTILL_JOB_TOKEN of this
+start, which `stepdistill` reads before it uses JAX.
 """
 
 import argparse
@@ -19,15 +19,15 @@ import sys
 import threading
 import time
 
-STOPPED = 75  # left after a clean save, on a signal
-LOST = 128 + signal.SIGABRT  # what JAX's coordination service does to the peers of a lost process
+STOPPED = 75  # exit status after a signal and a clean save
+LOST = 128 + signal.SIGABRT  # JAX's coordination service ends the peers of a lost process like this
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # as SIGTERM
-# set by the scripts; for --dry-run
+# variables that the scripts set, shown by --dry-run
 SHOWN = ("JAX_PLATFORMS", "XLA_FLAGS", "EXPECT_DEVICES")
 
 
 def main():
-    """Starts, and starts again after a lost process; returns the exit code of the whole."""
+    """Starts the processes, restarts them after a lost process, and returns the exit status."""
     args = parse()
     if args.dry_run:
         for process in range(args.n):
@@ -53,7 +53,7 @@ def main():
 
 
 def parse():
-    """The flags; the scripts explain them to users."""
+    """Parses the flags, which the scripts explain to users."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-n", type=int, required=True)
     parser.add_argument("--gpus", action="store_true", help="process K sees the K-th GPU only")
@@ -65,7 +65,7 @@ def parse():
 
 
 def variables(process, args, port):
-    """What `process` has in its environment beside ours."""
+    """Returns the variables that `process` has in addition to our environment."""
     added = {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(args.n),
@@ -80,10 +80,10 @@ class Group:
     def __init__(self, args):
         self.grace = args.grace
         self.signalled = False
-        self.ends = queue.Queue()  # (process, exit code), in the order in which they end
+        self.ends = queue.Queue()  # (process, exit status), in the order of their ends
         port, token = free_port(), {"STEPDISTILL_JOB_TOKEN": secrets.token_hex(16)}
         self.processes, self.threads = [], []
-        # a signal that comes while we start waits until all can be told
+        # blocks signals until all processes have started and can be notified
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         for k in range(args.n):
             try:
@@ -107,25 +107,25 @@ class Group:
         self.threads[-1].start()
 
     def run(self):
-        """Waits for all. Returns [(process, exit code, whether we had told it to end)] in order."""
-        ended, deadline, told = [], None, False
+        """Waits for all; returns [(process, exit status, whether we had told it to end)] in order."""
+        ended, deadline, stopped = [], None, False
         while len(ended) < len(self.processes):
             try:
                 wait = None if deadline is None else max(0, deadline - time.monotonic())
                 process, code = self.ends.get(timeout=wait)
-                ended.append((process, code, told))
+                ended.append((process, code, stopped))
                 if deadline is None and code not in (0, STOPPED):
                     deadline = time.monotonic() + self.grace
             except queue.Empty:
-                (self._kill if told else self._terminate)()
-                told, deadline = True, time.monotonic() + self.grace
-        self._kill()  # what a process left behind
+                (self._kill if stopped else self._terminate)()
+                stopped, deadline = True, time.monotonic() + self.grace
+        self._kill()  # children that a process left behind
         for thread in self.threads:
             thread.join(timeout=2)
         return ended
 
     def _forward(self, *_):
-        """The first signal lets them save and leave; a second one ends them."""
+        """Forwards a first signal, so that all save and exit; kills all at a second one."""
         (self._kill if self.signalled else self._terminate)()
         self.signalled = True
 
@@ -140,12 +140,12 @@ class Group:
 
 
 def start(command, environment, process, mask):
-    """Process 0 keeps our standard output; a terminal's Ctrl-C reaches them through us alone."""
+    """Starts a process in its own session, so that Ctrl-C reaches it only through us; 0 has our stdout."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def in_child():
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if libc:  # PR_SET_PDEATHSIG: `kill -9` of the launcher leaves no orphans either
+        if libc:  # PR_SET_PDEATHSIG: even `kill -9` of the launcher leaves no orphans
             libc.prctl(1, signal.SIGTERM)
 
     return subprocess.Popen(
@@ -160,36 +160,37 @@ def start(command, environment, process, mask):
 
 
 def relay(stream, prefix):
-    """Copies lines to standard error, each with its process in front; reads on if nobody listens."""
+    """Copies lines to standard error, each after its process number; reads on if nobody listens."""
     for line in stream:
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), prefix + line.rstrip(b"\n") + b"\n")
 
 
 def verdict(ends, signalled):
-    """Exit code of the whole, and one line on why it is not 0."""
-    failed = [(k, code) for k, code, told in ends if code not in (0, STOPPED) and not told]
-    if not failed:  # whoever was told to end comes after one that failed
+    """Returns the exit status of the job, and a line that says why it is not 0."""
+    failed = [(k, code) for k, code, stopped in ends if code not in (0, STOPPED) and not stopped]
+    if not failed:  # processes are told to end only after one has failed
         stopped = any(code == STOPPED for _, code, _ in ends)
-        return (STOPPED, "stopped; the same command goes on from there") if stopped else (0, "")
-    # a peer's loss ends a process by SIGABRT, sometimes with 1, never by another signal
+        return (STOPPED, "stopped; the same command resumes") if stopped else (0, "")
+    # the process that failed first: a peer's loss ends a process by SIGABRT, sometimes with status 1, never
+    # by another signal
     process, code = min(failed, key=lambda end: (end[1] == LOST, not signal_name(end[1])))
     by = signal_name(code)
     if not by:
         same = sorted(k for k, c in failed if c == code)
-        told = any(told for _, _, told in ends)
-        line = f"process {', '.join(map(str, same))} failed with exit code {code}"
-        return code, line + ("; ended the others" if told else "")
+        stopped = any(stopped for _, _, stopped in ends)
+        line = f"process {', '.join(map(str, same))} failed with exit status {code}"
+        return code, line + ("; ended the others" if stopped else "")
     if signalled:
         return code, f"process {process} ended by {by} after the signal, without a save"
     line = f"a peer process was lost: process {process} ended first, by {by}"
     if code == LOST:
-        line += " (JAX does that when another one died or hangs: see what it wrote last)"
+        line += " (JAX does that when another one died or hangs: see its last lines)"
     return LOST, line
 
 
 def signal_name(code):
-    """`SIGKILL` for 137; empty for an exit code that stands for no signal."""
+    """Returns `SIGKILL` for 137; an empty text for an exit status without a signal."""
     try:
         return signal.Signals(code - 128).name
     except ValueError:
@@ -197,19 +198,19 @@ def signal_name(code):
 
 
 def shell_code(returncode):
-    """-9 -> 137, as a shell says it."""
+    """Returns a return code as a shell reports it: 137 for -9."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
 def free_port():
-    """A TCP port that nobody listens on."""
+    """Returns a TCP port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
 def say(line):
-    """One line of ours on standard error."""
+    """Prints one line of the launcher on standard error."""
     with contextlib.suppress(OSError):
         print(f"launch: {line}", file=sys.stderr, flush=True)
 

@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice of one or many hosts, by gcloud: the same on all its hosts, always.
+# Manages a Cloud TPU slice of one or many hosts with gcloud; each action applies to all its hosts.
 #
 # usage: launch/tpu_pod.sh ACTION [OPTIONS] [-- COMMAND ...]
 #
-#   create  ask for the slice (a queued resource); needs --type, e.g. v5litepod-16
-#   status  of that request; go on when it says ACTIVE
-#   sync    copy this checkout to all hosts and install what constraints.txt pins
-#   run     COMMAND on all hosts, until all have ended; the same again resumes
-#   stop    SIGTERM on all hosts: they save, and `run` ends with 75
-#   delete  the slice and its request: ends what it costs
+#   create  request the slice (a queued resource); needs --type
+#   status  print the state of the request; the slice is usable when it is ACTIVE
+#   sync    copy this checkout to all hosts and install the versions of constraints.txt
+#   run     run COMMAND on all hosts until all have ended; the same command resumes
+#   stop    send SIGTERM on all hosts: they save, and `run` exits with status 75
+#   delete  delete the slice and its request, which ends the costs
 #
-#   --tpu NAME         of the slice ($TPU_NAME)
-#   --zone ZONE        it is in ($ZONE)
+#   --tpu NAME         name of the slice ($TPU_NAME)
+#   --zone ZONE        zone of the slice ($ZONE)
 #   --type TYPE        accelerator type, e.g. v5litepod-16, v5p-32, v6e-16
-#   --version VERSION  runtime version (the one that Google names for TYPE)
-#   --spot             create: cheaper, and taken away at any time
-#   --project PROJECT  (gcloud's default)
-#   --max-restarts R   run: how often to start again after a lost process (2)
-#   --dry-run          print the gcloud commands
+#   --version VERSION  runtime version (Google's recommendation for TYPE)
+#   --spot             create: cheaper, but Google may take the slice away at any time
+#   --project PROJECT  project (gcloud's default)
+#   --max-restarts R   run: number of restarts after a lost process (2)
+#   --dry-run          print the gcloud commands instead of running them
 #
 #   launch/tpu_pod.sh run --tpu pod --zone us-west4-a -- stepdistill train paper_cqa --workdir gs://BUCKET/cqa
 #
-# COMMAND starts in the home folder of each host; workdir and data lie where all hosts see them (gs://).
-# EXPECT_DEVICES=16 in front stops before compiling where another number of devices is there.
-# Exits with COMMAND's code (of the first host that failed); 255 is ssh's: no connection.
+# COMMAND starts in the home folder of each host; all hosts must see its workdir and data (gs://).
+# With EXPECT_DEVICES=16 set, it stops before compiling if the number of devices differs.
+# Exit status: COMMAND's (of the first host that failed), or 255 from ssh: no connection.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -34,7 +34,7 @@ action=${1-} tpu=${TPU_NAME-} zone=${ZONE-} type='' version='' restarts=2 dry_ru
 case $action in
   create | status | sync | run | stop | delete) shift ;;
   -h | --help) usage; exit 0 ;;
-  *) die "'$action' is no action; there are create, status, sync, run, stop, delete (see --help)" ;;
+  *) die "expected an action (create, status, sync, run, stop or delete), got '$action' (see --help)" ;;
 esac
 while [ $# -gt 0 ]; do
   case $1 in
@@ -54,7 +54,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$tpu" ] || die "--tpu NAME is missing"
 [ -n "$zone" ] || die "--zone ZONE is missing, e.g. --zone us-west4-a"
-[[ $restarts =~ ^[0-9]+$ ]] || die "--max-restarts '$restarts' is no number"
+[[ $restarts =~ ^[0-9]+$ ]] || die "--max-restarts '$restarts': expected a number"
 where=("--zone=$zone" ${project[@]+"${project[@]}"})
 
 call() {
@@ -62,7 +62,7 @@ call() {
 }
 on_all_hosts() { call gcloud compute tpus tpu-vm ssh "$tpu" "${where[@]}" --worker=all "--command=$1"; }
 
-# what git tracks or would track: neither .venv nor runs
+# packs the files that git tracks or would track: neither .venv nor runs
 pack() {
   cd "$here/.."
   git ls-files -z --cached --others --exclude-standard \
@@ -78,7 +78,7 @@ sync() {
   fi
   call gcloud compute tpus tpu-vm scp "$archive" "$tpu:stepdistill.tar.gz" "${where[@]}" --worker=all
   [ -n "$dry_run" ] || rm -r "$(dirname "$archive")"
-  # the system's Python is older than ours; uv brings one
+  # the system's Python is too old; uv installs a newer one
   on_all_hosts 'set -e
 rm -rf stepdistill_code && mkdir stepdistill_code && tar -xzf stepdistill.tar.gz -C stepdistill_code
 python3 -m pip install --quiet --user uv
@@ -90,7 +90,7 @@ run() {
   local command expect='' code=0 attempt=0
   printf -v command '%q ' "$@"
   [ -z "${EXPECT_DEVICES-}" ] || expect="export EXPECT_DEVICES=$EXPECT_DEVICES"
-  # the file holds the number of the process that `exec` makes of this shell: what `stop` asks to end
+  # `exec` turns this shell into COMMAND, so the file holds COMMAND's process id, which `stop` needs
   command="set -e
 . stepdistill_code/launch/xla_flags.sh
 add_xla_flags tpu
@@ -103,11 +103,11 @@ exec $command"
     on_all_hosts "$command" || code=$?
     case $code in
       0 | 1 | 2) ;;
-      75) echo "tpu_pod.sh: stopped after a clean save; the same command goes on" >&2 ;;
-      255) echo "tpu_pod.sh: no connection to a host (its processes may run on: stop them first), or the slice is gone (see status); the same command resumes" >&2 ;;
+      75) echo "tpu_pod.sh: stopped after a clean save; the same command resumes" >&2 ;;
+      255) echo "tpu_pod.sh: no connection to a host (its processes may still run: stop them first), or the slice is gone (see status); the same command resumes" >&2 ;;
       *)
         attempt=$((attempt + 1))
-        echo "tpu_pod.sh: a process was lost (exit code $code; 134 is SIGABRT, by which JAX ends the peers of a dead or stuck one)" >&2
+        echo "tpu_pod.sh: a process was lost (exit status $code; 134 is SIGABRT, with which JAX ends the peers of a dead or stuck process)" >&2
         if [ "$attempt" -le "$restarts" ]; then
           echo "tpu_pod.sh: starting again, $((restarts - attempt)) left" >&2
           continue

@@ -1,11 +1,10 @@
 # shellcheck shell=bash
-# XLA flags per platform, one source for each. Sourced by the launchers, by hand, or in an image:
+# XLA flags per platform, each with its source. The launchers source this file; so can you, or an image:
 #
 #   . launch/xla_flags.sh && add_xla_flags gpu
 #
-# A flag whose name you set yourself stays as you set it. None of these was measured by us: no GPU
-# and no TPU has run this project yet. All names are known to jaxlib 0.10.2 (a test starts it with
-# them) and to libtpu 0.0.42.1 (looked up in the library, 2026-11-24).
+# Flags that you set yourself are kept. We have not measured any of these. jaxlib 0.10.2 knows all names (a
+# test starts it with them), and so does libtpu 0.0.42.1 (looked up in the library, 2026-11-24).
 
 gpu_flags=(
   # collectives overlap with computation. https://docs.nvidia.com/jax-toolbox/environment-variables
@@ -21,7 +20,7 @@ gpu_flags=(
   --xla_gpu_all_gather_combine_threshold_bytes=134217728
   --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728
 )
-# Not set, worth a measurement:
+# Not set, but worth measuring:
 #   --xla_gpu_enable_pipelined_all_gather=true (and _reduce_scatter, _all_reduce) with
 #   --xla_gpu_enable_while_loop_double_buffering=true, for fsdp under scanned layers; more memory.
 #     https://github.com/NVIDIA/JAX-Toolbox rosetta/docs/GPU_performance.md
@@ -29,11 +28,11 @@ gpu_flags=(
 #     https://github.com/openxla/xla/pull/12520, https://github.com/jax-ml/jax/discussions/10674
 
 tpu_flags=(
-  # all-reduce of gradients in the background. MaxText, DATA_PARALLEL_OVERLAP in
+  # gradients are all-reduced in the background. MaxText, DATA_PARALLEL_OVERLAP in
   # https://github.com/AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py
   --xla_tpu_enable_data_parallel_all_reduce_opt=true
   --xla_tpu_data_parallel_opt_different_sized_ops=true
-  # all-gathers and all-reduces fused with computation. CF_FOR_ALL_REDUCE_AND_ALL_GATHER in the same file
+  # all-gathers and all-reduces are fused with computation. CF_FOR_ALL_REDUCE_AND_ALL_GATHER, same file
   --xla_tpu_enable_async_collective_fusion=true
   --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
   --xla_tpu_enable_async_collective_fusion_multiple_steps=true
@@ -42,7 +41,7 @@ tpu_flags=(
   --xla_enable_async_all_reduce=true
 )
 
-# add_flags VARIABLE FLAG...: appends to the variable each flag whose name it does not hold yet
+# add_flags VARIABLE FLAG...: appends to the variable each flag whose name it does not contain yet
 add_flags() {
   local variable=$1 value=${!1:-} flag
   shift
@@ -55,16 +54,16 @@ add_flags() {
   export "$variable=$value"
 }
 
-# add_xla_flags gpu|tpu: TPU flags belong to libtpu; in XLA_FLAGS they would end the process ("Unknown flag")
+# add_xla_flags gpu|tpu: TPU flags go to libtpu; in XLA_FLAGS they would end the process ("Unknown flag")
 add_xla_flags() {
   case $1 in
     gpu) add_flags XLA_FLAGS "${gpu_flags[@]}" ;;
     tpu) add_flags LIBTPU_INIT_ARGS "${tpu_flags[@]}" ;;
-    *) echo "add_xla_flags: no platform '$1'; there are gpu and tpu" >&2; return 2 ;;
+    *) echo "add_xla_flags: expected gpu or tpu, got '$1'" >&2; return 2 ;;
   esac
 }
 
-# cpu_devices N: N CPU devices in this process. The last one counts, so it is appended in any case.
+# cpu_devices N: N CPU devices in this process. The last such flag counts, so it is always appended.
 # https://docs.jax.dev/en/latest/sharded-computation.html
 cpu_devices() {
   export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$1"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A workload on TPU slices of a GKE cluster that xpk made (`xpk cluster create`).
+# Submits a workload to TPU slices of a GKE cluster that xpk has created (`xpk cluster create`).
 #
 # usage: launch/xpk.sh --cluster C --workload W --type TYPE --image IMAGE [OPTIONS] -- COMMAND ...
 #
-#   --type TYPE        of each slice, e.g. v5litepod-16
-#   --image IMAGE      of launch/Dockerfile.tpu, e.g. REGION-docker.pkg.dev/PROJECT/REPOSITORY/stepdistill:1
-#   --build            build IMAGE from this checkout and push it first
-#   --num-slices N     (1); more than one wants LAYOUT=hybrid or data
+#   --type TYPE        accelerator type of each slice, e.g. v5litepod-16
+#   --image IMAGE      image of launch/Dockerfile.tpu: REGION-docker.pkg.dev/PROJECT/REPOSITORY/stepdistill:1
+#   --build            first build IMAGE from this checkout and push it
+#   --num-slices N     number of slices (1); several need LAYOUT=hybrid or data
 #   --zone ZONE        --project PROJECT   (gcloud's defaults)
-#   --max-restarts R   how often GKE starts all again, on 75, a lost process or a lost node (10)
-#   --dry-run          print what would be run
+#   --max-restarts R   restarts by GKE after exit status 75, a lost process or a lost node (10)
+#   --dry-run          print the commands instead of running them
 #
 #   launch/xpk.sh --cluster pods --workload cqa --type v5litepod-16 --image IMAGE --num-slices 2 -- \
 #     stepdistill train paper_cqa --workdir gs://BUCKET/cqa --set LAYOUT=hybrid
 #
-# EXPECT_DEVICES=32 in front stops before compiling where another number of devices is there. Submits and
-# returns; watch with `xpk workload list --cluster C`, end with `xpk workload delete --cluster C --workload W`.
+# With EXPECT_DEVICES=32 set, it stops before compiling if the number of devices differs. It does not wait:
+# watch with `xpk workload list --cluster C`, end with `xpk workload delete --cluster C --workload W`.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -53,12 +53,12 @@ if [ -n "$build" ]; then
   call docker build --file "$here/Dockerfile.tpu" --tag "$image" "$here/.."
   call docker push "$image"
 fi
-# xpk runs this in a subshell of bash and sends SIGTERM to that subshell: `exec`, so that it is ours
+# xpk runs this in a subshell of bash and sends SIGTERM to that: `exec` replaces the subshell by COMMAND
 printf -v command '%q ' "$@"
 command=". /opt/stepdistill/launch/xla_flags.sh && add_xla_flags tpu && exec ${command% }"
 expect=()
 [ -z "${EXPECT_DEVICES-}" ] || expect=(--env "EXPECT_DEVICES=$EXPECT_DEVICES")
-# 42 and 127 to 255 start again anyway: SIGABRT (134) of a lost peer is among them
+# 42 and 127 to 255 restart in any case, so also 134, the SIGABRT of a lost peer
 call xpk workload create --cluster "$cluster" --workload "$workload" ${where[@]+"${where[@]}"} \
   "--tpu-type=$type" "--num-slices=$slices" "--docker-image=$image" \
   "--max-restarts=$restarts" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \

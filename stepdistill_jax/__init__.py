@@ -1,12 +1,12 @@
 """Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax.
 
-`load(directory)` gives a model that labels texts, `curves(workdir)` a run's metrics as columns,
+`load(directory)` returns a model that labels texts, `curves(workdir)` a run's metrics as columns, and
 `plot_curves(workdir)` a figure of them.
 """
 
 __version__ = "0.1.0"
 
-# name -> module, which is imported when the name is first used: `import stepdistill_jax` is quick
+# name -> module, which is imported on first use, so that `import stepdistill_jax` is quick
 _EXPORTS = {
     "load": "inference.predictor",
     "curves": "runtime.metrics",

@@ -1,4 +1,4 @@
-"""`python -m stepdistill_jax` is `stepdistill`."""
+"""Runs `stepdistill` for `python -m stepdistill_jax`."""
 
 import sys
 

@@ -1,27 +1,27 @@
-"""The one error that a user can mend, and the exit code of a run that only wants to be started again."""
+"""The error that a user can fix, and the exit status of a run that has only to be started again."""
 
 import difflib
 import re
 from collections.abc import Iterable
 
-_STEERING = re.compile(
+_CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-EXIT_STOPPED = 75  # EX_TEMPFAIL: start the same command again to go on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command, started again, continues
 
 
 class InputError(ValueError):
     """Bad usage, config or input: one line that says what is wrong, where, and what to do.
 
-    Commands print it without a traceback and exit with 2.
+    Commands print it without a traceback and exit with status 2.
     """
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """`text` as one line of at most about `most` characters, fit for a terminal and any encoding.
+    """Returns `text` as a line of at most about `most` characters, safe for any terminal and encoding.
 
-    Control characters and halves of surrogate pairs are written as their escapes: a name in a file
-    must not move a cursor. The middle of a long text is left out.
+    Control characters and halves of surrogate pairs are escaped: a name in a file must not move the
+    cursor. The middle of a long text is left out.
     """
     line = " ".join(str(text).split())
     if len(line) > most:
@@ -30,15 +30,15 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def escaped(text: object) -> str:
-    r"""Returns `text` with all that can steer a terminal escaped: ESC becomes `\x1b`.
+    r"""Returns `text` with everything escaped that can control a terminal: ESC becomes `\x1b`.
 
-    Keeps line ends and tabs. Escapes the other control characters, marks that turn the writing
-    direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding can write.
+    Keeps line ends and tabs. Escapes other control characters, marks that change the writing
+    direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding can represent.
     """
-    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'cqa'?` for the closest of `known`, or an empty string when none is close."""
+    """Returns `; did you mean 'cqa'?` for the closest of `known`, or an empty text if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""What ran: one block of versions and devices for `stepdistill --version`, `run.json` and bug reports."""
+"""Versions and devices for `stepdistill --version`, `run.json` and bug reports."""
 
 import importlib.metadata
 import platform
@@ -6,7 +6,7 @@ from typing import Any
 
 from stepdistill_jax import __version__
 
-# distribution names; each decides numbers, files or the data's order
+# distributions on which numbers, files or the order of the data depend
 LIBRARIES = (
     "jax",
     "jaxlib",
@@ -26,14 +26,14 @@ LIBRARIES = (
 
 
 def version_block() -> dict[str, Any]:
-    """Versions of the package, Python and the libraries (None: not installed), and the devices.
+    """Returns the versions of the package, Python and the libraries, and the devices.
 
-    Starts JAX's backend and imports none of the other libraries.
+    Starts JAX's backend, and imports none of the other libraries.
 
     Returns:
-        `stepdistill_jax`, `python`, `platform`, one entry for each of `LIBRARIES`, `devices` (such
-        as `"2 x cpu (cpu)"`: count, platform, kind), `local_devices` (of this process) and
-        `process_count`.
+        `stepdistill_jax`, `python`, `platform`, one entry for each of `LIBRARIES` (None: not
+        installed), `devices` (such as `"2 x cpu (cpu)"`: count, platform, kind), `local_devices` (of
+        this process) and `process_count`.
     """
     block: dict[str, Any] = {
         "stepdistill_jax": __version__,
@@ -53,7 +53,7 @@ def _devices() -> dict[str, Any]:
 
     try:
         devices = jax.devices()
-    except RuntimeError as error:  # a backend that was asked for and cannot start is news too
+    except RuntimeError as error:  # a requested backend cannot start, which a report should show
         return {"devices": f"none: {' '.join(str(error).split())}"}
     return {
         "devices": f"{len(devices)} x {devices[0].platform} ({devices[0].device_kind})",

@@ -1,4 +1,4 @@
-"""`stepdistill annotate`: rationales and labels of a large model for a file of questions."""
+"""`stepdistill annotate`: asks a large model for the rationales and labels of a file's questions."""
 
 import argparse
 import dataclasses
@@ -11,72 +11,75 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import check_file
 from stepdistill_jax.runtime.progress import log, translated
 
-# the fields of `teacher.Settings` that are a text or a number, which has the defaults
+# the fields of `teacher.Settings` that are texts or numbers; their defaults are in that class
 FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
-    "who is asked": {
-        "--model M": "the server's name of the model",
+    "teacher": {
+        "--model M": "name of the model on the server",
         "--base-url URL": "OpenAI-compatible server, e.g. http://localhost:8000/v1 (default:"
         " $OPENAI_BASE_URL, else OpenAI)",
-        "--api-key-env NAME": "environment variable with the key (default: OPENAI_API_KEY); it is"
-        " written nowhere",
+        "--api-key-env NAME": "environment variable with the key (default: OPENAI_API_KEY); the key is"
+        " never stored",
         "--teacher hf:DIR": "a local transformers directory instead of a server",
     },
-    "what is asked": {
-        "--task NAME": "the prompt: cqa, svamp, esnli, anli, or generic for your own rows",
-        "--exemplars FILE.jsonl": 'a handful of rows {"input", "rationale", "label"} that show how to'
-        " answer",
-        "--instructions TEXT": "what to do, before the exemplars; @FILE reads it from a file",
-        "--choices A,B,...": "allowed answers of rows that name none (a JSON list where one holds a"
+    "prompt": {
+        "--task NAME": "prompt to use: cqa, svamp, esnli, anli, or generic for your own rows",
+        "--exemplars FILE.jsonl": 'a few rows {"input", "rationale", "label"} as examples of answers',
+        "--instructions TEXT": "text before the exemplars; @FILE reads it from a file",
+        "--choices A,B,...": "allowed answers of rows without their own (a JSON list if one contains a"
         " comma)",
     },
-    "how it answers": {
+    "answers": {
         "--samples K": (
             int,
-            "answers per row; the label is voted for, and the share is the weight (default: 1)",
+            "answers per row; the majority's label is kept, and its share is the weight (default: 1)",
         ),
-        "--temperature T": "of sampling (default: 0, with several samples 0.7); `default` sends none",
-        "--max-tokens N": (int, "most tokens of an answer, reasoning included (default: 1024)"),
-        "--reasoning-effort E": "of reasoning models: low, medium, high",
+        "--temperature T": "sampling temperature (default: 0; 0.7 with several samples); `default` sends"
+        " none",
+        "--max-tokens N": (int, "limit of an answer's tokens, with its reasoning (default: 1024)"),
+        "--reasoning-effort E": "for reasoning models: low, medium, high",
         "--retries N": (
             int,
-            "how often an answer that cannot be read is asked for again, once the run has had one"
-            " that can (default: 1)",
+            "how often to ask again for an unreadable answer, once one answer of the run has been"
+            " readable (default: 1)",
         ),
         "--max-truncated SHARE": (
             float,
-            "stop when more answers than this are cut at --max-tokens or cannot be used for any"
-            " other reason, after 20 answers (default: 0.05)",
+            "after 20 answers, stop if more than this share is truncated at --max-tokens or otherwise"
+            " unusable (default: 0.05)",
         ),
     },
-    "how much": {
-        "--price-input P": (float, "money per million tokens of prompts"),
-        "--price-output P": (float, "money per million tokens of answers"),
-        "--max-cost C": (float, "most money of this run"),
-        "--max-tokens-total N": (int, "most tokens of this run"),
-        "--concurrency N": (int, "requests at once; of a local teacher, its batch (default: 16)"),
+    "cost and load": {
+        "--price-input P": (float, "price of a million prompt tokens"),
+        "--price-output P": (float, "price of a million answer tokens"),
+        "--max-cost C": (float, "limit of this run's cost"),
+        "--max-tokens-total N": (int, "limit of this run's tokens"),
+        "--concurrency N": (
+            int,
+            "requests at once; for a local teacher, its batch size (default: 16)",
+        ),
         "--attempts N": (
             int,
-            "how often a request is sent before a server's failure is final (default: 8)",
+            "how often to send a request before the server's failure is final (default: 8)",
         ),
-        "--timeout SECS": (float, "of a whole request (default: 300)"),
-        "--cache FILE": "SQLite file of answers (default: teacher_cache.sqlite beside the output)",
+        "--timeout SECS": (float, "seconds for a whole request (default: 300)"),
+        "--cache FILE": "SQLite file of answers (default: teacher_cache.sqlite next to the output)",
     },
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `annotate`; each is a field of `teacher.Settings`."""
+    """Adds the flags of `annotate`; each is a field of `teacher.Settings`."""
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
         type=pathlib.Path,
-        help='rows {"input": ...}, and if known "id", "label", "choices"',
+        help='rows {"input": ...}, optionally with "id", "label", "choices"',
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
         type=pathlib.Path,
-        help="the same rows with rationales, for `prepare jsonl`; a stopped run goes on",
+        help="the same rows with rationales, for `prepare jsonl`; a stopped run continues",
     )
     groups = {title: parser.add_argument_group(title) for title in FLAGS}
     for title, flags in FLAGS.items():
@@ -91,25 +94,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 required=flag == "--task",
                 help=text,
             )
-    groups["what is asked"].add_argument(
+    groups["prompt"].add_argument(
         "--label-given",
         action="store_true",
-        help="tell the gold label and ask for its rationale, which is marked as such",
+        help="include the gold label in the prompt and ask for its rationale, which is marked as such",
     )
-    groups["how it answers"].add_argument(
+    groups["answers"].add_argument(
         "--parameter",
         dest="parameters",
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="one more field of the request, e.g. top_p=0.9 (repeatable)",
+        help="a further field of the request, e.g. top_p=0.9 (repeatable)",
     )
-    groups["how much"].add_argument(
+    groups["cost and load"].add_argument(
         "--dry-run",
         action="store_true",
         help="show the first prompt and the estimated cost of the file; send nothing",
     )
-    groups["how much"].add_argument(
+    groups["cost and load"].add_argument(
         "--batch-file",
         nargs="+",
         default=(),
@@ -171,7 +174,7 @@ def _choices(text: str) -> tuple[str, ...]:
             raise InputError(f"--choices: broken JSON ({error})") from None
     found = tuple(part.strip() for part in parts if isinstance(part, str))
     if len(found) != len(parts) or not all(found):
-        raise InputError(f"--choices: texts are wanted, none of them empty, got {text!r}")
+        raise InputError(f"--choices: expected texts, none of them empty, got {text!r}")
     return found
 
 
@@ -187,11 +190,11 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not (name and equals):
-            raise InputError(f"--parameter: NAME=JSON is wanted, got {pair!r}")
+            raise InputError(f"--parameter: expected NAME=JSON, got {pair!r}")
         try:
             found[name] = json.loads(value)
         except RecursionError:
-            raise InputError(f"--parameter {name}: JSON that cannot be read") from None
+            raise InputError(f"--parameter {name}: unreadable JSON") from None
         except ValueError:
             found[name] = value  # a bare word is a text
     return found
@@ -203,10 +206,10 @@ def _show_dry_run(result: dict[str, Any]) -> None:
     say(result["prompt"])
     say("-" * 20)
     parameters = json.dumps(result["parameters"], sort_keys=True)
-    say(f"one message of the user, about {result['first_prompt_tokens']} tokens; {parameters}")
+    say(f"one user message of about {result['first_prompt_tokens']} tokens; {parameters}")
     say(f"{in_words(result)}; nothing was sent")
     if result["cost"] is None:
-        say("--price-input and --price-output (per million tokens) tell what that costs")
+        say("give --price-input and --price-output (per million tokens) to estimate the cost")
 
 
 def _show_batch(action: str, result: dict[str, Any]) -> None:
@@ -216,7 +219,7 @@ def _show_batch(action: str, result: dict[str, Any]) -> None:
         return
     say(
         f"{result['results']} results: {result['kept']} kept, {result['failed']} failed,"
-        f" {result['other']} of other rows or already kept"
+        f" {result['other']} for other rows or already kept"
     )
     for kind, count in result["defects"].items():
         say(f"{kind}: {count}")
@@ -231,8 +234,8 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
     if result["stopped"]:
         log(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
-            f" are in {output}.partial; the same command goes on: it pays for no whole answer twice,"
-            " and asks again for those that could not be read"
+            f" are in {output}.partial; the same command continues: it pays for no complete answer"
+            " twice, and asks again for unreadable ones"
         )
         say(used)
     else:
@@ -258,9 +261,9 @@ def _table(result: dict[str, Any]) -> Any:
     if "teacher_accuracy" in result:
         share = result["teacher_accuracy"]
         labelled = result["with_label"]
-        comment = f"of {labelled} rows with a gold label; unread answers count as wrong"
+        comment = f"of {labelled} rows with a gold label; unreadable answers count as wrong"
         line("teacher_accuracy", round(share * labelled), share, comment)
-    line("asked again", result["asked_again"], None, "the first answer could not be read")
+    line("asked again", result["asked_again"], None, "the first answer was unreadable")
     table.add_section()
     for kind, count in result["defects"].items():
         first = f"first: {result['first_defects'][kind]}"

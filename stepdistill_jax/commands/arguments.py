@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what a command needs of the platform."""
+"""Flags that several commands share, and the check for SeqIO on this platform."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ GIN_PREFIX = "--gin."
 
 
 class UsageExit(SystemExit):
-    """The exit with 2 of bad usage; `message` is what was wrong with it."""
+    """Exits with status 2 after bad usage; `message` says what was wrong."""
 
     def __init__(self, message: str):
         super().__init__(2)
@@ -22,7 +22,7 @@ class UsageExit(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is one line and exit 2; the usage text stays behind `--help`."""
+    """Reports bad usage in one line and exits with status 2; only `--help` prints the usage text."""
 
     def error(self, message):
         text = f"{printable(message)}; see `{self.prog} --help`"
@@ -31,20 +31,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--json` and `--debug`, which every command has."""
+    """Adds `--json` and `--debug`, which every command has."""
     parser.add_argument(
         "--json",
         action="store_true",
-        help="end standard output with one JSON object; on an error its keys are `error` and"
+        help="end standard output with a JSON object; after an error, its keys are `error` and"
         " `exit_code`",
     )
-    parser.add_argument(
-        "--debug", action="store_true", help="show the whole traceback of any error"
-    )
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of any error")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--data-dir` and `--module` of the commands that read datasets."""
+    """Adds `--data-dir` and `--module`, for commands that read datasets."""
     add_data_dir_argument(parser)
     parser.add_argument(
         "--module",
@@ -55,31 +53,31 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
-    """`--data-dir`."""
+    """Adds `--data-dir`."""
     parser.add_argument(
         "--data-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="where prepared datasets lie (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
+        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
     )
 
 
 def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") -> None:
-    """`--step`."""
+    """Adds `--step`."""
     parser.add_argument(
         "--step",
         default=default,
         metavar="best|last|N",
-        help="which checkpoint of a workdir (default: best by validation)",
+        help="checkpoint of a workdir (default: best by validation)",
     )
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> None:
-    """Flags of the fields of `DecodeOptions`, which has their defaults; read by `decode_options_of`.
+    """Adds a flag for each field of `DecodeOptions`, which has the defaults; see `decode_options_of`.
 
     Args:
-        parser: of a command that decodes.
-        prompts: adds `--max-decode-len` and `--prefix`.
+        parser: parser of a command that decodes.
+        prompts: whether to add `--max-decode-len` and `--prefix`.
     """
 
     def add(flag: str, **settings: Any) -> None:
@@ -90,67 +88,67 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="rows at once, on all devices together (default: 64 for each that has rows of its own)",
+        help="rows per batch, on all devices together (default: 64 per device that has its own rows)",
     )
     add(
         "--layout",
         metavar="NAME",
-        help="how all devices of all processes share the work: `data` (default) gives each the whole"
-        " model and rows of its own; `tensor` or `fsdp` cuts a model that one cannot hold",
+        help="how all devices of all processes share the work: `data` (default) gives each one the whole"
+        " model and its own rows; `tensor` and `fsdp` split a model that is too large for one device",
     )
     add(
         "--num-beams",
         type=int,
         metavar="N",
-        help="answers pursued at once by beam search (default: 1, the likeliest token each time)",
+        help="number of beams of beam search (default: 1, greedy decoding)",
     )
     add(
         "--length-penalty",
         type=float,
         metavar="X",
-        help="with beams: a score is divided by length ** X (default: 1; above 0 favours long"
-        " answers)",
+        help="with beams: divide scores by length ** X (default: 1; above 0 favours long answers)",
     )
     add(
         "--choices",
         metavar="FILE|row|labels",
-        help="score each allowed label instead of decoding, so that the answer is always one of them:"
-        " a file of labels, each row's `choices`, or the task's labels",
+        help="score each allowed label instead of decoding, so that every answer is one of them: a file of"
+        " labels, each row's `choices`, or the task's labels",
     )
     add(
         "--choices-temperature",
         type=float,
         metavar="T",
-        help="of the probabilities of choices (default: 1; `evaluate --choices` names a better one)",
+        help="temperature of the choices' probabilities (default: 1; `evaluate --choices` suggests a better"
+        " one)",
     )
     add(
         "--engine",
         choices=("jax", "ctranslate2"),
-        help="what decodes (default: ctranslate2 on a directory of `export --format ctranslate2`, else"
-        " jax)",
+        help="library that decodes (default: ctranslate2 for a directory of `export --format ctranslate2`,"
+        " else jax)",
     )
     add(
         "--quantization",
         choices=("int8",),
-        help="jax: weights in memory as int8 with a scale for each output, a quarter of the bytes to read"
-        " (default: float32); a CTranslate2 directory has that of its export",
+        help="jax: keep weights in memory as int8 with a scale per output, a quarter of the bytes to read"
+        " (default: float32); a CTranslate2 directory keeps the type of its export",
     )
     if prompts:
         add(
             "--max-decode-len",
             type=int,
             metavar="N",
-            help="most tokens of a label (default: what training found enough)",
+            help="largest number of tokens of a label (default: as found in training)",
         )
         add(
             "--prefix",
             metavar="TEXT",
-            help="text before each input (default: the model's own; `predict: ` if it names none)",
+            help="text before each input (default: the model's own, or `predict: ` if it has none)",
         )
 
 
 def decode_options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_decode_arguments` that a command line gives."""
+    """Returns the options of `add_decode_arguments` that the command line sets."""
     from stepdistill_jax.inference import DecodeOptions
 
     names = [field.name for field in dataclasses.fields(DecodeOptions)]
@@ -163,9 +161,9 @@ def add_config_arguments(
     metavar: str = "CONFIG",
     help: str = "a config file, or the name of a shipped one such as demo_step_by_step",
 ) -> None:
-    """CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
+    """Adds CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
 
-    They end up as `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, the
+    They are parsed into `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, the
     arguments of `gin_config.load_config`.
     """
     parser.add_argument(
@@ -180,7 +178,7 @@ def add_config_arguments(
         default=[],
         dest="overrides",
         metavar="NAME=VALUE",
-        help="bind a macro (BATCH_SIZE=32) or a parameter in use (train.grace_secs=30); repeatable",
+        help="set a macro (BATCH_SIZE=32) or a parameter in use (train.grace_secs=30); repeatable",
     )
     parser.add_argument(
         "--gin_file",
@@ -188,7 +186,7 @@ def add_config_arguments(
         default=[],
         dest="gin_files",
         metavar="FILE",
-        help="one more config over CONFIG, as T5X users type it; --gin.NAME=VALUE works, too",
+        help="a further config that overrides CONFIG; --gin.NAME=VALUE works, too (both as in T5X)",
     )
     # `--gin.NAME=VALUE`, rewritten by `split_gin_flags`
     parser.add_argument(
@@ -201,7 +199,7 @@ def add_config_arguments(
 
 
 def split_gin_flags(argv: list[str]) -> list[str]:
-    """Rewrites `--gin.NAME=VALUE`, whose NAME argparse cannot know, to `--gin-binding=NAME=VALUE`."""
+    """Rewrites `--gin.NAME=VALUE`, whose names argparse cannot know, to `--gin-binding=NAME=VALUE`."""
     return [
         f"--gin-binding={argument.removeprefix(GIN_PREFIX)}"
         if argument.startswith(GIN_PREFIX)
@@ -211,10 +209,10 @@ def split_gin_flags(argv: list[str]) -> list[str]:
 
 
 def require_seqio(command: str) -> None:
-    """Refuses a command that builds datasets where SeqIO cannot be imported.
+    """Refuses a command that builds datasets if SeqIO cannot be imported.
 
     Raises:
-        InputError: names the missing distribution, and what works without it.
+        InputError: a distribution is missing; names it, and the commands that work without it.
     """
     needed = {
         "tensorflow_text": "tensorflow-text",
@@ -226,8 +224,7 @@ def require_seqio(command: str) -> None:
     if missing:
         raise InputError(
             f"{command} needs {missing[0]}, which is not installed for Python"
-            f" {platform.python_version()} on {sys.platform} ({platform.machine()}): prepare and train"
-            " where the package is installed with all its dependencies, on Linux or on macOS on Apple"
-            " silicon (tensorflow-text has no wheels for others); predict, evaluate, export and serve"
-            " work here"
+            f" {platform.python_version()} on {sys.platform} ({platform.machine()}): prepare and train on"
+            " a machine with all dependencies, Linux or macOS on Apple silicon (tensorflow-text has no"
+            " wheels for other systems); predict, evaluate, export and serve work here"
         )

@@ -1,4 +1,4 @@
-"""`stepdistill checkpoints`: a workdir's saved steps, and whether they are as they were saved."""
+"""`stepdistill checkpoints`: lists a workdir's saved steps, and checks them for damage."""
 
 import argparse
 from typing import Any
@@ -11,20 +11,20 @@ COLUMNS = ("step", "state", "MB", "label accuracy", "label loss", "", "problem")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `checkpoints`."""
-    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, also gs://")
+    """Adds the flags of `checkpoints`."""
+    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, local or gs://")
     parser.add_argument(
         "--verify", action="store_true", help="read every file and compare it with its digest"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table. Only reads, also while the run is live.
+    """Prints a table. It only reads, so it may be called while the run is live.
 
     Returns:
-        `checkpoints`: for each `step`, `state`, `bytes`, `metrics`, `problem`, `folder`; `best` and
-        `last`, step numbers or None; `damaged`: the steps that are, for which the command exits
-        with 1.
+        `checkpoints`, a list of dicts with `step`, `state`, `bytes`, `metrics`, `problem`, `folder`;
+        `best` and `last`, step numbers or None; `damaged`, the damaged steps (if there are any, the
+        command exits with status 1).
     """
     result = look(args.workdir, verify=args.verify)
     rows = [COLUMNS, *(_cells(entry, result) for entry in result["checkpoints"])]
@@ -35,13 +35,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def look(workdir: str, *, verify: bool) -> dict[str, Any]:
-    """What `run` returns.
+    """Returns the result of `run`.
 
-    A step is `good` where all of it was read and is as it was saved, `sealed` where only names and
-    sizes were compared; `damaged`; or `unsealed`: it is being saved, or its save was cut off.
+    The state of a step is `good` if all its bytes are as saved, `sealed` if only names and sizes were
+    compared, `damaged`, or `unsealed` if it is being saved or its save was interrupted. A quarantined
+    step has the state `quarantined`.
 
     Raises:
-        InputError: not a workdir.
+        InputError: `workdir` is not a workdir.
     """
     from stepdistill_jax.runtime.checkpoints.manager import checkpoints_folder, is_workdir, rank
     from stepdistill_jax.runtime.checkpoints.manifest import UNSEALED, defect, quarantined, saved
@@ -53,7 +54,7 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     for step in saved(folder):
         problem = step.problem or (defect(step.folder) if verify else None)
         if not step.folder.exists():
-            continue  # a live run no longer keeps it
+            continue  # a live run has just removed it
         state = "good" if verify else "sealed"
         if problem is not None:
             state = "unsealed" if problem == UNSEALED else "damaged"
@@ -71,8 +72,8 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
         )
     for path in quarantined(folder):
         number = int(path.name.partition(".")[0])
-        aside = {"step": number, "state": "set aside", "bytes": None, "metrics": None}
-        entries.append(aside | {"problem": path.name, "folder": str(path)})
+        entry = {"step": number, "state": "quarantined", "bytes": None, "metrics": None}
+        entries.append(entry | {"problem": path.name, "folder": str(path)})
     return {
         "checkpoints": entries,
         "best": max(known, key=lambda n: rank(known[n]), default=None),

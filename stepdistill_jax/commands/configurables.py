@@ -1,4 +1,4 @@
-"""What a gin file may bind: `NAME.parameter` of the entries below."""
+"""The classes and functions whose parameters a gin file may bind, as `NAME.parameter`."""
 
 import functools
 import inspect
@@ -21,17 +21,19 @@ from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.mutual_information import MutualInformation
 
 ROOT = "train"
-LITERAL = str | int | float | None  # of a default: no `empty`, no mark of a dataclass's factory
+LITERAL = (
+    str | int | float | None
+)  # types of a plain default, neither `empty` nor a dataclass factory
 
 
 def _of_no_module(function: Callable[..., Any]) -> Callable[..., Any]:
-    """gin has a `gin.constant` of its own, and only a name without a module goes before it."""
+    """Returns `function` without a module: only such a name takes precedence over gin's `gin.constant`."""
 
     @functools.wraps(function)
     def same(*args, **kwargs):
         return function(*args, **kwargs)
 
-    same.__module__ = None  # type: ignore[assignment]  # as functions of C have none
+    same.__module__ = None  # type: ignore[assignment]  # as for functions written in C
     return same
 
 
@@ -51,8 +53,8 @@ CONFIGURABLES: dict[str, Callable[..., Any]] = {
     "constant": _of_no_module(learning_rate.constant),
     **ARMS,
 }
-OPTAX = "optax."  # its functions that return a transformation can be bound, too, by these names
-_registered: set[str] = set()  # of these
+OPTAX = "optax."  # prefix under which optax's functions that return a transformation can be bound
+_registered: set[str] = set()  # the optax functions that gin knows so far
 
 
 for _name, _function in CONFIGURABLES.items():
@@ -61,7 +63,7 @@ for _name, _function in CONFIGURABLES.items():
 
 
 def defaults(selector: str) -> dict[str, Any]:
-    """Each parameter of a configurable of ours with its default."""
+    """Returns the parameters of one of our configurables with their defaults; {} for others."""
     if selector not in CONFIGURABLES:
         return {}
     signature = inspect.signature(CONFIGURABLES[selector])
@@ -70,13 +72,13 @@ def defaults(selector: str) -> dict[str, Any]:
 
 @functools.cache
 def main_bindings() -> dict[str, str]:
-    """What `train.gin` binds, as it stands there: `train.task` is `%TASK`, `TASK` is `%gin.REQUIRED`."""
+    """Returns the bindings in `train.gin` as texts: `train.task` is `%TASK`, `TASK` is `%gin.REQUIRED`."""
     text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
     return dict(re.findall(r"^([\w.]+) += +(\S+)", text, re.MULTILINE))
 
 
 def selector_of(name: str) -> str:
-    """The short name of a configurable of ours, or the full one of optax's or a user's own.
+    """Returns the short name of our configurable, or the full name of optax's or the user's own.
 
     Raises:
         InputError: gin knows no such configurable, or several.
@@ -87,9 +89,11 @@ def selector_of(name: str) -> str:
     try:
         found = gin.get_configurable(name)
         if getattr(found, "__module__", "").partition(".")[0] == "gin":
-            raise KeyError(name)  # gin's own, which would call what it is given
+            raise KeyError(name)  # one of gin's own, which would call its arguments
         if any(whole.endswith(f".{name}") for whole in _registered):
-            raise KeyError(name)  # `lion`, which means something since another config was read
+            raise KeyError(
+                name
+            )  # such as `lion`: known only because an earlier config used optax.lion
     except Exception:  # gin raises KeyError, ValueError or TypeError here, by the name's form
         module, _, last = name.rpartition(".")
         if name.startswith(OPTAX) and (function := _of_optax(name.removeprefix(OPTAX))):
@@ -97,14 +101,13 @@ def selector_of(name: str) -> str:
             _registered.add(name)
             return name
         raise InputError(
-            f"no configurable is called {name!r} (known: {', '.join(CONFIGURABLES)})"
-            f"{_nearest(short)}"
+            f"unknown configurable {name!r} (known: {', '.join(CONFIGURABLES)}){_nearest(short)}"
         ) from None
     return name
 
 
 def _of_optax(name: str) -> Callable[..., Any] | None:
-    """The function of optax of this name (`lion`, `contrib.muon`) that returns a transformation, or None."""
+    """Returns optax's function of this name (`lion`, `contrib.muon`); None if it returns no transformation."""
     try:
         function: Any = functools.reduce(getattr, name.split("."), optax)
         returns = inspect.signature(function).return_annotation

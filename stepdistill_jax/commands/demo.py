@@ -1,4 +1,4 @@
-"""`stepdistill demo`: see the method work from scratch."""
+"""`stepdistill demo`: trains and compares three small models from scratch."""
 
 import argparse
 
@@ -7,17 +7,17 @@ DEFAULT_WORKDIR = "runs/demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Adds the flags of `demo`."""
     from stepdistill_jax.commands.arguments import add_data_dir_argument
 
     parser.add_argument(
-        "--workdir", default=DEFAULT_WORKDIR, help=f"folder of its runs ({DEFAULT_WORKDIR})"
+        "--workdir", default=DEFAULT_WORKDIR, help=f"folder for its runs ({DEFAULT_WORKDIR})"
     )
     add_data_dir_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Prepares, shows two rows, trains three arms, and prints one table."""
+    """Prepares the data, shows two rows, trains three arms, and prints a table."""
     from stepdistill_jax.commands import inspect as inspect_command
     from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.commands.gin_config import load_config
@@ -48,8 +48,8 @@ def _show(summary: dict, console) -> None:
     from stepdistill_jax.experiments.demo import device_name
 
     table = Table(
-        caption=f"labels: trained on; seconds: of training, compiling and validation\n"
-        f"included, on {device_name()}; tokens/row: decoded to serve a label"
+        caption=f"labels: examples trained on; seconds: training, with compilation and\n"
+        f"validation, on {device_name()}; tokens/row: decoded for one label"
     )
     table.add_column("arm")
     for column in ("labels", "steps", "seconds", "test accuracy", "tokens/row"):
@@ -66,9 +66,9 @@ def _show(summary: dict, console) -> None:
     console.print(table)
     console.print(
         f"Always giving the commonest label: {summary['majority_baseline']:.3f}."
-        " Decoded tokens are the same for every arm: serving the label costs nothing extra.\n"
-        "The claim is about the same labels, recipe and steps; label-only training can learn this"
-        " task with another recipe and several times the steps."
+        " All arms decode the same number of tokens: a label costs the same to serve.\n"
+        "The arms share labels, recipe and steps. With another recipe and several times the steps,"
+        " label-only training can learn this task, too."
     )
     console.print(f"Curves: {summary['plot']}\n")
     for row in summary["rows"]:
@@ -79,7 +79,7 @@ def _show(summary: dict, console) -> None:
         "  stepdistill prepare jsonl --source my_rows.jsonl --name mine\n"
         "  stepdistill inspect mine\n"
         "  stepdistill train demo_step_by_step --workdir runs/mine --set TASK=mine"
-        " --set INPUT_LENGTH=512 --set TARGET_LENGTH=256    # longer texts are cut\n"
+        " --set INPUT_LENGTH=512 --set TARGET_LENGTH=256    # longer texts are truncated\n"
         "  stepdistill evaluate runs/mine --task mine --split test\n"
         "  stepdistill predict runs/mine questions.jsonl answers.jsonl\n"
         "  stepdistill export runs/mine my_model",

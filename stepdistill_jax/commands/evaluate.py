@@ -1,4 +1,4 @@
-"""`stepdistill evaluate`: accuracy of a model on a split of a dataset."""
+"""`stepdistill evaluate`: computes a model's accuracy on a split of a dataset."""
 
 import argparse
 from typing import Any
@@ -13,28 +13,28 @@ from stepdistill_jax.commands.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `evaluate`."""
-    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="what to evaluate")
+    """Adds the flags of `evaluate`."""
+    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="model to evaluate")
     parser.add_argument(
         "--task",
         required=True,
         metavar="NAME",
         help="a prepared dataset, the model's own task, or a task of --module",
     )
-    parser.add_argument("--split", default="test", help="of the dataset (default: test)")
+    parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
     add_decode_arguments(parser, prompts=False)
     parser.add_argument(
         "--with-rationale",
         action="store_true",
-        help="also decode the rationales: how near they are to the dataset's, and whether they lead to"
-        " the model's own labels",
+        help="also decode the rationales, and report how close they are to the dataset's and whether they"
+        " lead to the model's own labels",
     )
     parser.add_argument("--output", metavar="F.json", help="also write the result to a file")
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.evaluate` and prints its summary; of several processes, the first one does."""
+    """Calls `inference.evaluate`; process 0 prints the summary."""
     join_and_cache(args.path)
     from stepdistill_jax.inference import evaluate, rationale_quality
     from stepdistill_jax.inference.accuracy import in_words

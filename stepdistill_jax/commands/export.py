@@ -1,4 +1,4 @@
-"""`stepdistill export`: a trained model as a Hugging Face directory, as StableHLO, or for CTranslate2."""
+"""`stepdistill export`: writes a model as a Hugging Face directory, as StableHLO, or for CTranslate2."""
 
 import argparse
 import pathlib
@@ -9,11 +9,11 @@ from stepdistill_jax.commands.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `export`."""
+    """Adds the flags of `export`."""
     parser.add_argument(
         "workdir",
         metavar="WORKDIR",
-        help="folder of a training run (but with --format hf also a model directory)",
+        help="folder of a training run; with --format jax or ctranslate2, also a model directory",
     )
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", type=pathlib.Path, help="new folder to write"
@@ -23,18 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "jax", "ctranslate2"),
         default="hf",
-        help="hf (default): what transformers opens; jax: the label decoder as StableHLO with its"
-        " weights, for a process that has only jax; ctranslate2: for CTranslate2, which is faster on CPUs",
+        help="hf (default): for transformers; jax: the label decoder as StableHLO with its weights, for a"
+        " process that has only jax; ctranslate2: for CTranslate2, which is faster on CPUs",
     )
     parser.add_argument(
         "--quantization",
         metavar="float32|int8",
-        help="of the weights with --format ctranslate2 (default: float32)",
+        help="with --format ctranslate2: type of the weights (default: float32)",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.export` and says what is there."""
+    """Calls `inference.export` and prints what it wrote."""
     from stepdistill_jax.inference import export
 
     result = export(

@@ -1,6 +1,6 @@
-"""Parameters that a message names in backticks, as the running command takes them.
+"""Replaces parameters in messages by the running command's flags and settings.
 
-The library below knows Python parameters alone: "`num_beams` must be ...", "give `on_error=skip`".
+The library's messages name Python parameters in backticks: "`num_beams` must be ...", "give `on_error=skip`".
 """
 
 import argparse
@@ -12,10 +12,10 @@ _NAMED = re.compile(r"`([A-Za-z]\w*(?:\.\w+)?)(?:=([^`\s]*))?`")
 
 
 def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
-    """The function that writes a message for a command's users.
+    """Returns a function that rewrites messages for a command's users.
 
-    "`num_beams`" becomes "--num-beams", "`on_error=skip`" "--on-error skip" and, for a command that
-    reads a config, "`batch_size=8`" "BATCH_SIZE=8". What is neither an option nor a setting stays.
+    "`num_beams`" becomes "--num-beams", "`on_error=skip`" becomes "--on-error skip". For a command that
+    reads a config, "`batch_size=8`" becomes "BATCH_SIZE=8". Other names in backticks stay.
     """
     options = {a.dest: a for a in parser._actions if a.option_strings}
 
@@ -38,7 +38,7 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 def _settings() -> dict[str, str]:
     """Returns the config's name of each field: its macro in `train.gin`, or else `train.FIELD`.
 
-    A class has the name of its reference: `LoraConfig` is `@lora()`.
+    A class is named by its reference: `LoraConfig` is `@lora()`.
     """
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults, main_bindings
 
@@ -48,6 +48,6 @@ def _settings() -> dict[str, str]:
     settings |= {
         c.__name__: f"@{name}()" for name, c in CONFIGURABLES.items() if isinstance(c, type)
     }
-    for owner in ("supervision", "train"):  # whose fields messages name alone
+    for owner in ("supervision", "train"):  # messages name their fields without the owner
         settings |= {field: settings[f"{owner}.{field}"] for field in defaults(owner)}
     return settings

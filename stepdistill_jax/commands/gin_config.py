@@ -1,4 +1,4 @@
-"""From gin files and `--set` to a checked `TrainConfig`."""
+"""Turns gin files and `--set` flags into a checked `TrainConfig`."""
 
 import inspect
 import math
@@ -17,9 +17,9 @@ from stepdistill_jax.commands.gin_statements import (
     Bindings,
     Reader,
     is_part,
-    laid,
+    merged,
+    one_line,
     parse_override,
-    said,
     shown,
 )
 from stepdistill_jax.commands.shipped import find_config
@@ -27,7 +27,7 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
-# what T5X's configs call things
+# T5X's names of settings, and ours
 T5X_NAMES = {
     "MODEL_DIR": "--workdir",
     "MIXTURE_OR_TASK_NAME": "TASK",
@@ -49,24 +49,24 @@ def load_config(
     """Reads a config; gin's global state is empty before and after.
 
     Args:
-        config: path, or the name of a shipped config; None where `gin_files` say everything.
-        overrides: `NAME=VALUE` each, as after `--set`; the last of a name wins.
-        gin_files: more files, each over those before (`--gin_file`), save that the order of shipped
-            parts does not matter (`gin_statements.laid`).
-        gin_bindings: `NAME=VALUE` each, as after `--gin.`.
+        config: path or name of a shipped config; None if `gin_files` contain everything.
+        overrides: texts `NAME=VALUE`, as after `--set`; the last one for a name wins.
+        gin_files: further files (`--gin_file`); a later file overrides earlier ones, but the order of
+            shipped parts does not matter (`gin_statements.merged`).
+        gin_bindings: texts `NAME=VALUE`, as after `--gin.`.
 
     Returns:
-        The run's config, and gin text of all that made it, which reads back to the same.
+        The run's config, and gin text of all bindings in use, which reads back to the same config.
 
     Raises:
-        InputError: one line with file and line, or the flag, of what is wrong.
+        InputError: the config is wrong; names file and line, or the flag.
     """
     names = [*([] if config is None else [os.fspath(config)]), *gin_files]
     if not names:
-        raise InputError("a config is wanted: a path, or the name of a shipped one")
+        raise InputError("expected a config: a path, or the name of a shipped one")
     paths = [find_config(name) for name in names]
     last, reader = shown(paths[-1]), Reader()
-    declared = laid([(path, reader.bindings(path)) for path in paths])
+    declared = merged([(path, reader.bindings(path)) for path in paths])
     if not any(b.owner == f"@{ROOT}" for b in declared.values()):
         raise InputError(f'{last}: `train` is unbound; begin with include "train.gin"')
     reached = _reached(declared)
@@ -83,18 +83,22 @@ def load_config(
     _check_values(reached, last)
     for b in typed:
         if b.key not in reached:
-            raise InputError(f"{b.where}: has no effect, since nothing uses {b.key} in this config")
+            raise InputError(f"{b.where}: has no effect, since this config does not use {b.key}")
     return _build(reached, last), _text(reached, reader.imports)
 
 
 def _reached(bindings: Bindings) -> Bindings:
-    """What decides the run: what `train` reads, directly or through references.
+    """Returns the bindings that `train` reads, directly or through references.
 
-    A parameter that nothing binds is at its default, and so is a macro of the parameter's name.
+    An unbound parameter has its default, and so has a macro of the parameter's name.
+
+    With `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`, which
+    reads `%BETA`: all three owners are visited. A binding in a scope, `hint/Objective.weight`, belongs
+    to the call `@hint/Objective`, which also reads `Objective.weight`.
     """
     found: Bindings = {}
     calls = [f"@{ROOT}"]
-    for call in calls:  # which grows
+    for call in calls:  # the list grows during the loop
         *scopes, name = call[1:].split("/")
         owners = {call[0] + "/".join([*scopes[:n], name]) for n in range(len(scopes) + 1)}
         read = {key: b for key, b in bindings.items() if b.owner in owners}
@@ -114,10 +118,10 @@ def _reached(bindings: Bindings) -> Bindings:
 
 
 def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> None:
-    """Refuses what gin lets pass: macros and bindings of a file that nothing reads."""
+    """Refuses macros and bindings of a file that nothing reads, which gin would accept."""
     used = {call for b in read for call in b.calls}
     for b in read:
-        # a part's binding may be superseded, say by other objectives; the config's own may not
+        # a part's binding may be overridden, say by other objectives; the config's own may not
         own = b.path == last and not is_part(b.path)
         is_read = b.key in reached or not own if "." in b.key else b.owner in used
         if not is_read:
@@ -126,12 +130,12 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
 
 
 def _check_values(reached: Bindings, config: str) -> None:
-    """Refuses a key of two parts, and macros that have no value."""
+    """Refuses a key that two parts bind, and macros without a value."""
     missing = []
     for key, b in reached.items():
         if b.rival is not None:
             raise InputError(
-                f"{b.where}: {b.rival.where} binds {key}, too; give one of these two parts, or"
+                f"{b.where}: {b.rival.where} also binds {key}; give only one of the two parts, or"
                 f" --set {key}=VALUE"
             )
         for call in b.calls:
@@ -139,7 +143,7 @@ def _check_values(reached: Bindings, config: str) -> None:
                 missing.append(key)
             elif call[0] == "%" and call[1:] not in reached:
                 hint = suggestion(call[1:], reached)
-                raise InputError(f"{b.where}: {call} is bound nowhere{hint}")
+                raise InputError(f"{b.where}: {call} is not bound{hint}")
         _source(b, reached)
     if missing:
         *others, last = missing
@@ -151,18 +155,18 @@ def _check_values(reached: Bindings, config: str) -> None:
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:
-    """The binding that has the value, at the end of its macros."""
+    """Follows a binding's macros to the binding that has the value."""
     seen = []
     while b.macro in bindings:
         if b.macro in seen:
-            raise InputError(f"{b.where}: %{b.macro} leads back to itself")
+            raise InputError(f"{b.where}: %{b.macro} refers to itself")
         seen.append(b.macro)
         b = bindings[b.macro]
     return b
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """What to say of an unknown setting: `; did you mean ...?`, or the macros that there are."""
+    """Returns a hint for an unknown setting: `; did you mean ...?`, or the list of macros."""
     if name in T5X_NAMES:
         return f"; here it is {T5X_NAMES[name]}"
     known, upper = set(known), name.upper()
@@ -185,16 +189,16 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
         return gin.get_configurable(ROOT)()
     except RecursionError:
         raise InputError(
-            f"{config}: a reference leads back to itself, as @train() in a parameter of train does"
+            f"{config}: a reference refers to itself, as @train() in a parameter of train does"
         ) from None
     except (TypeError, ValueError, RuntimeError) as error:
-        text = said(error)
+        text = one_line(error)
         named = re.search(r"`([\w.]+)`", text)
         name = named[1] if named else ""
         for key, b in reached.items():
             parameter = key.rpartition(".")[2]  # `label_weight` of an arm is `label.weight`
             ours = name in (key, parameter) or name.replace(".", "_") == parameter
-            if ours or name.endswith(f".{key}"):  # a function's module goes before its name
+            if ours or name.endswith(f".{key}"):  # a function's module precedes its name
                 source = _source(b, reached)
                 config, text = source.where, text.replace(f"`{name}`", source.key)
                 break
@@ -204,9 +208,9 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Binds a function that is not ours with its arguments, where `train.optimizer` is its result.
+    """Binds `train.optimizer` to an `OptimizerFunction` if it is the result of a function of others.
 
-    A run has to describe what it calls, and to tell it from what its resume calls.
+    A run records the function and its arguments, and compares them with those of a resume.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None
@@ -226,7 +230,7 @@ def _bind_optimizer(reached: Bindings) -> None:
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:
-    """The operative config: imports, macros, parameters."""
+    """Returns the operative config: imports, macros, parameters."""
     lines = {
         key: f"{key} = {'1e999' if b.value == math.inf else repr(b.value)}"
         for key, b in sorted(reached.items())

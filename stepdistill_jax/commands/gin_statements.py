@@ -1,7 +1,7 @@
-"""Reads gin text into bindings that know where they were written.
+"""Reads gin text into bindings that record their file and line.
 
-gin's `parse_config` forgets that and lets a later file win over an earlier one without a word; its
-parser is used here, its state is not.
+gin's `parse_config` forgets them, and silently lets a later file override an earlier one. Only gin's parser
+is used here, not its global state.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.tasks.lookup import search_current_folder
 
-MAX_BYTES = 1 << 18  # of a file; gin reads 10,000 lines a second
-MAX_FILES = 200  # that one config includes, one inside another and one after another
-# what gin's parser raises: an unknown reference is a ValueError, 1,000 brackets are too deep
+MAX_BYTES = 1 << 18  # of a file; gin reads 10,000 lines per second
+MAX_FILES = 200  # includes of one config, nested ones counted
+# errors of gin's parser: ValueError for an unknown reference, RecursionError for 1,000 nested brackets
 _NOT_GIN = (SyntaxError, tokenize.TokenError, ValueError, RecursionError)
 
 
@@ -34,11 +34,11 @@ class Binding:
     """One statement `KEY = VALUE`.
 
     Attributes:
-        key: a macro (`SEED`), or a parameter of a configurable, perhaps in a scope (`train.seed`,
+        key: a macro (`SEED`), or a configurable's parameter, optionally in a scope (`train.seed`,
             `hint/Objective.weight`).
         where: `file:line`, or the flag that was typed.
-        path: of the file; None of a flag.
-        rival: the same key's binding in another part, where neither goes before the other.
+        path: path of the file; None for a flag.
+        rival: another part's binding of the same key, if neither part overrides the other.
     """
 
     key: str
@@ -48,25 +48,25 @@ class Binding:
     rival: "Binding | None" = None
 
     def __post_init__(self):
-        # an arm by its name takes the weights that are bound for it, as `@arm()` does
+        # the name of an arm means `@arm()`, so the weights bound for that arm apply
         if self.key == "OBJECTIVES" and isinstance(self.value, str) and self.value in ARMS:
             arm = gin_internals.ConfigurableReference(self.value, True)
             object.__setattr__(self, "value", arm)
 
     @property
     def owner(self) -> str:
-        """Who reads it, as `calls` names it: `@train`, `@hint/Objective`, `%SEED`."""
+        """Returns the reference that reads it, as in `calls`: `@train`, `@hint/Objective`, `%SEED`."""
         return f"@{self.key.rpartition('.')[0]}" if "." in self.key else f"%{self.key}"
 
     @property
     def calls(self) -> list[str]:
-        """Each reference in the value: `@optimizer`, `@hint/Objective`, `%SEED`."""
+        """Returns the references in the value: `@optimizer`, `@hint/Objective`, `%SEED`."""
         found = map(repr, gin_internals.iterate_references([self.value]))
         return [r.removesuffix("()").replace("stepdistill_jax.", "") for r in found]
 
     @property
     def macro(self) -> str | None:
-        """The macro that is the whole value."""
+        """Returns the macro's name if the whole value is a macro, else None."""
         whole = isinstance(self.value, gin_internals.ConfigurableReference)
         return self.calls[0][1:] if whole and self.calls[0][0] == "%" else None
 
@@ -76,26 +76,26 @@ Bindings = dict[str, Binding]
 
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Puts the place before an InputError."""
+    """Prefixes an InputError with its place."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{where}: {said(error)}") from error
+        raise InputError(f"{where}: {one_line(error)}") from error
 
 
-def said(error: Exception) -> str:
-    """One line of an exception, without the lines of context that gin adds at either end."""
+def one_line(error: Exception) -> str:
+    """Returns an exception as one line, without the context lines that gin adds before and after it."""
     if isinstance(error, RecursionError):
-        return "too many brackets in brackets"
+        return "too many nested brackets"
     from_parser = isinstance(error, SyntaxError | tokenize.TokenError)
     lines = str(error.args[0] if from_parser else error).strip().split("\n")
     if "Failed to parse token" in lines[-1]:
-        return f"{lines[-1].strip()}; write text in quotes"
+        return f"{lines[-1].strip()}; put text in quotes"
     return lines[0]
 
 
 def shown(path: pathlib.Path) -> str:
-    """A path as short as the reader can use it from the current folder."""
+    """Returns a path relative to the current folder if it lies below it."""
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -103,7 +103,7 @@ def shown(path: pathlib.Path) -> str:
 
 
 class _Delegate(gin_internals.ParserDelegate):
-    """Refuses a reference to an unknown configurable with a message of ours."""
+    """Refuses a reference to an unknown configurable with our own message."""
 
     def configurable_reference(self, scoped_selector, evaluate):
         selector_of(scoped_selector.rpartition("/")[2])
@@ -114,7 +114,7 @@ class Reader:
     """Reads gin files.
 
     Attributes:
-        read: every binding of every file, also those that another one supersedes.
+        read: all bindings of all files, also overridden ones.
         imports: the import statements.
     """
 
@@ -124,13 +124,13 @@ class Reader:
         self._included = 0
 
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
-        """What a gin file binds, over what the files bind that it includes (`parents` include it).
+        """Returns the bindings of a gin file and of its includes, which the file's own override.
 
-        An included file is looked for beside the including one, then among the shipped ones. A
-        statement `import MODULE` runs that module: a config is code.
+        An included file is searched next to the including one, then among the shipped ones. A statement
+        `import MODULE` runs that module: a config is code. `parents` are the files that include this one.
 
         Raises:
-            InputError: whatever is wrong, with file and line.
+            InputError: the file is wrong; names file and line.
         """
         parents = (*parents, path.resolve())
         own: Bindings = {}
@@ -148,38 +148,42 @@ class Reader:
                 with at(where):
                     key = _key(statement.scope, statement.selector, statement.arg_name)
                     if key in own:
-                        raise InputError(f"{key} is bound already in {own[key].where}")
+                        raise InputError(f"{key} is already bound in {own[key].where}")
                 own[key] = Binding(key, statement.value, where, path)
         self.read += own.values()
-        return laid(included) | own
+        return merged(included) | own
 
     def _find_include(self, name: str, parents: tuple[pathlib.Path, ...]) -> pathlib.Path:
-        beside = parents[-1].parent / name
-        found = beside if os.path.isfile(beside) else find_shipped(name)
+        sibling = parents[-1].parent / name
+        found = sibling if os.path.isfile(sibling) else find_shipped(name)
         self._included += 1
         if found is None:
             raise InputError(
-                f"include {name!r}: no such file beside {parents[-1].name} or in"
+                f"include {name!r}: no such file next to {parents[-1].name} or in"
                 f" {shown(shipped_folder('gin'))}"
             )
         if found.resolve() in parents:
-            raise InputError(f"include {name!r} leads back to itself")
+            raise InputError(f"include {name!r} includes itself")
         if self._included > MAX_FILES:
-            raise InputError(f"more than {MAX_FILES} includes in all")
+            raise InputError(f"expected at most {MAX_FILES} includes in all")
         return found
 
 
-def laid(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
-    """Each file over those before it, but the order of shipped parts does not matter.
+def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
+    """Merges files: a later file overrides earlier ones, but the order of shipped parts does not matter.
 
-    A part says whole what it refers to: where it has `@optimizer()`, what other files bind of
-    `optimizer` goes back to the defaults. A key that two parts bind has a `rival`, save that the
-    parts in `paper/`, each a run's size and all that goes with it, or the published code's habits,
-    give way to the others.
+    A part defines completely what it refers to: if it contains `@optimizer()`, bindings of `optimizer`
+    in earlier files are dropped, so these parameters have their defaults again. A key that two parts
+    bind gets a `rival`. Parts in `paper/` (a run's size with its settings, or the published code's
+    choices) give way to other parts instead.
+
+    For example, `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`: an earlier file's
+    `optimizer.b1` is dropped. `optimizers/adafactor.gin` together with it makes `train.optimizer`
+    a key with a rival, which `_check_values` refuses.
     """
     found: Bindings = {}
-    paper: Bindings = {}
-    others: Bindings = {}
+    paper: Bindings = {}  # of all parts in `paper/` so far
+    others: Bindings = {}  # of all other parts so far
     for path, bindings in files:
         if is_part(path):
             of_kind = paper if is_part(path, "paper") else others
@@ -200,7 +204,7 @@ def laid(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
 
 
 def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
-    """Returns whether a gin file is a shipped part, in a folder of `gin/`; of `kind`, in that one."""
+    """Returns whether a gin file is a shipped part, from a folder of `gin/` (from `kind`, if given)."""
     if path is None:
         return False
     folder = path.resolve().parent
@@ -208,7 +212,7 @@ def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:
-    """The key, checked against the known configurables."""
+    """Returns a statement's key, checked against the known configurables."""
     if parameter:
         selector = selector_of(selector)
         if (known := defaults(selector)) and parameter not in known:
@@ -221,26 +225,26 @@ def _key(scope: str, selector: str, parameter: str) -> str:
 
 
 def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, statement) of a file; gin's exceptions become one line each."""
+    """Yields (file:line, statement) of a file, and turns gin's exceptions into one-line errors."""
     name, parser = shown(path), None
     try:
         text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_BYTES else None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name}: not readable as text ({error})") from None
     if text is None:
-        raise InputError(f"{name}: larger than {MAX_BYTES >> 10} KiB, so it is no config")
+        raise InputError(f"{name}: larger than {MAX_BYTES >> 10} KiB, so it is not a config")
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
         for statement in parser:
             yield f"{name}:{statement.location.line_num}", statement
     except _NOT_GIN as error:
         line = getattr(error, "lineno", None) or (parser.current_token.start[0] if parser else 1)
-        raise InputError(f"{name}:{line}: {said(error)}") from None
+        raise InputError(f"{name}:{line}: {one_line(error)}") from None
 
 
 def _import(statement: config_parser.ImportStatement) -> None:
     if statement.module.startswith("__gin__"):
-        raise InputError("dynamic registration is not used here")
+        raise InputError("dynamic registration is not supported")
     search_current_folder()
     try:
         try:
@@ -249,25 +253,25 @@ def _import(statement: config_parser.ImportStatement) -> None:
             if not statement.is_from:
                 raise
             importlib.import_module(statement.module.rpartition(".")[0])
-    except (Exception, SystemExit) as error:  # it is the user's code: whatever comes up
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise InputError(kind + " ".join(str(error).split())) from error
 
 
 def parse_override(text: str, flag: str) -> Binding:
-    """The binding of `NAME=VALUE` as typed after `flag` (`--set `, `--gin.`).
+    """Returns the binding of `NAME=VALUE`, as typed after `flag` (`--set `, `--gin.`).
 
-    VALUE is what gin reads (a Python literal, `@name()`, `%MACRO`), or else a bare word: a string.
+    VALUE is a gin value (a Python literal, `@name()`, `%MACRO`), or else a bare word, taken as a string.
 
     Raises:
-        InputError: no `=`, no name, no value, or a literal that does not end.
+        InputError: `=`, the name or the value is missing, or a literal is incomplete.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     with at(f"{flag}{text}"):
         if not equals or not re.fullmatch(r"[A-Za-z_][\w./]*", name):
-            raise InputError("NAME=VALUE is wanted")
+            raise InputError("expected NAME=VALUE")
         if not value:
-            raise InputError("a value is wanted after '='; '' is the empty text")
+            raise InputError("expected a value after '='; '' is the empty text")
         key = _key(*config_parser.parse_binding_key(name))
         return Binding(key, _value(value), f"{flag}{text}")
 
@@ -276,7 +280,7 @@ def _value(text: str) -> Any:
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
         value = parser.parse_value()
-        if not parser.current_token.string:  # nothing is left
+        if not parser.current_token.string:  # the text is used up
             return value
     except InputError:  # an unknown reference
         raise

@@ -1,4 +1,4 @@
-"""`stepdistill inspect`: rows as the model sees them, lengths, fill, and what would be cut."""
+"""`stepdistill inspect`: shows rows as the model sees them, lengths, fill, and truncation."""
 
 import argparse
 import os
@@ -13,30 +13,30 @@ if TYPE_CHECKING:
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue")
 BAR = 30
-SEGMENTS, BRIEF_SEGMENTS = 8, 4  # shown of a packed row
+SEGMENTS, BRIEF_SEGMENTS = 8, 4  # segments shown per packed row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Adds the flags of `inspect`."""
     from stepdistill_jax.commands.arguments import add_config_arguments, add_data_arguments
 
     add_config_arguments(
         parser,
         metavar="CONFIG_OR_MIXTURE",
-        help="a config (file or shipped name), or a prepared dataset, SeqIO task or mixture",
+        help="a config (file or shipped name), prepared dataset, SeqIO task or mixture",
     )
-    parser.add_argument("--split", default="train", help="which split (train)")
-    parser.add_argument("--rows", type=int, default=2, help="rows to show (2)")
+    parser.add_argument("--split", default="train", help="split to show (train)")
+    parser.add_argument("--rows", type=int, default=2, help="number of rows to show (2)")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="compare every byte of the split's token stores with what was written",
+        help="read every byte of the split's token stores and check them for damage",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Finds the config or task, looks at it, prints, and returns the figures."""
+    """Inspects the config or task, prints the result, and returns it."""
     from stepdistill_jax.training import inspect
 
     result = inspect(
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_or_task(args: argparse.Namespace) -> Any:
-    """A `TrainConfig` where the name is a config's, else the task's name.
+    """Returns a `TrainConfig` if the name is a config's, else the task's name.
 
     Raises:
-        InputError: neither; lists the nearest.
+        InputError: the name is neither; suggests the nearest.
     """
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.commands.shipped import find_config, shipped_configs
@@ -64,7 +64,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
     name: str | None = args.config
     settings = (args.overrides, args.gin_files, args.gin_bindings)
     if name is None and not args.gin_files:
-        raise InputError("inspect: a config or a task is wanted")
+        raise InputError("inspect: expected a config or a task")
     if name is None or _is_config(name, find_config):
         bindings = list(args.gin_bindings)
         if args.task_module:
@@ -79,14 +79,14 @@ def _config_or_task(args: argparse.Namespace) -> Any:
         raise InputError(f"{name}: no config of that name{hint}; and {error}") from None
     if any(settings):
         raise InputError(
-            f"--set, --gin_file and --gin. need a config, {name} is a task; make a config with"
+            f"--set, --gin_file and --gin. need a config, but {name} is a task; write a config with"
             f" TASK = {name!r}"
         )
     return name
 
 
 def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
-    """Whether a config of that name is at hand; what looks like a path to one must be."""
+    """Returns whether there is a config of that name; raises if a name that looks like a path has none."""
     try:
         find_config(name)
     except InputError:
@@ -97,7 +97,7 @@ def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
 
 
 def show(result: dict[str, Any], console: "Console", *, brief: bool = False) -> None:
-    """Prints what `training.inspect` found; brief: only the rows."""
+    """Prints the result of `training.inspect`; with `brief`, only the rows."""
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(result["objectives"])}
     _show_rows(result, console, colours, brief)
     if brief:
@@ -106,8 +106,8 @@ def show(result: dict[str, Any], console: "Console", *, brief: bool = False) -> 
     _show_fill(result, console)
     for store in result.get("verified", ()):
         console.print(
-            f"Verified {store['store']}: {store['bytes']:,} bytes in {store['files']} files are as"
-            " they were written",
+            f"Verified {store['store']}: {store['bytes']:,} bytes in {store['files']} files are"
+            " undamaged",
             highlight=False,
             soft_wrap=True,
         )
@@ -173,6 +173,7 @@ def _show_lengths(result: dict, console: "Console", colours: dict[str, str]) -> 
             )
             largest = max((b["rows"] for b in lengths["histogram"]), default=1) or 1
             for part in lengths["histogram"]:
+                # rounded up, so that a single row is visible
                 bar = "█" * -(-part["rows"] * BAR // largest)
                 span = f"{part['from']}-{part['to']}" if part["from"] < part["to"] else part["to"]
                 console.print(
@@ -197,7 +198,7 @@ def _show_fill(result: dict, console: "Console") -> None:
     if not result["candidates"]:
         return
     table = Table(
-        title="Packed rows tried: their tokens, and how full they are", title_justify="left"
+        title="Sizes of packed rows that were tried, and how full they are", title_justify="left"
     )
     filled = ("inputs", "targets", "all")
     for column in ("input", "target", "rows", *filled, "GFLOP a step"):
@@ -214,9 +215,9 @@ def _show_fill(result: dict, console: "Console") -> None:
         )
     console.print(table)
     chosen = result["chosen"]
-    why = ", which cost least" if len(result["candidates"]) > 1 else ""
+    why = ", the cheapest" if len(result["candidates"]) > 1 else ""
     console.print(
-        f"A run on one device has ROW_INPUT_LENGTH = {chosen['row_input_length']},"
+        f"A run on one device uses ROW_INPUT_LENGTH = {chosen['row_input_length']},"
         f" ROW_TARGET_LENGTH = {chosen['row_target_length']}{why}"
         f" (filled {chosen['fill']['all']:.0%})",
         highlight=False,

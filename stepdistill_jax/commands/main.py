@@ -1,8 +1,8 @@
 """`stepdistill`: finds the command, runs it, and turns errors into exit codes.
 
-0 done; 2 bad usage, config or input, said in one line; 1 a failure in the run; 75 stopped by a
-signal after a clean save, to be started again; 130 interrupted from the keyboard. One of several
-processes ends by SIGABRT where JAX lost another one: start all of them again.
+0: done. 1: the run failed. 2: bad usage, config or input, reported in one line. 75: stopped by a signal
+after a clean save; start it again. 130: interrupted from the keyboard. With several processes, a process
+ends by SIGABRT if JAX loses another one; start all of them again.
 """
 
 import argparse
@@ -35,27 +35,27 @@ from stepdistill_jax.runtime.stores import StoreError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-# what `--help` lists without importing the modules
+# help texts, here so that `--help` imports no command
 COMMANDS = {
-    "demo": "see the method work from scratch in a few minutes; needs no data",
+    "demo": "train and compare three small models from scratch in a few minutes; needs no data",
     "prepare": "read a dataset with its rationales, check it, and write it as TFDS and JSONL",
     "annotate": "ask a large model for the rationales and labels of a JSONL file",
-    "inspect": "show rows as the model sees them, and what the lengths would cut",
+    "inspect": "show rows as the model sees them, and how many are truncated",
     "settings": "list the settings of a config: default, unit and meaning",
-    "plan": "memory, FLOPs and traffic of a config on N devices, without them",
-    "train": "train a config in a workdir, or resume it",
-    "checkpoints": "list a workdir's saved steps, and whether they are as they were saved",
-    "evaluate": "accuracy of a workdir or model on a split",
-    "predict": "labels and scores for the rows of a JSONL file",
-    "sweep": "arms x data fractions x seeds, trained and evaluated; resumable",
-    "report": "runs compared: one HTML page, its plots and tables",
-    "serve": "labels and scores over HTTP",
+    "plan": "compute memory, FLOPs and traffic of a config on N devices, without the devices",
+    "train": "train a config in a workdir, or resume the run in it",
+    "checkpoints": "list a workdir's saved steps, and check them for damage",
+    "evaluate": "compute a workdir's or model's accuracy on a split",
+    "predict": "write labels and scores for the rows of a JSONL file",
+    "sweep": "train and evaluate arms x data fractions x seeds; resumable",
+    "report": "compare runs: one HTML page, its plots and tables",
+    "serve": "serve labels and scores over HTTP",
     "export": "write a workdir's model as a Hugging Face directory",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line; returns its exit code, or ends here where others run with this process."""
+    """Runs one command line and returns its exit code; one of several processes ends here instead."""
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:
         code = _exit_code(typed)
@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _leave(code: int, *, owns_process: bool) -> None:
     leave(code)
-    if code != OK and owns_process:  # not where a notebook called `main([...])`
+    if code != OK and owns_process:  # not if a notebook called `main([...])`
         end_soon(code)
 
 
 def _ended(argv: list[str], code: int, error: str) -> int:
-    """Prints the JSON object of a command that failed, under `--json`; returns its exit code."""
+    """Prints the JSON object of a failed command under `--json`; returns `code`."""
     if "--json" in argv and is_process_0():
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"error": error, "exit_code": code}), flush=True)
@@ -93,25 +93,25 @@ def _exit_code(argv: list[str]) -> int:
     except InputError as error:
         if debug:
             show_traceback()
-        # one line, whatever a library's text in it looked like
+        # one line, even if the message quotes several lines of a library
         log(f"stepdistill: error: {printable(error)}")
         return _ended(argv, BAD_INPUT, translated(printable(error)))
     except KeyboardInterrupt:
         log("stepdistill: interrupted")
         return _ended(argv, INTERRUPTED, "interrupted")
     except BrokenPipeError:
-        # the reader of our output (`| head`) left; nothing may be flushed into the pipe at exit
+        # the reader of our output (`| head`) has ended; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (ProcessesMissing, PeerFailed, CheckpointError, StoreError, MemoryError) as error:
-        # what their one line says is all that there is to know
+        # their one-line message says it all; a traceback would add nothing
         if debug:
             show_traceback()
         log(f"stepdistill: failed: {printable(error)}")
         return _ended(argv, FAILED, translated(printable(error)))
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in DISK_ERRORS and error.filename
-        if debug or not full:  # of a full disk, the line names the file
+        if debug or not full:  # for a full disk, the message names the file
             show_traceback()
         summary = f"{type(error).__name__}: {error}".split("\n")[0]
         hint = "" if debug or full else " (--debug shows JAX's inner frames, too)"
@@ -127,7 +127,7 @@ def _run(argv: list[str]) -> int:
         raise InputError(
             f"no command {command!r}{nearest(command, COMMANDS)}; see `stepdistill --help`"
         )
-    if command is not None:  # flags that all commands share may stand before it
+    if command is not None:  # flags that all commands share may precede it
         at = argv.index(command)
         argv = [command, *argv[:at], *argv[at + 1 :]]
     parser, sub, run = parser_of(command)
@@ -144,28 +144,26 @@ def _run(argv: list[str]) -> int:
     try:
         result = run(args)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # pathlib asks the system about any name
+        if error.errno != errno.ENAMETOOLONG:  # pathlib passes any name to the system
             raise
-        raise InputError(
-            f"{printable(error.filename, 200)}: longer than a file's name can be"
-        ) from None
+        raise InputError(f"{printable(error.filename, 200)}: too long for a file name") from None
     if args.json and is_process_0():
         print(json.dumps(_plain(result or {})), flush=True)
-    # a run that ended before its work did, and has said why; checkpoints that are not as saved
+    # keys of results that mean failure: a run that stopped early, damaged checkpoints, failed cells
     ended_badly = ("stopped", "damaged", "failed_cells")
     return FAILED if any((result or {}).get(name) for name in ended_badly) else OK
 
 
 def parser_of(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
-    """The whole parser, the one of a command with its arguments filled in, and its `run`."""
+    """Returns the main parser, the command's own parser with its arguments, and its `run`."""
     parser = Parser(
         prog="stepdistill",
-        description="Distilling step-by-step: small T5 models from labels and rationales.",
+        description="Distilling step-by-step: trains small T5 models on labels and rationales.",
         allow_abbrev=False,
     )
     if command is None:
         parser.add_argument(
-            "--version", action="store_true", help="versions and devices, ready to paste"
+            "--version", action="store_true", help="print versions and devices, for bug reports"
         )
         add_common_arguments(parser)
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
@@ -199,7 +197,7 @@ def _print_versions(*, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as strict JSON knows it: no NaN, no NumPy scalars, no paths."""
+    """Returns `value` as strict JSON: NaN becomes None, NumPy scalars numbers, paths texts."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

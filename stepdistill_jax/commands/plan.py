@@ -1,4 +1,4 @@
-"""`stepdistill plan`: what a config needs on N devices, and the cheapest layout that fits."""
+"""`stepdistill plan`: computes what a config needs on N devices, and finds the cheapest layout that fits."""
 
 import argparse
 import math
@@ -22,7 +22,7 @@ _UNITS = {"": 1, "B": 1} | {
 }
 _FITS = {True: "yes", False: "no", None: "not tried"}
 _SIZES = ("params", "optimizer", "gradients", "activations", "total")
-# what is typed for a change of `planning.plan`; layout and remat policy are of every candidate
+# flags for the changes of `planning.plan`; every candidate also has a layout and a remat policy
 _CHANGES = {
     "devices": "--devices {}",
     "optimizer": "--gin_file optimizers/{}.gin",
@@ -33,63 +33,63 @@ _CHANGES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `plan`."""
+    """Adds the flags of `plan`."""
     add_config_arguments(parser)
-    parser.add_argument("--devices", type=int, help="how many (16)")
+    parser.add_argument("--devices", type=int, help="number of devices (16)")
     parser.add_argument(
-        "--hbm", metavar="SIZE", help="memory of one device, such as 80GB (the default) or 16GiB"
+        "--hbm", metavar="SIZE", help="memory per device, such as 80GB (the default) or 16GiB"
     )
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="only this one, with the config's remat policy, by its name or as the table has it"
-        " (`fsdp_tensor 32x8`); without it layouts are compared",
+        help="plan only this layout, with the config's remat policy: its name, or its entry in the table"
+        " (`fsdp_tensor 32x8`); default: compare layouts",
     )
     parser.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="compile for chips that are not here, and say how fast they can be: a TPU slice such as"
-        " v5e:8x8 (needs the extra [tpu]), or cuda:1 to cuda:8, H100s of a host ([aot-cuda])",
+        help="compile for absent chips and compute their lowest possible time: a TPU slice such as v5e:8x8"
+        " (needs the extra [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs [aot-cuda])",
     )
     parser.add_argument(
         "--rows",
         type=int,
-        help="packed rows of a step, as `stepdistill inspect` shows them; with --decode, of a batch",
+        help="packed rows per step, as `stepdistill inspect` shows them; with --decode, rows per batch",
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="the label decoder of a validation in place of the training step; needs --topology",
+        help="plan a validation's label decoder instead of the training step; needs --topology",
     )
     parser.add_argument(
         "--quantization",
         choices=("int8",),
-        help="with --decode: weights in memory as int8, as `predict --quantization int8` has them",
+        help="with --decode: keep weights in memory as int8, as `predict --quantization int8` does",
     )
     add_data_dir_argument(parser)
 
 
 def parse_size(text: str) -> int:
-    """`80GB` -> 80e9, `16GiB` -> 16 x 2**30.
+    """Returns a size in bytes: 80e9 for `80GB`, 16 x 2**30 for `16GiB`.
 
     Raises:
-        InputError: no number with one of these units.
+        InputError: it is not a number with one of these units.
     """
     found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B?)", text.strip())
     if found is None or found.group(2) not in _UNITS or found.group(1).count(".") > 1:
-        raise InputError(f"--hbm {text}: a size such as 80GB or 16GiB is wanted")
+        raise InputError(f"--hbm {text}: expected a size such as 80GB or 16GiB")
     size = int(float(found.group(1).strip(".") or 0) * _UNITS[found.group(2)])
     if size < 1:
-        raise InputError(f"--hbm {text}: a size above 0 is wanted")
+        raise InputError(f"--hbm {text}: expected a size above 0")
     return size
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Reads the config, plans, and prints the tables."""
     if args.topology and args.devices is not None:
-        raise InputError("--devices: the topology says how many there are; leave one of them out")
+        raise InputError("--devices: --topology already sets the number; leave one of them out")
     if args.quantization and not args.decode:
-        raise InputError("--quantization: only of the decoder; give --decode, too")
+        raise InputError("--quantization: applies to the decoder only; add --decode")
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.planning import plan, plan_decode
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             candidate["flags"] = _flags(candidate, config.remat_policy, given=bool(args.layout))
     result["advice"] = [_advice(remedy) for remedy in result["remedies"]]
     if (needed := result["hbm_needed"]) is not None:
-        result["advice"].append(f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: as it is")
+        result["advice"].append(f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: fits unchanged")
     show(result, _console())
     return result
 
@@ -133,13 +133,14 @@ def _console() -> "Console":
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
-    """Returns the flags that choose a candidate, as `train` takes them, and `plan` more devices.
+    """Returns the flags that choose a candidate: `train` takes them, and `plan` a `--devices` among them.
 
     Args:
-        candidate: one that was compiled.
-        policy: of the config; it needs no flag.
-        given: whether the command named the layout.
+        candidate: a compiled candidate.
+        policy: the config's remat policy, which needs no flag.
+        given: whether the command line names the layout.
     """
+    # "fsdp_tensor 32x8" is the layout fsdp_tensor with tensor = 8
     layout, _, sizes = candidate["name"].partition(" ")
     tensor = [f"--set Layout.tensor={sizes.partition('x')[2]}"] if sizes else []
     changes = candidate.get("changes", {})
@@ -157,17 +158,17 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns what to type, and what it gives."""
+    """Returns a remedy's flags and their effect, in a line."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
-    bound = f", at least {remedy['bound']['bound_ms']:.3g} ms" if remedy["bound"] else ""
+    bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (
-        f"{remedy['flags']}: {total:.2f} GiB, {sent:.2f} GiB sent a step,"
+        f"{remedy['flags']}: {total:.2f} GiB; per step {sent:.2f} GiB sent,"
         f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs{bound}"
     )
 
 
 def show(result: dict[str, Any], console: "Console") -> None:
-    """Prints what `planning.plan` found."""
+    """Prints the result of `planning.plan`."""
     for assumption in result["assumptions"]:
         console.print(f"Assumed: {assumption}")
     console.print(_table(result))
@@ -192,15 +193,15 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 def _show_advice(result: dict[str, Any], console: "Console") -> None:
     if result["advice"]:
-        console.print("[bold]Nothing fits.[/bold] What would, as compiled, for one device:")
+        console.print("[bold]Nothing fits.[/bold] These changes would, as compiled, per device:")
         for line in result["advice"]:
             console.print(f"  {line}", soft_wrap=True)
     else:
         console.print("[bold]Nothing fits,[/bold] and no change that was compiled makes it fit.")
     if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
         console.print(
-            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; virtual CPU devices"
-            " cannot show it, --topology can",
+            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; --topology can show that,"
+            " virtual CPU devices cannot",
             soft_wrap=True,
         )
 
@@ -214,7 +215,7 @@ def _table(result: dict[str, Any]):
         title_justify="left",
     )
     has_bounds = any(c.get("bound") for c in result["candidates"])
-    rates = ("sent a step", "TFLOPs", *(["ms at least"] if has_bounds else []))
+    rates = ("sent per step", "TFLOPs", *(["min. ms"] if has_bounds else []))
     columns = ("layout", "remat", "filled", "work", *_SIZES, *rates, "fits")
     for column in columns:
         side = "left" if column in ("layout", "remat") else "right"
@@ -237,15 +238,13 @@ def _table(result: dict[str, Any]):
 
 
 def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -> None:
-    """Collectives, FLOPs and times of one candidate."""
-    console.print(
-        f"Collectives of a step on one device, {one['name']}, remat {one['remat_policy']}:"
-    )
+    """Prints the collectives, FLOPs and times of one candidate."""
+    console.print(f"Collectives per step and device, {one['name']}, remat {one['remat_policy']}:")
     show_collectives(one["collectives_by_dtype"], console)
     flops = one["flops"]
     console.print(
-        f"FLOPs of a step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} a device; {one['work']:.3g} times what its tokens need"
+        f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
+        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times the need of its tokens"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()
@@ -254,12 +253,14 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
         show_bound(one["bound"], "step", console)
     elif times:
         console.print(
-            f"At least, at the bfloat16 peak and with free links: {times}", soft_wrap=True
+            f"Shortest time, at the bfloat16 peak and with instant links: {times}", soft_wrap=True
         )
     host = result["host_bytes"]
     console.print(
         f"Host memory: {host['save'] / GIB:.2f} GiB to save,"
-        f" {host['restore'] / GIB:.2f} GiB to restore, for each device of the host"
+        f" {host['restore'] / GIB:.2f} GiB to restore, per device of the host"
     )
     if one["unknown_loops"]:
-        console.print(f"{one['unknown_loops']} loops of unknown length were counted as one run")
+        console.print(
+            f"{one['unknown_loops']} loops of unknown length were counted as one iteration"
+        )

@@ -1,4 +1,4 @@
-"""How `stepdistill plan` prints what a compiled program takes at least."""
+"""Prints the lowest possible time of a compiled program, for `stepdistill plan`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,26 +10,28 @@ _TIMES = ("bound_ms", "products_ms", "memory_ms", "elements_ms")
 
 
 def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
-    """Prints the bound of a step or batch, its parts, and its dearest operations."""
+    """Prints the lower bound of a step or batch, its parts, and its slowest operations."""
     console.print(
-        f"[bold]At least {bound['bound_ms']:.3g} ms a {what}[/bold] on one device,"
-        f" {_rates(bound)}: the sum over {bound['kernels']} operations of the largest of products,"
-        f" memory and element operations, which alone would take {bound['products_ms']:.3g},"
-        f" {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms"
+        f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
+        f" {_rates(bound)}. This is the sum over {bound['kernels']} operations of their longest time:"
+        f" for products, memory or element operations. Alone, these would take"
+        f" {bound['products_ms']:.3g}, {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms"
         f" ({bound['flops']:.4g} FLOPs, {bound['bytes'] / 1e9:.4g} GB)."
-        f" Links: {bound['links_ms']:.3g} ms, taken as hidden behind it.",
+        f" Links: {bound['links_ms']:.3g} ms, assumed to overlap with it.",
         soft_wrap=True,
     )
     if bound["compiler_ms"]:
         console.print(f"The compiler's own estimate: {bound['compiler_ms']:.3g} ms")
     if bound["unknown_loops"] and "token_ms" not in bound:
-        console.print(f"{bound['unknown_loops']} loops of unknown length were counted as one run")
+        console.print(
+            f"{bound['unknown_loops']} loops of unknown length were counted as one iteration"
+        )
     for target, count in bound["calls_without_formula"].items():
         console.print(
-            f"{count} calls of {target or 'no name'} have no formula: counted by their bytes"
+            f"{count} calls of {target or 'an unnamed target'} have no formula: counted by their bytes"
         )
     _show_parts(bound["parts"], console)
-    console.print("The dearest operations:")
+    console.print("The slowest operations:")
     for one in bound["dearest"]:
         where = one["op_name"].split("/")[1:]
         console.print(
@@ -41,7 +43,7 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
 
 
 def show_collectives(rows: list[dict[str, Any]], console: "Console") -> None:
-    """Prints what is sent, by kind and dtype."""
+    """Prints the collectives and the bytes they send, by kind and dtype."""
     from rich.table import Table
 
     table = Table()
@@ -54,7 +56,7 @@ def show_collectives(rows: list[dict[str, Any]], console: "Console") -> None:
 
 
 def show_decode(result: dict[str, Any], console: "Console") -> None:
-    """Prints what `planning.plan_decode` found."""
+    """Prints the result of `planning.plan_decode`."""
     for assumption in result["assumptions"]:
         console.print(f"Assumed: {assumption}", soft_wrap=True)
     sizes, mesh = result["per_device"], result["layout"]
@@ -64,21 +66,21 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
         f" each, on {result['devices']} {result['device_kind']} ({cut})"
     )
     console.print(
-        f"One device: {sizes['params'] / GIB:.2f} GiB of parameters, {sizes['total'] / GIB:.2f} GiB"
-        f" in all of {result['limit'] / GIB:.1f} usable: {'fits' if result['fits'] else 'does not fit'}"
+        f"Per device: {sizes['params'] / GIB:.2f} GiB of parameters, {sizes['total'] / GIB:.2f} GiB in"
+        f" all, of {result['limit'] / GIB:.1f} usable: {'fits' if result['fits'] else 'does not fit'}"
     )
-    console.print("Collectives of a batch on one device:")
+    console.print("Collectives per batch and device:")
     show_collectives(result["collectives_by_dtype"], console)
     show_bound(result["bound"], "batch", console)
     on_gpu, bound = result["device_kind"].startswith("NVIDIA"), result["bound"]
     console.print(
-        f"A token of all rows: {bound['token_ms']:.3g} ms and {bound['kernels_per_token']} operations"
-        + (", each of which a GPU launches in some microseconds more" if on_gpu else "")
+        f"One token of all rows: {bound['token_ms']:.3g} ms and {bound['kernels_per_token']} operations"
+        + (", each with some microseconds more for its launch on a GPU" if on_gpu else "")
     )
 
 
 def _rates(bound: dict[str, Any]) -> str:
-    each = f"{bound['rows_per_second_per_device']:.3g} rows/s a device at most"
+    each = f"{bound['rows_per_second_per_device']:.3g} rows/s per device at most"
     return each if "mfu" not in bound else f"{each}, MFU {100 * bound['mfu']:.3g}% at most"
 
 

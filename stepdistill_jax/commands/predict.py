@@ -1,4 +1,4 @@
-"""`stepdistill predict`: labels and scores for the rows of a file."""
+"""`stepdistill predict`: writes labels and scores for the rows of a file."""
 
 import argparse
 import contextlib
@@ -17,42 +17,42 @@ STOP_CODES: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: 130}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `predict`."""
-    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="what to predict with")
+    """Adds the flags of `predict`."""
+    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="model to predict with")
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
-        help='rows {"input": ...}, and if known "id", "label", "choices"; .csv and .tsv are read by'
-        " their names",
+        help='rows {"input": ...}, optionally with "id", "label", "choices"; files named .csv or .tsv are'
+        " read as such",
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        help='rows {"id", "label", "score"}, with --choices "probability" and "choices", too; a stopped'
-        " run goes on where it was",
+        help='rows {"id", "label", "score"}, with --choices also "probability" and "choices"; a stopped'
+        " run continues",
     )
     parser.add_argument(
-        "--task", metavar="NAME", help="prepared dataset that says how labels are compared"
+        "--task", metavar="NAME", help="prepared dataset whose metric compares labels"
     )
     add_decode_arguments(parser, prompts=True)
     parser.add_argument(
-        "--with-rationale", action="store_true", help="also decode a rationale, for looking"
+        "--with-rationale", action="store_true", help="also decode a rationale, for inspection"
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at a bad row: stop, or leave it out and list it in OUTPUT.skipped.jsonl (default: stop)",
+        help="at a bad row: stop, or skip it and list it in OUTPUT.skipped.jsonl (default: stop)",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.predict` and prints its summary; of several processes, the first one does."""
+    """Calls `inference.predict`; process 0 prints the summary."""
     if args.task_module:
         raise InputError(
-            "--module: predict imports no SeqIO task; leave it out, labels are compared as the"
-            " model's own task says (`evaluate --module` reads a split of such a task)"
+            "--module: leave it out; predict imports no SeqIO task and compares labels by the model's"
+            " own task (`evaluate --module` reads a split of a SeqIO task)"
         )
     join_and_cache(args.path)
     from stepdistill_jax.formats.directory import require_directory
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.runtime.distributed import is_process_0
     from stepdistill_jax.runtime.on_processes import on_all_processes
 
-    # a mistyped model is named before a fault of the input
+    # a mistyped model is reported before errors of the input
     on_all_processes(lambda: require_directory(args.path))
     with stopped_by_signals():
         result = predict(
@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def join_and_cache(path: str) -> None:
-    """Joins the other processes, and sets JAX up for what `path` is.
+    """Joins the other processes, and configures JAX for the model at `path`.
 
-    What is compiled for a workdir is kept beside it.
+    The compile cache of a workdir lies next to it.
     """
     from stepdistill_jax.runtime.distributed import join
 
@@ -91,18 +91,18 @@ def join_and_cache(path: str) -> None:
     from stepdistill_jax.runtime import compile_cache
     from stepdistill_jax.runtime.checkpoints.manager import is_workdir
 
-    if is_ctranslate2(path):  # JAX computes nothing: it must not take an accelerator's memory
+    if is_ctranslate2(path):  # JAX computes nothing here, and must not take an accelerator's memory
         import jax
 
         jax.config.update("jax_platforms", "cpu")
-    if is_workdir(path):  # a model directory may lie anywhere
+    if is_workdir(path):  # nothing is written next to a model directory, which may lie anywhere
         compile_cache.enable(compile_cache.folder_for(path))
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:
-    """Catches SIGTERM (75) and Ctrl-C (130): what is done is kept, and a second start goes on.
+    """Stops at SIGTERM (exit status 75) or Ctrl-C (130); finished rows are kept, and a restart continues.
 
-    With several processes `jax.distributed` catches SIGTERM, and they stop together after a batch.
+    With several processes, `jax.distributed` catches SIGTERM, and all stop together after a batch.
     """
     import jax
 
@@ -115,5 +115,5 @@ def stopped_by_signals() -> contextlib.AbstractContextManager:
 
     if jax.process_count() > 1:
         return contextlib.nullcontext()
-    # a compile or a batch of a large model may be minutes without a handler; a kill loses nothing
+    # Python runs no handler during a compile or a batch, which may take minutes; a kill loses nothing
     return StopSignals(stop, codes=STOP_CODES, limit_secs=UNWIND_SECS)

@@ -1,4 +1,4 @@
-"""`stepdistill prepare`: original files in, a checked dataset out."""
+"""`stepdistill prepare`: turns original files into a checked dataset."""
 
 import argparse
 import collections
@@ -10,72 +10,72 @@ from typing import Any
 from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError, printable
 
-MOST_LABELS = 20  # in the table
+MOST_LABELS = 20  # rows of the table of labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Adds the flags of `prepare`."""
     from stepdistill_jax.commands.arguments import add_data_arguments
 
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows, CSV and TSV"
-        " among them), delivery (embedded), gsm_symbolic (word problems; needs the extra [gsm])",
+        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows, also CSV and"
+        " TSV), delivery (embedded), gsm_symbolic (word problems; needs the extra [gsm])",
     )
     parser.add_argument(
         "--source",
         type=pathlib.Path,
         metavar="PATH",
-        help="folder of the original files; for jsonl a file (.csv and .tsv are read by their names), or"
-        " a folder with train.jsonl (or .csv, .tsv) and perhaps validation and test",
+        help="folder of the original files; for jsonl, a file (.jsonl, .csv or .tsv), or a folder with"
+        " train.jsonl (or .csv, .tsv) and optionally validation and test",
     )
     parser.add_argument(
         "--name",
         dest="new_name",
         metavar="NEW",
-        help="what to call the dataset, lower_snake_case; needed for jsonl",
+        help="name of the dataset, lower_snake_case; required for jsonl",
     )
     parser.add_argument(
         "--map",
         dest="field_map",
         metavar="input=question,...",
-        help="for jsonl: our field = yours, for each that is called otherwise",
+        help="for jsonl: our field = your field, for each field with another name",
     )
     parser.add_argument(
         "--fields",
         metavar="NAME,...",
-        help="for jsonl: other texts of a row to keep, which objectives may name in their templates",
+        help="for jsonl: further text fields to keep, for the templates of objectives",
     )
     parser.add_argument(
         "--no-teacher",
         dest="teacher",
         action="store_false",
-        help="prepare without the teacher's texts",
+        help="leave out the teacher's rationales and labels",
     )
     parser.add_argument(
         "--paper-exact",
         action="store_true",
-        help="read the paper's files as its published code does, as dataset NAME_paper (NAME may be asdiv)",
+        help="read the paper's files as its published code does, into the dataset NAME_paper (NAME may also"
+        " be asdiv)",
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="for jsonl: when all rows have been read, stop if some cannot be used (default), or skip"
-        " these; both list them",
+        help="for jsonl: list unusable rows after reading all rows, then stop (default) or skip them",
     )
     parser.add_argument(
         "--rows",
         type=int,
         metavar="N",
-        help="for gsm_symbolic: rows of the train split (default: 20000)",
+        help="for gsm_symbolic: number of rows of the train split (default: 20000)",
     )
     parser.add_argument(
         "--seed",
         type=int,
         metavar="S",
-        help="for gsm_symbolic: another seed makes other rows (default: 0)",
+        help="for gsm_symbolic: random seed of the rows (default: 0)",
     )
     parser.add_argument(
         "--report",
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prepares, prints a table per split, and returns the figures."""
+    """Prepares a dataset, prints a table per split, and returns the counts."""
     from rich.markup import escape
 
     from stepdistill_jax.commands.arguments import require_seqio
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     except UnusableRows as error:
         screen = console(highlight=False, stderr=True)
-        if error.rows.count > 1:  # of a single one, the error's line says all
+        if error.rows.count > 1:  # for a single row, the error message says it all
             show_bad_rows(error.rows.table(), error.rows.count, screen)
         for notice in error.notices:
             screen.print(f"warning: {escape(notice)}")
@@ -125,16 +125,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_map(text: str | None) -> dict[str, str]:
-    """{"input": "question"} of `input=question`, several joined by commas.
+    """Returns {"input": "question"} for `input=question`; commas separate several pairs.
 
     Raises:
-        InputError: a part without `=`, or a field that is mapped twice.
+        InputError: a part has no `=`, or a field is mapped twice.
     """
     field_map: dict[str, str] = {}
     for part in filter(None, (text or "").split(",")):
         ours, equals, theirs = (piece.strip() for piece in part.partition("="))
         if not (ours and equals and theirs):
-            raise InputError(f"--map: input=question,label=answer is wanted, got {part!r}")
+            raise InputError(f"--map: expected input=question,label=answer, got {part!r}")
         if ours in field_map:
             raise InputError(f"--map: the field {ours!r} is mapped twice")
         field_map[ours] = theirs
@@ -142,7 +142,7 @@ def parse_map(text: str | None) -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints a table per split, the notes, and where the dataset lies."""
+    """Prints a table per split, the notes, and the dataset's folder."""
     from rich.markup import escape
 
     screen = console(highlight=False)
@@ -159,8 +159,8 @@ def show(result: dict[str, Any]) -> None:
     size = result["vocabulary_size"]
     made = f"vocabulary of {size} pieces, " if size else ""
     screen.print(
-        f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}every"
-        f" defect in defects.jsonl, labels compared by {result['metric']}",
+        f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}all defects"
+        f" listed in defects.jsonl, labels compared by {result['metric']}",
         soft_wrap=True,
     )
     if result["report"]:
@@ -168,7 +168,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> None:
-    """Prints the table of rows that cannot be used; `rows` are the first of `count`."""
+    """Prints a table of unusable rows; `rows` are the first ones of `count`."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -183,7 +183,7 @@ def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> No
 
 
 def _labels(splits: dict[str, Any]) -> Any:
-    """The table of a closed set of labels; None where answers are free."""
+    """Returns the table of a closed set of labels; None if answers are free text."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -231,9 +231,12 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
         line(kind, count, f"{KINDS[kind]} ({first})" if kind in KINDS else first)
     table.add_section()
     for name, comment in (
-        ("changed_rows", "texts that the vocabulary does not give back"),
-        ("changed_whitespace_rows", "given back but for whitespace (a newline is a space to it)"),
-        ("unknown_pieces", "characters that it does not know"),
+        ("changed_rows", "texts that the vocabulary does not reproduce"),
+        (
+            "changed_whitespace_rows",
+            "reproduced except for whitespace (it reads a newline as a space)",
+        ),
+        ("unknown_pieces", "characters unknown to the vocabulary"),
     ):
         count = figures.get("vocabulary", {}).get(name)
         if count and name == "unknown_pieces":

@@ -1,4 +1,4 @@
-"""`stepdistill report`: one page about runs, with its pictures and tables."""
+"""`stepdistill report`: compares runs on one page, with plots and tables."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -11,39 +11,39 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `report`."""
+    """Adds the flags of `report`."""
     parser.add_argument(
         "runs",
         nargs="+",
         metavar="RUNS",
-        help="folders of `sweep`, workdirs of `train`, or folders with some of these inside",
+        help="folders of `sweep`, workdirs of `train`, or folders that contain some of these",
     )
     parser.add_argument(
         "--output",
         required=True,
         metavar="DIR",
-        help="folder of report.html, and of its pictures (SVG, PNG) and tables (CSV)",
+        help="folder for report.html, its plots (SVG, PNG) and tables (CSV)",
     )
     parser.add_argument(
-        "--split", default="test", metavar="SPLIT", help="whose answers are compared (test)"
+        "--split", default="test", metavar="SPLIT", help="split to compare answers on (test)"
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm that the others are held against (label_only, or else one with its objectives)",
+        help="arm to compare the others with (label_only, or else an arm with its objectives)",
     )
     parser.add_argument(
         "--examples",
         type=int,
         default=500,
         metavar="N",
-        help="rows of the split that the page shows with each arm's answer (500)",
+        help="number of rows that the page shows with each arm's answer (500)",
     )
     add_data_dir_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `experiments.report`, prints a table, and gives it as values."""
+    """Calls `experiments.report`, prints a table, and returns its numbers."""
     from stepdistill_jax.experiments.report import report
 
     written = report(

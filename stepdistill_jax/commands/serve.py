@@ -1,4 +1,4 @@
-"""`stepdistill serve`: labels over HTTP."""
+"""`stepdistill serve`: serves labels over HTTP."""
 
 import argparse
 from typing import Any
@@ -9,44 +9,44 @@ from stepdistill_jax.commands.terminal import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `serve`."""
-    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="what answers")
+    """Adds the flags of `serve`."""
+    parser.add_argument("path", metavar="WORKDIR_OR_MODEL", help="model to serve")
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine alone; it knows neither TLS nor"
-        " passwords)",
+        help="address to listen on (default: 127.0.0.1, this machine only; there is neither TLS nor a"
+        " password)",
     )
     parser.add_argument(
-        "--port", type=int, default=8000, help="0 is any that is free (default: 8000)"
+        "--port", type=int, default=8000, help="port; 0 means any free port (default: 8000)"
     )
     parser.add_argument(
         "--max-wait-ms",
         type=float,
         default=5.0,
         metavar="X",
-        help="how long a row waits for others to share a batch with (default: 5)",
+        help="longest time that a row waits for others to fill a batch (default: 5)",
     )
     parser.add_argument(
         "--max-queue",
         type=int,
         default=256,
         metavar="N",
-        help="most rows that are not yet answered; more are refused with 503 (default: 256)",
+        help="largest number of unanswered rows; more are refused with status 503 (default: 256)",
     )
     parser.add_argument(
         "--timeout-secs",
         type=float,
         default=30.0,
         metavar="X",
-        help="after which a request is given up with 504 (default: 30)",
+        help="seconds after which a request is given up with status 504 (default: 30)",
     )
     parser.add_argument(
         "--grace-secs",
         type=float,
         default=20.0,
         metavar="X",
-        help="for the requests that are under way at SIGTERM or Ctrl-C (default: 20)",
+        help="seconds for requests in progress at SIGTERM or Ctrl-C (default: 20)",
     )
     add_decode_arguments(parser, prompts=True)
 
@@ -69,6 +69,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     say(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
     result["stopped"] = result["unanswered"] > 0
-    if result.pop("busy"):  # nobody waits for it, so the exit does not either
+    if result.pop("busy"):  # nobody waits for that work, so the exit does not either
         end_soon(1 if result["stopped"] else 0)
     return result

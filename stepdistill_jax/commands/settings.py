@@ -1,4 +1,4 @@
-"""`stepdistill settings`: each macro and field of a config, from the classes that check them."""
+"""`stepdistill settings`: lists the macros and fields of a config, from the classes that check them."""
 
 import argparse
 import dataclasses
@@ -13,22 +13,22 @@ from typing import Any
 from stepdistill_jax.commands.terminal import say
 
 REQUIRED = "%gin.REQUIRED"
-# `warmup_steps (steps): until the peak`, `key, value: ranks`; a deeper line goes on with the one before
+# `warmup_steps (steps): until the peak`, `key, value: ranks`; a deeper line continues the one before
 _ENTRY = re.compile(r"    (?P<names>\w+(?:, \w+)*)(?: \((?P<unit>[^)]+)\))?: (?P<meaning>.*)")
 _SECTIONS = ("Attributes:", "Args:")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What `--set` and a config can bind.
+    """A setting that `--set` and a config can bind.
 
     Attributes:
-        name: the macro, or the field where it has none.
-        field: `train.batch_size`.
-        required: whether a config has to bind it.
-        default: its value if nothing binds it; None also where it is required.
-        unit: `tokens`, `steps`, ...; None has none.
-        meaning: in a sentence or two.
+        name: its macro, or its field if there is no macro.
+        field: its full name, such as `train.batch_size`.
+        required: whether a config must bind it.
+        default: its value if nothing binds it; None if it is required.
+        unit: `tokens`, `steps`, ... or None.
+        meaning: a sentence or two.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Setting:
 
     @property
     def owner(self) -> str:
-        """`train` of `train.batch_size`."""
+        """Returns the part before the dot: `train` for `train.batch_size`."""
         return self.field.partition(".")[0]
 
     @property
     def value(self) -> str:
-        """The default as a config writes it; empty where there is none."""
+        """Returns the default as a config writes it; empty if there is none."""
         if self.required:
             return ""
         if isinstance(self.default, str) and not self.default.startswith("@"):
@@ -54,18 +54,18 @@ class Setting:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Adds the flags of `settings`."""
     parser.add_argument(
         "name",
         nargs="?",
         metavar="NAME",
-        help="a macro (BATCH_SIZE), a field (train.remat_policy, remat_policy) or what has fields"
+        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy) or an owner of fields"
         " (optimizer); default: all",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the settings of that name, or all of them; returns the list."""
+    """Prints the settings of a name, or all settings; returns the list."""
     found = settings() if args.name is None else find_settings(args.name)
     width = shutil.get_terminal_size((100, 24)).columns
     for owner in dict.fromkeys(s.owner for s in found):
@@ -75,18 +75,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(f"  {s.name}{'  required' if s.required else f' = {s.value}'}{unit}")
             say(textwrap.fill(s.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
         say("")
-    say("Set one by --set NAME=VALUE, or in a config by NAME = VALUE.")
+    say("Change one with --set NAME=VALUE, or with NAME = VALUE in a config.")
     return {"settings": [dataclasses.asdict(s) for s in found]}
 
 
 def settings() -> list[Setting]:
-    """Returns all settings: those of `train` first, then of what it is given."""
+    """Returns all settings: the fields of `train` first, then those of its arguments."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES, main_bindings
 
     bound, found = main_bindings(), []
     for owner, configurable in CONFIGURABLES.items():
         meanings = _meanings(configurable)
         for parameter, given in inspect.signature(configurable).parameters.items():
+            # `train.seed = %SEED` in train.gin: the setting's name is SEED. A value such as
+            # `@optimizer()` is the default of a field without a macro.
             field = f"{owner}.{parameter}"
             reference = bound.get(field, "")
             name = reference[1:] if reference.startswith("%") else field
@@ -100,10 +102,10 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings that have a name, in any case, or whose owner has it.
+    """Returns the settings of a name, or all of an owner, ignoring case.
 
     Raises:
-        InputError: none has; names the nearest.
+        InputError: there is none; suggests the nearest.
     """
     from stepdistill_jax.commands.gin_config import suggestion
     from stepdistill_jax.errors import InputError
@@ -114,22 +116,22 @@ def find_settings(name: str) -> list[Setting]:
     found = [s for s, of in zip(known, names, strict=True) if wanted in {n.lower() for n in of}]
     if not found:
         hint = suggestion(name, {n for s in known for n in (s.name, s.field)})
-        raise InputError(f"no setting {name!r}{hint}; `stepdistill settings` lists all")
+        raise InputError(f"no setting {name!r}{hint}; see `stepdistill settings` for all")
     return found
 
 
 def summary_of(owner: str) -> str:
-    """Returns the first line on what has these fields."""
+    """Returns the first line of the docstring of the class or function with these fields."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES
 
     return (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
 
 
 def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, str]]:
-    """Returns unit and meaning of each parameter, by the docstring of a class or function of ours.
+    """Returns unit and meaning of each parameter, from the docstring of a configurable.
 
-    A function's own `Args:` go before the fields of the class that it returns. `label_weight` of an
-    arm is the field `weight` of its objective `label`.
+    A function's own `Args:` take precedence over the fields of the class that it returns. An arm's
+    `label_weight` is the field `weight` of its objective `label`.
     """
     returned = inspect.signature(configurable).return_annotation
     returned = next(iter(typing.get_args(returned)), returned)  # of tuple[Objective, ...]
@@ -143,15 +145,17 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
             unit, meaning = documented[field]
             found[parameter] = unit, f"of the objective {objective}: {meaning}"
         else:
-            raise LookupError(f"{configurable.__name__}: no line on {parameter} in its docstring")
+            raise LookupError(
+                f"{configurable.__name__}: its docstring does not explain {parameter}"
+            )
     return found
 
 
 def _entries(documented: Any) -> dict[str, tuple[str | None, str]]:
-    """Returns unit and meaning by name, of the lines below `Attributes:` or `Args:`."""
+    """Returns unit and meaning by name, from the lines below `Attributes:` or `Args:`."""
     found, names, inside = {}, [], False
     for line in (inspect.getdoc(documented) or "").splitlines():
-        if not line.startswith(" "):
+        if not line.startswith(" "):  # a heading or plain text; an empty line ends nothing
             inside = line in _SECTIONS if line else inside
         elif inside and (entry := _ENTRY.fullmatch(line)):
             names = entry["names"].split(", ")

@@ -1,4 +1,4 @@
-"""`stepdistill sweep`: arms x data fractions x seeds x a grid, trained and evaluated one after another."""
+"""`stepdistill sweep`: trains and evaluates arms x data fractions x seeds x a grid, one by one."""
 
 import argparse
 import itertools
@@ -24,63 +24,63 @@ OWN = {"OBJECTIVES": "--arms", "DATA_FRACTION": "--fractions", "SEED": "--seeds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `sweep`."""
+    """Adds the flags of `sweep`."""
     add_config_arguments(parser)
     parser.add_argument(
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of sweep.json and of a workdir ARM/FRACTION/SEED for each cell; a sweep there is"
-        " gone on with, and cells that are new are added",
+        help="folder of sweep.json and of a workdir ARM/FRACTION/SEED per cell; a sweep in it is"
+        " continued, and new cells are added",
     )
     parser.add_argument(
         "--arms",
         required=True,
         metavar="A,B",
-        help="each the name of objectives (label_only, step_by_step, ...), or a gin file over CONFIG:"
-        " a path, or the name of a shipped part of objectives/",
+        help="names of objectives (label_only, step_by_step, ...), or gin files that override CONFIG:"
+        " paths, or names of shipped parts of objectives/",
     )
     parser.add_argument(
         "--fractions", default="1.0", metavar="F,G", help="shares of the train split (1.0)"
     )
-    parser.add_argument("--seeds", default="0,1,2,3", metavar="S,T", help="(0,1,2,3)")
+    parser.add_argument("--seeds", default="0,1,2,3", metavar="S,T", help="random seeds (0,1,2,3)")
     parser.add_argument(
         "--grid",
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="one cell for each value of a setting that `--set` could change (repeatable)",
+        help="one cell per value of a setting that `--set` could change (repeatable)",
     )
     parser.add_argument(
         "--evaluate",
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split that the best step of each run answers, or none (test)",
+        help="split on which each run's best step is evaluated, or none (test)",
     )
     parser.add_argument(
         "--with-rationale",
         action="store_true",
-        help="also decode the rationales of that split, for `report`",
+        help="also decode the split's rationales, for `report`",
     )
     parser.add_argument(
         "--retries",
         type=int,
         default=1,
         metavar="N",
-        help="how often a cell that failed is tried again, after the others (1)",
+        help="number of retries of a failed cell, after all other cells (1)",
     )
     parser.add_argument(
         "--print",
         choices=PRINT,
         dest="printed",
-        help="run nothing: print a command for each cell, as a Slurm array, or for xpk",
+        help="run nothing; print the cells' commands for a shell, as a Slurm array, or for xpk",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds the config of every cell, then runs `experiments.sweep` or prints its commands."""
+    """Builds the config of every cell, then runs `experiments.sweep` or prints the commands."""
     whole("retries", args.retries, 0)
     cells = build_cells(args)
     if args.printed:
@@ -119,17 +119,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
-    """Every cell with the flags that `train` would take for its config.
+    """Returns every cell with the flags of `train` for its config.
 
     Raises:
-        InputError: a flag that is no list of its kind, or a cell whose config is refused; names it.
+        InputError: a flag is not a valid list, or a cell's config is refused; names it.
     """
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.experiments.sweep import Cell, cell_name
 
     arms = {_arm_name(arm): arm for arm in _list(args.arms, "--arms")}
     if len(arms) < len(_list(args.arms, "--arms")):
-        raise InputError(f"--arms: {args.arms}: two arms have one name")
+        raise InputError(f"--arms: {args.arms}: two arms have the same name")
     fractions = _numbers(args.fractions, "--fractions", float, "0.25,1.0")
     seeds = _numbers(args.seeds, "--seeds", int, "0,1,2")
     grid = [_grid_axis(text) for text in args.grid]
@@ -137,9 +137,9 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
     for text in (*args.overrides, *args.gin_bindings, *args.grid):
         name = text.partition("=")[0].strip()
         if name in OWN:
-            raise InputError(f"{text}: a sweep sets {name} itself; give {OWN[name]}")
+            raise InputError(f"{text}: the sweep sets {name}; give {OWN[name]} instead")
         if names.count(name) > 1 or (name in names and text not in args.grid):
-            raise InputError(f"--grid {name}: stands twice; give all its values in one")
+            raise InputError(f"--grid {name}: duplicate setting; give all its values in one --grid")
     module = [f"TASK_MODULE={args.task_module}"] if args.task_module else []
     cells = []
     for arm, fraction, seed in itertools.product(arms, fractions, seeds):
@@ -168,10 +168,10 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
 
 
 def _arm(arm: str) -> tuple[list[str], list[str]]:
-    """(overrides, gin files) of an arm.
+    """Returns (overrides, gin files) of an arm.
 
-    The name of objectives takes the weights that the config binds for them, as `--set` does; a file
-    comes over the config with all that it binds.
+    A name of objectives uses the weights that the config binds for them, as `--set` does. All bindings
+    of a file override the config.
     """
     from stepdistill_jax.commands.shipped import find_config, shipped_folder
     from stepdistill_jax.data.objectives import ARMS
@@ -198,9 +198,9 @@ def _arm_name(arm: str) -> str:
 def _list(text: str, flag: str) -> list[str]:
     values = [value.strip() for value in text.split(",")]
     if not all(values):
-        raise InputError(f"{flag} {text}: a list without gaps is wanted, such as a,b")
+        raise InputError(f"{flag} {text}: expected a list without gaps, such as a,b")
     if doubled := next((v for v in values if values.count(v) > 1), None):
-        raise InputError(f"{flag} {text}: {doubled} stands twice")
+        raise InputError(f"{flag} {text}: duplicate value {doubled}")
     return values
 
 
@@ -210,18 +210,19 @@ def _numbers(text: str, flag: str, kind: type, example: str) -> list[Any]:
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{flag} {text}: numbers are wanted, such as {example}") from None
+        raise InputError(f"{flag} {text}: expected numbers, such as {example}") from None
 
 
 def _grid_axis(text: str) -> tuple[str, list[str]]:
-    """Name and values; a comma in brackets or quotes belongs to a value."""
+    """Returns name and values of a `--grid`; a comma in brackets or quotes belongs to a value."""
     name, equals, values = text.partition("=")
     if not equals or not name.strip():
-        raise InputError(f"--grid {text}: NAME=A,B is wanted")
+        raise InputError(f"--grid {text}: expected NAME=A,B")
     return name.strip(), _split_values(values, text)
 
 
 def _split_values(values: str, text: str) -> list[str]:
+    # only a comma outside of brackets and quotes separates: `(1,2),"a,b",3` has three values
     found, depth, quote = [""], 0, ""
     for c in values:
         if quote:
@@ -238,17 +239,17 @@ def _split_values(values: str, text: str) -> list[str]:
             found[-1] += c
     found = [value.strip() for value in found]
     if not all(found) or len(set(found)) < len(found):
-        raise InputError(f"--grid {text}: different values without gaps are wanted, such as a,b")
+        raise InputError(f"--grid {text}: expected different values without gaps, such as a,b")
     return found
 
 
 def describe(cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """`8 cells: 2 arms x 2 fractions x 2 seeds`."""
+    """Returns a sweep's size in words: `8 cells: 2 arms x 2 fractions x 2 seeds`."""
     counts = {
         "arms": len({c.arm for c, _ in cells}),
         "fractions": len({c.fraction for c, _ in cells}),
         "seeds": len({c.seed for c, _ in cells}),
         "settings": len({tuple(c.grid.items()) for c, _ in cells}),
     }
-    said = [f"{n} {k}" for k, n in counts.items() if k != "settings" or n > 1]
-    return f"{len(cells)} cells: {' x '.join(said)}"
+    parts = [f"{n} {k}" for k, n in counts.items() if k != "settings" or n > 1]
+    return f"{len(cells)} cells: {' x '.join(parts)}"

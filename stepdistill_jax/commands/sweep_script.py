@@ -1,4 +1,4 @@
-"""The commands of a sweep's cells, for a shell, a Slurm array, or xpk."""
+"""Writes the commands of a sweep's cells for a shell, a Slurm array, or xpk."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ from stepdistill_jax.commands.sweep import describe
 if TYPE_CHECKING:
     from stepdistill_jax.experiments.sweep import Cell
 
-# as in launch/slurm.sbatch, which each task of the array runs
+# the same options as in launch/slurm.sbatch, which each task of the array runs
 _SLURM = """\
 #!/usr/bin/env bash
 #SBATCH --job-name=stepdistill-sweep
@@ -36,7 +36,7 @@ exec bash launch/slurm.sbatch bash -c "$cell"
 _XPK = """\
 #!/usr/bin/env bash
 # {about}
-# From the checkout:  CLUSTER=pods TYPE=v5litepod-16 IMAGE=... bash THIS_FILE    (each submits and returns)
+# From the checkout:  CLUSTER=pods TYPE=v5litepod-16 IMAGE=... bash THIS_FILE    (submits all, does not wait)
 set -euo pipefail
 : "${{CLUSTER:?}}" "${{TYPE:?}}" "${{IMAGE:?}}"
 submit() {{ launch/xpk.sh --cluster "$CLUSTER" --type "$TYPE" --image "$IMAGE" --workload "$1" -- bash -c "$2"; }}
@@ -45,9 +45,9 @@ submit() {{ launch/xpk.sh --cluster "$CLUSTER" --type "$TYPE" --image "$IMAGE" -
 
 
 def script(args: argparse.Namespace, cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """What `--print` prints: each cell is trained, then evaluated; a stop in between goes on.
+    """Returns the text that `--print` prints: commands that train and evaluate each cell, resumably.
 
-    Once all have ended, the same sweep without `--print` finds them done and writes `sweep.json`.
+    Once all have ended, the same sweep without `--print` finds the cells done and writes `sweep.json`.
     """
     commands = [_command(args, cell, flags) for cell, flags in cells]
     about = describe(cells)

@@ -1,4 +1,4 @@
-"""Prints lines, tables and tracebacks; foreign text in them cannot steer the terminal."""
+"""Prints lines, tables and tracebacks; text in them cannot control the terminal."""
 
 import sys
 import traceback
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 
 def say(text: object) -> None:
-    """Prints lines on standard output, control characters as their escapes."""
+    """Prints lines on standard output, with control characters escaped."""
     print(escaped(text))
 
 
 def show_traceback() -> None:
-    """Prints the traceback of the exception under way on standard error."""
+    """Prints the traceback of the current exception on standard error."""
     print(escaped(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def console(**settings: Any) -> "Console":
-    """Returns rich's console, with the control characters of each text as their escapes.
+    """Returns a rich console that escapes control characters in each text.
 
     Args:
-        settings: of `rich.console.Console`.
+        settings: arguments of `rich.console.Console`.
     """
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
     from rich.segment import Segment

@@ -1,4 +1,4 @@
-"""`stepdistill train`: trains a config in a workdir, or resumes the run that is there."""
+"""`stepdistill train`: trains a config in a workdir, or resumes the run in it."""
 
 import argparse
 import os
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `train`."""
+    """Adds the flags of `train`."""
     add_config_arguments(parser)
     parser.add_argument(
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of checkpoints, metrics and model, also gs://; an unfinished run in it is"
+        help="folder of checkpoints, metrics and model, local or gs://; an unfinished run in it is"
         " resumed",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the config, calls `training.train`, and prints what it made; returns what it returned."""
+    """Reads the config, calls `training.train`, prints a summary, and returns the result."""
     began = time.monotonic()
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.models.cpu_speed import keep_pages
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_dataset(config: str | None, data_dir: str | None) -> None:
-    """Refuses the name of a prepared dataset in the place of a config's.
+    """Refuses the name of a prepared dataset given as the config.
 
     Raises:
-        InputError: what to type for it.
+        InputError: the message says what to type instead.
     """
     from stepdistill_jax.commands.shipped import find_shipped
     from stepdistill_jax.data.prepared import NAME, data_folder, is_prepared
@@ -72,13 +72,13 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
         return
     if is_prepared(config, data_folder(data_dir)):
         raise InputError(
-            f"{config!r} is a prepared dataset, not a config: stepdistill train demo_step_by_step"
-            f" --set TASK={config}, or the config finetune for a pretrained T5"
+            f"{config!r} is a prepared dataset, not a config: type stepdistill train demo_step_by_step"
+            f" --set TASK={config}, or take the config finetune for a pretrained T5"
         )
 
 
 def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str:
-    """Returns what a run made, in a line.
+    """Returns a run's result in a line.
 
     Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (always the commonest label:
     0.211)`.
@@ -91,12 +91,12 @@ def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str
     line = f"{best}{chosen}, validation accuracy {accuracy:.4g}"
     line += f" (always the commonest label: {baseline:.4g})"
     if accuracy <= baseline:
-        line += "; not better than that yet: a larger TRAIN_STEPS may help"
+        line += "; not above that yet: a larger TRAIN_STEPS may help"
     return line
 
 
 def _next_command(config: "TrainConfig", args: argparse.Namespace) -> list[str]:
-    """Returns what to do with the run: evaluate it where the task has a test split, else export it."""
+    """Returns the next command: evaluate the run if the task has a test split, else export it."""
     from stepdistill_jax.tasks.load import has_split
 
     where = {"data_dir": args.data_dir, "task_module": config.task_module}

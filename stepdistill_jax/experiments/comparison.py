@@ -1,4 +1,4 @@
-"""Runs compared: curves over data, what fraction is enough, tests between arms."""
+"""Compares runs: accuracy by share of the data, the share that is enough, tests between arms."""
 
 import dataclasses
 import itertools
@@ -15,23 +15,23 @@ from stepdistill_jax.experiments.results import RunResult, arm_of
 from stepdistill_jax.experiments.stats import holm, mean_interval, paired_difference, resample
 from stepdistill_jax.training.provenance import FREE_FIELDS, with_defaults
 
-# of a run's config, what tells arms, fractions and seeds apart, or says nothing of the model
+# fields of a config that distinguish arms, fractions and seeds, or do not affect the model
 NO_SETTING = ("objectives", "data_fraction", "seed", "task_module", *FREE_FIELDS)
 BASELINE = "label_only"
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """An arm at a fraction, over its seeds.
+    """The runs of an arm at a fraction, one per seed.
 
     Attributes:
-        arm, fraction: where.
+        arm, fraction: name of the arm, share of the data.
         labels: mean number of labelled examples trained on.
-        runs: one a seed.
-        accuracy: mean over all of them.
+        runs: the runs, one per seed.
+        accuracy: mean accuracy of the runs.
         low, high: its 95 % interval by Student's t; None for one seed.
-        collapsed: how many of the runs give every row the same answer.
-        accuracy_of_others: mean without these; None where none or all collapsed.
+        collapsed: number of runs that give every row the same answer.
+        accuracy_of_others: mean accuracy of the other runs; None if none or all collapsed.
     """
 
     arm: str
@@ -47,15 +47,15 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class PairTest:
-    """Two arms at one fraction, on the same rows.
+    """A test between two arms at one fraction, on the same rows.
 
     Attributes:
-        fraction, first, second: which.
-        difference: mean accuracy of the second less that of the first.
-        low, high, p: of `paired_difference`.
-        p_holm: corrected over all tests of the comparison.
-        seeds: those that both arms have.
-        only_first, only_second: rows that one alone gets right, over these seeds.
+        fraction, first, second: share of the data, names of the arms.
+        difference: mean accuracy of the second minus that of the first.
+        low, high, p: results of `paired_difference`.
+        p_holm: p corrected for all tests of the comparison.
+        seeds: seeds that both arms have.
+        only_first, only_second: number of rows that only one arm gets right, over these seeds.
     """
 
     fraction: float
@@ -73,19 +73,19 @@ class PairTest:
 
 @dataclasses.dataclass(frozen=True)
 class Enough:
-    """How little data an arm needs for what the baseline reaches with all of it.
+    """The smallest share of the data with which an arm reaches the baseline's accuracy with all of it.
 
     Attributes:
-        arm: not the baseline.
+        arm: name of the arm.
         target: the baseline's mean accuracy at its largest fraction.
-        fraction, labels: the smallest fraction tried at which the arm's mean is at least `target`;
-            None where there is none.
-        surely: the smallest from which on the 95 % interval of the difference is above 0; None where
-            it is so at none.
-        tested: whether there are answers to compare row by row; without them `surely` says nothing.
-        baseline_labels: labels behind `target`.
-        reverse: the smallest fraction at which the baseline reaches the arm's accuracy at the
-            arm's largest fraction; None where it never does.
+        fraction, labels: smallest tested fraction at which the arm's mean is at least `target`, and its
+            labels; None if there is none.
+        surely: smallest fraction from which on the 95 % interval of the difference is above 0; None if
+            there is none.
+        tested: whether there are answers to compare row by row; without them, `surely` means nothing.
+        baseline_labels: number of labels at `target`.
+        reverse: smallest fraction at which the baseline reaches the arm's accuracy at the arm's largest
+            fraction; None if there is none.
     """
 
     arm: str
@@ -100,13 +100,13 @@ class Enough:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs that differ in arm, fraction and seed alone, and have answered the same rows.
+    """Runs that differ only in arm, fraction and seed, and have answered the same rows.
 
     Attributes:
-        name: task, and the settings in which it differs from the report's other comparisons.
-        baseline: arm that the others are held against.
-        runs, points, tests, enough: see their classes; points by arm, then fraction.
-        teacher: accuracy of the teacher on these rows, where it has answered them.
+        name: the task, and the settings in which the report's comparisons differ.
+        baseline: arm to compare the others with.
+        runs, points, tests, enough: see their classes; points are sorted by arm, then fraction.
+        teacher: the teacher's accuracy on these rows, if it has answered them.
         majority: accuracy of always giving the commonest label.
     """
 
@@ -121,34 +121,35 @@ class Comparison:
 
     @property
     def arms(self) -> list[str]:
-        """The baseline first."""
+        """Returns the names of the arms, the baseline first."""
         return list(dict.fromkeys(p.arm for p in self.points))
 
     def is_chance(self, point: Point) -> bool:
-        """Whether always giving the commonest label is not shown to be worse than an arm at a fraction."""
+        """Returns whether a point is not shown to be better than always giving the commonest label."""
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
 
     def of_arm(self, arm: str) -> list[Point]:
-        """Its points, smallest fraction first."""
+        """Returns an arm's points, smallest fraction first."""
         return [p for p in self.points if p.arm == arm]
 
 
 def compare(
     runs: Sequence[RunResult], baseline: str | None = None
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
-    """One comparison for each group of runs that may be compared; and runs left out, with `run` and `why`.
+    """Groups comparable runs; returns a comparison per group, and dicts of `run` and `why` for the others.
 
-    Runs are in one group where they have answered the same rows and no setting differs that differs
-    within an arm, too (a learning rate of a grid; what an arm alone sets is the arm's).
+    Runs are in the same group if they have answered the same rows and agree in all settings that vary
+    within an arm, such as a learning rate of a grid. A setting that varies only between arms is part of
+    the arm.
 
     Args:
-        runs: all.
-        baseline: arm that others are held against; None is `label_only`, or else the first arm with
+        runs: all runs.
+        baseline: arm to compare the others with; None means `label_only`, or else the first arm with
             its objectives, or else the first arm.
 
     Raises:
-        InputError: no run is of that arm; names those there are.
+        InputError: no run has that arm; lists the arms.
     """
     arms = list(dict.fromkeys(r.arm for r in runs))
     if baseline is not None and baseline not in arms:
@@ -172,16 +173,19 @@ def compare(
     return found, left_out
 
 
-def _baseline(runs: Sequence[RunResult], asked: str | None) -> str:
+def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
     alike = [r.arm for r in runs if arm_of(r.config["objectives"]) == BASELINE]
     arms = [r.arm for r in runs]
-    return next(arm for arm in (asked, BASELINE, *alike, *arms) if arm in arms)
+    return next(arm for arm in (wanted, BASELINE, *alike, *arms) if arm in arms)
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """What tells the groups apart: the grid, and settings that differ between runs of one arm."""
+    """Returns, per run, the settings that define its group: the grid's, and those that vary within an arm."""
+    # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
+    # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so
+    # the two stay in one group; with a second label_only run at 5e-4, LEARNING_RATE splits the groups.
     flat = [flat_settings(with_defaults(r.config)) for r in runs]
-    differing: dict[str, None] = {}
+    differing: dict[str, None] = {}  # a dict as an ordered set
     by_arm = defaultdict(list)
     for run, config in zip(runs, flat, strict=True):
         by_arm[run.arm, run.gold_key, tuple(run.grid.items())].append(config)
@@ -199,7 +203,7 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as texts by name: macros in capitals, nested ones as `optimizer.name`.
 
-    Without those of `NO_SETTING`, but for INIT_FROM, and the objectives' weights and prompts.
+    The fields of `NO_SETTING` are left out, except INIT_FROM and the objectives' weights and prompts.
     """
     found = {}
     for name, value in config.items():
@@ -209,16 +213,16 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
             else:
                 found[f"{prefix}{name}" if prefix else name.upper()] = str(value)
     if not prefix:
-        # it may have moved, and what is in it decides
+        # a free field, since the folder may move, but its weights affect the model
         found["INIT_FROM"] = str(config.get("init_from"))
-        # an arm is the same whatever they are (`arm_of`)
+        # `arm_of` ignores them
         for o in config["objectives"]:
             found |= {f"{o['name']}.{n}": str(o.get(n)) for n in ("weight", "input_template")}
     return found
 
 
 def short_value(value: str) -> str:
-    """Returns a setting's text, of a path the last part."""
+    """Returns a setting's text, shortened to the last part for a path."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value
@@ -226,6 +230,7 @@ def short_value(value: str) -> str:
 
 def _comparison(name: str, runs: Sequence[RunResult], baseline: str) -> Comparison:
     by_point = defaultdict(list)
+    # False sorts before True: the baseline first
     for run in sorted(runs, key=lambda r: (r.arm != baseline, r.fraction, r.seed)):
         by_point[run.arm, run.fraction].append(run)
     order = [baseline, *dict.fromkeys(r.arm for r in runs)]
@@ -267,7 +272,7 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """[draws] accuracy of each run that has its answers, on the same draws of rows."""
+    """Returns [draws] accuracies of each run that has answers, all on the same drawn rows."""
     known = [r for r in runs if r.right is not None and len(r.right)]
     if not known:
         return {}
@@ -292,6 +297,7 @@ def _tests(points: Sequence[Point], drawn: Mapping[RunResult, np.ndarray]) -> li
         interval = _difference(first, second, drawn)
         if interval is None:
             continue
+        # rows that only one arm gets right are counted over runs of the same seed
         of_first, of_second = ({r.seed: r.right for r in p.runs} for p in (first, second))
         seeds = [s for s in of_first if s in of_second]
         low, high, p = interval
@@ -318,11 +324,13 @@ def _tests(points: Sequence[Point], drawn: Mapping[RunResult, np.ndarray]) -> li
 def _enough(
     arm: str, baseline: str, points: Sequence[Point], drawn: Mapping[RunResult, np.ndarray]
 ) -> Enough:
+    # points are sorted by fraction: `next` finds the smallest, [-1] is the largest
     mine = [p for p in points if p.arm == arm]
     theirs = [p for p in points if p.arm == baseline]
     full = theirs[-1]
     reached = next((p for p in mine if p.accuracy >= full.accuracy), None)
     intervals = [(p.fraction, _difference(full, p, drawn)) for p in mine]
+    # from the largest fraction down, until an interval (low, high, p) first reaches 0
     surely = None
     for fraction, found in reversed(intervals):
         if found is None or found[0] <= 0:

@@ -1,4 +1,4 @@
-"""Datasets with another train split: rationales that are spoilt on purpose, a teacher that errs."""
+"""Datasets for control experiments: train splits with spoilt rationales or a teacher that errs."""
 
 import json
 import os
@@ -22,18 +22,18 @@ KINDS = ("shuffled", "wrong", "missing", "teacher_errs")
 def spoil(
     examples: Sequence[Example], kind: str, share: float = 1.0, *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Rows of JSON lines with other rationales; inputs, labels and ids stay.
+    """Returns rows for JSON lines with spoilt rationales; inputs, labels and ids stay.
 
     Args:
-        examples: of the train split.
-        kind: `shuffled` gives each row that of another row, at random; `wrong` that of a row with
-            another label; `missing` gives it none; `teacher_errs` gives it both rationale and label, as
-            the field `llm_label`, of a row with another label, and all other rows their own.
-        share: of the rows that have a rationale, chosen at random, to which this happens.
-        seed: of what is random.
+        examples: examples of the train split.
+        kind: what a chosen row gets. `shuffled`: the rationale of another random row. `wrong`: the
+            rationale of a row with another label. `missing`: no rationale. `teacher_errs`: rationale and
+            label (as the field `llm_label`) of a row with another label; all other rows get their own.
+        share: share of the rows with a rationale that are chosen, at random.
+        seed: random seed.
 
     Raises:
-        InputError: another kind, or one label only where a second is needed.
+        InputError: `kind` is unknown, or all rows have the same label and another one is needed.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)
@@ -44,10 +44,12 @@ def spoil(
         row.pop("rationales", None)
         if kind == "teacher_errs":
             row["llm_label"] = row["label"]
+    # np.roll pairs each chosen row with the one before: of [4, 7, 2], 4 gets the rationale of 2, 7 of 4,
+    # 2 of 7. So no row keeps its own, if more than one is chosen.
     for i, after in zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True):
         if kind == "missing":
             rows[i].pop("rationale", None)
-        elif kind == "shuffled":  # a ring through the chosen rows: none keeps its own
+        elif kind == "shuffled":
             rows[i]["rationale"] = examples[after].rationale
         else:
             label = examples[i].label
@@ -69,10 +71,10 @@ def prepare_control(
     seed: int = 0,
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """The dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`, and its validation and test.
+    """Prepares the dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`.
 
     Raises:
-        InputError: as `spoil` and `prepare_variant`.
+        InputError: as for `spoil` and `prepare_variant`.
     """
     return prepare_variant(
         name,
@@ -90,18 +92,18 @@ def prepare_variant(
     fields: Sequence[str] = (),
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """The dataset NEW_NAME: NAME with another train split, and NAME's validation and test.
+    """Prepares the dataset NEW_NAME, once: NAME's validation and test, and a changed train split.
 
-    So its runs answer the same rows, and may be compared. Other splits are left out. It is prepared once.
+    Its runs answer the same rows as NAME's, so they may be compared. Other splits are left out.
 
     Args:
-        name, new_name: of a prepared dataset (or `delivery`), and of this one.
-        change: from the train split's examples to the rows of JSON lines that take their place.
-        fields: of these rows, beside the dataset's own, that objectives may name.
-        data_dir: None for `$STEPDISTILL_DATA_DIR`, else the user's cache folder.
+        name, new_name: names of a prepared dataset (or `delivery`), and of the new one.
+        change: function from the train split's examples to rows of JSON lines that replace them.
+        fields: further fields of these rows, for the templates of objectives.
+        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR`, else the user's cache.
 
     Raises:
-        InputError: as `prepare` and `open_prepared`.
+        InputError: as for `prepare` and `open_prepared`.
     """
     folder = data_folder(data_dir)
     if is_prepared(new_name, folder):

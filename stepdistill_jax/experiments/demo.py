@@ -1,4 +1,4 @@
-"""The method on the embedded dataset, from nothing to a table, in about two minutes."""
+"""Trains and compares arms on the embedded dataset, from scratch to a table, in about two minutes."""
 
 import dataclasses
 import os
@@ -38,11 +38,11 @@ class ArmResult:
 
     Attributes:
         arm: name of the config.
-        labels: labelled examples trained on.
-        steps: updates.
-        seconds: of training, with its compiles and validations; None where it was done before.
+        labels: number of labelled examples trained on.
+        steps: number of updates.
+        seconds: time of training, with compilation and validation; None if an earlier start trained it.
         test_accuracy: share of right labels on the test split.
-        tokens_per_row: tokens decoded for a label, its end included.
+        tokens_per_row: mean number of tokens decoded for a label, with the end of sequence.
     """
 
     arm: str
@@ -59,18 +59,18 @@ def demo(
     workdir: os.PathLike | str,
     data_dir: os.PathLike | str,
 ) -> dict[str, Any]:
-    """Trains each arm in `workdir`/ARM, decodes the test labels, and compares.
+    """Trains each arm in `workdir`/ARM, decodes the test labels, and compares the arms.
 
-    Run again, it finds the finished arms and only decodes.
+    A second call finds the finished arms and only decodes.
 
     Args:
-        arms: config and its gin text by name; all on the same task.
-        workdir: folder for runs, `demo.png` and `demo.json`.
-        data_dir: where the dataset is, or is prepared.
+        arms: config and its gin text by name; all have the same task.
+        workdir: folder for the runs, `demo.png` and `demo.json`.
+        data_dir: folder of the dataset, which is prepared there if it is missing.
 
     Returns:
-        `arms` (rows of the table), `majority_baseline`, `plot`, and `rows`: test rows with the
-        label and, for looking, the rationale that the step-by-step model gives.
+        `arms` (rows of the table), `majority_baseline`, `plot`, and `rows`: test rows with the label and
+        the rationale of the step-by-step model.
     """
     workdir = local_path(workdir, "`workdir`")
     check_folder(workdir, SUMMARY, MADE, [PLOT])
@@ -82,6 +82,7 @@ def demo(
         log(f"--- {name}")
         start = time.monotonic()
         trained = train(config, workdir=folder, data_dir=data_dir, config_text=text)
+        # None if an earlier start had trained all steps: then `train` returns no rate
         seconds = time.monotonic() - start if trained["examples_per_second"] else None
         model = load_model(folder)
         info = read_task_info(folder)
@@ -106,15 +107,15 @@ def demo(
 
 
 def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
-    """Decoded text and token counts of an objective's prompts, at most `length` tokens each."""
-    asked = info.objectives[objective]
+    """Returns decoded texts and token counts for an objective's prompts, of at most `length` tokens each."""
+    chosen = info.objectives[objective]
     rows = [
-        encode_input(model.vocabulary, asked.input_template.format(input=text), info.input_length)[
+        encode_input(model.vocabulary, chosen.input_template.format(input=text), info.input_length)[
             0
         ]
         for text in texts
     ]
-    prefix = model.vocabulary.encode(asked.decoder_prefix) if asked.decoder_prefix else ()
+    prefix = model.vocabulary.encode(chosen.decoder_prefix) if chosen.decoder_prefix else ()
     decoder = LabelDecoder(model.config, max_decode_len=length, decoder_prefix=prefix)
     decoded = decoder(model.params, rows)
     return [model.vocabulary.decode(ids) for ids in decoded.ids], [len(i) for i in decoded.ids]
@@ -136,7 +137,7 @@ def _test(
 def _rationales(
     model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
 ) -> list[dict[str, str]]:
-    """The first test rows with their label and a rationale, where the model has that objective."""
+    """Returns the first test rows with labels and rationales; [] if the model has no rationale objective."""
     names = [o.name for o in info.objectives]
     if "rationale" not in names:
         return []
@@ -151,5 +152,5 @@ def _rationales(
 
 
 def device_name() -> str:
-    """Kind of the first device, for the table's caption."""
+    """Returns number and kind of the devices, for the table's caption."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

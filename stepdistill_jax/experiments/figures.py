@@ -1,4 +1,4 @@
-"""The pictures of a report."""
+"""The plots of a report."""
 
 import pathlib
 from collections import defaultdict
@@ -25,7 +25,7 @@ def share_of_data(fraction: float) -> str:
 
 
 def _runs_of(points: Sequence[Point]) -> str:
-    """`mean of 3 runs`, or `mean of 2 to 3 runs` where it differs between points."""
+    """Returns `mean of 3 runs`, or `mean of 2 to 3 runs` if the number differs between points."""
     counts = sorted({len(p.runs) for p in points})
     if counts == [1]:
         return "one run"
@@ -33,9 +33,9 @@ def _runs_of(points: Sequence[Point]) -> str:
 
 
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
-    """Accuracy against the fraction of the training data, a line for each arm; the SVG's path.
+    """Draws accuracy against the share of the training data, one line per arm; returns the SVG's path.
 
-    Whiskers are the 95 % intervals; a run that collapsed is a cross of its arm's colour.
+    Whiskers are 95 % intervals; a collapsed run is a cross in its arm's colour.
     """
     made, axis = figure()
     fractions = sorted({p.fraction for p in comparison.points})
@@ -51,7 +51,7 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
                 [],
                 "x",
                 color=look["color"],
-                label=f"{plain(arm)}, a run with one answer to all",
+                label=f"{plain(arm)}, a run with one answer for all rows",
             )
     _key_of_whiskers(axis, comparison.points)
     _lines(axis, comparison)
@@ -65,13 +65,13 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
 
 
 def _tick(comparison: Comparison, fraction: float) -> str:
-    """`25%`, and below it `375 labels` where all arms have as many."""
+    """Returns `25%`, and below it `375 labels` if all arms have that many."""
     labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
     return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")
 
 
 def _whiskers(axis, places: Sequence[float], points: Sequence[Point], i: int, look: dict) -> None:
-    # a few per cent to the side, so that the whiskers of arms do not cover each other
+    # shifted by a few per cent, odd arms to the right, even ones to the left: whiskers must not overlap
     at = np.asarray(places) * 1.012 ** (i if i % 2 else -i)
     axis.plot(at, [p.accuracy for p in points], ms=5, **look)
     for x, p in zip(at, points, strict=True):
@@ -93,9 +93,9 @@ def _lines(axis, comparison: Comparison) -> None:
 
 
 def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path | None:
-    """Validation accuracy and label loss against the step at the largest fraction; None without lines.
+    """Draws validation accuracy and label loss against the step, at the largest fraction.
 
-    Each run is a thin line, the mean of an arm's runs a thick one.
+    A thin line is a run, a thick one the mean of an arm's runs. Returns None if no run has metrics.
     """
     largest = {arm: comparison.of_arm(arm)[-1] for arm in comparison.arms}
     if not any(r.lines for p in largest.values() for r in p.runs):
@@ -112,6 +112,7 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
                 axis.plot(steps, values, color=look["color"], lw=0.5, alpha=0.45)
                 for step, value in zip(steps, values, strict=True):
                     by_step[step].append(value)
+            # only steps of all runs: a mean over fewer runs would jump
             whole = sorted(s for s, v in by_step.items() if len(v) == len(point.runs))
             means = [float(np.mean(by_step[s])) for s in whole]
             thick = {"color": look["color"], "ls": look["ls"], "lw": 2, "label": label}
@@ -128,7 +129,7 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
 def size_figure(
     comparisons: Sequence[Comparison], split: str, stem: pathlib.Path
 ) -> pathlib.Path | None:
-    """Accuracy at the largest fraction against the number of parameters; None where all are of one size."""
+    """Draws accuracy at the largest fraction against the number of parameters; None if all are equal."""
     by_arm: dict[str, list[tuple[int, Point]]] = defaultdict(list)
     for comparison in comparisons:
         for arm in comparison.arms:
@@ -156,7 +157,7 @@ def size_figure(
 
 
 def _rounded(size: int) -> str:
-    """`248M` of 247,577,856."""
+    """Returns a short text: `248M` for 247,577,856."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if size >= unit:
             return f"{size / unit:.3g}{letter}"

@@ -1,12 +1,12 @@
-"""The numbers of the paper, for comparison with measured ones."""
+"""The paper's results, for comparison with measured ones."""
 
 from stepdistill_jax.data.prepared import PAPER_SUFFIX
 from stepdistill_jax.experiments.comparison import Point
 
 BASE_PARAMETERS = 247_577_856  # T5 v1.1 base
 
-# Hsieh et al. 2023 (arXiv:2305.02301): T5 v1.1 base from the published weights, all of the gold labels,
-# accuracy on test; rationales by PaLM
+# Hsieh et al. 2023 (arXiv:2305.02301): test accuracy of T5 v1.1 base from the published weights, trained on
+# all gold labels; rationales by PaLM
 ACCURACY = {
     "esnli": {"label_only": 0.8838, "single_task": 0.8888, "step_by_step": 0.8951},
     "anli": {"label_only": 0.4358, "single_task": 0.4350, "step_by_step": 0.4958},
@@ -16,7 +16,7 @@ ACCURACY = {
 
 
 def paper_accuracy(point: Point) -> float | None:
-    """The paper's figure for a point of its kind: its dataset, arm and size of model, all of the data."""
+    """Returns the paper's accuracy for a point with its dataset, arm, model size and all data, else None."""
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:
         return None

@@ -1,4 +1,4 @@
-"""Pictures of runs; colours that colour-blind readers tell apart, and lines that print in grey."""
+"""Plots of runs, with colours that colour-blind readers can distinguish and lines that print in grey."""
 
 import importlib
 import os
@@ -22,11 +22,11 @@ def learning_curves(
     *,
     chance: float | None = None,
 ) -> None:
-    """Validation accuracy and training loss of the label against the step, as a PNG.
+    """Draws validation accuracy and the label's training loss against the step, as a PNG.
 
     Args:
         runs: lines of `metrics.jsonl` by the name to show.
-        path: of the PNG.
+        path: path of the PNG.
         chance: accuracy of always giving the commonest label, drawn as a thin line.
     """
     made, accuracy, loss = learning_axes("label loss on train, nats per token")
@@ -46,13 +46,13 @@ def learning_curves(
 def plot_curves(workdir: os.PathLike | str) -> Any:
     """Returns a `matplotlib.figure.Figure` of a run: validation accuracy, and each objective's loss.
 
-    A line is the mean training loss of 20 steps, a marker the loss of a validation. A notebook shows
-    the figure where it is the last value of a cell; `.savefig(PATH)` writes it.
+    Lines are training losses, averaged over 20 steps; markers are losses of validations. A notebook
+    shows the figure if it is the last value of a cell; `.savefig(PATH)` writes it.
 
     Raises:
-        InputError: as `read_metrics`.
+        InputError: as for `read_metrics`.
     """
-    importlib.import_module("matplotlib.pyplot")  # with it a notebook learns to show figures
+    importlib.import_module("matplotlib.pyplot")  # registers the display of figures in a notebook
     lines = read_metrics(workdir)
     names = dict.fromkeys(name for line in lines for name in line if name.startswith("loss/"))
     made, accuracy, loss = learning_axes("loss, nats per token")
@@ -81,14 +81,14 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
-    """Mean over the last `window` values."""
+    """Returns means over the last `window` values; `smoothed([1, 2, 4], 2)` is [1.0, 1.5, 3.0]."""
     return [
         sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
     ]
 
 
 def look_of(i: int) -> dict[str, Any]:
-    """Colour, line and marker of the i-th curve: told apart without the colour, too."""
+    """Returns colour, line and marker of the i-th curve, which differ without the colour, too."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "ls": STYLES[i % len(STYLES)],
@@ -97,12 +97,12 @@ def look_of(i: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """A name as it is: matplotlib would read mathematics between two dollars."""
+    """Escapes dollars, between which matplotlib would read mathematics."""
     return text.replace("$", r"\$")
 
 
 def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
-    """Writes STEM.png and STEM.svg, the same bytes for the same picture; gives the second."""
+    """Writes STEM.png and STEM.svg, the same bytes for the same plot; returns the SVG's path."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "stepdistill"}):
@@ -112,7 +112,7 @@ def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
 
 
 def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
-    """Returns a figure, and its axes of validation accuracy and of a loss against the step."""
+    """Returns a figure with axes for validation accuracy and for a loss against the step."""
     from matplotlib.ticker import MaxNLocator
 
     made, (accuracy, loss) = figure(2)
@@ -126,7 +126,7 @@ def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
 def figure(columns: int = 1) -> tuple[Any, Any]:
     """Returns a figure and its axes (one, or an array of them).
 
-    It is none of pyplot's: no window, whatever the backend, and nothing to close.
+    It is created without pyplot, so it opens no window and needs no close.
     """
     from matplotlib.figure import Figure
 

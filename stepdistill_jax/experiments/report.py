@@ -1,4 +1,4 @@
-"""`stepdistill report`: runs compared, as one HTML page and as pictures and tables for a paper."""
+"""`stepdistill report`: compares runs on an HTML page, and in plots and tables for a paper."""
 
 import base64
 import dataclasses
@@ -39,18 +39,18 @@ _HEAD = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
 style-src 'unsafe-inline'; script-src 'sha256-"""
-MADE = Made("report", _HEAD.encode())  # the page of any version
+MADE = Made("report", _HEAD.encode())  # pages of all versions begin like this
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found, and where it is written.
+    """The result of `report`.
 
     Attributes:
-        page: the HTML file.
-        files: all that was written, the page first.
-        comparisons: see `comparison.compare`.
-        left_out: runs that are in no table, `run` and `why` each.
+        page: path of the HTML file.
+        files: paths of all written files, the page first.
+        comparisons: result of `comparison.compare`.
+        left_out: runs that are in no table, as dicts of `run` and `why`.
     """
 
     page: pathlib.Path
@@ -68,21 +68,21 @@ def report(
     examples: int = 500,
     data_dir: os.PathLike | str | None = None,
 ) -> Report:
-    """Compares runs and writes `report.html`, and each picture and table as files of its own.
+    """Compares runs, and writes `report.html` and each plot and table as separate files.
 
-    The page needs no network and nothing beside it. The same runs give the same bytes.
+    The page needs no network and no other file. The same runs give the same bytes.
 
     Args:
-        runs: workdirs, folders of `sweep`, or folders with some of these inside.
-        output: folder; made if absent, its files of a former report are replaced.
-        split: whose answers are compared.
-        baseline: arm that others are held against; None is as in `compare`.
-        examples: rows that are shown with their answers, evenly spread over the split.
-        data_dir: where the datasets are prepared; without one there are neither tests nor examples.
+        runs: workdirs, folders of `sweep`, or folders that contain some of these.
+        output: folder, created if missing; files of an earlier report are replaced.
+        split: split on which answers are compared.
+        baseline: arm to compare the others with; None as in `compare`.
+        examples: number of rows to show with their answers, evenly spread over the split.
+        data_dir: folder of prepared datasets; without the dataset there are no tests and no examples.
 
     Raises:
-        InputError: a path without runs, none that has answered the split, no such baseline, or a
-            folder that cannot be written.
+        InputError: a path contains no runs, no run has answers on the split, there is no such baseline,
+            or the folder cannot be written.
     """
     whole("examples", examples, 0)
     folder = local_path(output, "`output`")
@@ -112,7 +112,7 @@ def report(
         )
         names = [file.name for file in files]
         check_folder(folder, PAGE, MADE, names)
-        with atomic_write(folder / PAGE) as f:  # first: it says whose the other files are
+        with atomic_write(folder / PAGE) as f:  # first: it marks the other files as ours
             f.write(text)
         for file in files:
             with atomic_write(folder / file.name, "wb") as f:
@@ -122,7 +122,7 @@ def report(
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Of file names: none for a single comparison, else what its name makes, and its number if need be."""
+    """Returns suffixes of file names: "" for a single comparison, else its name, numbered if not unique."""
     if len(comparisons) == 1:
         return [""]
     names = [re.sub(r"[^A-Za-z0-9.]+", "-", c.name).strip("-.")[:80] for c in comparisons]
@@ -135,7 +135,7 @@ def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
 def _write_comparison(
     comparison: Comparison, folder: pathlib.Path, suffix: str, split: str
 ) -> tuple[list[pathlib.Path], dict[str, Any]]:
-    """The files of a comparison, and what the page says of it."""
+    """Writes a comparison's files; returns their paths, and the values for the page."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = accuracy_figure(comparison, split, folder / f"accuracy{suffix}")
     learning = learning_figure(comparison, folder / f"learning{suffix}")
@@ -168,90 +168,96 @@ def _write_comparison(
             if r.collapsed
         ],
         "no_tests": (
-            "there is one arm only"
+            "there is only one arm"
             if len(comparison.arms) == 1
-            else "no two arms have runs at the same fraction whose answers can be compared row by row"
+            else "no two arms have runs at the same fraction with answers to compare row by row"
         ),
     }
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """How little data each arm needs for what the baseline reaches with all of it, in words.
+    """Returns sentences: how little data each arm needs to reach the baseline's accuracy with all data.
 
-    And which arms need a teacher at test time.
+    They also name arms that need a teacher at test time.
     """
-    said = []
+    sentences = []
     base, point = comparison.baseline, comparison.of_arm(comparison.baseline)[-1]
     data = share_of_data(point.fraction)
     if comparison.enough and comparison.is_chance(point):
-        said.append(
+        sentences.append(
             f"{base}, trained on {data} ({point.labels:.0f} labels), has an accuracy of"
-            f" {point.accuracy:.4f}, which is not shown to be above that of always giving the commonest"
-            f" label, {comparison.majority:.4f}. That another arm reaches it says nothing."
+            f" {point.accuracy:.4f}. This is not shown to be better than always giving the commonest"
+            f" label ({comparison.majority:.4f}), so it means nothing if another arm reaches it."
         )
-        said += _better(comparison.enough)
+        sentences += _better(comparison.enough)
     else:
-        said += [_reached(comparison, e, data) for e in comparison.enough]
+        sentences += [_reached(comparison, e, data) for e in comparison.enough]
     for arm in comparison.arms:
         first = comparison.of_arm(arm)[-1].runs[0].config["objectives"][0]
         if shown := [name for name in fields_of(first["input_template"]) if name != "input"]:
-            said.append(
-                f"{arm} reads {' and '.join(shown)} of each row beside its input: a teacher has to"
+            sentences.append(
+                f"{arm} reads {' and '.join(shown)} of each row in addition to its input: a teacher must"
                 " write that at test time, too."
             )
-    return said
+    return sentences
 
 
 def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
-    """With how much of the data an arm reaches what the baseline has with `data`."""
+    """Returns a sentence: with how much data an arm reaches the accuracy of the baseline with `data`."""
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
         f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
         f" {enough.baseline_labels:.0f} labels)"
     )
     if enough.fraction is None or enough.labels is None:
-        return f"{enough.arm} does not reach {theirs} at any share tried."
+        return f"{enough.arm} does not reach {theirs} at any tested share."
     times = enough.baseline_labels / enough.labels
     fewer = f", {times:.3g} times fewer" if times > 1 else ""
     part = "the same data" if enough.fraction == full else share_of_data(enough.fraction)
-    said = [
+    sentences = [
         f"With {part} ({enough.labels:.0f} labels{fewer}), {enough.arm} reaches {theirs}.",
         *_better([enough]),
     ]
     if enough.reverse is None:
         last = comparison.of_arm(enough.arm)[-1]
-        said.append(f"{base} does not reach {enough.arm}'s {last.accuracy:.4f} at any share tried.")
-    return " ".join(said)
+        sentences.append(
+            f"{base} does not reach {enough.arm}'s {last.accuracy:.4f} at any tested share."
+        )
+    return " ".join(sentences)
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """From which share on arms are better beyond chance, those of the same share in one sentence."""
+    """Returns sentences: from which share on arms are significantly better, one sentence per share."""
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
         if enough.tested:
             by_share.setdefault(enough.surely, []).append(enough.arm)
-    said = []
+    sentences = []
     for share in sorted(by_share, key=lambda share: math.inf if share is None else share):
         *others, last = by_share[share]
         arms = f"{', '.join(others)} and {last}" if others else last
         verb = "are" if others else "is"
         if share is None:
-            said.append(f"At no share {verb} {arms} better beyond chance (95%).")
+            sentences.append(f"At no share {verb} {arms} significantly better (95%).")
             continue
         on = "" if share == 1 else " or more"
-        said.append(f"With {share_of_data(share)}{on}, {arms} {verb} better beyond chance (95%).")
-    return said
+        sentences.append(
+            f"With {share_of_data(share)}{on}, {arms} {verb} significantly better (95%)."
+        )
+    return sentences
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
-    """Rows with the answers of one run of each arm: the largest fraction's first seed."""
+    """Returns rows with the answers of one run per arm: the first seed of its largest fraction."""
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
     if not chosen or not count:
         return {"examples": []}
     golds = [run.gold for run in chosen if run.gold]
+    # arms may be trained on variants of the dataset with the same rows: prefer one with rationales
     explained = next((g for g in golds if any(e.rationale for e in g.examples)), golds[0])
     rows = len(explained.examples)
+    # of 10 rows, 4 examples are rows 0, 3, 6 and 9
     picked = np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int))
     found = []
     for i in picked.tolist():
@@ -287,12 +293,12 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 
 
 def _embedded(figure: pathlib.Path) -> str:
-    """A data URI: as an image, an SVG runs nothing and shares no names with the page."""
+    """Returns an SVG as a data URI: as an image it runs no script and shares no names with the page."""
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 
 def _page(**values: Any) -> str:
-    """The HTML text. What comes from data is escaped; the one script is known by its digest."""
+    """Returns the HTML text. Text from data is escaped; the only allowed script is given by its digest."""
     import jinja2
 
     environment = jinja2.Environment(

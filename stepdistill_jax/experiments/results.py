@@ -1,4 +1,4 @@
-"""What runs left behind: settings, answers on a split, curves, cost. Neither weights nor devices are touched."""
+"""Reads the results of runs (settings, answers on a split, metrics, cost) without weights or devices."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from stepdistill_jax.runtime.metrics import METRICS, read_metrics
 from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.training.workdir import RUN, read_run
 
-DEPTH = 5  # folders that are looked through for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
+DEPTH = 5  # levels of folders searched for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,11 +34,11 @@ class Gold:
     """A split of a prepared dataset.
 
     Attributes:
-        key: digest of ids, inputs and labels: two datasets that differ in rationales alone share it.
+        key: digest of ids, inputs and labels; datasets that differ only in rationales share it.
         examples: its rows, in order.
-        metric: how labels are compared.
-        fingerprint: of the dataset.
-        labels: the task's, where they are few.
+        metric: metric that compares labels.
+        fingerprint: fingerprint of the dataset.
+        labels: the task's labels, if they are few.
     """
 
     key: str
@@ -48,7 +48,7 @@ class Gold:
     labels: Sequence[str] = ()
 
     def right(self, labels: Sequence[str]) -> np.ndarray:
-        """[rows] bool."""
+        """Returns [rows] bool: whether each label is right."""
         matches = metric_fn(self.metric)
         return np.array(
             [matches(got, e.label) for got, e in zip(labels, self.examples, strict=True)], bool
@@ -56,7 +56,7 @@ class Gold:
 
     @functools.cached_property
     def teacher(self) -> float | None:
-        """The teacher's accuracy over all rows, None where it has answered none.
+        """Returns the teacher's accuracy over all rows; None if it has answered none.
 
         A row without an answer counts as wrong, as in the paper.
         """
@@ -67,25 +67,25 @@ class Gold:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunResult:
-    """One run that has answered the split.
+    """A run with answers on the split.
 
     Attributes:
-        workdir: its folder.
-        arm, fraction, seed: of a sweep, else by its objectives and config.
+        workdir: folder of the run.
+        arm, fraction, seed: the sweep's, else derived from the run's objectives and config.
         grid: VALUE by NAME of a sweep's grid.
-        config: of `run.json`.
-        gold: the split that it answered; None where its dataset is not prepared here.
-        labels: labelled examples trained on.
-        parameters: of the model.
-        step: the one that answered.
-        accuracy, rows: on the split.
-        majority: accuracy of always giving the commonest label; None where it was not kept.
-        collapsed: all answers are the same.
-        answers: the labels given, in the order of the rows; None without `gold`.
-        right: [rows] bool, the same.
-        rationales: of the model, where they were decoded.
-        explained: what these are worth (`RationaleCounts.summary` and `unfinished`), where it was kept.
-        lines: of `metrics.jsonl`.
+        config: the config in `run.json`.
+        gold: the split that it answered; None if its dataset is not prepared here.
+        labels: number of labelled examples trained on.
+        parameters: number of the model's parameters.
+        step: step whose model answered.
+        accuracy, rows: accuracy on the split, and its number of rows.
+        majority: accuracy of always giving the commonest label; None if it was not saved.
+        collapsed: whether all answers are the same.
+        answers: the model's labels, in the order of the rows; None without `gold`.
+        right: [rows] bool, whether each answer is right; None without `gold`.
+        rationales: the model's rationales, if they were decoded.
+        explained: their quality (`RationaleCounts.summary` and `unfinished`), if it was saved.
+        lines: lines of `metrics.jsonl`.
     """
 
     workdir: pathlib.Path
@@ -110,23 +110,23 @@ class RunResult:
 
     @property
     def task(self) -> str:
-        """That it was trained on."""
+        """Returns the task that it was trained on."""
         return self.config["task"]
 
     @property
     def gold_key(self) -> str:
-        """What runs must share to be compared."""
+        """Returns the key that comparable runs share."""
         return self.task if self.gold is None else self.gold.key
 
     @property
     def rationale_token_accuracy(self) -> float | None:
-        """Share of the validation's rationale tokens that its step finds the likeliest; teacher forcing."""
+        """Returns the share of validation rationale tokens predicted right at `step`, with teacher forcing."""
         key = f"eval/validation/accuracy/{RATIONALE}"
         found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
         return found[-1] if found else None
 
     def verdict(self, row: int) -> tuple[str | None, str | None]:
-        """`named_answer` of its label and its rationale for a row; (None, None) without them."""
+        """Returns `named_answer` of a row's label and rationale; (None, None) without them."""
         if self.gold is None or self.answers is None or self.rationales is None:
             return None, None
         return named_answer(
@@ -138,7 +138,10 @@ class RunResult:
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
-        """(seconds, FLOPs) of its training steps: compiling included, validation and saving not."""
+        """Returns (seconds, FLOPs) of its training steps, with compilation, without validation and saving.
+
+        A logged step of `batch_size` examples at r examples/s took batch_size / r seconds.
+        """
         seconds = flops = 0.0
         for line in self.lines:
             rate = line.get("timing/examples_per_second")
@@ -151,10 +154,10 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A workdir, and what its sweep calls it (empty where it is of none)."""
+    """A workdir, and its entry in the sweep's `sweep.json` ({} without a sweep)."""
 
     workdir: pathlib.Path
-    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cell: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_runs(
@@ -163,15 +166,15 @@ def read_runs(
     split: str,
     data_dir: os.PathLike | str | None = None,
 ) -> tuple[list[RunResult], list[dict[str, str]]]:
-    """All runs below `paths` that have answered `split`, and those left out: `run` and `why` each.
+    """Returns all runs below `paths` with answers on `split`, and dicts of `run` and `why` for the others.
 
     Args:
-        paths: workdirs, folders of `sweep`, or folders with some of these inside.
-        split: of the datasets.
-        data_dir: where they are prepared.
+        paths: workdirs, folders of `sweep`, or folders that contain some of these.
+        split: split of the datasets.
+        data_dir: folder of the prepared datasets.
 
     Raises:
-        InputError: a path without a run, a damaged file, or no run that has answered the split.
+        InputError: a path contains no run, a file is damaged, or no run has answers on the split.
     """
     folder = data_folder(data_dir)
 
@@ -200,19 +203,19 @@ def read_runs(
 
 
 def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
-    """Every workdir below `paths`, once, in their order.
+    """Returns every workdir below `paths` once, in their order.
 
     Raises:
-        InputError: there is no such folder, or none in it.
+        InputError: a folder is missing or contains no workdir.
     """
     found: dict[pathlib.Path, Found] = {}
     for given in paths:
         path = local_path(given, "report")
         if not path.is_dir():
-            raise InputError(f"{path}: no such folder; a workdir or a sweep's folder is wanted")
+            raise InputError(f"{path}: no such folder; expected a workdir or a sweep's folder")
         here = list(_below(path, DEPTH))
         if not here:
-            raise InputError(f"{path}: neither a run nor a sweep, and none in it")
+            raise InputError(f"{path}: neither is nor contains a run or a sweep")
         for run in here:
             found.setdefault(run.workdir.resolve(), run)
     return list(found.values())
@@ -224,30 +227,30 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
     elif (path / SWEEP).is_file():
         cells = read_object(path / SWEEP).get("cells")
         if not isinstance(cells, dict) or not all(isinstance(x, dict) for x in cells.values()):
-            raise InputError(f"{path / SWEEP}: is not what `sweep` writes; move it away")
-        for name, told in cells.items():
+            raise InputError(f"{path / SWEEP}: not written by `sweep`; move it away")
+        for name, cell in cells.items():
             if (path / name / RUN).is_file():
-                yield Found(path / name, told)
+                yield Found(path / name, cell)
     elif depth:
         for child in sorted(p for p in path.iterdir() if p.is_dir()):
             yield from _below(child, depth - 1)
 
 
 def _read(found: Found, split: str, gold_of) -> RunResult | str:
-    """The run, or why it is left out."""
-    workdir, told = found.workdir, found.told
+    """Returns the run, or the reason to leave it out."""
+    workdir, cell = found.workdir, found.cell
     described = read_run(workdir)
     config = described["config"]
     task = config["task"]
     evaluation = workdir / EVALUATION / f"{split}.json"
     kept = read_object(evaluation) if evaluation.is_file() else {}
     if "tasks" in kept:
-        return f"answers several tasks, which report does not compare; {evaluation} has each one's"
+        return f"answers several tasks, which report cannot compare; {evaluation} has the results of each"
     gold = gold_of(task)
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
-        return f"answered {task} before it was prepared anew"
+        return f"answered {task} before it was prepared again: evaluate it again"
     step = kept.get("step")
-    if step is None:
+    if step is None:  # not evaluated by `sweep`; `evaluate` answers with the best step
         try:
             step = resolve_step(workdir, "best")
         except InputError as error:
@@ -255,7 +258,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     file = workdir / PREDICTIONS / f"{task}-{split}-{step}.jsonl"
     explained = file.with_name(f"{file.stem}{WITH_RATIONALE}.jsonl")
     if not file.is_file():
-        file = explained  # the labels are the same
+        file = explained  # has the same labels
     answers = rationales = right = None
     if gold is not None:
         if not file.is_file():
@@ -265,17 +268,17 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
             )
         answers = _column(file, gold, "label")
         if answers is None:
-            return f"{file.name} answers other rows than {task}'s {split} has: evaluate it again"
+            return f"{file.name} has answers to other rows than {task}'s {split}: evaluate it again"
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
-        return f"the dataset {task} with a split {split} is not prepared here"
+        return f"no dataset {task} with a split {split} is prepared here"
     return RunResult(
         workdir=workdir,
-        arm=str(told.get("arm") or arm_of(config["objectives"])),
+        arm=str(cell.get("arm") or arm_of(config["objectives"])),
         fraction=float(config["data_fraction"]),
         seed=config["seed"],
-        grid={str(k): str(v) for k, v in told.get("grid", {}).items()},
+        grid={str(k): str(v) for k, v in cell.get("grid", {}).items()},
         config=config,
         gold=gold,
         labels=described["examples"],
@@ -296,7 +299,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """A field of each row; None where the rows are not those of `gold`."""
+    """Returns a field of each row; None if the rows' ids differ from those of `gold`."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None
@@ -304,11 +307,12 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 
 
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the name of the arm with these objectives, weights aside; else the objectives' own names.
+    """Returns the name of the arm with these objectives, whatever their weights; else their own names.
 
-    A label that is asked for without a prefix, as in `paper/exact.gin`, is the same arm.
+    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the same.
 
-    Example: `label+rationale` with another template than `step_by_step` stays `label+rationale`.
+    Example: objectives `label` and `rationale` are `step_by_step`, or `label+rationale` if a template
+    differs from that arm's.
     """
 
     def shape(items) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""Intervals and tests for few seeds and many rows."""
+"""Confidence intervals and tests for few seeds and many rows."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ import numpy as np
 import scipy.stats
 
 DRAWS = 4000
-CHUNK = 200  # draws at once: [CHUNK, rows] weights are held
+CHUNK = 200  # draws at once; memory holds [CHUNK, rows] row counts
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean, and the ends of its 95 % interval by Student's t; None for a single value.
+    """Returns the mean, and the ends of its 95 % interval by Student's t (None for a single value).
 
-    It speaks of other seeds on the same rows. Example: `mean_interval([0.6, 0.7, 0.8])` is
-    (0.7, 0.452, 0.948), rounded.
+    The interval covers other seeds on the same rows: mean +- t(0.975, n - 1) s / sqrt(n). Example:
+    `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded: s = 0.1, t = 4.303.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -26,17 +26,19 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 
 
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """[draws, runs] accuracy of each run on rows drawn with replacement, the same rows for all runs.
+    """Returns [draws, runs] accuracies on rows drawn with replacement, the same rows for all runs.
 
     Args:
-        right: [runs, rows] bool.
-        draws: how often.
-        seed: of the drawing; the same one draws the same rows.
+        right: [runs, rows] bool, whether an answer is right.
+        draws: number of draws.
+        seed: random seed; the same seed draws the same rows.
     """
     rng, rows = np.random.default_rng(seed), right.shape[1]
     answers = right.T.astype(np.float32)
     found = []
     for start in range(0, draws, CHUNK):
+        # A draw is a count per row: of rows 0, 1, 2, drawing 2, 0, 2 gives counts [1, 0, 2]. The
+        # accuracies are one product, [draws, rows] @ [rows, runs] / rows.
         chosen = rng.integers(rows, size=(min(CHUNK, draws - start), rows))
         counts = np.stack([np.bincount(c, minlength=rows) for c in chosen])
         found.append(counts.astype(np.float32) @ answers / rows)
@@ -46,15 +48,15 @@ def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
 def paired_difference(
     first: np.ndarray, second: np.ndarray, *, seed: int = 1
 ) -> tuple[float, float, float]:
-    """95 % interval of mean accuracy of the second arm less that of the first, and two-sided p.
+    """Returns the 95 % interval of the second arm's mean accuracy minus the first's, and a two-sided p.
 
-    A paired bootstrap (Efron and Tibshirani 1993): rows are drawn for both arms together, and the
-    runs of an arm (its seeds) for each arm alone, so the interval holds what another test set and
-    other seeds would change. With one run an arm it says nothing of other seeds.
+    A paired bootstrap (Efron and Tibshirani 1993): rows are drawn for both arms together, runs (seeds)
+    for each arm separately. So the interval covers another test set and other seeds; with one run per
+    arm, it covers only another test set.
 
     Args:
-        first, second: [draws, runs] of `resample`, of the same draws.
-        seed: of the drawing of runs.
+        first, second: [draws, runs] results of `resample`, from the same draws.
+        seed: random seed of the drawn runs.
 
     Returns:
         Low end, high end, p.
@@ -67,15 +69,17 @@ def paired_difference(
 
     differences = drawn(second) - drawn(first)
     low, high = np.quantile(differences, [0.025, 0.975])
+    # p: twice the share of draws on the rarer side of 0, with 1 added to both counts, so never 0
     fewest = min((differences <= 0).sum(), (differences >= 0).sum())
     return float(low), float(high), float(min(1.0, 2 * (fewest + 1) / (len(differences) + 1)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values of a family of tests, corrected so that one false alarm in all of them is as rare as p says.
+    """Returns p values corrected for the number of tests, so that p bounds the chance of any false alarm.
 
-    Holm 1979, Scandinavian Journal of Statistics 6:65. Example: `holm([0.01, 0.04, 0.03])` is
-    [0.03, 0.06, 0.06].
+    Holm 1979, Scandinavian Journal of Statistics 6:65: the k-th smallest of n (k from 0) is multiplied by
+    n - k, and no value is below a smaller one's. `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]:
+    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -1,4 +1,4 @@
-"""Arms x fractions x seeds x a grid: one run after another in one process, and each evaluated."""
+"""Trains and evaluates arms x fractions x seeds x a grid, one run after another in one process."""
 
 import dataclasses
 import datetime
@@ -34,7 +34,7 @@ from stepdistill_jax.training.workdir import RUN, locked_workdir, read_run
 
 SWEEP = "sweep.json"
 EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
-TRAIN_STEPS = "train_steps"  # in it: of the run that was evaluated
+TRAIN_STEPS = "train_steps"  # its key for the `train_steps` of the evaluated run
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 
 
@@ -43,11 +43,11 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        arm: what its curve is called.
-        fraction, seed: of its config.
-        grid: VALUE as typed, by NAME, of what else differs between cells.
-        config: the run.
-        text: gin text to keep as `config.gin`.
+        arm: name of its curve.
+        fraction, seed: values in its config.
+        grid: VALUE as typed, by NAME, for other settings that differ between cells.
+        config: config of the run.
+        text: gin text to save as `config.gin`.
     """
 
     arm: str
@@ -59,23 +59,23 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Of its workdir in the sweep's folder: `step_by_step/0.25/3`, `ARM/NAME=VALUE/0.25/3`."""
+        """Returns its workdir in the sweep's folder: `step_by_step/0.25/3`, `ARM/NAME=VALUE/0.25/3`."""
         return cell_path(self.arm, self.fraction, self.seed, self.grid)
 
     @property
     def name(self) -> str:
-        """For people: `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
+        """Returns its name for people: `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
         return cell_name(self.arm, self.fraction, self.seed, self.grid)
 
 
 def cell_path(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
-    """See `Cell.path`; what a folder's name should not hold becomes `-`."""
+    """Returns `Cell.path`; characters that do not belong in a folder's name become `-`."""
     values = ",".join(f"{k}={re.sub(r'[^A-Za-z0-9._+-]+', '-', v)}" for k, v in grid.items())
     return "/".join([arm, *([values] if values else []), repr(float(fraction)), str(seed)])
 
 
 def cell_name(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
-    """See `Cell.name`."""
+    """Returns `Cell.name`."""
     return " ".join([arm, f"{fraction:g}", f"seed {seed}", *(f"{k}={v}" for k, v in grid.items())])
 
 
@@ -91,39 +91,39 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains and evaluates the cells that are not done yet, in order.
 
-    A cell is done when its last step is saved and its evaluation written: both are looked for in its
-    workdir, so a sweep that was killed at any point goes on exactly. Cells that differ only in seed,
-    fraction or a number that no program holds are compiled once.
+    A cell is done once its last step and its evaluation are saved in its workdir, so a sweep that was
+    killed at any point continues exactly. Cells that differ only in seed, fraction or a number that is
+    no constant of the program are compiled once.
 
     Args:
-        cells: what to train, on one task or several.
-        workdir: folder of `sweep.json` and of a workdir for each cell.
-        data_dir: where the dataset is prepared.
-        split: read by the best step of each run, to `evaluation/SPLIT.json` and `predictions/`; None
-            evaluates nothing.
-        with_rationale: also decodes the rationale of each row of the split, where an arm gives one,
-            and says what it is worth: `rationale` in `evaluation/SPLIT.json`.
-        retries: how often a cell that failed is tried again, after all others.
-        asked: what was typed, kept in `sweep.json`.
+        cells: cells to train, on one task or several.
+        workdir: folder of `sweep.json` and of a workdir per cell.
+        data_dir: folder of the prepared dataset.
+        split: split on which each run's best step is evaluated, into `evaluation/SPLIT.json` and
+            `predictions/`; None evaluates nothing.
+        with_rationale: whether to also decode the split's rationales, if the arm gives them, and to save
+            their quality as `rationale` in `evaluation/SPLIT.json`.
+        retries: number of retries of a failed cell, after all other cells.
+        asked: the command's arguments, saved in `sweep.json`.
 
     Returns:
-        `workdir`, `done` and `skipped` (numbers of cells: in all, and of those before this start),
-        `failed_cells` ({"cell", "workdir", "error"} each), `seconds`.
+        `workdir`; `cells`, `done` and `skipped`, numbers of cells (in all, done, and done before this
+        call); `failed_cells`, dicts of `cell`, `workdir`, `error`; `seconds`.
 
     Raises:
-        InputError: a cell whose workdir holds another run, two cells in one folder, no such split;
-            before the first one trains.
-        SystemExit: 75, stopped by a signal; what was trained is saved.
+        InputError: a cell's workdir holds another run, two cells share a folder, or there is no such
+            split; raised before the first cell trains.
+        SystemExit: with status 75, after a signal; finished work is saved.
     """
     if jax.process_count() > 1:
         raise InputError(
-            "sweep runs in one process; `stepdistill sweep ... --print slurm` (or xpk) writes the"
-            " commands of its cells for many hosts"
+            "sweep runs in one process; `stepdistill sweep ... --print slurm` (or xpk) prints the"
+            " cells' commands for many hosts"
         )
     folder, data_dir = as_path(workdir), data_folder(data_dir)
     began = time.monotonic()
     datasets = _check_cells(cells, folder, data_dir, split)
-    # within a run `train` catches the signals, and leaves when it has saved
+    # within a run, `train` catches the signals and exits after it has saved
     with (
         StopSignals(lambda name: leave(name, "stopped between two steps of work")),
         locked_workdir(folder),
@@ -135,7 +135,7 @@ def sweep(
             record.note(cell, state=DONE, error=None)
         record.write()
         if done:
-            log(f"{len(done)} of {len(cells)} cells are done already")
+            log(f"{len(done)} of {len(cells)} cells are already done")
 
         def work(cell: Cell) -> None:
             workdir = folder / cell.path
@@ -169,10 +169,11 @@ def _run(
     retries: int,
     record: "_Record",
 ) -> None:
-    """`work` on the cells that are left; those that fail again, behind all others."""
+    """Calls `work` for each remaining cell, and retries failed cells after all others."""
     waiting, ended, spent = [(cell, 1) for cell in left], 0, 0.0
     while waiting:
         cell, attempt = waiting.pop(0)
+        # mean time of an ended cell, times this one and the waiting ones
         left_secs = spent / ended * (len(waiting) + 1) if ended else None
         eta = "" if left_secs is None else f"  ETA {datetime.timedelta(seconds=int(left_secs))}"
         again = f"  (attempt {attempt})" if attempt > 1 else ""
@@ -180,18 +181,18 @@ def _run(
         start = time.monotonic()
         record.note(cell, state=RUNNING, error=None, started=_now())
         record.write()
-        told: dict[str, Any] = {"state": STOPPED}
+        outcome: dict[str, Any] = {"state": STOPPED}  # if a signal or `SystemExit` ends `work`
         try:
             work(cell)
-            told = {"state": DONE}
+            outcome = {"state": DONE}
         except Exception as error:
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-            told = {"state": FAILED, "error": printable(translated(f"{kind}{error}"), 500)}
-            log(f"cell {cell.name} failed: {told['error']}")
+            outcome = {"state": FAILED, "error": printable(translated(f"{kind}{error}"), 500)}
+            log(f"cell {cell.name} failed: {outcome['error']}")
             if attempt <= retries:
                 waiting.append((cell, attempt + 1))
         finally:
-            record.note(cell, **told, seconds=time.monotonic() - start)
+            record.note(cell, **outcome, seconds=time.monotonic() - start)
             record.write()
         ended, spent = ended + 1, spent + time.monotonic() - start
 
@@ -204,7 +205,7 @@ def _evaluate(
     with_rationale: bool,
     datasets: Mapping[str, str | None],
 ) -> None:
-    """Answers of the best step, and `evaluation/SPLIT.json` last: it says that all is there."""
+    """Writes the best step's answers, then `evaluation/SPLIT.json`, which marks the evaluation complete."""
     config, path = cell.config, workdir / EVALUATION / f"{split}.json"
     if not is_remote(path):
         check_result(path)
@@ -244,10 +245,10 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     if not path.is_file():
         return False
     kept = read_object(path)
-    # a cell that was trained further may have another best step
+    # a cell that was trained further may have a different best step
     if TRAIN_STEPS in kept:
         current = kept[TRAIN_STEPS] == cell.config.train_steps
-    else:  # of an older version, which trained no run further and kept no steps of its lives
+    else:  # from an older version, which trained no run further and did not record its starts' steps
         current = not any(TRAIN_STEPS in life for life in read_run(workdir).get("lives", []))
     return current and (not with_rationale or RATIONALE in kept)
 
@@ -255,11 +256,11 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
 def _check_cells(
     cells: Sequence[Cell], folder: pathlib.Path, data_dir: pathlib.Path, split: str | None
 ) -> dict[str, str | None]:
-    """Fingerprint of each task's prepared dataset (None of a task that only SeqIO knows)."""
+    """Checks the cells; returns the fingerprint of each task's dataset (None for a SeqIO task)."""
     if (folder / RUN).is_file():
-        raise InputError(f"`workdir` {folder}: is a run of its own, not a folder of runs")
+        raise InputError(f"`workdir` {folder}: expected a folder of runs, got a run")
     if not cells:
-        raise InputError("sweep: there is no cell; give at least one arm, fraction and seed")
+        raise InputError("sweep: no cells; give at least one arm, fraction and seed")
     paths: dict[str, Cell] = {}
     for cell in cells:
         if (other := paths.setdefault(cell.path, cell)) is not cell:
@@ -272,7 +273,9 @@ def _check_cells(
         if task == EMBEDDED:
             ensure_prepared(task, data_dir)
         if split and not has_split(task, split, data_dir=data_dir, task_module=module):
-            raise InputError(f"`split` {split}: {task} has no such split; or evaluate none")
+            raise InputError(
+                f"`split` {split}: {task} has no such split; give another one, or none"
+            )
         prepared = is_prepared(task, data_dir)
         datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
     return datasets
@@ -281,31 +284,31 @@ def _check_cells(
 def _check_workdirs(
     cells: Sequence[Cell], folder: pathlib.Path, datasets: Mapping[str, str | None]
 ) -> None:
-    """Refuses, before anything trains, a cell whose workdir holds a run of another config or data."""
+    """Refuses, before any training, a cell whose workdir holds a run of another config or data."""
     for cell in cells:
         workdir = folder / cell.path
         if not (workdir / RUN).is_file():
             continue
         before = read_run(workdir)
         now = {k: before.get(k, {}) for k in ("fingerprint", "model")}
-        # as JSON has it: tuples are lists there
+        # through JSON, which turns tuples into lists, as in `run.json`
         now["config"] = json.loads(json.dumps(cell.config.to_json(), default=str))
         if found := differences(before, now):
             raise InputError(
-                f"{workdir}: holds a run with other settings ({'; '.join(found)}); use the same ones"
-                " to go on with this sweep, or another `workdir`"
+                f"{workdir}: holds a run with other settings ({'; '.join(found)}); use the same settings"
+                " to continue this sweep, or another `workdir`"
             )
         for file in sorted((workdir / EVALUATION).glob("*.json")):
             old, new = read_object(file).get("dataset"), datasets[cell.config.task]
             if old and new and old != new:
                 raise InputError(
-                    f"{file}: is of {cell.config.task} before it was prepared anew; use another"
+                    f"{file}: was evaluated before {cell.config.task} was prepared again; use another"
                     " `workdir`"
                 )
 
 
 class _Record:
-    """`sweep.json`: what was asked, and each cell's state; cells of earlier starts stay in it."""
+    """Keeps `sweep.json`: the commands' arguments and each cell's state, also of earlier starts."""
 
     def __init__(self, folder: pathlib.Path, cells: Sequence[Cell], asked: Mapping[str, Any]):
         self._path = folder / SWEEP
@@ -313,7 +316,7 @@ class _Record:
         try:
             self._asked, self._cells = list(kept["asked"]), dict(kept["cells"])
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{self._path}: is not what `sweep` writes; move it away") from None
+            raise InputError(f"{self._path}: not written by `sweep`; move it away") from None
         if not any({**earlier, "at": None} == {"at": None, **asked} for earlier in self._asked):
             self._asked.append({"at": _now(), **asked})
         for cell in cells:
@@ -323,11 +326,11 @@ class _Record:
             self._cells[cell.path] = {**new, **known, **names, "grid": dict(cell.grid)}
 
     def of(self, cell: Cell) -> dict[str, Any]:
-        """What is known of a cell."""
+        """Returns a cell's entry."""
         return self._cells[cell.path]
 
     def note(self, cell: Cell, **values: Any) -> None:
-        """Changes what is known of a cell; `seconds` are added up over its lives."""
+        """Updates a cell's entry; `seconds` are summed over its starts."""
         entry = self._cells[cell.path]
         if "seconds" in values:
             values["seconds"] = round(entry.get("seconds", 0.0) + values["seconds"], 1)
@@ -335,7 +338,7 @@ class _Record:
         entry |= values
 
     def write(self) -> None:
-        """The file, atomically."""
+        """Writes the file, atomically."""
         write_json(self._path, {"asked": self._asked, "cells": self._cells})
 
 

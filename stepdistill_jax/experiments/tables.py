@@ -1,4 +1,4 @@
-"""A report's tables: once as rows, then as CSV and HTML."""
+"""The tables of a report, as rows from which CSV and HTML are written."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ from stepdistill_jax.inference.rationale_quality import VERDICTS
 from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.training.provenance import with_defaults
 
-# in each table of settings, at their defaults or not
+# listed in every table of settings, even at their defaults
 USUAL_SETTINGS = ("TASK", "MODEL_SIZE", "INIT_FROM", "parameters", "TRAIN_STEPS", "BATCH_SIZE")
 USUAL_SETTINGS += ("LEARNING_RATE", "optimizer.name", "optimizer.schedule", "DROPOUT_RATE")
 USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "SEED")
@@ -27,10 +27,10 @@ class Table:
     """A table as people read it.
 
     Attributes:
-        name: of its files.
+        name: stem of its file.
         head: names of the columns.
-        rows: texts; an empty one is a thing that is not known.
-        numbers: columns that are set flush right.
+        rows: texts of the cells; an empty one means unknown.
+        numbers: indices of right-aligned columns.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """The table as CSV, with a line of names; no cell is a formula to a spreadsheet."""
+        """Returns the table as CSV with a header; no cell is a formula to a spreadsheet."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -54,8 +54,8 @@ class Table:
 
 
 def _no_formula(cell: str) -> str:
-    """`cell`, with an apostrophe before it where a spreadsheet would compute it; numbers stay."""
-    cell = escaped(cell)  # csv does not quote a carriage return, after which a row begins
+    """Returns `cell`, after an apostrophe if a spreadsheet would compute it; numbers stay."""
+    cell = escaped(cell)  # csv does not quote a carriage return, which would begin a new row
     try:
         float(cell)
     except ValueError:
@@ -64,7 +64,7 @@ def _no_formula(cell: str) -> str:
 
 
 def accuracy_table(comparison: Comparison, name: str) -> Table:
-    """A row for each arm and fraction; with the paper's figures where it has some of these."""
+    """Returns a table with a row per arm and fraction, and the paper's accuracies if it has some of them."""
     head = ("arm", "fraction", "labels", "runs", "accuracy", "95% low", "95% high", "collapsed")
     head += ("accuracy without these",)
     rows = [
@@ -89,7 +89,7 @@ def accuracy_table(comparison: Comparison, name: str) -> Table:
 
 
 def tests_table(comparison: Comparison, name: str) -> Table:
-    """A row for each two arms at each fraction."""
+    """Returns a table with a row per pair of arms and fraction."""
     head = ("fraction", "first", "second", "second - first", "95% low", "95% high", "p", "p (Holm)")
     head += ("only first right", "only second right")
     rows = [
@@ -111,30 +111,30 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 
 
 def rationale_table(comparison: Comparison, name: str) -> Table:
-    """What the rationales of each arm and fraction are worth, where they were decoded; and the teacher's.
+    """Returns a table of the quality of decoded rationales by arm and fraction, and of the teacher's.
 
-    Means over the runs. Counts are shares of the rows; the token accuracy is that of validation.
+    Values are means over the runs. Counts are shares of the rows; token accuracy is from validation.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)
     rows, teacher = [], None
     for point in comparison.points:
         runs = [r for r in point.runs if r.explained]
-        told = [r.explained for r in runs if r.explained]
-        if not told:
+        quality = [r.explained for r in runs if r.explained]
+        if not quality:
             continue
-        teacher = teacher or told[0]["teacher"]
+        teacher = teacher or quality[0]["teacher"]
         rows.append(
             (
                 point.arm,
                 f"{point.fraction:g}",
                 str(len(runs)),
-                _mean([t["rouge_l"] for t in told]),
-                _mean([t["chrf"] for t in told], ".1f"),
+                _mean([t["rouge_l"] for t in quality]),
+                _mean([t["chrf"] for t in quality], ".1f"),
                 _mean([r.rationale_token_accuracy for r in runs]),
-                _mean([t["mean_words"] for t in told], ".1f"),
+                _mean([t["mean_words"] for t in quality], ".1f"),
                 *(
-                    _mean([t[c] if t[c] is None else t[c] / t["rows"] for t in told])
+                    _mean([t[c] if t[c] is None else t[c] / t["rows"] for t in quality])
                     for c in counts
                 ),
             )
@@ -147,7 +147,7 @@ def rationale_table(comparison: Comparison, name: str) -> Table:
 
 
 def cost_table(comparison: Comparison, name: str) -> Table:
-    """What a run of each arm costs at its largest fraction: means over its runs."""
+    """Returns a table of each arm's cost at its largest fraction: means over its runs."""
     head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
     rows = []
     for arm in comparison.arms:
@@ -167,7 +167,7 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 
 
 def settings_table(comparison: Comparison, name: str) -> Table:
-    """The settings of the runs: the usual ones, those that are not at their defaults, any that differ."""
+    """Returns a table of settings: the usual ones, those not at their defaults, and those that differ."""
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
     for run in comparison.runs:
@@ -181,11 +181,13 @@ def settings_table(comparison: Comparison, name: str) -> Table:
     usual |= {f"{o['name']}.weight" for run in comparison.runs for o in run.config["objectives"]}
     rows = []
     for setting in names:
+        # one text per arm, such as "0, 1, 2" for SEED; an arm without the setting has no entry
         values = {
-            arm: ", ".join(sorted({short_value(s.get(setting, "")) for s in runs}, key=_in_order))
+            arm: ", ".join(sorted({short_value(s.get(setting, "")) for s in runs}, key=_sort_key))
             for arm, runs in by_arm.items()
         }
         values = {arm: value for arm, value in values.items() if value}
+        # "1e-3" if all arms agree, else "label_only: 1e-3; step_by_step: 5e-4"
         alike = len(set(values.values())) == 1
         at_default = alike and set(values.values()) == {default.get(setting)}
         if setting in usual or not at_default:
@@ -194,8 +196,8 @@ def settings_table(comparison: Comparison, name: str) -> Table:
     return Table(name, ("setting", "value"), rows, ())
 
 
-def _in_order(value: str) -> tuple[float, str]:
-    """Numbers by their size, then texts."""
+def _sort_key(value: str) -> tuple[float, str]:
+    """Returns a sort key that puts numbers first, by size, then texts."""
     try:
         return float(value), value
     except ValueError:
@@ -203,7 +205,7 @@ def _in_order(value: str) -> tuple[float, str]:
 
 
 def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:
-    """Every run, for whoever wants to compute something else."""
+    """Returns a table of all runs, for further computations."""
     head = ("comparison", "arm", "fraction", "seed", "labels", "parameters", "best step")
     head += (f"accuracy on {split}", "rows", "collapsed", "seconds", "TFLOP", "workdir")
     rows = [(c.name, *_run(run)) for c in comparisons for p in c.points for run in p.runs]
@@ -229,7 +231,7 @@ def _run(run: RunResult) -> tuple[str, ...]:
 
 
 def _mean(values: Sequence[float | None], form: str = ".4f") -> str:
-    """Empty where one is not known."""
+    """Returns the mean as text; empty if a value is unknown."""
     known = [value for value in values if value is not None]
     return format(sum(known) / len(known), form) if len(known) == len(values) else ""
 

@@ -1,6 +1,6 @@
-"""What the processes of a job tell each other through the store of JAX's coordinator.
+"""Exchanges small values between the processes of a job, through the key-value store of JAX's coordinator.
 
-No device takes part, so a thread may talk beside the steps.
+No device takes part, so a thread may exchange values while training steps run.
 """
 
 import collections
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WAIT_SECS = 5.0  # between two looks whether the channel is closed, or Python has a signal
-LIMIT_SECS = 3600.0  # others may read hundreds of gigabytes; a lost peer ends us sooner
+WAIT_SECS = 5.0  # between two checks for a closed channel or a signal
+LIMIT_SECS = 3600.0  # a peer may be reading hundreds of gigabytes; a lost peer is noticed sooner
 
 _opened: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
@@ -22,27 +22,30 @@ class Closed(RuntimeError):
 
 
 class Channel:
-    """Every process opens its channels of one name in the same order.
+    """Connects the n-th channel of a name in each process with the n-th in every other process.
 
-    The n-th of one process talks to the n-th of the others. All call `combined` equally often, from
-    one thread at a time.
+    All processes must open the channels of a name in the same order, and must call `combined`
+    equally often, from one thread at a time.
     """
 
     def __init__(self, name: str):
-        """Sends nothing; `name` is of letters."""
+        """Opens the channel without sending anything; `name` consists of letters."""
         self._name = f"stepdistill/{name}/{next(_opened[name])}"
         self._round, self._closed = 0, False
 
     def combined(self, value: Any, combine: Callable[[list[Any]], T]) -> T:
-        """Returns what process 0 makes of the values of all processes, in all of them.
+        """Returns, on all processes, `combine` of the values of all processes.
+
+        Process 0 computes it. In round r, process i writes the key `NAME/r/i`, and process 0 answers
+        with `NAME/r/all`.
 
         Args:
-            value: what this process says; JSON.
-            combine: from the values, by process, to JSON. It must not fail.
+            value: this process's value; JSON.
+            combine: function of the list of values, in the order of processes, to JSON. It must not fail.
 
         Raises:
-            Closed: by `close`, in another thread.
-            TimeoutError: another process, which is alive, has said nothing for an hour.
+            Closed: another thread has called `close`.
+            TimeoutError: a process that is alive has sent nothing for an hour.
         """
         import jax
 
@@ -54,15 +57,16 @@ class Channel:
             _store().key_value_set(f"{folder}/{me}", json.dumps(value))
             return json.loads(self._read(f"{folder}/all"))
         others = [self._read(f"{folder}/{i}") for i in range(1, jax.process_count())]
-        _store().key_value_delete(f"{folder}/")  # no one else reads what they said
-        if self._round > 1:  # whoever has spoken since has read the answer before
+        _store().key_value_delete(f"{folder}/")  # only process 0 reads the values
+        # a process that sent its value of this round has read the answer of the round before
+        if self._round > 1:
             _store().key_value_delete(f"{self._name}/{self._round - 2}/")
         text = json.dumps(combine([value, *map(json.loads, others)]))
         _store().key_value_set(f"{folder}/all", text)
-        return json.loads(text)  # what the others get: tuples are lists, keys are texts
+        return json.loads(text)  # as the other processes get it: tuples become lists, keys texts
 
     def close(self) -> None:
-        """Ends the waiting of another thread within seconds."""
+        """Makes a thread that waits in `combined` raise `Closed` within seconds."""
         self._closed = True
 
     def _read(self, key: str) -> str:
@@ -76,11 +80,11 @@ class Channel:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
             if time.monotonic() > limit:
-                raise TimeoutError(f"no word from another process for {LIMIT_SECS:.0f} s ({key})")
+                raise TimeoutError(f"another process sent nothing for {LIMIT_SECS:.0f} s ({key})")
         raise Closed(self._name)
 
 
 def _store() -> Any:
-    from jax._src import distributed  # what Orbax asks, too
+    from jax._src import distributed  # Orbax uses it, too
 
     return distributed.global_state.client

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each names the parameter in backticks, for which a command puts its flag."""
+"""Checks of arguments. Messages name the parameter in backticks, which a command replaces by its flag."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,14 +9,14 @@ from typing import Any, cast
 from stepdistill_jax.errors import InputError, nearest
 
 SNAKE_CASE = re.compile(r"[a-z][a-z0-9_]*")
-INT32, FLOAT32 = 2**31 - 1, 3.4e38  # what steps and rates are kept in
+INT32, FLOAT32 = 2**31 - 1, 3.4e38  # largest values of the dtypes of steps and rates
 
 
 def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
-    """Returns a whole number of `least` to `most` as Python's own, which JSON can hold.
+    """Returns a whole number from `least` to `most` as a Python int, which JSON can hold.
 
     Raises:
-        InputError: another number, a bool, no number.
+        InputError: it is out of range, not whole, a bool, or not a number.
     """
     limits = f"of at least {least}"
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -35,10 +35,10 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Returns a number within the given bounds as Python's own, which JSON can hold.
+    """Returns a number within the given bounds as a Python int or float, which JSON can hold.
 
     Raises:
-        InputError: another number, one that float32 cannot hold, NaN, a bool, no number.
+        InputError: it is out of bounds or of float32's range, NaN, a bool, or not a number.
     """
     bounds = (
         ("of at least", least, ge),
@@ -56,32 +56,35 @@ def number(
 
 
 def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
-    """Puts fields of a frozen dataclass through `whole` or `number`; `of` goes before their names."""
+    """Replaces fields of a frozen dataclass by the result of `whole` or `number`.
+
+    Messages put `of` before the fields' names.
+    """
     for name in names:
         object.__setattr__(owner, name, check(of + name, getattr(owner, name), **limits))
 
 
 def of_type(name: str, value: Any, kind: Any, words: str) -> None:
-    """Raises InputError where `value` is no instance of `kind`, which the words name."""
+    """Raises InputError if `value` is not an instance of `kind`, which `words` describes."""
     if not isinstance(value, kind):
         raise refused(name, words, value)
 
 
 def snake_case(name: str, value: Any) -> None:
-    """Raises InputError where `value` is no name such as my_task."""
+    """Raises InputError if `value` is not a name such as my_task."""
     if not isinstance(value, str) or not SNAKE_CASE.fullmatch(value):
         raise refused(name, "lower_snake_case, such as my_task", value)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raises InputError where `value` is none of the names; names the nearest."""
+    """Raises InputError if `value` is not one of the known names; suggests the nearest."""
     known = list(known)
     if value not in known:
         raise refused(name, f"one of {', '.join(known)}", value, nearest(str(value), known))
 
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
-    """The error of all these checks: "`num_beams` must be a whole number of at least 1, not 0"."""
+    """Returns the error of these checks: "`num_beams` must be a whole number of at least 1, not 0"."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")

@@ -1,26 +1,26 @@
-"""What accelerators can do, from their makers' data sheets: rates, memory, links."""
+"""Rates, memory and links of accelerators, from their makers' data sheets."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them.
+    """One device, as JAX counts devices.
 
     Attributes:
-        bfloat16: dense products of bfloat16, FLOP/s.
-        memory: bytes of its main memory; of an H100 as its driver counts them.
-        bandwidth: of that memory, bytes/s.
-        link: to other devices of the slice or host, bytes/s that one collective sends; of a TPU
-            along one axis of its torus, half of what the data sheet adds up for all links.
-        integer, other: element operations a second, on integers and on anything else; estimates
-            from lanes and clock (an H100 has 64 and 128 lanes in each of 132 multiprocessors, a
-            TPU's vector unit four of 8 x 128).
-        clock: Hz, by which the TPU compiler counts cycles.
-        float32: products of float32 as the device does them by default (TF32 on a GPU, one pass of
-            bfloat16 on a TPU), FLOP/s; None is as `bfloat16`.
-        exact: products of float32 at the highest precision, FLOP/s; None is a sixth of `bfloat16`,
-            a TPU's six passes.
+        bfloat16: rate of dense bfloat16 products, FLOP/s.
+        memory: main memory, bytes; for an H100, the number that its driver reports.
+        bandwidth: bandwidth of that memory, bytes/s.
+        link: rate at which one collective sends to other devices of the slice or host, bytes/s. For a
+            TPU, the rate along one axis of its torus: half of the data sheet's sum over all links.
+        integer, other: rates of element operations on integers and on all other types, 1/s. They are
+            estimates, lanes times clock: an H100 has 64 and 128 lanes in each of 132 multiprocessors,
+            a TPU's vector unit has four of 8 x 128.
+        clock: clock rate by which the TPU compiler counts cycles, Hz.
+        float32: rate of float32 products at default precision (TF32 on a GPU, one bfloat16 pass on a
+            TPU), FLOP/s; None means `bfloat16`.
+        exact: rate of float32 products at the highest precision, FLOP/s; None means a sixth of
+            `bfloat16`, for the six passes of a TPU.
     """
 
     bfloat16: float
@@ -34,11 +34,11 @@ class Chip:
     exact: float | None = None
 
     def products(self, dtype: str, precision: str = "default") -> float:
-        """FLOP/s of products.
+        """Returns the rate of products, FLOP/s.
 
         Args:
-            dtype: of both factors, as HLO writes it; anything but `f32` counts as bfloat16.
-            precision: `default`, `high` or `highest`; of float32 alone.
+            dtype: dtype of both factors, as HLO writes it; anything but `f32` counts as bfloat16.
+            precision: `default`, `high` or `highest`; matters for float32 only.
         """
         if dtype != "f32":
             return self.bfloat16
@@ -56,7 +56,7 @@ _H100 = Chip(
     989e12, 84_942_979_072, 3.352e12, 450e9, 14.8e12, 29.6e12, 1.755e9, float32=494e12, exact=67e12
 )
 
-# by the start of the name that JAX gives a device; the longer of two such names comes first
+# by the beginning of JAX's device name; a longer name precedes its own beginning
 CHIPS: dict[str, Chip] = {
     "NVIDIA A100-SXM4-40GB": _A100_40GB,
     "NVIDIA A100-PCIE-40GB": _A100_40GB,
@@ -71,5 +71,5 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a device's `device_kind`, None where it is not known."""
+    """Returns the chip of a device's `device_kind`; None if it is unknown."""
     return next((chip for name, chip in CHIPS.items() if device_kind.startswith(name)), None)

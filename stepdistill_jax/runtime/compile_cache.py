@@ -1,4 +1,4 @@
-"""What XLA has compiled, kept for the next start: JAX's persistent cache with a folder and a bound."""
+"""Keeps compiled programs for the next start: JAX's persistent cache, with a folder and a size limit."""
 
 import contextlib
 import os
@@ -11,29 +11,30 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, is_remote
 
 FOLDER = ".jax_cache"
-MAX_BYTES = 4 * 2**30  # of our folder, least recently used first; a user's own has the user's bound
+MAX_BYTES = 4 * 2**30  # of our folder; a folder that the user names has the user's limit
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """The folder for what is compiled for a workdir: in its parent, be that in an object store."""
+    """Returns the cache folder of a workdir: in its parent folder, also in an object store."""
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)
-    in_bucket_root = len(path.parts) <= 3  # `gs:`, `/`, the bucket: its parent is no place of ours
+    # parts of the bucket itself: `/`, `gs`, its name; nothing can be written next to a bucket
+    in_bucket_root = len(path.parts) <= 3
     return os.fspath((path if in_bucket_root else path.parent) / FOLDER)
 
 
 def enable(folder: os.PathLike | str) -> None:
-    """Keeps and finds compiled programs in `folder`; never stops a run.
+    """Makes JAX keep and find compiled programs in `folder`; never stops a run.
 
-    $JAX_COMPILATION_CACHE_DIR goes before `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns all of
-    it off. Every program is kept, however small: a second start of a job then compiles nothing. To be
-    called before anything is compiled. Process 0 writes, so all must see the same folder.
+    To be called before anything is compiled. $JAX_COMPILATION_CACHE_DIR takes precedence over
+    `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Programs of any size are kept, so a
+    second start of a job compiles nothing. Process 0 writes, so all processes must see the same folder.
 
-    JAX's own bound, `jax_compilation_cache_max_size`, takes a lock and writes a file at each look-up:
-    in a folder that is read-only, or shared by many hosts, look-ups then fail.
+    JAX's own limit, `jax_compilation_cache_max_size`, is not used: it takes a lock and writes a file at
+    each look-up, so look-ups fail in a folder that is read-only or shared by many hosts.
     """
-    settings: Any = jax.config  # its attributes are made at run time
+    settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -44,9 +45,9 @@ def enable(folder: os.PathLike | str) -> None:
     if "://" not in folder and not _may_write(pathlib.Path(folder)):
         if first:
             log(
-                f"warning: the compile cache {folder} cannot be written; what is there is still used"
+                f"warning: the compile cache {folder} cannot be written; programs in it are still used"
             )
-        # else JAX warns once for each program
+        # otherwise JAX warns once per program
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
         if not os.path.isdir(folder):
             return

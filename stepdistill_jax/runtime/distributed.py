@@ -1,4 +1,4 @@
-"""How a process becomes one of the several of a job, and how it leaves them within seconds."""
+"""Joins the processes of a job, and ends a process within seconds without waiting for the others."""
 
 import contextlib
 import dataclasses
@@ -22,10 +22,10 @@ JOIN_TIMEOUT = "STEPDISTILL_JOIN_TIMEOUT"
 KNOWN_TO_JOB = "STEPDISTILL_JOB_TOKEN"  # the same secret in all processes of a job
 
 JOIN_SECS = 300  # hosts of a pod start minutes apart
-CONNECT_SECS = 120  # of JAX, once all processes are known to be there
-HEARTBEAT_SECS = 30  # a silent peer ends the job after it; JAX's 100 are 100 s of paid waiting
+CONNECT_SECS = 120  # for JAX to connect, once all processes have started
+HEARTBEAT_SECS = 30  # a silent peer ends the job after it; JAX's default of 100 s wastes paid time
 SHUTDOWN_SECS = 15
-GRACE_SECS = 5  # of a process that leaves, for the others to leave with their own exit codes
+GRACE_SECS = 5  # from a process's exit, so that the others can exit with their own status
 
 _SLURM = (
     "SLURM_JOB_ID",
@@ -42,9 +42,9 @@ class Job:
 
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.
-        num_processes: of the job.
-        process_id: of this process, counted from 0.
-        local_device_ids: devices of this host that are this process's; None is all.
+        num_processes: number of processes of the job.
+        process_id: number of this process, from 0.
+        local_device_ids: devices of this host that this process uses; None means all.
     """
 
     address: str
@@ -57,15 +57,15 @@ _joined: Job | None = None
 
 
 def join() -> None:
-    """Joins the other processes of the job; does nothing where this process is the only one.
+    """Joins the other processes of the job; does nothing if this process is the only one.
 
-    A job is there where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under
-    `srun` with several tasks, and on a slice of several Cloud TPU hosts. To be called before anything
-    starts a JAX backend. A second call does nothing.
+    To be called before anything starts a JAX backend; a second call does nothing. A process belongs to
+    a job if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under `srun` with
+    several tasks, or on a slice of several Cloud TPU hosts.
 
     Raises:
-        InputError: a variable that does not fit, or (EXPECT_DEVICES) another number of devices.
-        ProcessesMissing: others did not come in time; names them.
+        InputError: a variable has a bad value, or the number of devices is not EXPECT_DEVICES.
+        ProcessesMissing: processes did not start in time; names them.
     """
     global _joined
     job = find_job() if _joined is None else None
@@ -98,15 +98,15 @@ def join() -> None:
             local_device_ids=job.local_device_ids,
             # JAX's default is all addresses
             coordinator_bind_address=_address(*bind) if bind and bind[0] else None,
-            cluster_detection_method="deactivate",  # `find_job` has done it
+            cluster_detection_method="deactivate",  # `find_job` has detected it
             initialization_timeout=CONNECT_SECS,
             heartbeat_timeout_seconds=HEARTBEAT_SECS,
             shutdown_timeout_seconds=SHUTDOWN_SECS,
         )
         _joined = job
         if jax.default_backend() == "cpu":
-            # a program that one process compiles and another one loads can order its collectives in
-            # another way: gloo then meets messages of different sizes (jaxlib 0.10.2)
+            # A program that one process compiles and another one loads may order its collectives
+            # differently: gloo then gets messages of unexpected sizes (jaxlib 0.10.2)
             jax.config.update("jax_enable_compilation_cache", False)
         log(
             f"process {job.process_id + 1}/{job.num_processes},"
@@ -117,9 +117,9 @@ def join() -> None:
 
 
 def is_process_0() -> bool:
-    """Returns whether this process speaks for the job: the first of it, or the only one.
+    """Returns whether this is process 0 of the job, or the only process.
 
-    Unlike `jax.process_index`, it starts no backend: for commands, also before they have one.
+    Unlike `jax.process_index`, it starts no backend, so commands may call it at any time.
     """
     if _joined is not None:
         return _joined.process_id == 0
@@ -128,10 +128,10 @@ def is_process_0() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends a process that has joined with `code`, within seconds; returns where none has joined.
+    """Ends a process that has joined a job, with exit status `code` within seconds; else returns.
 
-    All processes that end together end with their own codes. One that ends alone does not wait at
-    the exit for the others, as JAX would for minutes.
+    Processes that end together all end with their own status. A process that ends alone does not wait
+    for the others at its exit, as JAX would for minutes.
     """
     if _joined is None:
         return
@@ -147,10 +147,10 @@ def leave(code: int) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Ends this process with `code` after `GRACE_SECS`, if it has not ended by itself.
+    """Ends this process with exit status `code` after `GRACE_SECS`, unless it ends by itself before.
 
-    After a save that could not begin, threads of Orbax hold up a process at its exit for minutes; so
-    does a compilation that a signal has interrupted.
+    Threads of Orbax delay a process's exit by minutes after a save that could not begin. So does a
+    compilation that a signal has interrupted.
     """
     timer = threading.Timer(GRACE_SECS, os._exit, (code,))
     timer.daemon = True
@@ -158,10 +158,10 @@ def end_soon(code: int) -> None:
 
 
 def find_job() -> Job | None:
-    """The job that the environment describes; None for a process on its own.
+    """Returns the job that the environment describes; None for a single process.
 
     Raises:
-        InputError: variables that contradict each other, or are no numbers.
+        InputError: variables contradict each other, or are not numbers.
     """
     address = os.environ.get(ADDRESS)
     num_processes, process_id = _whole(NUM_PROCESSES, 1), _whole(PROCESS_ID, 0)
@@ -169,25 +169,25 @@ def find_job() -> Job | None:
     if not address and not under_srun and not _on_cloud_tpu():
         if (num_processes or 1) > 1:
             raise InputError(
-                f"{NUM_PROCESSES}={num_processes} without {ADDRESS}: set it to HOST:PORT of process"
-                f" 0, or unset {NUM_PROCESSES} for a process on its own"
+                f"{NUM_PROCESSES}={num_processes} without {ADDRESS}: set {ADDRESS} to HOST:PORT of"
+                f" process 0, or unset {NUM_PROCESSES} for a single process"
             )
         return None
     if None in (address, num_processes, process_id):
-        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
+        from jax._src.clusters import ClusterEnv  # jax.distributed.initialize uses it
 
         address, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
             address, num_processes, process_id, None, None, JOIN_SECS
         )
-    if address is None:  # a TPU VM that is told to be on its own
+    if address is None:  # a TPU VM that is configured to run alone
         return None
     for name, value in ((NUM_PROCESSES, num_processes), (PROCESS_ID, process_id)):
         if value is None:
-            raise InputError(f"{name} is not set, and {ADDRESS} is: a job wants both")
+            raise InputError(f"{ADDRESS} is set, but {name} is not: a job needs both")
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise InputError(
-            f"{PROCESS_ID}={process_id}: a number below {NUM_PROCESSES}={num_processes} is wanted"
+            f"{PROCESS_ID}={process_id}: expected a number below {NUM_PROCESSES}={num_processes}"
         )
     if num_processes == 1:
         return None
@@ -195,7 +195,7 @@ def find_job() -> Job | None:
 
 
 def _under_srun() -> bool:
-    """Whether Slurm started this process as one of several tasks (a batch script is none)."""
+    """Returns whether Slurm started this process as one of several tasks (a batch script is not one)."""
     if not all(name in os.environ for name in _SLURM):
         return False
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
@@ -203,7 +203,10 @@ def _under_srun() -> bool:
 
 
 def _devices_of_task() -> list[int] | None:
-    """GPUs of a Slurm task: all where it has its host, or a GPU, to itself; else one by its number."""
+    """Returns the GPUs of a Slurm task: None (all visible ones) if it has its host or a GPU to itself.
+
+    Otherwise several tasks see the same GPUs, and each takes the one of its number on the host.
+    """
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     bound = bool(visible) and "," not in visible
@@ -215,7 +218,7 @@ def _on_cloud_tpu() -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms) or importlib.util.find_spec("libtpu") is None:
         return False
-    import jax  # noqa: F401  (its import finds out)
+    import jax  # noqa: F401  (its import detects a Cloud TPU VM)
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     return running_in_cloud_tpu_vm
@@ -228,7 +231,7 @@ def _check_devices(expected: int) -> None:
         raise InputError(
             f"{EXPECT_DEVICES}={expected}, but {jax.process_count()} process(es) see"
             f" {jax.device_count()} devices ({jax.local_device_count()} here,"
-            f" {jax.devices()[0].device_kind}); is every host started, and every device visible?"
+            f" {jax.devices()[0].device_kind}); has every host started, and is every device visible?"
         )
 
 
@@ -237,14 +240,14 @@ def _whole(name: str, least: int) -> int | None:
     if not text:
         return None
     if not text.isdecimal() or int(text) < least:
-        raise InputError(f"{name}={text}: a whole number from {least} is wanted")
+        raise InputError(f"{name}={text}: expected a whole number of at least {least}")
     return int(text)
 
 
 def _host_and_port(name: str, address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"{name}={address}: HOST:PORT is wanted")
+        raise InputError(f"{name}={address}: expected HOST:PORT")
     return host.strip("[]"), int(port)
 
 

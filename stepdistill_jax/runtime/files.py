@@ -1,4 +1,4 @@
-"""Reads and writes whole files that a later reader may trust."""
+"""Reads and writes files safely: outputs appear complete or not at all, bad inputs raise one-line errors."""
 
 import collections
 import contextlib
@@ -15,12 +15,12 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is no row
-TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; each row is a line of its own"
-_NO_TEXT = {  # what a file that is no text begins with, and what to do with it
-    b"\x1f\x8b": "it is gzip's, so unpack it first",
+MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is not a row
+TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; write each row on its own line"
+_NO_TEXT = {  # first bytes of files that are not text, and what to do with such a file
+    b"\x1f\x8b": "it is a gzip file, so unpack it first",
     b"PK\x03\x04": "it is a zip archive, so unpack it first",
-    b"PAR1": "it is Parquet, so write it as JSON lines first",
+    b"PAR1": "it is a Parquet file, so convert it to JSON lines first",
     b"SQLite format 3": "it is an SQLite file",
     b"\xff\xfe": "it looks like UTF-16, so save it as UTF-8",
     b"\xfe\xff": "it looks like UTF-16, so save it as UTF-8",
@@ -28,7 +28,7 @@ _NO_TEXT = {  # what a file that is no text begins with, and what to do with it
 
 
 def fsync(path: os.PathLike | str) -> None:
-    """Makes what was written to a file, or renamed inside a folder, survive a power loss."""
+    """Makes the data of a file, or the names in a folder, survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +38,7 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """Around writes to an open file: the error of a full or broken disk does not say which it is."""
+    """Adds the path to write errors of an open file; those of a full or broken disk do not name it."""
     try:
         yield
     except OSError as error:
@@ -48,21 +48,21 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
 
 
 def partial_of(path: os.PathLike | str) -> pathlib.Path:
-    """Path of a file while it is being written: PATH.partial."""
+    """Returns the path of a file while it is being written: PATH.partial."""
     path = local_path(path, "output")
     return path.with_name(path.name + ".partial")
 
 
 def opener(path: str, flags: int) -> int:
-    """`opener` of `open` for a file that we write: it follows no link and waits for no pipe.
+    """Opens a file to write, as `opener` of `open`: follows no link, and does not block on a pipe.
 
     Raises:
-        InputError: the path is a link, a second name of another file, a pipe or a device.
+        InputError: the path is a link, a hard link, a pipe or a device.
     """
     refused = InputError(
-        f"{path}: is a link, hard link, pipe or device, which is not written to; remove it"
+        f"{path}: is a link, hard link, pipe or device, and will not be overwritten; remove it"
     )
-    # without O_TRUNC: what is there may be somebody's
+    # without O_TRUNC: truncate only after the checks below, the content may be somebody's
     wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         handle = os.open(path, wanted, 0o666)
@@ -83,7 +83,7 @@ def opener(path: str, flags: int) -> int:
 
 
 def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives what was written to `file`, open at `partial`, the name `path`; a power loss leaves all or none."""
+    """Renames `file`, which is open at `partial`, to `path`; a power loss leaves all of it or nothing."""
     file.flush()
     os.fsync(file.fileno())
     os.replace(partial, path)
@@ -92,9 +92,9 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens `path`.partial; on success it is fsynced and renamed, on an error `path` stays as it was.
+    """Opens `path`.partial, and renames it to `path` on success; on an error, `path` stays as it was.
 
-    In an object store the whole file is one put, which is atomic there.
+    In an object store, the whole file is written by one put, which is atomic there.
     """
     path = as_path(path)
     if is_remote(path):
@@ -112,14 +112,14 @@ def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def write_json(path: os.PathLike | str, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
+    """Writes `value` as indented JSON, atomically."""
     with atomic_write(path) as f:
         json.dump(value, f, indent=2, ensure_ascii=False)
         f.write("\n")
 
 
 def read_json(path: os.PathLike | str) -> Any:
-    """Parsed JSON of a file.
+    """Returns the parsed JSON of a file.
 
     Raises:
         InputError: the file is missing, not UTF-8, or not JSON; names path and line.
@@ -135,17 +135,17 @@ def read_json(path: os.PathLike | str) -> Any:
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        raise InputError(f"{path}: JSON that cannot be read ({error})") from None
+        raise InputError(f"{path}: unreadable JSON ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def parse_json_line(raw: bytes) -> dict[str, Any]:
-    """The object of one line of a JSON-lines file.
+    """Returns the object of one line of a JSON-lines file.
 
     Raises:
-        InputError: it is not UTF-8, not a JSON object, or one in which a key stands twice; says what
-            is wrong, without file and line.
+        InputError: the line is not UTF-8, not a JSON object, or repeats a key; the message has no file
+            and line.
     """
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
@@ -154,31 +154,31 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(f"broken JSON ({error.msg}){not_text(raw)}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
-        raise InputError(f"JSON that cannot be read ({error})") from None
+        raise InputError(f"unreadable JSON ({error})") from None
     if not isinstance(row, dict):
-        raise InputError(f"a JSON object is wanted, got {type(row).__name__}")
+        raise InputError(f"expected a JSON object, got {type(row).__name__}")
     return row
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):  # Python would take the last one in silence
+    if len(found) < len(pairs):  # Python would silently take the last one
         counts = collections.Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} stands twice in one object")
+        raise ValueError(f"duplicate key {counts.most_common(1)[0][0]!r} in one object")
     return found
 
 
 def not_text(raw: bytes) -> str:
-    """Returns a hint for a message, such as `; it is gzip's, so unpack it first`, or an empty text."""
+    """Returns a hint for a message, such as `; it is a zip archive, so unpack it first`, or an empty text."""
     return next((f"; {what}" for magic, what in _NO_TEXT.items() if raw.startswith(magic)), "")
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Refuses what is no regular file: the open of a pipe waits for its writer, a device never ends.
+    """Refuses all but regular files: opening a pipe waits for its writer, and a device never ends.
 
     Args:
-        path: on this machine.
-        wanted: what should be there, for the message.
+        path: path on this machine.
+        wanted: kind of the expected file, for the message.
 
     Raises:
         InputError: there is no such file, it is a folder, pipe or device, or it may not be read.
@@ -190,20 +190,20 @@ def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if stat.S_ISDIR(mode):
-        raise InputError(f"{path}: is a folder, {wanted} is wanted")
+        raise InputError(f"{path}: expected {wanted}, got a folder")
     if not stat.S_ISREG(mode):
         raise InputError(
-            f"{path}: is a pipe or device; it is read more than once, so save it to a file first"
+            f"{path}: is a pipe or device; save it to a file first, since it is read more than once"
         )
     if not os.access(path, os.R_OK):
         raise InputError(f"{path}: cannot be read (no permission)")
 
 
 def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Yields (line number from 1, object or what is wrong with it); blank lines are skipped.
+    """Yields (line number from 1, object or error), without blank lines.
 
     Raises:
-        InputError: there is no such file, or it is one that cannot be read twice; names the path.
+        InputError: there is no such file, or it is a folder, pipe or device; names the path.
     """
     path = local_path(path, "input")
     check_file(path, "a JSON-lines file")
@@ -227,7 +227,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (number from 1, line); None for one that is too long, which is passed over in pieces."""
+    """Yields (number from 1, line), with None for a line that is too long, which is skipped in pieces."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -240,10 +240,10 @@ def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 
 def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSON-lines file; blank lines are skipped.
+    """Yields (line number from 1, object) of a JSON-lines file, without blank lines.
 
     Raises:
-        InputError: the first thing that is wrong, as `json_lines` has it.
+        InputError: the first error of `json_lines`.
     """
     for number, row in json_lines(path):
         if isinstance(row, InputError):
@@ -252,25 +252,26 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = False) -> None:
-    """Refuses a path where nothing can be written, before the work whose result goes there.
+    """Refuses an output path that cannot be written, before the work begins.
 
     Args:
-        path: of what need not exist, nor the folder that it is in.
-        name: what the path is called in a message, with its backticks: "`output`".
-        folder: whether a folder will be written there instead of a file.
+        path: path of the output; neither it nor its folder need exist.
+        name: parameter's name for messages, with its backticks: "`output`".
+        folder: whether the output is a folder instead of a file.
 
     Raises:
-        InputError: it is of the other kind, or lies in a folder that cannot be written to.
+        InputError: the path is a folder and should be a file, or the other way round, or its folder is
+            not writable.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()
     if path.is_dir() and not folder:
-        raise InputError(f"{name}: is a folder, a file to write is wanted")
+        raise InputError(f"{name}: expected a file to write, got a folder")
     folders = (path, *path.parents) if folder else path.parents
     nearest = next(parent for parent in folders if os.path.lexists(parent))
     if not nearest.is_dir():
-        raise InputError(f"{name}: cannot be written ({nearest} is no folder)")
+        raise InputError(f"{name}: cannot be written ({nearest} is not a folder)")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY  # and so even for root
+        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY  # applies to root, too
         reason = "read-only file system" if read_only else "no permission"
         raise InputError(f"{name}: cannot be written ({reason} in {nearest})")

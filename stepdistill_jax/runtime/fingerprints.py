@@ -1,4 +1,4 @@
-"""The digests of files, folders, values and texts. Users' files hold them: no value may change."""
+"""Digests of files, folders, values and texts. Users' files hold them, so no value may ever change."""
 
 import concurrent.futures
 import hashlib
@@ -15,17 +15,17 @@ _BLOCK, _READERS = 1 << 20, 4
 
 
 def sha256_of(data: bytes | str) -> str:
-    """Hex digest of bytes, or of a text's UTF-8."""
+    """Returns the SHA-256 hex digest of bytes, or of a text's UTF-8."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
 def digest(value: Any) -> str:
-    """Hex digest of a JSON-like value; the order of keys does not matter."""
+    """Returns the hex digest of a JSON-like value; the order of keys does not matter."""
     return sha256_of(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
 def sha256(path: os.PathLike | str) -> str:
-    """Hex digest of a file's bytes."""
+    """Returns the hex digest of a file's bytes."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -33,7 +33,7 @@ def sha256(path: os.PathLike | str) -> str:
 def digest_each(
     of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
 ) -> dict[str, T]:
-    """A digest of a folder's files by name; several are read at once."""
+    """Returns a digest of each named file of a folder; several are read at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: of_file(folder / name), names)
@@ -41,7 +41,7 @@ def digest_each(
 
 
 def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
-    """Returns `rows`, their number, and `sha256`, the hex digest of all of them in a row."""
+    """Returns `rows`, the number of rows, and `sha256`, the hex digest of their concatenation."""
     count, state = 0, hashlib.sha256()
     for row in rows:
         state.update(row)
@@ -50,10 +50,10 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 
 
 def sampled_digest(folder: pathlib.Path) -> str:
-    """Hex digest of the names and sizes of all files below a folder, and of pieces spread over each.
+    """Returns a hex digest of the names, sizes and sampled pieces of all files below a folder.
 
-    Reads at most 4 MiB of a file: it tells two trainings of a model apart without reading either.
-    What does not count: a README.md, and what lies hidden (downloads leave their dates there).
+    It reads at most 4 MiB per file, which distinguishes two trainings of a model. It ignores README.md
+    and hidden files (downloads keep dates in these).
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
@@ -65,8 +65,9 @@ def sampled_digest(folder: pathlib.Path) -> str:
 
 
 def sampled_sha256(path: pathlib.Path) -> str:
-    """Hex digest of pieces spread evenly over a file: 4 MiB of a larger one, all of a smaller one."""
+    """Returns the hex digest of 4 MiB spread evenly over a file, or of all of a smaller file."""
     size, pieces = path.stat().st_size, hashlib.sha256()
+    # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 of them
     with open(path, "rb") as f:
         for start in range(0, size, max(4096, -(-size // 1024))):
             f.seek(start)
@@ -75,12 +76,12 @@ def sampled_sha256(path: pathlib.Path) -> str:
 
 
 def hash64(text: str) -> int:
-    """A hash of 64 bits, the same in every process; of a million texts two share one in 3e7 cases."""
+    """Returns a 64-bit hash, the same in every process; among a million texts, P(collision) = 3e-8."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def crc32(file: IO[bytes], size: int = sys.maxsize) -> int:
-    """Checksum of the first `size` bytes of an open file: it sees every flip of up to 32 bits in a row."""
+    """Returns the CRC-32 of the first `size` bytes of an open file; it detects all errors of up to 32 adjacent bits."""
     crc = 0
     while block := file.read(min(size, _BLOCK)):
         crc, size = zlib.crc32(block, crc), size - len(block)

@@ -1,4 +1,4 @@
-"""Folders that are written aside and renamed when they are whole."""
+"""Folders that are written under a temporary name and renamed when they are complete."""
 
 import contextlib
 import glob
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 
 from stepdistill_jax.runtime.locks import locked
 
-REPLACED = "replaced"  # next to the new folder: the one whose place it takes
+REPLACED = "replaced"  # name of the older target, next to the new folder
 
 
 @contextlib.contextmanager
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
-    """Yields an empty folder to be filled and renamed to `target`; what is left at the end is removed.
+    """Yields an empty folder, which the caller fills and renames to `target`; cleans up at the end.
 
-    A writer that moves an older `target` to `REPLACED`, beside the new folder, gets it back unless
-    another one has come in its place.
+    A writer may move an older `target` to `REPLACED`, next to the new folder. If there is no
+    `target` at the end, the older one is moved back.
 
     Args:
-        target: in a folder that is there.
-        tag: of writers that may remove what a killed one of them left (`remove_leftovers`).
+        target: path whose parent exists.
+        tag: name of a group of writers that may remove each other's leftovers (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:
@@ -37,18 +37,18 @@ def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]
 def sole_writer(
     target: pathlib.Path, tag: str = "", *, name: object = None, wait: bool = False
 ) -> Iterator[None]:
-    """One process at a time writes `target`; what killed ones left is removed first.
+    """Lets one process at a time write `target`, and first removes what killed writers left.
 
-    Where the disk has no locks, all write at once and remove nothing.
+    Where the disk has no locks, all may write at once, and nothing is removed.
 
     Args:
-        target: a folder, which need not be there.
-        tag: of `staged_folder`.
-        name: what is written, for messages; None is `target`.
-        wait: for another process, instead of refusing.
+        target: a folder, which need not exist.
+        tag: as in `staged_folder`.
+        name: what messages call the output; None means `target`.
+        wait: whether to wait for another writer instead of refusing.
 
     Raises:
-        InputError: another process is at work, or nothing can be written there.
+        InputError: another process is writing it, or it cannot be written.
     """
     lock = target.with_name(f".{target.name}.lock")
     with locked(lock, name or target, wait=wait) as held:
@@ -58,10 +58,12 @@ def sole_writer(
 
 
 def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
-    """Removes what killed writers of `target` left, as they would have; no other may be at work."""
+    """Removes what killed writers of `target` left; the caller makes sure that no writer is alive."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
-        with contextlib.suppress(OSError):  # another user's, who removes it with the next run
-            # else it is not of our making
+        with contextlib.suppress(
+            OSError
+        ):  # another user's folder, which that user's next run removes
+            # a folder with anything else in it was not made by `staged_folder`
             if work.is_dir() and {path.name for path in work.iterdir()} <= {target.name, REPLACED}:
                 _remove(work, target)
 

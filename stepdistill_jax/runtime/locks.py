@@ -1,4 +1,4 @@
-"""The one lock: on a file that is held open. The kernel drops it with the process, however that ends."""
+"""Locks on open files. The kernel releases a lock when its process ends, however it ends."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ class InUse(InputError):
 
 
 def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
-    """Opens `path` to append, and makes its folder; no other process can until it is closed.
+    """Opens `path` to append, and locks it until it is closed; creates its folder.
 
     Args:
-        path: of the file.
-        name: what is written, for messages; None is `path`.
+        path: path of the file.
+        name: what messages call the output; None means `path`.
 
     Raises:
-        InUse: another process has it open.
-        InputError: it is a link or no file, or cannot be written.
+        InUse: another process has locked it.
+        InputError: it is a link or not a regular file, or it cannot be written.
     """
     return _open(path, name, wait=False)[0]
 
@@ -32,16 +32,17 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 def locked(
     path: pathlib.Path, name: object = None, *, note: bytes = b"", wait: bool = False
 ) -> Iterator[bool]:
-    """Holds a lock; yields False where the file system has none, as some network disks.
+    """Holds a lock and yields True; yields False if the file system has no locks (some network disks).
 
     Args:
-        path: of a file without another use. It is removed at the end, or with `wait` left to the others.
-        name: as `open_locked`.
-        note: written into the file, for those who are refused.
-        wait: for another process that holds the lock, instead of refusing.
+        path: path of a file that is only a lock. It is removed at the end, or kept with `wait`, since
+            other processes may be waiting for it.
+        name: as in `open_locked`.
+        note: content of the file, for processes that are refused to read.
+        wait: whether to wait for another holder of the lock instead of refusing.
 
     Raises:
-        InUse, InputError: as `open_locked`.
+        InUse, InputError: as for `open_locked`.
     """
     file, held = _open(path, name, wait)
     with file:
@@ -49,10 +50,12 @@ def locked(
             if note:
                 file.truncate(0)
                 with _named(name or path):
-                    os.write(file.fileno(), note)  # a buffer would fail again when it is closed
+                    os.write(
+                        file.fileno(), note
+                    )  # unbuffered: a full disk raises here, not at close
             yield held
         finally:
-            # a longer file is somebody's
+            # a file that holds more than the note is not just a lock: it belongs to somebody
             if not wait and os.fstat(file.fileno()).st_size <= len(note):
                 path.unlink(missing_ok=True)
 
@@ -64,7 +67,8 @@ def _open(path: pathlib.Path, name: object, wait: bool) -> tuple[IO[bytes], bool
             file = open(path, "ab", opener=opener)  # noqa: SIM115
         try:
             held = _lock(file, name or path, wait)
-            # a run that ended in between has renamed or removed what we opened
+            # Between the open and the lock, a run that ended may have renamed or removed the file:
+            # we would hold a lock that nobody else sees. Then `path` is another inode: try again.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                     return file, held
@@ -89,7 +93,7 @@ def _lock(file: IO[bytes], name: object, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise InUse(
-            f"{name}: another run is writing it; wait for that one, or give another output"
+            f"{name}: another run is writing it; wait for it to end, or give another output"
         ) from None
     except (ImportError, OSError):  # no POSIX system, or a disk without locks
         return False

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl`, `flagged_batches.jsonl`, TensorBoard events."""
+"""Writes and reads a run's `metrics.jsonl`, `flagged_batches.jsonl` and TensorBoard events."""
 
 import importlib
 import json
@@ -20,15 +20,15 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, upload
 
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
-FLUSH_SECS = 30.0  # of TensorBoard's events
-UPLOAD_SECS = 60.0  # an object cannot be appended to: each upload sends the whole file again
+FLUSH_SECS = 30.0  # between two flushes of TensorBoard's events
+UPLOAD_SECS = 60.0  # a store's object cannot be appended to: each upload sends the whole file again
 
 
 class MetricsWriter:
-    """Appends a step's metrics; a resume cuts the file back to the step that it starts from.
+    """Appends each step's metrics; a resumed run first removes the lines after its start step.
 
-    Of a workdir in an object store the files grow in a temporary folder, and are uploaded at most
-    every `UPLOAD_SECS`, before each checkpoint, and at the end.
+    For a workdir in an object store, the files grow in a temporary folder. They are uploaded every
+    `UPLOAD_SECS` seconds at most, before each checkpoint, and at the end.
     """
 
     def __init__(
@@ -39,14 +39,15 @@ class MetricsWriter:
         validated: bool = True,
         active: bool = True,
     ):
-        """Opens both files.
+        """Opens the files.
 
         Args:
             workdir: the run's folder.
-            start_step: the last step that counts; later lines are of a life that was lost.
-            validated: False where the validation of `start_step` is still to be done; a line of it is
-                of a life that was killed before its checkpoint had it.
-            active: False on all but the first process.
+            start_step: the last step that counts. Later lines were written by a process that was
+                killed before it saved them.
+            validated: False if the validation of `start_step` has still to run. Its line, if there is
+                one, was written by a process that was killed before its checkpoint included it.
+            active: False on all processes but process 0.
         """
         self._active = active
         if not active:
@@ -67,10 +68,10 @@ class MetricsWriter:
         self._board = _Board(folder, start_step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """One line `{"step": step, ...}`, complete on a local disk when the process is killed.
+        """Writes a line `{"step": step, ...}`, which on a local disk survives a kill of the process.
 
         Raises:
-            OSError: it cannot be written (a full disk); names the file.
+            OSError: the disk is full or broken; names the file.
         """
         if not self._active:
             return
@@ -82,7 +83,7 @@ class MetricsWriter:
             self.sync()
 
     def flag(self, step: int, entry: dict[str, Any]) -> None:
-        """A line of `flagged_batches.jsonl`; errors as `write`."""
+        """Writes a line of `flagged_batches.jsonl`; raises as `write` does."""
         if not self._active:
             return
         path = self._folder / FLAGGED
@@ -90,9 +91,9 @@ class MetricsWriter:
             f.write(_line(step, entry))
 
     def sync(self) -> None:
-        """Uploads what is written, where the workdir is in a store: before a checkpoint is saved.
+        """Uploads the files if the workdir is in a store; to be called before a checkpoint is saved.
 
-        A resume starts at a checkpoint and needs the lines before it.
+        A resumed run starts at a checkpoint and needs the lines up to it.
         """
         if self._active and self._scratch is not None:
             self._board.flush()
@@ -100,7 +101,7 @@ class MetricsWriter:
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes and closes the files."""
         if self._active:
             with naming(self._folder / METRICS):
                 self._file.close()
@@ -111,10 +112,10 @@ class MetricsWriter:
 
 
 class _Board:
-    """A file of TensorBoard events.
+    """Writes a file of TensorBoard events.
 
-    Not tensorboardX's SummaryWriter: its thread dies of a full disk in silence, and the run then
-    waits for ever at a queue that nobody empties.
+    tensorboardX's SummaryWriter is not used: on a full disk its thread ends silently, and the run then
+    waits forever at a queue that nobody empties.
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
@@ -126,7 +127,7 @@ class _Board:
         self._path = folder / name
         self._records = RecordWriter(os.fspath(self._path))
         self._add(Event(file_version="brain.Event:2"))
-        # hides what a lost life wrote of later steps
+        # makes TensorBoard hide later steps that a killed process wrote
         self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = time.monotonic()
 
@@ -155,10 +156,10 @@ class _Board:
 
 
 def _import_tensorboardx() -> None:
-    """Without torch: its `__init__` wants what is installed, seconds for nothing that we use."""
+    """Imports tensorboardX without torch, which its `__init__` would import: seconds, for no use here."""
     hidden = "torch" not in sys.modules
     if hidden:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # "there is none", by Python's rules
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
     try:
         importlib.import_module("tensorboardX")
     finally:
@@ -167,7 +168,7 @@ def _import_tensorboardx() -> None:
 
 
 def _line(step: int, entry: dict[str, Any]) -> str:
-    # strict JSON knows no NaN
+    # strict JSON has no NaN
     finite = {
         n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in entry.items()
     }
@@ -175,12 +176,13 @@ def _line(step: int, entry: dict[str, Any]) -> str:
 
 
 def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
-    """Removes the lines of later steps and half a last line; a line that cannot be read stays."""
+    """Removes the lines of later steps and an incomplete last line; keeps lines that cannot be read."""
     if not path.exists():
         return
     kept = []
     for raw, entry in _lines(path):
         if entry is not None and entry["step"] == start_step:
+            # the step's training line (with `loss`) stays; a validation still to be done is removed
             counts = validated or "loss" in entry
         else:
             counts = entry is None or entry["step"] < start_step
@@ -191,19 +193,19 @@ def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> No
 
 
 def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
-    """The newest training line of a run; empty where `metrics.jsonl` is gone."""
+    """Returns the newest training line of a run; an empty dict if there is no `metrics.jsonl`."""
     if not (as_path(workdir) / METRICS).exists():
         return {}
     return next((x for x in reversed(read_metrics(workdir)) if "loss" in x), {})
 
 
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Lines of a run's `metrics.jsonl`, oldest first; half a line at the end is left out.
+    """Returns the lines of a run's `metrics.jsonl`, oldest first, without an incomplete last line.
 
-    Any other line that cannot be read is left out with a warning that names it.
+    Any other line that cannot be read is left out, with a warning that names it.
 
     Raises:
-        InputError: the folder has no such file, or it is a pipe or device.
+        InputError: the folder has no such file, or the file is a pipe or device.
     """
     path = as_path(workdir) / METRICS
     if not path.exists():
@@ -212,19 +214,18 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
 
 
 def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
-    """Returns a run's metrics as columns, each with an entry for every step that has any.
-
-    A `pandas.DataFrame` takes them as they are.
+    """Returns a run's metrics as columns, with one entry per logged step; `pandas.DataFrame` takes them.
 
     Returns:
-        `step`, int64 and rising, and by name float64 columns of its length: `loss`, `loss/label`,
-        `eval/validation/label_accuracy`, ... An entry is NaN where the step has no such number.
+        `step` (int64, ascending), and float64 columns of the same length by name: `loss`,
+        `loss/label`, `eval/validation/label_accuracy`, ... An entry is NaN where the step has no
+        such number.
 
     Raises:
-        InputError: as `read_metrics`.
+        InputError: as for `read_metrics`.
     """
     by_step: dict[int, dict[str, Any]] = {}
-    for line in read_metrics(workdir):  # a step's training and its validation are two lines
+    for line in read_metrics(workdir):  # a step's training and validation are separate lines
         by_step.setdefault(line["step"], {}).update(line)
     steps = sorted(by_step)
     columns: dict[str, np.ndarray] = {"step": np.array(steps, np.int64)}
@@ -240,15 +241,15 @@ def _number(value: Any) -> float:
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Lines of a run's `flagged_batches.jsonl`, oldest first; none where nothing was flagged."""
+    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first; none if nothing was flagged."""
     path = as_path(workdir) / FLAGGED
     return [e for _, e in _lines(path) if e is not None] if path.exists() else []
 
 
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Each line and its object, None for a line that cannot be read; without half a last line.
+    """Returns each line with its object (None if it cannot be read), without an incomplete last line.
 
-    A kill cuts off the last line. Whatever else is wrong came from elsewhere: it gets a warning.
+    A kill may truncate the last line, silently left out. Any other bad line gets a warning.
     """
     if not is_remote(path):
         check_file(path, "a JSON-lines file")
@@ -260,7 +261,7 @@ def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
         try:
             entry = parse_json_line(raw)
             if type(entry.get("step")) is not int:
-                raise InputError("no step in it")
+                raise InputError("it has no `step`")
         except InputError as error:
             if number > len(ended):
                 continue
@@ -270,5 +271,5 @@ def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     if problems:
         more = len(problems) - 1
         also = f" (and {more} more line{'s' if more > 1 else ''})" if more else ""
-        log(f"warning: {problems[0]}{also}; kept in the file, left out of every result")
+        log(f"warning: {problems[0]}{also}; kept in the file, left out of all results")
     return whole

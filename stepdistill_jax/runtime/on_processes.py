@@ -1,8 +1,8 @@
-"""Work of one process or of all, and what they tell each other; with one process nothing is sent.
+"""Runs work on one process or on all, and shares results and errors; one process sends nothing.
 
-Every process must make these calls in the same order, in the main thread or, with a channel of its
-own, in another one. An error that only one of them meets is raised in all: they end together, instead
-of waiting for one that has left.
+All processes must make these calls in the same order: in the main thread, or in another thread with a
+channel of its own. An error of one process is raised in all, so they end together instead of waiting
+for a process that has exited.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from stepdistill_jax.runtime.progress import log, progress
 from stepdistill_jax.runtime.signals import agreed
 
 T = TypeVar("T")
-MAIN = Channel("main")  # of the main thread
+MAIN = Channel("main")  # channel of the main thread
 
 
 class PeerFailed(RuntimeError):
@@ -24,11 +24,13 @@ class PeerFailed(RuntimeError):
 
 
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
-    """`action()` on every process, each with its own result.
+    """Runs `action` on every process; each returns its own result.
 
     Raises:
-        InputError: on all processes, if the first one that failed met one; else what it met (the
-            others have a `PeerFailed`). The message names the process.
+        InputError: a process met an InputError; all processes raise it.
+        PeerFailed: another process met another error, which that process raises itself.
+
+    If several fail, the error of the lowest process number counts. The message names the process.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -36,10 +38,10 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
 
 
 def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
-    """`action()` on every process; the result of each, a JSON value, by process, on all.
+    """Runs `action` on every process; returns on all the list of their results (JSON), by process.
 
     Raises:
-        InputError, PeerFailed: as `on_all_processes`.
+        InputError, PeerFailed: as for `on_all_processes`.
     """
     result, error = _tried(action)
     results, errors = zip(*_gather([result, _as_json(error)], channel), strict=True)
@@ -48,10 +50,10 @@ def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]
 
 
 def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
-    """`action()` on process 0 alone; its result, a JSON value, on all.
+    """Runs `action` on process 0 only; returns its result (JSON) on all processes.
 
     Raises:
-        InputError, PeerFailed: as `on_all_processes`.
+        InputError, PeerFailed: as for `on_all_processes`.
     """
     import jax
 
@@ -62,11 +64,11 @@ def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
 
 
 def require_same(value: Any, what: str) -> None:
-    """Refuses, on all processes, a JSON value that is not the same on each.
+    """Raises an InputError on all processes if a JSON value differs between them.
 
     Args:
-        value: of this process.
-        what: what it tells about, for the message: "input and model".
+        value: this process's value.
+        what: source of the value, for the message: "input and model".
     """
     import jax
 
@@ -76,7 +78,7 @@ def require_same(value: Any, what: str) -> None:
     others = [i for i, other in enumerate(values) if other != values[0]]
     if others:
         raise InputError(
-            f"process {others[0]} has another {what} than process 0; give all processes the same files"
+            f"process {others[0]} has a different {what} than process 0; give all processes the same files"
         )
 
 
@@ -84,15 +86,16 @@ def require_same(value: Any, what: str) -> None:
 def until_stopped(
     total: int, description: str, kept: Callable[[], int] = lambda: 0
 ) -> Iterator[Callable[[int], None]]:
-    """Yields what is called with the rows of each batch: it shows the progress, and leaves after a signal.
+    """Yields a function to call with the number of rows of each batch: it shows progress and obeys signals.
 
     Args:
-        total: rows.
-        description: of the bar, which process 0 shows.
-        kept: how many rows are safe when it is called.
+        total: number of rows.
+        description: text of the progress bar, which process 0 shows.
+        kept: function that returns the number of rows saved so far.
 
     Raises:
-        SystemExit: 75, on all processes after the same batch, once one of them got a SIGTERM.
+        SystemExit: with status 75, on all processes after the same batch, once one of them has got a
+            SIGTERM.
     """
     import jax
 
@@ -108,14 +111,14 @@ def until_stopped(
                 bar.update(rows)
             if jax.process_count() > 1 and agreed():
                 if jax.process_index() == 0:
-                    log(f"stopped by a signal: {kept()} rows are kept; start again")
+                    log(f"stopped by a signal: {kept()} rows are saved; start again to continue")
                 raise SystemExit(EXIT_STOPPED)
 
         yield update
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Returns the result or, where other processes wait to hear of it, the error."""
+    """Returns (result, None), or (None, error) if other processes must be notified of the error."""
     import jax
 
     if jax.process_count() == 1:
@@ -137,15 +140,15 @@ def _as_json(error: Exception | None) -> list[Any] | None:
 def _raise_first(errors: Sequence[Any], own: Exception | None) -> None:
     import jax
 
-    # one error decides for all, so that all go on or unwind in the same way
+    # the first error counts for all processes, so that all continue or unwind in the same way
     for process, error in enumerate(errors):
         if error is not None:
             is_input, message = error
             if process == jax.process_index() and own is not None and not is_input:
-                raise own  # with its traceback
+                raise own  # it has the traceback
             raise (InputError if is_input else PeerFailed)(f"process {process}: {message}")
 
 
 def _gather(value: Any, channel: Channel = MAIN) -> list[Any]:
-    """The JSON value of each process, by process."""
+    """Returns the JSON values of all processes, by process."""
     return channel.combined(value, lambda values: values)

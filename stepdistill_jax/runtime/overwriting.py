@@ -1,7 +1,7 @@
-"""The one rule of every command that writes: it replaces its own files, and no other file.
+"""The overwriting rule of all commands: a command replaces files that it wrote itself, and no others.
 
-Before its work a command names the files that it will write (`check_outputs`, `check_folder`). None
-may be one of its inputs, and a file that is there must be of its own making.
+Before its work, a command lists the files that it will write (`check_outputs`, `check_folder`). None of
+them may be one of its inputs, and an existing file must have been written by the same command.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ class Made:
     """Recognises the files that a command writes.
 
     Attributes:
-        by: the command.
-        head: bytes that each of them begins with.
-        keys: fields of its JSON object, or of the object in its first line.
+        by: name of the command.
+        head: first bytes of each file.
+        keys: keys of the file's JSON object, or of the object in its first line.
     """
 
     by: str
@@ -37,11 +37,11 @@ class Made:
     keys: Sequence[str] = ()
 
     def begins(self, path: _Path) -> bool:
-        """Whether a file is empty, or the beginning of one that the command writes, or all of it."""
+        """Returns whether a file is empty, or is a file of the command or the beginning of one."""
         return self._matches(path, whole=False)
 
     def wrote(self, path: _Path) -> bool:
-        """Whether a file is empty, or one that the command writes."""
+        """Returns whether a file is empty, or is a complete file of the command."""
         return self._matches(path, whole=True)
 
     def _matches(self, path: _Path, *, whole: bool) -> bool:
@@ -52,11 +52,13 @@ class Made:
             return True
         except OSError as error:
             raise InputError(
-                f"{path}: is there and cannot be read ({error.strerror}), so it is left as it is;"
+                f"{path}: exists and cannot be read ({error.strerror}), so it is not overwritten;"
                 " give another name"
             ) from None
+        # a partial file may be shorter than the head: then it must be the head's beginning
         if not data.startswith(self.head):
             return not data or (not whole and self.head.startswith(data))
+        # the first line of a JSON-lines file, or a whole JSON file
         for text in (data.split(b"\n", 1)[0], data) if self.keys else ():
             with contextlib.suppress(InputError):
                 return set(self.keys) <= parse_json_line(text).keys()
@@ -69,18 +71,18 @@ def check_outputs(
     name: str = "",
     known: Collection[pathlib.Path] = (),
 ) -> None:
-    """Refuses, before the work, files that must not be written.
+    """Refuses outputs that must not be overwritten, before the work begins.
 
-    Each output is written as its `.partial` first, so both are looked at.
+    Each output is first written as `.partial`, so both paths are checked.
 
     Args:
-        outputs: files on this machine, and what tells them from others.
-        inputs: files and folders that are read; None counts for nothing.
-        name: what the first output is called in a message, e.g. "`output`".
-        known: files that are the command's own whatever they hold; another one says so.
+        outputs: files on this machine, each with the signature of its command.
+        inputs: files and folders that are read; None is ignored.
+        name: parameter of the first output for messages, e.g. "`output`".
+        known: files that belong to the command whatever their content.
 
     Raises:
-        InputError: one is an input under any of its names, is there and was not written by the same
+        InputError: an output is also an input (under any name), exists and was not written by the same
             command, is a link or a device, or cannot be written.
     """
     inputs = list(inputs)
@@ -99,11 +101,11 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
     """Refuses to write to an input.
 
     Args:
-        written: files that will be written, folders that will be replaced.
+        written: files that will be written, and folders that will be replaced.
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is one of them or lies in one, whatever links lead there; names both.
+        InputError: an input is one of `written` or lies in one, links resolved; names both.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -113,12 +115,12 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
             if source.is_relative_to(os.path.realpath(path)) or _is_same(path, given):
                 what = "holds" if os.path.isdir(path) else "is"
                 raise InputError(
-                    f"{path}: it {what} the input {given}, and would be written to; rename one of them"
+                    f"{path}: it {what} the input {given}, and would be overwritten; rename one of them"
                 )
 
 
 def _is_same(path: _Path, other: _Path) -> bool:
-    """Whether two names, hard links among them, lead to one file."""
+    """Returns whether two paths, possibly links or hard links, lead to the same file."""
     try:
         return os.path.samefile(path, other)
     except OSError:
@@ -126,10 +128,10 @@ def _is_same(path: _Path, other: _Path) -> bool:
 
 
 def check_plain(path: _Path) -> None:
-    """Refuses a path where a link, pipe, device or folder is: a file there would take its place.
+    """Refuses a path that is a link, folder, pipe or device, which a file would replace.
 
     Raises:
-        InputError: says which.
+        InputError: says which it is.
     """
     if not os.path.lexists(path):
         return
@@ -142,27 +144,27 @@ def check_plain(path: _Path) -> None:
 
 
 def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[str]) -> None:
-    """Refuses a folder with a file of the names of a command that the command did not write.
+    """Refuses an output folder that holds files with a command's names that the command did not write.
 
     Args:
-        folder: of the outputs.
-        index: file that the command writes first; without it no other one is of its making.
-        made: what tells it from others.
-        names: of the other files.
+        folder: folder of the outputs.
+        index: name of the file that the command writes first; without it, the command wrote no other.
+        made: signature of that file.
+        names: names of the other files.
 
     Raises:
-        InputError: as `check_outputs`; names the file.
+        InputError: as for `check_outputs`; names the file.
     """
     check_outputs({folder / index: made})
     for path in (folder / name for name in names):
         check_plain(path)
         if path.exists() and not (folder / index).exists():
-            raise foreign_file(path, made.by, f" (no {index} beside it)")
+            raise foreign_file(path, made.by, f" (no {index} next to it)")
 
 
 def foreign_file(path: _Path, by: str, why: str = "") -> InputError:
-    """The refusal of a file that is not ours to replace."""
+    """Returns the error for a file that the command `by` did not write and so must not replace."""
     return InputError(
-        f"{path}: is there and was not written by `{by}`{why}, so it is left as it is; move it away,"
+        f"{path}: exists and was not written by `{by}`{why}, so it is not overwritten; move it away,"
         " or give another name"
     )

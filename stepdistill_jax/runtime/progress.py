@@ -1,4 +1,4 @@
-"""A bar with rate and time left on a terminal, plain lines elsewhere; always on standard error."""
+"""Progress on standard error: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -13,36 +13,36 @@ _written: Callable[[str], str] = str
 
 
 class Bar(Protocol):
-    """What `progress` yields."""
+    """The object that `progress` yields."""
 
     def update(self, advance: int = 1, **values: float) -> None:
-        """Moves on by `advance` and shows `values` (`loss=1.23`)."""
+        """Advances by `advance` units and shows `values` (`loss=1.23`)."""
         ...
 
 
 def translate_names(by: Callable[[str], str]) -> None:
-    """Lets a command write the parameters that messages of `log` name as its own flags."""
+    """Sets how messages name parameters: `by` replaces Python's names by the running command's flags."""
     global _written
     _written = by
 
 
 def translated(message: str) -> str:
-    """`message` with the parameters that it names as the running command takes them."""
+    """Returns `message` with each parameter under the name that the running command gives it."""
     return _written(message)
 
 
 def log(message: str) -> None:
-    """Prints a line on standard error; control characters of foreign text as their escapes."""
+    """Prints a line on standard error, with control characters escaped."""
     print(escaped(translated(message)), file=sys.stderr, flush=True)
 
 
 def format_values(values: dict[str, float]) -> str:
-    """`loss 1.234  lr 5e-05`."""
+    """Returns text such as `loss 1.234  lr 5e-05`."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 class _Lines:
-    """For log files: a line every ten seconds, and one when all is done."""
+    """Prints a line every ten seconds, for log files, and one at the end."""
 
     def __init__(self, total: int | None, description: str, done: int):
         self._total, self._description = total, description
@@ -56,7 +56,7 @@ class _Lines:
         if not advance:
             return
         self._advanced = time.monotonic()
-        # the last line waits for values that come after the last unit: `end` writes it
+        # `end` writes the last line, since values may still come after the last unit
         if self._advanced - self._last >= LINE_EVERY_SECS and self._done != self._total:
             self._last = self._advanced
             self._write()
@@ -66,6 +66,7 @@ class _Lines:
             self._write()
 
     def _write(self) -> None:
+        # the rate of this process: without the units that an earlier run finished
         count, seconds = self._done - self._first, self._advanced - self._start
         of, left = "", ""
         if self._total is not None:
@@ -78,7 +79,7 @@ class _Lines:
 
 
 def _rate(count: int, seconds: float) -> str:
-    """`12.3/s`, or `4.5 s each` of what takes longer than a second; empty before the first one."""
+    """Returns `12.3/s`, `4.5 s each` where a unit takes over a second, or an empty text at count 0."""
     if not count:
         return ""
     each = max(seconds, 1e-9) / count
@@ -93,12 +94,12 @@ def _clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
-    """Shows how far a long piece of work is.
+    """Shows the progress of a long piece of work.
 
     Args:
-        total: units in all; None where it is not known.
-        description: what is counted.
-        done: units that an earlier run finished.
+        total: number of units; None if unknown.
+        description: what the units are.
+        done: number of units that an earlier run finished.
 
     Yields:
         A `Bar`.

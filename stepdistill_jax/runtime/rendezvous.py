@@ -1,8 +1,8 @@
-"""Which processes of a job are there, asked before JAX joins them: JAX's own time-out names nobody.
+"""Waits for all processes of a job before JAX joins them: JAX's own time-out does not say who is missing.
 
-Process 0 listens on the coordinator's address, every other process connects and sends the job's token and
-its number, and process 0 answers all of them at once: go on, or who is missing. Then JAX's service takes
-the port. A connection without the token is closed and changes nothing.
+Process 0 listens on the coordinator's address. Every other process connects and sends the job's token and
+its number. Process 0 answers all of them at once: start, or which processes are missing. Then JAX's
+service takes over the port. A connection without the token is closed and changes nothing.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ GREETING = "stepdistill-rendezvous"
 _GREETING = re.compile(rf"{GREETING} ([0-9a-f]{{64}}) (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
 GO, MISSING, REFUSED, STRANGER = "go", "missing", "refused", "stranger"
 RETRY_SECS = 0.5
-GREETING_SECS = 1.0  # between a connection and its greeting, which is sent at once
-ANSWER_SECS = 10.0  # more than process 0 may need to answer after its own time-out
+GREETING_SECS = 1.0  # from a connection to its greeting, which is sent at once
+ANSWER_SECS = 10.0  # more than process 0 needs to answer after its own time-out
 
 
 class ProcessesMissing(TimeoutError):
-    """Processes of the job that did not come in time; the message is one line with their numbers."""
+    """Processes of the job did not start in time; the message is one line with their numbers."""
 
 
 def rendezvous(
@@ -42,18 +42,18 @@ def rendezvous(
     """Returns in every process of the job as soon as all of them have called it.
 
     Args:
-        host, port: where process 0 is reached; written alike in all processes.
-        num_processes: of the job.
-        process_id: of the caller, counted from 0.
-        timeout_secs: how long the others are waited for.
-        bind: where process 0 listens; None is `own_address(host, port)`.
-        secret: known to the job's processes alone; None is `host` and `port`, which keep out other
-            programs and jobs, and nobody who knows them.
+        host, port: address of process 0, spelled the same in all processes.
+        num_processes: number of processes of the job.
+        process_id: number of the calling process, from 0.
+        timeout_secs: seconds to wait for the other processes.
+        bind: address that process 0 listens on; None means `own_address(host, port)`.
+        secret: known only to the job's processes. None means `host` and `port`: they keep out other
+            programs and jobs, but nobody who knows them.
 
     Raises:
-        ProcessesMissing: in every process that came; names those that did not.
-        InputError: two processes have the same number, or other ideas of how many there are; or the
-            port cannot be opened.
+        ProcessesMissing: on every process that has started; names the missing ones.
+        InputError: two processes have the same number or disagree about `num_processes`, or the port
+            cannot be opened.
     """
     deadline = time.monotonic() + timeout_secs
     token = sha256_of(secret or f"{host}:{port}")
@@ -68,24 +68,24 @@ def rendezvous(
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
     """Returns the address of this machine that other processes reach as `host`.
 
-    The host is empty, all addresses, where a name other than `localhost` stands for the loopback device:
-    Debian gives a machine's own name 127.0.1.1, and other hosts find it at another address.
+    The host is empty (all addresses) if a name other than `localhost` resolves to the loopback device:
+    Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve it to its real address.
 
     Raises:
-        InputError: after `timeout_secs` the name is still unknown here.
+        InputError: the name is still unknown here after `timeout_secs`.
     """
     deadline = time.monotonic() + timeout_secs
     while True:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             break
-        except OSError as error:  # a cluster may give its machines their names late
+        except OSError as error:  # a cluster may publish its machines' names late
             if time.monotonic() > deadline:
                 raise InputError(
                     f"the coordinator's host {host!r} is unknown here ({error.strerror})"
                 ) from None
             time.sleep(RETRY_SECS)
-    # IPv4 first: every client tries it where a name has both
+    # IPv4 first: every client tries it if a name has both
     address = str(min(found, key=lambda entry: entry[0])[4][0])
     named = host != "localhost" and host != address
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
@@ -104,7 +104,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
                     f"process 0 runs on a machine without the coordinator's address {address[0]};"
                     " start it there, or set JAX_COORDINATOR_BIND_ADDRESS to the HOST:PORT to listen on"
                 ) from None
-            # an earlier life of the job may be about to leave the port
+            # an earlier start of the job may be about to release the port
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise InputError(
                     f"port {address[1]} of the coordinator cannot be opened ({error.strerror});"
@@ -116,8 +116,8 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """Process 0: waits for the others and tells them the outcome."""
-    present: dict[int, socket.socket] = {}
+    """Waits, on process 0, for the other processes, and sends them the outcome."""
+    present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)
 
@@ -128,14 +128,14 @@ def _collect(
         while len(present) < num_processes - 1:
             left = max(deadline - time.monotonic(), 0)
             ready = selector.select(left)
-            if not ready or not left:  # strangers who keep coming do not hold it up
+            if not ready or not left:  # `left`: unrelated connections must not extend the deadline
                 missing = sorted(set(range(1, num_processes)) - present.keys())
                 message = _missing(missing, num_processes, timeout_secs)
                 _send(present, f"{MISSING} {message}")
                 raise ProcessesMissing(message)
             for key, _ in ready:
                 if key.fileobj is server:
-                    with contextlib.suppress(OSError):  # gone again
+                    with contextlib.suppress(OSError):  # the client has left again
                         connection = connections.enter_context(server.accept()[0])
                         connection.settimeout(GREETING_SECS)
                         selector.register(connection, selectors.EVENT_READ)
@@ -143,7 +143,7 @@ def _collect(
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
                 greeting = _GREETING.fullmatch(_receive(connection, packets=2))
-                if greeting is None:  # gone again, or not one of us
+                if greeting is None:  # the client has left again, or is not a process of a job
                     present = {i: c for i, c in present.items() if c is not connection}
                     leave(connection)
                     continue
@@ -167,13 +167,13 @@ def _greet(
     deadline: float,
     timeout_secs: float,
 ) -> None:
-    """Every other process: greets process 0 and waits for the outcome."""
+    """Greets process 0, from any other process, and waits for the outcome."""
     reason = ""
     while time.monotonic() < deadline:
         reply = ""
         try:
             with socket.create_connection((host, port), timeout=ANSWER_SECS) as connection:
-                # process 0 began to wait before this moment
+                # process 0 began to wait earlier, so it answers within its own time-out from now
                 connection.settimeout(timeout_secs + ANSWER_SECS)
                 connection.sendall(greeting.encode())
                 reply = _receive(connection)
@@ -197,9 +197,9 @@ def _greet(
 
 
 def _receive(connection: socket.socket, packets: int = 64) -> str:
-    """The line that was sent; empty at the end or where it is not text.
+    """Returns the line that was sent; empty if the connection has ended.
 
-    `packets` bounds how long one who sends drop by drop is listened to.
+    At most `packets` packets are read, so a client that sends byte by byte cannot block the caller.
     """
     received = b""
     with contextlib.suppress(OSError):
@@ -212,7 +212,7 @@ def _receive(connection: socket.socket, packets: int = 64) -> str:
 
 def _send(connections: dict[int, socket.socket], line: str) -> None:
     for connection in connections.values():
-        with contextlib.suppress(OSError):  # one that died in the meantime
+        with contextlib.suppress(OSError):  # the other process has died in the meantime
             connection.sendall(f"{line}\n".encode())
 
 
@@ -222,7 +222,7 @@ def _refusal(count: int, number: int, num_processes: int, present: dict) -> str 
             f"process {number} was started as one of {count}, process 0 as one of {num_processes}"
         )
     if not 0 < number < num_processes or number in present:
-        return f"two processes of the job are number {number}; each wants a number of its own"
+        return f"two processes of the job have number {number}; give each its own number"
     return None
 
 

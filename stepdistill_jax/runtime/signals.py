@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in every command: the first one stops the work, a second one the process."""
+"""SIGTERM and Ctrl-C in every command: a first signal stops the work, a second one ends the process."""
 
 import itertools
 import os
@@ -12,23 +12,23 @@ from typing import NoReturn
 from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.runtime.progress import log
 
-UNWIND_SECS = 2.0  # for Python to unwind, where nothing is lost without it
+UNWIND_SECS = 2.0  # limit for Python to unwind, if nothing is lost without it
 STOPPED: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
-# JAX's protocol wants numbers that count up by one, the same in every process, for a process's life
+# JAX's protocol needs consecutive numbers, the same in every process, as long as the process lives
 _asked = itertools.count(1)
 
 
 def leave(signal_name: str, what: str) -> NoReturn:
-    """Logs why the process ends early, and raises SystemExit with 75."""
-    log(f"{signal_name}: {what}; start again to go on")
+    """Logs why the process ends early, and exits with status 75."""
+    log(f"{signal_name}: {what}; start again to continue")
     raise SystemExit(EXIT_STOPPED)
 
 
 def agreed() -> bool:
-    """Returns whether several processes stop here, because one of them got a SIGTERM.
+    """Returns, on all processes, whether to stop here because one of them got a SIGTERM.
 
-    `jax.distributed` catches the signal. All processes ask at the same points; after one True none
-    asks again.
+    `jax.distributed` catches the signal. All processes must call this at the same points, and not
+    again once it has returned True.
     """
     from jax.experimental import multihost_utils
 
@@ -36,17 +36,19 @@ def agreed() -> bool:
 
 
 class StopSignals:
-    """While entered, acts on the first signal; a second one ends the process with 128 + its number.
+    """Acts on a first signal while entered; a second one exits with status 128 + its number.
 
-    Python runs a handler only between its own instructions, not in a long compile. So a thread
-    reads the signals, too: it ends the process at a second one, and `limit_secs` after the first.
+    Python runs a handler only between its own instructions, not during a long compile. So a thread
+    reads the signals, too: it ends the process at a second signal, and `limit_secs` after the first.
 
-    With `several` processes, `jax.distributed` catches SIGTERM and tells all of them at the same point.
-    So SIGTERM is left to it, and SIGINT is passed on as one.
+    With `several` processes, `jax.distributed` catches SIGTERM and notifies all of them at the same
+    point. So SIGTERM is left to it, and SIGINT is forwarded as SIGTERM.
 
     Attributes:
-        act: called with the first signal's name, in the main thread; None only notes it.
-        limit_secs: the process ends so long after the first signal, with its code; 0 is no limit.
+        act: function that is called with the first signal's name, in the main thread; None only sets
+            `received`.
+        limit_secs: seconds from the first signal until the process is ended, with that signal's exit
+            status; 0 means no limit.
         received: name of the first signal; empty before it.
     """
 
@@ -58,7 +60,7 @@ class StopSignals:
         limit_secs: float = 0.0,
         several: bool = False,
     ):
-        """`codes`: the signals that are caught, and the code with which `limit_secs` ends the process."""
+        """Sets the signals to catch: `codes` maps each to the exit status that `limit_secs` uses."""
         self.act, self.limit_secs = act, limit_secs
         self.received = ""
         self._codes, self._several, self._all_stop = codes, several, False
@@ -92,14 +94,14 @@ class StopSignals:
             self.act(self.received)
 
     def _watch(self) -> None:
-        """Reads the numbers of signals as they come; 0 is a stop that another process got."""
+        """Reads the signals' numbers as they arrive; 0 stands for a stop signal of another process."""
         first, ends = 0, None
         with os.fdopen(self._reads, "rb", buffering=0) as numbers:
             while True:
                 left = None if ends is None else max(0.0, ends - time.monotonic())
                 if not select.select([numbers], [], [], left)[0]:
                     log(
-                        f"stopped {self.seconds():.1f} s after the signal without a save; start again"
+                        f"stopped {self.seconds():.1f} s after the signal, without a save; start again"
                     )
                     os._exit(self._codes.get(first, EXIT_STOPPED))
                 if not (data := numbers.read(1)):
@@ -111,24 +113,24 @@ class StopSignals:
                     first, self._since = number, time.monotonic()
                     ends = self._since + self.limit_secs if self.limit_secs else None
                 elif number:
-                    log(f"{signal.Signals(number).name}: a second signal, stopped at once")
+                    log(f"{signal.Signals(number).name}: second signal, stopped at once")
                     os._exit(128 + number)
 
     def seconds(self) -> float:
-        """Returns the time since the first signal."""
+        """Returns the seconds since the first signal; 0 before it."""
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def agreed(self) -> bool:
-        """Returns whether to stop here; all processes ask at the same points and get the same answer."""
+        """Returns whether to stop here: the same on all processes, which call it at the same points."""
         if not self._several:
             return bool(self.received)
         if not self._all_stop and agreed():
             self._all_stop, self.received = True, self.received or "another process's signal"
-            if self.act is None:  # else nothing is to be saved, and the caller leaves
+            if self.act is None:  # with `act` there is nothing to save, and the caller exits
                 os.write(self._writes, b"\0")
         return self._all_stop
 
     def act_if_agreed(self) -> None:
-        """Acts, between parts of work that has `act`: the only places where several processes can."""
+        """Calls `act` if all processes stop here; several processes can act only at such points."""
         if self.agreed() and self.act is not None:
             self.act(self.received)

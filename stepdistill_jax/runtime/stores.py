@@ -16,12 +16,12 @@ from typing import cast
 from stepdistill_jax.errors import InputError
 
 _GS = "gs://"
-# a URL, or what pathlib makes of one of a store: `gs:/bucket/run`
+# a URL, or a store's URL that went through pathlib: `gs:/bucket/run`
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
 def _url(path: os.PathLike | str) -> str | None:
-    """`SCHEME://REST` of a path that is a URL."""
+    """Returns `SCHEME://REST` of a path that is a URL, else None."""
     text = os.fspath(path)
     if (match := _URL.match(text)) is None:
         return None
@@ -29,24 +29,24 @@ def _url(path: os.PathLike | str) -> str | None:
 
 
 def is_remote(path: os.PathLike | str) -> bool:
-    """Whether a path is in an object store (`gs://`) rather than on this machine."""
+    """Returns whether a path is in an object store (`gs://`) rather than on this machine."""
     return (_url(path) or "").startswith(_GS)
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """A user's path: pathlib's, or one with its methods (`StorePath`) in an object store.
+    """Returns a user's path as pathlib's `Path`, or as `StorePath`, with the same methods, in a store.
 
-    In a store there are no appends, no renames, no locks, and no folder without a file in it.
+    A store has no appends, no renames, no locks, and no empty folders.
 
     Raises:
-        InputError: another kind of URL, or a package is missing that reads the store.
+        InputError: the path is another kind of URL, or the package that reads the store is missing.
     """
     if (url := _url(path)) is None:
         return pathlib.Path(path)
     if not url.startswith(_GS):
         raise InputError(f"{url}: cannot be read or written; give a local path or gs://BUCKET/...")
     if url == _GS:
-        raise InputError(f"{url}: the bucket is missing; gs://BUCKET/FOLDER is wanted")
+        raise InputError(f"{url}: expected gs://BUCKET/FOLDER, got no bucket")
     _prepare_stores()
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(f"{url}: gs:// needs a package: pip install gcsfs")
@@ -56,28 +56,29 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
 
 
 class StoreError(Exception):
-    """A store that gave no answer, after its client has tried again for a while; one line with the URL.
+    """A store did not answer, although its client has retried; the message is one line with the URL.
 
-    No OSError: who takes a file that cannot be read for a damaged one must not take this for one.
+    It is not an OSError: code that treats an unreadable file as damaged must not catch this error.
 
     Attributes:
-        reason: without the URL.
+        reason: the message without the URL.
     """
 
     def __init__(self, url: os.PathLike | str, error: Exception):
         self.reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         super().__init__(
-            f"{os.fspath(url)}: {self.reason}; is the bucket there, can it be reached, and do the"
-            " credentials allow it?"
+            f"{os.fspath(url)}: {self.reason}; does the bucket exist, can it be reached, and do the"
+            " credentials allow access?"
         )
 
 
 @contextlib.contextmanager
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
-    """Around what asks a store about `path`: each client has errors of its own, most without the URL.
+    """Turns a store client's errors into `StoreError`: they are of many types, most without the URL.
 
     Raises:
-        StoreError: for all of them but "no such file" and the like; of a local path nothing is changed.
+        StoreError: for all errors except "no such file" and similar ones; errors of a local path are
+            raised unchanged.
     """
     try:
         yield
@@ -90,43 +91,43 @@ def store_errors(path: os.PathLike | str) -> Iterator[None]:
 
 
 def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
-    """The pathlib path of what must be on this machine.
+    """Returns the pathlib path of a file or folder that must be on this machine.
 
     Args:
-        path: as the user gave it.
-        name: what it is called in a message, with its backticks: "`data_dir`".
+        path: path as the user gave it.
+        name: parameter's name for messages, with its backticks: "`data_dir`".
 
     Raises:
-        InputError: it is a URL.
+        InputError: the path is a URL.
     """
     if (url := _url(path)) is not None:
         raise InputError(
-            f"{name} {url}: must be on this machine, copy it here; only a workdir may be in a store"
+            f"{name} {url}: must be on this machine, so copy it here; only a workdir may be in a store"
         )
     return pathlib.Path(path)
 
 
 @functools.cache
 def _prepare_stores() -> None:
-    """Once, before the first path in a store is touched."""
-    # epath would read them by TensorFlow wherever that is installed; predict must not import it
+    """Configures the libraries, once, before the first access to a store."""
+    # epath would use TensorFlow if that is installed; predict must not import it
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec.config
 
-    # it writes the traceback of each error that it also raises
+    # gcsfs logs the traceback of each error that it also raises
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    # a listing that is kept does not show what TensorStore or another process wrote since
+    # a cached listing lacks files that TensorStore or another process has written since
     for scheme in ("gs", "gcs"):
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 
 @functools.cache
 def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
-    """Returns a file for a library that reads local ones only: `path`, or a copy until we exit.
+    """Returns a local file for a library that reads no others: `path`, or a copy until this process ends.
 
     Args:
         path: on this machine or in a store.
-        beside: names of files next to it that are copied, too, where they exist.
+        beside: names of files next to it to copy as well, if they exist.
     """
     if not is_remote(path):
         return path
@@ -141,6 +142,6 @@ def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
 
 
 def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts every file below a local folder into a store, whole; what is there is replaced."""
+    """Copies every file below a local folder into a store, and replaces existing ones."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         (target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())

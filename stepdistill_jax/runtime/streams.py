@@ -1,4 +1,4 @@
-"""Output files that grow in PATH.partial and get their name when they are whole."""
+"""Output files that grow as PATH.partial and are renamed to PATH when they are complete."""
 
 import contextlib
 import json
@@ -22,17 +22,18 @@ _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
-    """Where it is kept what is sound in `partial_of`."""
+    """Path of the JSON file that records how many bytes of `partial_of(output)` are valid."""
     return partial_of(output).with_name(partial_of(output).name + ".json")
 
 
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
-    """The files that a `ResumableFile` writes, and those known as ours, for `check_outputs`.
+    """Returns the files that a `ResumableFile` writes, and those known to be its own.
 
-    The partial rows tell whose the sidecar is, and the other way round: one of them may be damaged.
+    Both are arguments of `check_outputs`. If either the rows or the sidecar is recognised, both are
+    ours: the other one may be damaged.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
-    # an empty file says nothing of the other one
+    # an empty file is no evidence for the other one
     ours = (_is_filled(partial) and ROWS.begins(partial)) or (
         _is_filled(sidecar) and SIDECAR.wrote(sidecar)
     )
@@ -50,23 +51,23 @@ def _quarantine_path(path: pathlib.Path) -> pathlib.Path:
 
 
 class StreamedFile:
-    """JSON lines that are appended to PATH.partial, from scratch.
+    """Writes JSON lines to PATH.partial, from scratch.
 
     The file is locked while it is open, so a second run on the same output is refused.
 
     Attributes:
-        path: of the file once it is whole.
-        partial: where it grows.
-        state: `rows` written so far.
+        path: path of the complete file.
+        partial: path of the file while it grows.
+        state: `rows` is the number of rows written so far.
     """
 
-    _file: Any = None  # open, in the process that writes
+    _file: Any = None  # open only in the process that writes
 
     def __init__(self, path: os.PathLike | str):
         """Opens PATH.partial.
 
         Raises:
-            InputError: it cannot be written there, or another run is writing it.
+            InputError: the file cannot be written, or another run is writing it.
         """
         self.path, self.partial = pathlib.Path(path), partial_of(path)
         self.state: dict[str, Any] = self._begin()
@@ -80,12 +81,12 @@ class StreamedFile:
         return self._file
 
     def add(self, row: dict[str, Any]) -> None:
-        """Writes one row; it is on disk when the file is finished."""
+        """Writes one row; it is safe on disk once `finish` has returned."""
         self.write(f"{_to_json(row)}\n".encode())
         self.state["rows"] += 1
 
     def write(self, data: bytes, *, sync: bool = False) -> None:
-        """Appends bytes; with `sync` they survive a power loss once this returns."""
+        """Appends bytes; with `sync`, they survive a power loss once this returns."""
         with naming(self.partial):
             self._file.write(data)
             if sync:
@@ -93,52 +94,52 @@ class StreamedFile:
                 os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames PATH.partial to PATH."""
         with naming(self.partial):
             publish(self._file, self.partial, self.path)
         self._forget()
         self._file.close()
 
     def discard(self) -> None:
-        """Removes PATH.partial: no later run may go on from it."""
-        # under the lock, which the close ends: another run may make these files right after it
+        """Removes PATH.partial, so that no later run continues it."""
+        # removed while still locked: after the close another run may create these files
         self.partial.unlink(missing_ok=True)
         self._forget()
         self._file.close()
 
     def _forget(self) -> None:
-        """Removes what else was kept of the unfinished file."""
+        """Removes the other files that belong to the unfinished file."""
 
     def close(self) -> None:
-        """Leaves an unfinished file with rows in it; an empty one is removed."""
+        """Closes an unfinished file: one with rows is kept, an empty one is removed."""
         if self._file is None:
             return
-        # what a full disk has left in the buffer was told
+        # closing flushes the buffer again; `write` has already raised the error of a full disk
         with contextlib.suppress(OSError), contextlib.closing(self._file):
             if not self._file.closed and not self.state["rows"]:
                 StreamedFile.discard(self)
 
 
 class ResumableFile(StreamedFile):
-    """JSON lines that are appended window by window, and continued where an earlier run stopped.
+    """Writes JSON lines window by window, and continues where an earlier run stopped.
 
-    A small file beside PATH.partial says how many of its bytes are sound, their checksum, and what
-    they were made from (`key`); a run with another key starts from scratch. With several processes
-    all make the same calls, process 0 has the file, and what fails there is raised in all.
+    A sidecar next to PATH.partial records the number of its valid bytes, their checksum, and the
+    inputs that they were made from (`key`). A run with a different key starts from scratch. With
+    several processes, all make the same calls; process 0 has the file, and its errors are raised in all.
 
     Attributes:
-        state: on every process: `rows` and `bytes` that are done, and the counts of `append`.
+        state: on every process, the `rows` and `bytes` written and the counts given to `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
-        """Opens PATH.partial and cuts it back to its last whole window.
+        """Opens PATH.partial and truncates it to its last complete window.
 
         Args:
-            path: of the output.
-            key: digests by the name of what each is of, for a message.
+            path: path of the output.
+            key: digest of each input by the input's name; messages use the names.
 
         Raises:
-            InputError: as `StreamedFile`.
+            InputError: as for `StreamedFile`.
         """
         self.sidecar, self._key = sidecar_of(path), key
         super().__init__(path)
@@ -158,13 +159,13 @@ class ResumableFile(StreamedFile):
         return state
 
     def _valid_state(self) -> dict[str, Any] | None:
-        """What an earlier run left, if its sidecar and its bytes are as it wrote them."""
+        """Returns the state that an earlier run saved; None if its sidecar or its bytes are damaged."""
         size = os.path.getsize(self.partial)
         try:
             state = read_json(self.sidecar)
             if state.pop("digest") != digest(state):
-                raise ValueError("another digest")
-        # no file, no JSON, no object, no digest, text that is no Unicode
+                raise ValueError("digest does not match")
+        # in turn: no file or not JSON; not an object; no digest; not Unicode; nested too deeply
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             state = None
         if state and state["bytes"] <= size:
@@ -172,38 +173,42 @@ class ResumableFile(StreamedFile):
                 if crc32(f, state["bytes"]) == state["crc32"]:
                     return state
         if size and os.path.lexists(self.sidecar):
-            log(f"warning: {self.partial}: it is damaged; starting from scratch")
+            log(f"warning: {self.partial}: damaged; starting from scratch")
         return None
 
     def _quarantine(self, state: dict[str, Any]) -> None:
-        """Renames the rows of something else: to redo them may take hours, and a flag is soon mistyped."""
+        """Renames the rows of other inputs instead of removing them.
+
+        Computing them again may take hours, and one mistyped flag changes the key.
+        """
         for path in (self.partial, self.sidecar):
             os.replace(path, _quarantine_path(path))
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
         log(
-            f"warning: {self.partial}: {state['rows']} rows of another {was}; set aside as"
+            f"warning: {self.partial}: {state['rows']} rows of a different {was}; renamed to"
             f" {self.partial.name}.old, starting from scratch"
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows that an earlier run wrote; none but on process 0, which counts the answers."""
+        """Yields the rows that an earlier run wrote: on process 0, which has the file; none elsewhere."""
         if self._file is not None:
             with open(self.partial, encoding="utf-8", newline="\n") as f:
                 yield from map(json.loads, f)
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
-        """Writes one window; once this returns, it survives a power loss.
+        """Writes one window, which survives a power loss once this returns.
 
         Args:
-            rows: one JSON object each.
-            counts: kept in `state` for the next run.
+            rows: JSON objects.
+            counts: numbers that are saved in `state` for the next run.
         """
         self.state = on_process_0(lambda: self._append(rows, counts))
 
     def _append(self, rows: list[dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
         data = "".join(f"{_to_json(row)}\n" for row in rows).encode()
         self.write(data, sync=True)
-        # before the sidecar says so: a stop signal in between must not make `close` remove the rows
+        # `state` first, then the sidecar: `close` removes a file of 0 rows, and a signal may arrive
+        # in between. The checksum continues over windows: crc32(a + b) == crc32(b, crc32(a)).
         self.state = {
             "key": self._key,
             "bytes": self.state["bytes"] + len(data),
@@ -215,13 +220,13 @@ class ResumableFile(StreamedFile):
         return self.state
 
     def finish(self) -> None:
-        """Gives the file its name."""
+        """Renames PATH.partial to PATH."""
         on_process_0(super().finish)
 
     def discard(self) -> None:
-        """As `StreamedFile.discard`."""
+        """Does what `StreamedFile.discard` does."""
         on_process_0(super().discard)
 
     def _forget(self) -> None:
         self.sidecar.unlink(missing_ok=True)
-        partial_of(self.sidecar).unlink(missing_ok=True)  # a kill while it was being written
+        partial_of(self.sidecar).unlink(missing_ok=True)  # left by a kill during its write

@@ -1,7 +1,8 @@
 """Labels over HTTP.
 
-`run` has `serve`; `server` is uvicorn and signals, `app` HTTP, `requests` what is read of one, `page` what a
-browser shows, `batcher` gathers rows, `answerer` asks the model. Starlette, uvicorn and prometheus_client come with the extra `[serve]`: `serve` imports them.
+`run` defines `serve`. `server` runs uvicorn and obeys signals, `app` answers HTTP requests, `requests` reads
+them, `page` is the web page, `batcher` gathers rows into batches, and `answerer` runs the model. Starlette,
+uvicorn and prometheus_client come with the extra `[serve]`; only `serve` imports them.
 """
 
 from stepdistill_jax.serving.run import serve

@@ -1,4 +1,4 @@
-"""A model that is asked row by row, as `predict` asks it: the same prompts, ids, labels and scores."""
+"""Answers single rows as `predict` does: with the same prompts, ids, labels and scores."""
 
 import contextlib
 import dataclasses
@@ -23,24 +23,24 @@ from stepdistill_jax.inference.predictor import checked_row
 from stepdistill_jax.inference.prompting import RATIONALE, Prompting, encode_input
 from stepdistill_jax.serving.batcher import lane_length
 
-MAX_CHOICES = 256  # of one row: each costs time that others wait for
+MAX_CHOICES = 256  # per row: each one delays the requests of other clients
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A row of a request, and the ids that the model is asked with."""
+    """A row of a request, and its prompt's token ids."""
 
     row: Example
     ids: list[int]
 
     @property
     def length(self) -> int:
-        """Number of ids."""
+        """Returns the number of ids."""
         return len(self.ids)
 
 
 class Answerer:
-    """An engine and how it is asked. A label is what the method serves; a rationale is for looking."""
+    """Labels rows with an engine. Rationales are for inspection; the label does not need them."""
 
     def __init__(
         self,
@@ -49,13 +49,13 @@ class Answerer:
         allowed: Allowed | None = None,
         explaining: Prompting | None = None,
     ):
-        """Takes what `predict` takes.
+        """Takes the parts that `predict` uses.
 
         Args:
-            engine: opened by `open_engine`.
-            prompting: of `prompting_for`, without the rationale.
-            allowed: where choices are scored.
-            explaining: with the rationale; None where the model gives none by itself.
+            engine: result of `open_engine`.
+            prompting: result of `prompting_for`, without the rationale.
+            allowed: the allowed answers, if choices are scored.
+            explaining: prompting with the rationale; None if the model gives none on its own.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
@@ -63,29 +63,29 @@ class Answerer:
 
     @property
     def explains(self) -> bool:
-        """Whether there are rationales to ask for."""
+        """Returns whether the model can give rationales."""
         return self._explaining is not None
 
     def question(self, row: dict[str, Any], number: int) -> Question:
-        """The question of a JSON object; an input that is too long is cut, as in training.
+        """Returns the question of a JSON object; a long input is truncated, as in training.
 
         Args:
-            row: with the fields of `predict`'s input.
-            number: of the row in its request, from 1.
+            row: object with the fields of `predict`'s input.
+            number: number of the row in its request, from 1.
 
         Raises:
-            InputError: a field that is missing or of a wrong type, choices that cannot be scored, or
-                some where the server's own labels are.
+            InputError: a field is missing or of a wrong type, choices cannot be scored, or the row
+                has `choices` although the server scores its own labels.
         """
         checked = checked_row(row, number, self._prompting, self._allowed, most_choices=MAX_CHOICES)
         if checked.choices and self._allowed and self._allowed.labels:
             raise InputError(
-                f"row {number}: this server scores its own labels, not a row's `choices`"
+                f"row {number}: leave out `choices`; this server scores its own labels"
             )
         return self._question(self._prompting, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:
-        """The question of a JSON object that asks for a rationale; see `question`."""
+        """Returns the question that asks for a JSON object's rationale; see `question`."""
         assert self._explaining is not None
         return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
 
@@ -99,25 +99,27 @@ class Answerer:
         return Question(row, ids)
 
     def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """What `predict` writes of each question.
+        """Returns the row that `predict` would write for each question.
 
         Raises:
-            InputError: an engine that cannot ask one of them.
-            ArithmeticError: the model gives NaN.
+            InputError: the engine cannot answer one of them.
+            ArithmeticError: the model's output is NaN.
         """
         with self._errors_for_clients():
             found = self._asked(questions)
         return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
 
     def explanation(self, question: Question) -> dict[str, Any]:
-        """The row's id and the rationale that `predict` writes next to a label; errors as `answers`."""
+        """Returns the row's id, and the rationale that `predict` would write; raises as `answers` does."""
         with self._errors_for_clients():
             return {"id": question.row.id, RATIONALE: self._explained(question)}
 
     def _explained(self, question: Question) -> str:
         assert self._explaining is not None
         ids = question.ids
-        if isinstance(self._engine, JaxEngine):  # one length: one program, which is warm
+        if isinstance(
+            self._engine, JaxEngine
+        ):  # padded to one length, so that one program serves all
             ids = ids + [PAD_ID] * (self._explaining.input_length - len(ids))
         (text,), _ = explain_rows(self._engine, self._explaining, 1, [ids])
         return text
@@ -129,25 +131,24 @@ class Answerer:
         except NotFinite:
             raise ArithmeticError("the model gives NaN") from None
         except InputError as error:
-            # where the model lies is not for those who ask it
+            # clients must not learn the model's path
             raise InputError(str(error).removeprefix(f"{self._engine.path}: ")) from None
 
     def _asked(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         inputs = [question.ids for question in questions]
         if isinstance(self._engine, JaxEngine):
-            # one row is padded, and with it the batch: a lane has more lengths than are to be compiled
+            # pads the batch to its lane's length through its first row: a lane holds many lengths, and
+            # each would compile a program
             length = min(lane_length(max(map(len, inputs))), self._prompting.input_length)
             inputs[0] = inputs[0] + [PAD_ID] * (length - len(inputs[0]))
         rows = [question.row for question in questions]
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Pieces of work after which no row makes the engine compile.
+        """Yields pieces of work that compile every program the engine needs, whatever the rows.
 
-        Choices of the rows themselves have shapes that nobody knows before: nothing is promised there.
-        CTranslate2 compiles nothing.
-
-        The pieces raise InputError where the model gives NaN.
+        They do not cover the rows' own choices, whose shapes are unknown before. CTranslate2 compiles
+        nothing. A piece raises InputError if the model's output is NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):
@@ -159,7 +160,9 @@ class Answerer:
             length = min(lane_length(length + 1), longest)
             question = Question(Example("", ""), [unknown] * length)
             count = 1
-            while True:  # few rows are decoded in halves of a batch: one of these counts needs each
+            while (
+                True
+            ):  # few rows run as a half, a quarter, ... of a batch: these counts use each size
                 yield functools.partial(self._asked, [question] * count)
                 if isinstance(self._engine, CTranslate2Engine):
                     return
@@ -168,10 +171,10 @@ class Answerer:
                 count = min(2 * count, self.batch_size)
 
     def info(self) -> dict[str, Any]:
-        """What a client may want to know of the model."""
+        """Returns facts about the model for clients."""
         engine, prompting = self._engine, self._prompting
         return {
-            # its name alone: where it lies is not for those who ask
+            # the folder's name only: clients must not learn the model's path
             "model": os.path.basename(os.path.abspath(engine.path)),
             "step": engine.step,
             "version": stepdistill_jax.__version__,

@@ -1,4 +1,4 @@
-"""HTTP: what may be asked, what is answered, and what is refused with which status."""
+"""The HTTP service: its routes, answers, and refusals with their status."""
 
 import asyncio
 import contextlib
@@ -31,8 +31,8 @@ from stepdistill_jax.serving.requests import (
     unless_left,
 )
 
-# a client sees a broken connection and not the answer if the connection closes while it is sending:
-# up to this size the rest of a refused body is read and thrown away
+# If a connection closes while its client is still sending, the client sees a broken connection instead of
+# the answer. So the rest of a refused body is read and discarded, up to this size in all.
 MOST_READ_BYTES = 16 * MAX_BODY_BYTES
 LEFT = 499  # nginx's status of a request whose client has gone; nobody receives it
 STARTING, READY, STOPPING = "warming up", "ready", "stopping"
@@ -40,12 +40,12 @@ STARTING, READY, STOPPING = "warming up", "ready", "stopping"
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What protects the service from its clients.
+    """Limits that protect the service from its clients.
 
     Attributes:
-        max_wait_secs: how long a row waits for others while the engine is idle.
-        max_queue: most rows, and most requests, that are not yet answered.
-        timeout_secs: from the head of a request to its answer.
+        max_wait_secs: longest time that a row waits for others while the engine is idle.
+        max_queue: highest number of unanswered rows, and of unanswered requests.
+        timeout_secs: longest time from a request's head to its answer.
     """
 
     max_wait_secs: float
@@ -54,15 +54,15 @@ class Limits:
 
 
 class Service:
-    """An application for uvicorn, and the state that it has; it warms up as soon as it runs.
+    """An application for uvicorn, and its state; it starts to warm up when uvicorn starts it.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
-        answered: rows that have been.
-        open: requests that are not answered yet.
-        unanswered: requests that were under way when the grace time was over.
-        failure: what ended it: the warm-up's, or one that no request is to blame for.
-        on_failure: called then.
+        answered: number of answered rows.
+        open: number of unanswered requests.
+        unanswered: number of requests that were still running at the end of the grace time.
+        failure: the error that ended the service: one of the warm-up, or one not caused by a request.
+        on_failure: function that is called at such an error.
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
@@ -98,10 +98,10 @@ class Service:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, or runs the service when uvicorn starts its lifespan.
+        """Answers one request, or runs the service during uvicorn's lifespan.
 
-        An answer waits until the request's body has ended. It closes the connection if the body is longer
-        than `MOST_READ_BYTES`, if it has not ended within `timeout_secs`, or if the server is stopping.
+        An answer is sent after the request's body has ended. The connection is closed if the body is
+        longer than `MOST_READ_BYTES`, has not ended within `timeout_secs`, or if the server is stopping.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)
@@ -117,7 +117,7 @@ class Service:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # a cancelled request has no time left: it is answered at once
+                # a cancelled request has no time left, so it is answered at once
                 with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                     async with asyncio.timeout_at(deadline):
                         while not ended and size <= MOST_READ_BYTES and self.state != STOPPING:
@@ -152,7 +152,7 @@ class Service:
             log(f"ready after {time.perf_counter() - began:.1f} s")
             await self.batcher.run()
         except Exception as error:
-            # every request would meet the same: the process ends, and whoever started it sees it
+            # every request would fail in the same way: end the process, so that its supervisor sees it
             self.failure, self.state = error, STOPPING
             self.on_failure()
 
@@ -193,12 +193,12 @@ class Service:
             return _error(503, "the server has stopped")
         except Exception:
             log(f"a request failed:\n{traceback.format_exc()}")
-            return _error(500, "the server failed; its log says how")
+            return _error(500, "the server failed; see its log")
         finally:
             self.open -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """The body of a request that may be answered now."""
+        """Returns the body of a request, or refuses the request."""
         if not self._warm:
             raise Refused(503, "the model is warming up", **{"Retry-After": "5"})
         if self.open > self._limits.max_queue:
@@ -206,7 +206,7 @@ class Service:
         return await read_body(request)
 
     async def _answer(self, request: Request, body: bytes) -> dict[str, Any]:
-        # in a thread: the longest text takes a third of a second, in which others are to be heard
+        # in a thread: tokenising the longest text takes a third of a second, which would block all clients
         questions, alone = await asyncio.to_thread(self._questions, body)
         answers = await self._answers(request, questions)
         self.answered += len(answers)
@@ -215,29 +215,29 @@ class Service:
 
     async def _explanation(self, request: Request, body: bytes) -> dict[str, Any]:
         if not self._answerer.explains:
-            raise Refused(404, "this model was not trained to give a rationale by itself")
+            raise Refused(404, "this model was not trained to give a rationale on its own")
         rows, alone = rows_of(parse_json_line(body))
         if not alone:
-            raise InputError('one row {"input": ...} is explained at a time')
+            raise InputError('expected one row {"input": ...}: rows are explained one at a time')
         question = await asyncio.to_thread(self._answerer.rationale_question, rows[0])
         return await unless_left(request, asyncio.ensure_future(self._explained(question)))
 
     async def _explained(self, question: Question) -> dict[str, Any]:
-        # one at a time: a batch of labels goes between two rationales
+        # one at a time, so that batches of labels run between rationales
         async with self._explaining:
             return await self.batcher.in_thread(self._answerer.explanation, question)
 
     def _questions(self, body: bytes) -> tuple[list[Question], bool]:
-        """Those of a body, and whether it is one row by itself."""
+        """Returns the questions of a body, and whether it is a single row."""
         rows, alone = rows_of(parse_json_line(body))
         if len(rows) > self._limits.max_queue:
             raise Refused(
-                413, f"at most {self._limits.max_queue} rows are taken at once, got {len(rows)}"
+                413, f"expected at most {self._limits.max_queue} rows at once, got {len(rows)}"
             )
         return [self._answerer.question(row, i) for i, row in enumerate(rows, 1)], alone
 
     async def _answers(self, request: Request, questions: list[Question]) -> list[dict[str, Any]]:
-        """Waits for the answers, or for the client to leave; what is not wanted leaves the queue."""
+        """Waits for the answers; if the client disconnects, its rows leave the queue."""
         if not questions:
             return []
         try:
@@ -254,7 +254,7 @@ class Service:
         return answers
 
     def _queue_full(self) -> Refused:
-        return Refused(503, "too many rows are waiting; ask again later", **{"Retry-After": "1"})
+        return Refused(503, "too many rows are waiting; try again later", **{"Retry-After": "1"})
 
     async def _page(self, _request: Request) -> Response:
         return HTMLResponse(page.HTML, headers=page.HEADERS)

@@ -1,4 +1,4 @@
-"""Rows of many clients, gathered into batches: one thread decodes, the event loop stays free."""
+"""Gathers the rows of many clients into batches; one thread decodes, and the event loop stays free."""
 
 import asyncio
 import concurrent.futures
@@ -14,9 +14,10 @@ SHORTEST_LANE = 32
 
 
 def lane_length(length: int) -> int:
-    """Rows up to this length share batches: 32, 64, 96, 128, 192, 256, 384, ...
+    """Returns the smallest of 32, 64, 96, 128, 192, 256, 384, ... that is at least `length`.
 
-    Fewer than the engine's own padded lengths, so that batches fill, and few shapes are to be warm.
+    Rows of one lane length share batches. There are fewer of these than of the engine's padded lengths,
+    so that batches fill up and few shapes have to be compiled. Example: 65 to 96 ids give 96.
     """
     power = SHORTEST_LANE
     while power < length:
@@ -27,12 +28,12 @@ def lane_length(length: int) -> int:
 
 
 class QueueFull(Exception):
-    """There is no place for these rows."""
+    """The queue has no room for these rows."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Waiting:
-    """A row that waits, when it came, and the future of its answer."""
+    """A waiting row, its time of arrival, and the future of its answer."""
 
     row: Any
     arrived: float
@@ -41,7 +42,7 @@ class _Waiting:
 
 @dataclasses.dataclass(eq=False)
 class _Lane:
-    """Rows of one `lane_length`, in order of arrival, and how much of the engine's time they have had."""
+    """The waiting rows of one `lane_length`, in order of arrival, and the engine's time spent on them."""
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
     seconds: float = 0.0
@@ -52,16 +53,16 @@ class _Lane:
 
 
 class Batcher:
-    """Decodes what is submitted in batches of like length.
+    """Decodes submitted rows in batches of similar length.
 
-    The idle engine starts once there is a full batch, or a row has waited for `max_wait_secs`; while one
-    batch runs, the next one gathers. Each `lane_length` has a lane of its own, and the lanes share the
-    engine's time (start-time fair queueing, Goyal et al. 1996): the one that has had least of it goes
-    next, and who comes back after a pause is not owed for the pause. So a short row among hundreds of
-    long ones waits for the batch that runs, not for all of them.
+    An idle engine starts as soon as a batch is full or a row has waited for `max_wait_secs`. While a
+    batch runs, the next one gathers. Each `lane_length` has its own lane. The lanes share the engine's
+    time (start-time fair queueing, Goyal et al. 1996): the lane that has used least of it is served
+    next, and a lane gets no credit for the time when it was empty. So a short row among hundreds of long
+    ones waits for the running batch, not for all of them.
 
     Attributes:
-        rows: submitted and not yet answered or given up.
+        rows: number of rows that are neither answered nor given up.
     """
 
     def __init__(
@@ -77,20 +78,23 @@ class Batcher:
         """Starts nothing yet.
 
         Args:
-            decode: answers of rows, in their order; called from one thread. What it raises is the
-                answer of all its rows; an InputError is only that of the rows that raise it alone.
-            length: ids of a row's input.
-            batch_size: most rows of a batch.
-            max_wait_secs: how long a row waits for others while the engine is idle.
-            max_queue: most `rows`.
-            on_batch: told the rows and the seconds of each batch.
+            decode: function that returns the answers of rows, in their order; called from one thread.
+                An error it raises is the answer of all rows of the batch. After an InputError, each row
+                is decoded alone, so only the rows that cause it get it.
+            length: function that returns the number of ids of a row's input.
+            batch_size: highest number of rows of a batch.
+            max_wait_secs: longest time that a row waits for others while the engine is idle.
+            max_queue: highest value of `rows`.
+            on_batch: function that is called with the rows and seconds of each batch.
         """
         self.max_queue = max_queue
         self.rows = 0
         self._decode, self._length, self._on_batch = decode, length, on_batch
         self._batch_size, self._max_wait = batch_size, max_wait_secs
         self._lanes: dict[int, _Lane] = {}
-        self._time = 0.0  # of the lane that was served last, before that
+        # Virtual time: `seconds` of the lane served last, at the start of its batch. A lane that was
+        # empty starts from here, so it gets no credit for its pause.
+        self._time = 0.0
         self._changed = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "engine")
         self._working: concurrent.futures.Future | None = None
@@ -99,11 +103,11 @@ class Batcher:
         """Puts all of `rows` into the queue, or none.
 
         Returns:
-            A future for each, of its answer or of the exception that it met. One that is cancelled
-            leaves the queue.
+            A future for each row, whose result is the answer or an exception. Cancelling it removes the
+            row from the queue.
 
         Raises:
-            QueueFull: there would be more than `max_queue`.
+            QueueFull: the queue would hold more than `max_queue` rows.
         """
         if self.rows + len(rows) > self.max_queue:
             raise QueueFull
@@ -123,10 +127,10 @@ class Batcher:
 
     def _leave(self, lane: _Lane, one: _Waiting) -> None:
         self.rows -= 1
-        lane.waiting.pop(id(one), None)  # it is still there if its client gave up
+        lane.waiting.pop(id(one), None)  # still in the lane if its client gave up
 
     async def in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Runs `work` in the thread of the engine, between batches."""
+        """Runs `work` in the engine's thread, between batches."""
         self._working = self._thread.submit(work, *args)
         return await asyncio.wrap_future(self._working)
 
@@ -146,14 +150,14 @@ class Batcher:
                     one.answer.set_result(answer)
 
     async def _next_lane(self) -> _Lane:
-        """Waits until a batch is to start; the lane that has its turn."""
+        """Waits until a batch may start, and returns the lane whose turn it is."""
         loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
             lanes = [lane for lane in self._lanes.values() if lane.waiting]
             start = min(map(self._starts, lanes), default=None)
             if start is not None and start <= loop.time():
-                # of all, also those that would still gather: the next batch may be a long one
+                # among all lanes, also those that could still gather: the next batch may take long
                 return min(lanes, key=lambda lane: (lane.seconds, lane.first.arrived))
             try:
                 async with asyncio.timeout_at(start):
@@ -162,12 +166,12 @@ class Batcher:
                 pass
 
     def _starts(self, lane: _Lane) -> float:
-        """When its batch may start."""
+        """Returns the loop's time at which the lane's batch may start; 0 for a full batch."""
         full = len(lane.waiting) >= self._batch_size
         return 0.0 if full else lane.first.arrived + self._max_wait
 
     async def _decoded(self, rows: list[Any]) -> tuple[Sequence[Any], float]:
-        """Answers, and the seconds that they took."""
+        """Returns the answers, and the seconds that decoding took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -178,7 +182,7 @@ class Batcher:
         return answers, loop.time() - began
 
     def _decode_each(self, rows: list[Any]) -> Sequence[Any]:
-        """In the thread: one row that cannot be asked does not take the others along."""
+        """Decodes rows, in the thread; after an InputError one by one, so that only bad rows fail."""
         try:
             return self._decode(rows)
         except InputError as error:
@@ -187,6 +191,6 @@ class Batcher:
             return [answer for row in rows for answer in self._decode_each([row])]
 
     def close(self) -> bool:
-        """Takes no more work; whether the thread is still at the last one."""
+        """Stops taking work; returns whether the thread is still working."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         return self._working is not None and not self._working.done()

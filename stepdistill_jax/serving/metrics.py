@@ -1,4 +1,4 @@
-"""What Prometheus reads at `/metrics`."""
+"""The metrics that Prometheus reads at `/metrics`."""
 
 from collections.abc import Callable
 
@@ -17,37 +17,37 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """Of one service, in a registry of its own."""
+    """The metrics of one service, in their own registry."""
 
     def __init__(self, waiting: Callable[[], int], ready: Callable[[], bool]):
-        """`waiting` and `ready` are asked whenever the metrics are read."""
+        """Registers the metrics; `waiting` and `ready` are called at each read."""
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "stepdistill_requests",
-            "Requests to /predict by HTTP status; 499 is a client that left",
+            "Requests to /predict by HTTP status; 499: the client disconnected",
             ["status"],
             registry=registry,
         )
         self.rows = Counter("stepdistill_rows", "Rows answered", registry=registry)
         self.request_seconds = Histogram(
             "stepdistill_request_seconds",
-            "From the head of a request to its answer, of those answered with 200",
+            "Seconds from a request's head to its answer, for requests answered with 200",
             buckets=SECONDS,
             registry=registry,
         )
         self.batch_rows = Histogram(
-            "stepdistill_batch_rows", "Rows of a batch", buckets=ROWS, registry=registry
+            "stepdistill_batch_rows", "Rows per batch", buckets=ROWS, registry=registry
         )
         self.batch_seconds = Histogram(
-            "stepdistill_batch_seconds", "Time of a batch", buckets=SECONDS, registry=registry
+            "stepdistill_batch_seconds", "Seconds per batch", buckets=SECONDS, registry=registry
         )
-        queue = Gauge("stepdistill_queue_rows", "Rows that wait or are decoded", registry=registry)
+        queue = Gauge("stepdistill_queue_rows", "Rows waiting or being decoded", registry=registry)
         queue.set_function(waiting)
         state = Gauge(
-            "stepdistill_ready", "1 while requests are taken, 0 before and after", registry=registry
+            "stepdistill_ready", "1 while requests are answered, else 0", registry=registry
         )
         state.set_function(ready)
 
     def text(self) -> bytes:
-        """In the text format of Prometheus."""
+        """Returns the metrics in Prometheus's text format."""
         return generate_latest(self._registry)

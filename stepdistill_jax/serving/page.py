@@ -1,4 +1,4 @@
-"""The page at `/`: one HTML file, and the headers that let nothing run in it but its own script."""
+"""The page at `/`: one HTML file, and headers that allow no script but its own."""
 
 import base64
 import hashlib

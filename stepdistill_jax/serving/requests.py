@@ -1,4 +1,4 @@
-"""What is read of a request, within bounds, and whether its client is still there."""
+"""Reads requests within limits, and notices clients that disconnect."""
 
 import asyncio
 from typing import Any
@@ -13,15 +13,15 @@ MAX_BODY_BYTES = 2**20
 
 
 class Refused(Exception):
-    """A request that gets no answer.
+    """A request is refused.
 
     Attributes:
-        status: of HTTP.
-        headers: of the response.
+        status: HTTP status of the response.
+        headers: headers of the response.
     """
 
     def __init__(self, status: int, reason: str, **headers: str):
-        """`reason` is what the client reads."""
+        """Sets the response; `reason` is the message to the client."""
         super().__init__(reason)
         self.status, self.headers = status, headers
 
@@ -43,42 +43,44 @@ async def read_body(request: Request) -> bytes:
     """Returns the body of a request.
 
     Raises:
-        Refused: it is too large.
-        ClientDisconnect: it does not come.
+        Refused: the body is too large.
+        ClientDisconnect: the client disconnects before the end of the body.
     """
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > MAX_BODY_BYTES:
-            raise Refused(413, f"a body has at most {MAX_BODY_BYTES} bytes; send fewer rows")
+            raise Refused(
+                413, f"expected a body of at most {MAX_BODY_BYTES} bytes; send fewer rows"
+            )
         parts.append(part)
     return b"".join(parts)
 
 
 def rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """Returns the rows of a body, and whether it is one row by itself.
+    """Returns the rows of a body, and whether it is a single row.
 
     Raises:
-        InputError: neither a row nor {"rows": [...]}.
+        InputError: the body is neither a row nor {"rows": [...]}.
     """
     if "rows" not in body:
         return [body], True
     rows = body["rows"]
     if len(body) > 1 or not isinstance(rows, list):
-        raise InputError('one row {"input": ...} or {"rows": [...]} alone is wanted')
+        raise InputError('expected one row {"input": ...} or {"rows": [...]}, and nothing else')
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise InputError(f"row {number}: a JSON object is wanted, got {type(row).__name__}")
+            raise InputError(f"row {number}: expected a JSON object, got {type(row).__name__}")
     return rows, False
 
 
 async def unless_left(request: Request, answered: asyncio.Future) -> Any:
-    """Returns the result of `answered`, which is cancelled when the client leaves.
+    """Returns the result of `answered`, which is cancelled if the client disconnects.
 
     Raises:
-        ClientDisconnect: it has left.
+        ClientDisconnect: the client has disconnected.
     """
-    # looked at in any case: asyncio logs what nobody has asked for
+    # retrieves the exception in any case: asyncio logs those that nobody retrieves
     answered.add_done_callback(lambda done: done.cancelled() or done.exception())
     left = asyncio.create_task(_disconnected(request))
     try:
@@ -87,7 +89,7 @@ async def unless_left(request: Request, answered: asyncio.Future) -> Any:
             raise ClientDisconnect
     finally:
         left.cancel()
-        answered.cancel()  # and with it each future that waits
+        answered.cancel()  # cancels each waiting future in it
     return answered.result()
 
 

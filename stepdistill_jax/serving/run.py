@@ -1,4 +1,4 @@
-"""`serve`: opens the model, listens, and answers until it is told to stop."""
+"""`serve`: opens the model, listens, and answers until a signal arrives."""
 
 import contextlib
 import os
@@ -27,28 +27,28 @@ def serve(
     grace_secs: float = 20.0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Answers over HTTP what `predict` answers through files, until SIGTERM or Ctrl-C.
+    """Answers rows over HTTP as `predict` does in files, until SIGTERM or Ctrl-C.
 
-    Signals are seen in the main thread. The first one stops it: no connection is accepted any more, and
-    requests that are under way are answered. A second one ends the process at once, with 128 and the
-    signal's number.
+    Signals are handled if it is called in the main thread. A first one stops it: it accepts no more
+    connections, and answers the requests in progress. A second one ends the process at once, with
+    status 128 + the signal's number.
 
     Args:
-        path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
-        host, port: where it listens; port 0 is any that is free, and is named in the log.
-        max_wait_ms: how long a row waits for others while the engine is idle.
-        max_queue: most rows that are not yet answered; what comes beyond is refused with 503.
-        timeout_secs: after which a request is given up, with 504.
-        grace_secs: for the requests that are under way when it is told to stop.
+        path: workdir, or model directory in Hugging Face's layout or CTranslate2's.
+        host, port: address to listen on; port 0 means any free port, which the log names.
+        max_wait_ms: longest time that a row waits for others while the engine is idle, ms.
+        max_queue: highest number of unanswered rows; requests beyond it are refused with status 503.
+        timeout_secs: seconds after which a request is given up with status 504.
+        grace_secs: seconds for the requests in progress when a signal arrives.
         **options: fields of `DecodeOptions`.
 
     Returns:
-        `rows` that were answered; `unanswered` requests, for which `grace_secs` was too short; `busy`,
-        whether the engine is still at work on something that nobody waits for.
+        `rows`, the number of answered rows; `unanswered`, the number of requests for which `grace_secs`
+        was too short; `busy`, whether the engine still works on a request that was given up.
 
     Raises:
-        InputError: bad options or model, a missing extra, or a port that cannot be listened on.
-        Exception: what made the warm-up fail: damaged weights, a device out of memory.
+        InputError: bad options, a bad model, a missing extra, or an address that cannot be opened.
+        Exception: the error of a failed warm-up: damaged weights, a device out of memory.
     """
     number("max_wait_ms", max_wait_ms, least=0, below=1e6)
     whole("max_queue", max_queue, 1, 10**6 - 1)
@@ -57,7 +57,7 @@ def serve(
     chosen = decode_options(serve, options)
     if jax.process_count() > 1:
         raise InputError(
-            f"serve is one process, and this one is one of {jax.process_count()}; start it by itself"
+            f"serve runs in one process, and this is one of {jax.process_count()}; start it alone"
         )
     try:
         from stepdistill_jax.serving import app, server

@@ -1,4 +1,4 @@
-"""Uvicorn, its socket, and the signals that stop it."""
+"""Runs uvicorn on a socket until a signal stops it."""
 
 import asyncio
 import contextlib
@@ -17,27 +17,29 @@ from stepdistill_jax.runtime.signals import StopSignals
 from stepdistill_jax.serving.app import STOPPING, Service
 from stepdistill_jax.serving.requests import MAX_HEAD_BYTES
 
-KEEP_ALIVE_SECS = 75  # proxies keep idle connections for a minute, and should be who ends them
+KEEP_ALIVE_SECS = (
+    75  # proxies keep idle connections for a minute, and should be the ones to close them
+)
 
 
 def stopped_before_listening(name: str) -> NoReturn:
-    """Leaves with 0 at a signal: what is loaded or compiled is not missed."""
+    """Exits with status 0 at a signal before the server listens: nothing is lost."""
     log(f"{name}: stopped before it was listening")
     raise SystemExit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address; whoever connects is refused until `run` listens.
+    """Returns a socket bound to an address; connections are refused until `run` listens.
 
     Raises:
-        InputError: no such address, or it is taken.
+        InputError: the address does not exist or is in use.
     """
     whole("port", port, 0, 2**16 - 1)
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         family, kind, protocol, _, address = found
-        # asyncio sets TCP_NODELAY only if the socket names its protocol. Without it an answer, which is
-        # two packets, waits 40 ms for the client to acknowledge the first one
+        # asyncio sets TCP_NODELAY only if the socket names its protocol. Without it, an answer (two
+        # packets) waits 40 ms for the client to acknowledge the first one.
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -45,26 +47,26 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:  # UnicodeError: a name that is no host's
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise InputError(
-                f"port {port} on {host} is in use; take another with `port` (0: any that is free)"
+                f"port {port} on {host} is in use; choose another with `port` (0: any free port)"
             ) from None
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"`host` {host} `port` {port}: cannot be listened on ({reason}); name others"
+            f"`host` {host} `port` {port}: cannot listen there ({reason}); choose another address"
         ) from None
     return listener
 
 
 def run(service: Service, listener: socket.socket, grace_secs: float, signals: StopSignals) -> None:
-    """Serves until a signal comes, and `grace_secs` longer at most."""
+    """Serves until a signal arrives, and at most `grace_secs` longer."""
     server = _Server(
         uvicorn.Config(
             service,
             http=_Protocol,
             loop="asyncio",  # uvloop ignores the buffer of `_Protocol`
-            h11_max_incomplete_event_size=MAX_HEAD_BYTES,  # unfinished; `Service` checks the rest
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,  # incomplete heads; `Service` checks the rest
             ws="none",
             lifespan="on",
             log_config=None,
@@ -78,26 +80,29 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
     )
 
     def stop(name: str) -> None:
-        log(f"{name}: {service.open} requests are under way and will be answered")
+        log(f"{name}: {service.open} requests are in progress and will be answered")
         service.state = STOPPING
         server.should_exit = True
 
     def fail() -> None:
-        server.config.timeout_graceful_shutdown = 0  # nothing will answer what is under way
+        server.config.timeout_graceful_shutdown = 0  # nothing will answer the requests in progress
         server.should_exit = True
 
     service.on_failure = fail
-    listener.listen(server.config.backlog)  # who reads the next line may connect
+    listener.listen(server.config.backlog)  # before the log line: its reader may connect at once
     host, port = listener.getsockname()[:2]
     log(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}; warming up")
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        log(f"warning: `host` {host}: whoever reaches this port may ask; see docs/serving.md")
+        log(
+            f"warning: `host` {host}: anyone who can reach this port can use the model;"
+            " see docs/guide/serving.md"
+        )
     signals.act = stop
     server.run([listener])
 
 
 class _Server(uvicorn.Server):
-    """One that leaves the signals to `StopSignals`: uvicorn raises them again when it has stopped."""
+    """Leaves the signals to `StopSignals`: uvicorn would raise them again after it has stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -105,10 +110,11 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol, asyncio.BufferedProtocol):
-    """Reads 4 KiB at a time, and parses HTTP with h11, which bounds an unfinished head; httptools does not.
+    """Parses HTTP with h11, and reads 4 KiB at a time.
 
-    asyncio reads 256 KiB at a time. In chunks of one byte, these are 40,000 events of h11 in a row: no
-    other client would be served for seconds.
+    h11 limits the size of an incomplete head; httptools does not. asyncio would read 256 KiB at a time:
+    sent in chunks of one byte, they are 40,000 events of h11 in a row, during which no other client would
+    be served for seconds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -1,7 +1,7 @@
-"""Rationales from a large model: questions in, questions with rationales and the teacher's labels out.
+"""Asks a large model for the rationales and labels of questions.
 
-The function `annotate` takes the name of its module here: write
-`from stepdistill_jax.teacher.annotate import ...` for anything else that is in it.
+Here `annotate` is the function, not its module: write `from stepdistill_jax.teacher.annotate import ...`
+for anything else in the module.
 """
 
 from stepdistill_jax.teacher.annotate import annotate

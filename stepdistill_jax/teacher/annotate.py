@@ -1,4 +1,4 @@
-"""Rationales and labels of a teacher for a file of questions."""
+"""Asks a teacher for the rationales and labels of a file's questions."""
 
 import asyncio
 import contextlib
@@ -38,28 +38,28 @@ def annotate(
 ) -> dict[str, Any]:
     """Asks a teacher about each row, and writes the rows with its rationales, in order.
 
-    Every whole, readable answer is kept in an SQLite file as soon as it comes. A second run, after
-    a kill or with a changed file, asks only for what is not there.
+    Every complete, readable answer is saved in an SQLite file as soon as it arrives. A second run, after
+    a kill or with a changed file, asks only for the missing answers.
 
     Args:
         input: JSON lines {"input", "id"?, "label"?, "choices"?, ...}.
-        output: the generic format of `prepare jsonl`, with `rationale`, `rationales`, `llm_label`
-            and `provenance`. It gets its name when it is whole; beside it lies
-            OUTPUT.defects.jsonl.
-        read: more files that the settings come from, which must not be written over.
-        settings: the fields of `Settings`; `task` and `model` (or `teacher`) at least.
+        output: file in the generic format of `prepare jsonl`, with `rationale`, `rationales`,
+            `llm_label` and `provenance`. It grows as OUTPUT.partial and is renamed when it is complete;
+            OUTPUT.defects.jsonl lies next to it.
+        read: further files that the settings were read from, which must not be overwritten.
+        settings: fields of `Settings`; at least `task` and `model` (or `teacher`).
 
     Returns:
-        `rows`, `with_rationale`, `requests` that were answered, `to_ask` (answers that were not in
+        `rows`, `with_rationale`, `requests` (number of answered ones), `to_ask` (answers missing from
         the cache), `asked_again`, `truncated`, `prompt_tokens`, `completion_tokens`, `cost` (None
-        without prices), `with_label` and `teacher_accuracy` (only where rows have a gold label: their
-        number, and the share of them that the teacher got right; an answer that cannot be used
-        counts as wrong), `defects` (counts by name), `first_defects`, `rows_per_second`,
-        `stopped` (None, or why it ended before the last row). Of a dry run, `prompt` and the
-        estimate; of `batch_file`, what `write_batch` or `read_batch` return.
+        without prices), `defects` (counts by name), `first_defects`, `rows_per_second`, `stopped` (None,
+        or why the run ended before the last row). If rows have gold labels, also `with_label`, their
+        number, and `teacher_accuracy`, the share of them that the teacher labelled right; an unusable
+        answer counts as wrong. A dry run returns `prompt` and the estimate; `batch_file` returns the
+        result of `write_batch` or `read_batch`.
 
     Raises:
-        InputError: bad settings or rows, or a server that refuses the request.
+        InputError: settings or rows are bad, or the server refuses the request.
     """
     chosen = Settings(**settings)
     input, output = local_path(input, "input"), local_path(output, "output")
@@ -84,7 +84,7 @@ def annotate(
             if action == "read":
                 return read_batch(prompting, input, cache, paths)
             if len(paths) > 1:
-                raise InputError("`batch_file` write: one FILE is wanted")
+                raise InputError(f"`batch_file` write: expected one FILE, got {len(paths)}")
             return write_batch(prompting, input, cache, paths[0], inputs)
         return asyncio.run(_annotate(prompting, input, output, cache))
     finally:
@@ -92,17 +92,17 @@ def annotate(
 
 
 def defects_of(output: pathlib.Path) -> pathlib.Path:
-    """The list of defects of an output."""
+    """Returns the path of an output's list of defects."""
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
 
 
 def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
-    """Tokens and money that the answers that are not in the cache would take.
+    """Estimates tokens and cost of the answers that are missing from the cache.
 
     Returns:
-        `rows`, `answers`, `prompt_tokens` and `completion_tokens` (at 4 characters a token; answers
-        as long as the exemplars'), `cost` (None without prices), and `most_completion_tokens` and
-        `most_cost`, if each answer were as long as `max_tokens`.
+        `rows`, `answers`, `prompt_tokens` and `completion_tokens` (at 4 characters per token, with
+        answers as long as the exemplars'), `cost` (None without prices), and `most_completion_tokens`
+        and `most_cost`, for answers of `max_tokens` each.
     """
     settings = prompting.settings
     budget = Budget(price_input=settings.price_input, price_output=settings.price_output)
@@ -122,11 +122,11 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
 
 
 def in_words(estimate: dict[str, Any]) -> str:
-    """The estimate as a line: `200 rows, 150 answers to ask for, about 61,200 tokens, cost 0.02`."""
+    """Returns the estimate as a line: `200 rows, 150 answers to ask for, about 61,200 tokens, ...`."""
     tokens = estimate["prompt_tokens"] + estimate["completion_tokens"]
     line = (
         f"{estimate['rows']} rows, {estimate['answers']} answers to ask for, about {tokens:,} tokens"
-        " (at 4 characters a token)"
+        " (at 4 characters per token)"
     )
     if estimate["cost"] is not None:
         line += f", cost about {estimate['cost']:.4g}, at most {estimate['most_cost']:.4g}"
@@ -134,7 +134,7 @@ def in_words(estimate: dict[str, Any]) -> str:
 
 
 def _estimate(prompting: Prompting, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
-    """Reads the whole file: a bad row in the middle is known before the first answer is paid for."""
+    """Reads the whole file, so that a bad row is found before the first answer is paid for."""
     settings, estimate = prompting.settings, Estimate()
     rows = check_questions(input, settings.choices, label_given=settings.label_given)
     for _ in unanswered(prompting, rows, cache, estimate):
@@ -172,7 +172,7 @@ async def _annotate(
             settings.price_input,
             settings.price_output,
         )
-        # a file that is all in the cache needs neither server nor key
+        # if all answers are in the cache, neither server nor key is needed
         teacher = _teacher(settings) if estimate["answers"] else None
         stopped, start = None, time.perf_counter()
         with progress(estimate["rows"], f"annotate {input.name}") as bar:
@@ -184,7 +184,7 @@ async def _annotate(
                 if run.counts.rows != estimate["rows"]:
                     raise InputError(
                         f"{input}: it changed while it was read ({estimate['rows']} rows at first,"
-                        f" then {run.counts.rows}); start again when it is whole"
+                        f" then {run.counts.rows}); start again when it is complete"
                     )
                 if not run.counts.with_rationale:
                     answers = "a usable answer" if run.counts.requests else "an answer"

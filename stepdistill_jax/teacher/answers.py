@@ -1,4 +1,4 @@
-"""What a teacher's answer says: its rationale and label, or by what name it is of no use."""
+"""Reads the rationale and label in a teacher's answer, and names the defects of unusable answers."""
 
 import dataclasses
 import re
@@ -9,14 +9,14 @@ from stepdistill_jax.data.nli_rationale import parse_anli, parse_esnli
 from stepdistill_jax.data.rationale import CHOICE_MARKER, parse_choice, parse_equation
 from stepdistill_jax.data.text_metrics import metric_fn, normalize
 
-# what can be wrong with an answer: the names of `prepare`, and those that only a server knows of
+# the defects of an answer: those of `prepare`, and those that only a server can cause
 KINDS = PARSER_KINDS | {
     "empty": "no text in the answer",
-    "truncated": "cut by the token limit before its end (finish_reason length)",
-    "filtered": "held back by the server's content filter",
-    "no_answer": "does not end as it was asked to, so no label can be read",
-    "no_rationale": "a label with no reason before it",
-    "label_not_the_given_one": "explains another label than the one it was given",
+    "truncated": "truncated at the token limit (finish_reason length)",
+    "filtered": "removed by the server's content filter",
+    "no_answer": "does not end in the requested form, so no label can be read",
+    "no_rationale": "a label without a reason before it",
+    "label_not_the_given_one": "explains another label than the given one",
     "server_error": "no answer after all attempts",
 }
 _PARSERS = {"svamp": parse_equation, "esnli": parse_esnli, "anli": parse_anli}
@@ -26,14 +26,14 @@ _OPENING = re.compile(r"\A\s*(?:A|Explanation):\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer of a teacher, as it came.
+    """One answer of a teacher, unprocessed.
 
     Attributes:
-        text: raw.
-        finish_reason: `stop`, `length`, ... as the server says it.
-        prompt_tokens, completion_tokens: as the server counts them (estimated where it does not).
-        time: when it came, UTC, ISO 8601.
-        parameters: of the request, without model and messages.
+        text: raw text.
+        finish_reason: `stop`, `length`, ... as the server reports it.
+        prompt_tokens, completion_tokens: the server's counts, or estimates.
+        time: time of arrival, UTC, ISO 8601.
+        parameters: fields of the request other than model and messages.
     """
 
     text: str
@@ -46,12 +46,12 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What an answer says; `usable` only with both a rationale and a label.
+    """The rationale and label in an answer; `usable` needs both.
 
     Attributes:
-        rationale, label: empty where they cannot be read.
-        problems: names of KINDS.
-        usable: whether it is complete and could be read.
+        rationale, label: empty if they cannot be read.
+        problems: keys of KINDS.
+        usable: whether the answer is complete and readable.
     """
 
     rationale: str = ""
@@ -61,7 +61,7 @@ class Reading:
 
 
 def metric_name(task: str) -> str:
-    """How labels of a task are compared: SVAMP's are equations, compared by value."""
+    """Returns the metric that compares a task's labels: SVAMP's are equations, compared by value."""
     return "value_match" if task == "svamp" else "text_match"
 
 
@@ -73,14 +73,14 @@ def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = 
 
     Args:
         task: one of `prompts.TASKS`.
-        answer: what the teacher said; reasoning up to `</think>` is left out.
+        answer: the teacher's answer; reasoning up to `</think>` is ignored.
         row: the question.
-        label_given: the teacher was told the label: an answer that ends in another is of no use.
+        label_given: whether the prompt contained the label: an answer with another one is unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)
     problems = tuple(problems)
-    # an answer that was whole before it ran on into another question is not hurt by the cut
+    # an answer that was complete before it ran on into another question may be truncated there
     if answer.finish_reason == "length" and "runs_on" not in problems:
         return Reading(problems=("truncated",))
     if answer.finish_reason == "content_filter":
@@ -92,7 +92,7 @@ def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = 
 
 
 def _parse(task: str, text: str, row: Example) -> tuple[str, str, tuple[str, ...]]:
-    """(rationale, label, problems); either text is empty where it cannot be read."""
+    """Returns (rationale, label, problems); a text that cannot be read is empty."""
     if task in _PARSERS:
         parsed = _PARSERS[task](text)
         return parsed.rationale, parsed.repaired, parsed.problems

@@ -1,4 +1,4 @@
-"""OpenAI's batch format: requests into files, results from files into the cache."""
+"""OpenAI's batch format: writes requests to files, and reads results from files into the cache."""
 
 import itertools
 import json
@@ -18,8 +18,8 @@ from stepdistill_jax.teacher.client import completion, now, token_count
 from stepdistill_jax.teacher.prompting import Estimate, Prompting, unanswered
 from stepdistill_jax.teacher.questions import check_questions
 
-# what OpenAI takes in one file; https://platform.openai.com/docs/guides/batch
 REQUESTS = Made("annotate", b'{"custom_id": "', ("custom_id", "method", "body"))
+# OpenAI's limits per file; https://platform.openai.com/docs/guides/batch
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000
 
 
@@ -30,14 +30,14 @@ def write_batch(
     path: os.PathLike | str,
     inputs: Sequence[os.PathLike | str | None] = (),
 ) -> dict[str, Any]:
-    """Writes a request for each answer that is not in the cache.
+    """Writes a request for each answer missing from the cache.
 
     Args:
-        prompting: how they are asked.
-        input: the questions.
-        cache: of the answers that are there already.
-        path: the first file; PATH-2, PATH-3, ... follow where a batch holds no more.
-        inputs: files that must not be written over, as in `check_outputs`.
+        prompting: prompts and parameters of the requests.
+        input: file of questions.
+        cache: answers that need no request.
+        path: the first file; PATH-2, PATH-3, ... follow when a file is full.
+        inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
         `rows`, `requests`, `files`.
@@ -49,7 +49,7 @@ def write_batch(
     lines = (_request(prompting, prompt, key) for _, prompt, key in
              unanswered(prompting, rows, cache, estimate))  # fmt: skip
     files = []
-    line = next(lines, None)
+    line = next(lines, None)  # the line that did not fit into a file begins the next one
     while line is not None:
         name = numbered(pathlib.Path(path), len(files) + 1)
         check_outputs({name: REQUESTS}, inputs, "`batch_file`")
@@ -60,13 +60,15 @@ def write_batch(
                 count, size = count + 1, size + len(line)
                 line = next(lines, None)
             if not count:
-                raise InputError(f"{input}: a request of {len(line or b'')} bytes fits no batch")
+                raise InputError(
+                    f"{input}: a request of {len(line or b'')} bytes is too long for a batch"
+                )
         files.append(str(name))
     return {"rows": estimate.rows, "requests": estimate.answers, "files": files}
 
 
 def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
-    """`requests.jsonl`, `requests-2.jsonl`, ..."""
+    """Returns the path of the n-th file: `requests.jsonl`, `requests-2.jsonl`, ..."""
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
@@ -83,17 +85,17 @@ def _request(prompting: Prompting, prompt: str, key: str) -> bytes:
 def read_batch(
     prompting: Prompting, input: os.PathLike | str, cache: AnswerCache, paths: list[str]
 ) -> dict[str, Any]:
-    """Puts the results that can be read into the cache.
+    """Saves the usable results in the cache.
 
     Args:
-        prompting: as when the requests were written: another prompt has other keys.
-        input: the questions.
-        cache: where the answers go.
+        prompting: the same as when the requests were written; another prompt has other keys.
+        input: file of questions.
+        cache: cache for the answers.
         paths: files of results.
 
     Returns:
-        `results` in the files, `failed` ones, answers `kept`, those that could not be read in
-        `defects` (counts by name), `other` results that belong to no row of the input.
+        Numbers of `results` in the files, `failed` ones, answers `kept`, and `other` results that belong
+        to no row of the input; `defects`, counts by name of unreadable answers.
     """
     failed: list[str] = []
     results = cache.fetch(
@@ -132,16 +134,16 @@ def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tup
         response, key = row.get("response") or {}, row.get("custom_id")
         if not isinstance(key, str) or "response" not in row:
             raise InputError(
-                f"{where}: no line of a batch's results: `custom_id` and `response` are wanted"
-                f" (found: {JsonRow(row, where).names})"
+                f"{where}: not a result of a batch: expected `custom_id` and `response`, got"
+                f" {JsonRow(row, where).names}"
             )
         try:
             if row.get("error") or response["status_code"] != 200:
-                said = row.get("error") or response.get("body")
-                failed.append(f"{where}: {' '.join(str(said).split())[:200]}")
+                message = row.get("error") or response.get("body")
+                failed.append(f"{where}: {' '.join(str(message).split())[:200]}")
                 continue
             text, reason, usage = completion(response["body"])
-            key.encode()  # half a surrogate pair cannot be written
+            key.encode()  # raises for half a surrogate pair, which cannot be saved
             used = [token_count(usage.get(f"{n}_tokens"), 0) for n in ("prompt", "completion")]
             answer = Answer(text, reason, used[0], used[1], now(), prompting.parameters)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):

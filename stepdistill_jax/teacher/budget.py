@@ -1,4 +1,4 @@
-"""What a run has used, and what it may still use."""
+"""Counts the tokens and money of a run, and enforces its limits."""
 
 import asyncio
 import contextlib
@@ -10,21 +10,21 @@ from stepdistill_jax.teacher.prompts import estimate_tokens
 
 
 class BudgetReached(Exception):
-    """The next request might go over a cap; says which."""
+    """The next request might exceed a limit; the message names it."""
 
 
 @dataclasses.dataclass
 class Budget:
     """Tokens and money of one run.
 
-    A request is sent only if it stays within the caps even with the longest answer, so they hold
-    while many are under way. Prompts are counted at 4 characters a token, or at the worst ratio
-    that the server has reported so far.
+    A request is sent only if it stays within the limits even with the longest answer, together with all
+    requests in progress. Prompts count 4 characters per token, or the highest ratio of tokens to
+    characters that the server has reported so far.
 
     Attributes:
-        max_tokens, max_cost: caps; None is no cap.
-        price_input, price_output: per million tokens; None is not known.
-        prompt_tokens, completion_tokens: used so far.
+        max_tokens, max_cost: limits; None means no limit.
+        price_input, price_output: money per million tokens; None if unknown.
+        prompt_tokens, completion_tokens: tokens used so far.
     """
 
     max_tokens: int | None = None
@@ -35,25 +35,25 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Nothing is under way."""
-        self._open: dict[int, tuple[int, int]] = {}  # by the reservation's identity
+        """Starts without requests in progress."""
+        self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
 
     @property
     def tokens(self) -> int:
-        """Used so far, prompts and answers."""
+        """Returns the tokens used so far, of prompts and answers."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def cost(self) -> float | None:
-        """Money used so far; None without prices."""
+        """Returns the money used so far; None without prices."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """Of so many tokens; None without prices.
+        """Returns the price of tokens; None without prices.
 
-        Example: at 2 and 10 a million, 500,000 and 100,000 tokens cost 2.0.
+        Example: at 2 and 10 per million, 500,000 and 100,000 tokens cost 2.0.
         """
         if self.price_input is None or self.price_output is None:
             return None
@@ -61,10 +61,10 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """Around a request: waits until it is sure to fit.
+        """Reserves the tokens of a request; waits until it fits in any case.
 
         Raises:
-            BudgetReached: it will not, whatever those that are under way use.
+            BudgetReached: it does not fit, however little the requests in progress use.
         """
         reservation = Reservation(self, prompt, longest_answer)
         await reservation.renew()
@@ -84,7 +84,7 @@ class Budget:
         self._tokens_per_character = max(self._tokens_per_character, ratio)
 
     def _most(self, prompt: str, longest_answer: int) -> tuple[int, int]:
-        """The most tokens of prompt and answer that a request may use."""
+        """Returns the highest numbers of tokens of prompt and answer that a request may use."""
         learned = int(self._tokens_per_character * len(prompt)) + 1
         return max(estimate_tokens(len(prompt)), learned), longest_answer
 
@@ -94,6 +94,9 @@ class Budget:
             self._changed.notify_all()
 
     def _exceeded(self, prompt_tokens: int, completion_tokens: int) -> str | None:
+        # used + reserved by requests in progress + this request. With a limit of 1,000 tokens, 300 used
+        # and one reservation of 400, a request of at most 300 fits at once; one of 500 waits until the
+        # reservation ends, and fits then if that request has used 200 or less.
         prompts = self.prompt_tokens + prompt_tokens + sum(p for p, _ in self._open.values())
         answers = self.completion_tokens + completion_tokens
         answers += sum(c for _, c in self._open.values())
@@ -106,23 +109,23 @@ class Budget:
 
 
 class Reservation:
-    """Room in a budget for one question, which may be sent more than once."""
+    """Reserved tokens of one question, which may be sent more than once."""
 
     def __init__(self, budget: Budget, prompt: str, longest_answer: int):
-        """Nothing is reserved before `renew`."""
+        """Reserves nothing yet; `renew` does."""
         self._budget, self._prompt, self._longest = budget, prompt, longest_answer
 
     async def renew(self) -> None:
-        """Before each attempt: waits until it is sure to fit, if its room was used up.
+        """Reserves the tokens again if an attempt used them up; waits until the next one fits in any case.
 
         Raises:
-            BudgetReached: it will not, whatever those that are under way use.
+            BudgetReached: it does not fit, however little the requests in progress use.
         """
         budget = self._budget
         if (budget.max_tokens is None and budget.max_cost is None) or id(self) in budget._open:
             return
         async with budget._changed:
-            # once more after each wait: the estimate may have learned
+            # computed again after each wait: the ratio of tokens to characters may have risen
             while name := budget._exceeded(*budget._most(self._prompt, self._longest)):
                 if not budget._open:
                     raise BudgetReached(name)
@@ -130,11 +133,11 @@ class Reservation:
             budget._open[id(self)] = budget._most(self._prompt, self._longest)
 
     async def lose(self, used: tuple[int, int] | None) -> None:
-        """Counts an attempt that gave no answer.
+        """Counts an attempt without an answer.
 
         Args:
-            used: tokens of prompt and answer; None, where nobody knows, counts all that was
-                reserved: a server may have worked on an answer that we gave up.
+            used: tokens of prompt and answer. None (unknown) counts all reserved tokens: the server may
+                have worked on an answer that we gave up.
         """
         budget = self._budget
         if used == (0, 0):

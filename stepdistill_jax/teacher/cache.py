@@ -1,4 +1,4 @@
-"""Answers that were paid for, in one SQLite file; several processes may use it at once."""
+"""Keeps paid answers in an SQLite file, which several processes may use at once."""
 
 import dataclasses
 import json
@@ -17,9 +17,9 @@ CREATE TABLE IF NOT EXISTS {name} (
     key TEXT PRIMARY KEY, model TEXT, time TEXT, text TEXT, finish_reason TEXT,
     prompt_tokens INTEGER, completion_tokens INTEGER, parameters TEXT
 ) WITHOUT ROWID"""
-# the second where SQLite's own message holds bytes of a damaged file
+# UnicodeDecodeError: SQLite's message may quote bytes of a damaged file
 _DAMAGED = (sqlite3.Error, UnicodeDecodeError)
-# a file that is sound, as far as these say
+# errors that do not mean a damaged file
 _FOR_NOW = (
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -31,16 +31,16 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, paramet
 
 
 class AnswerCache:
-    """Whole, readable answers by key; what failed is never put here.
+    """Complete, readable answers by key; failures are never saved.
 
-    An answer is on its way to the disk when `put` returns: it survives the death of the process.
+    When `put` returns, the answer is in the system's write cache: it survives a kill of the process.
     """
 
     def __init__(self, path: os.PathLike | str):
-        """Opens the file or makes it.
+        """Opens or creates the file.
 
         Raises:
-            InputError: it cannot be written, or is something else.
+            InputError: the file cannot be written, or is not such a cache.
         """
         self.path = pathlib.Path(path)
         try:
@@ -54,8 +54,8 @@ class AnswerCache:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA):
                 raise InputError(
-                    f"`cache` {path}: written by another version (its schema is {version}, ours"
-                    f" {SCHEMA}); give another file"
+                    f"`cache` {path}: expected schema {SCHEMA}, got {version} of another version; give"
+                    " another file"
                 )
             self._db.execute(_TABLE.format(name="answers"))
             self._db.execute(f"PRAGMA user_version={SCHEMA}")
@@ -67,10 +67,10 @@ class AnswerCache:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> InputError:
-        """Of a file that is none of SQLite's, a damaged one, a full disk."""
+        """Returns the error for a file that is not SQLite's, a damaged file, or a full disk."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
             return InputError(
-                f"`cache` {self.path}: {error}; what is in it is kept: start again when that is mended"
+                f"`cache` {self.path}: {error}; its answers are safe: start again when that is fixed"
             )
         return InputError(
             f"`cache` {self.path}: cannot be used as an SQLite file ({error}); move it away, or give"
@@ -78,13 +78,13 @@ class AnswerCache:
         )
 
     def get(self, key: str) -> Answer | None:
-        """The answer of that key."""
+        """Returns the answer of a key, or None."""
         return self._get("answers", key)
 
     def put(self, key: str, model: str, answer: Answer) -> Answer:
-        """Keeps a whole, readable answer; gives back the one that is kept.
+        """Saves a complete, readable answer; returns the saved one.
 
-        That is another process's where it was first.
+        That is the answer of another process if that one was first.
         """
         try:
             done = self._insert("IGNORE INTO answers", key, model, answer)
@@ -93,7 +93,7 @@ class AnswerCache:
         return answer if done.rowcount else self.get(key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
-        """Holds answers of a batch, readable or not, until the process ends; their number."""
+        """Stores a batch's answers, readable or not, until the process ends; returns their number."""
         count = 0
         self._db.execute("BEGIN")
         try:
@@ -107,7 +107,7 @@ class AnswerCache:
         return count
 
     def fetched(self, key: str) -> Answer | None:
-        """An answer that `fetch` holds."""
+        """Returns an answer stored by `fetch`, or None."""
         return self._get("fetched", key)
 
     def close(self) -> None:
@@ -126,7 +126,7 @@ class AnswerCache:
             if row is None:
                 return None
             text, reason, *counts, time, parameters = row
-            # earlier versions kept what a batch's results said: null, or a fraction
+            # earlier versions stored the counts of a batch's results unchecked: null, or a fraction
             prompt, completion = (int(n or 0) if isinstance(n, float | None) else n for n in counts)
             answer = Answer(text, reason, prompt, completion, time, json.loads(parameters))
         except _DAMAGED as error:

@@ -1,4 +1,4 @@
-"""One question to an OpenAI-compatible server, sent again while there is hope."""
+"""Asks an OpenAI-compatible server, and sends a question again after errors that may pass."""
 
 import asyncio
 import collections
@@ -18,39 +18,44 @@ from stepdistill_jax.teacher.prompts import estimate_tokens
 from stepdistill_jax.teacher.secret import Secret
 from stepdistill_jax.teacher.settings import Settings
 
-RATE_LIMIT_PATIENCE = 6 * 3600.0  # seconds that one question waits behind a rate limit
+RATE_LIMIT_PATIENCE = 6 * 3600.0  # longest time that a question waits for a rate limit, seconds
 LONGEST_BACKOFF = 60.0
 REPORTED_WAIT = 5.0  # seconds; shorter waits are reported only the first time
-MOST_TOKENS = 10**12  # of one answer; a larger count is nonsense
-SENT_AGAIN = (408, 409, 425, 429)  # and 5xx; any other 4xx means that the request is wrong
-NO_KEY = "none"  # what local servers, which ask for no key, are sent
+MOST_TOKENS = 10**12  # per answer; a larger count is nonsense
+SENT_AGAIN = (
+    408,
+    409,
+    425,
+    429,
+)  # retried, like 5xx; any other 4xx means that the request is wrong
+NO_KEY = "none"  # key for local servers, which need none
 
 
 class Teacher(Protocol):
-    """Whoever can be asked."""
+    """A model that can be asked."""
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """One answer, complete or not; attempts that failed are counted by `reservation`."""
+        """Returns one answer, complete or not; `reservation` counts failed attempts."""
         ...
 
     async def close(self) -> None:
-        """Frees what it holds."""
+        """Frees its resources."""
         ...
 
 
 class ServerError(Exception):
-    """No answer after all attempts; says what the last one met with."""
+    """No attempt got an answer; the message is the last one's error."""
 
 
 class SentAgain(Exception):
-    """This attempt failed and another may not.
+    """An attempt failed, and another one may succeed.
 
     Attributes:
-        status: of HTTP; 0 where there was none.
-        wait: seconds that the server asks for; None where it does not.
-        used: tokens of prompt and answer that are paid for all the same; None is not known.
+        status: HTTP status; 0 without a response.
+        wait: seconds to wait at the server's request; None without one.
+        used: tokens of prompt and answer that are charged nevertheless; None if unknown.
     """
 
     def __init__(
@@ -60,25 +65,25 @@ class SentAgain(Exception):
         wait: float | None = None,
         used: tuple[int, int] | None = (0, 0),
     ):
-        """`message` for people."""
+        """Sets the message for people, and the attributes."""
         super().__init__(message)
         self.status, self.wait, self.used = status, wait, used
 
 
 def now() -> str:
-    """UTC, ISO 8601, to the second."""
+    """Returns the time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class ChatClient:
     """Asks `chat/completions` of a server.
 
-    The key goes from the environment to the HTTP client and nowhere else: each message and each
-    answer that leaves this class has it blotted out.
+    The key goes from the environment to the HTTP client and nowhere else: it is blotted out in every
+    message and answer that leaves this class.
     """
 
     def __init__(self, settings: Settings):
-        """Makes the connection pool; nothing is sent.
+        """Creates the connections without sending anything.
 
         Raises:
             InputError: a library or the key is missing.
@@ -102,8 +107,8 @@ class ChatClient:
             )
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(
-                f"${settings.api_key_env} holds a character that no key has: printable ASCII alone"
-                " fits an HTTP header; copy the key again"
+                f"${settings.api_key_env} contains a character that is not printable ASCII, as an HTTP"
+                " header requires; copy the key again"
             )
         self._secret = Secret(self._key)
         self._httpx, self._verify = httpx, httpx.create_ssl_context()
@@ -111,29 +116,29 @@ class ChatClient:
         self._clients: list[Any] = []
         try:
             self._free = [self._new_client()]
-        except Exception as error:  # a base URL that is none
+        except Exception as error:  # a malformed base URL
             raise InputError(self.hide(f"`base_url` {settings.server}: {error}")) from None
-        # on the monotonic clock: no request before this, and the end of the wait that was reported
+        # on the monotonic clock: time of the next allowed request, and end of the last reported wait
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """`text` without the key, in whatever encoding it stands there."""
+        """Returns `text` without the key, in any encoding."""
         return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """The first answer that comes.
+        """Returns the first answer, after as many attempts as it takes.
 
         Args:
             prompt: the user's message.
             parameters: further fields of the request.
-            reservation: counts what failed attempts use, and lets further ones wait for their turn.
+            reservation: counts the tokens of failed attempts, and delays attempts to stay within budget.
 
         Raises:
-            BudgetReached: a further attempt might go over a cap.
-            InputError: the server refuses the request: with its own message.
-            ServerError: it does not answer.
+            BudgetReached: a further attempt might exceed a limit.
+            InputError: the server refuses the request; the message quotes the server.
+            ServerError: the server does not answer.
         """
         start, failures = time.monotonic(), collections.Counter()
         while True:
@@ -144,7 +149,7 @@ class ChatClient:
             except SentAgain as error:
                 if reservation is not None:
                     await reservation.lose(error.used)
-                # a kind of its own: refusals for the rate say nothing of the server's health
+                # counted separately: rate limits do not mean that the server is broken
                 for_rate = error.status == 429
                 failures[for_rate] += 1
                 hopeless = failures[for_rate] >= self._settings.attempts
@@ -161,15 +166,15 @@ class ChatClient:
             await client.close()
 
     def _new_client(self) -> Any:
-        """A client with one connection.
+        """Returns a client with one connection, for one request at a time.
 
-        One for each request under way: a pool of them looks at every connection for every request
-        (httpcore 1.0), which at 64 at once takes as long as all the rest.
+        A pool checks every connection for every request (httpcore 1.0), which for 64 at once takes as
+        long as everything else.
         """
         client = self._openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
             base_url=self._settings.server,
-            max_retries=0,  # ours obey Retry-After for all requests at once
+            max_retries=0,  # our own retries obey Retry-After for all requests together
             http_client=self._bounded_client(self._settings.timeout, self._verify),
         )
         self._clients.append(client)
@@ -181,9 +186,9 @@ class ChatClient:
         openai = self._openai
         client = self._free.pop() if self._free else self._new_client()
         try:
-            # httpx limits each read alone: a byte now and then would hold a request for ever
+            # httpx limits each read separately: a byte now and then would hold a request forever
             async with asyncio.timeout(self._settings.timeout):
-                # the raw response: the client's own parser lets what is no completion pass
+                # the raw response: the client's own parser accepts bodies that are no completions
                 response = await client.chat.completions.with_raw_response.create(
                     model=self._settings.name,
                     messages=[{"role": "user", "content": prompt}],
@@ -193,12 +198,12 @@ class ChatClient:
         except (openai.APITimeoutError, TimeoutError) as error:
             used = self._used_by(error)
             what = "answer" if used is None else "connection"
-            said = f"no {what} within {self._settings.timeout:g} s"
-            raise SentAgain(said, used=used) from None
+            message = f"no {what} within {self._settings.timeout:g} s"
+            raise SentAgain(message, used=used) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            said = self.hide(f"{type(cause).__name__}: {cause}")
-            raise SentAgain(said, used=self._used_by(error)) from None
+            message = self.hide(f"{type(cause).__name__}: {cause}")
+            raise SentAgain(message, used=self._used_by(error)) from None
         except openai.APIStatusError as error:
             raise self._of_status(error) from None
         except openai.OpenAIError as error:
@@ -208,28 +213,28 @@ class ChatClient:
         return self._read(prompt, content, parameters)
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
-        """By an attempt without an answer: not known, but nothing where no connection was made."""
+        """Returns the tokens used by an attempt without an answer: unknown, but 0 without a connection."""
         unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
     def _read(self, prompt: str, content: bytes, parameters: dict) -> Answer:
-        """The answer of a response's body, whatever else the server put there."""
+        """Returns the answer in a response's body; raises SentAgain if there is none."""
         body = None
         try:
             body = json.loads(content)
             if isinstance(body, dict) and body.get("error"):
-                said = self.hide(f"the server answers with an error: {body['error']}")[:300]
-                raise SentAgain(said, used=_usage(body) or (0, 0))
+                message = self.hide(f"the server answers with an error: {body['error']}")[:300]
+                raise SentAgain(message, used=_usage(body) or (0, 0))
             text, reason, usage = completion(body)
             used = [
-                token_count(usage.get(name), estimate_tokens(len(said)))
-                for name, said in (("prompt_tokens", prompt), ("completion_tokens", text))
+                token_count(usage.get(name), estimate_tokens(len(sent)))
+                for name, sent in (("prompt_tokens", prompt), ("completion_tokens", text))
             ]
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            # hidden before it is cut: the cut might leave the first part of the key
+            # hide the key before truncating: a truncated key would not be recognised
             start = self.hide(content.decode("utf-8", "replace"))[:80]
             raise SentAgain(
-                self.hide(f"the server's answer is no completion: {start!r}"),
+                self.hide(f"the server's answer is not a completion: {start!r}"),
                 used=_usage(body) if isinstance(body, dict) else (0, 0),
             ) from None
         reason = self.hide(reason)[:100]
@@ -238,69 +243,70 @@ class ChatClient:
     def _of_status(self, error: Any) -> Exception:
         status, body = error.status_code, error.body
         message = body.get("message") if isinstance(body, dict) else None
-        # hidden before it is cut: the cut might leave the first part of the key
+        # hide the key before truncating: a truncated key would not be recognised
         message = self.hide(" ".join(str(message or error.message).split()))[:300]
-        said = f"HTTP {status}: {message}"
+        summary = f"HTTP {status}: {message}"
         out_of_money = isinstance(body, dict) and body.get("code") == "insufficient_quota"
         if status < 500 and (status not in SENT_AGAIN or out_of_money):
             return InputError(
-                f"the server refuses the request for model {self._settings.model}: {said}"
+                f"the server refuses the request for model {self._settings.model}: {summary}"
                 f"{_hint(status, message, self._settings)}"
             )
         wait = retry_after(error.response.headers)
         if wait:
-            # all requests wait: one that is sent now would only be refused, too
+            # all requests wait: one sent now would be refused, too
             self._open_at = max(self._open_at, time.monotonic() + wait)
-        return SentAgain(said, status, wait)
+        return SentAgain(summary, status, wait)
 
     def _wait(self, error: SentAgain, failures: int) -> float:
         wait = error.wait
         if wait is not None:
-            # not all at the same moment
+            # so that not all are sent at the same moment
             wait += random.uniform(0, min(1.0, 0.1 * wait + 0.05))
         else:
-            # six hours of refusals are more doublings than a float holds
+            # backoff, 2 backoff, 4 backoff, ... up to a minute; `min`: six hours of refusals are more
+            # doublings than a float holds
             longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(failures - 1, 64))
             wait = random.uniform(longest / 2, longest)
         if error.status == 429 or error.wait:
             self._report(str(error), wait)
         return wait
 
-    def _report(self, said: str, wait: float) -> None:
-        """Logs the run's first refusal, and each long wait once, not for every request it holds."""
+    def _report(self, message: str, wait: float) -> None:
+        """Logs the run's first refusal, and each long wait once for all the requests that it delays."""
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:
             return
         self._reported_until = until
-        log(f"{said}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
+        log(f"{message}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
 
 
 def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
-    """Text, finish reason and usage of a response's body.
+    """Returns text, finish reason and usage of a response's body.
 
     Raises:
-        KeyError, IndexError, TypeError, AttributeError, ValueError: it is no completion.
+        KeyError, IndexError, TypeError, AttributeError, ValueError: the body is not a completion.
     """
     choice, usage = body["choices"][0], body.get("usage") or {}
     content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # of parts, of which the texts count
+    if isinstance(content, list):  # a list of parts: join those of type text
         content = "".join(part["text"] for part in content if part["type"] == "text")
     if not isinstance(content, str) or not isinstance(usage, dict):
         raise TypeError
     reason = str(choice.get("finish_reason") or "stop")
-    f"{content}{reason}".encode()  # half a surrogate pair cannot be written
+    f"{content}{reason}".encode()  # raises for half a surrogate pair, which cannot be saved
     return content, reason, usage
 
 
 def token_count(value: Any, otherwise: int) -> int:
-    """A count as a server gives it; `otherwise` where it is none."""
+    """Returns a server's token count, or `otherwise` if it is not a sensible number."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value if is_count and 0 <= value <= MOST_TOKENS else otherwise
 
 
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
-    """What a body says that it cost, usable or not; None where it does not say."""
+    """Returns the tokens (prompt, completion) that a body reports, usable or not; None if it has none."""
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None
@@ -311,13 +317,13 @@ def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that `retry-after-ms` or `Retry-After` (seconds or a date) asks for; None without."""
+    """Returns the seconds in `retry-after-ms` or `Retry-After` (seconds or a date); None without them."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:
             continue
         try:
-            return min(max(0.0, float(value) * scale), RATE_LIMIT_PATIENCE)  # it may say `inf`
+            return min(max(0.0, float(value) * scale), RATE_LIMIT_PATIENCE)  # `inf` is possible
         except ValueError:
             pass
         try:
@@ -334,5 +340,5 @@ def _hint(status: int, message: str, settings: Settings) -> str:
     if "temperature" in message:
         return " (`temperature=default` sends none)"
     if "max_tokens" in message or "max_completion_tokens" in message:
-        return " (`max_tokens` says how long an answer may be)"
+        return " (`max_tokens` limits the length of an answer)"
     return ""

@@ -9,18 +9,18 @@ from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.client import now
 
-NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # what a completion that is done goes on with
+NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # a causal model writes these after a complete answer
 
 
 class LocalTeacher:
-    """Generates with torch, the questions that wait in one batch."""
+    """Generates with torch; waiting questions form a batch."""
 
     def __init__(self, directory: str, batch_size: int):
         """Loads the model and its tokenizer from disk.
 
         Args:
-            directory: as `save_pretrained` writes it, tokenizer included.
-            batch_size: most prompts at once.
+            directory: folder that `save_pretrained` wrote, with the tokenizer.
+            batch_size: highest number of prompts per batch.
 
         Raises:
             InputError: torch is missing, or the directory holds no such model.
@@ -36,7 +36,7 @@ class LocalTeacher:
         if not pathlib.Path(directory, "config.json").is_file():
             raise InputError(f"`teacher` hf:{directory}: no config.json there")
         try:
-            # a directory's own Python code is never run, nor asked about
+            # Python code in the directory is never run
             how = {"local_files_only": True, "trust_remote_code": False}
             config = transformers.AutoConfig.from_pretrained(directory, **how)
             kind = (
@@ -49,7 +49,7 @@ class LocalTeacher:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 directory, padding_side="left", **how
             )
-        except Exception as error:  # torch, safetensors and tokenizers raise what they like
+        except Exception as error:  # torch, safetensors and tokenizers raise errors of many types
             raise InputError(f"`teacher` hf:{directory}: cannot be loaded ({error})") from None
         if torch.cuda.is_available():
             self._model = self._model.to("cuda")
@@ -63,7 +63,7 @@ class LocalTeacher:
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """One answer, generated together with what else waits; there is one attempt."""
+        """Returns one answer, generated together with other waiting questions, in one attempt."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, parameters, future))
         if self._worker is None or self._worker.done():
@@ -71,13 +71,13 @@ class LocalTeacher:
         return await future
 
     async def close(self) -> None:
-        """Ends what is waiting."""
+        """Cancels the waiting questions."""
         if self._worker is not None:
             self._worker.cancel()
 
     async def _work(self) -> None:
         while self._waiting:
-            await asyncio.sleep(0)  # let those of the same moment join
+            await asyncio.sleep(0)  # lets questions of the same moment join the batch
             batch = self._waiting[: self._batch_size]
             del self._waiting[: self._batch_size]
             try:
@@ -93,11 +93,11 @@ class LocalTeacher:
                     future.set_result(answer)
 
     def generate(self, prompts: list[str], parameters: dict[str, Any]) -> list[Answer]:
-        """One answer per prompt.
+        """Returns one answer per prompt.
 
         Args:
-            prompts: wrapped by the tokenizer's chat template where it has one.
-            parameters: `max_tokens`, `temperature` (0 is greedy), `top_p`, `top_k`.
+            prompts: texts, to which the tokenizer's chat template is applied if it has one.
+            parameters: `max_tokens`, `temperature` (0 means greedy), `top_p`, `top_k`.
         """
         import torch
 
@@ -118,7 +118,7 @@ class LocalTeacher:
         if self._causal:
             output = output[:, encoded["input_ids"].shape[1] :]
         else:
-            output = output[:, 1:]  # the decoder's start
+            output = output[:, 1:]  # without the decoder's start token
         prompt_tokens = encoded["attention_mask"].sum(dim=1).tolist()
         return [
             self._answer(ids, count, parameters)
@@ -126,14 +126,14 @@ class LocalTeacher:
         ]
 
     def _ends(self, prompt_length: int) -> list[Any] | None:
-        """Where a causal model is done with the question and goes on to one of its own."""
+        """Returns the stop rule of a causal model: stop when it begins a next question."""
         import torch
 
         if not self._causal:
             return None
 
         def begins_a_question(ids: Any, _scores: Any, **_: Any) -> Any:
-            # what the latest tokens made; a mark is shorter than 16 tokens
+            # the text of the last 16 tokens; a mark is shorter than that
             latest = ids[:, max(prompt_length, ids.shape[1] - 16) :]
             texts = self._tokenizer.batch_decode(latest, skip_special_tokens=True)
             done = [any(mark in text for mark in NEXT_QUESTIONS) for text in texts]
@@ -165,7 +165,9 @@ class LocalTeacher:
         ends = ends if isinstance(ends, list) else [ends]
         at = next((i for i, token in enumerate(ids) if token in ends), None)
         own = ids if at is None else ids[:at]
-        while own and own[-1] == self._tokenizer.pad_token_id:  # others of the batch went on
+        while (
+            own and own[-1] == self._tokenizer.pad_token_id
+        ):  # padding to the longest of the batch
             own = own[:-1]
         text = self._tokenizer.decode(own, skip_special_tokens=True)
         ended = at is not None or any(stop in text for stop in NEXT_QUESTIONS)
@@ -174,6 +176,6 @@ class LocalTeacher:
 
 
 def fingerprint(directory: str) -> list[list[Any]]:
-    """Name, size and time of change of the directory's files: another model is other answers."""
+    """Returns name, size and time of change of a model's files: another model gives other answers."""
     files = sorted(p for p in pathlib.Path(directory).glob("*") if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

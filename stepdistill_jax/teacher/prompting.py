@@ -1,4 +1,4 @@
-"""What is asked for each row, and under which key its answers are kept."""
+"""Prompts of the rows of a run, and the cache keys of their answers."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-    """How the rows of one run are asked.
+    """Prompts, requests and readings of one run.
 
     Attributes:
-        settings: the run's.
-        prompter: writes the prompts.
-        parameters: of each request.
-        identity: what tells this teacher from another of the same name.
+        settings: settings of the run.
+        prompter: writer of the prompts.
+        parameters: further fields of each request.
+        identity: value that distinguishes this teacher from another one of the same name.
     """
 
     settings: Settings
@@ -31,18 +31,18 @@ class Prompting:
     identity: Any = None
 
     def prompt(self, row: Example) -> str:
-        """The text that the teacher reads."""
+        """Returns the text that the teacher reads."""
         return self.prompter.prompt(row)
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
-        """The prompt as a chat's messages."""
+        """Returns the prompt as the messages of a chat."""
         return [{"role": "user", "content": prompt}]
 
     def key(self, prompt: str, sample: int) -> str:
-        """Of one answer: digest of prompt, model, parameters and the sample's number.
+        """Returns the key of an answer: a digest of prompt, model, parameters and the sample's number.
 
-        The token limit is left out: a whole answer is the same under a higher one, and is not to be
-        paid for again after the limit was raised.
+        It does not depend on the token limit: a complete answer is the same under a higher limit, and
+        must not be paid for again after the limit was raised.
         """
         return digest(
             {
@@ -55,15 +55,15 @@ class Prompting:
         )
 
     def keys(self, prompt: str) -> list[str]:
-        """Of all samples of a prompt."""
+        """Returns the keys of all samples of a prompt."""
         return [self.key(prompt, i) for i in range(self.settings.samples)]
 
     def read(self, answer: Answer, row: Example) -> Reading:
-        """What an answer says."""
+        """Returns the rationale and label in an answer."""
         return read_answer(self.settings.task, answer, row, label_given=self.settings.label_given)
 
     def known(self, cache: AnswerCache, key: str, row: Example) -> tuple[Answer, Reading] | None:
-        """A kept answer, if it is (still) one that can be read."""
+        """Returns an answer in the cache, if the run's parser finds it usable."""
         answer = cache.get(key)
         if answer is None:
             return None
@@ -71,7 +71,7 @@ class Prompting:
         return (answer, reading) if reading.usable else None
 
     def provenance(self, prompt: str) -> dict[str, Any]:
-        """Of a row: who was asked what; answers are added to it."""
+        """Returns a row's provenance: teacher, task and prompt; the answers are added later."""
         found: dict[str, Any] = {
             "model": self.settings.name,
             "task": self.settings.task,
@@ -84,14 +84,14 @@ class Prompting:
 
 @dataclasses.dataclass
 class Estimate:
-    """What a file would cost, counted before the first answer is paid for.
+    """Counts of a file, taken before the first answer is paid for.
 
     Attributes:
-        rows: of the file.
-        kept: answers in the cache, counted for each row that has them.
-        answers: that are not in the cache.
-        characters: of the prompts of these.
-        first_prompt: of the first row.
+        rows: number of rows.
+        kept: number of answers in the cache; rows with the same prompt count each.
+        answers: number of answers missing from the cache.
+        characters: number of characters of their prompts.
+        first_prompt: prompt of the first row.
     """
 
     rows: int = 0
@@ -102,10 +102,10 @@ class Estimate:
 
 
 def load_prompting(settings: Settings) -> Prompting:
-    """Template, exemplars and parameters of the settings.
+    """Loads template, exemplars and parameters for the settings.
 
     Raises:
-        InputError: a flag that cannot be used.
+        InputError: a setting cannot be used.
     """
     prompter = load_prompter(
         settings.task,
@@ -125,9 +125,9 @@ def load_prompting(settings: Settings) -> Prompting:
 def unanswered(
     prompting: Prompting, rows: Iterator[Example], cache: AnswerCache | None, estimate: Estimate
 ) -> Iterator[tuple[Example, str, str]]:
-    """Yields (row, prompt, key) of each answer that is not in the cache; counts into `estimate`.
+    """Yields (row, prompt, key) of each answer missing from the cache; counts into `estimate`.
 
-    Two rows of one prompt share their answers, so a key is yielded once (32 bytes are kept of each).
+    Rows with the same prompt share their answers, so a key is yielded once (memory: 32 bytes per key).
     """
     seen: set[bytes] = set()
     for row in rows:

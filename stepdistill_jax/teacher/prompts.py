@@ -1,4 +1,4 @@
-"""Few-shot prompts: a jinja template and exemplars for each of the paper's tasks, and one for any task."""
+"""Few-shot prompts: a jinja template and exemplars for each of the paper's tasks, and a generic template."""
 
 import dataclasses
 import os
@@ -16,20 +16,20 @@ TEMPLATES = pathlib.Path(__file__).parent / "templates"
 GENERIC = "generic"
 TASKS = ("cqa", "svamp", "esnli", "anli", GENERIC)
 EXEMPLAR = ASKED | dict.fromkeys(
-    ("rationale", "label"), "; an exemplar (`exemplars`) shows a whole answer"
+    ("rationale", "label"), "; an exemplar (`exemplars`) shows a complete answer"
 )
-CHARACTERS_PER_TOKEN = 4  # of English text; what estimates before the first answer go by
+CHARACTERS_PER_TOKEN = 4  # of English text; used for estimates before the first answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompter:
-    """Writes the prompt of a row.
+    """Writes the prompts of rows.
 
     Attributes:
         task: one of TASKS.
-        exemplars: rows with their rationale and label, shown before the question.
-        instructions: replaces the template's own; empty keeps them.
-        label_given: whether the gold label is shown and its rationale asked for.
+        exemplars: rows with rationale and label, shown before the question.
+        instructions: text that replaces the template's; empty keeps that.
+        label_given: whether the prompt contains the gold label and asks for its rationale.
     """
 
     task: str
@@ -39,7 +39,7 @@ class Prompter:
     _template: Any
 
     def prompt(self, row: Example) -> str:
-        """The whole text that the teacher reads, as one message of the user.
+        """Returns the whole text that the teacher reads, as one user message.
 
         Raises:
             InputError: the row has more choices than there are letters.
@@ -55,8 +55,8 @@ class Prompter:
     def _shown(self, row: Example) -> dict[str, Any]:
         if self.task == "cqa" and len(row.choices) > len(LETTERS):
             raise InputError(
-                f"row {row.id!r}: {len(row.choices)} choices, the letters end at"
-                f" {len(LETTERS)}; `task={GENERIC}` needs none"
+                f"row {row.id!r}: expected at most {len(LETTERS)} choices, one per letter, got"
+                f" {len(row.choices)}; `task={GENERIC}` needs no letters"
             )
         return {
             "question": with_choices(row, lettered=self.task == "cqa"),
@@ -72,7 +72,7 @@ class Prompter:
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens of an answer as long as the exemplars' (estimated); 60 where there are none."""
+        """Returns the estimated tokens of an answer as long as the exemplars'; 60 without exemplars."""
         if not self.exemplars:
             return 60
         lengths = [len(e.rationale) + len(self._answer(e)) + 20 for e in self.exemplars]
@@ -80,14 +80,14 @@ class Prompter:
 
 
 def estimate_tokens(characters: int) -> int:
-    """Tokens of so many characters, at CHARACTERS_PER_TOKEN: `estimate_tokens(10)` is 3."""
+    """Returns the tokens of a text at CHARACTERS_PER_TOKEN, rounded up: `estimate_tokens(10)` is 3."""
     return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def with_choices(row: Example, *, lettered: bool) -> str:
-    """The input, and the choices below it unless it lists them itself.
+    """Returns the input, followed by the choices unless it lists them itself.
 
-    With letters as the paper's CQA files have them: `Answer Choices:` and a line `(a) ...` for each.
+    `lettered` writes them as in the paper's CQA files: `Answer Choices:` and a line `(a) ...` for each.
     """
     by_letter = [f"({x}) {choice}" for x, choice in zip(LETTERS, row.choices, strict=False)]
     if not row.choices or "\n".join(by_letter) in row.input:
@@ -105,17 +105,17 @@ def load_prompter(
     choices: Sequence[str] = (),
     label_given: bool = False,
 ) -> Prompter:
-    """The template of a task with its exemplars.
+    """Loads the template of a task with its exemplars.
 
     Args:
         task: one of TASKS.
-        exemplars: JSON lines {"input", "rationale", "label", "choices"?} instead of the task's own.
-        instructions: text instead of the template's.
-        choices: of exemplars that have none of their own.
+        exemplars: JSON lines {"input", "rationale", "label", "choices"?} that replace the task's own.
+        instructions: text that replaces the template's.
+        choices: choices of exemplars without their own.
         label_given: see `Prompter`.
 
     Raises:
-        InputError: an unknown task, a missing library, or exemplars that cannot be used.
+        InputError: the task is unknown, a library is missing, or exemplars cannot be used.
     """
     one_of("task", task, TASKS)
     try:

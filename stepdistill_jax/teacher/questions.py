@@ -1,4 +1,4 @@
-"""Questions for a teacher: rows of the generic format, with a label where there is one."""
+"""Reads questions for a teacher: rows of the generic format, with or without a label."""
 
 import dataclasses
 import os
@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import UniqueIds, read_example, read_rows
 
-ASKED = {"input": ""}  # needed of every row
+ASKED = {"input": ""}  # every row needs these fields
 LABEL_GIVEN = ASKED | {
-    "label": "; `label_given` explains known labels: leave the row out, or the option"
+    "label": "; `label_given` explains known labels: leave out the row or the option"
 }
 
 
@@ -20,16 +20,16 @@ def read_questions(
     needs: Mapping[str, str] = ASKED,
     ids: UniqueIds | None = None,
 ) -> Iterator[Example]:
-    """Yields each row of a JSON-lines file, one at a time.
+    """Yields the rows of a JSON-lines file, one at a time.
 
     Args:
-        path: of the file.
-        choices: of rows that have none of their own.
+        path: path of the file.
+        choices: choices of rows without their own.
         needs: as for `read_example`.
-        ids: refuses an id that stands twice, as `prepare jsonl` does.
+        ids: if given, refuses duplicate ids, as `prepare jsonl` does.
 
     Raises:
-        InputError: a bad row, or none; names file, line and field.
+        InputError: a row is bad, or there is none; names file, line and field.
     """
     for row in read_rows(path):
         found = read_example(row, needs=needs)
@@ -43,11 +43,10 @@ def read_questions(
 def check_questions(
     path: os.PathLike | str, choices: Sequence[str], *, label_given: bool
 ) -> Iterator[Example]:
-    """`read_questions`, and what would only be found after the answers were paid for.
+    """Yields the rows of `read_questions`, after checks that must precede the first paid answer.
 
     Raises:
-        InputError: also for an id that stands twice, and for a row without a label where one is
-            explained.
+        InputError: also for a duplicate id, and with `label_given` for a row without a label.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

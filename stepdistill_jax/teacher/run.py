@@ -1,4 +1,4 @@
-"""Many rows at once, written in order: bounded requests, bounded memory, a clean stop."""
+"""Asks about many rows at once and writes them in order, with bounded requests and memory, and a clean stop."""
 
 import asyncio
 import collections
@@ -20,27 +20,27 @@ from stepdistill_jax.teacher.client import ServerError, Teacher, now
 from stepdistill_jax.teacher.prompting import Prompting
 from stepdistill_jax.teacher.vote import Sample, output_row
 
-FAILURES_IN_A_ROW = 10  # questions without any answer, after which the server counts as down
-ANSWERS_BEFORE_RATE = 20  # before the share of unusable ones says something
+FAILURES_IN_A_ROW = 10  # unanswered questions in a row after which the server counts as down
+ANSWERS_BEFORE_RATE = 20  # answers needed to judge the share of unusable ones
 DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 
 class Stopped(Exception):
-    """The run ends early; what was answered is kept, and the same command goes on from there.
+    """The run ends early; its answers are saved, and the same command continues.
 
     Attributes:
-        hopeless: what is under way need not be waited for.
+        hopeless: whether to cancel the requests in progress instead of waiting for them.
     """
 
     def __init__(self, reason: str, *, hopeless: bool = False):
-        """`reason` for people."""
+        """Sets the message for people, `reason`."""
         super().__init__(reason)
         self.hopeless = hopeless
 
 
 @dataclasses.dataclass
 class Counts:
-    """Of a run. `defects` are those of the answers that were used, by name."""
+    """Counts of a run. `defects` counts the defects of the rows' final answers, by name."""
 
     rows: int = 0
     with_rationale: int = 0
@@ -68,11 +68,11 @@ class Run:
         *,
         kept: int = 0,
     ):
-        """Nothing is asked yet; without a teacher every answer must be in the cache.
+        """Sends nothing yet; without a teacher, every answer must be in the cache.
 
         Args:
-            prompting, teacher, cache, budget, output, defects, bar: what the run works with.
-            kept: answers of the file that are in the cache, which count as usable.
+            prompting, teacher, cache, budget, output, defects, bar: the objects that the run uses.
+            kept: number of the file's answers in the cache; they count as usable.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
@@ -87,13 +87,13 @@ class Run:
         self.counts = Counts()
 
     async def all(self, rows: Iterator[Example]) -> None:
-        """Asks for every row and writes it.
+        """Asks about every row and writes it.
 
-        A window of rows is under way, four for each request at once, so that a slow answer at its
-        head does not keep the others from going on.
+        A window of rows is in progress, four for each simultaneous request, so that a slow answer to
+        its first row does not block the others.
 
         Raises:
-            Stopped: a cap was reached, or the server is down; answers under way were waited for.
+            Stopped: a limit was reached, or the server is down; answers in progress have been saved.
             InputError: the server refuses a request, or too many answers are unusable.
         """
         most = max(64, 4 * self._settings.concurrency)
@@ -103,6 +103,7 @@ class Run:
         try:
             for row in rows:
                 window.append((row, *self._begin(row)))
+                # rows are written in order: from the front, as long as it is done or the window full
                 while window and (len(window) >= most or self._is_done(window[0][2])):
                     await self._write(*window.popleft())
                 if self._stop is not None:
@@ -110,7 +111,7 @@ class Run:
             while window:
                 await self._write(*window.popleft())
         except (Stopped, InputError) as error:
-            # what is under way is paid for; those who wait for their turn see `_stop`
+            # requests in progress are paid for, so wait for them; tasks that wait for a slot see `_stop`
             tasks = [work for _, _, work in window if isinstance(work, asyncio.Task)]
             if isinstance(error, Stopped) and error.hopeless:
                 for task in (*tasks, *self._under_way.values()):
@@ -129,7 +130,7 @@ class Run:
         keys = self._prompting.keys(prompt)
         known = [self._prompting.known(self._cache, key, row) for key in keys]
         found = [sample for sample in known if sample is not None]
-        if len(found) == len(keys):
+        if len(found) == len(keys):  # all samples are in the cache: no task
             self._bar.update(1)
             return prompt, found
         return prompt, asyncio.create_task(self._samples(row, prompt, keys, known))
@@ -151,10 +152,10 @@ class Run:
         return samples  # type: ignore[return-value]
 
     async def _shared(self, key: str, row: Example, prompt: str) -> Sample:
-        """The answer of a key, asked once for all rows that have this prompt."""
+        """Returns the answer of a key, which is asked for once for all rows with this prompt."""
         task = self._under_way.get(key)
         if task is None:
-            # a row of the same prompt may have got it since `_begin` looked
+            # a row with the same prompt may have got it since `_begin` looked
             known = self._prompting.known(self._cache, key, row)
             if known is not None:
                 return known
@@ -164,7 +165,7 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
-        """The first question goes alone: it shows what all the others would meet with."""
+        """Asks a question; the first one goes alone, since it shows the errors that all would get."""
         if self._probe is not None:
             await self._probe.wait()
             return await self._answer(key, row, prompt)
@@ -188,13 +189,13 @@ class Run:
                 self._questions += 1
                 try:
                     return self._cache.put(key, self._settings.name, answer), reading
-                except InputError as error:  # what cannot be kept is not to be paid for
+                except InputError as error:  # do not pay for answers that cannot be saved
                     self._end(error)
             self.counts.truncated += "truncated" in reading.problems
-            # the same question is cut or held back again
+            # the same question would be truncated or filtered again
             if {"truncated", "filtered"} & set(reading.problems):
                 break
-            # a teacher that never gave a usable answer is not paid twice for each
+            # do not pay a teacher twice per question before its first usable answer
             if self._questions and self._questions == self._unusable:
                 break
             self.counts.asked_again += attempt < self._settings.retries
@@ -204,7 +205,7 @@ class Run:
     async def _one(self, prompt: str) -> Answer:
         async with self._slots:
             self._check_stop()
-            if self._teacher is None:  # the file has changed since it was counted
+            if self._teacher is None:  # all answers were in the cache when the file was counted
                 self._end(InputError("the input changed while it was read; start again"))
             try:
                 request = self._budget.request(prompt, self._settings.max_tokens)
@@ -215,7 +216,7 @@ class Run:
                     )
                     self._budget.spend(prompt, answer)
             except BudgetReached as error:
-                self._end(Stopped(f"the next request might go over {error}"))
+                self._end(Stopped(f"the next request might exceed {error}"))
             except InputError as error:
                 self._end(error)
         self.counts.requests += 1
@@ -245,16 +246,16 @@ class Run:
             return
         if 2 * self._problems["truncated"] >= self._unusable:
             advice = (
-                f"`max_tokens={self._settings.max_tokens}` cuts them before their end: give more"
-                " tokens, or a reasoning model less `reasoning_effort`"
+                f"`max_tokens={self._settings.max_tokens}` truncates them: give more tokens, or give a"
+                " reasoning model less `reasoning_effort`"
             )
         else:
-            advice = f"the last, of the row {row.id!r}: {' '.join(answer.text.split())[:80]!r}"
+            advice = f"the last one, to row {row.id!r}: {' '.join(answer.text.split())[:80]!r}"
         kinds = ", ".join(f"{kind} {count}" for kind, count in self._problems.most_common())
         self._end(
             InputError(
-                f"{self._unusable} of {self._questions} answers could not be used ({kinds}), more"
-                f" than `max_truncated={most:g}` allows: {advice}; usable answers are kept"
+                f"{self._unusable} of {self._questions} answers were unusable ({kinds}), more than"
+                f" `max_truncated={most:g}` allows: {advice}; usable answers are saved"
             )
         )
 
@@ -270,11 +271,11 @@ class Run:
             provenance=self._prompting.provenance(prompt),
         )
         self._output.add(result)
-        self._tally(row, samples, result)
+        self._count(row, samples, result)
         if self.counts.rows % 256 == 0:
-            await asyncio.sleep(0)  # a file that is all in the cache still hears signals
+            await asyncio.sleep(0)  # lets signals in if all answers come from the cache
 
-    def _tally(self, row: Example, samples: list[Sample], result: dict[str, Any]) -> None:
+    def _count(self, row: Example, samples: list[Sample], result: dict[str, Any]) -> None:
         counts = self.counts
         counts.rows += 1
         answered = any(reading.usable for _, reading in samples)
@@ -282,7 +283,7 @@ class Run:
         if row.label and not self._settings.label_given:
             counts.with_label += 1
             matches = metric_fn(metric_name(self._settings.task))
-            # without an answer, a label there is the one that the row had before
+            # without a usable answer, `llm_label` is the one that the row had before
             counts.right += answered and matches(result["llm_label"], row.label)
         for i, (answer, reading) in enumerate(samples):
             for kind in reading.problems:
@@ -302,7 +303,7 @@ async def run_until_signal(work: Any) -> None:
     """Awaits `work`; SIGTERM cancels it.
 
     Raises:
-        SystemExit: 75, after SIGTERM.
+        SystemExit: with status 75, after SIGTERM.
     """
     task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
     codes: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED}  # asyncio handles Ctrl-C
@@ -311,5 +312,5 @@ async def run_until_signal(work: Any) -> None:
             await task
         except asyncio.CancelledError:
             if stop.received:
-                leave(stop.received, "stopped, the answers are kept")
+                leave(stop.received, "stopped, the answers are saved")
             raise

@@ -1,42 +1,43 @@
-"""A key, hidden in foreign text however a server wrote it there."""
+"""Hides a key in text from a server, in any usual encoding."""
 
 import base64
 import html
 import re
 
 HIDDEN = "***"
-SHORTEST = 6  # characters; a shorter key is no secret, and its text might be any word
-_ALTERED = "\\%&\0"  # one of them stands in each spelling of a text but its own, hex and base64
+SHORTEST = 6  # characters; a shorter key is not a secret, and may be part of any word
+_ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one of these
 
 
 class Secret:
     r"""Hides a key in any usual encoding of a text.
 
-    Each character may stand as itself, behind backslashes (JSON writes `/` as `\/`, `repr` doubles
-    backslashes), as `\u002f` or `\x2f`, percent-encoded (twice, too), as an HTML entity, or with
-    zero bytes before it (UTF-16). The whole key may be in hex or base64, on its own or after
-    something else (`Bearer KEY`).
+    Each character may appear as itself, after backslashes (JSON writes `/` as `\/`, `repr` doubles
+    backslashes), as `\u002f` or `\x2f`, percent-encoded (also twice), as an HTML entity, or after zero
+    bytes (UTF-16). The whole key may be in hex or base64, alone or after other text (`Bearer KEY`).
 
     Example: `Secret("sk-a/b+c").hide(r"bad key sk-a\/b+c")` is "bad key ***".
     """
 
     def __init__(self, key: str):
-        """Prepares the spellings of `key`, printable ASCII; one that is too short is not hidden."""
+        """Prepares the encodings of `key` (printable ASCII); a key that is too short is not hidden."""
         self._literals: list[str] = []
         self._altered = None
         if len(key) < SHORTEST:
             return
         raw = key.encode()
         self._literals = [key, raw.hex(), raw.hex().upper()]
-        for before in range(3):  # base64 writes three bytes as four characters
-            # characters of which all six bits are the key's
+        # Base64 writes 3 bytes (24 bits) as 4 characters of 6 bits, so the key's encoding depends on
+        # the number of bytes before it, modulo 3. Of its characters, we keep those whose six bits all
+        # belong to the key: from ceil(8 before / 6) to floor(8 (before + len) / 6).
+        for before in range(3):
             whole = slice(-(-before * 8 // 6), (before + len(key)) * 8 // 6)
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 self._literals.append(encode(b"\0" * before + raw).decode()[whole])
         self._altered = re.compile("".join(map(_spellings, key)))
 
     def hide(self, text: str) -> str:
-        """Returns `text` with *** in place of the key."""
+        """Returns `text` with the key replaced by ***."""
         for literal in self._literals:
             text = text.replace(literal, HIDDEN)
         if self._altered is not None and any(c in text for c in _ALTERED):
@@ -54,5 +55,5 @@ def _spellings(c: str) -> str:
     ]
     if (entity := html.escape(c)) != c:
         ways.append(re.escape(entity))
-    # few before it, so that a long run of backslashes takes no time
+    # at most 8 before it, so that a long run of backslashes does not make the match slow
     return rf"[\\\0]{{0,8}}(?:{'|'.join(ways)})"

@@ -1,4 +1,4 @@
-"""How a teacher is asked: everything that `annotate` can be told."""
+"""The settings of `annotate`: which teacher, which prompt, which limits."""
 
 import dataclasses
 import os
@@ -10,41 +10,42 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, refused, whole
 
 LOCAL = "hf:"
-SAMPLING_TEMPERATURE = 0.7  # of several samples, unless one is given
+SAMPLING_TEMPERATURE = 0.7  # default with several samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `annotate`, named as the command's flags are.
+    """The arguments of `annotate`, named like the command's flags.
 
     Attributes:
-        task: `cqa`, `svamp`, `esnli`, `anli`, or `generic` for anybody's own rows.
-        model: name of the server's model; None with `teacher`.
+        task: `cqa`, `svamp`, `esnli`, `anli`, or `generic` for any other rows.
+        model: name of the model on the server; None with `teacher`.
         teacher: `hf:DIR`, a local transformers directory instead of a server.
-        base_url: of an OpenAI-compatible server; None is $OPENAI_BASE_URL, else OpenAI's.
-        api_key_env: environment variable that holds the key. It is read by the client only.
-        exemplars: JSON lines with `input`, `rationale`, `label` instead of the task's own.
-        instructions: text instead of the template's.
-        choices: allowed answers of rows that name none.
-        samples: answers per row; the label is voted for when there are several.
-        temperature: None is 0 for one sample and 0.7 for several; `default` sends none.
-        max_tokens: most tokens of an answer, a model's reasoning included.
-        reasoning_effort: passed on if given.
-        parameters: more fields of the request (`{"top_p": 0.9}`).
-        label_given: the gold label is told, and its rationale asked for.
-        concurrency: requests at once; for a local teacher, prompts in a batch.
-        retries: how often an answer that cannot be read is asked for again. While no answer of the
-            run could be used, only the first question is.
-        attempts: how often a request is sent before a server error is taken for an answer.
-        timeout: of a request, in seconds.
-        max_truncated: share of answers, truncated or unusable for any other reason, above which the
-            run stops, after 20 of them. Answers in the cache count as usable ones.
-        max_tokens_total, max_cost: what this run may use at most, in tokens and in money.
+        base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, else OpenAI's.
+        api_key_env: environment variable that holds the key; only the client reads it.
+        exemplars: JSON lines with `input`, `rationale`, `label` that replace the task's own.
+        instructions: text that replaces the template's.
+        choices: allowed answers of rows without their own.
+        samples: answers per row; of several, the majority's label is kept.
+        temperature: sampling temperature; None means 0 for one sample and 0.7 for several, `default`
+            sends none.
+        max_tokens: limit of an answer's tokens, with a model's reasoning.
+        reasoning_effort: sent if given.
+        parameters: further fields of the request (`{"top_p": 0.9}`).
+        label_given: whether the prompt contains the gold label and asks for its rationale.
+        concurrency: requests at once; for a local teacher, prompts per batch.
+        retries: how often to ask again for an unreadable answer. Before the run's first usable answer,
+            only its first question is asked again.
+        attempts: how often to send a request before a server error counts as its answer.
+        timeout: seconds for a request.
+        max_truncated: share of truncated or otherwise unusable answers above which the run stops, after
+            20 answers. Answers in the cache count as usable.
+        max_tokens_total, max_cost: limits of this run, in tokens and in money.
         price_input, price_output: money per million tokens.
-        cache: SQLite file; None is `teacher_cache.sqlite` beside the output.
-        batch_file: ("write", FILE) or ("read", FILE, ...): OpenAI's batch format.
-        dry_run: shows the first prompt and what the file would cost; asks nothing.
-        backoff: seconds, scale of the waits between attempts.
+        cache: SQLite file; None means `teacher_cache.sqlite` next to the output.
+        batch_file: ("write", FILE) or ("read", FILE, ...), for OpenAI's batch format.
+        dry_run: whether to only show the first prompt and the estimated cost, and send nothing.
+        backoff: scale of the waits between attempts, seconds.
     """
 
     task: str
@@ -76,13 +77,13 @@ class Settings:
     backoff: float = 1.0
 
     def __post_init__(self):
-        """Refuses what cannot be meant.
+        """Checks the fields.
 
         Raises:
-            InputError: names the field.
+            InputError: a field has a bad value; names it.
         """
         if (self.model is None) == (self.teacher is None):
-            raise InputError("give `model` (of a server) or `teacher=hf:DIR`, one of them")
+            raise InputError("give either `model` (of a server) or `teacher=hf:DIR`")
         if self.teacher is not None and not self.teacher.startswith(LOCAL):
             raise refused("teacher", f"{LOCAL}DIR", self.teacher)
         keep(self, whole, "samples", "max_tokens", "concurrency", "attempts", least=1)
@@ -109,7 +110,7 @@ class Settings:
         ):
             raise refused("batch_file", "write FILE, or read FILE...", " ".join(self.batch_file))
         if self.batch_file and self.teacher:
-            raise InputError("`batch_file` is for servers, `teacher=hf:DIR` needs none")
+            raise InputError("`batch_file` is for servers; leave it out with `teacher=hf:DIR`")
 
     def _check_texts(self) -> None:
         texts = [("choices", choice) for choice in self.choices]
@@ -118,7 +119,7 @@ class Settings:
             try:
                 (text or "").encode()
             except UnicodeEncodeError:
-                raise InputError(f"`{name}`: no valid UTF-8 or Unicode ({text!a})") from None
+                raise InputError(f"`{name}`: not valid UTF-8 or Unicode ({text!a})") from None
         try:
             urlsplit(self.server or "")
         except ValueError as error:
@@ -127,7 +128,9 @@ class Settings:
     def _check_prices(self) -> None:
         prices = (self.price_input, self.price_output)
         if (prices[0] is None) != (prices[1] is None):
-            raise InputError("`price_input` and `price_output` (per million tokens) go together")
+            raise InputError(
+                "give both `price_input` and `price_output` (per million tokens), or neither"
+            )
         if self.max_cost is not None and prices[0] is None:
             raise InputError(
                 "`max_cost` needs the prices per million tokens: `price_input` and `price_output`"
@@ -145,13 +148,13 @@ class Settings:
         }
         for name in self.parameters:
             if name in taken:
-                raise InputError(f"`parameters` {name}: say it by {taken[name]}")
+                raise InputError(f"`parameters` {name}: set it with {taken[name]}")
             if name == "stream":
-                raise InputError("`parameters` stream: answers are read whole")
+                raise InputError("`parameters` stream: not supported; answers are read as a whole")
 
     @property
     def name(self) -> str:
-        """Who is asked: `gpt-x`, `hf:flan-t5-xl`."""
+        """Returns the teacher's name: `gpt-x`, `hf:flan-t5-xl`."""
         if self.teacher is None:
             return str(self.model)
         directory = os.path.abspath(self.teacher.removeprefix(LOCAL))
@@ -159,16 +162,16 @@ class Settings:
 
     @property
     def source(self) -> str:
-        """`source` of the rationales: `name`, and whether it knew the label."""
+        """Returns the rationales' `source`: `name`, and whether the teacher knew the label."""
         return f"{self.name} (label given)" if self.label_given else self.name
 
     @property
     def server(self) -> str | None:
-        """The server's URL; None is OpenAI's."""
+        """Returns the server's URL; None means OpenAI's."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
     def request_parameters(self) -> dict[str, Any]:
-        """Fields of a request besides model and messages."""
+        """Returns the fields of a request other than model and messages."""
         temperature = self.temperature
         if temperature is None:
             temperature = SAMPLING_TEMPERATURE if self.samples > 1 else 0.0
@@ -180,7 +183,7 @@ class Settings:
         return found | {self._limit_name(): self.max_tokens}
 
     def _limit_name(self) -> str:
-        """OpenAI's reasoning models know only the newer name, many other servers only the older."""
+        """Returns the token limit's name: OpenAI's models need the newer one, many servers the older."""
         host = urlsplit(self.server).hostname or "" if self.server else "api.openai.com"
         newer = any(host == h or host.endswith("." + h) for h in ("openai.com", "openai.azure.com"))
         return "max_completion_tokens" if newer and not self.teacher else "max_tokens"

@@ -1,7 +1,7 @@
-"""A server that answers like a teacher without being one: to try `annotate` with no model and no key.
+"""A server that imitates a teacher, to try `annotate` without a model and a key.
 
-`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. The tests give it
-replies of their own: errors, slow ones, broken ones.
+`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. Tests give it their
+own replies: errors, slow ones, broken ones.
 """
 
 import argparse
@@ -24,18 +24,18 @@ _GIVEN = re.compile(r"^Right \w+: (.*)$", re.MULTILINE)
 
 @dataclasses.dataclass
 class Reply:
-    """What the server says.
+    """A reply of the server.
 
     Attributes:
-        text: the answer's content.
-        finish_reason: of it.
-        status, headers: of HTTP.
-        body: the whole response instead of a completion with `text`.
-        delay: seconds before it.
+        text: content of the answer.
+        finish_reason: its `finish_reason`.
+        status, headers: HTTP status and headers.
+        body: the whole body, instead of a completion with `text`.
+        delay: seconds before the reply.
         cut: bytes of the body after which the connection is closed; None sends all of it.
         drip: seconds after each byte of the body.
-        endless: sends the body again and again, in chunks, until the client leaves.
-        tokens: (prompt, completion) of `usage`; None counts 4 characters a token.
+        endless: whether to send the body again and again, in chunks, until the client disconnects.
+        tokens: (prompt, completion) of `usage`; None counts 4 characters per token.
     """
 
     text: str = ""
@@ -51,7 +51,7 @@ class Reply:
 
 
 def by_rule(request: dict[str, Any]) -> Reply:
-    """A well-formed answer to the last question of a prompt; which label, its digest decides."""
+    """Returns a well-formed answer to the last question of a prompt, with a label chosen by its digest."""
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")
     question = re.split(r"^Premise:|^Q:", prompt, flags=re.MULTILINE)[-1].strip()
@@ -75,16 +75,16 @@ def by_rule(request: dict[str, Any]) -> Reply:
 
 
 class StubServer:
-    """Serves `chat/completions` from a thread of its own.
+    """Serves `chat/completions` from its own thread.
 
     Attributes:
-        requests: how many came.
-        most_at_once: the most that were under way at the same time.
-        last_head: of the latest request, its line and headers.
+        requests: number of requests so far.
+        most_at_once: highest number of simultaneous requests.
+        last_head: request line and headers of the latest request.
     """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply] = by_rule, port: int = 0):
-        """Listens on 127.0.0.1 once `serve` is entered; port 0 is any that is free."""
+        """Sets the replies and the port; 0 means any free port. `serve` starts to listen."""
         self._reply, self._port = reply, port
         self.requests = self.most_at_once = self._open = 0
         self.last_head = ""
@@ -92,17 +92,17 @@ class StubServer:
 
     @property
     def url(self) -> str:
-        """The `base_url` to give."""
+        """Returns its `base_url`."""
         return f"http://127.0.0.1:{self._port}/v1"
 
     @contextlib.contextmanager
     def serve(self) -> Iterator["StubServer"]:
-        """Answers while entered."""
+        """Answers requests while entered."""
         ready = threading.Event()
         thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), daemon=True)
         thread.start()
         if not ready.wait(10) or self._loop is None:
-            raise OSError(f"port {self._port} cannot be listened on")
+            raise OSError(f"cannot listen on port {self._port}")
         try:
             yield self
         finally:
@@ -123,12 +123,12 @@ class StubServer:
             while await self._one(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client left, or the server ends
+            pass  # the client has disconnected, or the server ends
         finally:
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answers one request of a connection; whether it stays open."""
+        """Answers one request of a connection; returns whether the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         length = re.search(r"^content-length: *(\d+)", head, re.IGNORECASE | re.MULTILINE)
         request = json.loads(await reader.readexactly(int(length[1])) if length else b"{}")

@@ -1,4 +1,4 @@
-"""An HTTP client whose responses are bounded. It imports httpx, so import it where that is needed."""
+"""An HTTP client that limits the size of responses. It imports httpx, so import it only where needed."""
 
 import ssl
 from collections.abc import AsyncIterator
@@ -7,21 +7,21 @@ import httpx
 
 MOST_BYTES = (
     4 * 2**20
-)  # of a response's body; the longest answers of today's models are under 1 MiB
+)  # of a response's body; the longest answers of current models are below 1 MiB
 UNCOMPRESSED = "identity"
 
 
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     """Returns a client with one connection that refuses compressed and endless responses.
 
-    It asks for no compression, so the bytes on the wire are the bytes in memory and one count
-    bounds both. The bound covers the bodies of redirects and errors, which httpx reads itself. It is
-    a hook and no transport: a client with its own transport ignores the proxies of the environment.
+    It requests no compression, so one limit applies to the bytes on the wire and in memory. The limit
+    covers the bodies of redirects and errors, which httpx reads itself. It is a hook, not a transport:
+    a client with its own transport ignores the proxies of the environment.
 
     Args:
-        timeout: seconds for each read or write. Half of it for the connection: the caller gives up
-            the whole request after `timeout`, and can still tell that nothing was sent.
-        verify: of TLS.
+        timeout: seconds for each read or write. Connecting gets half of it: the caller gives up the
+            whole request after `timeout`, and can then still tell that nothing was sent.
+        verify: TLS settings.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
@@ -36,7 +36,7 @@ def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
 async def _bound(response: httpx.Response) -> None:
     encoding = response.headers.get("Content-Encoding", UNCOMPRESSED).strip().lower()
     if encoding not in ("", UNCOMPRESSED):
-        raise httpx.ReadError(f"the response is compressed ({encoding[:40]}) without our asking")
+        raise httpx.ReadError(f"the response is compressed ({encoding[:40]}) against our request")
     response.stream = _BoundedStream(response.stream)
 
 

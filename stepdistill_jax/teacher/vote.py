@@ -1,4 +1,4 @@
-"""From a row's answers to a row of the output: the voted label, and a rationale that argues for it."""
+"""Turns a row's answers into a row of the output: the majority's label, and a rationale for it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """The commonest label as it was first written, and its share; of a tie, the first.
+    """Returns the commonest label as first written, and its share; the first one at a tie.
 
     Example: `vote(["(84 / 2)", "(4 * 2)", "42"], "value_match")` is ("(84 / 2)", 2 / 3).
     """
@@ -37,25 +37,26 @@ def output_row(
     label_given: bool,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """A row of the generic format.
+    """Returns a row of the generic format.
 
     Args:
         row: the question.
         samples: its answers, in order.
-        task: for how labels are compared.
-        source: of the rationales.
-        label_given: the teacher knew the label: then it is no label of its own, and no vote.
-        provenance: of the row; the answers are added to it.
+        task: task whose metric compares labels.
+        source: source of the rationales.
+        label_given: whether the teacher knew the label; then there is no vote and no `llm_label`.
+        provenance: provenance of the row, to which the answers are added.
 
     Returns:
-        `id`, `input` and what the row had; `rationale`, `rationales` and `llm_label` where an answer
-        was usable (else the `llm_label` that the row had); `weight` times the vote's share where there are several samples; `provenance`.
+        `id`, `input` and the row's other fields; `rationale`, `rationales` and `llm_label` if an answer
+        was usable (else the row's own `llm_label`); `weight`, multiplied by the vote's share if there
+        are several samples; `provenance`.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:
         result["label"] = row.label
     if row.llm_label:
-        result["llm_label"] = row.llm_label  # unless there is a new one
+        result["llm_label"] = row.llm_label  # replaced below if there is a new one
     usable = [reading for _, reading in samples if reading.usable]
     weight, rationale = row.weight, ""
     if usable and label_given:

@@ -126,7 +126,7 @@ def test_the_last_set_of_a_name_wins():
         ("MIXTURE_OR_TASK_NAME=x", ["here it is TASK"]),
         (
             "label_only.label_weight=3",
-            ["has no effect, since nothing uses label_only.label_weight"],
+            ["has no effect, since this config does not use label_only.label_weight"],
         ),
         ("optimizer.warmup=3", ["no parameter 'warmup'", "did you mean 'warmup_steps'"]),
         ("optimiser.b1=1", ["'optimiser'", "did you mean 'optimizer'"]),
@@ -141,12 +141,12 @@ def test_the_last_set_of_a_name_wins():
         ("PACK=no", ["True or False"]),
         ("TASK=[1,", ["neither a Python literal nor a bare word"]),
         ("TASK='x", ["neither a Python literal nor a bare word"]),
-        ("TASK=%FO", ["%FO is bound nowhere"]),
+        ("TASK=%FO", ["%FO is not bound"]),
         ("TASK=@", ["--set TASK=@"]),
-        ("BATCH_SIZE", ["NAME=VALUE is wanted"]),
-        ("BATCH_SIZE=", ["a value is wanted"]),
-        ("=3", ["NAME=VALUE is wanted"]),
-        ("two words=3", ["NAME=VALUE is wanted"]),
+        ("BATCH_SIZE", ["expected NAME=VALUE"]),
+        ("BATCH_SIZE=", ["expected a value"]),
+        ("=3", ["expected NAME=VALUE"]),
+        ("two words=3", ["expected NAME=VALUE"]),
         (
             "step_by_step.rationale_weight=-1",
             [
@@ -327,7 +327,7 @@ def test_a_macro_that_no_file_binds_has_the_default_of_its_field(write):
     ("line", "parts"),
     [
         ("BATCH_SIEZ = 3", ["mine.gin:8", "BATCH_SIEZ", "did you mean 'BATCH_SIZE'"]),
-        ("TRAIN_STEPS = 11", ["mine.gin:8", "TRAIN_STEPS is bound already in mine.gin:7"]),
+        ("TRAIN_STEPS = 11", ["mine.gin:8", "TRAIN_STEPS is already bound in mine.gin:7"]),
         ("SEED = three", ["mine.gin:8", "three", "quotes"]),
         ("SEED = ", ["mine.gin:8"]),
         ("SEED 3", ["mine.gin:8"]),
@@ -335,13 +335,13 @@ def test_a_macro_that_no_file_binds_has_the_default_of_its_field(write):
         ("SEED = 'x", ["mine.gin:8"]),
         ("SEED = $3", ["mine.gin:8"]),
         ("SEED = 'x'", ["mine.gin:8", "SEED", "'x'"]),
-        ("SEED = %SEDE", ["mine.gin:8", "%SEDE is bound nowhere", "SEED"]),
+        ("SEED = %SEDE", ["mine.gin:8", "%SEDE is not bound", "SEED"]),
         ("trian.seed = 3", ["mine.gin:8", "'trian'", "did you mean 'train'"]),
         ("train.sed = 3", ["mine.gin:8", "'sed'", "did you mean 'seed'"]),
         ("OBJECTIVES = @step_by_stp()", ["mine.gin:8", "did you mean 'step_by_step'"]),
         ("label_only.label_weight = 3.0", ["mine.gin:8", "nothing uses label_only.label_weight"]),
         ('include "modles/t5_v1_1.gin"', ["mine.gin:8", "modles/t5_v1_1.gin"]),
-        ('include "mine.gin"', ["mine.gin:8", "leads back to itself"]),
+        ('include "mine.gin"', ["mine.gin:8", "includes itself"]),
         ("import no_such_module", ["mine.gin:8", "no_such_module"]),
     ],
 )
@@ -379,11 +379,11 @@ def test_what_has_no_default_must_be_bound(write, name):
 
 def test_a_missing_config_names_the_nearest_shipped_one():
     assert "did you mean 'demo_step_by_step'" in refusal("demo_step_by_stp")
-    assert "is wanted" in refusal(None)
+    assert "expected a config" in refusal(None)
 
 
 def test_a_folder_is_no_config(tmp_path):
-    assert "is a folder" in refusal(str(tmp_path))
+    assert "got a folder" in refusal(str(tmp_path))
 
 
 def test_a_binary_file_is_no_config(tmp_path):
@@ -556,12 +556,12 @@ def test_our_optimizer_takes_a_schedule_by_name_or_as_a_reference(schedule):
         ("train.optimizer = @needy_for_gin()", ["mine.gin:9", "needy_for_gin.learning_rate has no default; bind it"]),
         ("train.optimizer = @optax.lio()", ["mine.gin:9", "did you mean 'optax.lion'"]),
         ("train.optimizer = @lion()", ["mine.gin:9", "did you mean 'optax.lion'"]),
-        ("train.optimizer = @optax.squared_error()", ["no configurable is called 'optax.squared_error'"]),
+        ("train.optimizer = @optax.squared_error()", ["unknown configurable 'optax.squared_error'"]),
         ("train.optimizer = @optax.lion", ["mine.gin:9: train.optimizer must be an `OptimizerConfig`, or @name() of a function"]),
         ("train.optimizer = @cosine()", ["mine.gin:9: train.optimizer must be an `OptimizerConfig`, or @name()"]),
         ("train.optimizer = @optax.lion()\noptax.lion.learning_rate = @optax.sgd\n", ["mine.gin:10: optax.lion.learning_rate must be plain"]),
         ("train.optimizer = @clipped_lion_for_gin()\nclipped_lion_for_gin.learning_rate = @cosine\n", ["mine.gin:10: clipped_lion_for_gin.learning_rate must be plain"]),
-        ("train.optimizer = @optax.lion()\noptax.lion.learning_rate = @optax.lion()\n", ["leads back to itself"]),
+        ("train.optimizer = @optax.lion()\noptax.lion.learning_rate = @optax.lion()\n", ["refers to itself"]),
         ("train.optimizer = @optax.lion()\noptax.lion.b7 = 1\n", ["'b7'"]),
         ("optimizer.schedule = 'cosin'", ["mine.gin:9: optimizer.schedule must be one of", "did you mean 'cosine'"]),
         ("optimizer.schedule = @cosin()", ["mine.gin:9", "did you mean 'cosine'"]),

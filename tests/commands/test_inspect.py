@@ -22,8 +22,8 @@ def test_rows_histogram_fill_and_lengths_are_shown(capsys, delivery_data_dir, na
     code, out, _ = run(capsys, name, "--data-dir", delivery_data_dir, "--rows", "1")
     assert code == 0
     told = " ".join(out.split())
-    parts = ("predict: with", "rationale weight", "truncated at", "█", "which cost least")
-    for part in (*parts, "A run on one device has ROW_INPUT_LENGTH = "):
+    parts = ("predict: with", "rationale weight", "truncated at", "█", ", the cheapest")
+    for part in (*parts, "A run on one device uses ROW_INPUT_LENGTH = "):
         assert part in told, out
     assert "Row 2" not in out
 
@@ -123,7 +123,7 @@ def test_verify_says_what_was_compared_and_names_a_damaged_store(
         (["delivery", "--split", "dev"], "no split 'dev'"),
         (["delivery", "--set", "SEED=1"], "need a config"),
         (["delivery", "--module", "no_such_tasks"], "no module 'no_such_tasks'"),
-        ([], "a config or a task is wanted"),
+        ([], "expected a config or a task"),
     ],
 )
 def test_bad_names_are_one_line_and_exit_2(capsys, delivery_data_dir, argv, message):

@@ -31,7 +31,7 @@ def run(capsys, tmp_path, *argv):
 def test_layouts_are_compared_and_the_cheapest_is_named(capsys, tmp_path):
     code, out, _ = run(capsys, tmp_path, "demo_step_by_step", *SHORT, "--devices", "2", "--json")
     assert code == 0
-    for part in ("Assumed: ", "fsdp ", "Collectives of a step", "Cheapest that fits"):
+    for part in ("Assumed: ", "fsdp ", "Collectives per step", "Cheapest that fits"):
         assert part in out, out
     found = json.loads(out.splitlines()[-1])
     assert found["hbm"] == 80 * 10**9
@@ -66,7 +66,7 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     out, found = planned(capsys, tmp_path, *argv, "--hbm", hbm)
     by_flags = dict(zip(found["advice"], found["remedies"], strict=False))
     line = next(line for line in by_flags if "NUM_MICROBATCHES" in line)
-    assert "Nothing fits. What would" in out and f"  {line}\n" in out
+    assert "Nothing fits. These changes would" in out and f"  {line}\n" in out
     flags, _, figures = line.partition(": ")
     assert flags == "--set NUM_MICROBATCHES=3"
     _, again = planned(capsys, tmp_path, *argv, "--hbm", hbm, *flags.split())
@@ -74,7 +74,7 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     assert by_flags[line]["per_device"] == sizes
     assert figures.startswith(f"{sizes['total'] / 2**30:.2f} GiB, ")
     device = found["advice"][-1]
-    assert device.startswith("--hbm ") and device.endswith("GB: as it is")
+    assert device.startswith("--hbm ") and device.endswith("GB: fits unchanged")
 
 
 def check_typed(lines, found, parts=()):
@@ -121,7 +121,7 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
     ("argv", "message"),
     [
         (["demo_step_by_stp"], "did you mean 'demo_step_by_step'"),
-        (["demo_step_by_step", "--hbm", "lots"], "--hbm lots: a size such as"),
+        (["demo_step_by_step", "--hbm", "lots"], "--hbm lots: expected a size such as"),
         (
             ["demo_step_by_step", "--devices", "0"],
             "--devices must be a whole number of at least 1, not 0",
@@ -136,8 +136,8 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
         (["demo_step_by_step", "--topology", "cuda:8"], "pip install 'stepdistill-jax[aot-cuda]'"),
         (["demo_step_by_step", "--topology", "v5e:2x4"], "pip install 'stepdistill-jax[tpu]'"),
         (["demo_step_by_step", "--decode"], "--decode: give --topology, such as cuda:8"),
-        (["demo_step_by_step", "--quantization", "int8"], "give --decode, too"),
-        ([], "a config is wanted"),
+        (["demo_step_by_step", "--quantization", "int8"], "add --decode"),
+        ([], "expected a config"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, argv, message):

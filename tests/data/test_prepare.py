@@ -320,10 +320,12 @@ def test_a_source_in_the_folder_of_the_dataset_is_never_replaced(tmp_path, descr
     if described is not None:
         (folder / "dataset.json").write_text(described)
     before = _texts(folder)
-    with pytest.raises(InputError, match=r"mine: it holds the input .*mine, and would be written"):
+    with pytest.raises(
+        InputError, match=r"mine: it holds the input .*mine, and would be overwritten"
+    ):
         prepare("jsonl", source=folder, new_name="mine", data_dir=tmp_path)
     source = _write(tmp_path / "rows.jsonl", _rows(20))
-    with pytest.raises(InputError, match=r"mine: is there and was not written by `prepare`"):
+    with pytest.raises(InputError, match=r"mine: exists and was not written by `prepare`"):
         prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
     assert _texts(folder) == before
 
@@ -336,7 +338,7 @@ def test_a_file_in_a_prepared_folder_stops_its_rebuild(tmp_path):
     notes.write_text("years of work")
     assert prepare("jsonl", **options)["reused"]
     _write(source, _rows(21))
-    with pytest.raises(InputError, match=r"notes\.txt: is there and was not written by `prepare`"):
+    with pytest.raises(InputError, match=r"notes\.txt: exists and was not written by `prepare`"):
         prepare("jsonl", **options)
     assert notes.read_text() == "years of work"
     assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
@@ -367,7 +369,7 @@ def test_a_file_that_comes_while_a_dataset_is_rebuilt_is_kept(tmp_path, monkeypa
 
     monkeypatch.setattr(writing, "write_rest", slow)
     _write(source, _rows(21))
-    with pytest.raises(InputError, match=rf"{notes}: is there and was not written by `prepare`"):
+    with pytest.raises(InputError, match=rf"{notes}: exists and was not written by `prepare`"):
         prepare("jsonl", **options)
     assert notes.read_text() == "years of work"
     assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
@@ -387,7 +389,7 @@ def test_a_report_replaces_its_own_page_alone(tmp_path, own):
     page = tmp_path / "mine.html"
     page.write_text("<!DOCTYPE html><title>My page</title>")
     options = {"source": source, "new_name": "mine", "data_dir": data_dir, "report": tmp_path}
-    with pytest.raises(InputError, match=r"mine\.html: is there and was not written by `prepare"):
+    with pytest.raises(InputError, match=r"mine\.html: exists and was not written by `prepare"):
         prepare("jsonl", **options)
     assert "My page" in page.read_text()
     page.unlink()
@@ -449,7 +451,7 @@ def test_a_list_of_bad_rows_replaces_no_file_of_the_users(tmp_path):
     theirs.write_text("my own notes")
     options = {"source": _bad_source(tmp_path), "new_name": "mine", "data_dir": tmp_path / "data"}
     options["field_map"] = {"input": "question"}
-    with pytest.raises(InputError, match=r"mine\.defects\.jsonl: is there and was not written by"):
+    with pytest.raises(InputError, match=r"mine\.defects\.jsonl: exists and was not written by"):
         prepare("jsonl", **options)
     prepare("jsonl", **options, on_error="skip")
     assert theirs.read_text() == "my own notes"

@@ -252,7 +252,7 @@ def test_a_signal_to_one_stops_all_and_loses_nothing(workdir, tmp_path, processe
     kept = json.loads(sidecar.read_text())["rows"]
     assert 0 < kept < 8_000
     if processes > 1:
-        assert f"stopped by a signal: {kept} rows are kept" in errors[0]
+        assert f"stopped by a signal: {kept} rows are saved" in errors[0]
     codes, _, errors = run_processes([("predict", workdir, source, out, "--batch-size", "512")])
     assert codes == [0], errors
     assert f"{kept} rows are done" in errors[0]

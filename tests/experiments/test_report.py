@@ -79,8 +79,8 @@ def test_the_smallest_fraction_that_is_enough(made):
     (sentence,) = headline(comparison)
     assert (
         "With 25% of the data (375 labels, 4 times fewer), step_by_step reaches the accuracy that label_only"
-        " has with all of the data (0.7200, with 1500 labels). With all of the data, step_by_step is better"
-        " beyond chance (95%)." in sentence
+        " has with all of the data (0.7200, with 1500 labels). With all of the data, step_by_step is"
+        " significantly better (95%)." in sentence
     )
 
 
@@ -90,15 +90,15 @@ def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     chance = dataclasses.replace(comparison, majority=low)
     sentence, better = headline(chance)
     assert "times fewer" not in sentence and sentence.endswith(
-        "That another arm reaches it says nothing."
+        "so it means nothing if another arm reaches it."
     )
-    assert better == "With all of the data, step_by_step is better beyond chance (95%)."
+    assert better == "With all of the data, step_by_step is significantly better (95%)."
     (enough,) = comparison.enough
     others = [dataclasses.replace(enough, arm=arm, surely=None) for arm in ("a", "b")]
     same = dataclasses.replace(enough, arm="c")
     assert headline(dataclasses.replace(chance, enough=[*others, enough, same]))[1:] == [
-        "With all of the data, step_by_step and c are better beyond chance (95%).",
-        "At no share are a and b better beyond chance (95%).",
+        "With all of the data, step_by_step and c are significantly better (95%).",
+        "At no share are a and b significantly better (95%).",
     ]
     (sentence,) = headline(dataclasses.replace(comparison, majority=low - 1e-6))
     assert "4 times fewer" in sentence
@@ -135,7 +135,7 @@ def test_ticks_and_legends_say_what_they_are(made):
     for words in ("25%", "375 labels", "100%", "1500 labels", "step_by_step, mean of 3 runs"):
         assert words in said
     assert "95% interval of a mean" in said
-    assert "label_only, a run with one answer to all" in said
+    assert "label_only, a run with one answer for all rows" in said
     learned = re.findall("<!-- (.*?) -->", (made[1] / "learning.svg").read_text())
     assert "step_by_step, all of the data, mean of 3 runs" in learned and "a single run" in learned
 
@@ -372,7 +372,7 @@ def test_runs_that_cannot_be_compared_are_left_out_and_named(tmp_path, make_run,
     assert list(why) == ["c", "d", "e", "f", "b"]
     assert "several tasks" in why["f"] and str(mixture) in why["f"]
     assert "stepdistill evaluate" in why["c"] and "other rows" in why["d"]
-    assert "prepared anew" in why["e"] and f"settings of {runs['a']}" in why["b"]
+    assert "prepared again" in why["e"] and f"settings of {runs['a']}" in why["b"]
     assert all(text in (tmp_path / "out/report.html").read_text() for text in why)
 
 
@@ -414,7 +414,7 @@ def test_without_the_dataset_there_is_the_accuracy_that_was_kept(tmp_path, make_
     (point,) = done.comparisons[0].points
     assert point.accuracy == 0.625 and point.low is None
     assert not done.comparisons[0].tests
-    assert "there is one arm only" in done.page.read_text()
+    assert "there is only one arm" in done.page.read_text()
 
 
 def test_the_teacher_is_right_in_a_share_of_all_rows():
@@ -436,7 +436,7 @@ def test_an_arm_is_known_by_its_objectives_whatever_they_weigh():
     ("paths", "options", "part"),
     [
         (["nowhere"], {}, "nowhere: no such folder"),
-        (["empty"], {}, "neither a run nor a sweep"),
+        (["empty"], {}, "neither is nor contains a run or a sweep"),
         (["run"], {"baseline": "label_olny"}, "did you mean"),
         (["run"], {"split": "validation"}, "no other run has answers on validation"),
         (["run"], {"examples": -1}, "`examples`"),
@@ -524,6 +524,6 @@ def test_a_report_replaces_an_earlier_one_and_no_other_file(
         output = tmp_path / name
         output.mkdir()
         (output / name).write_text("mine")
-        with pytest.raises(InputError, match=f"{name}: is there and was not written by `report`"):
+        with pytest.raises(InputError, match=f"{name}: exists and was not written by `report`"):
             report([folder], output=output, data_dir=delivery_data_dir)
         assert [p.read_text() for p in output.iterdir()] == ["mine"]

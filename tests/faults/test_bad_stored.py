@@ -295,7 +295,7 @@ def test_vocabularies(tmp_path, capfd, refused):
     refused("pipe", "is a pipe or device", lambda: load_vocabulary(path))
     path.unlink()
     path.mkdir()
-    refused("folder", "is a folder", lambda: load_vocabulary(path))
+    refused("folder", "got a folder", lambda: load_vocabulary(path))
     path.rmdir()
     refused.told("SentencePiece files")
     assert capfd.readouterr().err == ""  # the library says nothing of its own

@@ -1,4 +1,4 @@
-"""Checkpoints that are hurt: what is wrong is found, said, set aside, and never resumed from."""
+"""Checkpoints that are hurt: what is wrong is found, reported, quarantined, and never resumed from."""
 
 import contextlib
 import json
@@ -174,16 +174,16 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_it_taken(
     damaged = files_of(folder / "3")
     capfd.readouterr()
     found = latest(workdir)
-    (line,) = [x for x in capfd.readouterr().err.splitlines() if "set aside" in x] or [""]
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if "renamed to" in x] or [""]
     record_fault(
         f"checkpoint: {hurt.__name__.replace('_', ' ')}",
         tried=1,
         survived=int(found == 2 and named in line),
-        seen="set aside, the step before it taken",
+        seen="quarantined, resumed from the step before",
     )
     assert found == 2
     assert line.startswith(f"warning: checkpoint {folder}/3: ")
-    assert named in line and line.endswith("set aside as 3.damaged-1")
+    assert named in line and line.endswith("renamed to 3.damaged-1")
     assert files_of(folder / "3.damaged-1") == damaged  # renamed, nothing removed
     assert list(saved_steps(workdir)) == [1, 2]
 
@@ -316,7 +316,7 @@ def test_a_kill_while_an_old_step_is_removed_damages_nothing(workdir, capfd):
     assert list(saved_steps(workdir)) == [1, 3, 4]
     assert latest(workdir) == 4
     assert sorted(p.name for p in folder.iterdir()) == ["1", "3", "4"]
-    assert "set aside" not in capfd.readouterr().err
+    assert "renamed to" not in capfd.readouterr().err
 
 
 def test_new_metrics_come_in_one_rename_and_leave_the_arrays_alone(workdir, monkeypatch):
@@ -338,7 +338,7 @@ def test_new_metrics_come_in_one_rename_and_leave_the_arrays_alone(workdir, monk
 def test_a_reader_refuses_a_damaged_step_and_changes_nothing(workdir):
     flip_a_bit(workdir / "checkpoints" / "1")
     before = files_of(workdir)
-    named = r"checkpoints/1: damaged \(params/.*: other bytes.*\); `step=3` is good$"
+    named = r"checkpoints/1: damaged \(params/.*: its bytes have changed.*\); `step=3` is good$"
     with pytest.raises(InputError, match=named):
         load_model(workdir, "best")
     with pytest.raises(InputError, match=named):
@@ -378,13 +378,13 @@ TX = optax.adamw(1e-3)
 def other_dtype():
     tree = params(1)
     tree["layer"]["w"] = tree["layer"]["w"].astype(jnp.bfloat16)
-    return tree, TX, r"params: .*layer/w is float32\[4096\], bfloat16\[4096\] is wanted\)"
+    return tree, TX, r"params: .*layer/w: expected bfloat16\[4096\], got float32\[4096\]\)"
 
 
 def other_shape():
     tree = params(1)
     tree["layer"]["b"] = jnp.zeros((2, 8))
-    return tree, TX, r"params: .*layer/b is float32\[8\], float32\[2, 8\] is wanted\)"
+    return tree, TX, r"params: .*layer/b: expected float32\[2, 8\], got float32\[8\]\)"
 
 
 def other_name():
@@ -392,7 +392,7 @@ def other_name():
     return (
         tree,
         TX,
-        r"params: .*layer/b is float32\[8\], nothing of that name is wanted, and 1 more",
+        r"params: .*layer/b: expected no such leaf, got float32\[8\], and 1 more",
     )
 
 
@@ -522,7 +522,7 @@ def test_the_command_finds_damage_and_only_reads(workdir, capsys):
         (2, "good"),
         (3, "damaged"),
         (9, "unsealed"),
-        (7, "set aside"),
+        (7, "quarantined"),
     ]
     assert (found["best"], found["last"], found["damaged"]) == (1, 2, [3])
     assert found["checkpoints"][0]["metrics"] == metrics(1)
@@ -594,13 +594,13 @@ def test_a_run_goes_on_before_the_unsealed_step_and_ends_as_the_undisturbed_one(
     assert list(saved_steps(run)) == [3]
     resumed = train(run, delivery_data_dir)
     assert resumed.returncode == 0, resumed.stderr
-    assert "set aside as 4.unfinished-1" in resumed.stderr
+    assert "renamed to 4.unfinished-1" in resumed.stderr
     assert "from step 3" in resumed.stderr
     assert saved_steps(run) == saved_steps(undisturbed)
     flip_a_bit(run / "checkpoints" / "6")
     again = train(run, delivery_data_dir)
     assert again.returncode == 0, again.stderr
-    assert "set aside as 6.damaged-1" in again.stderr
+    assert "renamed to 6.damaged-1" in again.stderr
     for item in ("params", "state"):
         one, other = (load_item(w, item) for w in (undisturbed, run))
         jax.tree.map(np.testing.assert_array_equal, one, other)

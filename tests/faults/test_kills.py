@@ -120,7 +120,7 @@ def outcome(workdir):
 
 
 def names(folder):
-    """Files below it, but for those of other names in each life: events, arrays, steps set aside."""
+    """Files below it, but for those of other names in each life: events, arrays, steps quarantined."""
     found = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return {n for n in found if not re.search(r"events\.out|/d/|\.unfinished-", n)}
 
@@ -240,7 +240,7 @@ def test_kills_at_random_moments_lose_nothing(lives, tmp_path, record_fault):
         survived=kills - sum(died for died, *_ in lost.values()),
         seen=", ".join(f"in {place} {n}" for place, n in places.most_common())
         + f"; {runs} runs, in the end bitwise the undisturbed one (parameters, optimizer, metrics,"
-        f" export, predictions); {quarantined} unsealed steps set aside",
+        f" export, predictions); {quarantined} unsealed steps quarantined",
     )
     assert not lost
     left = {p.name for p in start.temporary.iterdir()}

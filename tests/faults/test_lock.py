@@ -287,7 +287,7 @@ def test_a_full_disk_names_the_lock_and_a_file_of_its_name_is_left_alone(tmp_pat
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "run.lock").write_text("my notes")
-    theirs = pytest.raises(InputError, match=r"run\.lock: is there and was not written by `train`")
+    theirs = pytest.raises(InputError, match=r"run\.lock: exists and was not written by `train`")
     with theirs, locked_workdir(tmp_path):
         pass
     assert (tmp_path / "run.lock").read_text() == "my notes"

@@ -328,11 +328,11 @@ def test_a_million_bad_rows_would_not_drown_the_log(echo, tmp_path, capsys):
     assert predict(echo, source, out)["skipped"] == 2000
     err = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("skipped: ") for line in err) == 21 and len(err) < 25
-    assert err[0] == f"skipped: {source}:2: a JSON object is wanted, got list"
+    assert err[0] == f"skipped: {source}:2: expected a JSON object, got list"
     listed = tmp_path / "out.jsonl.skipped.jsonl"
     assert err[-1] == f"2000 bad rows were skipped; all are listed in {listed}"
     rows = [json.loads(line) for line in listed.open()]
-    assert rows[1999] == {"line": 2001, "error": "a JSON object is wanted, got list"}
+    assert rows[1999] == {"line": 2001, "error": "expected a JSON object, got list"}
     # an input that is good now has no such list
     source.write_text('{"input": "a"}\n')
     predict(echo, source, out)
@@ -389,7 +389,9 @@ def test_rows_of_other_options_are_set_aside_and_can_be_gone_on_from(echo, tmp_p
         predict(echo, source, out, stop_in=3)
     source.write_bytes(question * 2)
     predict(echo, source, out)
-    assert "8 rows of another input; set aside as out.jsonl.partial.old" in capsys.readouterr().err
+    assert (
+        "8 rows of a different input; renamed to out.jsonl.partial.old" in capsys.readouterr().err
+    )
     source.write_bytes(question)
     for name in ("out.jsonl.partial", "out.jsonl.partial.json"):
         os.rename(tmp_path / f"{name}.old", tmp_path / name)
@@ -430,7 +432,7 @@ def test_an_input_that_would_be_written_to_is_refused(echo, tmp_path, name, link
 def test_a_file_that_predict_did_not_write_is_left_alone(echo, tmp_path, name, text):
     source = write_questions(tmp_path / "in.jsonl", 3)
     (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=f"{name}: is there and was not written by `predict`"):
+    with pytest.raises(InputError, match=f"{name}: exists and was not written by `predict`"):
         predict(echo, source, tmp_path / "out.jsonl")
     assert (tmp_path / name).read_text() == text
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", name}

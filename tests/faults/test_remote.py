@@ -284,7 +284,7 @@ def test_what_fails_for_good_ends_the_run_in_one_line_and_a_later_start_goes_on(
     ends = [done.returncode for done in lives]
     one_line = all(len(x) == 1 and workdir in x[0] for x in (first, second, third))
     same = ends[3] == 0 and outcome(run, workdir, tmp_path / "model") == undisturbed
-    kept = all(starts) and same and "set aside" not in lives[2].stderr
+    kept = all(starts) and same and "renamed to" not in lives[2].stderr
     for number, fault in enumerate(
         (
             "gs://: one object of a checkpoint may not be written",

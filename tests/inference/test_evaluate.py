@@ -99,7 +99,7 @@ def test_unknown_names_and_impossible_outputs_are_refused(workdir, data_dir, tmp
         ({"task": "raods"}, "roads"),
         ({"task": "roads", "split": "tset"}, "test"),
         ({"task": "roads", "step": 4}, "4"),
-        ({"task": "roads", "output": tmp_path}, "`output` .* is a folder"),
+        ({"task": "roads", "output": tmp_path}, "`output` .* got a folder"),
         ({"task": "roads", "output": file / "r.json"}, "`output` .*r.json: cannot be written"),
     ):
         with pytest.raises(InputError, match=message):
@@ -170,9 +170,7 @@ def test_a_result_replaces_an_earlier_one_and_no_other_file(workdir, data_dir, t
     path = tmp_path / "r.json"
     for text in ('{"task": "mine"}', "notes"):
         path.write_text(text)
-        with pytest.raises(
-            InputError, match=r"r\.json: is there and was not written by `evaluate`"
-        ):
+        with pytest.raises(InputError, match=r"r\.json: exists and was not written by `evaluate`"):
             evaluate(workdir, task="roads", data_dir=data_dir, output=path)
         assert path.read_text() == text
     path.unlink()

@@ -472,8 +472,8 @@ def test_missing_files_and_impossible_outputs_are_refused(model_dir, write_rows,
         ((model_dir, tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
         ((tmp_path / "none", source, tmp_path / "o"), "none: no such model directory"),
         ((model_dir, source, source), "it is the input"),
-        ((model_dir, source, tmp_path), "is a folder"),
-        ((model_dir, tmp_path, tmp_path / "o"), "is a folder"),
+        ((model_dir, source, tmp_path), "got a folder"),
+        ((model_dir, tmp_path, tmp_path / "o"), "got a folder"),
         ((model_dir, source, source / "o"), "cannot be written"),
     ):
         with pytest.raises(InputError, match=message):

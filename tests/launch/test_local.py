@@ -140,14 +140,14 @@ def test_one_that_fails_ends_the_others_and_what_they_started(started, tmp_path)
     run = started("-n", "2", "--grace", "0.5", "--", *child(STUBBORN.replace("FAILS", "1")))
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 3
-    assert errors == "launch: process 1 failed with exit code 3; ended the others\n"
+    assert errors == "launch: process 1 failed with exit status 3; ended the others\n"
     assert time.monotonic() - begin < 10
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
 def test_a_failure_of_all_is_that_of_all(launch):
     done = launch("local.sh", "-n", 3, "--", *child("sys.exit(2)"), code=2)
-    assert done.stderr == "launch: process 0, 1, 2 failed with exit code 2\n"
+    assert done.stderr == "launch: process 0, 1, 2 failed with exit status 2\n"
 
 
 @pytest.mark.parametrize("restarts", [0, 2])
@@ -162,7 +162,7 @@ def test_sigabrt_is_explained_and_started_again(restarts, launch, tmp_path):
     *again, last = done.stderr.splitlines()
     reason = (
         "launch: a peer process was lost: process 1 ended first, by SIGABRT (JAX does that when"
-        " another one died or hangs: see what it wrote last); "
+        " another one died or hangs: see its last lines); "
     )
     left = range(restarts, 0, -1)
     assert again == [f"{reason}starting again, {n} left" for n in left]
@@ -198,7 +198,7 @@ def test_a_signal_reaches_every_process_once(number, processes, started, tmp_pat
     assert run.returncode == 75, errors
     *heard, last = errors.splitlines()
     assert sorted(heard) == [f"[{k}] signals: 1" for k in range(processes)]
-    assert last == "launch: stopped; the same command goes on from there"
+    assert last == "launch: stopped; the same command resumes"
 
 
 def test_all_that_stop_by_themselves_are_75(launch):

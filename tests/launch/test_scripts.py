@@ -109,8 +109,8 @@ def test_dry_run_prints_what_the_script_would_call_and_calls_nothing(
         ("multi_gpu.sh", [], "no command"),
         ("slurm.sbatch", [], "no command"),
         ("slurm.sbatch", ["true"], "submit it"),
-        ("tpu_pod.sh", [], "is no action"),
-        ("tpu_pod.sh", ["start", *POD], "'start' is no action"),
+        ("tpu_pod.sh", [], "expected an action"),
+        ("tpu_pod.sh", ["start", *POD], "got 'start'"),
         ("tpu_pod.sh", ["run", "--zone", "z", "--", "true"], "--tpu NAME"),
         ("tpu_pod.sh", ["run", "--tpu", "pod", "--", "true"], "--zone ZONE"),
         ("tpu_pod.sh", ["run", *POD], "no command"),
@@ -265,7 +265,7 @@ def test_stop_lets_run_end_with_75(launch, hosts):
     launch("tpu_pod.sh", "stop", *POD)
     run.join(timeout=20)
     (done,) = ended
-    assert done.stderr == "tpu_pod.sh: stopped after a clean save; the same command goes on\n"
+    assert done.stderr == "tpu_pod.sh: stopped after a clean save; the same command resumes\n"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_stop_lets_run_end_with_75(launch, hosts):
         (1, 1, ""),
         (2, 1, ""),
         (134, 3, "134 is SIGABRT"),
-        (137, 3, "exit code 137"),
+        (137, 3, "exit status 137"),
         (255, 1, "no connection"),
     ],
 )
@@ -380,4 +380,4 @@ def test_a_dry_run_for_gpus_needs_no_gpu(launch, stubs, visible, options, gpus):
     done = launch("multi_gpu.sh", "--dry-run", *options, "--", "stepdistill", **environment)
     assert done.returncode == 0
     assert f"EXPECT_DEVICES={gpus} " in done.stdout
-    assert f"nvidia-smi does not work here; this is for a host of {gpus} GPUs" in done.stderr
+    assert f"nvidia-smi does not work here; assuming a host with {gpus} GPUs" in done.stderr

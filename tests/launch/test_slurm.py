@@ -50,7 +50,7 @@ def test_tasks_a_node_are_one_or_one_for_each_gpu(tasks, gpus, code, slurm, stub
     job = slurm("true", SLURM_NTASKS=tasks, SLURM_GPUS_ON_NODE=gpus)
     _, errors = job.communicate(timeout=30)
     assert job.returncode == code
-    assert ("2 tasks a node and 8 GPUs" in errors) == (code == 2)
+    assert ("2 tasks per node and 8 GPUs" in errors) == (code == 2)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_is_queued_again(codes, restarts, code, queued, slurm, stubs):
     assert job.returncode == code
     identity = [call[2] for call in requeues(stubs)]
     assert len(identity) == queued and all(i.isdigit() for i in identity)
-    assert ("queueing job" in errors) == bool(queued)
+    assert ("requeueing job" in errors) == bool(queued)
     assert ("134 is SIGABRT" in errors) == (code > 128)
 
 
@@ -82,7 +82,7 @@ def test_a_job_that_may_not_be_queued_again_keeps_its_code(slurm, stubs):
     path.write_text(path.read_text() + "sys.exit(sys.argv[1] == 'requeue')\n")
     job = slurm(*task("os._exit(75)"))
     _, errors = job.communicate(timeout=30)
-    assert job.returncode == 75 and "not queued again" in errors
+    assert job.returncode == 75 and "not requeued" in errors
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -113,4 +113,4 @@ os._exit(75)
     _, errors = job.communicate(timeout=30)
     assert job.returncode == 75
     assert [(tmp_path / f"saved{k}").read_text() for k in range(2)] == 2 * [str(signals)]
-    assert len(requeues(stubs)) == 1 and "stopped after a clean save; queueing job" in errors
+    assert len(requeues(stubs)) == 1 and "stopped after a clean save; requeueing job" in errors

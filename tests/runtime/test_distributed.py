@@ -56,12 +56,21 @@ def test_launchers_say_it_by_three_variables(environment):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is not set"),
-        ({"JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is not set"),
-        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=two: a whole"),
-        ({"JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=0: a whole"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: a whole"),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: a number below"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS is set, but JAX_PROCESS_ID is not"),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS is set, but JAX_NUM_PROCESSES is not"),
+        (
+            {"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES=two: expected a whole",
+        ),
+        (
+            {"JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES=0: expected a whole",
+        ),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1: expected a whole"),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},
+            "JAX_PROCESS_ID=2: expected a number below",
+        ),
     ],
 )
 def test_a_variable_that_does_not_fit_is_named(environment, values, said):
@@ -79,7 +88,7 @@ def test_processes_without_a_coordinator_do_not_train_side_by_side(environment):
 @pytest.mark.parametrize("address", ["host", "host:", "host:99999", "host:0", "host:²"])
 def test_an_address_has_a_port(environment, address):
     environment(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")
-    with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address}: HOST:PORT is want"):
+    with pytest.raises(InputError, match=f"JAX_COORDINATOR_ADDRESS={address}: expected HOST:PORT"):
         distributed.join()
 
 

@@ -14,19 +14,19 @@ def test_json_lines_goes_on_after_a_bad_line_and_read_jsonl_stops_there(tmp_path
     (one, first), (three, bad), (four, last) = json_lines(path)
     assert (one, three, four) == (1, 3, 4)
     assert (first, last) == ({"a": 1}, {"a": 3})
-    assert str(bad) == f"{path}:3: a JSON object is wanted, got list"
+    assert str(bad) == f"{path}:3: expected a JSON object, got list"
     rows = read_jsonl(path)
     assert next(rows) == (1, {"a": 1})
-    with pytest.raises(InputError, match=r"a\.jsonl:3: a JSON object is wanted"):
+    with pytest.raises(InputError, match=r"a\.jsonl:3: expected a JSON object"):
         next(rows)
 
 
 def test_what_cannot_be_read_twice_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, message in (
-        (tmp_path / "pipe", "pipe: is a pipe or device; it is read more than once"),
+        (tmp_path / "pipe", "pipe: is a pipe or device; save it to a file first"),
         ("/dev/null", "/dev/null: is a pipe or device"),
-        (tmp_path, "is a folder, a JSON-lines file is wanted"),
+        (tmp_path, "expected a JSON-lines file, got a folder"),
         (tmp_path / "absent", "absent: no such file"),
     ):
         with pytest.raises(InputError, match=message):
@@ -40,9 +40,9 @@ def test_a_path_that_cannot_be_written_is_refused_and_nothing_is_made(tmp_path, 
     (tmp_path / "file").touch()
     check_writable(tmp_path / "file")
     check_writable(tmp_path / "new" / "folder" / "f.json")
-    with pytest.raises(InputError, match=r"^--output .*: is a folder, a file to write is wanted"):
+    with pytest.raises(InputError, match=r"^--output .*: expected a file to write, got a folder"):
         check_writable(tmp_path, "--output")
-    with pytest.raises(InputError, match=r"f\.json: cannot be written \(.*file is no folder\)"):
+    with pytest.raises(InputError, match=r"f\.json: cannot be written \(.*file is not a folder\)"):
         check_writable(tmp_path / "file" / "f.json")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(InputError, match=r"f\.json: cannot be written \(no permission in "):

@@ -135,7 +135,7 @@ def test_a_workdir_in_s3_is_refused_in_one_line(command, monkeypatch, tmp_path, 
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    with pytest.raises(InputError, match=r"^gs://: the bucket is missing"):
+    with pytest.raises(InputError, match=r"^gs://: expected gs://BUCKET"):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"^gs://a/b: .* needs a package: pip install gcsfs$"):
@@ -218,7 +218,7 @@ def test_an_array_is_not_read_again_to_seal_it_in_a_store(store, monkeypatch):
     assert manifest.defect(folder) is None
     assert not [name for name in read if name.endswith("array")]
     put("checkpoints/2/params/d/array", "a" * 99)
-    assert manifest.defect(folder) == "params/d/array: 99 bytes, 100 were saved"
+    assert manifest.defect(folder) == "params/d/array: expected 100 bytes, got 99"
 
 
 def test_a_damaged_step_in_a_store_is_moved_inside_it(store, capfd):
@@ -230,7 +230,7 @@ def test_a_damaged_step_in_a_store_is_moved_inside_it(store, capfd):
     (folder / "4" / "params" / "d" / "array").unlink()
     assert manifest.quarantine_damaged(folder) == 2
     assert (
-        "checkpoints/4: params/d/array: missing; set aside as 4.damaged-1" in capfd.readouterr().err
+        "checkpoints/4: params/d/array: missing; renamed to 4.damaged-1" in capfd.readouterr().err
     )
     names = {name.removeprefix(root) for name in store if name.startswith(root)}
     assert {"/4.damaged-1/manifest.json", "/4.damaged-1/commit_success.txt"} <= names

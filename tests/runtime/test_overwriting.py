@@ -33,7 +33,7 @@ def test_an_output_is_known_by_its_beginning_and_its_fields(tmp_path, text):
         check_outputs({path: LINES})
     else:
         said = (
-            r"out\.jsonl: is there and was not written by `predict`, so it is left as it is; move"
+            r"out\.jsonl: exists and was not written by `predict`, so it is not overwritten; move"
         )
         with pytest.raises(InputError, match=said):
             check_outputs({path: LINES})
@@ -49,7 +49,7 @@ def test_a_partial_may_be_half_a_write(tmp_path, text, ours):
     if ours:
         check_outputs({tmp_path / "out.jsonl": LINES})
     else:
-        with pytest.raises(InputError, match=r"out\.jsonl\.partial: is there and was not written"):
+        with pytest.raises(InputError, match=r"out\.jsonl\.partial: exists and was not written"):
             check_outputs({tmp_path / "out.jsonl": LINES})
 
 
@@ -87,7 +87,7 @@ def test_an_input_is_known_under_all_its_names(tmp_path, link):
     (tmp_path / "way").symlink_to("folder")
     for written in (given, tmp_path / "same", tmp_path / "way" / ".." / "in.jsonl"):
         with pytest.raises(
-            InputError, match=r"it is the input .*in\.jsonl, and would be written to"
+            InputError, match=r"it is the input .*in\.jsonl, and would be overwritten"
         ):
             check_apart([written], [None, given])
     check_apart([tmp_path / "other", tmp_path / "in.jsonl2"], [given])
@@ -98,7 +98,7 @@ def test_an_input_is_known_under_all_its_names(tmp_path, link):
 def test_files_beside_a_missing_index_are_somebody_elses(tmp_path):
     check_folder(tmp_path, "report.html", PAGE, ["size.csv"])
     (tmp_path / "size.csv").write_text("theirs")
-    with pytest.raises(InputError, match=r"size\.csv: is there .*\(no report\.html beside it\)"):
+    with pytest.raises(InputError, match=r"size\.csv: exists .*\(no report\.html next to it\)"):
         check_folder(tmp_path, "report.html", PAGE, ["size.csv"])
     (tmp_path / "report.html").write_text("<!DOCTYPE html>\n<title>Ours")
     check_folder(tmp_path, "report.html", PAGE, ["size.csv"])
@@ -113,7 +113,7 @@ def test_a_partial_that_leads_elsewhere_is_not_written_through(tmp_path, place):
         "hard link": lambda: os.link(target, partial),
         "pipe": lambda: os.mkfifo(partial),
     }[place]()
-    said = r"f\.json\.partial: is a link, hard link, pipe or device, which is not written to; remove it"
+    said = r"f\.json\.partial: is a link, hard link, pipe or device, and will not be overwritten; remove it"
     with pytest.raises(InputError, match=said), atomic_write(tmp_path / "f.json") as f:
         f.write("{}")
     with pytest.raises(InputError, match=said):
@@ -135,7 +135,7 @@ def test_an_output_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(InputError, match=r"out\.jsonl: is there and cannot be read \(Permission"):
+    with pytest.raises(InputError, match=r"out\.jsonl: exists and cannot be read \(Permission"):
         check_outputs({path: LINES})
 
 

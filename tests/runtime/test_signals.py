@@ -44,10 +44,10 @@ ENDS = "stopped between two runs; start again"
         ("ends", "in Python", [TERM], 75, f"SIGTERM: {ENDS}"),
         ("noted", "in Python", [INT], 0, ""),
         ("nested", "in Python", [TERM], 75, f"SIGTERM: {ENDS}"),
-        ("limited", "in C", [TERM], 75, "s after the signal without a save"),
-        ("limited", "in C", [INT], 130, "s after the signal without a save"),
-        ("noted", "in C", [TERM, INT], 128, ": a second signal"),
-        ("ends", "in C", [INT, TERM], 128, ": a second signal"),
+        ("limited", "in C", [TERM], 75, "s after the signal, without a save"),
+        ("limited", "in C", [INT], 130, "s after the signal, without a save"),
+        ("noted", "in C", [TERM, INT], 128, ": second signal"),
+        ("ends", "in C", [INT, TERM], 128, ": second signal"),
     ],
 )
 def test_the_first_signal_stops_the_work_and_a_second_one_the_process(

@@ -138,8 +138,8 @@ def test_a_model_that_reads_more_or_scores_the_rows_own_choices_has_boxes_for_th
     ("server", "text", "error"),
     [
         ({}, " ", "Type or paste a text first."),
-        ({}, "a", "The server does not answer. Is it still running?"),
-        ({"info": INFO | {"choices": "row"}}, "a", "Type the choices, one a line."),
+        ({}, "a", "The server does not respond. Is it still running?"),
+        ({"info": INFO | {"choices": "row"}}, "a", "Type the choices, one per line."),
         ({"predict": [400, {"error": "row 1: <b>"}]}, "a", "row 1: <b>"),
         ({"predict": [502, None]}, "a", "The server refused, with status 502."),
     ],

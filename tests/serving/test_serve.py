@@ -215,7 +215,9 @@ def test_choices_are_scored_as_predict_scores_them(
         if choices != "row":
             own = found.ask({"rows": [{"input": "a"}, rows[0]]})
             assert own.status_code == 400
-            assert own.json()["error"].startswith("row 2: this server scores its own labels, ")
+            assert own.json()["error"].startswith(
+                "row 2: leave out `choices`; this server scores its own labels"
+            )
             rows = [{name: row[name] for name in row if name != "choices"} for row in rows]
         for got, want in zip(
             found.ask({"rows": rows}).json()["rows"],
@@ -260,18 +262,18 @@ def test_a_row_alone_and_a_list_of_rows(echo):
         (b'{"input": ', "broken JSON"),
         (b'{"input": "\xff"}', "not UTF-8"),
         (b"", "broken JSON"),
-        (b'["a"]', "a JSON object is wanted, got list"),
-        (b'{"input": "a", "input": "b"}', "stands twice"),
+        (b'["a"]', "expected a JSON object, got list"),
+        (b'{"input": "a", "input": "b"}', "duplicate key"),
         (b'{"input": "\\ud800"}', "row 1: the field 'input' holds half of a surrogate pair"),
         ({"question": "a"}, "row 1: no field 'input' (found: question)"),
         ({"input": 1.5}, "row 1: the field 'input' must be text (or an integer), got a number"),
         ({"input": None}, "row 1: the field 'input' is empty"),
         ({"input": "a", "choices": "b"}, "row 1: the field 'choices' must be a list, got text"),
         ({"rows": [{"input": "a"}, {}]}, "row 2: no field 'input' (found: none)"),
-        ({"rows": [{"input": "a"}, "b"]}, "row 2: a JSON object is wanted, got str"),
-        ({"rows": {"input": "a"}}, 'one row {"input": ...} or {"rows": [...]} alone is wanted'),
-        ({"rows": [], "input": "a"}, 'one row {"input": ...} or {"rows": [...]} alone is wanted'),
-        (b"[" * 100_000, "JSON that cannot be read"),
+        ({"rows": [{"input": "a"}, "b"]}, "row 2: expected a JSON object, got str"),
+        ({"rows": {"input": "a"}}, 'expected one row {"input": ...} or {"rows": [...]}'),
+        ({"rows": [], "input": "a"}, 'expected one row {"input": ...} or {"rows": [...]}'),
+        (b"[" * 100_000, "unreadable JSON"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line_and_400(echo, body, part):
@@ -352,7 +354,7 @@ def test_a_model_without_rationales_says_so(echo):
     service, _ = echo
     response = service.ask({"input": "a"}, "/explain")
     assert response.status_code == 404 and "no rationale" not in response.text
-    assert response.json() == {"error": "this model was not trained to give a rationale by itself"}
+    assert response.json() == {"error": "this model was not trained to give a rationale on its own"}
     assert service.client.get("/info").json()["rationale"] is False
 
 
@@ -396,7 +398,7 @@ def test_a_full_queue_is_503_with_a_time_to_come_again():
         assert found.metric("stepdistill_queue_rows") == 10
         response = found.ask({"input": "too many"})
         assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
-        assert "ask again later" in response.json()["error"]
+        assert "try again later" in response.json()["error"]
         assert found.client.get("/health").status_code == 200
         assert found.client.get("/ready").status_code == 200
         engine.go(10)
@@ -557,7 +559,7 @@ def test_a_failure_is_500_without_its_traceback_and_the_log_has_it(capfd):
     with running(Echo(fails=fails)) as found:
         response = found.ready().ask({"input": "bad"})
         assert response.status_code == 500
-        assert response.json() == {"error": "the server failed; its log says how"}
+        assert response.json() == {"error": "the server failed; see its log"}
         assert found.ask({"input": "good"}).status_code == 200
     err = capfd.readouterr().err
     assert "secret of the engine" in err and "Traceback" in err
@@ -713,7 +715,10 @@ def test_a_stop_answers_what_is_under_way_and_takes_nothing_more():
     ("options", "part"),
     [
         ({"port": 70_000}, "`port` must be a whole number from 0 to 65535, not 70000"),
-        ({"host": "no.such.host.invalid"}, "`host` no.such.host.invalid `port` 8000: cannot be"),
+        (
+            {"host": "no.such.host.invalid"},
+            "`host` no.such.host.invalid `port` 8000: cannot listen",
+        ),
         ({"max_queue": 0}, "`max_queue` must be a whole number of at least 1, not 0"),
         ({"max_wait_ms": -1.0}, "`max_wait_ms` must be a number of at least 0"),
         ({"timeout_secs": float("nan")}, "`timeout_secs`"),

@@ -159,7 +159,7 @@ def test_a_stop_under_load_loses_no_request_that_was_accepted(started, model_dir
     assert json.loads(result) == {"rows": counts[200], "unanswered": 0, "stopped": False}
     assert counts[200] > 200
     assert set(counts) <= {200, "refused", "closed"}  # nobody was told that it failed
-    assert any("SIGTERM: " in line and "under way" in line for line in server.log)
+    assert any("SIGTERM: " in line and "in progress" in line for line in server.log)
     assert imported == "[]"
 
 
@@ -207,7 +207,7 @@ def test_a_second_signal_ends_it_at_once(started, tmp_path):
         (request,) = ask(server, pool)
         wait_until_open(server, 1)
         server.signal()
-        server.wait_for_line("SIGTERM: 1 requests are under way")
+        server.wait_for_line("SIGTERM: 1 requests are in progress")
         server.signal()
         assert server.end()[0] == 128 + signal.SIGTERM
         with pytest.raises(httpx.TransportError):

@@ -376,7 +376,7 @@ def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
         (questions(1), {"samples": 2, "temperature": 0.0}, "every sample would be the same"),
         (questions(1), {"max_cost": 1.0}, "`price_input`"),
         (questions(1), {"parameters": {"temperature": 1}}, "`temperature`"),
-        (questions(1), {"teacher": "hf:x"}, "one of them"),
+        (questions(1), {"teacher": "hf:x"}, "give either"),
         (questions(1), {"concurrency": 0}, "`concurrency`"),
     ],
 )
@@ -476,7 +476,7 @@ def test_an_input_that_would_be_written_to_is_refused(annotating, role, name):
         source.symlink_to(name)
     settings = {} if role == "input" else {role: path if role == "exemplars" else [path]}
     source = source if role == "input" else annotating.write(questions(2))
-    with pytest.raises(InputError, match=f"{name}: it is the input .*, and would be written to"):
+    with pytest.raises(InputError, match=f"{name}: it is the input .*, and would be overwritten"):
         annotate(source, annotating.output, task="generic", model="m", **settings)
     assert path.read_bytes() == before
     assert {p.name for p in annotating.folder.iterdir()} == {"in.jsonl", name}
@@ -486,7 +486,7 @@ def test_an_input_that_would_be_written_to_is_refused(annotating, role, name):
 def test_a_file_that_annotate_did_not_write_is_left_alone(annotating, name):
     path = annotating.folder / name
     path.write_text("my notes\n")
-    with pytest.raises(InputError, match=f"{name}: is there and was not written by `annotate`"):
+    with pytest.raises(InputError, match=f"{name}: exists and was not written by `annotate`"):
         annotating(questions(1))
     assert path.read_text() == "my notes\n" and annotating.server.requests == 0
 

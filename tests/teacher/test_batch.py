@@ -106,7 +106,7 @@ def test_requests_are_never_written_over_an_input_or_another_file(annotating, mo
     assert len(lines(path)) == 3
     theirs = annotating.folder / "in-2.jsonl"
     theirs.write_text("my notes\n")
-    with pytest.raises(InputError, match=r"in-2\.jsonl: is there and was not written by `annotate"):
+    with pytest.raises(InputError, match=r"in-2\.jsonl: exists and was not written by `annotate"):
         annotating(questions(3), batch_file=("write", annotating.folder / "in-2.jsonl"))
     exemplars = annotating.write(
         [row | {"rationale": "Late."} for row in questions(2)], "requests-2.jsonl"

@@ -53,7 +53,7 @@ def test_a_sound_file_that_cannot_be_written_is_not_said_to_be_none(tmp_path, tr
         cache._db.execute("PRAGMA max_page_count=1")
     else:
         other._db.execute("BEGIN IMMEDIATE")
-    with pytest.raises(InputError, match=rf"c.sqlite: .* {trouble}; what is in it is kept"):
+    with pytest.raises(InputError, match=rf"c.sqlite: .* {trouble}; its answers are safe"):
         for i in range(20):
             cache.put(f"{i}", "m", Answer("a" * 5000))
     other.close()
@@ -92,6 +92,6 @@ def test_a_database_of_something_else_is_left_alone(tmp_path):
         db.execute("CREATE TABLE thesis (chapter TEXT)")
         db.commit()
     before = (tmp_path / "theirs.sqlite").read_bytes()
-    with pytest.raises(InputError, match=r"theirs\.sqlite: is there and was not written by"):
+    with pytest.raises(InputError, match=r"theirs\.sqlite: exists and was not written by"):
         AnswerCache(tmp_path / "theirs.sqlite")
     assert (tmp_path / "theirs.sqlite").read_bytes() == before

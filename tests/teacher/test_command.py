@@ -59,7 +59,7 @@ def test_a_dry_run_prints_the_prompt_and_sends_nothing(typed, tmp_path):
     assert code == 0
     assert out.startswith("Say yes or no.\n")
     assert "Q: Is parcel 0 late?\nA:\n" in out
-    assert "nothing was sent" in out and "4 characters a token" in out
+    assert "nothing was sent" in out and "4 characters per token" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
 
 
@@ -67,7 +67,7 @@ def test_a_cap_ends_with_1_and_says_that_the_command_goes_on(typed):
     code, out, err = typed("--max-tokens-total", "3000", "--concurrency", "2")
     assert code == 1
     assert json.loads(out.splitlines()[-1])["stopped"]
-    assert "stopped: the next request might go over --max-tokens-total 3000" in err
+    assert "stopped: the next request might exceed --max-tokens-total 3000" in err
     assert "Traceback" not in err
 
 

@@ -87,7 +87,7 @@ def test_a_generic_prompt_shows_instructions_exemplars_and_choices(tmp_path):
         (
             "generic",
             '{"input": "a", "label": "b"}',
-            "no field .rationale. .*an exemplar .* shows a whole answer",
+            "no field .rationale. .*an exemplar .* shows a complete answer",
         ),
         ("generic", "", "no rows in it"),
     ],

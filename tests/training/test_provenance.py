@@ -133,7 +133,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
 def test_a_workdir_that_cannot_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match=r"cannot be written .* is no folder"):
+        with pytest.raises(InputError, match=r"cannot be written .* is not a folder"):
             check_workdir(workdir)
 
 

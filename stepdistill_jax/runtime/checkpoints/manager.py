@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a workdir, each sealed by a manifest: the newest two and the best are kept."""
+"""Saves a workdir's steps with Orbax, seals each with a manifest, and keeps the newest two and the best."""
 
 import concurrent.futures
 import contextlib
@@ -39,11 +39,14 @@ KEPT_LATEST = 2
 
 
 def rank(metrics: dict[str, Any]) -> Any:
-    """Higher is better: the numbers in `rank`, then the earlier step.
+    """Returns a sort key of steps, where higher is better: the numbers in `rank`, then the earlier step.
 
-    A step that was saved without a validation ranks below every validated one, and among its like by
-    the later step: the best step of a run without validation is its last. Older versions wrote no
-    `rank`: it was label accuracy, then a lower label loss.
+    Steps that were saved without a validation rank below all validated ones, the later step first:
+    the best step of a run without validation is its last. Metrics without `rank` come from an older
+    version, which ranked by label accuracy, then by lower label loss.
+
+    The key of a validated step 300 with rank [0.9, -0.2] is (True, 0.9, -0.2, -300); of a step 400
+    without validation (False, 0.0, 0.0, 400).
     """
     step = float(metrics["step"])
     if not metrics.get("validated"):
@@ -53,7 +56,7 @@ def rank(metrics: dict[str, Any]) -> Any:
 
 
 class _Kept:
-    """Orbax's preservation policy: the newest steps, and the best by what is known of each."""
+    """Implements Orbax's preservation policy: keeps the newest steps, and the best by its metrics."""
 
     def __init__(self, metrics: dict[int, dict[str, Any]]):
         self._metrics = metrics
@@ -69,13 +72,13 @@ class _Kept:
 
 
 class Checkpoints:
-    """Saves and restores the train state; one object per run."""
+    """Saves and restores the train state; a run has one such object."""
 
     def __init__(self, workdir: os.PathLike | str):
-        """Opens (or makes) the folder; what a kill in the middle of a save left behind is removed.
+        """Opens or creates the folder, and removes what a kill in the middle of a save left.
 
-        A step that is damaged or was not saved to its end is set aside before Orbax sees it
-        (`manifest.quarantine_damaged`), so that `latest_step` is good, read as a whole.
+        Damaged and incomplete steps are quarantined before Orbax sees them
+        (`manifest.quarantine_damaged`), so all bytes of `latest_step` have been verified.
 
         Raises:
             CheckpointError: there are steps, and none of them is good.
@@ -94,37 +97,38 @@ class Checkpoints:
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                # renaming a folder in a store copies its files one by one
+                # a store renames a folder by copying its files one by one
                 atomicity_options=AtomicityOptions(
                     AtomicityMode.COMMIT_FILE if remote else AtomicityMode.AUTO
                 ),
                 cleanup_tmp_directories=True,
-                # one rename: a kill in the middle of a removal leaves nothing that looks damaged
+                # removal starts with one rename, so a kill leaves no step that looks damaged
                 todelete_subdir=None if remote else DELETED,
             ),
         )
+        # one thread, so that a step is sealed before the next one; its channel is separate from MAIN,
+        # which the training loop uses at the same time
         self._background = concurrent.futures.ThreadPoolExecutor(1, "seal")
         self._sealing: concurrent.futures.Future | None = None
         self._saving, self._channel = 0, Channel("seal")
 
     def latest_step(self) -> int | None:
-        """The newest finished step."""
+        """Returns the newest finished step; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, rest: Any, metrics: dict[str, Any]) -> None:
-        """Writes and seals a step in the background; waits for an earlier one, and raises what that hit.
+        """Writes and seals a step in the background, after the save before it has ended.
 
         Args:
-            step: updates done.
+            step: number of updates.
             params: parameter tree.
             rest: the state without its parameters.
-            metrics: `step`, `validated` and, where it is true, `label_accuracy`, `label_loss`,
-                `rank` (two numbers, of which larger ones are better) and whatever else is worth
-                keeping of the validation.
+            metrics: `step` and `validated`. If that is true, also `label_accuracy`, `label_loss`,
+                `rank` (two numbers, larger is better) and any other results of the validation.
 
         Raises:
-            CheckpointError: this or the earlier step could not be written; names it and the newest
-                good one, which is still there.
+            CheckpointError: this step or the one before could not be written; names it and the
+                newest good step, which is kept.
         """
         self.wait()
         self._saving, self._metrics[step] = step, metrics
@@ -139,7 +143,7 @@ class Checkpoints:
         self._sealing = self._background.submit(self._seal, step, metrics)
 
     def set_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Gives a saved step other metrics: those of a validation that came after it."""
+        """Replaces the metrics of a saved step, after a later validation of it."""
         self.wait()
         self._metrics[step] = metrics
         on_process_0(lambda: reseal(self._folder / str(step), metrics))
@@ -148,11 +152,11 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-        """(params, rest) of a step, placed as the abstract trees say.
+        """Returns (params, rest) of a step, with the shardings of the abstract trees.
 
         Raises:
-            InputError: it holds another tree, shape or dtype; names the leaf.
-            CheckpointError: it is damaged, or cannot be read by this process; names the file.
+            InputError: the step holds a different tree, shape or dtype; names the leaf.
+            CheckpointError: the step is damaged, or this process cannot read it; names the file.
         """
         if step != self._verified:
             self._require_undamaged(step)
@@ -168,8 +172,8 @@ class Checkpoints:
             )
         except Exception as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # of the devices: no room, or a lost peer
-            # say a host that does not see what process 0 has verified
+                raise  # an error of the devices: out of memory, or a lost peer
+            # for example, this host does not see the files that process 0 has verified
             raise CheckpointError(
                 f"{self._folder / str(step)}: process {jax.process_index()} cannot restore it"
                 f" ({_reason(error)})"
@@ -181,14 +185,14 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
     def wait(self) -> None:
-        """Returns when the save in the background is whole and sealed; raises what it hit."""
+        """Waits until the save in the background is sealed; raises its error."""
         if (sealing := self._sealing) is not None:
             self._sealing = None
             with self._reported():
                 sealing.result()
 
     def close(self) -> None:
-        """Waits and releases the folder; raises what a save in the background hit."""
+        """Waits for the save in the background and releases the folder; raises the save's error."""
         try:
             self.wait()
         finally:
@@ -196,7 +200,7 @@ class Checkpoints:
             self._manager.close()
 
     def _seal(self, step: int, metrics: dict[str, Any]) -> None:
-        """In the background, after Orbax has finished a step in all processes."""
+        """Waits, in the background, until all processes have written a step, and seals it."""
         on_all_processes(self._finish, self._channel)
         seal(self._folder / str(step), metrics, self._channel)
         on_process_0(lambda: purge(self._folder), self._channel)
@@ -210,7 +214,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Orbax keeps it for this thread, too
+            # Orbax also keeps the error for this thread: fetch it, or the next call raises it again
             for again in (self._manager.wait_until_finished, self._manager.check_for_errors):
                 with contextlib.suppress(Exception):
                     again()
@@ -219,16 +223,16 @@ class Checkpoints:
             try:
                 last = max(saved_steps(self._folder.parent), default=None)
                 kept = "no step is saved yet" if last is None else f"step {last} is saved"
-            except StoreError:  # gone as a whole
-                kept = "what was saved before cannot be seen either"
+            except StoreError:  # the store cannot be reached at all
+                kept = "earlier steps cannot be seen either"
             raise CheckpointError(
                 f"{self._folder / str(self._saving)}: not saved ({reason}); {kept}; start again when"
-                " it can be written"
+                " the folder can be written"
             ) from error
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """False for the log of a traceback of what Orbax also raises: `_reported` says it in one line."""
+    """Returns False for a logged traceback of an error that Orbax also raises and `_reported` reports."""
     if not record.exc_info:
         return True
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
@@ -236,45 +240,45 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """One line; of TensorStore's long ones the end, where the system's own words are."""
+    """Returns an error as one line; a long one (TensorStore's) shortened to its end, the system's message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
 
 
 def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:
-    """Where a workdir's steps are; a local one absolute."""
+    """Returns the folder of a workdir's steps; a local path is made absolute."""
     path = as_path(workdir) / FOLDER
     return path if is_remote(path) else path.absolute()
 
 
 def is_workdir(path: os.PathLike | str) -> bool:
-    """Whether `path` is a training run's folder rather than an exported model."""
+    """Returns whether `path` is a training run's folder rather than an exported model."""
     return checkpoints_folder(path).is_dir()
 
 
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
-    """Metrics of each sealed step whose files are there, oldest first.
+    """Returns the metrics of each sealed step whose files exist, oldest first.
 
-    No manager is opened, so a live run is not disturbed.
+    It opens no manager, so it does not disturb a live run.
     """
     steps = saved(checkpoints_folder(workdir))
     return {s.number: s.metrics for s in steps if s.problem is None and s.metrics is not None}
 
 
 def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | None = None) -> int:
-    """The step that `best`, `last` or a number means.
+    """Returns the number of a step.
 
     Args:
-        workdir: a run's folder; nothing in it is changed.
-        step: which.
-        read: also read all files of this item (`params`) and compare them with the manifest; else
-            names and sizes are.
+        workdir: a run's folder, which is not changed.
+        step: `best`, `last` or a number.
+        read: item (`params`) whose files are also read and compared with the manifest. For None, only
+            names and sizes are compared.
 
     Raises:
-        InputError: no such step; lists those that are there. Or it is damaged; names the file and
-            another step that is good.
+        InputError: there is no such step (lists the existing ones), or it is damaged (names the file
+            and a step that is good).
     """
-    # a step without a manifest is being saved, or never was
+    # a step without a manifest is being saved, or its save was interrupted
     steps = {s.number: s for s in saved(checkpoints_folder(workdir)) if s.problem != UNSEALED}
     if not steps:
         raise InputError(f"{workdir}: no checkpoint in it; run `stepdistill train` first")
@@ -282,14 +286,14 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
         found = max(steps)
     elif step == "best":
         known = {n: s.metrics for n, s in steps.items() if s.metrics is not None}
-        # one whose metrics are lost might have been the best
+        # a step whose metrics are lost may have been the best: report its damage, do not skip it
         lost = min(steps.keys() - known.keys(), default=None)
         found = max(known, key=lambda n: rank(known[n])) if lost is None else lost
     elif str(step).isdecimal() and int(step) in steps:
         found = int(step)
     else:
         raise InputError(
-            f"{workdir}: no step {step!r}; `best`, `last` or one of {', '.join(map(str, steps))}"
+            f"{workdir}: no step {step!r}; give `best`, `last` or one of {', '.join(map(str, steps))}"
         )
     if problem := _problem(steps[found], read):
         others = sorted((s for s in steps if s != found), reverse=True)
@@ -304,16 +308,16 @@ def _problem(step: SavedStep, read: str | None) -> str | None:
 
 
 def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
-    """Digest of a step and of its parameters' files as they were saved; None where the step is gone."""
+    """Returns a digest of a step's number and parameter files as saved; None if the step is gone."""
     found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
     return None if found is None else digest([step, found])
 
 
 def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
-    """Parameters of a step alone, placed as `abstract` (shapes with shardings) says.
+    """Returns only the parameters of a step, with the shardings of `abstract` (shapes and shardings).
 
     Raises:
-        InputError: the checkpoint holds another tree, shape or dtype than the model.
+        InputError: the checkpoint holds a different tree, shape or dtype than the model.
     """
     path = checkpoints_folder(workdir) / str(step) / PARAMS
     require_fit(path, abstract, "the model's config.json")

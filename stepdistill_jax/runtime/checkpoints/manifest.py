@@ -1,6 +1,6 @@
-"""The manifest of a saved step: its files' sizes and digests, and its metrics; written last.
+"""The manifest of a saved step: sizes and digests of its files, and its metrics.
 
-A step without one was not saved to its end. A step whose files or whose folder's number differ from its
+It is written last: a step without one is incomplete. A step whose files or folder number differ from its
 manifest is damaged.
 """
 
@@ -22,29 +22,29 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote, store_errors
 
 MANIFEST = "manifest.json"
-COMMITTED = "commit_success.txt"  # what Orbax writes last in a store, which knows no rename
-DELETED = ".deleted"  # where Orbax moves steps that are no longer kept; nobody restores from there
-UNSEALED = f"no {MANIFEST}, so it was not saved to its end"
+COMMITTED = "commit_success.txt"  # Orbax writes it last in a store, which has no rename
+DELETED = ".deleted"  # folder to which Orbax moves steps before it removes them
+UNSEALED = f"no {MANIFEST}, so its save did not finish"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
-# in a store, which has checksums of its own, only files up to this size are read for a digest
+# A store has its own checksums: only files up to this size are read for a digest
 READ_IN_STORE = 64 * 1024
-_STEP = re.compile(r"0|[1-9][0-9]*")  # what Orbax takes for a step
+_STEP = re.compile(r"0|[1-9][0-9]*")  # folder names that Orbax reads as steps
 _QUARANTINED = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
 
 class CheckpointError(Exception):
-    """A step that cannot be saved, or no step that can be trusted: its one line says all."""
+    """A step cannot be saved, or no step can be trusted; the message is complete in one line."""
 
 
 class SavedStep(NamedTuple):
-    """A folder that Orbax takes for a step.
+    """A folder that Orbax reads as a step.
 
     Attributes:
-        number: updates done.
-        folder: where it is.
-        metrics: None where the manifest cannot be read.
-        size: of all its files, in bytes.
-        problem: None, or the first thing that is wrong with it (`UNSEALED`, or FILE: WHAT).
+        number: number of updates.
+        folder: path of the step.
+        metrics: None if the manifest cannot be read.
+        size: bytes of all its files.
+        problem: the first defect (`UNSEALED`, or FILE: WHAT), or None.
     """
 
     number: int
@@ -55,15 +55,15 @@ class SavedStep(NamedTuple):
 
 
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
-    """Writes the manifest of a step that Orbax has finished; a crc32 of each file, read once.
+    """Writes the manifest of a step that Orbax has finished, with a crc32 of each file.
 
-    All processes call it: each reads a part of the files, process 0 writes. None returns before the
-    step is sealed.
+    All processes call it: each reads a share of the files once, process 0 writes. None of them
+    returns before the step is sealed.
 
     Args:
-        step_folder: of the step.
-        metrics: of the step.
-        channel: of the calling thread.
+        step_folder: folder of the step.
+        metrics: metrics of the step.
+        channel: channel of the calling thread.
     """
     sizes = on_process_0(lambda: _files(step_folder), channel)
     to_read = {name: sizes[name] for name in _to_read(step_folder, sizes)}
@@ -78,19 +78,19 @@ def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = 
 
 
 def reseal(step_folder: pathlib.Path, metrics: dict[str, Any]) -> None:
-    """Gives a sealed step other metrics, in one rename; its arrays are not touched."""
+    """Replaces the metrics of a sealed step atomically, without touching its arrays."""
     _write(step_folder, _read(step_folder) | {"metrics": metrics})
 
 
 def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
-    """Reads and compares a step's files.
+    """Reads a step's files and compares them with the manifest.
 
     Args:
-        step_folder: of a step.
-        below: compare only the files of this item (`params`); all by default.
+        step_folder: folder of a step.
+        below: item (`params`) whose files are compared; empty means all files.
 
     Returns:
-        None where every byte is as it was saved, else FILE: WHAT of the first that is not.
+        None if every byte is as saved, else the first difference as FILE: WHAT.
     """
     try:
         wanted = _wanted(step_folder, below)
@@ -100,7 +100,7 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns what `defect` does, on all processes, which call it together and read a part each."""
+    """Returns `defect` of all files on all processes, which call it together and read a share each."""
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
         try:
@@ -117,7 +117,7 @@ def defect_by_all(step_folder: pathlib.Path) -> str | None:
 
 
 def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
-    """Size and digest of each file of an item by the manifest; ValueError where a size is another."""
+    """Returns the manifest's size and digest of each file of an item; ValueError if a size differs."""
     files = _read(step_folder)["files"]
     wanted = {n: w for n, w in files.items() if n.startswith(f"{below}/" if below else "")}
     if problem := _other_size(wanted, _files(step_folder)):
@@ -128,10 +128,10 @@ def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
 def _difference(
     step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
 ) -> str | None:
-    """The first file whose bytes are others than were saved.
+    """Describes the first file whose bytes differ from the saved ones; None if there is none.
 
-    Files that are not `found`, or not as they were saved, are read here: one host's bad read must not
-    condemn a good step.
+    Files whose digest in `found` is missing or differs are read again here: one host's bad read must
+    not condemn a good step.
     """
     names = [n for n, (_, crc) in wanted.items() if crc is not None]
     try:
@@ -141,14 +141,12 @@ def _difference(
         return f"{error.filename or step_folder}: cannot be read ({error.strerror or error})"
     for name in names:
         if found[name] != wanted[name][1]:
-            return (
-                f"{name}: other bytes than were saved (crc32 {found[name]}, not {wanted[name][1]})"
-            )
+            return f"{name}: its bytes have changed (expected crc32 {wanted[name][1]}, got {found[name]})"
     return None
 
 
 def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
-    """Digest of an item's files as they were saved, by the manifest; None where there is none to read."""
+    """Returns a digest of an item's files as saved, by the manifest; None if it cannot be read."""
     try:
         files = _read(step_folder)["files"]
     except ValueError:
@@ -157,34 +155,36 @@ def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
 
 
 def saved(folder: pathlib.Path) -> list[SavedStep]:
-    """The steps in a `checkpoints` folder, oldest first. Names and sizes are compared, no arrays read."""
+    """Returns the steps in a `checkpoints` folder, oldest first; compares names and sizes only."""
     numbers = [int(p.name) for p in _folders(folder) if _STEP.fullmatch(p.name)]
     steps = [_look(folder / str(number)) for number in sorted(numbers)]
-    # a live run may have let one go since
+    # a live run may have removed one in the meantime
     return [s for s in steps if s.problem is None or s.folder.exists()]
 
 
 def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Folders that `quarantine_damaged` has renamed, by name."""
+    """Returns the folders that `quarantine_damaged` has renamed, sorted by name."""
     return sorted(p for p in _folders(folder) if _QUARANTINED.fullmatch(p.name))
 
 
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
-    """Renames the steps that must not be resumed from, says each in a line, and removes none.
+    """Renames the steps that must not be resumed from, logs a line for each, and removes none.
 
-    The newest step is read as a whole, and if it is damaged the one before it, and so on; of the
-    others, names and sizes are compared. A step without a manifest is the save that a kill cut off
-    if it is the newest one: the next save only starts when the one before has its manifest.
+    All bytes of the newest step are read; if it is damaged, those of the step before, and so on. Of
+    all other steps, only names and sizes are compared. A newest step without a manifest is a save that
+    a kill interrupted. An older one is damaged: a save starts only after the one before is sealed.
 
-    All processes call it: each reads a part of the steps' bytes, process 0 judges and renames.
+    All processes call it: each reads a share of the bytes, process 0 decides and renames.
 
     Returns:
-        The newest good step; None in a folder where no save has ever come to its end.
+        The newest good step; None in a folder where no save has ever finished.
 
     Raises:
-        CheckpointError: none is good, and there were some; lists them.
-        OSError: one cannot be renamed.
+        CheckpointError: there are steps, and none of them is good; lists them.
+        OSError: a step cannot be renamed.
     """
+    # from the newest step down, the bytes of steps with right names and sizes, until one is good: with
+    # {1: None, 2: None, 3: None} and 3 damaged, steps 3 and 2 are read, and 1 is not
     good, problems = None, dict(on_process_0(lambda: _looked_at(folder)))
     for number in reversed(list(problems)):
         if problems[number] is None and good is None:
@@ -195,7 +195,7 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
 
 
 def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
-    """(step, problem) by names and sizes, oldest first; not of what Orbax itself will remove."""
+    """Returns (step, problem) by names and sizes, oldest first, without steps that Orbax itself removes."""
     steps = [
         s
         for s in saved(folder)
@@ -210,19 +210,17 @@ def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: 
         if problem is not None:
             cut_off = problem == UNSEALED and number == newest
             target = _move(folder / str(number), UNFINISHED if cut_off else DAMAGED)
-            log(
-                f"warning: checkpoint {folder / str(number)}: {problem}; set aside as {target.name}"
-            )
+            log(f"warning: checkpoint {folder / str(number)}: {problem}; renamed to {target.name}")
     damaged = [p.name for p in quarantined(folder) if DAMAGED in p.name]
     if good is None and damaged:
         raise CheckpointError(
-            f"{folder}: no good checkpoint to go on from, all are damaged: {', '.join(damaged)};"
-            " put back a copy of one under its number, or start in another `workdir`"
+            f"{folder}: no good checkpoint to resume from, all are damaged: {', '.join(damaged)};"
+            " restore one from a backup under its number, or start in another `workdir`"
         )
 
 
 def purge(folder: pathlib.Path) -> None:
-    """Removes the steps that Orbax has moved out of the way since they are no longer kept."""
+    """Removes the steps that Orbax has moved to `DELETED`."""
     if is_remote(folder):
         return
     import shutil
@@ -245,12 +243,12 @@ def _other_size(wanted: dict[str, list[Any]], sizes: dict[str, int]) -> str | No
         if name not in sizes:
             return f"{name}: missing"
         if sizes[name] != size:
-            return f"{name}: {sizes[name]} bytes, {size} were saved"
+            return f"{name}: expected {size} bytes, got {sizes[name]}"
     return None
 
 
 def _text(body: dict[str, Any]) -> str:
-    """Of a manifest: JSON with a crc32 of the rest of it."""
+    """Returns a manifest's text: `body` as JSON, with a crc32 of `body` as one more key."""
     crc = f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
     return json.dumps({**body, "crc32": crc}, sort_keys=True, indent=1) + "\n"
 
@@ -261,16 +259,16 @@ def _write(step_folder: pathlib.Path, body: dict[str, Any]) -> None:
 
 
 def _read(step_folder: pathlib.Path) -> dict[str, Any]:
-    """`metrics` and `files` of a manifest.
+    """Returns `metrics` and `files` of a manifest.
 
     Raises:
-        ValueError: there is none, it is not what was written, or it is of another step; says which.
+        ValueError: the manifest is missing, damaged, or of another step; says which.
     """
     path = step_folder / MANIFEST
     try:
         if (
             not is_remote(path) and path.exists() and not path.is_file()
-        ):  # a pipe would be waited for
+        ):  # reading a pipe would block
             raise ValueError(f"{MANIFEST}: is a pipe or device")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -280,20 +278,20 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
     try:
         body = json.loads(text)
         del body["crc32"]
-        same = _text(body) == text  # any other byte, white space included
+        same = _text(body) == text  # every byte counts, white space included
     except (ValueError, KeyError, TypeError, RecursionError):
         same = False
     if not same:
-        raise ValueError(f"{MANIFEST}: other bytes than were saved")
+        raise ValueError(f"{MANIFEST}: its bytes have changed")
     if not _is_manifest(body):
-        raise ValueError(f"{MANIFEST}: not one of ours")
+        raise ValueError(f"{MANIFEST}: not written by stepdistill")
     if (number := str(body["metrics"]["step"])) != step_folder.name:
-        raise ValueError(f"{MANIFEST}: of step {number}; rename the folder to {number}")
+        raise ValueError(f"{MANIFEST}: belongs to step {number}; rename the folder to {number}")
     return body
 
 
 def _is_manifest(body: Any) -> bool:
-    """Whether it has what `seal` writes: its crc32 can be computed by anyone who makes up the rest."""
+    """Returns whether `body` has the form that `seal` writes; a right crc32 alone does not prove that."""
     metrics, files = body.get("metrics"), body.get("files")
     if body.keys() != {"metrics", "files"} or not all(
         isinstance(x, dict) for x in (metrics, files)
@@ -323,7 +321,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _files(step_folder: pathlib.Path) -> dict[str, int]:
-    """Size of each regular file below a step's folder by its name in it; not of the manifest."""
+    """Returns the size of each regular file below a step's folder by relative path, without the manifest."""
     if is_remote(step_folder):
         import fsspec
 
@@ -337,9 +335,9 @@ def _files(step_folder: pathlib.Path) -> dict[str, int]:
             for path in (pathlib.Path(folder, name) for name in names):
                 try:
                     found = path.stat()
-                except FileNotFoundError:  # a live run deletes what it no longer keeps
+                except FileNotFoundError:  # a live run has just removed the step
                     continue
-                if stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                if stat.S_ISREG(found.st_mode):  # reading a pipe would block
                     sizes[path.relative_to(step_folder).as_posix()] = found.st_size
     return {n: sizes[n] for n in sorted(sizes) if not n.startswith(MANIFEST)}
 
@@ -350,7 +348,8 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 
 
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
-    """Renames a step to a name that Orbax does not read, and that was never used."""
+    """Renames a step to a new name that Orbax does not read as a step: `300` to `300.damaged-1`."""
+    # one more than the highest number in use: after 300.damaged-1 and 300.damaged-2 comes 300.damaged-3
     prefix = f"{step_folder.name}.{kind}-"
     before = [p.name for p in quarantined(step_folder.parent) if p.name.startswith(prefix)]
     number = max((int(name.removeprefix(prefix)) for name in before), default=0) + 1
@@ -363,7 +362,7 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Inside the store: nothing is downloaded. A kill in the middle leaves both folders."""
+    """Moves a step within the store, without a download; a kill in the middle leaves both folders."""
     import fsspec
 
     with store_errors(step_folder):

@@ -1,7 +1,7 @@
-"""The digests of a step's files; of several processes each reads a share of them.
+"""Digests of a step's files; with several processes, each reads a share of them.
 
-The files are dealt out by size, whoever wrote them: every process sees all of them, as a restore in
-another layout also needs. What one cannot read is left to process 0, which speaks for the step.
+The files are divided by size, no matter who wrote them: every process sees all of them, which a restore
+in another layout needs, too. A file that its reader cannot read is left to process 0.
 """
 
 import heapq
@@ -15,22 +15,21 @@ from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """Returns the crc32 of files by name; OSError names the first that cannot be read."""
+    """Returns the crc32 of files by name; an OSError names the first that cannot be read."""
     return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
     step_folder: pathlib.Path, sizes: Mapping[str, int], channel: Channel
 ) -> dict[str, str]:
-    """Returns the crc32 of files by name, on all processes, which read a part each.
+    """Returns, on all processes, the crc32 of files by name; each process reads a share of them.
 
-    Left out are files that the process whose part they were could not read, or not to their end; with
-    one process all are.
+    Files that their process could not read to the end are left out. With one process, all are left out.
 
     Args:
-        step_folder: of a step.
+        step_folder: folder of a step.
         sizes: bytes of each file; the same in all processes.
-        channel: of the calling thread.
+        channel: channel of the calling thread.
     """
     import jax
 
@@ -38,18 +37,20 @@ def digests_by_all(
         return {}
     own = balanced_shares(sizes, jax.process_count())[jax.process_index()]
     parts = gather_from_all(lambda: digest_each(_checksum_if_seen, step_folder, own), channel)
-    # a host's view of a shared file system may lag: what it sees of a file may be its beginning
+    # a host's view of a shared file system may lag: it may see only the beginning of a file
     return {
         name: crc for part in parts for name, (crc, size) in part.items() if size == sizes[name]
     }
 
 
 def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Returns `count` lists of names, of about as many bytes each: the largest file comes first.
+    """Returns `count` lists of names with about equal bytes; the largest file is assigned first.
 
     `balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
     """
     parts: list[list[str]] = [[] for _ in range(count)]
+    # A heap of (bytes so far, list number): each file goes to the list with the fewest bytes. Ties go
+    # to the lower number and names are sorted, so that every process computes the same lists.
     least = [(0, number) for number in range(count)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         taken, number = least[0]
@@ -59,13 +60,13 @@ def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def _checksum(path: pathlib.Path) -> tuple[str, int]:
-    """The crc32 of a file's bytes, and their number."""
+    """Returns the crc32 of a file's bytes, and their number."""
     with store_errors(path), path.open("rb") as f:
         return f"{crc32(f):08x}", f.tell()
 
 
 def _checksum_if_seen(path: pathlib.Path) -> tuple[str, int]:
-    """As `_checksum`; the number is -1 where this host does not see the file (yet)."""
+    """Returns `_checksum`, or a number of -1 if this host does not see the file (yet)."""
     try:
         return _checksum(path)
     except (OSError, StoreError):

@@ -125,7 +125,7 @@ def renamed(tmp_path):
 @pytest.mark.parametrize("read", [None, "params"])
 def test_a_folder_with_another_number_is_no_step_to_read(renamed, step, read):
     with pytest.raises(
-        InputError, match=r"6: damaged \(manifest.json: of step 5; rename the folder"
+        InputError, match=r"6: damaged \(manifest.json: belongs to step 5; rename the folder"
     ):
         resolve_step(renamed, step, read=read)
     assert list(saved_steps(renamed)) == [2]
@@ -138,7 +138,10 @@ def test_a_resume_quarantines_a_folder_with_another_number(renamed, capfd):
     with contextlib.closing(Checkpoints(renamed)) as checkpoints:
         assert checkpoints.latest_step() == 2
     assert (folder / "6.damaged-1" / "manifest.json").read_bytes() == saved
-    assert f"warning: checkpoint {folder}/6: manifest.json: of step 5" in capfd.readouterr().err
+    assert (
+        f"warning: checkpoint {folder}/6: manifest.json: belongs to step 5"
+        in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("verify", [[], ["--verify"]], ids=["sealed", "verified"])

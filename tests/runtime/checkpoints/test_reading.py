@@ -66,7 +66,7 @@ def test_a_bad_read_of_one_host_condemns_no_step_and_a_damaged_file_does(two_hos
         (there / name).write_bytes(data[::-1])
     assert manifest.defect_by_all(here) is None
     (here / "params/a").write_bytes(FILES["params/a"][::-1])
-    assert manifest.defect_by_all(here).startswith("params/a: other bytes than were saved")
+    assert manifest.defect_by_all(here).startswith("params/a: its bytes have changed")
 
 
 def test_dealt_out_docstring():
