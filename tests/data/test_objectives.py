@@ -34,10 +34,10 @@ from stepdistill_jax.training.provenance import differences
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        (7, "a text is wanted, got 7"),
-        (" ", "blank"),
+        (7, "expected text, got 7"),
+        (" ", "a word, got"),
         ("w" * 201, "at most 200 characters"),
-        ("why {input}: ", "no {fields}"),
+        ("why {input}: ", "text without {fields}"),
     ],
 )
 def test_a_bad_prefix_is_refused(prefix, message):
@@ -204,7 +204,7 @@ def test_a_label_that_comes_first_is_parsed_again(label, rationale):
 def test_a_first_target_without_words_between_its_fields_is_refused():
     mixed = Objective("label", "{input}", "{rationale} {label}")
     with pytest.raises(
-        InputError, match=r"'\{rationale\} \{label\}': between two fields some words"
+        InputError, match=r"'\{rationale\} \{label\}': expected words between two fields"
     ):
         resolve(mixed)
     assert resolve((*step_by_step(), Objective("other", "{input}", "{rationale} {label}")))

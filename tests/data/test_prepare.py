@@ -175,7 +175,7 @@ def test_a_damaged_dataset_is_named_and_then_rebuilt(tmp_path):
     options = {"source": source, "new_name": "mine", "data_dir": tmp_path / "data"}
     first = prepare("jsonl", **options)
     (tmp_path / "data" / "mine" / "train.jsonl").unlink()
-    with pytest.raises(InputError, match=r"train\.jsonl: gone; run `stepdistill prepare jsonl"):
+    with pytest.raises(InputError, match=r"train\.jsonl: missing; run `stepdistill prepare jsonl"):
         open_prepared("mine", tmp_path / "data")
     # what a killed run leaves behind goes, too
     (tmp_path / "data" / ".mine.partial-killed").mkdir()
@@ -219,7 +219,7 @@ def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
     shared = sum(row["input"] in train for row in asked)
     first = next(i for i, row in enumerate(asked, 1) if row["input"] in train)
     assert shared > 1
-    note = f"{shared} inputs of test stand in train, too, the first at test.jsonl:{first}"
+    note = f"{shared} inputs of test are also in train, the first at test.jsonl:{first}"
     assert note in result["notes"]
     assert not any("inputs of validation" in note for note in result["notes"])
 
@@ -417,7 +417,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     assert [(row["file"], row["row"], row["kind"]) for row in rows] == [
         ("rows.csv", line, "bad_row") for line in (7, 19, 32)
     ]
-    assert "the id '4' stands at" in rows[2]["text"]
+    assert "has the same id '4'" in rows[2]["text"]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", listed.name]
 
     # without them it is prepared, and the list is in its folder
@@ -435,7 +435,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
 def test_the_message_of_a_single_bad_row_says_where_it_is_listed(tmp_path):
     source = _write(tmp_path / "mine.jsonl", [*_rows(20), {"input": "q"}])
     with pytest.raises(
-        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; it is listed in (.*) \(`on"
+        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; listed in (.*)\. Correct it"
     ) as caught:
         prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
     listed = tmp_path / "mine.defects.jsonl"

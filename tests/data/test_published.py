@@ -152,7 +152,7 @@ def test_cqa_is_prepared_in_the_order_of_the_published_split(tmp_path):
 
 
 def test_a_text_that_stops_the_published_code_is_named(cqa_source):
-    with pytest.raises(InputError, match=r"train_CoT_0\.json: item 4: the published rule stops"):
+    with pytest.raises(InputError, match=r"train_CoT_0\.json: item 4: the published rule fails"):
         published.read("cqa", cqa_source).splits  # noqa: B018
 
 
@@ -249,8 +249,8 @@ def test_asdiv_is_svamp_and_asdiv_with_its_gold_answers(svamp_source):
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("delivery", {}, r"`paper_exact`: .delivery. is none of the paper.s datasets \(cqa, svamp, esnli, anli, asdiv\)"),
-        ("jsonl", {"new_name": "mine"}, "`paper_exact`: .jsonl. is none of the paper.s"),
+        ("delivery", {}, r"`paper_exact`: .delivery. is not one of the paper.s datasets \(cqa, svamp, esnli, anli, asdiv\)"),
+        ("jsonl", {"new_name": "mine"}, "`paper_exact`: .jsonl. is not one of the paper.s"),
         ("cqa", {"teacher": False}, "`paper_exact`: the published code needs the teacher's texts"),
         ("cqa", {"new_name": "cqa"}, "`new_name`: 'cqa' belongs to `prepare cqa`"),
     ],

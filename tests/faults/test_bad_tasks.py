@@ -458,7 +458,7 @@ def test_tfds_folders_are_refused_before_they_are_read_and_prepare_mends_them(
         seen="`prepare` writes a damaged folder anew",
     )
     assert not wrong, "\n".join(wrong)
-    assert mended and any("was damaged, and is written anew" in note for note in again["notes"])
+    assert mended and any("was damaged and has been rebuilt" in note for note in again["notes"])
     assert load_task("mine", split="train", data_dir=tmp_path / "data").stores[0].num_examples > 20
     assert prepare("jsonl", **options)["reused"]
 
