@@ -204,13 +204,13 @@ def build_in_subprocess(
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield
-        told = process.stdout.read() if process.stdout else ""
+        output = process.stdout.read() if process.stdout else ""
         process.wait()
     finally:
         process.kill()
         process.wait()
     if process.returncode == 2:
-        raise InputError(told.strip())
+        raise InputError(output.strip())
     if process.returncode:
         raise RuntimeError(
             f"writing the TFDS files of {name} failed with exit code {process.returncode}"

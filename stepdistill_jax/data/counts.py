@@ -90,10 +90,10 @@ class SplitCounts:
     def _note(self, row: CheckedExample) -> None:
         """Keeps the row's hashes, which `data.labels` compares, and its place in the source."""
         example, at = row.example, len(self._places)
-        asked = example.input + example.input_pair
+        text = example.input + example.input_pair
         question = (example.input, sorted(example.more.items()), example.choices)
         answer = (example.label, example.rationale, example.rationales, example.llm_label)
-        self.hashes["input"].append(hash64(asked))
+        self.hashes["input"].append(hash64(text))
         self.hashes["question"].append(hash64(repr(question)))
         self.hashes["label"].append(hash64(example.label) if example.label else 0)
         self.hashes["row"].append(hash64(repr((question, answer, example.weight))))
@@ -114,14 +114,14 @@ class SplitCounts:
 
     def _filter(self, row: CheckedExample) -> None:
         agrees = row.right.get("teacher_accuracy_repaired", row.right.get("teacher_accuracy"))
-        sound = all(defect.kind in HARMLESS for defect in row.defects)
+        harmless = all(defect.kind in HARMLESS for defect in row.defects)
         for name, keeps in (
             ("with a rationale", bool(row.example.rationale.strip())),
             ("the teacher's answer is the gold label (after repairs)", agrees),
-            ("no defect but runs_on", sound),
+            ("no defect but runs_on", harmless),
             (
                 "with a rationale, the gold label as its answer, no defect but runs_on",
-                row.example.rationale and agrees and sound,
+                row.example.rationale and agrees and harmless,
             ),
         ):
             self.kept[name] += bool(keeps)

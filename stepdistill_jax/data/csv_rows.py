@@ -69,8 +69,8 @@ def _rows(
     path: os.PathLike | str, decoded: Iterator[_Line], numbers: Collection[str]
 ) -> Iterator[JsonRow | BadRow]:
     first = next((x for x in decoded if x.problem or x.text.strip()), _Line(1, "", ""))
-    if said := _SEPARATOR.fullmatch(first.text):
-        lines, delimiter = _Lines(decoded), said[1]
+    if named := _SEPARATOR.fullmatch(first.text):
+        lines, delimiter = _Lines(decoded), named[1]
     else:
         lines, delimiter = _Lines(itertools.chain([first], decoded)), _delimiter(path, first.text)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -92,7 +92,7 @@ def _rows(
             yield BadRow(path, line, cells)
         elif len(cells) != len(header):
             s = "" if len(cells) == 1 else "s"
-            wrong = f"{len(cells)} cell{s}, where the header has {len(header)} columns"
+            wrong = f"{len(cells)} cell{s}, but the header has {len(header)} columns"
             yield BadRow(path, line, wrong)
         else:
             pairs = zip(header, cells, strict=True)

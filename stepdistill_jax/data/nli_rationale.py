@@ -43,9 +43,9 @@ def parse_esnli(text: str) -> Parsed:
             return Parsed(answer=answer, problems=(*problems, "empty"))
         problems += ("no_answer", *truncated(problems, own))
         return Parsed(answer=answer, problems=problems)
-    said, next_pair, _ = after.partition("Premise")
+    answer_text, next_pair, _ = after.partition("Premise")
     problems = ("runs_on",) if next_pair else ()
-    first, *more = said.split(ESNLI_MARKER)
+    first, *more = answer_text.split(ESNLI_MARKER)
     if more:
         problems += ("several_answers",)
     if not own.strip():
@@ -62,18 +62,18 @@ def parse_anli(text: str) -> Parsed:
     Repairs and problems are the same as in `parse_esnli`. The published rule finds nothing if the
     marker occurs more than once, and drops the answer's last character, whatever it is.
     """
-    problems, rationale, said = split(text, CHOICE_MARKER, ANLI_NEXT)
-    if said is None:
+    problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
+    if answer_text is None:
         return Parsed(problems=problems)
-    answer = "" if "several_answers" in problems else said[:-1]
-    return _with_label(problems, rationale, answer, said, text)
+    answer = "" if "several_answers" in problems else answer_text[:-1]
+    return _with_label(problems, rationale, answer, answer_text, text)
 
 
 def _with_label(
-    problems: tuple[str, ...], rationale: str, answer: str, said: str, text: str
+    problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts. `said` is the text of the first answer, `answer` the published rule's."""
-    repaired = _one_label(said)
+    """Returns the parts. `answer_text` is the text of the first answer, `answer` the published rule's."""
+    repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:
         problems += ("label_not_a_choice",)
     if not repaired:
@@ -81,9 +81,9 @@ def _with_label(
     return Parsed(rationale=rationale, answer=answer, repaired=repaired, problems=problems)
 
 
-def _one_label(said: str) -> str:
+def _one_label(answer_text: str) -> str:
     """Returns the label that an answer's first line names; "" unless it is exactly one."""
-    line = folded(said.strip().split("\n")[0])
+    line = folded(answer_text.strip().split("\n")[0])
     if line in LABELS:
         return line
     named = [label for label in LABELS if re.search(rf"\b{label}\b", line)]

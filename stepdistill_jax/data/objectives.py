@@ -303,7 +303,7 @@ def gives_rationale(objectives: Sequence[Objective]) -> bool:
 
 
 def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives for validation: the first one's target has `label` for `llm_label`."""
+    """Returns the objectives for validation, with `label` in place of `llm_label` in the first target."""
     first = objectives[0]
     if first.label_field != "llm_label":
         return tuple(objectives)

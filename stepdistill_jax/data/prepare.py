@@ -111,8 +111,8 @@ def prepare(
             splits, fingerprint, bad = writing.write_rows(reading, new)
             total = bad.count + sum(counts.rows for counts in splits.values())
             if bad.count and on_error == "stop":
-                odd = [w["message"] for w in warnings(splits)] + shared_inputs(splits)
-                raise UnusableRows(bad, total, keep_list(new, directory), odd)
+                notices = [w["message"] for w in warnings(splits)] + shared_inputs(splits)
+                raise UnusableRows(bad, total, keep_list(new, directory), notices)
             if not splits:
                 raise InputError(
                     f"prepare {name}: no row of the source can be used: {'; '.join(reading.notes)}"
@@ -197,7 +197,7 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
     taken = dict(zip(NAMES, NAMES, strict=True)) | papers
     if new_name in taken and new_name != own:
         raise InputError(
-            f"`new_name`: {new_name!r} belongs to `prepare {taken[new_name]}`, choose another"
+            f"`new_name`: {new_name!r} belongs to `prepare {taken[new_name]}`; choose another name"
         )
     return new_name
 

@@ -73,12 +73,12 @@ class PreparedDataset:
         Raises:
             InputError: a file is missing or has changed; names it.
         """
-        wanted = [
+        chosen = [
             f
             for f in self.files
             if not names or any(f == n or f.startswith(f"{n}/") for n in names)
         ]
-        for name in wanted:
+        for name in chosen:
             path = self.directory / name
             check_file(path)
             stat = path.stat()

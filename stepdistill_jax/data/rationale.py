@@ -150,7 +150,7 @@ def split(
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     """Returns ("truncated",) if a text without a complete answer does not end like a sentence.
 
-    Not for a text that runs on: its end is that of an invented question.
+    () for a text that runs on: it is the invented question that is truncated.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()

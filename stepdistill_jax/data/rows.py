@@ -244,8 +244,8 @@ def read_example(
         label=text("label"),
         rationale=text("rationale") if "rationale" in fields else "",
         rationales=tuple(
-            Rationale(said.text("text"), said.optional_text("source"), said.optional_text("label"))
-            for said in several
+            Rationale(one.text("text"), one.optional_text("source"), one.optional_text("label"))
+            for one in several
         ),
         llm_label=text("llm_label") if "llm_label" in fields else "",
         weight=row.weight(names.get("weight", "weight")) if "weight" in fields else 1.0,

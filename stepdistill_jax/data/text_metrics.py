@@ -21,11 +21,11 @@ def value_match(prediction: str, label: str) -> bool:
 
     A label that is not an equation is compared as text.
     """
-    wanted = arithmetic.evaluate(label)
-    if wanted is None:
+    expected = arithmetic.evaluate(label)
+    if expected is None:
         return text_match(prediction, label)
     got = arithmetic.evaluate(prediction)
-    return got is not None and arithmetic.equal(got, wanted)
+    return got is not None and arithmetic.equal(got, expected)
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {

@@ -24,8 +24,8 @@ def wrong_sums(text: str) -> list[str]:
 
     Checks only unambiguous equations: numbers joined by `+ - * / x` and parentheses on both sides of
     `=`. A side attached to other text (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not
-    checked. A result may be rounded to the digits that it shows. A chain may continue from a part,
-    as in `3 + 4 = 7 + 1 = 8`.
+    checked. A result may be rounded to the digits that it shows. A chain may
+    continue from a result: `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []

@@ -13,7 +13,7 @@ from stepdistill_jax.errors import InputError
 
 
 class FakeConfig:
-    """tf.config of a machine with one GPU; `used`: TensorFlow has already made its devices."""
+    """`tf.config` of a machine with one GPU; `used`: whether TensorFlow has created its devices."""
 
     def __init__(self, used=False):
         self.visible = {"GPU": ["gpu:0"], "TPU": []}
@@ -182,7 +182,7 @@ def test_a_kill_leaves_no_other_process_behind(tmp_path):
     end = time.monotonic() + 60
     while pathlib.Path(f"/proc/{children[0]}/cmdline").exists():
         state = pathlib.Path(f"/proc/{children[0]}/stat").read_text().rsplit(")")[1].split()[0]
-        if state == "Z":  # nobody is there to collect it
+        if state == "Z":  # a zombie: no process waits for it
             break
         assert time.monotonic() < end
         time.sleep(0.2)

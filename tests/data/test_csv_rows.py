@@ -1,4 +1,4 @@
-"""CSV and TSV as rows: values, lines of the file, and what is wrong with a bad one."""
+"""CSV and TSV as rows: values, lines of the file, and the reasons for bad rows."""
 
 import csv
 
@@ -68,10 +68,10 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
         (8, ["two\nlines", "11"]),
     ]
     assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
-        (3, "1 cell, where the header has 2 columns"),
+        (3, "1 cell, but the header has 2 columns"),
         (4, f"{OPEN} (line 5 is read as a row of its own)"),
         (6, 'a quote closes within a cell; inside quotes, a quote is written twice ("")'),
-        (7, "3 cells, where the header has 2 columns"),
+        (7, "3 cells, but the header has 2 columns"),
         (10, OPEN),
     ]
 

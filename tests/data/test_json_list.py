@@ -18,7 +18,7 @@ def path(tmp_path_factory):
 def test_a_list_is_read_as_json_reads_it(path, texts, indent, piece):
     path.write_text(json.dumps(texts, indent=indent), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_list, "PIECE", piece)  # cuts escapes and numbers anywhere
+        patch.setattr(json_list, "PIECE", piece)  # splits escapes and numbers anywhere
         assert list(json_list.read_texts(path)) == texts
 
 

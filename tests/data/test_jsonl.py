@@ -1,6 +1,6 @@
-"""A user's own rows: what is taken, what is refused, and how the refusal reads.
+"""A user's own rows: which are read, which are refused, and the messages.
 
-Every kind of bad row, for each command that reads rows, is in tests/bad_inputs/data/jsonl.jsonl.
+tests/bad_inputs/data/jsonl.jsonl has every kind of bad row, for each command that reads rows.
 """
 
 import json
@@ -26,7 +26,7 @@ def _only(reading):
 
 
 def _read_rows(tmp_path, *rows, **options):
-    """Reads `rows` as the test split of a folder, where no row is moved by its hash."""
+    """Reads `rows` as the test split of a folder, so that no hash moves a row."""
     _write(tmp_path / "test.jsonl", rows)
     return _only(jsonl.read(tmp_path, **options))
 
@@ -102,7 +102,7 @@ def test_a_wrong_map_lists_the_fields(tmp_path, field_map, message):
 def test_fields_that_were_not_read_are_told(tmp_path):
     _write(tmp_path / "test.jsonl", [ROW, ROW | {"rational": "typo", "topic": 1}])
     reading = jsonl.read(tmp_path)
-    assert len(_only(reading)) == 2  # such notes are whole once the rows are read
+    assert len(_only(reading)) == 2  # the notes are complete once the rows are read
     assert any("not read: rational, topic" in note for note in reading.notes)
 
 

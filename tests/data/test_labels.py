@@ -1,4 +1,4 @@
-"""What `prepare` says about labels and rows taken together."""
+"""Warnings of `prepare` about labels and rows of a whole dataset."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from stepdistill_jax.data.reading import CheckedExample
 
 
 def _splits(**splits):
-    """Tallies of {split: [(input, label), ...]}; a row stands in SPLIT.csv, on lines from 2 on."""
+    """Returns the counts of {split: [(input, label), ...]}; rows are in SPLIT.csv, from line 2 on."""
     made = {}
     for split, rows in splits.items():
         made[split] = SplitCounts()
@@ -22,7 +22,7 @@ def _splits(**splits):
 
 
 def _rows(counts):
-    """`count` rows of each label, of inputs that occur once."""
+    """Returns `count` rows of each label, all with different inputs."""
     return [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
 
 
@@ -56,7 +56,7 @@ def test_rows_of_each_label_are_counted_by_split_the_commonest_first():
 def test_a_closed_set_is_told_from_free_answers(counts, closed):
     splits = _splits(train=_rows(counts))
     assert bool(label_counts(splits)) == closed
-    if not closed:  # whose single labels are nothing odd
+    if not closed:  # a label with a single row is normal there
         assert warnings(splits) == []
 
 
@@ -112,7 +112,7 @@ def test_rows_that_differ_in_any_field_are_not_equal():
             {"more": {"hint": "h"}},
             {"rationales": second},
             {"rationales": (second[0], Rationale("t"))},
-            {"choices": ("a", "c"), "label": "c"},  # of another question
+            {"choices": ("a", "c"), "label": "c"},  # a different question
             {"more": {"hint": "i"}, "label": "c"},
         )
     ]

@@ -127,7 +127,7 @@ def test_a_gap_in_the_numbers_of_teacher_files_is_named(cqa_source):
 
 
 def test_teacher_files_are_read_in_the_order_of_their_numbers(cqa_source):
-    """Of more than ten files, `_2` comes before `_10`."""
+    """`_2` comes before `_10`."""
     for path in (cqa_source / "llm").glob("test_CoT_*.json"):
         path.unlink()
     for i in range(12):
@@ -197,7 +197,7 @@ def _lines(path, rows):
 
 
 def _add_asdiv(source):
-    """Three questions in source/asdiv, the last without an answer of the teacher's."""
+    """Writes three questions to source/asdiv, the last without a teacher's answer."""
     texts = ["1 + 1 = 2. The answer is (1 + 1).", "1 + 1 = 3. The answer is (2 + 2).", "Who knows"]
     rows = [{"input": f"question {i}?", "label": "not read"} for i in range(3)]
     _lines(source / "asdiv" / "asdiv_train.json", rows)
@@ -219,7 +219,7 @@ def test_asdiv_gives_inputs_that_have_the_teachers_labels_only(svamp_source):
     assert not any(row.right for row in rows)
     assert defect_counts(rows) == {"arithmetic_wrong": 1, "no_answer": 1, "truncated": 1}
     assert [d.text for d in rows[1].defects] == ["1 + 1 = 3"]
-    # nothing else changes: what trains on gold labels reads the same rows
+    # nothing else changes: training on gold labels reads the same rows
     assert {s: reading.splits[s] for s in before} == before
     assert {"asdiv/asdiv_train.json", "asdiv/llm/train_CoT_0.json"} <= set(reading.sources)
     assert any("the split unlabelled, with the teacher's labels" in note for note in reading.notes)

@@ -1,4 +1,4 @@
-"""From a source to the folder that tasks read, and what happens when it is there already."""
+"""`prepare`, from a source to the folder that tasks read, also if the folder exists already."""
 
 import concurrent.futures
 import json
@@ -43,7 +43,7 @@ def _write(path, rows):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """(source file, data dir, result) of 60 rows prepared as `mine`."""
+    """Prepares 60 rows as `mine`; returns (source file, data dir, result)."""
     folder = tmp_path_factory.mktemp("own")
     source = _write(folder / "rows.jsonl", _rows(60))
     return source, folder / "data", prepare(
@@ -177,7 +177,7 @@ def test_a_damaged_dataset_is_named_and_then_rebuilt(tmp_path):
     (tmp_path / "data" / "mine" / "train.jsonl").unlink()
     with pytest.raises(InputError, match=r"train\.jsonl: missing; run `stepdistill prepare jsonl"):
         open_prepared("mine", tmp_path / "data")
-    # what a killed run leaves behind goes, too
+    # also removes the leftovers of a killed run
     (tmp_path / "data" / ".mine.partial-killed").mkdir()
     assert not prepare("jsonl", **options)["reused"]
     assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
@@ -396,7 +396,7 @@ def test_a_report_replaces_its_own_page_alone(tmp_path, own):
 
 
 def _bad_source(tmp_path):
-    """40 rows as CSV, 37 of which can be used."""
+    """Writes 40 rows as CSV, of which 37 can be used."""
     lines = [f'{i},"question {i}",{"no" if i % 3 else "yes"}' for i in range(40)]
     lines[5], lines[17], lines[30] = "5,question 5,", "17,question 17", "4,question 30,no"
     path = tmp_path / "rows.csv"
@@ -420,7 +420,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     assert "has the same id '4'" in rows[2]["text"]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", listed.name]
 
-    # without them it is prepared, and the list is in its folder
+    # skipping them prepares the dataset, with the list in its folder
     result = prepare("jsonl", **options, on_error="skip")
     dataset = open_prepared("mine", tmp_path / "data")
     ids = {e.id for split in dataset.splits for e in dataset.examples(split)}

@@ -1,4 +1,4 @@
-"""The page about a dataset: its figures, and that no text of the dataset gets out of its place."""
+"""The page about a dataset: its numbers, and that it escapes every text of the dataset."""
 
 import base64
 import html.parser
@@ -28,7 +28,7 @@ RESULT = {
 
 
 class Balance(html.parser.HTMLParser):
-    """Raises where a tag is closed that is not open; collects text and tags."""
+    """Raises if a tag is closed that is not open; collects text and tags."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ def test_figures_are_those_of_the_rows(splits):
         re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)
     ]
     assert ["train", "8", "7", "0", "2"] in cells
-    # the interval as scipy has it
+    # scipy's interval
     assert next(c for c in cells if c[:2] == ["train", "teacher_accuracy"])[2:5] == [
         "87.50%",
         "52.91% to 97.76%",

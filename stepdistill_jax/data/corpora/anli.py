@@ -22,14 +22,16 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
 
 
-def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample | None:
+def _row(
+    row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds
+) -> CheckedExample | None:
     example_id, label = ids.of(row, "uid"), nli.gold(row)
     if not label:
         return None
     reason = row.optional_text("reason")
     return paper_layout.judged(
         Example(example_id, nli.question(row), label),
-        said,
+        completion,
         parse_anli,
         right=lambda answer: answer == label,
         human=(reason,) if reason else (),

@@ -32,7 +32,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample | None:
+def _row(
+    row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds
+) -> CheckedExample | None:
     example_id = ids.of(row)
     if "answerKey" in row.fields and "answer" not in row.fields:
         row = _as_in_the_paper(row)
@@ -54,7 +56,7 @@ def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExampl
     explanation = row.optional_text("abstractive_explanation")
     return paper_layout.judged(
         Example(example_id, question, label, choices=choices),
-        said,
+        completion,
         lambda text: parse_choice(text, written),
         right=lambda answer: answer.strip() == label,
         defects=defects,

@@ -71,11 +71,11 @@ def read(
     ]
 
     def each() -> Iterator[tuple[str, CheckedExample]]:
-        asked: set[bytes] = set()
+        seen: set[bytes] = set()
         for split, count in counts.items():
             chosen = {k: t for k, t in templates.items() if (k in held_out) == (split == UNSEEN)}
             made = dict.fromkeys(chosen, 0)
-            drawn = _draws(chosen, split, count, f"{seed} {split}", asked)
+            drawn = _draws(chosen, split, count, f"{seed} {split}", seen)
             for number, (template, draw) in enumerate(drawn, 1):
                 made[template] += 1
                 yield split, _checked(draw, f"t{template}-{number}", number)
@@ -136,11 +136,11 @@ def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
 
 
 def _draws(
-    templates: dict[int, _Template], split: str, count: int, seed: str, asked: set[bytes]
+    templates: dict[int, _Template], split: str, count: int, seed: str, seen: set[bytes]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `count` rows of a split, cycling through the templates; updates `asked`.
+    """Yields `count` rows of a split, cycling through the templates; updates `seen`.
 
-    Skips questions that are in `asked`. The other templates replace one that runs out of questions.
+    Skips questions that are in `seen`. The other templates replace one that runs out of questions.
     """
     left, made = dict(templates), 0
     streams = {k: random.Random(f"{seed} {k}") for k in templates}
@@ -155,12 +155,12 @@ def _draws(
                 question = draw["question"]
                 key = hashlib.blake2b(question.encode(), digest_size=16).digest()
                 is_own = split == UNSEEN or split_of_numbers(number, question) == split
-                if is_own and key not in asked:
+                if is_own and key not in seen:
                     break
             else:
                 del left[number]
                 continue
-            asked.add(key)
+            seen.add(key)
             yield number, draw
             made += 1
             if made == count:

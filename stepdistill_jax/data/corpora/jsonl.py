@@ -179,19 +179,19 @@ class _Rows:
         """
         unread = {str(name) for name in self._seen} - set(self._names.values())
         not_read = printable(", ".join(sorted(unread)))
-        told = [f"fields that were not read: {not_read}"] if unread else []
-        wanted = SPLITS if self._cut else ("train", "validation")
-        told += [
-            f"the split {split} is left out: none of so few rows falls into it"
-            for split in (wanted if "train" in self._sources else ())
+        added = [f"fields that were not read: {not_read}"] if unread else []
+        expected = SPLITS if self._cut else ("train", "validation")
+        added += [
+            f"the split {split} is left out: of so few rows, none falls into it"
+            for split in (expected if "train" in self._sources else ())
             if split not in found
         ]
         if self._unanswered:
-            told.append(
+            added.append(
                 f"{len(self._unanswered)} rows without any label, for which the teacher gave no answer,"
                 f" are left out, the first at {self._unanswered[0]}"
             )
-        told += [
+        added += [
             f"the field {name} is in {n} of {self._good} rows" for name, n in self._having.items()
         ]
         if absent := next((name for name, n in self._having.items() if not n), None):
@@ -200,7 +200,7 @@ class _Rows:
                 f"`fields` {absent}: no row of {self._name} has a text in the field {theirs!r}"
                 f" (not read: {not_read or 'none'}){nearest(theirs, unread)}"
             )
-        self._notes.extend(note for note in told if note not in self._notes)
+        self._notes.extend(note for note in added if note not in self._notes)
 
     @property
     def _name(self) -> str:
@@ -239,10 +239,10 @@ def _check_more(more: Sequence[str]) -> tuple[str, ...]:
 def _checked(
     row: JsonRow, fields: Sequence[str], more: Sequence[str], names: Mapping[str, str]
 ) -> CheckedExample:
-    for said in row.objects(names["rationales"]) if "rationales" in fields else ():
-        if unknown := sorted(said.fields.keys() - set(RATIONALE_FIELDS)):
+    for one in row.objects(names["rationales"]) if "rationales" in fields else ():
+        if unknown := sorted(one.fields.keys() - set(RATIONALE_FIELDS)):
             raise InputError(
-                f"{said.where}: unknown field {unknown[0]!r} (known: {', '.join(RATIONALE_FIELDS)})"
+                f"{one.where}: unknown field {unknown[0]!r} (known: {', '.join(RATIONALE_FIELDS)})"
             )
     # LABEL_SOURCE=llm trains on rows that only the teacher has labelled
     taught = "llm_label" in fields and row.optional_text(names["llm_label"])

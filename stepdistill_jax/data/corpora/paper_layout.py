@@ -43,9 +43,9 @@ class TeacherText:
     row: int
 
 
-Said = TeacherText | None  # None without a teacher
+Completion = TeacherText | None  # None without a teacher
 # checks a row and its teacher text; returns None without a gold label: the row is left out and counted
-ToRow = Callable[[JsonRow, Said, UniqueIds], CheckedExample | None]
+ToRow = Callable[[JsonRow, Completion, UniqueIds], CheckedExample | None]
 
 
 def read(
@@ -127,8 +127,8 @@ def file_rows(
         InputError: see `read`.
     """
     ids, absent = UniqueIds(), 0
-    for row, said in paired(source, path, teachers):
-        found = to_row(row, said, ids)
+    for row, completion in paired(source, path, teachers):
+        found = to_row(row, completion, ids)
         if found is None:
             absent += 1
         else:
@@ -140,7 +140,7 @@ def file_rows(
 
 def judged(
     example: Example,
-    said: Said,
+    completion: Completion,
     parse: Callable[[str], Parsed],
     *,
     right: Callable[[str], bool],
@@ -152,7 +152,7 @@ def judged(
 
     Args:
         example: id, input, label and choices.
-        said: the teacher's text; None without a teacher.
+        completion: the teacher's text; None without a teacher.
         parse: parses that text.
         right: decides whether an answer is the gold label.
         defects: defects of the row itself.
@@ -160,9 +160,9 @@ def judged(
         human: explanations of the gold label by people.
     """
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
-    if said is None:
+    if completion is None:
         return CheckedExample(dataclasses.replace(example, rationales=explained), defects)
-    parsed = parse(said.text)
+    parsed = parse(completion.text)
     label = parsed.repaired.strip()
     if explained and parsed.rationale:
         explained = (Rationale(parsed.rationale, TEACHER, label), *explained)
@@ -176,19 +176,19 @@ def judged(
         dataclasses.replace(
             example, rationale=parsed.rationale, llm_label=label, rationales=explained
         ),
-        (*defects, *(_defect_of(kind, parsed, said) for kind in parsed.problems)),
+        (*defects, *(_defect_of(kind, parsed, completion) for kind in parsed.problems)),
         judgement,
     )
 
 
-def _defect_of(kind: str, parsed: Parsed, said: TeacherText) -> Defect:
+def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
     """Returns the defect with the part of the text that shows it."""
-    text = said.text
+    text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
     elif kind == "truncated" and len(text) > TEXT_LENGTH:
         text = "…" + text[1 - TEXT_LENGTH :]
-    return Defect(kind, said.file, said.row, text)
+    return Defect(kind, completion.file, completion.row, text)
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
@@ -254,7 +254,7 @@ def input_files(
 
 def paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
-) -> Iterator[tuple[JsonRow, Said]]:
+) -> Iterator[tuple[JsonRow, Completion]]:
     """Yields (row, its teacher text). The n-th text belongs to the n-th row.
 
     Args:
@@ -275,16 +275,16 @@ def paired(
         for i, text in enumerate(read_texts(file), 1)
     )
     pairs = itertools.zip_longest(rows, texts)
-    for count, (row, said) in enumerate(pairs):
-        if row and said:
-            yield row, said
+    for count, (row, completion) in enumerate(pairs):
+        if row and completion:
+            yield row, completion
             continue
         total = count + 1 + sum(1 for _ in pairs)
         if row:
             wrong = f"{row.where}: no teacher text for this row: {total} rows, but {count}"
         else:
-            assert said
-            place = f"{source / said.file}: item {said.row}"
+            assert completion
+            place = f"{source / completion.file}: item {completion.row}"
             wrong = f"{place} belongs to no row: {count} rows, but {total}"
         raise InputError(f"{wrong} teacher texts in {_span(teachers)}")
 

@@ -138,16 +138,16 @@ class _File:
     def rows(self) -> Iterator[CheckedExample]:
         """Yields each row, in order."""
         ids = UniqueIds()
-        for row, said in paper_layout.paired(self.folder, self.path, self.teachers):
+        for row, completion in paper_layout.paired(self.folder, self.path, self.teachers):
             example = self.corpus.to_example(row, ids)
-            if said is None:
+            if completion is None:
                 yield CheckedExample(example, file=row.file, line=row.line)
                 continue
             try:
-                rationale, label = self.corpus.rule(said.text, neox=self.neox)
+                rationale, label = self.corpus.rule(completion.text, neox=self.neox)
             except ValueError:
                 raise InputError(
-                    f"{self.folder / said.file}: item {said.row}: the published rule fails, since the text"
+                    f"{self.folder / completion.file}: item {completion.row}: the published rule fails, since the text"
                     " does not have exactly one answer; leave out `paper_exact`"
                 ) from None
             example = dataclasses.replace(example, rationale=rationale, llm_label=label)

@@ -53,7 +53,7 @@ def find_sources(
     if isinstance(source, Mapping):
         return {split: _of_list(rows, split) for split, rows in _lists(source).items()}, False
     if not isinstance(source, str | os.PathLike):
-        notes.append(_cut("a list"))
+        notes.append(_split_note("a list"))
         return {"train": _of_list(source, "")}, True
     one_file = not os.path.isdir(source)  # pathlib's raises for a name that is too long
     files = _one(pathlib.Path(source), notes) if one_file else _of_folder(source, notes)
@@ -119,7 +119,7 @@ def _of_file(path: pathlib.Path, numbers: Sequence[str]) -> RowSource:
     )
 
 
-def _cut(what: str) -> str:
+def _split_note(what: str) -> str:
     return f"{what}, split by hashed ids: validation and test get a tenth each, train the rest"
 
 
@@ -127,7 +127,7 @@ def _one(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
     if not os.path.exists(source):
         raise InputError(f"`source` {source}: no such file or folder")
     check_file(source)
-    notes.append(_cut(f"{source}: one file"))
+    notes.append(_split_note(f"{source}: one file"))
     return {"train": source}
 
 
@@ -142,18 +142,18 @@ def _of_folder(folder: os.PathLike | str, notes: list[str]) -> dict[str, pathlib
             names = " and ".join(path.name for path in paths)
             raise InputError(f"`source` {source}: it has both {names}; keep one file for {split}")
     files = {split: paths[0] for split, paths in found.items() if paths}
-    others = sorted(
+    ignored = sorted(
         p.name for p in source.iterdir() if p.suffix in ENDINGS and p not in files.values()
     )
-    wanted = {split: source / f"{split}.jsonl" for split in SPLITS}
+    expected_files = {split: source / f"{split}.jsonl" for split in SPLITS}
     if not files:
         raise InputError(
-            f"`source` {source}: none of {', '.join(p.name for p in wanted.values())} (or .csv, .tsv)"
-            " is in it" + (f" (found: {', '.join(others)})" if others else "")
+            f"`source` {source}: none of {', '.join(p.name for p in expected_files.values())} (or .csv, .tsv)"
+            " is in it" + (f" (found: {', '.join(ignored)})" if ignored else "")
         )
-    notes += absent_notes(wanted, files)
+    notes += absent_notes(expected_files, files)
     for path in files.values():
         check_file(path, "a file of rows")
-    if others:
-        notes.append(f"{source}: files that were not read: {', '.join(others)}")
+    if ignored:
+        notes.append(f"{source}: files that were not read: {', '.join(ignored)}")
     return files

@@ -86,17 +86,17 @@ def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | N
     return None
 
 
-def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample:
+def _row(row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds) -> CheckedExample:
     label = row.text("Equation" if "Equation" in row.fields else "label")
     defects: tuple[Defect, ...] = ()
     if arithmetic.evaluate(label) is None:
         defects = (Defect("gold_has_no_value", row.file, row.line, label),)
-    return _judged(Example(ids.of(row, "ID"), question(row), label), said, defects)
+    return _judged(Example(ids.of(row, "ID"), question(row), label), completion, defects)
 
 
-def _extra_row(row: JsonRow, said: paper_layout.Said, _: UniqueIds) -> CheckedExample:
+def _extra_row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) -> CheckedExample:
     """Returns the example of an ASDiv row; its label is not read."""
-    return _judged(Example(f"{EXTRA}-{row.number}", question(row)), said)
+    return _judged(Example(f"{EXTRA}-{row.number}", question(row)), completion)
 
 
 def question(row: JsonRow) -> str:
@@ -108,11 +108,11 @@ def question(row: JsonRow) -> str:
 
 
 def _judged(
-    example: Example, said: paper_layout.Said, defects: tuple[Defect, ...] = ()
+    example: Example, completion: paper_layout.Completion, defects: tuple[Defect, ...] = ()
 ) -> CheckedExample:
     return paper_layout.judged(
         example,
-        said,
+        completion,
         parse_equation,
         right=lambda answer: value_match(answer, example.label),
         defects=defects,
