@@ -1,4 +1,4 @@
-"""Models that the benchmarks ask: random weights of a T5 v1.1, in a directory that `predict` opens."""
+"""Models for the benchmarks: a T5 v1.1 with random weights, in a directory that `predict` opens."""
 
 import os
 from typing import Any
@@ -14,17 +14,17 @@ def save_random_model(
     ends: float = 3.0,
     task_info: Any = None,
 ) -> None:
-    """Writes one whose answers end now and then, or never.
+    """Writes a model whose answers end now and then, or never.
 
     Args:
-        directory: a new one.
-        vocabulary: of the prompts.
-        size: of T5 v1.1.
-        vocab_size: rows of the embedding, where they are more than the vocabulary's.
-        seed: of the weights.
-        ends: factor of the output row of the end of sequence: at 3 it is the likeliest token now and
-            then, at 0 never.
-        task_info: how it is asked; None writes none.
+        directory: a new directory.
+        vocabulary: vocabulary of the prompts.
+        size: size of T5 v1.1.
+        vocab_size: rows of the embedding, if more than the vocabulary's.
+        seed: seed of the weights.
+        ends: factor of the output row of the end of sequence: at 3 it is sometimes the likeliest
+            token, at 0 never.
+        task_info: contents of `stepdistill.json`; None writes no such file.
     """
     import jax
 
