@@ -1,11 +1,11 @@
-"""The table of docs/lab/accelerators.md: what steps take at least on chips that are not here.
+"""Prints the table of docs/lab/accelerators.md: lower bounds of step times on absent accelerators.
 
     python benchmarks/accelerators.py --keep FOLDER
     python benchmarks/accelerators.py base_h100 --set DROPOUT_BROADCAST=True
 
-Needs the extras [aot-cuda] and [tpu]; no device and no dataset. Each cell is one `stepdistill plan`, in a process of
-its own: half a minute for H100s, two minutes for a TPU slice. `--keep` leaves the JSON of each cell in a
-folder, and starts no cell that is there already.
+Needs the extras [aot-cuda] and [tpu], but no device and no dataset. Each cell is a `stepdistill plan`
+in its own process: half a minute for H100s, two minutes for a TPU slice. `--keep` writes the JSON of
+each cell to a folder, and skips cells that are in it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 BASE, LARGE = (f"--set MODEL_SIZE={size}" for size in ("base", "large"))
 SHORT = "--set ROW_INPUT_LENGTH=512 --set ROW_TARGET_LENGTH=114"
 LONG = "--set ROW_INPUT_LENGTH=1024 --set ROW_TARGET_LENGTH=256"
-# 32 rows an H100, 16 of base and 8 of large a v5e; 16 of the long rows
+# 32 rows per H100; 16 rows of base and 8 of large per v5e; 16 long rows per H100
 CELLS = {
     "base_h100": f"--topology cuda:1 --layout data --rows 32 {BASE} {SHORT}",
     "base_8_h100": f"--topology cuda:8 --layout data --rows 256 {BASE} {SHORT}",
@@ -34,14 +34,14 @@ GIB = 2**30
 
 
 def main() -> None:
-    """Runs the cells and prints their rows."""
+    """Runs the cells and prints a table row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}; all")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
-    parser.add_argument("--keep", type=pathlib.Path, help="folder of the cells' JSON")
+    parser.add_argument("--keep", type=pathlib.Path, help="folder for the JSON of the cells")
     args = parser.parse_args()
     if wrong := set(args.cells) - CELLS.keys():
-        parser.error(f"no cell {', '.join(sorted(wrong))}; there are {', '.join(CELLS)}")
+        parser.error(f"unknown cell {', '.join(sorted(wrong))} (known: {', '.join(CELLS)})")
     print(
         "| cell | rows a chip | GiB of | bound, ms | rows/s a chip | MFU | links, ms | compiler, ms |"
     )
@@ -65,14 +65,14 @@ def result(cell: str, settings: list[str], folder: pathlib.Path, no_data: str) -
             stdout=subprocess.PIPE,
             text=True,
         )
-        if done.returncode:  # `plan` has said why
+        if done.returncode:  # `plan` has printed the reason
             sys.exit(done.returncode)
         kept.write_text(done.stdout.splitlines()[-1])
     return json.loads(kept.read_text())
 
 
 def row(cell: str, found: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Returns a row of the table."""
     (candidate,) = found["candidates"]
     if (bound := candidate.get("bound")) is None:
         return f"| {cell} | does not fit: {candidate['error'][:80]} |"

@@ -1,8 +1,8 @@
-"""How many rows a second `annotate` gets through, and in how much memory, with 64 requests at once.
+"""Measures rows per second and memory of `annotate` with 64 concurrent requests.
 
-The teacher is a server in a process of its own that answers after `--delay` seconds, so the figure is
-that of our side: prompts, HTTP, parsing, cache and output. Peer: the `openai` client itself, as many
-requests at once and nothing else.
+The teacher is a server in its own process that answers after `--delay` seconds. So the numbers are
+those of our side: prompts, HTTP, parsing, cache and output. The peer is the bare `openai` client with
+as many concurrent requests.
 """
 
 import argparse
@@ -29,13 +29,15 @@ MIB = 2**20
 
 
 def main() -> None:
-    """Runs ours and the peer, and prints a line for each."""
+    """Runs `annotate` and the peer, and prints a line for each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--delay", type=float, default=0.05, help="seconds of an answer")
+    parser.add_argument(
+        "--delay", type=float, default=0.05, help="seconds until the server answers"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--worker", choices=("ours", "openai"), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
@@ -55,7 +57,7 @@ def main() -> None:
     ):
         url = server.stdout.readline().strip()
         write_questions(pathlib.Path(folder) / "in.jsonl", args.rows)
-        figures = {}
+        results = {}
         for name in ("ours", "openai"):
             argv = [*sys.argv[1:], "--worker", name, "--url", url, "--folder", folder]
             done = subprocess.run(
@@ -65,21 +67,21 @@ def main() -> None:
                 text=True,
                 check=True,
             )
-            figures[name] = json.loads(done.stdout.splitlines()[-1])
+            results[name] = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"{name:<8}{figures[name]['rows_per_second']:>10.1f} rows/s"
-                f"{figures[name]['rows_per_cpu_second']:>10.1f} rows/s of CPU time"
-                f"{figures[name]['peak_memory_mib']:>10.0f} MiB peak"
+                f"{name:<8}{results[name]['rows_per_second']:>10.1f} rows/s"
+                f"{results[name]['rows_per_cpu_second']:>10.1f} rows/s of CPU time"
+                f"{results[name]['peak_memory_mib']:>10.0f} MiB peak"
             )
         server.stdin.close()
-    ratio = figures["ours"]["rows_per_second"] / figures["openai"]["rows_per_second"]
-    print(f"at most {args.concurrency / args.delay:.0f} rows/s at {args.delay:g} s an answer")
+    ratio = results["ours"]["rows_per_second"] / results["openai"]["rows_per_second"]
+    print(f"at most {args.concurrency / args.delay:.0f} rows/s at {args.delay:g} s per answer")
     if args.json:
-        peers = {"openai": figures["openai"]}
+        peers = {"openai": results["openai"]}
         print(
             json.dumps(
                 {
-                    "ours": figures["ours"],
+                    "ours": results["ours"],
                     "peers": peers,
                     "ratio": {"openai": ratio},
                     "threads": len(os.sched_getaffinity(0)),
@@ -90,7 +92,7 @@ def main() -> None:
 
 
 def write_questions(path: pathlib.Path, count: int) -> None:
-    """So many questions of choices, as long as CQA's."""
+    """Writes multiple-choice questions of the length of CQA's."""
     with open(path, "w") as f:
         for i in range(count):
             question = (
@@ -101,7 +103,7 @@ def write_questions(path: pathlib.Path, count: int) -> None:
 
 
 def measured(work: Any, args: argparse.Namespace) -> dict[str, float]:
-    """Rows per second, of its own CPU time too, and the most memory of the process (resident)."""
+    """Returns rows per second, rows per second of CPU time, and peak resident memory."""
     start = time.perf_counter()
     work(args)
     seconds = time.perf_counter() - start
@@ -115,7 +117,7 @@ def measured(work: Any, args: argparse.Namespace) -> dict[str, float]:
 
 
 def ours(args: argparse.Namespace) -> None:
-    """The whole of `annotate` with the prompt of CQA."""
+    """Runs the whole of `annotate` with CQA's prompt."""
     from stepdistill_jax.teacher import annotate
 
     result = annotate(
@@ -131,7 +133,7 @@ def ours(args: argparse.Namespace) -> None:
 
 
 def peer(args: argparse.Namespace) -> None:
-    """The client alone on the same prompts; answers are dropped."""
+    """Runs the client alone on the same prompts; discards the answers."""
     import openai
 
     from stepdistill_jax.teacher.prompts import load_prompter

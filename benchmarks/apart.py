@@ -1,7 +1,7 @@
-"""Contenders in processes of their own: each with the threads, the allocator and the settings it likes best.
+"""Runs each contender in its own process, with the threads, allocator and settings that suit it best.
 
-In one process libraries share glibc's heap, OpenMP's threads and the environment, so one of them is
-timed under what another needs.
+In one process, libraries share glibc's heap, OpenMP's threads and the environment, so that each is
+timed under the settings of another.
 """
 
 import contextlib
@@ -13,19 +13,19 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-# torch does most steps with this (docs/training_speed.md): one heap, which keeps large blocks and is never given
-# back. OpenMP keeps its default: threads spin briefly between two loops
+# torch is fastest with these settings (docs/training_speed.md): one heap that keeps large blocks and
+# is never returned. OpenMP has its default: threads spin briefly between two loops
 TORCH = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1"
 }
-CLOSE_SECS = 30  # in which a process that is asked to end does so
+CLOSE_SECS = 30  # time for a process to end
 
 
 class Apart:
-    """A contender in a process of its own, which sleeps out of its turn.
+    """A contender in its own process, which sleeps between its turns.
 
-    The process is started with the environment that it is given, on the cores of this one, and makes an
-    object that has a method `contender`; leaving the `with` block ends it.
+    The process runs on the cores of this one with the given environment, and makes an object that has
+    a method `contender`. Leaving the `with` block ends it.
 
         with Apart(Peer, args, environment=TORCH) as peer:
             peer.call("loss")
@@ -35,15 +35,15 @@ class Apart:
     def __init__(
         self, make: Callable[..., Any], *args: Any, environment: Mapping[str, str] | None = None
     ):
-        """Returns once the object is made.
+        """Starts the process and waits for the object.
 
         Args:
-            make: makes the object, of a module's top level.
-            args: of it; they are pickled, as are the arguments and results of `call`.
-            environment: variables that are added to this process's, or replace them.
+            make: makes the object; at the top level of a module.
+            args: arguments of `make`; pickled, like the arguments and results of `call`.
+            environment: variables to add to this process's environment, or to replace.
 
         Raises:
-            InputError: as `make`.
+            InputError: raised by `make`.
             RuntimeError: `make` failed; its traceback is on standard error.
         """
         self.environment, self._name = dict(environment or {}), make.__name__
@@ -71,12 +71,12 @@ class Apart:
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls a method of the object and returns its result."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: so says its answer
+        with contextlib.suppress(BrokenPipeError):  # it has ended: reading the answer reports that
             self._pipe.send((method, args))
         return self._answer()
 
     def contender(self, number: int) -> Callable[[], int]:
-        """The object's own, for `timing.alternate`: prepares a round, and returns its work."""
+        """Calls the object's `contender`, for `timing.alternate`: prepares a round, returns its work."""
         self.call("contender", number)
         return lambda: self.call("work")
 
@@ -86,7 +86,7 @@ class Apart:
         except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode
-            killed = "; -9 is often the kernel's, short of memory" if code == -9 else ""
+            killed = "; -9 often means that memory ran out" if code == -9 else ""
             raise RuntimeError(f"the process of {self._name} ended with {code}{killed}") from None
         if error is not None:
             raise error
@@ -100,12 +100,12 @@ def _serve(pipe: Any, make: Callable[..., Any], args: tuple) -> None:
         pipe.send((None, None))
         while True:
             method, args = pipe.recv()
-            if method == "contender":  # its work stays here and is called by that name
+            if method == "contender":  # its work stays in this process, and is called as `work`
                 result, work = None, made.contender(*args)
             else:
                 result = work() if method == "work" else getattr(made, method)(*args)
             pipe.send((result, None))
-    except (EOFError, BrokenPipeError):  # nobody listens any more
+    except (EOFError, BrokenPipeError):  # the other side is gone
         return
     except InputError as refused:
         pipe.send((None, refused))

@@ -1,11 +1,11 @@
-"""Rows per second of `--choices`, every allowed label scored, beside plain greedy decoding.
+"""Compares rows per second of `--choices`, which scores every allowed label, with greedy decoding.
 
     python benchmarks/choices_throughput.py --task cqa --size small --vocab-size 32128 --json
     python benchmarks/choices_throughput.py --task cqa --model runs/cqa --json
 
-The same model and prompts. Allowed are a row's own choices, or where rows have none the task's labels.
-Weights are random, and answers without meaning, unless `--model` names a workdir or model directory;
-then the accuracies of both and the number of invalid greedy answers are those of that model.
+Both use the same model and prompts. The allowed labels are a row's choices, or else the task's labels.
+Weights are random, and answers meaningless, unless `--model` names a workdir or model directory; then
+the result also has both accuracies and the number of invalid greedy answers.
 """
 
 import argparse

@@ -1,17 +1,17 @@
-"""Rows per second of label decoding: our engines, `generate` of transformers, and CTranslate2.
+"""Compares rows per second of label decoding: our engines, transformers' `generate`, CTranslate2.
 
     python benchmarks/decode_throughput.py --size small --vocab-size 32128 --json
 
-The same random weights, in float32, through the directory that `stepdistill export` writes; the
-same prompts, those of a split's label objective. Random weights never end an answer, so the output
-row of the end of sequence is made longer until some do. Both sides go by batches of like length,
-the longest first; the peer's are padded to their longest row only and are not filled up. All labels
-must be equal. Each way runs in a process of its own (benchmarks/apart.py), and they take turns.
+All use the same random float32 weights, from a directory of `stepdistill export`, and the same prompts
+of a split's label objective. Random weights never end an answer, so the output row of the end of
+sequence is scaled up until some do. All form batches of similar length, the longest first; the peer's
+are padded only to their longest row, without filler rows. All labels must be equal. Each contender
+runs in its own process (benchmarks/apart.py), and they take turns.
 
-`ours` and `transformers` begin and end with ids. `ours_ctranslate2` is `predict` on the directory of
-`export --format ctranslate2`, and `ctranslate2` the plain lines that a user would write: both from one
-file of JSON lines to another, the model's start included, with a worker of one thread per core. The
-`_int8` ones have int8 weights. These are for the families of T5 alone.
+`ours` and `transformers` go from ids to ids. `ours_ctranslate2` is `predict` on the directory of
+`export --format ctranslate2`, `ctranslate2` the plain script that a user would write: both go from one
+file of JSON lines to another, including the model's start, with one single-threaded worker per core.
+The `_int8` contenders have int8 weights. Those of CTranslate2 exist for the families of T5 only.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def our_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]):
-    """A function without arguments that gives the answers' ids."""
+    """Returns a function without arguments that returns the answers' ids."""
     from stepdistill_jax.decoding.greedy import LabelDecoder
     from stepdistill_jax.inference.model import load_model
 
@@ -52,7 +52,7 @@ def our_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]])
 
 
 def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]):
-    """The same with transformers."""
+    """Returns the same with transformers."""
     torch = timing.peer_module("torch", args.threads)
     transformers = timing.peer_module("transformers")
     transformers.logging.set_verbosity_error()
@@ -86,12 +86,12 @@ def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]
 
 
 def our_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
-    """Labels by `predict`, through files."""
+    """Returns the labels of `predict`, from file to file."""
     from stepdistill_jax.inference import predict
 
     def decode() -> list[str]:
         out = source.with_name("ours.jsonl")
-        batch_size = args.batch_size * args.threads  # of all workers together
+        batch_size = args.batch_size * args.threads  # for all workers together
         settings = {"max_decode_len": args.max_decode_len, "batch_size": batch_size}
         predict(directory, source, out, engine="ctranslate2", **settings)
         return [json.loads(line)["label"] for line in out.read_text().splitlines()]
@@ -100,7 +100,7 @@ def our_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
 
 
 def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
-    """The same by CTranslate2 and SentencePiece alone."""
+    """Returns the same with only CTranslate2 and SentencePiece."""
     import sentencepiece
 
     ctranslate2 = timing.peer_module("ctranslate2")
@@ -127,7 +127,7 @@ def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path)
         with open(source.with_name("peer.jsonl"), "w") as f:
             for number, result in enumerate(results, 1):
                 ids = processor.piece_to_id(result.hypotheses[0])
-                # a name that is no piece has the unknown id
+                # a name that is not a piece has the unknown id
                 pieces = zip(ids, result.hypotheses[0], strict=True)
                 known = [
                     i for i, name in pieces if 0 < i < size and processor.id_to_piece(i) == name
@@ -142,7 +142,7 @@ def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path)
 
 
 def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
-    """How many labels of the other engines are those of `ours`; float32 must agree on all."""
+    """Returns how many labels of each engine equal those of `ours`; float32 must agree on all."""
     equal = {}
     for name, answers in labels.items():
         same = sum(a == b for a, b in zip(answers, labels["ours"], strict=True))
@@ -153,7 +153,7 @@ def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
 
 
 class Decoder:
-    """One way to decode; `make` is one of the functions above."""
+    """A contender; `make` is one of the functions above."""
 
     def __init__(self, make: Callable[..., Callable[[], list]], *args: Any):
         self._decode = make(*args)
@@ -209,7 +209,7 @@ def main() -> None:
         }
         answers = {name: one.call("answers") for name, one in apart.items()}
         ours = answers["ours"]
-        assert answers["transformers"] == ours, "transformers answers other ids"
+        assert answers["transformers"] == ours, "transformers answers with different ids"
         for name in ("ours", "transformers"):
             answers[name] = list(map(data.vocabulary.decode, answers[name]))
         equal = compare_labels(answers)

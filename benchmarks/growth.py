@@ -1,9 +1,9 @@
-"""How a step's cost grows with devices: plot and table of docs/planning.md, from `plan`'s figures.
+"""Shows how the cost of a step grows with devices: plot and table of docs/planning.md, from `plan`.
 
     python benchmarks/growth.py --output docs/images/growth.png
 
-No device is needed and nothing is trained: the step is compiled for virtual CPU devices, a fixed
-batch over 1 to 256 of them, under fsdp and full remat. `--json` keeps the figures.
+Needs no device and trains nothing: the step is compiled for 1 to 256 virtual CPU devices with a fixed
+batch, under fsdp and full remat. `--json` prints the numbers.
 """
 
 import argparse
@@ -26,10 +26,10 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="of T5 v1.1")
     parser.add_argument("--devices", nargs="+", type=int, default=DEVICES)
-    parser.add_argument("--rows", type=int, default=256, help="packed rows of a step")
+    parser.add_argument("--rows", type=int, default=256, help="packed rows per step")
     parser.add_argument("--input-length", type=int, default=1024)
     parser.add_argument("--target-length", type=int, default=256)
-    parser.add_argument("--output", type=pathlib.Path, help="where the plot goes, as PNG")
+    parser.add_argument("--output", type=pathlib.Path, help="PNG file for the plot")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
-    """{size: {devices: figures of one device}}."""
+    """Returns {size: {devices: numbers of one device}}."""
     from stepdistill_jax.models.sharding import Layout, make_mesh
     from stepdistill_jax.planning.compiling import figures
     from stepdistill_jax.planning.devices import virtual_devices
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def show(found: dict[str, dict[int, dict[str, float]]]) -> None:
-    """The table, one row for each size and number of devices."""
+    """Prints the table, one row for each size and number of devices."""
     print("| size | devices | TFLOPs a step | state, GiB | all memory, GiB | sent a step, GiB |")
     print("|---|---|---|---|---|---|")
     for size, by_devices in found.items():
@@ -84,7 +84,7 @@ def show(found: dict[str, dict[int, dict[str, float]]]) -> None:
 
 
 def plot(found: dict[str, dict[int, dict[str, float]]], path: pathlib.Path) -> None:
-    """Three panels against the number of devices, log-log."""
+    """Plots three panels against the number of devices, log-log."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +106,7 @@ def plot(found: dict[str, dict[int, dict[str, float]]], path: pathlib.Path) -> N
             if key == "total":
                 state = [f["state"] / unit for f in by_devices.values()]
                 axis.plot(list(by_devices), state, ls=":", color=look["color"])
-            if key != "sent":  # ideal: all of one device's, cut by N
+            if key != "sent":  # ideal: the value of one device, divided by N
                 first = next(iter(by_devices.values()))[key] / unit
                 ideal = [first / n * min(by_devices) for n in by_devices]
                 name = "ideal, 1/N" if i == len(found) - 1 else None

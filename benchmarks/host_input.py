@@ -1,17 +1,17 @@
-"""CPU time of one host's input, for small and large global batches on one and on many processes.
+"""Measures the CPU time of one host's input, for several global batches and numbers of processes.
 
     python benchmarks/host_input.py --json
 
-Made-up examples, as long as CommonsenseQA's and with a rationale each, are drawn and packed into rows
-of 192 input and 72 target tokens. A process makes the shards of its own devices
-(`stepdistill_jax/batches/host.py`); the first of many does so here, alone. Figures are CPU time of one
-thread, the median of `--rounds` turns: a busy machine changes them little. Placing the arrays on devices
-is not in them. `need` is what 8 H100s at 45% of their peak would train on, in examples a second, with
-rows as full as these; `ours` is what one thread makes of the second batch size (or of the only one) on
-the fewest processes.
+Draws made-up examples of CommonsenseQA's lengths, with a rationale each, and packs them into rows of
+192 input and 72 target tokens. A process makes the shards of its own devices
+(`stepdistill_jax/batches/host.py`); the benchmark is the first of many processes. Times are CPU times
+of one thread, medians of `--rounds` turns, which a busy machine changes little. They exclude the copy
+to devices. `need` is the number of examples per second that 8 H100s at 45% of their peak would train
+on, with rows as full as these. `ours` is the rate of one thread at the second batch size (or the only
+one), on the fewest processes.
 
-`opening` is the time to open the token store, of which pieces are read, and to compare every byte of
-it, as `inspect --verify` does.
+`opening` is the time to open the token store, which reads a part of it, and to compare every byte, as
+`inspect --verify` does.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def examples(count: int) -> Iterator[Any]:
-    """Inputs of 45 tokens, labels of 3 and rationales of 29 on average."""
+    """Yields examples with mean lengths of 45 (input), 3 (label) and 29 (rationale) tokens."""
     import numpy as np
 
     from stepdistill_jax.tasks.token_store import TokenExample
@@ -53,7 +53,7 @@ def examples(count: int) -> Iterator[Any]:
 
 
 def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
-    """CPU milliseconds of a step in the first of the processes, and what comes of them."""
+    """Returns CPU milliseconds per step in the first process, and the rates that follow from them."""
     own = range(-(-batches.num_shards // processes))
     times = []
     for step in range(rounds + 1):
@@ -62,7 +62,7 @@ def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
         fullest = max(shard[0].num_rows for shard in shards)
         batches.arrays(shards, fullest)
         times.append(time.process_time() - began)
-    seconds = statistics.median(times[1:])  # the first draws a permutation
+    seconds = statistics.median(times[1:])  # the first step draws a permutation
     return {
         "shards": len(own),
         "of_shards": batches.num_shards,
@@ -73,7 +73,7 @@ def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
 
 
 def needs(examples_per_row: float) -> dict[str, float]:
-    """Examples a second that the GPUs would train on, by model."""
+    """Returns the examples per second that the GPUs would train on, by model."""
     from stepdistill_jax.models.families import model_config
     from stepdistill_jax.models.flops import train_flops
     from stepdistill_jax.runtime.chips import CHIPS
@@ -106,10 +106,10 @@ def main() -> None:
         cells = []
         for batch_size in args.batch_sizes:
             batches = Batches(data, batch_size, *LENGTHS, seed=0, row_multiple=8)
-            _ = batches.row_counts  # once a run
+            _ = batches.row_counts  # computed once per run
             for processes in args.processes:
-                figures = of_process(batches, processes, args.rounds)
-                cells.append({"batch_size": batch_size, "processes": processes, **figures})
+                results = of_process(batches, processes, args.rounds)
+                cells.append({"batch_size": batch_size, "processes": processes, **results})
     print(f"{timing.device()}, one thread, {args.rounds} rounds")
     print(f"opening {args.examples} examples, ms of CPU: {opening}")
     print(

@@ -1,16 +1,16 @@
-"""Rows per second of input: batches from a token store, SeqIO's stock road, plain SentencePiece.
+"""Compares rows per second of input: batches from a token store, plain SeqIO, plain SentencePiece.
 
     python benchmarks/input_throughput.py --json
 
-All read the same examples of a prepared dataset, a label row and a rationale row of each. Ours
-draws a shuffled, packed batch from tokens on disk. SeqIO tokenises in TensorFlow, unshuffled and
-without its memory cache, and packs with its `EncDecFeatureConverter`. SentencePiece encodes lists of
-strings, which NumPy pads to the longest, unshuffled; nothing is packed. Ours uses one thread, the
-others as many as they are given. Each runs in a process of its own, and they take turns.
+All read the same examples of a prepared dataset, with a label row and a rationale row each. `ours`
+draws shuffled, packed batches from tokens on disk. SeqIO tokenises in TensorFlow, without shuffling
+and without its memory cache, and packs with its `EncDecFeatureConverter`. SentencePiece encodes lists
+of strings, which NumPy pads to the longest, without shuffling and packing. `ours` uses one thread, the
+peers all threads they are given. Each runs in its own process, and they take turns.
 
-`building` is how many of these rows a second become a new token store, once each: `as_they_stand`, of
-a prepared dataset whose labels and rationales are taken so, and `through_seqio`, where something is
-chosen among them. `cores` is how many it kept busy.
+`building` is the number of rows per second that become a new token store: `as_they_stand` for a
+prepared dataset whose labels and rationales are used as they are, `through_seqio` if some are selected.
+`cores` is the mean number of busy cores.
 """
 
 import argparse
@@ -27,16 +27,16 @@ from apart import Apart
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="of the dataset")
-    parser.add_argument("--batch-size", type=int, default=64, help="examples a step")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a timed turn, at least")
+    parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    parser.add_argument("--seconds", type=float, default=2.0, help="least seconds of a timed turn")
     parser.add_argument("--input-length", type=int, help="tokens of a packed row")
     parser.add_argument("--target-length", type=int, help="the same for targets")
 
 
 class Stream:
-    """Draws batches, of which a stream gives the row counts, epoch after epoch for some seconds.
+    """Draws batches, epoch after epoch, for some seconds.
 
-    `make` is one of the functions below.
+    `make` is one of the functions below; it returns an iterator over the batches' numbers of rows.
     """
 
     def __init__(self, make: Callable[..., Callable[[], Iterator[int]]], args: argparse.Namespace):
@@ -45,7 +45,7 @@ class Stream:
     def contender(self, number: int) -> Callable[[], int]:
         streams = (self._stream() for _ in itertools.count())
         batches = itertools.chain.from_iterable(streams)
-        next(batches)  # start-up is not counted: a run has thousands of steps
+        next(batches)  # exclude the start: a run has thousands of steps
 
         def work() -> int:
             done, end = 0, time.perf_counter() + self._seconds
@@ -57,7 +57,7 @@ class Stream:
 
 
 def packed_rows(batch) -> int:
-    """Rows before packing."""
+    """Returns the number of rows before packing."""
     return int(batch["encoder_segment_ids"].max(axis=1).sum())
 
 
@@ -131,7 +131,7 @@ def sentencepiece_stream(args) -> Callable[[], Iterator[int]]:
 
 
 def building(args, dataset) -> dict[str, dict[str, float]]:
-    """Rows a second of both ways to a token store."""
+    """Returns the rows per second of both ways to make a token store."""
     from stepdistill_jax.tasks.load import load_task
     from stepdistill_jax.tasks.supervision import Supervision
 

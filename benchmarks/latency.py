@@ -1,18 +1,19 @@
-"""Latency of one row, warm: our engines beside `generate`, and `stepdistill serve` under a stated load.
+"""Measures the warm latency of one row: our engines, `generate`, and `stepdistill serve` under load.
 
     python benchmarks/latency.py --task cqa --size small --vocab-size 32128 --json
     python benchmarks/latency.py --rates 10 20 30 --seconds 60 --engines ctranslate2_int8 --json
 
-The same random weights, made by benchmarks/models.py; the prompts of a split, text to text. First each
-of them is asked alone, in a process of its own (benchmarks/apart.py), one after the other: all contenders
-have the same tokenizer, batches of one row and nothing compiled after the first round, which is not
-counted. The labels of float32 must be equal.
+All use the same random weights (benchmarks/models.py) and the prompts of a split, from text to text.
+First each engine runs alone, in its own process (benchmarks/apart.py): with the same tokenizer, batches
+of one row, and no compilation after the first round, which is not counted. The float32 labels must be
+equal.
 
-Then `stepdistill serve`, in a process of its own on the same cores, is asked over HTTP: by one client
-that waits for each answer (rate "alone"), then by clients that come at random moments, so many a second,
-whether or not it keeps up (a Poisson process). Such a latency counts from the moment at which the client
-was due: one that came late because others were waited for would hide what they waited. Refused are
-requests that a full queue turned away. The client is this process and takes its share of the cores.
+Then `stepdistill serve`, in its own process on the same cores, answers over HTTP: first one client that
+waits for each answer (rate "alone"), then clients that arrive at random times with a given rate, whether
+or not the server keeps up (a Poisson process). Their latency counts from the time at which the client
+was due: counting from the time of sending would hide the time spent waiting for others. `refused`
+counts the requests that a full queue rejected. The client is this process, and takes its share of the
+cores.
 """
 
 import argparse
@@ -36,14 +37,14 @@ import timing
 from apart import TORCH, Apart
 
 ENGINES = ("jax", "ctranslate2", "ctranslate2_int8")
-START_SECS = 600  # in which a server has compiled what it needs
+START_SECS = 600  # time limit for a server to compile its programs
 PERCENTILES = (50, 95, 99)
 
-Ask = Callable[[str], str]  # from a row's input to its label
+Ask = Callable[[str], str]  # input of a row -> its label
 
 
 class Table(list):
-    """Dicts with the same keys, which are its columns where it is printed."""
+    """A list of dicts with the same keys, the columns when it is printed."""
 
     def __str__(self) -> str:
         rows = [list(self[0]), *([f"{value}" for value in row.values()] for row in self)]
@@ -58,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
     parser.add_argument("--rows", type=int, default=50, help="prompts, at most")
     parser.add_argument(
-        "--input-length", type=int, default=128, help="most tokens of a prompt; longer ones are cut"
+        "--input-length",
+        type=int,
+        default=128,
+        help="most tokens of a prompt; longer ones are truncated",
     )
     parser.add_argument("--max-decode-len", type=int, default=8, help="most tokens of a label")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the arrivals")
@@ -75,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """Of latencies, in milliseconds: the smallest that so many percent do not exceed."""
+    """Returns percentiles of latencies, in milliseconds."""
     ordered = sorted(seconds)
     return {
         f"p{p}_ms": round(1000 * ordered[-(-p * len(ordered) // 100) - 1], 2) for p in PERCENTILES
@@ -83,7 +87,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 
 
 def our_engine(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
-    """One row as `serve` asks it, without HTTP."""
+    """Returns a function that answers one row like `serve`, without HTTP."""
     from stepdistill_jax.inference.engines import open_engine
     from stepdistill_jax.inference.options import DecodeOptions
     from stepdistill_jax.inference.prompting import prompting_for
@@ -99,7 +103,7 @@ def our_engine(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
 
 
 def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
-    """The same with transformers."""
+    """Returns the same with transformers."""
     from stepdistill_jax.formats.directory import read_model_files
     from stepdistill_jax.inference.prompting import encode_input
 
@@ -108,7 +112,7 @@ def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
     transformers.logging.set_verbosity_error()
     vocabulary = read_model_files(directory).vocabulary
     model = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
-    assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties where it can
+    assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties them by default
 
     def ask(text: str) -> str:
         ids, _ = encode_input(vocabulary, "predict: " + text, args.input_length)
@@ -120,7 +124,7 @@ def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=args.max_decode_len,
-                # transformers 5 makes a cache as deep as the encoder
+                # transformers 5 makes a cache with as many layers as the encoder
                 use_cache=model.config.num_decoder_layers <= model.config.num_layers,
             )
         return vocabulary.decode(outputs[0, 1:].tolist())
@@ -129,7 +133,7 @@ def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
 
 
 class Asked:
-    """One of them, asked row by row; `make` is one of the functions above."""
+    """A contender that answers row by row; `make` is one of the functions above."""
 
     def __init__(self, make: Callable[..., Ask], texts: list[str], *args: Any):
         self._ask, self._texts = make(*args), texts
@@ -139,7 +143,7 @@ class Asked:
         return {text: self._ask(text) for text in self._texts}
 
     def latencies(self) -> list[float]:
-        """Seconds of each row, of all rounds but the warm-up."""
+        """Returns the seconds of each row in all rounds but the warm-up."""
         return self._latencies
 
     def contender(self, number: int) -> Callable[[], int]:
@@ -156,7 +160,7 @@ class Asked:
 
 @contextlib.contextmanager
 def server(directory: pathlib.Path, args: argparse.Namespace) -> Iterator[str]:
-    """The address of a `stepdistill serve` that is warm; it must end without an error."""
+    """Yields the address of a warm `stepdistill serve`, which must end without an error."""
     options = ("batch_size", "max_wait_ms", "max_queue")
     flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in options]
     process = subprocess.Popen(
@@ -174,12 +178,12 @@ def server(directory: pathlib.Path, args: argparse.Namespace) -> Iterator[str]:
                 url = found[1]
                 break
         assert url, "".join(lines)
-        # nobody reads on otherwise, and a pipe holds so much
+        # keep reading, so that the pipe does not fill up
         threading.Thread(target=lambda: sys.stderr.writelines(process.stderr), daemon=True).start()
         wait_until_ready(url, process)
         yield url
         process.terminate()
-        assert process.wait(60) == 0, "serve did not end well"
+        assert process.wait(60) == 0, "serve failed at its end"
     finally:
         process.kill()
         process.wait()
@@ -196,10 +200,10 @@ def wait_until_ready(url: str, process: subprocess.Popen) -> None:
 
 
 class Client:
-    """Connections to a server that are used again, and what came back over them."""
+    """Reused connections to a server, and the answers that came back."""
 
     def __init__(self, url: str, labels: dict[str, str]):
-        """`labels`: what each input must be answered with."""
+        """`labels`: the expected label of each input."""
         self._host, port = url.removeprefix("http://").split(":")
         self._port, self._labels = int(port), labels
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -207,7 +211,7 @@ class Client:
         self.refused = self.wrong = 0
 
     async def ask(self, text: str, due: float) -> None:
-        """One row, which was to be asked at `due` of `time.perf_counter`."""
+        """Sends one row that was due at `due` (of `time.perf_counter`)."""
         body = json.dumps({"input": text}).encode()
         pair = self._idle.pop() if self._idle else None
         reader, writer = pair or await asyncio.open_connection(self._host, self._port)
@@ -234,7 +238,7 @@ class Client:
 
 
 async def alone(client: Client, texts: list[str], seconds: float) -> int:
-    """One client that waits for each answer; the number of requests."""
+    """Runs one client that waits for each answer; returns the number of requests."""
     began, number = time.perf_counter(), 0
     while time.perf_counter() < began + seconds:
         await client.ask(texts[number % len(texts)], time.perf_counter())
@@ -246,7 +250,7 @@ async def alone(client: Client, texts: list[str], seconds: float) -> int:
 async def open_loop(
     client: Client, texts: list[str], rate: float, seconds: float, seed: int
 ) -> int:
-    """Clients that come at random moments, `rate` a second on average; the number of requests."""
+    """Runs clients that arrive at random, `rate` per second; returns the number of requests."""
     arrivals, now, tasks = random.Random(seed), 0.0, []
     began = time.perf_counter()
     while (now := now + arrivals.expovariate(rate)) < seconds or not tasks:
@@ -258,7 +262,7 @@ async def open_loop(
 
 
 def mean_batch(url: str, before: tuple[float, float]) -> tuple[float, tuple[float, float]]:
-    """Rows of a batch since `before`, and the counts (rows, batches) now."""
+    """Returns the mean rows of a batch since `before`, and the current counts (rows, batches)."""
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         text = answer.read().decode()
     rows, batches = (
@@ -271,7 +275,7 @@ def mean_batch(url: str, before: tuple[float, float]) -> tuple[float, tuple[floa
 def over_http(
     directory: pathlib.Path, name: str, args: argparse.Namespace, labels: dict[str, str]
 ) -> Table:
-    """One line for the client alone, and one for each rate."""
+    """Returns a line for the single client, and one for each rate."""
     texts, table = list(labels), Table()
     with server(directory, args) as url:
         _, counts = mean_batch(url, (0.0, 0.0))
@@ -286,7 +290,7 @@ def over_http(
             wall = time.perf_counter() - began
             assert client.seconds, "every request was refused: give a lower --rates"
             if not name.endswith("int8"):
-                assert client.wrong == 0, f"{client.wrong} labels are others than in this process"
+                assert client.wrong == 0, f"{client.wrong} labels differ from those of this process"
             batch, counts = mean_batch(url, counts)
             table.append(
                 {
@@ -319,7 +323,7 @@ def main() -> None:
 
     for flag, value in (("--rates", min(args.rates)), ("--seconds", args.seconds)):
         if not value > 0:
-            raise InputError(f"{flag}: more than 0 is wanted, got {value}")
+            raise InputError(f"{flag}: expected more than 0, got {value}")
     dataset = ensure_prepared(args.task, args.data_dir)
     lines = dataset.file(args.split).read_text().splitlines()
     texts = list(dict.fromkeys(json.loads(line)["input"] for line in lines))[: args.rows]
@@ -364,7 +368,7 @@ def main() -> None:
             }
             answers = {name: one.call("answers") for name, one in apart.items()}
             for name in ("transformers", "ours_ctranslate2"):
-                assert answers[name] == answers["ours"], f"{name} answers other labels"
+                assert answers[name] == answers["ours"], f"{name} answers with different labels"
             rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
             latencies = {name: one.call("latencies") for name, one in apart.items()}
         http = Table()

@@ -1,10 +1,10 @@
-"""What each way to save memory saves: planned and really held memory, and the time of a step.
+"""Measures the ways to save memory: planned and actual memory, and the time of a step.
 
     python benchmarks/memory.py --json
 
-Each row is a process of its own that trains T5 v1.1 on made-up rows with one gin part more than the
-first row: `plan`'s figures of its step, the growth of resident memory over real steps, and the median
-step time. The last row saves and restores a state.
+Each row is a process that trains T5 v1.1 on made-up rows with one gin part more than the first row. It
+gives `plan`'s numbers for its step, the growth of resident memory over real steps, and the median step
+time. The last row saves and restores a state.
 """
 
 import argparse
@@ -59,16 +59,16 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--size", default="small", help="of T5 v1.1")
-    parser.add_argument("--rows", type=int, default=4, help="packed rows of a step")
+    parser.add_argument("--rows", type=int, default=4, help="packed rows per step")
     parser.add_argument("--input-length", type=int, default=512)
     parser.add_argument("--target-length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after a first one")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after the first")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--only", choices=[*ROWS, CHECKPOINT], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rows % 4 or args.rows < 1:
         raise InputError(
-            f"--rows {args.rows}: a multiple of 4, the microbatches of a row, is wanted"
+            f"--rows {args.rows}: expected a multiple of 4, the number of microbatches"
         )
     if args.only:
         print(json.dumps(checkpoint(args) if args.only == CHECKPOINT else train(args)))
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def run_alone(name: str) -> dict[str, Any]:
-    """One row, in a process of its own."""
+    """Runs one row in its own process."""
     done = subprocess.run(
         [sys.executable, __file__, *sys.argv[1:], "--only", name],
         stdout=subprocess.PIPE,
@@ -94,7 +94,7 @@ def run_alone(name: str) -> dict[str, Any]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """The table of docs/planning.md."""
+    """Prints the table of docs/planning.md."""
     print("| | state | temp planned | memory grew | planned / grew | step |")
     print("|---|---|---|---|---|---|")
     for name in ROWS:
@@ -112,7 +112,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def setting(args: argparse.Namespace, parts: list[str]) -> Any:
-    """The config of a row, read from gin parts as a user's run reads them."""
+    """Returns the config of a row, read from gin parts like a user's run."""
     from stepdistill_jax.commands.gin_config import load_config
 
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def setting(args: argparse.Namespace, parts: list[str]) -> Any:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Planned and measured figures of real steps on one CPU device."""
+    """Returns planned and measured numbers of real steps on one CPU device."""
     import jax
     import numpy as np
 
@@ -177,7 +177,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
-    """Growth of memory while a state is saved, and while it is restored, beside its own arrays."""
+    """Returns the growth of memory while saving and restoring a state, in addition to its arrays."""
     import jax
 
     from stepdistill_jax.models.sharding import Layout, make_mesh
@@ -206,11 +206,11 @@ def checkpoint(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Growth:
-    """`bytes`: by how much resident memory grew at most; VmHWM can not be restarted everywhere."""
+    """Measures peak growth of resident memory, in `bytes`; VmHWM cannot be reset on every system."""
 
     def __enter__(self) -> "Growth":
         gc.collect()
-        # what a compilation has freed would be used again, and no growth would be seen
+        # return freed memory of compilations first: using it again would hide the growth
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         self._before = self._most = resident()
         self._stop = threading.Event()
@@ -229,7 +229,7 @@ class Growth:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Returns the resident bytes of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 

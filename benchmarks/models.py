@@ -1,4 +1,4 @@
-"""Models that the benchmarks ask: random weights, in a directory that `predict` opens."""
+"""Models for the benchmarks: random weights, in a directory that `predict` opens."""
 
 import os
 from typing import Any
@@ -16,18 +16,18 @@ def save_random_model(
     task_info: Any = None,
     **overrides: Any,
 ) -> None:
-    """Writes one whose answers end now and then, or never.
+    """Writes a model whose answers end now and then, or never.
 
     Args:
-        directory: a new one.
-        vocabulary: of the prompts.
-        size: of the family.
+        directory: a new directory.
+        vocabulary: vocabulary of the prompts.
+        size: size of the family.
         family: a name of `models.families.FAMILIES`.
-        vocab_size: rows of the embedding, where they are more than the vocabulary's.
-        seed: of the weights.
-        ends: factor of the output row of the end of sequence: at 3 it is the likeliest token of a T5
-            v1.1 now and then, at 0 never.
-        task_info: how it is asked; None writes none.
+        vocab_size: rows of the embedding, if more than the vocabulary's.
+        seed: seed of the weights.
+        ends: factor of the output row of the end of sequence: at 3 it is sometimes the likeliest token of
+            a T5 v1.1, at 0 never.
+        task_info: contents of `stepdistill.json`; None writes no such file.
         **overrides: other fields of the family's configuration.
     """
     import jax

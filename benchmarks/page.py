@@ -1,4 +1,4 @@
-"""Markdown of docs/benchmarks.md: sections of figures between marks, in a text that stays."""
+"""Writes docs/benchmarks.md: replaces the sections between marks, and keeps all other text."""
 
 import importlib.metadata
 import os
@@ -16,13 +16,13 @@ LIBRARIES = (
     *("stepdistill-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2"),
     *("seqio", "tensorflow", "tensorflow-text", "sentencepiece"),
 )
-# of a result: shown in a place of its own, or of no interest to a reader
+# keys of a result that are shown elsewhere, or do not interest a reader
 NOT_FACTS = {"ours", "peers", "ratio", "rows", "threads", "device", "rounds", "busy_cores", "load"}
 NOT_FACTS |= {"settings", "environments", "pairs"}
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """A row of figures for each contender, or for each of the result's `rows`."""
+    """Returns a table with a row for each contender, or for each of the result's `rows`."""
     if isinstance(result.get("rows"), dict):
         return _table(result["rows"])
     rows = {"ours": result["ours"], **result["peers"]}
@@ -42,7 +42,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def number(value: Any) -> str:
-    """Four digits of a number; other things as they are."""
+    """Returns a number with four digits, and any other value as it is."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     if abs(value) >= 1000 or value == int(value):
@@ -51,7 +51,7 @@ def number(value: Any) -> str:
 
 
 def facts(result: dict[str, Any]) -> Iterator[str]:
-    """What a benchmark says beside its figures: a line each, tables last."""
+    """Returns the further facts of a result, one line each, tables last."""
     tables = {}
     for name, value in result.items():
         if name in NOT_FACTS or value is None or value == {}:
@@ -72,7 +72,7 @@ def facts(result: dict[str, Any]) -> Iterator[str]:
 
 
 def conditions(result: dict[str, Any], today: str, seconds: float) -> str:
-    """When and where a section's figures were taken."""
+    """Returns the time and conditions of a section's measurement."""
     parts = [today, result.get("device") or timing.device()]
     for name in ("threads", "rounds"):
         if name in result:
@@ -82,13 +82,13 @@ def conditions(result: dict[str, Any], today: str, seconds: float) -> str:
     busy = result.get("busy_cores")
     warning = ""
     if busy is not None:
-        parts.append(f"others kept {busy} cores busy")
+        parts.append(f"other processes kept {busy} cores busy")
         warning = " **A busy machine: not to be quoted.**" if busy > timing.BUSY else ""
     return f"{'; '.join(parts)}.{warning}"
 
 
 def machine() -> str:
-    """Processor, memory, system and versions."""
+    """Returns a section with processor, memory, system and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = {"processor": f"{timing.device()}, {cores} cores"}
     memory = pathlib.Path("/proc/meminfo")
@@ -109,7 +109,7 @@ def machine() -> str:
 
 
 def write(path: pathlib.Path, texts: dict[str, str]) -> None:
-    """Puts each text between its marks; without marks it is added at the end."""
+    """Writes each text between its marks, or at the end of the file if it has none."""
     whole = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"
     for name, text in texts.items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"

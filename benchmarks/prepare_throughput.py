@@ -1,11 +1,11 @@
-"""Rows per second and peak memory of `stepdistill prepare esnli`, on made-up rows of its size.
+"""Measures rows per second and peak memory of `stepdistill prepare esnli`, on made-up rows.
 
     python benchmarks/prepare_throughput.py --json
 
-The files are made in a temporary folder: SNLI-like sentences of random words, three explanations in
-every row but train's, teacher texts of which a tenth has a defect, 5,500 in a file as in the
-original. Memory is the sum of the resident sets of the process and its children, read from /proc
-ten times a second (Linux only); pages that they share count twice.
+It makes the files in a temporary folder: sentences of random words, as long as SNLI's; three
+explanations in every row outside train; teacher texts, a tenth with a defect, 5,500 per file as in the
+original. Memory is the sum of the resident sets of the process and its children, read from /proc ten
+times a second (Linux only); pages that they share count twice.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def make(folder: pathlib.Path, rows: int) -> None:
     draw = random.Random(0)
     letters = "abcdefghijklmnoprstuvw"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(20_000)]
-    weights = [1 / (i + 5) for i in range(len(words))]  # about as words are spread in text
+    weights = [1 / (i + 5) for i in range(len(words))]  # roughly the distribution of words in text
     many = iter(draw.choices(words, weights, k=rows * 60))
 
     def sentence(least: int, most: int) -> str:
@@ -54,18 +54,18 @@ def make(folder: pathlib.Path, rows: int) -> None:
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory of a process and everything that it started."""
+    """Returns the resident bytes of a process and its descendants."""
     try:
         pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = list(pathlib.Path(f"/proc/{pid}/task").iterdir())
         children = {int(c) for task in tasks for c in (task / "children").read_text().split()}
-    except (OSError, IndexError):  # gone meanwhile
+    except (OSError, IndexError):  # has ended meanwhile
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children))
 
 
 def prepare(source: pathlib.Path, data_dir: pathlib.Path) -> tuple[float, int, dict]:
-    """(seconds, peak bytes, result) of the command, start-up included."""
+    """Returns (seconds, peak bytes, result) of the command, including its start."""
     began, peak = time.perf_counter(), 0
     command = [sys.executable, "-m", "stepdistill_jax", "prepare", "esnli", "--json"]
     command += ["--source", str(source), "--data-dir", str(data_dir)]
@@ -88,11 +88,11 @@ def main() -> None:
         root = pathlib.Path(folder)
         print(f"making {args.rows} rows", file=sys.stderr)
         make(root / "esnli", args.rows)
-        figures = {}
-        for name in ("ours", "unchanged"):  # the second time it finds everything done
+        results = {}
+        for name in ("ours", "unchanged"):  # the second run finds an up-to-date dataset
             seconds, peak, result = prepare(root / "esnli", root / "data")
             assert sum(split["rows"] for split in result["splits"].values()) == args.rows
-            figures[name] = {
+            results[name] = {
                 "rows_per_second": args.rows / seconds,
                 "seconds": seconds,
                 "peak_bytes": peak,
@@ -103,7 +103,7 @@ def main() -> None:
             )
     if args.json:
         cores = len(os.sched_getaffinity(0))
-        print(json.dumps({**figures, "peers": {}, "ratio": {}, "rows": args.rows, "cores": cores}))
+        print(json.dumps({**results, "peers": {}, "ratio": {}, "rows": args.rows, "cores": cores}))
 
 
 if __name__ == "__main__":

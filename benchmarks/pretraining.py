@@ -1,10 +1,11 @@
-"""What a small pretraining buys on real data: span corruption on a dataset's own texts, then the main job.
+"""Measures the gain of a small pretraining on real data: span corruption on the datasets' own texts.
 
     python benchmarks/pretraining.py --workdir runs/pretraining
 
-The corpus is the questions and rationales of the train splits. A tiny T5 reads it for `--steps` steps;
-then each dataset is trained step by step from that base and from one whose weights are random, with the
-same vocabulary, seeds and steps. Stopped, it goes on where it was. Prints a table, then one JSON line.
+The corpus is the questions and rationales of the train splits. A tiny T5 trains on it for `--steps`
+steps. Then each dataset is trained step by step from that base and from random weights, with the same
+vocabulary, seeds and steps. A stopped benchmark resumes when it is started again. Prints a table, then
+one JSON line.
 """
 
 import argparse
@@ -26,30 +27,33 @@ from stepdistill_jax.versions import version_block
 
 TASK = "texts_of_the_datasets"
 LENGTHS = ["INPUT_LENGTH=128", "TARGET_LENGTH=32"]
-BASES = {"random": 1, "pretrained": None}  # steps of span corruption; one step has a rate near 0
+BASES = {
+    "random": 1,
+    "pretrained": None,
+}  # steps of span corruption; the learning rate of a single step is near 0
 FIGURES = ("loss/label", "loss/rationale", "label_accuracy")
 
 
 def corpus(folder: pathlib.Path, tasks: list[str], data_dir: pathlib.Path | None) -> int:
-    """Writes train.jsonl, validation.jsonl and spiece.model; the number of texts to read."""
+    """Writes train.jsonl, validation.jsonl and spiece.model; returns the number of texts."""
     datasets = [open_prepared(task, data_dir) for task in tasks]
     texts: dict[str, list[str]] = {}
     for split in ("train", "validation"):
         rows = [e for d in datasets for e in d.examples(split)]
         texts[split] = [" ".join(filter(None, (e.input, e.rationale))) for e in rows]
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[split]]
-        # validation decodes what is missing, which is slow and of no use: a few texts will do
+        # validation decodes the missing spans, which is slow and useless here: a few texts are enough
         kept = lines if split == "train" else lines[:: max(1, len(lines) // 200)]
         (folder / f"{split}.jsonl").write_text("".join(kept), encoding="utf-8")
     labels = [e.label for d in datasets for e in d.examples("train") if e.label]
     vocabulary = folder / "spiece.model"
-    if not vocabulary.exists():  # of what the main job reads and writes, too
+    if not vocabulary.exists():  # also trained on the texts of the main job
         train_vocabulary([*texts["train"], *labels, "predict: ", "explain: "], vocabulary)
     return len(texts["train"])
 
 
 def base(args: argparse.Namespace, name: str, steps: int) -> dict[str, Any]:
-    """Trains by span corruption and exports to WORKDIR/NAME_base; its loss on validation."""
+    """Trains by span corruption, exports to WORKDIR/NAME_base, and returns the validation loss."""
     workdir, exported = args.workdir / name, args.workdir / f"{name}_base"
     config, text = load_config(
         "cqa_cpu_tiny", [f"TASK={TASK}", f"TRAIN_STEPS={steps}", "EVAL_EVERY=1000", *LENGTHS]
@@ -57,11 +61,11 @@ def base(args: argparse.Namespace, name: str, steps: int) -> dict[str, Any]:
     train(config, workdir=workdir, data_dir=args.data_dir, config_text=text)
     if not exported.exists():
         export(workdir, exported, step="last")
-    return {"steps": steps, "loss": round(last_figures(workdir)["loss/label"], 3)}
+    return {"steps": steps, "loss": round(last_validation(workdir)["loss/label"], 3)}
 
 
 def main_job(args: argparse.Namespace, tasks: list[str]) -> list[Cell]:
-    """A run for each dataset, seed and base."""
+    """Trains a run for each dataset, seed and base."""
     return [
         Cell(
             name,
@@ -83,8 +87,8 @@ def main_job(args: argparse.Namespace, tasks: list[str]) -> list[Cell]:
     ]
 
 
-def last_figures(workdir: pathlib.Path) -> dict[str, float]:
-    """Those of the last validation, without `eval/validation/`."""
+def last_validation(workdir: pathlib.Path) -> dict[str, float]:
+    """Returns the values of the last validation, without the prefix `eval/validation/`."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     prefix = "eval/validation/"
     *_, last = (row for row in rows if f"{prefix}loss/label" in row)
@@ -92,7 +96,7 @@ def last_figures(workdir: pathlib.Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Pretrains, trains from both bases, compares."""
+    """Pretrains, trains from both bases, and compares."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -126,7 +130,7 @@ def main() -> None:
     for task in tasks:
         for name in bases:
             runs = [
-                last_figures(args.workdir / "main" / c.path)
+                last_validation(args.workdir / "main" / c.path)
                 for c in cells
                 if (c.arm, c.config.task) == (name, task)
             ]

@@ -1,11 +1,11 @@
-"""Runs the benchmarks one after another and writes their figures into docs/benchmarks.md.
+"""Runs the benchmarks one after another and writes their results into docs/benchmarks.md.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only input,startup --task cqa
 
-Each is a process of its own. A figure goes between the marks `<!-- begin NAME -->` and `<!-- end NAME
--->` of the file; all other text there stays, and with `--only` the other figures, too. One that
-failed or could not run says so in its place, and the exit code is then 1.
+Each runs in its own process. Its results go between the marks `<!-- begin NAME -->` and `<!-- end NAME
+-->` of the file; all other text stays, as do, with `--only`, the results of other benchmarks. A failed
+or skipped benchmark writes the reason instead, and the exit code is 1.
 """
 
 import argparse
@@ -36,12 +36,12 @@ class Part:
     """One benchmark with its flags.
 
     Attributes:
-        script: in the folder of this file, without `.py`.
+        script: its file in this folder, without `.py`.
         title: heading of its section.
-        flags: with which it is run.
-        quick: flags that are added under `--quick`; the last of two counts.
+        flags: command-line flags.
+        quick: further flags under `--quick`, which override earlier ones.
         on_task: whether it takes `--task` and `--data-dir`.
-        printed: whether the table that it prints is copied, instead of one made of its figures.
+        printed: whether to copy the table that it prints, instead of making one from its results.
     """
 
     script: str
@@ -167,10 +167,14 @@ def main() -> None:
         epilog=f"benchmarks: {', '.join(PARTS)}",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--task", help="a prepared dataset; default: cqa, where it is, or delivery")
-    parser.add_argument("--data-dir", type=pathlib.Path, help="where it lies")
+    parser.add_argument(
+        "--task", help="a prepared dataset; default: cqa if prepared, else delivery"
+    )
+    parser.add_argument("--data-dir", type=pathlib.Path, help="folder of prepared datasets")
     parser.add_argument("--only", help="names of benchmarks, with commas; default: all")
-    parser.add_argument("--quick", action="store_true", help="tiny ones: do they run at all?")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny runs that only show whether they work"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="the file to write")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(PARTS)
@@ -178,7 +182,7 @@ def main() -> None:
         if name not in PARTS:
             raise InputError(f"--only: no benchmark {name!r}{nearest(name, PARTS)}")
     if args.quick and args.output == OUTPUT:
-        raise InputError("--quick: its figures are of no worth; name another --output")
+        raise InputError("--quick: its numbers are meaningless; give a different --output")
     if args.task is None:
         args.task = "cqa" if is_prepared("cqa", data_folder(args.data_dir)) else "delivery"
     ensure_prepared(args.task, args.data_dir)
@@ -189,15 +193,17 @@ def main() -> None:
         text, worked = section(PARTS[name], command)
         if not worked:
             failed.append(name)
-        page.write(args.output, {"machine": page.machine(), name: text})  # a long run may be ended
+        page.write(
+            args.output, {"machine": page.machine(), name: text}
+        )  # a long run may be stopped
         print(text, flush=True)
     print(f"wrote {args.output}", flush=True)
     if failed:
-        sys.exit(f"without figures: {', '.join(failed)}")
+        sys.exit(f"without results: {', '.join(failed)}")
 
 
 def command_of(part: Part, args: argparse.Namespace) -> list[str]:
-    """What is run, as a user would type it."""
+    """Returns the command line of a benchmark."""
     command = ["python", f"benchmarks/{part.script}.py", *part.flags.split()]
     if part.on_task:
         command += ["--task", args.task]
@@ -206,14 +212,14 @@ def command_of(part: Part, args: argparse.Namespace) -> list[str]:
 
 
 def section(part: Part, command: list[str]) -> tuple[str, bool]:
-    """(markdown of a benchmark's section, whether it has figures)."""
+    """Returns (Markdown of a benchmark's section, whether it has results)."""
     today = datetime.date.today().isoformat()
     lines = [f"## {part.title}", "", f"`{' '.join(command)}`", ""]
     began = time.monotonic()
     output, problem = run_alone(HERE / f"{part.script}.py", command[2:])
     seconds = time.monotonic() - began
     if problem is not None:
-        return "\n".join([*lines, f"**No figures** ({today}): {problem}"]), False
+        return "\n".join([*lines, f"**No results** ({today}): {problem}"]), False
     *printed, last = output.splitlines()
     result = json.loads(last)
     if part.printed:
@@ -226,15 +232,15 @@ def section(part: Part, command: list[str]) -> tuple[str, bool]:
 
 
 def run_alone(script: pathlib.Path, flags: list[str]) -> tuple[str, str | None]:
-    """(standard output, None), or ("", why there is none)."""
+    """Returns (standard output, None), or ("", the reason why there is none)."""
     if not script.exists():
-        return "", f"skipped, {script.name} is not here"
+        return "", f"skipped: {script.name} does not exist"
     with subprocess.Popen(
         [sys.executable, os.fspath(script), *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that what it started ends with it
+        start_new_session=True,  # so that its children can be ended with it
     ) as process:
         try:
             output, errors = process.communicate(timeout=TIMEOUT_SECS)
@@ -242,16 +248,16 @@ def run_alone(script: pathlib.Path, flags: list[str]) -> tuple[str, str | None]:
             os.killpg(process.pid, signal.SIGKILL)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return "", f"failed, not done after {TIMEOUT_SECS:g} s"
+            return "", f"failed: not finished after {TIMEOUT_SECS:g} s"
     print(errors, file=sys.stderr, end="", flush=True)
-    said = (errors.strip().splitlines() or ["(nothing was said)"])[-1]
+    message = (errors.strip().splitlines() or ["(no message)"])[-1]
     if process.returncode:
         what = "skipped" if process.returncode == 2 else f"failed, exit code {process.returncode}"
-        return "", f"{what}: {said}"
+        return "", f"{what}: {message}"
     try:
         json.loads((output.splitlines() or [""])[-1])
     except json.JSONDecodeError:
-        return "", "failed: its last line is no JSON"
+        return "", "failed: its last line is not JSON"
     return output, None
 
 

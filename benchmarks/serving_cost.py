@@ -1,17 +1,17 @@
-"""What the rationale costs where labels are served: `predict` of models that differ in what trained them.
+"""Measures the cost of rationales in serving: `predict` with models of different arms.
 
     python benchmarks/serving_cost.py --task cqa --size small --vocab-size 32128 --json
 
-`ours` was trained step by step, its peers `label_only` and with the `shared_encoder`: three model
-directories with the `stepdistill.json` of their arm. An answer's length depends on the weights alone,
-so all have the same ones, random, whose answers never end: each has as many tokens as a label of the
-train split has on average. The same prompts, no program compiled for the second and third, and the
-same bytes of answers are required before anything is timed.
+`ours` is the step-by-step arm, its peers are `label_only` and `shared_encoder`: three model directories
+with the `stepdistill.json` of their arm. The length of an answer depends only on the weights, so all
+have the same random weights, whose answers never end: each has the mean length of a label in the train
+split. Before the timing, all must read the same prompts, need no new program, and write the same bytes.
 
-`rationale_first` writes its rationale and then the label, as one answer of the mean length of both:
-what serving costs where the model has to give reasons in order to be right.
+`rationale_first` writes the rationale and then the label, as one answer of the mean length of both: the
+cost of serving a model that must give its reasons to be right.
 
-From one file of JSON lines to another, the model's start included; `without_start` leaves that out.
+Times are from one file of JSON lines to another, including the model's start; `without_start` excludes
+it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def target_lengths(path: pathlib.Path, vocabulary) -> dict[str, list[int]]:
-    """Tokens, the end of sequence included, of the labels and of what a rationale-first model writes."""
+    """Returns the lengths of labels and of rationale-first answers, with end of sequence."""
     from stepdistill_jax.data.rows import BadRow
     from stepdistill_jax.inference.input_rows import read_questions
 
@@ -52,7 +52,7 @@ def target_lengths(path: pathlib.Path, vocabulary) -> dict[str, list[int]]:
 
 
 def in_batches(lengths: list[int], batch_size: int) -> dict[str, float]:
-    """The mean, and how many tokens a batch goes on for: those of its longest answer."""
+    """Returns the mean length, and the mean number of steps of a batch: its longest answer."""
     longest = [
         max(lengths[start : start + batch_size]) for start in range(0, len(lengths), batch_size)
     ]
@@ -63,7 +63,7 @@ def in_batches(lengths: list[int], batch_size: int) -> dict[str, float]:
 
 
 def save_models(scratch: pathlib.Path, args: argparse.Namespace, vocabulary, lengths) -> Any:
-    """One directory per arm, all with the same weights; returns their configuration."""
+    """Writes one directory per arm, all with the same weights; returns their configuration."""
     from models import save_random_model
 
     from stepdistill_jax.data.objectives import LABEL_INPUT, Objective, resolve
@@ -87,7 +87,7 @@ def save_models(scratch: pathlib.Path, args: argparse.Namespace, vocabulary, len
 
 @contextlib.contextmanager
 def watched() -> Iterator[dict[str, Any]]:
-    """What `predict` has decoded and compiled meanwhile."""
+    """Records the tokens that `predict` decodes and the programs that it compiles."""
     import jax
 
     from stepdistill_jax.inference.engines import JaxEngine
@@ -114,7 +114,7 @@ def watched() -> Iterator[dict[str, Any]]:
 
 
 class Served:
-    """`predict` of each model on the same rows."""
+    """Runs `predict` of each model on the same rows."""
 
     def __init__(self, scratch: pathlib.Path, args: argparse.Namespace, lines: list[str]):
         self._scratch, self._batch_size, self._count = scratch, args.batch_size, len(lines)
@@ -123,7 +123,7 @@ class Served:
         self.without_start: dict[str, list[float]] = {}
 
     def predict(self, name: str) -> float:
-        """Rows per second of decoding; the answers are in `answers(name)`."""
+        """Returns the rows per second of decoding; writes the answers to `answers(name)`."""
         from stepdistill_jax.inference import predict
 
         output = self._scratch / f"{name}.jsonl"
@@ -131,11 +131,11 @@ class Served:
         return predict(self._scratch / name, self.source, output, **options)["rows_per_second"]
 
     def answers(self, name: str) -> bytes:
-        """The file that `predict` wrote."""
+        """Returns the file that `predict` wrote."""
         return (self._scratch / f"{name}.jsonl").read_bytes()
 
     def contender(self, name: str) -> timing.Contender:
-        """Of `timing.alternate`; round 0 is not counted here, either."""
+        """Contender for `timing.alternate`; does not count round 0, either."""
 
         def of_round(number):
             def work() -> int:
@@ -150,7 +150,7 @@ class Served:
 
 
 def look(served: Served, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Tokens and compilations of each model; AssertionError where the arms do not do the same work."""
+    """Returns tokens and compilations of each model; raises AssertionError if the arms' work differs."""
     found = {}
     for name in names:
         with watched() as seen:
@@ -159,11 +159,13 @@ def look(served: Served, names: list[str]) -> dict[str, dict[str, Any]]:
     first = found["label_only"]
     for name in ARMS:
         for what in ("prompts", "answers"):
-            assert found[name][what] == first[what], f"{name}: other {what} than label_only"
+            assert found[name][what] == first[what], f"{name}: {what} differ from label_only's"
         if name != "label_only":
             assert not found[name]["compiled"], f"{name}: programs that label_only does not need"
-        assert served.answers(name) == served.answers("label_only"), f"{name}: other answers"
-    assert found["rationale_first"]["prompts"] == first["prompts"], "rationale_first: other prompts"
+        assert served.answers(name) == served.answers("label_only"), f"{name}: answers differ"
+    assert found["rationale_first"]["prompts"] == first["prompts"], (
+        "rationale_first: prompts differ"
+    )
     return {
         name: {
             "prompt_tokens_per_row": round(statistics.mean(map(len, seen["prompts"])), 2),
@@ -195,10 +197,10 @@ def main() -> None:
         names = ["label_only", "ours", "shared_encoder", "rationale_first"]
         work = look(served, names)
         rates = timing.alternate({name: served.contender(name) for name in names}, args.rounds)
-    for figures in work.values():  # a forward pass is a third of a step
-        tokens = (figures["prompt_tokens_per_row"], figures["decoded_tokens_per_row"])
+    for cost in work.values():  # a forward pass is a third of a step
+        tokens = (cost["prompt_tokens_per_row"], cost["decoded_tokens_per_row"])
         shape = {"rows": 1, "input_length": tokens[0], "target_length": tokens[1]}
-        figures["gflop_per_row"] = round(train_flops(config, **shape) / 3e9, 3)
+        cost["gflop_per_row"] = round(train_flops(config, **shape) / 3e9, 3)
     middle = {name: statistics.median(rate) for name, rate in served.without_start.items()}
     timing.report(
         args,

@@ -1,14 +1,13 @@
-"""Seconds from `stepdistill train` to the end of its first step, and where they go.
+"""Measures the seconds from `stepdistill train` to the end of its first step, by part.
 
     python benchmarks/startup.py --task cqa --size small --json
 
-Each start is a process of its own, the line that `train` logs after its first step is read, and the
-process is killed. `cold` finds neither tokens nor compiled programs, `new_program` finds the tokens
-of an earlier run, and `again`, called `ours` where figures are compared, finds both, as a resumed
-run does. Seconds count from the process's start: `first_step` is all of them; `imports` (the
-interpreter's start is in it), `data`, `state`, `compiling` and `step` are its parts. `cpu` is the
-work of all cores, which a busy machine changes least. A first start is not counted: it brings the
-libraries from disk into memory.
+Each start is a process, which is killed after it has logged its first step. `cold` finds neither tokens
+nor compiled programs; `new_program` finds the tokens of an earlier run; `again` (`ours` in comparisons)
+finds both, like a resumed run. Seconds count from the start of the process: `first_step` is the total,
+`imports` (with the start of the interpreter), `data`, `state`, `compiling` and `step` are its parts.
+`cpu` is the CPU time of all cores, which a busy machine changes least. The first start is not counted:
+it reads the libraries from disk.
 """
 
 import argparse
@@ -36,7 +35,7 @@ MODEL_SIZE = "{size}"
 BATCH_SIZE = {batch_size}
 TRAIN_STEPS = 1000
 """
-STARTS = {  # what is removed before
+STARTS = {  # folders to remove before each
     "cold": ("token_store", "compiled"),
     "new_program": ("compiled",),
     "again": (),
@@ -49,34 +48,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def first_step(config: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
-    """Seconds of one start, by part.
+    """Returns the seconds of one start, by part.
 
     Raises:
-        SystemExit: it ended before its first step; what it said is shown.
+        SystemExit: it ended before its first step; shows its output.
     """
     shutil.rmtree(folder / "workdir", ignore_errors=True)
     command = [sys.executable, "-m", "stepdistill_jax", "train", os.fspath(config)]
     command += ["--workdir", os.fspath(folder / "workdir"), "--data-dir", os.fspath(folder)]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": os.fspath(folder / "compiled")}
-    began, said = time.perf_counter(), []
+    began, lines = time.perf_counter(), []
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
             for line in process.stderr:
-                said.append(line)
+                lines.append(line)
                 if line.startswith("first step after "):
                     seconds, cpu = time.perf_counter() - began, cpu_seconds(process.pid)
                     break
             else:
-                sys.exit(f"train ended before its first step:\n{''.join(said)}")
+                sys.exit(f"train ended before its first step:\n{''.join(lines)}")
         finally:
             process.kill()
     parts = {name: float(s) for name, s in re.findall(r"(\w+) ([\d.]+)(?:, |$)", line.strip())}
-    parts["imports"] += seconds - sum(parts.values())  # before the command looks at the clock
+    parts["imports"] += seconds - sum(parts.values())  # time before the command reads the clock
     return {"first_step": seconds, **({} if cpu is None else {"cpu": cpu}), **parts}
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """User's and system's, of all threads so far; None where there is no /proc."""
+    """Returns user and system seconds of all threads so far; None without /proc."""
     path = pathlib.Path(f"/proc/{pid}/stat")
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""What the benchmarks share: threads, turns, medians, and how figures are printed.
+"""Shared by the benchmarks: threads, turns, medians, and printing.
 
 Import it first: thread counts are read when JAX, TensorFlow and torch are imported.
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-REST_SECS = 0.1  # before a turn: OpenMP threads of the one before that spin have gone to sleep
-BUSY = 0.2  # cores in use by others above which figures are not to be trusted
+REST_SECS = 0.1  # before a turn, so that spinning OpenMP threads of the last one go to sleep
+BUSY = 0.2  # cores in use by other processes, above which results are not reliable
 
-# A contender prepares a round, untimed, and returns the work, which returns how many units it did.
+# A contender prepares a round, untimed, and returns the work, which returns its number of units.
 Contender = Callable[[int], Callable[[], int]]
 
 
@@ -31,11 +31,11 @@ def start(
     *,
     rounds: int,
 ) -> argparse.Namespace:
-    """Parses the command line, takes `--threads` cores and keeps every library to them.
+    """Parses the command line, and limits this process and its libraries to `--threads` cores.
 
     Args:
-        description: for `--help`.
-        add_arguments: adds the benchmark's own.
+        description: text for `--help`.
+        add_arguments: adds the benchmark's own arguments.
         rounds: default of `--rounds`.
     """
     parser = argparse.ArgumentParser(
@@ -44,7 +44,7 @@ def start(
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     cores = len(usable) or os.cpu_count() or 1
     parser.add_argument("--task", default="delivery", help="a prepared dataset")
-    parser.add_argument("--data-dir", type=pathlib.Path, help="where it lies")
+    parser.add_argument("--data-dir", type=pathlib.Path, help="folder of prepared datasets")
     parser.add_argument("--threads", type=int, default=min(2, cores), help="CPU cores for each")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of each")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
@@ -54,8 +54,8 @@ def start(
         raise InputError(f"--threads {args.threads}: from 1 to {cores}, the cores of this process")
     for name, value in vars(args).items():
         if isinstance(value, int) and not isinstance(value, bool) and value < 1 and name != "seed":
-            raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is wanted")
-    if usable:  # elsewhere JAX, which has no setting for it, uses every core
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if usable:  # other systems cannot limit JAX, which uses every core there
         os.sched_setaffinity(0, usable[: args.threads])
     os.environ |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(args.threads)}
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -64,7 +64,7 @@ def start(
 
 
 def peer_module(name: str, threads: int | None = None) -> Any:
-    """A module that only a peer needs; torch is told how many threads it has.
+    """Imports a module that only a peer needs; sets torch's number of threads.
 
     Raises:
         InputError: it is not installed.
@@ -81,7 +81,7 @@ def peer_module(name: str, threads: int | None = None) -> Any:
 
 
 def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") -> None:
-    """Packed row lengths that were not given: those that a run on one device has."""
+    """Sets packed row lengths that were not given to those of a run on one device."""
     from stepdistill_jax.training.config import TrainConfig
     from stepdistill_jax.training.inspection import inspect
 
@@ -97,7 +97,7 @@ def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Seconds of wall time, of all cores' work and of our processes' work, at one moment."""
+    """Reads wall time, CPU time of all cores, and CPU time of our processes, in seconds."""
 
     wall: float
     machine: float | None
@@ -109,12 +109,12 @@ class Clock:
         if stat.exists():  # user, nice, system, idle, iowait, irq, softirq, steal
             ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
             machine = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
-        # ours, and that of children that have ended
+        # this process, and its children that have ended
         return cls(time.perf_counter(), machine, sum(os.times()[:4]))
 
 
 def busy_cores(since: Clock, until: Clock) -> float | None:
-    """Cores that others kept busy, on average; the load average would count us, too."""
+    """Returns the mean number of cores busy with other processes (load averages include ours)."""
     if since.machine is None or until.machine is None:
         return None
     others = until.machine - since.machine - (until.own - since.own)
@@ -122,15 +122,15 @@ def busy_cores(since: Clock, until: Clock) -> float | None:
 
 
 def load() -> float | None:
-    """Runnable processes, mean of the last minute."""
+    """Returns the mean number of runnable processes in the last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Units per second of each contender in each round.
+    """Returns the units per second of each contender in each round.
 
-    They take turns, so that a slow minute of the machine hits all of them. Round 0 is a warm-up
-    and not counted; every second round goes the other way about.
+    They take turns, so that a slow minute of the machine affects all. Round 0 is a warm-up and not
+    counted; every second round has the reverse order.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
@@ -148,12 +148,12 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[f
 
 
 def in_pairs(ours: list[float], peer: list[float]) -> list[float]:
-    """Returns the ratio of each round: a slow minute of the machine hits both of its turns."""
+    """Returns the ratio of each round, since a slow minute of the machine affects both its turns."""
     return [a / b for a, b in zip(ours, peer, strict=True)]
 
 
 def device() -> str:
-    """Kind of processor."""
+    """Returns the type of the processor."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -171,17 +171,17 @@ def report(
     """Prints the table and, with `--json`, the JSON object.
 
     Args:
-        args: of `start`.
-        rates: of `alternate`; the key `ours`, and one for each peer.
-        unit: name of the figure, e.g. `rows_per_second`.
-        environments: of contenders in processes of their own, over the one of this process.
-        more: JSON-like facts, kept as they are.
+        args: result of `start`.
+        rates: result of `alternate`; the key `ours`, and one for each peer.
+        unit: name of the rate, e.g. `rows_per_second`.
+        environments: variables of contenders that run in their own processes.
+        more: further facts, JSON-like.
     """
-    figures = {
+    results = {
         name: {unit: statistics.median(r), "lowest": min(r), "highest": max(r)}
         for name, r in rates.items()
     }
-    ours, peers = figures.pop("ours"), figures
+    ours, peers = results.pop("ours"), results
     pairs = {name: in_pairs(rates["ours"], rates[name]) for name in peers}
     busy = busy_cores(args.began, Clock.now())
     result = {
@@ -204,25 +204,25 @@ def report(
     }
     print(f"{result['device']}, {args.threads} threads, {args.rounds} rounds, load {args.load}")
     if busy is not None and busy > BUSY:
-        print(f"others kept {busy} cores busy meanwhile: do not quote these figures")
+        print(f"other processes kept {busy} cores busy: do not quote these numbers")
     for name, value in more.items():
         print(f"{name}: {value}")
     title = unit.replace("_", " ")
     print(f"{'':<24}{title:>20}{'lowest':>10}{'highest':>10}{'ours is':>10}  in pairs")
-    for name, figure in {"ours": ours, **peers}.items():
+    for name, result_of in {"ours": ours, **peers}.items():
         ratio = spread = ""
         if name in peers:
             ratio = f"{result['ratio'][name]:.2f}x"
             spread = f"{min(pairs[name]):.2f} to {max(pairs[name]):.2f}"
-        cells = (figure["lowest"], figure["highest"])
-        numbers = f"{figure[unit]:>20.4g}{cells[0]:>10.4g}{cells[1]:>10.4g}{ratio:>10}"
+        cells = (result_of["lowest"], result_of["highest"])
+        numbers = f"{result_of[unit]:>20.4g}{cells[0]:>10.4g}{cells[1]:>10.4g}{ratio:>10}"
         print(f"{name:<24}{numbers}  {spread}")
     if args.json:
         print(json.dumps(result), flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a benchmark's `main`; what a user can mend is one line and exit 2."""
+    """Runs a benchmark's `main`; a user error prints one line and exits with status 2."""
     try:
         main()
     except InputError as error:

@@ -1,10 +1,10 @@
-"""Peak memory of tokenising a prepared dataset, on few and on many made-up rows.
+"""Measures the peak memory of tokenising a prepared dataset, with few and with many made-up rows.
 
     python benchmarks/tokenising_memory.py --json
 
-Rows with a rationale are made and prepared in a temporary folder; then a process of its own opens
-the task, which tokenises its train split, and reports its peak (VmHWM, Linux only). Memory that does
-not grow with the rows shows as a ratio of peaks of 1.
+It makes rows with a rationale and prepares them in a temporary folder. Then another process opens the
+task, which tokenises the train split, and reports its peak (VmHWM, Linux only). If memory does not grow
+with the rows, the ratio of the peaks is 1.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--rows", nargs=2, type=int, default=ROWS, help="of train: few, many")
+    parser.add_argument("--rows", nargs=2, type=int, default=ROWS, help="train rows: few, many")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--only", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def prepared_and_tokenised(rows: int) -> dict[str, Any]:
-    """Figures of one size."""
+    """Returns the results for one number of rows."""
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         make(root / "source", rows)
@@ -69,11 +69,13 @@ def prepared_and_tokenised(rows: int) -> dict[str, Any]:
 
 
 def make(folder: pathlib.Path, rows: int) -> None:
-    """Writes train.jsonl, rows of about 20 words in and 15 words out, and a small validation.jsonl."""
+    """Writes train.jsonl (inputs of about 20 words, targets of 15) and a small validation.jsonl."""
     draw = random.Random(0)
     letters = "abcdefghijklmnoprstuvw"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 9))) for _ in range(20_000)]
-    spread = list(itertools.accumulate(1 / (i + 5) for i in range(len(words))))  # as in text
+    spread = list(
+        itertools.accumulate(1 / (i + 5) for i in range(len(words)))
+    )  # roughly as in text
     folder.mkdir()
     for split, count in (("train", rows), ("validation", 10)):
         with open(folder / f"{split}.jsonl", "w") as f:
@@ -85,7 +87,7 @@ def make(folder: pathlib.Path, rows: int) -> None:
 
 
 def tokenise(data_dir: pathlib.Path) -> dict[str, Any]:
-    """Tokenises as the first start of a training run does."""
+    """Tokenises like the first start of a training run."""
     from stepdistill_jax.tasks.load import load_task
     from stepdistill_jax.tasks.supervision import Supervision
 

@@ -1,18 +1,18 @@
-"""Examples per second of training: our step as a shipped config has it, and the paper's loop in torch.
+"""Compares examples per second of training: our step with a shipped config, and the paper's torch loop.
 
     python benchmarks/train_throughput.py --config paper_cqa --size small --vocab-size 32128 --json
 
-An example is its label row and its rationale row. `ours` is what `stepdistill train CONFIG` runs, from
-the config to the step: its own packed rows, INIT_FROM random weights of `--family`. The peer is what the
-paper's public code does (Hsieh et al. 2023, arXiv:2305.02301), on today's `transformers`: two forward
-passes a step, labels and rationales each padded to their longest row, the sum of both mean losses by
-weight, gradients clipped to 1, AdamW in its fused form. Both start from the same weights, draw the same
-examples, and must give the same loss without dropout before anything is timed.
+An example is its label row and its rationale row. `ours` is the step of `stepdistill train CONFIG`,
+with packed rows and INIT_FROM random weights of `--family`. The peer does the same as the paper's public
+code (Hsieh et al. 2023, arXiv:2305.02301) with today's `transformers`: two forward passes per step,
+labels and rationales each padded to their longest row, the weighted sum of both mean losses, gradients
+clipped to 1, fused AdamW. Both start from the same weights and draw the same examples. Before the
+timing, both must have the same loss without dropout.
 
-Each runs in a process and an environment of its own, at its best (docs/training_speed.md), and they
-take turns. Further contenders: `transformers_bfloat16`; `ours_shared_encoder`, our step on the same
-examples, each encoded once for both targets (another loss, so it is compared with nothing); and
-`ours_by_hand`, our step with packed rows of `--row-lengths`.
+Each runs in its own process with its best environment (docs/training_speed.md), and they take turns.
+Further contenders: `transformers_bfloat16`; `ours_shared_encoder`, our step with one encoding of each
+example for both targets (a different loss, so it is not compared); and `ours_by_hand`, our step with
+packed rows of `--row-lengths`.
 """
 
 import argparse
@@ -29,11 +29,11 @@ PEERS = ("transformers", "transformers_bfloat16", "ours_shared_encoder")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="paper_cqa", help="a config, or its shipped name")
-    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, as of `train`")
+    parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, as for `train`")
     parser.add_argument("--family", default="t5_v1_1", help="of the model: t5_v1_1, t5gemma, ...")
     parser.add_argument("--size", default="small", help="of the family: tiny, small, base, ...")
     parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
-    parser.add_argument("--batch-size", type=int, help="examples a step; default: the config's")
+    parser.add_argument("--batch-size", type=int, help="examples per step; default: the config's")
     parser.add_argument("--steps", type=int, default=2, help="steps in a timed turn")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:1])
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_config(args: argparse.Namespace, model: str, *more: str) -> Any:
-    """The `TrainConfig` of the command line, which starts from the weights in `model`."""
+    """Returns the `TrainConfig` of the command line, with the initial weights in `model`."""
     from stepdistill_jax.commands.gin_config import load_config
 
     settings = [f"TASK={args.task}", f"INIT_FROM={model}", *args.set, *more]
@@ -52,7 +52,7 @@ def run_config(args: argparse.Namespace, model: str, *more: str) -> Any:
 
 
 class Ours:
-    """The trainer's step and batches, as `stepdistill train` has them."""
+    """The step and batches of `stepdistill train`."""
 
     def __init__(self, args: argparse.Namespace, model: str, *settings: str):
         from stepdistill_jax.models.cpu_speed import keep_pages
@@ -88,14 +88,14 @@ class Ours:
         }
 
     def loss(self) -> float:
-        """Of the first batch, without dropout."""
+        """Returns the loss of the first batch, without dropout."""
         import numpy as np
 
         sums = self.evaluate(self.state.params, self.batches(0))
         return float(sums.weighted_loss(np.asarray(self.weights, np.float32)))
 
     def run(self, steps: range) -> int:
-        """Takes these steps and returns how many examples they have."""
+        """Runs these steps and returns their number of examples."""
         for step in steps:
             self.state, _ = self.update(self.state, self.batches(step))
         self.block(self.state.params)
@@ -104,7 +104,7 @@ class Ours:
     def contender(self, number: int):
         steps = range(number * self.steps, (number + 1) * self.steps)
         self.run(steps[:1])  # after a pause: see `main`
-        for step in steps:  # packing needs few row counts, each is compiled once
+        for step in steps:  # few numbers of rows occur, and each is compiled once
             if (rows := len(self.batches(step)[0]["encoder_input_tokens"])) not in self.compiled:
                 self.compiled.add(rows)
                 self.run(range(step, step + 1))
@@ -112,7 +112,7 @@ class Ours:
 
 
 class Peer:
-    """A torch model with our weights, and the loop around it."""
+    """A torch model with our weights, and its training loop."""
 
     def __init__(self, args: argparse.Namespace, model: str, autocast: bool = False):
         self.torch = timing.peer_module("torch", args.threads)
@@ -138,7 +138,7 @@ class Peer:
         }
 
     def batch(self, step: int) -> list[dict[str, Any]]:
-        """The examples of our step: for each objective its rows, padded to the longest."""
+        """Returns the examples of our step: the rows of each objective, padded to the longest."""
         import numpy as np
 
         drawn, batches = self.batches.examples(step), self.batches
@@ -171,13 +171,13 @@ class Peer:
         return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
 
     def loss(self) -> float:
-        """Of the first batch, without dropout."""
+        """Returns the loss of the first batch, without dropout."""
         self.model.eval()
         with self.torch.no_grad():
             return float(self.forward(self.batch(0)))
 
     def run(self, steps: range) -> int:
-        """Takes these steps and returns how many examples they have."""
+        """Runs these steps and returns their number of examples."""
         self.model.train()
         for step in steps:
             loss = self.forward(self.batch(step))
@@ -194,7 +194,7 @@ class Peer:
 
 
 def save_model(args: argparse.Namespace, directory: str) -> None:
-    """Random weights with the task's vocabulary, which all start from."""
+    """Writes the initial weights for all: random, with the task's vocabulary."""
     from models import save_random_model
 
     from stepdistill_jax.data.prepare import ensure_prepared
@@ -207,7 +207,7 @@ def save_model(args: argparse.Namespace, directory: str) -> None:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple]:
-    """Returns for each contender what makes it, its further arguments and its environment."""
+    """Returns for each contender its constructor, further arguments and environment."""
     known: dict[str, tuple] = {
         "ours": (Ours, (), {}),
         "transformers": (Peer, (), TORCH),
@@ -224,7 +224,7 @@ def contenders(args: argparse.Namespace) -> dict[str, tuple]:
 
 
 def check(facts: dict[str, dict[str, Any]], losses: dict[str, float]) -> None:
-    """All but the shared encoder must do the same work."""
+    """Checks that all contenders but the shared encoder do the same work."""
     for name, loss in losses.items():
         allowed = 0.02 if name.endswith("bfloat16") else 1e-4
         gap = abs(loss / losses["ours"] - 1)
@@ -246,8 +246,8 @@ def main() -> None:
         facts = {name: one.call("facts") for name, one in apart.items()}
         losses = {n: one.call("loss") for n, one in apart.items() if n != "ours_shared_encoder"}
         check(facts, losses)
-        # a process that slept while others had their turn takes up to 1.4 times as long for its first step, which
-        # a run does not have: each turn begins with one that is not timed
+        # A process that slept during other turns takes up to 1.4 times as long for its first step, unlike
+        # a run. So each turn begins with a step that is not timed.
         rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
     timing.report(
         args,

@@ -69,8 +69,8 @@ MUTANTS = [
         id="D3",
         what="an e-SNLI label ends at the next premise only where a paragraph starts with it",
         file="stepdistill_jax/data/nli_rationale.py",
-        old='said, next_pair, _ = after.partition("Premise")',
-        new='said, next_pair, _ = after.partition("\\n\\nPremise")',
+        old='answer_text, next_pair, _ = after.partition("Premise")',
+        new='answer_text, next_pair, _ = after.partition("\\n\\nPremise")',
         tests=["tests/data/test_nli.py::test_each_way_of_failing_on_esnli_has_a_name"],
     ),
     Mutant(
@@ -125,8 +125,8 @@ MUTANTS = [
         id="D9",
         what="more rows of gsm_symbolic's train change the rows of its other splits",
         file="stepdistill_jax/data/corpora/gsm_symbolic.py",
-        old='f"{seed} {split}", asked)',
-        new='f"{seed} {split} {rows}", asked)',
+        old='f"{seed} {split}", seen)',
+        new='f"{seed} {split} {rows}", seen)',
         tests=[
             "tests/data/test_gsm_symbolic.py::test_rows_and_seed_say_all_and_more_rows_change_no_other_split"
         ],

@@ -1,4 +1,4 @@
-"""The benchmarks run at a tiny size; what their figures are worth only a quiet machine can tell."""
+"""Runs the benchmarks at a tiny size. Their numbers are meaningful only on a quiet machine."""
 
 import argparse
 import asyncio
@@ -77,7 +77,7 @@ def test_each_benchmark_ends_with_figures_of_ours_and_of_its_peers(name, deliver
         assert any(line.startswith(peer) for line in table)
     assert result["threads"] == 1
     assert result["device"].startswith("cpu")
-    if name in ("train", "decode"):  # our environment is what a user has
+    if name in ("train", "decode"):  # a user's environment
         environments = result["environments"]
         assert environments["ours"] == {} != environments["transformers"]
     if name == "train":
@@ -171,7 +171,7 @@ def test_a_percentile_is_the_smallest_that_so_many_do_not_exceed(latency):
 
 
 def test_requests_come_whether_or_not_the_server_keeps_up_and_their_wait_counts(latency):
-    """A server of 20 a second that gets 200 a second for a fifth of a second."""
+    """A server that handles 20 requests a second gets 200 a second for 0.2 s."""
 
     async def answer(reader, writer):
         while await reader.readline():
@@ -193,13 +193,13 @@ def test_requests_come_whether_or_not_the_server_keeps_up_and_their_wait_counts(
     turn = asyncio.Lock()
     count, client = asyncio.run(main())
     assert 20 < count == len(client.seconds) < 60 and client.wrong == client.refused == 0
-    # the n-th answer comes after n times 50 ms, and its client came in the first 200
+    # the n-th answer comes after n times 50 ms, and its client arrived in the first 200 ms
     assert max(client.seconds) > count * 0.05 - 0.25
     assert sum(client.seconds) / count > count * 0.05 / 2 - 0.25
 
 
 def report(timing, rates, *, others=0.0, json=False):
-    """The figures of a run of ten seconds of which ours worked four, others so many."""
+    """Reports a run of ten seconds, in which ours worked four and other processes `others` seconds."""
     began = timing.Clock.now()
     ended = timing.Clock(began.wall + 10, (began.machine or 0.0) + 4 + others, began.own + 4)
     began = timing.Clock(began.wall, began.machine or 0.0, began.own)
@@ -265,7 +265,7 @@ def test_what_a_contender_apart_refuses_and_its_end_are_errors_here(apart):
     ):
         try:
             clock.call("end")
-        except RuntimeError:  # nor is it asked again without being missed
+        except RuntimeError:  # a second call is an error, too
             clock.call("process")
 
 
@@ -284,7 +284,7 @@ def test_the_ratio_is_of_rounds_and_above_1_where_ours_is_faster(timing, capsys)
 
 def test_figures_of_a_machine_that_others_kept_busy_are_marked(timing, capsys):
     report(timing, {"ours": [1.0], "peer": [1.0]}, others=15.0)
-    assert "others kept 1.5 cores busy" in capsys.readouterr().out
+    assert "other processes kept 1.5 cores busy" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -304,7 +304,7 @@ def test_start_up_has_its_parts_and_is_sooner_where_an_earlier_run_left_somethin
 
 @pytest.fixture
 def run_all(monkeypatch, tmp_path):
-    """The module with three benchmarks: one that works, one that fails, and one that is not there."""
+    """Loads the module with three benchmarks: one works, one fails, one does not exist."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("run_all")
     result = {
@@ -333,7 +333,7 @@ def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
     command = ["run_all.py", "--data-dir", str(delivery_data_dir), "--output", str(page)]
     command += ["--task", "delivery"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="without figures: fails, gone"):
+    with pytest.raises(SystemExit, match="without results: fails, gone"):
         run_all.main()
     text = page.read_text()
     assert text.startswith("# Benchmarks\n")
@@ -349,8 +349,8 @@ def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
     said = f"python benchmarks/works.py --size 1 --task delivery --data-dir {delivery_data_dir}"
     assert f"`{said} --json`" in works
     assert "failed, exit code 1: no room" in fails
-    assert "skipped, gone.py is not here" in gone
-    # one of them again: what stands between its marks is renewed, all else stays
+    assert "skipped: gone.py does not exist" in gone
+    # running one again replaces the text between its marks, and keeps all other text
     edited = text.replace("## Gone", "## Kept").replace(
         "<!-- begin works", "Words.\n\n<!-- begin works"
     )
@@ -365,7 +365,7 @@ def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
 def test_run_all_refuses_an_unknown_benchmark_and_quick_figures_in_the_docs(run_all, monkeypatch):
     for flags, message in (
         (["--only", "work"], "no benchmark 'work'; did you mean 'works'"),
-        (["--quick"], "name another --output"),
+        (["--quick"], "give a different --output"),
     ):
         monkeypatch.setattr(sys, "argv", ["run_all.py", *flags])
         with pytest.raises(run_all.InputError, match=message):

@@ -1,4 +1,4 @@
-"""`examples/quickstart.ipynb`: it is a notebook, and its cells run one after another."""
+"""`examples/quickstart.ipynb` is a valid notebook, and its cells run in order."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ def cells():
 
 
 def test_it_is_a_notebook_without_outputs(cells):
-    """The fields that nbformat 4.5 asks for."""
+    """It has the fields required by nbformat 4.5."""
     book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
     assert book["metadata"]["kernelspec"] == {

@@ -1,4 +1,4 @@
-"""The batch as a pure function of (data, seed, step): which examples, and where their tokens go.
+"""The batch of a step as a pure function of (data, seed, step).
 
 `sampler.py` draws the rows of a step, `packing.py` puts their tokens into arrays.
 """
@@ -42,15 +42,15 @@ from stepdistill_jax.tasks.task_data import TaskData
 
 Batch = tuple[Group, ...]
 
-SHARD_EXAMPLES = 512  # more at once pack no better, and cost as much
+SHARD_EXAMPLES = 512  # larger shards pack no better
 
 
 class Packed(NamedTuple):
     """A group of a shard before its arrays are made.
 
     Attributes:
-        rows: its examples by table; none in a group without tokens.
-        encodings, packing: where their tokens go; None without tokens.
+        rows: its rows by table; [] without tokens.
+        encodings, packing: positions of their tokens; None without tokens.
     """
 
     rows: Rows
@@ -59,7 +59,7 @@ class Packed(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows that hold tokens."""
+        """Number of packed rows that hold tokens."""
         return 0 if self.packing is None else self.packing.num_rows
 
 
@@ -68,18 +68,19 @@ Shard = tuple[Packed, ...]  # by group
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """`batches(step)` is the global batch of a step, the same in every process and in any order.
+    """Batches of a run: `batches(step)` is the global batch, equal in every process and in any order.
 
-    Its examples are packed in `num_shards` shards, of about as many consecutive ones each, and the rows
-    of a shard are a block of the batch's: shard i of n has the rows from i/n to (i+1)/n. All blocks
-    have as many rows as the fullest shard needs, rounded up. So the batch does not depend on the number
-    of processes, and each of them packs the shards whose rows its devices own (`batches/host.py`).
+    A step takes `batch_size` examples, each with the rows of all its objectives. An absent target
+    leaves out its row. Several rationales give several rows, or one that is drawn in each epoch
+    (`TaskData.sample_rationales`). Each epoch is a permutation of the examples by (seed, epoch).
 
-    A step takes `batch_size` examples, each with the rows of all its objectives; an absent target
-    leaves its row out, and several rationales make several rows (or one that is drawn anew in each
-    epoch, `TaskData.sample_rationales`). Examples come in a permutation per epoch, drawn from (seed, epoch).
+    The examples are split into `num_shards` shards of consecutive examples, of about equal size. Each
+    is packed by itself into a block of rows: of n blocks, block i has the rows from i/n to (i+1)/n of
+    the batch. All blocks have as many rows as the fullest shard needs, rounded up. So the batch does
+    not depend on the number of processes, and each process packs only the shards whose rows its
+    devices own (`batches/host.py`).
 
-    Two examples, the second of weight 0.5 and without a rationale (objective 2), packed:
+    Two examples, the second with weight 0.5 and no rationale (objective 2), packed:
 
         encoder_input_tokens   20  5  1 21  5  1 20  6  1  0
         encoder_segment_ids     1  1  1  2  2  2  3  3  3  0
@@ -89,9 +90,9 @@ class Batches:
         decoder_objective_ids   1  1  2  2  2  1  1  0
         decoder_loss_weights    1  1  1  1  1 .5 .5  0
 
-    Where all objectives have one input (`share_encoding`), an example's targets read one encoder
-    segment; each is a decoder segment that says which. The same examples, objective 2 with the
-    decoder prefix 9, whose tokens count nowhere:
+    If all objectives have the same input (`share_encoding`), an example's targets read one encoder
+    segment, and each decoder segment names it. The same examples, where objective 2 has the decoder
+    prefix 9, a token without loss:
 
         encoder_input_tokens        20  5  1 20  6  1
         encoder_segment_ids          1  1  1  2  2  2
@@ -102,12 +103,11 @@ class Batches:
         decoder_objective_ids        1  1  0  2  2  2  1  1
         decoder_loss_weights         1  1  0  1  1  1 .5 .5
 
-    Of data with several parts each target token also has the number of its part, from 1, in
-    `decoder_task_ids`.
+    For data with several parts, `decoder_task_ids` has the number of each target token's part, from 1.
 
-    With `pairs` all rows of an example lie side by side in one packed row, or in one padded row, and
-    each target token has the number of its example in that row. Examples with several targets are
-    numbered first, here the first of the two:
+    With `pairs`, all rows of an example are adjacent in one packed or padded row, and
+    `decoder_example_ids` has the number of each target token's example in that row. Examples with
+    several targets are numbered first, here the first of the two:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -115,21 +115,20 @@ class Batches:
 
     Attributes:
         data: token stores and objectives.
-        batch_size: examples a step.
-        input_length, target_length: tokens of an input and of a target (with its decoder prefix);
-            longer ones are truncated, the end of sequence stays as their last id.
-        seed: of the order, and of which examples a `data_fraction` keeps.
-        pack: False gives one group for each objective (with `pairs` one for all), row i for the
-            i-th example, as long as its longest row, and encodes an input anew for each of them.
-        row_multiple: row counts are multiples of it (devices that share a batch x microbatches).
-        data_fraction: share of the examples that is used; a smaller share is a subset of a larger.
-        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` has
-            what they cost); (0, 0) is `input_length` and `target_length`, with `pairs` no less than
-            the longest example.
-        pairs: a row has all targets of its examples, for a loss that compares them.
-        loss_mean: `example` divides a row's weight by the number of its target tokens.
-        shuffle: False takes the examples in order, once, for evaluation: `num_steps` steps, the
-            last with fewer examples in the same shapes.
+        batch_size: examples per step.
+        input_length, target_length: most tokens of an input, and of a target with its decoder prefix;
+            longer ones are truncated, and keep the end of sequence as their last id.
+        seed: seed of the order, and of the choice of examples for `data_fraction`.
+        pack: False pads instead: one group for each objective (with `pairs` one for all), row i for
+            the i-th example, as long as the group's longest row, and without shared encodings.
+        row_multiple: numbers of rows are multiples of it (devices that share a batch x microbatches).
+        data_fraction: share of the examples to use; a smaller share is a subset of a larger.
+        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` chooses them);
+            (0, 0) for `input_length` and `target_length` or, with `pairs`, at least the longest example.
+        pairs: whether a row has all targets of its examples, for a loss that compares them.
+        loss_mean: `token`, or `example`, which divides a row's weight by its number of target tokens.
+        shuffle: False takes each example once, in order, for evaluation: `num_steps` steps, the last
+            with fewer examples in the same shapes.
     """
 
     data: TaskData
@@ -151,7 +150,7 @@ class Batches:
         for objective, prefix in zip(self.data.objectives, self.data.decoder_prefixes, strict=True):
             if len(prefix) >= self.target_length:
                 raise InputError(
-                    f"`target_length={self.target_length}`: nothing is left for a target of"
+                    f"`target_length={self.target_length}`: leaves no room for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
         for store, pool in enumerate(self._sampler.pools):
@@ -162,8 +161,8 @@ class Batches:
                 )
         if self.pairs and not self._has_pairs():
             raise InputError(
-                f"`extra_loss`: {self.data.split} of {self.data.name} has no example with targets of"
-                f" both {' and '.join(o.name for o in self.data.objectives[:2])}, which it pairs"
+                f"`extra_loss`: it compares {' and '.join(o.name for o in self.data.objectives[:2])},"
+                f" but no example in {self.data.split} of {self.data.name} has targets of both"
             )
         if self.row_lengths == (0, 0):
             lengths = (self.input_length, self.target_length)
@@ -183,13 +182,13 @@ class Batches:
                 )
 
     def with_row_lengths(self, row_lengths: tuple[int, int]) -> "Batches":
-        """Returns the same batches in rows of these lengths, without another look at the examples.
+        """Returns the same batches with packed rows of these lengths; reuses what is computed.
 
         Raises:
             InputError: an example is longer.
         """
         other = copy.copy(self)
-        for name in ("lengths", "row_counts"):  # the cached properties that depend on them
+        for name in ("lengths", "row_counts"):  # cached properties that depend on them
             other.__dict__.pop(name, None)
         object.__setattr__(other, "row_lengths", row_lengths)
         other._check_row_lengths()
@@ -209,7 +208,7 @@ class Batches:
 
     @functools.cached_property
     def _usable(self) -> tuple[np.ndarray, ...]:
-        """For each store the examples with at least one target."""
+        """For each store, the examples with at least one target."""
         return tuple(
             np.flatnonzero(np.any([t.present for t in self._tables_of(s)], axis=0))
             for s in range(len(self.data.stores))
@@ -221,7 +220,7 @@ class Batches:
         return Sampler(pools, self.data.rates, self.seed, self.shuffle)
 
     def _has_pairs(self) -> bool:
-        """Whether an example in use has a target of each of the first two objectives."""
+        """Returns whether an example in use has targets of both of the first two objectives."""
         pairs = itertools.product(self._tables, self._tables)
         return any(
             (one.store, one.objective, other.objective) == (other.store, 1, 2)
@@ -231,40 +230,40 @@ class Batches:
 
     @property
     def num_examples(self) -> int:
-        """Examples in use, of all stores together."""
+        """Number of examples in use, in all stores."""
         return sum(len(pool) for pool in self._sampler.pools)
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which as many examples are taken as there are."""
+        """Number of steps that take as many examples as there are."""
         return self.num_examples / self.batch_size
 
     @property
     def num_shards(self) -> int:
-        """Shards of a batch, by its size alone; one of fewer than 1,024 examples."""
+        """Number of shards of a batch, by its size alone; 1 below 1,024 examples."""
         return max(1, self.batch_size // SHARD_EXAMPLES)
 
     @property
     def _shard_size(self) -> int:
-        """Examples of the largest shard."""
+        """Number of examples in the largest shard."""
         return -(-self.batch_size // self.num_shards)
 
     @property
     def num_steps(self) -> int:
-        """Steps that take each example once, with `shuffle` False."""
+        """Number of steps that take each example once, with `shuffle` False."""
         return -(-self.num_examples // self.batch_size)
 
     @functools.cached_property
     def row_counts(self) -> tuple[int, ...]:
-        """Packed row counts, ascending, at most four; the last holds any batch of this data.
+        """At most four numbers of packed rows, ascending; the last holds any batch of this data.
 
-        They do not depend on the seed, and on `data_fraction` only where it leaves fewer examples
-        than a batch takes (the last count is larger then): runs that differ in these share their
-        compiled steps.
+        They do not depend on the seed, nor on `data_fraction` unless it leaves fewer examples than
+        a batch takes (then the last is larger): runs that differ in these share compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
-            # a shard that crosses the end of an epoch may hold an example once for each
+            # A shard that crosses an epoch's end may hold an example once per epoch: consecutive
+            # draws from n examples, `_shard_size` of them, touch at most so many epochs.
             epochs = (self._shard_size - 1) // len(self._sampler.pools[store]) + 2
             places, sizes = self._units(self._all_encodings(store))
             load = np.bincount(places, (sizes / self.row_lengths).sum(1))
@@ -278,18 +277,21 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """What a block's rows are a multiple of, so that the batch's are one of `row_multiple`."""
+        """Multiple for the rows of a block, such that the batch's rows are a multiple of `row_multiple`.
+
+        4 shards and a row multiple of 6 give 3: a batch has 4 blocks of 3k rows, 12k in all.
+        """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the rows of a batch whose shards need `num_rows` each, rounded up."""
+        """Returns the number of rows of a batch whose shards need `num_rows` each, rounded up."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
-        """Returns the tokens of the longest input and of the longest target, truncated.
+        """Returns the lengths of the longest input and of the longest target after truncation.
 
-        With `pairs` these are the inputs and the targets of an example together; of rationales that
-        are sampled, the longest counts.
+        With `pairs`, these are the lengths of all inputs and of all targets of an example; if
+        rationales are sampled, the longest counts.
         """
         return self._longest
 
@@ -305,11 +307,11 @@ class Batches:
         return max(1, inputs), max(1, targets)
 
     def probe(self, count: int) -> list[int]:
-        """Returns the packed rows that each of `count` random shards needs, or of fewer large ones.
+        """Returns the numbers of packed rows that `count` random shards need, or fewer large shards.
 
-        They are drawn in the same way for any `seed` and `data_fraction`, which of several
-        rationales is sampled excepted. More than `count` x 1,024 rows before packing would take
-        seconds: then there are fewer shards, a sixteenth at least.
+        The shards do not depend on `seed` and `data_fraction`, except for the rationales that are
+        sampled. To bound the time, at most `count` x 1,024 rows are packed, but at least `count` / 16
+        shards.
         """
         size = self._shard_size
         most = count * PROBED_ROWS // (size * len(self._tables))
@@ -349,7 +351,7 @@ class Batches:
 
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
-        """The tables of each group: all of them or, padded, the ones with one row per example."""
+        """Tables of each group: all tables or, if padded, tables with at most one row per example."""
         if self.pack or self.pairs:
             return [list(self._tables)]
         groups = collections.defaultdict(list)
@@ -359,17 +361,19 @@ class Batches:
         return [groups[key] for key in sorted(groups)]
 
     def examples(self, step: int) -> ExampleIds:
-        """The examples of a step, in the order in which they are drawn."""
+        """Returns the examples of a step, in drawn order."""
         first = step * self.batch_size
         return self._sampler(np.arange(first, first + self.batch_size))
 
     def __call__(self, step: int) -> Batch:
-        """The global batch of a step."""
+        """Returns the global batch of a step."""
         shards = [self.shard(step, number) for number in range(self.num_shards)]
         return self.arrays(shards, max(shard[0].num_rows for shard in shards))
 
     def shard(self, step: int, number: int) -> Shard:
-        """Returns where the tokens of one shard of a step go, in its own rows."""
+        """Returns the packed rows of one shard of a step."""
+        # shard k of n takes the examples from k/n to (k+1)/n of the step: 10 examples in 3 shards
+        # are split at 0, 3, 6 and 10
         first, end = (
             step * self.batch_size + n * self.batch_size // self.num_shards
             for n in (number, number + 1)
@@ -379,17 +383,17 @@ class Batches:
         return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
 
     def batch_rows(self, fullest: int) -> int:
-        """Returns the rows of each group of a batch whose fullest shard needs so many."""
+        """Returns the number of rows of each group if the fullest shard needs `fullest` rows."""
         if not self.pack:
             return self.rounded(self._shard_size)
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns the rows of some of a step's shards, block after block.
+        """Returns the arrays of some of a step's shards, block after block.
 
         Args:
-            shards: of the step.
-            fullest: rows that the fullest of all its shards needs, these or others.
+            shards: shards of one step.
+            fullest: number of rows that the fullest of all shards of the step needs.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
@@ -398,7 +402,9 @@ class Batches:
             for group, packed in zip(batch, shard, strict=True):
                 if packed.encodings is None or packed.packing is None:
                     continue
-                own = {name: array[block] for name, array in group.items()}
+                own = {
+                    name: array[block] for name, array in group.items()
+                }  # views: written in place
                 tokens = zip(*(table.tokens(e) for table, e, _ in packed.rows), strict=True)
                 scatter(own, packed.encodings, packed.packing, *map(np.concatenate, tokens))
         return batch
@@ -411,7 +417,7 @@ class Batches:
     def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
     ) -> Packed:
-        """One group of a shard: the rows drawn, the encodings they read, and where these lie."""
+        """Returns one group of a shard: its rows, their encodings, and the positions of these."""
         rows = self._rows(drawn, tables)
         if not rows:
             return Packed(rows)
@@ -429,21 +435,22 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Those of rows by their input lengths, decoder lengths and places, each [rows]."""
+        """Returns the encodings of rows, given as (input lengths, decoder lengths, places) by table."""
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
-        # all targets of a pair fit into a row (`longest`), so its input is never encoded again
+        # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
         room = int(targets.sum()) if self.pairs else self.row_lengths[1]
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Places and sizes of what is packed as one: an encoding or, with `pairs`, an example."""
+        """Returns places and sizes of the units to pack: encodings or, with `pairs`, examples."""
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Those of all examples of a store, each at the place of its number, with all rationales.
+        """Returns the encodings of all examples of a store with all rationales; place i is example i.
 
-        With `pairs` and sampled rationales an example has but one, as in a step: as long as its longest.
+        With `pairs` and sampled rationales, an example has a single rationale, as in a step, with the
+        length of its longest.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):
@@ -458,19 +465,19 @@ class Batches:
         return self._encodings_of(rows)
 
     def sizes(self) -> np.ndarray:
-        """[units, 2] input and target length of what is packed as one, of all examples of the data."""
+        """Returns [units, 2] input and target lengths of all units that are packed (see `_units`)."""
         stores = range(len(self.data.stores))
         return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])
 
     def cut_counts(self) -> dict[str, dict[str, int]]:
-        """For each objective how many inputs and targets in use are longer than the lengths."""
+        """Returns the number of truncated inputs and targets in use, for each objective."""
         counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
         for table in self._tables:
             pool = self._sampler.pools[table.store]
             pool = pool[table.present[pool]]
             name = self.data.objectives[table.objective - 1].name
-            counts[name]["inputs"] += int(table.inputs.is_cut[pool].sum())
-            counts[name]["targets"] += int(table.targets.is_cut[pool].sum())
+            counts[name]["inputs"] += int(table.inputs.is_truncated[pool].sum())
+            counts[name]["targets"] += int(table.targets.is_truncated[pool].sum())
         return counts
 
 

@@ -1,8 +1,8 @@
-"""A process's part of the batches: the shards whose rows lie on its devices, packed ahead of the steps.
+"""Makes a process's part of the batches ahead of the steps: the shards with rows on its devices.
 
-A batch's row count depends on its fullest shard, and its totals on all. So the processes tell each
-other what their shards need, for `AGREED_STEPS` steps at once: these are packed by then, and become
-arrays when their turn comes.
+The number of rows of a batch depends on its fullest shard, and its totals on all shards. So the
+processes exchange the counts of their shards, for 8 steps at a time. These steps are packed by then;
+their arrays are made one step at a time.
 """
 
 import dataclasses
@@ -15,21 +15,20 @@ from stepdistill_jax.batches.batch import Batch, Batches, Shard
 from stepdistill_jax.runtime.channel import Channel
 
 AGREED_STEPS = 8
-# of a shard: its rows, input tokens, target tokens, then the tokens of each objective
+# rows, input tokens and target tokens of a shard, then the target tokens of each objective
 Counts = list[int]
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """The rows of a batch that a process has made, and what the batch holds in all.
+    """A process's rows of a batch, and the totals of the whole batch.
 
     Attributes:
-        groups: the rows of its shards, block after block.
+        groups: the rows of the process's shards, block after block.
         shards: numbers of these shards, ascending.
-        num_shards: of the batch.
+        num_shards: number of shards of the batch.
         shapes: (rows, input length, target length) of each group of the batch.
-        input_tokens, target_tokens: cells of the batch that hold a token, those of decoder prefixes
-            included.
+        input_tokens, target_tokens: tokens in the batch, with decoder prefixes, without padding.
         objective_tokens: target tokens of each objective in the batch, without prefixes.
     """
 
@@ -51,14 +50,15 @@ def iterate(
     channel: Channel | None = None,
     prefetch: int = 4,
 ) -> Iterator[HostBatch]:
-    """Batches of the steps from `start` to before `stop`, made ahead in a thread by Grain.
+    """Returns an iterator over the batches of steps `start` to `stop - 1`; a thread makes them ahead.
 
     Args:
-        batches: the same in all processes.
-        start, stop: steps.
-        shards: that this process makes, ascending; None is all.
-        channel: to the processes that make others; it is closed at the end. None: there are none.
-        prefetch: batches that wait to be taken.
+        batches: equal in all processes.
+        start, stop: first step, and the step after the last.
+        shards: numbers of the shards that this process makes, ascending; None for all.
+        channel: connects the processes that make the other shards; closed at the end. None if there
+            are no others.
+        prefetch: batches to keep ready.
     """
     import grain
 
@@ -66,7 +66,7 @@ def iterate(
         return iter(())
     numbers = tuple(range(batches.num_shards) if shards is None else shards)
     made = _Maker(batches, stop, numbers, channel)
-    # one thread: it takes the steps in their order
+    # a single thread, which takes the steps in order
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     source = iter(grain.MapDataset.range(start, stop).map(made).to_iter_dataset(options))
     return _closing(source, channel)
@@ -75,20 +75,20 @@ def iterate(
 def _closing(source: Any, channel: Channel | None) -> Iterator[HostBatch]:
     try:
         yield from source
-    finally:  # also where the reader stops early
+    finally:  # also if the reader stops early
         source.close()
         if channel is not None:
             channel.close()
 
 
 class _Maker:
-    """Makes the batch of a step, the next one at each call."""
+    """Makes the batch of a step; call it for consecutive steps."""
 
     def __init__(
         self, batches: Batches, stop: int, numbers: tuple[int, ...], channel: Channel | None
     ):
         self._batches, self._stop, self._numbers = batches, stop, numbers
-        # a single shard is every process's
+        # every process makes a single shard itself
         self._channel = channel if batches.num_shards > 1 else None
         self._ahead = 1 if self._channel is None else AGREED_STEPS
         self._packed: dict[int, list[Shard]] = {}
@@ -100,7 +100,9 @@ class _Maker:
             for other in block:
                 self._pack(other)
             self._totals.update(zip(block, self._agreed(block), strict=True))
-        if self._channel is not None:  # of the next block one for each of this: the work is even
+        if (
+            self._channel is not None
+        ):  # pack one step of the next block at each call, to spread the work
             self._pack(step + self._ahead)
         fullest, inputs, targets, *objectives = self._totals.pop(step)
         rows = self._batches.batch_rows(fullest)
@@ -119,7 +121,7 @@ class _Maker:
             self._packed[step] = [self._batches.shard(step, n) for n in self._numbers]
 
     def _agreed(self, steps: range) -> list[Counts]:
-        """The counts of each step's whole batch: the rows of its fullest shard, all shards' tokens."""
+        """Returns the counts of each step's batch: rows of the fullest shard, tokens of all shards."""
         own = {
             number: [_counts(self._batches, self._packed[step][place]) for step in steps]
             for place, number in enumerate(self._numbers)
@@ -130,7 +132,7 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """What shards count in all, by step; a shard that two processes make counts once."""
+    """Combines the counts of all processes' shards, by step; counts a shard of two processes once."""
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
     return np.concatenate([counts[..., :1].max(0), counts[..., 1:].sum(0)], 1).tolist()

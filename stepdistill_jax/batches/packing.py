@@ -1,10 +1,10 @@
-"""Many short rows in few long ones, in three steps: lengths -> packed rows -> cells and arrays.
+"""Packs many short rows into few long ones, in three steps: lengths -> packed rows -> arrays.
 
-1. `Encodings.of`: which rows of a step read one encoding of an input, and how long it and they are.
-2. `first_fit`: the packed row of each encoding, and its first column there. `choose_row_counts` and
-   `most_rows` bound how many packed rows there may be. Where targets are paired, whole examples are
-   packed instead (`Encodings.of_examples`), and `Packing.of_encodings` places what is in them.
-3. `scatter`: the cell of each token in the arrays of a batch.
+1. `Encodings.of` finds the rows of a step that read one encoding of an input, and their lengths.
+2. `first_fit` finds the packed row and the first columns of each encoding. `choose_row_counts` and
+   `most_rows` bound the number of packed rows. If targets are paired, `first_fit` packs whole
+   examples (`Encodings.of_examples`), and `Packing.of_encodings` finds the encodings inside them.
+3. `scatter` writes each token into its cell of the arrays of a batch.
 """
 
 import bisect
@@ -18,28 +18,28 @@ from stepdistill_jax.batches.sampler import ranges
 
 Group = dict[str, np.ndarray]
 
-# the encoder segment that a target token reads; without this feature, the segment of its own number
+# encoder segment that a target token reads; without this feature, the one with the token's own number
 DECODER_ENCODER_SEGMENTS = "decoder_encoder_segment_ids"
 TASK_IDS = "decoder_task_ids"
 EXAMPLE_IDS = "decoder_example_ids"
 
 PROBES = 128
-PROBED_ROWS = 1024  # for each: probing must stay below about two seconds for any batch size
-NEARLY_FULL = 2.2  # mean rows still fit: then the last two are chosen together
-CANDIDATES = 24  # of each list, for these two; more cost time and pack no better
+PROBED_ROWS = 1024  # per probe: keeps probing below about two seconds for any batch size
+NEARLY_FULL = 2.2  # if at most so many mean rows still fit, the last two are chosen together
+CANDIDATES = 24  # of each list for these two; more take time and pack no better
 
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """The rows that share one encoding of an input, and where their targets start in the decoder.
+    """Encodings of inputs: the rows that read each, and the order of their targets.
 
     Attributes:
-        of_row: [rows] int64 number of the encoding that a row reads, from 0.
-        offset: [rows] int64 decoder tokens of the same encoding to the left of the row's own.
-        row_sizes: [rows, 2] int64 input and decoder length of a row.
-        is_first: [rows] bool, true for the row whose inputs an encoding has.
-        places: [encodings] int64 its example's place in the step.
-        sizes: [encodings, 2] int64 input length, and decoder lengths of all its rows together.
+        of_row: [rows] int64 number of the encoding that the row reads, from 0.
+        offset: [rows] int64 decoder tokens of the same encoding to the left of the row's.
+        row_sizes: [rows, 2] int64 input and decoder length of the row.
+        is_first: [rows] bool, true for the row whose inputs are encoded.
+        places: [encodings] int64 place of the encoding's example in the step.
+        sizes: [encodings, 2] int64 input length, and sum of the decoder lengths of its rows.
     """
 
     of_row: np.ndarray
@@ -53,30 +53,35 @@ class Encodings:
     def of(
         cls, sizes: np.ndarray, places: np.ndarray, target_length: int, *, shared: bool
     ) -> "Encodings":
-        """One encoding for each row or, if `shared`, one for all rows of an example.
+        """Returns one encoding for each row or, if `shared`, one for all rows of an example.
 
-        An example whose targets need more than `target_length` together is encoded again for the
-        targets that no longer fit, so that none is cut for the others' sake.
+        If an example's targets together exceed `target_length`, it is encoded again for the targets
+        that do not fit, so that none is truncated to make room for another.
+
+        Example: three shared rows of one example with target length 6 and the sizes (3, 2), (3, 3),
+        (3, 4) have `of_row` [0, 0, 1], `offset` [0, 2, 0] and the encoding sizes (3, 5), (3, 4).
 
         Args:
             sizes: [rows, 2] int64 input and decoder length.
-            places: [rows] int64 each example's place in the step.
-            target_length: of a packed row.
-            shared: whether all rows of an example have one input.
+            places: [rows] int64 place of the row's example in the step.
+            target_length: decoder length of a packed row.
+            shared: whether all rows of an example have the same input.
         """
         rows, lengths = np.arange(len(sizes)), sizes[:, 1]
         keys, offset = rows.copy(), np.zeros_like(rows)
         if shared:
             count = int(places.max()) + 1
+            # per place: how often its example is encoded again, and tokens in its latest encoding
             again, used = np.zeros(count, np.int64), np.zeros(count, np.int64)
+            # all first rows of examples at once, then all second rows, ...
             turn = _numbers_within(places, rows)
             for mine in (np.flatnonzero(turn == k) for k in range(1, int(turn.max()) + 1)):
-                at = places[mine]  # each place once
+                at = places[mine]  # each place once, so that `again[at] += ...` counts right
                 full = used[at] + lengths[mine] > target_length
                 again[at] += full
                 offset[mine] = np.where(full, 0, used[at])
                 used[at] = offset[mine] + lengths[mine]
-                keys[mine] = again[at] * count + at
+                keys[mine] = again[at] * count + at  # a different number for each encoding
         _, first, of_row = np.unique(keys, return_index=True, return_inverse=True)
         is_first = np.zeros(len(rows), bool)
         is_first[first] = True
@@ -85,7 +90,7 @@ class Encodings:
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
     def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the place of each example, ascending, and the sizes [examples, 2] of all it has."""
+        """Returns places [examples], ascending, and the summed sizes [examples, 2] of their encodings."""
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
         return places, np.stack(sums, 1).astype(np.int64)
@@ -93,13 +98,13 @@ class Encodings:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Where encodings lie. All arrays are [encodings] int64.
+    """Positions of encodings in packed rows. All arrays are [encodings] int64.
 
     Attributes:
-        row: the packed row.
-        input_start, target_start: first column in it.
+        row: number of the packed row, from 0.
+        input_start, target_start: first column of the inputs and of the targets.
         segment: number of the segment in its packed row, from 1.
-        num_rows: packed rows used.
+        num_rows: number of packed rows.
     """
 
     row: np.ndarray
@@ -110,21 +115,22 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Each encoding by itself, in the row of its place."""
+        """Returns a row for each encoding: the row of its example's place."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Returns where encodings lie whose examples, as `of_examples` orders them, lie here.
+        """Returns the positions of encodings whose examples have these positions.
 
-        They lie side by side. An example of two encodings of sizes (3, 1) and (3, 4) that begins at
-        the columns (5, 2) has its first at (5, 2) and its second at (8, 3).
+        The examples are in the order of `of_examples`. The encodings of one follow each other: if an
+        example at the columns (5, 2) has two encodings of sizes (3, 1) and (3, 4), these start at
+        (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
         order = np.argsort(of, kind="stable")
         before = np.cumsum(encodings.sizes[order], 0) - encodings.sizes[order]
         offset = np.empty_like(before)
-        # what lies before an encoding, less what lies before the first of its example
+        # tokens before an encoding, minus tokens before the first encoding of its example
         offset[order] = before - before[np.searchsorted(of[order], of[order])]
         row, starts = self.row[of], np.stack([self.input_start, self.target_start], 1)[of] + offset
         segment = _numbers_within(row, starts[:, 1])
@@ -132,21 +138,24 @@ class Packing:
 
 
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
-    """First-fit decreasing on two lengths: one packed row after the other is filled.
+    """Packs by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    Rows are kept in two lists, each longest first: those that take the larger share of a packed
-    row's inputs (most labels) and those that take the larger share of its targets (rationales).
-    The next row is the first that fits of the list whose side has more room, so that inputs and
-    targets run out together. On rows like CQA's that needs 15% fewer packed rows than one list
-    ordered by the larger share, which puts the rationales together. Where two more rows fill a
-    packed row, they are chosen together, for what they leave: 3% fewer.
+    Rows wait in two lists, each longest first: rows that need a larger share of a packed row's
+    inputs than of its targets (most labels), and the others (rationales). The next row is the first
+    that fits, from the list whose side has more room, so that inputs and targets fill up together.
+    On rows like CQA's that needs 15% fewer packed rows than one list sorted by the larger share,
+    which packs the rationales together. The last two rows of a packed row are chosen together, as
+    the pair that fills it best: 3% fewer.
 
-    With capacity (4, 4) the sizes (3, 1), (1, 1), (1, 3) give the packed rows 0, 1, 0: (3, 1) comes
-    first, (1, 3) fills what it leaves.
+    Example: with capacity (4, 4) the sizes (3, 1), (1, 1), (1, 3) give the packed rows 0, 1, 0:
+    (3, 1) comes first, (1, 3) fills the rest of its row.
 
     Args:
         sizes: [rows, 2] int input and target length, each from 1 to the capacity.
         capacity: input and target length of a packed row.
+
+    Returns:
+        The position of each row, in the order of `sizes`.
     """
     columns = np.empty((4, len(sizes)), np.int64)
     if not len(sizes):
@@ -155,16 +164,18 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     is_target_heavy = shares[:, 1] > shares[:, 0]
     lists = [_Decreasing(sizes, np.flatnonzero(is_target_heavy == side), side) for side in (0, 1)]
     nearly_full = (NEARLY_FULL * sizes.mean(0)).tolist()
-    worth = shares.sum(0) / capacity  # of a token: the scarcer side counts more
+    worth = shares.sum(0) / capacity  # value of a token: tokens of the scarcer side count more
     placed: list[tuple[int, int, int, int, int]] = []  # index, row, input, target, segment
     num_rows = 0
     while len(placed) < len(sizes):
         room, segment, paired = list(capacity), 0, False
         while True:
             found = []
+            # when about two more rows fit, choose both together, once for each packed row
             if not paired and (room[0] < nearly_full[0] or room[1] < nearly_full[1]):
                 found, paired = _last_two(lists, room, worth), True
             if not found:
+                # room[0] / capacity[0] < room[1] / capacity[1]: the targets have more room
                 fuller = room[0] * capacity[1] < room[1] * capacity[0]
                 found = lists[fuller].first(room) or lists[not fuller].first(room)
             if not found:
@@ -176,7 +187,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
                 placed.append((index, num_rows, *start, segment))
                 room[0] -= n_in
                 room[1] -= n_out
-        if not segment:
+        if not segment:  # an empty packed row takes any row that is not too long
             raise ValueError(f"a row longer than the capacity {capacity}")
         num_rows += 1
     index, *values = np.array(placed, np.int64).T
@@ -185,24 +196,24 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """Rows that wait for a place, the longest on their heavy side first."""
+    """Rows that wait to be packed, the longest on their heavy side first."""
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
         order = members[np.argsort(-sizes[members, side], kind="stable")]
         self._side = side
-        self._keys = (-sizes[order, side]).tolist()  # ascending, for bisect
+        self._keys = (-sizes[order, side]).tolist()  # ascending, as bisect needs them
         self._index = order.tolist()
         self._lengths = [sizes[order, either].tolist() for either in (0, 1)]
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """The first whose own side fits; those after it do, too."""
+        """Returns the first position whose heavy side fits; it fits at all later positions, too."""
         if room[1 - self._side] < self._least_other:
             return len(self._keys)
         return bisect.bisect_left(self._keys, -room[self._side])
 
     def first(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
-        """The place of the first that fits, if one does."""
+        """Returns [(self, position)] of the first row that fits on both sides; [] if none does."""
         other, other_room = self._lengths[1 - self._side], room[1 - self._side]
         for k in range(self._from(room), len(other)):
             if other[k] <= other_room:
@@ -210,14 +221,17 @@ class _Decreasing:
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
-        """Places of about `CANDIDATES` of all lengths whose own side fits, their inputs, targets."""
+        """Returns positions, input and target lengths of about 24 rows whose heavy side fits.
+
+        They are evenly spread over the list, so that they have all lengths.
+        """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)
         inputs, targets = self._lengths
         return range(start, len(self._keys), step), inputs[start::step], targets[start::step]
 
     def take(self, k: int) -> tuple[int, int, int]:
-        """(index, input, target length) of one, which then no longer waits."""
+        """Removes the row at position k; returns its (index, input length, target length)."""
         self._keys.pop(k)
         inputs, targets = self._lengths
         return self._index.pop(k), inputs.pop(k), targets.pop(k)
@@ -226,7 +240,10 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Places of the one or two that fit and fill the most, the later one of a list first."""
+    """Returns the one or two waiting rows that fit and fill the most; [] if none fits.
+
+    Of two in the same list the later comes first: removing it does not move the earlier one.
+    """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
     )
@@ -236,11 +253,12 @@ def _last_two(
     both_inputs = _each_two(inputs + more_inputs)
     both_targets = _each_two(targets + more_targets)
     value = both_inputs * worth[0] + both_targets * worth[1]
-    value *= (both_inputs <= room[0]) & (both_targets <= room[1])
+    value *= (both_inputs <= room[0]) & (both_targets <= room[1])  # 0 for what does not fit
     best = int(value.argmax())
     if not value.item(best):
         return []
     first = len(places)
+    # the flat index `best` is pair divmod(best, count); equal numbers, on the diagonal, are one row
     return [
         (lists[0], places[i]) if i < first else (lists[1], more_places[i - first])
         for i in sorted({*divmod(best, count)}, reverse=True)
@@ -248,7 +266,10 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """[n, n] float64 sums of each two of n lengths; on the diagonal one by itself."""
+    """Returns [n, n] float64 sums of each two of n lengths; on the diagonal, single lengths.
+
+    Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
+    """
     single = np.array(lengths, np.float64)
     sums = np.add.outer(single, single)
     sums.reshape(-1)[:: len(single) + 1] = single
@@ -258,27 +279,31 @@ def _each_two(lengths: list[int]) -> np.ndarray:
 def choose_row_counts(
     probes: Sequence[int], bound: int, row_multiple: int, *, num_shards: int = 1
 ) -> tuple[int, ...]:
-    """At most four packed row counts of a shard that cost few empty rows, the last for any at all.
+    """Returns at most four numbers of packed rows for a shard, ascending; the last holds any shard.
 
-    The first two are those that give the fullest of `num_shards` probes the smallest mean; the third
-    stands a standard deviation or two above the largest probe, so that the fourth, which is far
-    larger, is hardly ever compiled.
+    Each number is a shape to compile, so few must waste few empty rows. The first two give the
+    smallest mean number of rows, over the probes. The third is a standard deviation or two above the
+    largest probe, so that the fourth, far larger, is hardly ever compiled.
+
+    Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
     Args:
         probes: packed rows that random shards needed.
         bound: packed rows that no shard can exceed.
-        row_multiple: counts are multiples of it.
-        num_shards: of a batch, which all get as many rows as the fullest of them needs.
+        row_multiple: the numbers are multiples of it.
+        num_shards: shards of a batch, which all get as many rows as the fullest of them needs.
     """
     used = np.sort(np.asarray(probes, np.int64))
-    # the fullest of several shards lies further above the mean: so far that the fourth is for one
-    # batch in some thousands
+    # The fullest of several shards lies further above the mean. This factor keeps batches that need
+    # the fourth number to one in some thousands.
     spread = used.std() * (1 + math.log10(num_shards) / 2)
     third = round_up(used[-1] + max(1, int(np.ceil(spread))), row_multiple)
     if num_shards > 1:
+        # random batches of `num_shards` probes: the fullest of each
         used = np.random.default_rng(0).choice(used, (PROBES, num_shards)).max(1)
     rounded = np.array([round_up(count, row_multiple) for count in used.tolist()])
     values = np.unique(rounded)
+    # mean rows with the numbers a <= b < third: each probe takes the smallest that holds it
     means = {
         (a, b): np.where(rounded <= a, a, np.where(rounded <= b, b, third)).mean()
         for a in values.tolist()
@@ -291,23 +316,24 @@ def choose_row_counts(
 
 
 def round_up(value: float, multiple: int) -> int:
-    """The least multiple that is not below `value`."""
+    """Returns the least multiple of `multiple` that is not below `value`."""
     return math.ceil(value / multiple) * multiple
 
 
 def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
-    """Packed rows that first-fit never exceeds for `batch_size` of these examples.
+    """Returns a number of packed rows that first-fit never exceeds for `batch_size` examples.
 
-    First-fit opens a packed row only when nothing that waits fits into the one before it, in inputs
-    or in targets, so two neighbours' loads add up to more than 1: m packed rows mean a total load
-    above (m - 1) / 2.
+    First-fit opens a packed row only if no waiting row fits into the previous one, in inputs or in
+    targets. So the loads of two neighbouring packed rows add up to more than 1, and m packed rows
+    have a total load above (m - 1) / 2: m < 2 load + 1.
 
     Args:
-        loads: [examples] the sum over an example's encodings of input / capacity + target / capacity.
+        loads: [examples] sum of input / capacity + target / capacity over an example's encodings.
             An example that a batch may take twice is listed twice.
-        rows_each: [examples] its encodings: none needs more than a packed row of its own.
+        rows_each: [examples] number of encodings: each needs at most a packed row of its own.
         batch_size: examples in a batch.
     """
+    # the worst batch has the heaviest examples
     heaviest = np.partition(loads, -batch_size)[-batch_size:] if len(loads) > batch_size else loads
     by_load = int(np.ceil(2 * heaviest.sum() + 1e-6))
     return max(1, min(by_load, int(np.sort(rows_each)[-batch_size:].sum())))
@@ -322,10 +348,10 @@ def empty_group(
     several_tasks: bool = False,
     pairs: bool = False,
 ) -> Group:
-    """A group of `count` rows of padding, with all features.
+    """Returns a group of `count` rows of padding, with all features.
 
-    Where encodings are `shared`, a decoder segment says which encoder segment it reads; of several
-    tasks each target token says which it is of, and with `pairs` which example of its row.
+    Adds the encoder segment of each target token if encodings are `shared`, the number of its task
+    for `several_tasks`, and the number of its example in the row for `pairs`.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -357,12 +383,14 @@ def scatter(
 ) -> None:
     """Writes tokens into a group of padding, each into its cell.
 
-    The segments of the decoder are numbered from the left of each packed row; where every target
-    has an encoding of its own these are the encoder's numbers, too.
+    Decoder segments are numbered from the left of each packed row; if every target has its own
+    encoding, encoder segments have the same numbers.
 
-    `inputs` and, with their decoder prefixes, `targets`, `tasks`, `objectives` and `weights` are
+    `inputs`, and `targets`, `tasks`, `objectives` and `weights` with their decoder prefixes, are
     [tokens] of all rows, one row after the other.
     """
+    # An array [rows, width] is filled through its flat view: cell = row * width + column.
+    # encoder: the inputs of the first row of each encoding, the only ones that are encoded
     of = encodings.of_row[encodings.is_first]
     lengths, width = encodings.sizes[of, 0], group["encoder_segment_ids"].shape[1]
     inputs = inputs[np.repeat(encodings.is_first, encodings.row_sizes[:, 0])]
@@ -370,9 +398,12 @@ def scatter(
     np.put(group["encoder_input_tokens"], cells, inputs)
     np.put(group["encoder_segment_ids"], cells, np.repeat(packing.segment[of], lengths))
 
+    # decoder: the targets of all rows, each `offset` columns to the right of its encoding's start
     of, lengths = encodings.of_row, encodings.row_sizes[:, 1]
     row, start = packing.row[of], packing.target_start[of] + encodings.offset
     cells = ranges(row * group["decoder_segment_ids"].shape[1] + start, lengths)
+    # teacher forcing: each decoder input is the target before it; targets 7 1 8 9 1 of two segments
+    # have inputs 0 7 0 8 9
     previous = np.concatenate([[0], targets[:-1]])
     previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0
     np.put(group["decoder_target_tokens"], cells, targets)
@@ -390,20 +421,25 @@ def scatter(
 
 
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """[rows] the number of each row's example in its packed row, from 1.
+    """Returns [rows] the number of each row's example in its packed row, from 1.
 
-    Examples with several targets come first, from left to right, then the others: so the numbers of
-    pairs are at most half of the row's target tokens, whatever the others are.
+    Examples with several targets come first, from left to right, then the others. So the number of a
+    pair is at most half of the packed row's target tokens, however many other examples it has.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True
     )
+    # sort by column, with examples of a single target after all others
     key = start[first] + (count == 1) * (start.max(initial=0) + 1)
     return _numbers_within(row[first], key)[of]
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """[rows] the number of each in its group by its key, from 1."""
+    """Returns [rows] the rank of each row in its group by its key, from 1.
+
+    Example: `_numbers_within([0, 1, 0], [9, 5, 2])` is [2, 1, 1].
+    """
+    # sorted by group, a row's rank is its index minus that of the first row of its group
     order = np.lexsort((key, group))
     number = np.empty_like(group)
     number[order] = np.arange(1, len(group) + 1) - np.searchsorted(group[order], group[order])

@@ -1,4 +1,4 @@
-"""Chooses how long packed rows are, by what a step costs with them."""
+"""Chooses the lengths of packed rows by the cost of a step."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,23 +9,23 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.models.config import MAX_LENGTH
 
-FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # so many of the longest inputs fit into a row
-SLACKS = (1.0, 1.1, 1.25)  # the targets' length, by what the data has of them for an input
-TILE = 64  # accelerators cut longer rows into tiles
-PROBES = 8  # batches packed for each try: at most about a second in all
-LITTLE_MORE = 1.01  # cost that shorter rows, whose attention takes less memory, may have
+FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # input length of a row, in lengths of the longest input
+SLACKS = (1.0, 1.1, 1.25)  # target length of a row, relative to the data's targets per input token
+TILE = 64  # accelerators split longer rows into tiles
+PROBES = 8  # shards to pack for each candidate: about a second in all, at most
+LITTLE_MORE = 1.01  # relative cost allowed for shorter rows, whose attention takes less memory
 
-Cost = Callable[[int, int], float]  # of a packed row by its input and target length
+Cost = Callable[[int, int], float]  # (input length, target length) of a packed row -> cost
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLengths:
-    """Lengths of packed rows that are worth a try, and their cost.
+    """Candidate lengths of packed rows, and their cost.
 
     Attributes:
         input_length, target_length: tokens of a row.
-        rows: rows of a step, rounded up to the row multiple, on average.
-        cost: of a step.
+        rows: mean rows of a step, after rounding up to the row multiple.
+        cost: cost of a step.
     """
 
     input_length: int
@@ -35,25 +35,25 @@ class RowLengths:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Returns both."""
+        """(input length, target length)."""
         return self.input_length, self.target_length
 
 
 def candidates(
     batches: Batches, cost: Cost, input_length: int | None, target_length: int | None
 ) -> list[RowLengths]:
-    """Returns row lengths with their cost, shortest first.
+    """Returns candidate row lengths with their cost, shortest first.
 
-    They hold the longest example of the data, and depend neither on the seed nor on `data_fraction`
-    (but for `TaskData.share_is_drawn`, whose data is the share itself).
+    All of them hold the longest example of the data. They do not depend on the seed, nor on
+    `data_fraction` unless `TaskData.share_is_drawn`, when the data is the share itself.
 
     Args:
-        batches: of the train split; `row_multiple` counts, `row_lengths` does not.
-        cost: of one row, for instance its FLOPs.
-        input_length, target_length: None where it is free.
+        batches: batches of the train split; `row_multiple` is used, `row_lengths` is not.
+        cost: cost of one row, for instance its FLOPs.
+        input_length, target_length: a fixed length, or None to choose it.
     """
     found = []
-    # one for all seeds and fractions
+    # the same for all seeds and fractions
     free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token", "row_lengths": (0, 0)}
     batches = dataclasses.replace(batches, **free)
     for lengths in _lengths(batches, input_length, target_length):
@@ -65,7 +65,7 @@ def candidates(
 
 
 def cheapest(tried: list[RowLengths]) -> RowLengths:
-    """Returns the candidate of least cost; within 1% of it, the shortest."""
+    """Returns the shortest candidate whose cost is within 1% of the least."""
     least = min(c.cost for c in tried)
     return next(c for c in tried if c.cost <= LITTLE_MORE * least)
 
@@ -77,6 +77,7 @@ def _lengths(
     inputs, targets = batches.sizes().sum(0)
     found = set()
     for fold in FOLDS:
+        # at most 128 tokens to the next multiple of 8, above to whole tiles of 64
         one = input_length or round_up(
             longest[0] * fold, TILE if longest[0] * fold > 2 * TILE else 8
         )

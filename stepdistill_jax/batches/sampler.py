@@ -1,7 +1,7 @@
 """Chooses the rows of a step: a pure function of (tables, pools, rates, seed).
 
-`Sampler` gives the examples of positions 0, 1, 2, ... of a run, `rows_of` their rows in each
-`TokenTable`.
+`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so that a run resumes from its step
+alone. `rows_of` finds the rows of examples in each `TokenTable`.
 """
 
 import dataclasses
@@ -15,79 +15,82 @@ from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenRows
 
-# Positions of a mixture are dealt out in blocks, so that a block is drawn in a millisecond and the
-# rates hold to 1 in 65,536
+# positions of a mixture are assigned to stores in blocks: a block takes a millisecond to draw, and
+# has the rates to 1 in 65,536
 MIXTURE_BLOCK = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
-class CutRows:
-    """Rows of ids of which the first `most` are used; a cut row keeps its end of sequence."""
+class TruncatedRows:
+    """Rows of ids, truncated to `most` tokens; a truncated row keeps its end of sequence.
+
+    Example: with `most` 3, the row `5 6 7 1` becomes `5 6 1`, and `5 6 7 8` becomes `5 6 7`.
+    """
 
     rows: TokenRows
     most: int
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[examples] int64 tokens that are used."""
+        """[examples] int64 number of tokens after truncation."""
         return np.minimum(self.rows.lengths, self.most)
 
     @functools.cached_property
-    def is_cut(self) -> np.ndarray:
-        """[examples] bool."""
+    def is_truncated(self) -> np.ndarray:
+        """[examples] bool, whether the row is longer than `most`."""
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
-        """[tokens] indices into `rows.ids` of the tokens of these examples."""
+        """Returns [tokens] indices into `rows.ids` of the examples' tokens."""
         return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
-        """[tokens] int32 ids of these examples, one after the other."""
-        ids, cut = self.rows.ids[self.used(examples)], self.is_cut[examples]
+        """Returns [tokens] int32 ids of the examples, one after the other."""
+        ids, cut = self.rows.ids[self.used(examples)], self.is_truncated[examples]
         if cut.any():
             ends = self.rows.starts[examples] + self.rows.lengths[examples]
-            last = self.rows.ids[ends[cut] - 1]
-            at = np.cumsum(self.lengths[examples])[cut] - 1
+            last = self.rows.ids[ends[cut] - 1]  # before truncation
+            at = np.cumsum(self.lengths[examples])[cut] - 1  # last token after truncation
             ids[at] = np.where(last == EOS_ID, EOS_ID, ids[at])
         return ids
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """One objective of one store, its rows cut.
+    """The truncated rows of one column of a store.
 
     Attributes:
         store, objective: number of the store from 0, of the objective from 1.
-        variant: which of an example's rationales, from 0.
-        inputs, targets: rows of ids; a target of length 0 is an absent row.
+        variant: number of the example's rationale, from 0.
+        inputs, targets: rows of ids; a target of length 0 marks an absent row.
         prefix: ids of the objective's `decoder_prefix`.
-        weights: [examples] float32 factor of each target token's loss.
-        token_weights: [tokens] float32 another factor of each of the targets' ids; None is 1.
+        weights: [examples] float32 loss weight of each target token.
+        token_weights: [tokens] float32 further loss weight of each id of the targets; None is 1.
     """
 
     store: int
     objective: int
     variant: int
-    inputs: CutRows
-    targets: CutRows
+    inputs: TruncatedRows
+    targets: TruncatedRows
     prefix: tuple[int, ...]
     weights: np.ndarray
     token_weights: np.ndarray | None
 
     @functools.cached_property
     def present(self) -> np.ndarray:
-        """[examples] bool, whether there is a target."""
+        """[examples] bool, whether the example has this row."""
         return self.targets.lengths > 0
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """[examples] int64 tokens of the decoder: prefix and target, 0 for an absent row."""
+        """[examples] int64 decoder length: prefix and target, 0 for an absent row."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """[tokens] input ids of examples, and decoder ids, tasks, objectives and weights.
+        """Returns [tokens] input ids, and [tokens] decoder ids, tasks, objectives and weights.
 
-        The last two are 0 for a prefix.
+        Objective and weight are 0 for tokens of a prefix.
         """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
         objectives = np.full(len(ids), self.objective)
@@ -95,6 +98,8 @@ class TokenTable:
         if self.token_weights is not None:
             weights *= self.token_weights[self.targets.used(examples)]
         if self.prefix:
+            # np.insert counts in the old array: before each target's first token, once for each id
+            # of the prefix; lengths [2, 3] and a prefix of 2 ids give [0, 0, 2, 2]
             at = np.repeat(np.cumsum(lengths) - lengths, len(self.prefix))
             ids = np.insert(ids, at, np.tile(self.prefix, len(examples)))
             objectives, weights = np.insert(objectives, at, 0), np.insert(weights, at, 0)
@@ -110,13 +115,13 @@ class TokenTable:
 def token_tables(
     data: TaskData, input_length: int, target_length: int, loss_mean: str
 ) -> tuple[TokenTable, ...]:
-    """The tables of each store and column; see `Batches` for the lengths and `loss_mean`."""
+    """Returns the table of each store and column; see `Batches` for the lengths and `loss_mean`."""
     tables = []
     for number, part in enumerate(data.parts):
         store = part.store
         for column, rows in zip(part.columns, store.rows, strict=True):
             prefix = data.decoder_prefixes[column.objective - 1]
-            targets = CutRows(rows["targets"], target_length - len(prefix))
+            targets = TruncatedRows(rows["targets"], target_length - len(prefix))
             weights, token_weights = _loss_weights(
                 targets, rows.get("weights", store.weights), rows.get("token_weights"), loss_mean
             )
@@ -124,7 +129,7 @@ def token_tables(
                 store=number,
                 objective=column.objective,
                 variant=column.variant,
-                inputs=CutRows(rows["inputs"], input_length),
+                inputs=TruncatedRows(rows["inputs"], input_length),
                 targets=targets,
                 prefix=prefix,
                 weights=weights,
@@ -135,20 +140,22 @@ def token_tables(
 
 
 def _loss_weights(
-    targets: CutRows, weights: np.ndarray, token_weights: np.ndarray | None, loss_mean: str
+    targets: TruncatedRows, weights: np.ndarray, token_weights: np.ndarray | None, loss_mean: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`weights` and `token_weights` of a `TokenTable`.
+    """Returns `weights` and `token_weights` of a `TokenTable`.
 
-    With `loss_mean` "example" the tokens of a target share its weight: the sums of a step are over
-    targets then, and the compiled step stays the same.
+    With `loss_mean` "example" the tokens of a target share its weight w: each gets w / length, or
+    w / (sum of the target's token weights). The step's sums over tokens are then sums over targets,
+    without a change of the compiled step.
     """
     first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
-    if token_weights is not None:  # the end of sequence that a cut row keeps weighs 1, as others do
+    if token_weights is not None:  # the end of sequence that a truncated row keeps has weight 1
         token_weights = token_weights.copy()
-        token_weights[ends[targets.is_cut] - 1] = 1
+        token_weights[ends[targets.is_truncated] - 1] = 1
     if loss_mean == "example":
         if token_weights is not None:
+            # prefix sums: a target's weights sum to sums[end] - sums[start]
             sums = np.concatenate([[0], np.cumsum(token_weights, dtype=np.float64)])
             shares = sums[ends] - sums[first]
         weights = np.divide(weights, shares, out=np.zeros(len(weights)), where=shares > 0)
@@ -157,7 +164,7 @@ def _loss_weights(
 
 
 class ExampleIds(NamedTuple):
-    """Examples: [examples] int64 number of the store, row in that store, and epoch of the draw."""
+    """[examples] int64 each: number of the store, example in that store, and epoch of the draw."""
 
     stores: np.ndarray
     indices: np.ndarray
@@ -165,9 +172,9 @@ class ExampleIds(NamedTuple):
 
 
 def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
-    """[examples] uint64, uniform: a function of (seed, store, row, epoch) of each example alone.
+    """Returns [examples] uniform uint64, each a function of its (seed, store, example, epoch) alone.
 
-    The mixing is splitmix64's (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+    Mixes as splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
     """
     mixed = np.full(len(drawn.indices), seed, np.uint64)
     for part in drawn:
@@ -179,7 +186,11 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 
 
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
-    """The share of each store that is used: the head of one permutation, so smaller ones nest."""
+    """Returns the examples of each store that are used, sorted.
+
+    They are the head of one permutation of the store, so that smaller fractions are subsets of
+    larger ones.
+    """
     if fraction == 1:
         return list(usable)
     pools = []
@@ -192,13 +203,17 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Position 0, 1, 2, ... -> example; each store's pool in a new permutation every epoch.
+    """Maps positions 0, 1, 2, ... of a run to examples.
+
+    Position -> (store, turn): each block of 65,536 positions is a random sequence of the stores,
+    with each store as often as its rate says; `turn` counts the store's earlier positions. Turn ->
+    example: turn t of a store with n examples is number t % n of the permutation of epoch t // n.
 
     Attributes:
-        pools: for each store the rows in use.
-        rates: for each store the share of positions that it gets; not used unshuffled.
-        seed: of everything that is drawn.
-        shuffle: False is one store after the other, each in its own order, once.
+        pools: for each store, the examples in use.
+        rates: for each store, its share of the positions; not used without `shuffle`.
+        seed: seed of all draws.
+        shuffle: False gives one store after the other, each in its own order, once.
     """
 
     pools: Sequence[np.ndarray]
@@ -207,15 +222,17 @@ class Sampler:
     shuffle: bool
 
     def __call__(self, position: np.ndarray) -> ExampleIds:
-        """The examples at positions; they need not be in order."""
+        """Returns the examples at [positions] int64, which may have any order."""
         if not self.shuffle:
             return self._in_order(position)
+        # position -> (store, turn), block by block
         stores, turns = np.empty((2, len(position)), np.int64)
         block = position // MIXTURE_BLOCK
         for b in np.unique(block):
             block_stores, block_turns = self._block(int(b))
             at = position[block == b] - b * MIXTURE_BLOCK
             stores[block == b], turns[block == b] = block_stores[at], block_turns[at]
+        # (store, turn) -> example, epoch by epoch
         indices, epochs = np.empty((2, len(position)), np.int64)
         for store, pool in enumerate(self.pools):
             mine = np.flatnonzero(stores == store)
@@ -226,6 +243,7 @@ class Sampler:
         return ExampleIds(stores, indices, epochs)
 
     def _in_order(self, position: np.ndarray) -> ExampleIds:
+        # pools of 3 and 2 examples: ends [3, 5], so positions 0 to 2 are store 0's, 3 and 4 store 1's
         ends = np.cumsum([len(pool) for pool in self.pools])
         position = position[position < ends[-1]]
         stores = np.searchsorted(ends, position, side="right")
@@ -233,7 +251,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """(store, epoch) -> the pool in that epoch's order; the last two of each store are kept."""
+        """Function (store, epoch) -> the store's pool, permuted; keeps the last two of each store."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -243,12 +261,13 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Block -> [positions] store, and [positions] turns that this store had before."""
+        """Function block -> ([positions] store, [positions] turn of that store)."""
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))
             stores = rng.permutation(np.repeat(np.arange(len(self.pools)), self._shares))
             turns = np.empty(MIXTURE_BLOCK, np.int64)
+            # each block has `share` turns of a store: block b has the turns from b * share on
             for store, share in enumerate(self._shares):
                 turns[stores == store] = block * share + np.arange(share)
             return stores, turns
@@ -257,11 +276,15 @@ class Sampler:
 
     @functools.cached_property
     def _shares(self) -> np.ndarray:
-        """[stores] positions of each block, by largest remainders, at least 1."""
+        """[stores] number of positions in each block, at least 1, by largest remainders.
+
+        For 10 positions, rates of 1 and 2 give exactly 3.33 and 6.67, floors of 3 and 6, and the one
+        that is left to the larger remainder: 3 and 7.
+        """
         exact = np.asarray(self.rates, np.float64)
         exact = exact / exact.sum() * MIXTURE_BLOCK
         shares = np.maximum(np.floor(exact).astype(np.int64), 1)
-        rest = MIXTURE_BLOCK - int(shares.sum())
+        rest = MIXTURE_BLOCK - int(shares.sum())  # below 0 if tiny rates were raised to 1
         if rest > 0:
             shares[np.argsort(-(exact - shares), kind="stable")[:rest]] += 1
         elif rest < 0:
@@ -269,14 +292,14 @@ class Sampler:
         return shares
 
 
-# (table, examples of it, their places in the step); a row is one of these examples
+# (table, [rows] example in the table, [rows] the example's place in the step)
 Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
 
 
 def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int | None) -> Rows:
-    """The rows that drawn examples have in these tables.
+    """Returns the rows of drawn examples in these tables.
 
-    With a `variant_seed` an example shows one of its rationales in each epoch, else all.
+    With a `variant_seed`, an example has one of its rationales in each epoch; without, all.
     """
     found = []
     random = None if variant_seed is None else draws(drawn, variant_seed)
@@ -285,7 +308,7 @@ def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int |
         examples = drawn.indices[places]
         taken = table.present[examples]
         if random is not None:
-            # an example's rationales fill its variants from the first on
+            # an example with n rationales has variants 0 to n - 1: draw one of these
             of = (table.store, table.objective)
             variants = [t.present[examples] for t in tables if (t.store, t.objective) == of]
             count = np.maximum(np.sum(variants, axis=0), 1).astype(np.uint64)
@@ -296,6 +319,7 @@ def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int |
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Counts up from each start: `ranges([3, 9], [2, 3])` is [3, 4, 9, 10, 11]."""
+    """Returns int64 ranges, joined: `ranges([3, 9], [2, 3])` is [3, 4, 9, 10, 11]."""
+    # element i of the result, in a range with `before` elements to its left, is start - before + i
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

@@ -208,7 +208,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    from stepdistill_jax.data.counts import TEACHER_FIGURES
+    from stepdistill_jax.data.counts import TEACHER_METRICS
     from stepdistill_jax.data.defects import KINDS
 
     rows = figures["rows"]
@@ -222,7 +222,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
         table.add_row(name, str(count), f"{count / rows:.2%}", comment)
 
     line("with a rationale", figures["with_rationale"])
-    for name, comment in TEACHER_FIGURES.items():
+    for name, comment in TEACHER_METRICS.items():
         if figures[name] is not None:
             line(name, round(figures[name] * rows), comment)
     table.add_section()

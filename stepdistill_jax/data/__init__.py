@@ -1,7 +1,7 @@
-"""Datasets: reading originals, preparing them, opening what was prepared. No TensorFlow at import.
+"""Reads original files, prepares datasets and opens prepared ones. Importing it loads no TensorFlow.
 
-The function `prepare` takes the name of its module here: write
-`from stepdistill_jax.data.prepare import ...` for anything else that is in it.
+Here the function `prepare` hides the module of that name: import the module's other names with
+`from stepdistill_jax.data.prepare import ...`.
 """
 
 from stepdistill_jax.data.prepare import ensure_prepared, prepare

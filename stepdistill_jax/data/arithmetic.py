@@ -1,4 +1,4 @@
-"""The value of a short arithmetic expression, computed by a parser: model output is never run."""
+"""Evaluates short arithmetic expressions with a parser: model output is never run as code."""
 
 import math
 import re
@@ -10,7 +10,7 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 def evaluate(text: str) -> float | None:
-    """The value of numbers joined by `+ - * /` and parentheses, or None where `text` is none of it.
+    """Evaluates numbers joined by `+ - * /` and parentheses; None if `text` is no such expression.
 
     Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0; `evaluate("1 / 0")` and
     `evaluate("2 apples")` are None. A sign before a number or a parenthesis is allowed.
@@ -19,7 +19,7 @@ def evaluate(text: str) -> float | None:
         text: an expression of at most 2,000 characters and 100 nested parentheses.
 
     Returns:
-        A finite float, or None: not an expression, a division by zero, an overflow, too long.
+        A finite float. None if `text` is not an expression, divides by zero, overflows or is too long.
     """
     if len(text) > MAX_LENGTH:
         return None
@@ -32,7 +32,7 @@ def evaluate(text: str) -> float | None:
 
 
 def equal(left: float, right: float) -> bool:
-    """Whether two values agree to a relative 1e-6 (absolute 1e-9 about zero)."""
+    """Returns whether two values agree within a relative 1e-6 (an absolute 1e-9 near zero)."""
     return math.isclose(left, right, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
 
 
@@ -52,7 +52,11 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive descent: sum of products of signed numbers or parentheses."""
+    """Recursive-descent parser: a sum of products of signed numbers or parentheses.
+
+    sum = product (("+" | "-") product)*;  product = factor (("*" | "/") factor)*;
+    factor = ("+" | "-")* (NUMBER | "(" sum ")").
+    """
 
     def __init__(self, tokens: list[str]):
         self._tokens = tokens

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: all are found before `prepare` stops, and listed like defects."""
+"""Rows that cannot be used. `prepare` finds them all before it stops, and lists them with the defects."""
 
 import os
 import pathlib
@@ -14,15 +14,15 @@ from stepdistill_jax.runtime.progress import translated
 
 DEFECTS = "defects.jsonl"
 LIST = Made("prepare", b'{"split": ', ("split", "id", "kind", "file", "row", "text"))
-SHOWN = 20  # in a table; all are in the list
+SHOWN = 20  # rows in the table; defects.jsonl lists all
 
 
 class BadRows:
-    """The bad rows of a reading.
+    """The rows of one source that cannot be used.
 
     Attributes:
-        count: of them.
-        first: the first SHOWN.
+        count: number of bad rows.
+        first: the first 20 of them.
     """
 
     def __init__(self):
@@ -30,7 +30,7 @@ class BadRows:
         self.first: list[BadRow] = []
 
     def add(self, row: BadRow, split: str) -> dict[str, Any]:
-        """Counts one row; returns its line of defects.jsonl."""
+        """Counts one row and returns its entry for defects.jsonl."""
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(row)
@@ -38,18 +38,18 @@ class BadRows:
         return {"split": split, "id": "", **vars(defect)}
 
     def table(self) -> list[dict[str, Any]]:
-        """Returns {"file", "row", "reason"} of the first ones."""
+        """Returns {"file", "row", "reason"} for each row in `first`."""
         return [
             {"file": x.file, "row": x.line, "reason": printable(translated(x.reason), 300)}
             for x in self.first
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns the warning of rows that were left out, as `data.labels` has others; none of none."""
+        """Returns a warning about skipped rows, shaped like those of `data.labels`; [] if there are none."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
-        message = f"{self.of(total)}; such rows are left out, and listed in {DEFECTS}"
+        message = f"{self.of(total)}; skipped, and listed in {DEFECTS}"
         return [{"kind": BAD_ROW, "count": self.count, "examples": places, "message": message}]
 
     def of(self, total: int) -> str:
@@ -59,48 +59,48 @@ class BadRows:
 
 
 class UnusableRows(InputError):
-    """A source with bad rows, which stop the command.
+    """Raised for a source with bad rows.
 
     Attributes:
         rows: the bad rows.
-        path: the list of all defects.
-        notices: what is odd about the good rows, a line each.
+        path: file that lists all defects.
+        notices: warnings about the good rows, one line each.
     """
 
     def __init__(self, rows: BadRows, total: int, path: pathlib.Path, notices: Sequence[str] = ()):
         if rows.count == 1:
             text = (
-                f"{rows.first[0]}; it is listed in {path} (`on_error=skip` continues without such"
-                " rows)"
+                f"{rows.first[0]}; listed in {path}. Correct it, or give `on_error=skip` to skip"
+                " bad rows"
             )
         else:
             text = (
                 f"{rows.of(total)}; all are listed in {path}. Correct them, or give `on_error=skip`"
-                " to continue without them"
+                " to skip them"
             )
         super().__init__(text)
         self.rows, self.path, self.notices = rows, path, tuple(notices)
 
 
-def list_beside(directory: pathlib.Path) -> pathlib.Path:
-    """Path of the list of defects of a dataset that could not be prepared: `DATA_DIR/NAME.defects.jsonl`."""
+def failed_list(directory: pathlib.Path) -> pathlib.Path:
+    """Path of the defects of a dataset that could not be prepared: `DATA_DIR/NAME.defects.jsonl`."""
     return directory.with_name(f"{directory.name}.{DEFECTS}")
 
 
 def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    """Moves defects.jsonl of the folder `new` to `list_beside(directory)`; returns that path.
+    """Moves defects.jsonl from the folder `new` to `failed_list(directory)`; returns that path.
 
     Raises:
-        InputError: a file of the user's is there.
+        InputError: a file that `prepare` did not write has that path.
     """
-    path = list_beside(directory)
+    path = failed_list(directory)
     check_outputs({path: LIST})
     os.replace(new / DEFECTS, path)
     return path
 
 
 def remove_list(directory: pathlib.Path) -> None:
-    """Removes the list of an earlier run that could not prepare `directory`."""
-    path = list_beside(directory)
+    """Removes the defects list that an earlier, failed run left for `directory`."""
+    path = failed_list(directory)
     if path.is_file() and not path.is_symlink() and LIST.wrote(path):
         path.unlink()

@@ -1,4 +1,4 @@
-"""Prepared rows as a TFDS dataset; with `tasks/` the only place that imports TensorFlow."""
+"""Writes prepared rows as a TFDS dataset. Only this module and `tasks/` import TensorFlow."""
 
 import contextlib
 import functools
@@ -28,10 +28,10 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """TensorFlow, hidden from every accelerator: it would else take the memory that JAX needs.
+    """Returns TensorFlow with all accelerators hidden from it: it would take the memory JAX needs.
 
     Raises:
-        InputError: TensorFlow cannot be imported here, or was already used on an accelerator.
+        InputError: TensorFlow cannot be imported, or already uses an accelerator.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
@@ -41,8 +41,8 @@ def tensorflow() -> types.ModuleType:
             _hide_accelerators(tf)
     except ImportError as error:
         raise InputError(
-            f"TensorFlow is not installed here ({error}); preparing and tokenising data needs it,"
-            " and it has no wheel for every platform: do this step on Linux"
+            f"TensorFlow is not installed here ({error}); preparing and tokenising data needs it."
+            " Not every platform has a wheel of it: do this step on Linux"
         ) from None
     return tf
 
@@ -52,7 +52,7 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
         try:
             tf.config.set_visible_devices([], kind)
         except RuntimeError:
-            # raised once TensorFlow has made its devices; without an accelerator nothing is lost
+            # TensorFlow has created its devices already; harmless if none is an accelerator
             if tf.config.get_visible_devices(kind):
                 raise InputError(
                     f"TensorFlow already holds a {kind}: a task module must not run TensorFlow"
@@ -62,10 +62,9 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from standard error what native code logs meanwhile; an error shows it after all.
+    """Hides what native code writes to standard error; shows it if the block raises.
 
-    TensorFlow writes of oneDNN and CUDA, while it loads and while it looks for devices, whatever its
-    log level.
+    Whatever its log level, TensorFlow logs about oneDNN and CUDA while it loads and looks for devices.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -83,7 +82,7 @@ def _quiet() -> Iterator[None]:
 
 
 def features(more: Sequence[str] = ()) -> Any:
-    """TFDS features of a row; they mirror Example, absent texts are empty, `more` are such texts."""
+    """Returns the TFDS features of a row: the fields of Example, and the texts named in `more`."""
     tensorflow()
     import tensorflow_datasets as tfds
 
@@ -101,9 +100,9 @@ def features(more: Sequence[str] = ()) -> Any:
 
 
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
-    """A row of SPLIT.jsonl as the `tf.train.Example` that TFDS writes of it (tested against TFDS).
+    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS (tested against it).
 
-    Written out here since TFDS's own encoder, which serves any features, takes 18 times as long.
+    TFDS's own encoder handles any features and takes 18 times as long. Absent texts are empty.
     """
     tf = tensorflow()
     train = tf.train
@@ -125,15 +124,15 @@ def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
 def build(
     name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
 ) -> None:
-    """Writes `folder/1.0.0/`, so that `tfds.load(name, data_dir=folder.parent)` opens it.
+    """Writes `folder/1.0.0/`, which `tfds.load(name, data_dir=folder.parent)` opens.
 
-    Rows keep their order: read unshuffled, they come as given.
+    Rows keep the order of SPLIT.jsonl.
 
     Args:
-        name: lower_snake name of the dataset.
-        folder: called as the dataset; holds SPLIT.jsonl.
-        splits: number of rows by split.
-        more: names of the texts of `Example.more`.
+        name: lower_snake_case name of the dataset.
+        folder: folder of that name, with SPLIT.jsonl in it.
+        splits: number of rows of each split.
+        more: names of the texts in `Example.more`.
     """
     tf = tensorflow()
     import tensorflow_datasets as tfds
@@ -180,38 +179,38 @@ def build(
 
 
 @contextlib.contextmanager
-def building(
+def build_first(
     name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
 ) -> Iterator[None]:
-    """`build`, before what is done inside."""
+    """Runs `build`, then the block."""
     build(name, folder, splits, more)
     yield
 
 
 @contextlib.contextmanager
-def build_aside(
+def build_in_subprocess(
     name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
 ) -> Iterator[None]:
-    """`build` in another process, while this one does what is done inside.
+    """Runs `build` in another process while this one runs the block.
 
-    The other one ends when this one does, however it ends.
+    The other process ends when this one does, even if this one is killed.
 
     Raises:
-        InputError: TensorFlow cannot be used there.
-        RuntimeError: it failed; its own words are on standard error.
+        InputError: the other process cannot use TensorFlow.
+        RuntimeError: it failed; its own message is on standard error.
     """
     arguments = json.dumps([name, os.fspath(folder), dict(splits), list(more)])
     command = [sys.executable, "-m", "stepdistill_jax.data.builder", arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield
-        told = process.stdout.read() if process.stdout else ""
+        output = process.stdout.read() if process.stdout else ""
         process.wait()
     finally:
         process.kill()
         process.wait()
     if process.returncode == 2:
-        raise InputError(told.strip())
+        raise InputError(output.strip())
     if process.returncode:
         raise RuntimeError(
             f"writing the TFDS files of {name} failed with exit code {process.returncode}"
@@ -219,10 +218,10 @@ def build_aside(
 
 
 def _main(arguments: str) -> int:
-    """`build_aside`'s other process: standard input ends when the process that started it does."""
+    """Runs in the process of `build_in_subprocess`; its standard input closes when the parent ends."""
 
     def end_with_the_other() -> None:
-        os.read(0, 1)  # unbuffered: a lock that is held at exit would be fatal
+        os.read(0, 1)  # not sys.stdin: a buffer's lock that is held at exit would be fatal
         os._exit(1)
 
     name, folder, splits, more = json.loads(arguments)

@@ -1,6 +1,6 @@
-"""Figures of a split, gathered row by row: only 40 bytes a row are kept.
+"""Counts the rows of a split one by one, in 40 bytes of memory a row.
 
-While rows are compared at the end (`data.labels`), 80 bytes more of each are in use.
+Comparing all rows at the end (`data.labels`) takes another 80 bytes a row.
 """
 
 import array
@@ -15,36 +15,36 @@ from stepdistill_jax.data.reading import UNLABELLED, CheckedExample
 from stepdistill_jax.data.rows import place
 from stepdistill_jax.runtime.fingerprints import hash64
 
-TEACHER_FIGURES = {
-    "teacher_accuracy": "as published: unparsed answers count as wrong, nothing repaired",
-    "teacher_accuracy_by_text": "by the text after the letter",
+TEACHER_METRICS = {
+    "teacher_accuracy": "as published: no repairs, an answer that cannot be parsed is wrong",
+    "teacher_accuracy_by_text": "judged by the text after the letter",
     "teacher_accuracy_repaired": "after our repairs",
 }
 MAX_LABELS = 50
-COUNTED_LABELS, LONG_LABEL = 1000, 200  # different ones of a split; characters
-LINE_BITS = 40  # of a place, below the number of its file
-SHOWN = 3  # examples of each defect
+COUNTED_LABELS, LONG_LABEL = 1000, 200  # different labels of a split; characters
+LINE_BITS = 40  # low bits of a place hold the line, the bits above them the number of the file
+SHOWN = 3  # examples of each kind of defect
 LENGTH_FIELDS = ("input", "label", "rationale")
 
 
-class Tally:
-    """What is told of a split.
+class SplitCounts:
+    """Counts of one split.
 
     Attributes:
-        rows, with_rationale: their numbers.
-        right: rows that count as right, by teacher figure; a figure that was never asked is absent.
-        defects: by kind.
-        first_defects: `file:row` of the first of each kind.
-        examples: the first few of each kind with their rows' ids.
-        kept: rows that a filter would keep, by its description.
-        lengths: for input, label and rationale how many rows have so many words.
-        labelled: rows with a gold label, which the teacher's accuracy is over.
-        human: rows with an explanation by people.
-        texts, characters: of what a vocabulary would learn from.
-        label_rows: for each gold label its number of rows, and which row of the split (from 0) is the first; None where
-            there are more than COUNTED_LABELS, or more than MAX_LABELS and long ones among them.
-        hashes: of each row its input; its question, which is the input with the choices and further
-            texts; its label (0 for none); and all of it but the id.
+        rows, with_rationale: number of rows, and of rows with a rationale.
+        right: for each teacher metric that applies, number of rows whose answer is right.
+        defects: number of defects of each kind.
+        first_defects: `file:row` of the first defect of each kind.
+        examples: (row id, defect) of the first three defects of each kind.
+        kept: number of rows that each filter would keep, by the filter's description.
+        lengths: for input, label and rationale, {number of words: number of rows}.
+        labelled: rows with a gold label; the teacher's accuracies are shares of these.
+        human: rows with an explanation written by a person.
+        texts, characters: amount of text that a vocabulary would be trained on.
+        label_rows: {gold label: [number of rows, first row of the split with it, from 0]}. None if
+            there are more than 1,000 labels, or more than 50 and one of over 200 characters.
+        hashes: 64-bit hashes of each row's input; of its question (input, choices and further
+            texts); of its label (0 if there is none); of the whole row without its id.
     """
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Tally:
         self._places = array.array("Q")
 
     def add(self, row: CheckedExample) -> None:
-        """Counts one row."""
+        """Adds one row to the counts."""
         example = row.example
         self.rows += 1
         self.labelled += bool(example.label)
@@ -88,15 +88,16 @@ class Tally:
         self._note(row)
 
     def _note(self, row: CheckedExample) -> None:
-        """Keeps what `data.labels` compares rows by, and where each stands."""
+        """Keeps the row's hashes, which `data.labels` compares, and its place in the source."""
         example, at = row.example, len(self._places)
-        asked = example.input + example.input_pair
+        text = example.input + example.input_pair
         question = (example.input, sorted(example.more.items()), example.choices)
         answer = (example.label, example.rationale, example.rationales, example.llm_label)
-        self.hashes["input"].append(hash64(asked))
+        self.hashes["input"].append(hash64(text))
         self.hashes["question"].append(hash64(repr(question)))
         self.hashes["label"].append(hash64(example.label) if example.label else 0)
         self.hashes["row"].append(hash64(repr((question, answer, example.weight))))
+        # one integer a row: line 7 of the third file (number 2) is 2 * 2**40 + 7
         file = self._files.setdefault(row.file, len(self._files))
         self._places.append(file << LINE_BITS | row.line)
         if self.label_rows is None or not example.label:
@@ -107,59 +108,59 @@ class Tally:
             self.label_rows = None
 
     def place(self, number: int) -> str:
-        """Returns `file:line` of a row, counted from 0 in this split; empty where it is not known."""
+        """Returns `file:line` of row `number` (from 0) of this split; "" if it is not known."""
         file, line = divmod(self._places[number], 1 << LINE_BITS)
         return place([*self._files][file], line) if line else ""
 
     def _filter(self, row: CheckedExample) -> None:
         agrees = row.right.get("teacher_accuracy_repaired", row.right.get("teacher_accuracy"))
-        sound = all(defect.kind in HARMLESS for defect in row.defects)
+        harmless = all(defect.kind in HARMLESS for defect in row.defects)
         for name, keeps in (
             ("with a rationale", bool(row.example.rationale.strip())),
             ("the teacher's answer is the gold label (after repairs)", agrees),
-            ("no defect but runs_on", sound),
+            ("no defect but runs_on", harmless),
             (
                 "with a rationale, the gold label as its answer, no defect but runs_on",
-                row.example.rationale and agrees and sound,
+                row.example.rationale and agrees and harmless,
             ),
         ):
             self.kept[name] += bool(keeps)
 
     @property
     def labels(self) -> list[str]:
-        """The labels where they are few and the same for every row; else none."""
+        """The sorted labels, if there are at most 50 and no row has choices of its own; else []."""
         few = self.label_rows is not None and len(self.label_rows) <= MAX_LABELS
         return sorted(self.label_rows or ()) if few and not self._choices else []
 
-    def figures(self) -> dict[str, Any]:
-        """The split's entry of `prepare`'s result."""
+    def summary(self) -> dict[str, Any]:
+        """Returns the split's entry in the result of `prepare`."""
         return {
             "rows": self.rows,
             "with_rationale": self.with_rationale,
             **{
                 f: self.right[f] / self.labelled if f in self.right else None
-                for f in TEACHER_FIGURES
+                for f in TEACHER_METRICS
             },
             "defects": dict(self.defects.most_common()),
             "first_defects": self.first_defects,
         }
 
 
-def shared_inputs(tallies: Mapping[str, Tally]) -> list[str]:
-    """Warns of inputs that are trained on and then asked for again."""
-    if "train" not in tallies:
+def shared_inputs(splits: Mapping[str, SplitCounts]) -> list[str]:
+    """Returns a note for each evaluation split whose inputs also stand in training data."""
+    if "train" not in splits:
         return []
     trained_on = [
-        tallies[split].hashes["input"] for split in ("train", UNLABELLED) if split in tallies
+        splits[split].hashes["input"] for split in ("train", UNLABELLED) if split in splits
     ]
     seen = np.unique(np.concatenate([np.frombuffer(x, np.uint64) for x in trained_on]))
-    told = []
-    for split, tally in tallies.items():
-        again = np.flatnonzero(np.isin(np.frombuffer(tally.hashes["input"], np.uint64), seen))
+    notes = []
+    for split, counts in splits.items():
+        again = np.flatnonzero(np.isin(np.frombuffer(counts.hashes["input"], np.uint64), seen))
         if split in ("train", UNLABELLED) or not len(again):
             continue
-        n, first = len(again), tally.place(int(again[0]))
-        one = "inputs of {} stand" if n > 1 else "input of {} stands"
+        n, first = len(again), counts.place(int(again[0]))
+        one = "inputs of {} are" if n > 1 else "input of {} is"
         at = "" if not first else f", the first at {first}" if n > 1 else f" ({first})"
-        told.append(f"{n} {one.format(split)} in train, too{at}")
-    return told
+        notes.append(f"{n} {one.format(split)} also in train{at}")
+    return notes

@@ -1,4 +1,4 @@
-"""Rows of a CSV or TSV file, as `data.rows` has those of JSON lines."""
+"""Reads rows of CSV and TSV files into the `JsonRow` that `data.rows` makes from JSON lines."""
 
 import collections
 import csv
@@ -18,43 +18,43 @@ from stepdistill_jax.runtime.files import (
     raw_lines,
 )
 
-SUFFIXES = {".csv": ",", ".tsv": "\t"}  # and what separates the cells
-_SEPARATOR = re.compile(r"sep=([^\w\s\"]|\t)\s*", re.IGNORECASE)  # a line of Excel's, no row
+SUFFIXES = {".csv": ",", ".tsv": "\t"}  # suffix -> separator of cells
+_SEPARATOR = re.compile(r"sep=([^\w\s\"]|\t)\s*", re.IGNORECASE)  # Excel's line, not a row
 
 
 class _Line(NamedTuple):
     number: int  # in the file, from 1
-    text: str  # of a bad line what can be read of it
-    problem: str  # empty of a good one
+    text: str  # of a bad line, the readable part
+    problem: str  # "" for a good line
 
 
 def is_csv(path: os.PathLike | str) -> bool:
-    """Returns whether a file is read as CSV or TSV, by its name."""
+    """Returns whether the file's suffix is that of CSV or TSV."""
     return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
 def each_csv_row(
     path: os.PathLike | str, numbers: Collection[str] = ()
 ) -> Iterator[JsonRow | BadRow]:
-    """Yields each row below the header of a CSV or TSV file, or what is wrong with it.
+    """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow`.
 
-    Cells are quoted as in Python's `csv`. A cell that is blank is null, a row whose cells all are is no
-    row. The line of a row is the one on which it begins. A CSV file whose header has semicolons and
-    no comma is read with semicolons, as spreadsheets write it in some countries; a first line `sep=;`
-    says so, too.
+    Cells are quoted as in Python's `csv`. A blank cell is null; a row of blank cells is ignored. A
+    row's line number is that of its first line. A CSV file whose header has semicolons and no comma
+    is separated by semicolons, as spreadsheets write it in some countries; a first line `sep=;` has
+    the same effect.
 
-    A row whose quotes are broken ends on its own line, so that an unclosed quote costs no other row:
+    A row with broken quotes ends on its first line, so that an unclosed quote spoils one row only:
 
         input,label
         "a,yes         <- bad row, line 2
         b,no           <- row 2, line 3
 
     Args:
-        path: of the file, UTF-8.
+        path: the file, in UTF-8.
         numbers: columns whose cells are numbers.
 
     Raises:
-        InputError: the file cannot be read, or its header is not UTF-8 or not sound.
+        InputError: the file cannot be read, or its header is damaged or not UTF-8.
     """
     check_file(path, "a CSV file")
     csv.field_size_limit(MAX_LINE_BYTES)
@@ -69,8 +69,8 @@ def _rows(
     path: os.PathLike | str, decoded: Iterator[_Line], numbers: Collection[str]
 ) -> Iterator[JsonRow | BadRow]:
     first = next((x for x in decoded if x.problem or x.text.strip()), _Line(1, "", ""))
-    if said := _SEPARATOR.fullmatch(first.text):
-        lines, delimiter = _Lines(decoded), said[1]
+    if named := _SEPARATOR.fullmatch(first.text):
+        lines, delimiter = _Lines(decoded), named[1]
     else:
         lines, delimiter = _Lines(itertools.chain([first], decoded)), _delimiter(path, first.text)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -92,7 +92,7 @@ def _rows(
             yield BadRow(path, line, cells)
         elif len(cells) != len(header):
             s = "" if len(cells) == 1 else "s"
-            wrong = f"{len(cells)} cell{s}, where the header has {len(header)} columns"
+            wrong = f"{len(cells)} cell{s}, but the header has {len(header)} columns"
             yield BadRow(path, line, wrong)
         else:
             pairs = zip(header, cells, strict=True)
@@ -101,7 +101,7 @@ def _rows(
 
 
 def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
-    """Returns the cells of a row, or what is wrong with it, or None at the end; it is in `lines.row`."""
+    """Returns the cells of the next row, its problem, or None at the end; `lines.row` holds its lines."""
     lines.row.clear()
     try:
         return next(reader, None)
@@ -119,11 +119,11 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
 
 
 class _Lines:
-    """Gives a CSV reader its lines, and takes back those of a row that does not end."""
+    """Feeds lines to a CSV reader, and feeds them again after a row whose quote never closes."""
 
     def __init__(self, lines: Iterator[_Line]):
         self._lines, self._again = lines, collections.deque[_Line]()
-        self.row: list[_Line] = []  # the lines of the present row
+        self.row: list[_Line] = []  # lines of the current row
 
     def __iter__(self) -> "_Lines":
         return self
@@ -133,7 +133,7 @@ class _Lines:
         return self.row[-1].text
 
     def end_row(self) -> None:
-        """Lets the present row end with its first line: the next one begins on the second."""
+        """Ends the current row after its first line; the next row begins on its second."""
         self._again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 
@@ -150,7 +150,7 @@ def _decoded(file: IO[bytes], path: os.PathLike | str) -> Iterator[_Line]:
         except UnicodeDecodeError as error:
             text, problem = raw.decode("utf-8", errors="replace"), _not_utf8(raw, error.start, path)
         if "\0" in text and not problem:
-            problem = f"holds NUL bytes, so it is no text{not_text(raw)}"
+            problem = f"contains NUL bytes, so it is not text{not_text(raw)}"
         yield _Line(number, text, problem)
 
 
@@ -170,12 +170,12 @@ def _delimiter(path: os.PathLike | str, header: str) -> str:
 def _header(path: os.PathLike | str, line: int, cells: list[str]) -> list[str]:
     names = [cell.strip() or f"column {i}" for i, cell in enumerate(cells, 1)]
     if twice := [name for name, count in collections.Counter(names).items() if count > 1]:
-        raise InputError(f"{path}:{line}: the column {twice[0]!r} stands twice in the header")
+        raise InputError(f"{path}:{line}: the header has the column {twice[0]!r} twice")
     return names
 
 
 def _value(cell: str, number: bool) -> Any:
-    """Returns the cell as JSON would have it; a number that is none stays a text."""
+    """Returns the cell as a JSON value; text that is not a number stays text."""
     if not cell.strip():
         return None
     if number:

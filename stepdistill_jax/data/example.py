@@ -1,17 +1,17 @@
-"""What one row of a dataset holds, whatever file it came from."""
+"""The fields of one row of a dataset, whatever file it came from."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 FIELDS = ("id", "input", "label", "rationale", "rationales", "llm_label", "weight", "choices")
-INPUT_PAIR = "input_pair"  # of `Example.more`
+INPUT_PAIR = "input_pair"  # key of `Example.more`
 _AS_THEY_STAND = frozenset(FIELDS) - {"rationales", "choices"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rationale:
-    """One explanation of an example: its text, who wrote it, and the label that it argues for."""
+    """One explanation of an example: its text, its author, and the label that it argues for."""
 
     text: str
     source: str = ""
@@ -23,17 +23,17 @@ class Example:
     """A checked row. Texts are UTF-8; an empty `rationale` or `llm_label` means there is none.
 
     Attributes:
-        id: unique within a split. In `predict` it is as given, a text or a number, so that answers can
-            be joined to questions by it.
+        id: unique within a split. `predict` keeps it as given, text or number, so that answers can
+            be joined to questions.
         input: the question, as the model reads it after the objective's prefix.
-        label: the gold answer; empty where it is not known.
-        rationale: the teacher's explanation that is trained on.
-        rationales: all explanations, `rationale` first; empty where there is no other.
+        label: the gold answer; empty if unknown.
+        rationale: the teacher's explanation, which is trained on.
+        rationales: all explanations, `rationale` first; empty if there is no other.
         llm_label: the teacher's own answer.
-        weight: factor of the example's loss tokens, above 0.
+        weight: loss weight of each of the example's tokens, above 0.
         choices: the allowed answers, in order; empty when the answer is free.
-        more: other texts that objectives may name, by field (`fields` of `prepare`). `input_pair` is a
-            second text of the input: the encoder reads both, each with an end of sequence.
+        more: {field: text} of the fields named in `prepare(fields=...)`, for objectives to use.
+            `input_pair` is a second input text: the encoder reads both, each with an end of sequence.
     """
 
     id: str
@@ -48,12 +48,12 @@ class Example:
 
     @property
     def input_pair(self) -> str:
-        """The second text of the input; empty where there is none."""
+        """The second text of the input; "" if there is none."""
         return self.more.get(INPUT_PAIR, "")
 
     @property
     def texts(self) -> dict[str, str]:
-        """What a template may name."""
+        """{field: text} of the fields that a template may name."""
         return {
             "input": self.input,
             "label": self.label,
@@ -63,13 +63,13 @@ class Example:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The row of `SPLIT.jsonl`; absent fields are left out, a label is always there."""
+        """Returns the row for `SPLIT.jsonl`, with a label always and without other empty fields."""
         row: dict[str, Any] = {"id": self.id, "input": self.input, "label": self.label}
         for name in ("rationale", "llm_label"):
             if value := getattr(self, name):
                 row[name] = value
         if self.rationales:
-            # written out: dataclasses.asdict takes ten times as long
+            # spelled out: dataclasses.asdict takes ten times as long
             row["rationales"] = [
                 {"text": r.text, "source": r.source, "label": r.label} for r in self.rationales
             ]
@@ -82,7 +82,7 @@ class Example:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Example":
-        """The inverse of `to_json`; checks nothing."""
+        """Returns the example of a row that `to_json` wrote. Checks nothing."""
         return cls(
             **{name: value for name, value in row.items() if name in _AS_THEY_STAND},
             rationales=tuple(Rationale(**r) for r in row.get("rationales", ())),

@@ -1,4 +1,4 @@
-"""One vocabulary of several prepared datasets."""
+"""Trains one vocabulary for several prepared datasets."""
 
 import os
 import pathlib
@@ -12,12 +12,12 @@ from stepdistill_jax.runtime.fingerprints import digest
 
 
 def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
-    """Returns the path of a vocabulary of the train splits of all; of one dataset its own.
+    """Returns the path of a vocabulary trained on all train splits; for one dataset, its own.
 
-    It is trained at first use and kept in `folder`. The same datasets in any order have the same.
+    Trains it at first use and keeps it in `folder`. The order of the datasets does not matter.
 
     Raises:
-        InputError: a dataset without a train split, or one whose files were changed.
+        InputError: a dataset has no train split, or its files were changed.
     """
     if len(datasets) == 1:
         return os.fspath(datasets[0].spiece_model)
@@ -32,7 +32,7 @@ def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) 
         characters = sum(file.stat().st_size for file in files)
         texts = [text for file in files for text in vocabulary_texts(file, 4 * rows, characters)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # processes of a job may all train it: each writes a file of its own, of the same bytes
+        # each process of a job may train it: each writes the same bytes to a file of its own
         own = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
         training.train_vocabulary(texts, own)
         os.replace(own, path)

@@ -1,4 +1,4 @@
-"""What is odd about a dataset's labels and rows taken together: warnings, each with its places."""
+"""Warns about suspicious labels and duplicate rows across a dataset, with their places."""
 
 import collections
 import re
@@ -7,27 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.counts import COUNTED_LABELS, Tally
+from stepdistill_jax.data.counts import COUNTED_LABELS, SplitCounts
 from stepdistill_jax.errors import nearest, printable
 
-ROWS_OF_A_LABEL = 5  # on average, in a closed set
-NUMBERS = 20  # different ones, at most, in a closed set: ratings, not answers to sums
+ROWS_OF_A_LABEL = 5  # a closed set of labels has at least so many rows per label on average
+NUMBERS = 20  # a closed set has at most so many numbers: ratings, not answers to sums
 EXAMPLES = 3  # places that a warning names
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 
 
-def label_counts(tallies: Mapping[str, Tally]) -> dict[str, dict[str, int]]:
-    """Returns the rows of each label by split, {LABEL: {SPLIT: rows}}, the commonest label first.
+def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
+    """Returns {label: {split: number of rows}}, the commonest label first.
 
-    Empty unless the labels are a closed set: each stands in five rows or more on average, and there
-    are at most 1,000 of them, or 20 where most are numbers. Otherwise answers are free: a label that
-    stands in one row is nothing odd.
+    Empty unless the labels are a closed set: five rows or more per label on average, and at most
+    1,000 labels, or 20 if most are numbers. Otherwise answers are free, and a label with a single
+    row is normal.
     """
     found: dict[str, dict[str, int]] = {}
-    for split, tally in tallies.items():
-        if tally.label_rows is None:
+    for split, counts in splits.items():
+        if counts.label_rows is None:
             return {}
-        for label, (count, _) in tally.label_rows.items():
+        for label, (count, _) in counts.label_rows.items():
             found.setdefault(label, {})[split] = count
     rows = sum(sum(counts.values()) for counts in found.values())
     most = NUMBERS if 2 * len(_numbers(found)) > len(found) else COUNTED_LABELS
@@ -37,21 +37,21 @@ def label_counts(tallies: Mapping[str, Tally]) -> dict[str, dict[str, int]]:
     return {label: found[label] for label in ordered}
 
 
-def warnings(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
-    """Returns [{"kind", "count", "examples": [PLACE, ...], "message"}] of what is odd.
+def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
+    """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
-    Kinds: `labels_alike`, `numbers_among_labels`, `labels_of_one_row` (of closed sets only),
-    `duplicate_rows` and `different_labels` (counted in inputs). The message is one line: what, how
-    many, where the first ones are, and what to do.
+    Kinds: for closed sets only `labels_alike`, `numbers_among_labels` and `labels_of_one_row`; for
+    all `duplicate_rows` and `different_labels` (counted in inputs). The message is one line: the
+    problem, its count, its first places, and what to do.
     """
-    counts = label_counts(tallies)
+    counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
-    first = {label: _first(label, tallies) for label in totals}
+    first = {label: _first(label, splits) for label in totals}
     found = [
         *_alike(totals, first),
         *_numbers_among(totals, first),
         *_single(totals, first),
-        *_repeated(tallies),
+        *_repeated(splits),
     ]
     return [
         {
@@ -85,7 +85,7 @@ def _alike(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_alike",
         sum(totals[label] for label in rarer),
         [first[label] for label in rarer],
-        f"labels that differ only in case or blanks: {shown}{_more(groups)}. To a model they are"
+        f"labels that differ only in case or blanks: {shown}{_more(groups)}. A model takes them for"
         " different answers: choose one spelling",
     )
 
@@ -101,7 +101,7 @@ def _numbers_among(totals: Mapping[str, int], first: Mapping[str, str]) -> _Foun
         rows,
         [first[label] for label in numbers],
         f"numbers among labels that are words: {shown}{_more(numbers)}. Correct them unless they are"
-        " meant",
+        " intended",
     )
 
 
@@ -117,33 +117,38 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_of_one_row",
         len(single),
         [first[label] for label in single],
-        f"{_many(len(single), 'label')} of a single row: {shown}{_more(single)}. Correct them if they"
-        " are mistakes: a model cannot learn a label from one row, and may still answer with it",
+        f"{_many(len(single), 'label')} with a single row: {shown}{_more(single)}. Correct them if they"
+        " are mistakes: a model cannot learn a label from one row, but may answer with it",
     )
 
 
-def _repeated(tallies: Mapping[str, Tally]) -> _Found:
-    """Equal rows, and equal inputs with different labels, in all splits together."""
+def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
+    """Yields the warnings about equal rows, and about equal inputs with different labels.
+
+    Works on row numbers over all splits. Rows with hashes [7, 9, 7, 7] have `firsts` [0, 1] and
+    `inverse` [0, 1, 0, 0]; rows 2 and 3 are not the first of their value, so both repeat row 0.
+    """
 
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([np.frombuffer(t.hashes[name], np.uint64) for t in tallies.values()])
+        return np.concatenate([np.frombuffer(t.hashes[name], np.uint64) for t in splits.values()])
 
-    if not tallies:
+    if not splits:
         return
     rows, inputs, labels = joined("row"), joined("question"), joined("label")
     values, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
     if extra := len(rows) - len(values):
         again = np.flatnonzero(firsts[inverse] != np.arange(len(rows)))
         pairs = [(int(firsts[inverse[i]]), int(i)) for i in again[:EXAMPLES]]
-        places = [_place(tallies, i) for pair in pairs for i in pair]
+        places = [_place(splits, i) for pair in pairs for i in pair]
         yield (
             "duplicate_rows",
             extra,
             places[1::2],
             f"{_many(extra, 'row')} {'is' if extra == 1 else 'are'} equal to an earlier one"
-            f"{_pairs(places, extra)}. Remove such rows, unless they are meant to weigh more",
+            f"{_pairs(places, extra)}. Remove them, unless they are meant to count more",
         )
     labelled = labels != 0
+    # sorted by input, then label: an input with two labels has neighbours that differ in the label
     order = np.lexsort((labels, inputs))
     order = order[labelled[order]]
     same = inputs[order][1:] == inputs[order][:-1]
@@ -156,7 +161,7 @@ def _repeated(tallies: Mapping[str, Tally]) -> _Found:
     for value in dict.fromkeys(inputs[members].tolist()):
         group = members[inputs[members] == value]
         other = group[labels[group] != labels[group[0]]][0]
-        places += [_place(tallies, int(group[0])), _place(tallies, int(other))]
+        places += [_place(splits, int(group[0])), _place(splits, int(other))]
         if len(places) == 2 * EXAMPLES:
             break
     yield (
@@ -164,22 +169,22 @@ def _repeated(tallies: Mapping[str, Tally]) -> _Found:
         len(clashing),
         places,
         f"{_many(len(clashing), 'input')} with different labels, {len(members):,} rows in all"
-        f"{_pairs(places, len(clashing))}. Nothing in the input tells them apart: correct or remove what is wrong",
+        f"{_pairs(places, len(clashing))}. A model cannot tell them apart: correct or remove the wrong ones",
     )
 
 
-def _place(tallies: Mapping[str, Tally], number: int) -> str:
-    """Returns the place of a row that is counted over all splits."""
-    for tally in tallies.values():
-        if number < tally.rows:
-            return tally.place(number)
-        number -= tally.rows
+def _place(splits: Mapping[str, SplitCounts], number: int) -> str:
+    """Returns the place of the row `number`, counted from 0 over all splits."""
+    for counts in splits.values():
+        if number < counts.rows:
+            return counts.place(number)
+        number -= counts.rows
     raise IndexError(number)
 
 
-def _first(label: str, tallies: Mapping[str, Tally]) -> str:
-    """Returns the place of a label's first row, in the first split that has one."""
-    some = next(tally for tally in tallies.values() if label in (tally.label_rows or ()))
+def _first(label: str, splits: Mapping[str, SplitCounts]) -> str:
+    """Returns the place of the first row with this label."""
+    some = next(counts for counts in splits.values() if label in (counts.label_rows or ()))
     return some.place((some.label_rows or {})[label][1])
 
 
@@ -205,7 +210,7 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns ` (such as A and B, C and D)`; the first two of each of `count` groups."""
+    """Returns ` (such as A and B, C and D)`: the first two places of some of `count` groups."""
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

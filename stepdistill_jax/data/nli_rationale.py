@@ -1,4 +1,4 @@
-"""From a teacher's raw text on premise and hypothesis to its rationale and its label."""
+"""Parses a teacher's raw text on premise and hypothesis into rationale and label."""
 
 import re
 
@@ -13,8 +13,8 @@ from stepdistill_jax.data.rationale import (
     truncated,
 )
 
-LABELS = ("entailment", "neutral", "contradiction")  # in the order of their numbers 0, 1, 2
-_NEXT_PAIR = re.compile(r"(?:^|\n)[^\S\n]*Premise:")  # the name at the start of a line
+LABELS = ("entailment", "neutral", "contradiction")  # numbers 0, 1, 2
+_NEXT_PAIR = re.compile(r"(?:^|\n)[^\S\n]*Premise:")  # at the start of a line
 _HEDGES = re.compile(r"\b(?:not|or|nor|neither|cannot)\b|n't\b")
 
 
@@ -24,14 +24,14 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the
     rationale "A dog is an animal." and the answer "entailment".
 
-    Repairs: a label that is written with a capital, a full stop or more words, as long as one label
-    alone is named and nothing like `not` or `or` is.
+    Repairs a label with a capital, a full stop or more words around it, if the answer names exactly
+    one label and has no `not`, `or` or the like.
 
     Returns:
         The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
         label_not_a_choice (the published rule's answer, compared exactly), truncated. A text that
-        goes on with another premise before it has answered has no_answer, though the published rule
-        then takes the invented pair's.
+        continues with another premise before its answer has no_answer; the published rule takes the
+        answer of the invented pair.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -43,9 +43,9 @@ def parse_esnli(text: str) -> Parsed:
             return Parsed(answer=answer, problems=(*problems, "empty"))
         problems += ("no_answer", *truncated(problems, own))
         return Parsed(answer=answer, problems=problems)
-    said, next_pair, _ = after.partition("Premise")
+    answer_text, next_pair, _ = after.partition("Premise")
     problems = ("runs_on",) if next_pair else ()
-    first, *more = said.split(ESNLI_MARKER)
+    first, *more = answer_text.split(ESNLI_MARKER)
     if more:
         problems += ("several_answers",)
     if not own.strip():
@@ -59,21 +59,21 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale
     "He was born later." and the answer "contradiction".
 
-    Repairs and problems are those of `parse_esnli`. The published rule finds nothing where the
-    marker stands more than once, and drops the answer's last character, whatever it is.
+    Repairs and problems are the same as in `parse_esnli`. The published rule finds nothing if the
+    marker occurs more than once, and drops the answer's last character, whatever it is.
     """
-    problems, rationale, said = split(text, CHOICE_MARKER, ANLI_NEXT)
-    if said is None:
+    problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
+    if answer_text is None:
         return Parsed(problems=problems)
-    answer = "" if "several_answers" in problems else said[:-1]
-    return _with_label(problems, rationale, answer, said, text)
+    answer = "" if "several_answers" in problems else answer_text[:-1]
+    return _with_label(problems, rationale, answer, answer_text, text)
 
 
 def _with_label(
-    problems: tuple[str, ...], rationale: str, answer: str, said: str, text: str
+    problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """`said` is the text of the first answer, `answer` what the published rule makes of it all."""
-    repaired = _one_label(said)
+    """Returns the parts. `answer_text` is the text of the first answer, `answer` the published rule's."""
+    repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:
         problems += ("label_not_a_choice",)
     if not repaired:
@@ -81,9 +81,9 @@ def _with_label(
     return Parsed(rationale=rationale, answer=answer, repaired=repaired, problems=problems)
 
 
-def _one_label(said: str) -> str:
-    """The one label that the first line of an answer names; else an empty text."""
-    line = folded(said.strip().split("\n")[0])
+def _one_label(answer_text: str) -> str:
+    """Returns the label that an answer's first line names; "" unless it is exactly one."""
+    line = folded(answer_text.strip().split("\n")[0])
     if line in LABELS:
         return line
     named = [label for label in LABELS if re.search(rf"\b{label}\b", line)]

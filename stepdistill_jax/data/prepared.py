@@ -1,4 +1,4 @@
-"""Finding and opening what `prepare` wrote; reads no TensorFlow."""
+"""Finds and opens prepared datasets. Does not import TensorFlow."""
 
 import dataclasses
 import functools
@@ -17,13 +17,13 @@ from stepdistill_jax.runtime.stores import local_path
 
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"
-TFDS_VERSION = "1.0.0"  # and the name of the folder of the TFDS files
-ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or an export's
+TFDS_VERSION = "1.0.0"  # and the name of the folder with the TFDS files
+ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or from exports
 PUBLISHED = (*ORIGINALS, "asdiv")  # datasets of the paper's published code
-PAPER_SUFFIX = "_paper"  # of a dataset that is read as that code does
-EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
-GENERATED = "gsm_symbolic"  # needs no source, but a package
-NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; no path's
+PAPER_SUFFIX = "_paper"  # of a dataset prepared with `paper_exact`
+EMBEDDED = "delivery"  # has no source: prepared on first use
+GENERATED = "gsm_symbolic"  # has no source, but needs a package
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # a dataset's and its folder's; not a path
 SPLIT = re.compile(r"[a-z]+")
 
 
@@ -37,13 +37,13 @@ class PreparedDataset:
         fingerprint: digest of the sources, the reader and the rows.
         metric: `text_match` or `value_match`.
         splits: number of rows by split.
-        labels: the labels of train, sorted, where they are at most 50 and rows have no choices.
-        fields: names of other texts that rows may have (`Example.more`).
-        paper_exact: whether rows are read as the paper's published code does: a blank rationale or
-            label is a target, too.
+        labels: sorted labels of train; empty if there are over 50, or if rows have choices.
+        fields: names of further texts that rows may have (`Example.more`).
+        paper_exact: whether rows are read as the paper's published code reads them: a blank
+            rationale or label is a target.
         draws_validation: whether that code draws validation from train, once for each share.
-        files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty in a
-            dataset of a version before it was kept.
+        files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty for
+            datasets of versions that kept no digests.
     """
 
     name: str
@@ -59,55 +59,55 @@ class PreparedDataset:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """Returns the splits that depend on a run's `data_fraction` and seed; none but of `paper_exact`."""
+        """Returns the splits that depend on a run's `data_fraction` and seed: `paper_exact` alone has any."""
         if not self.paper_exact:
             return ()
         return ("train", "validation") if self.draws_validation else ("train",)
 
     def check(self, *names: str) -> None:
-        """Compares files with what `prepare` wrote; all of them where none is named.
+        """Compares files with their digests; all files, unless some are named.
 
         Args:
-            names: files of `files`, or folders above some of them.
+            names: keys of `files`, or folders that contain some.
 
         Raises:
-            InputError: one is gone or has other bytes; names it.
+            InputError: a file is missing or has changed; names it.
         """
-        wanted = [
+        chosen = [
             f
             for f in self.files
             if not names or any(f == n or f.startswith(f"{n}/") for n in names)
         ]
-        for name in wanted:
+        for name in chosen:
             path = self.directory / name
             check_file(path)
             stat = path.stat()
             if _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self.files[name]:
                 raise InputError(
-                    f"{path}: not as `prepare` wrote it; {how_to_prepare(self.name)}, which writes it anew"
+                    f"{path}: changed since `prepare` wrote it; {how_to_prepare(self.name)}, which rebuilds it"
                 )
 
     @property
     def spiece_model(self) -> pathlib.Path:
-        """The vocabulary that was trained on train.
+        """Path of the vocabulary that was trained on the train split.
 
         Raises:
-            InputError: there was no train split to learn one from.
+            InputError: the dataset has no train split, and so no vocabulary.
         """
         path = self.directory / VOCABULARY
         if not path.is_file():
             raise InputError(
-                f"{path}: no vocabulary, since {self.name} was prepared without a train split;"
-                " take a model directory's (`init_from`) or `bytes`"
+                f"{path}: no vocabulary, since {self.name} was prepared without a train split; use"
+                " that of a model directory (`init_from`), or `bytes`"
             )
         self.check(VOCABULARY)
         return path
 
     def file(self, split: str) -> pathlib.Path:
-        """SPLIT.jsonl.
+        """Returns the path of SPLIT.jsonl.
 
         Raises:
-            InputError: the dataset has no such split (names those it has), or the file was edited.
+            InputError: the dataset has no such split (lists its splits), or the file has changed.
         """
         if split not in self.splits:
             raise InputError(
@@ -118,10 +118,10 @@ class PreparedDataset:
         return self.directory / f"{split}.jsonl"
 
     def examples(self, split: str) -> Iterator[Example]:
-        """The rows of a split, in the order of the TFDS dataset.
+        """Yields the rows of a split, in the order of the TFDS dataset.
 
         Raises:
-            InputError: no such split, or its file is gone or damaged.
+            InputError: no such split, or its file is missing or damaged.
         """
         path = self.file(split)  # checked at the call, not at the first row
         return (Example.from_json(row) for _, row in read_jsonl(path))
@@ -133,10 +133,10 @@ def _digest(path: pathlib.Path, *_changes: int) -> str:
 
 
 def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
-    """Digest of sources, reader, options and rows (a digest by split): any change changes it.
+    """Returns a digest of sources, reader, options and rows: any change to them changes it.
 
-    Rows are in it beside their sources, so that a changed reader shows even if its version was
-    forgotten.
+    It covers the rows as well as their sources, so that it changes with the reader's code even
+    if the reader's version does not.
 
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
@@ -155,7 +155,7 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 
 
 def default_data_dir() -> pathlib.Path:
-    """`$STEPDISTILL_DATA_DIR`, else `stepdistill` in the user's cache folder."""
+    """Returns `$STEPDISTILL_DATA_DIR`, or else `stepdistill` in the user's cache folder."""
     if folder := os.environ.get("STEPDISTILL_DATA_DIR"):
         return pathlib.Path(folder).expanduser()
     import platformdirs
@@ -164,29 +164,29 @@ def default_data_dir() -> pathlib.Path:
 
 
 def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
-    """`data_dir`, or the default one for None.
+    """Returns `data_dir` as a path, or the default folder for None.
 
     Raises:
-        InputError: it is a URL: token stores are memory-mapped, which takes a file system.
+        InputError: it is a URL: token stores are memory-mapped, which needs a file system.
     """
     return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 
 
 def prepared_names(data_dir: os.PathLike | str) -> list[str]:
-    """Names of the datasets that are prepared in `data_dir`."""
+    """Returns the names of the datasets prepared in `data_dir`."""
     return sorted(path.parent.name for path in pathlib.Path(data_dir).glob(f"[!.]*/{FILE}"))
 
 
 def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> PreparedDataset:
-    """The prepared dataset `name`.
+    """Opens the prepared dataset `name`.
 
     Args:
-        name: a folder of `data_dir`.
-        data_dir: None for the default one.
+        name: a folder in `data_dir`.
+        data_dir: None for the default folder.
 
     Raises:
-        InputError: it is not prepared there (lists those that are, and how to prepare it), or what
-            is there is damaged.
+        InputError: it is not prepared there (lists the prepared datasets, and says how to prepare
+            it), or it is damaged.
     """
     directory = data_folder(data_dir) / name
     path = directory / FILE
@@ -207,21 +207,21 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
         needed.append(VOCABULARY)
     for file in (directory / part for part in needed):
         if not file.exists():
-            raise InputError(f"{file}: gone; {how_to_prepare(name)}")
+            raise InputError(f"{file}: missing; {how_to_prepare(name)}")
     return dataset
 
 
 def is_prepared(name: str, data_dir: pathlib.Path) -> bool:
-    """Whether `data_dir` holds a prepared dataset of that name, whole or not."""
-    # os.path's answer for a name that no file can have is no
+    """Returns whether `data_dir` holds a prepared dataset of that name, whole or damaged."""
+    # os.path says no to a name that no file can have; pathlib raises
     return bool(NAME.fullmatch(name)) and os.path.isfile(data_dir / name / FILE)
 
 
 def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> PreparedDataset:
-    """The dataset of a dataset.json.
+    """Returns the dataset that a dataset.json describes.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is not as `prepare` wrote it.
+        KeyError, TypeError, ValueError, AttributeError: the file is damaged.
     """
     splits, labels, files = stored["splits"], stored["labels"], stored.get("files", {})
     if not splits:
@@ -230,11 +230,11 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
         if not SPLIT.fullmatch(split) or not isinstance(count, int) or count < 1:
             raise ValueError(f"a split {split!r} of {count!r} rows")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise TypeError("the labels are no list of texts")
+        raise TypeError("the labels are not a list of texts")
     options = stored.get("options", {})
     more = options.get("fields", [])
     if not isinstance(more, list) or not all(isinstance(field, str) for field in more):
-        raise TypeError("the fields are no list of names")
+        raise TypeError("the fields are not a list of names")
     if stored["metric"] not in METRICS:
         raise ValueError(f"no metric {stored['metric']!r}")
     for file in files:
@@ -242,7 +242,7 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
             raise ValueError(f"a file {file!r} outside")
     rows = {split: files.get(f"{split}.jsonl") for split in splits}
     if files and fingerprint(stored, rows) != stored["fingerprint"]:
-        raise ValueError("the fingerprint is that of another description")
+        raise ValueError("the fingerprint belongs to a different description")
     return PreparedDataset(
         name,
         directory,
@@ -258,7 +258,7 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
 
 
 def how_to_prepare(name: str) -> str:
-    """The command that prepares `name`."""
+    """Returns the advice to run the command that prepares `name`."""
     if name in (EMBEDDED, GENERATED):
         return f"run `stepdistill prepare {name}`"
     original = name.removesuffix(PAPER_SUFFIX)

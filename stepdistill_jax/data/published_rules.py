@@ -1,6 +1,6 @@
-"""How the paper's published code reads a teacher's text, slip for slip; `rationale.py` is our own reading.
+"""Parses a teacher's text exactly as the paper's published code does; `rationale.py` is our own parser.
 
-Each function returns (rationale, label). A part that is not there is blank: " " or "", as published.
+Each function returns (rationale, label). A missing part is blank: " " or "", as published.
 """
 
 import re
@@ -18,14 +18,14 @@ BLANK = " "
 
 
 def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE So the answer is (x) CHOICE.`; the label is the text, not the letter's choice.
+    """Reads `RATIONALE So the answer is (x) CHOICE.`; the label is the text after the letter.
 
     Args:
         text: a completion.
-        neox: whether GPT-NeoX wrote it, whose texts may lack an answer.
+        neox: whether GPT-NeoX wrote it; its texts may lack an answer.
 
     Raises:
-        ValueError: of a text by PaLM, the marker is not there exactly once; the published code stops.
+        ValueError: PaLM's text does not have the marker exactly once; the published code stops.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:
@@ -37,7 +37,7 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE The answer is (EQUATION).`; two answers are none."""
+    """Reads `RATIONALE The answer is (EQUATION).`; two answers count as none."""
     own = _own(text, NEXT_QUESTION, neox)
     if own.count(EQUATION_MARKER) != 1:
         return BLANK, BLANK
@@ -46,7 +46,7 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE Answer: LABEL`; an invented pair's answer is taken where there is no other."""
+    """Reads `RATIONALE Answer: LABEL`; if it has no answer, takes that of an invented pair."""
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")
     label = answers[1].split("Premise")[0].rstrip() if len(answers) > 1 else BLANK
@@ -54,7 +54,7 @@ def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def anli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE So the answer is LABEL.`, whose last character is dropped, whatever it is."""
+    """Reads `RATIONALE So the answer is LABEL.`; drops the last character, whatever it is."""
     own = _own(text, ANLI_NEXT, neox)
     for marker in (CHOICE_MARKER, *([EQUATION_MARKER] if neox else [])):
         if own.count(marker) == 1:

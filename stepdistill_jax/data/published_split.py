@@ -1,11 +1,11 @@
-"""How the paper's published code draws validation and shares of the training data."""
+"""Draws validation and shares of the training data as the paper's published code does."""
 
 import math
 
 import numpy as np
 
 VALIDATION_SHARE, VALIDATION_SEED = 0.1, 0
-WHOLE = (1.0, 0)  # share of the training rows, and the seed that draws it
+WHOLE = (1.0, 0)  # share of the training rows, and its seed
 
 
 def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -14,12 +14,12 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
     Example: `train_test_split(5, 0.4, 0)` is ([3, 0, 1], [2, 4]).
 
     Args:
-        rows: number of all.
-        test_size: share of the second part, rounded up to whole rows.
-        seed: of the permutation; the second part is its head.
+        rows: number of rows.
+        test_size: share of rows that go to test, rounded up to whole rows.
+        seed: seed of the permutation; its first rows are test.
 
     Returns:
-        [train] and [test] int64 numbers of rows from 0, in the order of the parts.
+        [train] and [test] int64 row numbers from 0, in drawn order.
     """
     order = np.random.default_rng(seed).permutation(rows)
     test = math.ceil(test_size * rows)
@@ -31,16 +31,16 @@ def drawn_splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of train and validation that a run of the published code uses.
 
-    The share is drawn first, by the run's seed; then validation is a tenth of it, by seed 0.
+    First the run's seed draws the share, then seed 0 draws a tenth of it for validation.
 
     Args:
         rows: number of training rows, in the order of their file.
-        fraction: share of them that is used (`subsample` there).
-        seed: of the run (`run` there).
-        validation: whether validation is drawn; else it has a file of its own, and is empty here.
+        fraction: share of them to use (`subsample` in that code).
+        seed: seed of the run (`run` in that code).
+        validation: whether to draw validation; if False it is empty, since it has its own file.
 
     Returns:
-        [train] and [validation] int64 numbers of rows from 0.
+        [train] and [validation] int64 row numbers from 0.
     """
     used = np.arange(rows)
     if fraction < 1.0:

@@ -1,4 +1,4 @@
-"""From a teacher's raw text to its rationale and its answer; each way of failing has a name."""
+"""Parses a teacher's raw text into rationale and answer; each kind of failure has a name."""
 
 import dataclasses
 import re
@@ -7,29 +7,28 @@ from collections.abc import Sequence
 from stepdistill_jax.data import arithmetic
 from stepdistill_jax.data.written_sums import wrong_sums
 
-NEXT_QUESTION = "Q:"  # where a few-shot completion runs on into an invented question
+NEXT_QUESTION = "Q:"  # starts an invented question in a few-shot completion
 CHOICE_MARKER = "So the answer is"
 EQUATION_MARKER = "The answer is"
 ESNLI_MARKER = "Answer:"
-ANLI_NEXT = "Premise:"  # where ANLI's runs on
+ANLI_NEXT = "Premise:"  # the same for ANLI
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
-# not IGNORECASE, under which [a-z] takes in the long s and the dotless i
+# not IGNORECASE, with which [a-z] matches the long s and the dotless i
 _LETTER = re.compile(r"\(([a-zA-Z])\)\s*([^\n]*)")
 _SENTENCE_END = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What a teacher's text says.
+    """The parts of a teacher's text; "" if a part is missing.
 
     Attributes:
-        rationale: the text before the answer; empty where there is none.
-        answer: the answer as the published rule reads it (for choices: the choice of the letter);
-            empty where that rule fails.
-        answer_text: for choices, the text after the letter; else empty.
-        repaired: the answer after our repairs; empty where none is usable.
-        problems: names of what is wrong with the text; see `defects.KINDS`.
+        rationale: the text before the answer.
+        answer: the answer by the published rule (for choices: the letter's choice).
+        answer_text: for choices, the text after the letter.
+        repaired: the answer after our repairs.
+        problems: kinds of defect of the text; see `defects.KINDS`.
         wrong_sums: equations of the rationale that do not add up.
     """
 
@@ -47,13 +46,12 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the
     rationale "Beavers build." and the answer "wood".
 
-    Repairs: the text after the letter wins where, but for case and a full stop, it is one of the
-    choices (a slip of the letter, or no letter at all); else the letter's choice is taken, as in
-    `(a) lake or (d) pond`.
+    Repairs: the text after the letter wins if it is one of the choices, ignoring case and a full
+    stop (the letter is wrong or missing). Otherwise the letter wins, as in `(a) lake or (d) pond`.
 
     Args:
-        text: a completion, which may run on.
-        choices: the question's answers, in the order of the letters a, b, ...
+        text: a completion, which may continue with an invented question.
+        choices: the question's answers, for the letters a, b, ...
 
     Returns:
         The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
@@ -84,7 +82,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
         problems += truncated(problems, text)
     return Parsed(
         rationale=rationale,
-        # the published rule finds no answer where the marker stands more than once
+        # the published rule finds no answer if the marker occurs more than once
         answer="" if "several_answers" in problems else by_letter,
         answer_text="" if "several_answers" in problems or letter is None else answer_text,
         repaired=by_letter if by_letter in by_text or not by_text else by_text[0],
@@ -98,8 +96,8 @@ def parse_equation(text: str) -> Parsed:
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84."
     and the answer "(84 / 2)".
 
-    Repairs: an equation that goes on after its parentheses, as in `(16 * 17) * 4`, is read whole,
-    and so is one that has none.
+    Repairs: an equation that continues after its parentheses, as in `(16 * 17) * 4`, or has no
+    parentheses is read whole.
 
     Returns:
         The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
@@ -134,7 +132,7 @@ def parse_equation(text: str) -> Parsed:
 def split(
     text: str, marker: str, next_question: str = NEXT_QUESTION
 ) -> tuple[tuple[str, ...], str, str | None]:
-    """(problems, rationale, text after the first marker or None) of what precedes the next question."""
+    """Returns (problems, rationale, text after the first marker or None), up to the next question."""
     own, found, _ = text.partition(next_question)
     problems = ("runs_on",) if found else ()
     if not own.strip():
@@ -150,9 +148,9 @@ def split(
 
 
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
-    """("truncated",) where a text without a whole answer does not end as a sentence does.
+    """Returns ("truncated",) if a text without a complete answer does not end like a sentence.
 
-    One that runs on was cut in a question that is not ours.
+    () for a text that runs on: it is the invented question that is truncated.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()
@@ -160,9 +158,9 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns the first line that has both from its first `(` to its last `)`; empty where none has.
+    r"""Returns the first line with `(` and a later `)`, from the first `(` to the last `)`; else "".
 
-    `\(.*\)` says the same, in the square of the time where nothing closes.
+    Equals the first match of `\(.*\)`, which takes quadratic time if nothing closes.
     """
     for line in text.split("\n"):
         first, last = line.find("("), line.rfind(")")
@@ -176,5 +174,5 @@ def _without_stop(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """`text` without case, runs of whitespace and a last full stop."""
+    """Returns `text` case-folded, with single spaces and without a final full stop."""
     return " ".join(_without_stop(text).casefold().split())

@@ -1,4 +1,4 @@
-"""What a reader hands over: checked examples one by one, and everything that was wrong with them."""
+"""The interface of readers: checked examples one by one, each with its defects."""
 
 import collections
 import dataclasses
@@ -12,21 +12,21 @@ from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.runtime.fingerprints import hash64
 
 SPLITS = ("train", "validation", "test")
-UNSEEN = "unseen"  # more to evaluate on, of kinds that are not in train
-UNLABELLED = "unlabelled"  # more inputs to train on, with the teacher's labels only
+UNSEEN = "unseen"  # rows to evaluate on, of kinds that are not in train
+UNLABELLED = "unlabelled"  # further inputs to train on, with the teacher's labels only
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedExample:
-    """One row of a source, with what was found out about it.
+    """One row of a source after its checks.
 
     Attributes:
-        example: the row itself; it is kept whatever its defects.
-        defects: what is wrong with it or its teacher text, each with file and row.
-        right: for each teacher figure (`teacher_accuracy`, ...), whether this row counts as right;
-            empty where no teacher was asked.
-        file: name of its file, without folders; empty of a list.
-        line: of the file, or position in the list, from 1; 0 where it is not known.
+        example: the row, which is kept whatever its defects.
+        defects: defects of the row or its teacher text, each with file and row.
+        right: for each teacher metric (`teacher_accuracy`, ...), whether the teacher's answer is
+            right; empty without a teacher.
+        file: name of its file, without folders; "" for a list.
+        line: line of the file, or position in the list, from 1; 0 if unknown.
     """
 
     example: Example
@@ -38,18 +38,18 @@ class CheckedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What a reader finds in its source; rows come one by one, so that a large source needs no memory.
+    """A reader's view of its source. Rows come one by one: memory does not grow with the source.
 
     Attributes:
-        reader: its name, e.g. `cqa`.
-        version: raised when the same source would give other rows or defects.
+        reader: name of the reader, e.g. `cqa`.
+        version: raised when the same source would give different rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
-        rows: starts reading: yields (split, row). The rows of a split come in the source's order;
-            splits may alternate. Some readers yield a `BadRow` for a row that cannot be used, with
-            an empty split where it would have none.
+        rows: starts reading, and yields (split, row). The rows of a split come in the source's
+            order; splits may alternate. Some readers yield a `BadRow` for a row that cannot be
+            used, with "" for the split if it has none.
         sources: digest of each file that is read, by its name within the source.
-        options: what else the rows depend on (field map, no teacher), JSON-like.
-        notes: things to tell the user, e.g. that a split is left out; whole once `rows` is done.
+        options: further settings that the rows depend on (field map, no teacher), JSON-like.
+        notes: notes for the user, e.g. that a split is left out; complete once `rows` is exhausted.
         fields: names of the texts that `Example.more` may hold.
     """
 
@@ -64,10 +64,10 @@ class Reading:
 
     @functools.cached_property
     def splits(self) -> dict[str, list[CheckedExample]]:
-        """All rows in memory, by split: for small sources.
+        """All rows by split, in memory: for small sources.
 
         Raises:
-            BadRow: the first one.
+            BadRow: the first bad row.
         """
         found: dict[str, list[CheckedExample]] = collections.defaultdict(list)
         bad: list[BadRow] = []
@@ -82,35 +82,35 @@ class Reading:
 
 
 def in_order(splits: Iterable[str]) -> list[str]:
-    """Names of splits, train first."""
+    """Returns the names of splits in their usual order, train first."""
     return [split for split in (*SPLITS, UNSEEN, UNLABELLED) if split in set(splits)]
 
 
 def tenth(example_id: str) -> int:
-    """Which of ten equal parts, 0 to 9, an id falls into by its hash.
+    """Returns which of ten equal parts, 0 to 9, an id falls into by its hash.
 
-    It depends on nothing else: a row that is added to a source moves no other row to another split.
+    It depends on the id alone: adding a row to a source moves no other row to another split.
     """
     return hash64(example_id) % 10
 
 
 def split_of(number: int, split: str, files: Container[str]) -> str:
-    """The split of a row: validation takes tenth 0 of train where it has no file of its own.
+    """Returns the split of a row: without a file of its own, validation takes tenth 0 of train.
 
     Args:
-        number: the tenth of the row's id.
-        split: that of its file.
+        number: the row's `tenth`.
+        split: the split of the row's file.
         files: the splits that have files.
     """
     return "validation" if split == "train" and "validation" not in files and not number else split
 
 
 def absent_notes(paths: Mapping[str, pathlib.Path], files: Container[str]) -> list[str]:
-    """Notes about splits without a file.
+    """Returns a note about each split without a file.
 
     Args:
-        paths: where the file of each split would be.
-        files: the splits that have one.
+        paths: expected path of each split's file.
+        files: the splits that have files.
     """
     return [
         f"{path}: no such file, so "

@@ -1,4 +1,4 @@
-"""One page about a prepared dataset: what is in it and what is wrong with it. No network, no scripts."""
+"""Writes an HTML page about a prepared dataset: its contents and defects. No network, no scripts."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from stepdistill_jax.data.counts import LENGTH_FIELDS, TEACHER_FIGURES, Tally
+from stepdistill_jax.data.counts import LENGTH_FIELDS, TEACHER_METRICS, SplitCounts
 from stepdistill_jax.data.defects import KINDS
 from stepdistill_jax.data.labels import label_counts
 from stepdistill_jax.runtime.files import atomic_write
@@ -22,7 +22,7 @@ PAGE = Made(
     b'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Dataset ',
 )
 MOST_LABELS = 100  # in the table
-BARS = 24  # of a histogram, at most
+BARS = 24  # at most, in a histogram
 Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
 _STYLE = """
@@ -43,13 +43,15 @@ img { max-width: 100%; height: auto; }
 
 
 def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson's score interval of a share, which stays within 0 and 1 and serves small samples.
+    """Returns Wilson's score interval of a share; it stays within 0 and 1, also for small samples.
 
-    E. B. Wilson 1927, JASA 22:209. Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
+    E. B. Wilson 1927, JASA 22:209: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+
+    Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
     Args:
         right: number of rows that count.
-        rows: of all of them, at least 1.
+        rows: number of all rows, at least 1.
         z: quantile; the default gives 95 %.
     """
     share, square = right / rows, z * z / rows
@@ -59,21 +61,21 @@ def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def write_report(
-    path: pathlib.Path, result: Mapping[str, Any], tallies: Mapping[str, Tally]
+    path: pathlib.Path, result: Mapping[str, Any], splits: Mapping[str, SplitCounts]
 ) -> None:
     """Writes the page, atomically.
 
     Args:
-        path: of the HTML file.
-        result: of `prepare`.
-        tallies: the same splits'.
+        path: the HTML file.
+        result: the result of `prepare`.
+        splits: the counts of the same splits.
     """
     with atomic_write(path) as f:
-        f.write(page(result, tallies))
+        f.write(page(result, splits))
 
 
-def page(result: Mapping[str, Any], tallies: Mapping[str, Tally]) -> str:
-    """The HTML text; see `write_report`. Every text of the dataset is escaped."""
+def page(result: Mapping[str, Any], splits: Mapping[str, SplitCounts]) -> str:
+    """Returns the HTML text; see `write_report`. Every text of the dataset is escaped."""
     name = html.escape(result["name"])
     parts = [
         f"<h1>Dataset {name}</h1>",
@@ -81,21 +83,21 @@ def page(result: Mapping[str, Any], tallies: Mapping[str, Tally]) -> str:
         f" {html.escape(result['metric'])}.</p>",
         _list(result["notes"]),
         "<h2>Rows</h2>",
-        _counts(tallies),
+        _counts(splits),
         "<h2>Labels</h2>",
         _list([warning["message"] for warning in result["warnings"]]),
-        _labels(tallies),
+        _labels(splits),
         "<h2>The teacher's answers</h2>",
-        _accuracies(tallies),
+        _accuracies(splits),
         "<h2>What each filter would keep</h2>",
-        "<p>Shares of all rows of a split. Nothing has been left out: these say what would remain.</p>",
-        _filters(tallies),
+        "<p>Share of a split's rows that each filter would keep. No row has been left out.</p>",
+        _filters(splits),
         "<h2>Defects</h2>",
-        _defects(tallies),
+        _defects(splits),
         "<h2>Lengths</h2>",
-        "<p>In words, that is runs of characters without whitespace, which do not depend on a"
-        " vocabulary; <code>stepdistill inspect</code> shows tokens. Empty texts are not counted.</p>",
-        *(_lengths(split, tally) for split, tally in tallies.items()),
+        "<p>In words separated by whitespace; <code>stepdistill inspect</code> shows lengths in"
+        " tokens. Empty texts are not counted.</p>",
+        *(_lengths(split, counts) for split, counts in splits.items()),
     ]
     body = "\n".join(part for part in parts if part)
     return (
@@ -110,7 +112,7 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Cells are HTML; the columns `numbers` are set flush right."""
+    """Returns a table of HTML cells; the columns `numbers` are right-aligned."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         classes = [' class="n"' if i in numbers else "" for i in range(len(row))]
@@ -123,80 +125,84 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence
     )
 
 
-def _counts(tallies: Mapping[str, Tally]) -> str:
+def _counts(splits: Mapping[str, SplitCounts]) -> str:
     head = ("split", "rows", "with a rationale", "explained by people", "defects")
     rows = [
         (html.escape(s), *map(str, (t.rows, t.with_rationale, t.human, t.defects.total())))
-        for s, t in tallies.items()
+        for s, t in splits.items()
     ]
     return _table(head, rows, (1, 2, 3, 4))
 
 
-def _labels(tallies: Mapping[str, Tally]) -> str:
-    counts = label_counts(tallies)
+def _labels(splits: Mapping[str, SplitCounts]) -> str:
+    counts = label_counts(splits)
     if not counts:
-        return "<p>Few rows share a label, so answers are taken as free, and not listed here.</p>"
+        return "<p>Few rows share a label, so answers count as free and are not listed.</p>"
     rows = [
-        (html.escape(label), *(str(by_split.get(split, 0)) for split in tallies))
+        (html.escape(label), *(str(by_split.get(split, 0)) for split in splits))
         for label, by_split in [*counts.items()][:MOST_LABELS]
     ]
     if more := len(counts) - len(rows):
-        rows.append((f"and {more:,} more", *("" for _ in tallies)))
-    return _table(("label", *map(html.escape, tallies)), rows, range(1, len(tallies) + 1))
+        rows.append((f"and {more:,} more", *("" for _ in splits)))
+    return _table(("label", *map(html.escape, splits)), rows, range(1, len(splits) + 1))
 
 
-def _accuracies(tallies: Mapping[str, Tally]) -> str:
+def _accuracies(splits: Mapping[str, SplitCounts]) -> str:
     rows = []
-    for split, tally in tallies.items():
-        for figure, what in TEACHER_FIGURES.items():
-            if figure in tally.right:
-                right = tally.right[figure]
-                low, high = wilson(right, tally.labelled)
+    for split, counts in splits.items():
+        for metric, what in TEACHER_METRICS.items():
+            if metric in counts.right:
+                right = counts.right[metric]
+                low, high = wilson(right, counts.labelled)
                 rows.append(
                     (
                         html.escape(split),
-                        figure,
-                        f"{right / tally.labelled:.2%}",
+                        metric,
+                        f"{right / counts.labelled:.2%}",
                         f"{low:.2%} to {high:.2%}",
-                        f"{right} of {tally.labelled}",
+                        f"{right} of {counts.labelled}",
                         what,
                     )
                 )
     if not rows:
         return "<p>There are none.</p>"
-    head = ("split", "figure", "share", "95 % interval", "rows", "how it counts")
+    head = ("split", "metric", "share", "95 % interval", "rows", "how it counts")
     return "<p>The intervals are Wilson's score intervals.</p>" + _table(head, rows, (2, 3, 4))
 
 
-def _filters(tallies: Mapping[str, Tally]) -> str:
-    names = dict.fromkeys(name for tally in tallies.values() for name in tally.kept)
-    kept = {name: [tally.kept[name] for tally in tallies.values()] for name in names}
-    for kind in _kinds(tallies):
-        kept[f"without {kind}"] = [tally.rows - tally.defects[kind] for tally in tallies.values()]
-    totals = [tally.rows for tally in tallies.values()]
+def _filters(splits: Mapping[str, SplitCounts]) -> str:
+    names = dict.fromkeys(name for counts in splits.values() for name in counts.kept)
+    kept = {name: [counts.kept[name] for counts in splits.values()] for name in names}
+    for kind in _kinds(splits):
+        kept[f"without {kind}"] = [counts.rows - counts.defects[kind] for counts in splits.values()]
+    totals = [counts.rows for counts in splits.values()]
     rows = [
         (html.escape(name), *(f"{n / m:.1%}" for n, m in zip(counts, totals, strict=True)))
         for name, counts in kept.items()
     ]
-    return _table(("filter", *map(html.escape, tallies)), rows, range(1, len(tallies) + 1))
+    return _table(("filter", *map(html.escape, splits)), rows, range(1, len(splits) + 1))
 
 
-def _kinds(tallies: Mapping[str, Tally]) -> list[str]:
-    """Kinds that occur, in the order in which they are documented."""
-    found = dict.fromkeys(kind for tally in tallies.values() for kind in tally.defects)
+def _kinds(splits: Mapping[str, SplitCounts]) -> list[str]:
+    """Returns the kinds of defect that occur, in the order of `KINDS`."""
+    found = dict.fromkeys(kind for counts in splits.values() for kind in counts.defects)
     return sorted(found, key=list(dict.fromkeys((*KINDS, *found))).index)
 
 
-def _defects(tallies: Mapping[str, Tally]) -> str:
-    kinds = _kinds(tallies)
+def _defects(splits: Mapping[str, SplitCounts]) -> str:
+    kinds = _kinds(splits)
     if not kinds:
-        return "<p>None was found.</p>"
+        return "<p>None found.</p>"
     rows = [
-        (kind, *(str(tally.defects[kind]) for tally in tallies.values()), KINDS.get(kind, ""))
+        (
+            kind,
+            *(str(counts.defects[kind]) for counts in splits.values()),
+            KINDS.get(kind, ""),
+        )
         for kind in (html.escape(kind) for kind in kinds)
     ]
-    head = ("defect", *map(html.escape, tallies), "what it is, and what is done")
-    parts = [_table(head, rows, range(1, len(tallies) + 1))]
+    head = ("defect", *map(html.escape, splits), "meaning, and what is done")
+    parts = [_table(head, rows, range(1, len(splits) + 1))]
     for kind in kinds:
         shown = [
             (
@@ -204,22 +210,22 @@ def _defects(tallies: Mapping[str, Tally]) -> str:
                 html.escape(f"{split}, {example_id}"),
                 f"<pre>{html.escape(defect.text) or '(no text)'}</pre>",
             )
-            for split, tally in tallies.items()
-            for example_id, defect in tally.examples.get(kind, ())
+            for split, counts in splits.items()
+            for example_id, defect in counts.examples.get(kind, ())
         ]
         parts.append(f"<h3>{html.escape(kind)}</h3>")
         parts.append(_table(("where", "split, id", "text (up to 200 characters)"), shown, ()))
     return "\n".join(parts)
 
 
-def _lengths(split: str, tally: Tally) -> str:
+def _lengths(split: str, counts: SplitCounts) -> str:
     figures = []
     for name in LENGTH_FIELDS:
-        if counts := tally.lengths[name]:
+        if lengths := counts.lengths[name]:
             caption = f"{split}: words of {'an' if name == 'input' else 'a'} {name}"
-            caption = html.escape(f"{caption} ({_quantiles(counts)})")
+            caption = html.escape(f"{caption} ({_quantiles(lengths)})")
             figures.append(
-                f'<figure><img src="{_histogram(counts)}" alt="histogram">'
+                f'<figure><img src="{_histogram(lengths)}" alt="histogram">'
                 f"<figcaption>{caption}</figcaption></figure>"
             )
     return "".join(figures)
@@ -232,7 +238,7 @@ def _quantiles(counts: Mapping[int, int]) -> str:
 
 
 def _histogram(counts: Mapping[int, int]) -> str:
-    """A data URI of how many rows (values of `counts`) have which length (its keys), as SVG."""
+    """Returns an SVG histogram as a data URI; `counts` is {length: number of rows}."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -240,7 +246,7 @@ def _histogram(counts: Mapping[int, int]) -> str:
     figure = Figure(figsize=(3.6, 2.0), layout="constrained")
     axes = figure.subplots()
     low, high = min(counts), max(counts)
-    width = -(-(high - low + 1) // BARS)  # in whole words: another width leaves gaps
+    width = -(-(high - low + 1) // BARS)  # whole words: other widths leave gaps
     edges = np.arange(low, high + width + 1, width) - 0.5
     axes.hist(list(counts), edges, weights=list(counts.values()), color="#0072B2", rwidth=0.9)
     for axis in (axes.xaxis, axes.yaxis):
@@ -248,7 +254,7 @@ def _histogram(counts: Mapping[int, int]) -> str:
     axes.set_ylabel("rows")
     axes.spines[["top", "right"]].set_visible(False)
     out = io.BytesIO()
-    # a fixed salt and no date: the same rows give the same bytes
+    # a fixed salt and no date, so that the same rows give the same bytes
     with matplotlib.rc_context({"svg.hashsalt": "stepdistill", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""What a vocabulary does to the texts of a prepared dataset."""
+"""Counts the texts of a prepared dataset that its vocabulary cannot reproduce."""
 
 import functools
 import pathlib
@@ -9,19 +9,19 @@ from stepdistill_jax.data.vocabulary import UNK_ID, SentencePieceVocabulary
 from stepdistill_jax.runtime.files import read_jsonl
 
 FIELDS = ("input", "label", "rationale")
-CACHED_TEXTS = 10_000  # labels, above all
+CACHED_TEXTS = 10_000  # labels
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """By split the numbers of unknown pieces and of rows that do not come back as they were.
+    """Returns, by split, the number of unknown pieces and of rows changed by encoding and decoding.
 
     Args:
-        folder: that holds SPLIT.jsonl and the vocabulary.
-        splits: their names.
+        folder: folder with SPLIT.jsonl and the vocabulary.
+        splits: names of the splits.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}; the last are those
-        that change in nothing else.
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row whose whitespace
+        alone changes counts only in the last.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 
@@ -51,7 +51,7 @@ def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[s
 
 
 def _there_and_back(text: str, vocabulary: SentencePieceVocabulary) -> tuple[int, bool, bool]:
-    """(unknown pieces, whether letters change, whether only whitespace does)."""
+    """Returns (number of unknown pieces, whether words change, whether only whitespace changes)."""
     ids = vocabulary.encode(text)
     back = vocabulary.decode(ids)
     changed = back != text

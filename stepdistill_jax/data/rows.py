@@ -1,8 +1,8 @@
-"""Reads JSON rows: the one reader of `prepare`, `predict`, `evaluate`, `serve` and `annotate`.
+"""Reads JSON rows for `prepare`, `predict`, `evaluate`, `serve` and `annotate`.
 
 A row of the generic format is {"id"?, "input", "label"?, "rationale"?, "rationales"?: [{"text",
 "source"?, "label"?}], "llm_label"?, "weight"?, "choices"?}. Each command names the fields that it
-reads and those that it needs (`read_example`). The published corpora have fields of their own.
+reads and the fields that it requires (`read_example`). The published corpora have their own fields.
 """
 
 import dataclasses
@@ -20,22 +20,22 @@ from stepdistill_jax.runtime.files import json_lines
 from stepdistill_jax.runtime.fingerprints import hash64
 from stepdistill_jax.runtime.stores import local_path
 
-MAX_WEIGHT, MIN_WEIGHT = 1e30, 1e-30  # well within a float32, which the step computes in
-MOST_NAMES = 20  # of a row's fields in a message
+MAX_WEIGHT, MIN_WEIGHT = 1e30, 1e-30  # well within the range of float32, which the step computes in
+MOST_NAMES = 20  # names of fields in a message
 _KINDS = {bool: "true or false", list: "a list", dict: "an object", str: "text"}
 _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 
 
-@dataclasses.dataclass(slots=True)  # frozen, it takes twice as long to make
+@dataclasses.dataclass(slots=True)  # a frozen one takes twice as long to construct
 class JsonRow:
-    """A JSON object whose fields are read by their type; each error names file, line and field.
+    """A JSON object whose fields are read by type; each error names file, line and field.
 
-    An integer is read as its digits. Other numbers, true and false can be written in more than one
-    way (1e3, 1000.0; true, True), so they are no text. Null is an absent field.
+    An integer can be read as text, as its digits. Other numbers, true and false cannot: they can be
+    written in more than one way (1e3, 1000.0; true, True). A field with null is absent.
 
     Attributes:
         fields: the object.
-        where: `file:line`, with the path as the user gave it; `row 3` of a list.
+        where: `file:line`, with the path as the user gave it; `row 3` for a list.
         number: position among the file's rows, from 1; blank lines do not count.
         line: line of the file, or position in the list, from 1.
     """
@@ -46,16 +46,16 @@ class JsonRow:
     line: int = 1
 
     def text(self, name: str, *, strip: bool = True, blank: bool = False, hint: str = "") -> str:
-        """Returns a text that must be there.
+        """Returns the text of a required field.
 
         Args:
             name: the field.
-            strip: whether outer whitespace goes; an input is kept as it is.
-            blank: whether a blank text will do.
+            strip: whether to strip outer whitespace; an input keeps it.
+            blank: whether a blank text is allowed.
             hint: what to do about an absent field, for the message.
 
         Raises:
-            InputError: it is absent, blank, no text, or no valid Unicode.
+            InputError: the field is absent or blank, or its value is not text or not valid Unicode.
         """
         if name not in self.fields:
             raise InputError(f"{self.where}: no field {name!r} (found: {self.names}){hint}")
@@ -66,12 +66,12 @@ class JsonRow:
         return value.strip() if strip else value
 
     def optional_text(self, name: str) -> str:
-        """Returns a stripped text, empty where it is absent or blank."""
+        """Returns the field's stripped text; "" if it is absent or blank."""
         value = self.fields.get(name)
         return "" if value is None else as_text(value, name, self.where).strip()
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Returns a list of stripped texts, none of them blank; empty where it is absent."""
+        """Returns the field's list of texts, stripped, none blank; () if it is absent."""
         values = self.fields.get(name)
         if values is None:
             return ()
@@ -83,7 +83,7 @@ class JsonRow:
         return found
 
     def weight(self, name: str) -> float:
-        """Returns a number above 0 that a float32 holds; 1.0 where it is absent."""
+        """Returns the field's number, above 0 and within float32; 1.0 if it is absent."""
         value = self.fields.get(name)
         if value is None:
             return 1.0
@@ -96,7 +96,7 @@ class JsonRow:
         return float(value)
 
     def objects(self, name: str) -> "list[JsonRow]":
-        """Returns a list of objects, of which each is a row; empty where it is absent."""
+        """Returns the field's list of objects, each as a row; [] if it is absent."""
         values = self.fields.get(name)
         if values is None:
             return []
@@ -106,17 +106,17 @@ class JsonRow:
 
     @property
     def path(self) -> str:
-        """The path of its file; empty of a list."""
+        """Path of the row's file; "" for a list."""
         return self.where.rpartition(":")[0]
 
     @property
     def file(self) -> str:
-        """The name of its file, without folders; empty of a list."""
+        """Name of the row's file, without folders; "" for a list."""
         return os.path.basename(self.path)
 
     @property
     def names(self) -> str:
-        """The names of its fields for a message: `id, question`, or `none`."""
+        """Names of the row's fields for a message: `id, question`, or `none`."""
         more = ["..."] if len(self.fields) > MOST_NAMES else []
         return ", ".join([*map(str, itertools.islice(self.fields, MOST_NAMES)), *more]) or "none"
 
@@ -125,32 +125,32 @@ class JsonRow:
 
 
 class BadRow(InputError):
-    """A row that cannot be read, and why.
+    """A row that cannot be used, and the reason.
 
     Attributes:
-        file: name of the file, without folders; empty of a list.
-        line: of the file, or position in the list, from 1.
+        file: name of the file, without folders; "" for a list.
+        line: line of the file, or position in the list, from 1.
         reason: the message without file and line.
     """
 
     def __init__(self, path: os.PathLike | str, line: int, reason: str):
-        """`path` is the file's; empty of a list."""
+        """`path` is that of the file; "" for a list."""
         super().__init__(f"{place(path, line)}: {reason}")
         self.file, self.line, self.reason = os.path.basename(path), line, reason
 
     @classmethod
     def of(cls, row: JsonRow, error: InputError) -> "BadRow":
-        """Returns what a reader of `row` raised, as a bad row."""
+        """Returns the bad row for an error that was raised while reading `row`."""
         return cls(row.path, row.line, str(error).removeprefix(f"{row.where}: "))
 
 
 def place(path: os.PathLike | str, line: int) -> str:
-    """Returns `file:line`, or `row 3` where there is no file."""
+    """Returns `file:line`, or `row 3` if there is no file."""
     return f"{os.fspath(path)}:{line}" if os.fspath(path) else f"row {line}"
 
 
 def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
-    """Yields each row of a JSON-lines file, or what is wrong with it.
+    """Yields each row of a JSON-lines file: a `JsonRow`, or a `BadRow`.
 
     Raises:
         InputError: the file cannot be read.
@@ -165,7 +165,7 @@ def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
 
 
 def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[JsonRow | BadRow]:
-    """Yields each row of a list of dicts, or what is wrong with it; `name` stands for a file's."""
+    """Yields each row of a list of dicts: a `JsonRow`, or a `BadRow`; `name` replaces the file's."""
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
             yield JsonRow(as_json(row), place(name, number), number, number)
@@ -174,9 +174,11 @@ def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[Jso
 
 
 def as_json(value: Any) -> Any:
-    """Returns what JSON would have for a value of a table or list: NaN is null, a tuple a list.
+    """Returns a value of a table or list as JSON has it: NaN becomes None, a tuple a list.
 
-    A scalar of NumPy becomes Python's, also inside. What JSON does not know stays as it is.
+    NumPy scalars become Python's, also inside lists and dicts. Types unknown to JSON stay unchanged.
+
+    Example: `as_json({"a": (1, float("nan"))})` is {"a": [1, None]}.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -188,10 +190,10 @@ def as_json(value: Any) -> Any:
 
 
 def read_rows(path: os.PathLike | str) -> Iterator[JsonRow]:
-    """Yields each row of a JSON-lines file that must have some.
+    """Yields each row of a JSON-lines file.
 
     Raises:
-        InputError: the file cannot be read or has no rows; BadRow at the first bad one.
+        InputError: the file cannot be read or has no rows; BadRow at the first bad row.
     """
     row = None
     for row in each_row(path):
@@ -210,21 +212,22 @@ def read_example(
     more: Sequence[str] = (),
     names: Mapping[str, str] = {},
 ) -> Example:
-    """Returns the example of a row of the generic format; a missing id is the row's number.
+    """Returns the example of a row in the generic format; a missing id becomes the row's number.
 
     All texts but the input are stripped.
 
     Args:
         row: the row.
-        needs: fields whose texts must be there and not blank, with a hint for the message of one that
-            is absent. An input must always be there; unless it is among these, it may be blank.
-        fields: those to read; others are ignored, whatever they hold. `id`, `input`, `label` and
-            `choices` always are.
-        more: names of other texts to read, which rows may lack.
-        names: the file's name of a field, where it is another one.
+        needs: {field: hint} of the fields that must not be absent or blank; the hint goes into the
+            message. `input` must always be present, but may be blank unless it is among these.
+        fields: fields to read, in addition to `id`, `input`, `label` and `choices`; the rest is
+            ignored.
+        more: names of further texts to read, which rows may lack.
+        names: {our field: the file's field}, where the two differ.
 
     Raises:
-        InputError: a needed field is missing, or a field has a wrong type; names file, line and field.
+        InputError: a required field is missing, or a field has a wrong type; names file, line and
+            field.
     """
 
     def text(name: str) -> str:
@@ -241,8 +244,8 @@ def read_example(
         label=text("label"),
         rationale=text("rationale") if "rationale" in fields else "",
         rationales=tuple(
-            Rationale(said.text("text"), said.optional_text("source"), said.optional_text("label"))
-            for said in several
+            Rationale(one.text("text"), one.optional_text("source"), one.optional_text("label"))
+            for one in several
         ),
         llm_label=text("llm_label") if "llm_label" in fields else "",
         weight=row.weight(names.get("weight", "weight")) if "weight" in fields else 1.0,
@@ -252,35 +255,35 @@ def read_example(
 
 
 class UniqueIds:
-    """Finds an id that stands twice in a file; keeps a hash and a line of each, 100 bytes a row."""
+    """Finds ids that occur twice in a file. Keeps each id's hash and line, 100 bytes a row."""
 
     def __init__(self):
         self._lines: dict[int, int] = {}
 
     def add(self, example_id: str, row: JsonRow) -> str:
-        """Returns the id of a row.
+        """Records the id of a row and returns it.
 
         Raises:
-            InputError: another row has it; names both lines.
+            InputError: an earlier row has the same id; names both lines.
         """
         first = self._lines.setdefault(hash64(example_id), row.line)
         if first != row.line:
             raise InputError(
-                f"{row.where}: the id {example_id!r} stands at {place(row.path, first)}, too;"
-                " a missing id is the row's number"
+                f"{row.where}: {place(row.path, first)} has the same id {example_id!r}"
+                " (a missing id is the row's number)"
             )
         return example_id
 
     def of(self, row: JsonRow, name: str = "id") -> str:
-        """Returns the id of a row, the text of a field or else the row's number; see `add`."""
+        """Records and returns the row's id: the text of a field, or else the row's number."""
         return self.add(row.optional_text(name) or str(row.number), row)
 
 
 def as_text(value: Any, name: str, where: str) -> str:
-    """Returns `value` as text, untouched.
+    """Returns `value` as text, without stripping it.
 
     Raises:
-        InputError: it is neither a text nor an integer, or no valid Unicode.
+        InputError: it is neither text nor an integer, or not valid Unicode.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
@@ -292,7 +295,7 @@ def as_text(value: Any, name: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{where}: the field {name!r} holds half of a surrogate pair, which is no valid Unicode"
+            f"{where}: the field {name!r} holds half of a surrogate pair, which is not valid Unicode"
         ) from None
     return value
 

@@ -1,4 +1,4 @@
-"""Templates of texts with `{fields}`: what they name, and the fields of a text that was written by one."""
+"""Templates with `{fields}`: lists their fields, and parses texts that were written with them."""
 
 import functools
 import string
@@ -6,14 +6,16 @@ import string
 from stepdistill_jax.errors import InputError
 
 
-@functools.lru_cache(256)  # asked for every row
+@functools.lru_cache(256)  # called for every row
 def fields_of(template: str) -> tuple[str, ...]:
-    """Names of the `{fields}` of a template, in order.
+    """Returns the names of a template's `{fields}`, in order.
+
+    Example: `fields_of("{rationale} so {label}")` is ("rationale", "label").
 
     Raises:
-        InputError: a brace without its pair, or a field that is more than a name. Templates come with
-            model directories: `{input:>9999999999}` would fill the memory, and a field inside a
-            format would read attributes (`{input:{label.__class__}}`).
+        InputError: a brace has no partner, or holds more than a name. Templates come with model
+            directories, and are not trusted: `{input:>9999999999}` would fill the memory, and
+            `{input:{label.__class__}}` would read attributes.
     """
     try:
         parsed = list(string.Formatter().parse(template))
@@ -22,19 +24,20 @@ def fields_of(template: str) -> tuple[str, ...]:
     for _, name, spec, conversion in parsed:
         if spec or conversion:
             raise InputError(
-                f"template {template!r}: in braces a field's name alone is wanted, at {name!r}"
+                f"template {template!r}: expected only a field's name in braces, at {name!r}"
             )
     return tuple(name for _, name, _, _ in parsed if name is not None)
 
 
 @functools.lru_cache(256)
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Each field with the words before it; then the words behind the last one, without a field.
+    """Returns (words before the field, field) for each field, then (words after the last, None).
 
-    Runs of whitespace are one space, and words at either end have one outside, as `parse` writes a
-    text.
+    Each run of whitespace becomes one space. Words at the start or end of the template get a space
+    on the outside, since `parse` puts one around the text.
 
-    Example: `(("", "rationale"), (" so ", "label"), (". ", None))` of `{rationale} so {label}.`
+    Example: `words_and_fields("{rationale} so {label}.")` is
+    `(("", "rationale"), (" so ", "label"), (". ", None))`.
     """
     found: list[tuple[str, str | None]] = []
     words = ""
@@ -42,12 +45,12 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     def add(field: str | None) -> None:
         core = " ".join(words.split())
         before = " " if core and (not found or words[0].isspace()) else ""
-        behind = " " if core and (field is None or words[-1].isspace()) else ""
-        found.append((f"{before}{core}{behind}", field))
+        after = " " if core and (field is None or words[-1].isspace()) else ""
+        found.append((f"{before}{core}{after}", field))
 
     for text, field, _, _ in string.Formatter().parse(template):
         words += text
-        if field is not None:  # else a doubled brace ends the text
+        if field is not None:  # None: the text ends, or a doubled brace splits it
             add(field)
             words = ""
     add(None)
@@ -55,19 +58,24 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:
-    """The fields of a text that the template may have made, by name; None where it is of another form.
+    """Returns the fields of a text that was written with the template; None if it does not match.
 
-    Other fields may hold the words that stand around `field`. So those before it are taken where they
-    stand last, and from there those behind it where they stand first. Whitespace is told apart no
-    better than by a tokenizer: runs of it are one space.
+    The other fields may contain the words that surround `field`. So the search goes outwards from
+    it: the last occurrence of the words before it counts, and from there the first occurrence of
+    the words after it. Each run of whitespace is one space, as for a tokenizer.
+
+    Example: with `{rationale} so {label}`, "wet so slow so no" gives
+    {"rationale": "wet so slow", "label": "no"}.
 
     Args:
-        template: with words between any two fields.
-        text: of any form.
-        field: of the template, the one to find.
+        template: has words between any two fields.
+        text: any text.
+        field: the field of the template that matters.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]
+    # One space at either end, so that words at an end match as they do between fields: " so " also
+    # matches an empty rationale's "so no" and an empty label's "wet so".
     text = f" {' '.join(text.split())} "
     if not text.endswith(last_words):
         return None
@@ -77,22 +85,25 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     rest = f" {text.removeprefix(first_words)}"
     names, found = [str(name) for _, name in pieces], {}
     at = names.index(field)
-    # an empty field has one space on both sides, which the words before and behind it share
-    behind = rest
+    # An empty field has a single space between its neighbours, which both of them need: so each
+    # search below first adds one where the previous words were cut off.
+    after = rest
+    # leftwards from `field`: pieces[number] are the words between names[number - 1] and names[number]
     for number in range(at, 0, -1):
         rest, words, value = f"{rest} ".rpartition(pieces[number][0])
         if not words:
             return None
         if number == at:
-            behind = value
+            after = value  # `field` and all that follows it
         else:
             found[names[number]] = value.strip()
     if at:
         found[names[0]] = rest.strip()
+    # rightwards from `field`
     for number in range(at + 1, len(pieces)):
-        value, words, behind = f" {behind}".partition(pieces[number][0])
+        value, words, after = f" {after}".partition(pieces[number][0])
         if not words:
             return None
         found[names[number - 1]] = value.strip()
-    found[names[-1]] = behind.strip()
+    found[names[-1]] = after.strip()
     return found

@@ -1,4 +1,4 @@
-"""Whether a decoded label is right, and what answering without reading would score."""
+"""Compares decoded labels with gold labels, and computes the majority baseline."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,25 +7,25 @@ from stepdistill_jax.errors import InputError, nearest
 
 
 def normalize(text: str) -> str:
-    """`text` with outer whitespace stripped and each inner run of it made one space."""
+    """Returns `text` stripped, with each inner run of whitespace as one space."""
     return " ".join(text.split())
 
 
 def text_match(prediction: str, label: str) -> bool:
-    """Equality but for whitespace; case counts."""
+    """Returns whether two texts are equal, ignoring differences in whitespace but not in case."""
     return normalize(prediction) == normalize(label)
 
 
 def value_match(prediction: str, label: str) -> bool:
-    """Equality of two equations' values, e.g. `( 8 + 2 )` and `10.0` (relative 1e-6).
+    """Returns whether two equations have equal values (relative 1e-6), e.g. `( 8 + 2 )` and `10.0`.
 
-    A label that is no equation is compared as text.
+    A label that is not an equation is compared as text.
     """
-    wanted = arithmetic.evaluate(label)
-    if wanted is None:
+    expected = arithmetic.evaluate(label)
+    if expected is None:
         return text_match(prediction, label)
     got = arithmetic.evaluate(prediction)
-    return got is not None and arithmetic.equal(got, wanted)
+    return got is not None and arithmetic.equal(got, expected)
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {
@@ -35,10 +35,10 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
 
 
 def metric_fn(metric: str) -> Callable[[str, str], bool]:
-    """The comparison of that name.
+    """Returns the comparison of that name.
 
     Raises:
-        InputError: an unknown name; lists the known ones.
+        InputError: the name is unknown; lists the known names.
     """
     if metric not in METRICS:
         raise InputError(
@@ -49,12 +49,12 @@ def metric_fn(metric: str) -> Callable[[str, str], bool]:
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str], metric: str) -> float:
-    """Share of predictions that match their label; 0.0 for no rows.
+    """Returns the share of predictions that match their label; 0.0 for no rows.
 
     Example: `accuracy(["10", "3"], ["( 8 + 2 )", "4"], "value_match")` is 0.5.
 
     Raises:
-        ValueError: the two differ in length.
+        ValueError: the two lists differ in length.
     """
     matches = metric_fn(metric)
     right = sum(matches(p, y) for p, y in zip(predictions, labels, strict=True))
@@ -62,7 +62,7 @@ def accuracy(predictions: Sequence[str], labels: Sequence[str], metric: str) -> 
 
 
 def majority_baseline(labels: Iterable[str], metric: str) -> float:
-    """Accuracy of always answering the commonest label of these rows; 0.0 for no rows.
+    """Returns the accuracy of always answering these rows' commonest label; 0.0 for no rows.
 
     Example: `majority_baseline(["4", "( 2 + 2 )", "5"], "value_match")` is 2/3.
     """
@@ -73,16 +73,16 @@ def majority_baseline(labels: Iterable[str], metric: str) -> float:
 
 
 class LabelCounts:
-    """`majority_baseline` of labels that come one by one, in bounded memory.
+    """Computes `majority_baseline` for labels that come one by one, in bounded memory.
 
-    Exact while at most 100,000 of them differ; from there on at most 1e-5 too low, since it keeps the
-    commonest ones only (Misra and Gries 1982, Finding repeated elements).
+    Exact for up to 100,000 different labels; beyond, at most 1e-5 too low, since only the commonest
+    are kept (Misra and Gries 1982, Finding repeated elements).
     """
 
     MOST = 100_000  # counters; about 15 MB
 
     def __init__(self, metric: str):
-        """`metric` says which labels are equal."""
+        """`metric` decides which labels are equal."""
         self._key = _value_key if metric_fn(metric) is value_match else normalize
         self._counts: dict[int, int] = {}
         self.rows = 0
@@ -93,16 +93,16 @@ class LabelCounts:
         key = hash(self._key(label))  # 64 bits, however long the label is
         if key in self._counts or len(self._counts) < self.MOST:
             self._counts[key] = self._counts.get(key, 0) + 1
-        else:  # this label and one of each other are let go: at most 1 in MOST + 1 of any label
+        else:  # drop this label and one of every other: of any label at most 1 in MOST + 1
             self._counts = {k: n - 1 for k, n in self._counts.items() if n > 1}
 
     def majority(self) -> float:
-        """Share of the commonest label; 0.0 where none was counted."""
+        """Returns the share of the commonest label; 0.0 if none was counted."""
         return max(self._counts.values(), default=0) / self.rows if self.rows else 0.0
 
 
 def _value_key(label: str) -> str:
-    """Labels of one value share a key: 6 significant digits, as fine as value_match's tolerance."""
+    """Returns a key shared by labels of equal value: 6 significant digits, value_match's tolerance."""
     value = arithmetic.evaluate(label)
     return f"text {normalize(label)}" if value is None else f"value {value + 0.0:.6g}"
 
@@ -110,16 +110,16 @@ def _value_key(label: str) -> str:
 def is_valid(
     prediction: str, *, metric: str, labels: Sequence[str] = (), choices: Sequence[str] = ()
 ) -> bool | None:
-    """Whether `prediction` could be an answer at all.
+    """Returns whether `prediction` is a valid answer, right or wrong.
 
     Args:
         prediction: decoded text.
-        metric: the task's; under `value_match` an answer must have a value.
-        labels: the labels that the task's train split uses, where they are few; else empty.
-        choices: the row's own allowed answers; they go before `labels`.
+        metric: the task's metric; under `value_match` an answer must have a value.
+        labels: the labels of the task's train split if they are few; else empty.
+        choices: the row's allowed answers, which replace `labels`.
 
     Returns:
-        None where nothing says what a valid answer is.
+        None if it is not known which answers are valid.
     """
     matches = metric_fn(metric)
     if choices:

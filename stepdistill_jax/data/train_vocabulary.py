@@ -1,4 +1,4 @@
-"""A SentencePiece vocabulary from a dataset's own text, with T5's special ids."""
+"""Trains a SentencePiece vocabulary on a dataset's text, with T5's special ids."""
 
 import collections
 import io
@@ -11,8 +11,8 @@ from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write
 
-MAX_TEXTS = 200_000  # of a larger dataset every k-th text is read: the trainer keeps all in memory
-MAX_TEXT_BYTES = 65_536  # the trainer leaves out longer ones; its own default is 4,192
+MAX_TEXTS = 200_000  # of more texts, every k-th is read: the trainer keeps all in memory
+MAX_TEXT_BYTES = 65_536  # the trainer skips longer texts; its own default is 4,192
 MIN_WORD_COUNT = 5
 
 
@@ -21,20 +21,20 @@ def train_vocabulary(
 ) -> None:
     """Trains a unigram model on `texts` and writes it to `path`, atomically.
 
-    The same texts give the same bytes (one thread, no sampling). Every character of the texts that
-    are read becomes a piece, so none of them is unknown; where they are more than `vocab_size`, the
-    commonest do, half as many as there are pieces.
+    The same texts give the same bytes (one thread, no sampling). Every character of the texts
+    becomes a piece, so that none is unknown. If there are more characters than `vocab_size`, the
+    commonest `vocab_size / 2` become pieces.
 
     Args:
-        texts: inputs and targets as the model will read them, prefixes included.
+        texts: inputs and targets as the model will read them, with prefixes.
         path: the `spiece.model` to write.
-        vocab_size: upper bound of the number of pieces; a small text gives fewer.
+        vocab_size: most pieces allowed; little text gives fewer.
 
     Raises:
-        InputError: there is no text to learn from, or nothing that the trainer takes for text.
+        InputError: all texts are empty, or the trainer accepts none of them.
     """
     if not any(text.strip() for text in texts):
-        raise InputError(f"{path}: a vocabulary needs text to learn from, all of it is empty")
+        raise InputError(f"{path}: a vocabulary is trained on text, but all texts are empty")
     texts = texts[:: -(-len(texts) // MAX_TEXTS)]
     try:
         model = _train(texts, vocab_size)
@@ -52,7 +52,7 @@ def train_vocabulary(
 
 
 def _train(texts: Sequence[str], vocab_size: int) -> bytes:
-    """The model's file."""
+    """Returns the bytes of the model's file."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -79,11 +79,10 @@ def _only(kept: Set[str], text: str) -> str:
 
 
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
-    """Frequent words, once alone and once among others.
+    """Returns texts that contain each frequent word once alone and once among other words.
 
-    The trainer takes as candidates only strings that are followed by different characters. A word
-    that always has the same neighbour, as in generated text and in labels, would be cut into
-    letters.
+    The trainer considers only strings that different characters follow. Without these texts, a word
+    with always the same neighbour, as in generated text and in labels, would be cut into letters.
     """
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

@@ -1,4 +1,4 @@
-"""A reading on disk: it appears whole or not at all, and one process at a time writes it."""
+"""Writes the rows of a reader to disk; a folder appears whole or not at all, written by one process."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from stepdistill_jax.data import objectives, prepared
 from stepdistill_jax.data import train_vocabulary as training
 from stepdistill_jax.data.bad_rows import DEFECTS, BadRows
-from stepdistill_jax.data.counts import Tally
+from stepdistill_jax.data.counts import SplitCounts
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import Reading, in_order
 from stepdistill_jax.data.rows import BadRow
@@ -21,23 +21,25 @@ from stepdistill_jax.runtime.folders import REPLACED
 from stepdistill_jax.runtime.overwriting import foreign_file
 from stepdistill_jax.runtime.progress import progress
 
-FORMAT = 2  # raised when the same rows would be written otherwise
-PARALLEL_ROWS = 20_000  # of fewer the TFDS files are written without a second process
+FORMAT = 2  # raised when the same rows would be written differently
+PARALLEL_ROWS = 20_000  # from so many rows on, a second process writes the TFDS files
 MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
-_FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of each dataset.json
+_FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # always there
 
 
-def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally], str, BadRows]:
-    """Reads everything once, and writes SPLIT.jsonl and defects.jsonl while it does.
+def write_rows(
+    reading: Reading, folder: pathlib.Path
+) -> tuple[dict[str, SplitCounts], str, BadRows]:
+    """Reads all rows once, and writes SPLIT.jsonl and defects.jsonl meanwhile.
 
     Returns:
-        The tally of each split, train first, the fingerprint, and the bad rows, which are left out.
+        The counts of each split, train first; the fingerprint; and the bad rows, which are left out.
 
     Raises:
         InputError: the source cannot be read.
     """
     bad = BadRows()
-    tallies: dict[str, Tally] = {}
+    splits: dict[str, SplitCounts] = {}
     files: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress(None, f"reading {reading.reader}, rows"))
@@ -49,19 +51,19 @@ def write_rows(reading: Reading, folder: pathlib.Path) -> tuple[dict[str, Tally]
                 continue
             if split not in files:
                 files[split] = stack.enter_context(atomic_write(folder / f"{split}.jsonl"))
-                tallies[split] = Tally()
+                splits[split] = SplitCounts()
             files[split].write(_line(row.example.to_json()))
-            tallies[split].add(row)
+            splits[split].add(row)
             for defect in row.defects:
                 about = {"split": split, "id": row.example.id}
                 defects.write(_line(about | vars(defect)))
-    tallies = {split: tallies[split] for split in in_order(tallies)}
-    rows = {split: sha256(folder / f"{split}.jsonl") for split in tallies}
-    return tallies, prepared.fingerprint(describe(reading), rows), bad
+    splits = {split: splits[split] for split in in_order(splits)}
+    rows = {split: sha256(folder / f"{split}.jsonl") for split in splits}
+    return splits, prepared.fingerprint(describe(reading), rows), bad
 
 
 def describe(reading: Reading) -> dict[str, Any]:
-    """The part of dataset.json that is known before a row is read; the fingerprint is of it."""
+    """Returns the part of dataset.json that is known before reading; the fingerprint covers it."""
     return {
         "metric": reading.metric,
         "reader": {"name": reading.reader, "version": reading.version},
@@ -75,24 +77,24 @@ def write_rest(
     name: str,
     folder: pathlib.Path,
     reading: Reading,
-    tallies: Mapping[str, Tally],
+    splits: Mapping[str, SplitCounts],
     fingerprint: str,
 ) -> None:
-    """What is made of SPLIT.jsonl: the vocabulary, the TFDS files, and the description, last.
+    """Writes what derives from SPLIT.jsonl: the vocabulary, the TFDS files and, last, dataset.json.
 
-    Of a large dataset the TFDS files are written by another process meanwhile.
+    For a large dataset another process writes the TFDS files meanwhile.
     """
     from stepdistill_jax.data import builder, round_trip
 
-    counts = {split: tally.rows for split, tally in tallies.items()}
+    counts = {name: found.rows for name, found in splits.items()}
     vocabulary: dict[str, dict[str, int]] = {}
-    aside = sum(counts.values()) >= PARALLEL_ROWS
-    build = builder.build_aside if aside else builder.building
+    parallel = sum(counts.values()) >= PARALLEL_ROWS
+    build = builder.build_in_subprocess if parallel else builder.build_first
     with build(name, folder, counts, reading.fields):
-        if "train" in tallies:
+        if "train" in splits:
             path = folder / prepared.VOCABULARY
-            tally = tallies["train"]
-            texts = vocabulary_texts(folder / "train.jsonl", tally.texts, tally.characters)
+            train = splits["train"]
+            texts = vocabulary_texts(folder / "train.jsonl", train.texts, train.characters)
             training.train_vocabulary(texts, path)
             vocabulary = round_trip.round_trips(folder, counts)
     files = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
@@ -102,7 +104,7 @@ def write_rest(
             "name": name,
             "fingerprint": fingerprint,
             "splits": counts,
-            "labels": tallies["train"].labels if "train" in tallies else [],
+            "labels": splits["train"].labels if "train" in splits else [],
             **describe(reading),
             "notes": reading.notes,
             "vocabulary": vocabulary,
@@ -121,11 +123,11 @@ def is_ours(folder: pathlib.Path) -> bool:
 
 
 def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) -> None:
-    """Refuses a prepared folder with a file that `prepare` did not write.
+    """Raises if a prepared folder holds a file that `prepare` did not write.
 
     Args:
-        folder: one that `is_ours`, an empty one, or none.
-        name: what to call it in the message, if it has been moved.
+        folder: a folder that `is_ours`, is empty or does not exist.
+        name: its path for the message, if it has been moved.
 
     Raises:
         InputError: names the file.
@@ -139,17 +141,17 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
     own = {*(stored.get("files") or ()), *splits, DEFECTS, prepared.FILE, prepared.VOCABULARY}
     for path in found:
         file = path.relative_to(folder)
-        # earlier versions kept no list of files
+        # early versions of dataset.json have no list of files
         listed = stored.get("files") or file.parts[0] != prepared.TFDS_VERSION
         if listed and file.as_posix() not in own:
             raise foreign_file(shown / file, "prepare", ", which would replace its folder")
 
 
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
-    """Puts `new` in the place of `final`, which goes beside it; `staged_folder` knows where.
+    """Moves `new` to `final`, and an existing `final` next to `new`, where `staged_folder` removes it.
 
     Raises:
-        InputError: a file of the user's has come into `final` in the meantime.
+        InputError: `final` has gained a file that `prepare` did not write.
     """
     if final.exists():
         os.replace(final, new.parent / REPLACED)
@@ -159,13 +161,13 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns what a step-by-step model reads and writes: the prefixes become pieces of their own.
+    """Returns the texts that a step-by-step model reads and writes, with the prefixes.
 
-    Of a large dataset every k-th row is taken: the trainer keeps all texts in memory.
+    Takes every k-th row of a large dataset: the trainer keeps all texts in memory.
 
     Args:
         path: a SPLIT.jsonl.
-        texts, characters: how many there are about, in all files that are read for one vocabulary.
+        texts, characters: approximate amount of text in all files for this vocabulary.
     """
     step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""Whether the sums that a text writes out add up."""
+"""Finds wrong sums in a text."""
 
 import itertools
 import re
@@ -6,26 +6,26 @@ from collections.abc import Iterator
 
 from stepdistill_jax.data import arithmetic
 
-MAX_LENGTH = 100_000  # characters of a text that are looked at
-# counts are bounded: without it a text of brackets costs the square of its length
+MAX_LENGTH = 100_000  # characters of a text to check
+# repetitions are bounded: otherwise a text of brackets takes quadratic time
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,18})(?:\.\d{1,500})?"
 _TERM = rf"(?:\( ?){{0,8}}{_NUMBER}(?: ?\)){{0,8}}"
 _EXPRESSION = rf"-?{_TERM}(?: ?[-+*/x] ?{_TERM}){{0,50}}"
 _EQUATIONS = re.compile(rf"{_EXPRESSION}(?: ?= ?{_EXPRESSION}){{1,50}}")
 _FIRST_NUMBER = re.compile(rf"-?{_NUMBER}")
-_TYPED = str.maketrans({"\u00d7": "*", "\u00f7": "/"})  # the printed signs for times and by
+_TYPED = str.maketrans({"\u00d7": "*", "\u00f7": "/"})  # printed multiplication and division signs
 _SIGNS = str.maketrans({"x": "*", "$": None, ",": None})
 
 
 def wrong_sums(text: str) -> list[str]:
-    """The equations of `text` whose two sides differ.
+    """Returns the equations of `text` whose two sides differ.
 
     Example: `wrong_sums("So 3 + 4 = 8, and 10 / 3 = 3.33.")` is ["3 + 4 = 8"].
 
-    Only what can be read in one way is judged: numbers joined by `+ - * / x` and parentheses on
-    both sides of `=`. A side that hangs on to something else (`5 apples + 3 = 8`, `7 = 2x + 3`,
-    `50% * 4 = 2`) is not judged. A result may be rounded to the digits that it shows, and a sum may
-    be carried on as in `3 + 4 = 7 + 1 = 8`.
+    Checks only unambiguous equations: numbers joined by `+ - * / x` and parentheses on both sides of
+    `=`. A side attached to other text (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not
+    checked. A result may be rounded to the digits that it shows. A chain may
+    continue from a result: `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []
@@ -40,7 +40,7 @@ def wrong_sums(text: str) -> list[str]:
 
 
 def _hangs_on(before: str) -> bool:
-    """Whether an expression belongs to the two characters before it: an operator, digit or letter."""
+    """Returns whether the two characters before an expression belong to it (operator, digit, letter)."""
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
         last != "" and last in "+-*/x^%="
@@ -48,7 +48,7 @@ def _hangs_on(before: str) -> bool:
 
 
 def _agree(left: str, right: str) -> bool:
-    """Whether two sides have one value; True where one of them has none."""
+    """Returns whether two sides have equal values; True if one of them has no value."""
     value = arithmetic.evaluate(left.translate(_SIGNS))
     results = list(_results(right))
     if value is None or not results:
@@ -57,7 +57,7 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """(value, allowed difference) of a right side as a whole, and of the number that it begins with."""
+    """Yields (value, allowed difference) for a right side, and for the number that it begins with."""
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

@@ -1,6 +1,6 @@
-"""The mixture `cqa_svamp` of two prepared datasets, for one model of both; a model for your own.
+"""Registers the mixture `cqa_svamp` of two prepared datasets; an example for your own mixtures.
 
-A config names it: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
+In a config: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
 """
 
 import seqio

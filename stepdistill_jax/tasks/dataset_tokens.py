@@ -1,4 +1,4 @@
-"""The tokens of a dataset that `prepare` or `add_task` made: all objectives of an example side by side."""
+"""Loads the tokens of a dataset made by `prepare` or `add_task`, with all objectives of an example."""
 
 import dataclasses
 import os
@@ -44,7 +44,7 @@ def load_dataset(
     supervision: Supervision | None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns what `prepare` or `add_task` made; `where` is the data's folder and the task module."""
+    """Returns the data of a dataset; `where` is the data folder and the task module."""
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)
     return _load_spec(found, split, objectives, given, *where, supervision)
@@ -73,7 +73,7 @@ def _load_prepared(
         most = max(most_rationales(found.file(part)) for part in parts)
 
     def prepared_task():
-        found.check(VERSION)  # TFDS's files, before they are read for the one time
+        found.check(VERSION)  # TFDS's files: tokenising is the one time that they are read
         if found.paper_exact or PreparedRows.can_read(supervision):
             opened = load_vocabulary(vocabulary)
             return PreparedRows(found, split, objectives, opened, supervision, share)
@@ -82,7 +82,7 @@ def _load_prepared(
 
     columns = registry.columns_of(objectives, most)
     if share[0] == 1.0 or split not in found.drawn:
-        share = WHOLE  # whatever the seed
+        share = WHOLE  # independent of the seed
     key = [found.fingerprint, _key_of(supervision), parts, *([share] if share != WHOLE else [])]
     store, opened = _joint_store(
         prepared_task, task, split, objectives, columns, vocabulary, folder, key
@@ -146,7 +146,7 @@ def _load_spec(
 
 
 def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> None:
-    """Raises InputError where a template names a field that the dataset does not keep."""
+    """Raises InputError if a template names a field that the dataset does not keep."""
     known = (*Objective.FIELDS, *dataset.fields)
     for objective in objectives:
         for field in objective.fields:
@@ -154,18 +154,18 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
                 raise InputError(
                     f"`objectives`: objective {objective.name} names the field {{{field}}}, and dataset"
                     f" {dataset.name!r} has {', '.join(known)}{nearest(field, known)}; `stepdistill"
-                    f" prepare jsonl --fields {field}` keeps one of your own rows"
+                    f" prepare jsonl --fields {field}` keeps a field of your own rows"
                 )
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError where the words that a label is parsed by do not survive the vocabulary."""
+    """Raises InputError if the vocabulary cannot write the words by which a label is parsed."""
     for words in objective.words if objective.writes_more else ():
         if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
             raise InputError(
-                f"`objectives`: the words {words!r} in target_template of {objective.name} tell where"
-                f" the label is, and the vocabulary {vocabulary.source} can only write {written!r};"
-                " choose others"
+                f"`objectives`: the words {words!r} in target_template of {objective.name} mark the"
+                f" label, but the vocabulary {vocabulary.source} can only write {written!r};"
+                " choose different words"
             )
 
 
@@ -176,12 +176,12 @@ def _key_of(supervision: Supervision | None) -> Any:
 def _joint_store(
     make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
 ) -> tuple[TokenStore, Vocabulary]:
-    """The store of all objectives of a prepared dataset or an `add_task` task."""
+    """Returns the store with all objectives of a prepared dataset or an `add_task` task."""
     opened = load_vocabulary(vocabulary)
     _check_words(objectives[0], opened)
     first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]
     if any(o.read_beside_input for o in objectives) or (first.label_field and not first.is_plain):
-        templates.append(["labels and absent inputs by field"])  # unlike stores of older versions
+        templates.append(["labels and absent inputs by field"])  # in contrast to older stores
     store = stored_tokens(
         make_task,
         name=name,
@@ -198,7 +198,7 @@ def _joint_store(
 def _parts_of(
     dataset: PreparedDataset, split: str, supervision: Supervision | None
 ) -> tuple[str, ...]:
-    """The prepared splits that make up one: rows without a gold label add to train, if asked for."""
+    """Returns the prepared splits that make up one: train includes unlabelled rows if they are used."""
     takes_teachers = supervision is not None and supervision.label_source != "gold"
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)

@@ -1,4 +1,4 @@
-"""From a task's name to token stores: prepared datasets, `add_task`, and plain SeqIO tasks."""
+"""Loads a task by name: a prepared dataset, a dataset of `add_task`, or a plain SeqIO task or mixture."""
 
 import dataclasses
 import os
@@ -48,30 +48,29 @@ def load_task(
     task_objectives: TaskObjectives = None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """The tokens of a task's split; tokenised on first use, memory-mapped from then on.
+    """Returns the tokens of a task's split: tokenised on first use, memory-mapped from then on.
 
-    A prepared dataset is a task by its name. A plain SeqIO task is one objective, `label`, on its
-    own inputs and targets. The tasks of a mixture give the objectives that their tags or
-    `task_objectives` name.
+    A prepared dataset is a task of the same name. A plain SeqIO task has one objective, `label`, on
+    its own inputs and targets. The tasks of a mixture have the objectives given by their tags or
+    `task_objectives`.
 
     Args:
         task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
         split: e.g. `train`.
-        objectives: an arm's name or objectives; of a plain SeqIO task the names and weights count.
-        vocabulary: path of a `spiece.model`, or `bytes`; None is the task's own.
-        data_dir: of prepared datasets and token stores; None is the default one.
+        objectives: an arm's name, or objectives; a plain SeqIO task uses only names and weights.
+        vocabulary: path of a `spiece.model`, or `bytes`; None for the task's own.
+        data_dir: folder of prepared datasets and token stores; None for the default.
         task_module: module that registers the task; imported first.
-        supervision: which label and rationales are taken; None takes each row as it is, those
-            without a label, too.
-        task_objectives: for names of a mixture's plain tasks the objective that each gives;
-            `single` trains all tasks of a mixture as one objective.
-        share: of a dataset prepared with `paper_exact` the share of its rows and the seed of the run,
-            by which the published code draws train and validation; others are read whole.
+        supervision: selects label and rationales; None takes each row as it is, even without a label.
+        task_objectives: {name of a mixture's plain task: its objective}; `single` trains all tasks of
+            a mixture as one objective.
+        share: for a dataset prepared with `paper_exact`, the share of its rows and the run's seed, by
+            which the published code draws train and validation; other datasets are read whole.
 
     Raises:
-        InputError: an unknown task or split, a mixture of which it is not known which task gives
-            which objective, a task that cannot be read, a plain task whose
-            vocabulary is not the one asked for, or a supervision that its rows do not offer.
+        InputError: the task or split is unknown or cannot be read; a mixture's task has no known
+            objective; a plain task has a different vocabulary than `vocabulary`; or the rows lack
+            what `supervision` selects.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
@@ -81,8 +80,8 @@ def load_task(
         isinstance(found, PreparedDataset | TaskSpec) or not is_mixture(found)
     ):
         raise InputError(
-            f"`task_objectives`: {task} is not a mixture of tasks whose objectives are to be named;"
-            " leave it out"
+            f"`task_objectives`: {task} is not a mixture with tasks that need an objective; leave it"
+            " out"
         )
     if isinstance(found, PreparedDataset | TaskSpec):
         where = (folder, task_module)
@@ -99,7 +98,7 @@ def load_task(
 
 @dataclasses.dataclass(frozen=True)
 class _MixtureLoader:
-    """Loads the groups of a SeqIO mixture, each as a part; see `load_task` for the fields."""
+    """Loads each group of a SeqIO mixture as a part; see `load_task` for the fields."""
 
     mixture: Any
     split: str
@@ -109,7 +108,7 @@ class _MixtureLoader:
     supervision: Supervision | None
 
     def __call__(self, given: str | None, task_objectives: TaskObjectives) -> TaskData:
-        """Returns the data; `given` is the vocabulary of INIT_FROM, if there is one."""
+        """Returns the data; `given` is the vocabulary of INIT_FROM, or None."""
         name = self.mixture.name
         single = task_objectives == SINGLE
         names = [PLAIN[0].name] if single else [o.name for o in self.objectives]
@@ -122,7 +121,7 @@ class _MixtureLoader:
             objectives = PLAIN if single else tuple(map(_as_it_is, range(len(names)), objectives))
         vocabulary = self._vocabulary(groups, own, given)
         parts = [p for group in groups for p in self._parts_of(group, objectives, vocabulary)]
-        if self.split != "train":  # rationales are often there in train alone
+        if self.split != "train":  # often only train has rationales
             parts = [part for part in parts if part.has_targets]
         if not parts:
             splits = dict.fromkeys(s for t in self.mixture.tasks for s in t.splits)
@@ -141,7 +140,7 @@ class _MixtureLoader:
     def _vocabulary(
         self, groups: Sequence[Group], own: Sequence[Any], given: str | None
     ) -> Vocabulary:
-        """Returns the plain tasks' vocabulary, else INIT_FROM's, else one of the datasets' texts."""
+        """Returns the plain tasks' vocabulary, or else INIT_FROM's, or one trained on the datasets."""
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
         if given is not None:
@@ -155,7 +154,7 @@ class _MixtureLoader:
             for file, other in zip(files, opened, strict=True):
                 if not same_pieces(opened[0], other):
                     raise InputError(
-                        f"mixture {self.mixture.name!r}: its tasks have the vocabularies"
+                        f"mixture {self.mixture.name!r}: its tasks have different vocabularies,"
                         f" {' and '.join([next(iter(files)), file])}; give add_task the same one"
                     )
             return opened[0]
@@ -167,7 +166,7 @@ class _MixtureLoader:
     def _parts_of(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> list[Part]:
-        """Returns the parts of a group; none where no task of it has the split, other than train."""
+        """Returns the parts of a group; [] if none of its tasks has the split (except train)."""
         having = [self.split in task.splits for task in group.tasks]
         if self.split == "train" and not all(having):
             lacking = group.tasks[having.index(False)]
@@ -208,7 +207,7 @@ class _MixtureLoader:
     def _part_of_dataset(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> Part:
-        """Returns a dataset's part: with all objectives where the mixture has all of its tasks."""
+        """Returns a dataset's part, with all objectives if the mixture has all of the dataset's tasks."""
         tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
         chosen = list(range(len(objectives)))
         if {task.name for task in group.tasks} != tagged:
@@ -216,7 +215,7 @@ class _MixtureLoader:
         if not chosen:
             raise InputError(
                 f"mixture {self.mixture.name!r}: {group.name} gives"
-                f" {' and '.join(group.objectives)}, and `objectives` has"
+                f" {' and '.join(group.objectives)}, but `objectives` has"
                 f" {', '.join(o.name for o in objectives)}"
             )
         supervision = self.supervision
@@ -239,6 +238,6 @@ class _MixtureLoader:
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:
-    """Returns an objective whose rows a plain task brings: its name and weight are left."""
+    """Returns the objective for a plain task's own rows: only its name and weight are kept."""
     field = "label" if number == 0 else objective.name
     return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)

@@ -1,4 +1,4 @@
-"""Finds what a task's name means, and imports the module that registers it."""
+"""Finds the task of a name, and imports the module that registers it."""
 
 import importlib
 import os
@@ -25,14 +25,14 @@ from stepdistill_jax.tasks.sources import check_source, raised_at
 
 
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
-    """A `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
+    """Returns a `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
-    The module's own tasks go before prepared datasets of the same name. A dataset of
-    `register_prepared` is a `PreparedDataset` still: its rows are read without SeqIO.
+    The module's tasks take precedence over prepared datasets of the same name. A dataset of
+    `register_prepared` remains a `PreparedDataset`, whose rows are read without SeqIO.
 
     Raises:
-        InputError: an unknown task; lists what there is, the nearest, and how to name a module. Or
-            a plain one whose source cannot be read (`check_source`).
+        InputError: the task is unknown (lists the known tasks, the nearest name, and how to give a
+            module), or it is a plain task whose source cannot be read (`check_source`).
     """
     if task_module is not None:
         import_task_module(task_module, data_dir)
@@ -57,8 +57,8 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     raise InputError(
         f"unknown task {task!r}: prepared in {data_dir}: {', '.join(prepared) or 'none'};"
         f" registered with SeqIO: {', '.join(registered) or 'none'}"
-        f"{nearest(task, [*prepared, *registered])}; `stepdistill prepare` makes one,"
-        " `task_module` names the module that registers yours"
+        f"{nearest(task, [*prepared, *registered])}; make one with `stepdistill"
+        " prepare`, or give the module that registers yours as `task_module`"
     )
 
 
@@ -66,15 +66,15 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
     """Imports a user's module, from the current folder if it is not installed.
 
     Args:
-        name: dotted.
-        data_dir: what its `register_prepared()` means; None is the default folder.
+        name: dotted name.
+        data_dir: folder for its `register_prepared()`; None for the default.
 
     Raises:
         InputError: no such module, or it fails while it is imported.
     """
     if name in sys.modules:
         return
-    tensorflow()  # before the module does it: accelerators must be hidden first
+    tensorflow()  # before the module imports it: accelerators must be hidden first
     search_current_folder()
     try:
         if all(name.split(".")) and "\0" not in name:
@@ -85,7 +85,7 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
         raise
     except (Exception, SystemExit) as error:
         absent = error.name if isinstance(error, ModuleNotFoundError) else None
-        # else it is the module, or a package above it, that needs another one
+        # otherwise the module was found, and an import inside it failed
         if absent is None or not f"{name}.".startswith(f"{absent}."):
             raise _not_importable(name, error) from error
     hint = ""
@@ -97,23 +97,23 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
 
 
 def _not_importable(name: str, error: BaseException) -> InputError:
-    """Also of a module that ends the process: it would end ours, with its own exit code."""
+    """Returns the error for a failed import, also for a module that calls `sys.exit`."""
     return InputError(
         f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}"
     )
 
 
 def search_current_folder() -> None:
-    """A user's modules lie where they stand, where a console script does not look.
+    """Adds the current folder to the import path, which a console script does not search.
 
-    The folder goes last, so that it shadows nothing.
+    It comes last, so that it shadows no installed module.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def module_digest(name: str | None) -> str | None:
-    """Digest of a task module's file: editing it tokenises anew."""
+    """Returns the digest of a task module's file: editing it tokenises the task again."""
     path = getattr(sys.modules.get(name or ""), "__file__", None)
     return sha256(path) if path else None
 
@@ -125,10 +125,10 @@ def has_split(
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
 ) -> bool:
-    """Whether the task has that split.
+    """Returns whether the task has that split.
 
     Raises:
-        InputError: an unknown task.
+        InputError: the task is unknown.
     """
     return split in splits_of(task, data_dir=data_dir, task_module=task_module)
 
@@ -136,7 +136,7 @@ def has_split(
 def splits_of(
     task: str, *, data_dir: os.PathLike | str | None = None, task_module: str | None = None
 ) -> tuple[str, ...]:
-    """Names of a task's splits; a mixture has those of its tasks."""
+    """Returns the names of a task's splits; for a mixture, the splits of all its tasks."""
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
     if isinstance(found, PreparedDataset):

@@ -1,4 +1,4 @@
-"""A SeqIO task's own metrics on the rows of a split, called as `seqio.Evaluator` calls them."""
+"""Computes a SeqIO task's own metrics on the rows of a split, as `seqio.Evaluator` does."""
 
 import collections
 import functools
@@ -18,21 +18,21 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 
 
 class TaskMetrics:
-    """The `metric_fns` and `metric_objs` of the task of a part, over all rows of the part.
+    """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
-    Process 0 alone reads the rows, through SeqIO and once: a `postprocess_fn` sees each as its
-    `example`, with all the fields that the task gives it. SeqIO's metric objects postprocess targets
-    and answers, as they do in `seqio.Evaluator`.
+    Only process 0 reads the rows, once, through SeqIO. A `postprocess_fn` gets each row as its
+    `example`, with all fields of the task. SeqIO's metric objects postprocess targets and answers
+    themselves, as in `seqio.Evaluator`.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
     """
 
     def __init__(self, part: Part, split: str):
-        """Looks at the signatures of the metrics; reads no row.
+        """Checks the signatures of the metrics; reads no row.
 
         Raises:
-            InputError: a metric that takes other arguments than those that SeqIO knows.
+            InputError: a metric takes arguments unknown to SeqIO.
         """
         from seqio.metrics import ModelOutputType
 
@@ -41,18 +41,18 @@ class TaskMetrics:
         kinds = {metric.model_output_type for _, metric in self._metrics}
         if ModelOutputType.SCORE_WITH_INTERMEDIATES in kinds:
             raise InputError(
-                f"task {self._task.name!r}: a metric reads intermediate values of the model, of which"
-                " only answers and scores are kept; use one of (targets, scores)"
+                f"task {self._task.name!r}: a metric reads intermediate values of the model, but only"
+                " answers and scores are kept; use a metric of (targets, scores)"
             )
         self.reads_target_scores = ModelOutputType.SCORE in kinds
         name = part.columns[part.label_column or 0].name
         self._prefix = "" if "targets" in self._task.output_features else f"{name}_"
-        self._targets: Any = []  # postprocessed, by the first metric that gives them
+        self._targets: Any = []  # postprocessed, from the first metric that returns them
         self._left_out: set[str] = set()
 
     @classmethod
     def of(cls, part: Part, split: str) -> "TaskMetrics | None":
-        """Returns None where the part has no task that gives labels, or its task no metrics."""
+        """Returns the part's metrics; None if it has no task that gives labels, or no metrics."""
         if part.task is None or part.label_column is None:
             return None
         found = cls(part, split)
@@ -60,13 +60,13 @@ class TaskMetrics:
 
     @functools.cached_property
     def targets(self) -> list[list[int]]:
-        """Ids of the targets, uncut, which `target_scores` belong to."""
+        """Returns the untruncated ids of the targets, for `target_scores`."""
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:
-        """Returns the names of the values, computed once with the targets as answers.
+        """Returns the names of the metrics' values, from a trial with the targets as answers.
 
-        A score is -1 for each token of the target or answer.
+        The trial's scores are -1 for each token of the target or answer.
         """
         scores = -np.array(list(map(len, self.targets)), np.float32)
         return list(self.compute(self.targets, scores, scores))
@@ -77,17 +77,17 @@ class TaskMetrics:
         scores: Sequence[float] | np.ndarray,
         target_scores: Sequence[float] | np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Returns the values of all metrics, by name; process 0 computes them for all.
+        """Returns the values of all metrics by name; process 0 computes them for all processes.
 
         Args:
             answers: decoded ids for each of the part's `labelled_inputs`.
-            scores: [rows] natural logs of the answers' probabilities; a metric that takes
-                `(targets, predictions, aux_values)` has them as `aux_values["scores"]`.
+            scores: [rows] natural logs of the answers' probabilities; a metric of
+                `(targets, predictions, aux_values)` gets them as `aux_values["scores"]`.
             target_scores: [rows] scores of `targets`; required if `reads_target_scores`.
 
         Raises:
-            InputError: a metric fails, or gives something else than numbers by name; or the rows are
-                not those that were tokenised. In every process.
+            InputError: a metric fails or does not return numbers by name, or the rows differ from
+                those that were tokenised. Raised in every process.
         """
         return on_process_0(lambda: self._compute(answers, scores, target_scores))
 
@@ -107,7 +107,7 @@ class TaskMetrics:
             where = f"task {self._task.name!r}, split {self._split!r}: metric {name}"
             for key, value in self._values(metric, outputs, where).items():
                 if key in found:
-                    raise InputError(f"{where}: another metric gives a value {key!r}, too")
+                    raise InputError(f"{where}: another metric also returns a value {key!r}")
                 found[key] = value
         return found
 
@@ -132,24 +132,24 @@ class TaskMetrics:
                 f"{where}, or the task's postprocess_fn, failed: {type(error).__name__}: {error}"
                 f"{raised_at(error)}"
             ) from error
-        wanted = 'a dict of numbers is wanted, as {"f1": 0.5}'
+        expected = 'expected a dict of numbers, such as {"f1": 0.5}'
         if not isinstance(values, Mapping):
-            raise InputError(f"{where} returned a {type(values).__name__}; {wanted}")
+            raise InputError(f"{where} returned a {type(values).__name__}; {expected}")
         found = {}
         for key, value in values.items():
             if isinstance(value, Scalar):
                 value = value.value
-            elif isinstance(value, MetricValue):  # a picture or text, for SeqIO's loggers
+            elif isinstance(value, MetricValue):  # an image or text, for SeqIO's loggers
                 self._say_left_out(where, key, type(value).__name__)
                 continue
             if not isinstance(key, str) or not key or not _is_number(value):
-                raise InputError(f"{where} returned {{{key!r}: {value!r:.60}}}; {wanted}")
+                raise InputError(f"{where} returned {{{key!r}: {value!r:.60}}}; {expected}")
             found[key] = float(value)
         return found
 
     @functools.cached_property
     def _rows(self) -> list[dict[str, Any]]:
-        """The rows as SeqIO gives them, in the order of the part's."""
+        """Returns the rows as SeqIO gives them, in the order of the part's rows."""
         import tensorflow_datasets as tfds
 
         task, split = self._task, self._split
@@ -164,20 +164,20 @@ class TaskMetrics:
         rows = [row for row in found if row is not None]
         if len(rows) < len(found) or any(by_ids.values()):
             raise InputError(
-                f"task {task.name!r}, split {split!r}: its source gives other rows than when it"
-                " was tokenised, so its metrics would compare answers with other rows' targets; start"
-                " again, and it is tokenised again"
+                f"task {task.name!r}, split {split!r}: its source no longer gives the rows that were"
+                " tokenised, so its metrics would compare answers with the wrong targets; restart to"
+                " tokenise it again"
             )
         return rows
 
     def _say_left_out(self, where: str, key: str, kind: str) -> None:
         if key not in self._left_out:
             self._left_out.add(key)
-            log(f"{where}: {key!r} is a {kind} and left out; only numbers are kept")
+            log(f"{where}: {key!r} is a {kind}, so it is left out; only numbers are kept")
 
 
 def _named_metrics(task: Any) -> list[tuple[str, Any]]:
-    """Returns a task's metric objects, each with the name of its function or class."""
+    """Returns (name of the function or class, metric object) for each metric of a task."""
     functions, objects = metric_functions(task), task.metric_objs
     named = [*objects[: len(objects) - len(functions)], *functions]
     return list(zip(map(_name, named), objects, strict=True))
@@ -193,7 +193,7 @@ def _bytes_of(ids: Any) -> bytes:
 
 
 def _is_number(value: Any) -> bool:
-    """Returns whether `value` is a real number or an array of no dimension (NumPy, JAX, TensorFlow)."""
+    """Returns whether `value` is a real number or a 0-d array (NumPy, JAX, TensorFlow)."""
     if isinstance(value, numbers.Real):
         return True
     return getattr(value, "shape", None) == () and np.asarray(value).dtype.kind in "biuf"

@@ -1,4 +1,4 @@
-"""Reads from a SeqIO mixture which of its tasks give which objective, and which share examples."""
+"""Finds the objective of each task of a SeqIO mixture, and the tasks that share examples."""
 
 import dataclasses
 import math
@@ -15,15 +15,15 @@ TaskObjectives = Mapping[str, str] | str | None
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tasks of a mixture whose rows may make up the same examples.
+    """Tasks of a mixture whose rows may belong to the same examples.
 
     Attributes:
-        name: of the dataset, or of the plain task that gives the labels; of others, their first.
+        name: name of the dataset, or of the plain task with the labels, or of the first task.
         tasks: `seqio.Task`s.
-        objectives: for each task the name of the objective that it gives.
+        objectives: the objective of each task.
         rate: share of the drawn examples; the rates of all groups need not add up to 1.
-        dataset: that `add_task` or `register_prepared` made the tasks of, else None.
-        alone: why a task that stands next to others makes up no examples with them; else empty.
+        dataset: dataset of `add_task` or `register_prepared` that has these tasks, or None.
+        alone: why a plain task shares no examples with its neighbours in the mixture; "" if it does.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Group:
     alone: str = ""
 
     def each(self, alone: str) -> list["Group"]:
-        """Returns a group for each of the tasks."""
+        """Returns one group for each task."""
         pairs = zip(self.tasks, self.objectives, strict=True)
         return [Group(t.name, (t,), (o,), self.rate, self.dataset, alone) for t, o in pairs]
 
@@ -42,18 +42,18 @@ class Group:
 def groups_of(
     mixture: Any, objectives: Sequence[str], task_objectives: TaskObjectives
 ) -> list[Group]:
-    """Returns the groups of a `seqio.Mixture` in the order of their first tasks' names.
+    """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    The tasks of a dataset are one group where their rates are equal. So are tasks of other people's
-    making that stand in one mixture, with equal rates and different objectives.
+    The tasks of a dataset with equal rates are one group. So are the plain tasks that stand directly
+    in one mixture with equal rates and different objectives.
 
     Args:
-        mixture: that is asked for.
+        mixture: the mixture to load.
         objectives: names of a run's objectives.
-        task_objectives: the objective of each task that carries no tag, or `single`.
+        task_objectives: the objective of each task without a tag, or `single`.
 
     Raises:
-        InputError: a rate of 0, a task without an objective, or names that do not exist.
+        InputError: a rate is 0, a task has no objective, or a name does not exist.
     """
     import seqio
 
@@ -84,15 +84,15 @@ def label_tasks(
 ) -> list[str]:
     """Returns the datasets and plain tasks of a `seqio.Mixture` that give the first objective.
 
-    A plain task of which nothing says what it gives counts, too: it is compared by itself.
+    A plain task without a known objective is included: it is evaluated on its own.
 
     Args:
-        mixture: that is asked for; it need not be the one that a model was trained on.
+        mixture: the mixture to evaluate, which need not be the one that a model was trained on.
         objectives: names of a model's objectives.
-        task_objectives: what the model was trained with.
+        task_objectives: the setting that the model was trained with.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such dataset or task.
     """
     import seqio
 
@@ -110,14 +110,14 @@ def label_tasks(
                 names[tag.dataset] = None
     if not names:
         raise InputError(
-            f"mixture {mixture.name!r}: none of its tasks gives {objectives[0]}, which the model"
-            f" answers (it has {', '.join(sorted(there))})"
+            f"mixture {mixture.name!r}: none of its tasks gives {objectives[0]}, the objective that"
+            f" the model answers (they give {', '.join(sorted(there))})"
         )
     return list(names)
 
 
 def is_mixture(found: Any) -> bool:
-    """Returns whether something that `find_task` gave is a `seqio.Mixture`."""
+    """Returns whether a result of `find_task` is a `seqio.Mixture`."""
     import seqio
 
     return isinstance(found, seqio.Mixture)
@@ -137,13 +137,13 @@ def _rate(mixture: Any, task: Any) -> float:
 def _objectives_of(
     mixture: Any, tasks: Sequence[Any], objectives: Sequence[str], given: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the objective's name of each task's name."""
+    """Returns {name of a task: name of its objective}."""
     names = [task.name for task in tasks]
     for task, objective in given.items():
         if task in names and task in TAGS and TAGS[task].objective != objective:
             raise InputError(
-                f"`task_objectives`: {task} gives {TAGS[task].objective}, as {TAGS[task].dataset} was"
-                " made; leave it out"
+                f"`task_objectives`: {task} already gives {TAGS[task].objective} of"
+                f" {TAGS[task].dataset}; leave it out"
             )
         if task not in names:
             raise InputError(
@@ -152,7 +152,7 @@ def _objectives_of(
             )
         if objective not in objectives:
             raise InputError(
-                f"`task_objectives`: no objective is called {objective!r} (`objectives` has"
+                f"`task_objectives`: there is no objective {objective!r} (`objectives` has"
                 f" {', '.join(objectives)}){nearest(objective, objectives)}"
             )
     named = {n: TAGS[n].objective for n in names if n in TAGS} | dict(given)
@@ -161,7 +161,7 @@ def _objectives_of(
             f'"{n}": "{objectives[min(i, len(objectives) - 1)]}"' for i, n in enumerate(missing)
         )
         raise InputError(
-            f"mixture {mixture.name!r}: nothing says which objective {', '.join(missing)} gives:"
+            f"mixture {mixture.name!r}: the objective of {', '.join(missing)} is not known:"
             f" bind TASK_OBJECTIVES = {{{proposed}}} with names of OBJECTIVES, or TASK_OBJECTIVES ="
             f' "{SINGLE}" to train all of its tasks as one objective'
         )
@@ -169,7 +169,7 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (dataset, its tasks), and (None, tasks) for the plain tasks of each mixture."""
+    """Yields (dataset, its tasks) for datasets, and (None, tasks) for each mixture's plain tasks."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):
@@ -189,7 +189,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields the tasks that stand directly in the mixture or in one of its mixtures, for each."""
+    """Yields the tasks that stand directly in the mixture, then those of each mixture inside it."""
     import seqio
 
     direct = []

@@ -11,7 +11,7 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 
 def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
-    """Returns why the rows of these tasks cannot be paired; None where they can."""
+    """Returns why the rows of these tasks cannot be paired; None if they can."""
     for store, name in zip(stores, names, strict=True):
         if store.row_ids is None:
             return f"the rows of {name} have no feature 'id'"
@@ -27,22 +27,24 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
 
 
 def paired(stores: Sequence[TokenStore]) -> TokenStore:
-    """Returns one store whose example i has the rows of the same id of all; `why_not` is None.
+    """Returns one store whose example i has the rows with the same id from all stores.
 
-    Examples come in the order of the first store, then those that only later stores have. The ids
-    stay where they are on disk. Label texts are the first store's.
+    Requires `why_not` to be None. Examples have the order of the first store, followed by the examples
+    that only later stores have. Token ids are not copied. Label texts are the first store's.
 
-    Example: ids `a b` and `b c` give three examples, the first without a row of the second task,
-    the last without one of the first.
+    Example: row ids `a b` and `b c` give the examples a, b, c: a has no row of the second task, c
+    none of the first.
     """
     row_ids = [np.asarray(store.row_ids) for store in stores]
     ids, first = np.unique(np.concatenate(row_ids), return_index=True)
-    order = np.argsort(first)
+    order = np.argsort(first)  # `ids` is sorted; this restores the order of first occurrence
     rows, names = [], []
     for store, own in zip(stores, row_ids, strict=True):
+        # own = [30, 10] and ids = [10, 20, 30]: place [1, 0, 0], taken [1, -1, 0] before reordering
         by_id = np.argsort(own)
         place = np.searchsorted(own[by_id], ids)
         place = by_id[np.minimum(place, len(own) - 1)]
+        # -1 if the store has no row with this id
         taken = np.where(own[place] == ids, place, -1)[order]
         weights = np.where(taken < 0, np.float32(1), store.weights[taken])
         (features,) = store.rows

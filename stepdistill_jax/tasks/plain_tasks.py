@@ -1,4 +1,4 @@
-"""What a SeqIO task of other people's making must have, so that an encoder-decoder can learn it."""
+"""Checks that an encoder-decoder can be trained on a plain SeqIO task."""
 
 import inspect
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 
 FEATURES = ("inputs", "targets")
-READ_BESIDE = ("id", "weight")  # of a row, where there are any
+EXTRA_FEATURES = ("id", "weight")  # also read from a row, if present
 
 
 def check_trainable(task: Any) -> None:
-    """Refuses a `seqio.Task` whose rows cannot be trained on.
+    """Raises if the rows of a `seqio.Task` cannot be trained on.
 
     Raises:
-        InputError: one line with the task, what it has, and what to give it instead.
+        InputError: one line with the task, its problem, and the remedy.
     """
     import seqio
 
@@ -21,8 +21,8 @@ def check_trainable(task: Any) -> None:
     if set(features) & set(FEATURES) == {"targets"}:
         raise _refused(
             task,
-            "it has targets alone, for a decoder without an encoder, and an encoder-decoder needs the"
-            " features inputs and targets; give it a preprocessor that splits its text in two",
+            "it has only targets, but an encoder-decoder needs the features inputs and targets; give"
+            " it a preprocessor that splits its text in two",
         )
     if not set(FEATURES) <= set(features):
         raise _refused(
@@ -31,11 +31,11 @@ def check_trainable(task: Any) -> None:
             f" {', '.join(features)}; rename them in its preprocessors (seqio.preprocessors.rekey)",
         )
     for name, feature in features.items():
-        if name not in (*FEATURES, *READ_BESIDE) and feature.required:
+        if name not in (*FEATURES, *EXTRA_FEATURES) and feature.required:
             raise _refused(
                 task,
-                f"the output feature {name!r} is required, and an encoder-decoder reads inputs and"
-                f" targets; put its text into inputs, or say seqio.Feature(..., required=False)",
+                f"the output feature {name!r} is required, but an encoder-decoder reads only inputs"
+                " and targets; put its text into inputs, or give it seqio.Feature(..., required=False)",
             )
     for name in FEATURES:
         _check_ids(task, name, features[name])
@@ -43,8 +43,8 @@ def check_trainable(task: Any) -> None:
     if inputs != targets:
         raise _refused(
             task,
-            f"inputs and targets must share one vocabulary, since a model has one embedding; they have"
-            f" {inputs} and {targets}; give both the one that knows the text of both",
+            f"inputs and targets must share a vocabulary, since a model has one embedding, but they"
+            f" have {inputs} and {targets}; give both a vocabulary that covers the text of both",
         )
     if not isinstance(inputs, seqio.SentencePieceVocabulary | seqio.ByteVocabulary):
         raise _refused(
@@ -56,14 +56,14 @@ def check_trainable(task: Any) -> None:
 
 
 def _check_ids(task: Any, name: str, feature: Any) -> None:
-    """Raises InputError where a feature is not ids of a vocabulary."""
+    """Raises InputError if a feature is not ids of a vocabulary."""
     import seqio
 
     if feature.rank != 1 or not feature.dtype.is_integer:
         raise _refused(
             task,
-            f"the feature {name!r} is {feature.dtype.name} of rank {feature.rank}, and an"
-            " encoder-decoder reads token ids, int32 of rank 1; tokenise it (seqio.preprocessors.tokenize)",
+            f"the feature {name!r}: expected token ids, int32 of rank 1, got {feature.dtype.name} of"
+            f" rank {feature.rank}; tokenise it (seqio.preprocessors.tokenize)",
         )
     if isinstance(feature.vocabulary, seqio.PassThroughVocabulary):
         raise _refused(
@@ -74,10 +74,10 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
 
 
 def _check_preprocessors(task: Any) -> None:
-    """Raises InputError where rows depend on lengths: they are tokenised once, before those are chosen."""
+    """Raises InputError if rows depend on lengths: they are tokenised once for all lengths."""
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]
-    except (TypeError, ValueError) as error:  # of functions that SeqIO itself cannot call
+    except (TypeError, ValueError) as error:  # SeqIO itself cannot call a function
         raise _refused(task, f"its preprocessors: {' '.join(str(error).split())}") from error
     for preprocessor, parameters in named:
         length = parameters.get("sequence_length")
@@ -85,14 +85,14 @@ def _check_preprocessors(task: Any) -> None:
             function = getattr(preprocessor, "func", preprocessor)
             raise _refused(
                 task,
-                f"its preprocessor {getattr(function, '__name__', function)} makes rows by"
-                " sequence_length, and rows are tokenised once for all lengths; fix it:"
+                f"its preprocessor {getattr(function, '__name__', function)} depends on"
+                " sequence_length, but rows are tokenised once for all lengths; fix the length:"
                 " functools.partial(..., sequence_length={'inputs': 512, 'targets': 64})",
             )
     if task.requires_caching:
         raise _refused(
             task,
-            "it is read from a cache of seqio_cache_tasks alone, and training keeps tokens of its own;"
+            "it is only read from a cache of seqio_cache_tasks, but training keeps its own tokens;"
             " leave required=True out of its CacheDatasetPlaceholder",
         )
 

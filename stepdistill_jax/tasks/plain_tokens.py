@@ -1,4 +1,4 @@
-"""The tokens of SeqIO tasks of other people's making, as they are."""
+"""Loads the tokens of plain SeqIO tasks, which `add_task` or `prepare` did not make."""
 
 import os
 import pathlib
@@ -19,14 +19,14 @@ from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 
-# what a plain SeqIO task trains: its own inputs and targets, as they are
+# a plain SeqIO task trains on its own inputs and targets
 PLAIN = (Objective("label", "{input}", "{label}"),)
 
 
 def plain_store(
     task: Any, split: str, vocabulary: Vocabulary, folder: pathlib.Path, module: str | None
 ) -> TokenStore:
-    """Returns the tokens of a SeqIO task of other people's making, as they are."""
+    """Returns the tokens of a plain SeqIO task."""
     store = stored_tokens(
         lambda: task,
         name=task.name,
@@ -38,7 +38,7 @@ def plain_store(
             describe([task.source, task._preprocessor_constructor_args]),
             [vocabulary.fingerprint, repr(task.output_features)],
             files_of_task(task, split),
-            "row ids",  # unlike stores of older versions
+            "row ids",  # in contrast to older stores
         ],
         data_dir=folder,
         compare=True,
@@ -49,10 +49,10 @@ def plain_store(
 def common_vocabulary(
     name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
 ) -> Vocabulary:
-    """Returns the one vocabulary of plain tasks; it is `given` (of INIT_FROM) if that has equal pieces.
+    """Returns the vocabulary that plain tasks share; it is `given` (of INIT_FROM) if that has equal pieces.
 
     Raises:
-        InputError: two that differ.
+        InputError: two vocabularies differ.
     """
     files = [_vocabulary_file(task, folder) for task in tasks]
     first = opened = load_vocabulary(files[0])
@@ -62,17 +62,17 @@ def common_vocabulary(
             raise InputError(
                 f"task {name!r}: tokenised with {files[0]}, but"
                 f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
-                f" {other}; a model has one vocabulary: give it to the tasks (prepared datasets:"
+                f" {other}; a model has one vocabulary: give it to all tasks (for prepared datasets,"
                 " register_prepared(vocabulary=...))"
             )
     return first if given is None else opened
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
-    """A plain task's vocabulary as `load_vocabulary` takes it.
+    """Returns a plain task's vocabulary, as an argument of `load_vocabulary`.
 
     Raises:
-        InputError: a task that an encoder-decoder cannot be trained on (`check_trainable`).
+        InputError: an encoder-decoder cannot be trained on the task (`check_trainable`).
     """
     import seqio
 
@@ -83,7 +83,7 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
     path = inputs.sentencepiece_model_file
     if os.path.isfile(path):
         return path
-    # on a remote file system (gs://...): copied once, the tokenizer of a server reads plain files
+    # a vocabulary on a remote file system (gs://...) is copied once: a server reads local files
     tf = tensorflow()
     local = folder / FOLDER / "vocabularies" / f"{digest(path)[:16]}.model"
     if not local.is_file():
@@ -100,7 +100,7 @@ def check_supervision(task: str, supervision: Supervision | None) -> None:
     if supervision is not None and supervision.label_source != "gold":
         raise InputError(
             f"task {task!r}: `label_source={supervision.label_source}` needs the fields label and"
-            " llm_label; a plain SeqIO task or mixture brings targets of its own (add_task has them)"
+            " llm_label, but a plain SeqIO task or mixture has its own targets; use add_task"
         )
 
 
@@ -114,12 +114,12 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
 
 
 def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
-    """Refuses, of a dataset prepared with `paper_exact`, what the paper's published code cannot do."""
+    """Raises if the paper's published code has no such supervision, for a `paper_exact` dataset."""
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
-            f"dataset {dataset.name!r}: the paper's published code has gold labels or the teacher's, and"
-            " one rationale of the teacher each: leave out `label_source=agree`, `rationales` other than"
-            " first and `rationale_source`, or prepare the dataset without `paper_exact`"
+            f"dataset {dataset.name!r}: the paper's published code uses gold labels or the teacher's, and"
+            " one rationale of the teacher per row: leave out `label_source=agree`, `rationales` other"
+            " than first and `rationale_source`, or prepare the dataset without `paper_exact`"
         )
 
 
@@ -133,20 +133,20 @@ def check_split(task: str, split: str, splits: Any) -> None:
 def with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
     if not store.num_examples:
         raise InputError(
-            f"task {name!r}: split {split!r} has no rows: its source is empty, or all are left out, by"
-            " preprocessors or for want of the label that `label_source` asks for"
+            f"task {name!r}: split {split!r} has no rows: its source is empty, its preprocessors drop"
+            " all rows, or no row has the label that `label_source` selects"
         )
     return store
 
 
 def files_of_task(task: Any, split: str) -> list[list[Any]]:
-    """`files_of` a task's source; what it raises gets the task's name."""
+    """Returns `files_of` of a task's source; errors get the task's name."""
     with named_errors(task.name, task.source, split):
         return files_of(task.source, split)
 
 
 def same_pieces(a: Vocabulary, b: Vocabulary) -> bool:
-    """Whether two vocabularies have the same pieces; the files of one model may differ."""
+    """Returns whether two vocabularies have the same pieces; their files may still differ."""
     return a.fingerprint == b.fingerprint or (
         a.size == b.size and all(a.decode([i]) == b.decode([i]) for i in range(a.size))
     )

@@ -1,4 +1,4 @@
-"""Prepared datasets as registered SeqIO tasks and mixtures, for SeqIO's own tools and users' mixtures."""
+"""Registers prepared datasets as SeqIO tasks and mixtures, for SeqIO's tools and users' mixtures."""
 
 import contextlib
 import contextvars
@@ -25,7 +25,7 @@ from stepdistill_jax.tasks import registry
 from stepdistill_jax.tasks.registry import Tag, TaskSpec
 from stepdistill_jax.tasks.sources import forget_tfds
 
-# the folder of a command that is importing a user's module; None outside
+# data folder of the command that is importing a user's module; None at other times
 _IMPORTING_FOR: contextvars.ContextVar[pathlib.Path | None] = contextvars.ContextVar(
     "_IMPORTING_FOR", default=None
 )
@@ -33,13 +33,13 @@ _IMPORTING_FOR: contextvars.ContextVar[pathlib.Path | None] = contextvars.Contex
 
 @dataclasses.dataclass(frozen=True)
 class Registration:
-    """What `register_prepared` registered of a dataset.
+    """The SeqIO tasks and mixture that `register_prepared` registered for a dataset.
 
     Attributes:
-        dataset: as it was then.
-        vocabulary: of its tasks; path of a `spiece.model`, or `bytes`.
-        tasks: its SeqIO tasks, by their objective's name.
-        mixture: its SeqIO mixture.
+        dataset: the dataset at that time.
+        vocabulary: vocabulary of the tasks: path of a `spiece.model`, or `bytes`.
+        tasks: SeqIO tasks by the name of their objective.
+        mixture: SeqIO mixture.
     """
 
     dataset: PreparedDataset
@@ -48,7 +48,7 @@ class Registration:
     mixture: Any
 
 
-_REGISTERED: dict[str, Registration] = {}  # by the dataset's name
+_REGISTERED: dict[str, Registration] = {}  # by name of the dataset
 
 
 def register_prepared(
@@ -56,24 +56,23 @@ def register_prepared(
 ) -> tuple[str, ...]:
     """Registers the SeqIO tasks NAME_label, NAME_rationale and the mixture NAME of prepared datasets.
 
-    For instance `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` after
-    `register_prepared()`. Each task has the splits in which a row has its target. A dataset without
-    a train split has no vocabulary and is left out, unless one is given. So is one that
-    is prepared with `paper_exact`, whose ids SeqIO cannot make. A dataset that is registered and has
-    not changed keeps its tasks; else they are replaced.
+    Afterwards `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture
+    of two datasets. A task has the splits in which some row has its target. Skips datasets prepared
+    with `paper_exact`, whose ids SeqIO cannot make, and datasets without a train split, which have no
+    vocabulary unless `vocabulary` is given. Replaces the tasks of a dataset that has changed.
 
     Args:
-        data_dir: folder of prepared datasets; None is that of the command which imports the calling
-            module, or else the default one.
-        vocabulary: of all tasks, path of a `spiece.model`, or `bytes`; None takes each dataset's
-            own. SeqIO reads a mixture only if its tasks have the same.
+        data_dir: folder of prepared datasets; None for that of the command that imports the calling
+            module, or else the default.
+        vocabulary: vocabulary of all tasks, path of a `spiece.model`, or `bytes`; None for each
+            dataset's own. SeqIO reads a mixture only if all its tasks have the same.
 
     Returns:
-        Names of the datasets that are registered now.
+        Names of the registered datasets.
 
     Raises:
-        InputError: SeqIO has another task or mixture of one of these names, or a dataset or the
-            vocabulary is damaged.
+        InputError: SeqIO already has a different task or mixture of one of these names, or a dataset
+            or the vocabulary is damaged.
     """
     tensorflow()
     folder = data_folder(_IMPORTING_FOR.get() if data_dir is None else data_dir)
@@ -98,7 +97,7 @@ def register_prepared(
 
 
 def registered_dataset(name: str) -> PreparedDataset | None:
-    """Returns the dataset whose mixture SeqIO has under this name; None where it is anybody else's."""
+    """Returns the dataset whose registered mixture has this name; None for any other mixture."""
     found = _REGISTERED.get(name)
     if found is None:
         return None
@@ -111,7 +110,7 @@ def registered_dataset(name: str) -> PreparedDataset | None:
 
 @contextlib.contextmanager
 def importing_for(data_dir: pathlib.Path | None) -> Iterator[None]:
-    """While a user's module is imported: the folder that its `register_prepared()` means."""
+    """Sets the data folder for `register_prepared()` while a user's module is imported."""
     token = _IMPORTING_FOR.set(data_dir)
     try:
         yield
@@ -125,7 +124,7 @@ def spec_of(
     splits: Mapping[str, str],
     objectives: tuple[Objective, ...] = (),
 ) -> TaskSpec:
-    """Returns a prepared dataset as `add_task` would have it; `splits` maps names to TFDS's."""
+    """Returns a prepared dataset as a `TaskSpec`; `splits` maps names to TFDS's."""
     source = _source_class()(
         f"{dataset.name}:{VERSION}",
         tfds_data_dir=os.fspath(dataset.directory.parent),
@@ -136,10 +135,10 @@ def spec_of(
 
 @functools.cache
 def _source_class() -> Any:
-    """Returns the class of a prepared dataset's source.
+    """Returns the class of a prepared dataset's source, which never asks TFDS to shuffle files.
 
-    TFDS refuses to shuffle the files of a dataset whose rows have an order, and SeqIO asks for it
-    where rows are to be shuffled; they are, by SeqIO's own buffer.
+    TFDS refuses that for a dataset with ordered rows, and SeqIO asks for it whenever rows are to be
+    shuffled. SeqIO's own buffer still shuffles them.
     """
     tensorflow()
     import seqio
@@ -172,8 +171,8 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
         if one in taken:
             raise InputError(
                 f"register_prepared: dataset {name!r} in {dataset.directory.parent}: SeqIO already has a"
-                f" task or mixture {one!r}; name that one differently, or prepare the dataset under"
-                " another name (`stepdistill prepare ... --name`)"
+                f" task or mixture {one!r}; rename that one, or prepare the dataset under another name"
+                " (`stepdistill prepare ... --name`)"
             )
     forget_tfds(f"{name}:{VERSION}", os.fspath(dataset.directory.parent))
     tasks = {}
@@ -190,7 +189,7 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
 
 
 def _remove(registration: Registration) -> None:
-    """Takes a dataset's tasks out of SeqIO's registries; not those of others under their names."""
+    """Removes a dataset's tasks from SeqIO's registries, but no other tasks of the same names."""
     import seqio
 
     del _REGISTERED[registration.dataset.name]
@@ -202,7 +201,7 @@ def _remove(registration: Registration) -> None:
 
 
 def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
-    """Whether a row of the split has the field that the target is made of.
+    """Returns whether some row of the split has the field of the target.
 
     A task without rows would end a mixture as soon as SeqIO draws from it.
     """

@@ -1,4 +1,4 @@
-"""SeqIO preprocessors that make an objective's rows of an example's fields, and pair them up."""
+"""SeqIO preprocessors that make each objective's rows from an example's fields, and pair them."""
 
 import functools
 import string
@@ -10,7 +10,7 @@ from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.vocabulary import EOS_ID, T5_FRAMING, Framing
 from stepdistill_jax.errors import InputError, nearest
 
-LABEL_TEXT = "label text"  # no name that a field of a dataset can have
+LABEL_TEXT = "label text"  # a name that no field of a dataset can have
 
 
 def render(
@@ -23,11 +23,10 @@ def render(
 ) -> Any:
     """SeqIO preprocessor: an example's fields -> `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
-    Also `LABEL_TEXT`, the label, where the first objective's target is not that of each row.
-
-    Like `Objective.render`, in TensorFlow. It runs over the element's types first, so that a
-    missing field is named before a row is read. A prefix of `variants` reads that rationale of the
-    row (`tasks.supervision.choose`) instead of the first.
+    Renders like `Objective.render`, in TensorFlow. Adds the gold label as `LABEL_TEXT` if the first
+    objective has a label but is not `is_plain`. Checks the element's types first, so that a missing
+    field is reported before any row is read. `variants` gives the number of the rationale that a
+    prefix reads (see `tasks.supervision.choose`).
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))
@@ -37,13 +36,13 @@ def render(
             continue  # optional
         if field not in fields:
             raise InputError(
-                f"task {task!r}: field {field!r} is missing, the rows of {source} have"
+                f"task {task!r}: field {field!r} is missing; the rows of {source} have"
                 f" {', '.join(fields) or 'no named fields'}{nearest(field, fields)}; rename with"
                 " preprocessors=[seqio.map_over_dataset(...)]"
             )
         if spec[field].dtype != tf.string or spec[field].shape.rank not in (0, None):
             raise InputError(
-                f"task {task!r}: field {field!r} of {source} must be a text, it is"
+                f"task {task!r}: field {field!r} of {source} must be a text, got"
                 f" {spec[field].dtype.name} of shape {spec[field].shape}"
             )
 
@@ -55,7 +54,7 @@ def render(
                 parts.append(row.get(field, tf.constant("")))
         return tf.strings.join(parts)
 
-    @tf.autograph.experimental.do_not_convert  # plain TensorFlow, no need to read its source
+    @tf.autograph.experimental.do_not_convert  # plain TensorFlow: nothing to convert
     def convert(given: Mapping[str, Any]) -> dict[str, Any]:
         out = {}
         for prefix, objective in objectives.items():
@@ -67,7 +66,7 @@ def render(
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
             inputs = to_text(objective.input_template, row)
-            # of several rationales most are absent in most rows: their inputs are not kept
+            # most rows lack most of several rationales: keep no inputs for these
             out[f"{prefix}inputs"] = tf.where(present, inputs, "") if number else inputs
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
         if "label" in given and first.label_field and not first.is_plain:
@@ -107,9 +106,9 @@ def _frame(dataset: Any, *, framing: Framing) -> Any:
 
 
 def empty_absent_targets(dataset: Any) -> Any:
-    """SeqIO preprocessor: an absent target loses the end of sequence that it was given.
+    """SeqIO preprocessor: removes the end of sequence from absent targets.
 
-    The row itself stays, so that row i of every objective is the same example.
+    The row stays, so that row i of every objective is the same example.
     """
     tf = tensorflow()
 
@@ -126,7 +125,7 @@ def empty_absent_targets(dataset: Any) -> Any:
 
 
 def drop_absent_rows(dataset: Any) -> Any:
-    """SeqIO preprocessor, the last of a registered task: leaves out the rows with an empty target."""
+    """SeqIO preprocessor, the last of a registered task: drops the rows with an empty target."""
     tf = tensorflow()
     return dataset.filter(lambda row: tf.size(row["targets"]) > 0)
 
@@ -141,9 +140,10 @@ def with_absent_rows(task: Any) -> Any:
 def paired_mixture() -> Any:
     """Returns the class of the mixtures NAME: a `seqio.Mixture` that pairs the rows of its tasks.
 
-    Read through it, the rows of an example come one after another and none is lost. SeqIO's own
-    sampling would take rationales and labels of different examples, and stop where one task ends.
-    With `shuffle` the pairs last if it has a seed. In another mixture its tasks are as any others.
+    It yields all rows of an example one after the other, and loses none. SeqIO's own sampling mixes
+    rationales and labels of different examples, and stops at the end of the shortest task. With
+    `shuffle`, pairs stay together only if a seed is given. Inside another mixture, the tasks are
+    sampled like any other tasks.
     """
     tensorflow()
     import seqio
@@ -156,7 +156,7 @@ def paired_mixture() -> Any:
 
 
 def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """Mixture `sample_fn` of `paired_mixture`: row i of each task in turn, absent rows left out."""
+    """`sample_fn` of `paired_mixture`: yields row i of each task in turn, without absent rows."""
     del rates, seed
     tf = tensorflow()
     one = tf.data.Dataset.from_tensors

@@ -1,4 +1,4 @@
-"""One call plugs a dataset in: SeqIO tasks for each objective, and the mixture of them."""
+"""Registers a dataset with one call: a SeqIO task for each objective, and the mixture of them."""
 
 import contextlib
 import dataclasses
@@ -42,16 +42,16 @@ CHECKED_ROWS = 4
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """What `add_task` was told, so that a run can ask for other objectives or another vocabulary.
+    """The arguments of `add_task`, so that a run can use different objectives or another vocabulary.
 
     Attributes:
-        name: of the mixture; its tasks are NAME_OBJECTIVE.
+        name: name of the mixture; its tasks are NAME_OBJECTIVE.
         source: a `seqio.DataSource`.
-        preprocessors: SeqIO preprocessors that bring its rows to the fields input, label, ...
-        objectives: of the registered tasks.
+        preprocessors: SeqIO preprocessors that convert rows to the fields input, label, ...
+        objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
-        function: the user's own metric of labels, with SeqIO's arguments; None is none.
+        function: the user's own metric of labels, with SeqIO's arguments; may be None.
     """
 
     name: str
@@ -65,11 +65,11 @@ class TaskSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Tag:
-    """What a registered SeqIO task gives: which objective's rows of which dataset.
+    """The dataset and objective of a registered SeqIO task.
 
     Attributes:
-        dataset: of `add_task` or `register_prepared`; the name of its mixture, too.
-        objective: its name.
+        dataset: name given to `add_task` or `register_prepared`, and of the mixture.
+        objective: name of the objective.
     """
 
     dataset: str
@@ -77,7 +77,7 @@ class Tag:
 
 
 SPECS: dict[str, TaskSpec] = {}
-TAGS: dict[str, Tag] = {}  # by the name of the SeqIO task
+TAGS: dict[str, Tag] = {}  # by name of the SeqIO task
 
 
 def add_task(
@@ -92,22 +92,22 @@ def add_task(
 ) -> Any:
     """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and tries them.
 
-    For instance `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields
+    Example: `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields
     `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`, and so on.
 
     Args:
-        name: of the mixture.
-        source: a function from a split's name to rows (dicts with `input`, `label` and optionally
-            `rationale`, `llm_label`, `weight`; and texts that `objectives` name beside these); such
-            rows themselves, as a list for the split `train` or as lists by split,
-            {"train": [...], "validation": [...]}; or any `seqio.DataSource` of such rows.
+        name: name of the mixture.
+        source: a function from a split's name to rows: dicts with `input`, `label` and optionally
+            `rationale`, `llm_label`, `weight`, and further texts that `objectives` name. Or the rows
+            themselves: a list for the split `train`, or {"train": [...], "validation": [...]}. Or a
+            `seqio.DataSource` of such rows.
         splits: names of the splits; only for a function.
-        objectives: an arm's name or objectives; each becomes a task. A `decoder_prefix` is not in
-            its targets: training puts it before them.
+        objectives: an arm's name, or objectives; each becomes a task. Its targets do not contain the
+            `decoder_prefix`, which training adds.
         vocabulary: path of a `spiece.model`, or `bytes`; a run with `init_from` uses its model's.
         metric: `text_match` or `value_match`, by which labels are compared; or a function
-            `f(targets, predictions)` from the labels and the model's to numbers by name. Validation
-            and `evaluate` call it, besides comparing by `text_match`; as in SeqIO it may take
+            `f(targets, predictions)` from gold and predicted labels to numbers by name. Validation
+            and `evaluate` call it in addition to `text_match`. As in SeqIO, it may take
             `(targets, scores)` instead.
         preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.
 
@@ -115,17 +115,17 @@ def add_task(
         The `seqio.Mixture`.
 
     Raises:
-        InputError: a name that is taken, or a first batch that cannot be made: names the task, the
-            feature and the source. Nothing stays registered then.
+        InputError: the name is taken, or the first batch cannot be made (names the task, the feature
+            and the source); nothing stays registered.
     """
     tensorflow()
     import seqio
 
     if not re.fullmatch(r"[A-Za-z][\w.]*", name):
-        raise InputError(f"add_task: a name of letters, digits and _ is wanted, got {name!r}")
+        raise InputError(f"add_task: expected a name of letters, digits and _, got {name!r}")
     if not isinstance(metric, str) and not callable(metric):
         raise InputError(
-            f"add_task({name!r}): metric is a name ({', '.join(METRICS)}) or one function, got"
+            f"add_task({name!r}): metric: expected a name ({', '.join(METRICS)}) or a function, got"
             f" {type(metric).__name__}"
         )
     function, metric = (metric, "text_match") if callable(metric) else (None, metric)
@@ -135,7 +135,7 @@ def add_task(
         source, splits = rows_of_lists(lists), list(lists)
     if callable(source) and not isinstance(source, seqio.DataSource):
         if not splits:
-            raise InputError(f"add_task({name!r}): say which splits=[...] the function can read")
+            raise InputError(f"add_task({name!r}): give the splits of the function as splits=[...]")
         named = dict.fromkeys(field for o in objectives for field in o.fields)
         more = [field for field in named if field not in Objective.FIELDS]
         source = seqio.FunctionDataSource(
@@ -147,8 +147,8 @@ def add_task(
         )
     elif not isinstance(source, seqio.DataSource):
         raise InputError(
-            f"add_task({name!r}): source must be a function of the split's name, a list of dicts, lists"
-            f" by split or a seqio.DataSource, got {type(source).__name__}"
+            f"add_task({name!r}): source must be a function of the split's name, a list of dicts, a dict"
+            f" of lists by split or a seqio.DataSource, got {type(source).__name__}"
         )
     check_source(name, source)
     load_vocabulary(vocabulary)
@@ -180,7 +180,7 @@ def add_task(
 
 
 def add_mixture(name: str, tasks: Sequence[str]) -> Any:
-    """Registers the mixture NAME of the tasks of one dataset's objectives."""
+    """Registers the mixture NAME of a dataset's tasks, one for each objective."""
     import seqio
 
     return seqio.MixtureRegistry.add(
@@ -189,7 +189,7 @@ def add_mixture(name: str, tasks: Sequence[str]) -> Any:
 
 
 def _try_out(provider: Any, spec: TaskSpec) -> None:
-    """Pulls the first rows of the first split."""
+    """Reads the first rows of the first split."""
     split = next(iter(spec.source.splits))
     with named_errors(provider.name, spec.source, split):
         dataset = provider.get_dataset(
@@ -207,7 +207,7 @@ def metric_functions(task: Any) -> Sequence[Callable]:
     """Returns the `metric_fns` of a `seqio.Task`.
 
     Raises:
-        InputError: one takes other arguments than SeqIO knows.
+        InputError: a metric takes arguments unknown to SeqIO.
     """
     try:
         return task.metric_fns
@@ -216,7 +216,7 @@ def metric_functions(task: Any) -> Sequence[Callable]:
 
 
 def registered_names() -> list[str]:
-    """Every SeqIO task and mixture of this process; SeqIO is not imported for it."""
+    """Returns the names of all SeqIO tasks and mixtures of this process, without importing SeqIO."""
     if "seqio" not in sys.modules:
         return []
     import seqio
@@ -225,10 +225,10 @@ def registered_names() -> list[str]:
 
 
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
-    """Arguments of `seqio.Task` for one objective, under SeqIO's feature names.
+    """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    The first objective's answers are parsed for their label, and labels are compared. Rows are
-    cached (`seqio_cache_tasks`) after they are tokenised, before they are cut.
+    The first objective's metrics parse answers for their labels and compare these. Rows are cached
+    (`seqio_cache_tasks`) after tokenising, before truncation.
     """
     import seqio
 
@@ -260,11 +260,11 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 
 def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
-    """Arguments of `seqio.Task` by which the labels in targets and answers are compared."""
+    """Returns the arguments of `seqio.Task` that compare the labels in targets and answers."""
 
     def label_of(text: str, example: Any = None, is_target: bool = False) -> str:
         if is_target and example is not None and LABEL_TEXT in example:
-            return example[LABEL_TEXT].decode()  # the gold one, where the target is another
+            return example[LABEL_TEXT].decode()  # the gold label, if the target has another
         return (objective.parse(text) or {"label": ""})["label"]
 
     def label_accuracy(targets, predictions):
@@ -275,13 +275,13 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One row of each example in a token store.
+    """A column of a token store: one row of each example.
 
     Attributes:
         objective: number of its objective, from 1.
-        variant: which of an example's rationales it holds, from 0.
-        name: in the store; its features are `NAME_inputs` and `NAME_targets`.
-        reads_rationale: whether its target holds a rationale.
+        variant: number of the example's rationale that it holds, from 0.
+        name: name in the store; its features are `NAME_inputs` and `NAME_targets`.
+        reads_rationale: whether one of its templates has a rationale.
     """
 
     objective: int
@@ -291,7 +291,10 @@ class Column:
 
 
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
-    """A column per objective; one per rationale where an objective's target holds a rationale."""
+    """Returns a column for each objective; for each of `rationales` if its templates have a rationale.
+
+    Example: for `step_by_step` and 2 rationales, columns `label`, `rationale` and `rationale.1`.
+    """
     columns = []
     for number, o in enumerate(objectives, 1):
         reads = "rationale" in o.fields
@@ -308,10 +311,10 @@ def joint_task(
     supervision: Supervision | None = None,
     most: int = 1,
 ) -> Any:
-    """One unregistered `seqio.Task` whose rows hold all objectives' features side by side.
+    """Returns an unregistered `seqio.Task` whose rows hold the features of all objectives.
 
-    The source is read once, so that the rows of an example cannot come apart. Features are those
-    of `columns_of(objectives, most)`. Without a supervision every example stays as it is.
+    It reads the source once, so that an example's rows stay together. The features are those of
+    `columns_of(objectives, most)`. Without a supervision, every example is kept as it is.
     """
     import seqio
 
@@ -363,7 +366,7 @@ def _features(vocabulary: str, framing: Framing) -> dict[str, Any]:
 
 
 def seqio_vocabulary(vocabulary: str) -> Any:
-    """SeqIO's vocabulary of a `spiece.model` or of `bytes`, without extra ids."""
+    """Returns SeqIO's vocabulary for a `spiece.model` or `bytes`, without extra ids."""
     import seqio
 
     if vocabulary == BYTES:

@@ -1,4 +1,4 @@
-"""Where rows come from: a user's function as a SeqIO source, and names for sources in messages."""
+"""Wraps a user's function as a SeqIO source; names, checks and digests sources."""
 
 import contextlib
 import functools
@@ -18,18 +18,18 @@ from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.fingerprints import sha256_of_rows
 
-AT_ONCE = 32  # rows that a function is asked for ahead
+AT_ONCE = 32  # rows that are read ahead from a function
 
 Rows = Callable[..., Iterable[Mapping[str, Any]]]
 
 
 class RowsOfFunction:
-    """A user's function of rows as the `dataset_fn` of a `seqio.FunctionDataSource`."""
+    """Wraps a user's function of rows as the `dataset_fn` of a `seqio.FunctionDataSource`."""
 
     def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
-        """`more` are names of other texts, which a row must have; they may be empty."""
+        """`more` names further texts that a row must have, though they may be empty."""
         self.task, self.rows, self.more = task, rows, tuple(more)
-        self.failure: Exception | None = None  # TensorFlow would bury it in a trace of its own
+        self.failure: Exception | None = None  # kept, since TensorFlow buries it in its own trace
         self.__name__ = getattr(rows, "__qualname__", type(rows).__name__)
         self.__module__ = getattr(rows, "__module__", __name__)
 
@@ -46,16 +46,16 @@ class RowsOfFunction:
         ).unbatch()
 
     def _several(self, split: str) -> Iterator[dict[str, list[Any]]]:
-        """Rows side by side: TensorFlow takes each thing from Python at a price."""
+        """Yields rows in groups: passing an element from Python to TensorFlow has a fixed cost."""
         rows = self._checked(split)
         while several := list(itertools.islice(rows, AT_ONCE)):
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """As `rows_digest`, a hundred times as fast: the rows do not go through TensorFlow.
+        """Returns the same as `rows_digest`, 100 times as fast, since rows bypass TensorFlow.
 
         Raises:
-            InputError: the function fails, or a row is not as it should be.
+            InputError: the function fails, or a row is malformed.
         """
         rows = (json.dumps(list(fields.values())).encode() for fields in self._checked(split))
         try:
@@ -81,22 +81,22 @@ class RowsOfFunction:
 
     def _fields(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(row, Mapping):
-            raise InputError(f"{where}: a dict is wanted, got {type(row).__name__}")
+            raise InputError(f"{where}: expected a dict, got {type(row).__name__}")
         fields: dict[str, Any] = {}
         for name in self._names:
             value = row.get(name)
-            # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
-            wanted = name == "input" or (name == "label" and not row.get("llm_label"))
-            if (wanted or name in self.more) and name not in row:
+            # LABEL_SOURCE=llm trains on rows that only the teacher has labelled
+            required = name == "input" or (name == "label" and not row.get("llm_label"))
+            if (required or name in self.more) and name not in row:
                 raise InputError(
-                    f"{where}: field {name!r} is missing, the row has"
+                    f"{where}: field {name!r} is missing; the row has"
                     f" {', '.join(map(str, row)) or 'none'}{nearest(name, map(str, row))}"
                 )
             if not isinstance(value, str | None):
                 raise InputError(
                     f"{where}: field {name!r} must be a text, got {type(value).__name__}"
                 )
-            if wanted and not value:
+            if required and not value:
                 raise InputError(f"{where}: field {name!r} is empty")
             fields[name] = value or ""
         factor = row.get("weight")
@@ -107,7 +107,7 @@ class RowsOfFunction:
 
 
 def rows_of_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
-    """Returns the function from a split's name to its rows that `RowsOfFunction` reads."""
+    """Returns a function from a split's name to its rows, for `RowsOfFunction`."""
     kept = {split: tuple(rows) for split, rows in lists.items()}
 
     def rows(split: str) -> Sequence[Mapping[str, Any]]:
@@ -119,7 +119,7 @@ def rows_of_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
 
 @contextlib.contextmanager
 def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
-    """Turns what SeqIO or TensorFlow raise while a task is read into one line with its name."""
+    """Turns errors of SeqIO and TensorFlow while a task is read into one line with its name."""
     try:
         yield
     except InputError:
@@ -137,13 +137,13 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
 
 
 def check_source(task: str, source: Any) -> None:
-    """Refuses a source that no split can be read of.
+    """Raises if no split of a source can be read.
 
     SeqIO itself would start to download a TFDS dataset that is not on disk.
 
     Raises:
-        InputError: it has no splits, or its TFDS dataset is not downloaded: names dataset and
-            folder, and the command.
+        InputError: it has no splits, or its TFDS dataset is not downloaded (names dataset, folder
+            and command).
     """
     tensorflow()
     import seqio
@@ -152,13 +152,12 @@ def check_source(task: str, source: Any) -> None:
         _check_downloaded(task, source.tfds_dataset)
     if not tuple(source.splits):
         raise InputError(
-            f"task {task!r}: {describe_source(source)} has no splits; give it `splits`, for"
-            " instance train"
+            f"task {task!r}: {describe_source(source)} has no splits; give it `splits`, such as train"
         )
 
 
 def _check_downloaded(task: str, loader: Any) -> None:
-    """`loader` is a `seqio.LazyTfdsLoader`, which may read several datasets, one for each split."""
+    """Checks a `seqio.LazyTfdsLoader`, which may read a different dataset for each split."""
     import tensorflow_datasets as tfds
 
     for split in loader.tfds_splits or (None,):
@@ -169,28 +168,28 @@ def _check_downloaded(task: str, loader: Any) -> None:
             if loader._get_builder(split).is_prepared():
                 continue
         except tfds.core.DatasetNotFoundError:
-            why = ", and TFDS has no code that makes it"
+            why = ", and TFDS has no code for it"
             command = (
                 f"check name and version, or run `tfds build SCRIPT --data_dir {where}` on yours"
             )
         except Exception as error:
             text = re.sub(r'^Failed to construct .*?}": ', "", " ".join(str(error).split()))
             why, command = f" ({text[:200]})", "check its name, version and folder"
-        forget_tfds(name, folder)  # else it would stay absent in this process once it is built
+        forget_tfds(name, folder)  # so that this process finds it once it is built
         raise InputError(
             f"task {task!r}: TFDS dataset {name} is not downloaded in {where}{why}; {command}"
         )
 
 
 def forget_tfds(name: str | None, folder: str | None) -> None:
-    """Makes SeqIO look at a TFDS dataset's files again: it remembers each for the process's life."""
+    """Drops a TFDS dataset from SeqIO's cache, so that SeqIO looks at its files again."""
     import seqio
 
     seqio.LazyTfdsLoader._MEMOIZED_BUILDERS.pop((name, folder), None)
 
 
 def raised_at(error: BaseException) -> str:
-    """Returns ` at FILE:LINE` of the line that raised it, for a message."""
+    """Returns ` at FILE:LINE` of the line that raised the error, for a message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -198,7 +197,7 @@ def raised_at(error: BaseException) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """A source's kind and what it reads, without memory addresses."""
+    """Returns a source's type and content for messages, without memory addresses."""
     function = getattr(source, "_dataset_fn", None)
     if function is not None:
         name = getattr(function, "__qualname__", getattr(function, "__name__", repr(function)))
@@ -207,7 +206,7 @@ def describe_source(source: Any) -> str:
 
 
 def describe(thing: Any) -> Any:
-    """A JSON-like name of a source or preprocessor that is the same in every process."""
+    """Returns a JSON-like description of a source or preprocessor, equal in every process."""
     if isinstance(thing, (list, tuple)):
         return [describe(part) for part in thing]
     if hasattr(thing, "func"):  # functools.partial
@@ -222,22 +221,22 @@ def describe(thing: Any) -> Any:
 
 
 def files_of(source: Any, split: str) -> list[list[Any]]:
-    """What stands for the rows of a source that reads files: [name, size, time of change] of each.
+    """Returns [name, size, modification time] of each file of a source, which stand for its rows.
 
-    Beside them, for TFDS, which of their rows are taken. Empty where the source does not read files
-    (TextLine, TFRecord, TFDS), or they cannot be asked: then its rows must be read to know them.
+    For TFDS also the slice of rows that is read. [] if the source does not read files (as TextLine,
+    TFRecord and TFDS do), or their times are unknown: then only reading the rows identifies them.
 
     Raises:
-        InputError: a TFDS split without rows, at which SeqIO would end the process.
+        InputError: a TFDS split has no rows; SeqIO would end the process.
     """
     tf = tensorflow()
     import seqio
 
     if isinstance(source, seqio.TfdsDataSource):
         found: list[list[Any]] = [[repr(getattr(source.tfds_dataset, "_split_map", None))]]
-        if math.isinf(source.num_input_examples(split) or 0):  # SeqIO's number for none
+        if math.isinf(source.num_input_examples(split) or 0):  # SeqIO's number for no rows
             raise InputError(
-                f"split {split!r} of {describe_source(source)} has no rows; name another slice of it"
+                f"split {split!r} of {describe_source(source)} has no rows; give another slice"
             )
     elif isinstance(source, seqio.FileDataSource):
         found = []
@@ -258,14 +257,14 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
 
 
 def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
-    """Number and digest of a source's rows as it gives them, before any preprocessor.
+    """Returns the number and digest of a source's rows, before any preprocessor.
 
-    It reads the whole source. On one CPU core 100,000 rows cost half a second beside what the
-    function of `add_task` itself takes, 4 seconds where they come through TensorFlow, and 25 where
-    TensorFlow has them from Python (`tf.data.Dataset.from_generator`).
+    Reads the whole source. On one CPU core, 100,000 rows take 0.5 s in addition to the time of the
+    function of `add_task`, 4 s through TensorFlow, and 25 s through TensorFlow from Python
+    (`tf.data.Dataset.from_generator`).
 
     Returns:
-        `rows`, a number, and `sha256`, a hex digest.
+        {"rows": number of rows, "sha256": hex digest}.
     """
     function = getattr(source, "_dataset_fn", None)
     if isinstance(function, RowsOfFunction):

@@ -1,8 +1,8 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
-`We hold these truths` becomes the pair `We hold <X>` -> `<X> these truths`. SeqIO brings no such
-preprocessor; the functions here do what those of the same name in the package `t5` do
-(t5/data/preprocessors.py, version 0.9.4), so that the same seeds give the same masks.
+`We hold these truths` becomes the pair `We hold <X>` -> `<X> these truths`. SeqIO has no such
+preprocessor. The functions here equal those of the same names in the package `t5`
+(t5/data/preprocessors.py, version 0.9.4): the same seeds give the same masks.
 """
 
 import functools
@@ -16,7 +16,7 @@ from stepdistill_jax.data.vocabulary import BYTES, load_vocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import number, whole
 
-NOISE_DENSITY, MEAN_NOISE_SPAN_LENGTH, SENTINELS = 0.15, 3.0, 100  # those of T5
+NOISE_DENSITY, MEAN_NOISE_SPAN_LENGTH, SENTINELS = 0.15, 3.0, 100  # T5's
 
 
 def add_span_corruption(
@@ -29,29 +29,29 @@ def add_span_corruption(
     mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
     masks: int = 1,
 ) -> Any:
-    """Registers the SeqIO task NAME: texts of JSON lines, cut into segments, with spans to guess.
+    """Registers the SeqIO task NAME: texts of JSON lines, split into segments, with spans to predict.
 
-    The token store keeps what is read once, so a segment has the same mask in every epoch: that of its
-    place in the file. `masks` gives it several, each an example of its own (as in RoBERTa's static
-    masking, arXiv 1907.11692, section 4.1).
+    The token store keeps each segment as it was read first, so its mask, which depends on its place
+    in the file, is the same in every epoch. `masks` gives it several masks, each an example of its
+    own (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
 
     Args:
-        name: of the task.
-        files: by split, a file of rows `{"text": ...}`, or a pattern of such files.
-        vocabulary: path of a `spiece.model`, or `bytes`; 100 sentinels follow its last id, the first
-            of them the highest, so the model has that many more ids.
-        inputs_length: the config's `input_length`: most ids of corrupted inputs, end of sequence included. A
-            longer text is cut into segments that give just as many.
-        noise_density: share of the ids to guess, above 0 and below 1.
-        mean_noise_span_length: ids of a span on average, 1 or more.
-        masks: how often each segment is corrupted.
+        name: name of the task.
+        files: {split: file of rows `{"text": ...}`, or glob pattern of such files}.
+        vocabulary: path of a `spiece.model`, or `bytes`. 100 sentinels follow its last id, so the
+            model has 100 more ids; the first sentinel has the highest id.
+        inputs_length: the config's `input_length`: most ids of corrupted inputs, with end of
+            sequence. Longer texts are split into segments that fill it.
+        noise_density: share of the ids to predict, above 0 and below 1.
+        mean_noise_span_length: mean length of a span in ids, 1 or more.
+        masks: number of masks for each segment.
 
     Returns:
         The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids: `target_length`.
 
     Raises:
-        InputError: no such file, a name that is taken, a bad number, or more spans in a segment than
-            there are sentinels. A row that is no object with a `text` is named when it is read.
+        InputError: no such file, the name is taken, a number is out of range, or a segment has more
+            spans than there are sentinels. While rows are read: a row is not an object with a `text`.
     """
     tf = tensorflow()
     import seqio
@@ -65,8 +65,8 @@ def add_span_corruption(
     spans = round(round(length * noise_density) / mean_noise_span_length)
     if spans > SENTINELS:
         raise InputError(
-            f"{where}: {spans} spans in a segment of {length} ids, and there are {SENTINELS}"
-            " sentinels; take shorter inputs_length or longer spans"
+            f"{where}: a segment of {length} ids has {spans} spans, but there are {SENTINELS}"
+            " sentinels; use a shorter inputs_length or longer spans"
         )
     for split, path in files.items():
         if not tf.io.gfile.glob(os.fspath(path)):
@@ -100,12 +100,12 @@ def add_span_corruption(
 
 
 def _plain(function: Any) -> Any:
-    """Plain TensorFlow, whose source autograph need not read."""
+    """Marks a function as plain TensorFlow, which autograph need not convert."""
     return tensorflow().autograph.experimental.do_not_convert(function)
 
 
 def text_of_json_lines(dataset: Any) -> Any:
-    """SeqIO preprocessor: a line `{"text": ...}` -> `targets`, the text; blank lines are left out."""
+    """SeqIO preprocessor: a line `{"text": ...}` -> `targets`, the text; skips blank lines."""
     tf = tensorflow()
 
     def parse(line: bytes) -> bytes:
@@ -113,7 +113,7 @@ def text_of_json_lines(dataset: Any) -> Any:
             return json.loads(line)["text"].encode()
         except (ValueError, KeyError, TypeError, AttributeError):
             shown = line[:80].decode(errors="replace")
-            raise InputError(f'a row {{"text": "..."}} is wanted, got {shown}') from None
+            raise InputError(f'expected a row {{"text": "..."}}, got {shown}') from None
 
     @_plain
     def convert(line: Any) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def text_of_json_lines(dataset: Any) -> Any:
 
 
 def split_tokens(dataset: Any, *, length: int) -> Any:
-    """SeqIO preprocessor: `targets` in pieces of `length` ids, the last of a text maybe shorter.
+    """SeqIO preprocessor: splits `targets` into pieces of `length` ids; a text's last may be shorter.
 
-    A piece of a single id is left out: nothing would stand beside what is to be guessed.
+    Drops pieces of a single id: no context would remain for the id to predict.
     """
     tf = tensorflow()
 
@@ -138,7 +138,7 @@ def split_tokens(dataset: Any, *, length: int) -> Any:
 
 
 def repeat(dataset: Any, *, times: int) -> Any:
-    """SeqIO preprocessor: each row `times` times."""
+    """SeqIO preprocessor: repeats each row `times` times."""
     tf = tensorflow()
     return dataset.flat_map(_plain(lambda row: tf.data.Dataset.from_tensors(row).repeat(times)))
 
@@ -148,7 +148,7 @@ def corrupt_spans(
 ) -> Any:
     """SeqIO preprocessor: `targets`, ids of a text -> `inputs` without the spans, `targets` the spans.
 
-    SeqIO gives each row two seeds, by the task's seed and the row's place.
+    SeqIO derives each row's two seeds from the task's seed and the row's place.
     """
     import seqio
 
@@ -172,16 +172,17 @@ def corrupt_spans(
 def random_spans_noise_mask(
     length: Any, noise_density: float, seeds: Any, *, mean_noise_span_length: float
 ) -> Any:
-    """Which ids are noise; all masks with these numbers of ids and of spans are equally likely.
+    """Returns a random noise mask, uniform over all masks with its numbers of noise ids and spans.
 
-    Spans alternate, the first is kept, the last is noise (so a single one is the end); `round(length * noise_density)` ids are
-    noise, in `round(these / mean_noise_span_length)` spans, one at least of both.
+    n = max(1, round(length * noise_density)) ids are noise, in max(1, round(n /
+    mean_noise_span_length)) spans. Kept spans and noise spans alternate: the first span is kept, the
+    last is noise.
 
     Args:
-        length: int32 scalar, of the ids.
+        length: int32 scalar, number of ids.
         noise_density: share of noise.
         seeds: [2, 2] int32.
-        mean_noise_span_length: ids of a span.
+        mean_noise_span_length: mean length of a noise span in ids.
 
     Returns:
         [length] bool.
@@ -198,10 +199,12 @@ def random_spans_noise_mask(
     noise_ids = rounded(tf.cast(length, tf.float32) * noise_density)
     noise_ids = tf.minimum(tf.maximum(noise_ids, 1), length - 1)
     spans = tf.maximum(rounded(tf.cast(noise_ids, tf.float32) / mean_noise_span_length), 1)
-    spans = tf.minimum(spans, length - noise_ids)  # where `t5` fails: much noise in short spans
+    spans = tf.minimum(spans, length - noise_ids)  # `t5` fails here: much noise in short spans
 
     def segment_lengths(ids: Any, seed: Any) -> Any:
-        """[spans] lengths of at least 1 that add up to `ids`."""
+        """Returns [spans] random lengths of at least 1 with the sum `ids`."""
+        # `spans - 1` of the ids but the first start a segment: 5 ids, starts [0, 1, 0, 1] ->
+        # segment of each id [0, 0, 1, 1, 2] -> lengths [2, 2, 1]
         starts = seqio.stateless_shuffle(tf.cast(tf.range(ids - 1) < spans - 1, tf.int32), seed)
         segment = tf.cumsum(tf.pad(starts, [[1, 0]]))
         return tf.math.segment_sum(tf.ones_like(segment), segment)
@@ -210,6 +213,8 @@ def random_spans_noise_mask(
         segment_lengths(noise_ids, seeds[0]),
         segment_lengths(length - noise_ids, seeds[1]),
     )
+    # kept [3, 1] and noise [1, 2] alternate: lengths [3, 1, 1, 2], starts of spans [3, 4, 5],
+    # number of each id's span [0, 0, 0, 1, 2, 3, 3]; odd spans are noise
     lengths = tf.reshape(tf.stack([kept, noise], axis=1), [spans * 2])
     starts = tf.cumsum(lengths)[:-1]
     number = tf.cumsum(tf.math.unsorted_segment_sum(tf.ones_like(starts), starts, length))
@@ -217,15 +222,17 @@ def random_spans_noise_mask(
 
 
 def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
-    """Each run of noise becomes one sentinel: `vocab_size - 1`, `vocab_size - 2`, ... from the left.
+    """Replaces each run of noise by one sentinel: from the left `vocab_size - 1`, `vocab_size - 2`, ...
+
+    Example: ids [5, 6, 7, 8], noise [0, 1, 1, 0] and vocab_size 100 give [5, 99, 8].
 
     Args:
         ids: [length] int32.
         noise: [length] bool.
-        vocab_size: of the vocabulary with its sentinels.
+        vocab_size: size of the vocabulary with its sentinels.
 
     Returns:
-        [shorter] int32.
+        [at most length] int32.
     """
     tf = tensorflow()
     before = tf.pad(noise[:-1], [[1, 0]])
@@ -237,9 +244,12 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 def random_spans_helper(
     inputs_length: int, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
-    """(ids of a segment that is `inputs_length` long once it is corrupted, longest targets).
+    """Returns (length of a segment whose corrupted inputs fill `inputs_length`, length of its targets).
 
-    Both lengths with the end of sequence. `random_spans_helper(512, 0.15, 3.0)` is (568, 114).
+    Inputs and targets include the end of sequence. A segment of n ids with `noise` noise ids in
+    `spans` spans has n - noise + spans + 1 inputs and noise + spans + 1 targets.
+
+    Example: `random_spans_helper(512, 0.15, 3.0)` is (568, 114).
     """
 
     def lengths(ids: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Which label and which rationales of an example are trained on."""
+"""Selects the label and the rationales of an example to train on."""
 
 import collections
 import dataclasses
@@ -19,29 +19,29 @@ from stepdistill_jax.runtime.progress import log
 
 LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
 RATIONALES = ("first", "all", "sample")
-# a field of its own, with a name that no dataset's can have: a weight of 0 is a mistake in the data
-# and is to be named
+# a separate field, named unlike any dataset's: a weight of 0 cannot mark rows to drop, since it is
+# an error in the data
 KEEP = "is kept"
 
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """What a run takes from an example that may have two labels and several rationales.
+    """Selects the label and rationales of examples that may have two labels and several rationales.
 
     Attributes:
-        label_source: `gold`; `llm`, the teacher's own (standard distillation); `gold_else_llm`; or
-            `agree`, gold where the teacher gave the same, by the task's metric. An example without
-            the label that is asked for is left out, with all its rows.
-        disagree_weight: under `agree` the factor of an example whose teacher said something else or
-            nothing; 0 leaves it out.
-        rationales: `first` takes the example's `rationale`; `all` makes a row of each of its
+        label_source: `gold`; `llm`, the teacher's label (standard distillation); `gold_else_llm`; or
+            `agree`, the gold label if the teacher's equals it by the task's metric. Examples without
+            the selected label are left out with all their rows.
+        disagree_weight: under `agree`, factor of the weight of an example whose teacher's label
+            differs or is missing; 0 leaves it out.
+        rationales: `first` uses the example's `rationale`; `all` makes a row of each of its
             `rationales`; `sample` draws one of them in each epoch, by the seed. Under `agree`,
-            `all` and `sample` leave out a rationale that argues for another label.
-        rationale_source: only rationales of this `source` (`human`, `llm`, a teacher's name); None
-            takes any. A row's `rationale` that stands in no list is the teacher's, `llm`.
+            `all` and `sample` leave out rationales that argue for another label.
+        rationale_source: uses only rationales with this `source` (`human`, `llm`, a teacher's name);
+            None uses all. The source of a row's `rationale` without a list is `llm`.
 
     Raises:
-        InputError: a value that is none of these.
+        InputError: a value is not one of these.
     """
 
     label_source: str = "gold"
@@ -59,25 +59,25 @@ class Supervision:
 
     @property
     def needs_list(self) -> bool:
-        """Whether the row's list `rationales` is read, and not `rationale` alone."""
+        """Whether it reads the row's list `rationales`, and not only `rationale`."""
         return self.rationales != "first" or self.rationale_source is not None
 
     def for_objectives(self, objectives: Sequence[Objective]) -> "Supervision":
-        """That of training on these: where the teacher's label is the target no gold one is needed."""
+        """Returns the supervision for these objectives: a target of the teacher's label needs no gold."""
         if objectives[0].label_field == "llm_label" and self.label_source == "gold":
             return dataclasses.replace(self, label_source="llm")
         return self
 
     def held_out(self) -> "Supervision":
-        """That of validation: gold labels; the teacher's only where a row has no gold one.
+        """Returns the supervision for validation: gold labels, or the teacher's for rows without gold.
 
-        A run that trains on gold alone never compares itself with a teacher.
+        A run that trains on gold alone is never compared with a teacher.
         """
         return Supervision("gold" if self.label_source == "gold" else "gold_else_llm")
 
 
 def most_rationales(path: pathlib.Path) -> int:
-    """The longest list `rationales` of a prepared SPLIT.jsonl, at least 1."""
+    """Returns the length of the longest list `rationales` in a prepared SPLIT.jsonl, at least 1."""
     most = 1
     with open(path, encoding="utf-8") as f:
         for line in f:
@@ -89,10 +89,10 @@ def most_rationales(path: pathlib.Path) -> int:
 def check_rationales(
     task: str, path: pathlib.Path, supervision: Supervision, with_rationale: int, examples: int
 ) -> None:
-    """Says how many examples have a rationale of the source that is asked for.
+    """Logs the number of examples with a rationale of the selected source.
 
     Raises:
-        InputError: none has: training would be on labels alone; lists the sources that there are.
+        InputError: no example has one, so only labels would be trained on; lists the sources.
     """
     if supervision.rationale_source is None:
         return
@@ -104,8 +104,8 @@ def check_rationales(
                 sources.update(list(dict.fromkeys(r["source"] for r in listed)))
         named = ", ".join(f"{name or '(none)'} in {n}" for name, n in sources.most_common())
         raise InputError(
-            f"supervision.rationale_source: no row of {task} that is trained on has a rationale of"
-            f" source {supervision.rationale_source!r} (rows by source: {named or 'no lists'})"
+            f"supervision.rationale_source: no training row of {task} has a rationale of source"
+            f" {supervision.rationale_source!r} (rows by source: {named or 'no lists'})"
             f"{nearest(supervision.rationale_source, sources)}"
         )
     log(
@@ -115,13 +115,13 @@ def check_rationales(
 
 
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
-    """SeqIO preprocessor: the label that is trained on as `label`, rationales, and the weight.
+    """SeqIO preprocessor: puts the selected label into `label`, and sets rationales and weight.
 
-    Rationale 0 is in the field `rationale`, those after it in `rationale.1` to `rationale.MOST-1`;
-    an absent one is empty.
+    Rationale 0 is in the field `rationale`, the others are in `rationale.1` to `rationale.MOST-1`,
+    "" if absent.
 
     Raises:
-        InputError: the supervision reads a list `rationales` and the rows have none.
+        InputError: the supervision reads the list `rationales`, and the rows have none.
     """
     tf = tensorflow()
     s, matches = supervision, metric_fn(metric)
@@ -164,7 +164,7 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
         if s.label_source == "agree" and s.rationales != "first":
             keep &= (tf.strings.length(listed["label"]) == 0) | agrees(listed["label"], label)
         texts = tf.boolean_mask(listed["text"], keep)
-        # a row may have the one field, the teacher's, without the list
+        # without a list, a row may still have the field `rationale`, which is the teacher's
         if s.rationale_source in (None, TEACHER):
             no_list = tf.size(listed["text"]) == 0
             texts = tf.cond(no_list, lambda: row["rationale"][None], lambda: texts)

@@ -1,4 +1,4 @@
-"""The tokens of one split of a task, as training and evaluation read them."""
+"""Tokens of one split of a task, for training and evaluation."""
 
 import dataclasses
 import functools
@@ -21,17 +21,17 @@ class Part:
     """The examples of one dataset, or of one task of a mixture.
 
     Attributes:
-        name: of the dataset or task.
-        store: its examples, tokenised.
-        columns: what `store.rows` hold; their objectives are numbers of `TaskData.objectives`.
+        name: name of the dataset or task.
+        store: the tokenised examples.
+        columns: columns of `store.rows`; they count objectives as in `TaskData.objectives`.
         rate: share of the drawn examples; the rates of all parts need not add up to 1.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
-        labels: the distinct labels where they are few, else empty.
-        task: the `seqio.Task` of the first column, whose metrics count where that is the label's;
-            None has none.
-        input_pair: whether its rows have a second text of the input (`Example.input_pair`).
-        own_inputs: whether its inputs are a plain task's own, whatever the objectives' templates.
-        drawn: how rows of several tasks became examples, or why they did not; else empty.
+        labels: the distinct labels if they are few; else empty.
+        task: the `seqio.Task` of the first column, whose metrics are used if it is the label's, or
+            None.
+        input_pair: whether its rows have a second input text (`Example.input_pair`).
+        own_inputs: whether its inputs are a plain task's own, not made by the objectives' templates.
+        drawn: how rows of several tasks became examples, or why they did not; "" for one task.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Part:
 
     @property
     def has_targets(self) -> bool:
-        """Returns whether any example has a target."""
+        """Whether any example has a target."""
         return any(rows["targets"].lengths.any() for rows in self.store.rows)
 
     @property
     def label_column(self) -> int | None:
-        """Returns the column of the first objective, which answers are compared with."""
+        """Index of the first objective's column, which answers are compared with; None without one."""
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
@@ -60,12 +60,12 @@ class Part:
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
-        there = np.flatnonzero(inputs.lengths).tolist()  # a paired example may have no label row
+        there = np.flatnonzero(inputs.lengths).tolist()  # paired examples may lack a label row
         labels = self.store.label_texts
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
     def label_targets(self) -> list[list[int]]:
-        """Returns the ids of the target of each of `labelled_inputs`, uncut."""
+        """Returns the untruncated ids of the target of each of `labelled_inputs`."""
         if (column := self.label_column) is None:
             return []
         rows = self.store.rows[column]
@@ -78,12 +78,12 @@ class TaskData:
     """One split of a task, tokenised.
 
     Attributes:
-        name, split: what was asked for.
-        objectives: those of the rows, in the order of their ids (1, 2, ...).
-        parts: one, or several of a mixture.
-        vocabulary: of inputs and targets.
-        sample_rationales: whether a batch takes one of an example's rationales, or all there are.
-        share_is_drawn: whether the rows are the share that the run asked for, and batches draw none.
+        name, split: name of the task, and its split.
+        objectives: objectives of the rows, in the order of their ids (1, 2, ...).
+        parts: one part, or several for a mixture.
+        vocabulary: vocabulary of inputs and targets.
+        sample_rationales: whether a batch uses one of an example's rationales, or all.
+        share_is_drawn: whether `data_fraction` is applied already, so that batches use all rows.
     """
 
     name: str
@@ -108,7 +108,7 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns the data of one store; `most_rationales` of an example are rows of their own."""
+        """Returns the data of one store with columns for up to `most_rationales` per example."""
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
         parts = (Part(name, store, columns, **part),)
@@ -116,38 +116,38 @@ class TaskData:
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:
-        """Returns the store of each part."""
+        """The store of each part."""
         return tuple(part.store for part in self.parts)
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Returns the rate of each part."""
+        """The rate of each part."""
         return tuple(part.rate for part in self.parts)
 
     @property
     def shares_encoding(self) -> bool:
-        """Returns whether the targets of an example read one encoding of its input."""
+        """Whether the targets of an example read one encoding of its input."""
         return share_encoding(self.objectives) and not any(p.own_inputs for p in self.parts)
 
     @property
     def metric(self) -> str:
-        """Returns the metric of all parts; `text_match` where they differ."""
+        """The metric of all parts; `text_match` if they differ."""
         found = {part.metric for part in self.parts}
         return found.pop() if len(found) == 1 else "text_match"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Returns the labels of the one part; none of several."""
+        """The labels of the only part; [] for several parts."""
         return self.parts[0].labels if len(self.parts) == 1 else ()
 
     @property
     def input_pair(self) -> bool:
-        """Returns whether rows have a second text of the input."""
+        """Whether rows have a second input text."""
         return any(part.input_pair for part in self.parts)
 
     @functools.cached_property
     def decoder_prefixes(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of each objective's `decoder_prefix`, mostly none."""
+        """Ids of each objective's `decoder_prefix`; () for most."""
         return tuple(
             tuple(self.vocabulary.encode(o.decoder_prefix)) if o.decoder_prefix else ()
             for o in self.objectives
@@ -155,15 +155,15 @@ class TaskData:
 
     @property
     def is_mixed(self) -> bool:
-        """Returns whether several tasks, or their pairs, make up the data."""
+        """Whether the data comes from several tasks, paired or not."""
         return len(self.parts) > 1 or any(part.drawn for part in self.parts)
 
     def shares(self) -> list[dict[str, Any]]:
-        """Returns what each part and objective gets of an endless run, before anything is cut.
+        """Returns the share of each part and objective in an endless run, before truncation.
 
-        Each has `task` (the part's name), `objective`, `examples` (the share of examples that are
-        the part's), `rows` and `target_tokens` (the shares of all rows and target tokens), `drawn`
-        (of `Part`).
+        Each has `task` (name of the part), `objective`, `examples` (the part's share of all examples),
+        `rows` and `target_tokens` (shares of all rows and of all target tokens), and `drawn` (see
+        `Part`).
         """
         found, total = {}, sum(self.rates)
         for part in self.parts:
@@ -177,7 +177,7 @@ class TaskData:
                     {"task": part.name, "objective": objective, "examples": drawn}
                     | {"rows": 0.0, "target_tokens": 0.0, "drawn": part.drawn},
                 )
-                # of several rationales all are rows of a step, or one that is drawn
+                # an example's rationales are all rows of a step, or a single one is drawn
                 if column.variant == 0 or not self.sample_rationales:
                     share["rows"] += drawn * np.count_nonzero(of_rows) / usable
                     share["target_tokens"] += drawn * float(of_rows.sum()) / usable
@@ -189,7 +189,7 @@ class TaskData:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that decides a batch: the stores' contents, their rates, prefixes."""
+        """Digest of everything that determines a batch: contents of stores, rates and prefixes."""
         parts = [[store.fingerprint for store in self.stores], list(self.rates)]
         if len(self.parts) > 1:
             parts.append([[column.objective for column in part.columns] for part in self.parts])
@@ -199,38 +199,39 @@ class TaskData:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that a model must know: the vocabulary's, and extra ids that the rows use."""
+        """Number of ids that a model needs: the vocabulary's, and extra ids that rows use."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
     def check_ids(self, vocab_size: int) -> None:
-        """Refuses a model that has no embedding for an id of the rows.
+        """Raises if a model has no embedding for some id of the rows.
 
         Raises:
-            InputError: the largest id is not below `vocab_size`, the model's.
+            InputError: the largest id is not below the model's `vocab_size`.
         """
         if self.vocab_size > vocab_size:
             raise InputError(
-                f"task {self.name!r}: its ids go up to {self.vocab_size - 1}, and the model's vocab_size"
-                f" is {vocab_size}; take a model with more (`init_from`), or a task whose vocabulary has"
-                " no or fewer extra_ids"
+                f"task {self.name!r}: its ids go up to {self.vocab_size - 1}, but the model's vocab_size"
+                f" is {vocab_size}; use a larger one (`init_from`), or a task whose vocabulary has fewer"
+                " extra_ids"
             )
 
 
 def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each part of a mixture: what its rows are, and how much of the run it gets.
+    """Returns a line for each part of a mixture, with its shares of the run.
 
-    Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
-    rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.
+    Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0%
+    of the rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target
+    tokens`.
 
     Args:
-        shares: of `TaskData.shares`.
+        shares: the result of `TaskData.shares`.
     """
     lines = []
     for name in dict.fromkeys(share["task"] for share in shares):
         own = [share for share in shares if share["task"] == name]
         how = own[0]["drawn"]
         if how and len(own) == 1:
-            how = f"its rows are drawn on their own, since {how}"
+            how = f"its rows are drawn separately, since {how}"
         of = ", ".join(
             f"{s['objective']} {s['rows']:.1%} of the rows and {s['target_tokens']:.1%} of the target"
             " tokens"

@@ -1,4 +1,9 @@
-"""Token ids on disk, written once per dataset, split and vocabulary; no TensorFlow."""
+"""Stores token ids on disk, once per dataset, split and vocabulary. Does not import TensorFlow.
+
+A store is a folder. Each feature of each objective has two files: `ids`, all rows one after the
+other, and `offsets`, [examples + 1] int64, so that row i is ids[offsets[i] : offsets[i + 1]].
+`weights`, `labels.jsonl` and row ids have one entry per example; `manifest.json` has digests.
+"""
 
 import contextlib
 import dataclasses
@@ -21,9 +26,9 @@ from stepdistill_jax.runtime.folders import REPLACED, staged_folder
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.token_files import FEATURES, ROW_IDS, file_name, write_files
 
-FORMAT_VERSION = 2  # raised when a store holds other things, `about` included
+FORMAT_VERSION = 2  # raised when the contents of a store change, `about` included
 MANIFEST = "manifest.json"
-SAMPLED = "sampled"  # of a manifest: the digest that is compared when a store is opened
+SAMPLED = "sampled"  # key of the manifest: digest to compare when a store is opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +36,12 @@ class TokenRows:
     """One feature of one objective: row i is `ids[starts[i] : ends[i]]`.
 
     Example: ids `[5, 6, 1, 7, 1]`, starts `[0, 3, 3]` and ends `[3, 3, 5]` hold the rows `5 6 1`, an
-    empty one (an absent target) and `7 1`.
+    empty row (an absent target) and `7 1`.
 
     Attributes:
-        ids: [tokens] int32, memory-mapped, uncut, each row with its end of sequence.
+        ids: [tokens] int32, memory-mapped; rows are not truncated and have their end of sequence.
         starts, ends: [examples] int64.
-        known_max_id: the largest of `ids`; None where all must be read for it.
+        known_max_id: the largest of `ids`; None if unknown.
     """
 
     ids: np.ndarray
@@ -48,21 +53,21 @@ class TokenRows:
     def of_offsets(
         cls, ids: np.ndarray, offsets: np.ndarray, known_max_id: int | None = None
     ) -> "TokenRows":
-        """Returns rows that follow each other; `offsets` are [examples + 1] int64."""
+        """Returns rows that follow each other; `offsets` is [examples + 1] int64."""
         return cls(ids, offsets[:-1], offsets[1:], known_max_id)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[examples] int64: tokens of each row."""
+        """[examples] int64 number of tokens of each row."""
         return self.ends - self.starts
 
     @functools.cached_property
     def max_id(self) -> int:
-        """The largest of `ids`; 0 of none."""
+        """The largest of `ids`; 0 if there are none."""
         return int(self.ids.max(initial=0)) if self.known_max_id is None else self.known_max_id
 
     def take(self, rows: np.ndarray) -> "TokenRows":
-        """Returns these rows in this order; -1 is an empty one."""
+        """Returns the given rows in the given order, without copying ids; -1 gives an empty row."""
         starts, ends = (np.where(rows < 0, 0, places[rows]) for places in (self.starts, self.ends))
         return TokenRows(self.ids, starts, ends, self.known_max_id)
 
@@ -75,14 +80,14 @@ class TokenRows:
 
 @dataclasses.dataclass(frozen=True)
 class TokenExample:
-    """What `write_store` takes: the rows of one example.
+    """The rows of one example, for `write_store`.
 
     Attributes:
         rows: (input ids, target ids) for each objective; an empty target means the row is absent.
-        weight: factor of its tokens' loss.
-        label_text: the label, which predictions are compared with; the first objective's target
-            where it holds none.
-        row_id: the field `id` of a task that has one; it pairs the rows of several tasks.
+        weight: factor of the loss of its tokens.
+        label_text: the label, which predictions are compared with; without a label, the first
+            objective's target.
+        row_id: the field `id`, by which rows of several tasks are paired; None if the task has none.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -96,17 +101,17 @@ class TokenStore:
     """The examples of one split, tokenised for each objective.
 
     Attributes:
-        directory: where the files lie.
+        directory: folder of the files.
         fingerprint: digest of the contents; equal contents have equal fingerprints.
-        objectives: names, in order.
+        objectives: names of the objectives, in order.
         rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`; row i of each
-            belongs to example i. An objective with factors of its own has them as "weights",
-            [examples] float32, and per token as "token_weights".
+            belongs to example i. Weights of one objective alone are in "weights", [examples]
+            float32, and in "token_weights", one for each of its target ids.
         weights: [examples] float32.
-        about: what the store was made from.
-        labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that a store that is
-            replaced while it is open stays whole.
-        row_ids: [examples] uint64, a hash of each example's id; None where the task gives none.
+        about: JSON-like description of the store's source.
+        labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that an open store stays
+            readable when it is replaced.
+        row_ids: [examples] uint64 hash of each example's id; None if the task has no ids.
         others: folders of the stores that were paired with this one.
     """
 
@@ -122,22 +127,22 @@ class TokenStore:
 
     @property
     def num_examples(self) -> int:
-        """Examples, whatever the number of their rows."""
+        """Number of examples, which may have several rows each."""
         return len(self.weights)
 
     @functools.cached_property
     def max_id(self) -> int:
-        """The largest id: a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
+        """The largest id; a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
         return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
 
     @property
     def directories(self) -> tuple[pathlib.Path, ...]:
-        """All folders that the rows come from."""
+        """Folders of all stores that the rows come from."""
         return (self.directory, *self.others)
 
     @functools.cached_property
     def label_texts(self) -> list[str]:
-        """`TokenExample.label_text` of each example; parsed when it is asked for."""
+        """`TokenExample.label_text` of each example; parsed on first use."""
         return [json.loads(line) for line in self.labels.tobytes().splitlines()]
 
 
@@ -147,17 +152,17 @@ def write_store(
     examples: Iterable[TokenExample],
     about: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-    """Writes a store beside `directory` and renames it there; another one is replaced.
+    """Writes a store next to `directory`, then renames it to `directory`, replacing an existing store.
 
-    Several processes may write at once, on a shared folder, too: each gets a whole store, and one
-    that was written in the meantime and is the same is taken instead of being replaced, since
-    others may have its files open.
+    Several processes may write the same store at once, also on a shared disk: each returns a
+    complete store. An equal store that appeared in the meantime is used, not replaced, since other
+    processes may have its files open.
 
     Args:
         directory: the store's own folder.
         objectives: a name for each of an example's rows.
-        examples: streamed to disk; their errors are passed on and leave nothing behind.
-        about: JSON-like; kept in the manifest.
+        examples: streamed to disk; if it raises, nothing is left on disk.
+        about: JSON-like, kept in the manifest.
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -176,67 +181,67 @@ def write_store(
         manifest[SAMPLED] = _sampled(new, manifest)
         with open(new / MANIFEST, "w", encoding="utf-8") as f:
             json.dump(manifest, f, indent=2, ensure_ascii=False)
-        for path in new.iterdir():  # whole on disk before the name says so
+        for path in new.iterdir():  # on disk before the rename makes the store visible
             fsync(path)
-        return _put(new, directory)
+        return _publish(new, directory)
 
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
-    """Digest of the objectives and of every byte of the files."""
+    """Returns the digest of the objectives and of every byte of the files."""
     return digest([list(objectives), digest_each(sha256, folder, names)])
 
 
 def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
-    """Digest of the rest of the manifest and of at most 4 MiB of each file."""
+    """Returns the digest of the rest of the manifest and of at most 4 MiB of each file."""
     rest = {key: value for key, value in manifest.items() if key != SAMPLED}
     return digest([rest, digest_each(sampled_sha256, folder, manifest["sizes"])])
 
 
 def own_tag() -> str:
-    """Tag of this host's writers (`folders.alone`): some disks grant a lock to one process of each host."""
+    """Returns the tag of this host's writers (`folders.alone`), as some disks lock only within a host."""
     return f"{socket.gethostname()}-"
 
 
-def _put(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
-    """Puts a written folder in its place; readers of another one there keep their open files.
+def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
+    """Renames a written folder to its final name; readers of an older store keep their open files.
 
-    The store is opened before it is moved: afterwards another process may move it on.
+    Opens the store before the rename: afterwards another process may move it away.
     """
     store = open_store(new, every_byte=True)
     if store is None:
         raise OSError(f"{new}: was damaged while it was written")
     while True:
         try:
-            os.rename(new, directory)  # fails where a folder with files is
+            os.rename(new, directory)  # fails if `directory` is a folder with files
             return dataclasses.replace(store, directory=directory)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+        # another store is there: an equal one will do; a different or damaged one is moved away
         there = open_store(directory, every_byte=True)
         if there is not None and is_same(there, store):
             return there
         old = new.parent / REPLACED
-        with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+        with contextlib.suppress(FileNotFoundError):  # another process has just moved it away
             os.replace(directory, old)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def is_same(a: TokenStore, b: TokenStore) -> bool:
-    """Whether two stores hold the same and were made from the same."""
+    """Returns whether two stores have equal contents and equal sources."""
     return (a.fingerprint, a.about) == (b.fingerprint, b.about)
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
-    """The store in a folder; None where none of this format is, or a damaged one.
+    """Opens the store in a folder; None if there is none of this format, or if it is damaged.
 
-    The manifest, the files' sizes and at most 4 MiB of each file are compared with what was written,
-    so that opening a store costs the same however large it is; damage is reported in a warning. None,
-    too, where another process replaces it at that moment: whoever then writes one finds the other's
-    in place.
+    Checks the manifest, the sizes of the files and at most 4 MiB of each file, so that the cost of
+    opening does not grow with the store; logs a warning about damage. Also None if another process
+    replaces the store at the same time: whoever then writes one finds the replacement in place.
 
     Args:
         directory: the store's own folder.
-        every_byte: read all of it, as `verify_store` does.
+        every_byte: whether to check every byte, as `verify_store` does.
     """
     directory = pathlib.Path(directory)
     if not (directory / MANIFEST).is_file():
@@ -251,13 +256,13 @@ def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> Tok
         problem = _damage(directory, manifest, every_byte)
         if problem is None:
             store = _opened(directory, manifest)
-            # else the files may be of two stores
+            # a changed identity means that the files may come from two stores
             return store if _identity(directory) == identity else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
     with contextlib.suppress(FileNotFoundError):
         if problem and _identity(directory) == identity:
-            log(f"warning: {directory}: {problem}; the task is tokenised anew")
+            log(f"warning: {directory}: {problem}; the task is tokenised again")
     return None
 
 
@@ -290,10 +295,10 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
     """Compares every byte of a store's files with its fingerprint.
 
     Returns:
-        `store` (its folder), and the `files` and `bytes` that were compared.
+        {"store": its folder, "files": number of files, "bytes": their size}.
 
     Raises:
-        InputError: they differ, or cannot be read.
+        InputError: the files differ from the fingerprint, or cannot be read.
     """
     try:
         with open(directory / MANIFEST, encoding="utf-8") as f:
@@ -303,25 +308,25 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
     if problem:
         raise InputError(
-            f"{directory}: {problem}; delete this folder, and the next start tokenises the task again"
+            f"{directory}: {problem}; delete this folder, so that the next start tokenises the task again"
         )
     sizes = manifest["sizes"].values()
     return {"store": os.fspath(directory), "files": len(sizes), "bytes": sum(sizes)}
 
 
 def _damage(directory: pathlib.Path, manifest: Mapping[str, Any], every_byte: bool) -> str | None:
-    """What is not as it was written."""
+    """Returns a description of the damage to a store's files; None if there is none."""
     if not isinstance(manifest["about"], dict):
-        return "its manifest does not say what it was made from"
+        return "its manifest has no description of its source"
     for name, size in manifest["sizes"].items():
         if (found := (directory / name).stat().st_size) != size:
-            return f"{name} has {found} bytes, {size} were written"
-    old = SAMPLED not in manifest  # of a version before it: read as a whole
+            return f"{name}: expected {size} bytes, got {found}"
+    old = SAMPLED not in manifest  # written by an older version: read every byte
     same = old or _sampled(directory, manifest) == manifest[SAMPLED]
     if same and (old or every_byte):
         found = _fingerprint(directory, manifest["objectives"], manifest["sizes"])
         same = found == manifest["fingerprint"]
-    return None if same else "its files have other bytes than were written"
+    return None if same else "its files have changed since they were written"
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int]:
@@ -330,6 +335,6 @@ def _identity(folder: pathlib.Path) -> tuple[int, int]:
 
 
 def _map(path: pathlib.Path, dtype: Any) -> np.ndarray:
-    if not path.stat().st_size:  # an empty file can not be mapped
+    if not path.stat().st_size:  # an empty file cannot be mapped
         return np.zeros(0, dtype)
     return np.asarray(np.memmap(path, dtype, mode="r"))

@@ -1,4 +1,4 @@
-"""Weights of single target tokens, from a field of the rows that has a number for each word."""
+"""Reads weights of target tokens from a field that has one number for each word."""
 
 import dataclasses
 import os
@@ -26,21 +26,22 @@ def with_token_weights(
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
 ) -> TaskData:
-    """The data of a train split with `token_weights` beside the targets that a field weighs.
+    """Returns the data of a train split with `token_weights` for the objectives in `fields`.
 
     Example: {"rationale": "rationale_weights"}, and a row whose rationale is "a late parcel" and whose
-    `rationale_weights` is "0 1 2": all tokens of "parcel" weigh 2. A row without the field weighs 1
-    everywhere, and so does each end of sequence.
+    `rationale_weights` is "0 1 2": all tokens of "parcel" have weight 2. The end of sequence, and all
+    tokens of a row without the field, have weight 1.
 
     Args:
-        data: of `load_task`.
-        fields: for names of objectives, that of the field.
-        supervision: the run's; weights follow a row's own label and first rationale only.
-        data_dir, task_module: as for `load_task`.
+        data: data from `load_task`.
+        fields: {name of an objective: name of the field with its weights}.
+        supervision: the run's supervision; weights exist only for a row's gold label and first
+            rationale.
+        data_dir, task_module: see `load_task`.
 
     Raises:
-        InputError: an unknown objective, a task or field that `prepare` did not write, a supervision
-            that chooses among rationales or labels, or a row whose numbers do not fit its words.
+        InputError: an objective is unknown, `prepare` did not write the task or field, the
+            supervision selects among rationales or labels, or a row's numbers do not match its words.
     """
     dataset = find_task(data.name, data_dir=data_folder(data_dir), task_module=task_module)
     where = "`token_weights`"
@@ -51,8 +52,8 @@ def with_token_weights(
         )
     if not PreparedRows.can_read(supervision.for_objectives(data.objectives)):
         raise InputError(
-            f"{where}: goes with `label_source=gold` and `rationales=first` alone, since a row has"
-            " weights for one target"
+            f"{where}: needs `label_source=gold` and `rationales=first`, since a row has weights for"
+            " one target"
         )
     names = [o.name for o in data.objectives]
     for name, field in fields.items():
@@ -68,7 +69,7 @@ def with_token_weights(
     targets_of = {name: store.rows[names.index(name)]["targets"] for name in fields}
     weighed = {name: np.ones(len(rows.ids), np.float32) for name, rows in targets_of.items()}
     begins = begins_word(data.vocabulary)
-    examples = (e for e in dataset.examples(data.split) if e.label)  # those that are tokenised
+    examples = (e for e in dataset.examples(data.split) if e.label)  # only these are tokenised
     for number, example in zip(range(store.num_examples), examples, strict=True):
         for name, field in fields.items():
             objective, targets = data.objectives[names.index(name)], targets_of[name]
@@ -95,36 +96,38 @@ def with_token_weights(
 
 
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:
-    """[vocab] int8 of each id: 1 begins a word (SentencePiece's `▁`), 0 goes on, -1 is a blank (bytes)."""
+    """Returns [vocab] int8: 1 begins a word (SentencePiece's `▁`), 0 continues it, -1 is a blank (bytes)."""
     pieces = vocabulary.pieces()
-    blank = string.whitespace  # ASCII's: other blanks are several bytes
+    blank = string.whitespace  # ASCII only: other blanks are several bytes
     return np.array([1 if p[:1] == "▁" else -1 if p in blank else 0 for p in pieces], np.int8)
 
 
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """[tokens] float32 of a target's ids, from a number for each word of its text.
+    """Returns [tokens] float32 weights of a target's ids, from one number for each word.
 
-    A blank, where the vocabulary has it as a token of its own, belongs to the word behind it.
+    If a blank is a token of its own, it belongs to the word after it.
 
     Raises:
-        ValueError: something that is no number from 0, or not as many as words.
+        ValueError: a number is negative or malformed, or there are not as many numbers as words.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())
     if len(numbers) != words:
         raise ValueError(
-            f"{len(numbers)} numbers, and the target has {words} words: {target!r:.80}"
+            f"{len(numbers)} numbers, but the target has {words} words: {target!r:.80}"
         )
     ends = len(ids) - (ids[-1] == EOS_ID)
     kinds = begins[np.minimum(ids[:ends], len(begins) - 1)]
+    # number of each id's word: pieces `▁a ▁la te` have kinds [1, 1, 0], so words [1, 2, 2]
     word = np.cumsum(kinds == 1)
-    if (kinds == -1).any():  # bytes: a word goes on until the first blank behind it
+    if (kinds == -1).any():  # bytes: the first blank after a word ends it and starts the next
+        # `a la`: kinds [0, -1, 0, 0], so words [1, 2, 2, 2]
         blank = kinds == -1
         word = 1 + np.cumsum(blank & ~np.concatenate([[True], blank[:-1]]))
-    word = word - word[0]
+    word = word - word[0]  # from 0
     if word[-1] + 1 != words:
         raise ValueError(
-            f"the vocabulary cuts the target into {word[-1] + 1} words, and it has {words}: {target!r:.80}"
+            f"the vocabulary splits the target into {word[-1] + 1} words, not {words}: {target!r:.80}"
         )
     return np.concatenate([np.asarray(numbers)[word], np.ones(len(ids) - ends)]).astype(np.float32)
 
@@ -132,5 +135,5 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
 def _number(word: str) -> float:
     number = float(word)
     if not 0 <= number <= FLOAT32:
-        raise ValueError(f"numbers from 0 are wanted, got {word}")
+        raise ValueError(f"expected numbers of at least 0, got {word}")
     return number

@@ -1,4 +1,4 @@
-"""Reads a task once and keeps its tokens; opens them without TensorFlow afterwards."""
+"""Tokenises a task once and stores the tokens; later opens them without TensorFlow."""
 
 import dataclasses
 import functools
@@ -34,9 +34,9 @@ from stepdistill_jax.tasks.token_store import (
 logger = logging.getLogger(__name__)
 
 FOLDER = "token_store"
-ID = "id"  # the feature that pairs rows of several tasks
+ID = "id"  # feature by which rows of several tasks are paired
 COMPARED_ROWS = 32
-MAX_ID = 10**7  # no vocabulary has a tenth of it
+MAX_ID = 10**7  # over ten times the size of any vocabulary
 
 
 def stored_tokens(
@@ -50,27 +50,27 @@ def stored_tokens(
     data_dir: pathlib.Path,
     compare: bool,
 ) -> TokenStore:
-    """The tokens of one split, from disk where they are there, else tokenised and kept.
+    """Returns the tokens of one split from disk; tokenises and stores them if they are missing.
 
-    One process at a time tokenises a split; the others wait and open what it wrote.
+    One process at a time tokenises a split; the others wait, then open its store.
 
     Args:
-        make_task: gives the `seqio.Task` or the `PreparedRows`; called only if it must run.
-        name: of the task, for the folder and messages.
-        split: of the task.
+        make_task: returns the `seqio.Task` or the `PreparedRows`; called only if it must run.
+        name: name of the task, for the folder and messages.
+        split: split of the task.
         objectives: names of the store's objectives.
-        prefixes: for each the prefix of its features (`PREFIXinputs`, `PREFIXtargets`).
-        key: JSON-like, everything known beforehand that decides the tokens; the files of a source
-            that reads files belong in it.
+        prefixes: prefix of each objective's features (`PREFIXinputs`, `PREFIXtargets`).
+        key: JSON-like, everything known in advance that determines the tokens; includes the files
+            of a source that reads files.
         data_dir: the store goes to `data_dir/token_store/`.
-        compare: look whether the source still gives the rows that were tokenised, and tokenise anew
-            where it does not; for sources whose content the key does not know. The first 32 rows
-            are tokenised again for it, and of a source that is no files every row is read (not
-            tokenised): `sources.rows_digest` says what that costs, at each start.
+        compare: whether to check that the source still gives the rows that were tokenised, and
+            tokenise again if not; for sources whose content the key does not cover. Each start
+            tokenises the first 32 rows again and, if the source does not read files, reads all rows
+            (`sources.rows_digest` gives the cost).
 
     Raises:
-        InputError: the task cannot be read, its rows differ from one reading to the next, or a row
-            has no inputs or no weight above 0.
+        InputError: the task cannot be read, its rows differ between two readings, or a row has no
+            inputs or no weight above 0.
     """
     key = digest([FORMAT_VERSION, key, split, list(objectives)])
     folder = re.sub(r"[^\w.-]", "_", f"{name}-{split}") + f"-{key[:16]}"
@@ -83,7 +83,7 @@ def stored_tokens(
     if found is not None and reading.is_kept_in(found):
         return found
     with sole_writer(directory, own_tag(), wait=True):
-        theirs = open_store(directory)  # of a process that was alone before
+        theirs = open_store(directory)  # of a process that held the lock before
         if (
             theirs is not None
             and (found is None or not is_same(theirs, found))
@@ -92,7 +92,7 @@ def stored_tokens(
             return theirs
         about: dict[str, Any] = {"task": name, "split": split}
         if compare:
-            # read before the rows are tokenised: what changes in between is noticed next time
+            # read before tokenising, so that the next start notices a change in between
             about["source"] = reading.digest
             reading.check_repeats()
         if isinstance(task, PreparedRows):
@@ -112,7 +112,7 @@ def stored_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A `seqio.Task`'s split as its source gives it now, to be compared with a store."""
+    """A split of a `seqio.Task` as its source gives it now, for comparison with a store."""
 
     task: Any
     split: str
@@ -120,7 +120,7 @@ class Reading:
 
     @functools.cached_property
     def digest(self) -> dict[str, Any] | None:
-        """`rows_digest` of the source; None where the key's files stand for the rows."""
+        """`rows_digest` of the source; None if the key's files identify the rows."""
         return self.digest_again()
 
     def digest_again(self) -> dict[str, Any] | None:
@@ -143,7 +143,7 @@ class Reading:
         return self.first_rows() == self.first_rows() and self.digest == self.digest_again()
 
     def check_repeats(self) -> None:
-        """Refuses rows that are drawn: a run that starts again would train on others.
+        """Raises if rows are random: a restarted run would train on different rows.
 
         Raises:
             InputError: two readings differ in the source's rows, or in the first tokens.
@@ -151,16 +151,16 @@ class Reading:
         if self._repeats:
             return
         raise InputError(
-            f"task {self.task.name!r}: the rows of split {self.split!r} differ from one reading to the"
-            " next; draw in preprocessors with `seqio.map_over_dataset(num_seeds=1)`, give the"
-            " source's function an argument `seed`, or write the rows to a file once"
+            f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
+            " readings; in preprocessors, draw with `seqio.map_over_dataset(num_seeds=1)`; in the"
+            " source's function, use an argument `seed`; or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
-        """Whether the store has the source's rows of now; a difference is said.
+        """Returns whether the store has the source's current rows; logs a difference.
 
         Raises:
-            InputError: as `check_repeats`.
+            InputError: see `check_repeats`.
         """
         first = self.first_rows()
         kept = [
@@ -178,9 +178,9 @@ class Reading:
             shorter = min(len(first), len(kept))
             where = f"first at row {next((i for i, (a, b) in pairs if a != b), shorter + 1)}"
         if source and self.digest and source["rows"] != self.digest["rows"]:
-            where += f"; {self.digest['rows']} rows, before {source['rows']}"
+            where += f"; {self.digest['rows']} rows, {source['rows']} before"
         self._warn(
-            "its source gives other rows than when it was tokenised (%s); it is tokenised anew,"
+            "its source no longer gives the rows that were tokenised (%s); it is tokenised again,"
             " and a run on the old rows will refuse to resume",
             where,
         )
@@ -191,26 +191,26 @@ class Reading:
 
 
 def unshuffled(task: Any, split: str) -> Any:
-    """Returns a `seqio.Task`'s split as a `tf.data.Dataset`, uncut, in the order of its source."""
+    """Returns a split of a `seqio.Task` as a `tf.data.Dataset`, not truncated, in source order."""
     return task.get_dataset(
         None, split, shuffle=False, seed=_seed(task), num_epochs=1, try_in_mem_cache=False
     )
 
 
 def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[TokenExample]:
-    """Runs a `seqio.Task` once, unshuffled and uncut.
+    """Yields the tokens of a `seqio.Task`'s rows, not shuffled and not truncated.
 
     Raises:
-        InputError: whatever SeqIO raises, with the task's name; or a row without inputs, or whose
-            weight is not above 0.
+        InputError: SeqIO raises an error (adds the task's name), a row has no inputs, or its weight
+            is not above 0.
     """
     features = [(f"{p}inputs", f"{p}targets") for p in prefixes]
     with named_errors(task.name, task.source, split):
         dataset = unshuffled(task, split)
         decode = task.output_features[features[0][1]].vocabulary.decode
         label_text = f"{features[0][1]}_pretokenized"
-        wanted = [*itertools.chain.from_iterable(features), "weight", label_text, LABEL_TEXT, ID]
-        for number, row in enumerate(_rows(dataset, wanted), 1):
+        names = [*itertools.chain.from_iterable(features), "weight", label_text, LABEL_TEXT, ID]
+        for number, row in enumerate(_rows(dataset, names), 1):
             where = f"task {task.name!r}, split {split!r}, row {number}"
             ids = [(_ids(row, i, where), _ids(row, t, where)) for i, t in features]
             for (inputs, targets), (name, _) in zip(ids, features, strict=True):
@@ -229,28 +229,28 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
             yield TokenExample(ids, weight, text, _row_id(row.get(ID)))
 
 
-def _rows(dataset: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a dataset as NumPy, at least with those of the wanted features that it has.
+def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields rows of a dataset as NumPy, with the requested features that it has.
 
-    They leave TensorFlow several at once, padded and then cut again: one by one, two thirds of the
-    time would go into the passage. Only scalars and [length] can be padded without a look at them.
+    Several rows leave TensorFlow together, padded, and are truncated afterwards: passing single rows
+    would take two thirds of the time. Only scalars and [length] features can be padded blindly.
     """
     spec, tf = dataset.element_spec, tensorflow()
-    wanted = [name for name in wanted if name in spec]
-    plain = all(isinstance(spec[n], tf.TensorSpec) and spec[n].shape.rank in (0, 1) for n in wanted)
-    if not (wanted and plain):
+    names = [name for name in names if name in spec]
+    plain = all(isinstance(spec[n], tf.TensorSpec) and spec[n].shape.rank in (0, 1) for n in names)
+    if not (names and plain):
         yield from dataset.as_numpy_iterator()
         return
-    vectors = [name for name in wanted if spec[name].shape.rank == 1]
+    vectors = [name for name in names if spec[name].shape.rank == 1]
 
     @tf.autograph.experimental.do_not_convert
     def with_lengths(row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {n: row[n] for n in wanted}, {n: tf.size(row[n]) for n in vectors}
+        return {n: row[n] for n in names}, {n: tf.size(row[n]) for n in vectors}
 
-    shapes = {n: [None] if n in vectors else [] for n in wanted}, {n: [] for n in vectors}
+    shapes = {n: [None] if n in vectors else [] for n in names}, {n: [] for n in vectors}
     batches = dataset.map(with_lengths).padded_batch(COMPARED_ROWS, padded_shapes=shapes)
     for columns, lengths in batches.prefetch(2).as_numpy_iterator():
-        for i in range(len(columns[wanted[0]])):
+        for i in range(len(columns[names[0]])):
             yield {
                 name: column[i, : lengths[name][i]] if name in lengths else column[i]
                 for name, column in columns.items()
@@ -258,10 +258,10 @@ def _rows(dataset: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _ids(row: Any, feature: str, where: str) -> np.ndarray:
-    """A feature's ids: [length] int32.
+    """Returns a feature's ids: [length] int32.
 
     Raises:
-        InputError: another shape, no whole numbers, or one that is no id.
+        InputError: another shape or dtype, or a number that cannot be an id.
     """
     ids = np.asarray(row[feature])
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -272,7 +272,7 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
 
 
 def _row_id(value: Any) -> str | None:
-    """Returns a row's id as text; None where it has none, or neither a text nor a whole number."""
+    """Returns a row's id as text; None if it is missing, or neither text nor a whole number."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str):
@@ -283,7 +283,7 @@ def _row_id(value: Any) -> str | None:
 
 
 def _seed(task: Any) -> int | None:
-    """Returns the seed of a task's draws; None where SeqIO could not pass it on to the source."""
+    """Returns the seed of a task's draws; None if SeqIO cannot pass one to the source."""
     function = getattr(task.source, "_dataset_fn", None)
     if function is None or "seed" in inspect.signature(function).parameters:
         return 0

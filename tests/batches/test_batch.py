@@ -32,7 +32,7 @@ def token_rows(rows):
 
 
 def store_of(examples, weights=None):
-    """A store in memory; an example is [(inputs, targets), ...] by objective."""
+    """Returns a store in memory; an example is [(inputs, targets), ...] by objective."""
     rows = tuple(
         {
             "inputs": token_rows([i for i, _ in objective]),
@@ -58,12 +58,12 @@ def task_of(*stores, rates=None, objectives=None):
 
 
 def cut(ids, length):
-    """What a row longer than `length` becomes, by hand."""
+    """Returns a row truncated to `length`, by hand."""
     return tuple(ids) if len(ids) <= length else (*ids[: length - 1], 1)
 
 
 def segments(batch):
-    """(inputs, targets, objective, weight) of each segment, read cell by cell."""
+    """Returns (inputs, targets, objective, weight) of each segment, read cell by cell."""
     found = []
     for group in batch:
         for row in range(len(group["encoder_segment_ids"])):
@@ -104,7 +104,7 @@ def segments(batch):
 
 
 def expected(examples, weights, lengths):
-    """The segments of examples, by a loop."""
+    """Returns the segments of examples, by a loop."""
     return [
         (cut(inputs, lengths[0]), cut(targets, lengths[1]), objective, float(np.float32(weight)))
         for example, weight in zip(examples, weights, strict=True)
@@ -115,7 +115,7 @@ def expected(examples, weights, lengths):
 
 @st.composite
 def problems(draw):
-    """(examples, weights, lengths, batch size): each example's first input id says which it is."""
+    """Draws (examples, weights, lengths, batch size); the first input id of an example identifies it."""
     count = draw(st.integers(1, 30))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     longest = draw(st.integers(2, 12))
@@ -190,7 +190,7 @@ def test_label_and_rationale_of_an_example_are_in_one_step(problem, pack):
 @PROPERTY
 @given(problems(), st.booleans())
 def test_paired_targets_share_a_row_and_the_number_of_their_example(problem, pack):
-    """The first input id of an example's targets says which it is: 2 i + 3 and 2 i + 4."""
+    """The first input id of an example's targets identifies it: 2 i + 3 and 2 i + 4."""
     batches = make(problem, pack=pack, pairs=True, seed=5)
     for step in range(3):
         (group,) = batches(step)
@@ -204,7 +204,7 @@ def test_paired_targets_share_a_row_and_the_number_of_their_example(problem, pac
                 first.setdefault(int(number), []).append(int(begins))
             assert ((numbers > 0) == (own > 0)).all()
             assert sorted(first) == list(range(1, len(first) + 1))
-            # those with both targets come first: so few numbers hold all pairs of a row
+            # examples with both targets come first, so that few numbers cover all pairs of a row
             assert sorted((len(first[n]) for n in sorted(first)), reverse=True) == [
                 len(first[n]) for n in sorted(first)
             ]
@@ -234,7 +234,8 @@ def test_rows_that_cannot_hold_a_pair_and_data_without_one_are_refused():
         Batches(data, 1, 3, 3, seed=0, pairs=True, row_lengths=(6, 4))
     alone = task_of(store_of([[pair[0], ([], [])], [([], []), pair[1]]]))
     with pytest.raises(
-        InputError, match=r"`extra_loss`: train of test .* both label and rationale"
+        InputError,
+        match=r"`extra_loss`: it compares label and rationale, but no example in train of test",
     ):
         Batches(alone, 1, 3, 3, seed=0, pairs=True)
     some = task_of(store_of([pair, *[[pair[0], ([], [])]] * 9]))
@@ -247,13 +248,13 @@ def test_rows_that_cannot_hold_a_pair_and_data_without_one_are_refused():
         if has:
             Batches(some, 1, 3, 3, seed, data_fraction=0.5, pairs=True)
         else:
-            with pytest.raises(InputError, match="both label and rationale"):
+            with pytest.raises(InputError, match="compares label and rationale"):
                 Batches(some, 1, 3, 3, seed, data_fraction=0.5, pairs=True)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rows_of_pairs_hold_the_rationales_of_a_step(sampled):
-    """Inputs of 3, a label of 2, and rationales of 3 and 5 tokens, of which a step may draw one."""
+    """Inputs of 3, a label of 2, rationales of 3 and 5 tokens; a step may draw one rationale."""
     question = [20, 5, 1]
     rationales = [(question, [8] * 2 + [1]), (question, [9] * 4 + [1])]
     store = store_of([[(question, [7, 1]), *rationales]] * 3)
@@ -322,11 +323,11 @@ def test_a_shard_is_a_block_of_rows_with_its_own_examples(problem, shard, row_mu
     st.booleans(),
 )
 def test_devices_get_their_rows_of_the_whole_batch(problem, shard, layout, order, pack):
-    """However devices are dealt out to processes, and whether or not shards and devices divide."""
+    """For any assignment of devices to processes, and for shards that do not divide by devices, too."""
     mesh, processes = make_mesh(layout), (order[:1], order[1:4], order[4:])
     with (
         mock.patch.object(batch_module, "SHARD_EXAMPLES", shard),
-        # of a real job a process is asked for its own devices' rows alone
+        # in a real job, a process makes only the rows of its own devices
         mock.patch.object(jax, "make_array_from_callback", lambda *given: given),
     ):
         batches = make(problem, seed=1, row_multiple=8, pack=pack)
@@ -351,7 +352,7 @@ def test_placed_rows_are_the_batch_and_lie_on_their_devices():
     for group, expected in zip(placed, batch, strict=True):
         for name, value in group.items():
             np.testing.assert_array_equal(value, expected[name])
-            rows = len(expected[name]) // 4  # the two devices of a tensor pair own the same
+            rows = len(expected[name]) // 4  # the two devices of a tensor pair have the same rows
             assert {s.data.shape[0] for s in value.addressable_shards} == {rows}
 
 
@@ -388,14 +389,14 @@ def test_row_counts_do_not_depend_on_seed_or_fraction():
         for fraction in (0.16, 0.5, 1.0)
     }
     assert len(counts) == 1
-    # 8 examples, of which a batch of 16 takes some three times
+    # 8 examples: a batch of 16 may take one three times
     few = Batches(data, 16, 32, 32, seed=0, data_fraction=0.08)
     assert few.row_counts[:-1] == counts.pop()[:-1]
     assert all(len(few(step)[0]["encoder_segment_ids"]) in few.row_counts for step in range(9))
 
 
 def test_few_rows_are_empty():
-    # lengths as of CQA: 80 +- 15 input tokens, labels of 2 to 4, rationales of 40 +- 12
+    # CQA's lengths: 80 +- 15 input tokens, labels of 2 to 4, rationales of 40 +- 12
     rng = np.random.default_rng(0)
     ids = [[3] * int(n) + [1] for n in rng.normal(80, 15, 2000).clip(20)]
     labels = [[4] * int(n) + [1] for n in rng.integers(1, 4, 2000)]
@@ -442,7 +443,7 @@ def test_a_smaller_fraction_is_a_subset_of_a_larger():
 
 
 def test_the_seed_decides_which_examples_a_fraction_keeps():
-    """Seeds of one fraction then measure the choice of examples, too."""
+    """So runs of one fraction with several seeds also measure the choice of examples."""
     examples = [[([3 + i, 1], [7, 1])] for i in range(80)]
 
     def kept(seed):
@@ -540,7 +541,7 @@ def six_segments(params):
     (group,) = Batches(task_of(store_of(examples)), 3, 18, 18, seed=0)(0)
     batch = {name: jnp.asarray(value[:1]) for name, value in group.items()}
     assert int(batch["encoder_segment_ids"].max()) == 6
-    # each position gets an id of its own, so that an embedding row is one position's
+    # each position has a different id, so that each embedding row belongs to one position
     ids = jnp.arange(18)[None] + 3
     batch |= {"encoder_input_tokens": ids, "decoder_input_tokens": ids + 18}
 

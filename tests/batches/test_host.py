@@ -1,4 +1,4 @@
-"""What each of several processes makes of the batches; processes are threads that share a channel."""
+"""The batches of several processes, simulated by threads that share a channel."""
 
 import pathlib
 import threading
@@ -25,7 +25,7 @@ def small_shards():
 
 
 def batches_of(batch_size=19, **changes):
-    """Batches of 50 examples with a label and, three in four, a rationale; by default four shards."""
+    """Returns batches of 50 examples, three in four with a rationale, by default in four shards."""
     rng, rows = np.random.default_rng(0), []
 
     def column(least, most, absent=0.0):
@@ -45,7 +45,7 @@ def batches_of(batch_size=19, **changes):
 
 
 def totals(batch):
-    """What the cells of a whole batch say."""
+    """Returns the totals, counted over the cells of a whole batch."""
     ids = [group["decoder_objective_ids"] for group in batch]
     return {
         "shapes": tuple(
@@ -58,7 +58,7 @@ def totals(batch):
 
 
 class Meeting:
-    """A channel for each of `count` threads, which wait for each other as processes do."""
+    """Channels for `count` threads, which wait for each other like processes."""
 
     def __init__(self, count):
         self.rounds, self.heard = 0, [None] * count
@@ -76,7 +76,7 @@ class Meeting:
 
 
 def on_processes(batches, shards_of, start, stop):
-    """The batches of each process, and how often they all spoke."""
+    """Returns the batches of each process, and the number of exchanges."""
     meeting, made = Meeting(len(shards_of)), [[] for _ in shards_of]
 
     def run(number):
@@ -118,7 +118,7 @@ def test_processes_make_the_rows_of_one_batch_and_know_what_it_holds(small_shard
 
 
 def test_the_rows_of_a_step_are_those_that_its_fullest_shard_needs(small_shards):
-    """Which of the row counts it is differs from step to step, and no process alone knows it."""
+    """The number of rows differs between steps, and no process knows it alone."""
     batches, (made, _) = batches_of(), on_processes(batches_of(), [(0, 1), (2, 3)], 0, 40)
     found = set()
     for step, (ours, theirs) in enumerate(zip(*made, strict=True)):
@@ -145,7 +145,7 @@ def test_a_single_shard_is_packed_by_all_and_nothing_is_said():
 
 
 def test_a_reader_that_stops_early_ends_the_waiting_for_others(small_shards):
-    """A process that has left answers no more; its peers' threads must not wait for it."""
+    """A process that has left no longer answers; the threads of its peers must not wait for it."""
     closed = threading.Event()
 
     def waits(*_):

@@ -18,6 +18,18 @@ def test_first_fit_docstring():
     assert packing.num_rows == 2
 
 
+def test_encodings_docstring():
+    sizes, places = np.array([(3, 2), (3, 3), (3, 4)]), np.zeros(3, int)
+    encodings = Encodings.of(sizes, places, 6, shared=True)
+    assert encodings.of_row.tolist() == [0, 0, 1]
+    assert encodings.offset.tolist() == [0, 2, 0]
+    assert encodings.sizes.tolist() == [[3, 5], [3, 4]]
+
+
+def test_choose_row_counts_docstring():
+    assert choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2) == (4, 8, 10, 20)
+
+
 @given(SIZES)
 def test_packed_rows_never_overlap_and_fit(sizes):
     capacity = (20, 12)
@@ -60,7 +72,7 @@ def test_packed_rows_are_nearly_full():
         sizes = np.minimum(np.concatenate(rows), capacity)
         used += first_fit(sizes, capacity).num_rows
         least += np.ceil(sizes.sum(0) / capacity).max()
-    assert used <= 1.035 * least  # the last two of a row each by itself: 1.049
+    assert used <= 1.035 * least  # 1.049 if the last two rows are chosen one by one
 
 
 def test_a_row_longer_than_the_capacity_is_refused():
@@ -81,7 +93,9 @@ def test_most_rows_is_a_bound_for_every_batch(examples, data):
 
 
 def test_most_rows_holds_where_rows_just_do_not_pair():
-    sizes = np.array([(11, 1)] * 10)  # half a row and a bit: ten packed rows, a total load of 6.3
+    sizes = np.array(
+        [(11, 1)] * 10
+    )  # a little over half a row: ten packed rows with a total load of 6.3
     loads = (sizes / (20, 12)).sum(1)
     assert first_fit(sizes, (20, 12)).num_rows == 10
     assert most_rows(loads, np.ones(10, int), 10) == 10
@@ -104,7 +118,7 @@ def test_ranges_docstring():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_targets_share_an_encoding_until_they_no_longer_fit(shared):
-    """Three targets of the first example, of which two fill 7 of 8 tokens, and one of the second."""
+    """The first example has three targets, two of which fill 7 of 8 tokens; the second has one."""
     sizes, places = np.array([(5, 3), (6, 3), (5, 4), (5, 2)]), np.array([0, 1, 0, 0])
     found = Encodings.of(sizes, places, 8, shared=shared)
     if shared:

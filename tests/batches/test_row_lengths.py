@@ -1,4 +1,4 @@
-"""How long packed rows are chosen to be: by a cost, never shorter than an example needs."""
+"""The choice of row lengths: by cost, and never shorter than an example."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ def cells(input_length, target_length):
 
 
 def data_of(pairs, count=40):
-    """Examples of one objective, whose (input, target) lengths take turns; ids do not matter."""
+    """Returns examples of one objective that cycle through (input, target) lengths; ids do not matter."""
 
     def rows(side):
         ends = np.cumsum([0, *(pairs[i % len(pairs)][side] for i in range(count))])
@@ -48,7 +48,7 @@ def test_a_row_is_never_shorter_than_an_example():
 
 @pytest.mark.parametrize("multiple", [1, 4, 16])
 def test_rows_and_cost_are_those_of_the_batches_with_their_padding(multiple):
-    """Examples of one size: so many fit into a row, whichever they are."""
+    """All examples have one size, so that the number that fits into a row is known."""
     pairs, drawn = [(20, 10)], 8
     for c in candidates(batches_of(pairs, row_multiple=multiple), cells, None, None):
         fit = min(c.input_length // 20, c.target_length // 10)
@@ -61,7 +61,9 @@ def test_what_costs_least_is_chosen_and_of_nearly_equal_ones_the_shortest():
     batches = batches_of([(20, 10)], batch_size=32)
     by_cells = cheapest(candidates(batches, cells, None, None))
     assert by_cells.cost == min(c.cost for c in candidates(batches, cells, None, None))
-    each_row = candidates(batches, lambda *_: 1.0, None, None)  # rows cost, their length does not
+    each_row = candidates(
+        batches, lambda *_: 1.0, None, None
+    )  # a row's cost does not depend on its length
     longest = cheapest(each_row)
     assert longest.rows == min(c.rows for c in each_row) < by_cells.rows
     shorter = [c for c in each_row if (c.input_length, c.target_length) < (longest.input_length,)]
@@ -97,7 +99,7 @@ def test_a_length_that_an_example_does_not_fit_into_is_refused():
 
 
 def test_texts_are_truncated_where_rows_are_longer():
-    """An input of 40 ids is cut at 12, and three such inputs share a row of 36."""
+    """Inputs of 40 ids are truncated to 12, and three of them share a row of 36."""
     batches = Batches(data_of([(40, 4)]), 6, 12, 8, seed=0, row_lengths=(36, 12))
     (group,) = batches(0)
     assert group["encoder_input_tokens"].shape[1] == 36

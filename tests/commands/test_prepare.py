@@ -80,7 +80,7 @@ def test_the_table_shows_each_split_with_its_defects_and_where_the_first_stands(
     }
     assert "label_not_a_choice" in text
     assert "[draft].jsonl:4" in " ".join(text.split())
-    assert "note: " in text and "cut by the hashed ids" in " ".join(text.split())
+    assert "note: " in text and "split by hashed ids" in " ".join(text.split())
     assert "labels: 2" in text
     for label in ("yes", "no"):
         (line,) = [line for line in text.splitlines() if f"│ {label} " in line]
@@ -114,7 +114,7 @@ def test_bad_rows_are_a_table_and_one_line_and_exit_2(rows, tmp_path, capfd, mon
     assert ["rows [draft].jsonl", "10", "the field 'answer' is empty"] in cells
     assert ["rows [draft].jsonl", "7"] in [row[:2] for row in cells]
     assert f"all are listed in {tmp_path}/mine.defects.jsonl" in line
-    assert line.endswith("Correct them, or give --on-error skip to continue without them")
+    assert line.endswith("Correct them, or give --on-error skip to skip them")
 
 
 def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
@@ -138,7 +138,7 @@ def test_rows_of_other_datasets_are_not_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cqa",), "say where its files are"),
+        (("cqa",), "give the folder of its files"),
         (("cqua", "--source", "."), "did you mean 'cqa'"),
         (("cqa", "--source", "absent"), "absent: no such folder"),
     ],

@@ -25,7 +25,7 @@ def write_lines(path, rows):
 
 
 def write_cqa(folder, *, repeats=1, splits=("train", "test")):
-    """`repeats` copies of the rows above; the teacher's texts in files of five."""
+    """Writes `repeats` copies of the rows above; the teacher's texts in files of five."""
     for split in splits:
         rows, texts = [], []
         for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The evaluator against Python's own arithmetic, and its refusals."""
+"""Compares the evaluator with Python's arithmetic, and tests what it refuses."""
 
 import math
 

@@ -13,7 +13,7 @@ from stepdistill_jax.errors import InputError
 
 
 class FakeConfig:
-    """tf.config of a machine with one GPU; `used`: TensorFlow has already made its devices."""
+    """`tf.config` of a machine with one GPU; `used`: whether TensorFlow has created its devices."""
 
     def __init__(self, used=False):
         self.visible = {"GPU": ["gpu:0"], "TPU": []}
@@ -129,7 +129,7 @@ def test_several_shards_keep_the_order_and_splits_can_be_joined(tmp_path, monkey
 @pytest.mark.slow
 def test_another_process_writes_the_same_files(tmp_path):
     folder, splits = _folder(tmp_path)
-    with builder.build_aside("mine", folder, splits):
+    with builder.build_in_subprocess("mine", folder, splits):
         pass
     aside = (folder / "1.0.0" / "mine-train.tfrecord-00000-of-00001").read_bytes()
     os.rename(folder / "1.0.0", tmp_path / "aside")
@@ -143,7 +143,7 @@ def test_a_failure_of_the_other_process_is_a_failure(tmp_path, capfd):
     (folder / "unlabelled.jsonl").unlink()
     with (
         pytest.raises(InputError, match=r"unlabelled\.jsonl: no such file"),
-        builder.build_aside("mine", folder, splits),
+        builder.build_in_subprocess("mine", folder, splits),
     ):
         pass
 
@@ -157,7 +157,7 @@ def test_the_other_process_ends_when_the_work_beside_it_fails(tmp_path, monkeypa
     folder, splits = _folder(tmp_path)
     with (
         pytest.raises(OSError, match="No space left"),
-        builder.build_aside("mine", folder, splits),
+        builder.build_in_subprocess("mine", folder, splits),
     ):
         raise OSError(28, "No space left on device")
     assert started[0].returncode is not None
@@ -169,7 +169,7 @@ def test_a_kill_leaves_no_other_process_behind(tmp_path):
     folder, splits = _folder(tmp_path)
     code = (
         "import sys, time, pathlib; from stepdistill_jax.data import builder\n"
-        f"with builder.build_aside('mine', pathlib.Path({str(folder)!r}), {splits}):\n"
+        f"with builder.build_in_subprocess('mine', pathlib.Path({str(folder)!r}), {splits}):\n"
         "    print('ready', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -182,7 +182,7 @@ def test_a_kill_leaves_no_other_process_behind(tmp_path):
     end = time.monotonic() + 60
     while pathlib.Path(f"/proc/{children[0]}/cmdline").exists():
         state = pathlib.Path(f"/proc/{children[0]}/stat").read_text().rsplit(")")[1].split()[0]
-        if state == "Z":  # nobody is there to collect it
+        if state == "Z":  # a zombie: no process waits for it
             break
         assert time.monotonic() < end
         time.sleep(0.2)

@@ -11,7 +11,7 @@ def reading():
 
 
 def _kinds(text):
-    """What a reader who knows the word lists finds in an input or a rationale."""
+    """Returns the kinds of the words in an input or a rationale."""
     words = text.split()
     tables = (delivery.WEATHER, delivery.VEHICLE, delivery.ROAD)
     return [

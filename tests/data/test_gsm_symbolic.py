@@ -1,4 +1,4 @@
-"""Rows of `prepare gsm_symbolic`: of a small package in reasoning-gym's place, and of the real one if installed."""
+"""`prepare gsm_symbolic` with a stub of the package `reasoning-gym`, and with the package if installed."""
 
 import collections
 import hashlib
@@ -17,8 +17,8 @@ from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import open_prepared
 from stepdistill_jax.errors import InputError
 
-# Template k asks for a + b + k. 30 gives three questions and no more; 31 to 35 give solutions of the real package's kinds.
-# 41 has 40 numbers and many names.
+# Template k asks for a + b + k. 30 has only three questions; 31 to 35 have the forms of the real
+# package's solutions; 41 has 40 numbers and many names.
 STUB = """
 tasks_ok = [*range(12), 30, 31, 32, 33, 34, 35, 41]
 
@@ -60,7 +60,7 @@ ODD = {30, 31, 32, 33, 34, 35, 41}
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package `reasoning_gym` of version 0.1.25 whose templates are the stub's."""
+    """Installs a package `reasoning_gym` 0.1.25 with the stub's templates."""
     for name in [m for m in sys.modules if m.partition(".")[0] == "reasoning_gym"]:
         monkeypatch.delitem(sys.modules, name)
     folder = tmp_path / "site"
@@ -107,7 +107,7 @@ def test_templates_of_unseen_are_in_no_other_split_and_no_question_stands_twice(
 
 
 def test_no_two_splits_have_one_template_with_the_same_numbers(package):
-    """Names alone would make no new question of one that training has seen with its solution."""
+    """With the same numbers, training would have seen the question and its solution."""
     first, other = (examples(gsm_symbolic.read(rows=1000, seed=seed)) for seed in range(2))
     numbers = {
         split: {(template_of(e), *re.findall(r"\d+", e.input)) for e in first[split] + other[split]}
@@ -168,7 +168,7 @@ def test_templates_without_further_questions_leave_their_turns_to_others(package
     templates, *rest = gsm_symbolic._templates()
     monkeypatch.setattr(gsm_symbolic, "_templates", lambda: ({30: templates[30]}, *rest))
     with pytest.raises(
-        InputError, match=r"`rows`: .* no more than 0 questions that differ, got 1000"
+        InputError, match=r"`rows`: expected at most 0, .* different questions .*, got 1000"
     ):
         examples(gsm_symbolic.read(rows=4))
 
@@ -212,10 +212,11 @@ needs_package = pytest.mark.skipif(
 
 @needs_package
 def test_rows_of_the_real_package():
-    """Of 0.1.25; other rows need a look at templates and defects, and then another digest."""
+    """Version 0.1.25. If the rows change, check templates and defects, then update the digest."""
     reading = gsm_symbolic.read(rows=2000)
     assert (
-        "templates 3, 5, 19, 28, 29, 42, 53, 55, 62, 85 are in no split but unseen" in reading.notes
+        "templates 3, 5, 19, 28, 29, 42, 53, 55, 62, 85 are only in the split unseen"
+        in reading.notes
     )
     if reading.options["package"] != "reasoning-gym 0.1.25":
         pytest.skip(f"the digest is of 0.1.25, not {reading.options['package']}")

@@ -18,15 +18,15 @@ def path(tmp_path_factory):
 def test_a_list_is_read_as_json_reads_it(path, texts, indent, piece):
     path.write_text(json.dumps(texts, indent=indent), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_list, "PIECE", piece)  # cuts escapes and numbers anywhere
+        patch.setattr(json_list, "PIECE", piece)  # splits escapes and numbers anywhere
         assert list(json_list.read_texts(path)) == texts
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": "b"}', "a JSON list of texts is wanted"),
-        (b'"a"', "a JSON list of texts is wanted"),
+        (b'{"a": "b"}', "expected a JSON list of texts"),
+        (b'"a"', "expected a JSON list of texts"),
         (b'["a",\n"b"', r"texts\.json:2: broken JSON"),
         (b'["a",\n"b" "c"]', r"texts\.json:2: broken JSON"),
         (b'["a",]', r"texts\.json:1: broken JSON"),
@@ -61,5 +61,5 @@ def test_a_large_file_takes_the_memory_of_a_piece(path):
 def test_half_a_surrogate_pair_is_named_by_its_item(tmp_path):
     path = tmp_path / "texts.json"
     path.write_text('["fine", "\\ud83d"]')
-    with pytest.raises(InputError, match=r"texts\.json: item 2 is no valid text"):
+    with pytest.raises(InputError, match=r"texts\.json: item 2 is not valid text"):
         list(json_list.read_texts(path))

@@ -1,6 +1,6 @@
-"""A user's own rows: what is taken, what is refused, and how the refusal reads.
+"""A user's own rows: which are read, which are refused, and the messages.
 
-Every kind of bad row, for each command that reads rows, is in tests/bad_inputs/data/jsonl.jsonl.
+tests/bad_inputs/data/jsonl.jsonl has every kind of bad row, for each command that reads rows.
 """
 
 import json
@@ -26,7 +26,7 @@ def _only(reading):
 
 
 def _read_rows(tmp_path, *rows, **options):
-    """Reads `rows` as the test split of a folder, where no row is moved by its hash."""
+    """Reads `rows` as the test split of a folder, so that no hash moves a row."""
     _write(tmp_path / "test.jsonl", rows)
     return _only(jsonl.read(tmp_path, **options))
 
@@ -90,7 +90,7 @@ def test_fields_are_mapped(tmp_path):
     ("field_map", "message"),
     [
         ({"input": "qestion"}, r"no row of .*test\.jsonl has a field 'qestion' \(found: question, answer\); did you mean 'question'"),
-        ({"question": "input"}, r"no field 'question' .*; it is OURS=YOURS: `field_map` input=question"),
+        ({"question": "input"}, r"no field 'question' .*; write OURS=YOURS: `field_map` input=question"),
         ({"lable": "answer"}, r"no field 'lable' to fill \(known: id, input.*did you mean 'label'"),
     ],
 )  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_wrong_map_lists_the_fields(tmp_path, field_map, message):
 def test_fields_that_were_not_read_are_told(tmp_path):
     _write(tmp_path / "test.jsonl", [ROW, ROW | {"rational": "typo", "topic": 1}])
     reading = jsonl.read(tmp_path)
-    assert len(_only(reading)) == 2  # such notes are whole once the rows are read
+    assert len(_only(reading)) == 2  # the notes are complete once the rows are read
     assert any("not read: rational, topic" in note for note in reading.notes)
 
 
@@ -114,7 +114,7 @@ def test_fields_that_were_not_read_are_told(tmp_path):
         ({"weight": 0}, r"test\.jsonl:2: the field 'weight' must be above 0, got 0"),
         ({"choices": ["yes", None]}, r"test\.jsonl:2: the field 'choices\[1\]' must be text .*got null"),
         ({"rationales": [{"txt": "r"}]}, r"test\.jsonl:2: in rationales\[0\]: unknown field 'txt'"),
-        ({"id": "one"}, r"test\.jsonl:2: the id 'one' stands at .*test\.jsonl:1, too"),
+        ({"id": "one"}, r"test\.jsonl:2: .*test\.jsonl:1 has the same id 'one'"),
         ({"rationale": "\udc80"}, r"test\.jsonl:2: the field 'rationale' holds half of a surrogate"),
     ],
 )  # fmt: skip
@@ -154,7 +154,7 @@ def test_one_file_is_cut_into_three_by_the_hashed_ids(tmp_path):
     assert list(sizes) == ["train", "validation", "test"]
     assert sum(sizes.values()) == 400
     assert 270 < sizes["train"] < 360
-    assert any("cut by the hashed ids" in note for note in reading.notes)
+    assert any("split by hashed ids" in note for note in reading.notes)
 
 
 def test_a_folder_without_validation_takes_a_tenth_of_train(tmp_path):
@@ -265,11 +265,14 @@ def test_more_fields_are_kept_where_they_are_named(tmp_path):
     [
         (
             ["Why"],
-            "`fields` Why: expected a name in lower_snake_case; `fields` my_name and `field_map` my_",
+            "`fields` Why: expected a name in lower_snake_case; to read a field with another name",
         ),
-        (["rationale"], "`fields` rationale: it has a meaning of its own; name yours differently"),
-        (["input_pair"], "`fields` input_pair: it has a meaning of its own"),
-        (["page", "page"], "`fields` page,page: name each once"),
+        (
+            ["rationale"],
+            "`fields` rationale: this name has a meaning of its own; choose a different one",
+        ),
+        (["input_pair"], "`fields` input_pair: this name has a meaning of its own"),
+        (["page", "page"], "`fields` page,page: give each name once"),
         (["pages"], r"no row of .* in the field 'pages' \(not read: page\); did you mean 'page'"),
     ],
 )
@@ -316,7 +319,7 @@ def test_a_csv_file_without_a_good_row_is_one_line(tmp_path, text, message):
 def test_two_files_of_one_split_are_refused(tmp_path):
     for name in ("train.jsonl", "train.csv"):
         (tmp_path / name).write_text("")
-    with pytest.raises(InputError, match=r"train\.jsonl and train\.csv are both in it"):
+    with pytest.raises(InputError, match=r"it has both train\.jsonl and train\.csv"):
         jsonl.read(tmp_path)
 
 

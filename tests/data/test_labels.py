@@ -1,20 +1,20 @@
-"""What `prepare` says about labels and rows taken together."""
+"""Warnings of `prepare` about labels and rows of a whole dataset."""
 
 import dataclasses
 
 import pytest
 
-from stepdistill_jax.data.counts import Tally, shared_inputs
+from stepdistill_jax.data.counts import SplitCounts, shared_inputs
 from stepdistill_jax.data.example import Example, Rationale
 from stepdistill_jax.data.labels import label_counts, warnings
 from stepdistill_jax.data.reading import CheckedExample
 
 
-def _tallies(**splits):
-    """Tallies of {split: [(input, label), ...]}; a row stands in SPLIT.csv, on lines from 2 on."""
+def _splits(**splits):
+    """Returns the counts of {split: [(input, label), ...]}; rows are in SPLIT.csv, from line 2 on."""
     made = {}
     for split, rows in splits.items():
-        made[split] = Tally()
+        made[split] = SplitCounts()
         for line, (text, label, *why) in enumerate(rows, 2):
             example = Example(str(line), text, label, *why)
             made[split].add(CheckedExample(example, file=f"{split}.csv", line=line))
@@ -22,19 +22,19 @@ def _tallies(**splits):
 
 
 def _rows(counts):
-    """`count` rows of each label, of inputs that occur once."""
+    """Returns `count` rows of each label, all with different inputs."""
     return [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
 
 
-def _by_kind(tallies):
-    found = warnings(tallies)
+def _by_kind(splits):
+    found = warnings(splits)
     assert len({warning["kind"] for warning in found}) == len(found)
     return {warning["kind"]: warning for warning in found}
 
 
 def test_rows_of_each_label_are_counted_by_split_the_commonest_first():
     found = label_counts(
-        _tallies(train=_rows({"no": 6, "yes": 9}), test=[("x", "no"), ("y", "maybe")])
+        _splits(train=_rows({"no": 6, "yes": 9}), test=[("x", "no"), ("y", "maybe")])
     )
     assert list(found) == ["yes", "no", "maybe"]
     assert found == {"yes": {"train": 9}, "no": {"train": 6, "test": 1}, "maybe": {"test": 1}}
@@ -54,18 +54,18 @@ def test_rows_of_each_label_are_counted_by_split_the_commonest_first():
     ids=["two", "intents", "ratings", "sums", "names", "many", "none"],
 )
 def test_a_closed_set_is_told_from_free_answers(counts, closed):
-    tallies = _tallies(train=_rows(counts))
-    assert bool(label_counts(tallies)) == closed
-    if not closed:  # whose single labels are nothing odd
-        assert warnings(tallies) == []
+    splits = _splits(train=_rows(counts))
+    assert bool(label_counts(splits)) == closed
+    if not closed:  # a label with a single row is normal there
+        assert warnings(splits) == []
 
 
 def test_odd_labels_are_named_with_count_place_and_advice():
     odd = [("a", "Sound"), ("b", "Sound"), ("c", "7"), ("d", "crackd"), ("e", "no  more")]
-    tallies = _tallies(
+    splits = _splits(
         train=_rows({"sound": 20, "cracked": 30, "no more": 5}) + odd, test=[("z", "SOUND")]
     )
-    found = _by_kind(tallies)
+    found = _by_kind(splits)
     assert set(found) == {"labels_alike", "numbers_among_labels", "labels_of_one_row"}
     alike = found["labels_alike"]
     assert (alike["count"], alike["examples"]) == (
@@ -83,16 +83,16 @@ def test_odd_labels_are_named_with_count_place_and_advice():
 
 
 def test_labels_that_are_all_fine_give_no_warning():
-    assert warnings(_tallies(train=_rows({"yes": 30, "no": 30}), test=[("x", "no")])) == []
+    assert warnings(_splits(train=_rows({"yes": 30, "no": 30}), test=[("x", "no")])) == []
     assert warnings({}) == []
 
 
 def test_equal_rows_and_inputs_with_different_labels_are_found_in_all_splits():
-    tallies = _tallies(
+    splits = _splits(
         train=[("a", "x"), ("b", "y"), ("a", "x"), ("a", "x"), ("c", "x", "why"), ("e", "")],
         test=[("b", "z"), ("c", "x", "since"), ("b", "y"), ("e", "x")],
     )
-    found = _by_kind(tallies)
+    found = _by_kind(splits)
     equal, different = found["duplicate_rows"], found["different_labels"]
     # two more of a, one more of b; c has another rationale, e's first row no label
     assert (equal["count"], equal["examples"]) == (3, ["train.csv:4", "train.csv:5", "test.csv:4"])
@@ -112,30 +112,30 @@ def test_rows_that_differ_in_any_field_are_not_equal():
             {"more": {"hint": "h"}},
             {"rationales": second},
             {"rationales": (second[0], Rationale("t"))},
-            {"choices": ("a", "c"), "label": "c"},  # of another question
+            {"choices": ("a", "c"), "label": "c"},  # a different question
             {"more": {"hint": "i"}, "label": "c"},
         )
     ]
-    tally = Tally()
+    counts = SplitCounts()
     for row in (same, *others):
-        tally.add(CheckedExample(row))
-    assert warnings({"train": tally}) == []
-    tally.add(CheckedExample(dataclasses.replace(others[2], id="2", label="b")))
-    tally.add(CheckedExample(dataclasses.replace(others[1], id="3")))
-    counts = {w["kind"]: w["count"] for w in warnings({"train": tally})}
-    assert counts == {"different_labels": 1, "duplicate_rows": 1}
-    # an input that is asked again with other choices is one that was trained on
-    assert shared_inputs({"train": tally, "test": tally}) == [
-        "10 inputs of test stand in train, too"
+        counts.add(CheckedExample(row))
+    assert warnings({"train": counts}) == []
+    counts.add(CheckedExample(dataclasses.replace(others[2], id="2", label="b")))
+    counts.add(CheckedExample(dataclasses.replace(others[1], id="3")))
+    kinds = {w["kind"]: w["count"] for w in warnings({"train": counts})}
+    assert kinds == {"different_labels": 1, "duplicate_rows": 1}
+    # an input is the same whatever its choices
+    assert shared_inputs({"train": counts, "test": counts}) == [
+        "10 inputs of test are also in train"
     ]
 
 
 def test_the_labels_of_a_dataset_are_few_and_of_rows_without_choices():
     def labels(rows):
-        tally = Tally()
+        counts = SplitCounts()
         for row in rows:
-            tally.add(CheckedExample(row))
-        return tally.labels
+            counts.add(CheckedExample(row))
+        return counts.labels
 
     rows = [Example(str(i), "q", f"label {i:02d}") for i in range(50)]
     assert labels(rows) == [f"label {i:02d}" for i in range(50)]

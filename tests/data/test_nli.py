@@ -1,4 +1,4 @@
-"""The e-SNLI and ANLI readers and parsers on hand-made rows with every defect, whole and as exports."""
+"""The e-SNLI and ANLI readers and parsers, on hand-made rows with every defect, and on exports."""
 
 import json
 
@@ -67,7 +67,7 @@ def anli_rows():
 
 @pytest.fixture
 def esnli_source(tmp_path):
-    """Train and valid with teacher, no test; valid has one row."""
+    """Writes train and valid with teacher texts; valid has one row, and there is no test."""
     folder = tmp_path / "esnli"
     for split, count in (("train", len(ESNLI)), ("valid", 1)):
         write_lines(folder / f"esnli_{split}.json", esnli_rows()[:count])
@@ -77,7 +77,7 @@ def esnli_source(tmp_path):
 
 @pytest.fixture
 def anli_source(tmp_path):
-    """Train and test with teacher; valid without one."""
+    """Writes train and test with teacher texts, and valid without."""
     folder = tmp_path / "anli1"
     for split in ("train", "test"):
         write_lines(folder / f"anli1_{split}.json", anli_rows())
@@ -213,7 +213,7 @@ def test_anli_is_prepared_with_exact_counts(anli_source, tmp_path):
             "no_answer": 1,
             "empty": 1,
         }
-    # a split without teacher texts is prepared without, and told
+    # a split without teacher texts is prepared without them, and a note says so
     assert figures["validation"]["teacher_accuracy"] is None
     assert any(
         "valid_CoT_0.json: no such file, so the split validation" in n for n in result["notes"]

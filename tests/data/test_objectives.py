@@ -1,4 +1,4 @@
-"""Objectives: labels parsed by templates, the arms, decoder prefixes and how they come through stepdistill.json."""
+"""Objectives: labels parsed by templates, arms, decoder prefixes, and their way through stepdistill.json."""
 
 import dataclasses
 import json
@@ -23,6 +23,7 @@ from stepdistill_jax.data.objectives import (
     step_by_step,
     step_by_step_llm,
 )
+from stepdistill_jax.data.templates import fields_of, parse, words_and_fields
 from stepdistill_jax.data.vocabulary import ByteVocabulary
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.directory import TASK_INFO, TaskInfo, read_task_info, write_model_files
@@ -34,10 +35,10 @@ from stepdistill_jax.training.provenance import differences
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        (7, "a text is wanted, got 7"),
-        (" ", "blank"),
+        (7, "expected text, got 7"),
+        (" ", "a word, got"),
         ("w" * 201, "at most 200 characters"),
-        ("why {input}: ", "no {fields}"),
+        ("why {input}: ", "text without {fields}"),
     ],
 )
 def test_a_bad_prefix_is_refused(prefix, message):
@@ -204,7 +205,7 @@ def test_a_label_that_comes_first_is_parsed_again(label, rationale):
 def test_a_first_target_without_words_between_its_fields_is_refused():
     mixed = Objective("label", "{input}", "{rationale} {label}")
     with pytest.raises(
-        InputError, match=r"'\{rationale\} \{label\}': between two fields some words"
+        InputError, match=r"'\{rationale\} \{label\}': expected words between two fields"
     ):
         resolve(mixed)
     assert resolve((*step_by_step(), Objective("other", "{input}", "{rationale} {label}")))
@@ -225,7 +226,7 @@ def test_validation_measures_the_teachers_label_by_the_gold_one():
     assert held_out_objectives(single_task()) == single_task()
 
 
-# the paper's alpha is 0.5; an arm with one objective has all of the weight on it
+# the paper's alpha is 0.5; a single objective has all of the weight
 WEIGHTS = {
     "label_only": (1.0,),
     "label_only_llm": (1.0,),
@@ -245,3 +246,14 @@ def test_an_arm_has_a_part_with_its_own_weights(arm, tmp_path):
     assert config.objectives == ARMS[arm]()
     assert tuple(o.weight for o in config.objectives) == WEIGHTS[arm]
     assert load_config("demo_step_by_step", [f"OBJECTIVES={arm}"])[0].objectives[0].name == "label"
+
+
+def test_templates_docstrings():
+    template = "{rationale} so {label}"
+    assert fields_of(template) == ("rationale", "label")
+    assert words_and_fields(f"{template}.") == (("", "rationale"), (" so ", "label"), (". ", None))
+    found = parse(template, "wet so slow so no", "label")
+    assert found == {"rationale": "wet so slow", "label": "no"}
+    # what the comments in `parse` promise of empty fields
+    assert parse(template, "so no", "label") == {"rationale": "", "label": "no"}
+    assert parse(template, "wet so", "label") == {"rationale": "wet", "label": ""}

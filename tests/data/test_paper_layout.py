@@ -127,7 +127,7 @@ def test_a_gap_in_the_numbers_of_teacher_files_is_named(cqa_source):
 
 
 def test_teacher_files_are_read_in_the_order_of_their_numbers(cqa_source):
-    """Of more than ten files, `_2` comes before `_10`."""
+    """`_2` comes before `_10`."""
     for path in (cqa_source / "llm").glob("test_CoT_*.json"):
         path.unlink()
     for i in range(12):
@@ -160,7 +160,7 @@ def test_broken_json_of_a_teacher_file_names_file_and_line(cqa_source):
         ({"answer": ["pond"]}, r"cqa_train\.json:7: the field 'answer' must be text.*got a list"),
         ({"choices": "pond"}, r"cqa_train\.json:7: the field 'choices' must be a list"),
         ({"choices": ["pond", ""]}, r"cqa_train\.json:7: the field 'choices\[1\]' is empty"),
-        ({"id": "train-0"}, r"cqa_train\.json:7: the id 'train-0' stands at .*cqa_train\.json:1"),
+        ({"id": "train-0"}, r"cqa_train\.json:7: .*cqa_train\.json:1 has the same id 'train-0'"),
         ({"question": "\ud800"}, r"cqa_train\.json:7: .*surrogate"),
     ],
 )
@@ -185,7 +185,7 @@ def test_the_folder_above_is_a_source_too(cqa_source):
 
 
 def test_a_folder_without_files_says_what_is_wanted(tmp_path):
-    with pytest.raises(InputError, match=r"neither cqa_train\.json nor cqa_test\.json"):
+    with pytest.raises(InputError, match=r"it has no cqa_train\.json or cqa_test\.json"):
         cqa.read(tmp_path).splits  # noqa: B018
     with pytest.raises(InputError, match="no such folder"):
         cqa.read(tmp_path / "absent").splits  # noqa: B018
@@ -197,7 +197,7 @@ def _lines(path, rows):
 
 
 def _add_asdiv(source):
-    """Three questions in source/asdiv, the last without an answer of the teacher's."""
+    """Writes three questions to source/asdiv, the last without a teacher's answer."""
     texts = ["1 + 1 = 2. The answer is (1 + 1).", "1 + 1 = 3. The answer is (2 + 2).", "Who knows"]
     rows = [{"input": f"question {i}?", "label": "not read"} for i in range(3)]
     _lines(source / "asdiv" / "asdiv_train.json", rows)
@@ -219,10 +219,10 @@ def test_asdiv_gives_inputs_that_have_the_teachers_labels_only(svamp_source):
     assert not any(row.right for row in rows)
     assert defect_counts(rows) == {"arithmetic_wrong": 1, "no_answer": 1, "truncated": 1}
     assert [d.text for d in rows[1].defects] == ["1 + 1 = 3"]
-    # nothing else changes: what trains on gold labels reads the same rows
+    # nothing else changes: training on gold labels reads the same rows
     assert {s: reading.splits[s] for s in before} == before
     assert {"asdiv/asdiv_train.json", "asdiv/llm/train_CoT_0.json"} <= set(reading.sources)
-    assert any("the split unlabelled: no gold label" in note for note in reading.notes)
+    assert any("the split unlabelled, with the teacher's labels" in note for note in reading.notes)
 
 
 def test_asdiv_next_to_svamp_is_found_and_needs_its_teacher_files(svamp_source):
@@ -291,7 +291,7 @@ def test_an_export_of_commonsense_qa_gives_the_papers_rows(tmp_path, cqa_source)
     ("changes", "message"),
     [
         ({"answerKey": "E"}, r"test\.jsonl:1: the field 'answerKey' is 'E', the choices are A, B, C"),
-        ({"choices": ["zoo"]}, r"test\.jsonl:1: next to 'answerKey' the field 'choices' must be an object"),
+        ({"choices": ["zoo"]}, r"test\.jsonl:1: with 'answerKey', the field 'choices' must be an object"),
         ({"choices": {"label": ["A"], "text": []}}, r"test\.jsonl:1: in choices: 1 labels, but 0 texts"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""From a source to the folder that tasks read, and what happens when it is there already."""
+"""`prepare`, from a source to the folder that tasks read, also if the folder exists already."""
 
 import concurrent.futures
 import json
@@ -43,7 +43,7 @@ def _write(path, rows):
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """(source file, data dir, result) of 60 rows prepared as `mine`."""
+    """Prepares 60 rows as `mine`; returns (source file, data dir, result)."""
     folder = tmp_path_factory.mktemp("own")
     source = _write(folder / "rows.jsonl", _rows(60))
     return source, folder / "data", prepare(
@@ -175,9 +175,9 @@ def test_a_damaged_dataset_is_named_and_then_rebuilt(tmp_path):
     options = {"source": source, "new_name": "mine", "data_dir": tmp_path / "data"}
     first = prepare("jsonl", **options)
     (tmp_path / "data" / "mine" / "train.jsonl").unlink()
-    with pytest.raises(InputError, match=r"train\.jsonl: gone; run `stepdistill prepare jsonl"):
+    with pytest.raises(InputError, match=r"train\.jsonl: missing; run `stepdistill prepare jsonl"):
         open_prepared("mine", tmp_path / "data")
-    # what a killed run leaves behind goes, too
+    # also removes the leftovers of a killed run
     (tmp_path / "data" / ".mine.partial-killed").mkdir()
     assert not prepare("jsonl", **options)["reused"]
     assert open_prepared("mine", tmp_path / "data").fingerprint == first["fingerprint"]
@@ -219,7 +219,7 @@ def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
     shared = sum(row["input"] in train for row in asked)
     first = next(i for i, row in enumerate(asked, 1) if row["input"] in train)
     assert shared > 1
-    note = f"{shared} inputs of test stand in train, too, the first at test.jsonl:{first}"
+    note = f"{shared} inputs of test are also in train, the first at test.jsonl:{first}"
     assert note in result["notes"]
     assert not any("inputs of validation" in note for note in result["notes"])
 
@@ -398,7 +398,7 @@ def test_a_report_replaces_its_own_page_alone(tmp_path, own):
 
 
 def _bad_source(tmp_path):
-    """40 rows as CSV, 37 of which can be used."""
+    """Writes 40 rows as CSV, of which 37 can be used."""
     lines = [f'{i},"question {i}",{"no" if i % 3 else "yes"}' for i in range(40)]
     lines[5], lines[17], lines[30] = "5,question 5,", "17,question 17", "4,question 30,no"
     path = tmp_path / "rows.csv"
@@ -419,10 +419,10 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     assert [(row["file"], row["row"], row["kind"]) for row in rows] == [
         ("rows.csv", line, "bad_row") for line in (7, 19, 32)
     ]
-    assert "the id '4' stands at" in rows[2]["text"]
+    assert "has the same id '4'" in rows[2]["text"]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", listed.name]
 
-    # without them it is prepared, and the list is in its folder
+    # skipping them prepares the dataset, with the list in its folder
     result = prepare("jsonl", **options, on_error="skip")
     dataset = open_prepared("mine", tmp_path / "data")
     ids = {e.id for split in dataset.splits for e in dataset.examples(split)}
@@ -437,7 +437,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
 def test_the_message_of_a_single_bad_row_says_where_it_is_listed(tmp_path):
     source = _write(tmp_path / "mine.jsonl", [*_rows(20), {"input": "q"}])
     with pytest.raises(
-        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; it is listed in (.*) \(`on"
+        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; listed in (.*)\. Correct it"
     ) as caught:
         prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
     listed = tmp_path / "mine.defects.jsonl"

@@ -93,9 +93,9 @@ def test_gpt_neox_may_leave_out_the_answer():
 
 
 def test_a_split_is_that_of_hugging_face_datasets():
-    """`default_rng(0).permutation(20)`, whose head of ceil(0.1 x 20) rows is the second part.
+    """The first ceil(0.1 x 20) rows of `default_rng(0).permutation(20)` are the second part.
 
-    Written down since numpy does not promise the same numbers of a `Generator` for ever (NEP 19).
+    Literal numbers, since NumPy may change the stream of a `Generator` (NEP 19).
     """
     train, test = train_test_split(20, 0.1, 0)
     assert test.tolist() == [4, 19]
@@ -140,7 +140,7 @@ def test_cqa_is_prepared_in_the_order_of_the_published_split(tmp_path):
         f" Why {train[0]}.",
         "Pond" if train[0] % 2 else "pond",
     )
-    assert not first.rationales  # people's are not read
+    assert not first.rationales  # people's explanations are not read
     assert (
         result["splits"]["test"]["teacher_accuracy"]
         == sum(e.llm_label == e.label for e in dataset.examples("test")) / 20
@@ -152,7 +152,7 @@ def test_cqa_is_prepared_in_the_order_of_the_published_split(tmp_path):
 
 
 def test_a_text_that_stops_the_published_code_is_named(cqa_source):
-    with pytest.raises(InputError, match=r"train_CoT_0\.json: item 4: the published rule stops"):
+    with pytest.raises(InputError, match=r"train_CoT_0\.json: item 4: the published rule fails"):
         published.read("cqa", cqa_source).splits  # noqa: B018
 
 
@@ -249,8 +249,8 @@ def test_asdiv_is_svamp_and_asdiv_with_its_gold_answers(svamp_source):
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("delivery", {}, r"`paper_exact`: .delivery. is none of the paper.s datasets \(cqa, svamp, esnli, anli, asdiv\)"),
-        ("jsonl", {"new_name": "mine"}, "`paper_exact`: .jsonl. is none of the paper.s"),
+        ("delivery", {}, r"`paper_exact`: .delivery. is not one of the paper.s datasets \(cqa, svamp, esnli, anli, asdiv\)"),
+        ("jsonl", {"new_name": "mine"}, "`paper_exact`: .jsonl. is not one of the paper.s"),
         ("cqa", {"teacher": False}, "`paper_exact`: the published code needs the teacher's texts"),
         ("cqa", {"new_name": "cqa"}, "`new_name`: 'cqa' belongs to `prepare cqa`"),
     ],
@@ -265,7 +265,7 @@ def test_bad_usage_is_one_line(tmp_path, name, more, message):
 
 
 def test_the_papers_files_give_the_teacher_accuracy_of_its_code(paper_data):
-    """What `run.py --label_type llm` prints of the test split (77.23% and 74.00%)."""
+    """`run.py --label_type llm` prints 77.23% and 74.00% for the test split."""
     for name, rows, right in (("cqa", 1221, 943), ("svamp", 200, 148)):
         test = published.read(name, paper_data / name).splits["test"]
         assert len(test) == rows

@@ -1,4 +1,4 @@
-"""The parser on hand-made completions of the forms that the original files hold."""
+"""The parser on hand-made completions with the forms of the original files."""
 
 import pytest
 from hypothesis import given
@@ -76,7 +76,7 @@ def test_each_way_of_failing_to_compute_has_a_name(text, answer, repaired, probl
 
 
 def test_a_text_without_an_answer_has_no_rationale():
-    # the end of a text that broke off may argue for anything, so nothing of it is trained on
+    # a truncated text may argue for any answer, so it is not trained on
     assert parse_choice("Ducks swim and swim and", CHOICES).rationale == ""
     assert parse_equation("32 sacks. 32 sacks.").rationale == ""
 
@@ -92,7 +92,7 @@ def test_what_follows_the_next_question_changes_nothing(text, more):
     own = text.split("Q:")[0]
     for parse in (lambda t: parse_choice(t, CHOICES), parse_equation):
         alone, runs_on = parse(own), parse(f"{own}Q:{more}")
-        # where it runs on, it was not our text that broke off
+        # if the text runs on, only the invented question is truncated
         kept = (kind for kind in alone.problems if kind != "truncated")
         assert runs_on.problems == ("runs_on", *kept)
         assert (alone.rationale, alone.answer, alone.repaired) == (

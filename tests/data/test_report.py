@@ -1,4 +1,4 @@
-"""The page about a dataset: its figures, and that no text of the dataset gets out of its place."""
+"""The page about a dataset: its numbers, and that it escapes every text of the dataset."""
 
 import base64
 import html.parser
@@ -8,7 +8,7 @@ import re
 import pytest
 import scipy.stats
 
-from stepdistill_jax.data.counts import Tally
+from stepdistill_jax.data.counts import SplitCounts
 from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.prepare import prepare
@@ -28,7 +28,7 @@ RESULT = {
 
 
 class Balance(html.parser.HTMLParser):
-    """Raises where a tag is closed that is not open; collects text and tags."""
+    """Raises if a tag is closed that is not open; collects text and tags."""
 
     def __init__(self):
         super().__init__()
@@ -55,15 +55,15 @@ def _parsed(text):
     return parser
 
 
-def _tally(rows):
-    tally = Tally()
+def _count(rows):
+    counts = SplitCounts()
     for row in rows:
-        tally.add(row)
-    return tally
+        counts.add(row)
+    return counts
 
 
 @pytest.fixture
-def tallies():
+def splits():
     right = {"teacher_accuracy": True, "teacher_accuracy_repaired": True}
     wrong = {"teacher_accuracy": False, "teacher_accuracy_repaired": False}
     rows = [
@@ -73,11 +73,11 @@ def tallies():
         CheckedExample(Example(HOSTILE, HOSTILE, "yes"), (Defect("no_answer", f"{HOSTILE}.json", 7, HOSTILE),), wrong),
         CheckedExample(Example("b", "one two three", "no", "why not"), (Defect("runs_on", "f", 2, "t"),), right),
     ]  # fmt: skip
-    return {"train": _tally(rows), "test": _tally(rows[:1])}
+    return {"train": _count(rows), "test": _count(rows[:1])}
 
 
-def test_texts_of_the_dataset_are_escaped_and_nothing_is_loaded(tallies):
-    text = page(RESULT, tallies)
+def test_texts_of_the_dataset_are_escaped_and_nothing_is_loaded(splits):
+    text = page(RESULT, splits)
     parsed = _parsed(text)
     assert "script" not in parsed.tags
     assert parsed.links and all(link.startswith("data:image/svg+xml;") for link in parsed.links)
@@ -86,13 +86,13 @@ def test_texts_of_the_dataset_are_escaped_and_nothing_is_loaded(tallies):
     assert sum(HOSTILE in data for data in parsed.text) == 5
 
 
-def test_figures_are_those_of_the_rows(tallies):
-    text = page(RESULT, tallies)
+def test_figures_are_those_of_the_rows(splits):
+    text = page(RESULT, splits)
     cells = [
         re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text, re.S)
     ]
     assert ["train", "8", "7", "0", "2"] in cells
-    # the interval as scipy has it
+    # scipy's interval
     assert next(c for c in cells if c[:2] == ["train", "teacher_accuracy"])[2:5] == [
         "87.50%",
         "52.91% to 97.76%",
@@ -108,10 +108,10 @@ def test_figures_are_those_of_the_rows(tallies):
 
 def test_a_dataset_without_teacher_or_defects_has_a_page():
     text = page(
-        RESULT | {"notes": []}, {"train": _tally([CheckedExample(Example("1", "q", "yes"))])}
+        RESULT | {"notes": []}, {"train": _count([CheckedExample(Example("1", "q", "yes"))])}
     )
     _parsed(text)
-    assert "There are none." in text and "None was found." in text
+    assert "There are none." in text and "None found." in text
 
 
 @pytest.mark.parametrize(("right", "rows"), [(0, 10), (10, 10), (74, 100), (7, 8), (1, 1)])
@@ -127,7 +127,7 @@ def test_histograms_hold_every_row_with_its_quantiles_and_the_same_bytes():
         for n in counts
         for i in range(counts[n])
     ]
-    text = page(RESULT, {"train": _tally(rows)})
+    text = page(RESULT, {"train": _count(rows)})
     assert "train: words of an input (median 1, 95 % up to 9, greatest 9)" in text
     picture = base64.b64decode(_parsed(text).links[0].partition(",")[2]).decode()
     corner = r"[\d.]+ ([\d.]+) \n"
@@ -136,7 +136,7 @@ def test_histograms_hold_every_row_with_its_quantiles_and_the_same_bytes():
     assert [h / heights[0] for h in heights] == pytest.approx(
         [1, 0.88, 0, 0, 0, 0, 0, 0, 0.12], abs=1e-4
     )
-    assert page(RESULT, {"train": _tally(rows)}) == text
+    assert page(RESULT, {"train": _count(rows)}) == text
 
 
 def test_prepare_writes_the_page_also_of_an_unchanged_dataset(tmp_path):

@@ -53,6 +53,6 @@ def test_a_single_short_text_is_enough(tmp_path):
 
 
 def test_no_text_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="all of it is empty"):
+    with pytest.raises(InputError, match="all texts are empty"):
         train_vocabulary(["", "  "], tmp_path / "none.model")
     assert not list(tmp_path.iterdir())

@@ -56,8 +56,8 @@ def test_the_order_in_which_splits_alternate_is_no_part_of_the_fingerprint(finge
 
 
 def test_rows_and_defects_are_written_as_they_were_read(tmp_path):
-    tallies, *_ = write_rows(READING, tmp_path)
-    assert list(tallies) == ["train"]
+    splits, *_ = write_rows(READING, tmp_path)
+    assert list(splits) == ["train"]
     assert json.loads((tmp_path / "train.jsonl").read_text()) == {
         "id": "1",
         "input": "question",
@@ -94,9 +94,9 @@ def test_of_a_large_dataset_every_kth_row_teaches_the_vocabulary(tmp_path, monke
         ("train", CheckedExample(Example(str(i), f"question {i}", "yes", f"reason {i}")))
         for i in range(10)
     ]
-    tallies, *_ = write_rows(dataclasses.replace(READING, rows=lambda: iter(rows)), tmp_path)
-    path, tally = tmp_path / "train.jsonl", tallies["train"]
-    assert len(writing.vocabulary_texts(path, tally.texts, tally.characters)) == 40
-    monkeypatch.setattr(writing, "MAX_VOCABULARY_CHARACTERS", tally.characters // 3)
-    found = writing.vocabulary_texts(path, tally.texts, tally.characters)[::4]
+    splits, *_ = write_rows(dataclasses.replace(READING, rows=lambda: iter(rows)), tmp_path)
+    path, counts = tmp_path / "train.jsonl", splits["train"]
+    assert len(writing.vocabulary_texts(path, counts.texts, counts.characters)) == 40
+    monkeypatch.setattr(writing, "MAX_VOCABULARY_CHARACTERS", counts.characters // 3)
+    found = writing.vocabulary_texts(path, counts.texts, counts.characters)[::4]
     assert found == [f"predict: question {i}" for i in (0, 4, 8)]

@@ -22,7 +22,7 @@ from stepdistill_jax.data.written_sums import wrong_sums
         ("193 / 15 = 12.9", []),
         ("193 / 15 = 12.8", ["193 / 15 = 12.8"]),
         ("20 / 3 = 6", ["20 / 3 = 6"]),
-        # what hangs on to something else cannot be judged
+        # a sum attached to other text cannot be checked
         ("5 apples + 3 = 8", []),
         ("5 apples + 3 + 1 = 9", []),
         ("153 pages x 2/3 = 102 pages", []),

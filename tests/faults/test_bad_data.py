@@ -274,7 +274,7 @@ FLAGS = (
     ("prepare", ("--name", ""), "--name must be lower_snake_case"),
     ("prepare", ("--name", "cqa"), "belongs to `prepare cqa`"),
     ("prepare", ("--name", "x" * 300), "cannot be written"),
-    ("prepare", ("--name", "taken"), "is there and is no folder"),
+    ("prepare", ("--name", "taken"), "exists and is not a folder"),
     ("prepare", ("--name", "theirs"), "was not written by `prepare`"),
     ("prepare", ("--data-dir", "in.jsonl"), "--data-dir in.jsonl: cannot be written"),
     ("prepare", ("--data-dir", "x" * 5000), "cannot be written"),

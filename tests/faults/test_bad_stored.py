@@ -171,13 +171,13 @@ def prepared(folder):
     (folder / "source" / "test.jsonl").write_text(GOOD)
     reading = jsonl.read(folder / "source")
     made = folder / "data" / "mine"
-    tallies, fingerprint, _ = writing.write_rows(reading, made)
+    splits, fingerprint, _ = writing.write_rows(reading, made)
     (made / "1.0.0").mkdir()
     (made / "1.0.0" / "features.json").write_text("{}")
     described = writing.describe(reading) | {
         "name": "mine",
         "fingerprint": fingerprint,
-        "splits": {split: tally.rows for split, tally in tallies.items()},
+        "splits": {split: counts.rows for split, counts in splits.items()},
         "labels": [],
         "notes": [],
         "vocabulary": {},
@@ -229,7 +229,7 @@ def test_a_prepared_dataset(tmp_path, refused):
     def check():
         open_prepared("mine", tmp_path / "data").check()
 
-    edited = "not as `prepare` wrote it; run `stepdistill prepare jsonl --source FILE --name mine`"
+    edited = "changed since `prepare` wrote it; run `stepdistill prepare jsonl --source FILE --name mine`"
     for name in ("test.jsonl", "defects.jsonl", "1.0.0/features.json"):
         file, content = made / name, (made / name).read_bytes()
         for kind, other in (("edited", content + b"\n"), ("empty", b"x"), ("random", b"\x80")):
@@ -345,8 +345,8 @@ def test_what_only_looks_bad_is_read_and_its_notes_can_be_written(tmp_path):
         folder.mkdir()
         (folder / "test.jsonl").write_bytes(content)
         reading = jsonl.read(folder)
-        tallies, *_ = write_rows(reading, folder / "made")
-        assert tallies["test"].rows == rows, kind
+        splits, *_ = write_rows(reading, folder / "made")
+        assert splits["test"].rows == rows, kind
         assert "\n".join(reading.notes).encode()
 
 

@@ -187,7 +187,7 @@ def unfit_tasks():
     return {
         "targets alone": (
             {"output_features": {"targets": byte}},
-            ("it has targets alone", "splits its text in two"),
+            ("it has only targets", "splits its text in two"),
         ),
         "other features": (
             {"output_features": {"question": byte, "answer": byte}},
@@ -201,7 +201,7 @@ def unfit_tasks():
             features(vocabulary=seqio.PassThroughVocabulary(100)),
             ("PassThroughVocabulary", "SentencePieceVocabulary"),
         ),
-        "two vocabularies": (features({"targets": other}), ("share one vocabulary", "give both")),
+        "two vocabularies": (features({"targets": other}), ("share a vocabulary", "give both")),
         "an unknown vocabulary": (
             features(vocabulary=seqio.FullCodepointVocabulary()),
             ("got FullCodepointVocabulary", "`stepdistill prepare` trains"),
@@ -210,7 +210,7 @@ def unfit_tasks():
         "floats": (features(dtype=tf.float32), ("float32 of rank 1", "tokenise it")),
         "rows by length": (
             {"preprocessors": [cut_by_length]},
-            ("cut_by_length makes rows by sequence_length", "functools.partial"),
+            ("cut_by_length depends on sequence_length", "functools.partial"),
         ),
         "rows by length before a cache": (
             {"preprocessors": [cut_by_length, seqio.CacheDatasetPlaceholder()]},
@@ -218,11 +218,11 @@ def unfit_tasks():
         ),
         "a cache alone": (
             {"preprocessors": [seqio.CacheDatasetPlaceholder(required=True)]},
-            ("from a cache of seqio_cache_tasks alone", "leave required=True out"),
+            ("only read from a cache of seqio_cache_tasks", "leave required=True out"),
         ),
         "a draw at each reading": (
             {"preprocessors": [draw_an_id]},
-            ("split 'train' differ from one reading to the next", "map_over_dataset(num_seeds=1)"),
+            ("split 'train' differ between two readings", "map_over_dataset(num_seeds=1)"),
         ),
         "no rows": ({"source": no_rows}, ("split 'train' has no rows", "its source is empty")),
         "no splits": ({"source": no_splits}, ("has no splits", "give it `splits`")),
@@ -460,7 +460,7 @@ def test_tfds_folders_are_refused_before_they_are_read_and_prepare_mends_them(
         seen="`prepare` writes a damaged folder anew",
     )
     assert not wrong, "\n".join(wrong)
-    assert mended and any("was damaged, and is written anew" in note for note in again["notes"])
+    assert mended and any("was damaged and has been rebuilt" in note for note in again["notes"])
     assert load_task("mine", split="train", data_dir=tmp_path / "data").stores[0].num_examples > 20
     assert prepare("jsonl", **options)["reused"]
 
@@ -483,7 +483,7 @@ def test_a_slice_of_a_tfds_split_without_rows(tmp_path, registries):
             ],
         )
     with pytest.raises(
-        InputError, match=r"split 'train' of source Tfds.* has no rows; name another"
+        InputError, match=r"split 'train' of source Tfds.* has no rows; give another"
     ):
         load_task("mine_9", split="train", data_dir=tmp_path)
     assert load_task("mine_11", split="train", data_dir=tmp_path).stores[0].num_examples == 12

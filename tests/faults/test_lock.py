@@ -251,7 +251,7 @@ def test_data_that_was_changed_in_place_is_refused(jsonl, tmp_path, capsys, sett
         ids.write_bytes(whole[:9] + bytes([whole[9] ^ 4]) + whole[10:])
         capsys.readouterr()
         assert train(config, workdir=tmp_path / "run", data_dir=data_dir)["step"] == 2
-        said = f"warning: {ids.parent}: its files have other bytes than were written"
+        said = f"warning: {ids.parent}: its files have changed since they were written"
         assert said in capsys.readouterr().err
         assert ids.read_bytes() == whole
 

@@ -1,4 +1,4 @@
-"""What each arm makes of a dataset's rows: targets, labels to compare with, rows that are left out."""
+"""Each arm's targets, labels to compare with, and rows left out, for the rows of one dataset."""
 
 import json
 
@@ -40,7 +40,7 @@ def data_dir(tmp_path_factory):
 
 
 def texts(data):
-    """(input, target) of each example's rows; absent ones are left out."""
+    """Returns (input, target) of each example's present rows."""
     decode, (store,) = ByteVocabulary().decode, data.stores
     rows = []
     for i in range(store.num_examples):
@@ -77,7 +77,7 @@ def test_the_targets_of_an_arm(data_dir, arm):
     data = load(data_dir, arm)
     assert [[target for _, target in row] for row in texts(data)] == WANTED[arm]
     trained_on = Batches(data, 2, 64, 64, seed=0).num_examples
-    assert trained_on == sum(map(bool, WANTED[arm]))  # the others have no place in a step
+    assert trained_on == sum(map(bool, WANTED[arm]))  # the others are in no step
 
 
 @pytest.mark.parametrize("arm", ["single_task", "rationale_input", "step_by_step_multi"])
@@ -150,7 +150,9 @@ def test_a_field_that_the_dataset_has_not_is_named(data_dir):
 
 def test_words_that_the_vocabulary_cannot_write_are_refused(data_dir):
     odd = Objective("label", "{input}", "{rationale} ¶ {label}")
-    with pytest.raises(InputError, match=r"`objectives`: the words ' ¶ ' .* choose others"):
+    with pytest.raises(
+        InputError, match=r"`objectives`: the words ' ¶ ' .* choose different words"
+    ):
         load_task("mine", split="train", objectives=odd, data_dir=data_dir)
 
 
@@ -173,7 +175,7 @@ def test_rows_of_a_function_have_the_fields_that_objectives_name(tmp_path):
         ["no", "sun", "no rain"],
         ["yes"],
     ]
-    with pytest.raises(InputError, match="row 1: field 'why_not' is missing, the row has input"):
+    with pytest.raises(InputError, match="row 1: field 'why_not' is missing; the row has input"):
         add_task(
             "why_else",
             source=lambda split: [{"input": "dry ?", "label": "yes"}],

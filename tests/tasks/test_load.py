@@ -85,7 +85,8 @@ def test_rows_that_are_taken_as_they_stand_have_the_tokens_that_seqio_gives(
 ):
     from stepdistill_jax.tasks.prepared_rows import PreparedRows
 
-    # not one of these very rows, in which ways to cut a text tie: SentencePiece's versions differ there
+    # no vocabulary trained on these very rows: two ways to split a text tie, and versions of
+    # SentencePiece then differ
     if vocabulary != "bytes":
         vocabulary = delivery_data_dir / "delivery" / vocabulary
     rows = "".join(json.dumps(row) + "\n" for row in ROWS_AS_THEY_STAND)
@@ -148,7 +149,7 @@ def test_rows_with_defects_keep_their_place(tmp_path):
     assert [store.rows[1]["targets"][i].tolist() for i in (0, 2)] == [
         [*encode(e.rationale), EOS_ID] for e in dataset.examples("train") if e.rationale
     ]
-    # other rows under the same name: the old tokens are not used
+    # different rows under the same name: the old tokens are not used
     rows[0]["label"] = "c"
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     prepare("jsonl", source=tmp_path / "mine.jsonl", new_name="mine", data_dir=tmp_path)
@@ -237,7 +238,7 @@ PLAIN = """
 
 @pytest.fixture
 def plain_module(seqio, tmp_path, monkeypatch, request):
-    """A user's module with two plain tasks and a mixture; its name is also their prefix."""
+    """Writes a user's module with two plain tasks and a mixture; its name is their prefix."""
     name = f"plain_{abs(hash(request.node.nodeid)) % 10**9}"
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(PLAIN).replace("PREFIX", name))
     (tmp_path / f"{name}_colours.txt").write_text("sky|blue\ngrass|green\n")
@@ -304,14 +305,14 @@ def test_a_source_that_changed_behind_a_function_is_noticed(seqio, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         second = load_task("changing", split="train", data_dir=tmp_path)
     assert "'changing'" in caplog.text
-    assert "other rows than when it was tokenised (first at row 2)" in caplog.text
+    assert "no longer gives the rows that were tokenised (first at row 2)" in caplog.text
     assert second.fingerprint != first.fingerprint
     assert second.stores[0].label_texts == ["a", "c"]
 
 
 @pytest.fixture(params=["add_task", "FunctionDataSource"])
 def changeable(seqio, request):
-    """(name of a task, the labels that its function gives): 60 rows through Python or TensorFlow."""
+    """Returns (name of a task, list of the labels of its 60 rows), read by Python or TensorFlow."""
     import tensorflow as tf
 
     from stepdistill_jax.tasks.registry import add_task
@@ -348,9 +349,9 @@ def take_one_away(labels):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(append, r"\(after row 32; 90 rows, before 60\)", marks=pytest.mark.slow),
+        pytest.param(append, r"\(after row 32; 90 rows, 60 before\)", marks=pytest.mark.slow),
         pytest.param(change_one, r"\(after row 32\)", marks=pytest.mark.slow),
-        (take_one_away, r"\(after row 32; 59 rows, before 60\)"),
+        (take_one_away, r"\(after row 32; 59 rows, 60 before\)"),
     ],
 )
 def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(
@@ -360,7 +361,7 @@ def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(
     first = load_task(name, split="train", data_dir=tmp_path)
     with caplog.at_level(logging.WARNING):
         assert load_task(name, split="train", data_dir=tmp_path).fingerprint == first.fingerprint
-        assert "other rows" not in caplog.text
+        assert "no longer gives" not in caplog.text
         change(labels)
         second = load_task(name, split="train", data_dir=tmp_path)
         assert re.search(f"'{name}', split 'train': .*tokenised {said}", caplog.text)
@@ -368,7 +369,7 @@ def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(
         assert second.fingerprint != first.fingerprint
         caplog.clear()
         assert load_task(name, split="train", data_dir=tmp_path).fingerprint == second.fingerprint
-        assert "other rows" not in caplog.text
+        assert "no longer gives" not in caplog.text
 
 
 def test_a_source_whose_late_rows_never_repeat_is_refused(changeable, tmp_path, monkeypatch):
@@ -377,7 +378,7 @@ def test_a_source_whose_late_rows_never_repeat_is_refused(changeable, tmp_path, 
     name, _ = changeable
     reads = iter(range(99))
     monkeypatch.setattr(tokenizing, "rows_digest", lambda *_: {"rows": 60, "sha256": next(reads)})
-    with pytest.raises(InputError, match=f"{name!r}: the rows of split 'train' differ from"):
+    with pytest.raises(InputError, match=f"{name!r}: the rows of split 'train' differ between"):
         load_task(name, split="train", data_dir=tmp_path)
 
 
@@ -406,7 +407,7 @@ def test_the_files_of_a_source_stand_for_its_rows(seqio, tmp_path, monkeypatch):
     path.unlink()
     path.symlink_to(tmp_path / "gone")
     assert files_of(lines, "train") == []
-    # a function's splits are no files, even where one is called like them
+    # a function's splits are not files, even if a file has the same name
     monkeypatch.chdir(tmp_path)
     pathlib.Path("train").touch()
     function = seqio.FunctionDataSource(lambda split, shuffle_files: None, splits=["train"])
@@ -507,7 +508,7 @@ def test_a_tfds_dataset_that_is_not_there_is_named_with_its_task(seqio, tmp_path
 
 
 def test_rows_that_are_drawn_at_each_reading_are_refused(seqio, tmp_path):
-    """Whether a source draws them, or a preprocessor without a seed; SeqIO's seeds repeat."""
+    """Drawn by a source, or by a preprocessor without a seed. SeqIO's seeds repeat."""
     import tensorflow as tf
 
     from stepdistill_jax.tasks.registry import add_task
@@ -548,7 +549,7 @@ def test_rows_that_are_drawn_at_each_reading_are_refused(seqio, tmp_path):
             output_features={"inputs": feature, "targets": feature},
         )
     for name in ("restless", "draws_without_seed", "source_without_seed"):
-        with pytest.raises(InputError, match=f"{name!r}: the rows .* differ from one") as caught:
+        with pytest.raises(InputError, match=f"{name!r}: the rows .* differ between two") as caught:
             load_task(name, split="train", data_dir=tmp_path)
         assert "\n" not in str(caught.value) and "num_seeds=1" in str(caught.value)
     first = load_task("draws_with_seed", split="train", data_dir=tmp_path)

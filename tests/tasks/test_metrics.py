@@ -14,7 +14,7 @@ from stepdistill_jax.tasks.registry import add_task
 NUMBERS = itertools.count()
 QUESTIONS = ["one", "two", "two", "three", "four"]
 TARGETS = ["1", "2", "2", "3 drei", ""]
-# one is right, one ends without an end of sequence, one has ids that no vocabulary has, one is empty
+# one right, one without end of sequence, one with ids outside any vocabulary, one empty
 ANSWERS = [[*b"4\x01"], [*b"zz"], [500, 3, EOS_ID], [*b"666"], [EOS_ID]]
 SCORES = np.array([-0.5, -2.0, -0.25, -8.0, -0.125], np.float32)
 TARGET_SCORES = np.array([-1.0, -3.0, -5.0, -0.5, 0.0], np.float32)
@@ -32,7 +32,7 @@ def seqio():
 
 @pytest.fixture
 def added(seqio):
-    """`added(metrics, postprocess=None, rows=None, **arguments)` registers a task; its name."""
+    """`added(metrics, postprocess=None, rows=None, **arguments)` registers a task and returns its name."""
     import tensorflow as tf
 
     names = []
@@ -72,7 +72,7 @@ def added(seqio):
 
 @pytest.fixture
 def opened(tmp_path):
-    """`opened(task)`: its `TaskMetrics` on `validation`."""
+    """`opened(task)` returns its `TaskMetrics` on `validation`."""
 
     def open_(task):
         (part,) = load_task(task, split="validation", data_dir=tmp_path).parts
@@ -82,7 +82,7 @@ def opened(tmp_path):
 
 
 def by_evaluator(seqio, task):
-    """What `seqio.Evaluator` makes of the same answers and scores."""
+    """Returns the results of `seqio.Evaluator` for the same answers and scores."""
     evaluator = seqio.Evaluator(
         task, seqio.EncDecFeatureConverter(pack=False), eval_split="validation"
     )
@@ -98,7 +98,7 @@ def by_evaluator(seqio, task):
 
 
 def word_and_row(text, example=None, is_target=False):
-    """All that SeqIO hands to a postprocessor."""
+    """Returns everything that SeqIO passes to a postprocessor."""
     return text, int(example["id"]), example["also"].tolist() if is_target else None
 
 
@@ -207,10 +207,10 @@ def twice(targets, predictions):
     "metric, message",
     [
         (raises, r"metric raises, or the task's postprocess_fn, failed: KeyError: 'f1' at .*:\d+$"),
-        (no_dict, r"metric no_dict returned a float; a dict of numbers is wanted"),
-        (no_number, r"metric no_number returned \{'f1': 'half'\}; a dict of numbers is wanted"),
+        (no_dict, r"metric no_dict returned a float; expected a dict of numbers"),
+        (no_number, r"metric no_number returned \{'f1': 'half'\}; expected a dict of numbers"),
         (many, r"metric many returned \{'f1': array\(\[0., 0.\]\)\}"),
-        (twice, r"metric twice: another metric gives a value 'rows', too"),
+        (twice, r"metric twice: another metric also returns a value 'rows'"),
     ],
 )
 def test_a_broken_metric_is_named(added, opened, metric, message):
@@ -234,14 +234,14 @@ def test_a_text_among_the_values_is_left_out_and_said_once(seqio, added, opened,
 
     metrics = opened(added([shown]))
     assert metrics.compute(ANSWERS, SCORES) == metrics.compute(ANSWERS, SCORES) == {"f1": 0.5}
-    assert capsys.readouterr().err.count("'sample' is a Text and left out") == 1
+    assert capsys.readouterr().err.count("'sample' is a Text, so it is left out") == 1
 
 
 def test_a_source_that_changed_after_it_was_tokenised_cannot_be_measured(added, opened):
     inputs = ["a", "b"]
     metrics = opened(added([no_number], rows=lambda: {"inputs": inputs, "targets": ["c", "d"]}))
     inputs[1] = "e"
-    with pytest.raises(InputError, match="its source gives other rows than when it was tokenised"):
+    with pytest.raises(InputError, match="its source no longer gives the rows that were tokenised"):
         metrics.try_out()
 
 
@@ -250,7 +250,7 @@ def test_a_task_without_metrics_has_none(added, opened):
 
 
 def test_paired_tasks_are_measured_on_the_rows_that_have_a_label(seqio, added, tmp_path):
-    """The task of reasons has them in another order, one of them of a row without a label."""
+    """The task of rationales has a different order, and one row without a label."""
     seen = []
 
     def equal(targets, predictions):
@@ -299,7 +299,7 @@ def colour_task(seqio):
 
 @pytest.mark.parametrize("objectives", ["step_by_step", "single_task", "label_only_llm"])
 def test_a_function_given_to_add_task_gets_labels(colour_task, tmp_path, objectives):
-    """Gold ones, also where the config's objectives write a rationale first, or the teacher's label."""
+    """They are gold labels, also if the objectives write a rationale first, or the teacher's label."""
     data = load_task(colour_task, split="validation", objectives=objectives, data_dir=tmp_path)
     (part,) = data.parts
     assert part.metric == "text_match"
@@ -318,7 +318,7 @@ def test_it_is_the_metric_of_the_registered_label_task(seqio, colour_task):
 @pytest.mark.parametrize(
     "metric, message",
     [
-        ([red_recall], "metric is a name .text_match, value_match. or one function, got list"),
+        ([red_recall], "metric: expected a name .text_match, value_match. or a function, got list"),
         ("f1", "metric: unknown name 'f1'"),
         (lambda gold, mine: {}, r"positional arguments matching .* Got: \('gold', 'mine'\)"),
     ],

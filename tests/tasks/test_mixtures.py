@@ -1,4 +1,4 @@
-"""Mixtures of a user's own SeqIO tasks: which objective each gives, and how their rows are drawn."""
+"""Mixtures of a user's SeqIO tasks: the objective of each task, and how rows are drawn."""
 
 import json
 import textwrap
@@ -16,7 +16,7 @@ from stepdistill_jax.tasks.task_data import shares_in_words
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.loop import train
 
-# as SeqIO's documentation adds tasks and mixtures: TaskRegistry.add twice, MixtureRegistry.add
+# as in SeqIO's documentation: TaskRegistry.add twice, then MixtureRegistry.add
 MODULE = """
     import functools, seqio, tensorflow as tf
 
@@ -163,7 +163,7 @@ def test_a_mixture_trains_as_one_objective_only_if_the_user_says_so(modules, tmp
         (
             "",
             {"task_objectives": {"NAME_label": "label", "NAME_rationale": "reason"}},
-            r"no objective is called 'reason' \(`objectives` has label, rationale\)",
+            r"there is no objective 'reason' \(`objectives` has label, rationale\)",
         ),
         (
             "",
@@ -173,7 +173,7 @@ def test_a_mixture_trains_as_one_objective_only_if_the_user_says_so(modules, tmp
         (
             "",
             {"objectives": "label_only"},
-            r"no objective is called 'rationale' \(`objectives` has label\)",
+            r"there is no objective 'rationale' \(`objectives` has label\)",
         ),
     ],
 )
@@ -187,7 +187,7 @@ def test_what_a_mixture_is_refused_for(modules, tmp_path, mixture, options, mess
 
 @pytest.mark.slow
 def test_a_mixture_of_plain_tasks_trains_and_is_evaluated(modules, tmp_path):
-    """Losses for each task and objective are the objective's where one task gives it."""
+    """If one task gives an objective, its loss is that of the objective."""
     name = modules()
     config = TrainConfig(
         task=f"{name}_rates",
@@ -222,7 +222,7 @@ def test_a_mixture_of_plain_tasks_trains_and_is_evaluated(modules, tmp_path):
 
 
 def rows_of(split, explained=True):
-    """Ten examples; the last four have no rationale, and none has one outside of train."""
+    """Returns ten examples; only the first six of train have a rationale."""
     for i in range(10):
         rationale = f"it is {i % 2}" if explained and split == "train" and i < 6 else ""
         yield {"input": f"row {i}", "label": "ab"[i % 2], "rationale": rationale}
@@ -230,7 +230,7 @@ def rows_of(split, explained=True):
 
 @pytest.fixture(scope="module")
 def tagged():
-    """The mixture `tagged_rates` of a dataset of `add_task` at rates 1 and 3."""
+    """Registers the mixture `tagged_rates` of an `add_task` dataset's tasks, with rates 1 and 3."""
     import seqio
 
     from stepdistill_jax.tasks.registry import add_task
@@ -242,7 +242,7 @@ def tagged():
 
 
 def test_shares_count_the_examples_that_have_a_target(tagged, tmp_path):
-    """Three rationales for a label, though four of ten examples have none."""
+    """Three rationales for each label, though four of ten examples have none."""
     data = load_task(tagged, split="train", data_dir=tmp_path)
     rows = {share["objective"]: share["rows"] for share in data.shares()}
     assert rows == pytest.approx({"label": 0.25, "rationale": 0.75})
@@ -261,13 +261,13 @@ def test_a_task_without_targets_in_validation_is_left_out_there(tagged, tmp_path
 def test_objectives_for_a_task_that_has_its_own_are_refused(tagged, tmp_path, task):
     with pytest.raises(InputError, match=rf"`task_objectives`: {task} is not a mixture"):
         load_task(task, split="train", data_dir=tmp_path, task_objectives="single")
-    with pytest.raises(InputError, match="tagged_label gives label, as tagged was made; leave it"):
+    with pytest.raises(InputError, match="tagged_label already gives label of tagged; leave it"):
         given = {"tagged_label": "rationale"}
         load_task(tagged, split="train", data_dir=tmp_path, task_objectives=given)
 
 
 def test_the_tasks_that_answers_are_compared_on(tagged, modules, tmp_path):
-    """Of the mixture that is asked for, not of the one that the model was trained on."""
+    """They belong to the evaluated mixture, not to the one that the model was trained on."""
     import seqio
 
     from stepdistill_jax.tasks.mixtures import label_tasks

@@ -1,4 +1,4 @@
-"""`register_prepared`: prepared datasets in SeqIO's own hands, compared with what training reads."""
+"""`register_prepared`: compares prepared datasets read through SeqIO with what training reads."""
 
 import collections
 import json
@@ -39,7 +39,7 @@ def seqio():
 
 @pytest.fixture(autouse=True)
 def registries(seqio, monkeypatch):
-    """Each test has its own registrations, besides those of other modules."""
+    """Gives each test its own registrations, in addition to those of other modules."""
     for kind in (seqio.TaskRegistry, seqio.MixtureRegistry):
         monkeypatch.setattr(kind, "_REGISTRY", dict(kind._REGISTRY))
     monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [])
@@ -58,7 +58,7 @@ def prepare_rows(folder, name, **splits):
 
 @pytest.fixture(scope="module")
 def folder(delivery_data_dir, tmp_path_factory):
-    """`delivery`, `tickets` (some rows, and all of validation, unexplained) and `blind` (no train)."""
+    """Prepares `delivery`, `tickets` (some rows and all of validation unexplained), `blind` (no train)."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "delivery").symlink_to(delivery_data_dir / "delivery")
     prepare_rows(folder, "tickets", train=TICKETS, validation=UNEXPLAINED)
@@ -68,7 +68,7 @@ def folder(delivery_data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(built_once, paper_data):
-    """`real(name)`: a folder with the paper's CQA or SVAMP."""
+    """`real(name)` returns a folder with the paper's CQA or SVAMP."""
 
     def folder_of(name):
         return built_once(
@@ -80,14 +80,14 @@ def real(built_once, paper_data):
 
 
 def rows_of(seqio, name, split="train", **options):
-    """(inputs, targets) ids of a task or mixture, uncut."""
+    """Returns (inputs, targets) ids of a task or mixture, not truncated."""
     provider = seqio.get_mixture_or_task(name)
     dataset = provider.get_dataset(None, split, shuffle=False, num_epochs=1, **options)
     return [(r["inputs"].tolist(), r["targets"].tolist()) for r in dataset.as_numpy_iterator()]
 
 
 def stored(folder, name, split="train", **options):
-    """(inputs, targets) ids of each objective in the token store, without absent rows."""
+    """Returns (inputs, targets) ids of each objective in the token store, without absent rows."""
     data = load_task(name, split=split, data_dir=folder, **options)
     (store,) = data.stores
     return [
@@ -176,7 +176,7 @@ def converted(seqio, name, *, pack, lengths):
 
 
 def segments(rows):
-    """(inputs, targets, decoder inputs) of each segment of packed rows."""
+    """Returns (inputs, targets, decoder inputs) of each segment of packed rows."""
     found = []
     for row in rows:
         for segment in range(1, max(row[f"{s}_segment_ids"].max() for s in SIDES) + 1):
@@ -195,7 +195,7 @@ SIDES = ("encoder", "decoder")
 
 
 def trained_on(data, lengths):
-    """The same of our batches of an epoch, each row of a step's group for itself."""
+    """Returns the same for an epoch of our batches."""
     batches = Batches(data, 5, lengths["inputs"], lengths["targets"], seed=0, shuffle=False)
     found = []
     for step in range(batches.num_steps):
@@ -337,7 +337,7 @@ def test_a_cached_task_is_read_from_its_cache(seqio, folder, tmp_path, monkeypat
 
 
 def evaluated(seqio, name, answers, split):
-    """What `seqio.Evaluator` says of the given answers (texts), in the order of the rows."""
+    """Returns the results of `seqio.Evaluator` for answers (texts) in the order of the rows."""
     evaluator = seqio.Evaluator(
         name, feature_converter=seqio.EncDecFeatureConverter(pack=False), eval_split=split
     )
@@ -407,7 +407,7 @@ def test_a_registered_dataset_is_still_read_without_seqio(seqio, folder, tmp_pat
 
 
 def write_module(tmp_path, monkeypatch, text):
-    """A user's module, imported by nobody yet; its name."""
+    """Writes a user's module, which is not imported yet; returns its name."""
     name = f"users_{len(list(tmp_path.iterdir()))}_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -429,9 +429,9 @@ def test_a_module_registers_what_the_commands_folder_holds(seqio, folder, tmp_pa
     found = splits_of("mixed", data_dir=folder, task_module=module)
     assert set(found) >= {"train", "validation"}
     assert len(seqio.get_subtasks(seqio.get_mixture_or_task("mixed"))) == 4
-    # our registrations are not the module's own: the dataset goes on being read without SeqIO
+    # our registrations do not count as the module's: the dataset is still read without SeqIO
     assert isinstance(find_task("tickets", data_dir=folder, task_module=module), PreparedDataset)
-    assert register_prepared() == ()  # outside of the import it is the default folder
+    assert register_prepared() == ()  # outside the import it uses the default folder
 
 
 def test_a_module_alone_registers_the_default_folder(seqio, folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The ids of datasets of `prepare --paper-exact`, and the shares that a run draws of them."""
+"""Ids of datasets of `prepare --paper-exact`, and the shares that a run draws."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def write(path, rows, texts):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`svamp_paper`, whose row 3 has a text without an answer, and `anli_paper`, row 0 of which has."""
+    """Prepares `svamp_paper` and `anli_paper`; rows 3 and 0 have a teacher's text without an answer."""
     folder = tmp_path_factory.mktemp("published")
     rows = [{"input": f"{i} eggs and 2?", "label": f"( {i}.0 + 2.0 )"} for i in range(ROWS)]
     texts = [f"Sum of {i}. The answer is ({i} + 2)." if i != 3 else "Sum and" for i in range(ROWS)]
@@ -70,7 +70,7 @@ def test_the_ids_of_a_pair_have_an_end_of_sequence_between_two_texts(folder):
     # as published: a text that cannot be read is an empty rationale, and is trained on
     assert ids_of(data, 1, "targets", 0) == [1]
     assert ids_of(data, 1, "targets", 1) == [*encode("Rain 1."), 1]
-    # `predict` and `evaluate` ask with the same ids
+    # the prompts of `predict` and `evaluate` have the same ids
     info = TaskInfo("anli_paper", step_by_step(), 64, 64, 63, input_pair=data.input_pair)
     prompting = prompting_for(types.SimpleNamespace(path=folder, task_info=info))
     assert prompting.reads == ("input_pair",)
@@ -106,7 +106,7 @@ def test_the_teachers_labels_keep_every_row(folder, objectives, supervision):
 
 
 def published_share(fraction, seed):
-    """Numbers of the rows of train and validation, as run.py draws them with `datasets`."""
+    """Returns the rows of train and validation that run.py draws with `datasets`."""
     order = np.random.default_rng(seed).permutation(ROWS)[int(np.ceil((1 - fraction) * ROWS)) :]
     again = np.random.default_rng(0).permutation(len(order))
     held_out = int(np.ceil(0.1 * len(order)))
@@ -137,7 +137,7 @@ def test_validation_with_a_file_of_its_own_stays_whole(folder):
 
 
 def test_a_cell_runs_to_the_letter(folder, tmp_path):
-    """`paper/exact.gin` over a paper's config: the published share, no prefix, answers of 63 tokens."""
+    """`paper/exact.gin` with a paper's config: the published share, no prefix, answers of 63 tokens."""
     settings = ["TASK=svamp_paper", "INIT_FROM=None", "DATA_FRACTION=0.25", "SEED=3"]
     settings += ["MODEL_SIZE=tiny", "OBJECTIVES=label_only_llm"]
     config, _ = load_config("paper_svamp", settings, ["paper/exact.gin"])
@@ -186,7 +186,7 @@ def test_a_share_without_rows_is_refused(folder):
 def test_a_choice_that_the_published_code_lacks_is_refused(folder):
     for supervision in (Supervision("agree"), Supervision(rationales="all")):
         with pytest.raises(
-            InputError, match="dataset 'svamp_paper': the paper's published code has gold"
+            InputError, match="dataset 'svamp_paper': the paper's published code uses gold"
         ):
             load_task("svamp_paper", split="train", data_dir=folder, supervision=supervision)
 

@@ -1,4 +1,4 @@
-"""`add_task`, seen through SeqIO itself: the oracle of what the token store and packer hold."""
+"""`add_task` read through SeqIO, which is the oracle for the token store and the packer."""
 
 import collections
 
@@ -45,7 +45,7 @@ def roads(seqio):
 
 
 def unpacked(seqio, name, lengths):
-    """(inputs, targets, decoder inputs) of a task, by SeqIO's converter, one example a row."""
+    """Returns (inputs, targets, decoder inputs) of a task by SeqIO's converter, one example per row."""
     dataset = seqio.get_mixture_or_task(name).get_dataset(
         lengths, "train", shuffle=False, num_epochs=1
     )
@@ -157,7 +157,7 @@ def test_lists_of_dicts_are_the_rows_that_a_function_would_give(seqio, roads, tm
         add_task("bad_list", source=bad)
     with pytest.raises(InputError, match=r"unknown split 'dev'"):
         add_task("bad_list", source={"dev": ROWS})
-    with pytest.raises(InputError, match=r"a list of dicts, lists by split .*got str"):
+    with pytest.raises(InputError, match=r"a list of dicts, a dict of lists by split .*got str"):
         add_task("bad_list", source="rows.jsonl")
 
 
@@ -188,7 +188,7 @@ BAD_ROWS = {
     "numpy": ([{"input": "a", "label": "b", "weight": np.float32(0)}], "row 1: the field 'weight' must be above 0, got 0.0"),
     "words": ([{"input": "a", "label": "b", "weight": "2"}], "row 1: the field 'weight' must be a number, got text"),
     "empty": ([{"input": "a", "label": ""}], "row 1: field 'label' is empty"),
-    "list": (["a"], "row 1: a dict is wanted, got str"),
+    "list": (["a"], "row 1: expected a dict, got str"),
     "nothing": ([], "no row with a target in split 'train'"),
 }  # fmt: skip
 
@@ -259,7 +259,7 @@ def test_a_field_that_a_source_lacks_is_named_with_task_and_source(seqio, tmp_pa
 def test_bad_arguments_are_named(roads, tmp_path):
     with pytest.raises(InputError, match="already has a task or mixture 'roads_label'"):
         add_task("roads", source=rows, splits=["train"])
-    with pytest.raises(InputError, match=r"say which splits"):
+    with pytest.raises(InputError, match=r"give the splits of the function"):
         add_task("other", source=rows)
     with pytest.raises(InputError, match="did you mean 'text_match'"):
         add_task("other", source=rows, splits=["train"], metric="text_mach")

@@ -1,4 +1,4 @@
-"""Span corruption: the masks of the package `t5`, and a task over JSON lines that keeps all of its text."""
+"""Span corruption: equal masks to the package `t5`, and a task that loses no text."""
 
 import json
 
@@ -22,7 +22,7 @@ TEXTS = [
 ]
 
 
-SENTINEL_IDS = range(259, 259 + SENTINELS)  # behind the bytes
+SENTINEL_IDS = range(259, 259 + SENTINELS)  # after the bytes
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def seqio():
 
 @pytest.fixture(scope="module")
 def corpus(seqio, tmp_path_factory):
-    """Registers a task over a file of its own and loads it."""
+    """Registers a task on a new file, and loads it."""
     names, folder = [], tmp_path_factory.mktemp("corpus")
 
     def make(name, lines=None, **options):
@@ -55,7 +55,7 @@ def corpus(seqio, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def twice(corpus):
-    """Every segment with two masks."""
+    """Loads a task with two masks for each segment."""
     return corpus("twice", masks=2)
 
 
@@ -67,7 +67,7 @@ def pairs(data):
 
 
 def restored(inputs, targets, sentinels):
-    """The text again: each sentinel of the inputs is replaced by what follows it in the targets."""
+    """Returns the text: replaces each sentinel of the inputs by the ids after it in the targets."""
     spans, ids = {}, []
     for i in targets[:-1]:
         if i in sentinels:
@@ -157,7 +157,7 @@ def test_a_vocabulary_of_pieces_gets_sentinels_behind_its_end(corpus, delivery_d
         ({"files": {"train": "nowhere.jsonl"}}, "no file .*nowhere.jsonl for the split train"),
         ({"noise_density": 1.0}, "`noise_density` must be a number above 0 and below 1"),
         ({"masks": 0}, "`masks` must be a whole number of at least 1"),
-        ({"inputs_length": 4096}, "and there are 100 sentinels"),
+        ({"inputs_length": 4096}, "but there are 100 sentinels"),
         ({"vocabulary": "none.model"}, "none.model: no such vocabulary"),
     ],
 )
@@ -183,5 +183,5 @@ def test_a_name_is_taken_once(twice, tmp_path):
 )
 def test_a_row_without_a_text_is_named(corpus, line):
     name = f"bad{abs(hash(line))}"
-    with pytest.raises(InputError, match=rf"task '{name}'.*a row .* is wanted, got"):
+    with pytest.raises(InputError, match=rf"task '{name}'.*expected a row .*, got"):
         corpus(name, ['{"text": "a b c"}', line])

@@ -53,7 +53,7 @@ def load(data_dir, *, task="mine", **supervision):
 
 
 def texts(data):
-    """For each example its label, weight and rationales, as they are trained on."""
+    """Returns the label, weight and rationales of each example, as they are trained on."""
     decode, store = ByteVocabulary().decode, data.stores[0]
     rows = []
     for i in range(store.num_examples):
@@ -104,7 +104,7 @@ def test_rationales_are_chosen_by_source_and_under_agree_by_their_label(
 def test_a_source_that_no_rationale_has_is_refused_with_those_there_are(data_dir, capsys):
     with pytest.raises(InputError) as error:
         load(data_dir, rationale_source="humam")
-    assert "no row of mine that is trained on has a rationale of source 'humam'" in str(error.value)
+    assert "no training row of mine has a rationale of source 'humam'" in str(error.value)
     assert "rows by source: palm in 1, human in 1" in str(error.value)
     assert "did you mean 'human'" in str(error.value)
     load(data_dir, rationale_source="human")
@@ -117,7 +117,7 @@ def test_a_rationale_without_a_list_is_the_teachers(data_dir):
 
 
 def targets_of(batches, step):
-    """Decoded targets of a step by objective."""
+    """Returns the decoded targets of a step by objective."""
     found = collections.defaultdict(list)
     for group in batches(step):
         for row in range(len(group["decoder_segment_ids"])):
@@ -149,7 +149,7 @@ def test_a_sample_is_one_rationale_an_epoch_the_same_for_a_seed(data_dir, pack):
     assert min(counts.values()) > 15, "each of three is drawn about 30 times in 90 epochs"
     again = Batches(data, 3, 64, 64, seed=3, pack=pack)
     assert [targets_of(again, step) for step in (70, 5)] == [epochs[70], epochs[5]]
-    # the draw belongs to the example and its epoch, not to the step that it falls into
+    # the draw depends on the example and its epoch, not on the step
     single = Batches(data, 1, 64, 64, seed=3, pack=pack)
     for epoch in (0, 7):
         one_by_one = [targets_of(single, 3 * epoch + i)[2] for i in range(3)]

@@ -75,14 +75,14 @@ def test_the_fingerprint_follows_the_contents_and_nothing_else(tmp_path):
     same = write_store(tmp_path / "b", ["label", "rationale"], iter(EXAMPLES), {"other": "about"})
     swapped = write_store(tmp_path / "c", ["label", "rationale"], EXAMPLES[::-1])
     assert first.fingerprint == same.fingerprint
-    # moving a token from one row to the next leaves the ids as they are
+    # moving a token from one row to the next does not change the ids
     cut = write_store(tmp_path / "d", ["label"], [TokenExample([([5, 6], [1])])])
     moved = write_store(tmp_path / "e", ["label"], [TokenExample([([5], [6, 1])])])
     assert len({first.fingerprint, swapped.fingerprint, cut.fingerprint, moved.fingerprint}) == 4
 
 
 def test_the_fingerprint_follows_the_names_and_the_order_of_the_objectives(tmp_path):
-    """The same tokens train something else under another name or in another column."""
+    """The same tokens train a different objective under another name or in another column."""
     columns = [TokenExample(e.rows[::-1], e.weight, e.label_text) for e in EXAMPLES]
     sides = [TokenExample([(t, i) for i, t in e.rows], e.weight, e.label_text) for e in EXAMPLES]
     stores = {
@@ -115,7 +115,7 @@ def test_what_a_killed_writer_left_beside_a_store_is_removed(tmp_path, monkeypat
 
     for name in ("s", "other"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a kill leaves it no time
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as after a kill
             write_store(tmp_path / name, ["label"], map(killed, "x"))
     assert len(list(tmp_path.iterdir())) == 2
     with monkeypatch.context() as patch:
@@ -216,8 +216,8 @@ def test_processes_that_write_and_read_at_once_all_get_whole_stores(tmp_path, ki
 
 
 SAID = {
-    "flipped": "its files have other bytes",
-    "truncated": "1-inputs.ids has 19 bytes, 20 were written",
+    "flipped": "its files have changed",
+    "truncated": "1-inputs.ids: expected 20 bytes, got 19",
     "missing": "FileNotFoundError",
     "manifest": "JSONDecodeError",
 }
@@ -242,14 +242,14 @@ def test_a_damaged_store_is_no_store(tmp_path, capsys, damage):
     said = capsys.readouterr().err
     if damage in SAID:
         assert said.startswith(f"warning: {tmp_path}/s: ") and said.count("\n") == 1
-        assert SAID[damage] in said and "tokenised anew" in said
+        assert SAID[damage] in said and "tokenised again" in said
     else:
         assert not said
 
 
 @pytest.fixture
 def large(tmp_path):
-    """A store of an input file of 6 MB; `flip(place)` changes a bit of it."""
+    """Writes a store with an input file of 6 MB; `flip(place)` changes a bit of it."""
     ids = np.arange(1_500_000)
     write_store(tmp_path / "s", ["label"], [TokenExample([(ids, [7, 1])])], {"task": "x"})
 
@@ -269,7 +269,7 @@ def test_opening_a_large_store_reads_samples_of_it(large):
         flip(place)
         assert open_store(directory) is None, place
         flip(place)
-    flip(5000)  # between the first two pieces
+    flip(5000)  # between the first two sampled pieces
     assert open_store(directory) is not None
 
 
@@ -282,7 +282,7 @@ def test_verifying_a_store_reads_every_byte(large):
         "bytes": sum(p.stat().st_size for p in files),
     }
     flip(5000)
-    with pytest.raises(InputError, match=r"s: its files have other bytes .*; delete this folder"):
+    with pytest.raises(InputError, match=r"s: its files have changed .*; delete this folder"):
         verify_store(directory)
     shutil.rmtree(directory)
     with pytest.raises(InputError, match="FileNotFoundError"):

@@ -1,4 +1,4 @@
-"""Weights of target tokens from a field: which token gets which word's, and where they end up."""
+"""Weights of target tokens from a field: each token gets its word's weight, also in batches."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def weights_in_bytes(text, target):
 
 
 def test_bytes_get_their_words_weight_and_the_end_gets_1():
-    # a blank goes with the word behind it
+    # a blank belongs to the word after it
     assert weights_in_bytes("2 0.5", "ab c") == [2, 2, 0.5, 0.5, 1]
     # à is the bytes C3 A0, and A0 alone would be a blank in Latin-1
     assert weights_in_bytes("2 0 3", "à  b\tc") == [2, 2, 0, 0, 0, 3, 3, 1]
@@ -37,12 +37,12 @@ def test_bytes_get_their_words_weight_and_the_end_gets_1():
 @pytest.mark.parametrize(
     "text, wanted",
     [
-        ("1", "1 numbers, and the target has 2 words: 'ab c'"),
+        ("1", "1 numbers, but the target has 2 words: 'ab c'"),
         ("1 2 3", "3 numbers"),
         ("1 x", "could not convert string to float: 'x'"),
-        ("1 -1", "numbers from 0 are wanted, got -1"),
-        ("1 nan", "numbers from 0 are wanted, got nan"),
-        ("1 1e39", "numbers from 0 are wanted, got 1e39"),
+        ("1 -1", "expected numbers of at least 0, got -1"),
+        ("1 nan", "expected numbers of at least 0, got nan"),
+        ("1 1e39", "expected numbers of at least 0, got 1e39"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(text, wanted):
@@ -60,7 +60,7 @@ def prepare_rows(folder, rows, name="parcels"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows with a rationale of 3 + i % 3 words, the last of which weighs i; some without weights."""
+    """Prepares rows with rationales of 3 + i % 3 words; the last has weight i, some have no weights."""
     folder = tmp_path_factory.mktemp("parcels")
     rows = []
     for i in range(40):
@@ -82,7 +82,7 @@ def data(folder):
 
 
 def of_words(data, group):
-    """{(input, objective): [(piece, weight)]} of the targets of a packed group, without the end."""
+    """Returns {(input, objective): [(piece, weight)]} for a packed group, without end of sequence."""
     vocabulary, pieces = data.vocabulary, data.vocabulary.pieces()
     found = {}
     for row in range(len(group["decoder_segment_ids"])):
@@ -114,12 +114,12 @@ def test_a_batch_has_the_words_weights_times_the_rows(data):
             assert {w for _, w in tokens} == {2.0}
             continue
         starts = [n for n, (piece, _) in enumerate(tokens) if piece.startswith("▁")]
-        assert len(starts) == 3 + i % 3  # one a word
+        assert len(starts) == 3 + i % 3  # one per word
         assert [w for _, w in tokens[: starts[-1]]] == [1.0] * starts[-1]
         last = len(tokens) - 1 - starts[-1]
         assert [w for _, w in tokens[starts[-1] :]] == [2.0 * i] * last + [2.0]
         seen += last > 1
-    assert seen  # a word of several tokens
+    assert seen  # some word has several tokens
 
 
 def test_under_the_mean_over_examples_a_target_still_weighs_as_its_row(data):
@@ -137,7 +137,7 @@ def test_a_cut_target_keeps_the_weights_of_what_is_left(data):
     longer = [key for key, tokens in uncut.items() if len(tokens) > 4]
     assert longer
     for key in longer:
-        # the last place is the end of sequence's, with the weight that it has uncut
+        # the last token is the end of sequence, with the same weight as without truncation
         kept = [*uncut[key][:3], uncut[key][-1]]
         assert [w for _, w in cut[key]] == [w for _, w in kept]
 
@@ -154,8 +154,8 @@ def test_the_fingerprint_knows_the_weights(folder, data):
     [
         ({"rational": "importance"}, GOLD, "no objective is called 'rational'; did you mean 'rationale'"),
         ({"rationale": "importanc"}, GOLD, "keeps no field 'importanc' .*did you mean 'importance'"),
-        (FIELDS, Supervision(rationales="all"), "`label_source=gold` and `rationales=first` alone"),
-        ({"rationale": "remark"}, GOLD, r"row '\d+': remark: 1 numbers, and the target has \d words"),
+        (FIELDS, Supervision(rationales="all"), "needs `label_source=gold` and `rationales=first`"),
+        ({"rationale": "remark"}, GOLD, r"row '\d+': remark: 1 numbers, but the target has \d words"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(folder, data, fields, supervision, wanted):

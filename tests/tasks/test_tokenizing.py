@@ -1,4 +1,4 @@
-"""Tokens leave TensorFlow several rows at once, and are those that leave it one by one."""
+"""Reading several rows at once from TensorFlow gives the same tokens as reading one by one."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def seqio():
 
 
 def task_of(seqio, dataset, inputs_rank=1):
-    """A SeqIO task that gives the rows of a dataset as they are."""
+    """Returns a SeqIO task with the rows of a dataset, unchanged."""
     vocabulary = seqio.ByteVocabulary()
     return seqio.Task(
         "as_they_are",
@@ -34,14 +34,14 @@ def task_of(seqio, dataset, inputs_rank=1):
 
 
 def ids_from(start):
-    """[start % 5 + 1] ids, other ones for each start; padding's 0 among them."""
+    """Returns [start % 5 + 1] ids, different for each start; some are 0, like padding."""
     import tensorflow as tf
 
     return tf.range(start % 5 + 1) * start
 
 
 def rows_of(seqio, **more):
-    """A dataset of ids of many lengths, with more features made of a row's number."""
+    """Returns a dataset of ids of many lengths, with further features made from the row's number."""
     import tensorflow as tf
 
     def row(i):
@@ -58,7 +58,7 @@ def test_ids_weights_and_texts_are_those_of_the_rows_one_by_one(seqio):
         seqio,
         weight=lambda i: tf.cast(i + 1, tf.float32) / 8,
         targets_pretokenized=lambda i: tf.strings.as_string(i),
-        # what nobody asks for, in shapes that cannot be padded without a look at them
+        # features that are not requested, with shapes that cannot be padded blindly
         ragged=lambda i: tf.RaggedTensor.from_row_lengths(tf.range(i), [i]),
         matrix=lambda i: tf.zeros([i % 3, 2]),
     )

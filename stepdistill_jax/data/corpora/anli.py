@@ -14,22 +14,24 @@ VERSION = 1
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads anli1_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"uid"?, "premise", "hypothesis", "label": 0, 1 or 2, "reason"?}; the reason is the
-    explanation of the person who wrote the hypothesis.
+    A row is {"uid"?, "premise", "hypothesis", "label": 0, 1 or 2, "reason"?}. The author of the
+    hypothesis wrote the reason.
     """
     return paper_layout.read(
         "anli", VERSION, "text_match", source, teacher=teacher, to_row=_row, prefix="anli1"
     )
 
 
-def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample | None:
+def _row(
+    row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds
+) -> CheckedExample | None:
     example_id, label = ids.of(row, "uid"), nli.gold(row)
     if not label:
         return None
     reason = row.optional_text("reason")
     return paper_layout.judged(
         Example(example_id, nli.question(row), label),
-        said,
+        completion,
         parse_anli,
         right=lambda answer: answer == label,
         human=(reason,) if reason else (),

@@ -15,7 +15,7 @@ VERSION = 2
 
 
 def question_with_choices(question: str, choices: tuple[str, ...]) -> str:
-    """The input: the question, `Answer Choices:`, and a line `(a) ...` for each choice."""
+    """Returns the input: the question, `Answer Choices:`, and a line `(a) ...` for each choice."""
     lines = (f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     return "\n".join([question, "Answer Choices:", *lines])
 
@@ -24,15 +24,17 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads cqa_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
     A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?}, or an
-    export's {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. The
-    explanation is CoS-E's, by people.
+    export's {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People
+    wrote the explanation (CoS-E).
 
-    `teacher_accuracy` goes by the letter, `teacher_accuracy_by_text` by the text after it.
+    `teacher_accuracy` compares the letter, `teacher_accuracy_by_text` the text after it.
     """
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample | None:
+def _row(
+    row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds
+) -> CheckedExample | None:
     example_id = ids.of(row)
     if "answerKey" in row.fields and "answer" not in row.fields:
         row = _as_in_the_paper(row)
@@ -41,8 +43,7 @@ def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExampl
     label, choices = row.text("answer"), row.texts("choices")
     if len(choices) > len(LETTERS):
         raise InputError(
-            f"{row.where}: the field 'choices' has {len(choices)} of them, the letters end at"
-            f" {len(LETTERS)}"
+            f"{row.where}: the field 'choices': expected at most {len(LETTERS)}, got {len(choices)}"
         )
     question = question_with_choices(row.text("question", strip=False), choices)
     defects: tuple[Defect, ...] = ()
@@ -50,12 +51,12 @@ def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExampl
         defects += (Defect("repeated_choices", row.file, row.line, ", ".join(choices)),)
     if label not in choices:
         defects += (Defect("gold_not_a_choice", row.file, row.line, label),)
-    # the published figures compare with the choices as they stand in the file, blanks included
+    # the published accuracies compare with the choices as in the file, with their blanks
     written = [str(choice) for choice in row.fields.get("choices") or ()]
     explanation = row.optional_text("abstractive_explanation")
     return paper_layout.judged(
         Example(example_id, question, label, choices=choices),
-        said,
+        completion,
         lambda text: parse_choice(text, written),
         right=lambda answer: answer.strip() == label,
         defects=defects,
@@ -65,10 +66,10 @@ def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExampl
 
 
 def _as_in_the_paper(row: JsonRow) -> JsonRow:
-    """A row of Hugging Face's `commonsense_qa` with the paper's fields; no answer is an empty one."""
+    """Returns a row of Hugging Face's `commonsense_qa` with the paper's fields; no answer is ""."""
     if not isinstance(choices := row.fields.get("choices"), dict):
         raise InputError(
-            f"{row.where}: next to 'answerKey' the field 'choices' must be an object with label and"
+            f"{row.where}: with 'answerKey', the field 'choices' must be an object with label and"
             " text"
         )
     inside = JsonRow(choices, f"{row.where}: in choices")

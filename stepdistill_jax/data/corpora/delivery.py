@@ -1,6 +1,6 @@
-"""The embedded dataset: short reports of deliveries whose label needs a hidden rule of two steps.
+"""The embedded dataset: short reports of deliveries, labelled by a hidden rule of two steps.
 
-With 1,500 examples a tiny model learns the rule from rationales, and not from labels alone.
+From 1,500 examples a tiny model learns the rule with rationales, but not from labels alone.
 """
 
 import itertools
@@ -27,12 +27,12 @@ ROAD = {
 
 
 def report(weather: str, vehicle: str, road: str) -> str:
-    """The input's text."""
+    """Returns the input's text."""
     return f"with {weather} in the forecast , the {vehicle} takes the {road} ."
 
 
 def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
-    """(label, rationale) by the hidden rule, of the kinds: wet or dry, heavy or light, narrow or wide.
+    """Returns (label, rationale) by the hidden rule, for wet or dry, heavy or light, narrow or wide.
 
     Example: `conclusion("wet", "light", "narrow")` is ("smooth", "slow pace on a narrow road ,
     since a light vehicle hates wet weather .").
@@ -47,10 +47,10 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
 
 def every_example() -> dict[str, list[Example]]:
-    """The 13,824 examples that there are, by label, half each; `id` is empty.
+    """Returns all 13,824 examples by label, half each, with empty `id`.
 
-    The order, and so the choice, is that of a hash of the input: no generator whose stream may
-    change with a library.
+    A hash of the input gives the order, and so the choice: it depends on no random generator, whose
+    stream may change with a library.
     """
     words = itertools.product(
         *(
@@ -67,7 +67,7 @@ def every_example() -> dict[str, list[Example]]:
 
 
 def read() -> Reading:
-    """1,500 + 500 + 500 examples; disjoint, half `smooth` and half `trouble` in each split."""
+    """Returns disjoint splits of 1,500, 500 and 500 examples, each half `smooth`, half `trouble`."""
     made = every_example()
     rows, start = [], 0
     for split, count in ROWS.items():

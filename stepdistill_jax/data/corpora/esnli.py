@@ -21,14 +21,14 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
 
-def _row(row: JsonRow, said: paper_layout.Said, _: UniqueIds) -> CheckedExample | None:
+def _row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) -> CheckedExample | None:
     label = nli.gold(row)
     if not label:
         return None
     explanations = map(row.optional_text, EXPLANATIONS)
     return paper_layout.judged(
         Example(str(row.number), nli.question(row), label),
-        said,
+        completion,
         parse_esnli,
         right=lambda answer: answer == label,
         human=tuple(text for text in explanations if text),

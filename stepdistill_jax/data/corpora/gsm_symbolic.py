@@ -1,8 +1,8 @@
-"""Word problems of the package `reasoning-gym`, made from templates: question, worked solution, answer.
+"""Word problems that the package `reasoning-gym` makes from templates: question, solution, answer.
 
-Its templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): the sentences stay, names and
-numbers change. Ten of the templates are in no split but `unseen`. Of the others each split has numbers
-of its own.
+The templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with
+varying names and numbers. Ten templates are in the split `unseen` alone. The other splits share the
+other templates, each with different numbers.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from stepdistill_jax.runtime.fingerprints import hash64, sha256
 VERSION = 2
 PACKAGE = "reasoning-gym"
 SITE = "https://github.com/open-thought/reasoning-gym"
-ROWS = 20_000  # of train, if nothing else is asked for
-HELD_OUT_ROWS = {"test": 1000, UNSEEN: 500, "validation": 500}  # whatever the rows of train are
+ROWS = 20_000  # of train, by default
+HELD_OUT_ROWS = {"test": 1000, UNSEEN: 500, "validation": 500}  # for any number of train rows
 UNSEEN_TEMPLATES = 10
-MAX_REPEATS = 500  # draws in a row that give no new question: the template has no more to give
-ANSWER = "####"  # before a solution's answer, on its last line
+MAX_REPEATS = 500  # after so many draws in a row without a new question, a template is exhausted
+ANSWER = "####"  # before the answer, on a solution's last line
 
 _Template = Callable[[random.Random, float], dict[str, Any]]
 _POINT_ZERO = re.compile(r"(?<![\d.])(\d+)\.0+(?![\d.])")
@@ -44,21 +44,21 @@ def read(
     seed: int | None = None,
     held_out_rows: Mapping[str, int] = HELD_OUT_ROWS,
 ) -> Reading:
-    """Returns `rows` + 500 + 1,000 examples of the same templates, and 500 of templates held out.
+    """Returns `rows` + 500 + 1,000 examples of the same templates, and 500 of held-out templates.
 
     The same rows, seed and version of the package give the same examples. Validation, test and unseen
-    do not depend on `rows`. No question stands twice, and no two splits have questions that differ in
-    names alone: `split_of_numbers` says whose a template's numbers are. An id is `t17-3`: the number of
-    the template in the package, and the example's in the split.
+    do not depend on `rows`. All questions differ, and questions of two splits differ in more than
+    names: `split_of_numbers` assigns a template's numbers to a split. The id `t17-3` is example 3 of
+    its split, from template 17 of the package.
 
     Args:
-        rows: of train; None for 20,000.
-        seed: of all names and numbers; None for 0.
-        held_out_rows: of the other splits; one that is not named is left out.
+        rows: number of train rows; None for 20,000.
+        seed: seed of all names and numbers; None for 0.
+        held_out_rows: number of rows of the other splits; splits not named are left out.
 
     Raises:
-        InputError: the package is not installed, a number out of range; at `rows`, more rows than the
-            templates have different questions.
+        InputError: the package is not installed, or a number is out of range. While rows are read:
+            the templates have fewer different questions than `rows`.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)
@@ -67,15 +67,15 @@ def read(
     counts = {**held_out_rows, "train": rows}
     notes = [
         f"made by {PACKAGE} {version} ({SITE}; licence: Apache-2.0) after GSM-Symbolic (arXiv 2410.05229)",
-        f"templates {', '.join(map(str, sorted(held_out)))} are in no split but {UNSEEN}",
+        f"templates {', '.join(map(str, sorted(held_out)))} are only in the split {UNSEEN}",
     ]
 
     def each() -> Iterator[tuple[str, CheckedExample]]:
-        asked: set[bytes] = set()
+        seen: set[bytes] = set()
         for split, count in counts.items():
             chosen = {k: t for k, t in templates.items() if (k in held_out) == (split == UNSEEN)}
             made = dict.fromkeys(chosen, 0)
-            drawn = _draws(chosen, split, count, f"{seed} {split}", asked)
+            drawn = _draws(chosen, split, count, f"{seed} {split}", seen)
             for number, (template, draw) in enumerate(drawn, 1):
                 made[template] += 1
                 yield split, _checked(draw, f"t{template}-{number}", number)
@@ -96,13 +96,13 @@ def read(
 
 
 def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
-    """Returns the working templates by number, the package's version, and the folder of their code.
+    """Returns the working templates by number, the package's version, and the folder of its code.
 
     Raises:
         InputError: the package is not installed.
     """
     try:
-        from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic  # imports all of the package
+        from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic  # imports the whole package
     except ImportError as error:
         raise InputError(
             f"prepare gsm_symbolic: the package {PACKAGE} makes its rows and cannot be imported ({error});"
@@ -115,52 +115,52 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 
 
 def split_of_numbers(template: int, question: str) -> str:
-    """Returns the split that has this template with these numbers, whatever the names and the seed.
+    """Returns the split that a template with these numbers belongs to, for any names and seed.
 
-    A tenth of a template's numbers are test's and a tenth validation's.
+    A tenth of a template's sets of numbers belong to test, a tenth to validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")
 
 
 def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
-    """Returns a note on the templates with fewer rows than the others, if there are any."""
+    """Returns a note on the templates with fewer rows than the others, if any."""
     most = max(made.values(), default=0)
     fewer = [f"{template} ({count})" for template, count in made.items() if count < most - 1]
     if not fewer:
         return []
     return [
-        f"{split}: templates without further questions have fewer rows than the others' {most}:"
+        f"{split}: templates that ran out of questions have fewer rows than the others' {most}:"
         f" {', '.join(fewer)}"
     ]
 
 
 def _draws(
-    templates: dict[int, _Template], split: str, count: int, seed: str, asked: set[bytes]
+    templates: dict[int, _Template], split: str, count: int, seed: str, seen: set[bytes]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `count` rows of a split, the templates in turn, with questions not in `asked`; adds them.
+    """Yields `count` rows of a split, cycling through the templates; updates `seen`.
 
-    A template without further questions is left out, and the others have its turns.
+    Skips questions that are in `seen`. The other templates replace one that runs out of questions.
     """
     left, made = dict(templates), 0
     streams = {k: random.Random(f"{seed} {k}") for k in templates}
     while made < count:
         if not left:
             raise InputError(
-                f"`rows`: the templates have no more than {made} questions that differ, got {count}"
+                f"`rows`: expected at most {made}, the number of different questions of the templates, got {count}"
             )
         for number, template in list(left.items()):
             for _ in range(MAX_REPEATS):
-                draw = template(streams[number], 1.0)  # its difficulty; the package has no other
+                draw = template(streams[number], 1.0)  # difficulty; the package has no other
                 question = draw["question"]
                 key = hashlib.blake2b(question.encode(), digest_size=16).digest()
                 is_own = split == UNSEEN or split_of_numbers(number, question) == split
-                if is_own and key not in asked:
+                if is_own and key not in seen:
                     break
             else:
                 del left[number]
                 continue
-            asked.add(key)
+            seen.add(key)
             yield number, draw
             made += 1
             if made == count:
@@ -168,10 +168,10 @@ def _draws(
 
 
 def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExample:
-    """Returns a row with its solution cleaned, and what is wrong with it.
+    """Returns a row with a cleaned solution and its defects.
 
-    The sentence that the package's own dataset adds to each question ("Give the result as your final
-    answer. Do not include units.") is left out: it tells a chat model what `predict: ` tells ours.
+    Omits the sentence that the package's own dataset adds to each question ("Give the result as your
+    final answer. Do not include units."): it instructs a chat model, as `predict: ` does ours.
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]
     label = _short(given)
@@ -197,7 +197,7 @@ def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExamp
 
 
 def _short(text: str) -> str:
-    """Returns `text` with `36` for each `36.0`.
+    """Returns `text` with each `36.0` written `36`.
 
     Example: `_short("26.0 - 4 = 22.0")` is "26 - 4 = 22"; `0.5` and `12.00.3` stay.
     """
@@ -215,7 +215,7 @@ def _prose(text: str) -> str:
 
 
 def _same(left: str, right: str) -> bool:
-    """Whether two numbers have one value; money signs and the commas of thousands do not count."""
+    """Returns whether two numbers are equal, ignoring currency signs and commas between thousands."""
     a, b = (
         arithmetic.evaluate(text.strip().strip("$€£").replace(",", "")) for text in (left, right)
     )

@@ -1,4 +1,4 @@
-"""A JSON list of texts, read item by item: a file of any size takes the memory of one piece of it."""
+"""Reads a JSON list of texts item by item, in pieces, so that memory does not grow with the file."""
 
 import json
 import pathlib
@@ -8,9 +8,9 @@ from typing import IO
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import check_file
 
-PIECE = 1 << 20  # characters that are read at once
-MAX_ITEM = 16 << 20  # characters; what is longer is no completion
-CUT = 64  # characters: an error so near the end of what was read may only mean that more is to come
+PIECE = 1 << 20  # characters to read at once
+MAX_ITEM = 16 << 20  # characters; a longer text is not a completion
+CUT = 64  # characters: an error so near the end of a piece may only mean that the item continues
 _SPACE = " \t\r\n"
 
 
@@ -18,8 +18,8 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
     """Yields the texts of a list.
 
     Raises:
-        InputError: no such file, not UTF-8, not JSON, no list, or an item that is no text; names the
-            file and the line or item.
+        InputError: no such file, or it is not UTF-8, not JSON, not a list, or an item is not text;
+            names the file, and the line or item.
     """
     check_file(path, "a JSON list of texts")
     try:
@@ -33,7 +33,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
                     value.encode()
                 except UnicodeEncodeError:
                     raise InputError(
-                        f"{path}: item {number} is no valid text (half a surrogate pair)"
+                        f"{path}: item {number} is not valid text (half a surrogate pair)"
                     ) from None
                 yield value
     except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """The items of a list; what is no text may come cut, and is refused anyway."""
+    """Iterates over a list's items. An item that is not text may be truncated: `read_texts` raises."""
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path
@@ -54,7 +54,7 @@ class _Items:
         if (mark := self._next_character()) != "[":
             if not mark:
                 raise self._broken("it is empty")
-            raise InputError(f"{self._path}: a JSON list of texts is wanted")
+            raise InputError(f"{self._path}: expected a JSON list of texts")
         self._position += 1
         if self._next_character() == "]":
             self._position += 1
@@ -64,12 +64,12 @@ class _Items:
                 yield self._item()
                 mark = self._next_character()
                 if mark not in ("]", ","):
-                    raise self._broken("a comma or the list's end is wanted")
+                    raise self._broken("expected a comma or the list's end")
                 self._position += 1
                 if mark == "]":
                     break
         if self._next_character():
-            raise self._broken("it goes on after the list's end")
+            raise self._broken("text after the list's end")
 
     def _item(self) -> object:
         decode = json.JSONDecoder().raw_decode
@@ -78,7 +78,7 @@ class _Items:
                 value, self._position = decode(self._buffer, self._position)
                 return value
             except json.JSONDecodeError as error:
-                # an unterminated text is told by its start
+                # the error for an unterminated text has the position of its start
                 cut = "Unterminated" in error.msg or len(self._buffer) - error.pos < CUT
                 if self._at_end or not cut:
                     self._position = error.pos

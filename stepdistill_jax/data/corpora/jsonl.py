@@ -1,4 +1,4 @@
-"""Anybody's own rows, without code: JSON lines, CSV, TSV, or a list of dicts."""
+"""Reads the user's own rows: JSON lines, CSV, TSV, or lists of dicts."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ from stepdistill_jax.data.text_metrics import text_match
 from stepdistill_jax.errors import InputError, nearest, printable
 
 VERSION = 2
-PROVENANCE = "provenance"  # what `annotate` adds to each row
+PROVENANCE = "provenance"  # field that `annotate` adds to each row
 TEACHER_FIELDS = ("rationale", "rationales", "llm_label")
 RATIONALE_FIELDS = ("text", "source", "label")
-NEEDS = {name: f"; `field_map` {name}=FIELD says which is meant" for name in ("input", "label")}
+NEEDS = {name: f"; `field_map` {name}=FIELD names the field to use" for name in ("input", "label")}
 
 
 def read(
@@ -33,28 +33,28 @@ def read(
     more: Sequence[str] = (),
     teacher: bool = True,
 ) -> Reading:
-    """Reads a file, the train, validation and test file of a folder, or lists of dicts.
+    """Reads a file, the train, validation and test files of a folder, or lists of dicts.
 
-    Files are JSON lines, or CSV or TSV by the ending of their name. `data.rows` gives the format of a row;
-    each needs a `label` or an `llm_label`. Of several rationales the first is trained on, unless
-    `rationale` names one.
+    Files are JSON lines, or CSV or TSV by their suffix. `data.rows` describes the format of a row; each
+    needs a `label` or an `llm_label`. Of several rationales the first is trained on, unless
+    `rationale` is given.
 
-    A file or list is cut into train (8 tenths), validation and test (a tenth each) by a hash of the id; a
-    folder without a validation file takes a tenth of train.
+    A hash of the id splits a single file or list into train (8 tenths), validation and test (a tenth
+    each). In a folder without a validation file, a tenth of train becomes validation.
 
-    While rows are read, a bad one (a missing field, a wrong type, an id that stands twice, an empty
-    label or input, broken JSON or quotes) is a `BadRow` among them.
+    A bad row (a missing field, a wrong type, a duplicate id, an empty label or input, broken JSON or
+    quotes) is yielded as a `BadRow`.
 
     Args:
-        source: file or folder, a list of dicts, or such lists by split.
-        field_map: our field to the source's name for it, e.g. {"input": "question"}.
-        more: names of other texts to keep, which objectives may name; a row may be without.
-        teacher: False leaves rationales and teacher labels out.
+        source: file or folder, a list of dicts, or a dict of lists by split.
+        field_map: {our field: the source's field}, e.g. {"input": "question"}.
+        more: names of further texts to keep, which objectives may name and rows may lack.
+        teacher: False omits rationales and teacher labels.
 
     Raises:
-        InputError: no such file, a name in `more` that is none, or a map of a field that we do not
-            have. While rows are read: a field that is mapped or in `more` and in no row, or a file
-            without a good row.
+        InputError: no such file, `more` has an invalid name, or `field_map` a field that is not ours.
+            While rows are read: no row has a field that is mapped or in `more`, or a file has no
+            good row.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
@@ -81,7 +81,7 @@ def read(
 
 
 class _Rows:
-    """Reads all rows once, and counts what the notes are about."""
+    """Reads all rows once, and collects the counts for the notes."""
 
     def __init__(
         self,
@@ -96,13 +96,13 @@ class _Rows:
         self._sources, self._cut, self._map, self._names = sources, cut, field_map, names
         self._fields, self._more, self._notes = fields, more, notes
         self._answers = [names[name] for name in ("label", "llm_label") if name in fields]
-        self._seen: dict[str, None] = {}  # names of fields, in the order of their first rows
+        self._seen: dict[str, None] = {}  # names of fields, in order of appearance
         self._having = dict.fromkeys(more, 0)
         self._good = 0
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row); the split of a bad row of a file that is cut is empty."""
+        """Yields (split, row); "" is the split of a bad row of a file that is split by ids."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):
@@ -116,13 +116,13 @@ class _Rows:
                 found.add(target)
                 yield target, checked
         self._check_mapped()
-        self._tell(found)
+        self._add_notes(found)
 
     def _of(self, file: RowSource) -> Iterator[CheckedExample | BadRow]:
         """Yields the rows of a file.
 
         Raises:
-            InputError: it has none, or none that can be used: what is wrong with the first.
+            InputError: the file has no rows, or none that can be used; gives the first one's problem.
         """
         ids = UniqueIds()
         first_bad, bad, before = None, 0, self._good + len(self._unanswered)
@@ -145,13 +145,13 @@ class _Rows:
         raise InputError(f"{first_bad}{header}{none}")
 
     def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | None:
-        """Returns a row's example; None of one that `annotate` got no answer for.
+        """Returns a row's example; None for a row that `annotate` got no answer for.
 
         Raises:
             InputError: the row cannot be used.
         """
         self._seen |= dict.fromkeys(row.fields)
-        # `annotate` leaves a row without an answer as it was
+        # `annotate` leaves a row without an answer unchanged
         if PROVENANCE in row.fields and not any(map(row.fields.get, self._answers)):
             self._unanswered.append(row.where)
             return None
@@ -171,27 +171,27 @@ class _Rows:
                     f" (found: {found or 'none'}){nearest(theirs, map(str, self._seen))}"
                 )
 
-    def _tell(self, found: set[str]) -> None:
-        """Adds the notes that are known when all rows are read.
+    def _add_notes(self, found: set[str]) -> None:
+        """Adds the notes that need all rows.
 
         Raises:
-            InputError: a field of `more` is in no row.
+            InputError: no row has a field of `more`.
         """
         unread = {str(name) for name in self._seen} - set(self._names.values())
         not_read = printable(", ".join(sorted(unread)))
-        told = [f"fields that were not read: {not_read}"] if unread else []
-        wanted = SPLITS if self._cut else ("train", "validation")
-        told += [
-            f"the split {split} is left out: of so few rows none falls into it"
-            for split in (wanted if "train" in self._sources else ())
+        added = [f"fields that were not read: {not_read}"] if unread else []
+        expected = SPLITS if self._cut else ("train", "validation")
+        added += [
+            f"the split {split} is left out: of so few rows, none falls into it"
+            for split in (expected if "train" in self._sources else ())
             if split not in found
         ]
         if self._unanswered:
-            told.append(
-                f"{len(self._unanswered)} rows that a teacher was asked about and that nobody has"
-                f" labelled are left out, the first at {self._unanswered[0]}"
+            added.append(
+                f"{len(self._unanswered)} rows without any label, for which the teacher gave no answer,"
+                f" are left out, the first at {self._unanswered[0]}"
             )
-        told += [
+        added += [
             f"the field {name} is in {n} of {self._good} rows" for name, n in self._having.items()
         ]
         if absent := next((name for name, n in self._having.items() if not n), None):
@@ -200,7 +200,7 @@ class _Rows:
                 f"`fields` {absent}: no row of {self._name} has a text in the field {theirs!r}"
                 f" (not read: {not_read or 'none'}){nearest(theirs, unread)}"
             )
-        self._notes.extend(note for note in told if note not in self._notes)
+        self._notes.extend(note for note in added if note not in self._notes)
 
     @property
     def _name(self) -> str:
@@ -213,7 +213,7 @@ def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
             theirs = field_map[name]
             hint = nearest(name, known)
             if theirs in known and not hint:
-                hint = f"; it is OURS=YOURS: `field_map` {theirs}={name}"
+                hint = f"; write OURS=YOURS: `field_map` {theirs}={name}"
             raise InputError(
                 f"`field_map` {name}={theirs}: there is no field {name!r} to fill"
                 f" (known: {', '.join(known)}){hint}"
@@ -224,27 +224,27 @@ def _check_more(more: Sequence[str]) -> tuple[str, ...]:
     for name in more:
         if not FIELD_NAME.fullmatch(name):
             raise InputError(
-                f"`fields` {name}: expected a name in lower_snake_case; `fields` my_name and"
-                f" `field_map` my_name={name} read a field that is called otherwise"
+                f"`fields` {name}: expected a name in lower_snake_case; to read a field with another"
+                f" name, give `fields` my_name and `field_map` my_name={name}"
             )
         if name in (*FIELDS, PROVENANCE, INPUT_PAIR):
             raise InputError(
-                f"`fields` {name}: it has a meaning of its own; name yours differently"
+                f"`fields` {name}: this name has a meaning of its own; choose a different one"
             )
     if len(set(more)) < len(more):
-        raise InputError(f"`fields` {','.join(more)}: name each once")
+        raise InputError(f"`fields` {','.join(more)}: give each name once")
     return tuple(more)
 
 
 def _checked(
     row: JsonRow, fields: Sequence[str], more: Sequence[str], names: Mapping[str, str]
 ) -> CheckedExample:
-    for said in row.objects(names["rationales"]) if "rationales" in fields else ():
-        if unknown := sorted(said.fields.keys() - set(RATIONALE_FIELDS)):
+    for one in row.objects(names["rationales"]) if "rationales" in fields else ():
+        if unknown := sorted(one.fields.keys() - set(RATIONALE_FIELDS)):
             raise InputError(
-                f"{said.where}: unknown field {unknown[0]!r} (known: {', '.join(RATIONALE_FIELDS)})"
+                f"{one.where}: unknown field {unknown[0]!r} (known: {', '.join(RATIONALE_FIELDS)})"
             )
-    # a row that only the teacher has labelled is trained on under LABEL_SOURCE=llm
+    # LABEL_SOURCE=llm trains on rows that only the teacher has labelled
     taught = "llm_label" in fields and row.optional_text(names["llm_label"])
     needs = {"input": NEEDS["input"]} if taught else NEEDS
     example = read_example(row, needs=needs, fields=fields, more=more, names=names)

@@ -1,4 +1,4 @@
-"""What e-SNLI and ANLI have in common: a premise, a hypothesis, and one of three labels."""
+"""Reads the fields that e-SNLI and ANLI share: premise, hypothesis, and one of three labels."""
 
 from stepdistill_jax.data.nli_rationale import LABELS
 from stepdistill_jax.data.rows import JsonRow
@@ -9,22 +9,22 @@ _NO_GOLD = ("", "-", "-1")  # SNLI's rows on which the annotators did not agree
 
 
 def question(row: JsonRow) -> str:
-    """The input: `premise: ... hypothesis: ...`.
+    """Returns the input: `premise: ... hypothesis: ...`.
 
-    A premise is called `context` in ANLI's own files and in its TFDS export.
+    ANLI's own files and its TFDS export call the premise `context`.
     """
     premise = "context" if "context" in row.fields and "premise" not in row.fields else "premise"
     return f"premise: {row.text(premise)} hypothesis: {row.text('hypothesis')}"
 
 
 def gold(row: JsonRow) -> str:
-    """The gold label in words; empty where the row has none.
+    """Returns the gold label as a word; "" if the row has none.
 
-    It is 0, 1 or 2 (entailment, neutral, contradiction), a word, or its first letter, in the field
-    `label`, or `gold_label` as TFDS calls it.
+    The field `label` (`gold_label` in TFDS) holds 0, 1 or 2 (entailment, neutral, contradiction), a
+    word, or its first letter.
 
     Raises:
-        InputError: another value, or no such field.
+        InputError: the field is missing or has another value.
     """
     name = "gold_label" if "gold_label" in row.fields and "label" not in row.fields else "label"
     if name not in row.fields:

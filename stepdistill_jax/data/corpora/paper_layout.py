@@ -1,6 +1,6 @@
-"""The layout of the paper's files: NAME_SPLIT.json as JSON lines, llm/SPLIT_CoT_I.json as lists.
+"""Reads the paper's file layout: NAME_SPLIT.json as JSON lines, llm/SPLIT_CoT_I.json as lists.
 
-Exports of the same corpora (SPLIT.jsonl, no llm/) are found, too.
+Also reads exports of the same corpora (SPLIT.jsonl, no llm/).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from stepdistill_jax.runtime.files import check_file
 from stepdistill_jax.runtime.fingerprints import sha256
 
 FILE_SPLITS = {"train": "train", "valid": "validation", "test": "test"}
-EXPORT_STEMS = {  # of SPLIT.jsonl, or .json; the last are Hugging Face's names of ANLI's rounds
+EXPORT_STEMS = {  # of SPLIT.jsonl, or .json; the last are Hugging Face's names for ANLI's rounds
     "train": ("train", "train_r1"),
     "validation": ("validation", "valid", "dev", "dev_r1"),
     "test": ("test", "test_r1"),
@@ -36,16 +36,16 @@ TEACHER, HUMAN = "llm", "human"  # sources of rationales
 
 @dataclasses.dataclass(frozen=True)
 class TeacherText:
-    """A raw completion and where it stands: the file's name in the source, its number from 1."""
+    """A raw completion and its place: the file's name in the source, and its number from 1."""
 
     text: str
     file: str
     row: int
 
 
-Said = TeacherText | None  # None if no teacher was asked
-# checks a row and what the teacher said of it; None without a gold label: it is left out and counted
-ToRow = Callable[[JsonRow, Said, UniqueIds], CheckedExample | None]
+Completion = TeacherText | None  # None without a teacher
+# checks a row and its teacher text; returns None without a gold label: the row is left out and counted
+ToRow = Callable[[JsonRow, Completion, UniqueIds], CheckedExample | None]
 
 
 def read(
@@ -58,22 +58,22 @@ def read(
     to_row: ToRow,
     prefix: str | None = None,
 ) -> Reading:
-    """Finds every split that is there; its rows are paired with their teacher texts as they are read.
+    """Finds all splits; pairs their rows with their teacher texts while they are read.
 
-    A split without teacher texts is told and prepared without, but for train, where it is an error.
+    Train must have teacher texts; for another split without them, a note says so.
 
     Args:
-        name: of the dataset.
-        version: of the reader.
-        metric: how its labels are compared.
-        source: the folder that holds the files, or one that holds it under `prefix` or `name`.
+        name: name of the dataset.
+        version: version of the reader.
+        metric: how labels are compared.
+        source: the folder of the files, or its parent, which holds it as `prefix` or `name`.
         teacher: False reads no teacher texts.
         to_row: checks one row.
-        prefix: of the files, `cqa` for cqa_train.json; None is `name`.
+        prefix: prefix of the files, `cqa` for cqa_train.json; None for `name`.
 
     Raises:
-        InputError: no files or no teacher texts. While rows are read: broken JSON, or not as many
-            texts as rows.
+        InputError: no files or no teacher texts. While rows are read: broken JSON, or different
+            numbers of texts and rows.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -94,7 +94,7 @@ def read(
         for file in (*teachers.get(split, ()), path):
             sources[str(file.relative_to(source))] = digest_of(file)
     if not teacher:
-        notes.append("no teacher texts were read: rows have no rationale of the teacher's")
+        notes.append("no teacher texts were read: rows have no teacher rationale")
 
     def rows() -> Iterator[tuple[str, CheckedExample]]:
         for split, path in inputs.items():
@@ -105,10 +105,10 @@ def read(
 
 
 def digest_of(path: pathlib.Path) -> str:
-    """Of a file of the source.
+    """Returns the digest of a file of the source.
 
     Raises:
-        InputError: it is no regular file.
+        InputError: it is not a regular file.
     """
     check_file(path, "a JSON file")
     return sha256(path)
@@ -121,14 +121,14 @@ def file_rows(
     to_row: ToRow,
     notes: list[str],
 ) -> Iterator[CheckedExample]:
-    """The checked rows of one file, each with its teacher text if there are any.
+    """Yields the checked rows of one file, each with its teacher text if there is one.
 
     Raises:
-        InputError: as `read`.
+        InputError: see `read`.
     """
     ids, absent = UniqueIds(), 0
-    for row, said in paired(source, path, teachers):
-        found = to_row(row, said, ids)
+    for row, completion in paired(source, path, teachers):
+        found = to_row(row, completion, ids)
         if found is None:
             absent += 1
         else:
@@ -140,7 +140,7 @@ def file_rows(
 
 def judged(
     example: Example,
-    said: Said,
+    completion: Completion,
     parse: Callable[[str], Parsed],
     *,
     right: Callable[[str], bool],
@@ -148,21 +148,21 @@ def judged(
     by_text: bool = False,
     human: tuple[str, ...] = (),
 ) -> CheckedExample:
-    """`example` with what the teacher said of it and with people's explanations.
+    """Returns `example` with the teacher's rationale and label, people's explanations, and defects.
 
     Args:
         example: id, input, label and choices.
-        said: what the teacher said of it; None if it was not asked.
-        parse: finds the parts of that text.
-        right: whether an answer is the gold label.
-        defects: of the row itself.
-        by_text: whether `Parsed.answer_text` is judged, too.
-        human: explanations by people, for the gold label.
+        completion: the teacher's text; None without a teacher.
+        parse: parses that text.
+        right: decides whether an answer is the gold label.
+        defects: defects of the row itself.
+        by_text: whether to judge `Parsed.answer_text`, too.
+        human: explanations of the gold label by people.
     """
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
-    if said is None:
+    if completion is None:
         return CheckedExample(dataclasses.replace(example, rationales=explained), defects)
-    parsed = parse(said.text)
+    parsed = parse(completion.text)
     label = parsed.repaired.strip()
     if explained and parsed.rationale:
         explained = (Rationale(parsed.rationale, TEACHER, label), *explained)
@@ -176,26 +176,26 @@ def judged(
         dataclasses.replace(
             example, rationale=parsed.rationale, llm_label=label, rationales=explained
         ),
-        (*defects, *(_defect_of(kind, parsed, said) for kind in parsed.problems)),
+        (*defects, *(_defect_of(kind, parsed, completion) for kind in parsed.problems)),
         judgement,
     )
 
 
-def _defect_of(kind: str, parsed: Parsed, said: TeacherText) -> Defect:
-    """The defect with the part of the text that shows it."""
-    text = said.text
+def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
+    """Returns the defect with the part of the text that shows it."""
+    text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
     elif kind == "truncated" and len(text) > TEXT_LENGTH:
         text = "…" + text[1 - TEXT_LENGTH :]
-    return Defect(kind, said.file, said.row, text)
+    return Defect(kind, completion.file, completion.row, text)
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
-    """llm/PART_CoT_0.json, _1, ... without a gap; none where they are not required.
+    """Returns llm/PART_CoT_0.json, _1, ...; [] if there are none and none is required.
 
     Raises:
-        InputError: none, or a gap.
+        InputError: required files are missing, or the numbers have a gap.
     """
     files = []
     for i in itertools.count():
@@ -211,8 +211,8 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
         )
     if not files and required:
         raise InputError(
-            f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; without teacher texts only"
-            " labels can be prepared: say so with `teacher=False`"
+            f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; to prepare labels"
+            " without teacher texts, give `teacher=False`"
         )
     return files
 
@@ -220,17 +220,17 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
 def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """Returns the folder of the files and the file of each split: the paper's, else an export's.
+    """Returns the folder of the files, and the file of each split: the paper's, or else an export's.
 
     Args:
-        source: that folder, or one that holds it under `prefix` or `name`.
-        prefix: of the files.
-        name: of the dataset.
+        source: that folder, or its parent, which holds it as `prefix` or `name`.
+        prefix: prefix of the files.
+        name: name of the dataset.
 
     Raises:
-        InputError: no such folder, or none of the files in it.
+        InputError: no such folder, or it has none of the files.
     """
-    if not os.path.isdir(source):  # pathlib's own raises for a name that is too long
+    if not os.path.isdir(source):  # pathlib's raises for a name that is too long
         raise InputError(f"`source` {source}: no such folder")
     papers = {split: [f"{prefix}_{part}.json"] for part, split in FILE_SPLITS.items()}
     exports = {
@@ -247,23 +247,23 @@ def input_files(
         if files:
             return folder, files
     raise InputError(
-        f"`source` {source}: neither {prefix}_train.json nor {prefix}_test.json is in it, nor an"
-        " export's train.jsonl"
+        f"`source` {source}: it has no {prefix}_train.json or {prefix}_test.json, and no train.jsonl"
+        " of an export"
     )
 
 
 def paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
-) -> Iterator[tuple[JsonRow, Said]]:
-    """Yields (row, its teacher text). Texts belong to rows by their order alone.
+) -> Iterator[tuple[JsonRow, Completion]]:
+    """Yields (row, its teacher text). The n-th text belongs to the n-th row.
 
     Args:
         source: folder that the names of teacher files are relative to.
-        path: of the rows.
-        teachers: lists of texts, which together are as many as rows; None or none gives no texts.
+        path: file of the rows.
+        teachers: files of texts, together as many as rows; None or [] gives no texts.
 
     Raises:
-        InputError: a row without a text or a text without a row, which would shift them.
+        InputError: the numbers of rows and texts differ, so that pairs may be shifted.
     """
     rows = read_rows(path)
     if not teachers:
@@ -275,16 +275,16 @@ def paired(
         for i, text in enumerate(read_texts(file), 1)
     )
     pairs = itertools.zip_longest(rows, texts)
-    for count, (row, said) in enumerate(pairs):
-        if row and said:
-            yield row, said
+    for count, (row, completion) in enumerate(pairs):
+        if row and completion:
+            yield row, completion
             continue
         total = count + 1 + sum(1 for _ in pairs)
         if row:
             wrong = f"{row.where}: no teacher text for this row: {total} rows, but {count}"
         else:
-            assert said
-            place = f"{source / said.file}: item {said.row}"
+            assert completion
+            place = f"{source / completion.file}: item {completion.row}"
             wrong = f"{place} belongs to no row: {count} rows, but {total}"
         raise InputError(f"{wrong} teacher texts in {_span(teachers)}")
 

@@ -1,4 +1,4 @@
-"""The paper's files as its published code reads them: `prepare(NAME, paper_exact=True)`."""
+"""Reads the paper's files as its published code does: `prepare(NAME, paper_exact=True)`."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from stepdistill_jax.errors import InputError
 
 VERSION = 1
 NEOX = "gpt-neox"  # folder of GPT-NeoX's texts: gpt-neox/NAME/SPLIT.json, next to the datasets' folders
-ASDIV = svamp.EXTRA  # SVAMP's rows and ASDiv's, as the published code's dataset of that name
+ASDIV = svamp.EXTRA  # the published code's dataset of that name has SVAMP's rows, too
 
 
 def _cqa(row: JsonRow, ids: UniqueIds) -> Example:
@@ -39,7 +39,7 @@ def _asdiv(row: JsonRow, _: UniqueIds) -> Example:
 
 def _nli(row: JsonRow, ids: UniqueIds) -> Example:
     if not (label := nli.gold(row)):
-        raise InputError(f"{row.where}: no gold label, which the published code needs")
+        raise InputError(f"{row.where}: no gold label, which the published code requires")
     premise, hypothesis = (row.text(name, strip=False) for name in ("premise", "hypothesis"))
     return Example(ids.of(row, "uid"), premise, label, more={INPUT_PAIR: hypothesis})
 
@@ -49,10 +49,10 @@ class _Corpus:
     """A dataset of the published code.
 
     Attributes:
-        to_example: the row without the teacher's part.
-        rule: reads the teacher's text.
-        prefix: of its files, and GPT-NeoX's folder.
-        drawn: whether validation is drawn from train; else it has a file of its own.
+        to_example: converts a row, without the teacher's part.
+        rule: parses the teacher's text.
+        prefix: prefix of its files, and name of GPT-NeoX's folder.
+        drawn: whether validation is drawn from train; if False, it has its own file.
     """
 
     to_example: Callable[[JsonRow, UniqueIds], Example]
@@ -71,19 +71,18 @@ _CORPORA = {
 
 
 def read(name: str, source: pathlib.Path) -> Reading:
-    """Reads a dataset's files and the teacher's texts without any repair; texts are not even stripped.
+    """Reads a dataset's files and the teacher's texts without repairs or stripping.
 
-    The two texts of e-SNLI and ANLI are `input` and `input_pair`. Where validation has no file of
-    the published code's, it is drawn as `published_split` says, and both parts have its order.
+    The two texts of e-SNLI and ANLI are `input` and `input_pair`. If the published code has no
+    validation file, `published_split` draws validation, and both parts have its order.
 
     Args:
         name: one of `prepared.PUBLISHED`.
-        source: as for `paper_layout.read`; its folder `gpt-neox` instead takes the texts there, in
-            place of PaLM's.
+        source: see `paper_layout.read`. If it is the folder `gpt-neox`, its texts replace PaLM's.
 
     Raises:
-        InputError: files that the published code needs are missing. While rows are read: broken
-            JSON, not as many texts as rows, or a text that the published rule cannot read.
+        InputError: files that the published code requires are missing. While rows are read: broken
+            JSON, different numbers of texts and rows, or a text that the published rule cannot read.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []
@@ -120,13 +119,13 @@ def read(name: str, source: pathlib.Path) -> Reading:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """Rows of one file with the teacher's texts of it.
+    """The rows of one file with their teacher texts.
 
     Attributes:
-        folder: that names of files are relative to.
-        path: of the rows.
-        corpus: reads them.
-        teachers: files of the texts; without any, rows have no teacher's part.
+        folder: folder that names of files are relative to.
+        path: file of the rows.
+        corpus: the dataset of the published code.
+        teachers: files of the teacher's texts; may be empty.
         neox: whether GPT-NeoX wrote the texts.
     """
 
@@ -139,17 +138,17 @@ class _File:
     def rows(self) -> Iterator[CheckedExample]:
         """Yields each row, in order."""
         ids = UniqueIds()
-        for row, said in paper_layout.paired(self.folder, self.path, self.teachers):
+        for row, completion in paper_layout.paired(self.folder, self.path, self.teachers):
             example = self.corpus.to_example(row, ids)
-            if said is None:
+            if completion is None:
                 yield CheckedExample(example, file=row.file, line=row.line)
                 continue
             try:
-                rationale, label = self.corpus.rule(said.text, neox=self.neox)
+                rationale, label = self.corpus.rule(completion.text, neox=self.neox)
             except ValueError:
                 raise InputError(
-                    f"{self.folder / said.file}: item {said.row}: the published rule stops at it, for"
-                    " want of exactly one answer; leave out `paper_exact`"
+                    f"{self.folder / completion.file}: item {completion.row}: the published rule fails, since the text"
+                    " does not have exactly one answer; leave out `paper_exact`"
                 ) from None
             example = dataclasses.replace(example, rationale=rationale, llm_label=label)
             equal = value_match if self.corpus.rule is rules.svamp else str.__eq__
@@ -158,7 +157,7 @@ class _File:
 
 
 def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File]:
-    """Returns the file of each split; validation has one where the published code reads it."""
+    """Returns the file of each split; validation has one if the published code reads it."""
     corpus, neox = _CORPORA[name], source.name == NEOX
     folder, inputs = paper_layout.input_files(
         source.parent if neox else source, corpus.prefix, name
@@ -173,7 +172,7 @@ def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File
             teachers = _teachers(source if neox else folder, corpus, part, split in needed)
             found[split] = _File(folder, inputs[split], corpus, teachers, neox)
         elif split in needed:
-            raise InputError(f"{path}: no such file, which the published code needs")
+            raise InputError(f"{path}: no such file, which the published code requires")
         elif split == "test":
             notes += absent_notes({split: path}, inputs)
     return found
@@ -182,7 +181,7 @@ def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File
 def _teachers(
     folder: pathlib.Path, corpus: _Corpus, part: str, required: bool
 ) -> list[pathlib.Path]:
-    """Returns the files of the teacher's texts, PaLM's or GPT-NeoX's by the folder's name."""
+    """Returns the files of the teacher's texts: GPT-NeoX's if its folder is given, or else PaLM's."""
     if folder.name != NEOX:
         return paper_layout.teacher_files(folder, part, required=required)
     path = folder / corpus.prefix / f"{part}.json"
@@ -195,7 +194,7 @@ def _teachers(
 
 def _asdiv_file(folder: pathlib.Path, neox: bool) -> _File:
     if neox:
-        raise InputError(f"`source`: {NEOX} has no texts on {ASDIV}, leave the folder out")
+        raise InputError(f"`source`: {NEOX} has no texts for {ASDIV}; leave the folder out")
     found = svamp.extra_folder(folder, folder)
     if found is None:
         raise InputError(

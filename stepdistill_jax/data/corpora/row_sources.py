@@ -1,4 +1,4 @@
-"""Where anybody's own rows lie: a file, a folder with a file for each split, or lists of dicts."""
+"""Finds the user's own rows: in a file, a folder with a file for each split, or lists of dicts."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ Source = os.PathLike | str | Rows | Mapping[str, Rows]
 
 @dataclasses.dataclass(frozen=True)
 class RowSource:
-    """The rows of a split, or of a file that is cut into splits.
+    """The rows of one split, or of a file that is still to be split.
 
     Attributes:
-        name: how messages call it: its path, or `the list`.
-        key: its name in the fingerprint.
-        digest: hex digest of its contents.
+        name: name for messages: its path, or `the list`.
+        key: name in the fingerprint.
+        digest: hex digest of the contents.
         rows: starts reading.
     """
 
@@ -40,31 +40,31 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns the source of each split, and whether there is but one, to be cut; it is `train` then.
+    """Returns the source of each split, and whether a single one, `train`, is to be split by ids.
 
     Args:
-        source: a path, a list of dicts, or such lists by split.
-        notes: is added to: what is absent, what is not read.
+        source: a path, a list of dicts, or a dict of lists by split.
+        notes: gains notes on splits that are absent and files that are not read.
         numbers: columns of CSV whose cells are numbers.
 
     Raises:
-        InputError: there is nothing to read; says what is missing.
+        InputError: there are no rows to read; says what is missing.
     """
     if isinstance(source, Mapping):
         return {split: _of_list(rows, split) for split, rows in _lists(source).items()}, False
     if not isinstance(source, str | os.PathLike):
-        notes.append(_cut("a list"))
+        notes.append(_split_note("a list"))
         return {"train": _of_list(source, "")}, True
-    one_file = not os.path.isdir(source)  # pathlib's own raises for a name that is too long
+    one_file = not os.path.isdir(source)  # pathlib's raises for a name that is too long
     files = _one(pathlib.Path(source), notes) if one_file else _of_folder(source, notes)
     return {split: _of_file(path, numbers) for split, path in files.items()}, one_file
 
 
 def split_lists(source: Any) -> dict[str, Rows] | None:
-    """Returns the lists of dicts by split that `source` is; a list alone is train, None is neither.
+    """Returns `source` as lists of dicts by split, a single list as train; None if it is neither.
 
     Raises:
-        InputError: a dict of other things than lists.
+        InputError: a dict holds something else than lists.
     """
     if isinstance(source, Mapping):
         return _lists(source)
@@ -102,10 +102,10 @@ def _written(row: Any, name: str, number: int) -> bytes:
     """Returns a row of a list as JSON.
 
     Raises:
-        InputError: it contains itself, or lists in lists a thousand deep.
+        InputError: it contains itself, or lists nested a thousand deep.
     """
     try:
-        # a value that is not JSON's is refused or not read, so that its type will do
+        # a value unknown to JSON is refused or ignored later: its type's name is enough here
         text = json.dumps(as_json(row), skipkeys=True, default=lambda value: type(value).__name__)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: row {number} cannot be written as JSON ({error})") from None
@@ -119,18 +119,15 @@ def _of_file(path: pathlib.Path, numbers: Sequence[str]) -> RowSource:
     )
 
 
-def _cut(what: str) -> str:
-    return (
-        f"{what}, so it is cut by the hashed ids: validation and test are a tenth each, train is"
-        " the rest"
-    )
+def _split_note(what: str) -> str:
+    return f"{what}, split by hashed ids: validation and test get a tenth each, train the rest"
 
 
 def _one(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
     if not os.path.exists(source):
         raise InputError(f"`source` {source}: no such file or folder")
     check_file(source)
-    notes.append(_cut(f"{source}: one file"))
+    notes.append(_split_note(f"{source}: one file"))
     return {"train": source}
 
 
@@ -143,22 +140,20 @@ def _of_folder(folder: os.PathLike | str, notes: list[str]) -> dict[str, pathlib
     for split, paths in found.items():
         if len(paths) > 1:
             names = " and ".join(path.name for path in paths)
-            raise InputError(
-                f"`source` {source}: {names} are both in it; keep one file for {split}"
-            )
+            raise InputError(f"`source` {source}: it has both {names}; keep one file for {split}")
     files = {split: paths[0] for split, paths in found.items() if paths}
-    others = sorted(
+    ignored = sorted(
         p.name for p in source.iterdir() if p.suffix in ENDINGS and p not in files.values()
     )
-    wanted = {split: source / f"{split}.jsonl" for split in SPLITS}
+    expected_files = {split: source / f"{split}.jsonl" for split in SPLITS}
     if not files:
         raise InputError(
-            f"`source` {source}: none of {', '.join(p.name for p in wanted.values())} (or .csv, .tsv)"
-            " is in it" + (f" (found: {', '.join(others)})" if others else "")
+            f"`source` {source}: none of {', '.join(p.name for p in expected_files.values())} (or .csv, .tsv)"
+            " is in it" + (f" (found: {', '.join(ignored)})" if ignored else "")
         )
-    notes += absent_notes(wanted, files)
+    notes += absent_notes(expected_files, files)
     for path in files.values():
         check_file(path, "a file of rows")
-    if others:
-        notes.append(f"{source}: files that were not read: {', '.join(others)}")
+    if ignored:
+        notes.append(f"{source}: files that were not read: {', '.join(ignored)}")
     return files

@@ -1,7 +1,7 @@
 """SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
 
-ASDiv's questions come with it where they are there: more inputs to train on, which have the
-teacher's labels only.
+ASDiv's questions come with it if they are there: further inputs to train on, with the teacher's
+labels only.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     A row is {"input", "label"}, or the original's and exports' {"ID", "Body", "Question",
     "Equation"}. Without an ID the id is the row's number.
 
-    asdiv/asdiv_train.json, of the same rows, with asdiv/llm/train_CoT_I.json becomes the split
-    `unlabelled`; the folder asdiv lies next to the folder of SVAMP's files, as in the paper's archive,
-    or in it.
+    asdiv/asdiv_train.json, with rows of the same form, and asdiv/llm/train_CoT_I.json become the
+    split `unlabelled`. The folder asdiv lies next to the folder of SVAMP's files, as in the paper's
+    archive, or inside it.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
@@ -50,7 +50,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     }
     reading.sources.update(digests)
     reading.notes.append(
-        f"{path}: its rows are the split {UNLABELLED}: no gold label, the teacher's where it gave one"
+        f"{path}: its rows are the split {UNLABELLED}, with the teacher's labels in place of gold labels"
     )
     own_rows = reading.rows
 
@@ -66,11 +66,11 @@ def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | N
     """Returns ASDiv's folder, next to the folder of SVAMP's files or in it; None if there is none.
 
     Args:
-        folder: of SVAMP's files.
-        source: as the user named it, that folder or the one above.
+        folder: folder of SVAMP's files.
+        source: that folder or its parent, as given by the user.
 
     Raises:
-        InputError: ASDiv's rows lie in one of both, and not in a folder of their own.
+        InputError: ASDiv's rows lie directly in one of these, not in a folder of their own.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):
@@ -80,39 +80,39 @@ def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | N
         if (misplaced / name).exists():
             right = misplaced / EXTRA
             raise InputError(
-                f"{misplaced / name}: its teacher files would have the names of SVAMP's; move it to"
-                f" {right / name}, and them to {right / 'llm'}/"
+                f"{misplaced / name}: its teacher files have the same names as SVAMP's; move it to"
+                f" {right / name}, and its teacher files to {right / 'llm'}/"
             )
     return None
 
 
-def _row(row: JsonRow, said: paper_layout.Said, ids: UniqueIds) -> CheckedExample:
+def _row(row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds) -> CheckedExample:
     label = row.text("Equation" if "Equation" in row.fields else "label")
     defects: tuple[Defect, ...] = ()
     if arithmetic.evaluate(label) is None:
         defects = (Defect("gold_has_no_value", row.file, row.line, label),)
-    return _judged(Example(ids.of(row, "ID"), question(row), label), said, defects)
+    return _judged(Example(ids.of(row, "ID"), question(row), label), completion, defects)
 
 
-def _extra_row(row: JsonRow, said: paper_layout.Said, _: UniqueIds) -> CheckedExample:
-    """A row of ASDiv: its label is not read."""
-    return _judged(Example(f"{EXTRA}-{row.number}", question(row)), said)
+def _extra_row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) -> CheckedExample:
+    """Returns the example of an ASDiv row; its label is not read."""
+    return _judged(Example(f"{EXTRA}-{row.number}", question(row)), completion)
 
 
 def question(row: JsonRow) -> str:
-    """Returns the input: `input`, or `Body` and `Question` on a line each."""
+    """Returns the input: `input`, or `Body` and `Question` on one line each."""
     if "Body" not in row.fields:
         return row.text("input", strip=False)
-    # joined as the paper's files have it
+    # joined as in the paper's files
     return "\n".join(row.text(name, strip=False) for name in ("Body", "Question"))
 
 
 def _judged(
-    example: Example, said: paper_layout.Said, defects: tuple[Defect, ...] = ()
+    example: Example, completion: paper_layout.Completion, defects: tuple[Defect, ...] = ()
 ) -> CheckedExample:
     return paper_layout.judged(
         example,
-        said,
+        completion,
         parse_equation,
         right=lambda answer: value_match(answer, example.label),
         defects=defects,
