@@ -1,7 +1,7 @@
-# make            what there is
-# make demo       from a fresh clone to the method at work: .venv, pinned install, `stepdistill demo`
+# make            the list of targets
+# make demo       sets up .venv with pinned versions and runs `stepdistill demo`
 # make test       the same set-up, then the tests
-# make faults     kills, damage, bad input and a soak; writes the table of docs/reliability.md
+# make faults     kills, damage, bad input and a soak; writes the table of docs/lab/reliability.md
 #
 # PYTHON=python3.12   another interpreter for .venv (any of 3.11 to 3.13; default: the first one found)
 # PIP_FLAGS=...       more flags for pip install, say a mirror
@@ -29,7 +29,7 @@ PACKAGE := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
 SLOW_PARTS := $(addprefix test-slow-,model answers hosts road faults)
-.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments experiments-gsm test-gsm reference constraints clean
+.PHONY: help demo test test-slow test-slow-properties $(SLOW_PARTS) faults mutants lint types audit format bench experiments experiments-gsm test-gsm reference docs constraints clean
 
 help:
 	@echo "make demo         install what is pinned into $(VENV), run the demo (minutes on 2 CPU cores)"
@@ -37,18 +37,19 @@ help:
 	@echo "make test-slow    the tests that take longer, part after part; one alone: make test-slow-PART,"
 	@echo "                  PART one of model, answers, hosts, road, faults, properties"
 	@echo "make test-gsm     install reasoning-gym, too, and run the tests of what it makes"
-	@echo "make faults       all faults (32 minutes), the table of docs/reliability.md is written anew"
+	@echo "make faults       all faults (32 minutes), the table of docs/lab/reliability.md is rewritten"
 	@echo "make mutants      plant the bugs of tests/mutants.py, one at a time: a test must fail on each (15 minutes)"
 	@echo "make lint         formatting and ruff"
 	@echo "make types        pyright"
-	@echo "make audit        known holes in the pinned packages (pip-audit; needs the network)"
-	@echo "make format       rewrite the files as the formatter wants them"
-	@echo "make bench        speed beside SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
-	@echo "                  docs/benchmarks.md is written anew"
-	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/experiments.md is written anew"
-	@echo "make experiments-gsm  the claim on word problems, 30 small runs (about an hour); docs/experiments_gsm.md is written"
+	@echo "make audit        known vulnerabilities in the pinned packages (pip-audit; needs the network)"
+	@echo "make format       format the source files"
+	@echo "make bench        speed next to SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
+	@echo "                  docs/lab/benchmarks.md is rewritten"
+	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/lab/experiments.md is rewritten"
+	@echo "make experiments-gsm  the claim on word problems, 30 small runs (about an hour); docs/lab/experiments_gsm.md is rewritten"
 	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
-	@echo "make constraints  resolve constraints.txt anew (needs uv)"
+	@echo "make docs         build the documentation site into site/"
+	@echo "make constraints  resolve the versions of constraints.txt again (needs uv)"
 	@echo "make clean        remove $(VENV) and build folders"
 
 # The stamps make a second run cheap: pip is asked again only when the pins or the metadata changed.
@@ -83,6 +84,11 @@ $(VENV)/.installed-gsm: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[gsm]'
 	@touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@echo "== installing MkDocs into $(VENV)"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
 # tests of the package itself: without it they are left out of all other targets
 test-gsm: $(VENV)/.installed-gsm $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python -m pytest tests/data/test_gsm_symbolic.py $(PYTEST_FLAGS)
@@ -108,7 +114,7 @@ $(SLOW_PARTS): test-slow-%: $(VENV)/.installed-test
 
 faults: $(VENV)/.installed-test
 	@echo "== faults: kills, damage, bad input, a soak"
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal tests/faults --faults-table docs/reliability.md $(PYTEST_FLAGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist worksteal tests/faults --faults-table docs/lab/reliability.md $(PYTEST_FLAGS)
 
 mutants: $(VENV)/.installed-test
 	@echo "== mutants: planted bugs that the tests must catch"
@@ -124,7 +130,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/pyright
 
 audit: $(BIN)/python
-	@echo "== known holes in constraints.txt"
+	@echo "== known vulnerabilities in constraints.txt"
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) 'pip-audit>=2.10,<3'
 	$(BIN)/python -m pip_audit --no-deps --disable-pip -r constraints.txt
 
@@ -133,7 +139,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-bench
-	@echo "== benchmarks, one after another; docs/benchmarks.md gets their figures"
+	@echo "== benchmarks, one after another; docs/lab/benchmarks.md gets their figures"
 	$(BIN)/python benchmarks/run_all.py $(BENCH_FLAGS)
 
 experiments: $(VENV)/.installed
@@ -145,9 +151,12 @@ experiments-gsm: $(VENV)/.installed-gsm
 reference: $(VENV)/.installed
 	$(BIN)/python docs/reference/write.py
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build
+
 constraints:
 	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \
 	  --no-annotate --custom-compile-command "make constraints" pyproject.toml -o constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-# torch does most steps with this (docs/training_speed.md): one heap, which keeps large blocks and is never given
+# torch does most steps with this (docs/lab/training_speed.md): one heap, which keeps large blocks and is never given
 # back. OpenMP keeps its default: threads spin briefly between two loops
 TORCH = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1"

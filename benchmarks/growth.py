@@ -1,4 +1,4 @@
-"""How a step's cost grows with devices: plot and table of docs/planning.md, from `plan`'s figures.
+"""How a step's cost grows with devices: plot and table of docs/lab/planning.md, from `plan`'s figures.
 
     python benchmarks/growth.py --output docs/images/growth.png
 

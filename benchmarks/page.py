@@ -1,4 +1,4 @@
-"""Markdown of docs/benchmarks.md: sections of figures between marks, in a text that stays."""
+"""Markdown of docs/lab/benchmarks.md: sections of figures between marks, in a text that stays."""
 
 import importlib.metadata
 import os

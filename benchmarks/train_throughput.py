@@ -9,7 +9,7 @@ passes a step, labels and rationales each padded to their longest row, the sum o
 weight, gradients clipped to 1, AdamW in its fused form. Both start from the same weights, draw the same
 examples, and must give the same loss without dropout before anything is timed.
 
-Each runs in a process and an environment of its own, at its best (docs/training_speed.md), and they
+Each runs in a process and an environment of its own, at its best (docs/lab/training_speed.md), and they
 take turns. Further contenders: `transformers_bfloat16`; `ours_shared_encoder`, our step on the same
 examples, each encoded once for both targets (another loss, so it is compared with nothing); and
 `ours_by_hand`, our step with packed rows of `--row-lengths`.

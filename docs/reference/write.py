@@ -16,7 +16,7 @@ SETTINGS = f"""{WRITTEN}
 
 A config, or `--set NAME=VALUE`, binds a macro (`BATCH_SIZE`) or a field (`train.remat_policy`); a macro has the name of its field
 in capitals. `stepdistill settings [NAME]` prints this page, or a part of it. A bare word is a string: `--set LAYOUT=fsdp`.
-Fields of `optax.NAME` and of functions of your own can be bound, too: [losses.md](../losses.md).
+Fields of `optax.NAME` and of functions of your own can be bound, too: [losses.md](../how-to/losses.md).
 """
 
 COMMANDS_PAGE = f"""{WRITTEN}

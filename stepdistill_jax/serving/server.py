@@ -91,7 +91,7 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
     host, port = listener.getsockname()[:2]
     log(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}; warming up")
     if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
-        log(f"warning: `host` {host}: whoever reaches this port may ask; see docs/serving.md")
+        log(f"warning: `host` {host}: whoever reaches this port may ask; see docs/guide/serving.md")
     signals.act = stop
     server.run([listener])
 

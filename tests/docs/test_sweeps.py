@@ -1,4 +1,4 @@
-"""docs/experimenting.md: its commands are ones that the program takes, and its files those that are written."""
+"""docs/how-to/sweeps.md: its commands are ones that the program takes, and its files those that are written."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import shlex
 from stepdistill_jax.commands import main
 from stepdistill_jax.experiments.tables import Table
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "experimenting.md").read_text("utf-8")
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "sweeps.md").read_text("utf-8")
 
 
 def commands(name):

@@ -1,4 +1,4 @@
-"""Runs docs/adding_a_task.md: its files are written, its commands are typed."""
+"""Runs docs/guide/your-data.md: its files are written, its commands are typed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.prepared import open_prepared
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "adding_a_task.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "guide" / "your-data.md"
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = ["TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=2"]
