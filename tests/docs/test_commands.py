@@ -65,3 +65,12 @@ def test_the_functions_of_the_python_page_take_the_arguments_that_it_gives():
             inspect.signature(names[call.func.id]).bind(*call.args, **given)
             checked += 1
     assert checked >= 6
+
+
+def test_the_config_of_the_training_page_loads(tmp_path):
+    page = (ROOT / "docs" / "guide" / "training.md").read_text("utf-8")
+    (text,) = re.findall(r"`mine\.gin`:\n\n```gin\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.gin").write_text(text)
+    config, _ = load_config(tmp_path / "mine.gin")
+    assert (config.task, config.train_steps) == ("mine", 3000)
+    assert [o.weight for o in config.objectives] == [0.5, 0.5]
