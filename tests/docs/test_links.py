@@ -13,6 +13,9 @@ PAGES = sorted(DOCS.rglob("*.md"))
 OTHERS = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
 OTHERS += [ROOT / "launch" / "README.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED = re.compile(r"(?<![\w/])docs/[\w/-]+\.md")
+TEXTS = {".py", ".gin", ".sh", ".md", ".ipynb", ".jinja", ".html", ".sbatch"}
+WRITTEN = {"docs/lab/experiments_gsm.md"}  # by `make experiments-gsm`
 FENCE = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
 
 
@@ -43,6 +46,18 @@ def test_each_internal_link_leads_to_a_file_and_a_heading(page):
         assert page not in PAGES or target.is_relative_to(DOCS), f"{url} is not part of the site"
         if anchor:
             assert anchor in anchors_of(target), f"{page.name}: {url}"
+
+
+def test_each_page_that_code_names_exists():
+    rooms = ("stepdistill_jax", "gin", "configs", "benchmarks", "tests", "launch", "examples")
+    files = [f for room in rooms for f in sorted((ROOT / room).rglob("*")) if f.suffix in TEXTS]
+    named = {}
+    for file in [*files, ROOT / "Makefile", ROOT / "pyproject.toml"]:
+        for page in NAMED.findall(file.read_text("utf-8", errors="ignore")):
+            named.setdefault(page, file)
+    assert len(named) > 20
+    missing = {page: file.name for page, file in named.items() if not (ROOT / page).exists()}
+    assert missing.keys() <= WRITTEN, missing
 
 
 def test_the_navigation_of_the_site_has_each_page_once():
