@@ -1,6 +1,7 @@
 """Each command line of README, guide and how-to is one that the program takes, with settings that exist."""
 
 import ast
+import functools
 import inspect
 import pathlib
 import re
@@ -27,12 +28,17 @@ def commands_of(page: pathlib.Path) -> list[list[str]]:
     return [argv for argv in found if argv and argv[0] in COMMANDS and "..." not in argv]
 
 
+@functools.cache
+def parser(command):
+    return parser_of(command)[1]
+
+
 ALL = [(page, argv) for page in PAGES for argv in commands_of(page)]
 
 
 @pytest.mark.parametrize("page, argv", ALL, ids=[f"{p.stem}-{' '.join(a)}"[:90] for p, a in ALL])
 def test_the_program_takes_each_command_of_the_pages(page, argv):
-    args = parser_of(argv[0])[1].parse_args(argv[1:])
+    args = parser(argv[0]).parse_args(argv[1:])
     if getattr(args, "config", None) in (None, *PLACEHOLDERS):
         return
     try:
