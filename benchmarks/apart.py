@@ -13,7 +13,7 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-# torch is fastest with these settings (docs/training_speed.md): one heap that keeps large blocks and
+# torch is fastest with these settings (docs/lab/training_speed.md): one heap that keeps large blocks and
 # is never returned. OpenMP has its default: threads spin briefly between two loops
 TORCH = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1"

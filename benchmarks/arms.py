@@ -283,7 +283,8 @@ def write_page(
     stems = [args.docs / "images" / f"{name}{suffix}" for name in ("claim", "controls")]
     pictures(comparison, arms, curves, stems)
     took = f" It took {(time.monotonic() - began) / 60:.0f} minutes." if fresh else ""
-    out = args.docs / f"experiments{suffix}.md"
+    out = args.docs / "lab" / f"experiments{suffix}.md"
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(comparison, took), encoding="utf-8")
     print(f"{out}; all figures: {written.page}")
 

@@ -1,4 +1,4 @@
-"""The paper's claim and its controls on the embedded dataset, from nothing: writes docs/experiments.md.
+"""The paper's claim and its controls on the embedded dataset, from nothing: writes docs/lab/experiments.md.
 
     python benchmarks/claim.py --workdir runs/claim
 
@@ -168,7 +168,7 @@ def fewer_labels(comparison: Comparison) -> list[str]:
 
 
 def page(comparison: Comparison, took: str) -> str:
-    """docs/experiments.md."""
+    """docs/lab/experiments.md."""
     recipe = comparison.runs[0].config
     lines = [
         "# The claim, and what controls make of it",
@@ -180,16 +180,16 @@ def page(comparison: Comparison, took: str) -> str:
         f" and 0.5, λ = 1; here the arm `step_by_step_equal`), dropout {recipe['dropout_rate']:g}, a learning rate of"
         f" {recipe['learning_rate']:g}.",
         "",
-        "![Accuracy of each arm against the share of the labels](images/claim.png)",
+        "![Accuracy of each arm against the share of the labels](../images/claim.png)",
         "",
-        "![Accuracy of every arm with all labels](images/controls.png)",
+        "![Accuracy of every arm with all labels](../images/controls.png)",
         "",
         *results(comparison, ARMS, CLAIMS, TWO, fewer_labels(comparison)),
         "This is a made-up task that a tiny model can learn by way of its reasons, and by"
         f" {recipe['train_steps']:,} steps it has either seen through it"
         " or not: between chance and all right lies little. It shows that the method, this code and the"
         " controls do what they say; how much the method gains on other data, only runs on that data say"
-        " ([docs/experimenting.md](experimenting.md)).",
+        " ([sweeps.md](../how-to/sweeps.md)).",
         "",
     ]
     return "\n".join(lines)

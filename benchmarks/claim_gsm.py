@@ -1,4 +1,4 @@
-"""The paper's claim and a control on word problems with worked solutions: writes docs/experiments_gsm.md.
+"""The paper's claim and a control on word problems with worked solutions: writes docs/lab/experiments_gsm.md.
 
     python benchmarks/claim_gsm.py --workdir runs/claim_gsm
 
@@ -92,13 +92,13 @@ def prepare_short(data_dir: pathlib.Path | None) -> None:
 
 
 def page(comparison: Comparison, took: str) -> str:
-    """docs/experiments_gsm.md."""
+    """docs/lab/experiments_gsm.md."""
     recipe = comparison.runs[0].config
     lines = [
         "# The claim on word problems",
         "",
         "Written by `make experiments-gsm` (`benchmarks/claim_gsm.py`), from nothing. Word problems of GSM-Symbolic's templates"
-        f" ([datasets.md](datasets.md#word-problems-gsm_symbolic)): questions of at most {MOST_WORDS['input']} words, worked solutions of at most"
+        f" ([datasets.md](../reference/datasets.md#word-problems-gsm_symbolic)): questions of at most {MOST_WORDS['input']} words, worked solutions of at most"
         f" {MOST_WORDS['rationale']}, answers of at most {MOST_DIGITS} digits. A tiny T5 from scratch;"
         f" {size_of(comparison, ARMS, took)}",
         "",
@@ -106,9 +106,9 @@ def page(comparison: Comparison, took: str) -> str:
         " steps. The test rows are of the templates that training sees, with numbers that it does not see: no test row has the template"
         " and the numbers of a train row.",
         "",
-        "![Accuracy of label_only and step_by_step against the share of the labels](images/claim_gsm.png)",
+        "![Accuracy of label_only and step_by_step against the share of the labels](../images/claim_gsm.png)",
         "",
-        "![Accuracy of every arm with all labels](images/controls_gsm.png)",
+        "![Accuracy of every arm with all labels](../images/controls_gsm.png)",
         "",
         *results(comparison, ARMS, CLAIMS, SHARES, [" ".join(headline(comparison))]),
     ]

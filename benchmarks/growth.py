@@ -1,4 +1,4 @@
-"""Shows how the cost of a step grows with devices: plot and table of docs/planning.md, from `plan`.
+"""Shows how the cost of a step grows with devices: plot and table of docs/lab/planning.md, from `plan`.
 
     python benchmarks/growth.py --output docs/images/growth.png
 

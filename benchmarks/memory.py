@@ -94,7 +94,7 @@ def run_alone(name: str) -> dict[str, Any]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """Prints the table of docs/planning.md."""
+    """Prints the table of docs/lab/planning.md."""
     print("| | state | temp planned | memory grew | planned / grew | step |")
     print("|---|---|---|---|---|---|")
     for name in ROWS:

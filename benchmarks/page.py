@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md: replaces the sections between marks, and keeps all other text."""
+"""Writes docs/lab/benchmarks.md: replaces the sections between marks, and keeps all other text."""
 
 import importlib.metadata
 import os

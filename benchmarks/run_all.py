@@ -1,4 +1,4 @@
-"""Runs the benchmarks one after another and writes their results into docs/benchmarks.md.
+"""Runs the benchmarks one after another and writes their results into docs/lab/benchmarks.md.
 
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only input,startup --task cqa
@@ -27,7 +27,7 @@ from stepdistill_jax.data.prepared import data_folder, is_prepared
 from stepdistill_jax.errors import InputError, nearest
 
 HERE = pathlib.Path(__file__).resolve().parent
-OUTPUT = HERE.parent / "docs" / "benchmarks.md"
+OUTPUT = HERE.parent / "docs" / "lab" / "benchmarks.md"
 TIMEOUT_SECS = 1800.0
 
 

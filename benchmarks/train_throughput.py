@@ -9,7 +9,7 @@ labels and rationales each padded to their longest row, the weighted sum of both
 clipped to 1, fused AdamW. Both start from the same weights and draw the same examples. Before the
 timing, both must have the same loss without dropout.
 
-Each runs in its own process with its best environment (docs/training_speed.md), and they take turns.
+Each runs in its own process with its best environment (docs/lab/training_speed.md), and they take turns.
 Further contenders: `transformers_bfloat16`; `ours_shared_encoder`, our step with one encoding of each
 example for both targets (a different loss, so it is not compared); and `ours_by_hand`, our step with
 packed rows of `--row-lengths`.

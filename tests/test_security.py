@@ -1,6 +1,6 @@
 """What the package never does, and that no key and no code gets where it should not be.
 
-docs/security.md says what is trusted; tests/faults/test_bad_*.py feed the readers.
+docs/lab/security.md says what is trusted; tests/faults/test_bad_*.py feed the readers.
 """
 
 import ast
@@ -134,7 +134,7 @@ def test_rules_of_ruff_that_are_off_are_those_with_a_reason():
     assert {rule for rule in lint["ignore"] if re.fullmatch(r"S\d+", rule)} == IGNORED.keys()
     off = {files for files, rules in lint["per-file-ignores"].items() if "S" in rules}
     assert off == {"tests/**", "benchmarks/**"}
-    page = (ROOT / "docs" / "security.md").read_text("utf-8")
+    page = (ROOT / "docs" / "lab" / "security.md").read_text("utf-8")
     for rule in IGNORED:
         assert rule in page
 

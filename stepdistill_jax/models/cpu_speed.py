@@ -1,6 +1,6 @@
 """Code that exists only for speed on CPUs; results equal those of the plain code.
 
-Gains, measured on two cores (docs/training_speed.md, docs/decoding_speed.md):
+Gains, measured on two cores (docs/lab/training_speed.md, docs/lab/decoding_speed.md):
 
     keep_pages      a step takes 0.63 to 1.0 of the time, with a tenth of the page faults
     argmax          8 -> 0.4 ms of a decoding step of 64 rows

@@ -116,7 +116,7 @@ def test_a_run_of_an_older_version_goes_on():
 
 
 def test_the_objectives_of_the_page_share_an_encoding(tmp_path):
-    page = pathlib.Path(__file__).parents[2] / "docs" / "shared_encoder.md"
+    page = pathlib.Path(__file__).parents[2] / "docs" / "lab" / "shared_encoder.md"
     (block,) = re.findall(r"```gin\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     parts = ("train.gin", "models/t5_v1_1.gin", "optimizers/adamw.gin")
     text = "".join(f'include "{part}"\n' for part in parts)

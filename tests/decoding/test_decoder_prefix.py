@@ -221,7 +221,7 @@ def test_the_lines_of_card_and_page_give_the_rationale_of_predict(
     names = {}
     for block in blocks[:2]:
         exec(block.replace("THIS_FOLDER", str(exported)), names)
-    page = pathlib.Path(__file__).parents[2] / "docs" / "shared_encoder.md"
+    page = pathlib.Path(__file__).parents[2] / "docs" / "lab" / "shared_encoder.md"
     (block,) = re.findall(r"```python\n(inputs = .*?)```", page.read_text(), re.DOTALL)
     length = read_task_info(exported).target_length
     exec(block.replace("max_new_tokens=100", f"max_new_tokens={length}"), names)

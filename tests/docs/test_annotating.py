@@ -1,4 +1,4 @@
-"""Runs docs/annotating.md: from questions to a prepared dataset, with the stub server as the teacher."""
+"""Runs docs/how-to/annotating.md: from questions to a prepared dataset, with the stub server as the teacher."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from stepdistill_jax.commands.main import main
 from stepdistill_jax.teacher.answers import KINDS
 from stepdistill_jax.teacher.stub_server import PORT, StubServer
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "annotating.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "annotating.md"
 FILE = re.compile(r"^`([\w./]+)`[^\n]*:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROWS = 200

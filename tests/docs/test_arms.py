@@ -1,4 +1,4 @@
-"""docs/arms.md: its table is that of the program, its rows and commands work as they stand."""
+"""docs/how-to/arms.md: its table is that of the program, its rows and commands work as they stand."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.objectives import ARMS
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "arms.md").read_text("utf-8")
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "arms.md").read_text("utf-8")
 
 
 def block(language):

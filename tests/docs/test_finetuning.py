@@ -1,4 +1,4 @@
-"""docs/finetuning.md: its settings are the config's, its numbers those of the pages that it names."""
+"""docs/guide/finetuning.md: its settings are the config's, its numbers those of the pages that it names."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ import pytest
 from stepdistill_jax.commands.gin_config import load_config
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "finetuning.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "guide" / "finetuning.md").read_text(encoding="utf-8")
 
 
 def rows_of(text: str, first: str) -> list[list[str]]:
@@ -34,7 +34,7 @@ def test_the_settings_are_those_of_the_config():
         "weights of label and rationale": ", ".join(f"{w:g}" for w in weights),
     }
     assert (config.optimizer.name, config.optimizer.schedule) == ("adamw", "linear")
-    assert f"Keep `train.dropout_rate` at {config.dropout_rate}" in PAGE
+    assert f"Keep `train.dropout_rate` at {config.dropout_rate}" in " ".join(PAGE.split())
 
 
 @pytest.mark.parametrize("part", sorted(set(re.findall(r"--gin_file (\S+\.gin)", PAGE))))
@@ -43,7 +43,7 @@ def test_a_part_of_the_page_fits_the_config(part):
 
 
 def test_the_papers_accuracies_are_those_of_its_page():
-    paper = rows_of((DOCS / "paper.md").read_text(), "| T5 v1.1 base, all gold labels |")
+    paper = rows_of((DOCS / "lab" / "paper.md").read_text(), "| T5 v1.1 base, all gold labels |")
     by_task = {row[0].split(" (")[0]: (row[1], row[3]) for row in paper}
     here = rows_of(PAGE, "| | labels alone |")
     assert {row[0]: (row[1], row[2]) for row in here} == by_task
@@ -52,7 +52,7 @@ def test_the_papers_accuracies_are_those_of_its_page():
 
 
 def test_the_measured_accuracies_are_those_of_their_page():
-    measured = (DOCS / "experiments.md").read_text()
+    measured = (DOCS / "lab" / "experiments.md").read_text()
     found = re.findall(r"\d\.\d{3} ± \d\.\d{3}", "".join(PAGE.partition("## How many")[2]))
     assert len(found) == 7
     for number in found:

@@ -1,4 +1,4 @@
-"""docs/losses.md: its files are written and trained with, its example's numbers and its claims computed."""
+"""docs/how-to/losses.md: its files are written and trained with, its example's numbers and its claims computed."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ from stepdistill_jax.training.data import on_this_host
 from stepdistill_jax.training.learning_rate import FALLING, SHAPES
 from stepdistill_jax.training.optimizer import make_optimizer, make_schedule
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "losses.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "losses.md"
 FILE = re.compile(r"`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LENGTH = 12
 

@@ -1,4 +1,4 @@
-"""Runs docs/seqio.md: its files are written, its commands are typed into a shell."""
+"""Runs docs/how-to/seqio.md: its files are written, its commands are typed into a shell."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.slow  # each command is a Python that imports TensorFlow
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "seqio.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "seqio.md"
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROGRAMS = {"stepdistill": ["-m", "stepdistill_jax"], "python": []}

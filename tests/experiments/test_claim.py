@@ -24,7 +24,7 @@ def run(script, folder, data_dir):
 @pytest.mark.timeout(900)
 def test_one_command_writes_the_page_of_the_claim(tmp_path, delivery_data_dir):
     run("claim.py", tmp_path, delivery_data_dir)
-    page = (tmp_path / "docs/experiments.md").read_text()
+    page = (tmp_path / "docs/lab/experiments.md").read_text()
     assert page.count("**is not shown**") == 17
     table = page.split("## Accuracy")[1].splitlines()
     arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")]
@@ -49,7 +49,7 @@ def test_one_command_writes_the_page_of_the_claim_on_word_problems(tmp_path):
     source = {"train": rows[:60], "validation": rows[60:70], "test": rows[70:]}
     prepare("jsonl", source=source, new_name="gsm_short", data_dir=tmp_path / "data")
     run("claim_gsm.py", tmp_path, tmp_path / "data")
-    page = (tmp_path / "docs/experiments_gsm.md").read_text()
+    page = (tmp_path / "docs/lab/experiments_gsm.md").read_text()
     claims = [line for line in page.splitlines() if "| **" in line]
     assert len(claims) == 7 and "6 arms, 1 seed, 2 steps of 64 examples: 6 runs" in page
     assert "| claim | 60 labels |" in page

@@ -18,7 +18,7 @@ from stepdistill_jax.experiments.results import arm_of, read_runs
 from stepdistill_jax.experiments.tables import accuracy_table
 from stepdistill_jax.training.config import OptimizerConfig
 
-PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "paper.md").read_text("utf-8")
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "lab" / "paper.md").read_text("utf-8")
 
 # the same with rationales by GPT-NeoX 20B, which are not among the public files
 GPT_NEOX = {"esnli": 0.8912, "anli": 0.4815, "cqa": 0.6325, "svamp": 0.6300}

@@ -1,4 +1,4 @@
-"""What the tests of faults share: one small run, and the table of figures in docs/reliability.md.
+"""What the tests of faults share: one small run, and the table of figures in docs/lab/reliability.md.
 
 `pytest tests/faults --faults-table FILE` (`make faults`) writes the table between the two marks of FILE.
 """

@@ -13,7 +13,7 @@ ADVICE = (
     " commit the file with the sizes it prints, and say so in CHANGELOG.md"
 )
 # in units of the root mean square. float32 on another CPU, or compiled in another way, was seen to
-# differ by 4e-6 (docs/numerics.md); five steps of Adam make more of it
+# differ by 4e-6 (docs/lab/numerics.md); five steps of Adam make more of it
 TOLERANCES = {"logits": 3e-5, "greedy_scores": 3e-5, "losses": 3e-5}
 
 

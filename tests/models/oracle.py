@@ -1,6 +1,6 @@
 """Random models of every family in `transformers` (torch), and how far ours are from them.
 
-Run: python tests/models/oracle.py      prints the tables of docs/numerics.md
+Run: python tests/models/oracle.py      prints the tables of docs/lab/numerics.md
 """
 
 import dataclasses
@@ -299,7 +299,7 @@ def alone_gap(config, params, source, target, row=1):
 
 
 def main():
-    """Prints the tables of docs/numerics.md."""
+    """Prints the tables of docs/lab/numerics.md."""
     rows, batch = random_rows(40), padded_batch()
     tables = {"float32": [], "bfloat16": []}
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""The table of docs/numerics.md: what is float32 when activations are bfloat16. Nothing is compiled."""
+"""The table of docs/lab/numerics.md: what is float32 when activations are bfloat16. Nothing is compiled."""
 
 import dataclasses
 import functools

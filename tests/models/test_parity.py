@@ -1,4 +1,4 @@
-"""Every family against `transformers` (torch) in float32 and bfloat16; figures in docs/numerics.md.
+"""Every family against `transformers` (torch) in float32 and bfloat16; figures in docs/lab/numerics.md.
 
 Measured maxima stand beside the tolerances: the largest of all families, by
 `python tests/models/oracle.py`. What T5Gemma alone has is in test_t5gemma.py.

@@ -278,7 +278,7 @@ def draw(ours: Trained, reference: Trained, path: os.PathLike | str) -> None:
 
 
 def report(ours: Trained, reference: Trained, start: dict[str, np.ndarray]) -> str:
-    """The figures of docs/numerics.md, as lines."""
+    """The figures of docs/lab/numerics.md, as lines."""
     gaps, losses = curve_gaps(ours, reference), reference.losses
     lines = [
         f"{name}: loss {losses[0, i]:.4f} -> {losses[-1, i]:.4f} in {len(losses)} steps;"

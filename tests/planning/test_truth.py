@@ -16,7 +16,7 @@ BENCHMARK = pathlib.Path(__file__).parents[2] / "benchmarks" / "memory.py"
     "name", ["scan over layers (always on)", "full, 4 microbatches, Adafactor"]
 )
 def test_real_steps_take_what_was_planned(name):
-    """Small: docs/planning.md has the figures; buffers of the runtime weigh more in small steps."""
+    """Small: docs/lab/planning.md has the figures; buffers of the runtime weigh more in small steps."""
     settings = ["--rows", "4", "--input-length", "128", "--target-length", "64", "--steps", "1"]
     done = subprocess.run(
         [sys.executable, BENCHMARK, *settings, "--only", name],
