@@ -269,7 +269,7 @@ class UniqueIds:
         first = self._lines.setdefault(hash64(example_id), row.line)
         if first != row.line:
             raise InputError(
-                f"{row.where}: {place(row.path, first)} has the same id {example_id!r}"
+                f"{row.where}: the id {example_id!r} is also at {place(row.path, first)}"
                 " (a missing id is the row's number)"
             )
         return example_id

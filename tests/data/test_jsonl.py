@@ -114,7 +114,7 @@ def test_fields_that_were_not_read_are_told(tmp_path):
         ({"weight": 0}, r"test\.jsonl:2: the field 'weight' must be above 0, got 0"),
         ({"choices": ["yes", None]}, r"test\.jsonl:2: the field 'choices\[1\]' must be text .*got null"),
         ({"rationales": [{"txt": "r"}]}, r"test\.jsonl:2: in rationales\[0\]: unknown field 'txt'"),
-        ({"id": "one"}, r"test\.jsonl:2: .*test\.jsonl:1 has the same id 'one'"),
+        ({"id": "one"}, r"test\.jsonl:2: the id 'one' is also at .*test\.jsonl:1"),
         ({"rationale": "\udc80"}, r"test\.jsonl:2: the field 'rationale' holds half of a surrogate"),
     ],
 )  # fmt: skip

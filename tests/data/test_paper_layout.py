@@ -160,7 +160,7 @@ def test_broken_json_of_a_teacher_file_names_file_and_line(cqa_source):
         ({"answer": ["pond"]}, r"cqa_train\.json:7: the field 'answer' must be text.*got a list"),
         ({"choices": "pond"}, r"cqa_train\.json:7: the field 'choices' must be a list"),
         ({"choices": ["pond", ""]}, r"cqa_train\.json:7: the field 'choices\[1\]' is empty"),
-        ({"id": "train-0"}, r"cqa_train\.json:7: .*cqa_train\.json:1 has the same id 'train-0'"),
+        ({"id": "train-0"}, r"cqa_train\.json:7: the id 'train-0' is also at .*cqa_train\.json:1"),
         ({"question": "\ud800"}, r"cqa_train\.json:7: .*surrogate"),
     ],
 )

@@ -419,7 +419,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     assert [(row["file"], row["row"], row["kind"]) for row in rows] == [
         ("rows.csv", line, "bad_row") for line in (7, 19, 32)
     ]
-    assert "has the same id '4'" in rows[2]["text"]
+    assert "the id '4' is also at" in rows[2]["text"]
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".mine.lock", listed.name]
 
     # skipping them prepares the dataset, with the list in its folder

@@ -320,7 +320,7 @@ def test_ids_above_the_models_vocabulary(tmp_path, registries):
     add_plain(
         "high_ids", preprocessors=[high], output_features={"inputs": feature, "targets": feature}
     )
-    says = r"task 'high_ids': its ids go up to 500, and the model's vocab_size is 384; take"
+    says = r"task 'high_ids': its ids go up to 500, but the model's vocab_size is 384; use"
     config = TrainConfig(task="high_ids", init_from=str(model), input_length=8, target_length=8)
     with pytest.raises(InputError, match=says):
         assemble(config, tmp_path / "run", tmp_path)
