@@ -222,12 +222,17 @@ def given(tmp_path_factory, delivery_data_dir):
         encoder=side | {"num_hidden_layers": 3, "hidden_size": 48},
         decoder=side | {"cross_attention_hidden_size": 48},
         vocab_size=512,
+        tie_word_embeddings=False,  # a tied one, untrained, repeats its start, which is the end
         dropout_rate=0.0,
         attention_dropout=0.0,
         initializer_range=0.3,
     )
     torch.manual_seed(0)
-    transformers.T5GemmaForConditionalGeneration(config).save_pretrained(folder)
+    model = transformers.T5GemmaForConditionalGeneration(config)
+    head = model.lm_head.out_proj.weight.data
+    head *= 20  # far from ties
+    head[0] = 0  # no answer has the padding
+    model.save_pretrained(folder)
     shutil.copy(delivery_data_dir / "delivery" / "spiece.model", folder)
     return folder
 
