@@ -248,11 +248,12 @@ def _quantize(part: Any, path: str, value: Any) -> None:
 
 def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
     gated = len(config.mlp_activations) == 2
-    activations = specs.common_spec.Activation
+    kinds = specs.common_spec.Activation
+    activations = {"relu": kinds.RELU, "gelu": kinds.GELUTanh, "silu": kinds.SWISH}
     spec = specs.TransformerSpec.from_config(
         (config.num_encoder_layers, config.num_decoder_layers),
         config.num_heads,
-        activation=activations.GELUTanh if gated else activations.RELU,
+        activation=activations[config.mlp_activations[0]],
         ffn_glu=gated,
         relative_attention_bias=True,
         rms_norm=True,

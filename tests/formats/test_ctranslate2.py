@@ -42,6 +42,7 @@ V1_0 = {
 FAMILIES = {
     "t5_v1_0": (T5Config(vocab_size=128, **SIZES, **V1_0), "spiece"),
     "t5_v1_1": (T5Config(vocab_size=128, **SIZES), "spiece"),
+    "ul2": (T5Config(vocab_size=128, **SIZES, mlp_activations=("silu", "linear")), "spiece"),
     "bytes, a bias per layer as in umt5, sides of other depths": (
         T5Config(
             vocab_size=384,

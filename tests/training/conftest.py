@@ -75,7 +75,15 @@ def one_layer():
 
     def made(dropout_rate):
         config = T5Config(
-            128, 16, 2, 8, 32, 1, 1, dropout_rate=dropout_rate, logits_via_embedding=True
+            vocab_size=128,
+            emb_dim=16,
+            num_heads=2,
+            head_dim=8,
+            mlp_dim=32,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            dropout_rate=dropout_rate,
+            logits_via_embedding=True,
         )
         table = np.random.default_rng(0).normal(size=(128, 16)).astype(np.float32)
         return OneLayer(config), {"token_embedder": table}

@@ -26,9 +26,11 @@ def problem(dtype=jnp.float32, seed=0):
     return states, kernel, targets, scale
 
 
-def plain(states, kernel, targets, scale):
+def plain(states, kernel, targets, scale, softcap=None):
     kernel = kernel.astype(states.dtype)
     logits = jnp.einsum("bld,dv->blv", states, kernel, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.vdot(scale, nll), nll, (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
 
@@ -41,15 +43,17 @@ def value_and_grads(function, *args):
     return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(*args[:2])
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 8, 56, 1000])  # 5 leaves a part of a chunk over
-def test_any_chunk_gives_the_plain_losss_values_and_gradients(chunk_tokens, monkeypatch):
+# 5 leaves a part of a chunk over; logits are about 4, so the cap bends most of them
+@pytest.mark.parametrize(
+    ("chunk_tokens", "softcap"), [(1, None), (5, None), (8, 3.0), (56, None), (1000, None)]
+)
+def test_any_chunk_gives_the_plain_losss_values_and_gradients(chunk_tokens, softcap, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", chunk_tokens)
-    ours, theirs = (jax.jit(lambda *a, f=f: value_and_grads(f, *a)) for f in (cross_entropy, plain))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
-        ours(*problem()),
-        theirs(*problem()),
+    ours, theirs = (
+        jax.jit(lambda *a, f=f: value_and_grads(f, *a, softcap))(*problem())
+        for f in (cross_entropy, plain)
     )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), ours, theirs)
 
 
 def on_table(states, table, targets, scale):

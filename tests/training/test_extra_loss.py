@@ -36,8 +36,8 @@ class ZLoss(ExtraLoss):
     def count(self, group):
         return (group["decoder_objective_ids"] == 2).sum()
 
-    def total(self, states, kernel, group):
-        z = jax.nn.logsumexp(states @ kernel, axis=-1)
+    def total(self, states, output, group):
+        z = jax.nn.logsumexp(output.logits(states), axis=-1)
         return (z**2 * (group["decoder_objective_ids"] == 2)).sum()
 
 

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepdistill_jax.models.encoder_decoder import OutputLayer
 from stepdistill_jax.training.loss import ObjectiveSums, loss_scale, objective_sums
 
 RNG = np.random.default_rng(0)
@@ -9,8 +10,8 @@ RNG = np.random.default_rng(0)
 
 def sums_of(logits, group, num_objectives=2):
     """The totals where the states are the logits."""
-    kernel = jnp.eye(logits.shape[-1])
-    return objective_sums(jnp.asarray(logits), kernel, group, jnp.zeros(num_objectives))[1]
+    output = OutputLayer(jnp.eye(logits.shape[-1]))
+    return objective_sums(jnp.asarray(logits), output, group, jnp.zeros(num_objectives))[1]
 
 
 def random_group(rows=3, length=7, vocab=11, num_objectives=2):
@@ -58,9 +59,9 @@ def test_sums_equal_a_loop_in_numpy():
 def test_sums_of_several_tasks_are_those_of_each_ones_tokens():
     logits, group = random_group()
     tasks = RNG.integers(1, 4, group["decoder_objective_ids"].shape)
-    kernel = np.eye(logits.shape[-1], dtype=np.float32)
+    output = OutputLayer(jnp.eye(logits.shape[-1]))
     of_tasks = group | {"decoder_task_ids": tasks}
-    sums = objective_sums(jnp.asarray(logits), kernel, of_tasks, jnp.zeros(6), 2)[1]
+    sums = objective_sums(jnp.asarray(logits), output, of_tasks, jnp.zeros(6), 2)[1]
     for task in (1, 2, 3):
         alone = group | {"decoder_objective_ids": group["decoder_objective_ids"] * (tasks == task)}
         for field in ("loss", "correct", "count"):

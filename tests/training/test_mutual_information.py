@@ -13,7 +13,7 @@ import torch
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.errors import InputError
-from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, OutputLayer
 from stepdistill_jax.models.families import model_config
 from stepdistill_jax.models.sharding import Layout, batch_sharding, make_mesh, place_rows
 from stepdistill_jax.training import TrainConfig
@@ -107,7 +107,7 @@ def test_eight_devices_give_the_sum_and_the_gradient_of_one(data):
     rows = batch_sharding(mesh)
 
     def loss(states, kernel, group):
-        return LOSS.total(states, kernel, group) / LOSS.count(group)
+        return LOSS.total(states, OutputLayer(kernel), group) / LOSS.count(group)
 
     slopes = jax.value_and_grad(loss, argnums=(0, 1))
     one = jax.jit(slopes)(states, kernel, group)
@@ -156,7 +156,7 @@ def test_mutual_information_docstring():
     group = {"decoder_example_ids": ids, "decoder_objective_ids": jnp.array([[1, 1, 2, 2]])}
     states = jnp.log(jnp.array([[[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.5, 0.5]]]))
     assert LOSS.count(group) == 1
-    total = jax.jit(LOSS.total)(states, jnp.eye(2), group)
+    total = jax.jit(LOSS.total)(states, OutputLayer(jnp.eye(2)), group)
     np.testing.assert_allclose(total, 1.7 * np.log(2), rtol=1e-6)
 
 
@@ -166,7 +166,7 @@ def test_an_example_without_a_rationale_adds_nothing():
         "decoder_objective_ids": jnp.array([[1, 1, 1, 0, 2, 0]]),  # 0: a decoder prefix
     }
     states = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 3)), jnp.float32)
-    total, slope = jax.jit(jax.value_and_grad(LOSS.total))(states, jnp.eye(3), group)
+    total, slope = jax.jit(jax.value_and_grad(LOSS.total))(states, OutputLayer(jnp.eye(3)), group)
     assert LOSS.is_pair(group).tolist() == [[True, False, False]]
     assert np.isfinite(total) and total > 0
     assert [bool(x) for x in np.abs(slope[0]).max(-1) > 0] == [False] * 4 + [True, False]

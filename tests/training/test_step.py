@@ -152,7 +152,7 @@ class SquareRoot(ExtraLoss):
     def count(self, group):
         return jnp.ones(())
 
-    def total(self, states, kernel, group):
+    def total(self, states, output, group):
         return jnp.sqrt((states**2).sum() * group["encoder_input_tokens"][:, 0].sum())
 
 
