@@ -95,6 +95,18 @@ def test_each_benchmark_ends_with_figures_of_ours_and_of_its_peers(name, deliver
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("train", ["--steps", "1", "--batch-size", "2"]), ("decode", ["--rows", "6"])],
+)
+def test_a_t5gemma_does_the_same_work_as_that_of_transformers(name, flags, delivery_data_dir):
+    flags = [*flags, "--family", "t5gemma", "--size", "tiny", "--rounds", "1", "--json"]
+    done = run(name, "--data-dir", delivery_data_dir, *flags)
+    assert done.returncode == 0, done.stderr  # it compares losses or answers first
+    assert json.loads(done.stdout.splitlines()[-1])["peers"].keys() == {"transformers"}
+
+
+@pytest.mark.slow
 def test_latency_is_of_one_row_and_of_a_server_at_each_rate(delivery_data_dir):
     small = ("--size", "tiny", "--rows", "6", "--input-length", "32", "--rounds", "1")
     load = ("--rates", "20", "500", "--seconds", "1", "--batch-size", "2", "--max-queue", "2")

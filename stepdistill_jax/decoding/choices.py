@@ -124,7 +124,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
         encoded: Any = model.apply(variables, inputs, present, method="encode")
         cache = start_cache(params, encoded, config, targets.shape[-1])
         output = output_layer(params, config)
-        output = output.replace(kernel=output.kernel.astype(config.dtype))
+        output = output.replace(weights=output.weights.astype(config.dtype))
 
         def one_decoder_row(_, of_row):
             targets, segments = of_row  # [rows, width]

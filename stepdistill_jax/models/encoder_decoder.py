@@ -212,12 +212,19 @@ class OutputLayer:
     """The output layer, which makes logits of the decoder's states.
 
     Attributes:
-        kernel: [embed, vocab].
+        weights: [embed, vocab], or [vocab, embed] if tied.
         softcap: of the logits (`ModelConfig.logits_softcap`).
+        tied: whether the weights are an embedding.
     """
 
-    kernel: jax.Array
+    weights: jax.Array
     softcap: float | None = struct.field(pytree_node=False, default=None)
+    tied: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def kernel(self) -> jax.Array:
+        """[embed, vocab]."""
+        return self.weights.T if self.tied else self.weights
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Returns the logits of states [..., embed] -> [..., vocab] float32."""
@@ -226,11 +233,11 @@ class OutputLayer:
 
 def output_layer(params: Mapping, config: ModelConfig) -> OutputLayer:
     """Returns the output layer for `EncoderDecoder.states`; a tied one is the targets' embedding."""
-    if config.logits_via_embedding:
-        kernel = params[config.target_embedder].T
+    if tied := config.logits_via_embedding:
+        weights = params[config.target_embedder]
     else:
-        kernel = kernel_of(params["logits_dense"], jnp.float32)
-    return OutputLayer(kernel, config.logits_softcap)
+        weights = kernel_of(params["logits_dense"], jnp.float32)
+    return OutputLayer(weights, config.logits_softcap, tied)
 
 
 def start_cache(

@@ -21,39 +21,43 @@ from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     states: jax.Array,
     kernel: jax.Array,
     targets: jax.Array,
     scale: jax.Array,
     softcap: float | None = None,
+    tied: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the sum over tokens of scale x (-log softmax(states kernel)[target]), and its terms.
 
     Args:
         states: [batch, length, embed], of the decoder; its dtype is that of the products.
-        kernel: [embed, vocab].
+        kernel: [embed, vocab], or [vocab, embed] if tied.
         targets: [batch, length] int32.
         scale: [batch, length] float32, a token's factor in the sum; has no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves it.
+        tied: whether the kernel is an embedding. A transposed copy of it, and of its gradient, would cost
+            memory and time.
 
     Returns:
         The sum, a float32 scalar, the only output with a gradient; each token's negative log
         probability in nats [batch, length] float32; and whether no id is likelier than the target
         [batch, length] float32 (ties count as correct; argmax would take the first).
     """
-    nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, False, False)
+    nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct
 
 
-def _forward(states, kernel, targets, scale, softcap):
+def _forward(states, kernel, targets, scale, softcap, tied):
     nll, correct, of_states, of_kernel = _on_own_rows(
         states.value,
         kernel.value,
         targets.value,
         scale.value,
         softcap,
+        tied,
         states.perturbed,
         kernel.perturbed,
     )
@@ -66,7 +70,7 @@ def _total(scale: jax.Array, nll: jax.Array) -> jax.Array:
     return jnp.vdot(scale, nll, precision=precision_of(nll.dtype))
 
 
-def _backward(softcap, grads, cotangents):
+def _backward(softcap, tied, grads, cotangents):
     along = cotangents[0]
     if isinstance(along, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
@@ -76,7 +80,9 @@ def _backward(softcap, grads, cotangents):
 cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, kernel_grad: bool):
+def _on_own_rows(
+    states, kernel, targets, scale, softcap, tied: bool, states_grad: bool, kernel_grad: bool
+):
     """Runs `_chunked` on each device's rows; gathers the kernel once and sums its gradient once.
 
     GSPMD alone would do both for each chunk of the loop.
@@ -85,7 +91,7 @@ def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, ker
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
     chunked = functools.partial(
-        _chunked, softcap=softcap, states_grad=states_grad, kernel_grad=kernel_grad
+        _chunked, softcap=softcap, tied=tied, states_grad=states_grad, kernel_grad=kernel_grad
     )
     # cast before the devices gather it: bfloat16 has half the bytes
     kernel = kernel.astype(states.dtype)
@@ -97,12 +103,15 @@ def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, ker
         nll, correct, states_sum, kernel_sum = chunked(states, kernel, targets, scale)
         # each device keeps its part, and sends only that over `data`, which may be a slow network
         if kernel_sum is not None and "fsdp" in mesh_axes:
-            kernel_sum = jax.lax.psum_scatter(kernel_sum, "fsdp", tiled=True)
+            kernel_sum = jax.lax.psum_scatter(
+                kernel_sum, "fsdp", scatter_dimension=int(tied), tiled=True
+            )
         if kernel_sum is not None and added:
             kernel_sum = jax.lax.psum(kernel_sum, added)
         return nll, correct, states_sum, kernel_sum
 
-    rows, embed = P(mesh_axes), P("fsdp") if "fsdp" in mesh_axes else P()
+    rows, fsdp = P(mesh_axes), "fsdp" if "fsdp" in mesh_axes else None
+    embed = P(None, fsdp) if tied else P(fsdp)
     return jax.shard_map(
         local,
         in_specs=(rows, P(), rows, rows),
@@ -112,14 +121,20 @@ def _on_own_rows(states, kernel, targets, scale, softcap, states_grad: bool, ker
     )(states, kernel, targets, scale)
 
 
-def _chunked(states, weights, targets, scale, *, softcap, states_grad: bool, kernel_grad: bool):
+def _chunked(
+    states, weights, targets, scale, *, softcap, tied: bool, states_grad: bool, kernel_grad: bool
+):
     """Returns [batch, length] nll and correct, and gradients of the sum by states and kernel, or None."""
     rows, length, _ = states.shape
     tokens = rows * length
     most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS
     chunks = -(-tokens // most)
     size = -(-tokens // chunks)
-    product = functools.partial(jnp.dot, precision=precision_of(states.dtype))
+    embed, vocab = (1, 0) if tied else (0, 1)  # axes of the weights
+
+    def product(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype=None) -> jax.Array:
+        over = tuple((axis,) for axis in axes)
+        return jax.lax.dot_general(x, y, (over, ((), ())), precision_of(states.dtype), dtype)
 
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(tokens, *x.shape[2:])
@@ -131,7 +146,7 @@ def _chunked(states, weights, targets, scale, *, softcap, states_grad: bool, ker
 
     def add_chunk(kernel_sum, chunk):
         x, target, share = chunk
-        logits = softcapped(product(x, weights, preferred_element_type=jnp.float32), softcap)
+        logits = softcapped(product(x, weights, (1, embed), jnp.float32), softcap)
         highest = logits.max(-1, keepdims=True)
         exp = jnp.exp(logits - highest)
         total = exp.sum(-1, keepdims=True)
@@ -145,9 +160,10 @@ def _chunked(states, weights, targets, scale, *, softcap, states_grad: bool, ker
                 slope *= 1 - jnp.square(logits / softcap)
             slope = slope.astype(weights.dtype)
         if states_grad:
-            x_grad = product(slope, weights.T)
+            x_grad = product(slope, weights, (1, vocab))
         if kernel_grad:
-            kernel_sum += product(x.T, slope, preferred_element_type=jnp.float32)
+            factors = (slope, x) if tied else (x, slope)
+            kernel_sum += product(*factors, (0, 0), jnp.float32)
         return kernel_sum, (nll[:, 0], correct[:, 0].astype(jnp.float32), x_grad)
 
     empty = jnp.zeros(weights.shape, jnp.float32) if kernel_grad else None

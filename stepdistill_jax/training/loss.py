@@ -137,7 +137,9 @@ def objective_sums(
     targets = group["decoder_target_tokens"]
     product = functools.partial(jnp.einsum, precision=precision_of(weights.dtype))
     of_tokens = product("blo,o->bl", weights, scale)
-    loss, nll, correct = cross_entropy(states, output.kernel, targets, of_tokens, output.softcap)
+    loss, nll, correct = cross_entropy(
+        states, output.weights, targets, of_tokens, output.softcap, output.tied
+    )
     sums = ObjectiveSums(
         loss=product("bl,blo->o", nll, weights),
         correct=product("bl,blo->o", correct, weights),

@@ -56,6 +56,25 @@ def test_any_chunk_gives_the_plain_losss_values_and_gradients(chunk_tokens, soft
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), ours, theirs)
 
 
+def on_table(states, table, targets, scale):
+    return cross_entropy(states, table, targets, scale, tied=True)
+
+
+def test_a_tied_kernel_gives_the_same_by_the_table_as_it_lies(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 8)
+    states, kernel, *rest = problem()
+    tied = jax.jit(lambda *a: value_and_grads(on_table, *a)).lower(states, kernel.T, *rest)
+    tied = tied.compile()
+    found, (states_grad, table_grad) = tied(states, kernel.T, *rest)
+    wanted = value_and_grads(plain, states, kernel, *rest)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
+        (found, (states_grad, table_grad.T)),
+        wanted,
+    )
+    assert f"[{EMBED},{VOCAB}]" not in tied.as_text(), "no table turned round"
+
+
 def test_bfloat16_states_have_float32_losses_and_kernel_gradients():
     args = problem(jnp.bfloat16)
     (total, (nll, _)), (states_grad, kernel_grad) = value_and_grads(cross_entropy, *args)
@@ -80,6 +99,23 @@ def test_each_layout_gives_what_one_device_gives(layout, monkeypatch):
         placed = [jax.device_put(x, s) for x, s in zip(args, shardings, strict=True)]
         found = jax.jit(lambda *a: value_and_grads(cross_entropy, *a))(*placed)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), found, wanted)
+
+
+def test_a_tied_kernel_gives_the_same_over_fsdp_and_tensor(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 4)
+    states, kernel, *rest = problem()
+    wanted, (states_grad, kernel_grad) = value_and_grads(plain, states, kernel, *rest)
+    mesh, rows = make_mesh("fsdp_tensor"), P(("data", "fsdp"))
+    shardings = [NamedSharding(mesh, spec) for spec in (rows, P("tensor", "fsdp"), rows, rows)]
+    args = (states, kernel.T, *rest)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, s) for x, s in zip(args, shardings, strict=True)]
+        found = jax.jit(lambda *a: value_and_grads(on_table, *a))(*placed)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6),
+        found,
+        (wanted, (states_grad, kernel_grad.T)),
+    )
 
 
 @pytest.mark.parametrize(
