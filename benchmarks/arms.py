@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.data.example import Example
@@ -53,6 +54,14 @@ class Arm:
     settings: Sequence[str] = ()
     train: tuple[str, float] | Callable[[Sequence[Example]], list[dict]] | None = None
     fields: Sequence[str] = ()
+
+
+class Claim(NamedTuple):
+    """A sentence of the page, and the two arms that decide it: `better` is more accurate than `other`."""
+
+    sentence: str
+    better: str
+    other: str
 
 
 def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
@@ -174,13 +183,13 @@ def labels_of(comparison: Comparison) -> dict[float, str]:
 
 
 def claim_table(
-    comparison: Comparison, claims: Iterable[tuple[str, str, str]], shares: Sequence[float]
+    comparison: Comparison, claims: Iterable[Claim], shares: Sequence[float]
 ) -> list[str]:
-    """Lines: how a claim is judged, and the verdict on each at each share that both arms were trained on.
+    """Returns lines: how a claim is judged, and each verdict at the shares that both arms were trained on.
 
     Args:
         comparison: of all runs.
-        claims: (sentence, the arm that it says is better, the other one).
+        claims: one row each.
         shares: of the train split; one that was left out is no column.
     """
     labels = {s: name for s, name in labels_of(comparison).items() if s in shares}
@@ -236,7 +245,7 @@ def size_of(comparison: Comparison, arms: dict[str, Arm], took: str) -> str:
 def results(
     comparison: Comparison,
     arms: dict[str, Arm],
-    claims: Iterable[tuple[str, str, str]],
+    claims: Iterable[Claim],
     shares: Sequence[float],
     labels: Sequence[str],
 ) -> list[str]:

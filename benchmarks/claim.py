@@ -11,7 +11,7 @@ beforehand.
 import re
 from collections.abc import Sequence
 
-from arms import Arm, options, results, shown, size_of, write_page
+from arms import Arm, Claim, options, results, shown, size_of, write_page
 
 from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
@@ -128,25 +128,28 @@ MORE = Arm(
     settings=["TRAIN_STEPS=4000"],
     train=more_labels,
 )
-# (sentence, the arm that it says is better, the other one)
 CLAIMS = [
-    ("Rationales help: step_by_step beats label_only", "step_by_step", "label_only"),
-    ("They help with the paper's weights, too", "step_by_step_equal", "label_only"),
-    ("The demo's weights beat the paper's", "step_by_step", "step_by_step_equal"),
-    ("Reasons help, more text does not: it beats copy_control", "step_by_step", "copy_control"),
-    ("The reasons must be the row's own: it beats shuffled", "step_by_step", "shuffled"),
-    ("10% wrong reasons cost accuracy", "step_by_step", "wrong_10"),
-    ("30% wrong reasons cost accuracy", "step_by_step", "wrong_30"),
-    ("50% wrong reasons cost accuracy", "step_by_step", "wrong_50"),
-    ("50% wrong reasons are still better than none", "wrong_50", "label_only"),
-    ("Reasons for half of the rows cost accuracy", "step_by_step", "missing_50"),
-    ("Reasons for half of the rows are better than none", "missing_50", "label_only"),
-    ("Two tasks beat one target: step_by_step beats single_task", "step_by_step", "single_task"),
-    ("Reading the teacher's reasons beats writing them", "rationale_input", "step_by_step"),
-    ("One encoding for both targets costs accuracy", "step_by_step", "shared_encoder"),
-    ("A third objective helps", "step_by_step_multi", "step_by_step"),
-    ("Rationales help without gold labels, too", "step_by_step_llm", "label_only_llm"),
-    (
+    Claim("Rationales help: step_by_step beats label_only", "step_by_step", "label_only"),
+    Claim("They help with the paper's weights, too", "step_by_step_equal", "label_only"),
+    Claim("The demo's weights beat the paper's", "step_by_step", "step_by_step_equal"),
+    Claim(
+        "Reasons help, more text does not: it beats copy_control", "step_by_step", "copy_control"
+    ),
+    Claim("The reasons must be the row's own: it beats shuffled", "step_by_step", "shuffled"),
+    Claim("10% wrong reasons cost accuracy", "step_by_step", "wrong_10"),
+    Claim("30% wrong reasons cost accuracy", "step_by_step", "wrong_30"),
+    Claim("50% wrong reasons cost accuracy", "step_by_step", "wrong_50"),
+    Claim("50% wrong reasons are still better than none", "wrong_50", "label_only"),
+    Claim("Reasons for half of the rows cost accuracy", "step_by_step", "missing_50"),
+    Claim("Reasons for half of the rows are better than none", "missing_50", "label_only"),
+    Claim(
+        "Two tasks beat one target: step_by_step beats single_task", "step_by_step", "single_task"
+    ),
+    Claim("Reading the teacher's reasons beats writing them", "rationale_input", "step_by_step"),
+    Claim("One encoding for both targets costs accuracy", "step_by_step", "shared_encoder"),
+    Claim("A third objective helps", "step_by_step_multi", "step_by_step"),
+    Claim("Rationales help without gold labels, too", "step_by_step_llm", "label_only_llm"),
+    Claim(
         "Mutual information helps: step_by_step_mi beats step_by_step_equal",
         "step_by_step_mi",
         "step_by_step_equal",
