@@ -3,9 +3,8 @@
     python benchmarks/claim.py --workdir runs/claim
 
 Trains small runs (each arm with 5 seeds, on all labels and on shares of them), one process a CPU core,
-compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it goes on
-where it was. The figures in the page are those of the run that wrote it; nothing in its text is decided
-beforehand.
+compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it continues
+where it was. The numbers in the page are those of the run that wrote it; no sentence assumes a result.
 """
 
 import re
@@ -23,14 +22,14 @@ CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
 
 
 def more_labels(examples: Sequence[Example]) -> list[dict]:
-    """All examples that can be made and are neither in validation nor in test."""
+    """Returns all examples that can be made and are neither in validation nor in test."""
     before = sum(ROWS.values()) // 2  # of each label, in the three splits
     others = [e for same in every_example().values() for e in same[before:]]
     return [e.to_json() | {"id": f"more-{i}"} for i, e in enumerate([*examples, *others])]
 
 
 def why_not(examples: Sequence[Example]) -> list[dict]:
-    """A field with what the other label would need: `trouble needs a fast pace on a narrow road .`"""
+    """Returns rows with one more field: `trouble needs a fast pace on a narrow road .`"""
     rows = []
     for e in examples:
         pace, _, _, _, road, *_ = e.rationale.split()  # slow pace on a narrow road , since ...
@@ -158,7 +157,7 @@ CLAIMS = [
 
 
 def fewer_labels(comparison: Comparison) -> list[str]:
-    """Paragraphs: what step_by_step needs, and whether more labels make up for its rationales."""
+    """Returns paragraphs: what step_by_step needs, and whether more labels replace its rationales."""
     words = [s for s in headline(comparison) if re.match(r"label_only\b|.*\bstep_by_step\b", s)]
     (more,), last = comparison.of_arm(MORE_LABELS), comparison.of_arm("step_by_step")[-1]
     reached = "reaches" if more.accuracy >= last.accuracy else "does not reach"
@@ -171,7 +170,7 @@ def fewer_labels(comparison: Comparison) -> list[str]:
 
 
 def page(comparison: Comparison, took: str) -> str:
-    """docs/lab/experiments.md."""
+    """Returns docs/lab/experiments.md."""
     recipe = comparison.runs[0].config
     lines = [
         "# The claim, and what controls make of it",
