@@ -1,4 +1,4 @@
-"""Arms of an experiment: their runs, one process a core, and what a page says of them.
+"""Trains the arms of an experiment, one process a core, and writes its page.
 
 Used by claim.py and claim_gsm.py.
 """
@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.data.example import Example
@@ -55,6 +56,14 @@ class Arm:
     fields: Sequence[str] = ()
 
 
+class Claim(NamedTuple):
+    """A sentence of the page, and the two arms that decide it: `better` is more accurate than `other`."""
+
+    sentence: str
+    better: str
+    other: str
+
+
 def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
     """Returns the dataset that an arm trains on; the test rows are always those of `task`."""
     if arm.train is None:
@@ -66,7 +75,7 @@ def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
 
 
 def cells(task: str, arms: dict[str, Arm], args: argparse.Namespace) -> list[Cell]:
-    """All runs of these arms."""
+    """Returns all runs of these arms, an arm after the other."""
     found = []
     for name, arm in arms.items():
         dataset = prepared(task, arm, args.data_dir)
@@ -82,7 +91,7 @@ def cells(task: str, arms: dict[str, Arm], args: argparse.Namespace) -> list[Cel
 
 
 def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.Namespace) -> None:
-    """One process: its share of the cells, on one core, logged to FOLDER.log."""
+    """Trains and evaluates one process's cells, on one core; logs to FOLDER.log and exits."""
     with open(folder.with_suffix(".log"), "a", buffering=1) as log_file:
         os.dup2(log_file.fileno(), sys.stderr.fileno())
         keep_pages()
@@ -94,7 +103,7 @@ def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.N
 
 
 def train_all(every: Sequence[Cell], args: argparse.Namespace) -> list[pathlib.Path]:
-    """Trains and evaluates what is left, one process a core; the folders of their sweeps.
+    """Trains and evaluates what is left, one process a core; returns the folders of their sweeps.
 
     A model as small as this gains little from a second thread: two processes are nearly twice as fast.
     """
@@ -125,13 +134,13 @@ def train_all(every: Sequence[Cell], args: argparse.Namespace) -> list[pathlib.P
 
 
 def number_done(folders: Iterable[pathlib.Path]) -> int:
-    """Runs that are trained and evaluated."""
+    """Returns the number of runs that are trained and evaluated."""
     files = [folder / SWEEP for folder in folders if (folder / SWEEP).is_file()]
     return sum(c["state"] == DONE for file in files for c in read_json(file)["cells"].values())
 
 
 def of_arms(comparison: Comparison, arms: Sequence[str]) -> Comparison:
-    """The points of these arms, to be drawn."""
+    """Returns the comparison with the points of these arms alone, to be drawn."""
     return dataclasses.replace(comparison, points=[p for p in comparison.points if p.arm in arms])
 
 
@@ -141,7 +150,7 @@ def pictures(
     curves: Sequence[str],
     stems: Sequence[pathlib.Path],
 ) -> None:
-    """Two PNG files of these stems: the curves, and every arm with all labels."""
+    """Draws two PNG files: the curves of the arms `curves`, and every arm with all labels."""
     stems[0].parent.mkdir(parents=True, exist_ok=True)
     accuracy_figure(of_arms(comparison, curves), "test", stems[0])
     figure, axis = plots.figure()
@@ -161,7 +170,7 @@ def pictures(
 
 
 def verdict(test: PairTest, better: str) -> str:
-    """`**holds** +0.512 [+0.480, +0.543]`: by the 95% interval of the difference."""
+    """Returns `**holds** +0.512 [+0.480, +0.543]`, by the 95% interval of the difference."""
     sign = 1 if test.second == better else -1
     low, high = sorted((sign * test.low + 0.0, sign * test.high + 0.0))  # + 0.0: no -0.000
     word = "holds" if low > 0 else "does not hold" if high < 0 else "is not shown"
@@ -169,18 +178,18 @@ def verdict(test: PairTest, better: str) -> str:
 
 
 def labels_of(comparison: Comparison) -> dict[float, str]:
-    """`1500 labels` by share of the train split, of the arm `step_by_step`."""
+    """Returns `1500 labels` by share of the train split, as the arm `step_by_step` has them."""
     return {p.fraction: f"{p.labels:.0f} labels" for p in comparison.of_arm("step_by_step")}
 
 
 def claim_table(
-    comparison: Comparison, claims: Iterable[tuple[str, str, str]], shares: Sequence[float]
+    comparison: Comparison, claims: Iterable[Claim], shares: Sequence[float]
 ) -> list[str]:
-    """Lines: how a claim is judged, and the verdict on each at each share that both arms were trained on.
+    """Returns lines: how a claim is judged, and each verdict at the shares that both arms were trained on.
 
     Args:
         comparison: of all runs.
-        claims: (sentence, the arm that it says is better, the other one).
+        claims: one row each.
         shares: of the train split; one that was left out is no column.
     """
     labels = {s: name for s, name in labels_of(comparison).items() if s in shares}
@@ -200,7 +209,7 @@ def claim_table(
 
 
 def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
-    """Lines: the accuracy of each arm at each share, and what the arm is."""
+    """Returns lines: the accuracy of each arm at each share, and what the arm is."""
     points = {(p.arm, p.fraction): p for p in comparison.points}
     labels = labels_of(comparison)
     lines = [
@@ -216,7 +225,7 @@ def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
 
 
 def shown(point: Point | None) -> str:
-    """`0.795 ± 0.303`."""
+    """Returns `0.795 ± 0.303`: the mean over seeds, and half of its 95% interval."""
     if point is None:
         return ""
     half = "" if point.high is None else f" ± {point.high - point.accuracy:.3f}"
@@ -224,7 +233,7 @@ def shown(point: Point | None) -> str:
 
 
 def size_of(comparison: Comparison, arms: dict[str, Arm], took: str) -> str:
-    """`16 arms, 5 seeds, 1000 steps of 32 examples: 190 runs, 2 CPU cores, jax 0.10.2, 2026-11-29.`, and `took`."""
+    """Returns `16 arms, 5 seeds, 1000 steps of 32 examples: 190 runs, ..., 2026-11-29.`, and `took`."""
     recipe, seeds = comparison.runs[0].config, max(len(p.runs) for p in comparison.points)
     return (
         f"{len(arms)} arms, {seeds} seed{'' if seeds == 1 else 's'}, {recipe['train_steps']} steps of"
@@ -236,11 +245,11 @@ def size_of(comparison: Comparison, arms: dict[str, Arm], took: str) -> str:
 def results(
     comparison: Comparison,
     arms: dict[str, Arm],
-    claims: Iterable[tuple[str, str, str]],
+    claims: Iterable[Claim],
     shares: Sequence[float],
     labels: Sequence[str],
 ) -> list[str]:
-    """Lines of a page: the claims at these shares, `labels` on how many are needed, and the accuracies."""
+    """Returns a page's lines: the claims at `shares`, `labels` on how many are needed, the accuracies."""
     runs = comparison.runs
     return [
         "## What holds",
@@ -290,7 +299,7 @@ def write_page(
 
 
 def options(description: str, workdir: str, *, seeds: int) -> argparse.ArgumentParser:
-    """The flags that these commands share; `seeds` and `workdir` are their defaults."""
+    """Returns the flags that these commands share; `seeds` and `workdir` are their defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
     parser.add_argument("--data-dir", type=pathlib.Path)

@@ -3,15 +3,14 @@
     python benchmarks/claim.py --workdir runs/claim
 
 Trains small runs (each arm with 5 seeds, on all labels and on shares of them), one process a CPU core,
-compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it goes on
-where it was. The figures in the page are those of the run that wrote it; nothing in its text is decided
-beforehand.
+compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it continues
+where it was. The numbers in the page are those of the run that wrote it; no sentence assumes a result.
 """
 
 import re
 from collections.abc import Sequence
 
-from arms import Arm, options, results, shown, size_of, write_page
+from arms import Arm, Claim, options, results, shown, size_of, write_page
 
 from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
@@ -23,14 +22,14 @@ CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
 
 
 def more_labels(examples: Sequence[Example]) -> list[dict]:
-    """All examples that can be made and are neither in validation nor in test."""
+    """Returns all examples that can be made and are neither in validation nor in test."""
     before = sum(ROWS.values()) // 2  # of each label, in the three splits
     others = [e for same in every_example().values() for e in same[before:]]
     return [e.to_json() | {"id": f"more-{i}"} for i, e in enumerate([*examples, *others])]
 
 
 def why_not(examples: Sequence[Example]) -> list[dict]:
-    """A field with what the other label would need: `trouble needs a fast pace on a narrow road .`"""
+    """Returns rows with one more field: `trouble needs a fast pace on a narrow road .`"""
     rows = []
     for e in examples:
         pace, _, _, _, road, *_ = e.rationale.split()  # slow pace on a narrow road , since ...
@@ -128,25 +127,28 @@ MORE = Arm(
     settings=["TRAIN_STEPS=4000"],
     train=more_labels,
 )
-# (sentence, the arm that it says is better, the other one)
 CLAIMS = [
-    ("Rationales help: step_by_step beats label_only", "step_by_step", "label_only"),
-    ("They help with the paper's weights, too", "step_by_step_equal", "label_only"),
-    ("The demo's weights beat the paper's", "step_by_step", "step_by_step_equal"),
-    ("Reasons help, more text does not: it beats copy_control", "step_by_step", "copy_control"),
-    ("The reasons must be the row's own: it beats shuffled", "step_by_step", "shuffled"),
-    ("10% wrong reasons cost accuracy", "step_by_step", "wrong_10"),
-    ("30% wrong reasons cost accuracy", "step_by_step", "wrong_30"),
-    ("50% wrong reasons cost accuracy", "step_by_step", "wrong_50"),
-    ("50% wrong reasons are still better than none", "wrong_50", "label_only"),
-    ("Reasons for half of the rows cost accuracy", "step_by_step", "missing_50"),
-    ("Reasons for half of the rows are better than none", "missing_50", "label_only"),
-    ("Two tasks beat one target: step_by_step beats single_task", "step_by_step", "single_task"),
-    ("Reading the teacher's reasons beats writing them", "rationale_input", "step_by_step"),
-    ("One encoding for both targets costs accuracy", "step_by_step", "shared_encoder"),
-    ("A third objective helps", "step_by_step_multi", "step_by_step"),
-    ("Rationales help without gold labels, too", "step_by_step_llm", "label_only_llm"),
-    (
+    Claim("Rationales help: step_by_step beats label_only", "step_by_step", "label_only"),
+    Claim("They help with the paper's weights, too", "step_by_step_equal", "label_only"),
+    Claim("The demo's weights beat the paper's", "step_by_step", "step_by_step_equal"),
+    Claim(
+        "Reasons help, more text does not: it beats copy_control", "step_by_step", "copy_control"
+    ),
+    Claim("The reasons must be the row's own: it beats shuffled", "step_by_step", "shuffled"),
+    Claim("10% wrong reasons cost accuracy", "step_by_step", "wrong_10"),
+    Claim("30% wrong reasons cost accuracy", "step_by_step", "wrong_30"),
+    Claim("50% wrong reasons cost accuracy", "step_by_step", "wrong_50"),
+    Claim("50% wrong reasons are still better than none", "wrong_50", "label_only"),
+    Claim("Reasons for half of the rows cost accuracy", "step_by_step", "missing_50"),
+    Claim("Reasons for half of the rows are better than none", "missing_50", "label_only"),
+    Claim(
+        "Two tasks beat one target: step_by_step beats single_task", "step_by_step", "single_task"
+    ),
+    Claim("Reading the teacher's reasons beats writing them", "rationale_input", "step_by_step"),
+    Claim("One encoding for both targets costs accuracy", "step_by_step", "shared_encoder"),
+    Claim("A third objective helps", "step_by_step_multi", "step_by_step"),
+    Claim("Rationales help without gold labels, too", "step_by_step_llm", "label_only_llm"),
+    Claim(
         "Mutual information helps: step_by_step_mi beats step_by_step_equal",
         "step_by_step_mi",
         "step_by_step_equal",
@@ -155,7 +157,7 @@ CLAIMS = [
 
 
 def fewer_labels(comparison: Comparison) -> list[str]:
-    """Paragraphs: what step_by_step needs, and whether more labels make up for its rationales."""
+    """Returns paragraphs: what step_by_step needs, and whether more labels replace its rationales."""
     words = [s for s in headline(comparison) if re.match(r"label_only\b|.*\bstep_by_step\b", s)]
     (more,), last = comparison.of_arm(MORE_LABELS), comparison.of_arm("step_by_step")[-1]
     reached = "reaches" if more.accuracy >= last.accuracy else "does not reach"
@@ -168,7 +170,7 @@ def fewer_labels(comparison: Comparison) -> list[str]:
 
 
 def page(comparison: Comparison, took: str) -> str:
-    """docs/lab/experiments.md."""
+    """Returns docs/lab/experiments.md."""
     recipe = comparison.runs[0].config
     lines = [
         "# The claim, and what controls make of it",

@@ -39,6 +39,7 @@ def prepare(
     on_error: str = "stop",
     rows: int | None = None,
     seed: int | None = None,
+    notes: Sequence[str] = (),
     report: os.PathLike | str | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def prepare(
             skips them.
         rows: for `gsm_symbolic`, number of train rows; None for 20,000.
         seed: for `gsm_symbolic`, seed of its rows; None for 0.
+        notes: for `jsonl`, sentences for `dataset.json`, such as the rows' source and licence.
         report: folder for NAME.html, a page about the dataset.
         data_dir: None for `$STEPDISTILL_DATA_DIR`, or else the user's cache folder.
 
@@ -94,6 +96,8 @@ def prepare(
             raise InputError(
                 f"`{option}`: only `prepare {prepared.GENERATED}` makes its rows, not {name}"
             )
+    if notes and name != "jsonl":
+        raise InputError(f"`notes`: only `prepare jsonl` takes any, got some for {name}")
     dataset_name = _dataset_name(name, new_name, paper_exact)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
@@ -105,6 +109,7 @@ def prepare(
         page = pathlib.Path(report) / f"{dataset_name}.html"
         check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
     reading = _read(name, source, field_map, fields, teacher, paper_exact, rows, seed)
+    reading.notes.extend(notes)
     with sole_writer(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with staged_folder(directory) as new:

@@ -210,6 +210,17 @@ def test_without_train_there_is_no_vocabulary(tmp_path):
         open_prepared("mine", tmp_path / "data").spiece_model  # noqa: B018
 
 
+def test_notes_on_source_and_licence_are_kept_with_the_dataset(tmp_path):
+    note = "of a page of sums, licence: CC0"
+    result = prepare(
+        "jsonl", source={"test": _rows(3)}, new_name="mine", notes=[note], data_dir=tmp_path
+    )
+    assert note in result["notes"]
+    assert note in json.loads((tmp_path / "mine" / "dataset.json").read_text())["notes"]
+    with pytest.raises(InputError, match="`notes`: only `prepare jsonl` takes any, got some for"):
+        prepare("delivery", notes=[note], data_dir=tmp_path)
+
+
 def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
     _write(tmp_path / "train.jsonl", _rows(30))
     asked = [*_rows(30)[:4], {"input": "another", "label": "no"}]
