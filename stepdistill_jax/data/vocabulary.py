@@ -134,6 +134,8 @@ class SentencePieceVocabulary:
         given = read_json(path) if path.exists() else {}
         if not isinstance(given, dict):
             raise InputError(f"{path}: expected a JSON object, got {type(given).__name__}")
+        if given.get("tokenizer_class") == "T5Tokenizer":  # a T5 trained on such a vocabulary
+            return T5_FRAMING
         flags = {"add_bos_token": True, "add_eos_token": False}  # defaults of GemmaTokenizer
         for name, default in flags.items():
             flags[name] = given.get(name, default)

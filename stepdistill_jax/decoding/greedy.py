@@ -46,7 +46,7 @@ def greedy_decode(
         encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros fills up the batch
             and is done from the start.
         max_decode_len: most tokens of an answer, the end of sequence included.
-        decoder_prefix: ids that every answer starts with; they and their probability are left out.
+        decoder_prefix: ids given to the decoder before the answer; they and their probability are left out.
 
     Returns:
         ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
@@ -250,7 +250,7 @@ class LabelDecoder:
                 processes each must pass the same rows, and each gets all answers.
             decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
                 encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
-            decoder_prefix: ids that every answer starts with (an objective's `decoder_prefix`);
+            decoder_prefix: ids given to the decoder before the answer (an objective's `decoder_prefix`);
                 if not empty, `decode_fn` is called with them, too.
         """
         self.batch_size = rows_at_once(batch_size, mesh)

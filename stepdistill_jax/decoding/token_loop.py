@@ -61,7 +61,7 @@ def start(
         encoder_input_tokens: [batch, length] int32, 0 is padding.
         max_decode_len: positions to hold.
         beams: decoder rows per input; the beams of an input are neighbours.
-        decoder_prefix: ids that every answer starts with; they are not part of it.
+        decoder_prefix: ids given to the decoder before the answer, not part of it.
     """
     gpu = _gpu()
     if gpu:
@@ -77,7 +77,9 @@ def start(
     # keys and values of the inputs pay off where many queries read them: at half the number that
     # `Attention.over_states` gives, since its products are small. A GPU reads them as fast as the
     # states, with one kernel instead of nine; a TPU holds the states in its own fast memory
-    cross = 2 * beams * (given + max_decode_len) > config.decoder.head_dim
+    side = config.decoder
+    worth = side.head_dim * side.num_kv_heads // side.num_heads
+    cross = 2 * beams * (given + max_decode_len) > worth
     cross = cross or (gpu is not None and _has_room(config, encoded, gpu))
     cache = start_cache(params, encoded, config, given + max_decode_len, cross=cross)
     memory: dict[str, Any] = {

@@ -163,13 +163,13 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
         raw: the module's fields.
     """
     choice(where, raw, "attention_bias", False, [False])
-    rope = raw.get("rope_parameters") or {}
-    other = raw.get("rope_scaling") or rope
-    if other is not rope or not isinstance(rope, dict) or not _is_plain(rope):
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict) or not _is_plain(rope):
         raise InputError(
             f"{where}: rope_parameters must be those of plain rotary positions"
-            f' ({{"rope_type": "default", "rope_theta": ...}}), got {other!r}'
+            f' ({{"rope_type": "default", "rope_theta": ...}}), got {rope!r}'
         )
+    theta = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
     layers = size(where, raw, "num_hidden_layers", 26)
     types = raw.get("layer_types") or [_LAYER_TYPES[i % 2] for i in range(layers)]
     if (
@@ -192,7 +192,7 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
         score_scale=size(where, raw, "query_pre_attn_scalar", 256) ** -0.5,
         score_softcap=positive(where, raw, "attn_logit_softcapping", 50.0),
         windows=tuple(window if t == _LAYER_TYPES[0] else 0 for t in types),
-        rope_theta=positive(where, rope or raw, "rope_theta", 10_000.0) or 10_000.0,
+        rope_theta=positive(where, theta, "rope_theta") or 10_000.0,
         init_stddev=positive(where, raw, "initializer_range", 0.02),
     )
 
@@ -209,7 +209,12 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
     kinds: dict[tuple[str, ...], str] = {v: k for k, v in _HIDDEN.items()}
 
     def module(side: Side, is_decoder: bool) -> dict[str, Any]:
-        windows = side.windows or (0,) * side.num_layers
+        windows, scalar = side.windows or (0,) * side.num_layers, side.score_scale**-2
+        if len({*windows} - {0}) > 1 or abs(scalar - round(scalar)) > 1e-3:
+            raise InputError(
+                "a T5Gemma's config.json holds one window, and the scale of scores as 1 / sqrt of a"
+                f" whole number; this model has windows {windows} and 1 / sqrt({scalar:g})"
+            )
         return {
             "model_type": "t5_gemma_module",
             "vocab_size": config.vocab_size,
@@ -227,8 +232,9 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
             "attention_bias": False,
             "attention_dropout": config.dropout_rate,
             "dropout_rate": config.dropout_rate,
-            "query_pre_attn_scalar": round(side.score_scale**-2),
-            "sliding_window": max(windows) or None,
+            "query_pre_attn_scalar": round(scalar),
+            # transformers makes the window's mask even if no layer has one
+            "sliding_window": max(windows) or 4096,
             "layer_types": [_LAYER_TYPES[0 if window else 1] for window in windows],
             "final_logit_softcapping": config.logits_softcap,
             "attn_logit_softcapping": side.score_softcap,

@@ -112,7 +112,7 @@ def write_ctranslate2(
 
     Args:
         directory: a new folder, or an empty one.
-        params: parameters of a `T5`, unboxed, without adapters.
+        params: of a T5, unboxed, without adapters.
         config: of the model: any family of T5.
         vocabulary: its text to ids.
         task_info: how it is asked.

@@ -157,7 +157,7 @@ def read_config(directory: os.PathLike | str) -> ModelConfig:
     A T5X checkpoint has no `config.json`: there, the shapes of its parameters say them.
 
     Raises:
-        InputError: a field that is missing or wrong, or an architecture that is no T5.
+        InputError: a field that is missing or wrong, or an unknown architecture.
     """
     directory = as_path(directory)
     path = directory / CONFIG

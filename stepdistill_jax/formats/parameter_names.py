@@ -62,17 +62,15 @@ def _t5gemma_names(config: Any) -> dict[str, str]:
         table["logits_dense/kernel"] = GEMMA.head
     for side in ("encoder", "decoder"):
         table[f"{side}/{side}_norm/scale"] = f"model.{side}.norm.weight"
-        blocks = {
-            "attention" if side == "encoder" else "self_attention": ("self_attn", "self_attn")
-        }
+        blocks = {"attention" if side == "encoder" else "self_attention": "self_attn"}
         if side == "decoder":
-            blocks["encoder_decoder_attention"] = ("cross_attn", "cross_attn")
+            blocks["encoder_decoder_attention"] = "cross_attn"
         ours, theirs = f"{side}/layers/", f"model.{side}.layers.{{}}."
-        for block, (module, norm) in blocks.items():
+        for block, module in blocks.items():
             norm_of = "cross_attention" if block == "encoder_decoder_attention" else block
             for when in ("pre", "post"):
                 path = f"{ours}{when}_{norm_of}_layer_norm/scale"
-                table[path] = f"{theirs}{when}_{norm}_layernorm.weight"
+                table[path] = f"{theirs}{when}_{module}_layernorm.weight"
             for name, letter in _ATTENTION.items():
                 table[f"{ours}{block}/{name}/kernel"] = f"{theirs}{module}.{letter}_proj.weight"
         for when in ("pre", "post"):

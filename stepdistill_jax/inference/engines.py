@@ -69,7 +69,7 @@ class Engine(Protocol):
             rows: ids of each input with its end of sequence; none is empty.
             max_decode_len: most tokens of an answer, the end of sequence included.
             on_progress: called with the number of rows of each finished batch.
-            decoder_prefix: ids that every answer starts with; they are not part of it or its score.
+            decoder_prefix: ids given to the decoder before the answer, not part of it or its score.
         """
         ...
 
@@ -141,6 +141,8 @@ class JaxEngine:
         `stepdistill.json` is left out: its prompts and lengths are options of a run.
         """
         config = dataclasses.asdict(self._config)
+        if config["logits_softcap"] is None:  # younger than outputs that a run may continue
+            del config["logits_softcap"]
         return digest([params_fingerprint(self._params), config, self.vocabulary.fingerprint])
 
     def decode(
@@ -169,7 +171,7 @@ class JaxEngine:
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """Returns the batch size for so many rows: full or halved, since filler rows take time and shapes compile."""
+        """Returns the batch size for so many rows: halved while rows still fit, since filler rows take time; few shapes compile."""
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
             size //= 2
@@ -350,7 +352,7 @@ class CTranslate2Engine:
 
 
 class NotFinite(InputError):
-    """Raised when a model gives NaN."""
+    """Raised when a model gives NaN or infinite scores."""
 
 
 def require_finite(model: Engine, scores: np.ndarray) -> None:

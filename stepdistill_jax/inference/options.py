@@ -26,8 +26,8 @@ class DecodeOptions:
             has rows of its own.
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`): `data` gives
             each the whole model and rows of its own, `tensor` cuts a model that one cannot hold.
-        max_decode_len: most ids of a label, its end of sequence included; None is the longest label of
-            training (64 if the directory does not say).
+        max_decode_len: most ids of a label, its end of sequence included; None is `max_decode_len` of
+            `stepdistill.json` (64 without that file).
         num_beams: answers searched at once (`inference.beam_search`); 1 takes the likeliest token at
             each step.
         length_penalty: with beams, a score is divided by the answer's length to this power; None is 1.

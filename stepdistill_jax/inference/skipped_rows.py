@@ -16,7 +16,7 @@ from stepdistill_jax.runtime.streams import StreamedFile
 
 LIST = Made("predict", b'{"line": ', ("line", "error"))
 SHOWN = 20
-_MOST_CHARS = 500  # of a logged message, which may quote the names of all fields
+_MOST_CHARS = 500  # characters of a message, which may quote the names of all fields
 
 
 def skipped_of(output: os.PathLike | str) -> pathlib.Path:

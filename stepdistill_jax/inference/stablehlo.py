@@ -28,7 +28,7 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
     The parameters are arguments, not constants: a serialized program holds 2 GB at most.
 
     Args:
-        params: parameters of a `T5`, unboxed; only shapes and types are read.
+        params: of the model, unboxed; only shapes and types are read.
         config: its configuration.
         max_decode_len: most tokens of an answer, the end of sequence included.
 

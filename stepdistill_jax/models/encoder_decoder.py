@@ -58,15 +58,16 @@ class EncoderDecoder(nn.Module):
         table = nn.with_logical_constraint(self.tables[embedder], ("vocab", None))
         # cast after the lookup: its gradient sums over equal tokens, and bfloat16 sums stall at 256
         x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
-        if (
-            self.config.scaled_embeddings
-        ):  # the root has the dtype of activations, as in transformers
+        if self.config.scaled_embeddings:
+            # the root has the dtype of activations, as in transformers
             x = x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def _embed_targets(self, ids: jax.Array) -> jax.Array:
         c = self.config
-        if c.start_id:  # 0 begins a target in batches of every family; elsewhere it is padding, which nothing attends to
+        if c.start_id:
+            # 0 begins a target in batches of every family. Padding is 0, too, but nothing attends to it,
+            # and no target contains 0
             ids = jnp.where(ids == 0, c.start_id, ids)
         return self._embed(ids, c.target_embedder)
 

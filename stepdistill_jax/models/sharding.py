@@ -277,7 +277,7 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
     heads = {}
-    if config is not None:
+    if config is not None and config.position_bias is None:  # else a table by heads is cut, too
         heads = {"encoder": config.encoder.num_kv_heads, "decoder": config.decoder.num_kv_heads}
     _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings, heads)
     return shardings
@@ -292,9 +292,8 @@ def _check_divisible(
     heads x 64] does not show that its 128 columns can be cut into two parts at most.
     """
     wrong: dict[str, str] = {}
-    cut: dict[str, int] = dict.fromkeys(
-        AXES, 0
-    )  # greatest common divisor of the dimensions that an axis cuts
+    # greatest common divisor of the dimensions that an axis cuts
+    cut: dict[str, int] = dict.fromkeys(AXES, 0)
 
     def check(path, param, spec, sharding) -> None:
         for size, logical, axis in zip(param.shape, spec, sharding.spec, strict=False):
@@ -313,7 +312,8 @@ def _check_divisible(
         cut["tensor"] = math.gcd(cut["tensor"], count)
         if count % mesh.shape["tensor"]:
             what = f"tensor={mesh.shape['tensor']} does not divide num_kv_heads={count}"
-            wrong.setdefault(what, f"of the {side}'s keys and values, cut whole")
+            whose = {side, *(s for s in heads if heads[s] == count)}
+            wrong.setdefault(what, f"whole heads of keys and values, {' and '.join(sorted(whose))}")
     if wrong:
         wanted = (1, *(mesh.shape[axis] for axis in AXES))
         nearest_layout = _nearest_layout(

@@ -20,7 +20,7 @@ EMBEDDING = "embedding"
 RESIDUAL = "layers: residuals, dropout, casts"
 OPTIMIZER = "optimizer and the rest"
 
-_PROJECTIONS = {"query", "key", "value", "query_key_value", "out"}
+_PROJECTIONS = {"query", "key", "value", "query_key_value", "key_value", "out"}
 # the loss is computed outside the modules: JAX has no name for what it differentiates there
 _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 

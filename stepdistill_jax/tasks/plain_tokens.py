@@ -8,7 +8,7 @@ from typing import Any
 from stepdistill_jax.data.builder import tensorflow
 from stepdistill_jax.data.objectives import Objective
 from stepdistill_jax.data.prepared import PreparedDataset
-from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, load_vocabulary
+from stepdistill_jax.data.vocabulary import BYTES, T5_FRAMING, Vocabulary, load_vocabulary
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import atomic_write
 from stepdistill_jax.runtime.fingerprints import digest
@@ -65,7 +65,8 @@ def common_vocabulary(
                 f" {other}; a model has one vocabulary: give it to all tasks (for prepared datasets,"
                 " register_prepared(vocabulary=...))"
             )
-    return first if given is None else opened
+    # equal pieces do not mean equal normalisers: tasks and models of T5's kind keep the task's file
+    return opened if given is not None and opened.framing != T5_FRAMING else first
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:

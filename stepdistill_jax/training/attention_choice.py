@@ -55,7 +55,7 @@ def settle_attention(
         # process 0 decides: all must compile the same program
         problem = on_process_0(lambda: _failure(model, mesh.shape["tensor"], lengths))
     if problem is not None:
-        _say(f"warning: attention by plain operations (xla), without a kernel: {problem}")
+        _say(f"warning: attention by plain operations (xla): {problem}")
         return dataclasses.replace(model, attention="xla")
     if settled.attention == "pallas":
         equal = ", equal to plain operations" * (model.attention == "auto")
@@ -97,9 +97,10 @@ def _beyond_kernels(model: ModelConfig) -> str | None:
         "soft caps of scores": any(side.score_softcap is not None for side in sides),
         "shared heads of keys and values": any(s.num_kv_heads < s.num_heads for s in sides),
         "windows": any(any(side.windows or ()) for side in sides),
+        "a scale of scores": any(side.score_scale != 1 for side in sides),
     }
     found = [what for what, wanted in beyond.items() if wanted]
-    return f"none has {', '.join(found)}" if found else None
+    return f"no kernel has {', '.join(found)}" if found else None
 
 
 def _say(line: str) -> None:
@@ -131,7 +132,7 @@ def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]
     if distances[worst] < TOLERANCES[model.dtype]:
         return None
     where = f"{worst.queries} x {worst.keys} tokens"
-    return f"it differs by {distances[worst]:.2g} of the norm at {where}"
+    return f"its kernel differs by {distances[worst]:.2g} of the norm at {where}"
 
 
 def _distance(model: ModelConfig, heads: int, call: _Call) -> float:

@@ -108,7 +108,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
 
 
 def _introduce(run: Run, described: dict[str, Any]) -> None:
-    """Returns a few lines that describe the run."""
+    """Logs a few lines that describe the run."""
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")

@@ -20,6 +20,7 @@ from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.families import FAMILIES, model_config
 from stepdistill_jax.models.sharding import batch_shards, make_mesh
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
+from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, local_path
@@ -183,6 +184,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
         config: of the run.
         data: whose vocabulary the model has; None is the published one of its family.
     """
+    one_of("model_family", config.model_family, FAMILIES)
     if data is None:
         ids: dict[str, int] = {"vocab_size": FAMILIES[config.model_family].vocab_size}
     else:

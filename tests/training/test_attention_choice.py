@@ -124,10 +124,10 @@ def test_a_t5gemma_has_no_kernel_which_is_said_once(chip, capsys):
     chip(right)
     sides = {name: gemma_side(16, 2, 1, 8, 24, 2) for name in ("encoder", "decoder")}
     model = T5GemmaConfig(vocab_size=64, **sides, attention="auto")
-    none = "none has soft caps of scores, shared heads of keys and values, windows"
+    none = "no kernel has soft caps of scores, shared heads of keys and values, windows, a scale of scores"
     assert settle_attention(model, mesh(), LENGTHS).attention == "xla"
     (said,) = capsys.readouterr().err.splitlines()
-    assert said == f"warning: attention by plain operations (xla), without a kernel: {none}"
+    assert said == f"warning: attention by plain operations (xla): {none}"
     assert settle_attention(model, mesh("cpu"), LENGTHS).attention == "xla"
     assert not capsys.readouterr().err
     for platform in ("tpu", "gpu", "cpu"):
