@@ -289,7 +289,7 @@ FLAGS = (
     ("annotate", ("--base-url", "http://[::1"), "--base-url http://[::1: Invalid IPv6 URL"),
     ("annotate", ("--temperature", "nan"), "--temperature must be a number of at least 0"),
     ("annotate", ("--max-truncated", "inf"), "--max-truncated must be a number of at least 0"),
-    ("annotate", ("--exemplars", "forty.jsonl", "--task", "cqa"), "40 choices, the letters end"),
+    ("annotate", ("--exemplars", "forty.jsonl", "--task", "cqa"), "expected at most 26 choices"),
     ("annotate", ("--exemplars", "in.jsonl"), "no field 'rationale'"),
     ("annotate", ("--exemplars", "empty"), "no rows in it"),
     ("annotate", ("--cache", "places"), "--cache places: cannot be used as an SQLite file"),
