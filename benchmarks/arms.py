@@ -8,6 +8,7 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -21,7 +22,7 @@ from stepdistill_jax.experiments import plots
 from stepdistill_jax.experiments.comparison import Comparison, PairTest, Point
 from stepdistill_jax.experiments.controls import prepare_control, prepare_variant
 from stepdistill_jax.experiments.figures import accuracy_figure
-from stepdistill_jax.experiments.report import report
+from stepdistill_jax.experiments.report import headline, report
 from stepdistill_jax.experiments.sweep import DONE, SWEEP, Cell, sweep
 from stepdistill_jax.models.cpu_speed import keep_pages
 from stepdistill_jax.runtime import compile_cache
@@ -222,6 +223,12 @@ def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
         row = [shown(points.get((name, share))) for share in labels]
         lines.append(f"| {name} | {' | '.join(row)} | {arm.what} |")
     return lines
+
+
+def labels_needed(comparison: Comparison) -> str:
+    """Returns a paragraph: with how many labels label_only and step_by_step reach each other."""
+    ours = re.compile(r"label_only\b|.*\bstep_by_step\b")
+    return " ".join(words for words in headline(comparison) if ours.match(words))
 
 
 def shown(point: Point | None) -> str:

@@ -7,15 +7,13 @@ compares them by `report`, and writes what holds and what does not, with the plo
 where it was. The numbers in the page are those of the run that wrote it; no sentence assumes a result.
 """
 
-import re
 from collections.abc import Sequence
 
-from arms import Arm, Claim, options, results, shown, size_of, write_page
+from arms import Arm, Claim, labels_needed, options, results, shown, size_of, write_page
 
 from stepdistill_jax.data.corpora.delivery import ROWS, every_example
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.experiments.comparison import Comparison
-from stepdistill_jax.experiments.report import headline
 
 TASK = "delivery"
 CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
@@ -158,11 +156,10 @@ CLAIMS = [
 
 def fewer_labels(comparison: Comparison) -> list[str]:
     """Returns paragraphs: what step_by_step needs, and whether more labels replace its rationales."""
-    words = [s for s in headline(comparison) if re.match(r"label_only\b|.*\bstep_by_step\b", s)]
     (more,), last = comparison.of_arm(MORE_LABELS), comparison.of_arm("step_by_step")[-1]
     reached = "reaches" if more.accuracy >= last.accuracy else "does not reach"
     return [
-        " ".join(words),
+        labels_needed(comparison),
         "",
         f"With {more.labels:.0f} labels, every one that can be made ({more.labels / last.labels:.1f} times as many), and"
         f" {more.runs[0].config['train_steps']} steps, label_only {reached} it: {shown(more)}.",

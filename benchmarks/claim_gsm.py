@@ -11,15 +11,17 @@ import collections
 import functools
 import pathlib
 import re
+import statistics
 
-from arms import Arm, Claim, options, results, size_of, write_page
+from arms import Arm, Claim, labels_needed, options, results, size_of, write_page
 
+from stepdistill_jax.data import arithmetic
 from stepdistill_jax.data.corpora import gsm_symbolic
 from stepdistill_jax.data.prepare import prepare
 from stepdistill_jax.data.prepared import data_folder, is_prepared, open_prepared
 from stepdistill_jax.data.reading import CheckedExample
 from stepdistill_jax.experiments.comparison import Comparison
-from stepdistill_jax.experiments.report import headline
+from stepdistill_jax.experiments.results import RunResult
 
 TASK, CONFIG = "gsm_short", "gsm_short_cpu_tiny"
 # rows of gsm_symbolic, of train and of the others; about one in fourteen is short
@@ -27,6 +29,7 @@ DRAWN, DRAWN_HELD_OUT = 150_000, {"test": 30_000, "validation": 15_000}
 MOST_WORDS = {"input": 50, "rationale": 36}
 LARGEST = 50  # of the numbers of a question, its solution and its answer, all whole
 MOST_WORDINGS = 4  # of a problem in test and in validation: the same numbers with other names
+STEP = re.compile(r"(\d+) ([-+*/x÷]) (\d+) = (\d+)")
 CHOSEN = (
     "The recipe (which rows, steps, batch, learning rate, dropout) was chosen by the validation accuracy of label_only alone, in ten short runs of"
     " one seed: clearly above the commonest answer, clearly below 1, on any rows that allow it. No other arm's accuracy was looked at."
@@ -54,13 +57,6 @@ ARMS = {
         CONFIG,
         "losses/mutual_information",
     ),
-    "single_task": Arm(
-        "solution, then answer, in one target: the paper's ablation; decodes both",
-        FULL,
-        CONFIG,
-        "objectives/single_task",
-        settings=["single_task.label_weight=1.0"],
-    ),
 }
 CLAIMS = [
     Claim("Solutions help: step_by_step beats label_only", "step_by_step", "label_only"),
@@ -72,7 +68,6 @@ CLAIMS = [
         "shuffled",
     ),
     Claim("Solutions of other rows do harm: label_only beats shuffled", "label_only", "shuffled"),
-    Claim("Writing the solution first beats both tasks", "single_task", "step_by_step"),
     Claim("Mutual information helps: it beats step_by_step", "step_by_step_mi", "step_by_step"),
 ]
 
@@ -122,6 +117,43 @@ def prepare_short(data_dir: pathlib.Path | None) -> None:
     prepare("jsonl", source=source, new_name=TASK, notes=origin, data_dir=data_dir)
 
 
+def written(comparison: Comparison) -> list[str]:
+    """Returns lines: for each arm that writes solutions, with all labels, how many are right, and where not."""
+    lines = [
+        "Of the solutions that a model writes for test rows, with all labels (mean over the seeds): how many begin with the row's own first"
+        " step (`9 - 2 =`, its numbers and operator), how many steps are true (`9 - 2 = 7`), how many solutions end in the right answer.",
+        "",
+        "| arm | first step is the row's | steps are true | ends in the answer |",
+        "|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        runs = [run for run in comparison.of_arm(arm)[-1].runs if run.rationales]
+        if runs:
+            shares = [
+                statistics.mean(share) for share in zip(*map(shares_right, runs), strict=True)
+            ]
+            lines.append(f"| {arm} | {' | '.join(f'{share:.3f}' for share in shares)} |")
+    return lines
+
+
+def shares_right(run: RunResult) -> list[float]:
+    """Returns the three shares of `written` for one run; the first is of rows with a step of their own."""
+    first, true, ended = [], [], []
+    for text, example in zip(run.rationales, run.gold.examples, strict=True):
+        steps, own = STEP.findall(text), STEP.findall(example.rationale)
+        if own:
+            first.append(bool(steps) and steps[0][:3] == own[0][:3])
+        true += [is_true(*step) for step in steps]
+        ended.append(re.findall(r"\d+", text)[-1:] == [example.label])
+    return [statistics.mean(found or [0]) for found in (first, true, ended)]
+
+
+def is_true(left: str, operator: str, right: str, result: str) -> bool:
+    """Returns whether a step is true, e.g. 9 - 2 = 7."""
+    plain = {"x": "*", "÷": "/"}.get(operator, operator)
+    return arithmetic.evaluate(f"{left} {plain} {right}") == int(result)
+
+
 def problems(data_dir: pathlib.Path | None) -> dict[str, int]:
     """Returns the number of different problems in each split of `gsm_short`."""
     dataset = open_prepared(TASK, data_folder(data_dir))
@@ -153,7 +185,11 @@ def page(different: dict[str, int], comparison: Comparison, took: str) -> str:
         "",
         "![Accuracy of every arm with all labels](../images/controls_gsm.png)",
         "",
-        *results(comparison, ARMS, CLAIMS, SHARES, [" ".join(headline(comparison))]),
+        *results(comparison, ARMS, CLAIMS, SHARES, [labels_needed(comparison)]),
+        "## What the models write",
+        "",
+        *written(comparison),
+        "",
     ]
     return "\n".join(lines)
 

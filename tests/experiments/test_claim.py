@@ -51,7 +51,7 @@ def test_one_command_writes_the_page_of_the_claim_on_word_problems(tmp_path):
     run("claim_gsm.py", tmp_path, tmp_path / "data")
     page = (tmp_path / "docs/lab/experiments_gsm.md").read_text()
     claims = [line for line in page.splitlines() if "| **" in line]
-    assert len(claims) == 7 and "6 arms, 1 seed, 2 steps of 32 examples: 6 runs" in page
+    assert len(claims) == 6 and "5 arms, 1 seed, 2 steps of 32 examples: 5 runs" in page
     assert "| claim | 60 labels |" in page
     for arm in (
         "label_only",
@@ -59,7 +59,6 @@ def test_one_command_writes_the_page_of_the_claim_on_word_problems(tmp_path):
         "step_by_step_3",
         "step_by_step_mi",
         "shuffled",
-        "single_task",
     ):
         assert f"| {arm} | 0." in page
     for name in ("claim_gsm", "controls_gsm"):
