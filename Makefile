@@ -152,7 +152,8 @@ reference: $(VENV)/.installed
 	$(BIN)/python docs/reference/write.py
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "the site is in site/; to read it with its search: $(BIN)/python -m http.server -d site"
 
 constraints:
 	uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --all-extras --upgrade \

@@ -4,7 +4,7 @@
 `plot_curves(workdir)` a figure of them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # name -> module, which is imported when the name is first used: `import stepdistill_jax` is quick
 _EXPORTS = {

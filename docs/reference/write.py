@@ -14,9 +14,9 @@ COMMON = ("help", "json", "debug")  # options of every command
 SETTINGS = f"""{WRITTEN}
 # Settings of a config
 
-A config, or `--set NAME=VALUE`, binds a macro (`BATCH_SIZE`) or a field (`train.remat_policy`); a macro has the name of its field
-in capitals. `stepdistill settings [NAME]` prints this page, or a part of it. A bare word is a string: `--set LAYOUT=fsdp`.
-Fields of `optax.NAME` and of functions of your own can be bound, too: [losses.md](../how-to/losses.md).
+A config, or `--set NAME=VALUE`, binds a macro (`BATCH_SIZE`) or a field (`train.remat_policy`). A macro has the name of its field in
+capitals. `stepdistill settings [NAME]` prints this page, or a part of it. A bare word is a string: `--set LAYOUT=fsdp`. Fields of
+`optax.NAME` and of your own functions can be bound, too: [loss and optimizer](../how-to/losses.md#optimizers-and-learning-rates).
 """
 
 COMMANDS_PAGE = f"""{WRITTEN}
@@ -25,8 +25,8 @@ COMMANDS_PAGE = f"""{WRITTEN}
 `stepdistill COMMAND --help` prints the same. Every command also takes `--json` (ends standard output with one JSON object) and
 `--debug` (shows the whole traceback of any error). `stepdistill --version` prints versions and devices.
 
-Exit codes: 0 done; 2 bad usage, config or input, in one line; 1 a failure in the run; 75 stopped by a signal after a clean save:
-start the same command again to go on.
+Exit codes: 0 done; 2 bad usage, config or input, in one line; 1 a failure in the run; 75 stopped by a signal after a clean save: run
+the same command again to continue ([all codes](files.md#exit-codes)).
 """
 
 

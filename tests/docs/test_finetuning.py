@@ -34,7 +34,7 @@ def test_the_settings_are_those_of_the_config():
         "weights of label and rationale": ", ".join(f"{w:g}" for w in weights),
     }
     assert (config.optimizer.name, config.optimizer.schedule) == ("adamw", "linear")
-    assert f"Keep `train.dropout_rate` at {config.dropout_rate}" in PAGE
+    assert f"Keep `train.dropout_rate` at {config.dropout_rate}" in " ".join(PAGE.split())
 
 
 @pytest.mark.parametrize("part", sorted(set(re.findall(r"--gin_file (\S+\.gin)", PAGE))))

@@ -1,4 +1,4 @@
-"""Runs docs/guide/your-data.md: its files are written, its commands are typed."""
+"""Runs docs/guide/your-data.md and docs/how-to/tasks-in-code.md: their files are written, their commands are typed."""
 
 import json
 import os
@@ -12,7 +12,9 @@ import pytest
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.data.prepared import open_prepared
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "guide" / "your-data.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+PAGES = [DOCS / "guide" / "your-data.md", DOCS / "how-to" / "tasks-in-code.md"]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 FILE = re.compile(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHORT = ["TRAIN_STEPS=2", "EVAL_EVERY=2", "CHECKPOINT_EVERY=2", "BATCH_SIZE=2"]
@@ -20,7 +22,7 @@ WAYS = {"jsonl": 0, "csv": 1, "add_task": 2, "seqio": 3, "mixture": 4, "metrics"
 
 
 def files():
-    return dict(FILE.findall(PAGE.read_text(encoding="utf-8")))
+    return dict(FILE.findall(TEXT))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def command_of(way, name):
 
 
 def commands(way):
-    return SHELL.findall(PAGE.read_text(encoding="utf-8"))[WAYS[way]].splitlines()
+    return SHELL.findall(TEXT)[WAYS[way]].splitlines()
 
 
 @pytest.mark.slow
@@ -135,9 +137,7 @@ def test_csv_and_lists_of_dicts_are_prepared_as_the_page_says(reader, typed):
     rows = {e.id: e for split in dataset.splits for e in dataset.examples(split)}
     assert rows["p2"].input == 'even, and "as new"' and rows["p2"].rationale == ""
 
-    (code,) = re.findall(
-        r"```python\n(from stepdistill_jax.data import .*?)```", PAGE.read_text(), re.S
-    )
+    (code,) = re.findall(r"```python\n(from stepdistill_jax.data import .*?)```", TEXT, re.S)
     exec(code, {})
     dataset = open_prepared("tickets_in_memory", reader / "data")
     labels = {e.label for split in dataset.splits for e in dataset.examples(split)}
@@ -167,5 +167,5 @@ def test_metrics_of_ones_own_are_in_training_and_evaluation(reader):
     assert 0 <= trained["eval/validation/sour_f1"] <= 1
     found = typed_into_a_shell(reader, evaluate)
     assert found["metrics"] == {
-        name: trained[f"eval/validation/{name}"] for name in ("sour_f1", "said_sour")
+        name: trained[f"eval/validation/{name}"] for name in ("sour_f1", "predicted_sour")
     }
