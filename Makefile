@@ -46,7 +46,7 @@ help:
 	@echo "make bench        speed next to SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
 	@echo "                  docs/lab/benchmarks.md is rewritten"
 	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/lab/experiments.md is rewritten"
-	@echo "make experiments-gsm  the claim on word problems, 30 small runs (about an hour); docs/lab/experiments_gsm.md is rewritten"
+	@echo "make experiments-gsm  the claim on word problems, 27 small runs (about half an hour); docs/lab/experiments_gsm.md is rewritten"
 	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
 	@echo "make docs         build the documentation site into site/"
 	@echo "make constraints  resolve the versions of constraints.txt again (needs uv)"
