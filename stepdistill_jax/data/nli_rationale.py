@@ -72,7 +72,10 @@ def parse_anli(text: str) -> Parsed:
 def _with_label(
     problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts. `answer_text` is the text of the first answer, `answer` the published rule's."""
+    """Returns the parts.
+
+    `answer_text` is the text of the first answer, and `answer` is what the published rule reads.
+    """
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:
         problems += ("label_not_a_choice",)

@@ -73,7 +73,7 @@ class PairTest:
 
 @dataclasses.dataclass(frozen=True)
 class Enough:
-    """The smallest share of the data with which an arm reaches the baseline's accuracy with all of it.
+    """The smallest share of the data with which an arm reaches the baseline's accuracy on all data.
 
     Attributes:
         arm: name of the arm.

@@ -96,7 +96,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True), result.scores[0])
 """
 
 _OTHER = """
-The decoder is given {prefix!r} before the {name}, which it then goes on with:
+The decoder is given {prefix!r} before the {name}, and continues from there:
 
 ```python
 inputs = tokenizer({prompt!r}, truncation=True, return_tensors="pt")
@@ -221,7 +221,7 @@ def _answers(objective: Objective) -> str:
             said += f" The label stands behind the last {words!r}."
     if objective.read_beside_input:
         named = " and ".join(objective.read_beside_input)
-        said += f"\n\nThe prompt shows {named} beside the input: somebody has to write that for each row."
+        said += f"\n\nThe prompt shows {named} next to the input: it must be written for each row."
     return said
 
 

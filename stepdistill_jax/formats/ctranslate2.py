@@ -1,6 +1,6 @@
 """CTranslate2's directory: what a specialised engine for CPUs reads, with all that `predict` needs.
 
-The specification is filled from our parameters, by no torch and no `transformers`. CTranslate2's own
+The specification is filled from our parameters, without torch or `transformers`. CTranslate2's own
 converter takes the flag `tie_word_embeddings` for "logits are scaled down", and transformers 5 says
 that of every T5, so a v1.1 that goes through it has wrong probabilities.
 """
@@ -188,7 +188,7 @@ def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
     if not whole or tokens != token_names(vocabulary, size):
         raise InputError(
             f"{folder / CTRANSLATE2_TOKENS}: not the vocabulary of {SPIECE if (folder / SPIECE).is_file() else 'ByT5'}"
-            " that lies beside it; copy or export the directory again"
+            " next to it; copy or export the directory again"
         )
     info = read_task_info(folder) if (folder / TASK_INFO).is_file() else None
     return CTranslate2Files(vocabulary, info, tokens, str(ours["sha256"]))

@@ -116,7 +116,7 @@ def is_ctranslate2(directory: os.PathLike | str) -> bool:
     names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
     if is_remote(folder) or not any((folder / name).is_file() for name in names):
         return False
-    return not has_weights(folder)  # a `model.bin` of another tool may lie beside them
+    return not has_weights(folder)  # a `model.bin` of another tool may lie next to them
 
 
 def read_model_files(directory: os.PathLike | str) -> ModelFiles:

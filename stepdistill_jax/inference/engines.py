@@ -244,9 +244,9 @@ class CTranslate2Engine:
         prefix = [self._names[i] for i in decoder_prefix]
         if prefix and self._penalty:
             raise InputError(
-                f"{self.path}: CTranslate2 counts a rationale's decoder prefix as part of it"
-                " when beams of different lengths compete; give `length_penalty=0`, or ask the"
-                " directory that this one was made from"
+                f"{self.path}: with a length penalty, CTranslate2 counts a rationale's decoder"
+                " prefix as part of its length; give `length_penalty=0`, or use the directory that"
+                " this one was made from"
             )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
@@ -268,7 +268,7 @@ class CTranslate2Engine:
                 if not ids:
                     raise InputError(
                         f"{self.path}: CTranslate2 has no answer to an empty prompt (an empty input"
-                        " under an empty prefix); leave such rows out, or ask the directory that"
+                        " under an empty prefix); leave such rows out, or use the directory that"
                         " this one was made from"
                     )
                 ids = ids[len(prefix) :]
@@ -292,7 +292,7 @@ class CTranslate2Engine:
         if any(ids[-1] != EOS_ID for of_row in answers for ids in of_row):
             raise InputError(
                 f"{self.path}: CTranslate2 scores targets with an end of sequence, and some have none;"
-                " ask the directory that this one was made from"
+                " use the directory that this one was made from"
             )
         scores = [np.zeros(len(of_row), np.float32) for of_row in answers]
 

@@ -46,7 +46,7 @@ def export(
 
     `hf`: configuration, weights, tokenizer, task and model card in Hugging Face's layout; `predict`
     gives the same bytes on `model_dir` as on the workdir at that step. `jax`: the label decoder as a
-    `jax.export` program with its weights beside it, which runs where only jax is installed; the
+    `jax.export` program with its weights next to it, which runs where only jax is installed; the
     `README.md` in it says how. `ctranslate2`: a directory for CTranslate2, which decodes faster on
     CPUs; `predict` reads it, and its `README.md` says what else does.
 
@@ -96,7 +96,7 @@ def export(
 
 def _check_target(target: pathlib.Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"{target}: is a file or link, a new folder is wanted")
+        raise InputError(f"{target}: is a file or link; give a new folder")
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{target}: is not empty; give a new folder, nothing is overwritten")
     check_writable(target, folder=True)

@@ -113,8 +113,8 @@ def predict(
     if check or prompting.reads:  # which fields the model needs of a row is known only now
         source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads))
     asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
-    # not the batch size and the number of devices: they move a score by its last digit, and who was
-    # preempted or out of memory wants to go on in smaller batches, on whatever devices there are
+    # not the batch size and the number of devices: they move a score by its last digit, and a run
+    # that was preempted or out of memory may continue in smaller batches, on other devices
     key = {
         "model": model.identity,
         "input": source.digest,

@@ -34,7 +34,7 @@ class Prompting:
     """How a model is asked.
 
     Attributes:
-        objectives: the label's, and the rationale's where it is wanted, too.
+        objectives: the label's, and the rationale's if rationales are requested.
         prefix: replaces the label objective's template by this text and the input.
         input_length: most ids of an input, the end of sequence included; longer ones are cut.
         decode_lengths: most ids of an answer, per objective.

@@ -1,4 +1,4 @@
-"""What a model's own rationales are worth: beside the dataset's, and beside the model's labels."""
+"""Compares a model's own rationales with the dataset's, and with the model's labels."""
 
 import re
 from collections import Counter
@@ -47,7 +47,7 @@ def named_answer(
 
     Args:
         rationale: a text.
-        label: the answer that it stands beside.
+        label: the label of the same row.
         metric: the task's: under `value_match` the last number is compared with the label's value.
         labels: the possible ones (of the row or of the task): a label that is none of them leads nowhere.
 

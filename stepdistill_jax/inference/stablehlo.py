@@ -50,7 +50,7 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
 def write_decoder(
     directory: os.PathLike | str, params: Any, config: ModelConfig, *, max_decode_len: int
 ) -> tuple[jax.export.Exported, int]:
-    """Writes `label_decoder.jax_export` and, beside it, a file of `params/` per parameter.
+    """Writes `label_decoder.jax_export` and, next to it, a file of `params/` per parameter.
 
     The files are numpy's, so they can be mapped into memory; each is read back and compared.
 
@@ -62,7 +62,7 @@ def write_decoder(
         OSError: what was read back differs from what was written.
     """
     if not importlib.util.find_spec("flatbuffers"):  # jax.export does not declare it
-        raise InputError("`format=jax`: jax.export needs a package more: pip install flatbuffers")
+        raise InputError("`format=jax`: jax.export needs one more package: pip install flatbuffers")
     directory = pathlib.Path(directory)
     exported = export_decoder(params, config, max_decode_len=max_decode_len)
     with atomic_write(directory / DECODER, "wb") as f:

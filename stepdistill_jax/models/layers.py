@@ -212,8 +212,9 @@ class Attention(nn.Module):
         """Returns `__call__` over the states `encoded` [batch, k, inputs], without making keys and values.
 
         A score q . (K e) equals (K^T q) . e, and the mean of V e equals V times the mean of e, up to
-        rounding. A query costs inputs / kv times as much, so `kv` queries of one input cost as much as
-        its keys and values. With fewer queries this is less work, and it keeps no copy per layer.
+        rounding. A query costs inputs / kv times as much as with keys and values, so `kv` queries
+        of one input cost as much as making its keys and values. With fewer queries this is less
+        work, and it keeps no copy per layer.
         `transposed` is `encoded` as [batch, inputs, k], transposed once instead of at each call.
         """
         c = self.config

@@ -17,9 +17,10 @@ from stepdistill_jax.models.config import ModelConfig
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns parameters of a decoder with `layers_0`, `layers_1`, ... instead of `layers`.
 
-    In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], in the place of the
-    three (of fewer key/value heads `query` and `key_value`, [embed, 2, joined]), and `mlp` has `wi`, [embed, 2, mlp], in the place of both (of one projection [embed, 1,
-    mlp]). Features keep an axis of their own, so that kernels cut over devices stay cut.
+    In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], instead of three
+    matrices (with fewer key/value heads `query`, and `key_value` [embed, 2, joined]). `mlp` has
+    `wi`, [embed, 2, mlp], instead of two (with one projection [embed, 1, mlp]). Features keep
+    an axis of their own, so that kernels cut over devices stay cut.
 
     Args:
         params: unboxed parameters of a model of `config`, int8 or not, layers stacked.

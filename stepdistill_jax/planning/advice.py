@@ -50,7 +50,7 @@ class Base:
 
     @property
     def most_flops(self) -> float:
-        """Most FLOPs of a step that a change of slices or devices may lead to."""
+        """Upper limit for the FLOPs of a step after a change of slices or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 

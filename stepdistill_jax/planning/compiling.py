@@ -52,7 +52,7 @@ class Figures:
         state: `params` and `optimizer` bytes of a device, by arithmetic.
         arguments: parameters, optimizer state and batch, as the compiler counts them.
         gradients: float32, of what is trained; by arithmetic, a part of `temp`.
-        temp: the compiler's buffers beside arguments and results.
+        temp: the compiler's buffers, in addition to arguments and results.
         total: the most that is held at once: arguments, buffers, and results that reuse no argument.
         operations: the collectives, largest first.
         unknown_loops: loops with collectives that were counted as one run.

@@ -115,7 +115,7 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
 
 
 def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
-    """Raises if the paper's published code has no such supervision, for a `paper_exact` dataset."""
+    """Raises if a `paper_exact` dataset has a supervision that the paper's published code lacks."""
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
             f"dataset {dataset.name!r}: the paper's published code uses gold labels or the teacher's, and"

@@ -126,7 +126,7 @@ def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]
     heads = model.decoder.num_heads // tensor
     try:
         distances = {call: _distance(model, heads, call) for call in _calls(lengths)}
-    except Exception as error:  # a compiler's or a driver's own; whatever it is, XLA goes on
+    except Exception as error:  # a compiler's or a driver's own; whatever it is, use XLA instead
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     worst = max(distances, key=lambda call: np.nan_to_num(distances[call], nan=np.inf))
     if distances[worst] < TOLERANCES[model.dtype]:

@@ -165,7 +165,7 @@ class TrainConfig:
             step, a validation and a save.
         on_nonfinite: a step whose loss or gradient is not finite is `skip`ped (no update; counted,
             and its examples reported), or the run will `stop` there.
-        max_consecutive_nonfinite (steps): after this many in a row the run goes on from the last
+        max_consecutive_nonfinite (steps): after this many in a row the run continues from the last
             good checkpoint's parameters; the second time it stops.
         spike_factor: a loss above this many times the median of the last 100 steps is reported with
             its examples; 0 never.

@@ -1,4 +1,4 @@
-"""What a model will see of a task: rows, lengths, fill, what is cut, and lengths that fit better."""
+"""What a model will see of a task: rows, lengths, fill, truncation, and lengths that fit better."""
 
 import dataclasses
 import itertools

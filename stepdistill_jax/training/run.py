@@ -159,7 +159,7 @@ def _row_lengths(
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
-    """Returns the validation split; None where no part of the data has labels in one."""
+    """Returns the validation split; None if no part of the data has labelled validation rows."""
     where = {"data_dir": read["data_dir"], "task_module": config.task_module}
     if not has_split(config.task, VALIDATION, **where):
         return None
@@ -210,7 +210,7 @@ def _init_path(init_from: str) -> pathlib.Path:
 def _initial_weights(
     config: TrainConfig, workdir: pathlib.Path, model: ModelConfig, abstract: TrainState
 ) -> InitialWeights:
-    """INIT_FROM with its rules; those of a new run are checked and reported here."""
+    """Returns the weights of INIT_FROM under its rules; a new run checks and reports the rules."""
     assert config.init_from is not None
     path = as_path(config.init_from)
     # one decides: the others may not see the same files

@@ -352,7 +352,7 @@ class Supervisor:
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
         """Writes a step's validation and its answers; None if a signal interrupts it.
 
-        Returns it for the checkpoint.
+        Returns the validation's metrics, which the checkpoint stores.
         """
         validator = self._run.validator
         assert validator is not None

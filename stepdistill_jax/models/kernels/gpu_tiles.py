@@ -157,7 +157,8 @@ def query_tiles(call, keys, segments):
 def _span(own, others, tile):
     """The tiles (first, after the last) of `others` that may hold a segment of `own`.
 
-    By the least and the greatest of `own`: exact where segments rise along a row, else too many.
+    Found from the least and the greatest segment of `own`: exact if segments rise along a row,
+    otherwise more tiles than necessary.
     """
     low, high = jnp.int32(_EVERY), jnp.int32(0)
     for segments in own:

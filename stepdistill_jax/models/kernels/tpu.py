@@ -219,8 +219,8 @@ def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; those of the
-# backward call go on with the output, its log-sums and its gradient. Whether a call is causal is not
+# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; the
+# backward call also has the output, its log-sums and its gradient. Whether a call is causal is not
 # seen, so neither are the two operations an element that this costs.
 
 
