@@ -13,7 +13,7 @@ import pathlib
 import re
 import statistics
 
-from arms import Arm, Claim, labels_needed, options, results, size_of, write_page
+from arms import Arm, Claim, labels_needed, options, results, size_of, verdict, write_page
 
 from stepdistill_jax.data import arithmetic
 from stepdistill_jax.data.corpora import gsm_symbolic
@@ -154,6 +154,15 @@ def is_true(left: str, operator: str, right: str, result: str) -> bool:
     return arithmetic.evaluate(f"{left} {plain} {right}") == int(result)
 
 
+def outcome(comparison: Comparison) -> str:
+    """Returns the page's first result: at how many shares step_by_step beats label_only."""
+    pair = {"label_only", "step_by_step"}
+    verdicts = [verdict(t, "step_by_step") for t in comparison.tests if {t.first, t.second} == pair]
+    won = sum(words.startswith("**holds**") for words in verdicts)
+    none = "" if won else " These runs show no gain from worked solutions."
+    return f"**step_by_step beats label_only beyond chance (95%) at {won} of {len(verdicts)} shares.**{none}"
+
+
 def problems(data_dir: pathlib.Path | None) -> dict[str, int]:
     """Returns the number of different problems in each split of `gsm_short`."""
     dataset = open_prepared(TASK, data_folder(data_dir))
@@ -165,6 +174,8 @@ def page(different: dict[str, int], comparison: Comparison, took: str) -> str:
     recipe = comparison.runs[0].config
     lines = [
         "# The claim on word problems",
+        "",
+        outcome(comparison),
         "",
         "Written by `make experiments-gsm` (`benchmarks/claim_gsm.py`), from nothing. A tiny T5 from scratch;"
         f" {size_of(comparison, ARMS, took)} Dropout {recipe['dropout_rate']:g}, a learning rate of"
