@@ -169,7 +169,7 @@ def outcome(comparison: Comparison) -> str:
     verdicts = [verdict(t, "step_by_step") for t in comparison.tests if {t.first, t.second} == pair]
     won = sum(words.startswith("**holds**") for words in verdicts)
     none = "" if won else " These runs show no gain from worked solutions."
-    return f"**step_by_step beats label_only beyond chance (95%) at {won} of {len(verdicts)} shares.**{none}"
+    return f"**step_by_step is significantly better than label_only (95%) at {won} of {len(verdicts)} shares.**{none}"
 
 
 def problems(data_dir: pathlib.Path | None) -> dict[str, int]:

@@ -32,7 +32,7 @@ tpu_flags=(
   # https://github.com/AI-Hypercomputer/maxtext benchmarks/xla_flags_library.py
   --xla_tpu_enable_data_parallel_all_reduce_opt=true
   --xla_tpu_data_parallel_opt_different_sized_ops=true
-  # all-gathers and all-reduces are fused with computation. CF_FOR_ALL_REDUCE_AND_ALL_GATHER, same file
+  # all-gathers and all-reduces are fused with computation. CF_FOR_ALL_REDUCE_AND_ALL_GATHER in the same file
   --xla_tpu_enable_async_collective_fusion=true
   --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
   --xla_tpu_enable_async_collective_fusion_multiple_steps=true

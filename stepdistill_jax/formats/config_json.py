@@ -163,7 +163,7 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
         raw: the module's fields.
     """
     choice(where, raw, "attention_bias", False, [False])
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict) or not _is_plain(rope):
         raise InputError(
             f"{where}: rope_parameters must be those of plain rotary positions"

@@ -143,7 +143,7 @@ def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tup
                 failed.append(f"{where}: {' '.join(str(message).split())[:200]}")
                 continue
             text, reason, usage = completion(response["body"])
-            key.encode()  # raises for half a surrogate pair, which cannot be saved
+            key.encode()  # raises for an unpaired surrogate, which cannot be saved
             used = [token_count(usage.get(f"{n}_tokens"), 0) for n in ("prompt", "completion")]
             answer = Answer(text, reason, used[0], used[1], now(), prompting.parameters)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError):

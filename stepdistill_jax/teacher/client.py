@@ -295,7 +295,7 @@ def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
     if not isinstance(content, str) or not isinstance(usage, dict):
         raise TypeError
     reason = str(choice.get("finish_reason") or "stop")
-    f"{content}{reason}".encode()  # raises for half a surrogate pair, which cannot be saved
+    f"{content}{reason}".encode()  # raises for an unpaired surrogate, which cannot be saved
     return content, reason, usage
 
 

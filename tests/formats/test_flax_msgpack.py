@@ -100,7 +100,7 @@ HOSTILE = {
     "no array": (ext(msgpack.packb([1])), "not enough values"),
     "object type": (ext(msgpack.packb([[1], "object", b"12345678"])), "an OBJECT array"),
     "too few bytes": (ext(msgpack.packb([[9, 9], "float32", b"1234"])), "cannot reshape"),
-    "huge by nothing": (ext(msgpack.packb([[2**62, 4, 0], "int8", b""])), "not a whole"),
+    "huge by nothing": (ext(msgpack.packb([[2**62, 4, 0], "int8", b""])), "not a complete"),
     "negative": (ext(msgpack.packb([[-1, -1], "int8", b"1"])), "one unknown dimension"),
     "chunks of nothing": (
         msgpack.packb({"a": {"__msgpack_chunked_array__": True, "shape": {}, "chunks": {}}}),

@@ -88,7 +88,7 @@ def test_whole_numbers_are_no_weights(v1_1, write_flax, tmp_path):
         hf.load_params(tmp_path, config)
     tensors = {name: t.astype(np.int8) for name, t in hf.to_hf(params, config).items()}
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="is stored as I8, one of F16"):
+    with pytest.raises(InputError, match="is stored as I8, expected one of F16"):
         hf.load_params(tmp_path, config)
 
 

@@ -94,7 +94,8 @@ def test_the_gradient_of_a_frequent_token_loses_no_digits():
         model = EncoderDecoder(dataclasses.replace(config, dtype=dtype))
         ids = jnp.full((4, 500), 7)
         whole = {**params, "token_embedder": table}
-        return jnp.sum(model.apply({"params": whole}, ids, method="_embed").astype(jnp.float32))
+        states = model.apply({"params": whole}, ids, "token_embedder", method="_embed")
+        return jnp.sum(states.astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(total), static_argnums=1)(params["token_embedder"], "bfloat16")
     np.testing.assert_array_equal(gradient[7], 2000.0)

@@ -179,7 +179,7 @@ def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
         (
             "9b-2b",
             "tensor",
-            r"tensor=8 does not divide num_kv_heads=4 \(of the decoder's keys and values, cut whole\);"
+            r"tensor=8 does not divide num_kv_heads=4 \(whole heads of keys and values, decoder\);"
             " nearest layout of 8 devices that does: fsdp=2, tensor=4",
         ),
         ("2b-2b", Layout(fsdp=1, tensor=8), "num_kv_heads=4 .* that does: fsdp=2, tensor=4"),

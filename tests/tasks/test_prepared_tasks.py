@@ -141,8 +141,8 @@ def test_inputs_are_framed_as_the_vocabulary_says(seqio, folder, gemma_model, bo
     asked, answer = encode("predict: parcel 0 is late"), encode("billing")
     assert label[0] == ([2] * bos + asked + [1] * eos, [*answer, 1])
     # the reader of rows that a supervision chooses among, and of those of `add_task`
-    add_task("parcels", source={"train": TICKETS}, vocabulary=path)
-    assert stored(folder, "parcels") == [label, rationale]
+    add_task("parcels_of_seqio", source={"train": TICKETS}, vocabulary=path)
+    assert stored(folder, "parcels_of_seqio") == [label, rationale]
     # batches truncate as `predict` does
     data = load_task("tickets", split="train", vocabulary=path, data_dir=folder)
     batches = Batches(data, 5, 9, 9, seed=0, shuffle=False, pack=False)

@@ -33,7 +33,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
                     value.encode()
                 except UnicodeEncodeError:
                     raise InputError(
-                        f"{path}: item {number} is not valid text (half a surrogate pair)"
+                        f"{path}: item {number} is not valid text (an unpaired surrogate)"
                     ) from None
                 yield value
     except UnicodeDecodeError as error:
