@@ -39,7 +39,8 @@ def save_random_model(
     from stepdistill_jax.models.families import model_config
 
     vocab_size = max(vocabulary.size, vocab_size or 0)
-    config = model_config(family, size, vocab_size=vocab_size, **overrides)
+    bos_id = vocabulary.framing.bos_id
+    config = model_config(family, size, vocab_size=vocab_size, bos_id=bos_id, **overrides)
     params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
     if config.logits_via_embedding:
         head = params[config.target_embedder]  # [vocab_size, emb_dim]
