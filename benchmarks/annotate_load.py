@@ -1,7 +1,7 @@
 """Measures rows per second and memory of `annotate` with 64 concurrent requests.
 
 The teacher is a server in its own process that answers after `--delay` seconds. So the numbers are
-those of our side: prompts, HTTP, parsing, cache and output. The peer is the bare `openai` client with
+our own: prompts, HTTP, parsing, cache and output. The peer is the bare `openai` client with
 as many concurrent requests.
 """
 

@@ -66,7 +66,7 @@ class Claim(NamedTuple):
 
 
 def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
-    """Returns the dataset that an arm trains on; the test rows are always those of `task`."""
+    """Returns the dataset that an arm trains on; the test rows always come from `task`."""
     if arm.train is None:
         return task
     if isinstance(arm.train, tuple):

@@ -4,7 +4,7 @@
 
 Trains small runs (each arm with 5 seeds, on all labels and on shares of them), one process a CPU core,
 compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it continues
-where it was. The numbers in the page are those of the run that wrote it; no sentence assumes a result.
+where it was. The numbers in the page come from the run that wrote it; no sentence assumes a result.
 """
 
 from collections.abc import Sequence

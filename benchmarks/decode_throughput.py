@@ -11,7 +11,7 @@ runs in its own process (benchmarks/apart.py), and they take turns.
 `ours` and `transformers` go from ids to ids. `ours_ctranslate2` is `predict` on the directory of
 `export --format ctranslate2`, `ctranslate2` the plain script that a user would write: both go from one
 file of JSON lines to another, including the model's start, with one single-threaded worker per core.
-The `_int8` contenders have int8 weights. Those of CTranslate2 exist for the families of T5 only.
+The `_int8` contenders have int8 weights. CTranslate2 has them for the T5 families only.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path)
 
 
 def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
-    """Returns how many labels of each engine equal those of `ours`; float32 must agree on all."""
+    """Returns how many labels of each engine equal the labels of `ours`; float32 must agree on all."""
     equal = {}
     for name, answers in labels.items():
         same = sum(a == b for a, b in zip(answers, labels["ours"], strict=True))

@@ -290,7 +290,7 @@ def over_http(
             wall = time.perf_counter() - began
             assert client.seconds, "every request was refused: give a lower --rates"
             if not name.endswith("int8"):
-                assert client.wrong == 0, f"{client.wrong} labels differ from those of this process"
+                assert client.wrong == 0, f"{client.wrong} labels differ from this process's own"
             batch, counts = mean_batch(url, counts)
             table.append(
                 {

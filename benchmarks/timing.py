@@ -81,7 +81,7 @@ def peer_module(name: str, threads: int | None = None) -> Any:
 
 
 def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") -> None:
-    """Sets packed row lengths that were not given to those of a run on one device."""
+    """Sets packed row lengths, where none were given, as a run on one device chooses them."""
     from stepdistill_jax.training.config import TrainConfig
     from stepdistill_jax.training.inspection import inspect
 

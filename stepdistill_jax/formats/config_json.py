@@ -106,6 +106,7 @@ def _write_t5(config: Any) -> dict[str, Any]:
     }
 
 
+_ACTIVATION = "gelu_pytorch_tanh"  # the default of transformers
 _HIDDEN = {"gelu_pytorch_tanh": ("gelu", "linear"), "silu": ("silu", "linear")}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 _MOST_POSITIONS = 8192  # of Gemma 2; nothing here depends on it
@@ -150,9 +151,6 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
         logits_via_embedding=tied,
         logits_softcap=positive(here, decoder, "final_logit_softcapping", 30.0),
     )
-
-
-_ACTIVATION = "gelu_pytorch_tanh"
 
 
 def _read_side(where: str, raw: dict[str, Any]) -> Side:

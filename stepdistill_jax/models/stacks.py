@@ -36,16 +36,16 @@ class Context(NamedTuple):
     index: Any = 0
 
 
+def _dropout(config: ModelConfig, deterministic: bool) -> Dropout:
+    """Returns a layer's or a stack's dropout: one module whose calls draw separate masks."""
+    return Dropout(config.dropout_rate, config.dropout_broadcast, deterministic=deterministic)
+
+
 class _Layer(nn.Module):
     """Parts of an encoder's and a decoder's layer."""
 
     config: ModelConfig
     deterministic: bool
-
-    def drop(self) -> Dropout:
-        """Returns the dropout of the blocks' outputs: one module whose calls draw separate masks."""
-        c = self.config
-        return Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=self.deterministic)
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
         """Normalises a block's output, if the family does."""
@@ -65,7 +65,8 @@ class EncoderLayer(_Layer):
     @nn.compact
     def __call__(self, x, window, context: Context):
         """x [batch, length, embed] -> (the same shape, None); `window` is of `windows_of`, or None."""
-        c, side, drop = self.config, self.config.encoder, self.drop()
+        c, side = self.config, self.config.encoder
+        drop = _dropout(c, self.deterministic)
         bias = self.bias(context, bidirectional=True)
         attention = Attention(c, side, side.emb_dim, name="attention")
         h = RMSNorm(c, name="pre_attention_layer_norm")(x)
@@ -92,7 +93,8 @@ class DecoderLayer(_Layer):
     @nn.compact
     def __call__(self, x, window, cache, context: Context):
         """x [batch, q, embed] -> (the same shape, this layer's new key and value, or None)."""
-        c, side, off, drop = self.config, self.config.decoder, self.deterministic, self.drop()
+        c, side, off = self.config, self.config.decoder, self.deterministic
+        drop = _dropout(c, off)
         bias = self.bias(context, bidirectional=False)
         attention = Attention(c, side, side.emb_dim, name="self_attention")
         cross = Attention(c, side, c.encoder.emb_dim, name="encoder_decoder_attention")
@@ -204,18 +206,13 @@ class _Stack(nn.Module):
             turn = rotation(query, side.head_dim, side.rope_theta)
         return Context(segments, query, key, bias, turn, **more)
 
-    def drop(self, deterministic: bool) -> Dropout:
-        """Returns the dropout of the stack's input and output."""
-        c = self.config
-        return Dropout(c.dropout_rate, c.dropout_broadcast, deterministic=deterministic)
-
 
 class Encoder(_Stack):
     @nn.compact
     def __call__(self, x, segments, *, deterministic: bool):
         """x [batch, length, embed], segments [batch, length] -> [batch, length, embed]."""
         c, side = self.config, self.config.encoder
-        drop, position = self.drop(deterministic), jnp.arange(x.shape[1])
+        drop, position = _dropout(c, deterministic), jnp.arange(x.shape[1])
         context = self.context(side, True, (segments, segments), position, position)
         windows = windows_of(side, x.shape[1], causal=False)
         axes = (0, nn.broadcast)
@@ -241,7 +238,8 @@ class Decoder(_Stack):
         deterministic: bool,
     ):
         """x [batch, q, embed] -> ([batch, q, embed], updated cache or None)."""
-        c, side, drop = self.config, self.config.decoder, self.drop(deterministic)
+        c, side = self.config, self.config.decoder
+        drop = _dropout(c, deterministic)
         more = {"encoded": encoded, "cross_segments": cross_segments, "index": index}
         context = self.context(side, False, self_segments, query, key, **more)
         windows = windows_of(side, key.shape[0], causal=True)

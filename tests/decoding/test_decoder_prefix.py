@@ -40,25 +40,8 @@ def greedy(tiny_config, tiny_params, inputs):
     return answers(tiny_config, tiny_params, inputs, decoder_prefix=PREFIX)
 
 
-def test_scores_are_those_of_teacher_forcing_after_the_prefix(
-    tiny_config, tiny_params, inputs, greedy, log_probs_of
-):
-    source, forced = np.zeros((ROWS, 31), np.int32), np.zeros((ROWS, 12), np.int32)
-    for i, (row, ids) in enumerate(zip(inputs, greedy.ids, strict=True)):
-        source[i, : len(row)] = row
-        forced[i, : 4 + len(ids)] = [*PREFIX, *ids]
-    log_probs = log_probs_of(tiny_config, tiny_params, source, forced)
-    for i, ids in enumerate(greedy.ids):
-        at = range(4, 4 + len(ids))
-        assert log_probs[i, at].argmax(-1).tolist() == ids
-        assert greedy.scores[i] == pytest.approx(log_probs[i, at, ids].sum(), abs=1e-4)
-    assert 0 < greedy.finished.sum() < ROWS
-
-
-@pytest.mark.slow
-def test_windows_count_from_the_start_of_the_prefix(tiny_t5gemma, inputs, log_probs_of):
-    config, params = tiny_t5gemma
-    found = answers(config, params, inputs, decoder_prefix=PREFIX)
+def check_teacher_forcing(config, params, inputs, found, log_probs_of):
+    """Teacher forcing after the prefix finds the same ids likeliest, and gives the same scores."""
     source, forced = np.zeros((ROWS, 31), np.int32), np.zeros((ROWS, 12), np.int32)
     for i, (row, ids) in enumerate(zip(inputs, found.ids, strict=True)):
         source[i, : len(row)] = row
@@ -68,6 +51,20 @@ def test_windows_count_from_the_start_of_the_prefix(tiny_t5gemma, inputs, log_pr
         at = range(4, 4 + len(ids))
         assert log_probs[i, at].argmax(-1).tolist() == ids
         assert found.scores[i] == pytest.approx(log_probs[i, at, ids].sum(), abs=1e-4)
+
+
+def test_scores_are_those_of_teacher_forcing_after_the_prefix(
+    tiny_config, tiny_params, inputs, greedy, log_probs_of
+):
+    check_teacher_forcing(tiny_config, tiny_params, inputs, greedy, log_probs_of)
+    assert 0 < greedy.finished.sum() < ROWS
+
+
+@pytest.mark.slow
+def test_windows_count_from_the_start_of_the_prefix(tiny_t5gemma, inputs, log_probs_of):
+    config, params = tiny_t5gemma
+    found = answers(config, params, inputs, decoder_prefix=PREFIX)
+    check_teacher_forcing(config, params, inputs, found, log_probs_of)
     assert len({tuple(ids) for ids in found.ids}) > ROWS // 4
 
 
