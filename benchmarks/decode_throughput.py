@@ -59,7 +59,9 @@ def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
     # transformers 5 ties where it can
     own_head = model.get_output_embeddings().weight is not model.get_decoder().embed_tokens.weight
-    assert own_head is not model.config.tie_word_embeddings
+    # asked of the file: transformers sets its own field for a T5
+    stated = json.loads((pathlib.Path(directory) / "config.json").read_text())
+    assert own_head is not stated["tie_word_embeddings"]
     pad, end = model.config.pad_token_id, model.config.eos_token_id
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
 
