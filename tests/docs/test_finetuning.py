@@ -54,6 +54,6 @@ def test_the_papers_accuracies_are_those_of_its_page():
 def test_the_measured_accuracies_are_those_of_their_page():
     measured = (DOCS / "lab" / "experiments.md").read_text()
     found = re.findall(r"\d\.\d{3} ± \d\.\d{3}", "".join(PAGE.partition("## How many")[2]))
-    assert len(found) == 7
+    assert len(found) == 2  # the table is on the page of the experiments
     for number in found:
         assert number in measured

@@ -12,7 +12,7 @@ PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "how-to" / "sweeps.md").rea
 
 def commands(name):
     joined = PAGE.replace("\\\n", " ")
-    lines = re.findall(rf"^    (?:\$ )?stepdistill ({name} .*)$", joined, re.M)
+    lines = re.findall(rf"^(?:\$ )?stepdistill ({name} .*)$", joined, re.M)
     return [shlex.split(line.partition(" >")[0]) for line in lines]
 
 
