@@ -48,7 +48,10 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
 
 
 def _by_name(op_name: str, is_product: bool) -> str:
-    """Returns the part that a path names, such as `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`."""
+    """Returns the part of the model that a path of names belongs to.
+
+    A path looks like `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`.
+    """
     # the order decides: `layers/attention/query` contains both `layers` and `attention`
     names = [piece for step in op_name.split("/") for piece in step.split(".")]
     steps, last = set(names), names[-1]

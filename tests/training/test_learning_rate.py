@@ -89,7 +89,7 @@ def test_the_optimizer_takes_its_steps_at_the_rate():
         (lambda: cosine(end_value=-1), "`cosine.end_value` must be a number of at least 0, not -1"),
         (lambda: constant(learning_rate=0), "`constant.learning_rate` must be a number above 0, not 0"),
         (lambda: linear(train_steps=0), "`linear.train_steps` must be a whole number of at least 1"),
-        (lambda: LearningRate("constant", end_value=0.1), "constant has no end_value"),
+        (lambda: LearningRate("constant", end_value=0.1), "constant takes no end_value"),
         (lambda: TrainConfig("t", optimizer=cosine()), "`optimizer` must be an `OptimizerConfig`, or @name()"),
     ],
 )  # fmt: skip
