@@ -137,7 +137,6 @@ def train_step(
     if num_microbatches == 1:
         (_, sums), grads = value_and_grad(trained, batch, step_rng)
     else:
-
         # one slice's activations exist at a time; gradients are float32, as the parameters
         def add_slice(carry, part_and_index):
             part, index = part_and_index
