@@ -195,7 +195,7 @@ class ModelConfig(abc.ABC):
 
     # a norm multiplies by this plus its scale; Gemma stores the scale's difference from 1
     norm_offset: ClassVar[float] = 0.0
-    # whether each block's output is normalized, too
+    # whether each block's output is normalised, too
     post_norms: ClassVar[bool] = False
     # whether embeddings are multiplied by the square root of their width
     scaled_embeddings: ClassVar[bool] = False

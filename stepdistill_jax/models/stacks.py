@@ -50,7 +50,7 @@ class _Layer(nn.Module):
     deterministic: bool
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
-        """Normalizes a block's output in families that do so; returns it unchanged in others."""
+        """Normalises a block's output in families that do so; returns it unchanged in others."""
         if not self.config.post_norms:
             return y
         return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)
@@ -66,7 +66,7 @@ class _Layer(nn.Module):
 class EncoderLayer(_Layer):
     @nn.compact
     def __call__(self, x, window, context: Context):
-        """x [batch, length, embed] -> (the same shape, None); `window` is this layer's entry of `windows_of`, or None."""
+        """x [batch, length, embed] -> (the same shape, None); `window` is an entry of `windows_of`, or None."""
         c, side = self.config, self.config.encoder
         drop = _dropout(c, self.deterministic)
         bias = self.bias(context, bidirectional=True)

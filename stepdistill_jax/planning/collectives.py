@@ -61,7 +61,7 @@ def collectives(
     """Returns a compiled module's collectives over more than one device, largest first.
 
     Args:
-        module: the optimized program (`compiled.as_text()`).
+        module: the optimised program (`compiled.as_text()`).
         num_devices: number of devices of the mesh, which is the group of an operation that names none.
         unknown_trips: as for `runs`.
 

@@ -31,7 +31,7 @@ from stepdistill_jax.training.step import in_mesh, jit_train_step
 # FLOPs that cost as much as sending one byte. By the data sheets, a TPU v5e does 197e12 FLOPs and sends
 # 200e9 bytes a second, and an H100 does 989e12 and sends 450e9 over NVLink.
 FLOPS_PER_BYTE = 1000
-# The machine code of virtual devices never runs, and optimizing it changes no number here. Without a GPU,
+# The machine code of virtual devices never runs, and optimising it changes no number here. Without a GPU,
 # XLA cannot time kernels, so products go to cuBLAS, which is as fast as the kernel that timing would choose.
 OPTIONS: dict[str, Any] = {
     "cpu": {"xla_backend_optimization_level": 0},

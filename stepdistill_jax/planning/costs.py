@@ -57,7 +57,7 @@ class Costs:
         """Takes a parsed module.
 
         Args:
-            module: an optimized program.
+            module: an optimised program.
             spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU;
                 otherwise all spaces are main memory.
         """

@@ -1,4 +1,4 @@
-"""Parses the text of an optimized XLA module into computations, instructions and shapes."""
+"""Parses the text of an optimised XLA module into computations, instructions and shapes."""
 
 import dataclasses
 import functools

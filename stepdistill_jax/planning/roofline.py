@@ -107,7 +107,7 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
     """Returns the bound of a module.
 
     Args:
-        module: an optimized program for the chip.
+        module: an optimised program for the chip.
         chip: the chip whose rates are used.
         on_tpu: whether memory spaces other than 0 are on the chip.
         unknown_trips: as for `runs`.

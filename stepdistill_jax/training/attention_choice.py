@@ -123,7 +123,7 @@ def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
 
 
 def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
-    """Runs the kernel and plain operations on this process's first device; returns their difference, or None if small."""
+    """Compares the kernel with plain operations on this process's first device; returns a problem, or None."""
     heads = model.decoder.num_heads // tensor
     try:
         distances = {call: _distance(model, heads, call) for call in _calls(lengths)}

@@ -30,7 +30,7 @@ from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
-# Settings that may differ between a run and its resume. None changes the loss that is minimized.
+# Settings that may differ between a run and its resume. None changes the loss that is minimised.
 # `train_steps` may also grow, if no learning rate depends on it. `init_from` may have moved; the
 # fingerprint contains its content.
 FREE_FIELDS = (

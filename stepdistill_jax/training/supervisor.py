@@ -406,7 +406,7 @@ def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns a step's examples: row in the tokenized split, start of the input, and label."""
+    """Returns a step's examples: row in the tokenised split, start of the input, and label."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):

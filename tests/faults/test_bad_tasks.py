@@ -225,7 +225,7 @@ def unfit_tasks():
             ("split 'train' differ between two readings", "map_over_dataset(num_seeds=1)"),
         ),
         "no rows": ({"source": no_rows}, ("split 'train' has no rows", "its source is empty")),
-        "no splits": ({"source": no_splits}, ("has no splits", "give it `splits`")),
+        "no splits": ({"source": no_splits}, ("has no splits", "set `splits`")),
         "a TFDS version that there is not": (
             {"source": version},
             ("glue/cola:9.9.9 is not downloaded", "only: 2.0.0", "check its name, version"),

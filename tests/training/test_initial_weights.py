@@ -250,7 +250,10 @@ def test_what_a_directory_lacks_is_named_with_the_rule_that_leaves_it_out(
             "'decoder/layers/self_atention/query/kernel' applies to no parameter of the model;"
             " .* did you mean 'decoder/layers/self_attention/query/kernel'",
         ),
-        ([("decoder/.*", None), ("decoder/layers/.*", None)], "'decoder/layers/.\\*' applies to no"),
+        (
+            [("decoder/.*", None), ("decoder/layers/.*", None)],
+            "'decoder/layers/.\\*' applies to no",
+        ),
         ([("decoder/layers/mlp/wo", None)], "'decoder/layers/mlp/wo' applies to no"),
         (
             [("token_embedder", "token_embeder")],
