@@ -188,6 +188,7 @@ class Batches:
         Raises:
             InputError: an example is longer.
         """
+        # a shallow copy keeps the cached tables and the sampler, which do not depend on the lengths
         other = copy.copy(self)
         for name in ("lengths", "row_counts"):  # cached properties that depend on the lengths
             other.__dict__.pop(name, None)
@@ -223,6 +224,7 @@ class Batches:
 
     def _has_pairs(self) -> bool:
         """Returns whether an example in use has targets of both of the first two objectives."""
+        # tables of one store with a row each for objective 1 and 2, and an example in use that has both
         pairs = itertools.product(self._tables, self._tables)
         return any(
             (one.store, one.objective, other.objective) == (other.store, 1, 2)
@@ -345,6 +347,7 @@ class Batches:
         if self.pairs:
             return (self.longest(),)
 
+        # of the complete data, so that all batches of a group have one shape
         def longest(lengths: Iterable[np.ndarray]) -> int:
             return max(1, *(int(of_table.max(initial=0)) for of_table in lengths))
 
@@ -390,6 +393,7 @@ class Batches:
 
     def batch_rows(self, fullest: int) -> int:
         """Returns the number of rows of each group if the fullest shard needs `fullest` rows."""
+        # padded: a row for each example. Packed: the smallest compiled shape in which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
@@ -405,6 +409,7 @@ class Batches:
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
         for place, shard in enumerate(shards):
             block = slice(place * count, (place + 1) * count)
+            # rows of a block that the shard does not fill stay padding: zeros
             for group, packed in zip(batch, shard, strict=True):
                 if packed.encodings is None or packed.packing is None:
                     continue

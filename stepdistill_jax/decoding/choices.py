@@ -178,6 +178,7 @@ def _batches(
     """Yields the places of rows with similar numbers of decoder rows, input buckets, and answer tokens."""
     tokens = [sum(map(len, of_row)) for of_row in answers]
 
+    # negative, so that the largest batch comes first and a lack of memory shows early
     def size(i: int) -> tuple[int, int, int]:
         return -(tokens[i] // WIDTHS[-1]), -bucket_length(len(rows[i])), -tokens[i]
 
@@ -198,6 +199,7 @@ def _arrays(
         inputs [batch_size, bucket]; targets, segments and owners [batch_size, decoder rows, width],
         all int32: ids, number of the id's answer in its decoder row, and number among the row's answers.
     """
+    # the narrowest width that holds the longest answer and, up to 64 tokens, all answers of a row
     longest = max(len(ids) for of_row in answers for ids in of_row)
     most = max(sum(map(len, of_row)) for of_row in answers)
     needed = max(longest, min(most, WIDTHS[-1]))

@@ -156,6 +156,8 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
     def spread(params, arrays):
         params = cast(params)
+        # With `fsdp`, the rows are cut over the axis that also cuts the parameters, so each device must gather
+        # all of them.
         if not own_rows or (mesh.shape["fsdp"] > 1 and not _fits(params, mesh)):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
@@ -285,6 +287,7 @@ class LabelDecoder:
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )
 
+        # a generator, so that `pipelined` starts the next batch before it waits for this one
         results = (
             (places, call_over_rows(self._decode, self._mesh, params, batch))
             for places, batch in bucketed(rows, self.batch_size)

@@ -15,7 +15,7 @@ from stepdistill_jax.models.dropout import dropout
 from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fused_attention
 from stepdistill_jax.models.products import precision_of
 
-NEG_INF = -1e9
+NEG_INF = -1e9  # finite, since the softmax of a row of -inf is NaN
 ATTENTION_OUTPUT = "attention_output"  # name of attention's output in `jax.checkpoint` policies
 
 
@@ -88,8 +88,10 @@ def attention(
     mask = seen(query_segments, key_segments)
     if causal or window is not None:
         mask &= _near(q.shape[1], k.shape[1], causal, window)
+    # float32 up to here; in bfloat16 the product with the values reads half of the bytes
     weights = masked_softmax(scores, mask).astype(v.dtype)
     weights = dropout(weights, dropout_rate, dropout_rng, broadcast=False)
+    # the name that a kernel's output has, too (`stacks.scan_layers` refers to it)
     return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
 
 
@@ -125,6 +127,7 @@ def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
     return scores + bias
 
 
+# JAX's own gradient is the same sum, which takes long on a CPU (`cpu_speed.sum_over_rows`)
 _plus_bias.defvjp(
     lambda scores, bias: (scores + bias, None),
     lambda _, gradient: (gradient, sum_over_rows(gradient)),
@@ -147,6 +150,7 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
 
 def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
     """[batch, q], [batch, k] -> [batch, 1, q, k] bool: true for equal segments that are not padding."""
+    # query segments 1 2 0 and key segments 1 1 0: rows 1 1 0, 0 0 0 and 0 0 0
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (same & (key_segments > 0)[:, None, :])[:, None]
 

@@ -29,6 +29,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [batch, length, embed] -> the same shape in the config's dtype."""
+        # the effective scale starts at 1: a stored 1, or a stored 0 with Gemma's offset of 1
         offset = self.config.norm_offset
         init = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("embed",))
         scale: Any = self.param("scale", init, (x.shape[-1],))
@@ -99,6 +100,7 @@ class Merged(nn.Module):
             y: Any = sums.astype(self.config.dtype)
         else:
             y = kernel_product(x, params[KERNEL])
+        # [..., projections, features] -> an array for each projection
         return [y[..., i, :] for i in range(y.shape[-2])]
 
 
@@ -214,6 +216,7 @@ class Attention(nn.Module):
             segments, relative_bias: as for `__call__`.
         """
         product = functools.partial(jnp.einsum, precision=precision_of(self.config.dtype))
+        # `count` queries of a row: one token, or the beams of an input in attention to the encoder
         batch, count, heads, width = queries.shape
         if self.side.num_kv_heads == heads:
             scores = product("bqhd,bhdk->bhqk", queries, keys)
@@ -291,9 +294,11 @@ class Mlp(nn.Module):
         else:
             size = s.mlp_dim, ("embed", "mlp"), s.init_stddev or s.emb_dim**-0.5
             projected = [dense(c, *size, name, "wi")(x) for name in names]
+        # gated: gelu(x wi_0) * (x wi_1) (Shazeer 2020, arXiv:2002.05202); without a gate: relu(x wi)
         h = jnp.ones((), c.dtype)
         for y, activation in zip(projected, c.mlp_activations, strict=True):
             h = h * _ACTIVATION_FNS[activation](y)
+        # between the two projections, as in T5X
         h = Dropout(c.dropout_rate, c.dropout_broadcast)(h, deterministic=deterministic)
         stddev = s.init_stddev or s.mlp_dim**-0.5
         wo = dense(c, s.emb_dim, ("mlp", "embed"), stddev, "wo", "wo")

@@ -71,6 +71,7 @@ class EncoderLayer(_Layer):
         drop = _dropout(c, self.deterministic)
         bias = self.bias(context, bidirectional=True)
         attention = Attention(c, side, side.emb_dim, name="attention")
+        # x + block(norm(x)); `normed` adds Gemma's second norm, of the block's output
         h = RMSNorm(c, name="pre_attention_layer_norm")(x)
         keys, values = attention.keys_values(h)
         queries, keys = _turned(attention.queries(h), keys, context.turn)
@@ -192,10 +193,12 @@ def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axe
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
+        # each layer has its own initial weights and dropout masks
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
         unroll=1 if config.scan_layers else length,
+        # the name of axis 0 for the logical axis rules
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(config, name="layers", **kwargs)
@@ -254,6 +257,7 @@ class Decoder(_Stack):
         windows = windows_of(side, key.shape[0], causal=True)
         options: dict[str, Any] = {"causal": causal, "deterministic": deterministic}
         if c.unrolled_decoder:
+            # each layer has separate parameters (`models.unrolled`), and the cache is still stacked
             x, found = drop(x), []
             for i in range(side.num_layers):
                 layer = DecoderLayer(c, **options, name=f"layers_{i}")

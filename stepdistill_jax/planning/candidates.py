@@ -38,6 +38,7 @@ class Target:
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
     """Returns, by name, the layouts whose axes divide the model's dimensions."""
 
+    # as `models.sharding` cuts: widths over fsdp; vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:
         sides = (model.encoder, model.decoder)
         by_tensor = [model.vocab_size, *(n for s in sides for n in (s.num_kv_heads, s.mlp_dim))]
@@ -113,6 +114,7 @@ def _policies(
     config: TrainConfig, target: Target, name: str, layout: Layout
 ) -> Iterator[dict[str, Any]]:
     """Compiles one layout under as many remat policies as necessary, yielding least recomputation first."""
+    # if the policy that recomputes most does not fit, none between does, so it is compiled second
     least, *between, most = REMAT_POLICIES
     first = compiled(config, target, name, layout, least)
     yield first

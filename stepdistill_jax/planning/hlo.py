@@ -175,6 +175,7 @@ class Module:
         self.computations: dict[str, Computation] = {}
         self.entry = Computation("")
         current = None
+        # computations are not nested in the text: a head, indented instructions, and a brace in column 0
         for line in text.splitlines():
             if line.startswith("}"):
                 current = None
@@ -202,7 +203,7 @@ def _instruction(line: str) -> Instruction:
     """Parses `ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
     is_root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    if rest.startswith("("):
+    if rest.startswith("("):  # a tuple's shapes contain spaces, so they end with its parenthesis
         end = _closing(rest, 0) + 1
         shapes, rest = rest[:end], rest[end:].lstrip()
     else:

@@ -136,6 +136,7 @@ def _operation(
         part_of(module, instruction, cost),
         times,
         cost,
+        # the peak depends on the dtype of the factors and the precision of the product
         products=sum(flops / chip.products(*kind) for kind, flops in cost.products.items()),
         memory=cost.bytes / chip.bandwidth,
         elements=cost.integer / chip.integer + cost.other / chip.other,

@@ -128,6 +128,7 @@ class _MixtureLoader:
             splits = dict.fromkeys(s for t in self.mixture.tasks for s in t.splits)
             check_split(name, self.split, splits)
             raise InputError(f"mixture {name!r}: no row of split {self.split!r} has a target")
+        # an objective without any task would have loss 0 in the complete run
         fed = {column.objective for part in parts for column in part.columns}
         for number, objective in enumerate(objectives, 1):
             if number not in fed and self.split == "train":

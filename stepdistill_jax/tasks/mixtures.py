@@ -65,6 +65,7 @@ def groups_of(
     found: dict[str, Group] = {}
     for dataset, members in _families(mixture):
         taught = tuple(named[task.name] for task in members)
+        # the label's task names a group of plain tasks
         at = taught.index(objectives[0]) if objectives[0] in taught else 0
         name = dataset or members[at].name
         group = Group(name, members, taught, 0.0, dataset)
@@ -105,6 +106,7 @@ def label_tasks(
             if given.get(task.name, objectives[0]) == objectives[0]:
                 names[task.name] = None
         else:
+            # a dataset answers if its label task is in the mixture, or all of its tasks are
             whole = {name for name, other in TAGS.items() if other.dataset == tag.dataset}
             if whole <= there or tag.objective == objectives[0]:
                 names[tag.dataset] = None

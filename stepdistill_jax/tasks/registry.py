@@ -159,6 +159,7 @@ def add_task(
     for one in (*names, name):
         if one in taken:
             raise InputError(f"add_task({name!r}): SeqIO already has a task or mixture {one!r}")
+    # a failure below removes everything again, so that the call can be repeated after a fix
     try:
         for objective in spec.objectives:
             seqio.TaskRegistry.add(f"{name}_{objective.name}", **task_arguments(spec, objective))
@@ -233,6 +234,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     import seqio
 
     framing = load_vocabulary(spec.vocabulary).framing
+    # rows that depend on the lengths of a run must not be cached before they are known
     by_length = any(
         "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
     )

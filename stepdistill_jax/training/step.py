@@ -117,6 +117,7 @@ def train_step(
         loss has the last column of `sums` and the last of `weights`.
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
+    # 2 tasks with 2 objectives and an extra loss: 5 columns, the objectives of task 1, of task 2, the extra loss
     of = (len(objective_weights), num_tasks)
     columns = len(all_weights) + (num_tasks - 1) * of[0]
     weights = weights_at(all_weights, state.step)
@@ -126,6 +127,7 @@ def train_step(
     dropout = model.config.dropout_rate > 0
     # a function of seed and step, so a resumed run draws the same dropout masks
     step_rng = jax.random.fold_in(state.rng, state.step)
+    # with adapters, gradients are computed only for them, and the optimizer's state has only theirs
     trained, frozen = split(state.params)
 
     def slice_loss(trained, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:

@@ -184,6 +184,7 @@ class Validator:
             sums = self.eval_step(params, placed(batch, self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
             on_batch()
+        # over all parts first, then each part: columns are the objectives of part 1, of part 2, ...
         metrics = self._means(over_tasks(of, count, len(parts)) for of in totals)
         for name, *of_part in zip(parts, *totals.reshape(3, len(parts), count), strict=True):
             if len(parts) > 1:
@@ -213,6 +214,7 @@ class Validator:
         prompts = [
             truncate(ids, self.batches.input_length) for inputs, _ in asked for ids in inputs
         ]
+        # the prompts of all parts together, so that few batches are partly empty
         decoded = self.decoder(params, prompts, on_progress=lambda _: on_batch())
         each, several, end = {}, len(self.data.parts) > 1, 0
         for part, (inputs, labels) in zip(parts, asked, strict=True):

@@ -92,6 +92,7 @@ def queries_gradient(
             ds = tiles.softmax_gradient(
                 call, weights, tiles.dot(call, slopes[half], v.T), dots[half][:, None], words, half
             )
+            # T5 does not scale scores, so score = q . k + bias, and dq = sum over keys of ds k
             after.append(dq + tiles.dot(call, ds.astype(keys.x.dtype), keys.x))
         return tuple(after)
 
@@ -135,6 +136,7 @@ def keys_gradient(
             slope = tiles.query_rows(call, slope_ref, at)
             log_sum = tiles.query_vector(call, sums, at, tiles.NO_KEY)
             dot = tiles.query_vector(call, dots, at, 0.0)
+            # the same scores as in the forward pass, so 2^(score - log-sum) are the softmax's weights
             scores = tiles.scores(call, queries, keys, bias_ref, keys_first=True)
             weights = tiles.weights(scores, log_sum[None, :])
             dropped = tiles.dropped(call, weights, words, half)

@@ -104,6 +104,7 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
     if bias_ref is not None:
         bias = _bias(call, bias_ref, queries.start, keys.start)
         scores += bias.T if keys_first else bias
+    # padding has segment 0 as a query and -1 as a key, so it sees nothing and is not seen
     q, k = _pair(queries.segments, keys.segments, keys_first)
     mask = q == k
     if call.causal:
@@ -119,6 +120,8 @@ def words(call, seeds, queries, keys, *row, keys_first=False):
     """
     if call.kept == DRAWS:
         return None
+    # The hash needs positions with bit 6 clear. The first half's are: a program starts at a multiple of 128,
+    # or at 0 if there are at most 64 queries.
     q, k = _pair(queries.places.astype(jnp.uint32), keys.places.astype(jnp.uint32), keys_first)
     return random_words(seeds[(0, *row)], seeds[(1, *row)], q, k)
 
@@ -176,6 +179,7 @@ def _span(own, others, tile):
     With tiles of 2 and others 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3): places 2 to
     5. Without a match, first is the number of tiles and end is 0, so a loop over the range is empty.
     """
+    # only padding in `own`: low stays _EVERY and high 0, so nothing meets
     low, high = jnp.int32(_EVERY), jnp.int32(0)
     for segments in own:
         low = jnp.minimum(low, jnp.min(jnp.where(segments > 0, segments, _EVERY)))
