@@ -289,7 +289,7 @@ class Batches:
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the rounded number of rows of a batch in which each shard needs `num_rows` rows."""
+        """Returns the number of rows of a batch, rounded up, if its fullest shard needs `num_rows`."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:

@@ -115,7 +115,7 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns a row for each encoding: the row of its example's place."""
+        """Puts each encoding into the row of its example's place, without packing."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 

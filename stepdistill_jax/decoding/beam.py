@@ -124,7 +124,7 @@ def beam_search(
 
 
 def search(num_beams: int, length_penalty: float | None = None) -> Callable:
-    """Returns the decode function for these options, as `LabelDecoder` takes it.
+    """Returns the decode function for these options, to be passed to `LabelDecoder`.
 
     Args:
         num_beams: 1 means greedy decoding.

@@ -149,7 +149,10 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """[batch, q], [batch, k] -> [batch, 1, q, k] bool: true for equal segments that are not padding."""
+    """Returns which keys each query sees, [batch, 1, q, k] bool, from segments [batch, q] and [batch, k].
+
+    A query sees the keys of its segment, except padding.
+    """
     # query segments 1 2 0 and key segments 1 1 0: rows 1 1 0, 0 0 0 and 0 0 0
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (same & (key_segments > 0)[:, None, :])[:, None]
@@ -166,7 +169,7 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[batch, q, heads, d], [batch, k, kv_heads, d] -> [batch, heads, q, k] float32.
+    """Returns q [batch, q, heads, d] times k [batch, k, kv_heads, d]: [batch, heads, q, k] float32.
 
     With bfloat16 inputs, scores are rounded to bfloat16. The softmax runs in float32, since sums over
     long inputs would lose digits.
@@ -184,7 +187,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """[batch, heads, q, k], [batch, k, kv_heads, d] -> [batch, q, heads, d]."""
+    """Returns means of v [batch, k, kv_heads, d] by weights [batch, heads, q, k]: [batch, q, heads, d]."""
     precision = precision_of(v.dtype)
     batch, heads, queries, keys = weights.shape
     kv_heads, width = v.shape[2:]

@@ -180,7 +180,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def position_bias(self) -> str | None:
-        """What has a table of relative position biases: each `side`, each `layer`, or None."""
+        """Which modules have a table of relative position biases: each `side`, each `layer`, or None."""
         return None
 
     @property

@@ -88,7 +88,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """x [..., length, features] -> the same shape."""
+        """Applies dropout to x [..., length, features]; returns the same shape."""
         off = nn.merge_param("deterministic", self.deterministic, deterministic) or not self.rate
         rng = None if off else self.make_rng("dropout")
         return dropout(x, self.rate, rng, broadcast=self.broadcast)

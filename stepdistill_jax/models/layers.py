@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [batch, length, embed] -> the same shape in the config's dtype."""
+        """Normalises x [batch, length, embed]; returns the same shape in the config's dtype."""
         # the effective scale starts at 1: a stored 1, or a stored 0 with Gemma's offset of 1
         offset = self.config.norm_offset
         init = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("embed",))
@@ -93,7 +93,7 @@ class Merged(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """x [..., inputs] -> [..., features] of each projection."""
+        """Projects x [..., inputs]; returns [..., features] for each projection."""
         params: Any = self.variables["params"]  # kernel [inputs, projections, features]
         if self.config.quantized:
             sums = int8_product(x, params[KERNEL], params[SCALE], self.config.dtype)
@@ -286,7 +286,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        """x [batch, length, embed] -> the same shape."""
+        """Applies the block to x [batch, length, embed]; returns the same shape."""
         c, s = self.config, self.side
         names = ["wi"] if len(c.mlp_activations) == 1 else ["wi_0", "wi_1"]
         if self.merged:

@@ -44,7 +44,7 @@ class LoraDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., features]."""
+        """Projects x [..., inputs] to [..., features]."""
         inputs, (rows, columns) = x.shape[-1], self.axes
         named, normal = nn.with_logical_partitioning, nn.initializers.normal
         # variance 1 / (3 inputs), the variance of the uniform distribution up to 1 / sqrt(inputs)

@@ -68,7 +68,7 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Positions [q], [k] -> bias [1, heads, q, k] float32."""
+        """Returns the bias [1, heads, q, k] float32 for queries at positions [q] and keys at positions [k]."""
         c = self.config
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")

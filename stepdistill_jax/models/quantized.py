@@ -40,7 +40,7 @@ class QuantizedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., features]."""
+        """Projects x [..., inputs] to [..., features]."""
         named = nn.with_logical_partitioning
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param(KERNEL, named(_zeros(jnp.int8), self.axes), shape)

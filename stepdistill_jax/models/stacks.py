@@ -39,7 +39,7 @@ class Context(NamedTuple):
 
 
 def _dropout(config: ModelConfig, deterministic: bool) -> Dropout:
-    """Returns a layer's or a stack's dropout: one module whose calls draw separate masks."""
+    """Returns the dropout module of a layer or a stack; each of its calls draws another mask."""
     return Dropout(config.dropout_rate, config.dropout_broadcast, deterministic=deterministic)
 
 
@@ -66,7 +66,10 @@ class _Layer(nn.Module):
 class EncoderLayer(_Layer):
     @nn.compact
     def __call__(self, x, window, context: Context):
-        """x [batch, length, embed] -> (the same shape, None); `window` is an entry of `windows_of`, or None."""
+        """Applies the layer to x [batch, length, embed]; returns (the same shape, None).
+
+        `window` is this layer's entry of `windows_of`, or None.
+        """
         c, side = self.config, self.config.encoder
         drop = _dropout(c, self.deterministic)
         bias = self.bias(context, bidirectional=True)
@@ -96,7 +99,7 @@ class DecoderLayer(_Layer):
 
     @nn.compact
     def __call__(self, x, window, cache, context: Context):
-        """x [batch, q, embed] -> (the same shape, the token's key and value in this layer, or None)."""
+        """Applies the layer to x [batch, q, embed]; returns (the same shape, the token's key and value or None)."""
         c, side, off = self.config, self.config.decoder, self.deterministic
         drop = _dropout(c, off)
         bias = self.bias(context, bidirectional=False)
@@ -222,7 +225,7 @@ class _Stack(nn.Module):
 class Encoder(_Stack):
     @nn.compact
     def __call__(self, x, segments, *, deterministic: bool):
-        """x [batch, length, embed], segments [batch, length] -> [batch, length, embed]."""
+        """Encodes x [batch, length, embed] with segments [batch, length]; returns the shape of x."""
         c, side = self.config, self.config.encoder
         drop, position = _dropout(c, deterministic), jnp.arange(x.shape[1])
         context = self.context(side, True, (segments, segments), position, position)
@@ -249,7 +252,7 @@ class Decoder(_Stack):
         index=0,
         deterministic: bool,
     ):
-        """x [batch, q, embed] -> ([batch, q, embed], updated cache or None)."""
+        """Decodes x [batch, q, embed]; returns (the shape of x, the new keys and values or None)."""
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)
         more = {"encoded": encoded, "cross_segments": cross_segments, "index": index}

@@ -10,7 +10,7 @@ from stepdistill_jax.runtime.checks import keep, whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(ModelConfig):
-    """A T5; encoder and decoder have the same width (names as in T5X's `network.py`).
+    """Configuration of a T5, whose encoder and decoder have the same width (names as in T5X's `network.py`).
 
     Attributes:
         emb_dim: model width (Hugging Face `d_model`).

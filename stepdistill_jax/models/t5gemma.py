@@ -54,7 +54,7 @@ _SIDES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5GemmaConfig(ModelConfig):
-    """A T5Gemma.
+    """Configuration of a T5Gemma.
 
     Encoder and decoder each have an embedding; a tied output layer uses the decoder's.
 

@@ -66,7 +66,7 @@ def settle_attention(
 def untried_attention(
     model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
 ) -> tuple[ModelConfig, str | None]:
-    """Returns the model that `settle_attention` would if the kernel worked, and why there is no kernel, or None.
+    """Returns the result of `settle_attention` if the kernel works, and why there is no kernel, or None.
 
     Takes the same arguments and raises the same errors as `settle_attention`. Runs nothing, so the mesh's
     devices need not exist on this machine.

@@ -457,7 +457,7 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """While entered, ends a process whose state lasts too long: writes all threads' stacks, exits with 134.
+    """Ends the process if a state lasts too long while it is entered: writes all stacks, exits with status 134.
 
     Time in which the process does not run (a suspended laptop, Ctrl-Z) does not count, since the
     thread adds up its own short sleeps.

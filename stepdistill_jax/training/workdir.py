@@ -96,7 +96,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
 
 def check_config(path: pathlib.Path, new: str) -> None:
-    """Checks that a workdir's config may be replaced; a person's has comments, ours has only bindings.
+    """Checks that `train` wrote a workdir's config, which has only bindings, so that it may be replaced.
 
     Args:
         path: path of the config in a workdir.
@@ -122,7 +122,7 @@ def check_config(path: pathlib.Path, new: str) -> None:
 
 
 def _check_store(workdir: pathlib.Path) -> None:
-    """Checks access to a store by writing and removing a small object, since nothing else reveals its rights."""
+    """Writes and removes a small object, since a store's access rights show only in use."""
     probe = workdir / f".{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"")

@@ -58,7 +58,7 @@ class Call:
 
     @property
     def tiles(self) -> int:
-        """Number of pairs (a program's queries, a tile of keys) that one row and head computes."""
+        """Number of pairs (a program's queries, a tile of keys) that are computed for one row and head."""
         if not self.causal:
             return self.query_programs * self.key_tiles
         # program i reads keys up to its last query; 256 queries and keys, tiles of 64: 2 + 4 pairs of 8
@@ -127,7 +127,7 @@ def words(call, seeds, queries, keys, *row, keys_first=False):
 
 
 def weights(scores, top):
-    """Returns e^score / 2^top. A GPU has powers of 2, and fuses the product and the difference."""
+    """Returns e^score / 2^top as a power of 2, for which a GPU needs one fused multiply-add and one power."""
     return jnp.exp2(scores * LOG2_E - top)
 
 
@@ -238,7 +238,7 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns [count] bool, the places before the end; None if no program of `step` places passes it."""
+    """Returns which places are before the end, [count] bool; None if no program of `step` places passes it."""
     # length 256 in steps of 128 needs no mask; length 200 does, from place 200 of the second program on
     return None if length % step == 0 else _places(start, count) < length
 

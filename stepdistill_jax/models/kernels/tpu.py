@@ -98,7 +98,7 @@ def attention(
 
 
 def _bias_columns(bias):
-    """[heads, q, k] -> [pairs, rounds, k, 256]: arranges columns as in `tpu_programs`."""
+    """Arranges a bias [heads, q, k] in the columns of `tpu_programs`: [pairs, rounds, k, 256]."""
     heads, queries, keys = bias.shape
     # (pair, head of the pair, round, half, query of the half, key)
     # -> (pair, round, key, half, head of the pair, query of the half); the last three are the column
@@ -107,7 +107,7 @@ def _bias_columns(bias):
 
 
 def _segment_columns(segments):
-    """[rows, q] -> [rows, rounds, 256]: repeats the segments for both heads."""
+    """Repeats segments [rows, q] for both heads: [rows, rounds, 256]."""
     # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
     both = jnp.broadcast_to(halves, (*halves.shape[:3], 2, HALF))

@@ -204,7 +204,7 @@ def _keep(call, i, seeds, keys):
 
 
 def _per_head(call, x):
-    """[128, 2 d] -> [256, 2 d]: row (half, head, query) has the features of that head, and 0 elsewhere."""
+    """Separates heads, [128, 2 d] -> [256, 2 d]: row (half, head, query) has that head's features, else 0."""
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
     first, second = jnp.where(own, wide, 0), jnp.where(own, 0, wide)
@@ -213,7 +213,7 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """[2 d, 256] -> [128, 2 d]: takes the features of a column's own head; reverses `_per_head`."""
+    """Takes each column's features of its own head, [2 d, 256] -> [128, 2 d]; the reverse of `_per_head`."""
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
     blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
@@ -221,7 +221,7 @@ def _of_own_head(call, x):
 
 
 def _over_keys(combine, reduce, x):
-    """[keys, 256] -> [1, 256]: combines halves again and again, so that additions do not wait for each other."""
+    """Reduces x over keys, [keys, 256] -> [1, 256], by halves whose additions do not wait for each other."""
     # the number of rows stays a multiple of 8, the rows of a vector register: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
         x = combine(*jnp.split(x, 2))
