@@ -124,7 +124,7 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
         )
     if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:
         raise InputError(
-            f"`layout`: dcn_data={copies} does not fit {slices} slices; nearest that does:"
+            f"`layout`: dcn_data={copies} does not fit {slices} slices; nearest that fits:"
             f" dcn_data={slices}"
         )
     wanted = (copies, layout.data, layout.fsdp, layout.tensor)
@@ -136,7 +136,7 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
         names = (*(("dcn_data",) * (copies != 1)), *AXES)
         raise InputError(
             f"`layout`: {' x '.join(names)} = {' x '.join(map(str, wanted[-len(names) :]))} does not"
-            f" fit {count} devices; nearest that does: {_nearest_layout(wanted, count)}"
+            f" fit {count} devices; nearest that fits: {_nearest_layout(wanted, count)}"
         )
     copies, data, fsdp, tensor = (count // used if size == -1 else size for size in wanted)
     return copies * data, fsdp, tensor
@@ -338,5 +338,5 @@ def _check_divisible(
         )
         raise InputError(
             f"`layout`: {', '.join(f'{what} ({where})' for what, where in wrong.items())}; nearest"
-            f" layout of {mesh.size} devices that does: {nearest_layout}"
+            f" layout of {mesh.size} devices that fits: {nearest_layout}"
         )

@@ -27,7 +27,7 @@ def check_trainable(task: Any) -> None:
     if not set(FEATURES) <= set(features):
         raise _refused(
             task,
-            "an encoder-decoder needs the features inputs and targets, it has"
+            "an encoder-decoder needs the features inputs and targets, but it has"
             f" {', '.join(features)}; rename them in its preprocessors (seqio.preprocessors.rekey)",
         )
     for name, feature in features.items():
@@ -92,8 +92,8 @@ def _check_preprocessors(task: Any) -> None:
     if task.requires_caching:
         raise _refused(
             task,
-            "it is only read from a cache of seqio_cache_tasks, but training keeps its own tokens;"
-            " leave required=True out of its CacheDatasetPlaceholder",
+            "it can only be read from a cache of seqio_cache_tasks, but training stores its own"
+            " tokens; remove required=True from its CacheDatasetPlaceholder",
         )
 
 

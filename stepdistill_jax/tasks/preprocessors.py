@@ -42,7 +42,7 @@ def render(
             )
         if spec[field].dtype != tf.string or spec[field].shape.rank not in (0, None):
             raise InputError(
-                f"task {task!r}: field {field!r} of {source} must be a text, got"
+                f"task {task!r}: field {field!r} of {source} must be text, got"
                 f" {spec[field].dtype.name} of shape {spec[field].shape}"
             )
 

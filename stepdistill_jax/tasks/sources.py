@@ -95,7 +95,7 @@ class RowsOfFunction:
                 )
             if not isinstance(value, str | None):
                 raise InputError(
-                    f"{where}: field {name!r} must be a text, got {type(value).__name__}"
+                    f"{where}: field {name!r} must be text, got {type(value).__name__}"
                 )
             if required and not value:
                 raise InputError(f"{where}: field {name!r} is empty")

@@ -212,8 +212,8 @@ class TaskData:
         if self.vocab_size > vocab_size:
             raise InputError(
                 f"task {self.name!r}: its ids go up to {self.vocab_size - 1}, but the model's vocab_size"
-                f" is {vocab_size}; use a larger one (`init_from`), or a task whose vocabulary has fewer"
-                " extra_ids"
+                f" is {vocab_size}; use a model with a larger vocabulary (`init_from`), or a task whose"
+                " vocabulary has fewer extra_ids"
             )
 
 

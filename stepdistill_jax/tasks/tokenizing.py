@@ -152,8 +152,9 @@ class Reading:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; in preprocessors, draw with `seqio.map_over_dataset(num_seeds=1)`; in the"
-            " source's function, use an argument `seed`; or write the rows to a file once"
+            " readings; in preprocessors, draw random numbers with"
+            " `seqio.map_over_dataset(num_seeds=1)`; in the source's function, use an argument `seed`;"
+            " or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:

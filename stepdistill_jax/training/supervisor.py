@@ -291,7 +291,7 @@ class Supervisor:
             self._flag(step, "spike", metrics)
             if not self._spiking:
                 log(
-                    f"warning: step {step}: loss {loss:.4g}, the median of the last"
+                    f"warning: step {step}: loss {loss:.4g}, and the median of the last"
                     f" {len(self._losses)} steps is {usual:.4g}; its examples are in {FLAGGED}"
                 )
         self._spiking = spike

@@ -182,7 +182,7 @@ def test_a_source_of_seqio_is_renamed_by_preprocessors(seqio, tmp_path):
 
 BAD_ROWS = {
     "missing": ([{"input": "a", "lable": "b"}], r"row 1: field 'label' is missing.*input, lable.*did you mean 'lable'"),
-    "number": ([{"input": "a", "label": "b"}, {"input": "a", "label": 3}], "row 2: field 'label' must be a text, got int"),
+    "number": ([{"input": "a", "label": "b"}, {"input": "a", "label": 3}], "row 2: field 'label' must be text, got int"),
     "negative": ([{"input": "a", "label": "b", "weight": -2.0}], "row 1: the field 'weight' must be above 0, got -2.0"),
     "nan": ([{"input": "a", "label": "b"}, {"input": "a", "label": "b", "weight": float("nan")}], "row 2: the field 'weight' must be above 0, got nan"),
     "numpy": ([{"input": "a", "label": "b", "weight": np.float32(0)}], "row 1: the field 'weight' must be above 0, got 0.0"),
@@ -246,9 +246,7 @@ def test_a_field_that_a_source_lacks_is_named_with_task_and_source(seqio, tmp_pa
     with pytest.raises(InputError, match=r"task 'lines_label': field 'input' is missing.*TextLine"):
         add_task("lines", source=source)
     numbers = seqio.map_over_dataset(lambda line: {"input": line, "label": tf.constant(3)})
-    with pytest.raises(
-        InputError, match=r"field 'label' of source TextLine.* must be a text.*int32"
-    ):
+    with pytest.raises(InputError, match=r"field 'label' of source TextLine.* must be text.*int32"):
         add_task("lines", source=source, preprocessors=[numbers])
     same = seqio.map_over_dataset(lambda line: {"input": line, "label": line})
     gone = seqio.TextLineDataSource({"train": str(tmp_path / "gone.txt")})
