@@ -126,6 +126,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
         encoded: Any = model.apply(variables, inputs, present, method="encode")
         cache = start_cache(params, encoded, config, targets.shape[-1])
         output = output_layer(params, config)
+        # cast once, not in each chunk
         output = output.replace(weights=output.weights.astype(config.dtype))
 
         def one_decoder_row(_, of_row):
@@ -134,6 +135,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
             begins = segments != _shifted(segments)
             ids = jnp.where(begins, PAD_ID, _shifted(targets))
             x: Any = model.apply(variables, ids, segments, cache, present, method="target_states")
+            # 64 rows on a device: 8 tokens of each row at a time
             at_once = max(1, CHUNK_TOKENS // rows_of_device)
             return None, _log_probs(x, output, targets, at_once)
 

@@ -125,6 +125,7 @@ def _jit_decode(
     accumulate.
     """
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
+    # only if there is one: a decode function of a user need not take a prefix
     if decoder_prefix:
         options["decoder_prefix"] = decoder_prefix
 

@@ -123,6 +123,7 @@ class EncoderDecoder(nn.Module):
         """
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
         encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
+        # places in the row: attention uses only distances, which inside a segment are the same
         position = jnp.arange(target.shape[1])
         x, _ = self.decoder(
             self._embed_targets(batch["decoder_input_tokens"]),
@@ -201,6 +202,7 @@ class EncoderDecoder(nn.Module):
         position = jnp.arange(decoder_input_tokens.shape[1])
         x, _ = self.decoder(
             self._embed_targets(decoder_input_tokens),
+            # without `key` and `value`, the layers attend among the given targets
             {name: x for name, x in cache.items() if name.startswith("cross")},
             self_segments=(decoder_segment_ids, decoder_segment_ids),
             cross_segments=_one_segment(encoder_segment_ids > 0),
@@ -308,6 +310,7 @@ _FEATURES = (
 @functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB for each trace
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the parameter tree as boxed shapes with logical axis names; allocates nothing."""
+    # one row of 8: no parameter depends on the sizes of a batch
     batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), batch)["params"]
 

@@ -49,6 +49,7 @@ def fused_attention(
         kept=kept,
         interpret=platform == "cpu",
     )
+    # [1, heads, q, k] -> [heads, q, k]; a kernel needs segments for each row
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])

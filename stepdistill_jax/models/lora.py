@@ -116,7 +116,7 @@ def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
         if path[-1] == LORA_A:
             kernel, b = merged[*path[:-1], "kernel"], thin[*path[:-1], LORA_B]
             sharding = None if isinstance(kernel, Tracer) else kernel.sharding
-            scale = config.lora.alpha / a.shape[-1]
+            scale = config.lora.alpha / a.shape[-1]  # the last axis of A is the projection's rank
             merged[*path[:-1], "kernel"] = _add_product(kernel, a, b, scale, sharding)
     return unflatten_dict(merged), dataclasses.replace(config, lora=None)
 

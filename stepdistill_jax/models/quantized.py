@@ -88,6 +88,7 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
         The parameters, and the configuration that reads them.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    # embeddings, norms and position biases have other names than `kernel`
     for path in [path for path in flat if path[-1] == KERNEL]:
         kernel = flat[path]
         flat[path], flat[*path[:-1], SCALE] = _quantize(kernel, kernel.sharding)

@@ -143,6 +143,7 @@ class DecoderLayer(_Layer):
             queries, keys, values = attention.queries_keys_values(h)
         else:
             queries, (keys, values) = attention.queries(h), attention.keys_values(h)
+        # a key's rotation depends only on its own position, so the cache stores it turned
         queries, keys = _turned(queries, keys, context.turn)
         # [batch, 1, kv_heads, kv] -> [batch, kv_heads, kv, 1] and [batch, kv_heads, 1, kv]
         new = {"key": keys.transpose(0, 2, 3, 1), "value": values.swapaxes(1, 2)}

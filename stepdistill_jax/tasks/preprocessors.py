@@ -158,6 +158,7 @@ def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -
     """Samples a `paired_mixture`: yields row i of each task, then row i + 1, without absent rows."""
     del rates, seed
     tf = tensorflow()
+    # one dataset for each row, since rows of two tasks differ in length and cannot be one tensor
     one = tf.data.Dataset.from_tensors
     pairs = tf.data.Dataset.zip(*datasets)
     rows = pairs.flat_map(

@@ -252,6 +252,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
             seqio.preprocessors.tokenize,
             *([seqio.CacheDatasetPlaceholder()] if may_cache else []),
             *framing_steps(framing),
+            # truncates to a run's lengths and keeps the end of sequence
             seqio.preprocessors.append_eos_after_trim,
             empty_absent_targets,
             drop_absent_rows,
@@ -346,6 +347,7 @@ def joint_task(
             ),
             seqio.preprocessors.tokenize,
             *framing_steps(framing),
+            # truncates nothing: a store serves runs of all lengths
             seqio.preprocessors.append_eos,
             empty_absent_targets,
         ],

@@ -70,12 +70,14 @@ class LearningRate:
         last = train_steps if self.train_steps is None else self.train_steps
         if self.shape == "rsqrt":
             return lambda step: peak * jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))
+        # the fall counts its steps from the end of the warm-up (`join_schedules`)
         falling_steps = max(last - warmup_steps, 1)
         if self.shape == "constant":
             after = optax.constant_schedule(peak)
         elif self.shape == "linear":
             after = optax.linear_schedule(peak, self.end_value, falling_steps)
         else:
+            # optax takes the end value as a share of the peak
             after = optax.cosine_decay_schedule(peak, falling_steps, alpha=self.end_value / peak)
         rise = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
         return optax.join_schedules([rise, after], [warmup_steps]) if warmup_steps else after

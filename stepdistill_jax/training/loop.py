@@ -103,6 +103,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
                 startup.first_step(device_metrics)
                 supervisor.record(step, batch, device_metrics, waited)
             profile.ended(step, supervisor.flush)
+            # before the next step, which is given the memory of this state
             supervisor.save(step, state)
         supervisor.flush()
     rate = (config.train_steps - start) * config.batch_size / (time.monotonic() - began)

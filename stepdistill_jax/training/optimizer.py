@@ -83,6 +83,7 @@ def _optimizer(
             optax.add_decayed_weights(o.weight_decay),
             optax.scale_by_learning_rate(learning_rate_fn),
         )
+    # the clip comes first, so moments are averages of clipped gradients
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
 
 

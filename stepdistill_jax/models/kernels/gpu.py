@@ -76,7 +76,7 @@ def attention(
 ) -> jax.Array:
     """Returns attention on the arrays of one device; the package's docstring describes the arguments."""
     if seeds is None:
-        kept = DRAWS
+        kept = DRAWS  # programs draw nothing then
     large = q.dtype != jnp.float32 and _is_hopper(traced_device().device_kind)
     keys = KEYS if large else FEW_KEYS
     call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
