@@ -2,7 +2,7 @@
 
 1. `Encodings.of` finds the rows of a step that read one encoding of an input, and their lengths.
 2. `first_fit` finds the packed row and the first columns of each encoding. `choose_row_counts` and
-   `most_rows` bound the number of packed rows. If targets are paired, `first_fit` packs whole
+   `most_rows` bound the number of packed rows. If targets are paired, `first_fit` packs complete
    examples (`Encodings.of_examples`), and `Packing.of_encodings` finds the encodings inside them.
 3. `scatter` writes each token into its cell of the arrays of a batch.
 """

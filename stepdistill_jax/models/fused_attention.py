@@ -53,7 +53,7 @@ def fused_attention(
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
-    # Names all free axes, also the ones that cut nothing here: XLA refuses a kernel that it might have
+    # Names all free axes, even axes that cut nothing here, since XLA refuses a kernel that it might have
     # to partition.
     if (free := _free_axes()) and jax.sharding.get_abstract_mesh().size > 1:
         rows, heads = [tuple(a for a in free if a in axes) for axes in (BATCH_AXES, ("tensor",))]

@@ -15,8 +15,8 @@ from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state
 
 TENSOR_PARTS = (2, 4, 8, 16, 32)
-# A layout with more than this multiple of the FLOPs of the best is not compiled. The additional FLOPs are
-# those of empty rows; `train` warns if they are more than half of all rows.
+# A layout with more than this multiple of the FLOPs of the best is not compiled. The additional FLOPs belong
+# to empty rows; `train` warns if they are more than half of all rows.
 WASTE = 2
 
 

@@ -49,7 +49,7 @@ def memory_fraction() -> float:
 
 
 def memory_of(kind: str, hbm: int | None) -> int:
-    """Returns a device's memory in bytes: the given number, the chip's, or that of an A100 or H100."""
+    """Returns a device's memory in bytes: `hbm` if given, the chip's, or an H100's if the chip is unknown."""
     chip = chip_of(kind)
     return hbm or (DEFAULT_HBM if chip is None else chip.memory)
 

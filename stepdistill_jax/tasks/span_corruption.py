@@ -1,7 +1,7 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
 `We hold these truths` becomes the pair `We hold <X>` -> `<X> these truths`. SeqIO has no such
-preprocessor. The functions here equal those of the same names in the package `t5`
+preprocessor. The functions here equal the functions with the same names in the package `t5`
 (t5/data/preprocessors.py, version 0.9.4): the same seeds give the same masks.
 """
 

@@ -231,7 +231,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a dataset as NumPy arrays, with those of the requested features that it has.
+    """Yields the rows of a dataset as NumPy arrays; leaves out requested features that it lacks.
 
     Several rows leave TensorFlow together, padded, and are cut to their lengths afterwards, since passing
     single rows would take two thirds of the time. Only scalars and [length] features can be padded without

@@ -186,7 +186,7 @@ def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) -> None:
-    """Writes `run.json`, `config.gin` and the model files; first compares them with those of earlier starts.
+    """Writes `run.json`, `config.gin` and the model files, after checking them against earlier starts.
 
     Raises:
         InputError: the workdir holds another run (names the differences), or cannot be written; or the
