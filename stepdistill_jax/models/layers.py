@@ -252,7 +252,7 @@ class Attention(nn.Module):
             params: Any = projection.variables["params"]
             found = kernel_of(params, c.dtype).reshape(self.inputs, -1, self.side.head_dim)
             groups = self.side.num_heads // self.side.num_kv_heads
-            # query head i reads kv head i // groups: 4 heads, 2 of them kv -> kernels 0 0 1 1
+            # query head i reads kv head i // groups: 4 heads and 2 kv heads -> kernels 0 0 1 1
             return jnp.repeat(found, groups, axis=1) if groups > 1 else found
 
         # K^T q, the query in the space of the states: [batch, heads, q, inputs]

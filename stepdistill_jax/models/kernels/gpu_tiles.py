@@ -239,7 +239,7 @@ def _vector(ref, start, count, length, step, other, *row):
 
 def _inside(start, count, length, step):
     """Returns which places are before the end, [count] bool; None if no program of `step` places passes it."""
-    # length 256 in steps of 128 needs no mask; length 200 does, from place 200 of the second program on
+    # length 256 in steps of 128 needs no mask; length 200 does: the second program reaches place 255
     return None if length % step == 0 else _places(start, count) < length
 
 
