@@ -69,6 +69,7 @@ def _optimizer(
     if isinstance(o, OptimizerFunction):
         return o.transformation(peak, train_steps)
     learning_rate_fn = o.rate.schedule(peak, train_steps)
+    # the rule comes after the clip, so moments are averages of clipped gradients
     if o.name == "adafactor":
         rule = optax.adafactor(
             learning_rate_fn,
@@ -83,7 +84,6 @@ def _optimizer(
             optax.add_decayed_weights(o.weight_decay),
             optax.scale_by_learning_rate(learning_rate_fn),
         )
-    # the clip comes first, so moments are averages of clipped gradients
     return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
 
 
