@@ -718,8 +718,8 @@ MUTANTS = [
         id="TR1",
         what="a resume chooses its packed rows again",
         file="stepdistill_jax/training/run.py",
-        old="    if config.pack and (workdir / RUN).is_file():\n        # a run of a version",
-        new="    if not workdir.name:\n        # a run of a version",
+        old="    if config.pack and (workdir / RUN).is_file():\n        # older versions did not choose",
+        new="    if not workdir.name:\n        # older versions did not choose",
         tests=[
             "tests/training/test_row_lengths.py::test_a_resume_on_another_layout_has_the_rows_of_the_run"
         ],

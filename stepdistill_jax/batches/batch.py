@@ -1,6 +1,6 @@
-"""The batch of a step as a pure function of (data, seed, step).
+"""Computes the batch of a step, as a pure function of (data, seed, step).
 
-`sampler.py` draws the rows of a step, `packing.py` puts their tokens into arrays.
+`sampler.py` draws the rows of a step, and `packing.py` writes their tokens into arrays.
 """
 
 import collections
@@ -49,8 +49,8 @@ class Packed(NamedTuple):
     """A group of a shard before its arrays are made.
 
     Attributes:
-        rows: its rows by table; [] without tokens.
-        encodings, packing: positions of their tokens; None without tokens.
+        rows: the group's rows by table; [] if it has no tokens.
+        encodings, packing: positions of the rows' tokens; None if there are none.
     """
 
     rows: Rows
@@ -68,17 +68,17 @@ Shard = tuple[Packed, ...]  # by group
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Batches of a run: `batches(step)` is the global batch, equal in every process and in any order.
+    """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
     A step takes `batch_size` examples, each with the rows of all its objectives. An absent target
     leaves out its row. Several rationales give several rows, or one that is drawn in each epoch
     (`TaskData.sample_rationales`). Each epoch is a permutation of the examples by (seed, epoch).
 
     The examples are split into `num_shards` shards of consecutive examples, of about equal size. Each
-    is packed by itself into a block of rows: of n blocks, block i has the rows from i/n to (i+1)/n of
-    the batch. All blocks have as many rows as the fullest shard needs, rounded up. So the batch does
-    not depend on the number of processes, and each process packs only the shards whose rows its
-    devices own (`batches/host.py`).
+    shard is packed separately into a block of rows. All blocks have as many rows as the fullest shard
+    needs, rounded up, and the batch is the blocks in order. So the batch does not depend on the number
+    of processes, and each process packs only the shards whose rows its devices own
+    (`batches/host.py`).
 
     Two examples, the second with weight 0.5 and no rationale (objective 2), packed:
 
@@ -103,11 +103,11 @@ class Batches:
         decoder_objective_ids        1  1  0  2  2  2  1  1
         decoder_loss_weights         1  1  0  1  1  1 .5 .5
 
-    For data with several parts, `decoder_task_ids` has the number of each target token's part, from 1.
+    For data with several parts, `decoder_task_ids` holds the number of each target token's part, from 1.
 
     With `pairs`, all rows of an example are adjacent in one packed or padded row, and
-    `decoder_example_ids` has the number of each target token's example in that row. Examples with
-    several targets are numbered first, here the first of the two:
+    `decoder_example_ids` holds the number of each target token's example in that row. Examples with
+    several targets are numbered first:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -115,16 +115,17 @@ class Batches:
 
     Attributes:
         data: token stores and objectives.
-        batch_size: examples per step.
-        input_length, target_length: most tokens of an input, and of a target with its decoder prefix;
-            longer ones are truncated, and keep the end of sequence as their last id.
+        batch_size: number of examples in a step.
+        input_length, target_length: maximum tokens of an input, and of a target with its decoder
+            prefix; longer texts are truncated, and keep the end of sequence as their last id.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: False pads instead: one group for each objective (with `pairs` one for all), row i for
-            the i-th example, as long as the group's longest row, and without shared encodings.
-        row_multiple: numbers of rows are multiples of it (devices that share a batch x microbatches).
+        pack: False pads instead: one group for each objective (with `pairs` one for all), with row i
+            for the i-th example, as long as the group's longest row, and without shared encodings.
+        row_multiple: the number of rows is a multiple of it: devices that share a batch x microbatches.
         data_fraction: share of the examples to use; a smaller share is a subset of a larger.
-        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` chooses them);
-            (0, 0) for `input_length` and `target_length` or, with `pairs`, at least the longest example.
+        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` chooses them).
+            (0, 0) means `input_length` and `target_length` and, with `pairs`, at least the longest
+            example.
         pairs: whether a row has all targets of its examples, for a loss that compares them.
         loss_mean: `token`, or `example`, which divides a row's weight by its number of target tokens.
         shuffle: False takes each example once, in order, for evaluation: `num_steps` steps, the last
@@ -162,7 +163,7 @@ class Batches:
         if self.pairs and not self._has_pairs():
             raise InputError(
                 f"`extra_loss`: it compares {' and '.join(o.name for o in self.data.objectives[:2])},"
-                f" but no example in {self.data.split} of {self.data.name} has targets of both"
+                f" but no example in {self.data.split} of {self.data.name} has targets for both"
             )
         if self.row_lengths == (0, 0):
             lengths = (self.input_length, self.target_length)
@@ -178,17 +179,18 @@ class Batches:
             if self.pack and length < longest:
                 raise InputError(
                     f"`{name}={length}`: {self.data.split} of {self.data.name} has an example of"
-                    f' {longest} tokens; give at least that, or "auto"'
+                    f' {longest} tokens; set it to at least {longest}, or to "auto"'
                 )
 
     def with_row_lengths(self, row_lengths: tuple[int, int]) -> "Batches":
-        """Returns the same batches with packed rows of these lengths; reuses what is computed.
+        """Returns these batches with packed rows of other lengths; reuses the tables that are computed.
 
         Raises:
             InputError: an example is longer.
         """
+        # a shallow copy keeps the cached tables and the sampler, which do not depend on the lengths
         other = copy.copy(self)
-        for name in ("lengths", "row_counts"):  # cached properties that depend on them
+        for name in ("lengths", "row_counts"):  # cached properties that depend on the lengths
             other.__dict__.pop(name, None)
         object.__setattr__(other, "row_lengths", row_lengths)
         other._check_row_lengths()
@@ -208,12 +210,13 @@ class Batches:
 
     @functools.cached_property
     def _usable(self) -> tuple[np.ndarray, ...]:
-        """For each store, the examples with at least one target."""
+        """The examples of each store that have at least one target."""
         return tuple(
             np.flatnonzero(np.any([t.present for t in self._tables_of(s)], axis=0))
             for s in range(len(self.data.stores))
         )
 
+    # draws only from the pools; `row_counts` uses all usable examples, so that fractions share shapes
     @functools.cached_property
     def _sampler(self) -> Sampler:
         pools = nested_pools(self._usable, self.data_fraction, self.seed)
@@ -221,6 +224,7 @@ class Batches:
 
     def _has_pairs(self) -> bool:
         """Returns whether an example in use has targets of both of the first two objectives."""
+        # tables of one store with a row each for objective 1 and 2, and an example in use that has both
         pairs = itertools.product(self._tables, self._tables)
         return any(
             (one.store, one.objective, other.objective) == (other.store, 1, 2)
@@ -235,12 +239,12 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Number of steps that take as many examples as there are."""
+        """Number of steps in which the run takes as many examples as the data has."""
         return self.num_examples / self.batch_size
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of a batch, by its size alone; 1 below 1,024 examples."""
+        """Number of shards of a batch, which depends only on its size; 1 below 1,024 examples."""
         return max(1, self.batch_size // SHARD_EXAMPLES)
 
     @property
@@ -257,13 +261,14 @@ class Batches:
     def row_counts(self) -> tuple[int, ...]:
         """At most four numbers of packed rows, ascending; the last holds any batch of this data.
 
-        They do not depend on the seed, nor on `data_fraction` unless it leaves fewer examples than
-        a batch takes (then the last is larger): runs that differ in these share compiled steps.
+        They do not depend on the seed. They depend on `data_fraction` only if it leaves fewer examples
+        than a batch takes (then the last is larger). So runs that differ in these two share compiled
+        steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
-            # A shard that crosses an epoch's end may hold an example once per epoch: consecutive
-            # draws from n examples, `_shard_size` of them, touch at most so many epochs.
+            # A shard may hold an example once for each epoch that it touches. s consecutive draws from n
+            # examples touch at most (s - 1) // n + 2 epochs: 5 draws from 3 examples at most 3, as 1 + 3 + 1.
             epochs = (self._shard_size - 1) // len(self._sampler.pools[store]) + 2
             places, sizes = self._units(self._all_encodings(store))
             load = np.bincount(places, (sizes / self.row_lengths).sum(1))
@@ -277,21 +282,21 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """Multiple for the rows of a block, such that the batch's rows are a multiple of `row_multiple`.
+        """Number that must divide the rows of a block so that `row_multiple` divides the rows of a batch.
 
-        4 shards and a row multiple of 6 give 3: a batch has 4 blocks of 3k rows, 12k in all.
+        4 shards and a row multiple of 6 give 3: a batch has 4 blocks of 3k rows each, together 12k rows.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the number of rows of a batch whose shards need `num_rows` each, rounded up."""
+        """Returns the number of rows of a batch, rounded up, if its fullest shard needs `num_rows`."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
-        """Returns the lengths of the longest input and of the longest target after truncation.
+        """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, these are the lengths of all inputs and of all targets of an example; if
-        rationales are sampled, the longest counts.
+        With `pairs`, an example counts with the total lengths of its inputs and of its targets. If
+        rationales are sampled, it counts with its longest rationale.
         """
         return self._longest
 
@@ -307,17 +312,18 @@ class Batches:
         return max(1, inputs), max(1, targets)
 
     def probe(self, count: int) -> list[int]:
-        """Returns the numbers of packed rows that `count` random shards need, or fewer large shards.
+        """Packs random shards; returns the number of packed rows that each of them needs.
 
         The shards do not depend on `seed` and `data_fraction`, except for the rationales that are
-        sampled. To bound the time, at most `count` x 1,024 rows are packed, but at least `count` / 16
-        shards.
+        sampled. To bound the time, it packs at most `count` x 1,024 rows, and so fewer than `count` large
+        shards, but at least `count` / 16 shards.
         """
         size = self._shard_size
+        # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
         most = count * PROBED_ROWS // (size * len(self._tables))
         count = min(count, max(1, count // 16, most))
         shares = np.asarray(self.data.rates, np.float64)
-        if not self.shuffle:
+        if not self.shuffle:  # an evaluation takes each example once, whatever the rates are
             shares = np.array([len(usable) for usable in self._usable], np.float64)
         rng = np.random.default_rng(0)
         probes = []
@@ -327,7 +333,7 @@ class Batches:
             for store, usable in enumerate(self._usable):
                 mine = stores == store
                 indices[mine] = usable[rng.integers(len(usable), size=int(mine.sum()))]
-            epochs = rng.integers(1 << 30, size=size)
+            epochs = rng.integers(1 << 30, size=size)  # they decide only which rationale is sampled
             rows = self._rows(ExampleIds(stores, indices, epochs), self._tables)
             _, sizes = self._units(self._encodings(rows))
             probes.append(first_fit(sizes, self.lengths[0]).num_rows)
@@ -335,12 +341,13 @@ class Batches:
 
     @functools.cached_property
     def lengths(self) -> tuple[tuple[int, int], ...]:
-        """(input, target) length of each group."""
+        """The (input, target) lengths of each group."""
         if self.pack:
             return (self.row_lengths,)
         if self.pairs:
             return (self.longest(),)
 
+        # of the complete data, so that all batches of a group have one shape
         def longest(lengths: Iterable[np.ndarray]) -> int:
             return max(1, *(int(of_table.max(initial=0)) for of_table in lengths))
 
@@ -351,9 +358,11 @@ class Batches:
 
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
-        """Tables of each group: all tables or, if padded, tables with at most one row per example."""
+        """Tables of each group: all tables or, if padded, tables with at most one row for each example."""
         if self.pack or self.pairs:
             return [list(self._tables)]
+        # An example with two rationales has rows in the groups (label, 0), (rationale, 0), (rationale, 1). If
+        # one rationale is sampled, a single group takes it, whichever variant it is.
         groups = collections.defaultdict(list)
         for table in self._tables:
             variant = 0 if self.data.sample_rationales else table.variant
@@ -361,7 +370,7 @@ class Batches:
         return [groups[key] for key in sorted(groups)]
 
     def examples(self, step: int) -> ExampleIds:
-        """Returns the examples of a step, in drawn order."""
+        """Returns the examples of a step, in the order in which they are drawn."""
         first = step * self.batch_size
         return self._sampler(np.arange(first, first + self.batch_size))
 
@@ -372,8 +381,8 @@ class Batches:
 
     def shard(self, step: int, number: int) -> Shard:
         """Returns the packed rows of one shard of a step."""
-        # shard k of n takes the examples from k/n to (k+1)/n of the step: 10 examples in 3 shards
-        # are split at 0, 3, 6 and 10
+        # shard k of n takes the examples from k/n to (k+1)/n of the step: 10 examples and 3 shards are
+        # split at 0, 3, 6 and 10
         first, end = (
             step * self.batch_size + n * self.batch_size // self.num_shards
             for n in (number, number + 1)
@@ -384,27 +393,30 @@ class Batches:
 
     def batch_rows(self, fullest: int) -> int:
         """Returns the number of rows of each group if the fullest shard needs `fullest` rows."""
+        # padded: a row for each example. Packed: the smallest compiled shape in which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns the arrays of some of a step's shards, block after block.
+        """Returns the arrays of the given shards of a step, one block of rows after the other.
 
         Args:
-            shards: shards of one step.
+            shards: shards of one step, possibly not all.
             fullest: number of rows that the fullest of all shards of the step needs.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
         for place, shard in enumerate(shards):
             block = slice(place * count, (place + 1) * count)
+            # rows of a block that the shard does not fill stay padding: zeros
             for group, packed in zip(batch, shard, strict=True):
                 if packed.encodings is None or packed.packing is None:
                     continue
                 own = {
                     name: array[block] for name, array in group.items()
                 }  # views: written in place
+                # five lists of arrays by table: inputs, targets, tasks, objectives, weights
                 tokens = zip(*(table.tokens(e) for table, e, _ in packed.rows), strict=True)
                 scatter(own, packed.encodings, packed.packing, *map(np.concatenate, tokens))
         return batch
@@ -417,7 +429,7 @@ class Batches:
     def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
     ) -> Packed:
-        """Returns one group of a shard: its rows, their encodings, and the positions of these."""
+        """Returns one group of a shard: its rows, their encodings, and the encodings' positions."""
         rows = self._rows(drawn, tables)
         if not rows:
             return Packed(rows)
@@ -435,7 +447,7 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of rows, given as (input lengths, decoder lengths, places) by table."""
+        """Returns the encodings of rows; each table gives (input lengths, decoder lengths, places)."""
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
@@ -447,10 +459,10 @@ class Batches:
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store with all rationales; place i is example i.
+        """Returns the encodings of all examples of a store, with all rationales; place i is example i.
 
-        With `pairs` and sampled rationales, an example has a single rationale, as in a step, with the
-        length of its longest.
+        With `pairs` and sampled rationales, an example has one rationale, as in a step, which is as long
+        as its longest.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):
@@ -458,6 +470,7 @@ class Batches:
             groups[table.objective if one_of_them else column].append(table)
         rows = []
         for tables in groups.values():
+            # usually one table; of sampled rationales the longest, since a step may draw any of them
             inputs = np.max([np.where(t.present, t.inputs.lengths, 0) for t in tables], axis=0)
             targets = np.max([t.decoder_lengths for t in tables], axis=0)
             examples = np.flatnonzero(targets)
@@ -465,12 +478,12 @@ class Batches:
         return self._encodings_of(rows)
 
     def sizes(self) -> np.ndarray:
-        """Returns [units, 2] input and target lengths of all units that are packed (see `_units`)."""
+        """Returns the input and target lengths of all units to pack (see `_units`): [units, 2]."""
         stores = range(len(self.data.stores))
         return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])
 
     def cut_counts(self) -> dict[str, dict[str, int]]:
-        """Returns the number of truncated inputs and targets in use, for each objective."""
+        """Returns how many inputs and targets of the examples in use are truncated, for each objective."""
         counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
         for table in self._tables:
             pool = self._sampler.pools[table.store]

@@ -1,8 +1,8 @@
-"""Makes a process's part of the batches ahead of the steps: the shards with rows on its devices.
+"""Prepares a process's part of the coming batches: the shards with rows on the process's devices.
 
 The number of rows of a batch depends on its fullest shard, and its totals on all shards. So the
-processes exchange the counts of their shards, for 8 steps at a time. These steps are packed by then;
-their arrays are made one step at a time.
+processes pack 8 steps, exchange the counts of their shards for these steps, and then make the arrays of
+one step at a time.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ Counts = list[int]
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """A process's rows of a batch, and the totals of the whole batch.
+    """A process's rows of a batch, and the totals of the global batch.
 
     Attributes:
         groups: the rows of the process's shards, block after block.
         shards: numbers of these shards, ascending.
-        num_shards: number of shards of the batch.
-        shapes: (rows, input length, target length) of each group of the batch.
-        input_tokens, target_tokens: tokens in the batch, with decoder prefixes, without padding.
-        objective_tokens: target tokens of each objective in the batch, without prefixes.
+        num_shards: number of shards of the global batch.
+        shapes: (rows, input length, target length) of each group of the global batch.
+        input_tokens, target_tokens: tokens in the global batch, with decoder prefixes, without padding.
+        objective_tokens: target tokens of each objective in the global batch, without prefixes.
     """
 
     groups: Batch
@@ -50,15 +50,15 @@ def iterate(
     channel: Channel | None = None,
     prefetch: int = 4,
 ) -> Iterator[HostBatch]:
-    """Returns an iterator over the batches of steps `start` to `stop - 1`; a thread makes them ahead.
+    """Returns an iterator over the batches of steps `start` to `stop - 1`, which a thread makes in advance.
 
     Args:
-        batches: equal in all processes.
-        start, stop: first step, and the step after the last.
+        batches: the run's batches, the same in all processes.
+        start, stop: the first step, and the step after the last.
         shards: numbers of the shards that this process makes, ascending; None for all.
-        channel: connects the processes that make the other shards; closed at the end. None if there
-            are no others.
-        prefetch: batches to keep ready.
+        channel: connects the processes that make the other shards, and is closed at the end; None if
+            this process makes all shards.
+        prefetch: number of batches to keep ready.
     """
     import grain
 
@@ -66,7 +66,7 @@ def iterate(
         return iter(())
     numbers = tuple(range(batches.num_shards) if shards is None else shards)
     made = _Maker(batches, stop, numbers, channel)
-    # a single thread, which takes the steps in order
+    # a single thread: `_Maker` needs the steps in order
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
     source = iter(grain.MapDataset.range(start, stop).map(made).to_iter_dataset(options))
     return _closing(source, channel)
@@ -88,7 +88,7 @@ class _Maker:
         self, batches: Batches, stop: int, numbers: tuple[int, ...], channel: Channel | None
     ):
         self._batches, self._stop, self._numbers = batches, stop, numbers
-        # every process makes a single shard itself
+        # a batch with a single shard needs no exchange: every process makes that shard
         self._channel = channel if batches.num_shards > 1 else None
         self._ahead = 1 if self._channel is None else AGREED_STEPS
         self._packed: dict[int, list[Shard]] = {}
@@ -102,7 +102,7 @@ class _Maker:
             self._totals.update(zip(block, self._agreed(block), strict=True))
         if (
             self._channel is not None
-        ):  # pack one step of the next block at each call, to spread the work
+        ):  # each call also packs one step of the next block, so that no call has to pack 8
             self._pack(step + self._ahead)
         fullest, inputs, targets, *objectives = self._totals.pop(step)
         rows = self._batches.batch_rows(fullest)
@@ -121,7 +121,8 @@ class _Maker:
             self._packed[step] = [self._batches.shard(step, n) for n in self._numbers]
 
     def _agreed(self, steps: range) -> list[Counts]:
-        """Returns the counts of each step's batch: rows of the fullest shard, tokens of all shards."""
+        """Returns the counts of each step: the rows of its fullest shard, and the tokens of all shards."""
+        # shard -> its counts for each step: {2: [[9, 140, 61, 20, 41], ...], 3: ...}
         own = {
             number: [_counts(self._batches, self._packed[step][place]) for step in steps]
             for place, number in enumerate(self._numbers)
@@ -132,9 +133,10 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Combines the counts of all processes' shards, by step; counts a shard of two processes once."""
+    """Combines the counts of all processes' shards for each step; counts a shard only once if two processes have it."""
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
+    # column 0, rows, becomes the maximum over shards; token counts are added up
     return np.concatenate([counts[..., :1].max(0), counts[..., 1:].sum(0)], 1).tolist()
 
 

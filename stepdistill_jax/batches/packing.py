@@ -2,7 +2,7 @@
 
 1. `Encodings.of` finds the rows of a step that read one encoding of an input, and their lengths.
 2. `first_fit` finds the packed row and the first columns of each encoding. `choose_row_counts` and
-   `most_rows` bound the number of packed rows. If targets are paired, `first_fit` packs whole
+   `most_rows` bound the number of packed rows. If targets are paired, `first_fit` packs complete
    examples (`Encodings.of_examples`), and `Packing.of_encodings` finds the encodings inside them.
 3. `scatter` writes each token into its cell of the arrays of a batch.
 """
@@ -25,13 +25,13 @@ EXAMPLE_IDS = "decoder_example_ids"
 
 PROBES = 128
 PROBED_ROWS = 1024  # per probe: keeps probing below about two seconds for any batch size
-NEARLY_FULL = 2.2  # if at most so many mean rows still fit, the last two are chosen together
-CANDIDATES = 24  # of each list for these two; more take time and pack no better
+NEARLY_FULL = 2.2  # when fewer mean rows than this still fit, the last two rows are chosen together
+CANDIDATES = 24  # candidates from each list for these two; more take time and pack no better
 
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """Encodings of inputs: the rows that read each, and the order of their targets.
+    """Encodings of inputs, the rows that read each of them, and the order of these rows' targets.
 
     Attributes:
         of_row: [rows] int64 number of the encoding that the row reads, from 0.
@@ -73,10 +73,10 @@ class Encodings:
             count = int(places.max()) + 1
             # per place: how often its example is encoded again, and tokens in its latest encoding
             again, used = np.zeros(count, np.int64), np.zeros(count, np.int64)
-            # all first rows of examples at once, then all second rows, ...
+            # the first rows of all examples at once, then all second rows, and so on
             turn = _numbers_within(places, rows)
             for mine in (np.flatnonzero(turn == k) for k in range(1, int(turn.max()) + 1)):
-                at = places[mine]  # each place once, so that `again[at] += ...` counts right
+                at = places[mine]  # each place once; NumPy's `again[at] += ...` ignores repetitions
                 full = used[at] + lengths[mine] > target_length
                 again[at] += full
                 offset[mine] = np.where(full, 0, used[at])
@@ -90,7 +90,7 @@ class Encodings:
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
     def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns places [examples], ascending, and the summed sizes [examples, 2] of their encodings."""
+        """Returns the examples' places [examples], ascending, and their total sizes [examples, 2]."""
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
         return places, np.stack(sums, 1).astype(np.int64)
@@ -115,15 +115,15 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns a row for each encoding: the row of its example's place."""
+        """Puts each encoding into the row of its example's place, without packing."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Returns the positions of encodings whose examples have these positions.
+        """Returns the positions of encodings, given the positions of their examples (`self`).
 
-        The examples are in the order of `of_examples`. The encodings of one follow each other: if an
-        example at the columns (5, 2) has two encodings of sizes (3, 1) and (3, 4), these start at
+        The examples are in the order of `of_examples`. The encodings of an example follow each other: if
+        an example at the columns (5, 2) has two encodings of sizes (3, 1) and (3, 4), these start at
         (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
@@ -143,12 +143,12 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     Rows wait in two lists, each longest first: rows that need a larger share of a packed row's
     inputs than of its targets (most labels), and the others (rationales). The next row is the first
     that fits, from the list whose side has more room, so that inputs and targets fill up together.
-    On rows like CQA's that needs 15% fewer packed rows than one list sorted by the larger share,
+    On rows like CQA's this needs 15% fewer packed rows than one list sorted by the larger share,
     which packs the rationales together. The last two rows of a packed row are chosen together, as
-    the pair that fills it best: 3% fewer.
+    the pair that fills it best; this needs 3% fewer.
 
     Example: with capacity (4, 4) the sizes (3, 1), (1, 1), (1, 3) give the packed rows 0, 1, 0:
-    (3, 1) comes first, (1, 3) fills the rest of its row.
+    (3, 1) comes first, and (1, 3) fills the rest of its row.
 
     Args:
         sizes: [rows, 2] int input and target length, each from 1 to the capacity.
@@ -164,7 +164,9 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     is_target_heavy = shares[:, 1] > shares[:, 0]
     lists = [_Decreasing(sizes, np.flatnonzero(is_target_heavy == side), side) for side in (0, 1)]
     nearly_full = (NEARLY_FULL * sizes.mean(0)).tolist()
-    worth = shares.sum(0) / capacity  # value of a token: tokens of the scarcer side count more
+    # value of an input and of a target token: if all rows together fill 3 packed rows by their inputs and 6
+    # by their targets, a target token counts twice as much, relative to the capacity
+    worth = shares.sum(0) / capacity
     placed: list[tuple[int, int, int, int, int]] = []  # index, row, input, target, segment
     num_rows = 0
     while len(placed) < len(sizes):
@@ -188,7 +190,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
                 room[0] -= n_in
                 room[1] -= n_out
         if not segment:  # an empty packed row takes any row that is not too long
-            raise ValueError(f"a row longer than the capacity {capacity}")
+            raise ValueError(f"a row is longer than the capacity {capacity}")
         num_rows += 1
     index, *values = np.array(placed, np.int64).T
     columns[:, index] = values
@@ -196,18 +198,20 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """Rows that wait to be packed, the longest on their heavy side first."""
+    """The rows that wait to be packed, sorted by the length of their heavy side, longest first."""
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
         order = members[np.argsort(-sizes[members, side], kind="stable")]
         self._side = side
-        self._keys = (-sizes[order, side]).tolist()  # ascending, as bisect needs them
+        self._keys = (-sizes[order, side]).tolist()  # ascending, as bisect requires
         self._index = order.tolist()
         self._lengths = [sizes[order, either].tolist() for either in (0, 1)]
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position whose heavy side fits; it fits at all later positions, too."""
+        """Returns the first position whose heavy side fits; it also fits at all later positions."""
+        # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If the other side of no row fits, no
+        # position is searched.
         if room[1 - self._side] < self._least_other:
             return len(self._keys)
         return bisect.bisect_left(self._keys, -room[self._side])
@@ -221,9 +225,9 @@ class _Decreasing:
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
-        """Returns positions, input and target lengths of about 24 rows whose heavy side fits.
+        """Returns positions, input lengths and target lengths of about 24 rows whose heavy side fits.
 
-        They are evenly spread over the list, so that they have all lengths.
+        The rows are evenly spread over the list, so they have both long and short lengths.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)
@@ -242,7 +246,7 @@ def _last_two(
 ) -> list[tuple[_Decreasing, int]]:
     """Returns the one or two waiting rows that fit and fill the most; [] if none fits.
 
-    Of two in the same list the later comes first: removing it does not move the earlier one.
+    Of two rows in the same list, the later comes first, since removing it does not move the earlier.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
@@ -253,12 +257,12 @@ def _last_two(
     both_inputs = _each_two(inputs + more_inputs)
     both_targets = _each_two(targets + more_targets)
     value = both_inputs * worth[0] + both_targets * worth[1]
-    value *= (both_inputs <= room[0]) & (both_targets <= room[1])  # 0 for what does not fit
+    value *= (both_inputs <= room[0]) & (both_targets <= room[1])  # 0 for pairs that do not fit
     best = int(value.argmax())
     if not value.item(best):
         return []
     first = len(places)
-    # the flat index `best` is pair divmod(best, count); equal numbers, on the diagonal, are one row
+    # the flat index `best` means the pair divmod(best, count); on the diagonal both numbers are one row
     return [
         (lists[0], places[i]) if i < first else (lists[1], more_places[i - first])
         for i in sorted({*divmod(best, count)}, reverse=True)
@@ -266,7 +270,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns [n, n] float64 sums of each two of n lengths; on the diagonal, single lengths.
+    """Returns the sum of each pair of n lengths, [n, n] float64, with single lengths on the diagonal.
 
     Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
     """
@@ -291,7 +295,7 @@ def choose_row_counts(
         probes: packed rows that random shards needed.
         bound: packed rows that no shard can exceed.
         row_multiple: the numbers are multiples of it.
-        num_shards: shards of a batch, which all get as many rows as the fullest of them needs.
+        num_shards: number of shards in a batch; all get as many rows as the fullest of them needs.
     """
     used = np.sort(np.asarray(probes, np.int64))
     # The fullest of several shards lies further above the mean. This factor keeps batches that need
@@ -303,7 +307,7 @@ def choose_row_counts(
         used = np.random.default_rng(0).choice(used, (PROBES, num_shards)).max(1)
     rounded = np.array([round_up(count, row_multiple) for count in used.tolist()])
     values = np.unique(rounded)
-    # mean rows with the numbers a <= b < third: each probe takes the smallest that holds it
+    # mean number of rows with the numbers a <= b < third, where each probe takes the smallest that holds it
     means = {
         (a, b): np.where(rounded <= a, a, np.where(rounded <= b, b, third)).mean()
         for a in values.tolist()
@@ -316,7 +320,7 @@ def choose_row_counts(
 
 
 def round_up(value: float, multiple: int) -> int:
-    """Returns the least multiple of `multiple` that is not below `value`."""
+    """Returns the smallest multiple of `multiple` that is at least `value`."""
     return math.ceil(value / multiple) * multiple
 
 
@@ -330,11 +334,12 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     Args:
         loads: [examples] sum of input / capacity + target / capacity over an example's encodings.
             An example that a batch may take twice is listed twice.
-        rows_each: [examples] number of encodings: each needs at most a packed row of its own.
-        batch_size: examples in a batch.
+        rows_each: [examples] number of encodings; each needs at most one packed row.
+        batch_size: number of examples in a batch.
     """
     # the worst batch has the heaviest examples
     heaviest = np.partition(loads, -batch_size)[-batch_size:] if len(loads) > batch_size else loads
+    # m < 2 load + 1 is m <= ceil(2 load); the small summand covers rounding errors of the sum
     by_load = int(np.ceil(2 * heaviest.sum() + 1e-6))
     return max(1, min(by_load, int(np.sort(rows_each)[-batch_size:].sum())))
 
@@ -350,8 +355,8 @@ def empty_group(
 ) -> Group:
     """Returns a group of `count` rows of padding, with all features.
 
-    Adds the encoder segment of each target token if encodings are `shared`, the number of its task
-    for `several_tasks`, and the number of its example in the row for `pairs`.
+    Adds one feature for each option: with `shared` encodings, the encoder segment that a target token
+    reads; with `several_tasks`, the number of its task; with `pairs`, the number of its example in the row.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -383,14 +388,18 @@ def scatter(
 ) -> None:
     """Writes tokens into a group of padding, each into its cell.
 
-    Decoder segments are numbered from the left of each packed row; if every target has its own
-    encoding, encoder segments have the same numbers.
+    Decoder segments are numbered from the left of each packed row. If every target has its own encoding,
+    encoder segments have the same numbers.
 
-    `inputs`, and `targets`, `tasks`, `objectives` and `weights` with their decoder prefixes, are
-    [tokens] of all rows, one row after the other.
+    Args:
+        group: arrays of `empty_group`, filled in place.
+        encodings, packing: positions of the tokens.
+        inputs: [input tokens] ids of all rows, one row after the other.
+        targets, tasks, objectives, weights: [decoder tokens] of all rows, in the same order, with
+            decoder prefixes.
     """
     # An array [rows, width] is filled through its flat view: cell = row * width + column.
-    # encoder: the inputs of the first row of each encoding, the only ones that are encoded
+    # encoder: only the first row of each encoding, since the other rows read the same encoding
     of = encodings.of_row[encodings.is_first]
     lengths, width = encodings.sizes[of, 0], group["encoder_segment_ids"].shape[1]
     inputs = inputs[np.repeat(encodings.is_first, encodings.row_sizes[:, 0])]
@@ -402,8 +411,8 @@ def scatter(
     of, lengths = encodings.of_row, encodings.row_sizes[:, 1]
     row, start = packing.row[of], packing.target_start[of] + encodings.offset
     cells = ranges(row * group["decoder_segment_ids"].shape[1] + start, lengths)
-    # teacher forcing: each decoder input is the target before it; targets 7 1 8 9 1 of two segments
-    # have inputs 0 7 0 8 9
+    # teacher forcing: each decoder input is the previous target; targets 7 1 | 8 9 1 of two segments have
+    # inputs 0 7 | 0 8 9
     previous = np.concatenate([[0], targets[:-1]])
     previous[np.cumsum(lengths) - lengths] = 0  # each segment starts with 0
     np.put(group["decoder_target_tokens"], cells, targets)
@@ -421,10 +430,11 @@ def scatter(
 
 
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Returns [rows] the number of each row's example in its packed row, from 1.
+    """Returns the number of each row's example in its packed row, [rows] from 1.
 
-    Examples with several targets come first, from left to right, then the others. So the number of a
-    pair is at most half of the packed row's target tokens, however many other examples it has.
+    Examples with several targets come first, from left to right, then the others. So the number of an
+    example with a pair is at most half of the packed row's target tokens, however many other examples the
+    row has.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True
@@ -435,7 +445,7 @@ def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray)
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns [rows] the rank of each row in its group by its key, from 1.
+    """Returns the rank of each row in its group by its key, [rows] from 1.
 
     Example: `_numbers_within([0, 1, 0], [9, 5, 2])` is [2, 1, 1].
     """

@@ -9,10 +9,10 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.models.config import MAX_LENGTH
 
-FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # input length of a row, in lengths of the longest input
+FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # input length of a row, as a multiple of the longest input
 SLACKS = (1.0, 1.1, 1.25)  # target length of a row, relative to the data's targets per input token
 TILE = 64  # accelerators split longer rows into tiles
-PROBES = 8  # shards to pack for each candidate: about a second in all, at most
+PROBES = 8  # shards to pack for each candidate: at most about a second for all candidates
 LITTLE_MORE = 1.01  # relative cost allowed for shorter rows, whose attention takes less memory
 
 Cost = Callable[[int, int], float]  # (input length, target length) of a packed row -> cost
@@ -24,7 +24,7 @@ class RowLengths:
 
     Attributes:
         input_length, target_length: tokens of a row.
-        rows: mean rows of a step, after rounding up to the row multiple.
+        rows: mean number of rows of a step, after rounding up to the row multiple.
         cost: cost of a step.
     """
 
@@ -35,7 +35,7 @@ class RowLengths:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """(input length, target length)."""
+        """The pair (input length, target length)."""
         return self.input_length, self.target_length
 
 
@@ -44,8 +44,8 @@ def candidates(
 ) -> list[RowLengths]:
     """Returns candidate row lengths with their cost, shortest first.
 
-    All of them hold the longest example of the data. They do not depend on the seed, nor on
-    `data_fraction` unless `TaskData.share_is_drawn`, when the data is the share itself.
+    Each candidate holds the longest example of the data. The candidates do not depend on the seed. They
+    depend on `data_fraction` only if `TaskData.share_is_drawn`, when the data consists of the share.
 
     Args:
         batches: batches of the train split; `row_multiple` is used, `row_lengths` is not.
@@ -53,7 +53,7 @@ def candidates(
         input_length, target_length: a fixed length, or None to choose it.
     """
     found = []
-    # the same for all seeds and fractions
+    # runs that differ in these settings get the same row lengths, and so share compiled steps
     free = {"seed": 0, "data_fraction": 1.0, "loss_mean": "token", "row_lengths": (0, 0)}
     batches = dataclasses.replace(batches, **free)
     for lengths in _lengths(batches, input_length, target_length):
@@ -77,7 +77,7 @@ def _lengths(
     inputs, targets = batches.sizes().sum(0)
     found = set()
     for fold in FOLDS:
-        # at most 128 tokens to the next multiple of 8, above to whole tiles of 64
+        # rounded up to multiples of 8 up to 128 tokens, and of 64 above: 45 -> 48, 150 -> 192
         one = input_length or round_up(
             longest[0] * fold, TILE if longest[0] * fold > 2 * TILE else 8
         )

@@ -1,7 +1,7 @@
 """Chooses the rows of a step: a pure function of (tables, pools, rates, seed).
 
-`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so that a run resumes from its step
-alone. `rows_of` finds the rows of examples in each `TokenTable`.
+`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run needs only its step to resume.
+`rows_of` finds the rows of examples in each `TokenTable`.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenRows
 
-# positions of a mixture are assigned to stores in blocks: a block takes a millisecond to draw, and
-# has the rates to 1 in 65,536
+# Positions of a mixture are assigned to stores in blocks. A block takes a millisecond to draw, and its
+# shares of the stores equal the rates to 1 in 65,536.
 MIXTURE_BLOCK = 65_536
 
 
@@ -32,20 +32,21 @@ class TruncatedRows:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[examples] int64 number of tokens after truncation."""
+        """Number of tokens after truncation, [examples] int64."""
         return np.minimum(self.rows.lengths, self.most)
 
     @functools.cached_property
     def is_truncated(self) -> np.ndarray:
-        """[examples] bool, whether the row is longer than `most`."""
+        """Whether each row is longer than `most`, [examples] bool."""
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
-        """Returns [tokens] indices into `rows.ids` of the examples' tokens."""
+        """Returns the indices of the examples' tokens in `rows.ids`: [tokens]."""
         return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
-        """Returns [tokens] int32 ids of the examples, one after the other."""
+        """Returns the ids of the examples, one example after the other: [tokens] int32."""
+        # the indices are an array, so `ids` is a copy: the store itself is not changed below
         ids, cut = self.rows.ids[self.used(examples)], self.is_truncated[examples]
         if cut.any():
             ends = self.rows.starts[examples] + self.rows.lengths[examples]
@@ -60,12 +61,12 @@ class TokenTable:
     """The truncated rows of one column of a store.
 
     Attributes:
-        store, objective: number of the store from 0, of the objective from 1.
-        variant: number of the example's rationale, from 0.
+        store, objective: number of the store, from 0, and of the objective, from 1.
+        variant: number of the rationale among the example's rationales, from 0.
         inputs, targets: rows of ids; a target of length 0 marks an absent row.
         prefix: ids of the objective's `decoder_prefix`.
-        weights: [examples] float32 loss weight of each target token.
-        token_weights: [tokens] float32 further loss weight of each id of the targets; None is 1.
+        weights: loss weight of each example's target tokens, [examples] float32.
+        token_weights: further factor for each id of the targets, [tokens] float32; None means 1.
     """
 
     store: int
@@ -79,18 +80,19 @@ class TokenTable:
 
     @functools.cached_property
     def present(self) -> np.ndarray:
-        """[examples] bool, whether the example has this row."""
+        """Whether each example has this row, [examples] bool."""
         return self.targets.lengths > 0
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """[examples] int64 decoder length: prefix and target, 0 for an absent row."""
+        """Tokens of prefix and target, 0 for an absent row: [examples] int64."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns [tokens] input ids, and [tokens] decoder ids, tasks, objectives and weights.
+        """Returns the examples' input ids, and their decoder ids, tasks, objectives and weights.
 
-        Objective and weight are 0 for tokens of a prefix.
+        Each is an array [tokens], one example after the other. Tokens of a prefix have objective 0 and
+        weight 0.
         """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
         objectives = np.full(len(ids), self.objective)
@@ -98,7 +100,7 @@ class TokenTable:
         if self.token_weights is not None:
             weights *= self.token_weights[self.targets.used(examples)]
         if self.prefix:
-            # np.insert counts in the old array: before each target's first token, once for each id
+            # np.insert takes places of the old array: the first token of each target, repeated for each id
             # of the prefix; lengths [2, 3] and a prefix of 2 ids give [0, 0, 2, 2]
             at = np.repeat(np.cumsum(lengths) - lengths, len(self.prefix))
             ids = np.insert(ids, at, np.tile(self.prefix, len(examples)))
@@ -144,13 +146,14 @@ def _loss_weights(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `weights` and `token_weights` of a `TokenTable`.
 
-    With `loss_mean` "example" the tokens of a target share its weight w: each gets w / length, or
-    w / (sum of the target's token weights). The step's sums over tokens are then sums over targets,
-    without a change of the compiled step.
+    With `loss_mean` "example", the tokens of a target share its weight w: each gets w / length, or
+    w / (sum of the target's token weights). So the compiled step's sums over tokens become sums over
+    targets, and the step does not change.
     """
     first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
-    if token_weights is not None:  # the end of sequence that a truncated row keeps has weight 1
+    if token_weights is not None:
+        # a truncated row keeps its end of sequence as its last token, with weight 1
         token_weights = token_weights.copy()
         token_weights[ends[targets.is_truncated] - 1] = 1
     if loss_mean == "example":
@@ -164,7 +167,7 @@ def _loss_weights(
 
 
 class ExampleIds(NamedTuple):
-    """[examples] int64 each: number of the store, example in that store, and epoch of the draw."""
+    """Drawn examples, as three arrays [examples] int64: store, example in the store, and epoch of the draw."""
 
     stores: np.ndarray
     indices: np.ndarray
@@ -172,10 +175,12 @@ class ExampleIds(NamedTuple):
 
 
 def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
-    """Returns [examples] uniform uint64, each a function of its (seed, store, example, epoch) alone.
+    """Returns uniform random numbers, [examples] uint64, that depend only on (seed, store, example, epoch).
 
-    Mixes as splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+    Uses the mixing function of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number
+    generators").
     """
+    # uint64 arrays wrap around without a warning, as the algorithm needs
     mixed = np.full(len(drawn.indices), seed, np.uint64)
     for part in drawn:
         mixed += np.uint64(0x9E3779B97F4A7C15) + part.astype(np.uint64)
@@ -186,10 +191,10 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 
 
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
-    """Returns the examples of each store that are used, sorted.
+    """Returns the examples of each store that a run uses, sorted.
 
-    They are the head of one permutation of the store, so that smaller fractions are subsets of
-    larger ones.
+    They are the first examples of a fixed permutation of the store, so a smaller fraction is a subset of a
+    larger one.
     """
     if fraction == 1:
         return list(usable)
@@ -203,11 +208,11 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Maps positions 0, 1, 2, ... of a run to examples.
+    """Maps positions 0, 1, 2, ... of a run to examples, in two steps.
 
-    Position -> (store, turn): each block of 65,536 positions is a random sequence of the stores,
-    with each store as often as its rate says; `turn` counts the store's earlier positions. Turn ->
-    example: turn t of a store with n examples is number t % n of the permutation of epoch t // n.
+    Position -> (store, turn): each block of 65,536 positions is a random sequence of the stores, in which
+    each store has its rate's share; `turn` counts the store's earlier positions. Turn -> example: turn t
+    of a store with n examples is number t % n of the permutation of epoch t // n.
 
     Attributes:
         pools: for each store, the examples in use.
@@ -222,7 +227,7 @@ class Sampler:
     shuffle: bool
 
     def __call__(self, position: np.ndarray) -> ExampleIds:
-        """Returns the examples at [positions] int64, which may have any order."""
+        """Returns the examples at positions [positions] int64, which may be in any order."""
         if not self.shuffle:
             return self._in_order(position)
         # position -> (store, turn), block by block
@@ -251,7 +256,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Function (store, epoch) -> the store's pool, permuted; keeps the last two of each store."""
+        """Function (store, epoch) -> the permuted pool; caches two permutations for each store."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -261,7 +266,7 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Function block -> ([positions] store, [positions] turn of that store)."""
+        """Function block -> (store of each position, turn of that store): two arrays [65,536]."""
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))
@@ -276,10 +281,10 @@ class Sampler:
 
     @functools.cached_property
     def _shares(self) -> np.ndarray:
-        """[stores] number of positions in each block, at least 1, by largest remainders.
+        """Number of positions of each store in a block, at least 1, by largest remainders: [stores].
 
-        For 10 positions, rates of 1 and 2 give exactly 3.33 and 6.67, floors of 3 and 6, and the one
-        that is left to the larger remainder: 3 and 7.
+        For 10 positions, the rates 1 and 2 give exactly 3.33 and 6.67, so 3 and 6 rounded down. The
+        remaining position goes to the larger remainder: 3 and 7.
         """
         exact = np.asarray(self.rates, np.float64)
         exact = exact / exact.sum() * MIXTURE_BLOCK
@@ -299,7 +304,7 @@ Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
 def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int | None) -> Rows:
     """Returns the rows of drawn examples in these tables.
 
-    With a `variant_seed`, an example has one of its rationales in each epoch; without, all.
+    With a `variant_seed`, an example has one of its rationales in each epoch. Without, it has all.
     """
     found = []
     random = None if variant_seed is None else draws(drawn, variant_seed)
@@ -308,7 +313,8 @@ def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int |
         examples = drawn.indices[places]
         taken = table.present[examples]
         if random is not None:
-            # an example with n rationales has variants 0 to n - 1: draw one of these
+            # An example with n rationales has the variants 0 to n - 1, so its draw modulo n is one of them.
+            # Each table computes the same draw and takes the row if it is its own variant.
             of = (table.store, table.objective)
             variants = [t.present[examples] for t in tables if (t.store, t.objective) == of]
             count = np.maximum(np.sum(variants, axis=0), 1).astype(np.uint64)
@@ -319,7 +325,7 @@ def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int |
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns int64 ranges, joined: `ranges([3, 9], [2, 3])` is [3, 4, 9, 10, 11]."""
+    """Returns the concatenated ranges as int64: `ranges([3, 9], [2, 3])` is [3, 4, 9, 10, 11]."""
     # element i of the result, in a range with `before` elements to its left, is start - before + i
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(lengths.sum())

@@ -1,4 +1,4 @@
-"""Templates with `{fields}`: lists their fields, and parses texts that were written with them."""
+"""Lists the fields of templates such as "{rationale} so {label}", and parses texts written with them."""
 
 import functools
 import string
@@ -13,8 +13,8 @@ def fields_of(template: str) -> tuple[str, ...]:
     Example: `fields_of("{rationale} so {label}")` is ("rationale", "label").
 
     Raises:
-        InputError: a brace has no partner, or holds more than a name. Templates come with model
-            directories, and are not trusted: `{input:>9999999999}` would fill the memory, and
+        InputError: a brace has no partner, or contains more than a name. Templates come with model
+            directories and are not trusted: `{input:>9999999999}` would fill the memory, and
             `{input:{label.__class__}}` would read attributes.
     """
     try:
@@ -31,10 +31,10 @@ def fields_of(template: str) -> tuple[str, ...]:
 
 @functools.lru_cache(256)
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Returns (words before the field, field) for each field, then (words after the last, None).
+    """Splits a template into (words before a field, field) for each field, then (words after the last, None).
 
     Each run of whitespace becomes one space. Words at the start or end of the template get a space
-    on the outside, since `parse` puts one around the text.
+    on the outside, since `parse` adds a space at both ends of a text.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.
@@ -58,19 +58,19 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:
-    """Returns the fields of a text that was written with the template; None if it does not match.
+    """Returns the fields of a text that was written with the template, or None if the text does not match.
 
-    The other fields may contain the words that surround `field`. So the search goes outwards from
-    it: the last occurrence of the words before it counts, and from there the first occurrence of
-    the words after it. Each run of whitespace is one space, as for a tokenizer.
+    The other fields may contain the words that surround `field`. So the search starts at `field`: it
+    takes the last occurrence of the words before it and, from there, the first occurrence of the words
+    after it. Each run of whitespace counts as one space, as for a tokenizer.
 
     Example: with `{rationale} so {label}`, "wet so slow so no" gives
     {"rationale": "wet so slow", "label": "no"}.
 
     Args:
-        template: has words between any two fields.
+        template: a template with words between any two fields.
         text: any text.
-        field: the field of the template that matters.
+        field: the field at which the search starts.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]
@@ -85,8 +85,8 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     rest = f" {text.removeprefix(first_words)}"
     names, found = [str(name) for _, name in pieces], {}
     at = names.index(field)
-    # An empty field has a single space between its neighbours, which both of them need: so each
-    # search below first adds one where the previous words were cut off.
+    # An empty field leaves a single space between the words on its two sides, and both match only with a
+    # space. So each search below first adds a space where the previous words were cut off.
     after = rest
     # leftwards from `field`: pieces[number] are the words between names[number - 1] and names[number]
     for number in range(at, 0, -1):

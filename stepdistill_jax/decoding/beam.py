@@ -16,7 +16,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.checks import number, whole
 
-NOTHING = -1e9  # log probability of a candidate that is out of the running
+NOTHING = -1e9  # log probability of a candidate that cannot be chosen
 LENGTH_PENALTY = 1.0
 
 
@@ -30,24 +30,26 @@ def beam_search(
     num_beams: int,
     length_penalty: float = LENGTH_PENALTY,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the best of `num_beams` answers that are searched at once.
+    """Searches with `num_beams` answers at a time and returns the best answer of each row.
 
-    Answers compete by `sum of log probabilities / tokens ** length_penalty`; the end of sequence
+    An answer's score is `sum of log probabilities / tokens ** length_penalty`; the end of sequence
     counts as a token. The result equals `generate(num_beams=..., length_penalty=...,
     do_sample=False, early_stopping=False)` of transformers 5.23 (generation/utils.py,
-    `_beam_search`). Each step takes the 2 * num_beams best continuations. Those that end and are
-    among the first `num_beams` are kept, at most `num_beams` over all lengths; the best `num_beams`
-    that do not end continue. A row is done once it has `num_beams` finished answers and its best
-    unfinished one, at its current length, scores no better than the worst of them. At
+    `_beam_search`).
+
+    Each step takes the 2 * num_beams best continuations. The ones that end and are among the first
+    `num_beams` join the finished answers, of which the best `num_beams` are kept. The best `num_beams`
+    that do not end continue. A row is done when it has `num_beams` finished answers and its best
+    unfinished answer, at its current length, scores no better than the worst of them. At
     `max_decode_len` every answer counts as finished.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        num_beams: 1 is `greedy_decode`, as in Hugging Face.
+        num_beams: number of beams; 1 runs `greedy_decode`, as in Hugging Face.
         length_penalty: above 0 favours long answers; 0 ignores length.
 
     Returns:
-        As `greedy_decode`: ids, scores (without the length penalty), and finished.
+        The same arrays as `greedy_decode`: ids, scores (without the length penalty), and finished.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is out of range.
@@ -63,7 +65,7 @@ def beam_search(
     state = {
         "index": jnp.int32(0),
         "done": begin.filler,
-        # all beams start out equal, so only the first one counts
+        # All beams start with the same ids. If all counted, each would have the same best continuations.
         "running": {
             "ids": ids,
             "log_probs": jnp.full((batch, num_beams), NOTHING).at[:, 0].set(0.0),
@@ -77,6 +79,7 @@ def beam_search(
             "there": jnp.zeros((batch, num_beams), bool),
         },
     }
+    # divisor of an answer that ends at each index: at index i it has i + 1 tokens
     penalties = jnp.asarray(np.arange(1, max_decode_len + 1.0) ** length_penalty, jnp.float32)
 
     def body(state):
@@ -90,12 +93,15 @@ def beam_search(
             "log_probs": log_probs,
         }
         ends = (tokens == EOS_ID) | (index + 1 == max_decode_len)
+        # as in `generate`: an end that is not among the first `num_beams` candidates is dropped, and a row
+        # that is done takes no further answers
         ended = _keep_ended(
             state["ended"],
             candidates,
             ends & ~state["done"][:, None] & (jnp.arange(2 * num_beams) < num_beams),
             penalties[index],
         )
+        # a beam has one continuation that ends, so at least `num_beams` of the candidates go on
         go_on, places = jax.lax.top_k(jnp.where(ends, log_probs + NOTHING, log_probs), num_beams)
         worst = jnp.min(ended["scores"], axis=-1)
         hopeless = go_on[:, 0] / penalties[index] <= worst
@@ -118,14 +124,14 @@ def beam_search(
 
 
 def search(num_beams: int, length_penalty: float | None = None) -> Callable:
-    """Returns the decode function of these options, for `LabelDecoder`.
+    """Returns the decode function for these options, to be passed to `LabelDecoder`.
 
     Args:
-        num_beams: 1 is greedy decoding.
-        length_penalty: None is 1.
+        num_beams: 1 means greedy decoding.
+        length_penalty: None means 1.
 
     Raises:
-        InputError: a value out of range, or a length penalty with a single beam.
+        InputError: a value is out of range, or a single beam has a length penalty.
     """
     penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
     _check(num_beams, penalty)
@@ -133,8 +139,8 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
         return _search(num_beams, float(penalty))
     if length_penalty is not None:
         raise InputError(
-            "`length_penalty`: a single beam has no other answer to compete with;"
-            " give `num_beams=2` or more, or leave it out"
+            "`length_penalty`: it has no effect with a single beam; set `num_beams=2` or more, or"
+            " leave it out"
         )
     return greedy_decode
 
@@ -146,7 +152,7 @@ def _search(num_beams: int, length_penalty: float) -> Callable:
 
 def _check(num_beams: int, length_penalty: float) -> None:
     whole("num_beams", num_beams, 1)
-    # above this, 1024 ** length_penalty overflows float32
+    # 1024 ** 10 = 2^100 fits float32, and 1024 ** 13 does not
     number("length_penalty", length_penalty, least=-10, most=10)
 
 
@@ -155,38 +161,40 @@ def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax
 
     Args:
         logits: [batch * beams, vocab].
-        log_probs: [batch, beams], of the beams so far.
+        log_probs: log probabilities of the beams so far, [batch, beams].
 
     Returns:
-        Log probabilities, beams and tokens, each [batch, 2 * beams], the best first. A beam has one
-        continuation that ends, so at least half of them do not.
+        Log probabilities, beams and tokens, each [batch, 2 * beams], the best first.
     """
     batch, num_beams = log_probs.shape
     vocab = logits.shape[-1]
     total = nn.log_softmax(logits).reshape(batch, num_beams, vocab) + log_probs[..., None]
+    # a flat index is beam * vocab + token: with 10 ids, index 27 is token 7 after beam 2
     best, places = jax.lax.top_k(total.reshape(batch, -1), 2 * num_beams)
     return best, places // vocab, places % vocab
 
 
 def _keep_ended(ended, candidates, ends, penalty):
-    """Returns the best of the finished answers and of the candidates that end now, the best first."""
+    """Returns the best answers among the finished ones and the candidates that end now, best first."""
     new = {
         **candidates,
         "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),
         "there": ends,
     }
+    # [batch, beams] and [batch, 2 * beams] -> [batch, 3 * beams], of which `beams` are kept; candidates that
+    # do not end have score -inf
     merged = {name: jnp.concatenate([ended[name], new[name]], axis=1) for name in ended}
     _, places = jax.lax.top_k(merged["scores"], ended["scores"].shape[1])
     return {name: _gather(x, places) for name, x in merged.items()}
 
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
-    """x [batch, n, ...], places [batch, m] -> [batch, m, ...]."""
+    """Takes items of each row: x [batch, n, ...], places [batch, m] -> [batch, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(x, places)
 
 
 def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
-    """Gives each beam the keys and values of its parent; `beams` [batch, beams] names the parents."""
+    """Gives each beam the keys and values of its parent; `beams` [batch, beams] holds the parents' numbers."""
 
     def reorder(x):  # [layers, batch * beams, ...]
         by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Greedy decoding, and the batching of rows of any length around it."""
+"""Greedy decoding, and a decoder for rows of any length that batches them."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ from stepdistill_jax.runtime.chips import chip_of
 
 SMALLEST_BUCKET = 32
 ROWS_PER_DEVICE, FEWEST_ON_GPU = 64, 8
-GATHERED = 1 / 3  # of a device's memory; the rest is for a training state, caches and logits
+GATHERED = 1 / 3  # share of a device's memory; the rest is for a training state, caches and logits
 T = TypeVar("T")
 
 
@@ -43,15 +43,16 @@ def greedy_decode(
     Args:
         params: unboxed parameters of the model.
         config: its configuration.
-        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros fills up the batch
+        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills up the batch
             and is done from the start.
-        max_decode_len: most tokens of an answer, the end of sequence included.
-        decoder_prefix: ids given to the decoder before the answer; they and their probability are left out.
+        max_decode_len: maximum number of tokens of an answer, with the end of sequence.
+        decoder_prefix: ids that the decoder reads before the answer; the results contain neither them
+            nor their probability.
 
     Returns:
         ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
-        natural log of the probability of those ids, the end of sequence included; finished [batch]
-        bool, false where the answer has no end within `max_decode_len` ids (and in rows of zeros).
+        natural log of the probability of the ids, with the end of sequence; finished [batch] bool, false
+        if the answer has no end within `max_decode_len` ids (and for rows of zeros).
     """
     return decode_tokens(
         params,
@@ -65,12 +66,12 @@ def greedy_decode(
 
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Answers, in the order of the input rows.
+    """Decoded answers, in the order of the input rows.
 
     Attributes:
-        ids: of each row, up to and including the end of sequence if there is one.
-        scores: [rows] float32, natural log of the probability of `ids`.
-        finished: [rows] bool, whether the end of sequence was reached.
+        ids: ids of each answer, up to and including the end of sequence if it has one.
+        scores: natural log of the probability of each answer's ids, [rows] float32.
+        finished: whether each answer reached the end of sequence, [rows] bool.
     """
 
     ids: list[list[int]]
@@ -81,9 +82,10 @@ class Decoded:
 def bucket_length(length: int) -> int:
     """Returns the padded length of a row: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
 
-    Few values compile few shapes (21 up to 1024). Beyond the length of the longest row, at most a
-    fifth of a batch is padding, except in batches of the shortest rows.
+    Few lengths mean few shapes to compile (21 up to 1024). Rounding the longest row up to its bucket makes
+    at most a fifth of a batch padding, except in batches of the shortest rows.
     """
+    # four buckets between a power of 2 and the next: length 70 has power 64, so multiples of 16, so 80
     power = SMALLEST_BUCKET
     while 2 * power < length:
         power *= 2
@@ -93,10 +95,10 @@ def bucket_length(length: int) -> int:
 def bucketed(
     rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yields batches of rows of similar length: (places in `rows`, [batch_size, bucket] int32).
+    """Yields batches of rows of similar length: (places in `rows`, ids [batch_size, bucket] int32).
 
-    The longest rows come first, so a batch that does not fit into memory fails early. The last
-    batch is filled up with rows of zeros.
+    The longest rows come first, so if a batch does not fit into memory, it fails early. The last batch is
+    filled up with rows of zeros.
     """
     order = sorted(
         range(len(rows)), key=lambda i: -len(rows[i])
@@ -117,12 +119,13 @@ def _jit_decode(
     decode_fn: Callable,
     decoder_prefix: tuple[int, ...],
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the compiled function of a `LabelDecoder`; equal decoders of a process share it.
+    """Returns the compiled function of a `LabelDecoder`; equal decoders in a process share it.
 
-    A service that calls `predict` repeatedly compiles once, and the traces that JAX keeps do not
+    So a service that calls `predict` repeatedly compiles once, and the traces that JAX keeps do not
     accumulate.
     """
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
+    # only if there is one: a decode function of a user need not take a prefix
     if decoder_prefix:
         options["decoder_prefix"] = decoder_prefix
 
@@ -133,19 +136,19 @@ def _jit_decode(
 
 
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
-    """Returns `jax.jit` of `fn(params, arrays)`, for trees of [rows, ...]; each device gets all results.
+    """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]; each device gets all results.
 
-    Matrices are cast to `dtype` once, not at each token. Under a mesh, devices with rows of their own
-    also gather the parameters once and decode their rows independently. GSPMD alone would gather
-    the parameters at each token, ask all devices whether all are done, and gather the logits of
-    beams. It does so only where gathered parameters would take more than `GATHERED` of a device's
-    memory.
+    Matrices are cast to `dtype` once, not at each token. Under a mesh whose devices have different rows,
+    each device also gathers the parameters once and decodes its rows independently. With GSPMD alone,
+    devices would gather the parameters at each token, ask each other whether all rows are done, and gather
+    the logits of beams. GSPMD alone is used only if gathered parameters would take more than `GATHERED` of
+    a device's memory.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
         return jax.jit(lambda params, arrays: fn(cast(params), arrays))
     own_rows = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
-    # the axes that GSPMD handles inside
+    # inside `shard_map` the batch axes are cut already; GSPMD still handles the tensor axis
     rules = [(name, axis) for name, axis in LOGICAL_AXIS_RULES if axis == "tensor"]
 
     def by_themselves(params, arrays):
@@ -154,6 +157,8 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
     def spread(params, arrays):
         params = cast(params)
+        # With `fsdp`, the rows are cut over the axis that also cuts the parameters, so each device must gather
+        # all of them.
         if not own_rows or (mesh.shape["fsdp"] > 1 and not _fits(params, mesh)):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
@@ -170,22 +175,23 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
 
 def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
-    """Casts the matrices that the model multiplies in `dtype`: bfloat16 halves the bytes read and sent."""
+    """Casts a float32 parameter to `dtype` if it is a matrix; bfloat16 halves the bytes to read and send."""
+    # norm scales and position biases are used in float32
     is_matrix = path[-1].key.endswith(("kernel", "embedder")) and x.dtype == np.float32
     return x.astype(dtype) if is_matrix else x
 
 
 def _fits(params: Any, mesh: Mesh) -> bool:
-    """Returns whether a device can hold all parameters; an unknown accelerator counts as too small."""
+    """Returns whether all parameters fit into `GATHERED` of a device's memory; false for an unknown accelerator."""
     device = mesh.devices.flat[0]
-    # from a table, not from the device: all processes must trace the same program
+    # reads the memory from a table, not from the device, since all processes must trace the same program
     chip = chip_of(device.device_kind)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)) / mesh.shape["tensor"]
     return device.platform == "cpu" if chip is None else size < GATHERED * chip.memory
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:
-    """Starts a function of `jit_over_rows` on arrays of this process."""
+    """Starts a function from `jit_over_rows` on this process's arrays."""
     if mesh is None:
         return fn(params, arrays)
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
@@ -193,9 +199,9 @@ def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) ->
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
-    """Yields started items in order, each once `ahead` later ones have been started.
+    """Yields started items in order; yields an item only after `ahead` later items have been started.
 
-    With one batch queued, the device never waits for the host.
+    With one batch queued, the device does not wait for the host.
     """
     queue = collections.deque()
     for item in started:
@@ -207,10 +213,11 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 
 
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
-    """Returns `batch_size`, or 64 for each part of the mesh that has rows of its own, rounded up to fill them.
+    """Returns the number of rows to decode at once: `batch_size`, or 64 for each part of the batch.
 
-    A GPU decodes at least 8 rows at once. XLA pads each product of fewer rows by itself, and it
-    computes a single row without tensor cores, with half as many operations again.
+    The number is rounded up to a multiple of the parts into which a mesh cuts a batch. A GPU decodes at least
+    8 rows in each part: XLA pads each product of fewer rows separately, and computes a single row without
+    tensor cores, with 1.5 times as many operations.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
@@ -220,10 +227,10 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 
 
 class LabelDecoder:
-    """Decodes rows of ids of any number, length and order; greedy by default.
+    """Decodes any number of rows of ids, in any order and of any length; greedy by default.
 
-    Compiled programs are kept, one per bucket of input lengths. A row's answer does not depend on
-    the other rows.
+    It keeps its compiled programs, one for each bucket of input lengths. A row's answer does not depend
+    on the other rows.
 
     Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`; with beams:
     `LabelDecoder(..., decode_fn=functools.partial(beam_search, num_beams=4))`.
@@ -242,16 +249,17 @@ class LabelDecoder:
         """Compiles nothing yet.
 
         Args:
-            config: of the model; dropout is off.
-            max_decode_len: most tokens of an answer, the end of sequence included.
-            batch_size: rows decoded at once; under a mesh rounded up to fill its batch axes, and on a
-                GPU to 8. None is 64 for each part of the mesh that has rows of its own.
-            mesh: where `params` live and rows are spread; None is the default device. On several
-                processes each must pass the same rows, and each gets all answers.
-            decode_fn: called under `jax.jit` as `greedy_decode` is (params, config,
-                encoder_input_tokens, max_decode_len=...), and returns the same three arrays.
-            decoder_prefix: ids given to the decoder before the answer (an objective's `decoder_prefix`);
-                if not empty, `decode_fn` is called with them, too.
+            config: configuration of the model; dropout is off.
+            max_decode_len: maximum number of tokens of an answer, with the end of sequence.
+            batch_size: number of rows to decode at once. It is rounded up to fill the batch axes of a
+                mesh, and on a GPU to at least 8. None means 64 for each part of a batch.
+            mesh: holds `params` and cuts the rows; None means the default device. With several
+                processes, each must pass the same rows, and each gets all answers.
+            decode_fn: a function with the signature of `greedy_decode` (params, config,
+                encoder_input_tokens, max_decode_len=...) that returns the same three arrays; it runs
+                under `jax.jit`.
+            decoder_prefix: ids that the decoder reads before the answer (an objective's
+                `decoder_prefix`); passed to `decode_fn` if there are any.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self.max_decode_len = max_decode_len
@@ -267,19 +275,20 @@ class LabelDecoder:
         """Decodes `rows`.
 
         Args:
-            params: of the model, placed by the mesh if there is one.
+            params: the model's parameters, placed by the mesh if there is one.
             rows: ids of each input with its end of sequence, without padding; none is empty.
             on_progress: called with the number of rows of each finished batch.
 
         Raises:
-            ValueError: a row without ids.
+            ValueError: a row has no ids.
         """
         if not all(map(len, rows)):
-            raise ValueError(f"row {[len(r) for r in rows].index(0)} has no ids to decode from")
+            raise ValueError(f"row {[len(r) for r in rows].index(0)} has no ids")
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )
 
+        # a generator, so that `pipelined` starts the next batch before it waits for this one
         results = (
             (places, call_over_rows(self._decode, self._mesh, params, batch))
             for places, batch in bucketed(rows, self.batch_size)

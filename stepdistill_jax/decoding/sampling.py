@@ -1,4 +1,4 @@
-"""Sampled answers: a row's draw depends on the key and the row alone."""
+"""Samples answers; a row's draw depends only on the key and the row."""
 
 import functools
 from collections.abc import Sequence
@@ -25,27 +25,27 @@ def sample_decode(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Samples answers from the model's distribution, to show what else it may answer.
+    """Samples answers from the model's distribution, which shows how its answers vary.
 
-    No command samples, since a label should be the likeliest answer. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
-    rng=jax.random.key(0)))`. A row's draw depends on `rng` and the row's ids alone, whatever the
-    batch, its order and its padding; so equal rows get equal answers, and another draw needs
-    another key.
+    No command samples, since a label should be the likeliest answer. In Python, use `LabelDecoder(...,
+    decode_fn=functools.partial(sample_decode, rng=jax.random.key(0)))`. A row's draw depends only on `rng`
+    and the row's ids, not on the batch, its order or its padding. So equal rows get equal answers, and
+    another draw needs another key.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         rng: a key of `jax.random`.
         temperature: divides the logits; above 0.
-        top_k: only the `top_k` likeliest tokens (and any tied with the last of them) can be drawn;
-            0 is all.
-        top_p: of these, only the likeliest tokens that together have this probability can be drawn,
-            at least one; 1 is all.
+        top_k: only the `top_k` likeliest tokens (and tokens tied with the last of them) can be drawn;
+            0 means all.
+        top_p: among these, only the likeliest tokens that together have this probability can be drawn,
+            at least one; 1 means all.
 
     Returns:
-        As `greedy_decode`: ids, scores (at temperature 1, over all tokens), and finished.
+        The same arrays as `greedy_decode`: ids, scores (at temperature 1, over all tokens), and finished.
 
     Raises:
-        InputError: `temperature`, `top_k` or `top_p` out of its range.
+        InputError: `temperature`, `top_k` or `top_p` is out of range.
     """
     number("temperature", temperature, above=0)
     whole("top_k", top_k, 0)
@@ -54,6 +54,7 @@ def sample_decode(
 
     def choose(logits, index, places):
         allowed = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        # places, not positions in the loop: a row has the same key after the loop has been shortened
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys[places], index)
         return jax.vmap(jax.random.categorical)(now, allowed)
 
@@ -68,32 +69,34 @@ def sample_decode(
 
 
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Returns logits [..., vocab] divided by `temperature`, -inf where a token cannot be drawn.
+    """Divides logits [..., vocab] by `temperature` and sets tokens that cannot be drawn to -inf.
 
-    The order and meaning are those of transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
-    `TopPLogitsWarper`).
+    Applies the three options in the same order and with the same meaning as transformers
+    (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`).
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         last = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < last, -jnp.inf, logits)
     if top_p < 1:
+        # probabilities .2 .5 .3 and top_p .6: order 1 2 0, likelier 0 .5 .8, so ids 1 and 2 can be drawn
         order = jnp.argsort(-logits, axis=-1)
         probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
         likelier = jnp.cumsum(probs, axis=-1) - probs  # probability of all tokens before this one
         keep = (likelier < top_p).at[..., 0].set(True)
+        # argsort of a permutation is its inverse: back to the order of the ids
         keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
         logits = jnp.where(keep, logits, -jnp.inf)
     return logits
 
 
 def row_keys(rng: jax.Array, encoder_input_tokens: jax.Array) -> jax.Array:
-    """Returns one key per row [batch], from `rng` and the row's ids; padding does not count."""
-    # with JAX's other generators a row's bits depend on its batch; with threefry they do not
+    """Returns a key for each row [batch], computed from `rng` and the row's ids without padding."""
+    # with JAX's other generators, a row's bits depend on its batch; with threefry they do not
     threefry = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
     rng = threefry(jax.random.bits(rng, (2,), jnp.uint32))
 
-    def words(position, id):  # [2], of one id at one position
+    def words(position, id):  # [2] for one id at one position
         return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(rng, position), id))
 
     def key(ids):  # [length]

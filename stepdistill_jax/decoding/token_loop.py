@@ -1,4 +1,4 @@
-"""The start, one step and the loop over tokens that greedy decoding, sampling and beam search share."""
+"""Start, step and loop over tokens, shared by greedy decoding and sampling; beam search shares the first two."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ from stepdistill_jax.models.sharding import traced_device, traced_platform
 from stepdistill_jax.models.unrolled import unrolled
 from stepdistill_jax.runtime.chips import chip_of
 
-# unfinished rows are gathered once a quarter or less is left, if that is 8 or more; at most twice, since
-# each size compiles one more step
+# When a quarter of the rows or fewer are unfinished, they are gathered into a batch of that size, if it has
+# at least 8 rows. This happens at most twice, since each size compiles one more step.
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
-KEPT = 1 / 8  # of a GPU's memory, for keys and values that are kept only for speed
+KEPT = 1 / 8  # share of a GPU's memory for keys and values that are kept only for speed
 
 Memory = dict[str, Any]
 
@@ -28,13 +28,13 @@ class Start(NamedTuple):
     """The initial state of a loop over tokens.
 
     Attributes:
-        step: (ids [batch * beams] of the position before, cache, memory, scalar position) -> logits
+        step: (ids [batch * beams] of the previous position, cache, memory, scalar position) -> logits
             [batch * beams, vocab] float32 and the cache with that position filled in.
-        cache: the decoder's own keys and values, [layers, batch * beams, ...] of `start_cache` for
-            `max_decode_len` positions, plus those of a decoder prefix, which are filled in.
+        cache: keys and values of self-attention, [layers, batch * beams, ...] from `start_cache`. It
+            holds the positions of a decoder prefix, filled in, and `max_decode_len` more.
         memory: the encoded inputs, which never change.
-        last: [batch * beams] int32 ids of the position before the first.
-        filler: [batch] bool, rows of zeros, which fill up the batch and have no answer.
+        last: ids of the position before the first, [batch * beams] int32.
+        filler: true for rows of zeros, which only fill up the batch and have no answer; [batch] bool.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
@@ -53,15 +53,15 @@ def start(
     beams: int = 1,
     decoder_prefix: Sequence[int] = (),
 ) -> Start:
-    """Encodes the inputs, once per row whatever the number of beams.
+    """Encodes the inputs, once for each row whatever the number of beams, and fills in the decoder prefix.
 
     Args:
         params: unboxed parameters of the model.
         config: its configuration.
         encoder_input_tokens: [batch, length] int32, 0 is padding.
-        max_decode_len: positions to hold.
-        beams: decoder rows per input; the beams of an input are neighbours.
-        decoder_prefix: ids given to the decoder before the answer, not part of it.
+        max_decode_len: number of positions of an answer.
+        beams: number of decoder rows for each input; the beams of an input are adjacent.
+        decoder_prefix: ids that the decoder reads before the answer, and that are not part of it.
     """
     gpu = _gpu()
     if gpu:
@@ -74,9 +74,10 @@ def start(
 
     encoded = in_row_blocks(encode, encoder_input_tokens, segments)
     given = len(decoder_prefix)
-    # keys and values of the inputs pay off where many queries read them: at half the number that
-    # `Attention.over_states` gives, since its products are small. A GPU reads them as fast as the
-    # states, with one kernel instead of nine; a TPU holds the states in its own fast memory
+    # Computing keys and values of the inputs pays off if enough queries read them. `Attention.over_states`
+    # states the number by operations; half of it is enough, since the products of `over_states` are small.
+    # A GPU reads keys and values as fast as the states, in one kernel instead of nine, so it keeps them
+    # where they fit. A TPU holds the states in its own fast memory.
     side = config.decoder
     worth = side.head_dim * side.num_kv_heads // side.num_heads
     cross = 2 * beams * (given + max_decode_len) > worth
@@ -109,24 +110,25 @@ def start(
         return step_at(last, cache, memory, index + given)
 
     batch, begin = encoder_input_tokens.shape[0], jnp.array([PAD_ID, *decoder_prefix], jnp.int32)
-    if given:  # once per input, before there are beams
+    if given:  # before the beams are made, so once for each input
 
         def fill(cache, index):
             return step_at(jnp.full(batch, begin[index]), cache, memory, index)[1], None
 
         cache, _ = jax.lax.scan(fill, cache, jnp.arange(given))
+    # rows a, b with 2 beams become a a b b, on the axis after the layers
     cache = {name: jnp.repeat(x, beams, axis=1) for name, x in cache.items()}
     last = jnp.full(batch * beams, begin[-1])
     return Start(step, cache, memory, last, jnp.sum(segments, axis=-1) == 0)
 
 
 def _gpu() -> str | None:
-    """Returns the kind of GPU that the program is traced for; None on other devices."""
+    """Returns the kind of GPU that the traced program is for, or None for another device."""
     return traced_device().device_kind if traced_platform() == "gpu" else None
 
 
 def _has_room(config: ModelConfig, encoded: jax.Array, kind: str) -> bool:
-    """Returns whether keys and values of `encoded`, in all layers, are small for this kind of device."""
+    """Returns whether keys and values of `encoded`, in all layers, fit into `KEPT` of the GPU's memory."""
     chip, (batch, length, _) = chip_of(kind), encoded.shape
     if chip is None or not isinstance(batch, int) or not isinstance(length, int):
         return False
@@ -144,10 +146,10 @@ def decode_tokens(
     max_decode_len: int,
     decoder_prefix: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Decodes one token at a time, without going back, until every row has ended.
+    """Decodes one token at a time until every row has ended; never revises a token.
 
-    Most labels are short, and the longest of a batch would keep all its rows in the loop. Once few
-    rows are unfinished, they are gathered and continue alone.
+    Most labels are short, and the longest label of a batch would keep all rows in the loop. When few
+    rows are unfinished, they are gathered into a smaller batch and continue alone.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
@@ -155,7 +157,7 @@ def decode_tokens(
             batch) -> ids [rows].
 
     Returns:
-        ids, scores and finished, as `greedy_decode` says.
+        ids, scores and finished, as described in `greedy_decode`.
     """
     batch = encoder_input_tokens.shape[0]
     begin = start(
@@ -176,8 +178,10 @@ def decode_tokens(
     def body(state):
         logits, cache = begin.step(state["last"], state["cache"], memory, state["index"])
         chosen = choose(logits, state["index"], places).astype(jnp.int32)
+        # the log softmax of the chosen id only; no second array [rows, vocab] is written
         log_prob = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
         log_prob -= jax.nn.logsumexp(logits, axis=-1)
+        # a row that is done stays in the batch: it gets padding, and its score no longer changes
         ids = jnp.where(state["done"], PAD_ID, chosen)
         return {
             "index": state["index"] + 1,
@@ -196,6 +200,7 @@ def decode_tokens(
             places, memory = places[rows], _take_rows(memory, rows)
             index = state.pop("index")
             state = {**_take_rows(state, rows), "index": index}
+        # 64 rows, sizes [64, 16]: the first loop ends when 16 or fewer rows are unfinished, the second at 0
         enough = sizes[i + 1] if i + 1 < len(sizes) else 0
 
         def unfinished(state, enough=enough):
@@ -203,14 +208,15 @@ def decode_tokens(
             return (state["index"] < max_decode_len) & (going > enough)
 
         state = jax.lax.while_loop(unfinished, body, state)
+        # back to the rows' places in the batch; rows that finished earlier are in `answers` already
         answers = {name: x.at[places].set(state[name]) for name, x in answers.items()}
     return answers["ids"], answers["scores"], answers["done"] & ~begin.filler
 
 
 def _sizes(batch: Any) -> list[int]:
-    """Returns the rows of the loop, first and as rows finish: `_sizes(64)` is [64, 16].
+    """Returns the numbers of rows in the loop, at the start and as rows finish: `_sizes(64)` is [64, 16].
 
-    A batch of symbolic size (`jax.export`) has one size only.
+    A batch of symbolic size (`jax.export`) has only one.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:
@@ -219,7 +225,7 @@ def _sizes(batch: Any) -> list[int]:
 
 
 def _take_rows(arrays: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
-    """Takes rows of each array; arrays with a layer axis have the rows on axis 1."""
+    """Takes the given rows of each array; in arrays with a layer axis, axis 1 holds the rows."""
 
     def take(name: str, x: Any) -> Any:
         axis = 1 if name == "cache" or name.startswith("cross") else 0

@@ -1,7 +1,7 @@
-"""Attention over segments: one function for every way to compute it.
+"""Attention over segments: one function for all implementations.
 
-The mask is made inside, from the segments of queries and keys, and a relative bias is shared by all
-rows. So neither an array [batch, heads, q, k] nor a gradient of that shape passes from layer to layer.
+The function makes the mask itself, from the segments of queries and keys, and all rows share a relative
+bias. So neither an array [batch, heads, q, k] nor a gradient of that shape passes from layer to layer.
 """
 
 import flax.linen as nn
@@ -15,8 +15,8 @@ from stepdistill_jax.models.dropout import dropout
 from stepdistill_jax.models.fused_attention import FEWEST_QUERIES, fused_attention
 from stepdistill_jax.models.products import precision_of
 
-NEG_INF = -1e9
-ATTENTION_OUTPUT = "attention_output"  # name of its output for `jax.checkpoint` policies
+NEG_INF = -1e9  # finite, since the softmax of a row of -inf is NaN
+ATTENTION_OUTPUT = "attention_output"  # name of attention's output in `jax.checkpoint` policies
 
 
 def attention(
@@ -39,7 +39,7 @@ def attention(
     """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
 
     A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
-    plus the bias. A query that sees no key gets a finite, meaningless mean.
+    plus the bias. If a query sees no key, its result is finite and has no meaning.
 
     Args:
         q: [batch, q, heads, d].
@@ -48,9 +48,9 @@ def attention(
         relative_bias: [1, heads, q, k] float32, added to the scores.
         query_segments: [batch or 1, q or 1] int32.
         key_segments: [batch or 1, k] int32; 0 is padding and is never seen.
-        causal: a query does not see keys of later places.
+        causal: a query does not see keys at later places.
         dropout_rate: share of the weights that becomes 0; 0 <= rate < 1.
-        dropout_rng: None is no dropout.
+        dropout_rng: None turns dropout off.
         dropout_broadcast: all queries of a head share one mask; with fewer `kv_heads`, all queries that
             read the same values do.
         softcap: a score s becomes softcap x tanh(s / softcap).
@@ -66,9 +66,10 @@ def attention(
     if implementation not in ATTENTIONS:
         raise ValueError(f"implementation must be one of {ATTENTIONS}, not {implementation!r}")
     if dropout_broadcast and dropout_rng is not None:
+        # where all queries lose the same keys, weights of 0 equal values of 0
         v, dropout_rng = _dropped_values(v, dropout_rate, dropout_rng), None
     plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
-    # the length is compared last: in an exported program it is a symbol
+    # The length is compared last: in an exported program it is a symbol, whose comparison may fail.
     if implementation == "pallas" and plain and q.shape[1] >= FEWEST_QUERIES:
         return fused_attention(
             q,
@@ -87,8 +88,10 @@ def attention(
     mask = seen(query_segments, key_segments)
     if causal or window is not None:
         mask &= _near(q.shape[1], k.shape[1], causal, window)
+    # float32 up to here; in bfloat16 the product with the values reads half of the bytes
     weights = masked_softmax(scores, mask).astype(v.dtype)
     weights = dropout(weights, dropout_rate, dropout_rng, broadcast=False)
+    # the name that a kernel's output has, too (`stacks.scan_layers` refers to it)
     return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
 
 
@@ -108,11 +111,12 @@ def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """Sets values [batch, k, heads, d] to 0 for all queries of a head.
+    """Sets a share of the values [batch, k, heads, d] to 0, for all queries of a head.
 
-    Equals weights of 0, without a mask of their size.
+    Equals weights of 0, but needs no mask as large as the weights.
     """
     batch, keys, heads, _ = v.shape
+    # the mask of `dropout` for weights [batch, heads, q, k] that all q share: [batch, heads, 1, k]
     kept = dropout(jnp.ones((batch, heads, 1, keys)), rate, rng, broadcast=True)
     return (v * kept.transpose(0, 3, 1, 2)).astype(v.dtype)
 
@@ -123,6 +127,7 @@ def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
     return scores + bias
 
 
+# JAX's own gradient is the same sum, which takes long on a CPU (`cpu_speed.sum_over_rows`)
 _plus_bias.defvjp(
     lambda scores, bias: (scores + bias, None),
     lambda _, gradient: (gradient, sum_over_rows(gradient)),
@@ -130,23 +135,32 @@ _plus_bias.defvjp(
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the softmax over keys where `mask` [batch or 1, 1, q or 1, k] is true: float32 [batch, heads, q, k].
+    """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    Adds the mask instead of using `jnp.where`, for which JAX would hoist arrays as large as the scores
-    out of the layers' loop, and each layer would read them.
+    Adds the mask to the scores. With `jnp.where`, JAX would hoist arrays as large as the scores out of the
+    loop over layers, and each layer would read them.
+
+    Args:
+        scores: [batch, heads, q, k].
+        mask: [batch or 1, 1, q or 1, k] bool.
     """
     hidden = (~mask).astype(jnp.float32) * NEG_INF
     return nn.softmax(scores.astype(jnp.float32) + hidden, axis=-1)
 
 
 def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """[batch, q], [batch, k] -> [batch, 1, q, k] bool: equal segments, and no padding."""
+    """Returns which keys each query sees, [batch, 1, q, k] bool, from segments [batch, q] and [batch, k].
+
+    A query sees the keys of its segment, except padding.
+    """
+    # query segments 1 2 0 and key segments 1 1 0: rows 1 1 0, 0 0 0 and 0 0 0
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
 def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None) -> jax.Array:
-    """Returns [1, 1, q, k] bool from the places alone, both counted from 0."""
+    """Returns the part of the mask that depends on places only: [1, 1, q, k] bool."""
+    # ahead[i, j] = j - i, so query 2 has -2 -1 0 1 to four keys. Causal with a window of 2: keys 1 and 2
     ahead = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
     mask = ahead <= 0 if causal else jnp.full(ahead.shape, True)
     if window is not None:
@@ -155,17 +169,17 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """[batch, q, heads, d], [batch, k, kv_heads, d] -> [batch, heads, q, k] float32.
+    """Returns q [batch, q, heads, d] times k [batch, k, kv_heads, d]: [batch, heads, q, k] float32.
 
-    The products of bfloat16 are rounded to bfloat16; the softmax is float32, since sums over long
-    inputs would lose digits.
+    With bfloat16 inputs, scores are rounded to bfloat16. The softmax runs in float32, since sums over
+    long inputs would lose digits.
     """
     precision = precision_of(q.dtype)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     if heads == kv_heads:
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision=precision)
-    else:  # the g heads of a group share keys
+    else:  # the g heads of a group share keys, so keys are not copied g times
         q = q.reshape(batch, queries, kv_heads, heads // kv_heads, width)
         scores = jnp.einsum("bqhgd,bkhd->bhgqk", q, k, precision=precision)
         scores = scores.reshape(batch, heads, queries, keys)
@@ -173,7 +187,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """[batch, heads, q, k], [batch, k, kv_heads, d] -> [batch, q, heads, d]."""
+    """Returns means of v [batch, k, kv_heads, d] by weights [batch, heads, q, k]: [batch, q, heads, d]."""
     precision = precision_of(v.dtype)
     batch, heads, queries, keys = weights.shape
     kv_heads, width = v.shape[2:]

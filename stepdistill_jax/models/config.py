@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, one_of, refused, whole
 
-# Far above any model here, and small enough to refuse an absurd config.json before naming its layers or
-# overflowing 32 bits.
+# Far above every published model, and small enough to refuse an absurd config.json before its layers are
+# named or 32 bits overflow.
 MAX_SIZE, MAX_LAYERS = 2**24, 1000
 MAX_LENGTH = 2**16  # ids of an input or of an answer
 MAX_WIDTH = 2**16  # the feed-forward width of T5-11B; dropout masks repeat above it
@@ -23,9 +23,9 @@ OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of old
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: a rank per projection, 0 for none (Hu et al. 2021, arXiv:2106.09685).
+    """Low-rank adapters: a rank for each projection, 0 for no adapter (Hu et al. 2021, arXiv:2106.09685).
 
-    The names are those of the parameter tree; a rank applies to every layer of encoder and decoder.
+    The fields have the names of the parameter tree. A rank applies to every layer of encoder and decoder.
 
     Attributes:
         query, key, value, out: rank in self-attention and in attention to the encoder.
@@ -34,7 +34,7 @@ class LoraConfig:
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:
-        InputError: a rank that is not a whole number from 0, no rank above 0, or alpha not above 0.
+        InputError: a rank is not a whole number of at least 0, no rank is above 0, or alpha is not.
     """
 
     query: int = 0
@@ -50,7 +50,7 @@ class LoraConfig:
         keep(self, whole, *ranks, of="lora.", least=0)
         keep(self, number, alpha, of="lora.", above=0)
         if not any(getattr(self, name) for name in ranks):
-            raise InputError(f"`lora`: a rank above 0 is needed for one of {', '.join(ranks)}")
+            raise InputError(f"`lora`: at least one rank must be above 0: {', '.join(ranks)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +60,19 @@ class Side:
     Attributes:
         emb_dim: model width.
         num_heads, num_kv_heads, head_dim: query heads, heads of keys and values, width of each head.
-            Query head i reads the keys and values of i // (num_heads / num_kv_heads).
+            Query head i reads the keys and values of head i // (num_heads / num_kv_heads).
         mlp_dim: feed-forward width.
         num_layers: depth.
         score_scale: factor of (query . key).
-        score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves it.
-        windows: tokens that self-attention of each layer reaches back (and, in an encoder, ahead); 0 is
-            all. None: every layer reaches all.
+        score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
+        windows: for each layer, how many tokens self-attention reaches back (and, in an encoder, ahead);
+            0 means all. None means all in every layer.
         rope_theta: base of the rotary position embedding; None for a model without it.
-        init_stddev: of initial kernels and embeddings; None is T5's rule, by the widths of each.
+        init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule, which
+            depends on the widths of each.
 
     Raises:
-        InputError: a size out of bounds, or heads that the key/value heads do not divide.
+        InputError: a size is out of bounds, or the key/value heads do not divide the heads.
     """
 
     emb_dim: int
@@ -95,13 +96,13 @@ class Side:
                 f"`num_kv_heads`: {self.num_kv_heads} does not divide the {self.num_heads} heads"
             )
         if self.rope_theta is not None and self.head_dim % 2:
-            raise refused("head_dim", "even, since positions turn pairs of it", self.head_dim)
+            raise refused("head_dim", "even, since rotary positions turn pairs", self.head_dim)
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise refused("windows", f"one for each of {self.num_layers} layers", self.windows)
 
     @property
     def joined_kv(self) -> int:
-        """Width of the queries of all heads together."""
+        """Total width of the queries of all heads."""
         return self.num_heads * self.head_dim
 
 
@@ -109,27 +110,27 @@ class Side:
 class ModelConfig(abc.ABC):
     """Everything that code outside a family's module knows about a model.
 
-    A family is a subclass in its own module and a row of `models.families.FAMILIES`. Its files are
-    described by a row of `formats.config_json` and one of `formats.parameter_names`. All families use
-    the module `models.encoder_decoder.EncoderDecoder`.
+    A family is a subclass in its own module and a row of `models.families.FAMILIES`. A row of
+    `formats.config_json` and a row of `formats.parameter_names` describe its files. All families use the
+    module `models.encoder_decoder.EncoderDecoder`.
 
     Attributes:
-        vocab_size: rows of an embedding; at least the vocabulary's pieces.
-        mlp_activations: `("relu",)` is T5 v1.0's; `("gelu", "linear")` the gated tanh gelu of v1.1 and
-            Gemma; `("silu", "linear")` UL2's.
-        dropout_rate: of embeddings, attention weights, and the output of each block; 0 to 1.
+        vocab_size: number of rows of an embedding; at least the number of the vocabulary's pieces.
+        mlp_activations: `("relu",)` in T5 v1.0; `("gelu", "linear")`, the gated tanh gelu, in v1.1 and
+            Gemma; `("silu", "linear")` in UL2.
+        dropout_rate: for embeddings, attention weights, and the output of each block; 0 to 1.
         dropout_broadcast: all positions of a row share one dropout mask (`models.dropout`).
         layer_norm_epsilon: added to the mean of squares.
-        logits_via_embedding: the decoder's embedding doubles as output layer.
-        logits_softcap: a logit x becomes softcap x tanh(x / softcap); None leaves it.
-        dtype: of activations, `float32` or `bfloat16`; parameters are always float32.
+        logits_via_embedding: the decoder's embedding is also the output layer.
+        logits_softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
+        dtype: type of activations, `float32` or `bfloat16`; parameters are always float32.
         attention: how attention is computed, `auto`, `xla` or `pallas` (`models.attention`).
         remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax, activations and
-            dropout's masks, no products; `none` is its old name), `minimal` (all but the products with
+            dropout masks, but no products; `none` is its old name), `minimal` (all but the products with
             weights), `full` (everything inside a layer).
         scan_layers: layers are a loop that is compiled once; false unrolls it. Parameters are stacked
             either way.
-        lora: adapters of the projections; None is the plain model, which alone can decode
+        lora: adapters of the projections; None for the plain model. Only the plain model can decode
             (`models.lora.merge`).
         quantized: kernels are int8 with a scale for each output; for decoding only
             (`models.quantized.quantize`).
@@ -137,8 +138,8 @@ class ModelConfig(abc.ABC):
             decoding on a GPU (`models.unrolled.unrolled`).
 
     Raises:
-        InputError: `float16` (it overflows in T5's feed-forward), an unknown dtype or policy, a size
-            out of bounds.
+        InputError: the dtype is `float16` (it overflows in T5's feed-forward layers) or unknown, the
+            policy is unknown, or a size is out of bounds.
     """
 
     vocab_size: int = 32128
@@ -179,26 +180,26 @@ class ModelConfig(abc.ABC):
 
     @property
     def position_bias(self) -> str | None:
-        """Owner of a table of relative position biases: each `side`, each `layer`, or None."""
+        """Which modules have a table of relative position biases: each `side`, each `layer`, or None."""
         return None
 
     @property
     def output_scale(self) -> float:
-        """Factor of the decoder's states before the output layer."""
+        """Factor by which the decoder's states are multiplied before the output layer."""
         return 1.0
 
     @property
     def start_id(self) -> int:
-        """Id that the decoder reads first; batches of every family write it as 0."""
+        """Id that the decoder reads first; batches hold 0 in its place, whatever the family."""
         return 0
 
-    # a norm multiplies by this plus its scale; Gemma stores the difference from 1
+    # a norm multiplies by this plus its scale; Gemma stores the scale's difference from 1
     norm_offset: ClassVar[float] = 0.0
-    # whether the output of a block has a norm of its own
+    # whether each block's output is normalised, too
     post_norms: ClassVar[bool] = False
-    # whether embeddings are multiplied by the root of their width
+    # whether embeddings are multiplied by the square root of their width
     scaled_embeddings: ClassVar[bool] = False
-    # parameters that embed inputs and targets; a tied output layer is the second
+    # names of the parameters that embed inputs and targets; a tied output layer uses the second
     input_embedder: ClassVar[str] = "token_embedder"
     target_embedder: ClassVar[str] = "token_embedder"
 
@@ -208,9 +209,9 @@ class Family:
     """A family of published models: a row of `models.families.FAMILIES`.
 
     Attributes:
-        config: class of its configuration.
+        config: class of the family's configuration.
         sizes: fields of `config` for each published size; `tiny` is for tests and demos.
-        vocab_size: of its published vocabulary.
+        vocab_size: size of the published vocabulary.
         traits: fields of `config` that all sizes share.
     """
 
@@ -221,10 +222,10 @@ class Family:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuses a type that activations cannot have.
+    """Checks the type of activations.
 
     Raises:
-        InputError: float16, or an unknown type.
+        InputError: it is float16 or unknown.
     """
     if dtype == "float16":
         raise InputError(
@@ -235,7 +236,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def known_remat_policy(name: str) -> str:
-    """Returns the policy of a current or old name; raises InputError for an unknown one."""
+    """Returns the current name of a remat policy; raises InputError for an unknown name."""
     policy = OLD_REMAT_POLICIES.get(name, name)
     one_of("remat_policy", policy, REMAT_POLICIES)
     return policy

@@ -1,7 +1,7 @@
 """The model of every family: an encoder-decoder over packed or padded batches, in Flax Linen.
 
 A batch passes through `EncoderDecoder.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding calls the parts
-by themselves: `encode` once, `start_cache` once, `decode_step` per token.
+separately: `encode` once, `start_cache` once, `decode_step` for each token.
 """
 
 import functools
@@ -25,7 +25,7 @@ Cache = dict[str, jax.Array]
 
 
 def _one_segment(visible: jax.Array) -> Segments:
-    """Returns segments with which each query sees the keys where `visible` [batch or 1, k] is true."""
+    """Returns segments that let each query see the keys where `visible` [batch or 1, k] is true."""
     return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
@@ -53,21 +53,23 @@ class EncoderDecoder(nn.Module):
             self.logits_dense = dense(c, c.vocab_size, axes, stddev, float32_sums=True)
 
     def _embed(self, ids: jax.Array, embedder: str) -> jax.Array:
-        # [batch, length] -> [batch, length, embed]. The width is gathered first, since a lookup whose
-        # width is cut over fsdp forces XLA into a full rematerialization
+        # [batch, length] -> [batch, length, embed]. This gathers the width of the table first: if the width
+        # stayed cut over fsdp, XLA would replicate the complete result of the lookup and cut it again
+        # ("full rematerialization").
         table = nn.with_logical_constraint(self.tables[embedder], ("vocab", None))
-        # cast after the lookup: its gradient sums over equal tokens, and bfloat16 sums stall at 256
+        # Casts after the lookup, whose gradient adds up over equal tokens in float32. A bfloat16 sum of ones
+        # stops at 256, since 257 has no bfloat16.
         x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
         if self.config.scaled_embeddings:
-            # the root has the dtype of activations, as in transformers
+            # rounds the root to the dtype of activations, as transformers does
             x = x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def _embed_targets(self, ids: jax.Array) -> jax.Array:
         c = self.config
         if c.start_id:
-            # 0 begins a target in batches of every family. Padding is 0, too, but nothing attends to it,
-            # and no target contains 0
+            # In a batch, 0 is both the first id of a target and padding. Nothing attends to padding, and no
+            # target contains 0, so every 0 can be replaced.
             ids = jnp.where(ids == 0, c.start_id, ids)
         return self._embed(ids, c.target_embedder)
 
@@ -93,7 +95,7 @@ class EncoderDecoder(nn.Module):
     def encode(
         self, encoder_input_tokens, encoder_segment_ids, *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Encodes [batch, length] ids and segments -> states [batch, length, embed]."""
+        """Encodes ids and segments [batch, length]; returns states [batch, length, embed]."""
         return self.encoder(
             self._embed(encoder_input_tokens, self.config.input_embedder),
             encoder_segment_ids,
@@ -103,17 +105,17 @@ class EncoderDecoder(nn.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Returns the logits of each target position: [batch, target length, vocab] float32; see `states`."""
+        """Returns the logits of each target position, [batch, target length, vocab] float32 (see `states`)."""
         return self._logits(self.states(batch, enable_dropout=enable_dropout))
 
     def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
-        """Returns the decoder's states under teacher forcing, of which `output_layer` makes logits.
+        """Returns the decoder's states under teacher forcing; `output_layer` turns them into logits.
 
         Args:
             batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
                 `decoder_input_tokens`, `decoder_segment_ids` [batch, target length]. Segment 0 is
                 padding. A decoder segment reads the encoder segment with the same number, or, if
-                given, the one in `decoder_encoder_segment_ids` [batch, target length].
+                given, with the number in `decoder_encoder_segment_ids` [batch, target length].
             enable_dropout: needs the rng collection `dropout`.
 
         Returns:
@@ -121,6 +123,7 @@ class EncoderDecoder(nn.Module):
         """
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
         encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
+        # places in the row: attention uses only distances, which inside a segment are the same
         position = jnp.arange(target.shape[1])
         x, _ = self.decoder(
             self._embed_targets(batch["decoder_input_tokens"]),
@@ -146,13 +149,13 @@ class EncoderDecoder(nn.Module):
         """Decodes one token for each row.
 
         Args:
-            ids: [batch, 1] int32, the previous token (0 first). In a beam search, ids, and `key` and
-                `value` of the cache, have batch * beams rows; inputs from the encoder have batch.
+            ids: [batch, 1] int32, the previous token (0 first). In a beam search, `ids` and the cache's
+                `key` and `value` have batch * beams rows; arrays from the encoder have batch rows.
             cache: from `start_cache`.
             encoder_segment_ids: [batch, length], 0 is padding.
             index: scalar int32, position of the decoded token.
-            encoded: if the cache has no keys and values of the input, the states [batch, length, embed]
-                of `encode`, and the same as [batch, embed, length].
+            encoded: needed if the cache has no keys and values of the input: the states [batch,
+                length, embed] from `encode`, and their transpose [batch, embed, length].
 
         Returns:
             Logits [batch, vocab] float32 and the cache with this position filled in.
@@ -164,12 +167,14 @@ class EncoderDecoder(nn.Module):
             encoded=encoded,
             self_segments=_one_segment((key <= index)[None]),  # the positions filled in so far
             cross_segments=_one_segment(encoder_segment_ids > 0),
-            causal=False,
+            causal=False,  # the segments above hide later positions already
             query=index[None],
             key=key,
             index=index,
             deterministic=True,
         )
+        # writes the position of all layers at once, into [layers, batch, kv_heads, kv, positions] for keys and
+        # [layers, batch, kv_heads, positions, kv] for values
         new = {
             name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], index, axis)
             for name, axis in (("key", -1), ("value", -2))
@@ -183,12 +188,12 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """Returns `states` of given targets, over the inputs' keys and values from `start_cache`.
+        """Returns the `states` of given targets, using the inputs' keys and values from `start_cache`.
 
         Args:
             decoder_input_tokens, decoder_segment_ids: [batch, target length] int32. Each segment is
                 one target, 0 is padding; all targets of a row read the same input.
-            cache: from `start_cache` for this target length; it is not changed.
+            cache: from `start_cache`; only the inputs' keys and values are read.
             encoder_segment_ids: [batch, length], 0 is padding.
 
         Returns:
@@ -197,6 +202,7 @@ class EncoderDecoder(nn.Module):
         position = jnp.arange(decoder_input_tokens.shape[1])
         x, _ = self.decoder(
             self._embed_targets(decoder_input_tokens),
+            # without `key` and `value`, the layers attend among the given targets
             {name: x for name, x in cache.items() if name.startswith("cross")},
             self_segments=(decoder_segment_ids, decoder_segment_ids),
             cross_segments=_one_segment(encoder_segment_ids > 0),
@@ -210,12 +216,12 @@ class EncoderDecoder(nn.Module):
 
 @struct.dataclass
 class OutputLayer:
-    """The output layer, which makes logits of the decoder's states.
+    """The output layer, which turns the decoder's states into logits.
 
     Attributes:
         weights: [embed, vocab], or [vocab, embed] if tied.
-        softcap: of the logits (`ModelConfig.logits_softcap`).
-        tied: whether the weights are an embedding.
+        softcap: cap of the logits (`ModelConfig.logits_softcap`).
+        tied: whether the weights are the targets' embedding.
     """
 
     weights: jax.Array
@@ -224,16 +230,16 @@ class OutputLayer:
 
     @property
     def kernel(self) -> jax.Array:
-        """[embed, vocab]."""
+        """Weights as [embed, vocab]."""
         return self.weights.T if self.tied else self.weights
 
     def logits(self, states: jax.Array) -> jax.Array:
-        """Returns the logits of states [..., embed] -> [..., vocab] float32."""
+        """Turns states [..., embed] into logits [..., vocab] float32."""
         return softcapped(kernel_product(states, self.kernel, True), self.softcap)
 
 
 def output_layer(params: Mapping, config: ModelConfig) -> OutputLayer:
-    """Returns the output layer for `EncoderDecoder.states`; a tied one is the targets' embedding."""
+    """Returns the output layer for `EncoderDecoder.states`; a tied layer uses the targets' embedding."""
     if tied := config.logits_via_embedding:
         weights = params[config.target_embedder]
     else:
@@ -249,20 +255,23 @@ def start_cache(
     *,
     cross: bool = True,
 ) -> Cache:
-    """Returns an empty decoder cache with the cross-attention's keys and values of all layers filled in.
+    """Returns a decoder cache: empty for self-attention, filled in for attention to the encoder.
 
-    These depend only on the encoder, so they are computed once per batch, outside the loop.
+    Keys and values for attention to the encoder depend only on the encoder, so they are computed once per
+    batch, outside the loop over tokens.
 
     Args:
-        params: parameters of an `EncoderDecoder` (unboxed).
+        params: unboxed parameters of an `EncoderDecoder`.
         encoded: [batch, length, embed] from `EncoderDecoder.encode`.
+        config: of the model.
         max_decode_len: number of positions of self-attention.
-        cross: false leaves them out. Then `decode_step` needs `encoded`, which is less work if an
-            input has fewer than `head_dim` rows and tokens to decode.
+        cross: false leaves out the encoder's keys and values. Then `decode_step` needs `encoded`, which is
+            less work if an input has fewer than `head_dim` queries in total: rows times tokens to
+            decode.
 
     Returns:
         `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
-        max_decode_len, kv], zeros; `cross_key` and `cross_value` are the same of `length`.
+        max_decode_len, kv], zeros; `cross_key` and `cross_value` have `length` in place of max_decode_len.
 
     Raises:
         ValueError: the parameters or the configuration have adapters, which decoding would ignore.
@@ -275,10 +284,11 @@ def start_cache(
 
     def project(name: str, axes: str) -> jax.Array:
         kernel, precision = kernel_of(kernels[name], config.dtype), precision_of(config.dtype)
+        # [layers, embed, kv_heads x kv] -> [layers, embed, kv_heads, kv]
         kernel = kernel.reshape(*kernel.shape[:2], *heads)
         return jnp.einsum(f"ble,nehd->{axes}", encoded, kernel, precision=precision)
 
-    # in the order of each token's products: no transposition inside the loop
+    # the axes are in the order that each token's products need, so the loop transposes nothing
     rows, (count, width) = (side.num_layers, encoded.shape[0]), heads
     cache = {
         "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
@@ -297,9 +307,10 @@ _FEATURES = (
 )
 
 
-@functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB of each trace
+@functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB for each trace
 def abstract_params(config: ModelConfig) -> Any:
     """Returns the parameter tree as boxed shapes with logical axis names; allocates nothing."""
+    # one row of 8: no parameter depends on the sizes of a batch
     batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), batch)["params"]
 

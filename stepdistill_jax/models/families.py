@@ -1,4 +1,4 @@
-"""The families of models by name."""
+"""The model families, by name."""
 
 import dataclasses
 from typing import Any
@@ -11,28 +11,28 @@ from stepdistill_jax.runtime.checks import one_of
 
 FAMILIES = {**T5_FAMILIES, "t5gemma": T5GEMMA}
 VOCAB_MULTIPLE = 128
-_EOS_ID = 1  # of every vocabulary that `data` reads
+_EOS_ID = 1  # the same in every vocabulary that `data` reads
 
 
 def model_config(
     family: str, size: str, *, vocab_size: int, bos_id: int | None = None, **overrides: Any
 ) -> ModelConfig:
-    """Returns the configuration of a published model, its vocabulary rounded up to a multiple of 128.
+    """Returns the configuration of a published model, with the vocabulary size rounded up to a multiple of 128.
 
-    The padded rows let the table be cut over any usual number of devices, as T5's own 32128 does.
+    With the extra rows, the usual numbers of devices divide the table, as they divide T5's own 32128.
 
     Args:
-        family: a name of `FAMILIES`; Flan-T5 is a `t5_v1_1`.
-        size: `small` to `xxl` of T5, or `tiny` for tests and demos; each family has its own, such as
-            T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
-        vocab_size: ids of the vocabulary.
-        bos_id: of the vocabulary, 0 if it has none; None is the published models'. Without a bos, a
-            T5Gemma starts with the end of sequence: transformers would take a 0 for padding and not
-            attend to it.
+        family: a name in `FAMILIES`; Flan-T5 is a `t5_v1_1`.
+        size: `small` to `xxl` for T5, or `tiny` for tests and demos. Other families have further sizes,
+            such as T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
+        vocab_size: number of ids of the vocabulary.
+        bos_id: the vocabulary's bos id, 0 if it has none; None means the published models' id. Without a
+            bos, a T5Gemma's decoder starts with the end of sequence, since transformers would treat a
+            first 0 as padding and not attend to it.
         **overrides: other fields of the family's configuration.
 
     Raises:
-        InputError: an unknown family or size, or a vocabulary with bos for a family without.
+        InputError: the family or size is unknown, or the vocabulary has a bos that the family does not use.
     """
     one_of("model_family", family, FAMILIES)
     found = FAMILIES[family]
@@ -44,7 +44,7 @@ def model_config(
     config = found.config(**{"vocab_size": vocab_size, **fields})
     if bos_id and bos_id != config.start_id:
         raise InputError(
-            f"`model_family`: the vocabulary has bos {bos_id} like Gemma's, which a decoder of {family}"
-            " does not use; choose t5gemma, or a vocabulary of T5's kind"
+            f"`model_family`: the vocabulary has bos {bos_id} like Gemma's, and a decoder of {family}"
+            " does not use it; choose t5gemma, or a vocabulary like T5's"
         )
     return config

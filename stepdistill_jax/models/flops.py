@@ -1,19 +1,19 @@
-"""Matmul FLOPs of a model by formula; XLA's own count has a loop's body only once."""
+"""Matmul FLOPs of a model, by formula; XLA's own count contains the body of a loop only once."""
 
 from stepdistill_jax.models.config import ModelConfig, Side
 
 
 def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
-    """Returns the FLOPs of the matmuls of a forward and a backward pass over padded rows.
+    """Returns the matmul FLOPs of a forward and a backward pass over padded rows.
 
-    The backward pass costs twice the forward pass: a gradient for each factor of a product. Under
-    LoRA frozen weights have no gradient, so their products count once.
+    The backward pass costs twice the forward pass, since each factor of a product has a gradient. With
+    LoRA, frozen weights have no gradient, so their products cost the same in both passes.
 
-    T5 v1.1 large with 512 inputs and 114 targets is 1.47e12 a row.
+    A row of T5 v1.1 large with 512 inputs and 114 targets takes 1.47e12 FLOPs.
 
     Args:
         config: the model.
-        rows: of the batch, including empty ones.
+        rows: number of rows of the batch, including empty rows.
         input_length: encoder positions of a row.
         target_length: decoder positions of a row.
     """
@@ -25,10 +25,10 @@ def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_len
 def recomputed_flops(
     config: ModelConfig, *, rows: int, input_length: int, target_length: int
 ) -> float:
-    """Returns the FLOPs of the matmuls that the backward pass repeats under the config's `remat_policy`.
+    """Returns the matmul FLOPs that the backward pass repeats under the config's `remat_policy`.
 
-    `minimal` keeps products with weights and recomputes attention's own two products;
-    `full` recomputes each layer's forward pass. Neither recomputes the output layer.
+    `minimal` saves products with weights and recomputes the two products inside attention. `full`
+    recomputes the forward pass of each layer. Neither recomputes the output layer.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     head = 2 * target_length * config.decoder.emb_dim * config.vocab_size
@@ -37,25 +37,27 @@ def recomputed_flops(
 
 
 def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
-    """Returns FLOPs of a row's forward pass: products with weights, with adapters, inside attention."""
+    """Returns the FLOPs of a row's forward pass: of products with weights, with adapters, and inside attention."""
     encoder, decoder, ranks = config.encoder, config.decoder, config.lora
     weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 
     def add(positions: int, width: int, features: int, projection: str) -> None:
-        """Counts the product of each position with [width, features], and with its adapter."""
+        """Counts the product of each position with a kernel [width, features] and with its adapter."""
         nonlocal weights, adapters
         rank = getattr(ranks, projection) if ranks else 0
+        # two FLOPs per weight and position; an adapter is [width, rank] times [rank, features]
         weights += 2 * positions * width * features
         adapters += 2 * positions * rank * (width + features)
 
     def attend(side: Side, queries: int, keys: int, width: int) -> None:
-        """Counts attention in all layers of a side, to keys made of states [keys, width]."""
+        """Counts attention in all layers of a side, over keys computed from states [keys, width]."""
         nonlocal scores
         layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim
         add(layers * queries, side.emb_dim, side.joined_kv, "query")
         add(layers * queries, side.joined_kv, side.emb_dim, "out")
         add(layers * keys, width, kv_width, "key")
         add(layers * keys, width, kv_width, "value")
+        # scores and the mean of values, two FLOPs each; a causal mask saves none with plain operations
         scores += layers * 4 * queries * keys * side.joined_kv
 
     for side, length in ((encoder, inputs), (decoder, targets)):

@@ -1,6 +1,6 @@
-"""Attention as one kernel: its choice by chip, its limits, and its call on the devices of a mesh.
+"""Chooses the attention kernel of a chip, checks its limits, and runs it on the devices of a mesh.
 
-A kernel (`models.kernels`) computes on one device, and XLA cannot partition it: `shard_map` gives each
+XLA cannot partition a kernel (`models.kernels`), which computes on one device. So `shard_map` gives each
 device its own rows and heads.
 """
 
@@ -18,7 +18,7 @@ from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
 # a CPU interprets the TPU's kernel, for tests
 KERNELS = {"tpu": "tpu", "gpu": "gpu", "cpu": "tpu"}
-# decoding has one query or a few: most of a tile would be empty, and nothing is gained
+# decoding has one or a few queries: a kernel's tile would be mostly empty and save no time
 FEWEST_QUERIES = 16
 
 
@@ -34,10 +34,10 @@ def fused_attention(
     dropout_rate: float,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
-    """Returns the result of `attention.attention`, whose arguments these are.
+    """Returns the result of `attention.attention` for the same arguments, computed by a kernel.
 
-    There is no softcap, window or scale; keys have as many heads as queries, and each query has its
-    own dropout mask.
+    It has no softcap, window or scale. Keys have as many heads as queries, and each query has its own
+    dropout mask.
     """
     platform = traced_platform()
     kept, seeds = kept_draws(dropout_rate), None
@@ -49,16 +49,18 @@ def fused_attention(
         kept=kept,
         interpret=platform == "cpu",
     )
+    # [1, heads, q, k] -> [heads, q, k]; a kernel needs segments for each row
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
-    # all axes, also those that cut nothing: XLA refuses a kernel that it might have to partition
+    # Names all free axes, even axes that cut nothing here, since XLA refuses a kernel that it might have
+    # to partition.
     if (free := _free_axes()) and jax.sharding.get_abstract_mesh().size > 1:
         rows, heads = [tuple(a for a in free if a in axes) for axes in (BATCH_AXES, ("tensor",))]
         of_rows, of_heads = P(rows), P(rows, None, heads)
         call = jax.shard_map(
             call,
-            # None is no array and has no sharding
+            # in the order of the call below; an argument that is None has no sharding
             in_specs=(
                 *(of_heads,) * 3,
                 None if bias is None else P(heads),
@@ -73,7 +75,7 @@ def fused_attention(
 
 
 def kernel_of(platform: str) -> types.ModuleType:
-    """Returns the kernel's module; imported late, since importing Pallas takes as long as a short program."""
+    """Imports and returns a platform's kernel module; only when needed, since importing Pallas takes long."""
     return importlib.import_module(f"stepdistill_jax.models.kernels.{KERNELS[platform]}")
 
 
@@ -87,20 +89,20 @@ def reason_against(
     *,
     bias: bool,
 ) -> str | None:
-    """Returns why a device has no kernel for these shapes, or None.
+    """Returns why a device has no kernel for these shapes, or None if it has one.
 
     Args:
-        device: its `platform` and `device_kind`.
-        q_len, k_len, heads, head_dim, dtype: of queries and keys.
+        device: any object with `platform` and `device_kind`.
+        q_len, k_len, heads, head_dim, dtype: shapes and type of queries and keys.
         bias: whether there is a relative bias.
     """
     if device.platform not in KERNELS:
-        return f"there is none for {device.device_kind}"
+        return f"there is no kernel for {device.device_kind}"
     shapes = (q_len, k_len, heads, head_dim, dtype)
     return kernel_of(device.platform).reason_against(*shapes, bias=bias, kind=device.device_kind)
 
 
 def _free_axes() -> tuple[str, ...]:
-    """Returns the axes of the mesh that no enclosing `shard_map` has cut already."""
+    """Returns the mesh axes that no enclosing `shard_map` has cut already."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)

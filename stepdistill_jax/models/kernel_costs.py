@@ -1,6 +1,7 @@
-"""Costs of kernel calls, by formulas next to the kernels.
+"""Costs of kernel calls, computed by formulas next to the kernels.
 
-XLA does not know what a custom call computes, so a plan looks its cost up here. A kernel registers itself:
+XLA does not know what a custom call computes, so a plan looks up its cost here. A kernel registers a
+formula:
 
     @kernel_cost("my_attention")
     def _cost(operands, results): ...
@@ -14,16 +15,16 @@ from typing import Protocol
 
 
 class Shaped(Protocol):
-    """An operand or a result."""
+    """An operand or a result of a call."""
 
     @property
     def dtype(self) -> str:
-        """As HLO writes it: bf16, f32, s32, pred."""
+        """Type in HLO's spelling: bf16, f32, s32, pred."""
         ...
 
     @property
     def dims(self) -> tuple[int, ...]:
-        """Sizes."""
+        """Size of each dimension."""
         ...
 
     @property
@@ -37,9 +38,9 @@ class KernelCost:
     """Cost of one call on one device.
 
     Attributes:
-        flops: of matrix products, two for each multiplication.
-        bytes: read from and written to the device's main memory.
-        integer, other: element operations on integers, and on anything else.
+        flops: FLOPs of matrix products, two for each multiplication.
+        bytes: bytes read from and written to the device's main memory.
+        integer, other: element operations on integers, and on all other types.
     """
 
     flops: float = 0.0
@@ -53,10 +54,10 @@ _FORMULAS: dict[str, Formula] = {}
 
 
 def kernel_cost(name: str) -> Callable[[Formula], Formula]:
-    """Registers the formula (operands, results) -> cost of a kernel.
+    """Returns a decorator that registers a kernel's formula, (operands, results) -> cost.
 
     Args:
-        name: the target of its custom call, or its name in a `jax.named_scope` or `pallas_call`.
+        name: the target of the kernel's custom call, or its name in a `jax.named_scope` or `pallas_call`.
     """
 
     def register(formula: Formula) -> Formula:
@@ -67,7 +68,7 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 
 
 def formula_of(target: str, op_name: str) -> Formula | None:
-    """Returns the formula of a custom call, by its target or else by a name in its JAX path.
+    """Returns the formula of a custom call: by its target, or by a name in its JAX path, innermost first.
 
     A path looks like `jit(f)/transpose(jvp(my_attention))/pallas_call`.
     """

@@ -28,7 +28,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [batch, length, embed] -> the same shape in the config's dtype."""
+        """Normalises x [batch, length, embed]; returns the same shape in the config's dtype."""
+        # the effective scale starts at 1: a stored 1, or a stored 0 with Gemma's offset of 1
         offset = self.config.norm_offset
         init = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("embed",))
         scale: Any = self.param("scale", init, (x.shape[-1],))
@@ -49,10 +50,20 @@ def dense(
     projection: str | None = None,
     float32_sums: bool = False,
 ) -> nn.Dense | LoraDense | QuantizedDense:
-    """Returns a matrix without bias; 2-D, since `nn.DenseGeneral` with names raises inside a mesh.
+    """Returns a dense layer without bias, of the kind that the config needs.
 
-    It has an adapter if `config.lora` has a rank for `projection`. With `float32_sums` the output is
-    float32 whatever the factors are; otherwise two logits may round to the same number.
+    It has an adapter if `config.lora` has a rank for `projection`. Kernels are 2-D, since `nn.DenseGeneral`
+    with axis names raises inside a mesh.
+
+    Args:
+        config: of the model.
+        features: width of the output.
+        axes: logical axes of the kernel.
+        stddev: of the initial kernel.
+        name: of the module.
+        projection: field of `LoraConfig` that holds its rank; None for a layer without adapters.
+        float32_sums: whether the output is float32 whatever the factors are. Logits need it, since
+            rounding to bfloat16 could make two of them equal.
     """
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
@@ -65,7 +76,7 @@ def dense(
         use_bias=False,
         dtype=config.dtype,
         kernel_init=init,
-        # the kernel stays float32, and so does its gradient
+        # `kernel_product` casts the kernel, so the parameter and its gradient are float32
         promote_dtype=lambda x, kernel, bias, *, dtype: (x.astype(dtype), kernel, bias),
         dot_general=lambda x, kernel, *_, **__: kernel_product(x, kernel, float32_sums),
         name=name,
@@ -73,32 +84,33 @@ def dense(
 
 
 class Merged(nn.Module):
-    """Projections of one input as one product; their kernel comes from `models.unrolled`.
+    """Several projections of one input, computed as one product; `models.unrolled` makes the kernel.
 
-    For decoding only: `kernel_product` has no gradient by this kernel.
+    For decoding only: `kernel_product` has no gradient for a 3-D kernel.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """x [..., inputs] -> [..., features] of each projection."""
+        """Projects x [..., inputs]; returns [..., features] for each projection."""
         params: Any = self.variables["params"]  # kernel [inputs, projections, features]
         if self.config.quantized:
             sums = int8_product(x, params[KERNEL], params[SCALE], self.config.dtype)
             y: Any = sums.astype(self.config.dtype)
         else:
             y = kernel_product(x, params[KERNEL])
+        # [..., projections, features] -> an array for each projection
         return [y[..., i, :] for i in range(y.shape[-2])]
 
 
 class Attention(nn.Module):
-    """Multi-head attention; keys and values are computed separately, so that a decoder can keep them.
+    """Multi-head attention; a separate method computes keys and values, so that a decoder can keep them.
 
     Attributes:
         config: of the model.
-        side: of the queries.
-        inputs: width of the states that keys and values are made of.
+        side: sizes of the stack that the queries belong to.
+        inputs: width of the states from which keys and values are computed.
     """
 
     config: ModelConfig
@@ -126,20 +138,20 @@ class Attention(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "length", "heads", "kv"))
 
     def queries(self, x: jax.Array) -> jax.Array:
-        """x [batch, length, embed] -> [batch, length, heads, kv]."""
+        """Projects x [batch, length, embed] to queries [batch, length, heads, kv]."""
         return self._split(self.query(x))
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """Returns `queries` and `keys_values` of x by one product, with parameters of `models.unrolled`.
+        """Returns `queries` and `keys_values` of x, with the merged parameters of `models.unrolled`.
 
-        By two products if there are fewer heads of keys and values.
+        Takes one product, or two if there are fewer key/value heads than query heads.
         """
         if self.side.num_kv_heads == self.side.num_heads:
             return [self._split(y) for y in self.query_key_value(x)]
         return [self._split(y) for y in (self.query(x), *self.key_value(x))]
 
     def keys_values(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """y [batch, length, inputs] -> keys and values, each [batch, length, kv_heads, kv]."""
+        """Projects y [batch, length, inputs] to keys and values, each [batch, length, kv_heads, kv]."""
         return self._split(self.key(y)), self._split(self.value(y))
 
     def __call__(
@@ -154,7 +166,15 @@ class Attention(nn.Module):
         window: jax.Array | None = None,
         deterministic: bool,
     ) -> jax.Array:
-        """Queries [batch, q, heads, kv], keys and values [batch, k, kv_heads, kv] -> [batch, q, embed]; see `attention`."""
+        """Returns attention's projected output [batch, q, embed].
+
+        Args:
+            queries: [batch, q, heads, kv].
+            keys, values: [batch, k, kv_heads, kv].
+            segments: of queries and keys.
+            relative_bias, causal, window: as for `attention`.
+            deterministic: turns dropout off.
+        """
         c, s = self.config, self.side
         off = deterministic or not c.dropout_rate
         mixed = attention(
@@ -176,7 +196,7 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
     def _weights(self, scores, segments: Segments, relative_bias=None) -> jax.Array:
-        """Turns raw scores [batch, heads, q, k] into weights in the config's dtype."""
+        """Turns scores [batch, heads, q, k] into weights in the config's dtype."""
         scores = shaped_scores(scores, self.side.score_scale, self.side.score_softcap)
         if relative_bias is not None:
             scores = scores.astype(jnp.float32) + relative_bias
@@ -185,7 +205,9 @@ class Attention(nn.Module):
     def over_cache(
         self, queries, keys, values, segments: Segments, relative_bias=None
     ) -> jax.Array:
-        """Returns `__call__` over a cache, whose layout suits these products.
+        """Returns the result of `__call__` for keys and values in a cache's layout.
+
+        The layout needs no transposition before the two products of each token.
 
         Args:
             queries: [batch, q, heads, kv].
@@ -194,12 +216,13 @@ class Attention(nn.Module):
             segments, relative_bias: as for `__call__`.
         """
         product = functools.partial(jnp.einsum, precision=precision_of(self.config.dtype))
+        # `count` queries of a row: one token, or the beams of an input in attention to the encoder
         batch, count, heads, width = queries.shape
         if self.side.num_kv_heads == heads:
             scores = product("bqhd,bhdk->bhqk", queries, keys)
             weights = self._weights(scores, segments, relative_bias)
             mixed = product("bhqk,bhkd->bqhd", weights, values)
-        else:  # the g heads of a group share keys and values, which need no copy
+        else:  # the g heads of a group share keys and values, so these are not copied g times
             grouped = queries.reshape(batch, count, self.side.num_kv_heads, -1, width)
             scores = product("bqhgd,bhdk->bhgqk", grouped, keys)
             scores = scores.reshape(batch, heads, count, -1)
@@ -209,13 +232,18 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(batch, count, -1))
 
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
-        """Returns `__call__` over the states `encoded` [batch, k, inputs], without making keys and values.
+        """Returns attention over encoder states directly, without computing keys and values.
 
         A score q . (K e) equals (K^T q) . e, and the mean of V e equals V times the mean of e, up to
-        rounding. A query costs inputs / kv times as much as with keys and values, so `kv` queries
-        of one input cost as much as making its keys and values. With fewer queries this is less
-        work, and it keeps no copy per layer.
-        `transposed` is `encoded` as [batch, inputs, k], transposed once instead of at each call.
+        rounding. A query costs inputs / kv times as much as with keys and values, so `kv` queries of one
+        input cost as much as computing its keys and values. With fewer queries this is less work, and no
+        layer needs a copy of the keys and values.
+
+        Args:
+            x: [batch, q, embed].
+            encoded: states [batch, k, inputs].
+            transposed: the same as [batch, inputs, k], transposed once instead of at each call.
+            segments: of queries and keys.
         """
         c = self.config
         product = functools.partial(jnp.einsum, precision=precision_of(c.dtype))
@@ -224,12 +252,15 @@ class Attention(nn.Module):
             params: Any = projection.variables["params"]
             found = kernel_of(params, c.dtype).reshape(self.inputs, -1, self.side.head_dim)
             groups = self.side.num_heads // self.side.num_kv_heads
+            # query head i reads kv head i // groups: 4 heads and 2 kv heads -> kernels 0 0 1 1
             return jnp.repeat(found, groups, axis=1) if groups > 1 else found
 
+        # K^T q, the query in the space of the states: [batch, heads, q, inputs]
         queries = product("bqhd,ehd->bhqe", self._split(self.query(x)), kernel(self.key))
         scores = product("bhqe,bek->bhqk", queries, transposed)
         weights = self._weights(scores, segments)
         means = product("bhqk,bke->bhqe", weights, encoded)
+        # V once per query and head, after the mean over all keys
         mixed = product("bhqe,ehd->bqhd", means, kernel(self.value))
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
@@ -243,10 +274,10 @@ _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nn.Module):
-    """Feed-forward block: the product of one projection per activation, then one back.
+    """Feed-forward block: multiplies one activated projection per activation, then projects back.
 
-    `("relu",)` has one projection, `wi`; `("gelu", "linear")`, the gated one, `wi_0` and `wi_1`. With
-    `merged` these are one product, of the parameters of `models.unrolled`.
+    `("relu",)` has one projection, `wi`. The gated `("gelu", "linear")` has two, `wi_0` and `wi_1`. With
+    `merged` they are one product, with the parameters of `models.unrolled`.
     """
 
     config: ModelConfig
@@ -255,7 +286,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        """x [batch, length, embed] -> the same shape."""
+        """Applies the block to x [batch, length, embed]; returns the same shape."""
         c, s = self.config, self.side
         names = ["wi"] if len(c.mlp_activations) == 1 else ["wi_0", "wi_1"]
         if self.merged:
@@ -263,9 +294,11 @@ class Mlp(nn.Module):
         else:
             size = s.mlp_dim, ("embed", "mlp"), s.init_stddev or s.emb_dim**-0.5
             projected = [dense(c, *size, name, "wi")(x) for name in names]
+        # gated: gelu(x wi_0) * (x wi_1) (Shazeer 2020, arXiv:2002.05202); without a gate: relu(x wi)
         h = jnp.ones((), c.dtype)
         for y, activation in zip(projected, c.mlp_activations, strict=True):
             h = h * _ACTIVATION_FNS[activation](y)
+        # between the two projections, as in T5X
         h = Dropout(c.dropout_rate, c.dropout_broadcast)(h, deterministic=deterministic)
         stddev = s.init_stddev or s.mlp_dim**-0.5
         wo = dense(c, s.emb_dim, ("mlp", "embed"), stddev, "wo", "wo")

@@ -21,18 +21,18 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 
 
 class LoraDense(nn.Module):
-    """A matrix without bias plus the product of two thin ones; the full product is never made.
+    """A dense layer without bias plus a low-rank adapter A B, whose full product is never computed.
 
-    B starts as zeros, so the module starts out equal to its kernel. A is drawn as in the authors' code:
-    uniform, with the bounds of a kernel of its width, 1 / sqrt(inputs).
+    B starts as zeros, so the adapter starts as 0. A is drawn as in the authors' code: uniform between
+    -1 / sqrt(inputs) and 1 / sqrt(inputs).
 
     Attributes:
-        features: outputs.
+        features: width of the output.
         axes: logical axes of the kernel.
         stddev: of the initial kernel.
         rank: columns of A and rows of B.
         scale: alpha / rank.
-        dtype: of the output, and of the arithmetic; parameters are float32.
+        dtype: type of the output and of the arithmetic; parameters are float32.
     """
 
     features: int
@@ -44,9 +44,10 @@ class LoraDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., features]."""
+        """Projects x [..., inputs] to [..., features]."""
         inputs, (rows, columns) = x.shape[-1], self.axes
         named, normal = nn.with_logical_partitioning, nn.initializers.normal
+        # variance 1 / (3 inputs), the variance of the uniform distribution up to 1 / sqrt(inputs)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         kernel: Any = self.param(
             "kernel", named(normal(self.stddev), self.axes), (inputs, self.features)
@@ -56,6 +57,7 @@ class LoraDense(nn.Module):
             LORA_B, named(nn.initializers.zeros, ("lora", columns)), (self.rank, self.features)
         )
         x = x.astype(self.dtype)
+        # (x A) B, not x (A B): the scale multiplies the thin [..., rank] array
         return kernel_product(x, kernel) + kernel_product(kernel_product(x, a) * self.scale, b)
 
 
@@ -65,7 +67,7 @@ def has_adapters(params: Any) -> bool:
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """Returns (trained, frozen): adapters and the rest, or everything and {} if there are no adapters."""
+    """Splits parameters into (trained, frozen): adapters and the rest; without adapters, everything and {}."""
     if not has_adapters(params):
         return params, {}
     trained, frozen = {}, {}
@@ -82,20 +84,20 @@ def combine(trained: Any, frozen: Any) -> Any:
 
 
 def base_of(params: Any) -> Any:
-    """Returns the tree of the plain model without adapters; merges nothing."""
+    """Returns the parameters without adapters; does not merge the adapters into them."""
     trained, frozen = split(params)
     return frozen or trained
 
 
 def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Returns plain weights with the same outputs: W + (alpha / rank) A B in float32.
+    """Merges adapters into plain weights with the same outputs: W + (alpha / rank) A B in float32.
 
-    Works inside and outside of `jax.jit`. Outside, a merged kernel keeps its placement on devices, and
-    everything else is shared with `params`, not copied.
+    Works inside and outside `jax.jit`. Outside, a merged kernel keeps its placement on devices, and all
+    other arrays are shared with `params`, not copied.
 
     Args:
         params: unboxed parameters of a model of `config`, layers stacked.
-        config: has alpha and ranks; without LoRA both are returned unchanged.
+        config: has alpha and ranks. Without LoRA, both arguments are returned unchanged.
 
     Returns:
         The parameters and the configuration of the model without LoRA.
@@ -114,7 +116,7 @@ def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
         if path[-1] == LORA_A:
             kernel, b = merged[*path[:-1], "kernel"], thin[*path[:-1], LORA_B]
             sharding = None if isinstance(kernel, Tracer) else kernel.sharding
-            scale = config.lora.alpha / a.shape[-1]
+            scale = config.lora.alpha / a.shape[-1]  # the last axis of A is the projection's rank
             merged[*path[:-1], "kernel"] = _add_product(kernel, a, b, scale, sharding)
     return unflatten_dict(merged), dataclasses.replace(config, lora=None)
 
@@ -122,6 +124,7 @@ def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 @functools.partial(jax.jit, static_argnames=("scale", "sharding"))
 def _add_product(kernel, a, b, scale: float, sharding) -> jax.Array:
     # [layers, inputs, features] + scale [layers, inputs, rank] [layers, rank, features]
-    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)  # accelerators round by default
+    # HIGHEST: accelerators round float32 factors by default
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
     whole = kernel + scale * product
     return whole if sharding is None else jax.lax.with_sharding_constraint(whole, sharding)

@@ -16,10 +16,13 @@ def relative_buckets(
 ) -> jax.Array:
     """Returns the bucket of each (query, key) pair of positions: [q], [k] -> [q, k] int32.
 
-    Half the buckets are exact distances, the rest grow by the logarithm up to `max_distance`
-    (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Packed segments are contiguous in both
-    inputs and targets, so plain indices give the same differences as positions in a segment.
+    Half of the buckets are exact distances. The others have widths that grow with the distance, on a
+    logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Packed
+    segments are contiguous in inputs and targets, so indices in a row give the same differences as
+    positions in a segment.
     """
+    # bidirectional, 32 buckets: a key 3 before its query is bucket 3, a key 3 after it bucket 16 + 3; keys
+    # 16 and 22 before it share bucket 10. Causal: bucket 0 also takes all keys after the query.
     relative, offset = key[None, :] - query[:, None], 0
     if bidirectional:
         num_buckets //= 2
@@ -28,6 +31,7 @@ def relative_buckets(
     else:
         relative = jnp.maximum(-relative, 0)
     exact = num_buckets // 2
+    # max(..., 1): the logarithm of 0 is never used below, but would be infinite
     ratio = jnp.log(jnp.maximum(relative, 1) / exact) / np.log(max_distance / exact)
     large = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
     return offset + jnp.where(relative < exact, relative, large)
@@ -35,10 +39,10 @@ def relative_buckets(
 
 @jax.custom_vjp
 def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
-    """table [heads, buckets], buckets [q, k] -> [heads, q, k]; the gradient is a product.
+    """Looks up table [heads, buckets] at buckets [q, k] -> [heads, q, k]; its gradient is a product.
 
-    The gradient of a lookup is a scatter, which is slow on accelerators; T5X multiplies by one-hot
-    buckets in both directions. HIGHEST precision sums in float32.
+    JAX's own gradient of a lookup is a scatter, which is slow on accelerators. T5X multiplies by one-hot
+    buckets in both directions; here only the gradient does.
     """
     return jnp.take(table, buckets, axis=1)
 
@@ -46,6 +50,7 @@ def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
 def _to_table(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, None]:
     table, buckets = kept
     hot = jax.nn.one_hot(buckets, table.shape[1], dtype=slope.dtype)
+    # HIGHEST: by default accelerators would round the gradients before they sum q x k of them
     product = jnp.einsum("hqk,qkb->hb", slope, hot, precision=jax.lax.Precision.HIGHEST)
     return product, None
 
@@ -58,12 +63,12 @@ _of_buckets.defvjp(
 class RelativeBias(nn.Module):
     """Learned bias per head and bucket, added to the scores of self-attention."""
 
-    config: Any  # a `models.t5.T5Config`: no other family has the table
+    config: Any  # a `models.t5.T5Config`; no other family has this table
     bidirectional: bool
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Positions [q], [k] -> bias [1, heads, q, k] float32."""
+        """Returns the bias [1, heads, q, k] float32 for queries at positions [q] and keys at positions [k]."""
         c = self.config
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")
@@ -81,17 +86,18 @@ class RelativeBias(nn.Module):
 
 @jax.named_scope(ROPE)
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Returns the angles by which `rotate` turns pairs at positions [length].
+    """Returns the cosines and sines of the angles by which `rotate` turns pairs at positions [length].
 
-    Pair i of position p turns by p / theta^(2i / head_dim) (Su et al. 2021, arXiv:2104.09864, equation
-    15). A score then depends on the distance of query and key alone, so plain indices serve packed
-    segments, too.
+    Pair i at position p turns by p / theta^(2i / head_dim) (Su et al. 2021, arXiv:2104.09864, equation
+    15). A score then depends only on the distance between query and key, so indices in a row also work
+    for packed segments.
 
     Args:
         positions: [length] int32.
-        head_dim: width of a head, even.
-        theta: 10,000 in Gemma 2.
+        head_dim: width of a head; must be even.
+        theta: base of the angles; 10,000 in Gemma 2.
     """
+    # float32, since pair 0 turns by p radians, and bfloat16 rounds whole numbers above 256
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.cos(angles), jnp.sin(angles)
@@ -99,10 +105,11 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
 
 @jax.named_scope(ROPE)
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """[batch, length, heads, kv] -> the same, each pair turned; in float32, then the dtype of x.
+    """Turns each pair of features of x [batch, length, heads, kv]; computes in float32, returns x's dtype.
 
-    A pair is feature i of the first half and feature i of the second, as in Hugging Face's weights.
+    A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights.
     """
+    # [length, kv / 2] -> [1, length, 1, kv / 2]
     cos, sin = (table[None, :, None, :] for table in by)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]

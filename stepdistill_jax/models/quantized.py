@@ -1,8 +1,8 @@
 """int8 weights: a projection whose kernel is int8 with a scale for each output, and its quantization.
 
-Weights only, symmetric: W is about W8 * scale, with W8 from -127 to 127 and a scale for each column
-(Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings,
-norms and position biases are not quantized. It pays off where reading weights limits decoding: on
+Only weights are quantized, symmetrically: W is about W8 * scale, with W8 from -127 to 127 and a scale for
+each column (Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings, norms
+and position biases are not quantized. int8 saves time where reading weights limits decoding, which is on
 accelerators.
 """
 
@@ -24,12 +24,12 @@ LARGEST = 127
 
 
 class QuantizedDense(nn.Module):
-    """A matrix without bias, stored as int8: one byte per weight.
+    """A dense layer without bias whose kernel is int8: one byte per weight.
 
     Attributes:
-        features: outputs.
+        features: width of the output.
         axes: logical axes of the kernel.
-        dtype: of the arithmetic.
+        dtype: type of the arithmetic.
         float32_sums: whether the output is float32; otherwise it has `dtype`.
     """
 
@@ -40,7 +40,7 @@ class QuantizedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., inputs] -> [..., features]."""
+        """Projects x [..., inputs] to [..., features]."""
         named = nn.with_logical_partitioning
         shape = (x.shape[-1], self.features)
         kernel: Any = self.param(KERNEL, named(_zeros(jnp.int8), self.axes), shape)
@@ -50,8 +50,9 @@ class QuantizedDense(nn.Module):
 
 
 def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
-    """x [..., inputs], kernel [inputs, ...] int8 and scale [...] of its outputs -> [..., ...] float32."""
-    # XLA would hoist the conversion out of the loop over tokens and read the large kernel inside it
+    """Multiplies x [..., inputs] with an int8 kernel [inputs, *outputs] and its scale [*outputs]; returns float32."""
+    # Without the barrier, XLA would convert the kernel once, before the loop over tokens, and read the
+    # converted kernel (2 or 4 bytes per weight) at each token.
     kernel, x = jax.lax.optimization_barrier((kernel, x.astype(dtype)))
     sums = jnp.tensordot(
         x,
@@ -60,6 +61,7 @@ def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) 
         precision=precision_of(dtype),
         preferred_element_type=jnp.float32,
     )
+    # a scale belongs to a column, so it multiplies the sums, and no float32 kernel is ever made
     return sums * scale
 
 
@@ -76,7 +78,7 @@ def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
 
 
 def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Quantizes all kernels to int8; they keep their placement on devices.
+    """Quantizes all kernels to int8 and keeps their placement on devices.
 
     Args:
         params: unboxed parameters of a model of `config` without adapters, layers stacked.
@@ -86,6 +88,7 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
         The parameters, and the configuration that reads them.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+    # embeddings, norms and position biases have other names than `kernel`
     for path in [path for path in flat if path[-1] == KERNEL]:
         kernel = flat[path]
         flat[path], flat[*path[:-1], SCALE] = _quantize(kernel, kernel.sharding)
@@ -94,8 +97,9 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _quantize(kernel: jax.Array, sharding: Any) -> tuple[jax.Array, jax.Array]:
-    """[..., inputs, features] -> the same in int8, and [..., features]; |error| <= scale / 2."""
+    """Returns the kernel [..., inputs, features] in int8 and its scales [..., features]; |error| <= scale / 2."""
     largest = jnp.max(jnp.abs(kernel), axis=-2)
+    # a column of zeros gets scale 1 / 127 instead of a division by 0. Column 0.5, -2.54: scale 0.02, 25, -127
     scale = jnp.where(largest > 0, largest, 1.0) / LARGEST
     rounded = jnp.clip(jnp.round(kernel / scale[..., None, :]), -LARGEST, LARGEST)
     return jax.lax.with_sharding_constraint(rounded.astype(jnp.int8), sharding), scale

@@ -23,7 +23,8 @@ from stepdistill_jax.runtime.checks import keep, of_type, one_of, whole
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# the first rule whose mesh axes are still free wins
+# The first rule whose mesh axis is still free wins: of a kernel ("embed", "joined_kv") the rows are cut
+# over fsdp and the columns over tensor.
 LOGICAL_AXIS_RULES = (
     ("batch", BATCH_AXES),
     ("vocab", "tensor"),
@@ -37,7 +38,7 @@ LOGICAL_AXIS_RULES = (
     ("relpos_buckets", None),
     ("lora", None),
 )
-# logical axis -> the field of `models.config.Side` or `ModelConfig` that is its size
+# logical axis -> the field of `models.config.Side` or `ModelConfig` that holds its size
 _FIELDS = {
     "vocab": "vocab_size",
     "mlp": "mlp_dim",
@@ -49,15 +50,15 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes; one of `data`, `fsdp` and `tensor` may be -1, "all devices left".
+    """Sizes of the mesh axes; one of `data`, `fsdp` and `tensor` may be -1, "all remaining devices".
 
     Attributes:
-        data: copies of the parameters inside a slice, each with rows of its own.
-        fsdp: parts into which parameters and rows are cut.
-        tensor: parts into which heads, feed-forward width and vocabulary are cut.
-        dcn_data: groups of devices, joined by the data centre's network (DCN), that hold a copy
-            each; -1 is one for each slice (MaxText's `dcn_data_parallelism`). The mesh's axis
-            `data` is dcn_data x data.
+        data: number of copies of the parameters inside a slice; each copy has its own rows.
+        fsdp: number of parts into which parameters and rows are cut.
+        tensor: number of parts into which heads, feed-forward width and vocabulary are cut.
+        dcn_data: number of groups of devices that each hold a copy and are connected by the data
+            centre's network (DCN); -1 means one for each slice (MaxText's
+            `dcn_data_parallelism`). The mesh's axis `data` is dcn_data x data.
     """
 
     data: int = 1
@@ -79,14 +80,14 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of a layout (or of its name) over all devices, or over the given ones.
+    """Returns the mesh of a layout, given by name or as sizes, over the given devices or all.
 
-    Slices are the outermost axis, so a copy's parts communicate over the fast links of one slice. If
-    devices do not know their slice, or are virtual devices of one machine (CPU), each process counts
-    as a slice, and `dcn_data` cuts the devices, in order of processes, into equal blocks.
+    Slices are the outermost axis, so the parts of a copy communicate over the fast links of one slice. If
+    devices do not know their slice, or are virtual devices of one machine (CPU), each process counts as
+    a slice, and `dcn_data` cuts the devices, in order of processes, into equal blocks.
 
     Raises:
-        InputError: an unknown layout, or one whose sizes do not fit the devices; names the nearest.
+        InputError: the layout is unknown, or its sizes do not fit the devices; names the nearest.
     """
     if isinstance(layout, str):
         one_of("layout", layout, LAYOUTS)
@@ -94,14 +95,15 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
     of_type("layout", layout, Layout, "a layout's name or a `Layout`")
     devices = list(jax.devices() if devices is None else devices)
     sizes = _sizes(layout, devices)
-    # Auto: GSPMD propagates; JAX's default, Explicit, needs a sharding for each operation
+    # Auto: GSPMD propagates shardings. JAX's default, Explicit, needs a sharding for each operation.
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _slices(devices: list[Any]) -> int:
     """Returns the number of slices, or of processes if devices do not know their slice."""
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
-    # JAX counts the hosts of one machine as one slice: several processes there rehearse several
+    # On CPUs JAX counts all processes of a machine as one slice. Tests of several slices use several
+    # processes, so there each process counts as a slice.
     if None in found or (len(found) == 1 and devices[0].platform == "cpu"):
         found = collections.Counter(d.process_index for d in devices)
     if len(set(found.values())) > 1:
@@ -112,27 +114,29 @@ def _slices(devices: list[Any]) -> int:
 
 
 def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
-    """Returns (data, fsdp, tensor) of the mesh; data includes copies across slices."""
+    """Returns (data, fsdp, tensor) of the mesh; data includes the copies across slices."""
+    # 2 slices of 4 devices: Layout(fsdp=-1, dcn_data=-1) -> (2, 4, 1); Layout(data=-1, tensor=2) -> (4, 1, 2)
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
         raise InputError(
-            f"`layout`: hybrid keeps a copy in each slice, and there is one slice ({count} devices);"
-            " fsdp is the layout of one slice (or give `Layout.dcn_data` the number of copies)"
+            f"`layout`: hybrid needs several slices, since it keeps a copy in each; found one slice"
+            f" of {count} devices. Use fsdp, or set `Layout.dcn_data` to the number of copies"
         )
     if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:
         raise InputError(
-            f"`layout`: dcn_data={copies} does not fit {slices} slices; nearest that does:"
+            f"`layout`: dcn_data={copies} does not fit {slices} slices; nearest that fits:"
             f" dcn_data={slices}"
         )
     wanted = (copies, layout.data, layout.fsdp, layout.tensor)
     given = [size for size in wanted if size != -1]
     used = math.prod(given)
+    # without a -1, the sizes must use all devices; with one, they must divide the number of devices
     fits = min(given) >= 1 and count % used == 0 and (len(given) == 3 or used == count)
     if not fits or len(given) < 3:
         names = (*(("dcn_data",) * (copies != 1)), *AXES)
         raise InputError(
             f"`layout`: {' x '.join(names)} = {' x '.join(map(str, wanted[-len(names) :]))} does not"
-            f" fit {count} devices; nearest that does: {_nearest_layout(wanted, count)}"
+            f" fit {count} devices; nearest that fits: {_nearest_layout(wanted, count)}"
         )
     copies, data, fsdp, tensor = (count // used if size == -1 else size for size in wanted)
     return copies * data, fsdp, tensor
@@ -141,11 +145,14 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
 def _nearest_layout(
     wanted: Sequence[int], count: int, *, embed: int = 0, cut_by_tensor: int = 0
 ) -> str:
-    """Returns, as text, the layout of `count` devices whose factors to `wanted` are smallest.
+    """Returns the layout of `count` devices that is nearest to `wanted`, as text.
+
+    The distance of two layouts is the sum over axes of |log(size / wanted size)|, so 4 and 16 are equally
+    far from 8.
 
     Args:
         wanted: dcn_data, data, fsdp, tensor; -1 is free.
-        count: devices.
+        count: number of devices.
         embed, cut_by_tensor: sizes that fsdp and tensor must divide; 0 allows any.
     """
 
@@ -154,9 +161,10 @@ def _nearest_layout(
             0.0 if asked == -1 else abs(math.log(size / max(asked, 1)))
             for asked, size in zip(wanted, layout, strict=True)
         ]
-        # ties: the layout with the fewest axes, then the one that keeps the copies
+        # ties: the layout with the fewest axes above 1, then the smallest change of the copies
         return round(sum(gaps), 9), sum(size > 1 for size in layout), *gaps[:2], gaps[3]
 
+    # fsdp follows from the other three: copies x data x fsdp x tensor = count
     divisors = [d for d in range(1, count + 1) if count % d == 0]
     layouts = [
         (copies, data, count // (copies * data * tensor), tensor)
@@ -170,13 +178,15 @@ def _nearest_layout(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """Returns [data, fsdp, tensor] devices, slices along the first axes that they divide."""
-    # tried last: splitting a physical axis is better than no mesh
+    """Returns the devices as an array [data, fsdp, tensor], with slices along the first axes."""
+    # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(d, "slice_index", None) for d in devices})
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, **options)
-    outer, left = [], slices  # sizes multiply to the number of devices, so 1 remains
+    # 4 slices of 4 devices and sizes (2, 8, 1): outer (2, 2, 1), inner (1, 4, 1). The sizes multiply to the
+    # number of devices, so `left` ends at 1.
+    outer, left = [], slices
     for size in sizes:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
@@ -185,16 +195,16 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 
 
 def traced_device() -> Any:
-    """Returns a device of the program being traced, for its `platform` and `device_kind`.
+    """Returns a device that the traced program is for; read its `platform` and `device_kind`.
 
-    It belongs to the mesh of the tracing context, whose devices need not exist here; without a mesh it
-    is JAX's first device.
+    It is a device of the mesh in the tracing context, which need not exist on this machine. Without a
+    mesh, it is JAX's first device.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def traced_platform() -> str:
-    """Returns the platform of the program being traced: `cpu`, `gpu` or `tpu`."""
+    """Returns the platform that the traced program is for: `cpu`, `gpu` or `tpu`."""
     return traced_device().platform
 
 
@@ -204,26 +214,26 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a whole array on each device."""
+    """Returns the sharding of an array that each device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of [batch, ...] by rows."""
+    """Returns the sharding of an array [batch, ...] that is cut by rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
     """Turns a tree of host arrays [rows, ...] into global arrays cut by rows over the mesh.
 
-    Every process gives each of its devices the rows that the device owns. This holds for any mesh, also
-    if a tensor axis makes two processes own the same rows.
+    Every process gives each of its devices the rows that the device owns. This works for any mesh, even
+    if two processes own the same rows because of a tensor axis.
 
     Args:
-        batch: arrays of this process's blocks, one after the other; all rows by default.
-        mesh: over which rows are cut.
-        blocks: ascending numbers of these blocks among `num_blocks` equal ones, from `blocks_on`.
-        num_blocks: number of blocks of all rows.
+        batch: arrays with this process's blocks of rows, one after the other; all rows by default.
+        mesh: cuts the rows.
+        blocks: ascending numbers of these blocks, from `blocks_on`; there are `num_blocks` equal blocks.
+        num_blocks: number of blocks in the global batch.
     """
     sharding = batch_sharding(mesh)
     place_of = {block: place for place, block in enumerate(blocks)}
@@ -232,7 +242,8 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
         size = len(x) // len(blocks)
 
         def rows(index: Any) -> np.ndarray:
-            # consecutive blocks: a device's rows may begin in one and end in another
+            # blocks (2, 3) of 8 rows each: global row 20 is row 4 of block 2, so row 4 of x. A device's rows
+            # may begin in one block and end in the next, which follows it in x.
             first, end, _ = index[0].indices(size * num_blocks)
             own = place_of[first // size] * size + first % size
             return x[own : own + end - first]
@@ -243,17 +254,20 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
 
 
 def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
-    """Returns the numbers of the equal blocks of a batch's rows that devices need.
+    """Returns the numbers of the blocks of a batch that devices need, ascending.
 
-    A device needs each block that holds one of its rows. Two processes need the same block if blocks
-    and devices do not divide each other, or if a tensor axis spans processes.
+    A batch is `num_blocks` equal blocks of rows. A device needs each block that holds one of its rows. Two
+    processes need the same block if neither of the numbers of blocks and devices divides the other, or if
+    a tensor axis spans processes.
 
     Args:
-        mesh: over which rows are cut.
-        num_blocks: number of blocks of all rows.
-        devices: of the mesh; None is this process's devices.
+        mesh: cuts the rows.
+        num_blocks: number of blocks in the global batch.
+        devices: devices of the mesh; None means this process's devices.
     """
     shards = batch_shards(mesh)
+    # Any number of rows that both divide gives the same answer; shards x num_blocks does. With 4 shards and
+    # 6 blocks (of 4 rows each), the second shard has rows 6 to 11, so blocks 1 and 2.
     owned = batch_sharding(mesh).devices_indices_map((shards * num_blocks,))
     needed = set()
     for device in mesh.local_devices if devices is None else devices:
@@ -263,12 +277,12 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
 
 
 def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -> Any:
-    """Returns the shardings of a tree of logically partitioned boxes (`models.encoder_decoder.abstract_params`).
+    """Returns the shardings of the parameters in a tree of logically partitioned boxes.
 
     Args:
-        mesh: over which parameters are cut.
-        boxed: the tree.
-        config: of the model, whose heads must stay whole; None checks only dimensions.
+        mesh: cuts the parameters.
+        boxed: the tree, from `models.encoder_decoder.abstract_params`.
+        config: of the model, whose heads must not be cut; None checks only dimensions.
 
     Raises:
         InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and
@@ -277,7 +291,8 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
     heads = {}
-    if config is not None and config.position_bias is None:  # else a table by heads is cut, too
+    # with a position bias, its table [heads, buckets] is cut too, so the check of dimensions covers heads
+    if config is not None and config.position_bias is None:
         heads = {"encoder": config.encoder.num_kv_heads, "decoder": config.decoder.num_kv_heads}
     _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings, heads)
     return shardings
@@ -286,21 +301,23 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -
 def _check_divisible(
     mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
 ) -> None:
-    """Refuses dimensions that are no multiple of their mesh axis: jit raises, and GSPMD would pad.
+    """Raises InputError for dimensions that their mesh axis does not divide: jit raises, and GSPMD would pad.
 
-    Heads stay whole: the `heads` of a side's keys and values must divide evenly. A kernel [embed, 2
-    heads x 64] does not show that its 128 columns can be cut into two parts at most.
+    It also checks `heads`, the number of key/value heads of each side, since a cut must not split a head.
+    The shape [embed, 128] of a kernel does not show that its 2 heads of 64 allow two parts at most.
     """
     wrong: dict[str, str] = {}
     # greatest common divisor of the dimensions that an axis cuts
     cut: dict[str, int] = dict.fromkeys(AXES, 0)
 
     def check(path, param, spec, sharding) -> None:
+        # strict=False: a sharding's spec may be shorter than the shape; the remaining axes are not cut
         for size, logical, axis in zip(param.shape, spec, sharding.spec, strict=False):
             if axis is None:
                 continue
             cut[axis] = math.gcd(cut[axis], size)
             if size % mesh.shape[axis]:
+                # one example for each size: all layers have the same fault
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 wrong.setdefault(
                     f"{axis}={mesh.shape[axis]} does not divide {_FIELDS[logical]}={size}",
@@ -321,5 +338,5 @@ def _check_divisible(
         )
         raise InputError(
             f"`layout`: {', '.join(f'{what} ({where})' for what, where in wrong.items())}; nearest"
-            f" layout of {mesh.size} devices that does: {nearest_layout}"
+            f" layout of {mesh.size} devices that fits: {nearest_layout}"
         )

@@ -1,4 +1,4 @@
-"""Encoder and decoder as stacks of layers; the parameters of all layers are stacked along axis 0."""
+"""Encoder and decoder as stacks of layers, whose parameters are stacked along axis 0."""
 
 from typing import Any, NamedTuple
 
@@ -17,13 +17,15 @@ class Context(NamedTuple):
     """Inputs that all layers of a stack share.
 
     Attributes:
-        segments: of self-attention.
-        query, key: positions [q] and [k] of self-attention.
-        bias: [1, heads, q, k] float32 of self-attention; None if layers have their own, or none.
+        segments: segments of queries and keys in self-attention.
+        query, key: positions [q] and [k] in self-attention.
+        bias: [1, heads, q, k] float32, added to self-attention's scores; None if each layer has its own
+            or the model has none.
         turn: rotation of queries and keys at the positions `query`, or None.
-        encoded: for a decoder [batch, length, embed], or `encoded` of `EncoderDecoder.decode_step`.
-        cross_segments: of the attention to it.
-        index: position of the cache to fill in.
+        encoded: for a decoder, the encoder's states [batch, length, embed], or the `encoded` of
+            `EncoderDecoder.decode_step`.
+        cross_segments: segments of queries and keys in attention to the encoder.
+        index: position of the cache that is written.
     """
 
     segments: Segments
@@ -37,18 +39,18 @@ class Context(NamedTuple):
 
 
 def _dropout(config: ModelConfig, deterministic: bool) -> Dropout:
-    """Returns a layer's or a stack's dropout: one module whose calls draw separate masks."""
+    """Returns the dropout module of a layer or a stack; each of its calls draws another mask."""
     return Dropout(config.dropout_rate, config.dropout_broadcast, deterministic=deterministic)
 
 
 class _Layer(nn.Module):
-    """Parts of an encoder's and a decoder's layer."""
+    """The parts that an encoder's layer and a decoder's layer share."""
 
     config: ModelConfig
     deterministic: bool
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
-        """Normalises a block's output, if the family does."""
+        """Normalises a block's output in families that do so; returns it unchanged in others."""
         if not self.config.post_norms:
             return y
         return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)
@@ -64,11 +66,15 @@ class _Layer(nn.Module):
 class EncoderLayer(_Layer):
     @nn.compact
     def __call__(self, x, window, context: Context):
-        """x [batch, length, embed] -> (the same shape, None); `window` is of `windows_of`, or None."""
+        """Applies the layer to x [batch, length, embed]; returns (the same shape, None).
+
+        `window` is this layer's entry of `windows_of`, or None.
+        """
         c, side = self.config, self.config.encoder
         drop = _dropout(c, self.deterministic)
         bias = self.bias(context, bidirectional=True)
         attention = Attention(c, side, side.emb_dim, name="attention")
+        # x + block(norm(x)); `normed` adds Gemma's second norm, of the block's output
         h = RMSNorm(c, name="pre_attention_layer_norm")(x)
         keys, values = attention.keys_values(h)
         queries, keys = _turned(attention.queries(h), keys, context.turn)
@@ -82,17 +88,18 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """A layer under teacher forcing (`cache` None), or over a cache.
+    """A decoder layer: under teacher forcing if `cache` is None, otherwise over a cache.
 
-    The cache has this layer's `key` and `value` and, unless `context.encoded` is given, `cross_key` and
-    `cross_value` of the input.
+    A cache with `key` and `value` decodes one token. Without them, targets are given, and the cache holds
+    only the input's `cross_key` and `cross_value`. If `context.encoded` is given, the cache has no keys and
+    values of the input.
     """
 
     causal: bool
 
     @nn.compact
     def __call__(self, x, window, cache, context: Context):
-        """x [batch, q, embed] -> (the same shape, this layer's new key and value, or None)."""
+        """Applies the layer to x [batch, q, embed]; returns (the same shape, the token's key and value or None)."""
         c, side, off = self.config, self.config.decoder, self.deterministic
         drop = _dropout(c, off)
         bias = self.bias(context, bidirectional=False)
@@ -116,7 +123,8 @@ class DecoderLayer(_Layer):
             keys, values = cross.keys_values(context.encoded)
             y = cross(cross.queries(h), keys, values, segments, deterministic=off)
         else:
-            # the beams of an input are queries to the same keys, which need no copy per beam
+            # [batch * beams, 1, embed] -> [batch, beams, embed]: the beams of an input are queries to the
+            # same keys, which are not copied for each beam
             queries = h.reshape(segments[1].shape[0], -1, h.shape[-1])
             if context.encoded is not None:
                 y = cross.over_states(queries, *context.encoded, segments)
@@ -130,14 +138,17 @@ class DecoderLayer(_Layer):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
     def _next(self, attention: Attention, h, window, cache, bias, context: Context):
-        """Returns self-attention of one token over the cache, and the token's own key and value."""
+        """Returns self-attention's output for one token over the cache, and the token's key and value."""
         if self.config.unrolled_decoder:
             queries, keys, values = attention.queries_keys_values(h)
         else:
             queries, (keys, values) = attention.queries(h), attention.keys_values(h)
+        # a key's rotation depends only on its own position, so the cache stores it turned
         queries, keys = _turned(queries, keys, context.turn)
+        # [batch, 1, kv_heads, kv] -> [batch, kv_heads, kv, 1] and [batch, kv_heads, 1, kv]
         new = {"key": keys.transpose(0, 2, 3, 1), "value": values.swapaxes(1, 2)}
-        # the cache of all layers is written once, by `decode_step`
+        # The token must see itself, but `decode_step` writes the cache, once for all layers. So these copies
+        # contain the token only while this layer computes.
         here = context.key == context.index
         keys = jnp.where(here[None, None, None, :], new["key"], cache["key"])
         values = jnp.where(here[None, None, :, None], new["value"], cache["value"])
@@ -153,11 +164,13 @@ def _turned(queries, keys, turn: Rotation | None):
 
 
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
-    """Returns [layers] int32: self-attention sees keys less than that many places away; None sees all.
+    """Returns the window of each layer for `attention`, [layers] int32; None if no window masks anything.
 
-    `Side.windows` follow Hugging Face: an encoder sees distances <= window, a decoder < window. If no
-    two of `longest` places are that far apart, there is nothing to mask.
+    `Side.windows` follow Hugging Face: an encoder sees distances <= window, a decoder < window. A window
+    masks nothing if `longest` places fit into it.
     """
+    # `attention` masks distances >= window, so an encoder's is one more; a 0, "all", becomes more than any
+    # length
     reach = [w + (not causal) if w else 2 * MAX_LENGTH for w in side.windows or ()]
     if not reach or (isinstance(longest, int) and min(reach) >= longest):
         return None
@@ -165,40 +178,43 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
 
 
 def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
-    """Returns `length` layers, as a loop or unrolled; their parameters are stacked along axis 0."""
+    """Returns `length` layers, as a loop or unrolled, with parameters stacked along axis 0."""
     policies = jax.checkpoint_policies
     policy = {
-        # activations and norms are cheaper to recompute than to write and read. A kernel's output is
-        # kept by its name; plain operations end in a product, whose result has the name already
+        # Activations and norms are cheaper to recompute than to write to memory and read again. A kernel is
+        # no product, so its output is saved by name. With plain operations, the same name marks the result
+        # of a product, which is saved anyway.
         "elementwise": policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
         ),
         "minimal": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
     }[config.remat_policy]
-    # in a loop, XLA cannot undo recomputation. Unrolled it may, which is harmless where only
-    # elementwise results are recomputed
+    # XLA's common-subexpression elimination (CSE) could undo the recomputation, but not across a loop. In
+    # unrolled layers it could; that is harmless where only elementwise results are recomputed.
     prevent_cse = not config.scan_layers and config.remat_policy != "elementwise"
     layer = nn.remat(layer, prevent_cse=prevent_cse, policy=policy)
     scanned = nn.scan(
         layer,
         variable_axes={"params": 0},
+        # each layer has its own initial weights and dropout masks
         split_rngs={"params": True, "dropout": True},
         in_axes=in_axes,
         length=length,
         unroll=1 if config.scan_layers else length,
+        # the name of axis 0 for the logical axis rules
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(config, name="layers", **kwargs)
 
 
 class _Stack(nn.Module):
-    """Parts of an encoder and a decoder."""
+    """The parts that an encoder and a decoder share."""
 
     config: ModelConfig
 
     def context(self, side: Side, bidirectional: bool, segments, query, key, **more) -> Context:
-        """Returns what all layers share; queries are at positions `query` [q], keys at `key` [k]."""
+        """Returns the context of all layers for queries at positions `query` [q] and keys at `key` [k]."""
         bias = turn = None
         if self.config.position_bias == "side":
             bias = RelativeBias(self.config, bidirectional, name="relpos_bias")(query, key)
@@ -210,7 +226,7 @@ class _Stack(nn.Module):
 class Encoder(_Stack):
     @nn.compact
     def __call__(self, x, segments, *, deterministic: bool):
-        """x [batch, length, embed], segments [batch, length] -> [batch, length, embed]."""
+        """Encodes x [batch, length, embed] with segments [batch, length]; returns the shape of x."""
         c, side = self.config, self.config.encoder
         drop, position = _dropout(c, deterministic), jnp.arange(x.shape[1])
         context = self.context(side, True, (segments, segments), position, position)
@@ -237,7 +253,7 @@ class Decoder(_Stack):
         index=0,
         deterministic: bool,
     ):
-        """x [batch, q, embed] -> ([batch, q, embed], updated cache or None)."""
+        """Decodes x [batch, q, embed]; returns (the shape of x, the new keys and values or None)."""
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)
         more = {"encoded": encoded, "cross_segments": cross_segments, "index": index}
@@ -245,6 +261,7 @@ class Decoder(_Stack):
         windows = windows_of(side, key.shape[0], causal=True)
         options: dict[str, Any] = {"causal": causal, "deterministic": deterministic}
         if c.unrolled_decoder:
+            # each layer has separate parameters (`models.unrolled`), and the cache is still stacked
             x, found = drop(x), []
             for i in range(side.num_layers):
                 layer = DecoderLayer(c, **options, name=f"layers_{i}")

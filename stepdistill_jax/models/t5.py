@@ -1,4 +1,4 @@
-"""The families of T5: their configuration and published sizes."""
+"""The T5 families: their configuration and published sizes."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from stepdistill_jax.runtime.checks import keep, whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(ModelConfig):
-    """A T5; encoder and decoder have the same width (names as in T5X's `network.py`).
+    """Configuration of a T5, whose encoder and decoder have the same width (names as in T5X's `network.py`).
 
     Attributes:
         emb_dim: model width (Hugging Face `d_model`).
@@ -24,7 +24,7 @@ class T5Config(ModelConfig):
             is Hugging Face's).
 
     Raises:
-        InputError: as `ModelConfig`, and a size out of bounds.
+        InputError: as for `ModelConfig`, or a size is out of bounds.
     """
 
     emb_dim: int = 512
@@ -41,7 +41,7 @@ class T5Config(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         keep(self, whole, "num_buckets", least=1, most=MAX_SIZE)
-        # otherwise the logarithm in `models.positions.relative_buckets` has no scale
+        # otherwise `models.positions.relative_buckets` would divide by 0, or by a logarithm of at most 0
         if self.num_buckets < 4 or not self.num_buckets // 2 < self.max_distance <= MAX_SIZE:
             raise InputError(
                 f"relative positions: `num_buckets` must be at least 4 and `max_distance` from"
@@ -72,7 +72,7 @@ class T5Config(ModelConfig):
 
 
 _TINY = (64, 4, 16, 128, 2, 1)
-# t5x examples/t5/t5_1_1/{small,base,large,xl,xxl}.gin; mT5 differs in its vocabulary alone
+# t5x examples/t5/t5_1_1/{small,base,large,xl,xxl}.gin; mT5 differs only in its vocabulary
 _V1_1 = {
     "tiny": _TINY,
     "small": (512, 6, 64, 1024, 8, 8),

@@ -1,4 +1,4 @@
-"""T5Gemma: an encoder and a decoder of Gemma 2, of equal or unequal sizes (Zhang et al. 2025, arXiv:2504.06225)."""
+"""T5Gemma: encoder and decoder are Gemma 2 stacks, of equal or different size (Zhang et al. 2025, arXiv:2504.06225)."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -17,13 +17,14 @@ def gemma_side(
     window: int = 4096,
     **other: Any,
 ) -> Side:
-    """Returns a stack of Gemma 2 (Gemma Team 2024, arXiv:2408.00118, section 2 and table 1).
+    """Returns the sizes of a Gemma 2 stack (Gemma Team 2024, arXiv:2408.00118, section 2 and table 1).
 
-    Every other layer, starting with the first, reaches `window` tokens; the remaining layers reach all.
+    In every second layer, starting with the first, attention reaches `window` tokens; in the other layers
+    it reaches all tokens.
 
     Args:
-        emb_dim, num_heads, num_kv_heads, head_dim, mlp_dim, num_layers: as `Side`.
-        window: in tokens.
+        emb_dim, num_heads, num_kv_heads, head_dim, mlp_dim, num_layers: as in `Side`.
+        window: reach of the local layers, in tokens.
         **other: fields of `Side` that differ from Gemma 2.
     """
     windows = tuple(0 if layer % 2 else window for layer in range(num_layers))
@@ -53,9 +54,9 @@ _SIDES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5GemmaConfig(ModelConfig):
-    """A T5Gemma.
+    """Configuration of a T5Gemma.
 
-    Encoder and decoder have an embedding each; a tied output layer is the decoder's.
+    Encoder and decoder each have an embedding; a tied output layer uses the decoder's.
 
     Attributes:
         encoder, decoder: sizes and attention (`gemma_side`).

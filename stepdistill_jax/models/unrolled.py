@@ -1,8 +1,8 @@
-"""The decoder's parameters in the form that a GPU reads fastest for each token.
+"""Rearranges the decoder's parameters into the form that a GPU reads fastest at each token.
 
-At each token, a loop over stacked layers would copy each layer's matrices out of the stack before it
-multiplies, and concatenate the projections of one input. Here each layer has its own tree, and the
-projections of one input are one matrix.
+A loop over stacked layers would, at each token, copy each layer's matrices out of the stack and concatenate
+the projections of one input. Here each layer has its own tree, and the projections of one input are one
+matrix.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ from stepdistill_jax.models.config import ModelConfig
 
 
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns parameters of a decoder with `layers_0`, `layers_1`, ... instead of `layers`.
+    """Returns the parameters with `layers_0`, `layers_1`, ... instead of `layers` in the decoder.
 
-    In each of them `self_attention` has `query_key_value`, [embed, 3, joined_kv], instead of three
-    matrices (with fewer key/value heads `query`, and `key_value` [embed, 2, joined]). `mlp` has
-    `wi`, [embed, 2, mlp], instead of two (with one projection [embed, 1, mlp]). Features keep
-    an axis of their own, so that kernels cut over devices stay cut.
+    In each layer, `self_attention` has one matrix `query_key_value` [embed, 3, joined_kv] instead of three.
+    With fewer key/value heads it has `query` and `key_value` [embed, 2, joined]. `mlp` has one matrix `wi`
+    [embed, 2, mlp] instead of two; with a single projection it is [embed, 1, mlp]. The features keep a
+    separate axis, so kernels that are cut over devices need not be moved.
 
     Args:
         params: unboxed parameters of a model of `config`, int8 or not, layers stacked.
@@ -38,6 +38,8 @@ def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
             ("mlp", gated, "wi"),
         ):
             found = [layer[block].pop(one) for one in names]
+            # axis -2 joins kernels [embed, features] to [embed, names, features], int8 scales [features] to
+            # [names, features]
             layer[block][name] = jax.tree.map(lambda *x: jnp.stack(x, axis=-2), *found)
         decoder[f"layers_{i}"] = layer
     return {**params, "decoder": decoder}

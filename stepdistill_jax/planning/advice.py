@@ -21,7 +21,7 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
-MORE_DEVICES = (2, 4)  # multiples of the devices that are tried
+MORE_DEVICES = (2, 4)  # multiples of the number of devices that are tried
 MORE_WORK = 1.25  # factor by which rounding up rows for slices and devices may raise the FLOPs
 _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 3, 4, 6, 8, 12, ...
 
@@ -32,9 +32,10 @@ class Base:
 
     Attributes:
         config: of the run.
-        target: the devices it was compiled for.
-        found: the candidate.
-        layout: of the candidate; `given` if the user chose it.
+        target: the devices for which it was compiled.
+        found: the candidate, as `compiled` returns it.
+        layout: layout of the candidate.
+        given: whether the user chose the layout.
     """
 
     config: TrainConfig
@@ -50,21 +51,21 @@ class Base:
 
     @property
     def most_flops(self) -> float:
-        """Upper limit for the FLOPs of a step after a change of slices or devices."""
+        """Maximum FLOPs of a step after a change of the number of slices or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
 
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
-    """Returns candidates that fit with one setting changed or, if none does, with all that save memory.
+    """Returns candidates that fit with one changed setting or, if none does, with all changes that save memory.
 
     Args:
         base: the candidate that does not fit.
-        more_devices: the target's devices followed by further ones, to compile for more devices.
+        more_devices: the target's devices followed by further devices, for candidates on more devices.
 
     Returns:
-        Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. More
-        devices come last.
+        Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. Candidates on
+        more devices come last.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -77,26 +78,27 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _single(base: Base) -> Iterator[dict[str, Any]]:
-    """Yields changes of one setting each."""
+    """Yields changes that each concern one setting."""
     config = base.config
-    if base.given:  # otherwise the policies are candidates
+    if base.given:  # otherwise the candidates already include all policies
         stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
         yield from ({"remat_policy": policy} for policy in stronger)
     optimizer = config.optimizer
     if isinstance(optimizer, OptimizerFunction):
         yield {"optimizer": "adafactor"}
     elif optimizer.name == "adamw" and optimizer.mu_dtype == "float32":
-        if not optimizer.eps_before_correction:  # otherwise the Adafactor part is refused
+        if not optimizer.eps_before_correction:  # with it, the gin part of Adafactor is refused
             yield {"optimizer": "adafactor"}
         yield {"mu_dtype": "bfloat16"}
-    on_cpu = base.target.devices[0].platform == "cpu"  # which widens bfloat16: nothing to measure
+    # XLA's CPU backend widens bfloat16, so virtual devices would show no saving
+    on_cpu = base.target.devices[0].platform == "cpu"
     if config.dtype == "float32" and not on_cpu:
         yield {"dtype": "bfloat16"}
     yield from ({"num_microbatches": count} for count in _slices(base))
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns at most two numbers of slices to try, which add hardly any empty rows."""
+    """Returns at most two numbers of slices to try; they add few empty rows."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
@@ -105,7 +107,7 @@ def _slices(base: Base) -> list[int]:
     enough = counts[-1:]
     if (
         "activations" in sizes
-    ):  # the first to try: a slice's activations, its gradients and their sum must fit
+    ):  # starts with the first number for which a slice's activations, its gradients and their sum fit
         fixed = sizes["arguments"] + 2 * sizes["gradients"]
         part = sizes["activations"] * config.num_microbatches
         enough = [k for k in counts if fixed + part / k <= base.target.limit] or enough
@@ -114,7 +116,7 @@ def _slices(base: Base) -> list[int]:
 
 
 def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Compiles the base with changes; None if the state alone is then too large."""
+    """Compiles the base with changes; returns None if the state alone is still too large."""
     config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
     target = base.target
     if "dtype" in changes:
@@ -129,7 +131,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config with the changes that concern more than the model."""
+    """Returns the config with those changes that are fields of the config."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -141,15 +143,16 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles all changes that save memory by themselves together; None if that does not fit.
+    """Compiles a combination of all changes that save memory singly; returns None if it does not fit.
 
-    If the base has no size (its state is too large, or the TPU compiler refused it), all changes are
-    taken.
+    If the base has no size, because its state is too large or the TPU compiler refused it, the combination
+    contains all changes.
     """
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:
         smaller = (c for c in tried if c.get("per_device", {}).get("total", math.inf) < size)
         saving = [found["changes"] for found in smaller]
+    # of several changes of one setting the last wins: the most slices, the strongest remat policy
     changes = {name: value for change in saving for name, value in change.items()}
     if "optimizer" in changes:
         changes.pop("mu_dtype", None)
@@ -160,7 +163,7 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the layout with the least work, other than the base's; the least state breaks ties."""
+    """Compiles the layout with the least work other than the base's; on ties, the one with the least state."""
     config, target = base.config, base.target
 
     def work_and_state(item: tuple[str, Layout]) -> tuple[float, int]:
@@ -183,10 +186,10 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """Returns the base's config on the fewest further devices that it fits, if without empty rows."""
+    """Yields the base's config on the smallest larger number of devices that fits and adds few empty rows."""
     config, name = base.config, base.found["name"]
     if base.given and name not in LAYOUTS:
-        return  # sizes for exactly that many devices
+        return  # the sizes in the name are for one number of devices
     for times in MORE_DEVICES:
         count = times * len(base.target.devices)
         if count > len(devices):

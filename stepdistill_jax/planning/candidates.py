@@ -1,4 +1,4 @@
-"""Layouts and remat policies that a config may run with, compiled; the least work goes first."""
+"""Compiles the layouts and remat policies with which a config may run, the least work first."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state
 
 TENSOR_PARTS = (2, 4, 8, 16, 32)
-# times the FLOPs of the layout with the least, over which one is not compiled: what it has more of are
-# empty rows (`train` warns where they are more than half)
+# A layout with more than this multiple of the FLOPs of the best is not compiled. The additional FLOPs belong
+# to empty rows; `train` warns if they are more than half of all rows.
 WASTE = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What candidates are compiled for.
+    """The work and the devices for which candidates are compiled.
 
     Attributes:
-        work: of `workload`.
-        devices: of the mesh.
-        limit: bytes that a step may take of each.
+        work: the result of `workload`.
+        devices: devices of the mesh.
+        limit: bytes of each device that a step may take.
     """
 
     work: Workload
@@ -36,8 +36,9 @@ class Target:
 
 
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
-    """The layouts by name whose axes divide the model's dimensions."""
+    """Returns, by name, the layouts whose axes divide the model's dimensions."""
 
+    # as `models.sharding` cuts: widths over fsdp; vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:
         sides = (model.encoder, model.decoder)
         by_tensor = [model.vocab_size, *(n for s in sides for n in (s.num_kv_heads, s.mlp_dim))]
@@ -58,23 +59,23 @@ def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
 
 
 def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str | Layout:
-    """Returns the sizes of a layout that has them in its name, such as `fsdp_tensor 32x8`.
+    """Returns the sizes of a layout with sizes in its name, such as `fsdp_tensor 32x8`; returns others unchanged.
 
     Raises:
-        InputError: this model cannot have it on so many devices.
+        InputError: the layout does not divide this model or this number of devices.
     """
     if not isinstance(layout, str):
         return layout
     named = layouts_for(model, devices)
     if " " in layout and layout not in named:
         raise InputError(
-            f"`layout` {layout}: on {devices} devices this model can have {', '.join(named)}"
+            f"`layout` {layout}: on {devices} devices this model can use {', '.join(named)}"
         )
     return named.get(layout, layout)
 
 
 def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
-    """Returns the layouts for a target, the one whose step has the fewest FLOPs first."""
+    """Returns the layouts for a target, in ascending order of a step's FLOPs."""
 
     def flops(item: tuple[str, Layout]) -> float:
         return target.work.step_flops(row_multiple(config, target, item[1]))
@@ -83,16 +84,15 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns what a run's row counts are multiples of."""
+    """Returns the number of which a run's row counts are multiples: batch shards x slices."""
     return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
 
 
 def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
-    """Compiles the layouts of `by_work` under the remat policies that it takes.
+    """Compiles the layouts of `by_work`, each under as many remat policies as necessary.
 
-    A layout is not compiled where its state alone is too large, or where it has more than `WASTE`
-    times the work of one that fits. `full` is compiled where `elementwise` does not fit, and
-    `minimal` where `full` does.
+    A layout is not compiled if its state alone is too large, or if it has more than `WASTE` times the work
+    of one that fits. `full` is compiled if `elementwise` does not fit, and `minimal` if `full` fits.
     """
     least = None
     for name, layout in by_work(config, target).items():
@@ -113,7 +113,8 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
 def _policies(
     config: TrainConfig, target: Target, name: str, layout: Layout
 ) -> Iterator[dict[str, Any]]:
-    """One layout under the remat policies from the least to the most recomputation, as far as needed."""
+    """Compiles one layout under as many remat policies as necessary, yielding least recomputation first."""
+    # if the policy that recomputes most does not fit, none between does, so it is compiled second
     least, *between, most = REMAT_POLICIES
     first = compiled(config, target, name, layout, least)
     yield first
@@ -132,11 +133,11 @@ def compiled(
     """Compiles one candidate.
 
     Returns:
-        `name`, `fits`, `work` (times the FLOPs that its tokens need on one device) and
-        `Figures.to_json`; `error` in place of its sizes where the TPU compiler finds no room.
+        `name`, `fits`, `work` (FLOPs divided by the FLOPs that the same tokens need on one device) and
+        `Figures.to_json`. If the TPU compiler finds that the step does not fit, `error` replaces the sizes.
 
     Raises:
-        InputError: an axis of the layout does not divide what it cuts.
+        InputError: an axis of the layout does not divide a dimension that it cuts.
     """
     about = {"name": name, **_about(config, target, layout)}
     try:
@@ -157,7 +158,7 @@ def state_of(config: TrainConfig, target: Target, layout: str | Layout) -> dict[
 def too_large_a_state(
     config: TrainConfig, target: Target, layout: str | Layout
 ) -> dict[str, Any] | None:
-    """Returns what is known without compiling where parameters and optimizer alone do not fit, else None."""
+    """Returns a candidate that is not compiled if parameters and optimizer alone do not fit, or None."""
     state = state_of(config, target, layout)
     if sum(state.values()) <= target.limit:
         return None
@@ -170,7 +171,7 @@ def too_large_a_state(
 
 
 def _about(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, Any]:
-    """Returns the mesh and the rows of a candidate."""
+    """Returns the mesh, the rows and the work of a candidate."""
     multiple = row_multiple(config, target, layout)
     rows = target.work.rows_of(multiple)
     return {

@@ -1,4 +1,4 @@
-"""Data that a compiled step sends between devices."""
+"""Finds the data that a compiled step sends between devices."""
 
 import dataclasses
 import math
@@ -19,12 +19,12 @@ class Collective:
     """One collective operation of a step.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: one of `KINDS`.
         count: number of runs in a step.
-        result_bytes: of one run on one device.
-        group: devices that take part together.
-        shares: dtype, as HLO writes it -> its share of the result's bytes.
-        op_name: the place in the model that it comes from; empty if XLA does not name it.
+        result_bytes: bytes of one run's result on one device.
+        group: number of devices that take part together.
+        shares: dtype, in HLO's spelling -> its share of the result's bytes.
+        op_name: the place in the model that it comes from; empty if XLA gives no name.
     """
 
     kind: str
@@ -36,12 +36,14 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Result bytes of all runs of a step."""
+        """Bytes of the results of all runs in a step."""
         return self.count * self.result_bytes
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step by ring algorithms; 0 in a group of one."""
+        """Bytes that a device sends in a step with ring algorithms; 0 in a group of one."""
+        # A ring of 4 devices gathers a result of R bytes in 3 steps, in each of which a device sends R / 4. An
+        # all-reduce is a reduce-scatter followed by an all-gather.
         share = (self.group - 1) / self.group
         factor = {
             "all-gather": share,
@@ -56,18 +58,19 @@ class Collective:
 def collectives(
     module: Module, num_devices: int, *, unknown_trips: int | None = None
 ) -> tuple[list[Collective], int]:
-    """Returns the collectives of a compiled module over more than one device, largest first.
+    """Returns a compiled module's collectives over more than one device, largest first.
 
     Args:
-        module: of the optimised program (`compiled.as_text()`).
-        num_devices: of the mesh; the group size of an operation that names no group.
+        module: the optimised program (`compiled.as_text()`).
+        num_devices: number of devices of the mesh, which is the group of an operation that names none.
         unknown_trips: as for `runs`.
 
     Returns:
-        The operations, and the number of loops of unknown length with a collective.
+        The operations, and the number of loops of unknown length that contain a collective.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
+        # the TPU compiler also fuses collectives with the operations around them
         fused = [c for c in module.called(run.instruction) if run.instruction.opcode == "fusion"]
         inside = [(one, c.name) for c in fused for one in module.nested(c)]
         for one, where in [(run.instruction, ""), *inside]:
@@ -81,13 +84,13 @@ def collectives(
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """Returns the kind of a collective, synchronous or started; None for anything else."""
+    """Returns the kind of a synchronous or started collective, or None for any other instruction."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns `count`, `bytes` (results) and `wire_bytes` of a step on one device, per kind."""
+    """Returns `count`, `bytes` (results) and `wire_bytes` of a step on one device, for each kind."""
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
@@ -100,7 +103,7 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
     """Returns `kind`, `dtype`, `count`, `bytes` and `wire_bytes` of a step on one device, largest first.
 
-    XLA combines small collectives; one with arrays of two dtypes counts in the rows of both.
+    XLA combines small collectives. A collective with arrays of two dtypes is counted in two rows.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:
@@ -124,7 +127,7 @@ def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
 def _operation(instruction: Instruction, kind: str, times: int, num_devices: int) -> Collective:
     results = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # the started form returns its operands, then as many results, then its own state
+        # the started form returns its operands, then the same number of results, then its own state
         count = len(instruction.operands)
         results = results[count : 2 * count]
     size = sum(array.data_bytes for array in results)
@@ -150,7 +153,9 @@ def _as_scatter(c: Collective) -> Collective:
 
 
 def _group(attributes: str, num_devices: int) -> int:
-    """Returns the devices of one group, from any of the three notations of HLO."""
+    """Returns the number of devices in a group, from any of HLO's three notations."""
+    # {{0,1},{2,3}} lists groups of 2; [2,4]<=[8] is 2 groups of 4; mesh['fsdp'=4,'tensor'=2] {'tensor'} is
+    # an axis of 2
     groups = attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return listed.group(1).count(",") + 1
@@ -158,7 +163,7 @@ def _group(attributes: str, num_devices: int) -> int:
         return int(iota.group(2))
     if mesh := re.match(r"mesh\[([^\]]*)\] ?\{([^}]*)\}", groups):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh.group(1))}
-        # 'axis' is the whole axis, 'axis':(1)2 a part of size 2
+        # 'axis' is the complete axis, 'axis':(1)2 a part of it of size 2
         return math.prod(
             int(part) if part else sizes[name]
             for name, part in re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))

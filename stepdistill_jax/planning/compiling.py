@@ -1,4 +1,4 @@
-"""One layout and one remat policy: the training step compiled on abstract arrays, and its figures."""
+"""Compiles the training step for one layout and remat policy, on abstract arrays, and reads its sizes."""
 
 import dataclasses
 import math
@@ -28,11 +28,11 @@ from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import TrainState, abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_train_step
 
-# FLOPs that cost as much as sending one byte: a TPU v5e multiplies 197e12 and sends 200e9 bytes a
-# second (its data sheet), an H100 989e12 and 450e9 over NVLink
+# FLOPs that cost as much as sending one byte. By the data sheets, a TPU v5e does 197e12 FLOPs and sends
+# 200e9 bytes a second, and an H100 does 989e12 and sends 450e9 over NVLink.
 FLOPS_PER_BYTE = 1000
-# machine code of virtual devices never runs: its optimisation changes no figure. Without a GPU nothing
-# can be tried out on one, so products go to cuBLAS, which is as fast as what trying would choose
+# The machine code of virtual devices never runs, and optimising it changes no number here. Without a GPU,
+# XLA cannot time kernels, so products go to cuBLAS, which is as fast as the kernel that timing would choose.
 OPTIONS: dict[str, Any] = {
     "cpu": {"xla_backend_optimization_level": 0},
     "gpu": {"xla_gpu_autotune_level": 0},
@@ -41,24 +41,25 @@ OPTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What one device needs for a step, in bytes and FLOPs.
+    """The bytes and FLOPs that one device needs for a step.
 
     Attributes:
         layout: sizes of the mesh axes.
-        remat_policy: of the model.
-        num_microbatches: slices of the step.
-        groups: (rows, input length, target length) as compiled.
-        filled_rows: of these rows, the ones that hold tokens.
-        state: `params` and `optimizer` bytes of a device, by arithmetic.
-        arguments: parameters, optimizer state and batch, as the compiler counts them.
-        gradients: float32, of what is trained; by arithmetic, a part of `temp`.
-        temp: the compiler's buffers, in addition to arguments and results.
-        total: the most that is held at once: arguments, buffers, and results that reuse no argument.
+        remat_policy: remat policy of the model.
+        num_microbatches: number of slices of the step.
+        groups: (rows, input length, target length) of each group, as compiled.
+        filled_rows: number of these rows that hold tokens.
+        state: bytes of `params` and `optimizer` on a device, by arithmetic.
+        arguments: bytes of parameters, optimizer state and batch, as the compiler counts them.
+        gradients: bytes of the float32 gradients of the trained parameters, by arithmetic; included in
+            `temp`.
+        temp: bytes of the compiler's buffers, in addition to arguments and results.
+        total: peak bytes: arguments, buffers, and results that reuse no argument.
         operations: the collectives, largest first.
-        unknown_loops: loops with collectives that were counted as one run.
-        model_flops, recomputed_flops: of the whole step, over all devices.
-        bound: what the step takes at least on a topology's chips; None on virtual devices.
-        compile_seconds: on this machine.
+        unknown_loops: number of loops of unknown length with collectives, each counted as one run.
+        model_flops, recomputed_flops: FLOPs of the complete step, over all devices.
+        bound: lower bound of the step's time on a topology's chips; None for virtual devices.
+        compile_seconds: time to compile on this machine.
     """
 
     layout: dict[str, int]
@@ -80,12 +81,12 @@ class Figures:
 
     @property
     def devices(self) -> int:
-        """All of the mesh."""
+        """Number of devices of the mesh."""
         return math.prod(self.layout.values())
 
     @property
     def flops_per_device(self) -> float:
-        """Of a step, the recomputed ones included."""
+        """FLOPs of a step on one device, including the recomputed ones."""
         return (self.model_flops + self.recomputed_flops) / self.devices
 
     @property
@@ -95,11 +96,11 @@ class Figures:
 
     @property
     def cost(self) -> float:
-        """What layouts and policies are ranked by: FLOPs, a sent byte being `FLOPS_PER_BYTE`."""
+        """Cost by which layouts and policies are ranked: FLOPs, plus `FLOPS_PER_BYTE` for each sent byte."""
         return self.flops_per_device + FLOPS_PER_BYTE * self.wire_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; sizes are bytes of one device."""
+        """Returns the numbers as plain values; sizes are bytes on one device."""
         return {
             "layout": self.layout,
             "remat_policy": self.remat_policy,
@@ -133,6 +134,7 @@ class Figures:
             return None
         rows, seconds = sum(rows for rows, *_ in self.groups), self.bound.seconds
         needed = self.model_flops / self.devices
+        # MFU: the model's FLOPs, without recomputation, as a share of the bfloat16 peak
         return {
             **self.bound.to_json(),
             "links_ms": 1e3 * self.wire_bytes / self.bound.chip.link,
@@ -145,7 +147,7 @@ class Figures:
 def abstract_batch(
     groups: Sequence[tuple[int, int, int]], mesh: Mesh, **features: bool
 ) -> tuple[dict, ...]:
-    """Groups of `Batches` as shapes, cut by rows; see `empty_group` for the features."""
+    """Returns the groups of a batch as shapes that are cut by rows; see `empty_group` for the features."""
     sharding = batch_sharding(mesh)
     return tuple(
         {
@@ -157,13 +159,14 @@ def abstract_batch(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Of abstract arrays with shardings: the largest part that one device holds of each."""
+    """Returns the bytes that one device holds of a tree of abstract arrays with shardings."""
+    # leaves out random keys, which are a few bytes
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """Parameters and optimizer state of one device."""
+    """Returns the bytes of parameters and optimizer state on one device."""
     return {
         "params": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
@@ -173,10 +176,10 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 def lower_step(
     config: TrainConfig, model: ModelConfig, groups: Sequence[tuple[int, int, int]], mesh: Mesh
 ) -> tuple[jax.stages.Lowered, TrainState]:
-    """`training.step.train_step` lowered for these shapes, and the abstract state.
+    """Lowers `training.step.train_step` for these shapes; returns it with the abstract state.
 
     Raises:
-        InputError: an axis of the mesh does not divide what it cuts.
+        InputError: an axis of the mesh does not divide a dimension that it cuts.
     """
     tx = make_optimizer(config)
     state = abstract_state(model, tx, mesh)
@@ -197,16 +200,16 @@ def lower_step(
 def compile_for(
     lowered: jax.stages.Lowered, mesh: Mesh, *, triton: bool = False
 ) -> jax.stages.Compiled:
-    """Compiles for the devices of a mesh.
+    """Compiles a program for the devices of a mesh.
 
     Args:
         lowered: the program.
-        mesh: whose devices it is for.
-        triton: a GPU's products by Triton, in the tiles it takes by default: of int8 weights, which it
-            converts as it reads them, where cuBLAS reads a converted copy.
+        mesh: its devices need not exist.
+        triton: computes a GPU's products with Triton, in its default tiles. For int8 weights, Triton
+            converts while it reads, and cuBLAS would read a converted copy.
 
     Raises:
-        MemoryError: the compiler finds that it does not fit; its own words.
+        MemoryError: the compiler finds that the program does not fit; has the compiler's message.
     """
     try:
         options = dict(OPTIONS.get(platform := mesh.devices.flat[0].platform, {}))
@@ -220,7 +223,7 @@ def compile_for(
 
 
 def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound | None:
-    """The bound of a module on the mesh's chips; None where nothing is known of them."""
+    """Returns the bound of a module on the mesh's chips, or None if their rates are unknown."""
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
     if chip is None:
@@ -229,19 +232,20 @@ def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound
 
 
 def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) -> Figures:
-    """Compiles one candidate and reads its figures.
+    """Compiles one candidate and reads its sizes.
 
     Args:
-        config: its layout and remat policy are not used.
-        work: of `workload`.
-        mesh: over virtual devices or a topology's.
+        config: of the run; its layout and remat policy are not used.
+        work: the result of `workload`.
+        mesh: of virtual devices or of a topology's devices.
         remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:
-        InputError: an axis of the mesh does not divide what it cuts.
-        MemoryError: the compiler finds that the step does not fit; its own words.
+        InputError: an axis of the mesh does not divide a dimension that it cuts.
+        MemoryError: the compiler finds that the step does not fit; has the compiler's message.
     """
     began = time.perf_counter()
+    # each device needs the same number of rows in each slice
     rows = work.rows_of(batch_shards(mesh) * config.num_microbatches)
     groups = rows.groups
     model = dataclasses.replace(work.model, remat_policy=remat_policy)
@@ -250,13 +254,14 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     lowered, state = lower_step(config, model, groups, mesh)
     compiled = compile_for(lowered, mesh)
     memory, hlo = compiled.memory_analysis(), Module(compiled.as_text())
-    assert memory is not None  # all our backends tell
+    assert memory is not None  # all three backends report it
     operations, unknown = collectives(hlo, mesh.size)
     shapes = [
         {"rows": rows, "input_length": inputs, "target_length": targets}
         for rows, inputs, targets in groups
     ]
     arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    # The step donates its state, so most results reuse an argument's memory; `alias` is their size.
     return Figures(
         layout=dict(mesh.shape),
         remat_policy=remat_policy,

@@ -1,4 +1,4 @@
-"""Cost of one operation of a compiled module: FLOPs, bytes of main memory, element operations."""
+"""Computes the cost of an operation of a compiled module: FLOPs, bytes of main memory, element operations."""
 
 import collections
 import dataclasses
@@ -10,14 +10,14 @@ import numpy as np
 from stepdistill_jax.models.kernel_costs import formula_of
 from stepdistill_jax.planning.hlo import Array, Computation, Instruction, Module
 
-# these run nothing
+# opcodes that run nothing
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
     "partition-id", "replica-id", "add-dependency", "domain",
 }  # fmt: skip
-# custom calls that are only marks of the compiler
+# custom calls that are only markers of the compiler
 MARKS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
-# inside a fusion these move elements and compute nothing
+# opcodes that, inside a fusion, move elements and compute nothing
 _MOVES = {
     "broadcast", "reshape", "transpose", "copy", "dot", "convolution", "slice", "dynamic-slice",
     "dynamic-update-slice", "concatenate", "pad", "iota", "fusion", "call", "custom-call", "gather",
@@ -33,9 +33,9 @@ class Cost:
 
     Attributes:
         products: FLOPs by (dtype of the factors, precision).
-        bytes: of main memory, read and written.
-        integer, other: element operations.
-        known: false for a custom call without a formula, whose bytes alone are counted.
+        bytes: bytes read from and written to main memory.
+        integer, other: element operations on integers, and on all other types.
+        known: false for a custom call without a formula, for which only bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -51,21 +51,21 @@ class Cost:
 
 
 class Costs:
-    """Costs of a module's operations."""
+    """Computes the costs of a module's operations."""
 
     def __init__(self, module: Module, *, spaces_on_chip: bool):
         """Takes a parsed module.
 
         Args:
-            module: optimised.
+            module: an optimised program.
             spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU;
-                otherwise all are main memory.
+                otherwise all spaces are main memory.
         """
         self._module = module
         self._on_chip = spaces_on_chip
 
     def of(self, computation: Computation, instruction: Instruction) -> Cost:
-        """Returns the cost of an instruction that runs by itself."""
+        """Returns the cost of an instruction that a device runs as one operation."""
         if instruction.opcode == "custom-call" and instruction.target in MARKS:
             return Cost()
         operands = computation.operands(instruction)
@@ -108,7 +108,7 @@ class Costs:
     # element operations
 
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
-        """Returns (integer, other): result sizes of arithmetic; for a reduction, the size that it reads."""
+        """Returns (integer, other): the sizes of arithmetic results or, for a reduction, of its operand."""
         totals = [0.0, 0.0]
         if instruction.opcode in ("fusion", "call"):
             for inner in self._module.called(instruction):
@@ -119,6 +119,7 @@ class Costs:
             array = instruction.arrays[0]
             if instruction.opcode == "reduce" and (read := computation.operands(instruction)):
                 array = read[0].arrays[0]
+            # u32 and s32 are integers; pred counts as other
             totals[array.dtype[0] not in "us"] += array.size
         return totals[0], totals[1]
 
@@ -130,18 +131,18 @@ class Costs:
     def _bytes(self, instruction: Instruction, operands: list[Instruction]) -> float:
         opcode, results = instruction.opcode, instruction.arrays
         if opcode == "custom-call" and len(results) > 1:
-            # a library's workspace is allocated but not necessarily used
+            # leaves out a library's workspace, which is allocated but not necessarily used
             results = tuple(array for array in results if array.dtype not in _WORKSPACE)
         written = sum(map(self._in_memory, results))
-        if opcode in _SLICES:
+        if opcode in _SLICES:  # reads as much as it writes
             return 2 * written
-        if opcode == "dynamic-update-slice":  # in place
+        if opcode == "dynamic-update-slice":  # in place: reads and writes only the update
             return 2 * self._in_memory(operands[1].arrays[0])
         if opcode == "scatter":
             return 2 * sum(map(self._in_memory, operands[-1].arrays)) + written
         if (
             opcode in _COPIES
-        ):  # (destination, source, ...): counts the moved bytes once for each side in main memory
+        ):  # (destination, source, ...): counts the moved bytes for each side that is in main memory
             ends = results[:2]
             moved = min(array.bytes for array in ends)
             return sum(moved for array in ends if self._in_memory(array))
@@ -172,13 +173,14 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Returns the bytes of a fusion's operand that are read: only the slices, if it is only sliced."""
+        """Returns the bytes that a fusion reads of an operand: if it only slices it, the bytes of the slices."""
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
             if user.opcode in _SLICES and place == 0:
                 source = inner.by_name[user.operands[0]].arrays[0]
-                # in the operand's dtype, which a conversion before the slice may change
+                # converts the slice's bytes to the operand's dtype: a float32 slice of a bfloat16 operand
+                # that was converted first reads half of its bytes
                 total += user.arrays[0].bytes * parameter.arrays[0].bytes / source.bytes
             elif user.opcode == "fusion" and (callee := self._module.called(user)):
                 total += self._read(callee[0], callee[0].parameters[place])
@@ -188,7 +190,7 @@ class Costs:
 
 
 def _uses(inner: Computation, name: str):
-    """Who reads a value, through bitcasts and conversions."""
+    """Yields the instructions that read a value, and the operand's number; looks through bitcasts and conversions."""
     for user, place in inner.uses[name]:
         if user.opcode in ("bitcast", "convert"):
             yield from _uses(inner, user.name)
@@ -197,14 +199,14 @@ def _uses(inner: Computation, name: str):
 
 
 def _source(inner: Computation, instruction: Instruction) -> Instruction:
-    """Returns the instruction behind bitcasts and conversions of a value."""
+    """Returns the instruction that computes a value, before any bitcasts, copies and conversions."""
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         instruction = inner.by_name[instruction.operands[0]]
     return instruction
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction calls a kernel: neither a library's product nor a compiler's mark."""
+    """Returns whether an instruction calls a kernel, and not a library's product or a compiler's marker."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 
@@ -214,7 +216,7 @@ def _is_gemm(instruction: Instruction) -> bool:
 
 
 def _flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs of a product; 0 for anything else."""
+    """Returns the FLOPs of a product; 0 for any other instruction."""
     if instruction.opcode == "dot":
         return _dot_flops(computation, instruction, instruction.axes("lhs_contracting_dims"))
     if instruction.opcode == "convolution":
@@ -235,30 +237,33 @@ def _precision(instruction: Instruction) -> str:
 
 def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]) -> float:
     left = computation.by_name[dot.operands[0]].arrays[0]
+    # [m, k] times [k, n]: two FLOPs for each of m n results and k summands
     return 2.0 * dot.arrays[0].size * math.prod(left.dims[axis] for axis in contracted)
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """Returns the FLOPs of a convolution, as which the TPU compiler writes products.
+    """Returns the FLOPs of a convolution; the TPU compiler writes products as convolutions.
 
-    Batch dimensions become spatial ones. Only pairs of kernel and input positions that both exist
+    Batch dimensions become spatial dimensions. Only pairs of kernel and input positions that both exist
     are multiplied.
     """
     left, right = (computation.by_name[name].arrays[0] for name in convolution.operands[:2])
     out = convolution.arrays[0]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
-    assert labels is not None  # of every convolution
+    assert labels is not None  # every convolution has them
     of_left, of_right, of_out = labels.groups()
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     fields = dict(field.split("=") for field in window.group(1).split()) if window else {}
     pairs, axes = 1, [label for label in of_out if label.isdigit()]
 
     def number(field: str, axis: int, default: int) -> int:
-        """Reads `size=1x16` or the low end of `pad=0_0x15_15`."""
+        """Reads a number of one axis, such as 16 from `size=1x16` or the low end 15 from `pad=0_0x15_15`."""
         return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
 
     for i, label in enumerate(axes):
         size, low = number("size", i, 1), number("pad", i, 0)
+        # [output positions, kernel positions]: the input position that each pair reads, in an input whose
+        # elements are `apart` places apart. Positions outside, or between two elements, are padding.
         places = (
             np.arange(out.dims[of_out.index(label)])[:, None] * number("stride", i, 1)
             + np.arange(size)[None, :] * number("rhs_dilate", i, 1)

@@ -1,4 +1,4 @@
-"""Lower bound of the time to decode a batch of labels, on chips that need not be here."""
+"""Computes a lower bound of the time to decode a batch of labels, on chips that need not exist here."""
 
 import dataclasses
 import os
@@ -47,17 +47,17 @@ def plan_decode(
 ) -> dict[str, Any]:
     """Compiles the greedy decoder of a validation for a topology, and returns the cost of a batch.
 
-    All rows count up to the last token; a label that ends early saves the rest.
+    The cost assumes that each row decodes all tokens. Labels that end early take less time.
 
     Args:
-        config: of the run; its dtype is that of the activations.
+        config: of the run; its `dtype` is used for the activations.
         topology: as for `plan`.
-        layout: of the mesh, by name, also such as `fsdp_tensor 4x2`, or by sizes; None is the config's.
-        rows: decoded at once, on all devices together; None is 64 for each device with rows of its
-            own. A GPU decodes at least 8.
+        layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or sizes; None means the config's layout.
+        rows: number of rows to decode at once, over all devices; None means 64 for each part into which
+            the mesh cuts a batch. A GPU decodes at least 8 rows in each part.
         quantization: `int8` for int8 kernels; None for kernels in the config's `dtype`.
         hbm: as for `plan`.
-        data_dir: of prepared datasets.
+        data_dir: folder of prepared datasets.
 
     Returns:
         `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `layout`, `rows`, `input_length`,
@@ -66,11 +66,11 @@ def plan_decode(
         `kernels_per_token`.
 
     Raises:
-        InputError: no topology, or as `plan`.
+        InputError: the topology is missing, or as for `plan`.
     """
     if topology is None:
         raise InputError(
-            "`decode`: needs `topology`, such as cuda:8: a CPU's program says nothing about other devices"
+            "`decode`: set `topology`, such as cuda:8; a program for a CPU does not predict other devices"
         )
     if rows is not None:
         whole("rows", rows, 1)
@@ -79,7 +79,7 @@ def plan_decode(
     began, devices = time.perf_counter(), topology_devices(topology)
     assumptions: list[str] = []
     data = prepared(config, data_dir)
-    # as in a validation: adapters are merged, and attention kernels are for training only
+    # as in a validation: adapters are merged, and attention uses plain operations
     model = dataclasses.replace(
         model_of(config, data, assumptions),
         lora=None,
@@ -94,7 +94,9 @@ def plan_decode(
         tokens = ASSUMED_TOKENS
         assumptions.append(f"labels of {tokens} tokens (`max_decode_len`)")
     count, length = rows_at_once(rows, mesh), bucket_length(config.input_length)
-    assumptions.append(f"each batch has an input of `input_length`, so all rows are {length} long")
+    assumptions.append(
+        f"each batch has an input of `input_length`, so all rows have {length} tokens"
+    )
     lowered, params = _lower(model, mesh, count, length, tokens)
     try:
         compiled = compile_for(lowered, mesh, triton=model.quantized)
@@ -111,7 +113,7 @@ def plan_decode(
     operations, _ = collectives(hlo, mesh.size, unknown_trips=tokens)
     found = bound_on(hlo, mesh, tokens)
     assert found is not None  # the chips of a topology are known
-    # one token more: with 0 tokens the loop would have no length
+    # the time of one more token, which leaves out the encoder
     longer = bound_on(hlo, mesh, tokens + 1)
     assert longer is not None
     wire_bytes = sum(c.wire_bytes for c in operations)
@@ -143,7 +145,7 @@ def plan_decode(
 def _lower(
     model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
 ) -> tuple[jax.stages.Lowered, int]:
-    """Returns the decoder lowered for a batch, and the bytes of its parameters on one device."""
+    """Lowers the decoder for a batch; returns it with the bytes of its parameters on one device."""
     boxed = abstract_params(model)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not exist: virtual CPU devices, a TPU slice, or a host's H100s."""
+"""Provides devices to compile for that need not exist: virtual CPUs, a TPU slice, or a host's H100s."""
 
 import importlib.util
 import os
@@ -10,20 +10,20 @@ import jax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.chips import chip_of
 
-# What libtpu asks a TPU machine for; without answers it searches the network and logs errors. The values
-# do not affect compilation: the topology's name does.
+# Properties of a TPU machine that libtpu reads. If they are missing, it searches the network and logs
+# errors. The values do not affect compilation, which depends only on the topology's name.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
-    # without it a second plan on this machine aborts: libtpu locks a TPU that does not exist
+    # without this, a second plan on the machine aborts, since libtpu locks a TPU that does not exist
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-DEFAULT_HBM = 80 * 10**9  # an A100 or H100
+DEFAULT_HBM = 80 * 10**9  # bytes of an A100 or H100
 GPU = "cuda"  # the kind of a topology such as `cuda:8`
-MOST_GPUS = 8  # of one host, all connected by NVLink
+MOST_GPUS = 8  # GPUs of one host, all connected by NVLink
 GPU_TARGET = pathlib.Path(__file__).with_name("h100_sxm.txtpb")
 # share of a GPU's memory that JAX takes, unless one of these variables is set
 DEFAULT_FRACTION = 0.75
@@ -49,7 +49,7 @@ def memory_fraction() -> float:
 
 
 def memory_of(kind: str, hbm: int | None) -> int:
-    """Returns the bytes of a device: as given, or of its chip, or of an A100 or H100."""
+    """Returns a device's memory in bytes: `hbm` if given, the chip's, or an H100's if the chip is unknown."""
     chip = chip_of(kind)
     return hbm or (DEFAULT_HBM if chip is None else chip.memory)
 
@@ -57,17 +57,16 @@ def memory_of(kind: str, hbm: int | None) -> int:
 def usable_share(device: Any) -> float:
     """Returns the share of a device's memory that a step may take.
 
-    The TPU compiler places everything that a step holds and refuses a step that does not fit. On a
-    GPU, JAX takes only a share of the memory, whatever the compiler says; a virtual device stands for
-    a GPU.
+    The TPU compiler places all arrays of a step and refuses a step that does not fit. On a GPU, JAX takes
+    only a share of the memory, whatever the compiler finds. A virtual device counts as a GPU.
     """
     return 1.0 if device.platform == "tpu" else memory_fraction()
 
 
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
-    """Returns at least `count` CPU devices; makes `most` if JAX has no devices yet.
+    """Returns at least `count` CPU devices; creates `most` if JAX has no devices yet.
 
-    JAX fixes its devices on first use: call this before anything else uses them, or in a process that
+    JAX creates its devices at their first use. Call this before any code uses them, or in a process that
     already has enough.
 
     Raises:
@@ -82,20 +81,20 @@ def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise InputError(
-            f"`devices={count}`: this process already has {len(devices)} CPU devices; plan in a process"
-            f" of its own, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            f"`devices={count}`: this process already has {len(devices)} CPU devices; plan in a new"
+            f" process, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return devices[:most]
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Returns devices of `v5e:8x8` (a TPU slice) or `cuda:8` (a host's H100s), to compile for without them.
+    """Returns abstract devices to compile for: `v5e:8x8` is a TPU slice, and `cuda:8` a host's H100s.
 
     Raises:
         InputError: the compiler is not installed, or does not know the topology.
     """
     kind, _, sizes = name.partition(":")
-    # real arrays, such as a random key, stay on the CPU
+    # below, `jax_platforms` keeps real arrays, such as a random key, on the CPU
     if kind == GPU:
         return _gpus(name, sizes)
     if importlib.util.find_spec("libtpu") is None:
@@ -111,22 +110,23 @@ def topology_devices(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except (jax.errors.JaxRuntimeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise InputError(
-            f"`topology` {name}: {str(error).splitlines()[0]}; a name is KIND:AxB or KIND:AxBxC, for"
-            " example v5e:8x8, v5p:4x4x4 or v6e:16x16, or cuda:8 for 8 H100"
+            f"`topology` {name}: {str(error).splitlines()[0]}; expected KIND:AxB or KIND:AxBxC, for"
+            " example v5e:8x8, v5p:4x4x4 or v6e:16x16, or cuda:8 for 8 H100s"
         ) from None
 
 
 def _gpus(name: str, count: str) -> list[Any]:
     if not count.isdigit() or not 1 <= int(count) <= MOST_GPUS:
         raise InputError(
-            f"`topology` {name}: expected {GPU}:1 to {GPU}:{MOST_GPUS}, H100s of one host"
+            f"`topology` {name}: expected {GPU}:1 to {GPU}:{MOST_GPUS}, the H100s of one host"
         )
     if not any(_found(f"jax_plugins.xla_cuda{version}") for version in (13, 12)):
         raise InputError(
             f"`topology` {name}: the compiler for NVIDIA GPUs is not installed (about 3 GB; no GPU is"
             " needed); pip install 'stepdistill-jax[aot-cuda]'"
         )
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin looks for a driver
+    # without this variable, the plugin looks for a driver
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

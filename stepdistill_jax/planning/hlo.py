@@ -1,4 +1,4 @@
-"""An optimised XLA module, parsed from its text: computations, instructions and shapes."""
+"""Parses the text of an optimised XLA module into computations, instructions and shapes."""
 
 import dataclasses
 import functools
@@ -6,7 +6,9 @@ import math
 import re
 from collections.abc import Iterator
 
+# %region_0.1 (arg: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
+# bf16[100,200]{1,0:T(8,128)(2,1)S(1)}: dtype, dims, layout
 _ARRAY = re.compile(r"\b(pred|token|opaque|bf16|[a-z]\d+\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _TILE = re.compile(r"\{([\d,]+):.*?T\(([\d,*]+)\)")
 _OPERAND = re.compile(r"%([\w.\-]+)")
@@ -18,13 +20,13 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """Type and layout of an array.
+    """The type, shape and layout of an array.
 
     Attributes:
-        dtype: as HLO writes it: `bf16`, `f32`, `pred`, ...
-        dims: sizes; () is a scalar.
-        layout: `{1,0:T(8,128)(2,1)S(1)}`: dimensions from the fastest to the slowest, tiles and
-            memory space; empty if the text has none.
+        dtype: type in HLO's spelling: `bf16`, `f32`, `pred`, ...
+        dims: size of each dimension; () for a scalar.
+        layout: for example `{1,0:T(8,128)(2,1)S(1)}`: dimensions from the fastest to the slowest,
+            tiles and memory space; empty if the text has none.
     """
 
     dtype: str
@@ -55,6 +57,7 @@ class Array:
         """
         dims = list(self.dims)
         if found := _TILE.match(self.layout):
+            # the last size of a tile belongs to the fastest dimension; only the first tile, T(8,128), pads
             order = [int(axis) for axis in found.group(1).split(",")]
             tile = [int(size) if size != "*" else 1 for size in found.group(2).split(",")]
             for axis, size in zip(order, reversed(tile), strict=False):
@@ -63,7 +66,7 @@ class Array:
 
 
 def bits(dtype: str) -> int:
-    """Bits of an element in memory: bf16 16, f8e4m3fn 8, pred 8, a token 0."""
+    """Returns the bits of an element in memory: bf16 16, f8e4m3fn 8, pred 8, a token 0."""
     if dtype == "pred":
         return 8
     digits = re.search(r"\d+", dtype)
@@ -75,13 +78,13 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-        name: without `%`.
+        name: name without `%`.
         opcode: `fusion`, `custom-call`, `while`, ...
-        arrays: of the result; those of a tuple in order, nested ones flattened.
-        operands: names of instructions of the same computation.
+        arrays: the arrays of the result; for a tuple all of them, in order, with nested tuples flattened.
+        operands: names of instructions in the same computation.
         inside: the text between the parentheses after the opcode.
-        attributes: the text after them.
-        is_root: whether the computation returns it.
+        attributes: the text after the parentheses.
+        is_root: whether it is the result of the computation.
     """
 
     name: str
@@ -94,20 +97,20 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Place in the model that it comes from, by JAX's names; empty if JAX gives none."""
+        """Place in the model that it comes from, in JAX's names; empty if JAX gives none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def target(self) -> str:
-        """Name that a custom call calls."""
+        """Target of a custom call; empty for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs, without a loop's condition."""
-        if self.opcode in ("async-update", "async-done"):  # the start runs it
+        """Names of the computations that it runs, without the condition of a loop."""
+        if self.opcode in ("async-update", "async-done"):  # `async-start` runs the computation
             return []
         names = []
         for one, branches in _CALLED.findall(self.attributes):
@@ -121,10 +124,10 @@ class Instruction:
 
 
 class Computation:
-    """Instructions in the order of their schedule."""
+    """A computation: its instructions, in the order of their schedule."""
 
     def __init__(self, name: str):
-        """Starts empty."""
+        """Starts without instructions."""
         self.name = name
         self.instructions: list[Instruction] = []
         self.by_name: dict[str, Instruction] = {}
@@ -133,28 +136,28 @@ class Computation:
         return iter(self.instructions)
 
     def add(self, instruction: Instruction) -> None:
-        """Appends one."""
+        """Appends an instruction."""
         self.instructions.append(instruction)
         self.by_name[instruction.name] = instruction
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Returns the instructions of the operands, without any that the text lacks."""
+        """Returns the instructions that compute the operands; leaves out names that the text does not define."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """The instruction whose result is returned."""
+        """Instruction whose result the computation returns."""
         return next((i for i in self if i.is_root), self.instructions[-1])
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """Parameters, in order of their numbers."""
+        """Parameters, in the order of their numbers."""
         found = [i for i in self if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.inside or 0))
 
     @functools.cached_property
     def uses(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Name -> (instruction that reads it, number of the operand) each."""
+        """Uses of each instruction: name -> list of (instruction that reads it, number of the operand)."""
         found: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self}
         for instruction in self:
             for place, name in enumerate(instruction.operands):
@@ -167,11 +170,12 @@ class Module:
     """All computations of a module."""
 
     def __init__(self, text: str | None):
-        """Parses `compiled.as_text()`, which all our backends provide."""
+        """Parses `compiled.as_text()`; all three backends provide it."""
         assert text is not None
         self.computations: dict[str, Computation] = {}
         self.entry = Computation("")
         current = None
+        # computations are not nested in the text: a head, indented instructions, and a brace in column 0
         for line in text.splitlines():
             if line.startswith("}"):
                 current = None
@@ -183,11 +187,11 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """Returns the computations that an instruction runs, as far as the text has them."""
+        """Returns the computations that an instruction runs; leaves out names that the text does not define."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:
-        """Yields the instructions of a computation and of the fusions and calls in it, at any depth."""
+        """Yields the instructions of a computation, and of fusions and calls inside it at any depth."""
         for instruction in computation:
             yield instruction
             if instruction.opcode in ("fusion", "call"):
@@ -199,7 +203,7 @@ def _instruction(line: str) -> Instruction:
     """Parses `ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
     is_root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    if rest.startswith("("):
+    if rest.startswith("("):  # a tuple's shapes contain spaces, so they end with its parenthesis
         end = _closing(rest, 0) + 1
         shapes, rest = rest[:end], rest[end:].lstrip()
     else:
@@ -218,7 +222,7 @@ def _instruction(line: str) -> Instruction:
     )
 
 
-@functools.lru_cache(maxsize=10_000)  # cached: many lines share few layouts
+@functools.lru_cache(maxsize=10_000)  # many lines have the same shapes
 def _arrays(text: str) -> tuple[Array, ...]:
     return tuple(
         Array(dtype, tuple(int(d) for d in dims.split(",")) if dims else (), layout)
@@ -227,7 +231,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`; the end if there is none."""
+    """Returns the index of the parenthesis that closes the one at `start`, or the text's length if none does."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found.group() == "(" else -1

@@ -1,4 +1,4 @@
-"""Which part of the model an operation belongs to, by the names that JAX and Flax gave it."""
+"""Finds the part of the model that an operation belongs to, from the names that JAX and Flax gave it."""
 
 import collections
 import re
@@ -13,7 +13,7 @@ ATTENTION_KERNEL = "attention: kernel"
 PROJECTIONS = "attention: projections"
 MLP = "MLP"
 RANDOM_BITS = "dropout: random bits"
-KEPT = "layers' loop: what is kept"
+KEPT = "layers' loop: stored activations"
 OUTPUT = "output layer and loss"
 NORMS = "norms"
 EMBEDDING = "embedding"
@@ -21,12 +21,12 @@ RESIDUAL = "layers: residuals, dropout, casts"
 OPTIMIZER = "optimizer and the rest"
 
 _PROJECTIONS = {"query", "key", "value", "query_key_value", "key_value", "out"}
-# the loss is computed outside the modules: JAX has no name for what it differentiates there
+# the loss is computed outside the modules, so its operations have only the names of transformations
 _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 
 
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
-    """The part of one operation; a fusion whose own name says little goes where most of it is."""
+    """Returns the part of one operation; for a fusion with an unspecific name, the part of most of its elements."""
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]
     if not cost.flops and cost.integer > cost.other:
@@ -38,6 +38,8 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
         return ATTENTION_KERNEL
     if found not in (RESIDUAL, OPTIMIZER) or not fused:
         return found
+    # each instruction votes for its part with the size of its result: a fusion of a norm's [32, 512, 1024] and
+    # a residual's scalar belongs to the norms
     votes: collections.Counter[str] = collections.Counter()
     for inner in fused:
         if inner.op_name and inner.opcode not in ("parameter", "constant", "broadcast"):
@@ -46,7 +48,11 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
 
 
 def _by_name(op_name: str, is_product: bool) -> str:
-    """Reads a path such as `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`."""
+    """Returns the part of the model that a path of names belongs to.
+
+    A path looks like `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`.
+    """
+    # the order decides: `layers/attention/query` contains both `layers` and `attention`
     names = [piece for step in op_name.split("/") for piece in step.split(".")]
     steps, last = set(names), names[-1]
     if _OUTPUT & steps:
@@ -77,5 +83,5 @@ def _in_dropout(names: list[str]) -> bool:
 
 
 def _clears(names: list[str]) -> bool:
-    """Whether it makes the empty arrays that a scan over layers fills."""
+    """Returns whether an operation makes the empty arrays that a scan over layers fills."""
     return names[-1] == "broadcast_in_dim" and names[-2:-1] in (["encoder"], ["decoder"])

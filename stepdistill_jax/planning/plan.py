@@ -1,4 +1,4 @@
-"""What a config needs on N devices, and which layout and remat policy fit at the least cost."""
+"""Computes what a config needs on N devices, and finds the layout and remat policy that fit at least cost."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.chips import CHIPS, chip_of
 from stepdistill_jax.training.config import TrainConfig
 
-# What a host holds while Orbax saves and restores the part of one device, as multiples of it: a copy of
-# the arrays, and 0.32 and 0.68 times as much as measured on a CPU (benchmarks/memory.py), rounded up
+# Host memory for Orbax to save and restore the part of one device, as a multiple of its size: a copy of
+# the arrays, plus 0.32 (save) and 0.68 (restore) as measured on a CPU (benchmarks/memory.py), rounded up.
 SAVE_FACTOR, RESTORE_FACTOR = 1.35, 1.7
 
 
@@ -35,37 +35,43 @@ def plan(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles the training step for devices that need not be there, and says what it takes.
+    """Compiles the training step for devices that need not exist, and returns what it needs.
 
-    No weight and no data is read. The devices are virtual CPU devices, which JAX can make only before
-    it has any: call this first, or in a process that has enough of them.
+    It reads no weights and runs nothing on the devices. Without a topology, they are virtual CPU devices,
+    which JAX can create only before its first use: call this first, or in a process that has enough of
+    them.
 
     Args:
         config: of the run. Without `layout`, its layout and remat policy are not used.
-        devices: how many; a topology says it itself.
-        hbm: memory of one device in bytes; None is 80e9, or what the topology's chips have. Of a GPU,
-            and so of virtual devices, JAX's share of it is what a step may take.
-        layout: only this one (a name, also such as `fsdp_tensor 32x8`, or sizes), with the config's
-            remat policy. None compares those that divide the model, the least work first, each
-            under the remat policies until one fits; layouts of more than twice the work of one that
-            fits are not compiled.
-        topology: a TPU slice such as `v5e:8x8`, compiled by libtpu, or `cuda:8`, eight H100 of a
-            host, compiled by JAX's CUDA plugin; candidates have a `bound` then.
-        rows: packed rows of a step, where they are known.
-        data_dir: of prepared datasets.
+        devices: number of devices; ignored with a topology.
+        hbm: memory of one device in bytes; None means 80e9, or the memory of the topology's chips. On a
+            GPU, and so on virtual devices, a step may take only JAX's share of it.
+        layout: plans only this layout, with the config's remat policy: a name, such as `fsdp` or
+            `fsdp_tensor 32x8`, or sizes. None compares the layouts that divide the model, the
+            least work first, each under the remat policies until one fits. A layout with more than
+            twice the work of one that fits is not compiled.
+        topology: a TPU slice such as `v5e:8x8`, compiled by libtpu, or `cuda:8`, eight H100s of a
+            host, compiled by JAX's CUDA plugin. Candidates then have a `bound`.
+        rows: number of packed rows of a step, if known.
+        data_dir: folder of prepared datasets.
 
     Returns:
-        `devices`, `device_kind`, `hbm`, `assumptions`; `candidates`: list of `Figures.to_json` with
-        `name`, `fits` and `work` (times the FLOPs that its tokens need on one device); one that was
-        not compiled has `error` instead of sizes, and `fits` None where that is for its work; `best`: the candidate that fits at the least cost, or None;
-        `remedies`: where none does, candidates that fit with `changes` to the config or the number
-        of devices, and `hbm_needed`: bytes of a device that the smallest fits on unchanged (None
-        for a topology, whose chips have what they have);
-        `host_bytes`: what saving and restoring take for each device of a host;
-        `seconds_at_peak`: lower bounds of a step of the best, or of the smallest, by device kind.
+        `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `model`, and
+
+        `candidates`: list of `Figures.to_json` with `name`, `fits` and `work` (FLOPs divided by the
+        FLOPs that the same tokens need on one device). A candidate that was not compiled has `error`
+        instead of sizes; its `fits` is None if the reason is its work.
+        `best`: the candidate that fits at the least cost, or None.
+        `remedies`: if none fits, candidates that fit with `changes` to the config or to the number of
+        devices.
+        `hbm_needed`: if none fits, bytes of a device on which the smallest candidate would fit; None for a
+        topology, whose chips have a fixed memory.
+        `host_bytes`: host memory to save and to restore, for each device of a host.
+        `seconds_at_peak`: lower bound of a step's time for each kind of device, for the best candidate or
+        the smallest.
 
     Raises:
-        InputError: devices that cannot be had, a layout that does not divide them or the model.
+        InputError: the devices do not exist, or the layout does not divide them or the model.
     """
     whole("devices", devices, 1)
     if rows is not None:
@@ -89,7 +95,8 @@ def plan(
     shown = best or min((c for c in tried if "cost" in c), key=_total, default=None)
     helpful: dict[str, Any] = {"remedies": [], "hbm_needed": None}
     if best is None:
-        # the TPU compiler gives no sizes of what it refused: of these the least work and most remat
+        # The TPU compiler gives no sizes for a step that it refuses. If it refused all, advice starts from
+        # the first candidate under the policy that recomputes most; it has the least work.
         refused = (c for c in tried if c.get("remat_policy") == REMAT_POLICIES[-1])
         nearest = shown or next(refused, None) or min(tried, key=_total)
         sizes = layout or Layout(**nearest["layout"])
@@ -113,18 +120,18 @@ def plan(
 
 
 def _total(candidate: dict[str, Any]) -> float:
-    """Bytes of one device; of what the TPU compiler refused they are not known."""
+    """Returns the bytes of one device; infinite for a step that the TPU compiler refused, whose size is unknown."""
     return candidate.get("per_device", {}).get("total", math.inf)
 
 
 def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
-    """Host memory to save and to restore the part of one device."""
+    """Returns the bytes of host memory to save and to restore the part of one device."""
     state = shown["per_device"]["params"] + shown["per_device"]["optimizer"]
     return {"save": round(SAVE_FACTOR * state), "restore": round(RESTORE_FACTOR * state)}
 
 
 def _seconds(shown: dict[str, Any], kind: str | None) -> dict[str, float]:
-    """Seconds of a step at the bfloat16 peak of each known device, or of one; links are free."""
+    """Returns the seconds of a step at the bfloat16 peak of one or each known device, without traffic."""
     chips = CHIPS if kind is None else {kind: chip_of(kind)}
     return {
         name: shown["flops"]["per_device"] / chip.bfloat16

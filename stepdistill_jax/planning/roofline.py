@@ -1,8 +1,8 @@
-"""Lower bound of a compiled module's time on a chip, from the costs of its operations.
+"""Computes a lower bound of a compiled module's time on a chip, from the costs of its operations.
 
-The time of an operation is the largest of FLOPs / peak, bytes / bandwidth of the main memory, and element
-operations / rate of the vector units; the bound is the sum over operations, which a device runs one
-after the other. Links are counted separately, since they work while the device computes.
+The time of an operation is the largest of FLOPs / peak, bytes / bandwidth of main memory, and element
+operations / rate of the vector units. The bound is the sum over operations, which a device runs one after
+the other. Links are counted separately, since they work while the device computes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from stepdistill_jax.planning.parts import part_of
 from stepdistill_jax.planning.runs import runs
 from stepdistill_jax.runtime.chips import Chip
 
-DEAREST = 12  # operations that are listed
+DEAREST = 12  # number of operations that are listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Operation:
     """One operation of a module and all its runs.
 
     Attributes:
-        instruction: as printed.
-        part: of the model.
+        instruction: the instruction.
+        part: the part of the model that it belongs to.
         times: number of runs in a run of the module.
-        cost: of one run.
+        cost: cost of one run.
         products, memory, elements: seconds of one run by each of the three limits.
-        cycles: of one run, as the TPU compiler estimates; 0 if it does not.
+        cycles: the TPU compiler's estimate for one run; 0 without an estimate.
     """
 
     instruction: Instruction
@@ -53,9 +53,9 @@ class Bound:
     """Lower bound of one run of a module on one device.
 
     Attributes:
-        chip: that it was compiled for.
-        operations: those that run, the most expensive first.
-        unknown_loops: loops of unknown length, counted as one run.
+        chip: the chip for which it was compiled.
+        operations: the operations that run, the most expensive first.
+        unknown_loops: number of loops of unknown length, each counted as one run.
     """
 
     chip: Chip
@@ -64,7 +64,7 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """The lower bound."""
+        """Lower bound, in seconds."""
         return sum(o.seconds for o in self.operations)
 
     @property
@@ -107,14 +107,15 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
     """Returns the bound of a module.
 
     Args:
-        module: optimised for the chip.
-        chip: whose rates are used.
+        module: an optimised program for the chip.
+        chip: the chip whose rates are used.
         on_tpu: whether memory spaces other than 0 are on the chip.
         unknown_trips: as for `runs`.
     """
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
     for run in runs(module, unknown_trips):
         opcode = run.instruction.opcode
+        # the start of an asynchronous operation counts, and not its update or end; collectives are links
         if opcode in FREE or opcode.endswith(("-done", "-update")) or kind_of(run.instruction):
             continue
         cost = costs.of(run.computation, run.instruction)
@@ -135,6 +136,7 @@ def _operation(
         part_of(module, instruction, cost),
         times,
         cost,
+        # the peak depends on the dtype of the factors and the precision of the product
         products=sum(flops / chip.products(*kind) for kind, flops in cost.products.items()),
         memory=cost.bytes / chip.bandwidth,
         elements=cost.integer / chip.integer + cost.other / chip.other,
@@ -143,7 +145,7 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Returns sums over all runs: amounts, and the milliseconds that each would take alone."""
+    """Returns sums over all runs: the amounts, and the milliseconds that each limit alone would give."""
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),
         "bytes": sum(o.times * o.cost.bytes for o in operations),
@@ -155,7 +157,7 @@ def _totals(operations) -> dict[str, float]:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    """Returns plain values of one of the most expensive operations."""
+    """Describes one of the most expensive operations by plain values."""
     instruction = operation.instruction
     arrays = instruction.arrays[:3]
     return {

@@ -1,6 +1,6 @@
-"""The instructions that a module runs, and how often.
+"""Lists the instructions that a module runs, and how often it runs each.
 
-XLA prints a loop's body once; its instructions count as often as the loop runs. The lengths of loops
+XLA prints the body of a loop once; its instructions count as often as the loop runs. The lengths of loops
 over layers and slices are known at compile time.
 """
 
@@ -16,10 +16,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction that a device runs by itself, with the loops around it.
+    """An instruction that a device runs as one operation, with the loops around it.
 
     Attributes:
-        computation: that contains it.
+        computation: the computation that contains it.
         instruction: the instruction.
         times: number of runs.
         unknown_loop: name of an enclosing loop of unknown length; None if all lengths are known.
@@ -32,11 +32,13 @@ class Run:
 
 
 def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
-    """Returns what the entry runs, through loops, calls and the largest branch of each conditional.
+    """Yields what the entry computation runs, inside loops, calls and the largest branch of conditionals.
 
     Args:
-        unknown_trips: how often the first loop of unknown length runs; similar loops then do not run,
-            since a decoder's rows are in only one of its loops at each token. None: each runs once.
+        module: the parsed module.
+        unknown_trips: how often the first loop of unknown length runs. Other such loops then do not
+            run, since a decoder's rows are in only one of its loops at each token. None: each runs
+            once.
     """
     seen: list[str] = []
 
@@ -50,9 +52,11 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
                     within = instruction.name
                     others = 1 if unknown_trips is None else 0
                     times_here = unknown_trips if unknown_trips and len(seen) == 1 else others
+                # loops multiply: 2 slices of 12 layers run the layer's body 24 times
                 for body in callees if times_here else []:
                     yield from visit(body, times * times_here, within)
             elif instruction.opcode == "conditional":
+                # one branch runs at a time; this counts the largest, which does the work
                 for branch in sorted(callees, key=lambda c: _size(module, c))[-1:]:
                     yield from visit(branch, times, loop)
             elif instruction.opcode in ("call", "async-start"):
@@ -65,10 +69,10 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 
 
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
-    """Returns how often a `while` of the computation `around` runs, None if unknown.
+    """Returns how often a `while` in the computation `around` runs, or None if this is unknown.
 
-    Uses XLA's note, or else the counter that the condition compares with a constant:
-    ceil((limit - start) / step), with start 0 and step 1 where the text has no value.
+    Uses XLA's note. Without one, it uses the counter that the condition compares with a constant:
+    ceil((limit - start) / step), with start 0 and step 1 if the text has no values.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))
@@ -84,11 +88,12 @@ def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     if found is None:
         return limits[0]
     place = int(found.group(1))  # index of the counter in the loop's carry
+    # from 0 to 12 by 4: ceil(12 / 4) = 3 runs, and from 1 to 12 by 4 also 3
     return max(0, -(-(limits[0] - _start(around, loop, place)) // _step(body, place)))
 
 
 def _size(module: Module, computation: Computation) -> int:
-    """Returns the number of elements that a computation makes, each loop run once."""
+    """Returns the number of elements that a computation produces if each loop runs once."""
     return sum(
         sum(array.size for array in instruction.arrays)
         + sum(_size(module, callee) for callee in module.called(instruction))
@@ -97,7 +102,7 @@ def _size(module: Module, computation: Computation) -> int:
 
 
 def _constant(instruction: Instruction) -> int | None:
-    """Returns the value of a constant integer, None for anything else."""
+    """Returns the value of an integer constant, or None for any other instruction."""
     if instruction.opcode != "constant" or instruction.arrays[0].dtype not in ("s32", "u32"):
         return None
     return int(instruction.inside) if instruction.inside.isdigit() else None
@@ -105,6 +110,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 def _start(around: Computation, loop: Instruction, place: int) -> int:
     """Returns the initial value of a loop's counter; 0 if the text has none."""
+    # %init = tuple(%zero, %x); %loop = while(%init): the counter starts as the tuple's operand `place`
     given = around.by_name.get(loop.operands[0]) if loop.operands else None
     if given is None or given.opcode != "tuple" or place >= len(given.operands):
         return 0
@@ -114,6 +120,7 @@ def _start(around: Computation, loop: Instruction, place: int) -> int:
 
 def _step(body: Computation, place: int) -> int:
     """Returns the step of a loop's counter; 1 if the text has none."""
+    # the body returns the new carry: ROOT tuple(%next, ...) with %next = add(%counter, %constant)
     if body.root.opcode != "tuple" or place >= len(body.root.operands):
         return 1
     added = body.by_name[body.root.operands[place]]

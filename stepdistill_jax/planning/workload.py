@@ -1,4 +1,4 @@
-"""What a step of a config works on: the model and the shapes of its rows, read or assumed."""
+"""Finds the model of a config and the shapes of a step's rows, from a dataset or by assumption."""
 
 import dataclasses
 import functools
@@ -26,16 +26,16 @@ from stepdistill_jax.training.run import model_settings, new_model
 STEPS_LOOKED_AT = 32
 
 
-Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each
+Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each group
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """Rows of a step for one row multiple (batch shards x microbatches).
+    """The rows of a step for one row multiple (batch shards x microbatches).
 
     Attributes:
-        groups: (rows, input length, target length) of each group, rows rounded up to the multiple.
-        filled: rows of all groups that hold tokens; the others are computed all the same.
+        groups: (rows, input length, target length) of each group, with rows rounded up to the multiple.
+        filled: number of rows, over all groups, that hold tokens; empty rows are computed, too.
     """
 
     groups: Groups
@@ -43,18 +43,18 @@ class StepRows:
 
     @property
     def rows(self) -> int:
-        """Of all groups, empty ones included."""
+        """Number of rows of all groups, including empty rows."""
         return sum(rows for rows, *_ in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Shapes of a step.
+    """The model and the shapes of a step.
 
     Attributes:
         model: the configuration that `train` would build.
-        rows_of: row multiple -> rows, as a run with that multiple packs them.
-        assumptions: sentences; empty where everything was read.
+        rows_of: function row multiple -> rows, packed as in a run with that multiple.
+        assumptions: one text for each assumption; empty if everything was read from files.
     """
 
     model: ModelConfig
@@ -62,7 +62,7 @@ class Workload:
     assumptions: tuple[str, ...]
 
     def step_flops(self, multiple: int) -> float:
-        """FLOPs of a step, empty rows included; with a multiple of 1 what the tokens need."""
+        """Returns the FLOPs of a step, including empty rows; a multiple of 1 gives what the tokens need."""
         return sum(
             train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)
             for rows, inputs, targets in self.rows_of(multiple).groups
@@ -75,16 +75,17 @@ def workload(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> Workload:
-    """Model and rows of a config; a prepared dataset is looked at, none is needed.
+    """Returns the model and the rows of a config; reads a prepared dataset if there is one.
 
     Args:
         config: of the run.
-        rows: packed rows of a step, as `stepdistill inspect` shows them; None is the most of the
-            first 32 steps on the prepared dataset or, without one, a row for each example.
-        data_dir: of prepared datasets; None is the default one.
+        rows: number of packed rows of a step, as `stepdistill inspect` shows it. None means the most of
+            the first 32 steps on the prepared dataset or, without a dataset, a row for each
+            example.
+        data_dir: folder of prepared datasets; None means the default folder.
 
     Raises:
-        InputError: an `init_from` that is there and cannot be read, an unknown family or size.
+        InputError: `init_from` exists and cannot be read, or the family or size is unknown.
     """
     assumptions: list[str] = []
     data = prepared(config, data_dir)
@@ -93,7 +94,7 @@ def workload(
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
-    if config.pairs:  # a row holds all that an example reads and writes
+    if config.pairs:  # a row holds all inputs and targets of an example
         objectives = resolve(config.objectives)
         inputs_each = 1 if config.pack and share_encoding(objectives) else len(objectives)
         cuts = (inputs_each * cuts[0], len(objectives) * cuts[1])
@@ -101,7 +102,7 @@ def workload(
         given = (AUTO, AUTO)
     inputs, targets = (c if g == AUTO else int(g) for g, c in zip(given, cuts, strict=True))
     if rows is not None:
-        if data is not None and config.pack:  # rows are counted by `inspect`, of these lengths
+        if data is not None and config.pack:  # `inspect` counts rows of these lengths
             inputs, targets = in_cheapest_rows(config, batches_of(config, data), model).row_lengths
         groups = ((rows, inputs, targets),)
     else:
@@ -110,10 +111,10 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here: "
             + (
-                "one packed row for each example of a step (short rows pack into fewer: `rows`)"
+                "one packed row for each example of a step (short rows pack into fewer: set `rows`)"
                 if config.pack
                 else "rows as long as `input_length` and `target_length`"
-                + (", of all objectives together" if config.pairs else "")
+                + (", summed over all objectives" if config.pairs else "")
             )
         )
 
@@ -125,12 +126,13 @@ def workload(
 
 
 def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable[[int], StepRows]:
-    """Returns the rows of a run on the data, as it would choose and round them."""
+    """Returns a function row multiple -> rows that a run on the data would have."""
 
     def rows_of(multiple: int) -> StepRows:
         batches = batches_of(config, data, row_multiple=multiple)
         batches = in_cheapest_rows(config, batches, model)
-        # the largest of the shapes that `train` compiles is for a batch that all but never comes
+        # Takes the most rows of real steps. The largest shape that `train` compiles is for the worst batch,
+        # which hardly ever occurs.
         taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
         groups = tuple(
             (max(len(batch[i]["encoder_segment_ids"]) for batch in taken), *pair)
@@ -142,18 +144,21 @@ def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable
 
 
 def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskData | None:
-    """The train tokens of a prepared dataset, with its own vocabulary where `init_from` is not at hand."""
+    """Returns the train tokens of a prepared dataset, or None if the task is not prepared.
+
+    If `init_from` is not on this machine, the dataset's own vocabulary is used.
+    """
     data_dir = data_folder(data_dir)
     if config.task not in prepared_names(data_dir):
         return None
     if config.init_from is not None and not os.path.isdir(config.init_from):
         config = dataclasses.replace(config, init_from=None, init_rules=None)
-    config = dataclasses.replace(config, task_module=None)  # where the job runs, and maybe not here
+    config = dataclasses.replace(config, task_module=None)  # it may exist only where the job runs
     return load_split(config, TRAIN, vocabulary=vocabulary_of(config), data_dir=data_dir)
 
 
 def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> ModelConfig:
-    """Returns the configuration that `train` would build, and adds what it assumes to `assumptions`."""
+    """Returns the configuration that `train` would build, and adds its assumptions to the list."""
     if config.init_from is not None and os.path.isdir(config.init_from):
         return dataclasses.replace(read_config(config.init_from), **model_settings(config))
     if config.init_from is None and data is not None:
@@ -162,7 +167,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
     missing = (
         f"dataset {config.task!r} is not prepared here"
         if config.init_from is None
-        else f"`init_from` {config.init_from} is not here: {config.model_family} {config.model_size}"
+        else f"`init_from` {config.init_from} does not exist here: {config.model_family} {config.model_size}"
     )
     assumptions.append(f"{missing}, with the published vocabulary of {model.vocab_size}")
     return model

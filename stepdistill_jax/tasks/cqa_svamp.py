@@ -1,4 +1,4 @@
-"""Registers the mixture `cqa_svamp` of two prepared datasets; an example for your own mixtures.
+"""Registers `cqa_svamp`, a mixture of two prepared datasets and an example for your own mixtures.
 
 In a config: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
 """

@@ -44,7 +44,7 @@ def load_dataset(
     supervision: Supervision | None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the data of a dataset; `where` is the data folder and the task module."""
+    """Returns the tokens of a dataset's split; `where` is the data folder and the task module."""
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)
     return _load_spec(found, split, objectives, given, *where, supervision)
@@ -73,7 +73,7 @@ def _load_prepared(
         most = max(most_rationales(found.file(part)) for part in parts)
 
     def prepared_task():
-        found.check(VERSION)  # TFDS's files: tokenising is the one time that they are read
+        found.check(VERSION)  # TFDS's files, which are read only to tokenise
         if found.paper_exact or PreparedRows.can_read(supervision):
             opened = load_vocabulary(vocabulary)
             return PreparedRows(found, split, objectives, opened, supervision, share)
@@ -82,7 +82,8 @@ def _load_prepared(
 
     columns = registry.columns_of(objectives, most)
     if share[0] == 1.0 or split not in found.drawn:
-        share = WHOLE  # independent of the seed
+        share = WHOLE  # the store must not depend on the seed
+    # a share is added only if there is one, so that stores without a share keep their names
     key = [found.fingerprint, _key_of(supervision), parts, *([share] if share != WHOLE else [])]
     store, opened = _joint_store(
         prepared_task, task, split, objectives, columns, vocabulary, folder, key
@@ -146,7 +147,7 @@ def _load_spec(
 
 
 def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> None:
-    """Raises InputError if a template names a field that the dataset does not keep."""
+    """Raises InputError if a template names a field that the dataset does not have."""
     known = (*Objective.FIELDS, *dataset.fields)
     for objective in objectives:
         for field in objective.fields:
@@ -159,7 +160,7 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError if the vocabulary cannot write the words by which a label is parsed."""
+    """Raises InputError if the vocabulary cannot write the words before a label, by which it is parsed."""
     for words in objective.words if objective.writes_more else ():
         if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
             raise InputError(
@@ -176,12 +177,14 @@ def _key_of(supervision: Supervision | None) -> Any:
 def _joint_store(
     make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
 ) -> tuple[TokenStore, Vocabulary]:
-    """Returns the store with all objectives of a prepared dataset or an `add_task` task."""
+    """Returns the store and the vocabulary of a prepared dataset or an `add_task` task, with all objectives."""
     opened = load_vocabulary(vocabulary)
     _check_words(objectives[0], opened)
     first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]
     if any(o.read_beside_input for o in objectives) or (first.label_field and not first.is_plain):
-        templates.append(["labels and absent inputs by field"])  # in contrast to older stores
+        templates.append(
+            ["labels and absent inputs by field"]
+        )  # distinguishes them from older stores
     store = stored_tokens(
         make_task,
         name=name,
@@ -198,7 +201,7 @@ def _joint_store(
 def _parts_of(
     dataset: PreparedDataset, split: str, supervision: Supervision | None
 ) -> tuple[str, ...]:
-    """Returns the prepared splits that make up one: train includes unlabelled rows if they are used."""
+    """Returns the prepared splits that form a split; train includes unlabelled rows if they are used."""
     takes_teachers = supervision is not None and supervision.label_source != "gold"
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)

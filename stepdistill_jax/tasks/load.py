@@ -1,4 +1,4 @@
-"""Loads a task by name: a prepared dataset, a dataset of `add_task`, or a plain SeqIO task or mixture."""
+"""Loads a task by its name: a prepared dataset, a dataset of `add_task`, or a plain SeqIO task or mixture."""
 
 import dataclasses
 import os
@@ -48,29 +48,28 @@ def load_task(
     task_objectives: TaskObjectives = None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a task's split: tokenised on first use, memory-mapped from then on.
+    """Returns the tokens of a task's split, which are tokenised at the first use and memory-mapped later.
 
     A prepared dataset is a task of the same name. A plain SeqIO task has one objective, `label`, on
-    its own inputs and targets. The tasks of a mixture have the objectives given by their tags or
-    `task_objectives`.
+    its own inputs and targets. Tags or `task_objectives` give the objectives of the tasks of a mixture.
 
     Args:
         task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
-        split: e.g. `train`.
-        objectives: an arm's name, or objectives; a plain SeqIO task uses only names and weights.
-        vocabulary: path of a `spiece.model`, or `bytes`; None for the task's own.
-        data_dir: folder of prepared datasets and token stores; None for the default.
+        split: name of the split, such as `train`.
+        objectives: an arm's name, or objectives; a plain SeqIO task uses only their names and weights.
+        vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
+        data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task; imported first.
-        supervision: selects label and rationales; None takes each row as it is, even without a label.
+        supervision: selects label and rationales; None keeps each row unchanged, even without a label.
         task_objectives: {name of a mixture's plain task: its objective}; `single` trains all tasks of
             a mixture as one objective.
-        share: for a dataset prepared with `paper_exact`, the share of its rows and the run's seed, by
-            which the published code draws train and validation; other datasets are read whole.
+        share: for a dataset prepared with `paper_exact`, the share of its rows and the run's seed, with
+            which the published code draws train and validation; other datasets are read completely.
 
     Raises:
         InputError: the task or split is unknown or cannot be read; a mixture's task has no known
-            objective; a plain task has a different vocabulary than `vocabulary`; or the rows lack
-            what `supervision` selects.
+            objective; the vocabulary of a plain task differs from `vocabulary`; or the rows lack
+            fields that `supervision` selects.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
@@ -108,7 +107,7 @@ class _MixtureLoader:
     supervision: Supervision | None
 
     def __call__(self, given: str | None, task_objectives: TaskObjectives) -> TaskData:
-        """Returns the data; `given` is the vocabulary of INIT_FROM, or None."""
+        """Returns the data of the mixture; `given` is the vocabulary of INIT_FROM, or None."""
         name = self.mixture.name
         single = task_objectives == SINGLE
         names = [PLAIN[0].name] if single else [o.name for o in self.objectives]
@@ -121,12 +120,15 @@ class _MixtureLoader:
             objectives = PLAIN if single else tuple(map(_as_it_is, range(len(names)), objectives))
         vocabulary = self._vocabulary(groups, own, given)
         parts = [p for group in groups for p in self._parts_of(group, objectives, vocabulary)]
-        if self.split != "train":  # often only train has rationales
+        if (
+            self.split != "train"
+        ):  # a validation split often lacks rationales, so such parts are left out
             parts = [part for part in parts if part.has_targets]
         if not parts:
             splits = dict.fromkeys(s for t in self.mixture.tasks for s in t.splits)
             check_split(name, self.split, splits)
             raise InputError(f"mixture {name!r}: no row of split {self.split!r} has a target")
+        # an objective without any task would have loss 0 in the complete run
         fed = {column.objective for part in parts for column in part.columns}
         for number, objective in enumerate(objectives, 1):
             if number not in fed and self.split == "train":
@@ -140,7 +142,7 @@ class _MixtureLoader:
     def _vocabulary(
         self, groups: Sequence[Group], own: Sequence[Any], given: str | None
     ) -> Vocabulary:
-        """Returns the plain tasks' vocabulary, or else INIT_FROM's, or one trained on the datasets."""
+        """Returns the vocabulary of the plain tasks, of INIT_FROM, or one trained on the datasets, in this order."""
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
         if given is not None:
@@ -155,7 +157,7 @@ class _MixtureLoader:
                 if not same_pieces(opened[0], other):
                     raise InputError(
                         f"mixture {self.mixture.name!r}: its tasks have different vocabularies,"
-                        f" {' and '.join([next(iter(files)), file])}; give add_task the same one"
+                        f" {' and '.join([next(iter(files)), file])}; pass the same one to add_task"
                     )
             return opened[0]
         return load_vocabulary(joint_vocabulary(prepared, self.folder / FOLDER))
@@ -166,7 +168,7 @@ class _MixtureLoader:
     def _parts_of(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> list[Part]:
-        """Returns the parts of a group; [] if none of its tasks has the split (except train)."""
+        """Returns the parts of a group; [] if none of its tasks has the split. Each must have `train`."""
         having = [self.split in task.splits for task in group.tasks]
         if self.split == "train" and not all(having):
             lacking = group.tasks[having.index(False)]
@@ -179,10 +181,12 @@ class _MixtureLoader:
         if group.dataset is not None:
             return [self._part_of_dataset(group, objectives, vocabulary)]
         numbers = {o.name: i for i, o in enumerate(objectives, 1)}
-        order = sorted(  # the label's task first: paired examples have its label
-            (numbers[objective], i)
-            for i, (objective, has) in enumerate(zip(group.objectives, having, strict=True))
-            if has
+        order = (
+            sorted(  # the label's task first, since paired examples take the first store's labels
+                (numbers[objective], i)
+                for i, (objective, has) in enumerate(zip(group.objectives, having, strict=True))
+                if has
+            )
         )
         tasks = [group.tasks[i] for _, i in order]
         columns = [
@@ -207,7 +211,7 @@ class _MixtureLoader:
     def _part_of_dataset(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> Part:
-        """Returns a dataset's part, with all objectives if the mixture has all of the dataset's tasks."""
+        """Returns a dataset's part; it has all objectives if the mixture has all tasks of the dataset."""
         tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
         chosen = list(range(len(objectives)))
         if {task.name for task in group.tasks} != tagged:
@@ -219,7 +223,9 @@ class _MixtureLoader:
                 f" {', '.join(o.name for o in objectives)}"
             )
         supervision = self.supervision
-        if supervision is not None and self.split == "train":  # by the first of all objectives
+        if (
+            supervision is not None and self.split == "train"
+        ):  # depends on the first of all objectives
             supervision = supervision.for_objectives(objectives)
         data = load_dataset(
             self._dataset(str(group.dataset)),
@@ -238,6 +244,6 @@ class _MixtureLoader:
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:
-    """Returns the objective for a plain task's own rows: only its name and weight are kept."""
+    """Returns the objective for a plain task's own rows, which keeps only the name and the weight."""
     field = "label" if number == 0 else objective.name
     return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)

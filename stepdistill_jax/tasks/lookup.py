@@ -1,4 +1,4 @@
-"""Finds the task of a name, and imports the module that registers it."""
+"""Finds a task by its name, and imports the module that registers it."""
 
 import importlib
 import os
@@ -31,8 +31,8 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     `register_prepared` remains a `PreparedDataset`, whose rows are read without SeqIO.
 
     Raises:
-        InputError: the task is unknown (lists the known tasks, the nearest name, and how to give a
-            module), or it is a plain task whose source cannot be read (`check_source`).
+        InputError: the task is unknown (the message lists the known tasks, the nearest name, and how to
+            specify a module), or it is a plain task whose source cannot be read (`check_source`).
     """
     if task_module is not None:
         import_task_module(task_module, data_dir)
@@ -57,8 +57,8 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     raise InputError(
         f"unknown task {task!r}: prepared in {data_dir}: {', '.join(prepared) or 'none'};"
         f" registered with SeqIO: {', '.join(registered) or 'none'}"
-        f"{nearest(task, [*prepared, *registered])}; make one with `stepdistill"
-        " prepare`, or give the module that registers yours as `task_module`"
+        f"{nearest(task, [*prepared, *registered])}; prepare a dataset with `stepdistill"
+        " prepare`, or set `task_module` to the module that registers your task"
     )
 
 
@@ -70,11 +70,11 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
         data_dir: folder for its `register_prepared()`; None for the default.
 
     Raises:
-        InputError: no such module, or it fails while it is imported.
+        InputError: the module does not exist, or its import fails.
     """
     if name in sys.modules:
         return
-    tensorflow()  # before the module imports it: accelerators must be hidden first
+    tensorflow()  # before the module imports it, since this hides accelerators from TensorFlow
     search_current_folder()
     try:
         if all(name.split(".")) and "\0" not in name:
@@ -97,23 +97,23 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
 
 
 def _not_importable(name: str, error: BaseException) -> InputError:
-    """Returns the error for a failed import, also for a module that calls `sys.exit`."""
+    """Returns the error for a failed import, which includes a module that calls `sys.exit`."""
     return InputError(
         f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}"
     )
 
 
 def search_current_folder() -> None:
-    """Adds the current folder to the import path, which a console script does not search.
+    """Adds the current folder to the import path, since a console script does not search it.
 
-    It comes last, so that it shadows no installed module.
+    The folder comes last, so that it shadows no installed module.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 
 def module_digest(name: str | None) -> str | None:
-    """Returns the digest of a task module's file: editing it tokenises the task again."""
+    """Returns a digest of a task module's file, so that editing the file tokenises the task again."""
     path = getattr(sys.modules.get(name or ""), "__file__", None)
     return sha256(path) if path else None
 
@@ -125,7 +125,7 @@ def has_split(
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
 ) -> bool:
-    """Returns whether the task has that split.
+    """Returns whether a task has a split.
 
     Raises:
         InputError: the task is unknown.

@@ -1,4 +1,4 @@
-"""Computes a SeqIO task's own metrics on the rows of a split, as `seqio.Evaluator` does."""
+"""Computes the metrics that a SeqIO task defines on the rows of a split, as `seqio.Evaluator` does."""
 
 import collections
 import functools
@@ -20,19 +20,19 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 class TaskMetrics:
     """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
-    Only process 0 reads the rows, once, through SeqIO. A `postprocess_fn` gets each row as its
-    `example`, with all fields of the task. SeqIO's metric objects postprocess targets and answers
-    themselves, as in `seqio.Evaluator`.
+    Only process 0 reads the rows, once, with SeqIO. A `postprocess_fn` gets each row as its `example`, with
+    all fields of the task. SeqIO's metric objects postprocess targets and answers, as in
+    `seqio.Evaluator`.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
     """
 
     def __init__(self, part: Part, split: str):
-        """Checks the signatures of the metrics; reads no row.
+        """Checks the signatures of the metrics; reads no rows.
 
         Raises:
-            InputError: a metric takes arguments unknown to SeqIO.
+            InputError: a metric takes arguments that SeqIO does not know.
         """
         from seqio.metrics import ModelOutputType
 
@@ -52,7 +52,7 @@ class TaskMetrics:
 
     @classmethod
     def of(cls, part: Part, split: str) -> "TaskMetrics | None":
-        """Returns the part's metrics; None if it has no task that gives labels, or no metrics."""
+        """Returns the part's metrics, or None if it has no metrics or no task that gives labels."""
         if part.task is None or part.label_column is None:
             return None
         found = cls(part, split)
@@ -60,11 +60,11 @@ class TaskMetrics:
 
     @functools.cached_property
     def targets(self) -> list[list[int]]:
-        """Returns the untruncated ids of the targets, for `target_scores`."""
+        """Untruncated ids of the targets, for `target_scores`."""
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:
-        """Returns the names of the metrics' values, from a trial with the targets as answers.
+        """Returns the names of all values that the metrics give, from a trial with the targets as answers.
 
         The trial's scores are -1 for each token of the target or answer.
         """
@@ -81,13 +81,13 @@ class TaskMetrics:
 
         Args:
             answers: decoded ids for each of the part's `labelled_inputs`.
-            scores: [rows] natural logs of the answers' probabilities; a metric of
+            scores: natural logs of the answers' probabilities, [rows]; a metric of
                 `(targets, predictions, aux_values)` gets them as `aux_values["scores"]`.
-            target_scores: [rows] scores of `targets`; required if `reads_target_scores`.
+            target_scores: scores of `targets`, [rows]; required if `reads_target_scores`.
 
         Raises:
-            InputError: a metric fails or does not return numbers by name, or the rows differ from
-                those that were tokenised. Raised in every process.
+            InputError: a metric fails or does not return numbers by name, or the rows differ from the
+                tokenised rows. Raised in every process.
         """
         return on_process_0(lambda: self._compute(answers, scores, target_scores))
 
@@ -112,7 +112,7 @@ class TaskMetrics:
         return found
 
     def _values(self, metric: Any, outputs: Mapping[Any, Any], where: str) -> dict[str, float]:
-        """Returns the numbers of one metric."""
+        """Returns the values of one metric by name."""
         from seqio.metrics import CollectingMetric, MetricValue, Scalar
 
         rows, field = self._rows, f"{self._prefix}targets"
@@ -149,10 +149,12 @@ class TaskMetrics:
 
     @functools.cached_property
     def _rows(self) -> list[dict[str, Any]]:
-        """Returns the rows as SeqIO gives them, in the order of the part's rows."""
+        """Rows as SeqIO gives them, in the order of the part's rows."""
         import tensorflow_datasets as tfds
 
         task, split = self._task, self._split
+        # Matches rows by their ids, since pairing may have changed their order. Equal rows are taken one after
+        # the other.
         by_ids: dict[Any, collections.deque[dict[str, Any]]] = {}
         with named_errors(task.name, task.source, split):
             for row in tfds.as_numpy(unshuffled(task, split)):
@@ -178,6 +180,7 @@ class TaskMetrics:
 
 def _named_metrics(task: Any) -> list[tuple[str, Any]]:
     """Returns (name of the function or class, metric object) for each metric of a task."""
+    # SeqIO's `metric_objs` are the task's own objects, followed by one for each of its functions
     functions, objects = metric_functions(task), task.metric_objs
     named = [*objects[: len(objects) - len(functions)], *functions]
     return list(zip(map(_name, named), objects, strict=True))

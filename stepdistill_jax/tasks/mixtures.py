@@ -9,7 +9,7 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.tasks.registry import TAGS
 from stepdistill_jax.tasks.sources import named_errors
 
-SINGLE = "single"  # TASK_OBJECTIVES: every task gives the same objective
+SINGLE = "single"  # value of TASK_OBJECTIVES: all tasks give the same objective
 TaskObjectives = Mapping[str, str] | str | None
 
 
@@ -18,12 +18,12 @@ class Group:
     """Tasks of a mixture whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset, or of the plain task with the labels, or of the first task.
-        tasks: `seqio.Task`s.
+        name: name of the dataset, of the plain task with the labels, or of the first task.
+        tasks: the `seqio.Task`s.
         objectives: the objective of each task.
         rate: share of the drawn examples; the rates of all groups need not add up to 1.
         dataset: dataset of `add_task` or `register_prepared` that has these tasks, or None.
-        alone: why a plain task shares no examples with its neighbours in the mixture; "" if it does.
+        alone: why a plain task shares no examples with the other tasks of its mixture; "" if it does.
     """
 
     name: str
@@ -44,8 +44,8 @@ def groups_of(
 ) -> list[Group]:
     """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    The tasks of a dataset with equal rates are one group. So are the plain tasks that stand directly
-    in one mixture with equal rates and different objectives.
+    The tasks of a dataset with equal rates are one group. So are the plain tasks that are direct members of
+    the same mixture and have equal rates and different objectives.
 
     Args:
         mixture: the mixture to load.
@@ -53,7 +53,7 @@ def groups_of(
         task_objectives: the objective of each task without a tag, or `single`.
 
     Raises:
-        InputError: a rate is 0, a task has no objective, or a name does not exist.
+        InputError: a rate is not above 0, a task has no objective, or a name does not exist.
     """
     import seqio
 
@@ -65,6 +65,7 @@ def groups_of(
     found: dict[str, Group] = {}
     for dataset, members in _families(mixture):
         taught = tuple(named[task.name] for task in members)
+        # the label's task names a group of plain tasks
         at = taught.index(objectives[0]) if objectives[0] in taught else 0
         name = dataset or members[at].name
         group = Group(name, members, taught, 0.0, dataset)
@@ -84,7 +85,7 @@ def label_tasks(
 ) -> list[str]:
     """Returns the datasets and plain tasks of a `seqio.Mixture` that give the first objective.
 
-    A plain task without a known objective is included: it is evaluated on its own.
+    A plain task without a known objective is included, and is evaluated separately.
 
     Args:
         mixture: the mixture to evaluate, which need not be the one that a model was trained on.
@@ -105,6 +106,7 @@ def label_tasks(
             if given.get(task.name, objectives[0]) == objectives[0]:
                 names[task.name] = None
         else:
+            # a dataset answers if its label task is in the mixture, or all of its tasks are
             whole = {name for name, other in TAGS.items() if other.dataset == tag.dataset}
             if whole <= there or tag.objective == objectives[0]:
                 names[tag.dataset] = None
@@ -128,7 +130,7 @@ def _rate(mixture: Any, task: Any) -> float:
         rate = float(mixture.get_rate(task))
     if not (rate > 0 and math.isfinite(rate)):
         raise InputError(
-            f"mixture {mixture.name!r}: the rate of {task.name} is {rate:g}; give it one above 0, or"
+            f"mixture {mixture.name!r}: the rate of {task.name} is {rate:g}; set a rate above 0, or"
             " leave the task out of the mixture"
         )
     return rate
@@ -137,7 +139,7 @@ def _rate(mixture: Any, task: Any) -> float:
 def _objectives_of(
     mixture: Any, tasks: Sequence[Any], objectives: Sequence[str], given: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns {name of a task: name of its objective}."""
+    """Returns the objective of each task, {name of the task: name of the objective}."""
     names = [task.name for task in tasks]
     for task, objective in given.items():
         if task in names and task in TAGS and TAGS[task].objective != objective:
@@ -169,7 +171,7 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (dataset, its tasks) for datasets, and (None, tasks) for each mixture's plain tasks."""
+    """Yields (None, plain tasks) for each mixture, then (dataset, its tasks) for each dataset."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):
@@ -189,7 +191,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields the tasks that stand directly in the mixture, then those of each mixture inside it."""
+    """Yields the tasks of each inner mixture, and last the mixture's direct members, one list for each."""
     import seqio
 
     direct = []

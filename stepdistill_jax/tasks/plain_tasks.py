@@ -1,4 +1,4 @@
-"""Checks that an encoder-decoder can be trained on a plain SeqIO task."""
+"""Checks that a plain SeqIO task can train an encoder-decoder."""
 
 import inspect
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 
 FEATURES = ("inputs", "targets")
-EXTRA_FEATURES = ("id", "weight")  # also read from a row, if present
+EXTRA_FEATURES = ("id", "weight")  # features that are also read, if a row has them
 
 
 def check_trainable(task: Any) -> None:
-    """Raises if the rows of a `seqio.Task` cannot be trained on.
+    """Raises InputError if an encoder-decoder cannot be trained on the rows of a `seqio.Task`.
 
     Raises:
-        InputError: one line with the task, its problem, and the remedy.
+        InputError: one line with the task, the problem and the remedy.
     """
     import seqio
 
@@ -21,13 +21,13 @@ def check_trainable(task: Any) -> None:
     if set(features) & set(FEATURES) == {"targets"}:
         raise _refused(
             task,
-            "it has only targets, but an encoder-decoder needs the features inputs and targets; give"
-            " it a preprocessor that splits its text in two",
+            "it has only targets, but an encoder-decoder needs the features inputs and targets; add"
+            " a preprocessor that splits its text in two",
         )
     if not set(FEATURES) <= set(features):
         raise _refused(
             task,
-            "an encoder-decoder needs the features inputs and targets, it has"
+            "an encoder-decoder needs the features inputs and targets, but it has"
             f" {', '.join(features)}; rename them in its preprocessors (seqio.preprocessors.rekey)",
         )
     for name, feature in features.items():
@@ -56,7 +56,7 @@ def check_trainable(task: Any) -> None:
 
 
 def _check_ids(task: Any, name: str, feature: Any) -> None:
-    """Raises InputError if a feature is not ids of a vocabulary."""
+    """Raises InputError if a feature does not hold ids of a vocabulary."""
     import seqio
 
     if feature.rank != 1 or not feature.dtype.is_integer:
@@ -68,13 +68,13 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
     if isinstance(feature.vocabulary, seqio.PassThroughVocabulary):
         raise _refused(
             task,
-            f"the feature {name!r} has a PassThroughVocabulary, which turns no answer into text; give it"
-            " the vocabulary that made its ids, a seqio.SentencePieceVocabulary or seqio.ByteVocabulary",
+            f"the feature {name!r} has a PassThroughVocabulary, which cannot decode answers; use the"
+            " vocabulary that made its ids, a seqio.SentencePieceVocabulary or seqio.ByteVocabulary",
         )
 
 
 def _check_preprocessors(task: Any) -> None:
-    """Raises InputError if rows depend on lengths: they are tokenised once for all lengths."""
+    """Raises InputError if rows depend on lengths, since they are tokenised once for all lengths."""
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]
     except (TypeError, ValueError) as error:  # SeqIO itself cannot call a function
@@ -92,8 +92,8 @@ def _check_preprocessors(task: Any) -> None:
     if task.requires_caching:
         raise _refused(
             task,
-            "it is only read from a cache of seqio_cache_tasks, but training keeps its own tokens;"
-            " leave required=True out of its CacheDatasetPlaceholder",
+            "it can only be read from a cache of seqio_cache_tasks, but training stores its own"
+            " tokens; remove required=True from its CacheDatasetPlaceholder",
         )
 
 

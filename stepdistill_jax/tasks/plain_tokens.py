@@ -1,4 +1,4 @@
-"""Loads the tokens of plain SeqIO tasks, which `add_task` or `prepare` did not make."""
+"""Loads the tokens of plain SeqIO tasks: tasks that neither `add_task` nor `prepare` made."""
 
 import os
 import pathlib
@@ -19,7 +19,7 @@ from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenStore
 from stepdistill_jax.tasks.tokenizing import FOLDER, stored_tokens
 
-# a plain SeqIO task trains on its own inputs and targets
+# the objective of a plain SeqIO task, which trains on its own inputs and targets
 PLAIN = (Objective("label", "{input}", "{label}"),)
 
 
@@ -38,7 +38,7 @@ def plain_store(
             describe([task.source, task._preprocessor_constructor_args]),
             [vocabulary.fingerprint, repr(task.output_features)],
             files_of_task(task, split),
-            "row ids",  # in contrast to older stores
+            "row ids",  # distinguishes the store from older ones, which have none
         ],
         data_dir=folder,
         compare=True,
@@ -49,10 +49,10 @@ def plain_store(
 def common_vocabulary(
     name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
 ) -> Vocabulary:
-    """Returns the vocabulary that plain tasks share; it is `given` (of INIT_FROM) if that has equal pieces.
+    """Returns the vocabulary that plain tasks share with `given`, the vocabulary of INIT_FROM.
 
     Raises:
-        InputError: two vocabularies differ.
+        InputError: two vocabularies have different pieces.
     """
     files = [_vocabulary_file(task, folder) for task in tasks]
     first = opened = load_vocabulary(files[0])
@@ -62,10 +62,10 @@ def common_vocabulary(
             raise InputError(
                 f"task {name!r}: tokenised with {files[0]}, but"
                 f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
-                f" {other}; a model has one vocabulary: give it to all tasks (for prepared datasets,"
+                f" {other}; a model has one vocabulary, so pass it to all tasks (for prepared datasets,"
                 " register_prepared(vocabulary=...))"
             )
-    # equal pieces do not mean equal normalisers: tasks and models of T5's kind keep the task's file
+    # Equal pieces do not imply equal normalisers, so with T5's framing the task's own file is used.
     return opened if given is not None and opened.framing != T5_FRAMING else first
 
 
@@ -84,7 +84,7 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
     path = inputs.sentencepiece_model_file
     if os.path.isfile(path):
         return path
-    # a vocabulary on a remote file system (gs://...) is copied once: a server reads local files
+    # a vocabulary on a remote file system (gs://...) is copied once, since a server reads local files
     tf = tensorflow()
     local = folder / FOLDER / "vocabularies" / f"{digest(path)[:16]}.model"
     if not local.is_file():

@@ -1,4 +1,4 @@
-"""The tokens of a prepared dataset's rows as they stand, without TensorFlow and SeqIO."""
+"""Tokenises the unchanged rows of a prepared dataset, without TensorFlow and SeqIO."""
 
 import dataclasses
 import functools
@@ -16,22 +16,23 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.tasks.supervision import Supervision
 from stepdistill_jax.tasks.token_store import TokenExample
 
-AT_ONCE = 1024  # examples whose texts are tokenised together, on all cores
+AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """Tokens of a split, from its SPLIT.jsonl: those of `registry.joint_task` in a tenth of the time.
+    """Iterates over the tokens of a split, read from its SPLIT.jsonl.
 
-    Only where labels and rationales are taken as they stand (`can_read`); what chooses among them is
-    a SeqIO preprocessor, and read by SeqIO. A dataset prepared with `paper_exact` is read here alone.
+    Gives the tokens of `registry.joint_task` in a tenth of the time, but only if labels and rationales are
+    used unchanged (`can_read`); a supervision that selects among them needs SeqIO. A dataset prepared
+    with `paper_exact` is always read here.
 
     Attributes:
-        dataset, split: a prepared dataset, and its split.
-        objectives: each gives a row.
-        vocabulary: of both sides.
-        supervision: of the rows; None takes each as it is.
-        share: the share of the data and the seed that draws it, of a dataset prepared with `paper_exact`.
+        dataset, split: a prepared dataset and the name of its split.
+        objectives: objectives, each of which gives a row.
+        vocabulary: vocabulary of inputs and targets.
+        supervision: supervision of the rows; None keeps every row unchanged.
+        share: share of the data and the seed that draws it, for a dataset prepared with `paper_exact`.
     """
 
     dataset: PreparedDataset
@@ -43,7 +44,7 @@ class PreparedRows:
 
     @staticmethod
     def can_read(supervision: Supervision | None) -> bool:
-        """Whether the supervision takes each row as it stands, or leaves it out."""
+        """Returns whether a supervision only keeps rows unchanged or leaves them out."""
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:
@@ -63,10 +64,12 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """The prepared splits that a share is drawn from, each with [rows] bool; none is all of the split."""
+        """Prepared splits from which a share is drawn, each with a mask [rows] bool; [] means the complete split."""
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:
             return []
+        # The published code draws validation and a share from all rows of both prepared splits. A row of the
+        # share's `split` may come from either of them.
         splits = dataset.drawn
         counts = [dataset.splits[split] for split in splits]
         prepared = np.concatenate(drawn_splits(sum(counts), validation=draws))
@@ -86,11 +89,12 @@ class PreparedRows:
         return texts
 
     def _tokenised(self, examples: Sequence[Example]) -> Iterator[TokenExample]:
-        blank = self.dataset.paper_exact  # targets, too
+        blank = self.dataset.paper_exact  # the published code also trains on blank targets
         rows = [
             [o.render(self._texts(e), keep_empty=blank) for o in self.objectives] for e in examples
         ]
         own = not self.objectives[0].label_field
+        # one call for all texts: input and target of each objective, example by example, then second inputs
         texts = [t for r in rows for pair in r for t in pair] + [e.input_pair for e in examples]
         found = self.vocabulary.encode_many(texts)
         ids, seconds = iter(found), found[-len(examples) :]

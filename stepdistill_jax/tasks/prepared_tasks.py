@@ -62,16 +62,16 @@ def register_prepared(
     vocabulary unless `vocabulary` is given. Replaces the tasks of a dataset that has changed.
 
     Args:
-        data_dir: folder of prepared datasets; None for that of the command that imports the calling
-            module, or else the default.
-        vocabulary: vocabulary of all tasks, path of a `spiece.model`, or `bytes`; None for each
-            dataset's own. SeqIO reads a mixture only if all its tasks have the same.
+        data_dir: folder of prepared datasets. None means the folder of the command that imports the
+            calling module or, without a command, the default folder.
+        vocabulary: vocabulary of all tasks, path of a `spiece.model` or `bytes`; None means each
+            dataset's own. SeqIO reads a mixture only if all its tasks have the same vocabulary.
 
     Returns:
         Names of the registered datasets.
 
     Raises:
-        InputError: SeqIO already has a different task or mixture of one of these names, or a dataset
+        InputError: SeqIO already has a different task or mixture with one of these names, or a dataset
             or the vocabulary is damaged.
     """
     tensorflow()
@@ -85,9 +85,7 @@ def register_prepared(
             log(f"{name}: not registered with SeqIO, which cannot make its ids (`paper_exact`)")
             continue
         if vocabulary is None and "train" not in dataset.splits:
-            log(
-                f"{name}: not registered with SeqIO: no train split, and so no vocabulary of its own"
-            )
+            log(f"{name}: not registered with SeqIO: it has no train split, and so no vocabulary")
             continue
         _register(dataset, os.fspath(dataset.spiece_model if vocabulary is None else vocabulary))
         names.append(name)
@@ -97,7 +95,7 @@ def register_prepared(
 
 
 def registered_dataset(name: str) -> PreparedDataset | None:
-    """Returns the dataset whose registered mixture has this name; None for any other mixture."""
+    """Returns the dataset whose registered mixture has this name, or None for any other mixture."""
     found = _REGISTERED.get(name)
     if found is None:
         return None
@@ -124,7 +122,7 @@ def spec_of(
     splits: Mapping[str, str],
     objectives: tuple[Objective, ...] = (),
 ) -> TaskSpec:
-    """Returns a prepared dataset as a `TaskSpec`; `splits` maps names to TFDS's."""
+    """Returns a prepared dataset as a `TaskSpec`; `splits` maps names of splits to TFDS's names."""
     source = _source_class()(
         f"{dataset.name}:{VERSION}",
         tfds_data_dir=os.fspath(dataset.directory.parent),
@@ -137,8 +135,8 @@ def spec_of(
 def _source_class() -> Any:
     """Returns the class of a prepared dataset's source, which never asks TFDS to shuffle files.
 
-    TFDS refuses that for a dataset with ordered rows, and SeqIO asks for it whenever rows are to be
-    shuffled. SeqIO's own buffer still shuffles them.
+    TFDS refuses to shuffle the files of a dataset with ordered rows, and SeqIO asks for it whenever rows
+    are to be shuffled. SeqIO's buffer still shuffles the rows.
     """
     tensorflow()
     import seqio
@@ -189,7 +187,7 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
 
 
 def _remove(registration: Registration) -> None:
-    """Removes a dataset's tasks from SeqIO's registries, but no other tasks of the same names."""
+    """Removes a dataset's tasks from SeqIO's registries, but not other tasks with the same names."""
     import seqio
 
     del _REGISTERED[registration.dataset.name]
@@ -206,6 +204,7 @@ def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> b
     A task without rows would end a mixture as soon as SeqIO draws from it.
     """
     (field,) = objective.needed
+    # only lines that contain the field's name are parsed
     named = f'"{field}":'
     with open(dataset.directory / f"{split}.jsonl", encoding="utf-8") as rows:
         return any(json.loads(row).get(field) for row in rows if named in row)

@@ -1,4 +1,4 @@
-"""SeqIO preprocessors that make each objective's rows from an example's fields, and pair them."""
+"""SeqIO preprocessors that turn an example's fields into the rows of each objective, and pair them."""
 
 import functools
 import string
@@ -21,12 +21,12 @@ def render(
     objectives: Mapping[str, Objective],
     variants: Mapping[str, int] | None = None,
 ) -> Any:
-    """SeqIO preprocessor: an example's fields -> `PREFIXinputs`, `PREFIXtargets` and `weight`.
+    """SeqIO preprocessor: renders an example's fields as `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
-    Renders like `Objective.render`, in TensorFlow. Adds the gold label as `LABEL_TEXT` if the first
-    objective has a label but is not `is_plain`. Checks the element's types first, so that a missing
-    field is reported before any row is read. `variants` gives the number of the rationale that a
-    prefix reads (see `tasks.supervision.choose`).
+    It renders like `Objective.render`, in TensorFlow. It adds the gold label as `LABEL_TEXT` if the first
+    objective has a label but is not `is_plain`. It checks the element's types first, so that a missing
+    field is reported before any row is read. `variants` gives the number of the rationale that a prefix
+    reads (see `tasks.supervision.choose`).
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))
@@ -42,7 +42,7 @@ def render(
             )
         if spec[field].dtype != tf.string or spec[field].shape.rank not in (0, None):
             raise InputError(
-                f"task {task!r}: field {field!r} of {source} must be a text, got"
+                f"task {task!r}: field {field!r} of {source} must be text, got"
                 f" {spec[field].dtype.name} of shape {spec[field].shape}"
             )
 
@@ -54,7 +54,7 @@ def render(
                 parts.append(row.get(field, tf.constant("")))
         return tf.strings.join(parts)
 
-    @tf.autograph.experimental.do_not_convert  # plain TensorFlow: nothing to convert
+    @tf.autograph.experimental.do_not_convert  # plain TensorFlow, so there is nothing to convert
     def convert(given: Mapping[str, Any]) -> dict[str, Any]:
         out = {}
         for prefix, objective in objectives.items():
@@ -66,7 +66,7 @@ def render(
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
             inputs = to_text(objective.input_template, row)
-            # most rows lack most of several rationales: keep no inputs for these
+            # with several rationales, most rows lack most of them; these keep no inputs
             out[f"{prefix}inputs"] = tf.where(present, inputs, "") if number else inputs
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
         if "label" in given and first.label_field and not first.is_plain:
@@ -80,13 +80,13 @@ def render(
 def framing_steps(framing: Framing) -> list[Any]:
     """Returns the SeqIO preprocessors that complete the framing of inputs, before eos is appended.
 
-    SeqIO itself appends eos (`add_eos` of a feature) and knows no bos.
+    SeqIO appends eos (`add_eos` of a feature) and does not support bos.
     """
     return [] if framing == T5_FRAMING else [functools.partial(_frame, framing=framing)]
 
 
 def _frame(dataset: Any, *, framing: Framing) -> Any:
-    """Like `Framing.input_ids`, in TensorFlow, but for an eos at the end."""
+    """Adds bos to inputs, or eos to empty ones, like `Framing.input_ids`; does not append a final eos."""
     tf = tensorflow()
 
     @tf.autograph.experimental.do_not_convert
@@ -131,7 +131,7 @@ def drop_absent_rows(dataset: Any) -> Any:
 
 
 def with_absent_rows(task: Any) -> Any:
-    """Returns a `seqio.Task` without `drop_absent_rows`: row i is example i."""
+    """Returns a `seqio.Task` without `drop_absent_rows`, so that row i is example i."""
     kept = [p for p in task.preprocessors if p is not drop_absent_rows]
     return task.replace(preprocessors=kept)
 
@@ -140,10 +140,9 @@ def with_absent_rows(task: Any) -> Any:
 def paired_mixture() -> Any:
     """Returns the class of the mixtures NAME: a `seqio.Mixture` that pairs the rows of its tasks.
 
-    It yields all rows of an example one after the other, and loses none. SeqIO's own sampling mixes
-    rationales and labels of different examples, and stops at the end of the shortest task. With
-    `shuffle`, pairs stay together only if a seed is given. Inside another mixture, the tasks are
-    sampled like any other tasks.
+    It yields all rows of an example one after the other, and loses none. SeqIO's sampling would mix rationales
+    and labels of different examples, and stop at the end of the shortest task. With `shuffle`, pairs stay
+    together only if a seed is given. Inside another mixture, its tasks are sampled like all others.
     """
     tensorflow()
     import seqio
@@ -156,9 +155,10 @@ def paired_mixture() -> Any:
 
 
 def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """`sample_fn` of `paired_mixture`: yields row i of each task in turn, without absent rows."""
+    """Samples a `paired_mixture`: yields row i of each task, then row i + 1, without absent rows."""
     del rates, seed
     tf = tensorflow()
+    # one dataset for each row, since rows of two tasks differ in length and cannot be one tensor
     one = tf.data.Dataset.from_tensors
     pairs = tf.data.Dataset.zip(*datasets)
     rows = pairs.flat_map(

@@ -1,4 +1,4 @@
-"""Registers a dataset with one call: a SeqIO task for each objective, and the mixture of them."""
+"""Registers a dataset with one call: a SeqIO task for each objective, and the mixture of these tasks."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from stepdistill_jax.tasks.sources import (
 )
 from stepdistill_jax.tasks.supervision import Supervision, choose
 
-CHECKED_ROWS = 4
+CHECKED_ROWS = 4  # rows that `add_task` reads as a trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TaskSpec:
         objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
-        function: the user's own metric of labels, with SeqIO's arguments; may be None.
+        function: the user's own metric of labels, with SeqIO's arguments, or None.
     """
 
     name: str
@@ -90,10 +90,10 @@ def add_task(
     metric: str | Callable = "text_match",
     preprocessors: Sequence[Callable] = (),
 ) -> Any:
-    """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and tries them.
+    """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and reads some rows.
 
-    Example: `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields
-    `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`, and so on.
+    Example: `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields dicts such as
+    `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
 
     Args:
         name: name of the mixture.
@@ -115,8 +115,8 @@ def add_task(
         The `seqio.Mixture`.
 
     Raises:
-        InputError: the name is taken, or the first batch cannot be made (names the task, the feature
-            and the source); nothing stays registered.
+        InputError: the name is taken, or the first rows cannot be read (names the task, the feature and
+            the source); nothing stays registered.
     """
     tensorflow()
     import seqio
@@ -135,7 +135,7 @@ def add_task(
         source, splits = rows_of_lists(lists), list(lists)
     if callable(source) and not isinstance(source, seqio.DataSource):
         if not splits:
-            raise InputError(f"add_task({name!r}): give the splits of the function as splits=[...]")
+            raise InputError(f"add_task({name!r}): pass the splits of the function as splits=[...]")
         named = dict.fromkeys(field for o in objectives for field in o.fields)
         more = [field for field in named if field not in Objective.FIELDS]
         source = seqio.FunctionDataSource(
@@ -159,6 +159,7 @@ def add_task(
     for one in (*names, name):
         if one in taken:
             raise InputError(f"add_task({name!r}): SeqIO already has a task or mixture {one!r}")
+    # a failure below removes everything again, so that the call can be repeated after a fix
     try:
         for objective in spec.objectives:
             seqio.TaskRegistry.add(f"{name}_{objective.name}", **task_arguments(spec, objective))
@@ -180,7 +181,7 @@ def add_task(
 
 
 def add_mixture(name: str, tasks: Sequence[str]) -> Any:
-    """Registers the mixture NAME of a dataset's tasks, one for each objective."""
+    """Registers the mixture NAME of a dataset's tasks, which each have one objective."""
     import seqio
 
     return seqio.MixtureRegistry.add(
@@ -189,7 +190,7 @@ def add_mixture(name: str, tasks: Sequence[str]) -> Any:
 
 
 def _try_out(provider: Any, spec: TaskSpec) -> None:
-    """Reads the first rows of the first split."""
+    """Reads the first rows of the first split, so that errors show at once."""
     split = next(iter(spec.source.splits))
     with named_errors(provider.name, spec.source, split):
         dataset = provider.get_dataset(
@@ -216,7 +217,7 @@ def metric_functions(task: Any) -> Sequence[Callable]:
 
 
 def registered_names() -> list[str]:
-    """Returns the names of all SeqIO tasks and mixtures of this process, without importing SeqIO."""
+    """Returns the names of all SeqIO tasks and mixtures in this process; does not import SeqIO."""
     if "seqio" not in sys.modules:
         return []
     import seqio
@@ -227,12 +228,13 @@ def registered_names() -> list[str]:
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    The first objective's metrics parse answers for their labels and compare these. Rows are cached
-    (`seqio_cache_tasks`) after tokenising, before truncation.
+    The first objective's metrics parse the labels in answers and compare them. Rows are cached
+    (`seqio_cache_tasks`) after tokenising and before truncation.
     """
     import seqio
 
     framing = load_vocabulary(spec.vocabulary).framing
+    # rows that depend on the lengths of a run must not be cached before they are known
     by_length = any(
         "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
     )
@@ -250,6 +252,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
             seqio.preprocessors.tokenize,
             *([seqio.CacheDatasetPlaceholder()] if may_cache else []),
             *framing_steps(framing),
+            # truncates to a run's lengths and keeps the end of sequence
             seqio.preprocessors.append_eos_after_trim,
             empty_absent_targets,
             drop_absent_rows,
@@ -264,7 +267,7 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
     def label_of(text: str, example: Any = None, is_target: bool = False) -> str:
         if is_target and example is not None and LABEL_TEXT in example:
-            return example[LABEL_TEXT].decode()  # the gold label, if the target has another
+            return example[LABEL_TEXT].decode()  # the gold label; the target may have the teacher's
         return (objective.parse(text) or {"label": ""})["label"]
 
     def label_accuracy(targets, predictions):
@@ -279,9 +282,9 @@ class Column:
 
     Attributes:
         objective: number of its objective, from 1.
-        variant: number of the example's rationale that it holds, from 0.
+        variant: number, from 0, of the rationale that it holds among an example's rationales.
         name: name in the store; its features are `NAME_inputs` and `NAME_targets`.
-        reads_rationale: whether one of its templates has a rationale.
+        reads_rationale: whether one of its templates contains a rationale.
     """
 
     objective: int
@@ -291,7 +294,7 @@ class Column:
 
 
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
-    """Returns a column for each objective; for each of `rationales` if its templates have a rationale.
+    """Returns the columns of a store: one for each objective, or `rationales` if it reads a rationale.
 
     Example: for `step_by_step` and 2 rationales, columns `label`, `rationale` and `rationale.1`.
     """
@@ -313,8 +316,8 @@ def joint_task(
 ) -> Any:
     """Returns an unregistered `seqio.Task` whose rows hold the features of all objectives.
 
-    It reads the source once, so that an example's rows stay together. The features are those of
-    `columns_of(objectives, most)`. Without a supervision, every example is kept as it is.
+    It reads the source only once, so that an example's rows stay together. Its features belong to
+    `columns_of(objectives, most)`. Without a supervision, every example is kept unchanged.
     """
     import seqio
 
@@ -344,6 +347,7 @@ def joint_task(
             ),
             seqio.preprocessors.tokenize,
             *framing_steps(framing),
+            # truncates nothing: a store serves runs of all lengths
             seqio.preprocessors.append_eos,
             empty_absent_targets,
         ],
@@ -355,7 +359,7 @@ def joint_task(
 
 
 def _features(vocabulary: str, framing: Framing) -> dict[str, Any]:
-    """Returns the `seqio.Feature` of inputs and of targets."""
+    """Returns the `seqio.Feature`s of inputs and targets."""
     import seqio
 
     opened = seqio_vocabulary(vocabulary)

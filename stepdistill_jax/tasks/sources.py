@@ -18,7 +18,7 @@ from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.fingerprints import sha256_of_rows
 
-AT_ONCE = 32  # rows that are read ahead from a function
+AT_ONCE = 32  # number of rows that are read from a function at a time
 
 Rows = Callable[..., Iterable[Mapping[str, Any]]]
 
@@ -27,9 +27,10 @@ class RowsOfFunction:
     """Wraps a user's function of rows as the `dataset_fn` of a `seqio.FunctionDataSource`."""
 
     def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
-        """`more` names further texts that a row must have, though they may be empty."""
+        """Takes the task's name, the function, and further fields that a row must have, possibly empty."""
         self.task, self.rows, self.more = task, rows, tuple(more)
-        self.failure: Exception | None = None  # kept, since TensorFlow buries it in its own trace
+        # kept for `named_errors`, since TensorFlow hides the function's own error in a trace
+        self.failure: Exception | None = None
         self.__name__ = getattr(rows, "__qualname__", type(rows).__name__)
         self.__module__ = getattr(rows, "__module__", __name__)
 
@@ -46,13 +47,13 @@ class RowsOfFunction:
         ).unbatch()
 
     def _several(self, split: str) -> Iterator[dict[str, list[Any]]]:
-        """Yields rows in groups: passing an element from Python to TensorFlow has a fixed cost."""
+        """Yields rows in groups, since passing an element from Python to TensorFlow has a fixed cost."""
         rows = self._checked(split)
         while several := list(itertools.islice(rows, AT_ONCE)):
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """Returns the same as `rows_digest`, 100 times as fast, since rows bypass TensorFlow.
+        """Returns the number and digest of the rows, 100 times as fast as through TensorFlow.
 
         Raises:
             InputError: the function fails, or a row is malformed.
@@ -85,7 +86,7 @@ class RowsOfFunction:
         fields: dict[str, Any] = {}
         for name in self._names:
             value = row.get(name)
-            # LABEL_SOURCE=llm trains on rows that only the teacher has labelled
+            # a label of the teacher is enough for LABEL_SOURCE=llm
             required = name == "input" or (name == "label" and not row.get("llm_label"))
             if (required or name in self.more) and name not in row:
                 raise InputError(
@@ -94,7 +95,7 @@ class RowsOfFunction:
                 )
             if not isinstance(value, str | None):
                 raise InputError(
-                    f"{where}: field {name!r} must be a text, got {type(value).__name__}"
+                    f"{where}: field {name!r} must be text, got {type(value).__name__}"
                 )
             if required and not value:
                 raise InputError(f"{where}: field {name!r} is empty")
@@ -107,7 +108,7 @@ class RowsOfFunction:
 
 
 def rows_of_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
-    """Returns a function from a split's name to its rows, for `RowsOfFunction`."""
+    """Returns a function from the name of a split to its rows, for `RowsOfFunction`."""
     kept = {split: tuple(rows) for split, rows in lists.items()}
 
     def rows(split: str) -> Sequence[Mapping[str, Any]]:
@@ -119,7 +120,7 @@ def rows_of_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
 
 @contextlib.contextmanager
 def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
-    """Turns errors of SeqIO and TensorFlow while a task is read into one line with its name."""
+    """Turns errors of SeqIO and TensorFlow while they read a task into one line with the task's name."""
     try:
         yield
     except InputError:
@@ -129,7 +130,9 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
         if failure is not None:
             raise failure from error
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        text = re.sub(r"\{\{function_node .*?\}\} *| *\[Op:.*$", "", text)  # TensorFlow's own names
+        text = re.sub(
+            r"\{\{function_node .*?\}\} *| *\[Op:.*$", "", text
+        )  # TensorFlow's graph names
         raise InputError(
             f"task {task!r}, split {split!r}, {describe_source(source)}:"
             f" {type(error).__name__}: {text}"
@@ -137,13 +140,13 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
 
 
 def check_source(task: str, source: Any) -> None:
-    """Raises if no split of a source can be read.
+    """Raises InputError if no split of a source can be read.
 
-    SeqIO itself would start to download a TFDS dataset that is not on disk.
+    SeqIO would start to download a TFDS dataset that is not on disk.
 
     Raises:
-        InputError: it has no splits, or its TFDS dataset is not downloaded (names dataset, folder
-            and command).
+        InputError: the source has no splits, or its TFDS dataset is not downloaded (the message names
+            the dataset, the folder and a command).
     """
     tensorflow()
     import seqio
@@ -152,12 +155,12 @@ def check_source(task: str, source: Any) -> None:
         _check_downloaded(task, source.tfds_dataset)
     if not tuple(source.splits):
         raise InputError(
-            f"task {task!r}: {describe_source(source)} has no splits; give it `splits`, such as train"
+            f"task {task!r}: {describe_source(source)} has no splits; set `splits`, such as train"
         )
 
 
 def _check_downloaded(task: str, loader: Any) -> None:
-    """Checks a `seqio.LazyTfdsLoader`, which may read a different dataset for each split."""
+    """Raises InputError if a dataset of a `seqio.LazyTfdsLoader` is missing; each split may read another one."""
     import tensorflow_datasets as tfds
 
     for split in loader.tfds_splits or (None,):
@@ -170,26 +173,27 @@ def _check_downloaded(task: str, loader: Any) -> None:
         except tfds.core.DatasetNotFoundError:
             why = ", and TFDS has no code for it"
             command = (
-                f"check name and version, or run `tfds build SCRIPT --data_dir {where}` on yours"
+                f"check name and version, or run `tfds build SCRIPT --data_dir {where}` with your"
+                " script"
             )
         except Exception as error:
             text = re.sub(r'^Failed to construct .*?}": ', "", " ".join(str(error).split()))
             why, command = f" ({text[:200]})", "check its name, version and folder"
-        forget_tfds(name, folder)  # so that this process finds it once it is built
+        forget_tfds(name, folder)  # so that this process finds the dataset after it is built
         raise InputError(
             f"task {task!r}: TFDS dataset {name} is not downloaded in {where}{why}; {command}"
         )
 
 
 def forget_tfds(name: str | None, folder: str | None) -> None:
-    """Drops a TFDS dataset from SeqIO's cache, so that SeqIO looks at its files again."""
+    """Removes a TFDS dataset from SeqIO's cache, so that SeqIO reads its files again."""
     import seqio
 
     seqio.LazyTfdsLoader._MEMOIZED_BUILDERS.pop((name, folder), None)
 
 
 def raised_at(error: BaseException) -> str:
-    """Returns ` at FILE:LINE` of the line that raised the error, for a message."""
+    """Returns ` at FILE:LINE` for the line that raised the error, as a part of a message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -197,7 +201,7 @@ def raised_at(error: BaseException) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """Returns a source's type and content for messages, without memory addresses."""
+    """Returns a source's type and content for a message, without memory addresses."""
     function = getattr(source, "_dataset_fn", None)
     if function is not None:
         name = getattr(function, "__qualname__", getattr(function, "__name__", repr(function)))
@@ -221,13 +225,14 @@ def describe(thing: Any) -> Any:
 
 
 def files_of(source: Any, split: str) -> list[list[Any]]:
-    """Returns [name, size, modification time] of each file of a source, which stand for its rows.
+    """Returns [name, size, modification time] of each file of a source; they identify its rows.
 
-    For TFDS also the slice of rows that is read. [] if the source does not read files (as TextLine,
-    TFRecord and TFDS do), or their times are unknown: then only reading the rows identifies them.
+    For TFDS it also returns the slice of rows that is read. It returns [] if the source does not read files
+    (TextLine, TFRecord and TFDS do) or if their times are unknown; then the rows must be read to identify
+    them.
 
     Raises:
-        InputError: a TFDS split has no rows; SeqIO would end the process.
+        InputError: a TFDS split has no rows, at which SeqIO would end the process.
     """
     tf = tensorflow()
     import seqio
@@ -236,7 +241,7 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
         found: list[list[Any]] = [[repr(getattr(source.tfds_dataset, "_split_map", None))]]
         if math.isinf(source.num_input_examples(split) or 0):  # SeqIO's number for no rows
             raise InputError(
-                f"split {split!r} of {describe_source(source)} has no rows; give another slice"
+                f"split {split!r} of {describe_source(source)} has no rows; choose another slice"
             )
     elif isinstance(source, seqio.FileDataSource):
         found = []
@@ -257,9 +262,9 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
 
 
 def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
-    """Returns the number and digest of a source's rows, before any preprocessor.
+    """Returns the number and the digest of a source's rows, before any preprocessor.
 
-    Reads the whole source. On one CPU core, 100,000 rows take 0.5 s in addition to the time of the
+    Reads the complete source. On one CPU core, 100,000 rows take 0.5 s in addition to the time of the
     function of `add_task`, 4 s through TensorFlow, and 25 s through TensorFlow from Python
     (`tf.data.Dataset.from_generator`).
 
@@ -278,4 +283,5 @@ def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
     dataset = source.get_dataset(split=split, shuffle=False, seed=seed)
     dataset = dataset.map(as_bytes, num_parallel_calls=tf.data.AUTOTUNE).batch(1024)
     rows = itertools.chain.from_iterable(dataset.as_numpy_iterator())
+    # the length before each row makes the boundaries between rows count, too
     return sha256_of_rows(len(row).to_bytes(8, "little") + row for row in rows)

@@ -1,7 +1,7 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
 `We hold these truths` becomes the pair `We hold <X>` -> `<X> these truths`. SeqIO has no such
-preprocessor. The functions here equal those of the same names in the package `t5`
+preprocessor. The functions here equal the functions with the same names in the package `t5`
 (t5/data/preprocessors.py, version 0.9.4): the same seeds give the same masks.
 """
 
@@ -31,16 +31,16 @@ def add_span_corruption(
 ) -> Any:
     """Registers the SeqIO task NAME: texts of JSON lines, split into segments, with spans to predict.
 
-    The token store keeps each segment as it was read first, so its mask, which depends on its place
-    in the file, is the same in every epoch. `masks` gives it several masks, each an example of its
-    own (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
+    A segment's mask depends on its place in the file. The token store keeps the first reading, so the mask
+    is the same in every epoch. `masks` gives a segment several masks, each of which makes an example (like
+    RoBERTa's static masking, arXiv 1907.11692, section 4.1).
 
     Args:
         name: name of the task.
         files: {split: file of rows `{"text": ...}`, or glob pattern of such files}.
         vocabulary: path of a `spiece.model`, or `bytes`. 100 sentinels follow its last id, so the
             model has 100 more ids; the first sentinel has the highest id.
-        inputs_length: the config's `input_length`: most ids of corrupted inputs, with end of
+        inputs_length: the config's `input_length`: maximum ids of corrupted inputs, with the end of
             sequence. Longer texts are split into segments that fill it.
         noise_density: share of the ids to predict, above 0 and below 1.
         mean_noise_span_length: mean length of a span in ids, 1 or more.
@@ -100,12 +100,12 @@ def add_span_corruption(
 
 
 def _plain(function: Any) -> Any:
-    """Marks a function as plain TensorFlow, which autograph need not convert."""
+    """Marks a function as plain TensorFlow, so that autograph does not convert it."""
     return tensorflow().autograph.experimental.do_not_convert(function)
 
 
 def text_of_json_lines(dataset: Any) -> Any:
-    """SeqIO preprocessor: a line `{"text": ...}` -> `targets`, the text; skips blank lines."""
+    """SeqIO preprocessor: reads `targets` from lines `{"text": ...}`; skips blank lines."""
     tf = tensorflow()
 
     def parse(line: bytes) -> bytes:
@@ -124,7 +124,7 @@ def text_of_json_lines(dataset: Any) -> Any:
 
 
 def split_tokens(dataset: Any, *, length: int) -> Any:
-    """SeqIO preprocessor: splits `targets` into pieces of `length` ids; a text's last may be shorter.
+    """SeqIO preprocessor: splits `targets` into pieces of `length` ids; the last of a text may be shorter.
 
     Drops pieces of a single id: no context would remain for the id to predict.
     """
@@ -146,7 +146,7 @@ def repeat(dataset: Any, *, times: int) -> Any:
 def corrupt_spans(
     dataset: Any, output_features: Any, *, noise_density: float, mean_noise_span_length: float
 ) -> Any:
-    """SeqIO preprocessor: `targets`, ids of a text -> `inputs` without the spans, `targets` the spans.
+    """SeqIO preprocessor: splits ids of a text into `inputs` without the spans and `targets`, the spans.
 
     SeqIO derives each row's two seeds from the task's seed and the row's place.
     """
@@ -199,7 +199,7 @@ def random_spans_noise_mask(
     noise_ids = rounded(tf.cast(length, tf.float32) * noise_density)
     noise_ids = tf.minimum(tf.maximum(noise_ids, 1), length - 1)
     spans = tf.maximum(rounded(tf.cast(noise_ids, tf.float32) / mean_noise_span_length), 1)
-    spans = tf.minimum(spans, length - noise_ids)  # `t5` fails here: much noise in short spans
+    spans = tf.minimum(spans, length - noise_ids)  # without it, as in `t5`, dense short spans fail
 
     def segment_lengths(ids: Any, seed: Any) -> Any:
         """Returns [spans] random lengths of at least 1 with the sum `ids`."""
@@ -222,7 +222,7 @@ def random_spans_noise_mask(
 
 
 def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
-    """Replaces each run of noise by one sentinel: from the left `vocab_size - 1`, `vocab_size - 2`, ...
+    """Replaces each run of noise by one sentinel; from the left `vocab_size - 1`, `vocab_size - 2`, ...
 
     Example: ids [5, 6, 7, 8], noise [0, 1, 1, 0] and vocab_size 100 give [5, 99, 8].
 
@@ -244,7 +244,7 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 def random_spans_helper(
     inputs_length: int, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
-    """Returns (length of a segment whose corrupted inputs fill `inputs_length`, length of its targets).
+    """Returns the length of a segment whose corrupted inputs fill `inputs_length`, and its targets' length.
 
     Inputs and targets include the end of sequence. A segment of n ids with `noise` noise ids in
     `spans` spans has n - noise + spans + 1 inputs and noise + spans + 1 targets.

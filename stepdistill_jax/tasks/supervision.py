@@ -1,4 +1,4 @@
-"""Selects the label and the rationales of an example to train on."""
+"""Selects an example's label and rationales for training."""
 
 import collections
 import dataclasses
@@ -19,8 +19,8 @@ from stepdistill_jax.runtime.progress import log
 
 LABEL_SOURCES = ("gold", "llm", "gold_else_llm", "agree")
 RATIONALES = ("first", "all", "sample")
-# a separate field, named unlike any dataset's: a weight of 0 cannot mark rows to drop, since it is
-# an error in the data
+# A separate field, whose name no dataset's field can have. A weight of 0 cannot mark rows to drop, since it is
+# an error in the data.
 KEEP = "is kept"
 
 
@@ -32,13 +32,13 @@ class Supervision:
         label_source: `gold`; `llm`, the teacher's label (standard distillation); `gold_else_llm`; or
             `agree`, the gold label if the teacher's equals it by the task's metric. Examples without
             the selected label are left out with all their rows.
-        disagree_weight: under `agree`, factor of the weight of an example whose teacher's label
-            differs or is missing; 0 leaves it out.
+        disagree_weight: with `agree`, the factor of the weight of an example whose teacher's label
+            differs or is missing; 0 leaves the example out.
         rationales: `first` uses the example's `rationale`; `all` makes a row of each of its
-            `rationales`; `sample` draws one of them in each epoch, by the seed. Under `agree`,
-            `all` and `sample` leave out rationales that argue for another label.
+            `rationales`; `sample` draws one of them in each epoch, by the seed. With `agree`, `all`
+            and `sample` leave out rationales that argue for another label.
         rationale_source: uses only rationales with this `source` (`human`, `llm`, a teacher's name);
-            None uses all. The source of a row's `rationale` without a list is `llm`.
+            None uses all. A row's `rationale` without a list has the source `llm`.
 
     Raises:
         InputError: a value is not one of these.
@@ -59,19 +59,19 @@ class Supervision:
 
     @property
     def needs_list(self) -> bool:
-        """Whether it reads the row's list `rationales`, and not only `rationale`."""
+        """Whether it reads a row's list `rationales`, and not only its `rationale`."""
         return self.rationales != "first" or self.rationale_source is not None
 
     def for_objectives(self, objectives: Sequence[Objective]) -> "Supervision":
-        """Returns the supervision for these objectives: a target of the teacher's label needs no gold."""
+        """Returns the supervision for these objectives; a target with the teacher's label needs no gold label."""
         if objectives[0].label_field == "llm_label" and self.label_source == "gold":
             return dataclasses.replace(self, label_source="llm")
         return self
 
     def held_out(self) -> "Supervision":
-        """Returns the supervision for validation: gold labels, or the teacher's for rows without gold.
+        """Returns the supervision for validation: gold labels, or the teacher's for rows without gold labels.
 
-        A run that trains on gold alone is never compared with a teacher.
+        A run that trains only on gold labels is never compared with a teacher's.
         """
         return Supervision("gold" if self.label_source == "gold" else "gold_else_llm")
 
@@ -92,7 +92,8 @@ def check_rationales(
     """Logs the number of examples with a rationale of the selected source.
 
     Raises:
-        InputError: no example has one, so only labels would be trained on; lists the sources.
+        InputError: no example has such a rationale, so only labels would be trained on; lists the
+            sources.
     """
     if supervision.rationale_source is None:
         return
@@ -115,13 +116,13 @@ def check_rationales(
 
 
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
-    """SeqIO preprocessor: puts the selected label into `label`, and sets rationales and weight.
+    """SeqIO preprocessor: writes the selected label into `label`, and sets rationales and weight.
 
-    Rationale 0 is in the field `rationale`, the others are in `rationale.1` to `rationale.MOST-1`,
-    "" if absent.
+    Rationale 0 is in the field `rationale`, and the others are in `rationale.1` to `rationale.MOST-1`;
+    absent ones are "".
 
     Raises:
-        InputError: the supervision reads the list `rationales`, and the rows have none.
+        InputError: the supervision reads the list `rationales`, and the rows have no such list.
     """
     tf = tensorflow()
     s, matches = supervision, metric_fn(metric)
@@ -131,6 +132,7 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
             " reads the list 'rationales', which its rows lack; `stepdistill prepare jsonl` keeps it"
         )
 
+    # metrics are Python functions, so TensorFlow calls back into Python here
     def same_label(labels: np.ndarray, label: bytes) -> np.ndarray:
         return np.array([matches(x.decode(), label.decode()) for x in np.ravel(labels)], bool)
 
@@ -164,10 +166,11 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
         if s.label_source == "agree" and s.rationales != "first":
             keep &= (tf.strings.length(listed["label"]) == 0) | agrees(listed["label"], label)
         texts = tf.boolean_mask(listed["text"], keep)
-        # without a list, a row may still have the field `rationale`, which is the teacher's
+        # a row without a list may still have the field `rationale`, which is the teacher's
         if s.rationale_source in (None, TEACHER):
             no_list = tf.size(listed["text"]) == 0
             texts = tf.cond(no_list, lambda: row["rationale"][None], lambda: texts)
+        # always `most` texts: with most 3, [a, b] becomes [a, b, ""]
         texts = tf.concat([texts, tf.fill([most], "")], 0)[:most]
         return {f"rationale.{i}" if i else "rationale": texts[i] for i in range(most)}
 

@@ -1,4 +1,4 @@
-"""Tokens of one split of a task, for training and evaluation."""
+"""The tokens of one split of a task, for training and evaluation."""
 
 import dataclasses
 import functools
@@ -23,14 +23,13 @@ class Part:
     Attributes:
         name: name of the dataset or task.
         store: the tokenised examples.
-        columns: columns of `store.rows`; they count objectives as in `TaskData.objectives`.
+        columns: columns of `store.rows`; they number objectives as in `TaskData.objectives`.
         rate: share of the drawn examples; the rates of all parts need not add up to 1.
         metric: name in `data.text_metrics.METRICS`, by which labels are compared.
-        labels: the distinct labels if they are few; else empty.
-        task: the `seqio.Task` of the first column, whose metrics are used if it is the label's, or
-            None.
-        input_pair: whether its rows have a second input text (`Example.input_pair`).
-        own_inputs: whether its inputs are a plain task's own, not made by the objectives' templates.
+        labels: the distinct labels if there are few; otherwise empty.
+        task: the `seqio.Task` of the first column, or None; its metrics are used if it is the label's.
+        input_pair: whether rows have a second input text (`Example.input_pair`).
+        own_inputs: whether inputs are a plain task's, not made by the objectives' templates.
         drawn: how rows of several tasks became examples, or why they did not; "" for one task.
     """
 
@@ -52,11 +51,11 @@ class Part:
 
     @property
     def label_column(self) -> int | None:
-        """Index of the first objective's column, which answers are compared with; None without one."""
+        """Index of the first objective's column, with which answers are compared; None if there is none."""
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Returns the ids of each example's input to the first objective, and its gold label."""
+        """Returns the ids of each example's input for the first objective, and the examples' gold labels."""
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
@@ -65,7 +64,7 @@ class Part:
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
     def label_targets(self) -> list[list[int]]:
-        """Returns the untruncated ids of the target of each of `labelled_inputs`."""
+        """Returns the untruncated ids of the targets that belong to `labelled_inputs`."""
         if (column := self.label_column) is None:
             return []
         rows = self.store.rows[column]
@@ -75,15 +74,15 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """One split of a task, tokenised.
+    """One tokenised split of a task.
 
     Attributes:
-        name, split: name of the task, and its split.
-        objectives: objectives of the rows, in the order of their ids (1, 2, ...).
+        name, split: names of the task and of the split.
+        objectives: objectives of the rows, in the order of their numbers (1, 2, ...).
         parts: one part, or several for a mixture.
         vocabulary: vocabulary of inputs and targets.
-        sample_rationales: whether a batch uses one of an example's rationales, or all.
-        share_is_drawn: whether `data_fraction` is applied already, so that batches use all rows.
+        sample_rationales: whether a batch uses only one of an example's rationales.
+        share_is_drawn: whether `data_fraction` is already applied, so that batches use all rows.
     """
 
     name: str
@@ -108,7 +107,7 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns the data of one store with columns for up to `most_rationales` per example."""
+        """Returns the data of one store, with columns for up to `most_rationales` rationales of an example."""
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
         parts = (Part(name, store, columns, **part),)
@@ -137,7 +136,7 @@ class TaskData:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels of the only part; [] for several parts."""
+        """The labels of the only part; () for several parts."""
         return self.parts[0].labels if len(self.parts) == 1 else ()
 
     @property
@@ -147,7 +146,7 @@ class TaskData:
 
     @functools.cached_property
     def decoder_prefixes(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of each objective's `decoder_prefix`; () for most."""
+        """Ids of each objective's `decoder_prefix`; () without a prefix."""
         return tuple(
             tuple(self.vocabulary.encode(o.decoder_prefix)) if o.decoder_prefix else ()
             for o in self.objectives
@@ -159,12 +158,14 @@ class TaskData:
         return len(self.parts) > 1 or any(part.drawn for part in self.parts)
 
     def shares(self) -> list[dict[str, Any]]:
-        """Returns the share of each part and objective in an endless run, before truncation.
+        """Returns the share of each part and objective in a long run, before truncation.
 
-        Each has `task` (name of the part), `objective`, `examples` (the part's share of all examples),
-        `rows` and `target_tokens` (shares of all rows and of all target tokens), and `drawn` (see
-        `Part`).
+        Each share has `task` (name of the part), `objective`, `examples` (the part's share of all
+        examples), `rows` and `target_tokens` (shares of all rows and of all target tokens), and `drawn`
+        (see `Part`).
         """
+        # Two parts with rates 1 and 3: of four examples one is of the first part, on average with its mean
+        # number of rows and target tokens.
         found, total = {}, sum(self.rates)
         for part in self.parts:
             lengths = [rows["targets"].lengths for rows in part.store.rows]
@@ -177,7 +178,7 @@ class TaskData:
                     {"task": part.name, "objective": objective, "examples": drawn}
                     | {"rows": 0.0, "target_tokens": 0.0, "drawn": part.drawn},
                 )
-                # an example's rationales are all rows of a step, or a single one is drawn
+                # a step has a row for each of an example's rationales, or for one that is drawn
                 if column.variant == 0 or not self.sample_rationales:
                     share["rows"] += drawn * np.count_nonzero(of_rows) / usable
                     share["target_tokens"] += drawn * float(of_rows.sum()) / usable
@@ -203,7 +204,7 @@ class TaskData:
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises if a model has no embedding for some id of the rows.
+        """Raises InputError if a model has no embedding for some id of the rows.
 
         Raises:
             InputError: the largest id is not below the model's `vocab_size`.
@@ -211,8 +212,8 @@ class TaskData:
         if self.vocab_size > vocab_size:
             raise InputError(
                 f"task {self.name!r}: its ids go up to {self.vocab_size - 1}, but the model's vocab_size"
-                f" is {vocab_size}; use a larger one (`init_from`), or a task whose vocabulary has fewer"
-                " extra_ids"
+                f" is {vocab_size}; use a model with a larger vocabulary (`init_from`), or a task whose"
+                " vocabulary has fewer extra_ids"
             )
 
 

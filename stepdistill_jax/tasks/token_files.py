@@ -1,4 +1,4 @@
-"""Writes the files of a token store, with one group of examples in memory at a time."""
+"""Writes the files of a token store, holding one group of examples in memory at a time."""
 
 import contextlib
 import itertools
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 FEATURES = ("inputs", "targets")
 ROW_IDS = "row_ids"
-AT_ONCE = 1024  # examples in memory
+AT_ONCE = 1024  # number of examples in memory
 
 
 def file_name(objective: int, feature: str, what: str) -> str:
-    """Returns the name of the file of `ids` or `offsets` of a feature; `objective` counts from 0."""
+    """Returns the name of a feature's file of `ids` or `offsets`; `objective` counts from 0."""
     return f"{objective + 1}-{feature}.{what}"
 
 
 def write_files(
     folder: pathlib.Path, num_objectives: int, examples: Iterable["TokenExample"]
 ) -> tuple[int, dict[str, int]]:
-    """Streams examples to disk; returns their number, and the largest id in each file of ids."""
+    """Streams examples to disk; returns their number and the largest id in each file of ids."""
     examples, count = iter(examples), 0
     with contextlib.ExitStack() as stack:
 
@@ -49,7 +49,7 @@ def write_files(
             for example in several:
                 labels.write(json.dumps(example.label_text, ensure_ascii=False).encode() + b"\n")
             if hashes := [hash64(e.row_id) for e in several if e.row_id is not None]:
-                with open(folder / ROW_IDS, "ab") as f:  # no such file if rows have no ids
+                with open(folder / ROW_IDS, "ab") as f:  # not opened if the rows have no ids
                     f.write(np.array(hashes, np.uint64).tobytes())
             count += len(several)
     return count, {name: column.max_id for name, column in columns.items()}
@@ -65,6 +65,7 @@ class _Column:
 
     def write(self, examples: Sequence["TokenExample"]) -> None:
         """Appends the rows of some examples."""
+        # rows of 3, 0 and 2 ids after an end of 10 append the offsets 13, 13, 15
         rows = [np.asarray(e.rows[self._objective][self._side], np.int32) for e in examples]
         ids, ends = np.concatenate(rows), self._end + np.cumsum([len(row) for row in rows])
         self._ids.write(ids.tobytes())

@@ -1,8 +1,8 @@
-"""Stores token ids on disk, once per dataset, split and vocabulary. Does not import TensorFlow.
+"""Stores token ids on disk, once for each dataset, split and vocabulary. Does not import TensorFlow.
 
 A store is a folder. Each feature of each objective has two files: `ids`, all rows one after the
 other, and `offsets`, [examples + 1] int64, so that row i is ids[offsets[i] : offsets[i + 1]].
-`weights`, `labels.jsonl` and row ids have one entry per example; `manifest.json` has digests.
+`weights`, `labels.jsonl` and `row_ids` have one entry for each example; `manifest.json` has digests.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from stepdistill_jax.runtime.folders import REPLACED, staged_folder
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.token_files import FEATURES, ROW_IDS, file_name, write_files
 
-FORMAT_VERSION = 2  # raised when the contents of a store change, `about` included
+FORMAT_VERSION = 2  # to be raised when the contents of a store change, including `about`
 MANIFEST = "manifest.json"
-SAMPLED = "sampled"  # key of the manifest: digest to compare when a store is opened
+SAMPLED = "sampled"  # manifest key of the digest that is compared when a store is opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TokenRows:
     Attributes:
         ids: [tokens] int32, memory-mapped; rows are not truncated and have their end of sequence.
         starts, ends: [examples] int64.
-        known_max_id: the largest of `ids`; None if unknown.
+        known_max_id: largest id, if it is known.
     """
 
     ids: np.ndarray
@@ -53,17 +53,17 @@ class TokenRows:
     def of_offsets(
         cls, ids: np.ndarray, offsets: np.ndarray, known_max_id: int | None = None
     ) -> "TokenRows":
-        """Returns rows that follow each other; `offsets` is [examples + 1] int64."""
+        """Returns consecutive rows, which `offsets` [examples + 1] int64 separate."""
         return cls(ids, offsets[:-1], offsets[1:], known_max_id)
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """[examples] int64 number of tokens of each row."""
+        """Number of tokens of each row, [examples] int64."""
         return self.ends - self.starts
 
     @functools.cached_property
     def max_id(self) -> int:
-        """The largest of `ids`; 0 if there are none."""
+        """Largest id; 0 if there are no ids."""
         return int(self.ids.max(initial=0)) if self.known_max_id is None else self.known_max_id
 
     def take(self, rows: np.ndarray) -> "TokenRows":
@@ -85,9 +85,10 @@ class TokenExample:
     Attributes:
         rows: (input ids, target ids) for each objective; an empty target means the row is absent.
         weight: factor of the loss of its tokens.
-        label_text: the label, which predictions are compared with; without a label, the first
+        label_text: the label, with which predictions are compared; without a label, the first
             objective's target.
-        row_id: the field `id`, by which rows of several tasks are paired; None if the task has none.
+        row_id: the field `id`, by which rows of several tasks are paired; None if the task has no
+            such field.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -105,8 +106,8 @@ class TokenStore:
         fingerprint: digest of the contents; equal contents have equal fingerprints.
         objectives: names of the objectives, in order.
         rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`; row i of each
-            belongs to example i. Weights of one objective alone are in "weights", [examples]
-            float32, and in "token_weights", one for each of its target ids.
+            belongs to example i. An objective's own weights are in "weights", [examples] float32,
+            and in "token_weights", one for each of its target ids.
         weights: [examples] float32.
         about: JSON-like description of the store's source.
         labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that an open store stays
@@ -132,7 +133,7 @@ class TokenStore:
 
     @functools.cached_property
     def max_id(self) -> int:
-        """The largest id; a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
+        """Largest id; a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
         return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
 
     @property
@@ -142,7 +143,7 @@ class TokenStore:
 
     @functools.cached_property
     def label_texts(self) -> list[str]:
-        """`TokenExample.label_text` of each example; parsed on first use."""
+        """Label text of each example (`TokenExample.label_text`), parsed at the first use."""
         return [json.loads(line) for line in self.labels.tobytes().splitlines()]
 
 
@@ -154,15 +155,15 @@ def write_store(
 ) -> TokenStore:
     """Writes a store next to `directory`, then renames it to `directory`, replacing an existing store.
 
-    Several processes may write the same store at once, also on a shared disk: each returns a
-    complete store. An equal store that appeared in the meantime is used, not replaced, since other
-    processes may have its files open.
+    Several processes may write the same store at once, also on a shared disk, and each returns a
+    complete store. If an equal store has appeared in the meantime, it is used and not replaced, since
+    other processes may have its files open.
 
     Args:
-        directory: the store's own folder.
+        directory: the store's folder.
         objectives: a name for each of an example's rows.
-        examples: streamed to disk; if it raises, nothing is left on disk.
-        about: JSON-like, kept in the manifest.
+        examples: streamed to disk; if the iterable raises, nothing is left on disk.
+        about: JSON-like description of the source, written into the manifest.
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -181,31 +182,34 @@ def write_store(
         manifest[SAMPLED] = _sampled(new, manifest)
         with open(new / MANIFEST, "w", encoding="utf-8") as f:
             json.dump(manifest, f, indent=2, ensure_ascii=False)
-        for path in new.iterdir():  # on disk before the rename makes the store visible
+        # The files must be on disk before the rename makes the store visible, or a crash could leave a
+        # complete-looking store with empty files.
+        for path in new.iterdir():
             fsync(path)
         return _publish(new, directory)
 
 
 def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterable[str]) -> str:
-    """Returns the digest of the objectives and of every byte of the files."""
+    """Returns a digest of the objectives and of every byte of the files."""
     return digest([list(objectives), digest_each(sha256, folder, names)])
 
 
 def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
-    """Returns the digest of the rest of the manifest and of at most 4 MiB of each file."""
+    """Returns a digest of the rest of the manifest and of at most 4 MiB of each file."""
     rest = {key: value for key, value in manifest.items() if key != SAMPLED}
     return digest([rest, digest_each(sampled_sha256, folder, manifest["sizes"])])
 
 
 def own_tag() -> str:
-    """Returns the tag of this host's writers (`folders.alone`), as some disks lock only within a host."""
+    """Returns the tag of this host's writers (`folders.alone`); some disks lock only within a host."""
     return f"{socket.gethostname()}-"
 
 
 def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
-    """Renames a written folder to its final name; readers of an older store keep their open files.
+    """Renames a written folder to its final name and returns its store.
 
-    Opens the store before the rename: afterwards another process may move it away.
+    Opens the store before the rename, since another process may move it away afterwards. Readers of an
+    older store keep their open files.
     """
     store = open_store(new, every_byte=True)
     if store is None:
@@ -217,7 +221,7 @@ def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        # another store is there: an equal one will do; a different or damaged one is moved away
+        # another store exists: uses an equal one, and moves a different or damaged one away
         there = open_store(directory, every_byte=True)
         if there is not None and is_same(there, store):
             return there
@@ -233,14 +237,14 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
-    """Opens the store in a folder; None if there is none of this format, or if it is damaged.
+    """Opens the store in a folder; returns None if it is damaged, missing, or of another format.
 
-    Checks the manifest, the sizes of the files and at most 4 MiB of each file, so that the cost of
-    opening does not grow with the store; logs a warning about damage. Also None if another process
-    replaces the store at the same time: whoever then writes one finds the replacement in place.
+    Checks the manifest, the sizes of the files and at most 4 MiB of each file, so the cost of opening does
+    not grow with the store. Logs a warning about damage. Also returns None if another process replaces
+    the store at the same time; a caller that then writes one finds the replacement.
 
     Args:
-        directory: the store's own folder.
+        directory: the store's folder.
         every_byte: whether to check every byte, as `verify_store` does.
     """
     directory = pathlib.Path(directory)
@@ -315,13 +319,14 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _damage(directory: pathlib.Path, manifest: Mapping[str, Any], every_byte: bool) -> str | None:
-    """Returns a description of the damage to a store's files; None if there is none."""
+    """Returns a description of the damage to a store's files, or None if they are undamaged."""
     if not isinstance(manifest["about"], dict):
         return "its manifest has no description of its source"
     for name, size in manifest["sizes"].items():
         if (found := (directory / name).stat().st_size) != size:
             return f"{name}: expected {size} bytes, got {found}"
-    old = SAMPLED not in manifest  # written by an older version: read every byte
+    # an older version wrote no digest of samples, so every byte is read
+    old = SAMPLED not in manifest
     same = old or _sampled(directory, manifest) == manifest[SAMPLED]
     if same and (old or every_byte):
         found = _fingerprint(directory, manifest["objectives"], manifest["sizes"])

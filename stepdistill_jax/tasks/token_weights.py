@@ -1,4 +1,4 @@
-"""Reads weights of target tokens from a field that has one number for each word."""
+"""Reads the weights of target tokens from a field with a number for each word."""
 
 import dataclasses
 import os
@@ -28,8 +28,8 @@ def with_token_weights(
 ) -> TaskData:
     """Returns the data of a train split with `token_weights` for the objectives in `fields`.
 
-    Example: {"rationale": "rationale_weights"}, and a row whose rationale is "a late parcel" and whose
-    `rationale_weights` is "0 1 2": all tokens of "parcel" have weight 2. The end of sequence, and all
+    Example: with {"rationale": "rationale_weights"}, a row has the rationale "a late parcel" and the
+    `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence, and all
     tokens of a row without the field, have weight 1.
 
     Args:
@@ -58,18 +58,19 @@ def with_token_weights(
     names = [o.name for o in data.objectives]
     for name, field in fields.items():
         if name not in names:
-            raise InputError(f"{where}: no objective is called {name!r}{nearest(name, names)}")
+            raise InputError(f"{where}: there is no objective {name!r}{nearest(name, names)}")
         if field not in dataset.fields:
             raise InputError(
-                f"{where}: dataset {data.name!r} keeps no field {field!r} (it keeps"
+                f"{where}: dataset {data.name!r} has no field {field!r} (it has"
                 f" {', '.join(dataset.fields) or 'none'}){nearest(field, dataset.fields)};"
-                f" `stepdistill prepare jsonl --fields {field}` keeps one"
+                f" `stepdistill prepare jsonl --fields {field}` keeps a field"
             )
     (store,) = data.stores
     targets_of = {name: store.rows[names.index(name)]["targets"] for name in fields}
     weighed = {name: np.ones(len(rows.ids), np.float32) for name, rows in targets_of.items()}
     begins = begins_word(data.vocabulary)
-    examples = (e for e in dataset.examples(data.split) if e.label)  # only these are tokenised
+    # only examples with a label are tokenised, so number i of them is example i of the store
+    examples = (e for e in dataset.examples(data.split) if e.label)
     for number, example in zip(range(store.num_examples), examples, strict=True):
         for name, field in fields.items():
             objective, targets = data.objectives[names.index(name)], targets_of[name]
@@ -96,19 +97,19 @@ def with_token_weights(
 
 
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:
-    """Returns [vocab] int8: 1 begins a word (SentencePiece's `▁`), 0 continues it, -1 is a blank (bytes)."""
+    """Classifies ids: 1 begins a word (SentencePiece's `▁`), 0 continues it, -1 is a blank (bytes); [vocab] int8."""
     pieces = vocabulary.pieces()
-    blank = string.whitespace  # ASCII only: other blanks are several bytes
+    blank = string.whitespace  # ASCII only, since other blanks are several bytes
     return np.array([1 if p[:1] == "▁" else -1 if p in blank else 0 for p in pieces], np.int8)
 
 
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """Returns [tokens] float32 weights of a target's ids, from one number for each word.
+    """Returns the weights of a target's ids from one number for each word: [tokens] float32.
 
-    If a blank is a token of its own, it belongs to the word after it.
+    A blank that is a separate token belongs to the word after it.
 
     Raises:
-        ValueError: a number is negative or malformed, or there are not as many numbers as words.
+        ValueError: a number is negative or malformed, or the numbers of weights and words differ.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())
@@ -117,6 +118,7 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
             f"{len(numbers)} numbers, but the target has {words} words: {target!r:.80}"
         )
     ends = len(ids) - (ids[-1] == EOS_ID)
+    # ids above the vocabulary's, if there are any, count as its last piece
     kinds = begins[np.minimum(ids[:ends], len(begins) - 1)]
     # number of each id's word: pieces `▁a ▁la te` have kinds [1, 1, 0], so words [1, 2, 2]
     word = np.cumsum(kinds == 1)

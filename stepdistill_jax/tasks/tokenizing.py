@@ -1,4 +1,4 @@
-"""Tokenises a task once and stores the tokens; later opens them without TensorFlow."""
+"""Tokenises a task once and stores the tokens, which later runs open without TensorFlow."""
 
 import dataclasses
 import functools
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "token_store"
 ID = "id"  # feature by which rows of several tasks are paired
-COMPARED_ROWS = 32
-MAX_ID = 10**7  # over ten times the size of any vocabulary
+COMPARED_ROWS = 32  # first rows that each start tokenises again to compare them
+MAX_ID = 10**7  # more than ten times the size of any vocabulary
 
 
 def stored_tokens(
@@ -50,19 +50,19 @@ def stored_tokens(
     data_dir: pathlib.Path,
     compare: bool,
 ) -> TokenStore:
-    """Returns the tokens of one split from disk; tokenises and stores them if they are missing.
+    """Returns the tokens of one split from disk; first tokenises and stores them if they are missing.
 
-    One process at a time tokenises a split; the others wait, then open its store.
+    One process at a time tokenises a split. The others wait, and then open its store.
 
     Args:
-        make_task: returns the `seqio.Task` or the `PreparedRows`; called only if it must run.
+        make_task: returns the `seqio.Task` or the `PreparedRows`; called only if the rows are read.
         name: name of the task, for the folder and messages.
         split: split of the task.
         objectives: names of the store's objectives.
         prefixes: prefix of each objective's features (`PREFIXinputs`, `PREFIXtargets`).
-        key: JSON-like, everything known in advance that determines the tokens; includes the files
-            of a source that reads files.
-        data_dir: the store goes to `data_dir/token_store/`.
+        key: JSON-like value that contains everything known in advance that determines the tokens,
+            including the files of a source that reads files.
+        data_dir: folder of prepared datasets; the store goes to `data_dir/token_store/`.
         compare: whether to check that the source still gives the rows that were tokenised, and
             tokenise again if not; for sources whose content the key does not cover. Each start
             tokenises the first 32 rows again and, if the source does not read files, reads all rows
@@ -83,7 +83,7 @@ def stored_tokens(
     if found is not None and reading.is_kept_in(found):
         return found
     with sole_writer(directory, own_tag(), wait=True):
-        theirs = open_store(directory)  # of a process that held the lock before
+        theirs = open_store(directory)  # written by a process that held the lock before
         if (
             theirs is not None
             and (found is None or not is_same(theirs, found))
@@ -92,7 +92,7 @@ def stored_tokens(
             return theirs
         about: dict[str, Any] = {"task": name, "split": split}
         if compare:
-            # read before tokenising, so that the next start notices a change in between
+            # reads the source before tokenising, so that the next start notices a change in between
             about["source"] = reading.digest
             reading.check_repeats()
         if isinstance(task, PreparedRows):
@@ -112,7 +112,7 @@ def stored_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A split of a `seqio.Task` as its source gives it now, for comparison with a store."""
+    """The current rows of a split of a `seqio.Task`, for comparison with a store."""
 
     task: Any
     split: str
@@ -120,7 +120,7 @@ class Reading:
 
     @functools.cached_property
     def digest(self) -> dict[str, Any] | None:
-        """`rows_digest` of the source; None if the key's files identify the rows."""
+        """Digest of the source's rows (`rows_digest`); None if the key's files identify the rows."""
         return self.digest_again()
 
     def digest_again(self) -> dict[str, Any] | None:
@@ -143,24 +143,25 @@ class Reading:
         return self.first_rows() == self.first_rows() and self.digest == self.digest_again()
 
     def check_repeats(self) -> None:
-        """Raises if rows are random: a restarted run would train on different rows.
+        """Raises InputError if rows are random, since a restarted run would train on different rows.
 
         Raises:
-            InputError: two readings differ in the source's rows, or in the first tokens.
+            InputError: two readings differ in the source's rows or in the first tokens.
         """
         if self._repeats:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; in preprocessors, draw with `seqio.map_over_dataset(num_seeds=1)`; in the"
-            " source's function, use an argument `seed`; or write the rows to a file once"
+            " readings; in preprocessors, draw random numbers with"
+            " `seqio.map_over_dataset(num_seeds=1)`; in the source's function, use an argument `seed`;"
+            " or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
         """Returns whether the store has the source's current rows; logs a difference.
 
         Raises:
-            InputError: see `check_repeats`.
+            InputError: as for `check_repeats`.
         """
         first = self.first_rows()
         kept = [
@@ -191,7 +192,7 @@ class Reading:
 
 
 def unshuffled(task: Any, split: str) -> Any:
-    """Returns a split of a `seqio.Task` as a `tf.data.Dataset`, not truncated, in source order."""
+    """Returns a split of a `seqio.Task` as a `tf.data.Dataset`, in source order and not truncated."""
     return task.get_dataset(
         None, split, shuffle=False, seed=_seed(task), num_epochs=1, try_in_mem_cache=False
     )
@@ -201,8 +202,8 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
     """Yields the tokens of a `seqio.Task`'s rows, not shuffled and not truncated.
 
     Raises:
-        InputError: SeqIO raises an error (adds the task's name), a row has no inputs, or its weight
-            is not above 0.
+        InputError: SeqIO raises an error (the message adds the task's name), a row has no inputs, or its
+            weight is not above 0.
     """
     features = [(f"{p}inputs", f"{p}targets") for p in prefixes]
     with named_errors(task.name, task.source, split):
@@ -230,10 +231,11 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields rows of a dataset as NumPy, with the requested features that it has.
+    """Yields the rows of a dataset as NumPy arrays; leaves out requested features that it lacks.
 
-    Several rows leave TensorFlow together, padded, and are truncated afterwards: passing single rows
-    would take two thirds of the time. Only scalars and [length] features can be padded blindly.
+    Several rows leave TensorFlow together, padded, and are cut to their lengths afterwards, since passing
+    single rows would take two thirds of the time. Only scalars and [length] features can be padded without
+    knowing them.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]
@@ -261,7 +263,7 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
     """Returns a feature's ids: [length] int32.
 
     Raises:
-        InputError: another shape or dtype, or a number that cannot be an id.
+        InputError: the feature has another shape or dtype, or a number that cannot be an id.
     """
     ids = np.asarray(row[feature])
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
@@ -272,7 +274,7 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
 
 
 def _row_id(value: Any) -> str | None:
-    """Returns a row's id as text; None if it is missing, or neither text nor a whole number."""
+    """Returns a row's id as text, or None if it is missing or is neither text nor a whole number."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str):
@@ -283,7 +285,7 @@ def _row_id(value: Any) -> str | None:
 
 
 def _seed(task: Any) -> int | None:
-    """Returns the seed of a task's draws; None if SeqIO cannot pass one to the source."""
+    """Returns the seed of a task's draws, or None if SeqIO cannot pass a seed to the source."""
     function = getattr(task.source, "_dataset_fn", None)
     if function is None or "seed" in inspect.signature(function).parameters:
         return 0

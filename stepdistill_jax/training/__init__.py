@@ -1,4 +1,4 @@
-"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`; `ExtraLoss`, `PairedLoss` to add a term."""
+"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`; `ExtraLoss` and `PairedLoss` add a term."""
 
 _EXPORTS = {
     "TrainConfig": "config",

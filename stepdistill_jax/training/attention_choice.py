@@ -1,4 +1,4 @@
-"""Which attention a run takes: the chip's kernel is tried before the first compile of a step."""
+"""Chooses a run's attention: tests the chip's kernel before the first compile of a step."""
 
 import dataclasses
 import functools
@@ -18,8 +18,8 @@ from stepdistill_jax.runtime.on_processes import on_process_0
 from stepdistill_jax.runtime.progress import log
 
 ROWS = 2
-# largest |kernel - plain| / |plain| of an output or a gradient: ten times what interpreted kernels have,
-# far below what a wrong mask or bias, or float32 multiplied as bfloat16, gives
+# Largest allowed |kernel - plain| / |plain| of an output or a gradient: ten times the error of interpreted
+# kernels, and far below the error of a wrong mask or bias, or of float32 multiplied as bfloat16.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 
 
@@ -35,7 +35,7 @@ class _Call(NamedTuple):
 def settle_attention(
     model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
 ) -> ModelConfig:
-    """Returns the model with "auto" replaced by what it comes to on the mesh, and says what that is.
+    """Replaces "auto" by the attention that works on the mesh, logs it, and returns the model.
 
     Args:
         model: its `attention` is one of `config.ATTENTIONS`.
@@ -43,7 +43,7 @@ def settle_attention(
         lengths: (input, target) tokens of the rows.
 
     Raises:
-        InputError: "pallas" where there is no kernel for the platform or the shapes.
+        InputError: "pallas" was chosen, and the platform or the shapes have no kernel.
     """
     settled, problem = untried_attention(model, mesh, lengths)
     device = mesh.devices.flat[0]
@@ -52,10 +52,10 @@ def settle_attention(
             _say("attention: the TPU's kernel, interpreted on a CPU; slow, for tests")
         return settled
     if model.attention == "auto" and problem is None:
-        # process 0 decides: all must compile the same program
+        # process 0 decides, since all processes must compile the same program
         problem = on_process_0(lambda: _failure(model, mesh.shape["tensor"], lengths))
     if problem is not None:
-        _say(f"warning: attention by plain operations (xla): {problem}")
+        _say(f"warning: attention uses plain operations (xla): {problem}")
         return dataclasses.replace(model, attention="xla")
     if settled.attention == "pallas":
         equal = ", equal to plain operations" * (model.attention == "auto")
@@ -66,9 +66,10 @@ def settle_attention(
 def untried_attention(
     model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
 ) -> tuple[ModelConfig, str | None]:
-    """Returns `settle_attention`'s model if its kernel works, and why there is no kernel, or None.
+    """Returns the result of `settle_attention` if the kernel works, and why there is no kernel, or None.
 
-    The arguments, and what is raised, are those of `settle_attention`; the devices need not be here.
+    Takes the same arguments and raises the same errors as `settle_attention`. Runs nothing, so the mesh's
+    devices need not exist on this machine.
     """
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
@@ -86,12 +87,12 @@ def untried_attention(
     if problem is None:
         return dataclasses.replace(model, attention="pallas"), None
     if model.attention == "pallas":
-        raise InputError(f"`attention`: pallas has no kernel here: {problem}; use auto or xla")
+        raise InputError(f"`attention`: pallas cannot be used here: {problem}; use auto or xla")
     return dataclasses.replace(model, attention="xla"), problem
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns what a model's attention has that no kernel computes; None is nothing."""
+    """Returns which features of a model's attention no kernel supports, or None if all are supported."""
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),
@@ -100,7 +101,7 @@ def _beyond_kernels(model: ModelConfig) -> str | None:
         "a scale of scores": any(side.score_scale != 1 for side in sides),
     }
     found = [what for what, wanted in beyond.items() if wanted]
-    return f"no kernel has {', '.join(found)}" if found else None
+    return f"no kernel supports {', '.join(found)}" if found else None
 
 
 def _say(line: str) -> None:
@@ -109,7 +110,7 @@ def _say(line: str) -> None:
 
 
 def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
-    """Of encoder, decoder, and decoder to encoder, which has no bias."""
+    """Returns the attentions of encoder, decoder, and decoder to encoder, for each pair of lengths."""
     return [
         call
         for inputs, targets in dict.fromkeys(lengths)
@@ -122,27 +123,28 @@ def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
 
 
 def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
-    """Returns how the kernel differs from plain operations on this process's first device, or None."""
+    """Compares the kernel with plain operations on this process's first device; returns a problem, or None."""
     heads = model.decoder.num_heads // tensor
     try:
         distances = {call: _distance(model, heads, call) for call in _calls(lengths)}
-    except Exception as error:  # a compiler's or a driver's own; whatever it is, use XLA instead
+    except Exception as error:  # compilers and drivers raise many types; each is a reason for XLA
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     worst = max(distances, key=lambda call: np.nan_to_num(distances[call], nan=np.inf))
     if distances[worst] < TOLERANCES[model.dtype]:
         return None
     where = f"{worst.queries} x {worst.keys} tokens"
-    return f"its kernel differs by {distances[worst]:.2g} of the norm at {where}"
+    return f"the kernel differs by {distances[worst]:.2g} of the norm at {where}"
 
 
 def _distance(model: ModelConfig, heads: int, call: _Call) -> float:
-    """The largest |kernel - plain| / |plain| of a packed batch's output and gradients."""
+    """Returns the largest |kernel - plain| / |plain| among a packed batch's output and gradients."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: str = model.dtype) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32) / 2, dtype)
 
-    def segments(length: int) -> jax.Array:  # two examples, and a tenth of padding
+    # two examples and a tenth of padding: [1, length], for example 1 1 1 1 2 2 2 2 2 0
+    def segments(length: int) -> jax.Array:
         place = np.arange(length) / length
         return jnp.asarray(np.select([place < 0.4, place < 0.9], [1, 2]), jnp.int32)[None]
 
@@ -169,7 +171,7 @@ def _distance(model: ModelConfig, heads: int, call: _Call) -> float:
         one, other = (x.astype(jnp.float32) for x in (one, other))
         return float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
 
-    # the largest, or NaN
+    # np.max returns NaN if any distance is NaN; Python's max may not
     return float(np.max([distance(*pair) for pair in zip(kernel, plain, strict=True)]))
 
 
@@ -177,7 +179,7 @@ def _value_and_gradients(slope, q, k, v, bias=None, **options):
     def call(q, k, v, bias):
         rng = jax.random.key(0)
         mixed = attention(q, k, v, relative_bias=bias, dropout_rng=rng, **options)
-        # what padding gets has no meaning
+        # the two differ at padding: the kernel returns 0, plain operations a meaningless mean
         return jnp.where(options["query_segments"][..., None, None] > 0, mixed, 0)
 
     value, backward = jax.vjp(call, q, k, v, bias)

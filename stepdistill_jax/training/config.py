@@ -1,4 +1,4 @@
-"""What decides a training run; `commands/` fills it from gin, Python users directly."""
+"""The settings of a training run; `commands/` fills them from gin, and Python users set them directly."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ OPTIMIZER = "an `OptimizerConfig`, or @name() of a function that returns an opta
 NONFINITE = ("skip", "stop")
 LOSS_MEANS = ("token", "example")
 AUTO = "auto"
-INT64 = 2**63 - 1  # what seeds are kept in
+INT64 = 2**63 - 1  # largest seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +38,17 @@ class OptimizerConfig:
 
     Attributes:
         name: the update rule, `adamw` or `adafactor`.
-        schedule: the name of a `LearningRate` (`linear`, `cosine`, `rsqrt`, `constant`), or one.
-        warmup_steps (steps): until the peak of a schedule that is given by its name.
-        b1, b2: AdamW's, decay of the averages of the gradient and of its square.
-        eps: AdamW's, added to the root of the second moment.
+        schedule: a `LearningRate`, or its name (`linear`, `cosine`, `rsqrt`, `constant`).
+        warmup_steps (steps): steps until the peak of a schedule that is given by its name.
+        b1, b2: AdamW's decay of the averages of the gradient and of its square.
+        eps: AdamW's epsilon, added to the root of the second moment.
         eps_before_correction: adds AdamW's `eps` to the root of the second moment before its bias is
-            corrected, as the `AdamW` of transformers did; its effect is sqrt(1000) times as large in
-            the first step, with a `b2` of 0.999, and the same in the end.
-        weight_decay: of either rule; the paper's is 0, optax's default is not.
+            corrected, as the `AdamW` of transformers did. With `b2` 0.999, its effect is sqrt(1000)
+            times as large in the first step, and the same in the end.
+        weight_decay: weight decay of either rule; the paper uses 0, unlike optax's default.
         clip_norm: global gradient norm above which gradients are scaled down.
-        mu_dtype: AdamW's first moment is kept as `float32` or `bfloat16` (optax's name); the second,
-            an average of squares over 1 / (1 - b2) steps, would stop to move in bfloat16.
+        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax's name). The second
+            moment, an average of squares over 1 / (1 - b2) steps, would stop changing in bfloat16.
     """
 
     name: str = "adamw"
@@ -69,9 +69,11 @@ class OptimizerConfig:
             one_of(f"{of}schedule", self.schedule, SHAPES)
         elif self.warmup_steps:
             shape = self.schedule.shape
-            raise InputError(f"`{of}warmup_steps`: @{shape}() has {shape}.warmup_steps for that")
+            raise InputError(
+                f"`{of}warmup_steps`: set {shape}.warmup_steps instead, for @{shape}()"
+            )
         one_of(f"{of}mu_dtype", self.mu_dtype, DTYPES)
-        least = 1 if self.schedule == "rsqrt" else 0  # by its name: it begins to fall there
+        least = 1 if self.schedule == "rsqrt" else 0  # with 0, P sqrt(W / step) would be 0
         keep(self, whole, "warmup_steps", of=of, least=least)
         keep(self, number, "b1", "b2", of=of, least=0, below=1)
         keep(self, number, "eps", of=of, above=0)
@@ -81,16 +83,14 @@ class OptimizerConfig:
             keep(self, number, "clip_norm", of=of, above=0)
         if self.eps_before_correction and self.name != "adamw":
             raise InputError(
-                f"`{of}eps_before_correction`: {self.name} corrects no bias; leave it at False"
+                f"`{of}eps_before_correction`: {self.name} corrects no bias; set it to False"
             )
         if self.mu_dtype != "float32" and self.name != "adamw":
-            raise InputError(
-                f"`{of}mu_dtype`: {self.name} keeps no first moment; leave it at float32"
-            )
+            raise InputError(f"`{of}mu_dtype`: {self.name} has no first moment; set it to float32")
 
     @property
     def rate(self) -> LearningRate:
-        """The schedule, whichever way it is given."""
+        """Learning rate as a `LearningRate`, also if it is given by its name."""
         if isinstance(self.schedule, LearningRate):
             return self.schedule
         return LearningRate(self.schedule, self.warmup_steps)
@@ -105,72 +105,78 @@ class TrainConfig:
     Attributes:
         task: a prepared dataset, or a registered SeqIO task or mixture.
         task_module: Python module that registers the task, imported before the task is looked up.
-        model_size: `tiny` ... `xxl`, of T5Gemma also `9b-2b` and the like; not used where `init_from`
-            brings a configuration.
+        model_size: `tiny` ... `xxl`, and for T5Gemma further sizes such as `9b-2b`; not used if
+            `init_from` provides a configuration.
         init_from: model directory, another run's workdir (its best step), or a model's name on the
-            Hugging Face hub, `OWNER/NAME`, to start from; None is random.
-        init_rules: (regular expression, name in `init_from` or None) each, tried in this order on the
-            whole name of a parameter: which one of `init_from` it takes, None leaving it as it is
-            drawn by the seed. None loads each under its own name.
-        objectives: an arm's name, such as `step_by_step`, or objectives of one's own.
-        task_objectives: which objective each plain task of a mixture gives, for instance
-            {"own_label": "label", "own_rationale": "rationale"}; `single` trains all tasks of it as
-            one objective. Tasks of `add_task` and prepared datasets say it themselves.
-        extra_loss: one more term of the loss; None adds nothing to the compiled step.
-        batch_size (examples): of a step, each with all its rows.
-        pack: several rows in one; False pads each objective to its own length.
+            Hugging Face hub, `OWNER/NAME`, to start from; None starts from random weights.
+        init_rules: pairs (regular expression, name in `init_from` or None), tried in this order on the
+            complete name of a parameter. The first match decides which parameter of `init_from` is
+            loaded; None leaves the parameter as the seed draws it. Without rules, each parameter
+            is loaded under its own name.
+        objectives: an arm's name, such as `step_by_step`, or your own objectives.
+        task_objectives: the objective that each plain task of a mixture trains, for instance
+            {"own_label": "label", "own_rationale": "rationale"}; `single` trains all tasks of the
+            mixture as one objective. Tasks of `add_task` and prepared datasets specify theirs.
+        extra_loss: a further term of the loss; None adds nothing to the compiled step.
+        batch_size (examples): examples of a step, each with all its rows.
+        pack: packs several rows into one; False pads each objective to its own length.
         input_length (tokens): longer inputs are truncated and counted.
         target_length (tokens): longer targets are truncated and counted.
-        row_input_length, row_target_length (tokens): of a packed row; `auto` chooses the cheapest.
-        train_steps (steps): updates of the run.
-        eval_every (steps): from one validation to the next; the last step is validated, too.
-        checkpoint_every (steps): from one checkpoint to the next; a better step and the last one are
-            saved, too.
+        row_input_length, row_target_length (tokens): lengths of a packed row; `auto` chooses the
+            cheapest.
+        train_steps (steps): number of updates of the run.
+        eval_every (steps): steps from one validation to the next; the last step is validated, too.
+        checkpoint_every (steps): steps from one checkpoint to the next; each new best step and the last
+            step are saved, too.
         learning_rate: peak of the optimizer's schedule.
-        num_microbatches: slices of a step, whose gradients are added up.
-        dtype: of activations, `float32` or `bfloat16`; parameters and optimizer are always float32.
-        dropout_broadcast: all positions of a row share one dropout mask, as in T5X: fewer random
-            numbers, and more noise in the gradient.
+        num_microbatches: number of slices of a step, whose gradients are added up.
+        dtype: type of activations, `float32` or `bfloat16`; parameters and optimizer are always
+            float32.
+        dropout_broadcast: all positions of a row share one dropout mask, as in T5X. This needs fewer
+            random numbers and adds noise to the gradient.
         attention: how attention is computed: `xla` (plain operations), `pallas` (one kernel), or
-            `auto`: the kernel on TPUs and GPUs, if it compiles there and computes what `xla` does.
+            `auto`, which uses the kernel on TPUs and GPUs if it compiles there and gives the results
+            of `xla`.
         layout: name or sizes of the mesh: `data`, `fsdp`, `fsdp_tensor`, `tensor`, `hybrid`.
-        seed: of init, dropout and data order.
-        data_fraction: share of the train split that is used; smaller shares are subsets of larger.
-            Of a dataset prepared with `paper_exact` the seed draws it, and validation out of it.
-        best_metric: number of a validation, named without `eval/validation/`, that the best step has
-            the largest of (the smallest, if it starts with `loss`); None is the mean label accuracy.
-            Then comes the label's loss, then the earlier step.
-        profile_steps (steps): first and last one of a profile in `WORKDIR/profile`; None writes
+        seed: seed of initial weights, dropout and data order.
+        data_fraction: share of the train split to use; smaller shares are subsets of larger shares. In
+            a dataset prepared with `paper_exact`, the seed draws the share, and validation is drawn
+            from the share.
+        best_metric: metric of a validation, named without `eval/validation/`, by which the best step is
+            chosen: the largest value, or the smallest if the name starts with `loss`. None means
+            the mean label accuracy. Ties are decided by the label's loss, then by the earlier step.
+        profile_steps (steps): first and last step of a profile in `WORKDIR/profile`; None writes
             none.
-        optimizer: update rule and schedule, or a function of the user's that returns one.
-        supervision: which label and rationales are trained on.
+        optimizer: update rule and schedule, or a function of yours that returns an optax
+            transformation.
+        supervision: the label and the rationales that are trained on.
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5`, `umt5`, `ul2` or `t5gemma`; not used with
             `init_from`.
-        dropout_rate: the same everywhere in the model.
-        max_decode_len (tokens): most of a decoded label with its end of sequence, in validation and
-            wherever the trained model is asked; None is the longest of train, rounded up, as it always
-            is where the answer is more than a label.
-        remat_policy: what the backward pass computes again to save memory: `elementwise`, `minimal`
-            or `full`.
-        scan_layers: layers are a loop. Without one a step on a GPU takes about four fifths of the time
-            and half as much memory again, and compiles for minutes; for runs of many hours.
+        dropout_rate: dropout rate of the complete model.
+        max_decode_len (tokens): maximum length of a decoded label with its end of sequence, in
+            validation and wherever the trained model predicts. None means the longest label of train,
+            rounded up; it always applies if the answer is more than a label.
+        remat_policy: what the backward pass recomputes to save memory: `elementwise`, `minimal` or
+            `full`.
+        scan_layers: layers are a loop. False is for runs of many hours: a step on a GPU takes about
+            four fifths of the time and 1.5 times the memory, and compiles for minutes.
         loss_mean: an objective's loss is the mean over its target tokens in the global batch
-            (`token`, the paper's), or over its targets of each one's mean (`example`).
-        token_weights: for names of objectives, the field of the train rows that has a weight for each
-            word of the target, e.g. {"rationale": "rationale_weights"}; None weighs all alike.
-        lora: trains adapters of these ranks and nothing else; None trains every weight.
-        watchdog_medians: a step that takes this many times the median of the recent ones is stuck,
-            and the process ends; 0 never.
-        watchdog_min_secs (seconds): before which no step is stuck; 12 times as many for the first
+            (`token`, as in the paper), or the mean over its targets of each target's mean (`example`).
+        token_weights: for names of objectives, the field of the train rows with a weight for each word
+            of the target, e.g. {"rationale": "rationale_weights"}; None gives all words equal weights.
+        lora: trains only adapters of these ranks; None trains every weight.
+        watchdog_medians: a step that takes this many times the median of recent steps is stuck, and the
+            process ends; 0 turns this off.
+        watchdog_min_secs (seconds): time before which no step is stuck; 12 times as long for the first
             step, a validation and a save.
-        on_nonfinite: a step whose loss or gradient is not finite is `skip`ped (no update; counted,
-            and its examples reported), or the run will `stop` there.
-        max_consecutive_nonfinite (steps): after this many in a row the run continues from the last
-            good checkpoint's parameters; the second time it stops.
+        on_nonfinite: `skip` makes no update in a step whose loss or gradient is not finite, counts it
+            and reports its examples; `stop` ends the run there.
+        max_consecutive_nonfinite (steps): after this many such steps in a row, the run continues from
+            the last good checkpoint's parameters; the second time it stops.
         spike_factor: a loss above this many times the median of the last 100 steps is reported with
-            its examples; 0 never.
-        grace_secs (seconds): after a stop signal the process ends within this time, saved or not; 0
-            is no limit.
+            its examples; 0 turns this off.
+        grace_secs (seconds): after a stop signal, the process ends within this time, saved or not; 0
+            means no limit.
     """
 
     task: str
@@ -252,7 +258,7 @@ class TrainConfig:
             object.__setattr__(self, "init_rules", _init_rules(self.init_rules))
             if self.init_from is None:
                 raise InputError(
-                    "`init_rules`: needs `init_from`, whose parameters it chooses among"
+                    "`init_rules`: needs `init_from`, from which it chooses parameters"
                 )
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
@@ -266,7 +272,7 @@ class TrainConfig:
         one_of("on_nonfinite", self.on_nonfinite, NONFINITE)
         keep(self, whole, "max_consecutive_nonfinite", least=1)
         keep(self, number, "watchdog_medians", "spike_factor", least=0)
-        # a timer cannot be set to more
+        # a timer accepts no longer times
         keep(self, number, "grace_secs", least=0, most=1e8)
         keep(self, number, "watchdog_min_secs", above=0, most=1e8)
 
@@ -300,11 +306,11 @@ class TrainConfig:
             ) from None
         names = [o.name for o in resolve(self.objectives)]
         if extra.name in names:
-            raise InputError(f"`extra_loss`: an objective is called {extra.name!r}, too")
+            raise InputError(f"`extra_loss`: an objective already has the name {extra.name!r}")
         if self.pairs and len(names) < 2:
             raise InputError(
                 f"`extra_loss`: {type(extra).__name__} pairs the targets of two objectives, and"
-                f" `objectives` has {names[0]} alone"
+                f" `objectives` has only {names[0]}"
             )
 
     @property
@@ -313,7 +319,7 @@ class TrainConfig:
         return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `run.json` keeps them and as a resume compares them."""
+        """Returns plain values for `run.json`; a resume compares them."""
         extra = self.extra_loss and self.extra_loss.to_json()
         fields = dataclasses.asdict(self) | {"extra_loss": extra}
         if isinstance(self.optimizer, OptimizerFunction):
@@ -343,7 +349,7 @@ def _init_rules(rules: Any) -> tuple[tuple[str, str | None], ...]:
             re.compile(pattern)
         except re.error as error:
             raise InputError(
-                f"`init_rules`: {pattern!r} is no regular expression ({error})"
+                f"`init_rules`: {pattern!r} is not a regular expression ({error})"
             ) from None
     return tuple((pattern, replacement) for pattern, replacement in rules)
 

@@ -1,9 +1,9 @@
-"""Cross-entropy over a large vocabulary without its logits: a chunk of tokens at a time.
+"""Cross-entropy over a large vocabulary that never holds all logits: it computes a chunk of tokens at a time.
 
-Logits of 2,048 tokens x 32,128 ids are 263 MB in float32, and a plain loss keeps several copies of
-them for the backward pass. Here the forward pass computes the gradient of each chunk while its logits
-exist, as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), so
-logits are computed once, and all of them never exist at the same time.
+Logits of 2,048 tokens x 32,128 ids take 263 MB in float32, and a plain loss keeps several copies for the
+backward pass. Here the forward pass computes the gradient of each chunk while its logits exist, as in
+Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). So logits are computed only
+once, and only one chunk of them exists at a time.
 """
 
 import functools
@@ -16,8 +16,8 @@ from stepdistill_jax.models.attention import softcapped
 from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
-# tokens of a chunk on one device: fewer make small matrix products; more do not fit into a CPU's cache, or
-# into a TPU's vector memory (libtpu keeps the logits of 512 tokens there)
+# Tokens of a chunk on one device. With fewer, the matrix products are small. With more, logits do not fit
+# into a CPU's cache, or into a TPU's vector memory (where libtpu keeps the logits of 512 tokens).
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 
 
@@ -33,13 +33,13 @@ def cross_entropy(
     """Returns the sum over tokens of scale x (-log softmax(states kernel)[target]), and its terms.
 
     Args:
-        states: [batch, length, embed], of the decoder; its dtype is that of the products.
+        states: the decoder's states, [batch, length, embed]; products are computed in their dtype.
         kernel: [embed, vocab], or [vocab, embed] if tied.
         targets: [batch, length] int32.
-        scale: [batch, length] float32, a token's factor in the sum; has no gradient.
-        softcap: a logit x becomes softcap x tanh(x / softcap); None leaves it.
-        tied: whether the kernel is an embedding. A transposed copy of it, and of its gradient, would cost
-            memory and time.
+        scale: each token's factor in the sum, [batch, length] float32; has no gradient.
+        softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
+        tied: whether the kernel is an embedding. It is used as it is, since a transposed copy of it, and of
+            its gradient, would cost memory and time.
 
     Returns:
         The sum, a float32 scalar, the only output with a gradient; each token's negative log
@@ -71,6 +71,7 @@ def _total(scale: jax.Array, nll: jax.Array) -> jax.Array:
 
 
 def _backward(softcap, tied, grads, cotangents):
+    # the gradients are computed already; the chain rule is one multiplication by the sum's cotangent
     along = cotangents[0]
     if isinstance(along, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
@@ -83,17 +84,17 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_own_rows(
     states, kernel, targets, scale, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Runs `_chunked` on each device's rows; gathers the kernel once and sums its gradient once.
+    """Runs `_chunked` on each device's rows; gathers the kernel once and adds up its gradient once.
 
     GSPMD alone would do both for each chunk of the loop.
     """
-    # without axes of size 1: XLA cannot reduce over them (RET_CHECK in its partitioner)
+    # leaves out axes of size 1, over which XLA cannot reduce (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
     chunked = functools.partial(
         _chunked, softcap=softcap, tied=tied, states_grad=states_grad, kernel_grad=kernel_grad
     )
-    # cast before the devices gather it: bfloat16 has half the bytes
+    # casts the kernel before the devices gather it: bfloat16 has half the bytes
     kernel = kernel.astype(states.dtype)
     if not mesh_axes:
         return chunked(states, kernel, targets, scale)
@@ -101,7 +102,8 @@ def _on_own_rows(
 
     def local(states, kernel, targets, scale):
         nll, correct, states_sum, kernel_sum = chunked(states, kernel, targets, scale)
-        # each device keeps its part, and sends only that over `data`, which may be a slow network
+        # Each device keeps the sum for its part of the kernel's width over `fsdp`, and sends only this part
+        # over `data`, which may be a slow network.
         if kernel_sum is not None and "fsdp" in mesh_axes:
             kernel_sum = jax.lax.psum_scatter(
                 kernel_sum, "fsdp", scatter_dimension=int(tied), tiled=True
@@ -124,10 +126,11 @@ def _on_own_rows(
 def _chunked(
     states, weights, targets, scale, *, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Returns [batch, length] nll and correct, and gradients of the sum by states and kernel, or None."""
+    """Returns nll and correct [batch, length], and the sum's gradients by states and kernel, or None for each."""
     rows, length, _ = states.shape
     tokens = rows * length
     most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS
+    # chunks of equal size: 1,100 tokens, at most 512 -> 3 chunks of 367, with one token of padding
     chunks = -(-tokens // most)
     size = -(-tokens // chunks)
     embed, vocab = (1, 0) if tied else (0, 1)  # axes of the weights
@@ -136,6 +139,7 @@ def _chunked(
         over = tuple((axis,) for axis in axes)
         return jax.lax.dot_general(x, y, (over, ((), ())), precision_of(states.dtype), dtype)
 
+    # [batch, length, ...] -> [chunks, size, ...]; tokens that fill up the last chunk have scale 0
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(tokens, *x.shape[2:])
         x = jnp.pad(x, ((0, chunks * size - tokens),) + ((0, 0),) * (x.ndim - 1))
@@ -146,15 +150,18 @@ def _chunked(
 
     def add_chunk(kernel_sum, chunk):
         x, target, share = chunk
+        # [size, vocab] float32 of bfloat16 factors: a product in bfloat16 could make two logits equal
         logits = softcapped(product(x, weights, (1, embed), jnp.float32), softcap)
         highest = logits.max(-1, keepdims=True)
         exp = jnp.exp(logits - highest)
         total = exp.sum(-1, keepdims=True)
+        # a comparison and a sum: with the vocabulary cut over `tensor`, each device sums over its own ids
         is_target = jnp.arange(logits.shape[-1])[None, :] == target[:, None]
         of_target = jnp.where(is_target, logits, 0.0).sum(-1, keepdims=True)
         nll, correct = jnp.log(total) + highest - of_target, of_target >= highest
         x_grad = None
         if states_grad or kernel_grad:
+            # by the logits: scale x (softmax - one-hot target)
             slope = exp * (share[:, None] / total) - jnp.where(is_target, share[:, None], 0.0)
             if softcap is not None:  # d softcap tanh(x / softcap) / dx = 1 - tanh^2
                 slope *= 1 - jnp.square(logits / softcap)
@@ -162,6 +169,7 @@ def _chunked(
         if states_grad:
             x_grad = product(slope, weights, (1, vocab))
         if kernel_grad:
+            # float32: bfloat16 sums over chunks and devices would lose digits
             factors = (slope, x) if tied else (x, slope)
             kernel_sum += product(*factors, (0, 0), jnp.float32)
         return kernel_sum, (nll[:, 0], correct[:, 0].astype(jnp.float32), x_grad)

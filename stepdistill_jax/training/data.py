@@ -1,4 +1,4 @@
-"""What a run reads: the splits of its task, and their batches; the same for `inspect` and `plan`."""
+"""Loads the splits of a run's task and makes their batches; `inspect` and `plan` do the same."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def vocabulary_of(config: TrainConfig) -> str | None:
-    """Returns the vocabulary that INIT_FROM or the model's family brings; None is the task's own."""
+    """Returns the vocabulary of INIT_FROM or of the model's family; None means the task's own."""
     if config.init_from is not None:
         return read_model_files(local_model(config.init_from)).vocabulary.source
     return BYTES if config.model_family == "byt5" else None
@@ -44,18 +44,18 @@ def load_split(
 ) -> TaskData:
     """Returns the tokens of a split as a run of `config` reads them.
 
-    `train` has the config's supervision and token weights. `validation` is measured by gold labels;
-    other splits keep each row as it is.
+    `train` has the config's supervision and token weights. `validation` uses gold labels. Other splits
+    keep each row unchanged.
 
     Args:
         config: of the run.
-        split: of its task.
-        vocabulary: path of a `spiece.model`, or `bytes`; None is the task's own.
-        data_dir: of prepared datasets; None is the default one.
-        objectives: of the train split; None is the config's.
+        split: name of a split of its task.
+        vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
+        data_dir: folder of prepared datasets; None means the default folder.
+        objectives: objectives of the train split; None means the config's.
 
     Raises:
-        InputError: as `load_task` and `with_token_weights`.
+        InputError: as for `load_task` and `with_token_weights`.
     """
     objectives = objectives or resolve(config.objectives)
     supervision = config.supervision if split == TRAIN else None
@@ -82,12 +82,12 @@ def load_split(
 def tried_row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig
 ) -> list[row_lengths.RowLengths]:
-    """Returns the packed rows that a run of `config` may have, with the FLOPs of a step.
+    """Returns the candidate lengths of packed rows for a run of `config`, with the FLOPs of a step.
 
     Args:
-        config: of the run; a row length that it gives is the only one tried.
-        batches: of the train split (`batches_of`).
-        model: that is trained.
+        config: of the run; a row length that it sets is the only candidate.
+        batches: batches of the train split (`batches_of`).
+        model: configuration of the trained model.
     """
 
     def cost(input_length: int, target_length: int) -> float:
@@ -99,7 +99,7 @@ def tried_row_lengths(
 
 
 def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) -> Batches:
-    """Returns batches in the packed rows that a new run of `config` has; padded ones as they are."""
+    """Returns batches with the packed rows that a new run of `config` has; padded batches are unchanged."""
     if not config.pack:
         return batches
     best = row_lengths.cheapest(tried_row_lengths(config, batches, model))
@@ -107,7 +107,7 @@ def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) 
 
 
 def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
-    """Returns batches in packed rows of these lengths, or of longer ones where an example needs it."""
+    """Returns batches with packed rows of these lengths, or of longer ones if an example needs them."""
     pairs = zip(lengths, batches.longest(), strict=True)
     fitting = [length if longest <= length else round_up(longest, 8) for length, longest in pairs]
     return dataclasses.replace(batches, row_lengths=tuple(fitting))
@@ -116,10 +116,10 @@ def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
 def batches_of(
     config: TrainConfig, data: TaskData, *, row_multiple: int = 1, shuffle: bool = True
 ) -> Batches:
-    """Returns the batches of a split as a run of `config` draws them, `data_fraction` of `train`.
+    """Returns the batches of a split as a run of `config` draws them; of `train` only its `data_fraction`.
 
-    Their rows are as long as inputs and targets may be; `with_row_lengths` changes that. Those of
-    `train` keep an example's targets together where its extra loss pairs them.
+    Their rows have the maximum lengths of inputs and targets; `with_row_lengths` changes that. Batches of
+    `train` keep an example's targets together if the extra loss pairs them.
     """
     return Batches(
         data,
@@ -137,9 +137,9 @@ def batches_of(
 
 
 def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[HostBatch]:
-    """Returns this process's rows of the batches from `start` to before `stop`, made ahead.
+    """Returns this process's rows of the batches of steps `start` to `stop - 1`, made in advance.
 
-    Every process asks for the same steps, in the same order.
+    Every process must iterate over the same steps, in the same order.
     """
     channel = Channel("batches") if jax.process_count() > 1 else None
     shards = blocks_on(mesh, batches.num_shards)
@@ -147,5 +147,5 @@ def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterato
 
 
 def placed(batch: HostBatch, mesh: Mesh) -> Batch:
-    """Returns a batch as global arrays, of which each process has made its rows."""
+    """Returns a batch as global arrays, to which each process contributes its rows."""
     return place_rows(batch.groups, mesh, blocks=batch.shards, num_blocks=batch.num_shards)

@@ -1,4 +1,4 @@
-"""One more term of the loss, written by a user: what the step calls, and how it is divided.
+"""Base classes for a further term of the loss, written by a user.
 
 A `PairedLoss` compares the label and the rationale of each example.
 """
@@ -19,20 +19,20 @@ from stepdistill_jax.runtime.checks import snake_case
 
 @dataclasses.dataclass(frozen=True)
 class ExtraLoss(abc.ABC):
-    """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, both over the global batch.
+    """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
-    A subclass is a frozen dataclass, whose fields are its settings. Both methods are traced inside
-    the compiled step (arrays of jax, no Python branches on their values), once for each group of
-    rows and slice of the batch, and see nothing else of the batch: what they return must be a sum
-    over rows, so that the step does not depend on devices and microbatches. Rows are packed: tokens
-    of several examples lie side by side, told apart by the segment ids.
+    A subclass is a frozen dataclass whose fields are its settings. Both methods are traced inside the
+    compiled step (JAX arrays, no Python branches on their values), once for each group of rows in each
+    slice of the batch. They see no other rows, so they must return sums over rows; then the step does not
+    depend on devices and microbatches. Rows are packed: tokens of several examples are adjacent, and
+    segment ids distinguish them.
 
     Attributes:
-        name: of the metric `loss/<name>`, total over count; lower_snake_case.
+        name: name of the metric `loss/<name>`, which is total / count; lower_snake_case.
         weight: at least 0, or a `Schedule`; then `loss_weight/<name>` is a metric, too.
 
     Raises:
-        InputError: a name or weight that is not that.
+        InputError: the name or the weight is invalid.
     """
 
     name: ClassVar[str] = ""
@@ -45,29 +45,29 @@ class ExtraLoss(abc.ABC):
 
     @abc.abstractmethod
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
-        """Scalar: how many terms `total` adds up, from the ids alone.
+        """Returns the number of terms that `total` adds up, a scalar computed from the ids only.
 
-        It is asked before the model runs, since a slice's share of the gradient has to be known.
+        The step calls it before the model runs, since each slice's share of the gradient depends on it.
         """
 
     @abc.abstractmethod
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Scalar: the sum of the terms of these rows, in nats; finite also where there are none.
+        """Returns the sum of the terms of these rows, a scalar in nats; finite even without any term.
 
         Args:
-            states: [rows, length, embed] of the decoder after its last norm, in the run's dtype.
-            output: `output.logits(states)` are the logits, float32, and the largest array of the step
-                if all are made at once; `output.kernel` is [embed, vocab] float32.
-            group: see `batches.batch`: [rows, length] each, `decoder_target_tokens`,
+            states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
+            output: `output.logits(states)` are the float32 logits. Computed for all rows at once, they
+                are the largest array of the step. `output.kernel` is [embed, vocab] float32.
+            group: arrays [rows, length] (see `batches.batch`): `decoder_target_tokens`,
                 `decoder_segment_ids`, `decoder_objective_ids` (0 padding, i for the i-th
-                objective), `decoder_loss_weights`, of a mixture `decoder_task_ids`, for a
-                `PairedLoss` `decoder_example_ids`, ..., and the encoder's.
+                objective), `decoder_loss_weights`, for a mixture `decoder_task_ids`, for a
+                `PairedLoss` `decoder_example_ids`, ..., and the encoder's arrays.
         """
 
     def to_json(self) -> dict[str, Any]:
-        """Class and settings, as `run.json` keeps them and a resume compares them."""
+        """Returns the class and its settings for `run.json`; a resume compares them."""
         kind = type(self)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(self)}
 
@@ -75,22 +75,22 @@ class ExtraLoss(abc.ABC):
 class PairedLoss(ExtraLoss):
     """An `ExtraLoss` over pairs: the targets of the first two objectives of one example.
 
-    Where a run has one, a row holds all targets of its examples, packed or padded, and `group` has
-    `decoder_example_ids`: the number of each target token's example in its row, from 1. So no pair
-    is split by devices, hosts or microbatches. A row of `length` target tokens has `examples` places
-    for pairs, `length // 2`: their numbers are at most that. An example with several rationales is
-    one pair; one that lacks a target is none.
+    In a run with a paired loss, a row holds all targets of its examples, packed or padded, and `group`
+    has `decoder_example_ids`: the number of each target token's example in its row, from 1. So devices,
+    hosts and microbatches never split a pair. A row of `length` target tokens has places for `length // 2`
+    pairs (the axis `examples` below), and their numbers are at most that. An example with several
+    rationales is one pair; an example without one of the two targets is no pair.
 
-    A subclass writes `total`; `count` is the number of pairs.
+    A subclass defines `total`; `count` is the number of pairs.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
-        """Scalar: the pairs of these rows."""
+        """Returns the number of pairs in these rows, a scalar."""
         return self.is_pair(group).sum()
 
     @staticmethod
     def is_pair(group: Mapping[str, jax.Array]) -> jax.Array:
-        """[rows, examples] bool, whether an example has a target of both objectives."""
+        """Returns whether each example has targets of both objectives: [rows, examples] bool."""
         ones = jnp.ones_like(group[EXAMPLE_IDS])
         first, second = (PairedLoss.pooled(ones, group, i) > 0 for i in (1, 2))
         return first & second
@@ -105,16 +105,19 @@ class PairedLoss(ExtraLoss):
         """Adds up each example's values over its target tokens of one objective.
 
         Args:
-            values: [rows, length, ...], of the target tokens.
-            group: that `total` gets.
+            values: a value of each target token, [rows, length, ...].
+            group: the argument of `total`.
             objective: 1 for the first of OBJECTIVES (the label), 2 for the second (the rationale).
             by: another reduction of `jax.ops`, such as `segment_max`.
 
         Returns:
-            [rows, examples, ...]; without such a token 0, or what `by` gives for none.
+            [rows, examples, ...]; for an example without such tokens 0, or what `by` gives for no
+            values.
         """
+        # Example ids 1 1 1 2 2 2 0 0 with objectives 1 2 2 1 2 2 0 0: for objective 2 the numbers are
+        # 0 1 1 0 2 2 0 0. Number 0 collects all other tokens and is dropped.
         numbers = jnp.where(group["decoder_objective_ids"] == objective, group[EXAMPLE_IDS], 0)
-        places = numbers.shape[1] // 2 + 1  # 0 is of all other tokens
+        places = numbers.shape[1] // 2 + 1
 
         def of_row(values: jax.Array, numbers: jax.Array) -> jax.Array:
             return by(values, numbers, num_segments=places)[1:]

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: those of INIT_FROM, as far as INIT_RULES take them."""
+"""Loads the weights that a run starts from: from INIT_FROM, as INIT_RULES select them."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ class InitialWeights:
     """The parameters that `init_from` gives a run.
 
     Attributes:
-        path: of a model directory, or of another run's workdir.
-        step: the checkpoint of that workdir; None for a model directory.
+        path: path of a model directory or of another run's workdir.
+        step: checkpoint of that workdir; None for a model directory.
         rules: `TrainConfig.init_rules`; None loads every parameter under its own name.
         model: the run's configuration.
         abstract: the run's state.
@@ -40,22 +40,22 @@ class InitialWeights:
 
     @functools.cached_property
     def sources(self) -> dict[str, str | None]:
-        """For each parameter its name in `path`, or None where it starts from scratch.
+        """Name in `path` of each parameter; None if the parameter starts from scratch.
 
         Raises:
-            InputError: as `sources_of`.
+            InputError: as for `sources_of`.
         """
         shapes = _shapes(base_of(self.abstract.params))
         return sources_of(shapes, self._stored, self.rules or (), str(self.path))
 
     @functools.cached_property
     def _stored(self) -> dict[str, tuple[int, ...]]:
-        if self.step is not None:  # its checkpoints fit its configuration, which is the run's
+        if self.step is not None:  # a workdir's checkpoints have the shapes of the run's model
             return _shapes(base_of(self.abstract.params))
         return stored_shapes(self.path, dataclasses.replace(self.model, lora=None))
 
     def described(self) -> dict[str, Any]:
-        """Returns `step` and, under rules, the names `from_scratch`, `renamed` and `unused`."""
+        """Returns `step` and, with rules, the names `from_scratch`, `renamed` and `unused`."""
         found: dict[str, Any] = {"step": self.step}
         if self.rules is not None:
             used = set(self.sources.values())
@@ -65,16 +65,14 @@ class InitialWeights:
         return found
 
     def report(self) -> list[str]:
-        """Returns lines for the log.
+        """Returns lines for the log that describe where parameters come from.
 
         Raises:
-            InputError: as `sources_of`.
+            InputError: as for `sources_of`.
         """
         found, lines = self.described(), []
         if self.step is not None:
-            lines.append(
-                f"`init_from` {self.path}: a training run, of which step {self.step} is taken"
-            )
+            lines.append(f"`init_from` {self.path}: uses step {self.step} of this training run")
         if self.rules is not None:
             renamed = [f"{name} from {source}" for name, source in found["renamed"].items()]
             kinds = {"from scratch": found["from_scratch"], "renamed": renamed}
@@ -86,10 +84,10 @@ class InitialWeights:
         return lines
 
     def load(self, mesh: Mesh, seed: int) -> Any:
-        """Returns the run's parameters; on several processes all must call this.
+        """Returns the run's parameters; all processes must call this.
 
-        What is not loaded is drawn by the seed, as a run without `init_from` draws it. Adapters are
-        always new.
+        Parameters that are not loaded are drawn from the seed, as in a run without `init_from`. Adapters
+        are always new.
         """
         base = self._loaded(mesh)
         if self.rules is not None:
@@ -107,7 +105,7 @@ class InitialWeights:
         return base
 
     def _loaded(self, mesh: Mesh) -> Any:
-        """The parameters that `path` has, under the run's names; two may share a buffer."""
+        """Returns the parameters that `path` has, under the run's names; two may share a buffer."""
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
         sources = None
@@ -118,7 +116,7 @@ class InitialWeights:
         params = load_model(self.path, self.step, mesh=mesh).params  # adapters are merged
         if sources is None:
             return params
-        # `state_from_params` gives each parameter a buffer of its own, where its place is
+        # rules may give two parameters the same array; `state_from_params` copies each of them
         flat = flatten_dict(params, sep="/")
         return unflatten_dict({name: flat[source] for name, source in sources.items()}, sep="/")
 
@@ -129,11 +127,11 @@ def sources_of(
     rules: Rules,
     where: str,
 ) -> dict[str, str | None]:
-    r"""Returns for each wanted parameter the name of the stored one that it takes, as T5X chooses it.
+    r"""Returns the stored name of each parameter of a run, chosen by rules as in T5X.
 
-    The first rule whose expression matches the whole name decides: its replacement, in which `\1`
-    stands for a group, is the stored name; None leaves the parameter out. A name that no rule
-    matches is the stored name, too.
+    The first rule whose expression matches the complete name decides. Its replacement, in which `\1`
+    stands for a group, is the stored name; None leaves the parameter out. If no rule matches, the stored
+    name is the same.
 
     >>> rules = [(r"decoder/layers/self_(.*)", r"encoder/layers/\1"), ("logits_dense/.*", None)]
     >>> names = ["decoder/layers/self_attention/out/kernel", "logits_dense/kernel", "token_embedder"]
@@ -147,12 +145,12 @@ def sources_of(
 
     Args:
         wanted: shape of each parameter of the run.
-        stored: shape of each parameter that there is.
-        rules: of `TrainConfig.init_rules`.
-        where: what the stored ones are in, for messages.
+        stored: shape of each stored parameter.
+        rules: `TrainConfig.init_rules`.
+        where: path of the stored parameters, for messages.
 
     Raises:
-        InputError: a stored parameter is missing or has another shape, or a rule matches nothing.
+        InputError: a stored parameter is missing or has another shape, or a rule decides nothing.
     """
     sources, used = {}, set()
     for name in wanted:
@@ -165,8 +163,8 @@ def sources_of(
     for number, (pattern, _) in enumerate(rules):
         if number not in used:
             raise InputError(
-                f"`init_rules`: {pattern!r} decides no parameter of the model; names are such as"
-                f" {next(iter(wanted))}{nearest(pattern, wanted)}"
+                f"`init_rules`: {pattern!r} applies to no parameter of the model; an example of a"
+                f" name is {next(iter(wanted))}{nearest(pattern, wanted)}"
             )
     problems = []
     for name, source in sources.items():
@@ -192,7 +190,7 @@ def _expanded(match: re.Match, replacement: str | None) -> str | None:
         return match.expand(replacement)
     except (re.error, IndexError) as error:
         raise InputError(
-            f"`init_rules`: {replacement!r} is no replacement for {match.re.pattern!r} ({error})"
+            f"`init_rules`: {replacement!r} is not a replacement for {match.re.pattern!r} ({error})"
         ) from None
 
 

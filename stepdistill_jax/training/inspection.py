@@ -1,4 +1,4 @@
-"""What a model will see of a task: rows, lengths, fill, truncation, and lengths that fit better."""
+"""Shows what a model will read of a task: rows, lengths, fill, truncation, and lengths that fit better."""
 
 import dataclasses
 import itertools
@@ -46,37 +46,39 @@ def inspect(
     task_module: str | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Looks at a split as training with `config` would; nothing is trained.
+    """Measures a split as training with `config` would read it; trains nothing.
 
     Args:
         config: a run's config, or the name of a task (with the default lengths).
-        split: which split.
-        rows: packed rows of step 0 to show (unpacked: rows of each objective).
-        data_dir: None is the default one.
-        task_module: goes before the config's.
-        verify: compare every byte of the split's token stores with what was written.
+        split: name of the split.
+        rows: number of packed rows of step 0 to show (unpacked: rows of each objective).
+        data_dir: folder of prepared datasets; None means the default folder.
+        task_module: replaces the config's `task_module`.
+        verify: compares every byte of the split's token stores with their manifest.
 
     Returns:
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
-        `vocabulary_size`;
+        `vocabulary_size`, and
+
         `objectives`: {name: {"weight" (a number, or a schedule in words), "rows", "absent",
-            "inputs", "targets"}}, the last two with "min", "mean", "median", "p99", "max" (tokens,
-            uncut, targets with their decoder prefix) and "histogram" (list of {"from", "to", "rows"});
-        `shares`: of a mixture, what `TaskData.shares` has;
-        `cut`: {name: {"inputs", "targets"}} rows that are longer than the lengths;
-        `fill`: {"inputs", "targets", "all"} share of cells that hold a token;
-        `rows_per_step`, `row_counts`: packed rows;
+            "inputs", "targets"}}, the last two with "min", "mean", "median", "p99", "max" (tokens
+            before truncation, targets with their decoder prefix) and "histogram" (list of {"from",
+            "to", "rows"});
+        `shares`: only for a mixture, the result of `TaskData.shares`;
+        `cut`: {name: {"inputs", "targets"}}, numbers of rows that are truncated;
+        `fill`: {"inputs", "targets", "all"}, share of cells that hold a token;
+        `rows_per_step`, `row_counts`: numbers of packed rows;
         `shown`: list of rows, each a list of {"objective", "input", "target", "input_tokens",
-            "target_tokens", "weight" (of its last target token)}; a target that reads the encoding of the one before it has
-            the input "" of 0 tokens;
+            "target_tokens", "weight" (of its last target token)}. A target that reads the same
+            encoding as the previous target has the input "" with 0 tokens;
         `row_lengths`: [input, target] tokens of a packed row;
-        `candidates`: row lengths with what they give, matmul FLOPs of a step included
-            (`flops_per_step`, padding counted), and `chosen`, that with the fewest;
-        `verified`: under `verify`, for each store its folder (`store`) and the `files` and `bytes`
-            that were compared.
+        `candidates`: row lengths with their fill, rows, and matmul FLOPs of a step, padding included
+            (`flops_per_step`); `chosen` is the one with the fewest FLOPs;
+        `verified`: with `verify`, the folder of each store (`store`) and the `files` and `bytes` that
+            were compared.
 
     Raises:
-        InputError: unknown task or split, a negative number of rows, or a damaged store.
+        InputError: the task or split is unknown, `rows` is negative, or a store is damaged.
     """
     whole("rows", rows, 0)
     if isinstance(config, str):
@@ -124,7 +126,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns batches of the train split as one device makes them: its rows are chosen by them."""
+    """Returns the batches of the train split for one device; they decide the lengths of rows."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -134,7 +136,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """The model that would be trained, of which the lengths' costs depend."""
+    """Returns the model that would be trained, on which the cost of row lengths depends."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))
@@ -142,7 +144,7 @@ def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
-    """[rows] uncut tokens of the rows that have a target; `objective` counts from 0."""
+    """Returns the tokens of each row with a target, before truncation: [rows]; `objective` counts from 0."""
     prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
         [np.zeros(0, np.int64)]
@@ -176,6 +178,7 @@ def _length_figures(lengths: np.ndarray) -> dict[str, Any]:
     if not len(lengths):
         return {"min": 0, "mean": 0.0, "median": 0, "p99": 0, "max": 0, "histogram": []}
     low, high = int(lengths.min()), int(lengths.max())
+    # lengths 12 to 45: 34 values in bins of ceil(34 / 10) = 4, so 9 bins: 12-15, 16-19, ..., 44-45
     width = math.ceil((high - low + 1) / HISTOGRAM_BINS)
     starts = range(low, high + 1, width)
     counts = np.bincount((lengths - low) // width, minlength=len(starts))
@@ -193,7 +196,7 @@ def _length_figures(lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _measure(batches: Batches) -> dict[str, Any]:
-    """Fill and packed rows over the first steps."""
+    """Measures the fill and the number of packed rows over the first steps."""
     tokens, cells, rows = np.zeros(2), np.zeros(2), 0
     for step in range(MEASURED_STEPS):
         for group in batches(step):
@@ -220,7 +223,7 @@ def _shown(batches: Batches, rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]]:
-    """The targets of one packed row with what they read, as text."""
+    """Yields the targets of one packed row and the inputs that they read, as text."""
     own = group["decoder_segment_ids"][row]
     read = group.get(DECODER_ENCODER_SEGMENTS, group["decoder_segment_ids"])[row]
     before = 0
@@ -232,7 +235,7 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
         before = read[target][0]
         inputs = group["encoder_input_tokens"][row][source].tolist()
         targets = group["decoder_target_tokens"][row][target].tolist()
-        # the last token: the first may be a decoder prefix's, which is of no objective
+        # the last token, since the first may belong to a decoder prefix, which has no objective
         objective = int(group["decoder_objective_ids"][row][target][-1])
         yield {
             "objective": data.objectives[objective - 1].name,
@@ -245,14 +248,14 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 
 def _text(data: TaskData, ids: list[int]) -> str:
-    """Returns the text of an input; where it has two, the piece of eos stands between them."""
+    """Returns the text of an input; if it has two texts, they are joined by the piece of eos."""
     texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
     decoded = list(map(data.vocabulary.decode, texts))
     return data.vocabulary.pieces()[EOS_ID].join(decoded) if len(decoded) > 1 else "".join(decoded)
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns what packing into these rows would give."""
+    """Returns row lengths with the fill, rows and FLOPs that packing into them would give."""
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, as plain values that configs and `run.json` can hold."""
+"""Learning rates as functions of the step, described by plain values that fit into configs and `run.json`."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import optax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, one_of, whole
 
-FALLING = ("linear", "cosine")  # fall to an end value at the last step, which they have to know
+FALLING = ("linear", "cosine")  # rates that fall to an end value at the last step, so depend on it
 SHAPES = (*FALLING, "rsqrt", "constant")
 T5_WARMUP_STEPS = 10_000
 
@@ -17,22 +17,23 @@ T5_WARMUP_STEPS = 10_000
 class LearningRate:
     """A learning rate as a function of the step, which counts updates from 0.
 
-    With peak P, warm-up W, end value E and last step N; the last value is held after N:
+    With peak P, warm-up W, end value E and last step N; after N the rate stays at E:
 
-        constant    rises from 0 to P in W steps, then P
-        linear      rises from 0 to P in W steps, then a straight line to E at N
-        cosine      rises from 0 to P in W steps, then half a cosine to E at N
+        constant    rises from 0 to P in W steps, then stays at P
+        linear      rises from 0 to P in W steps, then falls in a straight line to E at N
+        cosine      rises from 0 to P in W steps, then falls along half a cosine to E at N
         rsqrt       P for W steps, then P sqrt(W / step): T5's (Raffel et al. 2020, section 3.1.2)
 
     Attributes:
         shape: one of these four.
-        warmup_steps (steps): W, of the rise to the peak; of `rsqrt` W steps at it, at least 1.
+        warmup_steps (steps): W, the length of the rise to the peak; for `rsqrt` the steps at the peak,
+            at least 1.
         end_value: E, the rate of the last step; at least 0.
-        learning_rate: P, the peak; None is the run's.
-        train_steps (steps): N, the last step of the fall; None is the run's.
+        learning_rate: P, the peak; None means the run's.
+        train_steps (steps): N, the last step of the fall; None means the run's.
 
     Raises:
-        InputError: another shape, or a value out of its range.
+        InputError: the shape is unknown, or a value is out of range.
     """
 
     shape: str
@@ -51,16 +52,16 @@ class LearningRate:
         if self.train_steps is not None:
             keep(self, whole, "train_steps", of=of, least=1)
         if self.shape not in FALLING and (self.end_value or self.train_steps is not None):
-            raise InputError(f"`LearningRate`: {self.shape} has no end_value and no train_steps")
+            raise InputError(f"`LearningRate`: {self.shape} takes no end_value and no train_steps")
 
     def __repr__(self) -> str:
-        """Returns the call in a config that makes it: `cosine(warmup_steps=50)`."""
+        """Returns the call that makes it in a config: `cosine(warmup_steps=50)`."""
         given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         arguments = [f"{f.name}={getattr(self, f.name)!r}" for f in given if f.name != "shape"]
         return f"{self.shape}({', '.join(arguments)})"
 
     def schedule(self, learning_rate: float, train_steps: int) -> optax.Schedule:
-        """Returns learning_rate_fn(step) of a run with this peak and this many steps.
+        """Returns learning_rate_fn(step) for a run with this peak and this number of steps.
 
         `linear` has the values of `transformers`, which the paper's code uses.
         """
@@ -69,12 +70,14 @@ class LearningRate:
         last = train_steps if self.train_steps is None else self.train_steps
         if self.shape == "rsqrt":
             return lambda step: peak * jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))
+        # the fall counts its steps from the end of the warm-up (`join_schedules`)
         falling_steps = max(last - warmup_steps, 1)
         if self.shape == "constant":
             after = optax.constant_schedule(peak)
         elif self.shape == "linear":
             after = optax.linear_schedule(peak, self.end_value, falling_steps)
         else:
+            # optax takes the end value as a share of the peak
             after = optax.cosine_decay_schedule(peak, falling_steps, alpha=self.end_value / peak)
         rise = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
         return optax.join_schedules([rise, after], [warmup_steps]) if warmup_steps else after
@@ -86,7 +89,7 @@ def linear(
     learning_rate: float | None = None,
     train_steps: int | None = None,
 ) -> LearningRate:
-    """Returns a rate that falls in a straight line."""
+    """Returns a learning rate that falls in a straight line."""
     return LearningRate("linear", warmup_steps, end_value, learning_rate, train_steps)
 
 
@@ -96,15 +99,15 @@ def cosine(
     learning_rate: float | None = None,
     train_steps: int | None = None,
 ) -> LearningRate:
-    """Returns a rate that falls along half a cosine."""
+    """Returns a learning rate that falls along half a cosine."""
     return LearningRate("cosine", warmup_steps, end_value, learning_rate, train_steps)
 
 
 def rsqrt(warmup_steps: int = T5_WARMUP_STEPS, learning_rate: float | None = None) -> LearningRate:
-    """Returns T5's pre-training rate: constant, then the inverse square root of the step."""
+    """Returns T5's pre-training rate: constant, then falling with the inverse square root of the step."""
     return LearningRate("rsqrt", warmup_steps, learning_rate=learning_rate)
 
 
 def constant(warmup_steps: int = 0, learning_rate: float | None = None) -> LearningRate:
-    """Returns a constant rate."""
+    """Returns a constant learning rate."""
     return LearningRate("constant", warmup_steps, learning_rate=learning_rate)

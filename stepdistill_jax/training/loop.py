@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom: next batch, step, record, save."""
+"""The training loop, from top to bottom: next batch, step, record, save."""
 
 import contextlib
 import os
@@ -41,23 +41,23 @@ def train(
     Args:
         config: the run.
         workdir: folder of checkpoints, metrics and model files; created if absent.
-        data_dir: where `prepare` put the dataset.
-        config_text: gin text to keep as `config.gin`.
-        began: when the command started, of `time.monotonic()`, for the line that reports the time to
-            the first step; None is now.
+        data_dir: folder in which `prepare` put the dataset.
+        config_text: gin text to write as `config.gin`.
+        began: start of the command on the clock of `time.monotonic()`, for the log of the time to the
+            first step; None means now.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ..., `examples_per_second` (mean
         over this start, 0 if no step was left), `best_step`, the best step's `eval/validation/...`,
         and, with a validation split, `majority_baseline`: the label accuracy of always answering the
-        commonest label.
+        most frequent label.
 
     Raises:
         InputError: a setting, dataset or workdir does not fit; raised before anything is compiled.
-        SystemExit: status 75, stopped by a signal after a clean save.
+        SystemExit: status 75, after a signal stopped the run and it was saved.
         FloatingPointError: the loss is not finite and steps must not be skipped, or too many were
             skipped; names the step.
-        MemoryError: a device has no room for a step; names the settings that decide.
+        MemoryError: a step does not fit into a device's memory; names the settings that decide.
     """
     startup = StartUp(began)
     startup.done("imports")
@@ -95,12 +95,15 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
         for step in range(start + 1, config.train_steps + 1):
             with profile.step(step):
                 asked = time.monotonic()
+                # the step is asynchronous: the next batch is made, and the previous step's metrics are
+                # read, while the device computes
                 batch = next(source)
                 waited = time.monotonic() - asked
                 state, device_metrics = step_fn(state, placed(batch, run.mesh))
                 startup.first_step(device_metrics)
                 supervisor.record(step, batch, device_metrics, waited)
             profile.ended(step, supervisor.flush)
+            # before the next step, which is given the memory of this state
             supervisor.save(step, state)
         supervisor.flush()
     rate = (config.train_steps - start) * config.batch_size / (time.monotonic() - began)
@@ -108,7 +111,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
 
 
 def _introduce(run: Run, described: dict[str, Any]) -> None:
-    """Logs a few lines that describe the run."""
+    """Logs a short description of the run."""
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
@@ -146,7 +149,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
 
 
 def empty_rows(run: Run) -> str | None:
-    """Returns a warning if the layout leaves most rows of the first batch empty, else None."""
+    """Returns a warning if the layout leaves most rows of a batch empty, otherwise None."""
     groups = run.batches(1)
     rows = sum(g["encoder_segment_ids"].shape[0] for g in groups)
     full = filled_rows(groups)
@@ -155,14 +158,14 @@ def empty_rows(run: Run) -> str | None:
     shards, slices = batch_shards(run.mesh), run.config.num_microbatches
     return (
         f"{1 - full / rows:.0%} of a batch's rows are empty: {run.config.batch_size} examples fill"
-        f" {full} rows, and rows come in multiples of {shards * slices} ({shards} batch shards x"
-        f" {slices} microbatches); a larger BATCH_SIZE, fewer microbatches, or a LAYOUT with fewer"
-        " batch shards and more `tensor` (fsdp_tensor, tensor) wastes less"
+        f" {full} rows, and the number of rows is a multiple of {shards * slices} ({shards} batch"
+        f" shards x {slices} microbatches). Use a larger BATCH_SIZE, fewer microbatches, or a LAYOUT"
+        " with fewer batch shards and more `tensor` (fsdp_tensor, tensor)"
     )
 
 
 def _summary(run: Run, last: dict[str, Any], examples_per_second: float) -> dict[str, Any]:
-    """Returns the last step's losses with the best step's validation."""
+    """Returns the last step's losses and the best step's validation."""
     if not last:  # no step was left
         last, examples_per_second = last_step_metrics(run.workdir), 0.0
     best = resolve_step(run.workdir, "best")

@@ -20,10 +20,10 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 
 
 class ObjectiveSums(struct.PyTreeNode):
-    """Totals per objective, each [objectives] float32; divide once, at the end.
+    """Totals of each objective, as arrays [objectives] float32; divide once, at the end.
 
-    With several tasks there is a column for each task and objective, those of the first task first;
-    `over_tasks` adds them up.
+    With several tasks there is a column for each task and objective, starting with all objectives of the
+    first task; `over_tasks` adds them up.
 
     Attributes:
         loss: sum of weight x cross-entropy, nats.
@@ -37,7 +37,7 @@ class ObjectiveSums(struct.PyTreeNode):
 
     @classmethod
     def empty(cls, num_objectives: int) -> "ObjectiveSums":
-        """Returns zeros, the neutral element of `merge`."""
+        """Returns sums of 0, the neutral element of `merge`."""
         zeros = jnp.zeros(num_objectives, jnp.float32)
         return cls(zeros, zeros, zeros)
 
@@ -46,16 +46,16 @@ class ObjectiveSums(struct.PyTreeNode):
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
-        """Adds to the last column, that of an extra loss, to which no token belongs."""
+        """Adds a loss and a count to the last column, which belongs to an extra loss and to no token."""
         loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
         return self.replace(loss=loss, count=count)
 
     def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
-        """Returns the totals per objective; columns after those of the tasks are kept."""
+        """Adds up the tasks' columns for each objective; keeps the columns after them."""
         return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
-        """Returns the sum over o of weight_o x mean of o; an objective without tokens adds 0."""
+        """Returns the weighted sum of the objectives' mean losses; an objective without tokens adds 0."""
         scale = loss_scale(self.count, objective_weights)
         return jnp.vdot(scale, self.loss, precision=precision_of(scale.dtype))
 
@@ -63,7 +63,7 @@ class ObjectiveSums(struct.PyTreeNode):
 def means_of_tasks(
     sums: ObjectiveSums, tasks: Sequence[str], objectives: Sequence[str]
 ) -> dict[str, float]:
-    """Returns `loss/TASK/OBJECTIVE`, nats per token, for the pairs that have tokens."""
+    """Returns `loss/TASK/OBJECTIVE`, in nats per token, for each task and objective with tokens."""
     columns = [f"loss/{task}/{objective}" for task in tasks for objective in objectives]
     return {
         name: float(loss / count)
@@ -73,15 +73,17 @@ def means_of_tasks(
 
 
 def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
-    """Returns weight_o / count_o, 0 for an objective without tokens: [objectives] float32."""
+    """Returns weight / count of each objective, 0 for an objective without tokens: [objectives] float32."""
+    # Inside `where` both sides are computed, so the divisor must not be 0. A count is a sum of loss weights
+    # and may be below 1.
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
 
 
 def over_tasks(columns: Columns, num_objectives: int, num_tasks: int) -> Columns:
-    """Adds up the tasks' columns: [tasks x objectives + more] -> [objectives + more]."""
+    """Adds up the columns of all tasks: [tasks x objectives + more] -> [objectives + more]."""
     if num_tasks == 1:
         return columns
-    # NumPy for values on the host: a device operation would wait for the running step
+    # values on the host stay in NumPy, since a device operation would wait for the running step
     concatenate: Any = jnp.concatenate if isinstance(columns, jax.Array) else np.concatenate
     of_tasks, more = columns[: num_tasks * num_objectives], columns[num_tasks * num_objectives :]
     return concatenate([of_tasks.reshape(num_tasks, num_objectives).sum(0), more])
@@ -95,10 +97,11 @@ def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Arr
 
 
 def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
-    """Returns [batch, length, columns] float32: a token's loss weight in the column of its objective.
+    """Puts each token's loss weight into its objective's column: [batch, length, columns] float32.
 
-    With several tasks the column is that of its task and objective.
+    With several tasks, each task and objective has a column.
     """
+    # 2 objectives: objective 1 of task 3 is column 1 + 2 * (3 - 1) = 5, counted from 1; padding stays 0
     ids = group["decoder_objective_ids"]
     if TASK_IDS in group:
         ids = jnp.where(ids > 0, ids + num_objectives * (group[TASK_IDS] - 1), 0)
@@ -113,29 +116,30 @@ def objective_sums(
     scale: jax.Array,
     num_objectives: int | None = None,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Returns the totals of one group of rows, and its share of the loss.
+    """Returns the share of a group of rows in the loss, and the group's totals.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, each a mean
-    of cross-entropies over target tokens. The caller gives the scale, since it knows the counts of
-    the global batch: a mean of means would weight a token by the slice that it is in.
+    of cross-entropies over target tokens. The caller computes the scale from the counts of the global
+    batch. A mean of means would weight a token by the slice that contains it.
 
-    With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens the sums are
-    (2 ln 4, 3 ln 4) and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
+    With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4)
+    and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
 
     Args:
-        states: [batch, length, embed] of the decoder.
-        output: makes logits of the states.
+        states: the decoder's states, [batch, length, embed].
+        output: the output layer, which turns states into logits.
         group: `decoder_target_tokens`, `decoder_objective_ids` (0 padding, i for the i-th
             objective) and `decoder_loss_weights`, all [batch, length].
-        scale: [columns] float32, of `loss_scale`; a column is an objective, or an objective of a task.
-        num_objectives: of each task; None is the number of columns.
+        scale: [columns] float32, from `loss_scale`; a column is an objective, or an objective of a task.
+        num_objectives: number of objectives of each task; None means the number of columns.
 
     Returns:
-        sum over o of scale_o x loss_o, a scalar with a gradient, and the sums, which have none.
+        The sum over columns of scale x loss, a scalar with a gradient, and the sums, which have none.
     """
     weights = token_weights(group, len(scale), num_objectives or len(scale))
     targets = group["decoder_target_tokens"]
     product = functools.partial(jnp.einsum, precision=precision_of(weights.dtype))
+    # each token's factor in the loss: its weight times the scale of its column
     of_tokens = product("blo,o->bl", weights, scale)
     loss, nll, correct = cross_entropy(
         states, output.weights, targets, of_tokens, output.softcap, output.tied

@@ -1,4 +1,4 @@
-"""Advice for a step that does not fit into a device's memory."""
+"""Explains a device's out-of-memory error by the settings that decide the memory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from stepdistill_jax.training.config import TrainConfig
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Turns a device's out-of-memory error into one line with the settings that decide the memory.
+    """Replaces a device's out-of-memory error by one line with the settings that decide the memory.
 
     Raises:
         MemoryError: instead of JAX's RESOURCE_EXHAUSTED.
@@ -21,11 +21,11 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise MemoryError(
-            f"a device is out of memory ({str(error).splitlines()[0]}); settings that decide:"
-            f" `batch_size={config.batch_size}` (smaller),"
-            f" `num_microbatches={config.num_microbatches}` (more, same result),"
-            f" `remat_policy={config.remat_policy}` (minimal, then full, same result),"
-            f" `dtype={config.dtype}` (bfloat16 halves the activations),"
-            f" `layout={config.layout}` (fsdp cuts parameters and optimizer over the devices);"
+            f"a device is out of memory ({str(error).splitlines()[0]}). To need less:"
+            f" lower `batch_size={config.batch_size}`;"
+            f" raise `num_microbatches={config.num_microbatches}` (same result);"
+            f" change `remat_policy={config.remat_policy}` to minimal, then full (same result),"
+            f" `dtype={config.dtype}` to bfloat16 (halves the activations),"
+            f" `layout={config.layout}` to fsdp (cuts parameters and optimizer over the devices)."
             " `stepdistill plan` shows in advance what fits"
         ) from error

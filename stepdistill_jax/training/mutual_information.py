@@ -1,4 +1,4 @@
-"""The mutual-information loss of MI-DSS, which ties an example's rationale to its label."""
+"""The mutual-information loss of MI-DSS, which relates an example's rationale to its label."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,29 +15,28 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    Of each target the probabilities of its tokens, each a softmax over the vocabulary, are reduced
-    to their maxima: z_v = max over the label's tokens, r_v over the rationale's. The loss of a pair is
+    The model predicts a probability of each id v at each token of a target. Their maxima over the label's
+    tokens are z_v, and over the rationale's tokens r_v. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    with no gradient through z. Its mean over the pairs of the global batch is added with `weight`,
-    so the rationale is drawn to the words that the label predicts.
+    with no gradient through z. Its mean over the pairs of the global batch is added with `weight`, so the
+    rationale moves towards the words that the label predicts.
 
-    The paper has the cross-entropy of the two reductions as its bound of the mutual information; how
-    it is computed is taken from its code (github.com/xinchen9/cot_distillation_ACL2024, commit
-    59ca033, `model_utils.py`): r is taken as logits, so it meets a second softmax, z does not sum to
-    1, and z is detached. One thing differs. The code takes the maxima over padding, too, so its loss
-    depends on the other rows of a batch; here they are over the target's own tokens, the end of
-    sequence included.
+    In the paper, the cross-entropy of z and r is a bound of the mutual information. The computation follows
+    the paper's code (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`): it
+    treats the probabilities r as logits of a second softmax, z does not sum to 1, and z is detached. One
+    thing differs: the code also takes the maxima over padding, so its loss depends on the other rows of a
+    batch. Here the maxima are over the target's own tokens, with the end of sequence.
 
-    With 2 ids, a label whose tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), so z = (0.9,
-    0.8), and a rationale of (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
+    Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is
+    (0.9, 0.8). With a rationale of (0.5, 0.5) the loss is 1.7 ln 2 = 1.178.
 
-    The logits of a slice are made at once, in float32: the largest array of the step.
+    The float32 logits of a slice are computed at once; they are the largest array of the step.
 
     Attributes:
-        weight: at least 0, or a `Schedule`; the paper's code has 0.1 (`beta`) next to 0.5 for label
-            and rationale.
+        weight: at least 0, or a `Schedule`; the paper's code uses 0.1 (`beta`), with 0.5 for label and
+            rationale.
     """
 
     name = "mutual_information"
@@ -46,13 +45,15 @@ class MutualInformation(PairedLoss):
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Sum of CE(z, r) over the pairs of these rows, in nats."""
+        """Returns the sum of CE(z, r) over the pairs of these rows, in nats."""
         probabilities = jax.nn.softmax(output.logits(states))
         pairs = self.is_pair(group)[..., None]
 
         def reduced(objective: int) -> jax.Array:
             maxima = self.pooled(probabilities, group, objective, jax.ops.segment_max)
-            return jnp.where(pairs, maxima, 0.0)  # -inf where there are no tokens
+            # `segment_max` gives -inf for a place without tokens, which would make the sum NaN. With z and r
+            # of 0, a place adds 0.
+            return jnp.where(pairs, maxima, 0.0)
 
         label, rationale = jax.lax.stop_gradient(reduced(1)), reduced(2)
         return -(label * jax.nn.log_softmax(rationale)).sum()

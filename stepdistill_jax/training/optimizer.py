@@ -1,4 +1,4 @@
-"""Update rules and schedules."""
+"""Builds update rules, learning rates and schedules of weights from a config."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,13 +14,14 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns learning_rate_fn(step), step counted from 0; None if a user's function hides its rate."""
+    """Returns learning_rate_fn(step), with steps from 0; None if the rate of a user's function is unknown."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 
 
 def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
-    """Returns [weights] float32 for the update after `step`; constants if all weights are constant."""
+    """Returns the weights for the update after `step`, [weights] float32."""
+    # constants stay constants of the compiled program
     if not any(isinstance(weight, Schedule) for weight in weights):
         return jnp.asarray(weights, jnp.float32)
     now = [weight_schedule(w)(step) if isinstance(w, Schedule) else w for w in weights]
@@ -28,14 +29,14 @@ def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
 
 
 def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
-    """Returns weight(step) of a `Schedule`."""
+    """Returns the function weight(step) of a `Schedule`."""
     changing: Callable[[Any], Any]
     if s.shape == "linear":
         changing = optax.linear_schedule(
             s.init_value, s.end_value, s.transition_steps, s.transition_begin
         )
     else:
-        # optax's cosine falls to a share of its first value, which may be 0 here
+        # optax's cosine falls to a share of its initial value; here the initial value may be 0
         fall = optax.cosine_decay_schedule(1.0, s.transition_steps)
 
         def wave(step):
@@ -44,19 +45,19 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 
         changing = wave
 
-    # rounding could give -1e-7 instead of a final 0
+    # at the end exactly the end value: rounding could give -1e-7 instead of 0
     end = s.transition_begin + s.transition_steps
     return lambda step: jnp.where(step >= end, s.end_value, changing(step))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Returns a clip followed by AdamW (the paper) or Adafactor (as in T5X: decay 0.8, scaled by the parameter).
+    """Returns the optimizer of a config: a clip followed by AdamW or Adafactor, or a user's transformation.
 
-    A user's function returns the whole transformation instead. Equal settings return the same object,
-    so runs of one process share compiled programs.
+    AdamW is the paper's. Adafactor has T5X's settings: decay 0.8, updates scaled by the parameter. Equal
+    settings return the same object, so runs in one process share compiled programs.
 
     Raises:
-        InputError: the user's function raises, or returns no transformation.
+        InputError: the user's function raises, or does not return a transformation.
     """
     return _optimizer(config.optimizer, config.learning_rate, config.train_steps)
 
@@ -68,6 +69,7 @@ def _optimizer(
     if isinstance(o, OptimizerFunction):
         return o.transformation(peak, train_steps)
     learning_rate_fn = o.rate.schedule(peak, train_steps)
+    # the rule comes after the clip, so moments are averages of clipped gradients
     if o.name == "adafactor":
         rule = optax.adafactor(
             learning_rate_fn,
@@ -88,9 +90,10 @@ def _optimizer(
 def _adam_of_transformers(
     b1: float, b2: float, eps: float, mu_dtype: str | None
 ) -> optax.GradientTransformation:
-    """Returns `optax.scale_by_adam` with `eps` added to the root before its bias is corrected.
+    """Returns `optax.scale_by_adam` with `eps` added to the root before the bias correction.
 
-    With v_hat = v / c, c = 1 - b2^count: sqrt(v_hat) + eps / sqrt(c) is (sqrt(v) + eps) / sqrt(c).
+    Let v_hat = v / c with c = 1 - b2^count. Then sqrt(v_hat) + eps / sqrt(c) = (sqrt(v) + eps) / sqrt(c), so
+    passing eps / sqrt(c) to optax has this effect.
     """
 
     def update(updates, state, params=None):

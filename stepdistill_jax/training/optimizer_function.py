@@ -21,12 +21,12 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 class OptimizerFunction:
     """A function that returns an optax transformation, and its arguments.
 
-    The transformation is the whole update rule: no clip, weight decay or learning rate is added. A
+    The transformation is the complete update rule: no clip, weight decay or learning rate is added. A
     `LearningRate` argument is passed as an optax schedule, a function of the run's step.
 
     Attributes:
-        function: called when a run is assembled.
-        arguments: by name; plain values and `LearningRate`s, which `run.json` can hold.
+        function: the function, called when a run is assembled.
+        arguments: its arguments by name: plain values and `LearningRate`s, which `run.json` can hold.
 
     Raises:
         InputError: an argument is unknown, missing, or not a plain value.
@@ -47,19 +47,19 @@ class OptimizerFunction:
 
     @property
     def name(self) -> str:
-        """Returns `my_module.my_function`; a library's private module is replaced by its public parent."""
+        """Name of the function, `my_module.my_function`, with a private module replaced by its public parent."""
         module = getattr(self.function, "__module__", None) or ""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return f"{module.partition('._')[0]}.{name}"
 
     @property
     def rate(self) -> LearningRate | None:
-        """Returns the argument `learning_rate` if it is a schedule; other rates are unknown."""
+        """Argument `learning_rate` if it is a schedule; None if the rate is unknown."""
         rate = self.arguments.get("learning_rate")
         return rate if isinstance(rate, LearningRate) else None
 
     def takes(self, learning_rate: float) -> bool:
-        """Returns whether the run's peak is among the arguments, by itself or in a schedule."""
+        """Returns whether the run's peak rate is one of the arguments, as a number or in a schedule."""
         return any(
             x.learning_rate in (None, learning_rate)
             if isinstance(x, LearningRate)
@@ -72,7 +72,7 @@ class OptimizerFunction:
         return f"{self.name}({', '.join(f'{n}={x!r}' for n, x in self.arguments.items())})"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns function and arguments with defaults, as `run.json` keeps them and a resume compares them."""
+        """Returns the function's name and all arguments with defaults, for `run.json`; a resume compares them."""
         described = {
             name: dataclasses.asdict(value) if isinstance(value, LearningRate) else value
             for name, value in {**self._all_arguments(), **self.arguments}.items()
@@ -86,7 +86,7 @@ class OptimizerFunction:
         """Calls the function for a run with this peak and this many steps.
 
         Raises:
-            InputError: the function raises or returns something else. The transformation's `init`
+            InputError: the function raises, or does not return a transformation. The transformation's `init`
                 raises it if a training step could not call `update`.
         """
         arguments = {
@@ -114,7 +114,7 @@ class OptimizerFunction:
         return optax.GradientTransformation(init, tx.update)
 
     def _check_update(self, tx: optax.GradientTransformation, state: Any, params: Any) -> None:
-        """Refuses an `update` that a step cannot call; checks shapes only, before a step is compiled."""
+        """Raises InputError if a step could not call `update`; checks shapes only, before a step is compiled."""
 
         def step(params: Any, state: Any) -> Any:
             return (params, state), tx.update(params, state, params)
@@ -125,14 +125,14 @@ class OptimizerFunction:
             called = "the transformation's update, called with gradients, state and parameters, "
             raise self._failed(called, error) from error
         for what, got, wanted in (
-            ("updates of the parameters' shapes", _shapes(after[0]), _shapes(before[0])),
-            ("a state of the shapes and types it got", _types(after[1]), _types(before[1])),
+            ("updates with the parameters' shapes", _shapes(after[0]), _shapes(before[0])),
+            ("a state with the shapes and types that it got", _types(after[1]), _types(before[1])),
         ):
             if got != wanted:
                 raise self._refused(f"the transformation's update must return {what}")
 
     def _all_arguments(self) -> dict[str, Any]:
-        """Returns arguments by name, defaults included; what `**kwargs` takes is left out."""
+        """Returns arguments and defaults by name, without the arguments that `*args` or `**kwargs` collects."""
         try:
             signature = inspect.signature(self.function)
             bound = signature.bind(**self.arguments)
@@ -149,7 +149,7 @@ class OptimizerFunction:
 
     def _failed(self, what: str, error: Exception) -> InputError:
         code, frames = _code(self.function), traceback.extract_tb(error.__traceback__)
-        # the user's line: the deepest frame of the function's file, if there is one
+        # the user's line: the deepest frame in the function's file, if there is one
         own = [f for f in frames if code and f.filename == code.co_filename] or frames
         kind, text = type(error).__name__, " ".join(str(error).split())[:500]
         return self._refused(f"{what}raised {kind} at {own[-1].filename}:{own[-1].lineno}: {text}")
@@ -164,7 +164,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _code(function: Any) -> Any:
-    """Returns the code object of a Python function, which knows file and line; None for anything else."""
+    """Returns the code object of a Python function, which has file and line; None for other callables."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 

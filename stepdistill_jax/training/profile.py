@@ -1,4 +1,4 @@
-"""A profile of a few steps, for TensorBoard's profile plugin, XProf and Perfetto."""
+"""Writes a profile of a few steps, for TensorBoard's profile plugin, XProf and Perfetto."""
 
 import pathlib
 import shutil
@@ -14,14 +14,14 @@ FOLDER = "profile"
 
 
 class StepProfile:
-    """While entered, traces the steps `first` to `last` into `WORKDIR/profile`, on process 0 only.
+    """Traces a range of steps into `WORKDIR/profile` while it is entered, on process 0 only.
 
-    The files there are `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. A run that ends
-    during the trace writes the steps so far.
+    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. A run that ends during the
+    trace writes the steps so far.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
-        """`steps` None traces nothing."""
+        """Takes the first and the last step of the trace; None traces nothing."""
         self._folder = workdir / FOLDER
         self._steps = steps if jax.process_index() == 0 else None
         self._written: pathlib.Path | None = None  # folder of the trace, while tracing
@@ -33,13 +33,13 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Marks a step in the trace; starts the trace at its first step."""
+        """Starts the trace at its first step; returns a context that marks the step in the trace."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def ended(self, step: int, flush: Callable[[], None]) -> None:
-        """Ends the trace after its last step; `flush` waits for the devices."""
+        """Ends the trace after its last step; first calls `flush`, which waits for the devices."""
         if self._written is not None and self._steps is not None and step == self._steps[1]:
             flush()
             self._stop()

@@ -1,4 +1,4 @@
-"""`run.json`: the run's settings, versions and devices, and the settings that a resume must not change."""
+"""Writes and compares `run.json`: a run's settings, versions and devices, which a resume must mostly keep."""
 
 import dataclasses
 import datetime
@@ -30,9 +30,9 @@ from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
-# Settings that may differ between a run and its resume: none changes the loss that is minimised.
-# `train_steps` may also grow, if no learning rate depends on it.
-# `init_from` may have moved; what it held is in the fingerprint.
+# Settings that may differ between a run and its resume. None changes the loss that is minimised.
+# `train_steps` may also grow, if no learning rate depends on it. `init_from` may have moved; the
+# fingerprint contains its content.
 FREE_FIELDS = (
     "layout",
     "attention",
@@ -49,8 +49,8 @@ FREE_FIELDS = (
     "spike_factor",
     "grace_secs",
 )
-SEEN_SECS = 30.0  # until a file written by another host is visible on a network disk
-# may differ each time the run is started
+SEEN_SECS = 30.0  # longest wait until a file of another host is visible on a network disk
+# fields that may differ each time the run is started
 LIFE_FIELDS = (
     "versions",
     "device",
@@ -63,7 +63,7 @@ LIFE_FIELDS = (
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Returns the content of `run.json`: enough to know what was run, and to check a resume."""
+    """Returns the content of `run.json`, which identifies the run and lets a resume be checked."""
     fingerprint = {"train": run.data.fingerprint}
     cut = {"train": run.batches.cut_counts()}
     if run.validator is not None:
@@ -92,7 +92,7 @@ def describe(run: Run) -> dict[str, Any]:
     }
     if (
         run.initial is not None and not (run.workdir / RUN).exists()
-    ):  # otherwise the config says so already
+    ):  # a resumed run keeps the entry of its first start
         described["initialised"] = run.initial.described()
     return json.loads(json.dumps(described, default=str))
 
@@ -102,9 +102,10 @@ def _count(tree: Any) -> int:
 
 
 def _weights_digest(initial: InitialWeights) -> str | None:
-    """Returns a digest of INIT_FROM: a workdir's step and its files, or config.json and the file sizes.
+    """Returns a digest of INIT_FROM, or None if its directory or step no longer exists.
 
-    It does not read the weights, which may be many gigabytes. None if the directory or step is gone.
+    It covers a workdir's step and its files, or a model's config.json and its file sizes. It does not read
+    the weights, which may take many gigabytes.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):
@@ -118,7 +119,7 @@ def _weights_digest(initial: InitialWeights) -> str | None:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout that the package runs from; None if it is installed, or git is missing."""
+    """Returns the commit of the package's checkout, or None if the package is installed or git is missing."""
     folder = pathlib.Path(__file__).parent
     try:
         tracked, described = (
@@ -134,7 +135,7 @@ def _commit() -> str | None:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config of `run.json` with defaults for settings, also nested, that its version lacked."""
+    """Returns a config of `run.json` with defaults for settings that its version lacked, also nested ones."""
     found = json.loads(json.dumps(TrainConfig(task="").to_json()))
     for name, value in config.items():
         default = found.get(name)
@@ -168,7 +169,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns why a run of this config (as JSON) cannot get more steps; empty if no rate depends on them."""
+    """Returns why a run cannot get more steps, from its configs as JSON; empty if no rate depends on them."""
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
     rates = [{"shape": named}] if isinstance(named, str) else [named]
@@ -185,11 +186,12 @@ def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) -> None:
-    """Writes `run.json`, `config.gin` and the model files, or checks them against those of earlier starts.
+    """Writes `run.json`, `config.gin` and the model files, after checking them against earlier starts.
 
     Raises:
-        InputError: the workdir holds another run (names what differs), or cannot be written; or the
-            processes of this run do not see the same config, data or workdir. Raised on every process.
+        InputError: the workdir holds another run (names the differences), or cannot be written; or the
+            processes of this run do not see the same config, data or workdir. Raised on every
+            process.
     """
     _agree(described)
     path = run.workdir / RUN
@@ -203,13 +205,13 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
 
 
 def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the `run.json` of an earlier start of this run; None if there is none."""
+    """Returns the `run.json` of an earlier start of this run, or None at its first start."""
     path = workdir / RUN
     earlier = read_run(workdir) if path.exists() else None
     if earlier is not None and (found := differences(earlier, described)):
         raise InputError(
             f"{workdir}: holds a run with other settings ({'; '.join(found)});"
-            " use the same ones to resume it, or another `workdir`"
+            " use the same settings to resume it, or another `workdir`"
         )
     return earlier
 
@@ -224,7 +226,7 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
     kept = kept | {"config": kept["config"] | train_steps}
     try:
         run.workdir.mkdir(parents=True, exist_ok=True)
-        # first, so that after a kill between these files the folder is still recognised as this run's
+        # run.json first: after a kill between these files, it still identifies the folder as this run's
         write_json(run.workdir / RUN, kept | {"lives": lives})
         if longer or not (run.workdir / GENERATION_CONFIG).exists():  # written last
             info = task_info(run, described)
@@ -244,7 +246,8 @@ def _agree(described: dict[str, Any]) -> None:
         return
     given = described["config"]["init_from"]
     given = given and local_model(given)
-    # run.json has sizes only; under a cut each process reads its part, and two models would become a third
+    # run.json only has file sizes. With sharded weights each process reads its part, so two different models
+    # of the same size would be combined into a third.
     weights = ""
     if given and pathlib.Path(given).is_dir() and not is_workdir(given):
         weights = sampled_digest(pathlib.Path(given))
@@ -259,14 +262,14 @@ def _wait_for(path: pathlib.Path, written: str) -> None:
     while not (path.exists() and digest(read_json(path)) == written):
         if time.monotonic() > deadline:
             raise InputError(
-                f"`workdir` {path.parent}: it does not see there what process 0 has"
-                " written; all processes want one folder, on a disk that their hosts share"
+                f"`workdir` {path.parent}: this process does not see the files that process 0 wrote;"
+                " all processes need the same folder, on a disk that their hosts share"
             )
         time.sleep(0.5)
 
 
 def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
-    """Returns what `stepdistill.json` holds: how to prompt the trained model, and where it comes from."""
+    """Returns the content of `stepdistill.json`: how to prompt the trained model, and where it comes from."""
     return TaskInfo(
         task=run.config.task,
         objectives=run.data.objectives,

@@ -1,4 +1,4 @@
-"""Everything that a run is made of, checked before the first compile."""
+"""Assembles the parts of a run and checks them before the first compile."""
 
 import dataclasses
 import os
@@ -75,7 +75,7 @@ class Run:
     initial: InitialWeights | None = None
 
     def initial_state(self) -> TrainState:
-        """Step 0: the weights of `init_from`, or random ones; adapters are always new."""
+        """Returns the state at step 0: the weights of `init_from` or random ones; adapters are always new."""
         seed = self.config.seed
         if self.initial is None:
             return init_state(self.model, self.tx, self.abstract, seed=seed)
@@ -89,11 +89,12 @@ def assemble(
     """Opens data, model and mesh for a config.
 
     Raises:
-        InputError: anything that does not fit together, before a step is compiled.
+        InputError: settings, data, model and devices do not fit together; raised before a step is
+            compiled.
     """
     workdir, data_dir = as_path(workdir), data_folder(data_dir)
     check_workdir(workdir)
-    tx = make_optimizer(config)  # first: a function of the user's may fail
+    tx = make_optimizer(config)  # early, since a user's function may fail
     mesh = make_mesh(config.layout)
     shards = batch_shards(mesh)
     vocabulary, model = (
@@ -107,10 +108,11 @@ def assemble(
         model = new_model(config, data)
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
-    # one decides: the others may not see the same files
+    # process 0 decides for all, since the others may not see the same files
     inputs, targets = on_process_0(lambda: _row_lengths(config, batches, model, workdir))
     rows = (inputs, targets)
-    batches = with_row_lengths(batches, rows)  # of another run they may be too short: refused later
+    # another run's rows may be too short for this data; `claim_workdir` refuses that run later
+    batches = with_row_lengths(batches, rows)
     model = settle_attention(model, mesh, batches.lengths)
     abstract = abstract_state(model, tx, mesh)
     initial = None
@@ -124,7 +126,7 @@ def assemble(
             with_row_lengths(
                 batches_of(config, held_out, row_multiple=shards, shuffle=False), rows
             ),
-            # compiled for many lengths, of which a run tries none
+            # plain operations: a validation compiles for many lengths, for which no kernel was tested
             config=dataclasses.replace(model, attention="xla", scan_layers=True),
             abstract=abstract,
             mesh=mesh,
@@ -139,7 +141,7 @@ def assemble(
             )
     elif config.best_metric is not None:
         raise InputError(
-            f"`best_metric`: {config.task} has no {VALIDATION} split, whose numbers rank the steps;"
+            f"`best_metric`: {config.task} has no {VALIDATION} split, so no numbers rank the steps;"
             " leave it out"
         )
     else:
@@ -150,16 +152,16 @@ def assemble(
 def _row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig, workdir: pathlib.Path
 ) -> tuple[int, int]:
-    """Returns the tokens of a packed row: on a resume those of the run, on any layout."""
+    """Returns the tokens of a packed row; a resumed run keeps its numbers, whatever its layout is."""
     if config.pack and (workdir / RUN).is_file():
-        # a run of a version that did not choose them has rows as long as its texts may be
+        # older versions did not choose lengths; their rows have the maximum lengths of the texts
         kept = read_run(workdir).get("row_lengths")
         return (config.input_length, config.target_length) if kept is None else tuple(kept)
     return in_cheapest_rows(config, batches, model).row_lengths
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
-    """Returns the validation split; None if no part of the data has labelled validation rows."""
+    """Returns the validation split, or None if no part of the data has labelled validation rows."""
     where = {"data_dir": read["data_dir"], "task_module": config.task_module}
     if not has_split(config.task, VALIDATION, **where):
         return None
@@ -173,7 +175,7 @@ def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | N
 
 
 def model_settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns what a config says of its model, whichever the weights are."""
+    """Returns the model settings that come from the config, also with INIT_FROM."""
     return {name: getattr(config, name) for name in MODEL_SETTINGS}
 
 
@@ -182,7 +184,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
 
     Args:
         config: of the run.
-        data: whose vocabulary the model has; None is the published one of its family.
+        data: data whose vocabulary the model gets; None means the family's published vocabulary.
     """
     one_of("model_family", config.model_family, FAMILIES)
     if data is None:
@@ -193,7 +195,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:
-    """Vocabulary and configuration of INIT_FROM; on a resume the workdir has them, too."""
+    """Returns the vocabulary and the configuration of INIT_FROM; a resumed run reads its own copies."""
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     files = read_model_files(workdir if resumed else _init_path(config.init_from))
@@ -202,7 +204,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, Model
 
 
 def _init_path(init_from: str) -> pathlib.Path:
-    """INIT_FROM: a workdir may be in a store, a model directory must not; a name is the hub's."""
+    """Returns the path of INIT_FROM: a workdir, which may be in a store, or a local or downloaded model directory."""
     init_from = local_model(init_from)
     return as_path(init_from) if is_workdir(init_from) else local_path(init_from, "`init_from`")
 
@@ -210,10 +212,10 @@ def _init_path(init_from: str) -> pathlib.Path:
 def _initial_weights(
     config: TrainConfig, workdir: pathlib.Path, model: ModelConfig, abstract: TrainState
 ) -> InitialWeights:
-    """Returns the weights of INIT_FROM under its rules; a new run checks and reports the rules."""
+    """Returns the weights of INIT_FROM under its rules; a new run also checks the rules and logs them."""
     assert config.init_from is not None
     path = as_path(config.init_from)
-    # one decides: the others may not see the same files
+    # process 0 decides for all, since the others may not see the same files
     resumed, step = on_process_0(lambda: _begun(workdir, path))
     if not resumed:
         path = as_path(local_model(config.init_from))
@@ -228,16 +230,17 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step of `path` that it starts from, where it has steps."""
+    """Returns whether the run has begun, and the step of `path` from which it starts, if `path` has steps."""
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None
 
 
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
-    """Returns the most tokens of a decoded label: the config's, or those of the longest one of train.
+    """Returns the maximum tokens of a decoded label: the config's, or the longest train label's.
 
-    The latter is rounded up to a multiple of 8. An answer that is more than a label always has it.
+    The longest label's is rounded up to a multiple of 8. It is always used if an answer is more than a
+    label.
     """
     if config.max_decode_len is not None and not data.objectives[0].writes_more:
         return config.max_decode_len

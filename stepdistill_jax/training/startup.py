@@ -1,4 +1,4 @@
-"""Time from the start of a command to its first step, by part."""
+"""Measures the time from the start of a command to its first step, by part."""
 
 import time
 from typing import Any
@@ -18,19 +18,19 @@ class StartUp:
     """
 
     def __init__(self, began: float | None = None):
-        """Starts at `began`, of `time.monotonic()`; None is now."""
+        """Starts at `began`, a time of `time.monotonic()`; None means now."""
         self._began = self._last = time.monotonic() if began is None else began
         self._laps: dict[str, float] = {}
         self._over = False
 
     def done(self, part: str) -> None:
-        """Ends a lap."""
+        """Ends a lap, which gets the name `part`."""
         now = time.monotonic()
         self._laps[part] = now - self._last
         self._last = now
 
     def first_step(self, result: Any) -> None:
-        """Ends the last lap once the first step's `result` is computed, and logs all laps."""
+        """Waits until the first step's `result` is computed, ends the last lap and logs all laps."""
         if self._over:
             return
         self._over = True
@@ -41,6 +41,6 @@ class StartUp:
             log(self.line())
 
     def line(self) -> str:
-        """Returns the logged line, in seconds."""
+        """Returns the line to log, with times in seconds."""
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self._laps.items())
         return f"first step after {self._last - self._began:.1f} s: {parts}"

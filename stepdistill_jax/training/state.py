@@ -1,4 +1,4 @@
-"""The state that a step updates. It is created sharded: no process ever holds all of it."""
+"""The state that a step updates. It is created sharded, so no process ever holds all of it."""
 
 import functools
 from collections.abc import Callable
@@ -22,10 +22,10 @@ class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint saves.
 
     Attributes:
-        step: scalar int32, number of updates; also the data position.
-        params: float32 tree of `models.encoder_decoder`.
-        opt_state: of the optax transformation, for the trained parameters (`models.lora.split`):
-            the adapters alone if there are any.
+        step: number of updates, scalar int32; also the position in the data.
+        params: float32 parameters of `models.encoder_decoder`.
+        opt_state: state of the optax transformation for the trained parameters (`models.lora.split`),
+            which are only the adapters if there are any.
         rng: typed key; dropout of step k uses fold_in(rng, k).
     """
 
@@ -36,21 +36,23 @@ class TrainState(struct.PyTreeNode):
 
 
 def create_state(params: Any, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns step 0 with the given parameters."""
+    """Returns the state at step 0 with the given parameters."""
     return _first_state(params, tx, jax.random.key(seed))
 
 
 def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    # a separate key: init has used fold 0 of the seed
+    # a separate key, since init uses fold 0 of the seed
     rng = jax.random.fold_in(key, 1)
     opt_state = tx.init(split(params)[0])
     return TrainState(step=jnp.int32(0), params=params, opt_state=opt_state, rng=rng)
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
-    """Shards a moment like its parameter; a factored one (Adafactor) lacks one axis."""
+    """Returns the sharding of a moment: its parameter's, without the axis that a factored moment lacks."""
     if moment.shape == param.shape:
         return sharding
+    # Adafactor keeps the means over rows and over columns: [512, 1024] cut as (fsdp, tensor) has moments [512],
+    # cut as (fsdp), and [1024], cut as (tensor). Other shapes are copied to all devices.
     spec = list(sharding.spec) + [None] * (param.ndim - len(sharding.spec))
     for axis in reversed(range(param.ndim)):
         if moment.shape == param.shape[:axis] + param.shape[axis + 1 :]:
@@ -59,10 +61,11 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 
 
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Returns shardings of any transformation's state: a leaf whose path ends with a parameter's is its moment.
+    """Returns the shardings of an optimizer state; a leaf whose path ends like a parameter's is its moment.
 
-    `optax.tree_map_params` would call `init` on a placeholder, but a user's function may need arrays
-    there, and trees with masked nodes differ in structure from the parameters.
+    This works for any transformation. `optax.tree_map_params` would call `init` on a placeholder, but a
+    user's function may need arrays there, and trees with masked nodes differ in structure from the
+    parameters.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -70,6 +73,7 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
     depth = max(map(len, known))
 
     def place(path: tuple, moment: Any) -> NamedSharding:
+        # the longest ending first: of 1/0/mu/decoder/layers/mlp/wo/kernel the last five are a parameter's path
         for length in range(min(depth, len(path)), 0, -1):
             if found := known.get(path[-length:]):
                 return _moment_sharding(mesh, moment, *found)
@@ -79,7 +83,7 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
 
 
 def abstract_state(config: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Returns the state as shapes with shardings, for jit, checkpoints and weight loading."""
+    """Returns the shapes and shardings of the state, for jit, checkpoints and loading weights."""
     boxed = abstract_params(config)
     shardings = param_shardings(mesh, boxed, config)
     params = jax.eval_shape(nn.meta.unbox, boxed)  # a bare unbox fails on abstract values in a mesh
@@ -100,13 +104,16 @@ def shardings_of(abstract: Any) -> Any:
 
 
 def hashable(abstract: Any) -> tuple[tuple, Any]:
-    """Returns leaves and structure of a tree of abstract arrays, as a cache key for compiled programs."""
+    """Returns the leaves and the structure of a tree of abstract arrays: a cache key for compiled programs."""
     leaves, tree = jax.tree.flatten(abstract)
     return tuple(leaves), tree
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """Returns the seed's key as an argument of the program: runs that differ only in seed compile once."""
+    """Returns the data of the seed's key.
+
+    As an argument of a program, it lets runs that differ only in seed share one compilation.
+    """
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
@@ -114,7 +121,7 @@ def _key_data(seed: int) -> np.ndarray:
 def init_state(
     config: ModelConfig, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """Returns a random state, each part made on the device that keeps it."""
+    """Returns a random state; each device computes the part that it keeps."""
     return _jit_init(config, tx, *hashable(abstract))(_key_data(seed))
 
 
@@ -133,12 +140,12 @@ def drawn(
 ) -> Any:
     """Returns a part of the parameters that `init_state` would draw, placed on the devices.
 
-    XLA drops the rest of `init_params` as unused.
+    XLA removes the computation of all other parameters, since it is unused.
 
     Args:
-        part: takes that part out of a parameter tree.
+        part: function that takes the part out of a parameter tree.
         config: of the model.
-        abstract: of the model's state.
+        abstract: shapes and shardings of the model's state.
         seed: of the run.
     """
 
@@ -149,13 +156,13 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Adds to placed plain weights the adapters that `init_state` would draw."""
+    """Adds the adapters that `init_state` would draw to plain weights that are on the devices."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 
 def state_from_params(
     params: Any, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """Returns step 0 with copies of the given parameters, placed on devices as in `abstract`."""
+    """Returns the state at step 0 with copies of the given parameters, placed on devices as in `abstract`."""
     create = functools.partial(create_state, tx=tx, seed=seed)
     return jax.jit(create, out_shardings=shardings_of(abstract))(params)

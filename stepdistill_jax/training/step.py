@@ -1,4 +1,4 @@
-"""One update, as a pure function, and its one call site for `jax.jit`."""
+"""The training step as a pure function, and the only place that compiles it."""
 
 import functools
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def batch_sums(
     num_objectives: int | None = None,
     **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Returns loss and totals over all groups of a batch; those of an extra loss come last.
+    """Returns the loss and the totals over all groups of a batch; an extra loss has the last column.
 
     See `objective_sums` for `scale`, `num_objectives` and the columns.
     """
@@ -59,7 +59,7 @@ def batch_sums(
 def batch_counts(
     batch: Batch, columns: int, extra_loss: ExtraLoss | None, num_objectives: int
 ) -> jax.Array:
-    """Returns [columns] float32: the divisors of `batch_sums`' totals, from the ids alone."""
+    """Returns the divisors of the totals of `batch_sums`, computed from the ids only: [columns] float32."""
     counts = [token_weights(group, columns, num_objectives).sum((0, 1)) for group in batch]
     total = jnp.sum(jnp.stack(counts), axis=0)
     if extra_loss is not None:
@@ -70,9 +70,11 @@ def batch_counts(
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
     """Cuts [rows, length] -> [slices, rows / slices, length]; slice i takes rows i, i + slices, ...
 
-    A contiguous cut would move every row to another device.
+    Contiguous slices would move rows between devices.
     """
 
+    # Rows 0 to 7 on two devices, 0-3 and 4-7, in two slices: 0 2 | 4 6 and 1 3 | 5 7. Each device keeps its
+    # rows and has half of each slice.
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
         return nn.with_logical_constraint(x, (None, "batch", "length"))
@@ -91,36 +93,41 @@ def train_step(
     extra_loss: ExtraLoss | None = None,
     num_tasks: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Computes loss and gradient of the global batch, then makes one update.
+    """Computes the loss and the gradient of the global batch and makes one update.
 
-    The counts of the whole batch are known before it is cut into slices, so each slice adds its
-    share of the exact gradient: the result does not depend on slices, devices or packing.
-    With adapters, gradient, clip and update cover the adapters alone. If loss or gradient is not
-    finite, parameters and optimizer keep their values, and the step still counts.
+    The counts of the complete batch are known before it is cut into slices, so each slice adds its share
+    of the exact gradient: the result does not depend on slices, devices or packing. With adapters,
+    gradient, clip and update concern only the adapters. If the loss or the gradient is not finite,
+    parameters and optimizer keep their values, and the step still counts.
 
     Args:
         state: donated by the jitted form.
         batch: groups of rows, see `batches.batch`.
         model: the module whose parameters `state` holds.
         tx: the transformation whose state `state` holds.
-        objective_weights: one per objective; a `Schedule` is computed from the state's step.
-        num_microbatches: divides the rows of each group.
-        extra_loss: one more term of the loss, with its own weight.
-        num_tasks: parts of the data; an objective's loss is the mean over the tokens of all.
+        objective_weights: a weight for each objective; a `Schedule` is computed from the state's step.
+        num_microbatches: number of slices; it divides the rows of each group.
+        extra_loss: a further term of the loss, with its own weight.
+        num_tasks: number of parts of the data; an objective's loss is the mean over the tokens of all
+            parts.
 
     Returns:
         The new state, and `sums` (a column for each task and objective), `loss` (nats per token),
         `grad_norm` (before the clip) and, if a weight is a schedule, this step's `weights`. An extra
-        loss is the last column of `sums` and the last of `weights`.
+        loss has the last column of `sums` and the last of `weights`.
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
+    # 2 tasks with 2 objectives and an extra loss: 5 columns, the objectives of task 1, of task 2, the extra loss
     of = (len(objective_weights), num_tasks)
     columns = len(all_weights) + (num_tasks - 1) * of[0]
     weights = weights_at(all_weights, state.step)
+    # weight / count over the GLOBAL batch: with it, sums over slices and devices need no division
     counts = over_tasks(batch_counts(batch, columns, extra_loss, of[0]), *of)
     scale = for_tasks(loss_scale(counts, weights), *of)
     dropout = model.config.dropout_rate > 0
+    # a function of seed and step, so a resumed run draws the same dropout masks
     step_rng = jax.random.fold_in(state.rng, state.step)
+    # with adapters, gradients are computed only for them, and the optimizer's state has only theirs
     trained, frozen = split(state.params)
 
     def slice_loss(trained, part: Batch, rng) -> tuple[jax.Array, ObjectiveSums]:
@@ -132,7 +139,7 @@ def train_step(
     if num_microbatches == 1:
         (_, sums), grads = value_and_grad(trained, batch, step_rng)
     else:
-
+        # one slice's activations exist at a time; gradients are float32, as the parameters
         def add_slice(carry, part_and_index):
             part, index = part_and_index
             rng = jax.random.fold_in(step_rng, index)
@@ -158,18 +165,19 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
     """Returns `updated`, or `before` if loss or gradient is not finite.
 
     `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and
-    let the update through after its last allowed error. The norm is needed for the clip anyway, and
-    XLA makes the choice while it writes the update.
+    apply the update after its last allowed error. The norm is needed for the clip anyway, and XLA selects
+    the values while it writes the update.
     """
+    # a NaN or infinity in any gradient makes the global norm NaN or infinite
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, before)
 
 
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
-    """Sets schedules' counts to the step, so that skipped updates do not delay the learning rate.
+    """Sets the counts of schedules to the step, so that skipped updates do not delay the learning rate.
 
     A state that holds only a count belongs to a schedule: `optax.ScaleByScheduleState`, and the
-    states of `optax.inject_hyperparams` and scheduled weight decay.
+    states of `optax.inject_hyperparams` and of scheduled weight decay.
     """
 
     def of_schedule(x: Any) -> bool:
@@ -185,12 +193,13 @@ def eval_step(
     params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
     """Returns the totals of a batch without dropout."""
+    # the scale only affects the loss, which is not used here
     scale = jnp.zeros(num_objectives * num_tasks)
     return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """Wraps `function` in the mesh and the logical axis rules, which tracing looks up."""
+    """Returns `function` in the context of the mesh and the logical axis rules, which tracing reads."""
 
     @functools.wraps(function)
     def inside(*args):
@@ -201,7 +210,7 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `train_step` compiled once per batch shape, with explicit shardings; the state is donated.
+    """Returns `train_step`, compiled once for each batch shape, with explicit shardings; donates the state.
 
     Equal arguments return the same function, so runs that differ only in seed or data compile once.
     """
@@ -221,7 +230,7 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `eval_step` compiled once per batch shape, for the plain model with merged adapters.
+    """Returns `eval_step`, compiled once for each batch shape, for the plain model with merged adapters.
 
     Equal arguments return the same function, as for `jit_train_step`.
     """

@@ -1,4 +1,4 @@
-"""Supervises a run: records steps, saves, stops on signals, rolls back, and ends a run that is stuck.
+"""Supervises a run: records steps, saves, stops on signals, rolls back, and ends a stuck run.
 
 The loop passes each step to `record` and `save`. The run is in one of four states:
 
@@ -19,11 +19,12 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     any -> failed (1)               not finite with `on_nonfinite` "stop"; too many in a row a second
                                     time, or without a checkpoint to roll back to
     any -> stuck (134)              the state lasts too long
-    any -> stopped                  `grace_secs` after a signal (75); at a second one (128 + number)
+    any -> stopped                  `grace_secs` after a signal (75); at a second signal (128 + number)
     SAVING -> stopped (75)          the step that was running at a signal is saved
     SAVING -> done (0)              the last step is saved
 
-Every process has a supervisor, and all reach the same decision.
+The number in parentheses is the exit status. Every process has a supervisor, and all make the same
+decision.
 """
 
 import collections
@@ -57,19 +58,21 @@ from stepdistill_jax.training.run import Run
 from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.throughput import Throughput
 
-SPIKE_WINDOW = 100  # steps over which the usual loss is the median
-SPIKE_LEAST = 10  # with fewer, no step is flagged
+SPIKE_WINDOW = 100  # number of recent losses whose median is the usual loss
+SPIKE_LEAST = 10  # number of losses below which no step is flagged
 SILENT_STEPS = 20  # steps without a target token after which an objective gets a warning
 TEXT = 200  # characters of an input in the list of flagged steps
-EXIT_STUCK = 134  # like SIGABRT, with which JAX ends the peers of a dead process: launchers restart
+EXIT_STUCK = (
+    134  # as after SIGABRT, by which JAX ends the peers of a dead process: launchers restart
+)
 SLOW_FACTOR = 12  # limit of every state but STEPPING, in units of `min_secs`
-RECENT = 32  # step times over which the median is taken
+RECENT = 32  # number of step times for the median
 
 State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step`: the run rolls back, after the loop has released its state."""
+    """Raised by `flush` after step `step` to roll the run back, once the loop has released its state."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -77,7 +80,7 @@ class _TooManyBadSteps(Exception):
 
 
 class _BrokenOff(Exception):
-    """Raised between two batches of a validation after a stop signal."""
+    """Raised between two batches to interrupt a validation after a stop signal."""
 
 
 def leave_at_start(signal_name: str) -> None:
@@ -86,17 +89,18 @@ def leave_at_start(signal_name: str) -> None:
 
 
 def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns `life()`, called again after the run has rolled back.
+    """Returns the result of `life()`, which is called again after the run has rolled back.
 
     Raises:
-        FloatingPointError: of `life`, with advice.
+        FloatingPointError: raised by `life`; advice is added to its message.
     """
     while True:
         try:
             try:
                 return life()
             except _TooManyBadSteps as error:
-                step = error.step  # the error's frames keep a state in device memory
+                step = error.step
+            # outside `except`: while the error lives, its frames keep a state in device memory
             _roll_back(run, step)
         except FloatingPointError as error:  # no save is running any more
             saved = max(saved_steps(run.workdir), default=None)
@@ -108,15 +112,15 @@ def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class Supervisor:
-    """Follows a run from its newest checkpoint; `last` is the newest step's line of metrics."""
+    """Supervises a run from its newest checkpoint; `last` holds the metrics of the newest step."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """Takes an entered `stop`; each state changes what a signal does."""
+        """Takes an entered `stop`, whose reaction to a signal each state changes."""
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
         self._enter(State.STARTING)
-        # in one transfer: a separate operation would queue behind the running step
+        # the rates of all steps at once, since an operation at each step would wait for the running step
         learning_rate_fn, steps = make_schedule(config), np.arange(config.train_steps)
         rates = None if learning_rate_fn is None else np.asarray(learning_rate_fn(steps))
         self._learning_rates = rates if rates is None else np.broadcast_to(rates, steps.shape)
@@ -126,15 +130,16 @@ class Supervisor:
         self._weights = {term.name: term.weight for term in (*run.data.objectives, *extra)}
         self._pending: tuple[int, HostBatch, dict, float, float | None] | None = None
         self.last: dict[str, Any] = {}
-        self._silent = dict.fromkeys(self._names, 0)  # steps in a row without a target token
+        self._silent = dict.fromkeys(self._names, 0)  # consecutive steps without a target token
         self._zero_steps, self._spiking = 0, False
         self._losses: collections.deque[float] = collections.deque(maxlen=SPIKE_WINDOW)
-        self._skipped, self._in_a_row, self._gone_back = 0, 0, False  # steps that were not finite
+        # steps that were not finite: all and the latest in a row, and whether the run has rolled back
+        self._skipped, self._in_a_row, self._gone_back = 0, 0, False
 
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
-        """Opens the workdir, which `closing` closes; returns the newest checkpoint's step and state.
+        """Opens the workdir and returns the newest checkpoint's step and state; `closing` closes the workdir.
 
-        Without a checkpoint, returns 0 and a new state that devices may still be computing.
+        Without a checkpoint, it returns 0 and a new state that devices may still be computing.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
@@ -172,7 +177,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores the counts of earlier starts of the run up to step `start`."""
+        """Restores the counts of the run's earlier starts, up to step `start`."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -181,6 +186,7 @@ class Supervisor:
         for line in read_flagged(self._run.workdir):
             if line["step"] > start:
                 break
+            # flagged steps 7, 8, 9 and start 9: three in a row; with start 10, step 10 was finite, so none
             if line.get("reason") == "nonfinite":
                 self._skipped += 1
                 self._in_a_row = self._in_a_row + 1 if last == line["step"] - 1 else 1
@@ -199,18 +205,18 @@ class Supervisor:
     # --- recording
 
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
-        """Keeps a step and writes the previous one, so that reading metrics never delays the devices.
+        """Stores a step and writes the previous one, so that reading metrics never delays the devices.
 
-        `device_metrics` may still be computing; `waited` is the time spent waiting for the batch, in
-        seconds. Raises as `flush` does.
+        `device_metrics` may still be computing. `waited` is the time spent waiting for the batch, in
+        seconds. Raises the errors of `flush`.
         """
-        # if the call returned after the step's end, `flush` would see the end too late
+        # a step that has already ended: `flush` runs later, so it would measure too late an end
         ended = self._throughput.now() if device_metrics["loss"].is_ready() else None
         self.flush(before=ended)
         self._pending = step, batch, device_metrics, waited, ended
 
     def flush(self, before: float | None = None) -> None:
-        """Writes the kept step; `before`: when the next step ended, if it has.
+        """Writes the stored step; `before` is the time at which the next step ended, if it has ended.
 
         Raises:
             FloatingPointError: the written step is not finite, and the run must end.
@@ -220,6 +226,7 @@ class Supervisor:
         (step, batch, device_metrics, waited, ended), self._pending = self._pending, None
         got = jax.tree.map(np.asarray, device_metrics)  # waits until the step has ended
         throughput = self._throughput
+        # an unknown end lies between the previous end and `before`: the midpoint is the estimate
         if ended is None:
             ended = throughput.now() if before is None else throughput.halfway(before)
         metrics = self._numbers(step, batch, got) | throughput.of_step(batch, ended)
@@ -264,7 +271,7 @@ class Supervisor:
     def _warn(self, step: int, metrics: dict[str, float]) -> None:
         self._zero_steps = self._zero_steps + 1 if metrics["loss"] == 0.0 else 0
         if self._zero_steps == 1:
-            log(f"warning: step {step}: the loss is exactly 0, nothing is learned")
+            log(f"warning: step {step}: the loss is exactly 0, so nothing is learned")
         for name in self._names:
             silent = self._silent[name] + 1 if not metrics[f"target_tokens/{name}"] else 0
             self._silent[name] = silent
@@ -284,7 +291,7 @@ class Supervisor:
             self._flag(step, "spike", metrics)
             if not self._spiking:
                 log(
-                    f"warning: step {step}: loss {loss:.4g}, the median of the last"
+                    f"warning: step {step}: loss {loss:.4g}, and the median of the last"
                     f" {len(self._losses)} steps is {usual:.4g}; its examples are in {FLAGGED}"
                 )
         self._spiking = spike
@@ -297,7 +304,7 @@ class Supervisor:
         self._writer.flag(step, entry | {"examples": _examples_of(self._run, step)})
 
     def _enforce(self, step: int, metrics: dict[str, float]) -> None:
-        """Skips a step that is not finite, rolls back after too many, or fails."""
+        """Handles a step that is not finite: warns, rolls the run back after too many, or fails."""
         config = self._run.config
         what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
         if config.on_nonfinite == "stop":
@@ -305,7 +312,7 @@ class Supervisor:
         if self._bar is not None:
             log(
                 f"warning: {what}: its update is skipped ({self._in_a_row} in a row,"
-                f" {self._skipped} in all); its examples are in {FLAGGED}"
+                f" {self._skipped} in total); its examples are in {FLAGGED}"
             )
         if self._in_a_row >= config.max_consecutive_nonfinite:
             if self._gone_back:
@@ -315,11 +322,11 @@ class Supervisor:
     # --- validating and saving
 
     def save(self, step: int, state: TrainState) -> None:
-        """Does what is due after a step: validates, saves, and exits after a stop signal.
+        """Validates and saves after a step if either is due, and exits after a stop signal.
 
         Raises:
             SystemExit: status 75, after the step is saved.
-            FloatingPointError: as `flush`, before the step is saved.
+            FloatingPointError: raised by `flush`, before the step is saved.
         """
         self._watchdog.last_step = step
         self._enter(State.SAVING)
@@ -334,7 +341,7 @@ class Supervisor:
             better, self._best = True, rank(metrics)
         if better or stopping or last or step % self._run.config.checkpoint_every == 0:
             self.flush()
-            self._writer.sync()  # a resume from the checkpoint reads it there
+            self._writer.sync()  # a resume from this checkpoint reads the metrics up to its step
             metrics = metrics or {"step": step, "validated": False}
             self._checkpoints.save(step, state.params, state.replace(params=None), metrics)
             self._throughput.pause()
@@ -350,9 +357,10 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Writes a step's validation and its answers; None if a signal interrupts it.
+        """Validates a step, and writes the metrics and the answers.
 
-        Returns the validation's metrics, which the checkpoint stores.
+        Returns:
+            The metrics, which the checkpoint stores; None if a signal interrupted the validation.
         """
         validator = self._run.validator
         assert validator is not None
@@ -392,13 +400,13 @@ class Supervisor:
 
 
 def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns the loss and the losses of objectives, without those of single tasks."""
+    """Returns the loss and the losses of objectives, without the losses of single tasks."""
     of_objective = {n: v for n, v in metrics.items() if n.startswith("loss/") and n.count("/") == 1}
     return {"loss": metrics["loss"]} | of_objective
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns a step's examples: index in the tokenised split, start of the input, and label."""
+    """Returns a step's examples: row in the tokenised split, start of the input, and label."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -411,16 +419,18 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 
 
 def _roll_back(run: Run, step: int) -> None:
-    """Saves step `step` again: the last good checkpoint's parameters and optimizer, at that step.
+    """Rolls a run back: saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1): repeated in
-    the same order, they would fail again.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1), since repeated in
+    the same order they would fail again.
 
     The last good checkpoint is the newest multiple of `checkpoint_every` whose next step was finite.
-    Steps saved for another reason, such as a stop signal, do not count, so that stopped and unstopped
-    runs agree.
+    Steps saved for another reason, such as a stop signal, do not count, so a run gives the same result
+    with and without stops.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
+    # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to
+    # 95 it is 80: step 91 started from the parameters of step 90, which may be the fault.
     good = (step - in_a_row - 1) // every * every
     bad = f"steps {step - in_a_row + 1} to {step}"
     first = jax.process_index() == 0
@@ -428,7 +438,7 @@ def _roll_back(run: Run, step: int) -> None:
         if good not in saved_steps(run.workdir):
             none = f"of step {good} to roll back to" if good > 0 else "was due before"
             raise FloatingPointError(
-                f"{bad}: loss or gradient not finite, and no checkpoint {none}"
+                f"{bad}: loss or gradient is not finite, and no checkpoint {none}"
             )
         if first:
             log(
@@ -437,7 +447,7 @@ def _roll_back(run: Run, step: int) -> None:
             )
         abstract = run.abstract
         params, rest = checkpoints.restore(good, abstract.params, abstract.replace(params=None))
-        # first: a resume cuts off lines of steps that are not saved
+        # before the save, since a resume removes the lines of steps that are not saved
         writer = MetricsWriter(run.workdir, start_step=step, active=first)
         with contextlib.closing(writer):
             writer.flag(step, {"reason": "rolled_back", "to_step": good})
@@ -447,7 +457,7 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """While entered, ends a process whose state lasts too long: writes all threads' stacks, exits with 134.
+    """Ends the process if a state lasts too long while it is entered: writes all stacks, exits with status 134.
 
     Time in which the process does not run (a suspended laptop, Ctrl-Z) does not count, since the
     thread adds up its own short sleeps.
@@ -472,14 +482,14 @@ class Watchdog:
         self._end.set()
 
     def enter(self, state: State) -> None:
-        """Begins a state, which ends the previous one."""
+        """Ends the previous state and begins this one."""
         now = time.monotonic()
         if self._state is State.STEPPING:
             self._seconds.append(now - self._began)
         self._state, self._began, self._mark = state, now, self._ran
 
     def limit_secs(self) -> float:
-        """Returns how long this state may last."""
+        """Returns how long the current state may last, in seconds."""
         if self._state is not State.STEPPING or not self._seconds:
             return SLOW_FACTOR * self._min_secs
         return max(self._min_secs, self._medians * statistics.median(list(self._seconds)))
@@ -488,6 +498,7 @@ class Watchdog:
         last = time.monotonic()
         while not self._end.wait(self._interval):
             now = time.monotonic()
+            # time in which the process was suspended does not count
             self._ran += min(now - last, 2 * self._interval)
             last = now
             if self._ran - self._mark > self.limit_secs():
@@ -497,10 +508,10 @@ class Watchdog:
         step, secs = self.last_step, self._ran - self._mark
         where = "before the first step" if step is None else f"after step {step}"
         usual = f", a step takes {statistics.median(self._seconds):.3g} s" if self._seconds else ""
-        log(f"stuck: nothing for {secs:.0f} s {where}{usual}; the stacks of all threads:")
+        log(f"stuck: no progress for {secs:.0f} s {where}{usual}; the stacks of all threads:")
         faulthandler.dump_traceback(file=sys.__stderr__ or sys.stderr, all_threads=True)
         log(
             f"stepdistill: failed: stuck {where}; start the same command again to continue from the last"
-            " saved step (train.watchdog_medians = 0 turns this off)"
+            " saved step (train.watchdog_medians = 0 turns off this check)"
         )
         os._exit(EXIT_STUCK)

@@ -1,4 +1,4 @@
-"""Training speed, from the contents of batches and the time between steps."""
+"""Computes the training speed from the contents of batches and the time between steps."""
 
 import time
 
@@ -11,7 +11,7 @@ from stepdistill_jax.runtime.chips import chip_of
 
 
 class Throughput:
-    """Turns step times into rates; `pause` excludes validation and saving."""
+    """Turns the times of steps into rates; `pause` excludes validation and saving."""
 
     def __init__(self, config: ModelConfig, *, batch_size: int):
         """Starts the clock."""
@@ -21,19 +21,19 @@ class Throughput:
         self._peak = None if chip is None else chip.bfloat16 * jax.device_count()
 
     def pause(self) -> None:
-        """Forgets the time since the last step."""
+        """Excludes the time since the last step."""
         self._last = time.monotonic()
 
     def now(self) -> float:
-        """Returns the time of the clock that measures steps, in seconds."""
+        """Returns the current time of the clock that measures steps, in seconds."""
         return time.monotonic()
 
     def halfway(self, ended: float) -> float:
-        """Returns the midpoint between the last known end and `ended`: two steps share that time."""
+        """Returns the midpoint between the last known end and `ended`, for two steps that share this time."""
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns `timing/...` and the fill of a step that ended at time `ended` of `now`.
+        """Returns `timing/...` and the fill of a step that ended at `ended`, a time from `now`.
 
         A step's time counts from the end of the previous step, or from the last `pause`.
         """
@@ -42,12 +42,13 @@ class Throughput:
             train_flops(self._config, rows=rows, input_length=inputs, target_length=targets)
             for rows, inputs, targets in batch.shapes
         )
+        # 8 rows of 64 input and 32 target tokens: 512 and 256 cells
         cells = [sum(rows * lengths[i] for rows, *lengths in batch.shapes) for i in (0, 1)]
         metrics = {
             "non_padding_fraction/inputs": batch.input_tokens / cells[0],
             "non_padding_fraction/targets": batch.target_tokens / cells[1],
             "timing/examples_per_second": self._batch_size / seconds,
-            # without the tokens of a decoder prefix, which are given
+            # without the tokens of a decoder prefix, which the model does not predict
             "timing/target_tokens_per_second": sum(batch.objective_tokens) / seconds,
             "timing/tflops_per_second": flops / seconds / 1e12,
         }

@@ -1,4 +1,4 @@
-"""Validation during training: losses per objective and the accuracy of decoded labels."""
+"""Validates a model during training: computes the objectives' losses and the accuracy of decoded labels."""
 
 import dataclasses
 import functools
@@ -31,14 +31,14 @@ from stepdistill_jax.training.state import TrainState
 from stepdistill_jax.training.step import jit_eval_step
 
 OWN = ("loss", "label_accuracy", "unfinished", "collapsed", "unparsed")  # names of our own metrics
-MEANS = ("label_accuracy", "unfinished", "collapsed")  # over the parts of a mixture
+MEANS = ("label_accuracy", "unfinished", "collapsed")  # averaged over the parts of a mixture
 
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """Everything that a validation needs, made once; `compute` takes the parameters of a step.
+    """Everything that validations need, created once; `compute` takes the parameters of a step.
 
-    Adapters are merged first, so the model that would be exported is measured.
+    It merges adapters first, so it measures the model that would be exported.
     """
 
     config: ModelConfig
@@ -62,9 +62,9 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Makes the functions to be compiled, and opens the metrics of the parts' tasks.
+        """Creates the functions to compile, and opens the metrics of the parts' tasks.
 
-        `batches` covers the split once, in order; `batch_size` is the decoder's, in rows.
+        `batches` covers the split once, in order. `batch_size` is the decoder's, in rows.
         """
         plain = dataclasses.replace(config, lora=None)
         found = {part.name: TaskMetrics.of(part, data.split) for part in data.parts}
@@ -90,13 +90,13 @@ class Validator:
         )
 
     def try_out(self) -> list[str]:
-        """Returns the names that `compute` will give, without `eval/<split>/` and without those of warnings.
+        """Returns the names of the metrics of `compute`, without `eval/<split>/` and without warnings' names.
 
-        Computes the tasks' metrics once, with the targets as answers, so that a broken metric shows
-        before the first step.
+        Computes the tasks' metrics once, with the targets as answers, so that a broken metric fails before
+        the first step.
 
         Raises:
-            InputError: a metric fails, or has the name of one of our own.
+            InputError: a metric fails, or has the name of a metric that every validation gives.
         """
         several, of_parts = len(self.data.parts) > 1, []
         for part in self.data.parts:
@@ -108,7 +108,7 @@ class Validator:
         return [*dict.fromkeys(["label_accuracy", "loss", *ours]), *of_parts]
 
     def _numbers_of(self, part: Part) -> list[str]:
-        """Returns the names of our own metrics of a part."""
+        """Returns the names of the metrics that every validation gives for a part."""
         names = ["label_accuracy"] if part.label_column is not None else []
         for column, rows in zip(part.columns, part.store.rows, strict=True):
             if rows["targets"].lengths.any():
@@ -117,13 +117,13 @@ class Validator:
         return list(dict.fromkeys(names))
 
     def majority_baseline(self) -> float:
-        """Returns the label accuracy of always answering the commonest label, averaged over the parts."""
+        """Returns the label accuracy of always answering the most frequent label, averaged over the parts."""
         labelled = [part for part in self.data.parts if part.label_column is not None]
         of_parts = [majority_baseline(p.labelled_inputs()[1], p.metric) for p in labelled]
         return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
-        """Returns the numbers that rank a step, the most important first, each better when larger.
+        """Returns the numbers that rank a step, the most important first; larger is better for each.
 
         Args:
             found: of `compute`.
@@ -156,32 +156,35 @@ class Validator:
     ) -> dict[str, float]:
         """Returns the metrics of the split, named `eval/<split>/...`.
 
-        With several parts, those of a part are named `eval/<split>/<part>/...`, and `label_accuracy` is
-        the mean over the parts.
+        With several parts, a part's metrics are named `eval/<split>/<part>/...`, and `label_accuracy` is
+        the mean over the parts. Every process runs the same batches.
 
-        `on_batch` is called after each batch of losses and of answers, and may raise. Every process runs the same batches. `label_accuracy` is the share of decoded labels that
-        match (by text, or by value for equations); `collapsed` is 1 where two or more rows all got
-        one answer (also logged), else 0; where targets are more than a label, `unparsed` is
-        the share of answers without a label, which count as wrong; `accuracy/<objective>` is the share of target
-        tokens that are the likeliest under teacher forcing, each weighted as in the loss. Losses are
-        nats per token. `loss` uses the final weights of schedules, so that steps can be compared, and
-        leaves out an extra loss. The metrics of a part's own task keep their names, after `<part>/` if
-        there are several parts.
+        `label_accuracy` is the share of decoded labels that match (by text, or by value for equations).
+        `collapsed` is 1 if there are several rows and all got the same answer (also logged), otherwise 0.
+        If targets are more than a label, `unparsed` is the share of answers without a label, which count as
+        wrong. `accuracy/<objective>` is the share of target tokens that are the likeliest under teacher
+        forcing, weighted as in the loss. Losses are nats per token. `loss` uses the final weights of
+        schedules, so that steps can be compared, and leaves out an extra loss. The metrics of a part's own
+        task keep their names, after `<part>/` if there are several parts.
 
-        `keep` is called with each answer: `id` (the number of its row, from 1), `label`, `score`
-        (natural log of its probability), `target`, and, with several parts, `task`.
+        Args:
+            params: parameters of a step.
+            on_batch: called after each batch of losses and of answers; may raise.
+            keep: called with each answer: `id` (the number of its row, from 1), `label`, `score`
+                (natural log of its probability), `target`, and, with several parts, `task`.
 
         Raises:
             InputError: a task's metric fails.
         """
         params, _ = merge(params, self.config)
         parts, count = [part.name for part in self.data.parts], len(self.data.objectives)
-        # loss, correct, count; float64, summed over many batches
+        # rows: loss, correct, count; float64, since they add up over many batches
         totals = np.zeros((3, len(parts) * count))
         for batch in on_this_host(self.batches, 0, self.batches.num_steps, self.mesh):
             sums = self.eval_step(params, placed(batch, self.mesh))
             totals += np.array([sums.loss, sums.correct, sums.count], np.float64)
             on_batch()
+        # over all parts first, then each part: columns are the objectives of part 1, of part 2, ...
         metrics = self._means(over_tasks(of, count, len(parts)) for of in totals)
         for name, *of_part in zip(parts, *totals.reshape(3, len(parts), count), strict=True):
             if len(parts) > 1:
@@ -194,7 +197,7 @@ class Validator:
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
-        """Returns loss and accuracy of the objectives with tokens, from totals of loss, correct, count."""
+        """Returns loss and accuracy of each objective with tokens, from totals of loss, correct and count."""
         found = {}
         for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
             if count > 0:
@@ -205,12 +208,13 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Returns the metrics of the decoded labels: of each part, and the means of several parts."""
+        """Decodes the labels and returns their metrics: each part's and, with several parts, the means."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [
             truncate(ids, self.batches.input_length) for inputs, _ in asked for ids in inputs
         ]
+        # the prompts of all parts together, so that few batches are partly empty
         decoded = self.decoder(params, prompts, on_progress=lambda _: on_batch())
         each, several, end = {}, len(self.data.parts) > 1, 0
         for part, (inputs, labels) in zip(parts, asked, strict=True):
@@ -241,7 +245,7 @@ class Validator:
         found: Decoded,
         on_batch: Callable[[], None],
     ) -> dict[str, float]:
-        """Returns the values of the metrics of the part's own task."""
+        """Returns the metrics that the part's own task defines."""
         if (metrics := self.metrics.get(part.name)) is None:
             return {}
         target_scores = None
@@ -269,8 +273,8 @@ class Validator:
             answer, parsed = read[0]
             log(
                 f"warning: all {len(read)} answers in {of} are"
-                f" {'' if parsed else 'without a label, and so '}{answer['label']!r}: so far the model"
-                " does not tell the inputs apart"
+                f" {'' if parsed else 'without a label, and so '}{answer['label']!r}: the model does"
+                " not distinguish the inputs yet"
             )
         unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}
         return {
@@ -281,7 +285,7 @@ class Validator:
 
 
 def _checked(part: Part, names: Iterable[str]) -> list[str]:
-    """Returns names of a task's metrics; refuses names that a validation uses itself."""
+    """Returns the names of a task's metrics as a list; raises InputError for names that a validation uses."""
     for name in (found := list(names)):
         if name in OWN or name.startswith(("loss/", "accuracy/")):
             raise InputError(

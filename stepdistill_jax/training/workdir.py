@@ -1,4 +1,4 @@
-"""Ownership of a workdir: unused, this run's, or something else's."""
+"""Checks who owns a workdir: nobody, this run, or another program."""
 
 import contextlib
 import datetime
@@ -24,13 +24,13 @@ from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.stores import StoreError, is_remote
 
 RUN, LOCK = "run.json", "run.lock"
-GIN = "config.gin"  # everything that made the run; a run can be started or resumed from it
-# a run writes these after run.json, so without one they belong to something else
+GIN = "config.gin"  # the run's complete config; a run can be started or resumed from it
+# a run writes these after run.json, so without a run.json another program wrote them
 _NAMES = (
     *(FOLDER, CONFIG, TASK_INFO, GENERATION_CONFIG, "model.safetensors", SPIECE, TOKENIZER_MODEL),
     *(GIN, METRICS, FLAGGED),
 )
-# fields that readers of a run.json need; older versions wrote all but the last three
+# fields that readers of a run.json need; older versions did not write the last group
 _FIELDS = {"config": dict, "examples": int, "parameters": int}
 _CONFIG_FIELDS = {
     **{"task": str, "objectives": list, "data_fraction": (int, float), "seed": int},
@@ -41,10 +41,10 @@ _LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths
 
 @contextlib.contextmanager
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a workdir, on process 0; object stores and network disks without locks have none.
+    """Holds the lock of a workdir, on process 0; object stores and network disks may have no locks.
 
     Raises:
-        InputError: another run holds it, or it cannot be written; raised on every process.
+        InputError: another run holds the lock, or it cannot be written; raised on every process.
     """
     with contextlib.ExitStack() as held:
         on_process_0(lambda: None if is_remote(workdir) else _hold(workdir, held))
@@ -74,11 +74,11 @@ def _holder(path: pathlib.Path) -> str:
 
 
 def check_workdir(workdir: pathlib.Path) -> None:
-    """Refuses a folder that a run must not use, before anything is read or written.
+    """Checks that a run may use a folder, before anything is read or written.
 
     Raises:
-        InputError: it cannot be written, has a damaged `run.json`, or holds a run's files without a
-            `run.json`.
+        InputError: the folder cannot be written, has a damaged `run.json`, or holds a run's files
+            without a `run.json`.
     """
     if is_remote(workdir):
         _check_store(workdir)
@@ -96,14 +96,14 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
 
 def check_config(path: pathlib.Path, new: str) -> None:
-    """Refuses to replace a config that a person wrote; the text of `load_config` has only bindings.
+    """Checks that `train` wrote a workdir's config, which has only bindings, so that it may be replaced.
 
     Args:
-        path: of the config in a workdir.
-        new: text that will be written there.
+        path: path of the config in a workdir.
+        new: the text that will be written there.
 
     Raises:
-        InputError: names the file.
+        InputError: a person wrote the file; names it.
     """
     if not path.exists() or path.read_bytes() == new.encode():
         return
@@ -116,22 +116,22 @@ def check_config(path: pathlib.Path, new: str) -> None:
         ours = not any(t.type == tokenize.COMMENT or t.string == "include" for t in tokens)
     if not ours or (not is_remote(path) and path.is_symlink()):
         raise InputError(
-            f"{path}: was not written by `train` (it has comments or includes, or is a link), which"
-            " writes a config of that name; move it out of the workdir, and give its new path"
+            f"{path}: was not written by `train` (it has comments or includes, or is a link), and"
+            " `train` writes a config of that name; move it out of the workdir, and pass its new path"
         )
 
 
 def _check_store(workdir: pathlib.Path) -> None:
-    """Writes and removes a small object: access rights in a store show only when used."""
+    """Writes and removes a small object, since a store's access rights show only in use."""
     probe = workdir / f".{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"")
         probe.unlink()
-    except (StoreError, FileNotFoundError) as error:  # the latter: no such bucket
+    except (StoreError, FileNotFoundError) as error:  # FileNotFoundError: no such bucket
         reason = error.reason if isinstance(error, StoreError) else f"no such bucket: {error}"
         raise InputError(
-            f"`workdir` {workdir}: cannot be written ({reason}); is the bucket there, and are the"
-            " credentials set?"
+            f"`workdir` {workdir}: cannot be written ({reason}); check that the bucket exists and that"
+            " the credentials are set"
         ) from None
 
 
@@ -151,10 +151,11 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
             "lives": found.get("lives", []),
         }
         problem = next(
-            (f"{n} holds more than objects" for n, x in lists.items() if not _objects(x)), None
+            (f"{n} has items that are not objects" for n, x in lists.items() if not _objects(x)),
+            None,
         )
     if problem is None and not _are_lengths(found.get("row_lengths", [1, 1])):
-        problem = "row_lengths are not two lengths"
+        problem = "row_lengths is not a pair of lengths"
     if problem:
         raise InputError(
             f"{path}: not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
@@ -163,7 +164,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
-    """Returns which field is missing or has the wrong type; None if all are right."""
+    """Returns which field is missing or has the wrong type, or None if all fields are right."""
     if not isinstance(found, dict):
         return f"expected an object, got {_kind(found)}"
     for name, kind in kinds.items():

@@ -135,7 +135,7 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
         ),
         (["demo_step_by_step", "--topology", "cuda:8"], "pip install 'stepdistill-jax[aot-cuda]'"),
         (["demo_step_by_step", "--topology", "v5e:2x4"], "pip install 'stepdistill-jax[tpu]'"),
-        (["demo_step_by_step", "--decode"], "--decode: needs --topology, such as cuda:8"),
+        (["demo_step_by_step", "--decode"], "--decode: set --topology, such as cuda:8"),
         (["demo_step_by_step", "--quantization", "int8"], "add --decode"),
         ([], "expected a config"),
     ],

@@ -147,7 +147,7 @@ def test_a_workdir_each_is_refused_by_both_where_one_has_begun(tmp_path, start, 
         job = specification(tmp_path / name, delivery_data_dir, **changes)
         codes, errors = start(SCRIPT, job, count=count, devices=2 // count).finish()
         assert codes == ([0] if count == 1 else [1, 1]), errors
-    assert errors.count("it does not see there what process 0 has written") == 2, errors
+    assert errors.count("this process does not see the files that process 0 wrote") == 2, errors
 
 
 def test_a_signal_to_one_stops_both_and_one_alone_goes_on(tmp_path, start, delivery_data_dir):

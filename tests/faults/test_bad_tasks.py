@@ -218,14 +218,14 @@ def unfit_tasks():
         ),
         "a cache alone": (
             {"preprocessors": [seqio.CacheDatasetPlaceholder(required=True)]},
-            ("only read from a cache of seqio_cache_tasks", "leave required=True out"),
+            ("only be read from a cache of seqio_cache_tasks", "remove required=True"),
         ),
         "a draw at each reading": (
             {"preprocessors": [draw_an_id]},
             ("split 'train' differ between two readings", "map_over_dataset(num_seeds=1)"),
         ),
         "no rows": ({"source": no_rows}, ("split 'train' has no rows", "its source is empty")),
-        "no splits": ({"source": no_splits}, ("has no splits", "give it `splits`")),
+        "no splits": ({"source": no_splits}, ("has no splits", "set `splits`")),
         "a TFDS version that there is not": (
             {"source": version},
             ("glue/cola:9.9.9 is not downloaded", "only: 2.0.0", "check its name, version"),

@@ -108,8 +108,11 @@ def test_a_partial_output_of_another_search_is_not_continued(
             "--num-beams 2 --length-penalty nan",
             "--length-penalty must be a number of at least -10 and at most 10, not nan",
         ),
-        ("--length-penalty 0.6", "--length-penalty: a single beam has no other answer"),
-        ("--num-beams 1 --length-penalty 1", "--length-penalty: a single beam has no other answer"),
+        ("--length-penalty 0.6", "--length-penalty: it has no effect with a single beam"),
+        (
+            "--num-beams 1 --length-penalty 1",
+            "--length-penalty: it has no effect with a single beam",
+        ),
     ],
 )
 def test_bad_values_are_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys, flags, message):

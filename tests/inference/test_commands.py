@@ -75,7 +75,7 @@ def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys)
         (("predict", workdir, source, out, "--module", "mine"), "--module"),
         (
             ("evaluate", workdir, "--task", "none", "--data-dir", tmp_path),
-            "give the module that registers yours as --module",
+            "set --module to the module that registers your task",
         ),
         # said before the task is looked for, not after all has been decoded
         (("evaluate", workdir, "--task", "none", "--output", tmp_path), "--output"),

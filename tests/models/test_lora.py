@@ -210,7 +210,7 @@ def test_a_step_of_adapters_is_said_to_cost_less_than_a_full_one():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "a rank above 0 is needed"),
+        ({}, "at least one rank must be above 0"),
         ({"query": -1}, "lora.query` must be a whole number"),
         ({"wo": 2.0}, "lora.wo` must be a whole number"),
         ({"key": True}, "lora.key` must be a whole number"),

@@ -105,11 +105,11 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
     [
         (
             Layout(1, 3, 2),
-            "data x fsdp x tensor = 1 x 3 x 2 does not fit 8 devices; nearest that does:"
+            "data x fsdp x tensor = 1 x 3 x 2 does not fit 8 devices; nearest that fits:"
             " fsdp=4, tensor=2",
         ),
-        (Layout(data=4), "= 4 x 1 x 1 does not fit 8 devices; nearest that does: data=8"),
-        (Layout(fsdp=-1, tensor=3), "= 1 x -1 x 3 .* nearest that does: fsdp=2, tensor=4"),
+        (Layout(data=4), "= 4 x 1 x 1 does not fit 8 devices; nearest that fits: data=8"),
+        (Layout(fsdp=-1, tensor=3), "= 1 x -1 x 3 .* nearest that fits: fsdp=2, tensor=4"),
         (Layout(data=-1, fsdp=-1), "= -1 x -1 x 1 does not fit 8 devices"),
         (Layout(fsdp=0), "= 1 x 0 x 1 does not fit 8 devices"),
         (
@@ -150,9 +150,13 @@ def test_copies_that_do_not_fit_the_slices_are_refused():
             Layout(fsdp=2, tensor=4),
             {},
             r"tensor=4 does not divide num_heads=6 \(\S+/rel_embedding \[6, 32\]\); nearest layout"
-            " of 8 devices that does: fsdp=4, tensor=2",
+            " of 8 devices that fits: fsdp=4, tensor=2",
         ),
-        ("tensor", {}, "num_heads=6 .* nearest layout of 8 devices that does: fsdp=4, tensor=2"),
+        (
+            "tensor",
+            {},
+            "num_heads=6 .* nearest layout of 8 devices that fits: fsdp=4, tensor=2",
+        ),
         ("fsdp_tensor", {"mlp_dim": 1025}, r"tensor=2 does not divide mlp_dim=1025 .*: fsdp=8"),
         ("fsdp_tensor", {"vocab_size": 32101}, r"does not divide vocab_size=32101 \(.*: fsdp=8"),
         ("fsdp", {"emb_dim": 516}, r"fsdp=8 does not divide emb_dim=516 .*: fsdp=4, tensor=2"),
@@ -180,9 +184,13 @@ def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
             "9b-2b",
             "tensor",
             r"tensor=8 does not divide num_kv_heads=4 \(whole heads of keys and values, decoder\);"
-            " nearest layout of 8 devices that does: fsdp=2, tensor=4",
+            " nearest layout of 8 devices that fits: fsdp=2, tensor=4",
         ),
-        ("2b-2b", Layout(fsdp=1, tensor=8), "num_kv_heads=4 .* that does: fsdp=2, tensor=4"),
+        (
+            "2b-2b",
+            Layout(fsdp=1, tensor=8),
+            "num_kv_heads=4 .* that fits: fsdp=2, tensor=4",
+        ),
         ("9b-2b", Layout(fsdp=2, tensor=4), None),
         ("9b-9b", "tensor", None),
     ],

@@ -259,7 +259,7 @@ def test_workdirs_that_are_not_one_folder_end_all(tmp_path, delivery_data_dir):
     for code, _, err in finish(launch(argv, [0, 1], of=2, each=workdir)):
         assert code == 2, err
         assert "process 1: --workdir" in err
-        assert "does not see there what process 0 has written" in err
+        assert "does not see the files that process 0 wrote" in err
     assert not list(pathlib.Path(tmp_path / "host1").glob("w/*"))
 
 

@@ -158,7 +158,7 @@ def test_a_mixture_trains_as_one_objective_only_if_the_user_says_so(modules, tmp
 @pytest.mark.parametrize(
     ("mixture", "options", "message"),
     [
-        ("_zero", {}, r"the rate of \w+_rationale is 0; give it one above 0, or leave"),
+        ("_zero", {}, r"the rate of \w+_rationale is 0; set a rate above 0, or leave"),
         ("", {"task_objectives": {"NAME_labl": "label"}}, r"no task '\w+_labl' .*did you mean"),
         (
             "",

@@ -182,7 +182,7 @@ def test_a_source_of_seqio_is_renamed_by_preprocessors(seqio, tmp_path):
 
 BAD_ROWS = {
     "missing": ([{"input": "a", "lable": "b"}], r"row 1: field 'label' is missing.*input, lable.*did you mean 'lable'"),
-    "number": ([{"input": "a", "label": "b"}, {"input": "a", "label": 3}], "row 2: field 'label' must be a text, got int"),
+    "number": ([{"input": "a", "label": "b"}, {"input": "a", "label": 3}], "row 2: field 'label' must be text, got int"),
     "negative": ([{"input": "a", "label": "b", "weight": -2.0}], "row 1: the field 'weight' must be above 0, got -2.0"),
     "nan": ([{"input": "a", "label": "b"}, {"input": "a", "label": "b", "weight": float("nan")}], "row 2: the field 'weight' must be above 0, got nan"),
     "numpy": ([{"input": "a", "label": "b", "weight": np.float32(0)}], "row 1: the field 'weight' must be above 0, got 0.0"),
@@ -246,9 +246,7 @@ def test_a_field_that_a_source_lacks_is_named_with_task_and_source(seqio, tmp_pa
     with pytest.raises(InputError, match=r"task 'lines_label': field 'input' is missing.*TextLine"):
         add_task("lines", source=source)
     numbers = seqio.map_over_dataset(lambda line: {"input": line, "label": tf.constant(3)})
-    with pytest.raises(
-        InputError, match=r"field 'label' of source TextLine.* must be a text.*int32"
-    ):
+    with pytest.raises(InputError, match=r"field 'label' of source TextLine.* must be text.*int32"):
         add_task("lines", source=source, preprocessors=[numbers])
     same = seqio.map_over_dataset(lambda line: {"input": line, "label": line})
     gone = seqio.TextLineDataSource({"train": str(tmp_path / "gone.txt")})
@@ -259,7 +257,7 @@ def test_a_field_that_a_source_lacks_is_named_with_task_and_source(seqio, tmp_pa
 def test_bad_arguments_are_named(roads, tmp_path):
     with pytest.raises(InputError, match="already has a task or mixture 'roads_label'"):
         add_task("roads", source=rows, splits=["train"])
-    with pytest.raises(InputError, match=r"give the splits of the function"):
+    with pytest.raises(InputError, match=r"pass the splits of the function"):
         add_task("other", source=rows)
     with pytest.raises(InputError, match="did you mean 'text_match'"):
         add_task("other", source=rows, splits=["train"], metric="text_mach")

@@ -152,8 +152,8 @@ def test_the_fingerprint_knows_the_weights(folder, data):
 @pytest.mark.parametrize(
     "fields, supervision, wanted",
     [
-        ({"rational": "importance"}, GOLD, "no objective is called 'rational'; did you mean 'rationale'"),
-        ({"rationale": "importanc"}, GOLD, "keeps no field 'importanc' .*did you mean 'importance'"),
+        ({"rational": "importance"}, GOLD, "there is no objective 'rational'; did you mean 'rationale'"),
+        ({"rationale": "importanc"}, GOLD, "has no field 'importanc' .*did you mean 'importance'"),
         (FIELDS, Supervision(rationales="all"), "needs `label_source=gold` and `rationales=first`"),
         ({"rationale": "remark"}, GOLD, r"row '\d+': remark: 1 numbers, but the target has \d words"),
     ],

@@ -98,10 +98,10 @@ def test_auto_takes_a_kernel_that_computes_what_plain_operations_do(chip, capsys
 @pytest.mark.parametrize(
     ("kernel", "why"),
     [
-        (with_other_masks, "its kernel differs by "),
-        pytest.param(without_bias, "its kernel differs by ", marks=pytest.mark.slow),
-        (without_gradient, "its kernel differs by 1 of the norm at 20 x 20 tokens"),
-        pytest.param(across_segments, "its kernel differs by ", marks=pytest.mark.slow),
+        (with_other_masks, "the kernel differs by "),
+        pytest.param(without_bias, "the kernel differs by ", marks=pytest.mark.slow),
+        (without_gradient, "the kernel differs by 1 of the norm at 20 x 20 tokens"),
+        pytest.param(across_segments, "the kernel differs by ", marks=pytest.mark.slow),
         (refused_by_the_compiler, "NotImplementedError: no lowering for this"),
     ],
 )
@@ -109,7 +109,7 @@ def test_auto_warns_once_and_goes_on_without_a_kernel_that_fails(chip, capsys, k
     chip(kernel)
     assert settle_attention(model("auto"), mesh(), LENGTHS).attention == "xla"
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("warning: attention by plain operations (xla)") and why in said
+    assert said.startswith("warning: attention uses plain operations (xla)") and why in said
 
 
 def test_a_kernel_without_these_shapes_is_a_warning_by_auto_and_an_error_by_pallas(chip, capsys):
@@ -124,14 +124,14 @@ def test_a_t5gemma_has_no_kernel_which_is_said_once(chip, capsys):
     chip(right)
     sides = {name: gemma_side(16, 2, 1, 8, 24, 2) for name in ("encoder", "decoder")}
     model = T5GemmaConfig(vocab_size=64, **sides, attention="auto")
-    none = "no kernel has soft caps of scores, shared heads of keys and values, windows, a scale of scores"
+    none = "no kernel supports soft caps of scores, shared heads of keys and values, windows, a scale of scores"
     assert settle_attention(model, mesh(), LENGTHS).attention == "xla"
     (said,) = capsys.readouterr().err.splitlines()
-    assert said == f"warning: attention by plain operations (xla): {none}"
+    assert said == f"warning: attention uses plain operations (xla): {none}"
     assert settle_attention(model, mesh("cpu"), LENGTHS).attention == "xla"
     assert not capsys.readouterr().err
     for platform in ("tpu", "gpu", "cpu"):
-        with pytest.raises(InputError, match=f"^`attention`: pallas has no kernel here: {none};"):
+        with pytest.raises(InputError, match=f"^`attention`: pallas cannot be used here: {none};"):
             settle_attention(
                 dataclasses.replace(model, attention="pallas"), mesh(platform), LENGTHS
             )
@@ -143,7 +143,7 @@ def test_a_cpu_computes_plain_operations_unless_the_kernel_is_asked_for(capsys):
     kernel = dataclasses.replace(model("pallas"), head_dim=64)
     assert settle_attention(kernel, mesh("cpu"), LENGTHS).attention == "pallas"
     assert "interpreted" in capsys.readouterr().err
-    with pytest.raises(InputError, match="there is none for another chip"):
+    with pytest.raises(InputError, match="there is no kernel for another chip"):
         settle_attention(model("pallas"), mesh("other", "another chip"), LENGTHS)
 
 
@@ -154,7 +154,7 @@ def test_float32_that_is_multiplied_as_bfloat16_is_no_float32(chip, capsys):
 
     chip(rounded)
     assert settle_attention(model("auto"), mesh(), LENGTHS).attention == "xla"
-    assert "its kernel differs by " in capsys.readouterr().err
+    assert "the kernel differs by " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pack", [True, False])

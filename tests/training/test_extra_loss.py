@@ -141,7 +141,7 @@ class Label(ZLoss):
         (NoName, "`NoName.name` must be lower_snake_case, such as my_task, not 'Z loss'"),
         (lambda: "z_loss", "`extra_loss` must be an `ExtraLoss` of yours, not 'z_loss'"),
         (lambda: ZLoss, "`extra_loss` must be an `ExtraLoss` of yours"),
-        (Label, "`extra_loss`: an objective is called 'label', too"),
+        (Label, "`extra_loss`: an objective already has the name 'label'"),
     ],
 )
 def test_a_bad_extra_loss_is_refused(make, wanted):

@@ -247,16 +247,19 @@ def test_what_a_directory_lacks_is_named_with_the_rule_that_leaves_it_out(
     [
         (
             [("decoder/layers/self_atention/query/kernel", None)],
-            "'decoder/layers/self_atention/query/kernel' decides no parameter of the model;"
+            "'decoder/layers/self_atention/query/kernel' applies to no parameter of the model;"
             " .* did you mean 'decoder/layers/self_attention/query/kernel'",
         ),
-        ([("decoder/.*", None), ("decoder/layers/.*", None)], "'decoder/layers/.\\*' decides no"),
-        ([("decoder/layers/mlp/wo", None)], "'decoder/layers/mlp/wo' decides no"),
+        (
+            [("decoder/.*", None), ("decoder/layers/.*", None)],
+            "'decoder/layers/.\\*' applies to no",
+        ),
+        ([("decoder/layers/mlp/wo", None)], "'decoder/layers/mlp/wo' applies to no"),
         (
             [("token_embedder", "token_embeder")],
             "has no parameter token_embeder for token_embedder;",
         ),
-        ([("(.*)_embedder", r"\2")], r"'\\\\2' is no replacement for '\(\.\*\)_embedder'"),
+        ([("(.*)_embedder", r"\2")], r"'\\\\2' is not a replacement for '\(\.\*\)_embedder'"),
     ],
     ids=["no name", "decided before", "not the whole name", "no source", "no group"],
 )
@@ -276,7 +279,7 @@ def test_a_rule_that_does_not_apply_is_refused(
         ({"init_from": "x", "init_rules": []}, "`init_rules` must be"),
         ({"init_from": "x", "init_rules": [("a", None, 3)]}, "`init_rules` must be"),
         ({"init_from": "x", "init_rules": [("a", 3)]}, "`init_rules` must be"),
-        ({"init_from": "x", "init_rules": [("a(", None)]}, "'a\\(' is no regular expression"),
+        ({"init_from": "x", "init_rules": [("a(", None)]}, "'a\\(' is not a regular expression"),
     ],
 )
 def test_rules_are_checked_before_anything_is_read(settings, wanted):
@@ -318,7 +321,7 @@ def test_a_workdir_gives_what_export_writes_of_it(trained, tmp_path, delivery_da
     workdir, exported = trained
     run = run_of(tmp_path, delivery_data_dir, init_from=str(workdir))
     best = resolve_step(workdir, "best")
-    assert f"{workdir}: a training run, of which step {best} is taken" in capfd.readouterr().err
+    assert f"{workdir}: uses step {best} of this training run" in capfd.readouterr().err
     state = run.initial_state()
     found = to_hf(state.params, run.model)
     assert found.keys() == exported.keys()

@@ -165,7 +165,7 @@ def test_a_bfloat16_first_moment_trains_as_the_float32_one():
 
 
 def test_adafactor_has_no_first_moment_to_keep():
-    with pytest.raises(InputError, match="adafactor keeps no first moment"):
+    with pytest.raises(InputError, match="adafactor has no first moment"):
         OptimizerConfig(name="adafactor", mu_dtype="bfloat16")
     with pytest.raises(InputError, match="adafactor corrects no bias"):
         OptimizerConfig(name="adafactor", eps_before_correction=True)

@@ -194,8 +194,8 @@ def other_shapes(learning_rate):
         (raises_below, r"raised TypeError at .*test_optimizer_function\.py:\d+: .*'b3'"),
         (init_raises, r"init raised KeyError at .*test_optimizer_function\.py:\d+: 'no_such'"),
         (update_wants_more, r"update, called with gradients, state and parameters, raised TypeError .*'value'"),
-        (another_state, "update must return a state of the shapes and types it got"),
-        (other_shapes, "update must return updates of the parameters' shapes"),
+        (another_state, "update must return a state with the shapes and types that it got"),
+        (other_shapes, "update must return updates with the parameters' shapes"),
     ],
 )  # fmt: skip
 def test_a_function_that_a_step_cannot_call_is_refused_by_name_and_place(function, wanted):

@@ -47,7 +47,7 @@ def test_a_step_that_hangs_ends_the_process_with_its_stack(kind, secs):
     assert process.returncode == 134
     factor = 1 if kind == "STEPPING" else SLOW_FACTOR
     assert factor * secs * 0.9 < time.monotonic() - began < factor * secs + 10
-    assert "stuck: nothing for" in err and "after step 19, a step takes" in err
+    assert "stuck: no progress for" in err and "after step 19, a step takes" in err
     assert "in a_step_that_hangs" in err
     assert "start the same command again" in err.splitlines()[-1]
 

@@ -1,13 +1,13 @@
 """T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
 
-Neither scores, weights, masks nor random numbers are ever in main memory. The forward kernel goes over
-the keys with a running softmax (FlashAttention) and keeps the logarithm of its sum; the backward
-kernels compute the weights from it again. There are three, each with the loop that its sum needs, so
-that none adds to what another program writes, and a run is repeatable:
+Scores, weights, masks and random numbers never reach main memory. The forward kernel loops over the keys
+with a running softmax (FlashAttention) and stores the logarithm of the softmax's sum. The three backward
+kernels recompute the weights from it. Each loops over the axis of its sum, so no program adds to the
+output of another, and a run is repeatable:
 
-    queries' gradient           a program has 128 queries of a row and a head, and goes over keys
-    keys' and values' gradient  a program has 64 keys of a row and a head, and goes over queries
-    bias's gradient             a program has 128 queries and 64 keys of a head, and goes over rows
+    queries' gradient           a program has 128 queries of one row and head, and loops over keys
+    keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
+    bias's gradient             a program has 128 queries and 64 keys of one head, and loops over rows
 """
 
 import functools
@@ -27,9 +27,9 @@ from stepdistill_jax.models.sharding import traced_device
 
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = ("bfloat16", "float32")
-_LONGEST = 32768  # a program reads the segments of a whole row
-# of the kinds of an H100, whose products read shared memory; another GPU needs registers for what they
-# read, so it gets smaller tiles
+_LONGEST = 32768  # a program reads the segments of a complete row
+# Products on a Hopper GPU read their factors from shared memory. Other GPUs load the factors into
+# registers first, so their tiles must be smaller.
 _HOPPER = ("H100", "H200", "H800", "H20")
 
 
@@ -43,21 +43,21 @@ def reason_against(
     bias: bool,
     kind: str,
 ) -> str | None:
-    """Returns why the kernel cannot do shapes of one device of this kind, or None."""
+    """Returns why the kernel does not support these shapes on this kind of GPU, or None if it does."""
     del heads, bias
     if not kind.startswith("NVIDIA"):
-        return f"there is none for {kind}"
+        return f"there is no kernel for {kind}"
     if head_dim not in _HEAD_DIMS:
         return f"head_dim {head_dim} is not one of {_HEAD_DIMS}"
     if jnp.dtype(dtype).name not in _DTYPES:
         return f"dtype {jnp.dtype(dtype).name} is not one of {_DTYPES}"
     single = jnp.dtype(dtype) == jnp.float32
     if single and head_dim > 64:
-        return f"head_dim {head_dim} of float32 does not fit the shared memory"
+        return f"head_dim {head_dim} in float32 does not fit into shared memory"
     if not _is_hopper(kind) and (single or head_dim > 64):
-        return f"head_dim {head_dim} of {jnp.dtype(dtype).name} was not tried on {kind}"
+        return f"head_dim {head_dim} in {jnp.dtype(dtype).name} was not tested on {kind}"
     if max(q_len, k_len) > _LONGEST:
-        return f"a length of {max(q_len, k_len)} is more than {_LONGEST}"
+        return f"length {max(q_len, k_len)} is above {_LONGEST}"
     return None
 
 
@@ -74,9 +74,9 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns attention on the arrays of one device; the package says what they are."""
+    """Returns attention on the arrays of one device; the package's docstring describes the arguments."""
     if seeds is None:
-        kept = DRAWS
+        kept = DRAWS  # programs draw nothing then
     large = q.dtype != jnp.float32 and _is_hopper(traced_device().device_kind)
     keys = KEYS if large else FEW_KEYS
     call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
@@ -84,7 +84,7 @@ def attention(
 
 
 def _is_hopper(kind: str) -> bool:
-    """Whether products of this GPU read shared memory; what is not NVIDIA's interprets the program."""
+    """Returns whether products read shared memory; true for a CPU, which interprets the program."""
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 
 
@@ -106,7 +106,7 @@ def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
         [jax.ShapeDtypeStruct(q.shape, v.dtype), _per_query(q)],
         [one.queries, one.per_query],
     )
-    # kept by name, or a layer that is computed again would call the kernel again
+    # `jax.checkpoint` saves these two by name; otherwise a recomputed layer would run the kernel again
     out = checkpoint_name(out, ATTENTION_OUTPUT)
     log_sum = checkpoint_name(log_sum, ATTENTION_OUTPUT)
     return out, (arrays, out, log_sum)
@@ -117,6 +117,8 @@ def _backward(call, saved, slope):
     q, k, v, bias = arrays[:4]
     rows, _, heads, _ = q.shape
     one = _Specs(arrays)
+    # dots = slope . output of each query, [rows, heads, q]: computed here, read by the next two kernels
+    # (D in FlashAttention-2, arXiv:2307.08691, algorithm 2)
     dq, dots = _run(
         gpu_programs.queries_gradient,
         call,
@@ -137,6 +139,8 @@ def _backward(call, saved, slope):
     )
     dbias = None
     if bias is not None:
+        # computes the weights a third time: writing the gradient of the scores to main memory, to sum
+        # it over rows, takes 1.5 times as long (docs/lab/accelerators.md)
         every = _Specs(arrays, all_rows=True)
         (dbias,) = _run(
             gpu_programs.bias_gradient,
@@ -154,19 +158,20 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """What a program sees of each array: its row, or all rows, and its head.
+    """The part of each array that a program sees: its own row (or all rows) of its own head.
 
-    A grid is (part of a row, row, head), or without the row: what runs at the same time shares a head,
-    so that its bias and keys come from the cache.
+    The head is the last axis of each grid, so programs that run at the same time share a head and read
+    its bias and keys from the cache.
     """
 
     def __init__(self, arrays, all_rows: bool = False):
         q, k, _, bias, _, _, seeds = arrays
         rows, q_len, _, width = q.shape
         k_len = k.shape[1]
-        row = rows if all_rows else None
+        row = rows if all_rows else None  # None drops the axis from the program's reference
 
         def spec(shape, index):
+            # the grid is (tile, row, head); with all rows it is (tile of keys, queries, head)
             def place(part, r, head):
                 return index(0 if all_rows else r, head)
 
@@ -193,8 +198,8 @@ def _per_query(q):
 
 
 def _run(program, call, grid, arrays, in_specs, out_shape, out_specs):
-    # a wider tile's sums need the registers of more threads; float32 tiles twice would fill the
-    # shared memory that a program can have
+    # The sums of a wide tile need the registers of more threads. Two stages hold two tiles at a time,
+    # and in float32 those exceed the shared memory of a program.
     single = arrays[0].dtype == jnp.float32
     warps = 8 if single or arrays[0].shape[-1] > 64 else 4
     kernel = pl.pallas_call(
@@ -207,6 +212,6 @@ def _run(program, call, grid, arrays, in_specs, out_shape, out_specs):
         interpret=call.interpret,
         name=name_of(program.__name__, call.causal),
     )
-    # JAX never removes a kernel whose results nobody reads, as when a layer is computed again whose
-    # output is kept; it does remove a function
+    # A recomputed layer does not use this kernel if its output was saved. JAX removes an unused jitted
+    # function, but never an unused pallas_call.
     return jax.jit(kernel)(*arrays)

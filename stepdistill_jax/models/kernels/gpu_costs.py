@@ -1,8 +1,9 @@
-"""What a call of each attention kernel for NVIDIA GPUs costs, by the sizes of its arrays.
+"""The cost of a call of each attention kernel for NVIDIA GPUs, from the sizes of its arrays.
 
-Whole tiles count, so lengths are rounded up, and of a causal mask the tiles that it leaves. Tiles that
-are skipped since their segments do not meet count, too: a plan does not know the segments. A
-multiplication and the addition after it are one operation, as they are one instruction.
+Complete tiles are counted, so lengths are rounded up; a causal mask leaves out the tiles that it hides.
+Tiles that a kernel skips because their segments do not meet are counted, too, since a plan does not know
+the segments. A multiplication and the addition after it are one instruction, so they count as one
+operation.
 """
 
 import math
@@ -12,10 +13,11 @@ from stepdistill_jax.models.dropout import DRAWS
 from stepdistill_jax.models.kernel_costs import KernelCost, Shaped, kernel_cost
 from stepdistill_jax.models.kernels.gpu_tiles import FEW_KEYS, KEYS, Call
 
-# of a random word: 9 of its hash, 1 for its place, 1 to take its first draw out of it
+# operations for a random word: 9 for its hash, 1 for its place, 1 to extract its first draw
 _WORD = 11
-# program -> its products of a tile, and operations on each place of it: always, by dropout's scale and
-# choice. Always are: bias, mask, 2 of the exponential, and
+# program -> (products of a tile, operations on each place of a tile, further operations for dropout's
+# scale and choice). The second number is 4 for bias, mask and exponential (2), plus the operations on
+# the right.
 _PROGRAMS = {
     "forward": (2, 7, 1),  # maximum, sum, rounding
     "queries_gradient": (3, 7, 2),  # minus, times, rounding
@@ -25,7 +27,7 @@ _PROGRAMS = {
 
 
 def name_of(program: str, causal: bool) -> str:
-    """Returns the name of a kernel, by which its cost is found."""
+    """Returns the name under which a kernel runs and registers its cost."""
     return f"gpu_attention_{program}" + "_causal" * causal
 
 
@@ -38,13 +40,14 @@ def _cost(program: str, causal: bool, operands: Sequence[Shaped], results: Seque
     call = Call(causal, DRAWS, q_len, k.dims[1], keys, interpret=False)
     places = rows * heads * call.tiles * call.queries * keys
     products, always, of_dropout = _PROGRAMS[program]
+    # a program with two halves computes a word once for both, and extracts the second draw
     of_word = (_WORD + 1) / call.halves
     return KernelCost(
-        # three products stand for one of float32
+        # a float32 product is computed as three TF32 products
         flops=(3 if q.dtype == "f32" else 1) * 2 * head_dim * products * places,
-        # what runs at the same time shares a head, whose arrays the second cache holds
+        # each array once: programs that run at the same time share a head, whose arrays fit the L2 cache
         bytes=math.fsum(array.bytes for array in (*operands, *results)),
-        # segments are compared, of a causal mask places too, and draws
+        # compares segments, places under a causal mask, and draws
         integer=places * (1 + 2 * causal + dropout * (of_word + 1)),
         other=places * (always - (not bias) + dropout * of_dropout),
     )

@@ -1,7 +1,8 @@
-"""What one program of each attention kernel for NVIDIA GPUs does.
+"""The programs of the attention kernels for NVIDIA GPUs.
 
-A program's references are those of its row and its head: q, out and slope [q, d]; k and v [k, d]; bias
-[q, k]; segments [q] and [k]; seeds [2]; log-sums and dots [q]. `bias_gradient` has all rows of them.
+A program's references hold one row and one head: q, out and slope [q, d]; k and v [k, d]; bias [q, k];
+segments [q] and [k]; seeds [2]; log-sums and dots [q]. In `bias_gradient` all but the bias hold all rows,
+for example q [rows, q, d] and seeds [2, rows].
 """
 
 import jax
@@ -13,10 +14,12 @@ from stepdistill_jax.models.kernels import gpu_tiles as tiles
 
 
 def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref, sum_ref):
-    """Writes the output and the logarithm of the softmax's sum, to base 2, of a program's queries."""
+    """Writes the output of a program's queries, and the base-2 logarithm of each softmax's sum."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
 
+    # The state of each half, so far: mixed, the weighted sum of values; top, the largest score; total,
+    # the sum of the weights e^(score - top). FlashAttention (arXiv:2205.14135, algorithm 1).
     def step(i, state):
         keys = tiles.keys(call, k_ref, k_segs, i * call.keys)
         v = tiles.key_rows(call, v_ref, i * call.keys)
@@ -26,8 +29,10 @@ def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref,
             scores = tiles.scores(call, queries, keys, bias_ref)
             highest = jnp.maximum(top, jnp.max(scores, axis=1))
             weights = tiles.weights(scores, (highest * tiles.LOG2_E)[:, None])
+            # earlier sums are relative to the old maximum; e^(top - highest) converts them
             shrink = tiles.weights(top - highest, 0.0)
             total = total * shrink + jnp.sum(weights, axis=1)
+            # after the sum: dropout applies to the softmax's result, and does not change its divisor
             weights = tiles.dropped(call, weights, words, half).astype(v.dtype)
             after.append((mixed * shrink[:, None] + tiles.dot(call, weights, v), highest, total))
         return tuple(after)
@@ -38,9 +43,12 @@ def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref,
     for queries, (mixed, top, total) in zip(
         halves, jax.lax.fori_loop(*seen, step, (state,) * call.halves), strict=True
     ):
+        # Without a visible key, top stays LOWEST, so hidden scores (-1e30) get weight 0 and total is 0.
         sees = total > 0
         some = jnp.where(sees, total, 1.0)
+        # one multiplication for the softmax's divisor and dropout's scale
         tiles.store_queries(call, out_ref, mixed * (DRAWS / call.kept / some)[:, None], queries)
+        # the logarithm of the sum of e^score, with the maximum added back; NO_KEY gives weights of 0
         log_sum = jnp.where(sees, top * tiles.LOG2_E + jnp.log2(some), tiles.NO_KEY)
         tiles.store_queries(call, sum_ref, log_sum, queries)
 
@@ -60,11 +68,13 @@ def queries_gradient(
     dq_ref,
     dot_ref,
 ):
-    """Writes the gradient of a program's queries, and slope . output of each, which all gradients need."""
+    """Writes the gradient of a program's queries and, for each query, slope . output."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
     slopes = [tiles.query_rows(call, slope_ref, q.start) for q in halves]
     outs = [tiles.query_rows(call, out_ref, q.start) for q in halves]
+    # The softmax's gradient needs the sum over keys of (weight x gradient of the weight). It equals
+    # slope . output, also with dropout, so no further loop over keys is needed.
     dots = [
         jnp.sum(out.astype(jnp.float32) * slope.astype(jnp.float32), axis=1)
         for out, slope in zip(outs, slopes, strict=True)
@@ -82,6 +92,7 @@ def queries_gradient(
             ds = tiles.softmax_gradient(
                 call, weights, tiles.dot(call, slopes[half], v.T), dots[half][:, None], words, half
             )
+            # T5 does not scale scores, so score = q . k + bias, and dq = sum over keys of ds k
             after.append(dq + tiles.dot(call, ds.astype(keys.x.dtype), keys.x))
         return tuple(after)
 
@@ -108,9 +119,10 @@ def keys_gradient(
     dk_ref,
     dv_ref,
 ):
-    """Writes the gradients of the keys and values of a program.
+    """Writes the gradients of a program's keys and values.
 
-    Its tiles are [keys, queries], or each product would transpose what the one before it computed.
+    Its tiles are [keys, queries]. With [queries, keys], both products would first transpose a tile that
+    the program has just computed.
     """
     keys = tiles.keys(call, k_ref, k_segs, pl.program_id(0) * call.keys)
     v = tiles.key_rows(call, v_ref, keys.start)
@@ -124,9 +136,11 @@ def keys_gradient(
             slope = tiles.query_rows(call, slope_ref, at)
             log_sum = tiles.query_vector(call, sums, at, tiles.NO_KEY)
             dot = tiles.query_vector(call, dots, at, 0.0)
+            # the same scores as in the forward pass, so 2^(score - log-sum) are the softmax's weights
             scores = tiles.scores(call, queries, keys, bias_ref, keys_first=True)
             weights = tiles.weights(scores, log_sum[None, :])
             dropped = tiles.dropped(call, weights, words, half)
+            # without dropout's scale, a constant that multiplies the complete sum below
             dv = dv + tiles.dot(call, dropped.astype(slope.dtype), slope)
             ds = tiles.softmax_gradient(
                 call, weights, tiles.dot(call, v, slope.T), dot[None, :], words, half
@@ -145,6 +159,7 @@ def bias_gradient(
     call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, sums, dots, slope_ref, db_ref
 ):
     """Writes the gradient of a program's part of the bias: a sum over the rows of the batch."""
+    # the bias is added to the score, so its gradient is the sum of the scores' gradients
     start, key = pl.program_id(1) * call.queries, pl.program_id(0) * call.keys
     rows = q_ref.shape[0]
 
@@ -169,7 +184,7 @@ def bias_gradient(
             )
         return tuple(after)
 
-    if call.causal:  # no row where no query of the program sees a key
+    if call.causal:  # no query of the program sees these keys: loop over 0 rows and write zeros
         rows *= (key < start + call.queries).astype(jnp.int32)
     zeros = (jnp.zeros((HALF, call.keys), jnp.float32),) * call.halves
     found = jax.lax.fori_loop(0, rows, step, zeros)

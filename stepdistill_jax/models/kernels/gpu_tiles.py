@@ -1,8 +1,8 @@
-"""Tiles of attention, of which the programs of the kernels for NVIDIA GPUs are made.
+"""Loads, computes and stores tiles of attention for the programs of the NVIDIA kernels.
 
-Queries come in halves of 64, since positions p and p + 64 share a random word of dropout: a program
-has both halves and computes a word once. Keys come in tiles of 64 or 32. What stands after the end of an
-array is never read, and its segment is 0: padding.
+Queries come in halves of 64, since positions p and p + 64 share a random word of dropout. A program has
+both halves, so it computes each word once. Keys come in tiles of 64 or 32. Places after the end of an
+array are never read; they have segment 0, which is padding.
 """
 
 import dataclasses
@@ -16,18 +16,18 @@ from jax.experimental.pallas import triton as plgpu
 from stepdistill_jax.models.dropout import DRAWS, HALF, random_words
 from stepdistill_jax.models.products import precision_of
 
-KEYS = 64  # of a tile
-FEW_KEYS = 32  # of float32, and on an A100: else shared memory or registers overflow
+KEYS = 64  # keys of a tile
+FEW_KEYS = 32  # for float32, and on an A100; with 64, shared memory or registers overflow
 LOG2_E = math.log2(math.e)
-_HIDDEN = -1e30  # a score that is not seen: its weight is 0, whatever the maximum
-LOWEST = -1e20  # where a running maximum begins
-NO_KEY = 1e30  # the log-sum, to base 2, of a query that sees no key: its weights are 0
+_HIDDEN = -1e30  # score of a hidden key; its weight is 0, whatever the maximum
+LOWEST = -1e20  # start of a running maximum; far above _HIDDEN, so hidden keys get weights of 0
+NO_KEY = 1e30  # base-2 log-sum of a query that sees no key; makes all its weights 0
 _EVERY = 2**30  # greater than any segment
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What is fixed when a kernel is compiled; keys: of a tile."""
+    """The values that are fixed when a kernel is compiled; `keys` is the number of keys in a tile."""
 
     causal: bool
     kept: int
@@ -38,36 +38,37 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """How many tiles of 64 queries a program has."""
+        """Number of 64-query tiles in a program."""
         return 1 if self.q_len <= HALF else 2
 
     @property
     def queries(self) -> int:
-        """Queries of a program."""
+        """Number of queries in a program."""
         return self.halves * HALF
 
     @property
     def query_programs(self) -> int:
-        """Programs that a row's queries take."""
+        """Number of programs for a row's queries."""
         return pl.cdiv(self.q_len, self.queries)
 
     @property
     def key_tiles(self) -> int:
-        """Tiles of a row's keys."""
+        """Number of tiles for a row's keys."""
         return pl.cdiv(self.k_len, self.keys)
 
     @property
     def tiles(self) -> int:
-        """Pairs of a program's queries and a tile of keys that are computed for a row and a head."""
+        """Number of pairs (a program's queries, a tile of keys) that are computed for one row and head."""
         if not self.causal:
             return self.query_programs * self.key_tiles
+        # program i reads keys up to its last query; 256 queries and keys, tiles of 64: 2 + 4 pairs of 8
         ends = (pl.cdiv((i + 1) * self.queries, self.keys) for i in range(self.query_programs))
         return sum(min(end, self.key_tiles) for end in ends)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """64 queries or keys from place `start` on: x [64, d], segments and places [64] int32."""
+    """n consecutive queries or keys, starting at place `start`: x [n, d], segments and places [n] int32."""
 
     start: jax.Array
     x: jax.Array
@@ -76,7 +77,7 @@ class _Tile:
 
 
 def queries(call, q_ref, segments, start, *row):
-    """The halves of a program's queries from `start` on; row: in arrays of all rows."""
+    """Loads the halves of a program's queries, starting at `start`; `row` selects one row of all."""
     starts = [start + half * HALF for half in range(call.halves)]
     return [
         _Tile(
@@ -90,19 +91,20 @@ def queries(call, q_ref, segments, start, *row):
 
 
 def keys(call, k_ref, segments, start, *row):
-    """A tile of keys; padding has segment -1, which no query has."""
+    """Loads a tile of keys; padding gets segment -1, which no query has."""
     own = _vector(segments, start, call.keys, call.k_len, call.keys, 0, *row)
     own = jnp.where(own > 0, own, -1)
     return _Tile(start, key_rows(call, k_ref, start, *row), own, _places(start, call.keys))
 
 
 def scores(call, queries, keys, bias_ref, *, keys_first=False):
-    """[queries, keys] or [keys, queries], `_HIDDEN` where not seen."""
+    """Returns the scores of a tile, [queries, keys] or [keys, queries]; hidden ones are `_HIDDEN`."""
     first, second = (keys, queries) if keys_first else (queries, keys)
     scores = dot(call, first.x, second.x.T)
     if bias_ref is not None:
         bias = _bias(call, bias_ref, queries.start, keys.start)
         scores += bias.T if keys_first else bias
+    # padding has segment 0 as a query and -1 as a key, so it sees nothing and is not seen
     q, k = _pair(queries.segments, keys.segments, keys_first)
     mask = q == k
     if call.causal:
@@ -112,20 +114,25 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Random words of the first half's places, whose high bits are the second half's; or None."""
+    """Returns the random words of the first half's places, or None without dropout.
+
+    The low 16 bits of a word are the first half's draw, the high 16 bits the second half's.
+    """
     if call.kept == DRAWS:
         return None
+    # The hash needs positions with bit 6 clear. The first half's are: a program starts at a multiple of 128,
+    # or at 0 if there are at most 64 queries.
     q, k = _pair(queries.places.astype(jnp.uint32), keys.places.astype(jnp.uint32), keys_first)
     return random_words(seeds[(0, *row)], seeds[(1, *row)], q, k)
 
 
 def weights(scores, top):
-    """e^score / 2^top: a GPU computes powers of 2, and a multiplication and a difference at once."""
+    """Returns e^score / 2^top as a power of 2, for which a GPU needs one fused multiply-add and one power."""
     return jnp.exp2(scores * LOG2_E - top)
 
 
 def dropped(call, x, words, half):
-    """`x` where dropout keeps it, not scaled up."""
+    """Returns `x` with dropped places set to 0; does not scale up the others."""
     if words is None:
         return x
     draws = words >> 16 if half else words & (DRAWS - 1)
@@ -133,33 +140,46 @@ def dropped(call, x, words, half):
 
 
 def softmax_gradient(call, weight, of_weights, dot, words, half):
-    """Gradient of the scores; of_weights: slope . value, before dropout's scale."""
+    """Returns the gradient of the scores.
+
+    Args:
+        call: the constants of the kernel.
+        weight: softmax weights, before dropout.
+        of_weights: slope . value, the gradient of the weights after dropout.
+        dot: slope . output of each query, broadcast over the keys.
+        words, half: as in `dropped`.
+    """
+    # y = softmax(s), z = m y with dropout's mask and scale m:  ds = y (m dz - sum over keys of y m dz)
     return weight * (dropped(call, of_weights * (DRAWS / call.kept), words, half) - dot)
 
 
 def key_tiles(call, halves, segments, start):
-    """The tiles of keys (first, after the last) that a program's queries may see."""
+    """Returns the range (first, end) of key tiles that a program's queries may see."""
     own = [queries.segments for queries in halves]
     first, last = _span(own, _whole(segments, call.k_len), call.keys)
-    if call.causal:
+    if call.causal:  # rounded up: no key after the program's last query
         last = jnp.minimum(last, jax.lax.div(start + call.queries + call.keys - 1, call.keys))
     return first, last
 
 
 def query_tiles(call, keys, segments):
-    """The programs' queries (first, after the last) that may see a tile of keys."""
+    """Returns the range (first, end) of the programs whose queries may see a tile of keys."""
     first, last = _span([keys.segments], _whole(segments, call.q_len), call.queries)
-    if call.causal:  # queries before the first key see none
+    if call.causal:  # rounded down: queries before the first key see none
         first = jnp.maximum(first, jax.lax.div(keys.start, call.queries))
     return first, last
 
 
 def _span(own, others, tile):
-    """The tiles (first, after the last) of `others` that may hold a segment of `own`.
+    """Returns the range (first, end) of the tiles of `others` that may hold a segment of `own`.
 
-    Found from the least and the greatest segment of `own`: exact if segments rise along a row,
-    otherwise more tiles than necessary.
+    Compares only with the least and the greatest segment of `own`. This is exact if segments rise along
+    a row; otherwise the range may have more tiles than necessary.
+
+    With tiles of 2 and others 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3): places 2 to
+    5. Without a match, first is the number of tiles and end is 0, so a loop over the range is empty.
     """
+    # only padding in `own`: low stays _EVERY and high 0, so nothing meets
     low, high = jnp.int32(_EVERY), jnp.int32(0)
     for segments in own:
         low = jnp.minimum(low, jnp.min(jnp.where(segments > 0, segments, _EVERY)))
@@ -172,7 +192,7 @@ def _span(own, others, tile):
 
 
 def _pair(queries, keys, keys_first):
-    """Vectors that broadcast to a tile."""
+    """Returns both vectors with an axis added, so that they broadcast to a tile."""
     if keys_first:
         return queries[None, :], keys[:, None]
     return queries[:, None], keys[None, :]
@@ -183,23 +203,23 @@ def _places(start, count):
 
 
 def _whole(ref, length):
-    """All of ref [length], with zeros up to a power of 2, as Triton wants its shapes."""
+    """Loads all of ref [length], padded with zeros to a power of 2, since Triton allows no other shape."""
     count = pl.next_power_of_2(length)
     return _vector(ref, 0, count, length, count, 0)
 
 
 def query_rows(call, ref, start, *row):
-    """[64, d] of ref [*row, q, d]."""
+    """Loads [64, d] of ref [*row, q, d]."""
     return _rows(ref, start, HALF, call.q_len, call.queries, *row)
 
 
 def key_rows(call, ref, start, *row):
-    """[keys, d] of ref [*row, k, d]."""
+    """Loads [keys, d] of ref [*row, k, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
 def query_vector(call, ref, start, other, *row):
-    """[64] of ref [*row, q], `other` after the end."""
+    """Loads [64] of ref [*row, q]; places after the end get `other`."""
     return _vector(ref, start, HALF, call.q_len, call.queries, other, *row)
 
 
@@ -218,7 +238,8 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """[count] bool: places before the end; None where programs of `step` places never pass it."""
+    """Returns which places are before the end, [count] bool; None if no program of `step` places passes it."""
+    # length 256 in steps of 128 needs no mask; length 200 does: the second program reaches place 255
     return None if length % step == 0 else _places(start, count) < length
 
 
@@ -240,7 +261,7 @@ def _store(ref, x, tile, inside):
 
 
 def _bias(call, ref, query, key):
-    """[64, keys] of ref [q, k]."""
+    """Loads [64, keys] of ref [q, k]."""
     at, mask = _bias_tile(call, ref, query, key)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
 
@@ -252,7 +273,7 @@ def store_bias(call, ref, query, key, x):
 
 
 def _bias_tile(call, ref, query, key):
-    """64 queries and a tile of keys of ref [q, k], and which of them are inside; None: all are."""
+    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and its mask; None if all are inside."""
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
     if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:
         return at, None
@@ -261,10 +282,11 @@ def _bias_tile(call, ref, query, key):
 
 
 def dot(call, x, y):
-    """A product with float32 sums; of float32 factors as exact as float32 is.
+    """Returns the product of x and y with float32 sums; with float32 factors it has float32's precision.
 
-    Three products of TF32 numbers stand for one of float32 (each factor as a sum of two), which a GPU
-    computes twice as fast as its exact one; Triton's exact product spills kilobytes of registers.
+    A float32 product is computed as three TF32 products, with each factor split into a sum of two. A GPU
+    computes the three twice as fast as one exact product, and Triton's exact product spills kilobytes of
+    registers.
     """
     precision = precision_of(x.dtype)
     if precision is not None and not call.interpret:

@@ -1,9 +1,9 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
 Scores, weights, masks and random words stay in the chip's vector memory, which holds all queries and
-keys of a row at T5's lengths. The grid is (pair of heads, row of the batch), rows innermost: the bias
-of a pair is fetched once, and its gradient is summed over rows on the chip. `tpu_programs` says what
-a program does.
+keys of a row at T5's lengths. The grid is (pair of heads, row of the batch), with rows innermost: the
+bias of a pair is fetched once, and its gradient is summed over rows on the chip. `tpu_programs` holds
+the programs.
 """
 
 import functools
@@ -22,8 +22,8 @@ from stepdistill_jax.models.kernels.tpu_programs import COLUMNS, QUERIES, UNSEEN
 
 _LANES = 128
 _DTYPES = ("bfloat16", "float32")
-_MEMORY = 60 * 2**20  # of the 64 MiB that a v5p has; a v5e and a v6e have 128
-_TEMPORARIES = 12  # arrays [keys, 256] float32 that a program holds, about
+_MEMORY = 60 * 2**20  # a v5p has 64 MiB; a v5e and a v6e have 128
+_TEMPORARIES = 12  # approximate number of arrays [keys, 256] float32 that a program holds
 _FORWARD, _BACKWARD = "tpu_attention", "tpu_attention_gradient"
 
 
@@ -37,8 +37,8 @@ def reason_against(
     bias: bool,
     kind: str,
 ) -> str | None:
-    """Returns why the kernel cannot do shapes of one device, or None."""
-    del heads, kind  # a chip with less memory fails to compile, which a run tries first
+    """Returns why the kernel does not support these shapes, or None if it does."""
+    del heads, kind  # on a chip with less memory the test at a run's start fails to compile
     dtype = jnp.dtype(dtype)
     if 2 * head_dim % _LANES:
         return f"head_dim {head_dim} is not a multiple of {_LANES // 2}"
@@ -64,11 +64,13 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns attention on the arrays of one device; the package says what they are."""
+    """Returns attention on the arrays of one device; the package's docstring describes the arguments."""
     queries, heads, width = q.shape[1:]
+    # 500 queries get 12 more, and 114 keys 14: the next multiples of 128
     more_queries, more_keys = -queries % QUERIES, -k.shape[1] % _LANES
-    odd = heads % 2  # a head of zeros makes a pair
+    odd = heads % 2  # the last of an odd number of heads is paired with a head of zeros
 
+    # [rows, length, heads, d] -> [rows, padded length, heads x d]: a pair of heads is then 2 d columns
     def flat(x, more):
         x = jnp.pad(x, ((0, 0), (0, more), (0, odd), (0, 0)))
         return x.reshape(*x.shape[:2], -1)
@@ -76,9 +78,10 @@ def attention(
     if bias is not None:
         bias = _bias_columns(jnp.pad(bias, ((0, odd), (0, more_queries), (0, more_keys))))
     if seeds is not None:
-        # rows first: a program gets one, since all of them would not fit its scalar memory
+        # rows first, so a program gets the seeds of one row; all rows may not fit scalar memory (1 MiB)
         seeds = jnp.pad(seeds, ((0, 0), (0, 0), (0, odd))).swapaxes(0, 1)
     query_segments = jnp.pad(query_segments, ((0, 0), (0, more_queries)))
+    # Queries keep segment 0 for padding. Keys get another value, so a comparison alone gives the mask.
     key_segments = jnp.where(key_segments > 0, key_segments, UNSEEN)
     key_segments = jnp.pad(key_segments, ((0, 0), (0, more_keys)), constant_values=UNSEEN)
     out: jax.Array = _attention(
@@ -95,14 +98,17 @@ def attention(
 
 
 def _bias_columns(bias):
-    """[heads, q, k] -> [pairs, rounds, k, 256]: columns as `tpu_programs` has them."""
+    """Arranges a bias [heads, q, k] in the columns of `tpu_programs`: [pairs, rounds, k, 256]."""
     heads, queries, keys = bias.shape
+    # (pair, head of the pair, round, half, query of the half, key)
+    # -> (pair, round, key, half, head of the pair, query of the half); the last three are the column
     bias = bias.reshape(heads // 2, 2, queries // QUERIES, 2, HALF, keys)
     return bias.transpose(0, 2, 5, 3, 1, 4).reshape(heads // 2, -1, keys, COLUMNS)
 
 
 def _segment_columns(segments):
-    """[rows, q] -> [rows, rounds, 256]: the same for both heads."""
+    """Repeats segments [rows, q] for both heads: [rows, rounds, 256]."""
+    # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
     both = jnp.broadcast_to(halves, (*halves.shape[:3], 2, HALF))
     return both.reshape(*both.shape[:2], COLUMNS)
@@ -127,7 +133,7 @@ def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
         [one.queries, one.per_query],
         [],
     )
-    # kept by name, or a layer that is computed again would call the kernel again
+    # `jax.checkpoint` saves these two by name; otherwise a recomputed layer would run the kernel again
     out = checkpoint_name(out, ATTENTION_OUTPUT)
     log_sums = checkpoint_name(log_sums, ATTENTION_OUTPUT)
     return out, (given, out, log_sums)
@@ -157,7 +163,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """What a program (pair of heads, row) sees of each array."""
+    """The part of each array that a program (pair of heads, row) sees."""
 
     def __init__(self, given, width: int):
         seeds, q, k, _, bias, _, _ = given
@@ -199,6 +205,7 @@ def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scrat
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[*one.scratch, *scratch],
+        # rows run in order, since the bias's gradient is added up over them; pairs may run in any order
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=one.memory
         ),
@@ -208,10 +215,13 @@ def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scrat
 
 
 def _memory(queries: int, keys: int, width: int, itemsize: int, *, bias: bool) -> int:
-    """Bytes of vector memory of the backward program; of a block there are two, one being fetched."""
-    of_bias = bias * 4 * 2 * queries * keys
+    """Returns the bytes of vector memory that the backward program needs."""
+    of_bias = bias * 4 * 2 * queries * keys  # float32, two heads
+    # q, output and the gradients of both; k, v and their gradients; two heads of each
     rows = 4 * (queries + keys) * 2 * width * itemsize
+    # the transposed keys, float32 sums for the gradients of k and v, and the segments of the keys
     scratch = keys * (2 * width * (itemsize + 8) + 4 * _LANES)
+    # bias and its gradient; each block has two buffers, one of which is fetched for the next program
     return 2 * (2 * of_bias + rows) + scratch + _TEMPORARIES * keys * COLUMNS * 4
 
 
@@ -219,23 +229,23 @@ def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; the
-# backward call also has the output, its log-sums and its gradient. Whether a call is causal is not
-# seen, so neither are the two operations an element that this costs.
+# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; the backward call
+# also has the output, the log-sums and the output's gradient. The operands do not show whether a call
+# is causal, so the two operations per element of a causal mask are not counted.
 
 
 @kernel_cost(_FORWARD)
 def _forward_cost(operands, results) -> KernelCost:
-    # products: scores, mean of values. Of an element: mask, largest, difference, exponential (a
-    # product and a power of 2), sum, rounding; dropout chooses once
+    # Products: scores, mean of values. Operations per element: mask, maximum, difference, exponential (a
+    # product and a power of 2), sum, rounding; with dropout one selection.
     pairs = results[-1].dims[1]
     return _cost(operands, results, pairs, after=0, products=2, other=7, of_bias=1, choices=1)
 
 
 @kernel_cost(_BACKWARD)
 def _backward_cost(operands, results) -> KernelCost:
-    # products: scores, gradients of weights, q, k and v. Of an element: mask, difference,
-    # exponential, two operations of the gradient, two roundings; of the bias its gradient, too
+    # Products: scores, gradients of weights, q, k and v. Operations per element: mask, difference,
+    # exponential (2), two for the gradient, two roundings; with a bias also its gradient.
     pairs = operands[-2].dims[1]
     return _cost(operands, results, pairs, after=3, products=5, other=8, of_bias=2, choices=2)
 
@@ -245,12 +255,13 @@ def _cost(operands, results, pairs, *, after, products, other, of_bias, choices)
     given = operands[dropout : len(operands) - after]
     q, k, bias = given[0], given[1], len(given) == 6
     elements = q.dims[0] * 2 * pairs * q.dims[1] * k.dims[1]
-    # both heads of a pair are one product, in which an element is a sum over the features of both
+    # Both heads of a pair are one product, so each element sums over the features of both heads. A TPU
+    # multiplies float32 in 6 passes of bfloat16 (`Precision.HIGHEST`).
     passes = 6 if q.dtype == "f32" else 1
     flops = products * 2 * elements * (q.dims[2] // pairs) * passes
-    # each pair reads the segments
+    # each pair of heads reads the segments; one reading is among the operands below
     again = (pairs - 1) * sum(array.bytes for array in given[-2:])
-    # segments are compared; a word costs 10 and has two draws, which are cut out and compared
+    # 1 to compare segments; a word costs 10 and holds two draws, each extracted and compared
     integer = 1 + dropout * (10 / 2 + 2)
     return KernelCost(
         flops=flops,

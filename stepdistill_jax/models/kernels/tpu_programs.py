@@ -1,15 +1,16 @@
-"""What one program of each attention kernel for TPUs does.
+"""The programs of the attention kernels for TPUs.
 
-Keys are in rows and queries in columns: then a sum over keys adds vectors up, and what belongs to a
-query, such as its largest score, is one row. A program has a row of the batch and two heads, and takes
-128 queries at a time, which are 256 columns:
+Keys are in rows and queries in columns. So a sum over keys adds up vectors, and a value per query, such as
+its largest score, is one row. A program has one row of the batch and two heads, and processes 128 queries
+at a time as 256 columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-So the left and the right half draw from the same random words, whose two draws belong to positions p
-and p + 64. With each head's features in rows of their own (`_per_head`) both heads are one product:
+So the left and the right half use the same random words, whose two draws belong to positions p and
+p + 64. `_per_head` gives each head separate rows, with zeros for the other head's features, so one product
+serves both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
 """
@@ -26,23 +27,24 @@ from jax.experimental import pallas as pl
 from stepdistill_jax.models.dropout import DRAWS, HALF, random_words
 from stepdistill_jax.models.products import precision_of
 
-QUERIES = 2 * HALF  # that a program takes at a time
-COLUMNS = 2 * QUERIES  # of two heads
+QUERIES = 2 * HALF  # queries that a program processes at a time
+COLUMNS = 2 * QUERIES  # columns for two heads
 UNSEEN = -2  # segment of keys that no query sees
-_UNROLLED = 4  # rounds of a loop; more take the compiler long
-_HIDDEN = -1e9  # score of a key that is not seen
-# of a query's largest score: where no key is seen, weights are exp(_HIDDEN - _LEAST) = 0
+_UNROLLED = 4  # most rounds of a loop that is unrolled; more take long to compile
+_HIDDEN = -1e9  # score of a hidden key
+# Lower bound of a query's largest score: if a query sees no key, its weights are exp(_HIDDEN - _LEAST) = 0,
+# not exp(0) = 1.
 _LEAST = -1e8
 _PLAIN, _BY_ROWS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # x y, x y^T
 
 
 class Call(NamedTuple):
-    """What is the same for all programs.
+    """The values that all programs of a kernel share.
 
     Attributes:
-        width: features of a head.
-        causal: a query does not see keys of later places.
-        kept: of `DRAWS`, how many draws keep a weight.
+        width: number of features of a head.
+        causal: a query does not see keys at later places.
+        kept: how many of the `DRAWS` values of a draw keep a weight.
         interpret: a CPU runs the programs.
     """
 
@@ -55,7 +57,7 @@ class Call(NamedTuple):
 def forward(
     call: Call, seeds, q, k, v, bias, q_segments, k_segments, out, log_sums, columns, turned
 ):
-    """Writes the output, and of each query the logarithm of the sum of its exponentials.
+    """Writes the output and, for each query, the logarithm of the sum of its exponentials.
 
     Args:
         seeds: [1, 2, heads], or None.
@@ -65,11 +67,11 @@ def forward(
         q_segments: [1, rounds, 256].
         k_segments: [1, 1, keys].
         log_sums: [1, 1, rounds, 256].
-        columns, turned: for k_segments [keys, 128] and v [2 d, keys].
+        columns, turned: scratch memory for k_segments [keys, 128] and for v [2 d, keys].
     """
     seeds = _seeds(seeds)
     _turn(k_segments, columns)
-    turned[...] = v[0].T
+    turned[...] = v[0].T  # once for all rounds
 
     def some(i, _):
         at = pl.ds(pl.multiple_of(i * QUERIES, QUERIES), QUERIES)
@@ -77,7 +79,8 @@ def forward(
         top = jnp.maximum(_over_keys(jnp.maximum, jnp.max, scores), _LEAST)
         weights = jnp.exp(scores - top)
         total = _over_keys(jnp.add, jnp.sum, weights)
-        total = jnp.where(total == 0, 1, total)
+        total = jnp.where(total == 0, 1, total)  # a query without keys: 0 / 1
+        # after the sum: dropout applies to the softmax's result, and does not change its divisor
         if seeds is not None:
             weights = jnp.where(_keep(call, i, seeds, k.shape[1]), weights, 0)
         mixed = _product(call, turned[...], weights.astype(v.dtype))
@@ -94,16 +97,20 @@ def backward(
     q_slope, k_slope, v_slope, bias_slope,
     columns, turned, k_sum, v_sum,
 ):  # fmt: skip
-    """Writes the gradients; adds that of the bias to what the rows before gave.
+    """Writes the gradients, and adds the row's part to the gradient of the bias.
 
-    With w the weights, m the mask of dropout (0, or what it scales by) and g the gradient of a weight
-    after dropout, that of a score is  w (m g - sum over keys of w m g),  and the sum is out . slope.
-    The scale s goes into w: s w (g, or 0 - out . slope / s).
+    Let w be a softmax weight, m the dropout mask (0 or the scale s), and g the gradient of the weight after
+    dropout. Then the gradient of the score is
+
+        w (m g - sum over keys of w m g),
+
+    and the sum equals out . slope. The code computes it as s w (g' - out . slope / s), where g' is g if
+    dropout keeps the weight, and 0 otherwise.
 
     Args:
-        slope: of `out`.
-        turned: for k [2 d, keys].
-        k_sum, v_sum: [keys, 2 d] float32.
+        slope: gradient of `out`.
+        turned: scratch memory for k [2 d, keys].
+        k_sum, v_sum: scratch memory for sums, [keys, 2 d] float32.
         others: as in `forward`; gradients have the shapes of their arrays.
     """
     seeds = _seeds(seeds)
@@ -112,7 +119,7 @@ def backward(
     for of_row in (k_sum, v_sum):
         of_row[...] = jnp.zeros_like(of_row)
     if bias is not None:
-
+        # the block of this gradient stays in vector memory while the rows of a pair of heads follow
         @pl.when(pl.program_id(1) == 0)
         def _():
             bias_slope[...] = jnp.zeros_like(bias_slope)
@@ -123,7 +130,9 @@ def backward(
         at = pl.ds(pl.multiple_of(i * QUERIES, QUERIES), QUERIES)
         queries, slopes = _per_head(call, q[0, at]), _per_head(call, slope[0, at])
         scores = _scores(call, i, k[0], queries, bias, q_segments, columns)
+        # s w: the scale costs nothing as a summand of the log-sum, which is one row
         weights = jnp.exp(scores - (log_sums[0, 0, pl.ds(i, 1)] - math.log(scale)))
+        # out . slope / s of each column, [1, 256]
         dots = _per_head(call, out[0, at].astype(jnp.float32) * slope[0, at].astype(jnp.float32))
         dots = jnp.sum(dots.T, axis=0, keepdims=True) / scale
         dropped, of_dropped = weights, _product(call, v[0], slopes, _BY_ROWS)
@@ -144,33 +153,34 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some` for each 128 queries."""
+    """Calls `some` for each block of 128 queries."""
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
     jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
 
 
 def _turn(k_segments, columns):
-    """[1, 1, keys] -> [keys, 128], all columns the same."""
+    """Writes k_segments [1, 1, keys] into `columns` [keys, 128]; all columns are equal."""
     keys, width = columns.shape
     columns[...] = jnp.broadcast_to(k_segments[0], (width, keys)).T
 
 
 def _scores(call, i, k, queries, bias, q_segments, columns):
-    """[keys, 256] float32, masked."""
+    """Returns the masked scores, [keys, 256] float32."""
     scores = _product(call, k, queries, _BY_ROWS)
     if bias is not None:
         scores += bias[0, i]
     seen = jnp.concatenate([columns[...]] * 2, axis=1) == q_segments[0, pl.ds(i, 1)]
     if call.causal:
         column = jax.lax.broadcasted_iota(jnp.int32, (1, COLUMNS), 1)
+        # column 70 of round 2 is query 256 + 0 + 6 (second head), column 200 query 256 + 64 + 8
         query = i * QUERIES + jnp.where(column < QUERIES, 0, HALF) + column % HALF
         seen &= jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) <= query
     return jnp.where(seen, scores, _HIDDEN)
 
 
 def _seeds(seeds):
-    """Two [1, 128] uint32 of this row and its heads, or None."""
+    """Returns the two seeds of this row and its heads, each [1, 128] uint32, or None."""
     if seeds is None:
         return None
     head = 2 * pl.program_id(0)
@@ -181,11 +191,12 @@ def _seeds(seeds):
 
 
 def _keep(call, i, seeds, keys):
-    """[keys, 256] bool: the masks of `dropout.dropout`."""
+    """Returns the masks of `dropout.dropout`, [keys, 256] bool."""
     column = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1)
     position = (i * QUERIES + column % HALF).astype(jnp.uint32)
     feature = jax.lax.broadcasted_iota(jnp.uint32, (keys, QUERIES), 0)
-    # the position goes into the seed, once a column, and its own operations are folded away
+    # `random_words` computes (position << 16 | feature) ^ seed. With position 0 and the seed already
+    # combined with the position, the result is equal and costs two operations less per element.
     none: Any = np.uint32(0)
     words = random_words(seeds[0] ^ position << 16, seeds[1], none, feature)
     draws = jnp.concatenate([words & (DRAWS - 1), words >> 16], axis=1)
@@ -193,8 +204,8 @@ def _keep(call, i, seeds, keys):
 
 
 def _per_head(call, x):
-    """[128, 2 d] -> [256, 2 d]: row (half, head, query) has the features of that head, else 0."""
-    wide = x.astype(jnp.float32)  # of bfloat16 the chip selects none
+    """Separates heads, [128, 2 d] -> [256, 2 d]: row (half, head, query) has that head's features, else 0."""
+    wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
     first, second = jnp.where(own, wide, 0), jnp.where(own, 0, wide)
     halves = first[:HALF], second[:HALF], first[HALF:], second[HALF:]
@@ -202,7 +213,7 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """[2 d, 256] -> [128, 2 d]: of each column the features of its head."""
+    """Takes each column's features of its own head, [2 d, 256] -> [128, 2 d]; the reverse of `_per_head`."""
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
     blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
@@ -210,14 +221,15 @@ def _of_own_head(call, x):
 
 
 def _over_keys(combine, reduce, x):
-    """[keys, 256] -> [1, 256]; in halves, of which none waits for another."""
+    """Reduces x over keys, [keys, 256] -> [1, 256], by halves whose additions do not wait for each other."""
+    # the number of rows stays a multiple of 8, the rows of a vector register: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
         x = combine(*jnp.split(x, 2))
     return reduce(x, axis=0, keepdims=True)
 
 
 def _product(call, x, y, dimensions=_PLAIN):
-    if call.interpret:  # a CPU has no product of bfloat16 in float32
+    if call.interpret:  # a CPU cannot multiply bfloat16 factors into a float32 product
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jax.lax.dot_general(
         x, y, dimensions, precision_of(x.dtype), preferred_element_type=jnp.float32
