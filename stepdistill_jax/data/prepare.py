@@ -46,9 +46,9 @@ def prepare(
     """Reads a dataset's original files, checks every row, and writes the dataset for training.
 
     Writes `data_dir/NAME/` with the TFDS dataset, SPLIT.jsonl, defects.jsonl, dataset.json and a
-    vocabulary trained on the train split. The folder appears whole or not at all. An existing one
-    with the same fingerprint stays as it is; with a different one it is replaced, with a note. Rows
-    are read one by one, so that memory does not grow with the source.
+    vocabulary trained on the train split. The folder appears complete or not at all. An existing folder
+    is left unchanged if it has the same fingerprint, and else replaced, with a note. Rows are read one
+    by one, so that memory does not grow with the source.
 
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (the original layout, or exports), `jsonl` (your own
@@ -62,8 +62,8 @@ def prepare(
         fields: for `jsonl`, names of further texts to keep, for objectives that name them.
         teacher: False reads no teacher texts.
         paper_exact: reads the paper's files as its published code does, without repairs, and draws its
-            validation split; the dataset is NAME_paper. `asdiv` is known here, too: SVAMP's and
-            ASDiv's rows together.
+            validation split; the dataset is NAME_paper. `name` may then also be `asdiv`, which is
+            SVAMP's and ASDiv's rows together.
         on_error: for `jsonl`: `stop` raises if some rows cannot be used, after reading all; `skip`
             skips them.
         rows: for `gsm_symbolic`, number of train rows; None for 20,000.
@@ -90,7 +90,7 @@ def prepare(
     """
     one_of("on_error", on_error, ON_ERROR)
     if on_error != "stop" and name != "jsonl":
-        raise InputError(f"`on_error`: only `prepare jsonl` has rows to skip, not {name}")
+        raise InputError(f"`on_error`: only `prepare jsonl` can skip rows, not {name}")
     for option, value in (("rows", rows), ("seed", seed)):
         if value is not None and name != prepared.GENERATED:
             raise InputError(
@@ -229,7 +229,7 @@ def _read(
         own = name == prepared.EMBEDDED
         return delivery.read() if own else gsm_symbolic.read(rows=rows, seed=seed)
     if source is None:
-        raise InputError(f"prepare {name}: give the folder of its files as `source`")
+        raise InputError(f"prepare {name}: pass the folder of its files as `source`")
     if isinstance(source, str | os.PathLike):
         source = local_path(source, "`source`")
     elif name != "jsonl":
@@ -243,7 +243,7 @@ def _read(
 
         if not teacher:
             raise InputError(
-                "`paper_exact`: the published code needs the teacher's texts, leave `teacher` out"
+                "`paper_exact`: the published code needs the teacher's texts; leave `teacher` out"
             )
         return published.read(name, source)
     reader = importlib.import_module(f"stepdistill_jax.data.corpora.{name}")
@@ -251,7 +251,7 @@ def _read(
 
 
 def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDataset | None, str]:
-    """Returns the dataset prepared under that name, if it is whole, and the damage, if it is not.
+    """Returns the dataset prepared under that name if it is intact, and else None and the damage.
 
     Raises:
         InputError: the folder holds files that `prepare` did not write.

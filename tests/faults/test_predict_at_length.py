@@ -396,7 +396,7 @@ def test_rows_of_other_options_are_set_aside_and_can_be_gone_on_from(echo, tmp_p
     for name in ("out.jsonl.partial", "out.jsonl.partial.json"):
         os.rename(tmp_path / f"{name}.old", tmp_path / name)
     predict(echo, source, out)
-    assert "8 rows are done, continuing after them" in capsys.readouterr().err
+    assert "continuing after the 8 rows that are done" in capsys.readouterr().err
     assert len(out.read_bytes().splitlines()) == 20
 
 
