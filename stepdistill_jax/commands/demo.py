@@ -65,7 +65,7 @@ def _show(summary: dict, console) -> None:
         )
     console.print(table)
     console.print(
-        f"Always giving the commonest label: {summary['majority_baseline']:.3f}."
+        f"Accuracy of always answering the commonest label: {summary['majority_baseline']:.3f}."
         " All arms decode the same number of tokens: a label costs the same to serve.\n"
         "The arms share labels, recipe and steps. With another recipe and several times the steps,"
         " label-only training can learn this task, too."

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm to compare the others with (label_only, or else an arm with its objectives)",
+        help="arm that the others are compared with (default: label_only, or else an arm with its objectives)",
     )
     parser.add_argument(
         "--examples",
@@ -92,7 +92,7 @@ def _show(comparison: "Comparison", split: str, console) -> None:
     for name in ("teacher", "majority"):
         value = getattr(comparison, name)
         if value is not None:
-            words = {"teacher": "The teacher", "majority": "Always giving the commonest label"}
+            words = {"teacher": "The teacher", "majority": "Always answering the commonest label"}
             console.print(f"{words[name]}: {value:.4f}.", highlight=False)
     for sentence in headline(comparison):
         console.print(sentence, markup=False, highlight=False)

@@ -1,11 +1,11 @@
-"""Hides a key in text from a server, in any usual encoding."""
+"""Removes a key from a server's text, in any usual encoding."""
 
 import base64
 import html
 import re
 
 HIDDEN = "***"
-SHORTEST = 6  # characters; a shorter key is not a secret, and may be part of any word
+SHORTEST = 6  # characters; a shorter key is not a secret, and may be part of an ordinary word
 _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one of these
 
 
@@ -14,7 +14,7 @@ class Secret:
 
     Each character may appear as itself, after backslashes (JSON writes `/` as `\/`, `repr` doubles
     backslashes), as `\u002f` or `\x2f`, percent-encoded (also twice), as an HTML entity, or after zero
-    bytes (UTF-16). The whole key may be in hex or base64, alone or after other text (`Bearer KEY`).
+    bytes (UTF-16). The complete key may be in hex or base64, alone or after other text (`Bearer KEY`).
 
     Example: `Secret("sk-a/b+c").hide(r"bad key sk-a\/b+c")` is "bad key ***".
     """
@@ -55,5 +55,5 @@ def _spellings(c: str) -> str:
     ]
     if (entity := html.escape(c)) != c:
         ways.append(re.escape(entity))
-    # at most 8 before it, so that a long run of backslashes does not make the match slow
+    # at most 8 backslashes or zero bytes, so that a long run of them does not make the match slow
     return rf"[\\\0]{{0,8}}(?:{'|'.join(ways)})"
