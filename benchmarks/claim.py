@@ -1,10 +1,11 @@
-"""The paper's claim and its controls on the embedded dataset, from nothing: writes docs/lab/experiments.md.
+"""Tests the paper's claim and its controls on the embedded dataset, and writes docs/lab/experiments.md.
 
     python benchmarks/claim.py --workdir runs/claim
 
-Trains small runs (each arm with 5 seeds, on all labels and on shares of them), one process a CPU core,
-compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it continues
-where it was. The numbers in the page come from the run that wrote it; no sentence assumes a result.
+It trains small runs from scratch (each arm with 5 seeds, on all labels and on shares of them), one process
+per CPU core, compares them by `report`, and writes which claims hold and which do not, with the plots. A
+stopped run continues when it is started again. The numbers in the page come from the run that wrote it; no
+sentence assumes a result.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,14 @@ CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
 
 
 def more_labels(examples: Sequence[Example]) -> list[dict]:
-    """Returns all examples that can be made and are neither in validation nor in test."""
-    before = sum(ROWS.values()) // 2  # of each label, in the three splits
+    """Returns all possible examples that are neither in validation nor in test."""
+    before = sum(ROWS.values()) // 2  # examples of each label in the three splits
     others = [e for same in every_example().values() for e in same[before:]]
     return [e.to_json() | {"id": f"more-{i}"} for i, e in enumerate([*examples, *others])]
 
 
 def why_not(examples: Sequence[Example]) -> list[dict]:
-    """Returns rows with one more field: `trouble needs a fast pace on a narrow road .`"""
+    """Returns rows with the field `why_not`: `trouble needs a fast pace on a narrow road .`"""
     rows = []
     for e in examples:
         pace, _, _, _, road, *_ = e.rationale.split()  # slow pace on a narrow road , since ...
@@ -38,8 +39,8 @@ def why_not(examples: Sequence[Example]) -> list[dict]:
 
 
 EQUAL = ["step_by_step.label_weight=0.5", "step_by_step.rationale_weight=0.5"]
-# Weights are the demo's, 1 for the label and 3 for all others together, but where they are EQUAL.
-# The lengths hold every text of an arm.
+# Except where EQUAL is set, weights are the demo's: 1 for the label and 3 for the other objectives together.
+# Lengths are large enough for every text of an arm.
 ARMS = {
     "label_only": Arm("the label alone: standard fine-tuning", CURVE, config="demo_label_only"),
     "step_by_step": Arm("label and rationale, two objectives: the paper's method", CURVE),
@@ -116,7 +117,7 @@ ARMS = {
     "wrong_30": Arm("the same, 30%", FULL, train=("wrong", 0.3)),
     "wrong_50": Arm("the same, 50%", FULL, train=("wrong", 0.5)),
 }
-# Apart: its "all" are more labels than the others' are.
+# Separate from ARMS: all of its labels are more than all labels of the other arms.
 MORE_LABELS = "label_only_more"
 MORE = Arm(
     "label_only with every label that can be made",
@@ -155,7 +156,7 @@ CLAIMS = [
 
 
 def fewer_labels(comparison: Comparison) -> list[str]:
-    """Returns paragraphs: what step_by_step needs, and whether more labels replace its rationales."""
+    """Returns paragraphs: how many labels step_by_step needs, and whether more labels replace rationales."""
     (more,), last = comparison.of_arm(MORE_LABELS), comparison.of_arm("step_by_step")[-1]
     reached = "reaches" if more.accuracy >= last.accuracy else "does not reach"
     return [
@@ -195,7 +196,7 @@ def page(comparison: Comparison, took: str) -> str:
 
 
 def main() -> None:
-    """Prepares, trains what is left, compares, writes."""
+    """Prepares the data, trains the remaining runs, compares them, and writes the page."""
     args = options(__doc__.splitlines()[0], "runs/claim", seeds=5).parse_args()
     write_page(TASK, ARMS, args, page, curve=CURVE, apart={MORE_LABELS: MORE})
 

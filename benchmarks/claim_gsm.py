@@ -1,11 +1,11 @@
-"""The paper's claim and a control on word problems with worked solutions: writes docs/lab/experiments_gsm.md.
+"""Tests the paper's claim and a control on word problems, and writes docs/lab/experiments_gsm.md.
 
     python benchmarks/claim_gsm.py --workdir runs/claim_gsm
 
-The rows are short problems of `prepare gsm_symbolic` (the extra [gsm]), the model a tiny T5 from scratch,
-one process a CPU core. Stopped, it continues where it was. No sentence of the page assumes a result
-but TRIED, which is of runs apart and dated.
-With `--prepare-only` it makes the dataset `gsm_short` and trains nothing.
+The rows are short problems of `prepare gsm_symbolic` (the extra [gsm]), with worked solutions. The model is
+a tiny T5 from scratch; each CPU core has its own process. A stopped run continues when it is started again.
+No sentence of the page assumes a result, except TRIED, which describes separate, dated runs. With
+`--prepare-only`, it makes the dataset `gsm_short` and trains nothing.
 """
 
 import collections
@@ -25,11 +25,11 @@ from stepdistill_jax.experiments.comparison import Comparison
 from stepdistill_jax.experiments.results import RunResult
 
 TASK, CONFIG = "gsm_short", "gsm_short_cpu_tiny"
-# rows of gsm_symbolic, of train and of the others; about one in fourteen is short
+# rows drawn from gsm_symbolic, for train and for the other splits; about one in fourteen is short
 DRAWN, DRAWN_HELD_OUT = 150_000, {"test": 30_000, "validation": 15_000}
 MOST_WORDS = {"input": 50, "rationale": 36}
-LARGEST = 50  # of the numbers of a question, its solution and its answer, all whole
-MOST_WORDINGS = 4  # of a problem in test and in validation: the same numbers with other names
+LARGEST = 50  # largest number in a question, its solution and its answer, in which all are whole
+MOST_WORDINGS = 4  # wordings of a problem in test or validation: the same numbers with other names
 STEP = re.compile(r"(\d+) ([-+*/x÷]) (\d+) = (\d+)")
 CHOSEN = (
     "The recipe (which rows, steps, batch, learning rate, dropout) was chosen by the validation accuracy of label_only alone, in ten short runs of"
@@ -82,7 +82,7 @@ CLAIMS = [
 
 
 def is_short(row: CheckedExample) -> bool:
-    """Returns whether question and solution are short, all numbers small, and the row free of defects."""
+    """Returns whether question and solution are short, all numbers are small, and the row has no defect."""
     example = row.example
     short = all(len(getattr(example, n).split()) <= most for n, most in MOST_WORDS.items())
     text = f"{example.input} {example.rationale} {example.label}"
@@ -92,7 +92,7 @@ def is_short(row: CheckedExample) -> bool:
 
 
 def spaced(text: str) -> str:
-    """Returns `text` with spaces around operators, without signs of money: a number is one word.
+    """Returns `text` with spaces around operators and without currency signs, so each number is a word.
 
     Example: `spaced("It costs 5*£9=£45.")` is "It costs 5 * 9 = 45.".
     """
@@ -102,12 +102,12 @@ def spaced(text: str) -> str:
 
 
 def problem(example_id: str, question: str) -> str:
-    """Returns the template and the numbers of a question: what its wordings have in common."""
+    """Returns the template and the numbers of a question, which all of its wordings share."""
     return " ".join([example_id.split("-")[0], *re.findall(r"\d+", question)])
 
 
 def prepare_short(data_dir: pathlib.Path | None) -> None:
-    """Prepares `gsm_short`, once: the short rows of gsm_symbolic's splits of the same templates."""
+    """Prepares `gsm_short`, once: the short rows of the splits of gsm_symbolic that share templates."""
     if is_prepared(TASK, data_folder(data_dir)):
         return
     source = collections.defaultdict(list)
@@ -122,12 +122,12 @@ def prepare_short(data_dir: pathlib.Path | None) -> None:
         if split == "train" or wordings[same] <= MOST_WORDINGS:
             texts = {n: spaced(getattr(example, n)) for n in MOST_WORDS}
             source[split].append(example.to_json() | texts)
-    origin = drawn.notes[:1]  # package, version, licence; the other notes count the rows drawn
+    origin = drawn.notes[:1]  # package, version, licence; the other notes are about all drawn rows
     prepare("jsonl", source=source, new_name=TASK, notes=origin, data_dir=data_dir)
 
 
 def written(comparison: Comparison) -> list[str]:
-    """Returns lines: for each arm that writes solutions, with all labels, how many are right, and where not."""
+    """Returns a table of the arms that write solutions: how many are right, and where they go wrong."""
     lines = [
         "Of the solutions that a model writes for test rows, with all labels (mean over the seeds): how many begin with the row's own first"
         " step (`9 - 2 =`, its numbers and operator), how many steps are true (`9 - 2 = 7`), how many solutions end in the right answer.",
@@ -146,7 +146,7 @@ def written(comparison: Comparison) -> list[str]:
 
 
 def shares_right(run: RunResult) -> list[float]:
-    """Returns the three shares of `written` for one run; the first is of rows with a step of their own."""
+    """Returns the three shares of `written` for one run; the first is over rows whose solution has a step."""
     first, true, ended = [], [], []
     for text, example in zip(run.rationales, run.gold.examples, strict=True):
         steps, own = STEP.findall(text), STEP.findall(example.rationale)
@@ -164,7 +164,7 @@ def is_true(left: str, operator: str, right: str, result: str) -> bool:
 
 
 def outcome(comparison: Comparison) -> str:
-    """Returns the page's first result: at how many shares step_by_step beats label_only."""
+    """Returns the first sentences of the page: at how many shares step_by_step beats label_only."""
     pair = {"label_only", "step_by_step"}
     verdicts = [verdict(t, "step_by_step") for t in comparison.tests if {t.first, t.second} == pair]
     won = sum(words.startswith("**holds**") for words in verdicts)
@@ -219,7 +219,7 @@ def page(different: dict[str, int], comparison: Comparison, took: str) -> str:
 
 
 def main() -> None:
-    """Prepares, trains what is left, compares, writes."""
+    """Prepares the data, trains the remaining runs, compares them, and writes the page."""
     parser = options(__doc__.splitlines()[0], "runs/claim_gsm", seeds=3)
     parser.add_argument("--prepare-only", action="store_true", help=f"make {TASK}, train nothing")
     args = parser.parse_args()
