@@ -119,7 +119,7 @@ def train_all(every: Sequence[Cell], args: argparse.Namespace) -> list[pathlib.P
         for (folder, part), core in zip(parts.items(), cores, strict=True)
         if part
     ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # daemons end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # ends the daemons, too
     for worker in workers:
         worker.start()
     began, before, last = time.monotonic(), number_done(parts), None

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split of the dataset")
     parser.add_argument("--model", help="workdir or model directory; default: random weights")
     parser.add_argument("--size", default="small", help="size of T5 v1.1, for random weights")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: size of the task's vocabulary")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
     parser.add_argument("--rows", type=int, default=256, help="largest number of rows of the split")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per batch")
     parser.add_argument(

@@ -30,12 +30,18 @@ from apart import TORCH, Apart
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split of the dataset")
-    parser.add_argument("--family", default="t5_v1_1", help="family of the model: t5_v1_1, t5gemma, ...")
+    parser.add_argument(
+        "--family", default="t5_v1_1", help="family of the model: t5_v1_1, t5gemma, ..."
+    )
     parser.add_argument("--size", default="small", help="size of the model: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: size of the task's vocabulary")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
     parser.add_argument("--rows", type=int, default=256, help="largest number of prompts")
     parser.add_argument("--batch-size", type=int, default=64, help="rows decoded at once")
-    parser.add_argument("--max-decode-len", type=int, default=8, help="largest number of tokens in a label")
+    parser.add_argument(
+        "--max-decode-len", type=int, default=8, help="largest number of tokens in a label"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 

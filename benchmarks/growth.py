@@ -75,7 +75,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
 
 def show(found: dict[str, dict[int, dict[str, float]]]) -> None:
     """Prints the table, one row for each size and number of devices."""
-    print("| size | devices | TFLOPs per step | state, GiB | all memory, GiB | sent per step, GiB |")
+    print(
+        "| size | devices | TFLOPs per step | state, GiB | all memory, GiB | sent per step, GiB |"
+    )
     print("|---|---|---|---|---|---|")
     for size, by_devices in found.items():
         for devices, f in by_devices.items():

@@ -54,7 +54,9 @@ class Table(list):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="split of the dataset")
     parser.add_argument("--size", default="small", help="size of T5 v1.1: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: size of the task's vocabulary")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
     parser.add_argument("--rows", type=int, default=50, help="largest number of prompts")
     parser.add_argument(
         "--input-length",
@@ -62,13 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=128,
         help="largest number of tokens in a prompt; longer prompts are truncated",
     )
-    parser.add_argument("--max-decode-len", type=int, default=8, help="largest number of tokens in a label")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the arrivals")
+    parser.add_argument(
+        "--max-decode-len", type=int, default=8, help="largest number of tokens in a label"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights and of the arrivals"
+    )
     parser.add_argument(
         "--engines", nargs="*", choices=ENGINES, default=ENGINES[:2], help="engines of the server"
     )
     parser.add_argument(
-        "--rates", nargs="+", type=float, default=[5.0, 10.0, 20.0, 40.0], help="requests per second"
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[5.0, 10.0, 20.0, 40.0],
+        help="requests per second",
     )
     parser.add_argument("--seconds", type=float, default=30.0, help="seconds at each rate")
     parser.add_argument("--batch-size", type=int, default=16, help="largest batch of the server")

@@ -28,11 +28,17 @@ PEERS = ("transformers", "transformers_bfloat16", "ours_shared_encoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="paper_cqa", help="a config file, or the name of a shipped config")
+    parser.add_argument(
+        "--config", default="paper_cqa", help="a config file, or the name of a shipped config"
+    )
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, as for `train`")
-    parser.add_argument("--family", default="t5_v1_1", help="family of the model: t5_v1_1, t5gemma, ...")
+    parser.add_argument(
+        "--family", default="t5_v1_1", help="family of the model: t5_v1_1, t5gemma, ..."
+    )
     parser.add_argument("--size", default="small", help="size of the model: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: size of the task's vocabulary")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
     parser.add_argument("--batch-size", type=int, help="examples per step; default: the config's")
     parser.add_argument("--steps", type=int, default=2, help="steps in a timed turn")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:1])

@@ -20,7 +20,7 @@ import threading
 import time
 
 STOPPED = 75  # exit status after a signal and a clean save
-LOST = 128 + signal.SIGABRT  # JAX's coordination service ends the peers of a lost process by SIGABRT
+LOST = 128 + signal.SIGABRT  # JAX's coordination service ends a lost process's peers by it
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each is forwarded as SIGTERM
 # variables that the scripts set, shown by --dry-run
 SHOWN = ("JAX_PLATFORMS", "XLA_FLAGS", "EXPECT_DEVICES")

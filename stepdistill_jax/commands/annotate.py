@@ -250,7 +250,7 @@ def _table(result: dict[str, Any]) -> Any:
 
     rows = result["rows"]
     table = Table(title=f"{rows} rows", title_justify="left", title_style="bold")
-    for name, where in (("", "left"), ("answers", "right"), ("share", "right"), ("meaning", "left")):
+    for name, where in (("", "left"), ("answers", "right"), ("share", "right"), ("note", "left")):
         table.add_column(name, justify=where)  # type: ignore[arg-type]
 
     def line(name: str, count: int, share: float | None, comment: str = "") -> None:

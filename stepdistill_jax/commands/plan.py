@@ -193,7 +193,9 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 def _show_advice(result: dict[str, Any], console: "Console") -> None:
     if result["advice"]:
-        console.print("[bold]Nothing fits.[/bold] With these changes it fits, by the compiler, per device:")
+        console.print(
+            "[bold]Nothing fits.[/bold] With these changes it fits, by the compiler, per device:"
+        )
         for line in result["advice"]:
             console.print(f"  {line}", soft_wrap=True)
     else:

@@ -216,7 +216,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
     table.add_column("")
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("meaning")
+    table.add_column("note")
 
     def line(name: str, count: int, comment: str = "") -> None:
         table.add_row(name, str(count), f"{count / rows:.2%}", comment)

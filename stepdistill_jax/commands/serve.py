@@ -69,6 +69,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     say(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
     result["stopped"] = result["unanswered"] > 0
-    if result.pop("busy"):  # no client waits for that work, so the exit does not wait for it, either
+    if result.pop("busy"):  # no client waits for that work, so the exit need not, either
         end_soon(1 if result["stopped"] else 0)
     return result

@@ -194,7 +194,9 @@ def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
         if not label:
             raise InputError(f"{name}: label {number} is blank")
         if (before := first.setdefault(normalize(label), number)) != number:
-            raise InputError(f"{name}: the label {label!r} is repeated (labels {before} and {number})")
+            raise InputError(
+                f"{name}: the label {label!r} is repeated (labels {before} and {number})"
+            )
     if len(labels) < 2:
         raise InputError(f"{name}: expected at least two labels, got {len(labels)}")
     return tuple(labels)

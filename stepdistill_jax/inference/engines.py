@@ -142,7 +142,7 @@ class JaxEngine:
         `stepdistill.json` is left out: its prompts and lengths are options of a run.
         """
         config = dataclasses.asdict(self._config)
-        if config["logits_softcap"] is None:  # without it, older unfinished outputs keep their digest
+        if config["logits_softcap"] is None:  # so that older, unfinished outputs can be continued
             del config["logits_softcap"]
         return digest([params_fingerprint(self._params), config, self.vocabulary.fingerprint])
 

@@ -98,7 +98,9 @@ def _check_target(target: pathlib.Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target}: is a file or link; choose a new folder")
     if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"{target}: is not empty; choose a new folder, since nothing is overwritten")
+        raise InputError(
+            f"{target}: is not empty; choose a new folder, since nothing is overwritten"
+        )
     check_writable(target, folder=True)
 
 

@@ -64,7 +64,7 @@ class Channel:
             _store().key_value_delete(f"{self._name}/{self._round - 2}/")
         text = json.dumps(combine([value, *map(json.loads, others)]))
         _store().key_value_set(f"{folder}/all", text)
-        return json.loads(text)  # as in the other processes: tuples become lists, keys become strings
+        return json.loads(text)  # as in the others: tuples become lists, and keys become strings
 
     def close(self) -> None:
         """Makes a thread that waits in `combined` raise `Closed` within seconds."""

@@ -23,7 +23,7 @@ KNOWN_TO_JOB = "STEPDISTILL_JOB_TOKEN"  # the same secret in all processes of a 
 
 JOIN_SECS = 300  # hosts of a pod start minutes apart
 CONNECT_SECS = 120  # for JAX to connect, once all processes have started
-HEARTBEAT_SECS = 30  # a peer silent for so long ends the job; JAX's default of 100 s wastes paid time
+HEARTBEAT_SECS = 30  # a peer silent for so long ends the job; JAX's 100 s would waste paid time
 SHUTDOWN_SECS = 15
 GRACE_SECS = 5  # a process that exits waits so long, so that the others exit with their own status
 

@@ -36,7 +36,9 @@ def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
 async def _bound(response: httpx.Response) -> None:
     encoding = response.headers.get("Content-Encoding", UNCOMPRESSED).strip().lower()
     if encoding not in ("", UNCOMPRESSED):
-        raise httpx.ReadError(f"the response is compressed ({encoding[:40]}), which was not requested")
+        raise httpx.ReadError(
+            f"the response is compressed ({encoding[:40]}), which was not requested"
+        )
     response.stream = _BoundedStream(response.stream)
 
 

@@ -129,9 +129,7 @@ def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
 
 
 def test_rows_of_other_datasets_are_not_skipped(tmp_path):
-    with pytest.raises(
-        InputError, match="`on_error`: only `prepare jsonl` can skip rows, not cqa"
-    ):
+    with pytest.raises(InputError, match="`on_error`: only `prepare jsonl` can skip rows, not cqa"):
         command.run(_arguments("cqa", "--source", tmp_path, "--on-error", "skip"))
 
 

@@ -252,7 +252,9 @@ def test_a_directory_that_is_not_as_it_was_written_is_refused(
 
 
 def test_others_say_what_the_directory_is(int8):
-    with pytest.raises(InputError, match="a CTranslate2 directory, which only `predict`, `evaluate`"):
+    with pytest.raises(
+        InputError, match="a CTranslate2 directory, which only `predict`, `evaluate`"
+    ):
         read_config(int8[0])
 
 

@@ -370,7 +370,9 @@ def test_damaged_weights_are_refused_before_they_are_opened(converted, source, t
 
 def test_several_processes_are_refused(converted, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="CTranslate2 runs in a single process, but this job has 2"):
+    with pytest.raises(
+        InputError, match="CTranslate2 runs in a single process, but this job has 2"
+    ):
         open_engine(converted["float32"])
 
 

@@ -228,9 +228,7 @@ def _check_more(more: Sequence[str]) -> tuple[str, ...]:
                 f" name, pass `fields` my_name and `field_map` my_name={name}"
             )
         if name in (*FIELDS, PROVENANCE, INPUT_PAIR):
-            raise InputError(
-                f"`fields` {name}: this name is reserved; choose a different one"
-            )
+            raise InputError(f"`fields` {name}: this name is reserved; choose a different one")
     if len(set(more)) < len(more):
         raise InputError(f"`fields` {','.join(more)}: list each name once")
     return tuple(more)
