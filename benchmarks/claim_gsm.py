@@ -58,7 +58,7 @@ ARMS = {
         settings=["step_by_step.label_weight=1.0", "step_by_step.rationale_weight=3.0"],
     ),
     "shuffled": Arm(
-        "step_by_step, each solution that of another row", FULL, CONFIG, train=("shuffled", 1.0)
+        "step_by_step, each solution from another row", FULL, CONFIG, train=("shuffled", 1.0)
     ),
     "step_by_step_mi": Arm(
         "step_by_step, and the mutual-information loss of Chen et al. 2024 with their weight, 0.1",

@@ -150,7 +150,7 @@ def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path)
 
 
 def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
-    """Returns how many labels of each engine equal those of `ours`; all float32 labels must be equal."""
+    """Returns how many labels of each engine equal `ours`; all float32 labels must be equal."""
     equal = {}
     for name, answers in labels.items():
         same = sum(a == b for a, b in zip(answers, labels["ours"], strict=True))

@@ -78,7 +78,7 @@ def conditions(result: dict[str, Any], today: str, seconds: float) -> str:
         if name in result:
             one = f"{name[:-1]}{'' if result[name] == 1 else 's'}"
             parts.append(f"{result[name]} {one}")
-    parts.append(f"{seconds:.0f} s in all")
+    parts.append(f"{seconds:.0f} s in total")
     busy = result.get("busy_cores")
     warning = ""
     if busy is not None:

@@ -299,7 +299,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns a field of each row; None if the rows' ids differ from those of `gold`."""
+    """Returns a field of each row; None if the rows' ids differ from `gold`'s ids."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None

@@ -11,7 +11,7 @@ from stepdistill_jax.data.text_metrics import metric_fn, normalize
 CONSISTENT, INCONSISTENT, NAMES_NO_LABEL = "consistent", "inconsistent", "names_no_label"
 VERDICTS = (CONSISTENT, INCONSISTENT, NAMES_NO_LABEL)
 SHOWN = 5  # rows of `disagreements`
-# not the 53 of "a53" or the 3 of "1.53"; the minus of "= -53", not that of "79-53"
+# not the 53 of "a53" or the 3 of "1.53"; a minus counts in "= -53", but not in "79-53"
 _NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 
 

@@ -156,7 +156,7 @@ def _collect(
                     _send({**present, -1: connection}, f"{REFUSED} {refusal}")
                     raise InputError(refusal)
                 present[number] = connection
-        # the other processes are told to start only now, so none of them joins JAX alone
+        # GO is sent only now, when all processes are here, so none of them joins JAX alone
         _send(present, GO)
 
 

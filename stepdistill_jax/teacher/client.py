@@ -290,7 +290,7 @@ def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
     """
     choice, usage = body["choices"][0], body.get("usage") or {}
     content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # a list of parts: join those of type text
+    if isinstance(content, list):  # a list of parts: join the text parts
         content = "".join(part["text"] for part in content if part["type"] == "text")
     if not isinstance(content, str) or not isinstance(usage, dict):
         raise TypeError

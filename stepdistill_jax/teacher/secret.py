@@ -28,7 +28,7 @@ class Secret:
         raw = key.encode()
         self._literals = [key, raw.hex(), raw.hex().upper()]
         # Base64 writes 3 bytes (24 bits) as 4 characters of 6 bits, so the key's encoding depends on
-        # the number of bytes before it, modulo 3. Of its characters, we keep those whose six bits all
+        # the number of bytes before it, modulo 3. We keep only the characters whose six bits all
         # belong to the key: from ceil(8 before / 6) to floor(8 (before + len) / 6).
         for before in range(3):
             whole = slice(-(-before * 8 // 6), (before + len(key)) * 8 // 6)

@@ -72,7 +72,7 @@ class _Kept:
 
 
 class Checkpoints:
-    """Saves and restores the train state; a run has one such object."""
+    """Saves and restores the train state; a run has one instance."""
 
     def __init__(self, workdir: os.PathLike | str):
         """Opens or creates the folder, and removes leftovers of a save that was killed.
