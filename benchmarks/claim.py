@@ -103,9 +103,7 @@ ARMS = {
         FULL,
         config="demo_copy_control",
     ),
-    "shuffled": Arm(
-        "step by step, each rationale from another row", FULL, train=("shuffled", 1.0)
-    ),
+    "shuffled": Arm("step by step, each rationale from another row", FULL, train=("shuffled", 1.0)),
     "missing_50": Arm(
         "step by step, half of the rows without a rationale", TWO, train=("missing", 0.5)
     ),
