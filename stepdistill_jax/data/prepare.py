@@ -85,7 +85,7 @@ def prepare(
 
     Raises:
         UnusableRows: under `stop`, some rows cannot be used. They are listed with the other defects
-            in `data_dir/NAME.defects.jsonl`; nothing else is written.
+            in `data_dir/NAME.defects.jsonl`; no other file is written.
         InputError: bad usage, or a source that cannot be read; nothing is written.
     """
     one_of("on_error", on_error, ON_ERROR)

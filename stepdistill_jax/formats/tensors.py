@@ -58,7 +58,7 @@ class Weights:
         return np.asarray(self.tensors[name][index])
 
     def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
-        """Fills `out` [layers, ...] with the slice `index` of `name`, in which `{}` is each of `layers`."""
+        """Fills `out` [layers, ...] with a slice of each layer's tensor; `{}` in `name` is the layer."""
         if name in self.stacks:
             out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]
             return

@@ -38,7 +38,7 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """Adds the path to errors of writing an open file: on a full or broken disk, they do not name it."""
+    """Adds the path to errors raised by a write to an open file; a full or broken disk's do not name it."""
     try:
         yield
     except OSError as error:

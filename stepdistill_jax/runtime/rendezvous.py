@@ -1,4 +1,4 @@
-"""Waits for all processes of a job before JAX joins them: JAX's own time-out does not name missing ones.
+"""Waits for all processes of a job before JAX joins them, and names those that are missing; JAX does not.
 
 Process 0 listens on the coordinator's address. Every other process connects and sends the job's token and
 its number. Process 0 answers all of them at once: start, or which processes are missing. Then JAX's

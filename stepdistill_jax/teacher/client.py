@@ -128,7 +128,7 @@ class ChatClient:
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns the first answer, after as many attempts as it takes.
+        """Returns the first answer that arrives; sends the prompt again after errors that may pass.
 
         Args:
             prompt: the user's message.
