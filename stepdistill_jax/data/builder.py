@@ -207,9 +207,9 @@ def build_in_subprocess(
         output = process.stdout.read() if process.stdout else ""
         process.wait()
     finally:
-        process.kill()
+        process.kill()  # it still runs if the block has raised
         process.wait()
-    if process.returncode == 2:
+    if process.returncode == 2:  # `_main` has printed an InputError
         raise InputError(output.strip())
     if process.returncode:
         raise RuntimeError(

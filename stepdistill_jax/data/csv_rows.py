@@ -57,7 +57,7 @@ def each_csv_row(
         InputError: the file cannot be read, or its header is damaged or not UTF-8.
     """
     check_file(path, "a CSV file")
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(MAX_LINE_BYTES)  # Python's limit is 131,072 characters
     try:
         with open(path, "rb") as file:
             yield from _rows(path, _decoded(file, path), numbers)
@@ -108,6 +108,7 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
     except csv.Error as error:
         second = lines.row[1].number if len(lines.row) > 1 else None
         lines.end_row()
+        # only the message of a `csv.Error` tells which kind it is
         if second or "unexpected end" in str(error):
             again = f" (line {second} is read as a separate row)" if second else ""
             return f"a quote is opened and never closed{again}"

@@ -147,7 +147,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
             f"{_many(extra, 'row')} {'is' if extra == 1 else 'are'} equal to an earlier one"
             f"{_pairs(places, extra)}. Remove them, unless they are meant to count more",
         )
-    labelled = labels != 0
+    labelled = labels != 0  # 0 stands for a row without a label
     # sorted by input, then label: an input with two labels has neighbours that differ in the label
     order = np.lexsort((labels, inputs))
     order = order[labelled[order]]

@@ -110,9 +110,11 @@ def prepare(
         check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
     reading = _read(name, source, field_map, fields, teacher, paper_exact, rows, seed)
     reading.notes.extend(notes)
+    # while this call waits, another one may prepare the same rows, which are then reused
     with sole_writer(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with staged_folder(directory) as new:
+            # always read: the fingerprint covers every row
             splits, fingerprint, bad = writing.write_rows(reading, new)
             total = bad.count + sum(counts.rows for counts in splits.values())
             if bad.count and on_error == "stop":

@@ -224,7 +224,7 @@ def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
 def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
     if (path / RUN).is_file():
         yield Found(path)
-    elif (path / SWEEP).is_file():
+    elif (path / SWEEP).is_file():  # it has each cell's arm and grid, which folders do not
         cells = read_object(path / SWEEP).get("cells")
         if not isinstance(cells, dict) or not all(isinstance(x, dict) for x in cells.values()):
             raise InputError(f"{path / SWEEP}: not written by `sweep`; move it away")

@@ -101,6 +101,7 @@ def evaluate(
     if output is not None:
         on_process_0(lambda: check_result(output, chosen.choices))
     read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
+    # a file that only one process cannot read ends all processes, instead of leaving the others waiting
     files = on_all_processes(lambda: read(path))
     info, folder = files.task_info, data_folder(data_dir)
     module = _own_module(info, task) if task_module is None else task_module
@@ -137,6 +138,7 @@ def evaluate(
         data.check_ids(files.vocab_size)
         (part,) = data.parts
         result = _evaluate_part(path, part, split, chosen)
+    # `task` and `split` come first; a mixture of one task keeps the name that the caller gave
     result = {"task": task, "split": split} | result | {"task": task}
     if output is not None:
         on_process_0(lambda: write_json(output, result))

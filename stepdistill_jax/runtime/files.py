@@ -87,7 +87,7 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     os.replace(partial, path)
-    fsync(path.parent)
+    fsync(path.parent)  # the rename is a change of the folder, so a power loss could undo it
 
 
 @contextlib.contextmanager
@@ -213,7 +213,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
                 if raw is None:
                     yield number, InputError(f"{path}:{number}: {TOO_LONG}")
                     continue
-                if number == 1:
+                if number == 1:  # a byte order mark, which some editors write
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if not raw.strip():
                     continue

@@ -94,7 +94,7 @@ def check_outputs(
             check_plain(written)
             if os.path.exists(written) and written not in known and not is_ours(written):
                 raise foreign_file(written, made.by)
-        name = ""
+        name = ""  # the user named only the first output
 
 
 def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> None:

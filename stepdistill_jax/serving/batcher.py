@@ -139,14 +139,14 @@ class Batcher:
         while True:
             lane = await self._next_lane()
             batch = list(lane.waiting.values())[: self._batch_size]
-            for one in batch:
+            for one in batch:  # `rows` still counts them, until they are answered
                 del lane.waiting[id(one)]
             self._time = lane.seconds
             answers, seconds = await self._decoded([one.row for one in batch])
             lane.seconds += seconds
             self._on_batch(len(batch), seconds)
             for one, answer in zip(batch, answers, strict=True):
-                if not one.answer.done():
+                if not one.answer.done():  # done: cancelled, since its client has disconnected
                     one.answer.set_result(answer)
 
     async def _next_lane(self) -> _Lane:

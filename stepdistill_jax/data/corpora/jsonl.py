@@ -139,6 +139,7 @@ class _Rows:
             return
         if first_bad is None:
             raise InputError(f"{file.name}: no rows in it")
+        # a mistyped field in `field_map` makes every row bad: name it instead of the first row
         self._check_mapped()
         header = "; its first line names the columns" if is_csv(file.name) else ""
         none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
@@ -200,6 +201,7 @@ class _Rows:
                 f"`fields` {absent}: no row of {self._name} has a text in the field {theirs!r}"
                 f" (not read: {not_read or 'none'}){nearest(theirs, unread)}"
             )
+        # the rows may be read again, but a note appears once
         self._notes.extend(note for note in added if note not in self._notes)
 
     @property
