@@ -196,8 +196,8 @@ def claim_table(
     labels = {s: name for s, name in labels_of(comparison).items() if s in shares}
     tests = {(frozenset((t.first, t.second)), t.fraction): t for t in comparison.tests}
     lines = [
-        "By the 95% interval of the difference in test accuracy (paired bootstrap over rows and seeds). *Is not shown*: the interval"
-        " holds 0.",
+        "The 95% interval of the difference in test accuracy decides (paired bootstrap over rows and seeds). *Is not shown*: the interval"
+        " contains 0.",
         "",
         f"| claim | {' | '.join(labels.values())} |",
         f"|---|{'---|' * len(labels)}",
@@ -214,9 +214,9 @@ def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
     points = {(p.arm, p.fraction): p for p in comparison.points}
     labels = labels_of(comparison)
     lines = [
-        f"Mean over the seeds, ± the 95% interval (Student's t). Always giving the commonest label: {comparison.majority:.3f}.",
+        f"Mean over the seeds, ± the 95% interval (Student's t). Always answering the commonest label: {comparison.majority:.3f}.",
         "",
-        f"| arm | {' | '.join(labels.values())} | what it is |",
+        f"| arm | {' | '.join(labels.values())} | description |",
         "|---|" + "---|" * (len(labels) + 1),
     ]
     for name, arm in arms.items():

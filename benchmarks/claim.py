@@ -62,7 +62,7 @@ ARMS = {
         settings=["single_task.label_weight=1.0", "INPUT_LENGTH=32", "TARGET_LENGTH=60"],
     ),
     "rationale_input": Arm(
-        "the rationale is read, at test time, too: a bound, not a method",
+        "the model reads the rationale, also at test time: a bound, not a method",
         CURVE,
         part="objectives/rationale_input",
         settings=["rationale_input.label_weight=1.0", "INPUT_LENGTH=40", "TARGET_LENGTH=8"],
@@ -118,7 +118,7 @@ ARMS = {
 # Separate from ARMS: all of its labels are more than all labels of the other arms.
 MORE_LABELS = "label_only_more"
 MORE = Arm(
-    "label_only with every label that can be made",
+    "label_only with all possible labels",
     FULL,
     config="demo_label_only",
     settings=["TRAIN_STEPS=4000"],
@@ -160,8 +160,8 @@ def fewer_labels(comparison: Comparison) -> list[str]:
     return [
         labels_needed(comparison),
         "",
-        f"With {more.labels:.0f} labels, every one that can be made ({more.labels / last.labels:.1f} times as many), and"
-        f" {more.runs[0].config['train_steps']} steps, label_only {reached} it: {shown(more)}.",
+        f"With all {more.labels:.0f} possible labels ({more.labels / last.labels:.1f} times as many) and"
+        f" {more.runs[0].config['train_steps']} steps, label_only {reached} step_by_step: {shown(more)}.",
     ]
 
 
@@ -171,11 +171,11 @@ def page(comparison: Comparison, took: str) -> str:
     lines = [
         "# The claim, and what controls make of it",
         "",
-        "Written by `make experiments` (`benchmarks/claim.py`), from nothing. The embedded dataset `delivery`, a tiny T5 from"
-        f" scratch; {size_of(comparison, ARMS, took)}",
+        "`make experiments` (`benchmarks/claim.py`) writes this page. Each run trains a tiny T5 from scratch on the embedded dataset"
+        f" `delivery`: {size_of(comparison, ARMS, took)}",
         "",
-        "The recipe is the demo's and not the paper's: weight 1 for the label and 3 for the other objectives together (the paper: 0.5"
-        f" and 0.5, λ = 1; here the arm `step_by_step_equal`), dropout {recipe['dropout_rate']:g}, a learning rate of"
+        "The recipe is the demo's, not the paper's: weight 1 for the label and 3 for the other objectives together (the paper has 0.5"
+        f" and 0.5, λ = 1, as the arm `step_by_step_equal` here), dropout {recipe['dropout_rate']:g}, and a learning rate of"
         f" {recipe['learning_rate']:g}.",
         "",
         "![Accuracy of each arm against the share of the labels](../images/claim.png)",
@@ -183,10 +183,10 @@ def page(comparison: Comparison, took: str) -> str:
         "![Accuracy of every arm with all labels](../images/controls.png)",
         "",
         *results(comparison, ARMS, CLAIMS, TWO, fewer_labels(comparison)),
-        "This is a made-up task that a tiny model can learn by way of its reasons, and by"
-        f" {recipe['train_steps']:,} steps it has either seen through it"
-        " or not: between chance and all right lies little. It shows that the method, this code and the"
-        " controls do what they say; how much the method gains on other data, only runs on that data say"
+        "This is a made-up task that a tiny model can learn through its reasons. After"
+        f" {recipe['train_steps']:,} steps, a model has either understood the task or not,"
+        " so few accuracies are between chance and 1. The page shows that the method, this code and the"
+        " controls work as intended. Only runs on other data show how much the method gains there"
         " ([sweeps.md](../how-to/sweeps.md)).",
         "",
     ]

@@ -58,7 +58,7 @@ class Made:
         # a partial file may be shorter than the head: then it must be the head's beginning
         if not data.startswith(self.head):
             return not data or (not whole and self.head.startswith(data))
-        # the first line of a JSON-lines file, or a whole JSON file
+        # the first line of a JSON-lines file, or a complete JSON file
         for text in (data.split(b"\n", 1)[0], data) if self.keys else ():
             with contextlib.suppress(InputError):
                 return set(self.keys) <= parse_json_line(text).keys()
