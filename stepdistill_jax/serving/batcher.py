@@ -145,8 +145,9 @@ class Batcher:
             answers, seconds = await self._decoded([one.row for one in batch])
             lane.seconds += seconds
             self._on_batch(len(batch), seconds)
+            # `done`: cancelled, since its client has disconnected
             for one, answer in zip(batch, answers, strict=True):
-                if not one.answer.done():  # done: cancelled, since its client has disconnected
+                if not one.answer.done():
                     one.answer.set_result(answer)
 
     async def _next_lane(self) -> _Lane:
