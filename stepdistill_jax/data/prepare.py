@@ -94,10 +94,10 @@ def prepare(
     for option, value in (("rows", rows), ("seed", seed)):
         if value is not None and name != prepared.GENERATED:
             raise InputError(
-                f"`{option}`: only `prepare {prepared.GENERATED}` makes its rows, not {name}"
+                f"`{option}`: only `prepare {prepared.GENERATED}` generates rows, not {name}"
             )
     if notes and name != "jsonl":
-        raise InputError(f"`notes`: only `prepare jsonl` takes any, got some for {name}")
+        raise InputError(f"`notes`: only `prepare jsonl` takes notes, not {name}")
     dataset_name = _dataset_name(name, new_name, paper_exact)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
@@ -220,9 +220,9 @@ def _read(
     seed: int | None,
 ) -> Reading:
     if field_map and name != "jsonl":
-        raise InputError(f"`field_map`: only `prepare jsonl` has fields to map, not {name}")
+        raise InputError(f"`field_map`: only `prepare jsonl` can map fields, not {name}")
     if fields and name != "jsonl":
-        raise InputError(f"`fields`: only `prepare jsonl` has more fields to keep, not {name}")
+        raise InputError(f"`fields`: only `prepare jsonl` can keep more fields, not {name}")
     if name in (prepared.EMBEDDED, prepared.GENERATED):
         from stepdistill_jax.data.corpora import delivery, gsm_symbolic
 
