@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from stepdistill_jax.commands.arguments import add_data_dir_argument
 
     parser.add_argument(
-        "--workdir", default=DEFAULT_WORKDIR, help=f"folder for its runs ({DEFAULT_WORKDIR})"
+        "--workdir",
+        default=DEFAULT_WORKDIR,
+        help=f"folder for its runs (default: {DEFAULT_WORKDIR})",
     )
     add_data_dir_argument(parser)
 

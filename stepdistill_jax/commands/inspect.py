@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG_OR_MIXTURE",
         help="a config (file or shipped name), prepared dataset, SeqIO task or mixture",
     )
-    parser.add_argument("--split", default="train", help="split to show (train)")
-    parser.add_argument("--rows", type=int, default=2, help="number of rows to show (2)")
+    parser.add_argument("--split", default="train", help="split to show (default: train)")
+    parser.add_argument("--rows", type=int, default=2, help="number of rows to show (default: 2)")
     parser.add_argument(
         "--verify",
         action="store_true",

@@ -35,7 +35,9 @@ _CHANGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`."""
     add_config_arguments(parser)
-    parser.add_argument("--devices", type=int, help="number of devices (16)")
+    parser.add_argument(
+        "--devices", type=int, help="number of devices (default: 16; a topology sets it)"
+    )
     parser.add_argument(
         "--hbm", metavar="SIZE", help="memory per device, such as 80GB (the default) or 16GiB"
     )

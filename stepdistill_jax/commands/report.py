@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for report.html, its plots (SVG, PNG) and tables (CSV)",
     )
     parser.add_argument(
-        "--split", default="test", metavar="SPLIT", help="split to compare answers on (test)"
+        "--split",
+        default="test",
+        metavar="SPLIT",
+        help="split to compare answers on (default: test)",
     )
     parser.add_argument(
         "--baseline",
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=500,
         metavar="N",
-        help="number of rows that the page shows with each arm's answer (500)",
+        help="number of rows that the page shows with each arm's answer (default: 500)",
     )
     add_data_dir_argument(parser)
 

@@ -41,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " path or by the name of a shipped part in objectives/",
     )
     parser.add_argument(
-        "--fractions", default="1.0", metavar="F,G", help="shares of the train split (1.0)"
+        "--fractions", default="1.0", metavar="F,G", help="shares of the train split (default: 1.0)"
     )
-    parser.add_argument("--seeds", default="0,1,2,3", metavar="S,T", help="random seeds (0,1,2,3)")
+    parser.add_argument(
+        "--seeds", default="0,1,2,3", metavar="S,T", help="random seeds (default: 0,1,2,3)"
+    )
     parser.add_argument(
         "--grid",
         action="append",
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split on which each run's best step is evaluated, or none (test)",
+        help="split on which each run's best step is evaluated, or none (default: test)",
     )
     parser.add_argument(
         "--with-rationale",
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of retries of a failed cell, after all other cells (1)",
+        help="number of retries of a failed cell, after all other cells (default: 1)",
     )
     parser.add_argument(
         "--print",
