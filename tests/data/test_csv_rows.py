@@ -110,7 +110,7 @@ def test_a_line_that_is_no_text_costs_its_own_row_alone(tmp_path, monkeypatch):
         ("x,y\n1,2\n".encode("utf-16-le"), r"rows\.csv:1: contains NUL bytes, so it is not text"),
         (b"PK\x03\x04\xff\n", r"rows\.csv:1: not UTF-8 .*it is a zip archive"),
         (b"x,y,x\n1,2,3\n", r"rows\.csv:1: the header has the column 'x' twice"),
-        (b'x,"y\n1,2\n', r"rows\.csv:1: a quote opens"),
+        (b'x,"y\n1,2\n', r"rows\.csv:1: a quote is opened"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_refused_with_line_and_what_to_do(tmp_path, content, message):

@@ -448,8 +448,8 @@ def t5x(tmp_path_factory, good) -> pathlib.Path:
 ZARRAYS = {
     "negative": ({"shape": [-1, 8]}, "cannot be read"),
     "2**40 rows": ({"shape": [2**40, 8]}, "claims"),
-    "a chunk of 2**60": ({"chunks": [2**40, 2**20]}, "claims 4611686018427387904 bytes, and"),
-    "a chunk of 40 GB": ({"chunks": [100_000, 100_000]}, "claims 40000000000 bytes, and"),
+    "a chunk of 2**60": ({"chunks": [2**40, 2**20]}, "claims 4611686018427387904 bytes, but"),
+    "a chunk of 40 GB": ({"chunks": [100_000, 100_000]}, "claims 40000000000 bytes, but"),
     "chunks of nothing": ({"chunks": [0, 0]}, "cannot be read"),
     "objects": ({"dtype": "|O"}, "cannot be read"),
     "a compressor of its own": ({"compressor": {"id": "evil"}}, "cannot be read"),

@@ -230,11 +230,11 @@ DAMAGE = {
         "shared_vocabulary.json is missing",
     ),
     "no vocabulary": (lambda f, _: (f / "spiece.model").unlink(), "no vocabulary"),
-    "another vocabulary": (other_vocabulary, "not the vocabulary of spiece.model"),
-    "fewer tokens": (fewer_tokens, "not the vocabulary of spiece.model"),
+    "another vocabulary": (other_vocabulary, "does not match the vocabulary of spiece.model"),
+    "fewer tokens": (fewer_tokens, "does not match the vocabulary of spiece.model"),
     "another converter": (not_ours, "not written by `stepdistill export"),
-    "one bit": (one_bit, r"model.bin: is damaged"),
-    "half": (half, r"model.bin: is damaged"),
+    "one bit": (one_bit, r"model.bin: damaged"),
+    "half": (half, r"model.bin: damaged"),
 }
 
 

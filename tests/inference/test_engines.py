@@ -326,7 +326,7 @@ def refusals(model_dir, folder):
         ),
         "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
         "a step": ((folder,), {"step": 3}, "`step` 3: .*holds only one model"),
-        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs the whole"),
+        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs on the cores"),
         "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
         "nothing to read": ((folder,), {"prefix": ""}, "no answer to an empty prompt"),
     }
@@ -363,7 +363,7 @@ def test_damaged_weights_are_refused_before_they_are_opened(converted, source, t
     data = bytearray((folder / "model.bin").read_bytes())
     data[len(data) // 2] ^= 64
     (folder / "model.bin").write_bytes(data)
-    with pytest.raises(InputError, match=r"model\.bin: is damaged"):
+    with pytest.raises(InputError, match=r"model\.bin: damaged"):
         predict(folder, source, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 

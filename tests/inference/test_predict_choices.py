@@ -186,7 +186,7 @@ def test_a_row_with_bad_choices_is_named_and_can_be_skipped(
     [
         ("a.txt", b"\n \n", "expected at least two labels, got 0"),
         ("a.txt", b"yes\n", "expected at least two labels, got 1"),
-        ("a.txt", b"yes\nno\n\nyes \n", r"the label 'yes' is repeated \(as 1 and 3\)"),
+        ("a.txt", b"yes\nno\n\nyes \n", r"the label 'yes' is repeated \(labels 1 and 3\)"),
         ("a.txt", b"yes\n\xff\n", "not UTF-8"),
         ("a.txt", "中\n文\n".encode(), "the labels '中' and '文' have the same ids"),
         (
