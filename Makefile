@@ -1,11 +1,11 @@
 # make            the list of targets
 # make demo       sets up .venv with pinned versions and runs `stepdistill demo`
 # make test       installs the test tools, too, and runs the tests
-# make faults     kills, damage, bad input and a soak; writes the table of docs/lab/reliability.md
+# make faults     tests kills, damage and bad input, and a soak; writes the table of docs/lab/reliability.md
 #
 # PYTHON=python3.12   interpreter for .venv (3.11 to 3.13; default: the first one found)
-# PIP_FLAGS=...       more flags for pip install, such as a mirror
-# PYTEST_FLAGS=...    more flags for pytest
+# PIP_FLAGS=...       additional flags for pip install, e.g. for a mirror
+# PYTEST_FLAGS=...    additional flags for pytest
 # MUTANTS_FLAGS=...   flags of tests/mutants.py, e.g. "--part 1/4" or "--only B1,B2"
 # BENCH_FLAGS=...     flags of benchmarks/run_all.py, e.g. "--only input,startup --data-dir DIR"
 
@@ -37,16 +37,16 @@ help:
 	@echo "make test-slow    run the slow tests, part by part; a single part: make test-slow-PART,"
 	@echo "                  PART one of model, answers, hosts, road, faults, properties"
 	@echo "make test-gsm     install reasoning-gym, too, and run the tests of its dataset"
-	@echo "make faults       all faults (32 minutes), the table of docs/lab/reliability.md is rewritten"
+	@echo "make faults       run all fault tests (32 minutes) and rewrite the table of docs/lab/reliability.md"
 	@echo "make mutants      plant the bugs of tests/mutants.py one by one: a test must fail on each (15 minutes)"
 	@echo "make lint         check formatting and run ruff"
 	@echo "make types        run pyright"
-	@echo "make audit        known vulnerabilities in the pinned packages (pip-audit; needs the network)"
+	@echo "make audit        list known vulnerabilities in the pinned packages (pip-audit; needs the network)"
 	@echo "make format       format the source files"
-	@echo "make bench        speed next to SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores);"
-	@echo "                  docs/lab/benchmarks.md is rewritten"
-	@echo "make experiments  the claim and its controls, 190 small runs (about an hour); docs/lab/experiments.md is rewritten"
-	@echo "make experiments-gsm  the claim on word problems, 27 small runs (about half an hour); docs/lab/experiments_gsm.md is rewritten"
+	@echo "make bench        compare speed with SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores)"
+	@echo "                  and rewrite docs/lab/benchmarks.md"
+	@echo "make experiments  test the claim and its controls, 190 small runs (about an hour); rewrite docs/lab/experiments.md"
+	@echo "make experiments-gsm  test the claim on word problems, 27 small runs (about half an hour); rewrite docs/lab/experiments_gsm.md"
 	@echo "make reference    write docs/reference from the settings' docstrings and the commands' flags"
 	@echo "make docs         build the documentation site into site/"
 	@echo "make constraints  resolve the versions of constraints.txt again (needs uv)"
@@ -60,7 +60,7 @@ $(BIN)/python:
 	    >/dev/null 2>&1 && python="$$p" && break; done; fi; \
 	if [ -z "$$python" ]; then \
 	  echo "no Python 3.11, 3.12 or 3.13 with venv on PATH (tensorflow-text has no wheels for others);" \
-	    "install one, or give its path: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	    "install one, or pass its path: make PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
 	echo "== making $(VENV) with $$("$$python" --version)"; \
 	"$$python" -m venv $(VENV)
 
@@ -139,7 +139,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-bench
-	@echo "== benchmarks, one after another; docs/lab/benchmarks.md gets their figures"
+	@echo "== benchmarks, one after another; docs/lab/benchmarks.md gets their results"
 	$(BIN)/python benchmarks/run_all.py $(BENCH_FLAGS)
 
 experiments: $(VENV)/.installed

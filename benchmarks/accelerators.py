@@ -1,11 +1,11 @@
-"""Prints the table of docs/lab/accelerators.md: lower bounds of step times on absent accelerators.
+"""Prints the table of docs/lab/accelerators.md: lower bounds of step times on accelerators that are not here.
 
     python benchmarks/accelerators.py --keep FOLDER
     python benchmarks/accelerators.py base_h100 --set DROPOUT_BROADCAST=True
 
-Needs the extras [aot-cuda] and [tpu], but no device and no dataset. Each cell is a `stepdistill plan`
+It needs the extras [aot-cuda] and [tpu], but no device and no dataset. Each cell is a `stepdistill plan`
 in its own process: half a minute for H100s, two minutes for a TPU slice. `--keep` writes the JSON of
-each cell to a folder, and skips cells that are in it.
+each cell to a folder, and skips cells whose JSON is already there.
 """
 
 import argparse
@@ -36,14 +36,14 @@ GIB = 2**30
 def main() -> None:
     """Runs the cells and prints a table row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"of {', '.join(CELLS)}; all")
+    parser.add_argument("cells", nargs="*", metavar="CELL", help=f"{', '.join(CELLS)} (all)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", dest="settings")
     parser.add_argument("--keep", type=pathlib.Path, help="folder for the JSON of the cells")
     args = parser.parse_args()
     if wrong := set(args.cells) - CELLS.keys():
         parser.error(f"unknown cell {', '.join(sorted(wrong))} (known: {', '.join(CELLS)})")
     print(
-        "| cell | rows a chip | GiB of | bound, ms | rows/s a chip | MFU | links, ms | compiler, ms |"
+        "| cell | rows/chip | GiB of | bound, ms | rows/s per chip | MFU | links, ms | compiler, ms |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as nowhere:

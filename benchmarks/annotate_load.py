@@ -1,8 +1,8 @@
 """Measures rows per second and memory of `annotate` with 64 concurrent requests.
 
-The teacher is a server in its own process that answers after `--delay` seconds. So the numbers are
-our own: prompts, HTTP, parsing, cache and output. The peer is the bare `openai` client with
-as many concurrent requests.
+The teacher is a server in its own process that answers after `--delay` seconds, so the numbers measure only
+our own work: prompts, HTTP, parsing, cache and output. The peer is the bare `openai` client with the same
+number of concurrent requests.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--delay", type=float, default=0.05, help="seconds until the server answers"
     )
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--json", action="store_true", help="end the output with a JSON object")
     parser.add_argument("--worker", choices=("ours", "openai"), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=pathlib.Path, help=argparse.SUPPRESS)
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def write_questions(path: pathlib.Path, count: int) -> None:
-    """Writes multiple-choice questions of the length of CQA's."""
+    """Writes multiple-choice questions that are as long as CQA's."""
     with open(path, "w") as f:
         for i in range(count):
             question = (
@@ -117,7 +117,7 @@ def measured(work: Any, args: argparse.Namespace) -> dict[str, float]:
 
 
 def ours(args: argparse.Namespace) -> None:
-    """Runs the whole of `annotate` with CQA's prompt."""
+    """Runs `annotate` with CQA's prompt."""
     from stepdistill_jax.teacher import annotate
 
     result = annotate(
@@ -133,7 +133,7 @@ def ours(args: argparse.Namespace) -> None:
 
 
 def peer(args: argparse.Namespace) -> None:
-    """Runs the client alone on the same prompts; discards the answers."""
+    """Runs only the client on the same prompts; discards the answers."""
     import openai
 
     from stepdistill_jax.teacher.prompts import load_prompter

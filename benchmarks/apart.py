@@ -1,7 +1,7 @@
 """Runs each contender in its own process, with the threads, allocator and settings that suit it best.
 
-In one process, libraries share glibc's heap, OpenMP's threads and the environment, so that each is
-timed under the settings of another.
+In one process, libraries share glibc's heap, OpenMP's threads and the environment, so each would be timed
+under settings of another.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-# torch is fastest with these settings (docs/lab/training_speed.md): one heap that keeps large blocks and
-# is never returned. OpenMP has its default: threads spin briefly between two loops
+# torch is fastest with these settings (docs/lab/training_speed.md): one heap that keeps large blocks and is
+# never returned to the system. OpenMP keeps its default: threads spin briefly between two loops.
 TORCH = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1"
 }
@@ -22,10 +22,10 @@ CLOSE_SECS = 30  # time for a process to end
 
 
 class Apart:
-    """A contender in its own process, which sleeps between its turns.
+    """Runs a contender in its own process, which sleeps between its turns.
 
-    The process runs on the cores of this one with the given environment, and makes an object that has
-    a method `contender`. Leaving the `with` block ends it.
+    The process runs on the same cores as this one, with the given environment, and makes an object that has
+    a method `contender`. It ends when the `with` block is left.
 
         with Apart(Peer, args, environment=TORCH) as peer:
             peer.call("loss")
@@ -38,12 +38,12 @@ class Apart:
         """Starts the process and waits for the object.
 
         Args:
-            make: makes the object; at the top level of a module.
-            args: arguments of `make`; pickled, like the arguments and results of `call`.
-            environment: variables to add to this process's environment, or to replace.
+            make: function that makes the object; it must be at the top level of a module.
+            args: arguments of `make`; they are pickled, like the arguments and results of `call`.
+            environment: variables that are added to this process's environment, or replace its own.
 
         Raises:
-            InputError: raised by `make`.
+            InputError: `make` raised it.
             RuntimeError: `make` failed; its traceback is on standard error.
         """
         self.environment, self._name = dict(environment or {}), make.__name__
@@ -71,12 +71,12 @@ class Apart:
 
     def call(self, method: str, *args: Any) -> Any:
         """Calls a method of the object and returns its result."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended: reading the answer reports that
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which `_answer` reports
             self._pipe.send((method, args))
         return self._answer()
 
     def contender(self, number: int) -> Callable[[], int]:
-        """Calls the object's `contender`, for `timing.alternate`: prepares a round, returns its work."""
+        """Calls the object's `contender`, which prepares a round; returns the round's work."""
         self.call("contender", number)
         return lambda: self.call("work")
 
@@ -100,7 +100,7 @@ def _serve(pipe: Any, make: Callable[..., Any], args: tuple) -> None:
         pipe.send((None, None))
         while True:
             method, args = pipe.recv()
-            if method == "contender":  # its work stays in this process, and is called as `work`
+            if method == "contender":  # the returned function stays here, and is called as `work`
                 result, work = None, made.contender(*args)
             else:
                 result = work() if method == "work" else getattr(made, method)(*args)

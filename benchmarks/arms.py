@@ -1,6 +1,6 @@
-"""Trains the arms of an experiment, one process a core, and writes its page.
+"""Trains the arms of an experiment, one process per core, and writes its page.
 
-Used by claim.py and claim_gsm.py.
+claim.py and claim_gsm.py use it.
 """
 
 import argparse
@@ -38,14 +38,14 @@ class Arm:
     """An arm of the experiment: its training, and the shares of the labels that it trains on.
 
     Attributes:
-        what: in words, for the page.
-        shares: of the train split.
-        config: a shipped config.
-        part: of `gin/`, over it.
-        settings: NAME=VALUE.
-        train: where its train split comes from: (kind, share) of `spoil`, a function of the task's
-            rows, or None for the task's own rows.
-        fields: that this function adds to rows.
+        what: description of the arm, for the page.
+        shares: shares of the train split.
+        config: name of a shipped config.
+        part: part of `gin/` that overrides the config; None for none.
+        settings: further settings, NAME=VALUE.
+        train: source of the train split: (kind, share) of `spoil`, a function of the task's rows, or None
+            for the task's own rows.
+        fields: fields that this function adds to rows.
     """
 
     what: str
@@ -58,7 +58,7 @@ class Arm:
 
 
 class Claim(NamedTuple):
-    """A sentence of the page, and the two arms that decide it: `better` is more accurate than `other`."""
+    """A claim of the page, and the two arms that decide it: `better` must be more accurate than `other`."""
 
     sentence: str
     better: str
@@ -76,7 +76,7 @@ def prepared(task: str, arm: Arm, data_dir: pathlib.Path | None) -> str:
 
 
 def cells(task: str, arms: dict[str, Arm], args: argparse.Namespace) -> list[Cell]:
-    """Returns all runs of these arms, an arm after the other."""
+    """Returns all runs of these arms, one arm after another."""
     found = []
     for name, arm in arms.items():
         dataset = prepared(task, arm, args.data_dir)
@@ -92,7 +92,7 @@ def cells(task: str, arms: dict[str, Arm], args: argparse.Namespace) -> list[Cel
 
 
 def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.Namespace) -> None:
-    """Trains and evaluates one process's cells, on one core; logs to FOLDER.log and exits."""
+    """Trains and evaluates the cells of one process, on one core; logs to FOLDER.log and exits."""
     with open(folder.with_suffix(".log"), "a", buffering=1) as log_file:
         os.dup2(log_file.fileno(), sys.stderr.fileno())
         keep_pages()
@@ -104,7 +104,7 @@ def work(folder: pathlib.Path, part: Sequence[Cell], core: int, args: argparse.N
 
 
 def train_all(every: Sequence[Cell], args: argparse.Namespace) -> list[pathlib.Path]:
-    """Trains and evaluates what is left, one process a core; returns the folders of their sweeps.
+    """Trains and evaluates the remaining cells, one process per core; returns the folders of the sweeps.
 
     A model as small as this gains little from a second thread: two processes are nearly twice as fast.
     """
@@ -119,7 +119,7 @@ def train_all(every: Sequence[Cell], args: argparse.Namespace) -> list[pathlib.P
         for (folder, part), core in zip(parts.items(), cores, strict=True)
         if part
     ]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # takes the workers along
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))  # ends the daemons, too
     for worker in workers:
         worker.start()
     began, before, last = time.monotonic(), number_done(parts), None
@@ -141,7 +141,7 @@ def number_done(folders: Iterable[pathlib.Path]) -> int:
 
 
 def of_arms(comparison: Comparison, arms: Sequence[str]) -> Comparison:
-    """Returns the comparison with the points of these arms alone, to be drawn."""
+    """Returns the comparison with only the points of these arms, for a plot."""
     return dataclasses.replace(comparison, points=[p for p in comparison.points if p.arm in arms])
 
 
@@ -151,7 +151,7 @@ def pictures(
     curves: Sequence[str],
     stems: Sequence[pathlib.Path],
 ) -> None:
-    """Draws two PNG files: the curves of the arms `curves`, and every arm with all labels."""
+    """Draws two PNG files: the curves of the arms in `curves`, and every arm's accuracy on all labels."""
     stems[0].parent.mkdir(parents=True, exist_ok=True)
     accuracy_figure(of_arms(comparison, curves), "test", stems[0])
     figure, axis = plots.figure()
@@ -171,7 +171,7 @@ def pictures(
 
 
 def verdict(test: PairTest, better: str) -> str:
-    """Returns `**holds** +0.512 [+0.480, +0.543]`, by the 95% interval of the difference."""
+    """Returns the verdict by the difference's 95% interval, as `**holds** +0.512 [+0.480, +0.543]`."""
     sign = 1 if test.second == better else -1
     low, high = sorted((sign * test.low + 0.0, sign * test.high + 0.0))  # + 0.0: no -0.000
     word = "holds" if low > 0 else "does not hold" if high < 0 else "is not shown"
@@ -179,25 +179,25 @@ def verdict(test: PairTest, better: str) -> str:
 
 
 def labels_of(comparison: Comparison) -> dict[float, str]:
-    """Returns `1500 labels` by share of the train split, as the arm `step_by_step` has them."""
+    """Returns texts such as `1500 labels` by share of the train split, from the arm `step_by_step`."""
     return {p.fraction: f"{p.labels:.0f} labels" for p in comparison.of_arm("step_by_step")}
 
 
 def claim_table(
     comparison: Comparison, claims: Iterable[Claim], shares: Sequence[float]
 ) -> list[str]:
-    """Returns lines: how a claim is judged, and each verdict at the shares that both arms were trained on.
+    """Returns lines that say how a claim is judged, and a table of the verdicts.
 
     Args:
-        comparison: of all runs.
-        claims: one row each.
-        shares: of the train split; one that was left out is no column.
+        comparison: comparison of all runs.
+        claims: rows of the table.
+        shares: shares of the train split, the columns of the table; untrained ones are left out.
     """
     labels = {s: name for s, name in labels_of(comparison).items() if s in shares}
     tests = {(frozenset((t.first, t.second)), t.fraction): t for t in comparison.tests}
     lines = [
-        "By the 95% interval of the difference in test accuracy (paired bootstrap over rows and seeds). *Is not shown*: the interval"
-        " holds 0.",
+        "The 95% interval of the difference in test accuracy decides (paired bootstrap over rows and seeds). *Is not shown*: the interval"
+        " contains 0.",
         "",
         f"| claim | {' | '.join(labels.values())} |",
         f"|---|{'---|' * len(labels)}",
@@ -210,13 +210,13 @@ def claim_table(
 
 
 def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
-    """Returns lines: the accuracy of each arm at each share, and what the arm is."""
+    """Returns a table with the accuracy of each arm at each share, and the arm's description."""
     points = {(p.arm, p.fraction): p for p in comparison.points}
     labels = labels_of(comparison)
     lines = [
-        f"Mean over the seeds, ± the 95% interval (Student's t). Always giving the commonest label: {comparison.majority:.3f}.",
+        f"Mean over the seeds, ± the 95% interval (Student's t). Always answering the commonest label: {comparison.majority:.3f}.",
         "",
-        f"| arm | {' | '.join(labels.values())} | what it is |",
+        f"| arm | {' | '.join(labels.values())} | description |",
         "|---|" + "---|" * (len(labels) + 1),
     ]
     for name, arm in arms.items():
@@ -226,13 +226,13 @@ def accuracy_table(comparison: Comparison, arms: dict[str, Arm]) -> list[str]:
 
 
 def labels_needed(comparison: Comparison) -> str:
-    """Returns a paragraph: with how many labels label_only and step_by_step reach each other."""
+    """Returns a paragraph that says with how many labels label_only and step_by_step reach each other."""
     ours = re.compile(r"label_only\b|.*\bstep_by_step\b")
     return " ".join(words for words in headline(comparison) if ours.match(words))
 
 
 def shown(point: Point | None) -> str:
-    """Returns `0.795 ± 0.303`: the mean over seeds, and half of its 95% interval."""
+    """Returns the mean over seeds and half of its 95% interval, as `0.795 ± 0.303`."""
     if point is None:
         return ""
     half = "" if point.high is None else f" ± {point.high - point.accuracy:.3f}"
@@ -240,7 +240,7 @@ def shown(point: Point | None) -> str:
 
 
 def size_of(comparison: Comparison, arms: dict[str, Arm], took: str) -> str:
-    """Returns `16 arms, 5 seeds, 1000 steps of 32 examples: 190 runs, ..., 2026-11-29.`, and `took`."""
+    """Returns `16 arms, 5 seeds, 1000 steps of 32 examples: 190 runs, ..., 2026-11-29.` and then `took`."""
     recipe, seeds = comparison.runs[0].config, max(len(p.runs) for p in comparison.points)
     return (
         f"{len(arms)} arms, {seeds} seed{'' if seeds == 1 else 's'}, {recipe['train_steps']} steps of"
@@ -256,7 +256,7 @@ def results(
     shares: Sequence[float],
     labels: Sequence[str],
 ) -> list[str]:
-    """Returns a page's lines: the claims at `shares`, `labels` on how many are needed, the accuracies."""
+    """Returns lines of a page: the claims at `shares`, how many labels are needed, and all accuracies."""
     runs = comparison.runs
     return [
         "## What holds",
@@ -286,10 +286,10 @@ def write_page(
     apart: dict[str, Arm] | None = None,
     suffix: str = "",
 ) -> None:
-    """Trains what is left, compares, and writes experimentsSUFFIX.md with its two pictures.
+    """Trains the remaining runs, compares all, and writes experimentsSUFFIX.md with its two plots.
 
-    `page` makes its text of the comparison and a sentence on the time it took. Arms with the shares
-    `curve` are drawn as curves. Arms in `apart` are trained, but no table or picture shows them.
+    `page` makes the text from the comparison and a sentence on the time it took. Arms with the shares
+    `curve` are drawn as curves. Arms in `apart` are trained, but no table or plot shows them.
     """
     began, fresh = time.monotonic(), not args.workdir.exists()
     parts = train_all(cells(task, arms | (apart or {}), args), args)
@@ -302,7 +302,7 @@ def write_page(
     out = args.docs / "lab" / f"experiments{suffix}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(comparison, took), encoding="utf-8")
-    print(f"{out}; all figures: {written.page}")
+    print(f"{out}; all numbers: {written.page}")
 
 
 def options(description: str, workdir: str, *, seeds: int) -> argparse.ArgumentParser:
@@ -310,8 +310,8 @@ def options(description: str, workdir: str, *, seeds: int) -> argparse.ArgumentP
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path(workdir))
     parser.add_argument("--data-dir", type=pathlib.Path)
-    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="where the page goes")
+    parser.add_argument("--docs", type=pathlib.Path, default=DOCS, help="folder of the page")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--least-share", type=float, default=0.0, help="leave smaller shares out")
-    parser.add_argument("--steps", type=int, help="of each run, to try this out")
+    parser.add_argument("--steps", type=int, help="steps of each run, for a trial")
     return parser

@@ -4,8 +4,8 @@
     python benchmarks/choices_throughput.py --task cqa --model runs/cqa --json
 
 Both use the same model and prompts. The allowed labels are a row's choices, or else the task's labels.
-Weights are random, and answers meaningless, unless `--model` names a workdir or model directory; then
-the result also has both accuracies and the number of invalid greedy answers.
+The weights are random, and the answers meaningless, unless `--model` names a workdir or model directory. The
+result also has both accuracies and the numbers of invalid answers.
 """
 
 import argparse
@@ -15,16 +15,18 @@ import timing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", default="test", help="of the dataset")
+    parser.add_argument("--split", default="test", help="split of the dataset")
     parser.add_argument("--model", help="workdir or model directory; default: random weights")
-    parser.add_argument("--size", default="small", help="of T5 v1.1, where weights are random")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
-    parser.add_argument("--rows", type=int, default=256, help="of the split, at most")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows at once")
+    parser.add_argument("--size", default="small", help="size of T5 v1.1, for random weights")
     parser.add_argument(
-        "--max-decode-len", type=int, help="of a greedy answer; default: the model's"
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--rows", type=int, default=256, help="largest number of rows of the split")
+    parser.add_argument("--batch-size", type=int, default=64, help="rows per batch")
+    parser.add_argument(
+        "--max-decode-len", type=int, help="most tokens of a greedy answer; default: the model's"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 
 def model_of(args: argparse.Namespace, dataset, scratch: str) -> str:

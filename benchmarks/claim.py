@@ -1,10 +1,11 @@
-"""The paper's claim and its controls on the embedded dataset, from nothing: writes docs/lab/experiments.md.
+"""Tests the paper's claim and its controls on the embedded dataset, and writes docs/lab/experiments.md.
 
     python benchmarks/claim.py --workdir runs/claim
 
-Trains small runs (each arm with 5 seeds, on all labels and on shares of them), one process a CPU core,
-compares them by `report`, and writes what holds and what does not, with the plots. Stopped, it continues
-where it was. The numbers in the page come from the run that wrote it; no sentence assumes a result.
+It trains small runs from scratch (each arm with 5 seeds, on all labels and on shares of them), one process
+per CPU core, compares them by `report`, and writes which claims hold and which do not, with the plots. A
+stopped run continues when it is started again. The numbers in the page come from the run that wrote it; no
+sentence assumes a result.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,14 @@ CURVE, TWO, FULL = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0), (1.0,)
 
 
 def more_labels(examples: Sequence[Example]) -> list[dict]:
-    """Returns all examples that can be made and are neither in validation nor in test."""
-    before = sum(ROWS.values()) // 2  # of each label, in the three splits
+    """Returns all possible examples that are neither in validation nor in test."""
+    before = sum(ROWS.values()) // 2  # examples of each label in the three splits
     others = [e for same in every_example().values() for e in same[before:]]
     return [e.to_json() | {"id": f"more-{i}"} for i, e in enumerate([*examples, *others])]
 
 
 def why_not(examples: Sequence[Example]) -> list[dict]:
-    """Returns rows with one more field: `trouble needs a fast pace on a narrow road .`"""
+    """Returns rows with the field `why_not`: `trouble needs a fast pace on a narrow road .`"""
     rows = []
     for e in examples:
         pace, _, _, _, road, *_ = e.rationale.split()  # slow pace on a narrow road , since ...
@@ -38,8 +39,8 @@ def why_not(examples: Sequence[Example]) -> list[dict]:
 
 
 EQUAL = ["step_by_step.label_weight=0.5", "step_by_step.rationale_weight=0.5"]
-# Weights are the demo's, 1 for the label and 3 for all others together, but where they are EQUAL.
-# The lengths hold every text of an arm.
+# Except where EQUAL is set, weights are the demo's: 1 for the label and 3 for the other objectives together.
+# Lengths are large enough for every text of an arm.
 ARMS = {
     "label_only": Arm("the label alone: standard fine-tuning", CURVE, config="demo_label_only"),
     "step_by_step": Arm("label and rationale, two objectives: the paper's method", CURVE),
@@ -61,7 +62,7 @@ ARMS = {
         settings=["single_task.label_weight=1.0", "INPUT_LENGTH=32", "TARGET_LENGTH=60"],
     ),
     "rationale_input": Arm(
-        "the rationale is read, at test time, too: a bound, not a method",
+        "the model reads the rationale, also at test time: a bound, not a method",
         CURVE,
         part="objectives/rationale_input",
         settings=["rationale_input.label_weight=1.0", "INPUT_LENGTH=40", "TARGET_LENGTH=8"],
@@ -102,9 +103,7 @@ ARMS = {
         FULL,
         config="demo_copy_control",
     ),
-    "shuffled": Arm(
-        "step by step, each rationale that of another row", FULL, train=("shuffled", 1.0)
-    ),
+    "shuffled": Arm("step by step, each rationale from another row", FULL, train=("shuffled", 1.0)),
     "missing_50": Arm(
         "step by step, half of the rows without a rationale", TWO, train=("missing", 0.5)
     ),
@@ -116,10 +115,10 @@ ARMS = {
     "wrong_30": Arm("the same, 30%", FULL, train=("wrong", 0.3)),
     "wrong_50": Arm("the same, 50%", FULL, train=("wrong", 0.5)),
 }
-# Apart: its "all" are more labels than the others' are.
+# Separate from ARMS: all of its labels are more than all labels of the other arms.
 MORE_LABELS = "label_only_more"
 MORE = Arm(
-    "label_only with every label that can be made",
+    "label_only with all possible labels",
     FULL,
     config="demo_label_only",
     settings=["TRAIN_STEPS=4000"],
@@ -155,14 +154,14 @@ CLAIMS = [
 
 
 def fewer_labels(comparison: Comparison) -> list[str]:
-    """Returns paragraphs: what step_by_step needs, and whether more labels replace its rationales."""
+    """Returns paragraphs: how many labels step_by_step needs, and whether more labels replace rationales."""
     (more,), last = comparison.of_arm(MORE_LABELS), comparison.of_arm("step_by_step")[-1]
     reached = "reaches" if more.accuracy >= last.accuracy else "does not reach"
     return [
         labels_needed(comparison),
         "",
-        f"With {more.labels:.0f} labels, every one that can be made ({more.labels / last.labels:.1f} times as many), and"
-        f" {more.runs[0].config['train_steps']} steps, label_only {reached} it: {shown(more)}.",
+        f"With all {more.labels:.0f} possible labels ({more.labels / last.labels:.1f} times as many) and"
+        f" {more.runs[0].config['train_steps']} steps, label_only {reached} step_by_step: {shown(more)}.",
     ]
 
 
@@ -172,11 +171,11 @@ def page(comparison: Comparison, took: str) -> str:
     lines = [
         "# The claim, and what controls make of it",
         "",
-        "Written by `make experiments` (`benchmarks/claim.py`), from nothing. The embedded dataset `delivery`, a tiny T5 from"
-        f" scratch; {size_of(comparison, ARMS, took)}",
+        "`make experiments` (`benchmarks/claim.py`) writes this page. Each run trains a tiny T5 from scratch on the embedded dataset"
+        f" `delivery`: {size_of(comparison, ARMS, took)}",
         "",
-        "The recipe is the demo's and not the paper's: weight 1 for the label and 3 for the other objectives together (the paper: 0.5"
-        f" and 0.5, λ = 1; here the arm `step_by_step_equal`), dropout {recipe['dropout_rate']:g}, a learning rate of"
+        "The recipe is the demo's, not the paper's: weight 1 for the label and 3 for the other objectives together (the paper has 0.5"
+        f" and 0.5, λ = 1, as the arm `step_by_step_equal` here), dropout {recipe['dropout_rate']:g}, and a learning rate of"
         f" {recipe['learning_rate']:g}.",
         "",
         "![Accuracy of each arm against the share of the labels](../images/claim.png)",
@@ -184,10 +183,10 @@ def page(comparison: Comparison, took: str) -> str:
         "![Accuracy of every arm with all labels](../images/controls.png)",
         "",
         *results(comparison, ARMS, CLAIMS, TWO, fewer_labels(comparison)),
-        "This is a made-up task that a tiny model can learn by way of its reasons, and by"
-        f" {recipe['train_steps']:,} steps it has either seen through it"
-        " or not: between chance and all right lies little. It shows that the method, this code and the"
-        " controls do what they say; how much the method gains on other data, only runs on that data say"
+        "This is a made-up task that a tiny model can learn through its reasons. After"
+        f" {recipe['train_steps']:,} steps, a model has either understood the task or not,"
+        " so few accuracies are between chance and 1. The page shows that the method, this code and the"
+        " controls work as intended. Only runs on other data show how much the method gains there"
         " ([sweeps.md](../how-to/sweeps.md)).",
         "",
     ]
@@ -195,7 +194,7 @@ def page(comparison: Comparison, took: str) -> str:
 
 
 def main() -> None:
-    """Prepares, trains what is left, compares, writes."""
+    """Prepares the data, trains the remaining runs, compares them, and writes the page."""
     args = options(__doc__.splitlines()[0], "runs/claim", seeds=5).parse_args()
     write_page(TASK, ARMS, args, page, curve=CURVE, apart={MORE_LABELS: MORE})
 

@@ -1,11 +1,11 @@
-"""The paper's claim and a control on word problems with worked solutions: writes docs/lab/experiments_gsm.md.
+"""Tests the paper's claim and a control on word problems, and writes docs/lab/experiments_gsm.md.
 
     python benchmarks/claim_gsm.py --workdir runs/claim_gsm
 
-The rows are short problems of `prepare gsm_symbolic` (the extra [gsm]), the model a tiny T5 from scratch,
-one process a CPU core. Stopped, it continues where it was. No sentence of the page assumes a result
-but TRIED, which is of runs apart and dated.
-With `--prepare-only` it makes the dataset `gsm_short` and trains nothing.
+The rows are short problems of `prepare gsm_symbolic` (the extra [gsm]), with worked solutions. The model is
+a tiny T5 from scratch; each CPU core has its own process. A stopped run continues when it is started again.
+No sentence of the page assumes a result, except TRIED, which describes separate, dated runs. With
+`--prepare-only`, it makes the dataset `gsm_short` and trains nothing.
 """
 
 import collections
@@ -25,23 +25,23 @@ from stepdistill_jax.experiments.comparison import Comparison
 from stepdistill_jax.experiments.results import RunResult
 
 TASK, CONFIG = "gsm_short", "gsm_short_cpu_tiny"
-# rows of gsm_symbolic, of train and of the others; about one in fourteen is short
+# rows drawn from gsm_symbolic, for train and for the other splits; about one in fourteen is short
 DRAWN, DRAWN_HELD_OUT = 150_000, {"test": 30_000, "validation": 15_000}
 MOST_WORDS = {"input": 50, "rationale": 36}
-LARGEST = 50  # of the numbers of a question, its solution and its answer, all whole
-MOST_WORDINGS = 4  # of a problem in test and in validation: the same numbers with other names
+LARGEST = 50  # largest number in a question, its solution and its answer, in which all are whole
+MOST_WORDINGS = 4  # wordings of a problem in test or validation: the same numbers with other names
 STEP = re.compile(r"(\d+) ([-+*/x÷]) (\d+) = (\d+)")
 CHOSEN = (
-    "The recipe (which rows, steps, batch, learning rate, dropout) was chosen by the validation accuracy of label_only alone, in ten short runs of"
-    " one seed: clearly above the commonest answer, clearly below 1, on any rows that allow it. No other arm's accuracy was looked at."
+    "The recipe (rows, steps, batch, learning rate, dropout) was chosen by only the validation accuracy of label_only, in ten short runs of"
+    " one seed: clearly above the commonest answer and clearly below 1, on any rows that allow it. Nobody looked at another arm's accuracy."
 )
 TRIED = (  # not made by this command
-    "More training, apart from these runs (2026-11-29, seed 0 alone, all labels, 3,000 steps in place of 1,000): test accuracy rises to 0.143 for"
-    " label_only and 0.155 for step_by_step, so 1,000 steps are too few for both, and one seed each shows no gain either. The validation loss on"
-    " solutions still falls (0.63 nats a token at step 1,000, 0.49 at 2,000, 0.45 at 3,000). One reading: this model can neither copy a question's"
-    " numbers nor compute with them yet, and solutions that it cannot write teach it little about answers. A larger weight of solutions"
-    " (`step_by_step_3`) brings more right first steps and no more right answers. Not run: more seeds of long runs, a larger model, shorter"
-    " solutions, a first pretraining by span corruption."
+    "Separate, longer runs (2026-11-29, only seed 0, all labels, 3,000 steps instead of 1,000) reach a test accuracy of 0.143 with"
+    " label_only and 0.155 with step_by_step. So 1,000 steps are too few for both, and one seed each does not show a gain either. The validation"
+    " loss on solutions still falls (0.63 nats per token at step 1,000, 0.49 at 2,000, 0.45 at 3,000). One explanation is that this model can"
+    " neither copy a question's numbers nor compute with them yet, and that solutions that it cannot write teach it little about answers. A larger"
+    " weight of solutions (`step_by_step_3`) gives more right first steps, but no more right answers. We have not run more seeds of the long runs,"
+    " a larger model, shorter solutions, or a pretraining by span corruption."
 )
 SHARES, FULL = (0.25, 0.5, 1.0), (1.0,)
 ARMS = {
@@ -58,7 +58,7 @@ ARMS = {
         settings=["step_by_step.label_weight=1.0", "step_by_step.rationale_weight=3.0"],
     ),
     "shuffled": Arm(
-        "step_by_step, each solution that of another row", FULL, CONFIG, train=("shuffled", 1.0)
+        "step_by_step, each solution from another row", FULL, CONFIG, train=("shuffled", 1.0)
     ),
     "step_by_step_mi": Arm(
         "step_by_step, and the mutual-information loss of Chen et al. 2024 with their weight, 0.1",
@@ -82,7 +82,7 @@ CLAIMS = [
 
 
 def is_short(row: CheckedExample) -> bool:
-    """Returns whether question and solution are short, all numbers small, and the row free of defects."""
+    """Returns whether question and solution are short, all numbers are small, and the row has no defect."""
     example = row.example
     short = all(len(getattr(example, n).split()) <= most for n, most in MOST_WORDS.items())
     text = f"{example.input} {example.rationale} {example.label}"
@@ -92,7 +92,7 @@ def is_short(row: CheckedExample) -> bool:
 
 
 def spaced(text: str) -> str:
-    """Returns `text` with spaces around operators, without signs of money: a number is one word.
+    """Returns `text` with spaces around operators and without currency signs, so each number is a word.
 
     Example: `spaced("It costs 5*£9=£45.")` is "It costs 5 * 9 = 45.".
     """
@@ -102,12 +102,12 @@ def spaced(text: str) -> str:
 
 
 def problem(example_id: str, question: str) -> str:
-    """Returns the template and the numbers of a question: what its wordings have in common."""
+    """Returns the template and the numbers of a question, which all of its wordings share."""
     return " ".join([example_id.split("-")[0], *re.findall(r"\d+", question)])
 
 
 def prepare_short(data_dir: pathlib.Path | None) -> None:
-    """Prepares `gsm_short`, once: the short rows of gsm_symbolic's splits of the same templates."""
+    """Prepares `gsm_short`, once: the short rows of the splits of gsm_symbolic that share templates."""
     if is_prepared(TASK, data_folder(data_dir)):
         return
     source = collections.defaultdict(list)
@@ -122,15 +122,15 @@ def prepare_short(data_dir: pathlib.Path | None) -> None:
         if split == "train" or wordings[same] <= MOST_WORDINGS:
             texts = {n: spaced(getattr(example, n)) for n in MOST_WORDS}
             source[split].append(example.to_json() | texts)
-    origin = drawn.notes[:1]  # package, version, licence; the other notes count the rows drawn
+    origin = drawn.notes[:1]  # package, version, licence; the other notes are about all drawn rows
     prepare("jsonl", source=source, new_name=TASK, notes=origin, data_dir=data_dir)
 
 
 def written(comparison: Comparison) -> list[str]:
-    """Returns lines: for each arm that writes solutions, with all labels, how many are right, and where not."""
+    """Returns a table of the arms that write solutions: how many are right, and where they go wrong."""
     lines = [
-        "Of the solutions that a model writes for test rows, with all labels (mean over the seeds): how many begin with the row's own first"
-        " step (`9 - 2 =`, its numbers and operator), how many steps are true (`9 - 2 = 7`), how many solutions end in the right answer.",
+        "Solutions to test rows, after training on all labels (mean over the seeds): the share of solutions that begin with the row's own first"
+        " step (`9 - 2 =`, its numbers and operator), of steps that are true (`9 - 2 = 7`), and of solutions that end in the right answer.",
         "",
         "| arm | first step is the row's | steps are true | ends in the answer |",
         "|---|---|---|---|",
@@ -146,7 +146,7 @@ def written(comparison: Comparison) -> list[str]:
 
 
 def shares_right(run: RunResult) -> list[float]:
-    """Returns the three shares of `written` for one run; the first is of rows with a step of their own."""
+    """Returns the three shares of `written` for one run; the first is over rows whose solution has a step."""
     first, true, ended = [], [], []
     for text, example in zip(run.rationales, run.gold.examples, strict=True):
         steps, own = STEP.findall(text), STEP.findall(example.rationale)
@@ -164,7 +164,7 @@ def is_true(left: str, operator: str, right: str, result: str) -> bool:
 
 
 def outcome(comparison: Comparison) -> str:
-    """Returns the page's first result: at how many shares step_by_step beats label_only."""
+    """Returns the first sentences of the page: at how many shares step_by_step beats label_only."""
     pair = {"label_only", "step_by_step"}
     verdicts = [verdict(t, "step_by_step") for t in comparison.tests if {t.first, t.second} == pair]
     won = sum(words.startswith("**holds**") for words in verdicts)
@@ -186,18 +186,18 @@ def page(different: dict[str, int], comparison: Comparison, took: str) -> str:
         "",
         outcome(comparison),
         "",
-        "Written by `make experiments-gsm` (`benchmarks/claim_gsm.py`), from nothing. A tiny T5 from scratch;"
-        f" {size_of(comparison, ARMS, took)} Dropout {recipe['dropout_rate']:g}, a learning rate of"
-        f" {recipe['learning_rate']:g}. Each share is trained for the same number of steps.",
+        "`make experiments-gsm` (`benchmarks/claim_gsm.py`) writes this page. Each run trains a tiny T5 from scratch:"
+        f" {size_of(comparison, ARMS, took)} Dropout is {recipe['dropout_rate']:g}, and the learning rate is"
+        f" {recipe['learning_rate']:g}. Runs on all shares have the same number of steps.",
         "",
         "The rows are word problems that the package reasoning-gym (Apache-2.0) makes from templates after GSM-Symbolic (Mirzadeh et al."
-        " 2024, arXiv 2410.05229): [datasets.md](../reference/datasets.md#word-problems-gsm_symbolic). Kept are questions of at most"
-        f" {MOST_WORDS['input']} words with worked solutions of at most {MOST_WORDS['rationale']}, in which every number is whole and at most"
-        f" {LARGEST}. Spaces stand around operators, and signs of money are left out, so that the vocabulary has a piece for each number.",
+        " 2024, arXiv 2410.05229): [datasets.md](../reference/datasets.md#word-problems-gsm_symbolic). Only questions of at most"
+        f" {MOST_WORDS['input']} words with worked solutions of at most {MOST_WORDS['rationale']} are kept, and only whole numbers of at most"
+        f" {LARGEST}. Operators have spaces around them, and currency signs are left out, so that the vocabulary has a piece for each number.",
         "",
-        "Test rows have the templates of train rows, with numbers that no train row of that template has. A problem, which is a template with its"
-        f" numbers, stands in several wordings: {different['train']:,} problems in train, {different['test']:,} in test, there with at most"
-        f" {MOST_WORDINGS} wordings each. The intervals take rows for independent, so they are too narrow for what they say of other problems.",
+        "Test rows have the same templates as train rows, but numbers that no train row of that template has. A problem is a template with its"
+        f" numbers, and has several wordings. There are {different['train']:,} problems in train, and {different['test']:,} in test with at most"
+        f" {MOST_WORDINGS} wordings each. The intervals treat rows as independent, so they are too narrow for conclusions about other problems.",
         "",
         CHOSEN,
         "",
@@ -219,7 +219,7 @@ def page(different: dict[str, int], comparison: Comparison, took: str) -> str:
 
 
 def main() -> None:
-    """Prepares, trains what is left, compares, writes."""
+    """Prepares the data, trains the remaining runs, compares them, and writes the page."""
     parser = options(__doc__.splitlines()[0], "runs/claim_gsm", seeds=3)
     parser.add_argument("--prepare-only", action="store_true", help=f"make {TASK}, train nothing")
     args = parser.parse_args()

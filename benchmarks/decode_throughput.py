@@ -2,16 +2,16 @@
 
     python benchmarks/decode_throughput.py --size small --vocab-size 32128 --json
 
-All use the same random float32 weights, from a directory of `stepdistill export`, and the same prompts
-of a split's label objective. Random weights never end an answer, so the output row of the end of
-sequence is scaled up until some do. All form batches of similar length, the longest first; the peer's
-are padded only to their longest row, without filler rows. All labels must be equal. Each contender
-runs in its own process (benchmarks/apart.py), and they take turns.
+All use the same random float32 weights, from a directory in Hugging Face's layout, and the same prompts of a
+split's label objective. Random weights never end an answer, so the output row of the end of sequence is
+scaled up until some answers end. All form batches of similar length, the longest first; the peer's batches
+are padded only to their longest row, without padding rows. All labels must be equal. Each contender runs in
+its own process (benchmarks/apart.py), and they take turns.
 
-`ours` and `transformers` go from ids to ids. `ours_ctranslate2` is `predict` on the directory of
-`export --format ctranslate2`, `ctranslate2` the plain script that a user would write: both go from one
-file of JSON lines to another, including the model's start, with one single-threaded worker per core.
-The `_int8` contenders have int8 weights. CTranslate2 has them for the T5 families only.
+`ours` and `transformers` turn ids into ids. `ours_ctranslate2` is `predict` on a directory of
+`export --format ctranslate2`, and `ctranslate2` is the plain script that a user would write. Both turn a
+file of JSON lines into another, including the model's start, with one single-threaded worker per core. The
+`_int8` contenders have int8 weights. CTranslate2's contenders run only for the T5 families.
 """
 
 import argparse
@@ -29,18 +29,24 @@ from apart import TORCH, Apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", default="test", help="of the dataset")
-    parser.add_argument("--family", default="t5_v1_1", help="of the model: t5_v1_1, t5gemma, ...")
-    parser.add_argument("--size", default="small", help="of the family: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
-    parser.add_argument("--rows", type=int, default=256, help="prompts, at most")
+    parser.add_argument("--split", default="test", help="split of the dataset")
+    parser.add_argument(
+        "--family", default="t5_v1_1", help="family of the model: t5_v1_1, t5gemma, ..."
+    )
+    parser.add_argument("--size", default="small", help="size of the model: tiny, small, base, ...")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
+    parser.add_argument("--rows", type=int, default=256, help="largest number of prompts")
     parser.add_argument("--batch-size", type=int, default=64, help="rows decoded at once")
-    parser.add_argument("--max-decode-len", type=int, default=8, help="most tokens of a label")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument(
+        "--max-decode-len", type=int, default=8, help="largest number of tokens in a label"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 
 def our_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]):
-    """Returns a function without arguments that returns the answers' ids."""
+    """Returns a function that decodes the rows with our engine and returns the answers' ids."""
     from stepdistill_jax.decoding.greedy import LabelDecoder
     from stepdistill_jax.inference.model import load_model
 
@@ -52,14 +58,14 @@ def our_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]])
 
 
 def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]):
-    """Returns the same with transformers."""
+    """Returns a function that decodes the rows with transformers and returns the answers' ids."""
     torch = timing.peer_module("torch", args.threads)
     transformers = timing.peer_module("transformers")
     transformers.logging.set_verbosity_error()
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
-    # transformers 5 ties where it can
+    # transformers 5 ties the output layer if it can, which would be another model
     own_head = model.get_output_embeddings().weight is not model.get_decoder().embed_tokens.weight
-    # asked of the file: transformers sets its own field for a T5
+    # read from the file, since transformers sets its own field for a T5
     stated = json.loads((pathlib.Path(directory) / "config.json").read_text())
     assert own_head is not stated["tie_word_embeddings"]
     pad, end = model.config.pad_token_id, model.config.eos_token_id
@@ -88,7 +94,7 @@ def peer_decoder(directory: str, args: argparse.Namespace, rows: list[list[int]]
 
 
 def our_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
-    """Returns the labels of `predict`, from file to file."""
+    """Returns a function that runs `predict` from file to file and returns its labels."""
     from stepdistill_jax.inference import predict
 
     def decode() -> list[str]:
@@ -102,7 +108,7 @@ def our_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
 
 
 def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path):
-    """Returns the same with only CTranslate2 and SentencePiece."""
+    """Returns a function that does the same with only CTranslate2 and SentencePiece."""
     import sentencepiece
 
     ctranslate2 = timing.peer_module("ctranslate2")
@@ -144,7 +150,7 @@ def peer_predict(directory: str, args: argparse.Namespace, source: pathlib.Path)
 
 
 def compare_labels(labels: dict[str, list[str]]) -> dict[str, str]:
-    """Returns how many labels of each engine equal the labels of `ours`; float32 must agree on all."""
+    """Returns how many labels of each engine equal `ours`; all float32 labels must be equal."""
     equal = {}
     for name, answers in labels.items():
         same = sum(a == b for a, b in zip(answers, labels["ours"], strict=True))
@@ -178,7 +184,7 @@ def main() -> None:
     from stepdistill_jax.tasks.load import load_task
 
     quantizations = {}
-    if args.family in T5_FAMILIES:  # CTranslate2 has no others
+    if args.family in T5_FAMILIES:  # we export no other family to CTranslate2
         timing.peer_module("ctranslate2")
         quantizations = {"": "float32", "_int8": "int8"}
 

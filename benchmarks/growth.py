@@ -1,9 +1,9 @@
-"""Shows how the cost of a step grows with devices: plot and table of docs/lab/planning.md, from `plan`.
+"""Shows how the cost of a step grows with devices: makes the plot and table of docs/lab/planning.md.
 
     python benchmarks/growth.py --output docs/images/growth.png
 
-Needs no device and trains nothing: the step is compiled for 1 to 256 virtual CPU devices with a fixed
-batch, under fsdp and full remat. `--json` prints the numbers.
+It needs no device and trains nothing: it compiles the step for 1 to 256 virtual CPU devices with a fixed
+batch, under fsdp and full remat, as `plan` does. `--json` prints the numbers.
 """
 
 import argparse
@@ -24,13 +24,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", default=SIZES, help="of T5 v1.1")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, help="sizes of T5 v1.1")
     parser.add_argument("--devices", nargs="+", type=int, default=DEVICES)
     parser.add_argument("--rows", type=int, default=256, help="packed rows per step")
     parser.add_argument("--input-length", type=int, default=1024)
     parser.add_argument("--target-length", type=int, default=256)
     parser.add_argument("--output", type=pathlib.Path, help="PNG file for the plot")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--json", action="store_true", help="end the output with a JSON object")
     args = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     found = measure(args)
@@ -75,7 +75,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
 
 def show(found: dict[str, dict[int, dict[str, float]]]) -> None:
     """Prints the table, one row for each size and number of devices."""
-    print("| size | devices | TFLOPs a step | state, GiB | all memory, GiB | sent a step, GiB |")
+    print(
+        "| size | devices | TFLOPs per step | state, GiB | all memory, GiB | sent per step, GiB |"
+    )
     print("|---|---|---|---|---|---|")
     for size, by_devices in found.items():
         for devices, f in by_devices.items():
@@ -93,9 +95,9 @@ def plot(found: dict[str, dict[int, dict[str, float]]], path: pathlib.Path) -> N
     from stepdistill_jax.experiments.plots import COLOURS
 
     panels = {
-        "flops": ("TFLOPs a step", 1e12),
+        "flops": ("TFLOPs per step", 1e12),
         "total": ("memory, GiB (state dotted)", GIB),
-        "sent": ("sent a step, GiB", GIB),
+        "sent": ("sent per step, GiB", GIB),
     }
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     for axis, (key, (label, unit)) in zip(axes, panels.items(), strict=True):

@@ -2,16 +2,16 @@
 
     python benchmarks/host_input.py --json
 
-Draws made-up examples of CommonsenseQA's lengths, with a rationale each, and packs them into rows of
+It draws made-up examples with CommonsenseQA's lengths, each with a rationale, and packs them into rows of
 192 input and 72 target tokens. A process makes the shards of its own devices
-(`stepdistill_jax/batches/host.py`); the benchmark is the first of many processes. Times are CPU times
-of one thread, medians of `--rounds` turns, which a busy machine changes little. They exclude the copy
-to devices. `need` is the number of examples per second that 8 H100s at 45% of their peak would train
-on, with rows as full as these. `ours` is the rate of one thread at the second batch size (or the only
-one), on the fewest processes.
+(`stepdistill_jax/batches/host.py`); the benchmark plays the first of many processes. Times are CPU times of
+one thread, which a busy machine changes little: the medians of `--rounds` steps, without the copy to devices.
+`need` is the number of examples per second that 8 H100s would train on at 45% of their peak, with rows as
+full as these. `ours` is the rate of one thread at the second batch size (or the only one), with the fewest
+processes.
 
-`opening` is the time to open the token store, which reads a part of it, and to compare every byte, as
-`inspect --verify` does.
+`opening` has two times: to open the token store, which reads a part of it (`opened`), and to compare every
+byte, as `inspect --verify` does (`every_byte`).
 """
 
 import argparse
@@ -30,7 +30,7 @@ MODELS = ("base", "large")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--examples", type=int, default=100_000, help="of the data")
+    parser.add_argument("--examples", type=int, default=100_000, help="number of made-up examples")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 4096, 65536])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 64])
 
@@ -53,7 +53,7 @@ def examples(count: int) -> Iterator[Any]:
 
 
 def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
-    """Returns CPU milliseconds per step in the first process, and the rates that follow from them."""
+    """Returns the CPU milliseconds per step in the first process, and what a rate is computed from."""
     own = range(-(-batches.num_shards // processes))
     times = []
     for step in range(rounds + 1):
@@ -73,7 +73,7 @@ def of_process(batches: Any, processes: int, rounds: int) -> dict[str, float]:
 
 
 def needs(examples_per_row: float) -> dict[str, float]:
-    """Returns the examples per second that the GPUs would train on, by model."""
+    """Returns the examples per second that the GPUs would train on, for each model."""
     from stepdistill_jax.models.families import model_config
     from stepdistill_jax.models.flops import train_flops
     from stepdistill_jax.runtime.chips import CHIPS
@@ -113,7 +113,7 @@ def main() -> None:
     print(f"{timing.device()}, one thread, {args.rounds} rounds")
     print(f"opening {args.examples} examples, ms of CPU: {opening}")
     print(
-        "| batch | processes | shards of one | ms of CPU a step | examples a second of a thread |"
+        "| batch | processes | shards of one | CPU ms per step | examples per second and thread |"
     )
     print("|---|---|---|---|---|")
     for c in cells:

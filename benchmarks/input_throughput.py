@@ -2,15 +2,15 @@
 
     python benchmarks/input_throughput.py --json
 
-All read the same examples of a prepared dataset, with a label row and a rationale row each. `ours`
-draws shuffled, packed batches from tokens on disk. SeqIO tokenises in TensorFlow, without shuffling
-and without its memory cache, and packs with its `EncDecFeatureConverter`. SentencePiece encodes lists
-of strings, which NumPy pads to the longest, without shuffling and packing. `ours` uses one thread, the
-peers all threads they are given. Each runs in its own process, and they take turns.
+All read the same examples of a prepared dataset, each with a label row and a rationale row. `ours` draws
+shuffled, packed batches from tokens on disk. SeqIO tokenises in TensorFlow, without shuffling and without
+its memory cache, and packs with its `EncDecFeatureConverter`. SentencePiece encodes lists of strings, which
+NumPy pads to the longest; it neither shuffles nor packs. `ours` uses one thread, and the peers use all
+threads that they are given. Each runs in its own process, and they take turns.
 
-`building` is the number of rows per second that become a new token store: `as_they_stand` for a
-prepared dataset whose labels and rationales are used as they are, `through_seqio` if some are selected.
-`cores` is the mean number of busy cores.
+`building` is the number of rows per second at which a new token store is made: `as_they_stand` if the
+labels and rationales of a prepared dataset are used unchanged, `through_seqio` if some are selected. `cores`
+is the mean number of busy cores.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from apart import Apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", default="train", help="of the dataset")
+    parser.add_argument("--split", default="train", help="split of the dataset")
     parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
     parser.add_argument("--seconds", type=float, default=2.0, help="least seconds of a timed turn")
-    parser.add_argument("--input-length", type=int, help="tokens of a packed row")
-    parser.add_argument("--target-length", type=int, help="the same for targets")
+    parser.add_argument("--input-length", type=int, help="input tokens of a packed row")
+    parser.add_argument("--target-length", type=int, help="target tokens of a packed row")
 
 
 class Stream:
@@ -131,7 +131,7 @@ def sentencepiece_stream(args) -> Callable[[], Iterator[int]]:
 
 
 def building(args, dataset) -> dict[str, dict[str, float]]:
-    """Returns the rows per second of both ways to make a token store."""
+    """Returns the rows per second for both ways of making a token store."""
     from stepdistill_jax.tasks.load import load_task
     from stepdistill_jax.tasks.supervision import Supervision
 

@@ -3,17 +3,15 @@
     python benchmarks/latency.py --task cqa --size small --vocab-size 32128 --json
     python benchmarks/latency.py --rates 10 20 30 --seconds 60 --engines ctranslate2_int8 --json
 
-All use the same random weights (benchmarks/models.py) and the prompts of a split, from text to text.
-First each engine runs alone, in its own process (benchmarks/apart.py): with the same tokenizer, batches
-of one row, and no compilation after the first round, which is not counted. The float32 labels must be
-equal.
+All use the same random weights (benchmarks/models.py) and the prompts of a split, and turn text into text.
+First each engine runs alone, in its own process (benchmarks/apart.py), with the same tokenizer and batches
+of one row. The first round compiles and does not count. The float32 labels must be equal.
 
 Then `stepdistill serve`, in its own process on the same cores, answers over HTTP: first one client that
 waits for each answer (rate "alone"), then clients that arrive at random times with a given rate, whether
-or not the server keeps up (a Poisson process). Their latency counts from the time at which the client
-was due: counting from the time of sending would hide the time spent waiting for others. `refused`
-counts the requests that a full queue rejected. The client is this process, and takes its share of the
-cores.
+or not the server keeps up (a Poisson process). Their latency counts from the time at which the client was
+due: counting from the time of sending would hide the wait for earlier requests. `refused` counts the
+requests that a full queue rejected. This process is the client, and shares the cores with the server.
 """
 
 import argparse
@@ -37,14 +35,14 @@ import timing
 from apart import TORCH, Apart
 
 ENGINES = ("jax", "ctranslate2", "ctranslate2_int8")
-START_SECS = 600  # time limit for a server to compile its programs
+START_SECS = 600  # limit for a server to compile its programs
 PERCENTILES = (50, 95, 99)
 
 Ask = Callable[[str], str]  # input of a row -> its label
 
 
 class Table(list):
-    """A list of dicts with the same keys, the columns when it is printed."""
+    """A list of dicts with the same keys, which are the columns when it is printed."""
 
     def __str__(self) -> str:
         rows = [list(self[0]), *([f"{value}" for value in row.values()] for row in self)]
@@ -54,28 +52,38 @@ class Table(list):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", default="test", help="of the dataset")
-    parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
-    parser.add_argument("--rows", type=int, default=50, help="prompts, at most")
+    parser.add_argument("--split", default="test", help="split of the dataset")
+    parser.add_argument("--size", default="small", help="size of T5 v1.1: tiny, small, base, ...")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
+    parser.add_argument("--rows", type=int, default=50, help="largest number of prompts")
     parser.add_argument(
         "--input-length",
         type=int,
         default=128,
-        help="most tokens of a prompt; longer ones are truncated",
-    )
-    parser.add_argument("--max-decode-len", type=int, default=8, help="most tokens of a label")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the arrivals")
-    parser.add_argument(
-        "--engines", nargs="*", choices=ENGINES, default=ENGINES[:2], help="that serve over HTTP"
+        help="largest number of tokens in a prompt; longer prompts are truncated",
     )
     parser.add_argument(
-        "--rates", nargs="+", type=float, default=[5.0, 10.0, 20.0, 40.0], help="requests a second"
+        "--max-decode-len", type=int, default=8, help="largest number of tokens in a label"
     )
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each rate")
-    parser.add_argument("--batch-size", type=int, default=16, help="most rows the server decodes")
-    parser.add_argument("--max-wait-ms", type=float, default=5.0, help="of the server")
-    parser.add_argument("--max-queue", type=int, default=64, help="of the server")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights and of the arrivals"
+    )
+    parser.add_argument(
+        "--engines", nargs="*", choices=ENGINES, default=ENGINES[:2], help="engines of the server"
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[5.0, 10.0, 20.0, 40.0],
+        help="requests per second",
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds at each rate")
+    parser.add_argument("--batch-size", type=int, default=16, help="largest batch of the server")
+    parser.add_argument("--max-wait-ms", type=float, default=5.0, help="flag of the server")
+    parser.add_argument("--max-queue", type=int, default=64, help="flag of the server")
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -103,7 +111,7 @@ def our_engine(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
 
 
 def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
-    """Returns the same with transformers."""
+    """Returns a function that answers one row with transformers."""
     from stepdistill_jax.formats.directory import read_model_files
     from stepdistill_jax.inference.prompting import encode_input
 
@@ -112,7 +120,8 @@ def peer(directory: pathlib.Path, args: argparse.Namespace) -> Ask:
     transformers.logging.set_verbosity_error()
     vocabulary = read_model_files(directory).vocabulary
     model = transformers.T5ForConditionalGeneration.from_pretrained(directory).eval()
-    assert model.lm_head.weight is not model.shared.weight  # transformers 5 ties them by default
+    # transformers 5 ties the two by default, which would be another model
+    assert model.lm_head.weight is not model.shared.weight
 
     def ask(text: str) -> str:
         ids, _ = encode_input(vocabulary, "predict: " + text, args.input_length)
@@ -143,7 +152,7 @@ class Asked:
         return {text: self._ask(text) for text in self._texts}
 
     def latencies(self) -> list[float]:
-        """Returns the seconds of each row in all rounds but the warm-up."""
+        """Returns the seconds for each row, in all rounds except the warm-up."""
         return self._latencies
 
     def contender(self, number: int) -> Callable[[], int]:
@@ -183,7 +192,7 @@ def server(directory: pathlib.Path, args: argparse.Namespace) -> Iterator[str]:
         wait_until_ready(url, process)
         yield url
         process.terminate()
-        assert process.wait(60) == 0, "serve failed at its end"
+        assert process.wait(60) == 0, "serve failed when it was stopped"
     finally:
         process.kill()
         process.wait()
@@ -200,10 +209,10 @@ def wait_until_ready(url: str, process: subprocess.Popen) -> None:
 
 
 class Client:
-    """Reused connections to a server, and the answers that came back."""
+    """Reuses connections to a server, and checks the answers that come back."""
 
     def __init__(self, url: str, labels: dict[str, str]):
-        """`labels`: the expected label of each input."""
+        """`labels` are the expected labels by input."""
         self._host, port = url.removeprefix("http://").split(":")
         self._port, self._labels = int(port), labels
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -211,7 +220,7 @@ class Client:
         self.refused = self.wrong = 0
 
     async def ask(self, text: str, due: float) -> None:
-        """Sends one row that was due at `due` (of `time.perf_counter`)."""
+        """Sends one row that was due at the time `due` (by `time.perf_counter`)."""
         body = json.dumps({"input": text}).encode()
         pair = self._idle.pop() if self._idle else None
         reader, writer = pair or await asyncio.open_connection(self._host, self._port)
@@ -250,7 +259,7 @@ async def alone(client: Client, texts: list[str], seconds: float) -> int:
 async def open_loop(
     client: Client, texts: list[str], rate: float, seconds: float, seed: int
 ) -> int:
-    """Runs clients that arrive at random, `rate` per second; returns the number of requests."""
+    """Runs clients that arrive at random times, `rate` per second; returns the number of requests."""
     arrivals, now, tasks = random.Random(seed), 0.0, []
     began = time.perf_counter()
     while (now := now + arrivals.expovariate(rate)) < seconds or not tasks:
@@ -262,7 +271,7 @@ async def open_loop(
 
 
 def mean_batch(url: str, before: tuple[float, float]) -> tuple[float, tuple[float, float]]:
-    """Returns the mean rows of a batch since `before`, and the current counts (rows, batches)."""
+    """Returns the mean number of rows per batch since `before`, and the current (rows, batches)."""
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         text = answer.read().decode()
     rows, batches = (
@@ -275,7 +284,7 @@ def mean_batch(url: str, before: tuple[float, float]) -> tuple[float, tuple[floa
 def over_http(
     directory: pathlib.Path, name: str, args: argparse.Namespace, labels: dict[str, str]
 ) -> Table:
-    """Returns a line for the single client, and one for each rate."""
+    """Returns a table with a row for the single client and a row for each rate."""
     texts, table = list(labels), Table()
     with server(directory, args) as url:
         _, counts = mean_batch(url, (0.0, 0.0))
@@ -288,7 +297,7 @@ def over_http(
             began = time.perf_counter()
             count = asyncio.run(requests)
             wall = time.perf_counter() - began
-            assert client.seconds, "every request was refused: give a lower --rates"
+            assert client.seconds, "every request was refused: use lower --rates"
             if not name.endswith("int8"):
                 assert client.wrong == 0, f"{client.wrong} labels differ from this process's own"
             batch, counts = mean_batch(url, counts)

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py --json
 
-Each row is a process that trains T5 v1.1 on made-up rows with one gin part more than the first row. It
-gives `plan`'s numbers for its step, the growth of resident memory over real steps, and the median step
-time. The last row saves and restores a state.
+Each row is a process that trains T5 v1.1 on made-up rows, with the gin parts of the row. It reports `plan`'s
+numbers for its step, the growth of resident memory over real steps, and the median step time. The last row
+saves and restores a state.
 """
 
 import argparse
@@ -58,12 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--size", default="small", help="of T5 v1.1")
+    parser.add_argument("--size", default="small", help="size of T5 v1.1")
     parser.add_argument("--rows", type=int, default=4, help="packed rows per step")
     parser.add_argument("--input-length", type=int, default=512)
     parser.add_argument("--target-length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after the first")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--json", action="store_true", help="end the output with a JSON object")
     parser.add_argument("--only", choices=[*ROWS, CHECKPOINT], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rows % 4 or args.rows < 1:
@@ -128,7 +128,7 @@ def setting(args: argparse.Namespace, parts: list[str]) -> Any:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns planned and measured numbers of real steps on one CPU device."""
+    """Runs real steps on one CPU device; returns planned and measured numbers."""
     import jax
     import numpy as np
 
@@ -210,7 +210,7 @@ class Growth:
 
     def __enter__(self) -> "Growth":
         gc.collect()
-        # return freed memory of compilations first: using it again would hide the growth
+        # first return freed memory of compilations to the system: reusing it would hide the growth
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         self._before = self._most = resident()
         self._stop = threading.Event()

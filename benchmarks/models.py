@@ -1,4 +1,4 @@
-"""Models for the benchmarks: random weights, in a directory that `predict` opens."""
+"""Makes models for the benchmarks: random weights, in a directory that `predict` opens."""
 
 import os
 from typing import Any
@@ -16,7 +16,7 @@ def save_random_model(
     task_info: Any = None,
     **overrides: Any,
 ) -> None:
-    """Writes a model whose answers end now and then, or never.
+    """Writes a model whose answers end sometimes, or never.
 
     Args:
         directory: a new directory.

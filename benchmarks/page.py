@@ -16,7 +16,7 @@ LIBRARIES = (
     *("stepdistill-jax", "jax", "jaxlib", "flax", "numpy", "torch", "transformers", "ctranslate2"),
     *("seqio", "tensorflow", "tensorflow-text", "sentencepiece"),
 )
-# keys of a result that are shown elsewhere, or do not interest a reader
+# keys of a result that are shown elsewhere, or are of no interest to readers
 NOT_FACTS = {"ours", "peers", "ratio", "rows", "threads", "device", "rounds", "busy_cores", "load"}
 NOT_FACTS |= {"settings", "environments", "pairs"}
 
@@ -42,7 +42,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def number(value: Any) -> str:
-    """Returns a number with four digits, and any other value as it is."""
+    """Returns a number with four digits, and any other value unchanged, as text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     if abs(value) >= 1000 or value == int(value):
@@ -51,7 +51,7 @@ def number(value: Any) -> str:
 
 
 def facts(result: dict[str, Any]) -> Iterator[str]:
-    """Returns the further facts of a result, one line each, tables last."""
+    """Yields the other facts of a result, one line each, tables last."""
     tables = {}
     for name, value in result.items():
         if name in NOT_FACTS or value is None or value == {}:
@@ -72,13 +72,13 @@ def facts(result: dict[str, Any]) -> Iterator[str]:
 
 
 def conditions(result: dict[str, Any], today: str, seconds: float) -> str:
-    """Returns the time and conditions of a section's measurement."""
+    """Returns the date, duration and conditions of a section's measurement."""
     parts = [today, result.get("device") or timing.device()]
     for name in ("threads", "rounds"):
         if name in result:
             one = f"{name[:-1]}{'' if result[name] == 1 else 's'}"
             parts.append(f"{result[name]} {one}")
-    parts.append(f"{seconds:.0f} s in all")
+    parts.append(f"{seconds:.0f} s in total")
     busy = result.get("busy_cores")
     warning = ""
     if busy is not None:
@@ -88,7 +88,7 @@ def conditions(result: dict[str, Any], today: str, seconds: float) -> str:
 
 
 def machine() -> str:
-    """Returns a section with processor, memory, system and versions."""
+    """Returns a section that lists processor, memory, system and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = {"processor": f"{timing.device()}, {cores} cores"}
     memory = pathlib.Path("/proc/meminfo")

@@ -2,10 +2,10 @@
 
     python benchmarks/prepare_throughput.py --json
 
-It makes the files in a temporary folder: sentences of random words, as long as SNLI's; three
-explanations in every row outside train; teacher texts, a tenth with a defect, 5,500 per file as in the
-original. Memory is the sum of the resident sets of the process and its children, read from /proc ten
-times a second (Linux only); pages that they share count twice.
+It makes the files of the train split in a temporary folder: sentences of random words, as long as SNLI's, and
+teacher texts, a tenth with a defect, 5,500 per file as in the original. Memory is the sum of the resident
+sets of the process and its children, read from /proc ten times a second (Linux only); pages that they share
+count twice.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def resident(pid: int) -> int:
         pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
         tasks = list(pathlib.Path(f"/proc/{pid}/task").iterdir())
         children = {int(c) for task in tasks for c in (task / "children").read_text().split()}
-    except (OSError, IndexError):  # has ended meanwhile
+    except (OSError, IndexError):  # it has ended in the meantime
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(resident, children))
 
@@ -81,8 +81,8 @@ def prepare(source: pathlib.Path, data_dir: pathlib.Path) -> tuple[float, int, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=ROWS, help=f"of train ({ROWS})")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"rows of train ({ROWS})")
+    parser.add_argument("--json", action="store_true", help="end the output with a JSON object")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)

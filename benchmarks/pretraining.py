@@ -2,10 +2,10 @@
 
     python benchmarks/pretraining.py --workdir runs/pretraining
 
-The corpus is the questions and rationales of the train splits. A tiny T5 trains on it for `--steps`
-steps. Then each dataset is trained step by step from that base and from random weights, with the same
-vocabulary, seeds and steps. A stopped benchmark resumes when it is started again. Prints a table, then
-one JSON line.
+The corpus consists of the questions and rationales of the train splits. A tiny T5 trains on it for `--steps`
+steps. Then a model is trained step by step on each dataset, from that base and from random weights, with
+the same vocabulary, seeds and steps. A stopped benchmark resumes when it is started again. It prints a
+table, then one JSON line.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LENGTHS = ["INPUT_LENGTH=128", "TARGET_LENGTH=32"]
 BASES = {
     "random": 1,
     "pretrained": None,
-}  # steps of span corruption; the learning rate of a single step is near 0
+}  # steps of span corruption; in a single step, the learning rate is near 0
 FIGURES = ("loss/label", "loss/rationale", "label_accuracy")
 
 
@@ -42,12 +42,12 @@ def corpus(folder: pathlib.Path, tasks: list[str], data_dir: pathlib.Path | None
         rows = [e for d in datasets for e in d.examples(split)]
         texts[split] = [" ".join(filter(None, (e.input, e.rationale))) for e in rows]
         lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts[split]]
-        # validation decodes the missing spans, which is slow and useless here: a few texts are enough
+        # validation decodes the missing spans, which is slow and of no use here: a few texts are enough
         kept = lines if split == "train" else lines[:: max(1, len(lines) // 200)]
         (folder / f"{split}.jsonl").write_text("".join(kept), encoding="utf-8")
     labels = [e.label for d in datasets for e in d.examples("train") if e.label]
     vocabulary = folder / "spiece.model"
-    if not vocabulary.exists():  # also trained on the texts of the main job
+    if not vocabulary.exists():  # the vocabulary is also trained on the texts of the main runs
         train_vocabulary([*texts["train"], *labels, "predict: ", "explain: "], vocabulary)
     return len(texts["train"])
 
@@ -65,7 +65,7 @@ def base(args: argparse.Namespace, name: str, steps: int) -> dict[str, Any]:
 
 
 def main_job(args: argparse.Namespace, tasks: list[str]) -> list[Cell]:
-    """Trains a run for each dataset, seed and base."""
+    """Returns the main runs: one for each dataset, seed and base."""
     return [
         Cell(
             name,
@@ -103,9 +103,9 @@ def main() -> None:
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/pretraining"))
     parser.add_argument("--data-dir", type=pathlib.Path)
     parser.add_argument("--tasks", default="cqa,svamp", help="prepared datasets")
-    parser.add_argument("--steps", type=int, default=13000, help="of pretraining")
-    parser.add_argument("--main-steps", type=int, default=300, help="of the main job")
-    parser.add_argument("--seeds", type=int, default=2, help="of the main job")
+    parser.add_argument("--steps", type=int, default=13000, help="steps of pretraining")
+    parser.add_argument("--main-steps", type=int, default=300, help="steps of a main run")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds of the main runs")
     args = parser.parse_args()
     keep_pages()
     args.workdir.mkdir(parents=True, exist_ok=True)

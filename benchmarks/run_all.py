@@ -3,9 +3,9 @@
     python benchmarks/run_all.py
     python benchmarks/run_all.py --only input,startup --task cqa
 
-Each runs in its own process. Its results go between the marks `<!-- begin NAME -->` and `<!-- end NAME
--->` of the file; all other text stays, as do, with `--only`, the results of other benchmarks. A failed
-or skipped benchmark writes the reason instead, and the exit code is 1.
+Each runs in its own process. Its results go between the marks `<!-- begin NAME -->` and `<!-- end NAME -->`
+of the file; all other text is kept, and with `--only` also the results of other benchmarks. If a benchmark
+fails or is skipped, the reason is written instead, and the exit code is 1.
 """
 
 import argparse
@@ -36,12 +36,12 @@ class Part:
     """One benchmark with its flags.
 
     Attributes:
-        script: its file in this folder, without `.py`.
+        script: name of its file in this folder, without `.py`.
         title: heading of its section.
         flags: command-line flags.
-        quick: further flags under `--quick`, which override earlier ones.
-        on_task: whether it takes `--task` and `--data-dir`.
-        printed: whether to copy the table that it prints, instead of making one from its results.
+        quick: further flags for `--quick`, which override earlier ones.
+        on_task: whether it accepts `--task` and `--data-dir`.
+        printed: whether the table that it prints is copied, instead of making one from its results.
     """
 
     script: str
@@ -171,9 +171,9 @@ def main() -> None:
         "--task", help="a prepared dataset; default: cqa if prepared, else delivery"
     )
     parser.add_argument("--data-dir", type=pathlib.Path, help="folder of prepared datasets")
-    parser.add_argument("--only", help="names of benchmarks, with commas; default: all")
+    parser.add_argument("--only", help="names of benchmarks, separated by commas; default: all")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny runs that only show whether they work"
+        "--quick", action="store_true", help="tiny runs that only show whether benchmarks work"
     )
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, help="the file to write")
     args = parser.parse_args()
@@ -182,7 +182,7 @@ def main() -> None:
         if name not in PARTS:
             raise InputError(f"--only: no benchmark {name!r}{nearest(name, PARTS)}")
     if args.quick and args.output == OUTPUT:
-        raise InputError("--quick: its numbers are meaningless; give a different --output")
+        raise InputError("--quick: its numbers are meaningless; choose a different --output")
     if args.task is None:
         args.task = "cqa" if is_prepared("cqa", data_folder(args.data_dir)) else "delivery"
     ensure_prepared(args.task, args.data_dir)
@@ -212,7 +212,7 @@ def command_of(part: Part, args: argparse.Namespace) -> list[str]:
 
 
 def section(part: Part, command: list[str]) -> tuple[str, bool]:
-    """Returns (Markdown of a benchmark's section, whether it has results)."""
+    """Runs a benchmark; returns the Markdown of its section, and whether it has results."""
     today = datetime.date.today().isoformat()
     lines = [f"## {part.title}", "", f"`{' '.join(command)}`", ""]
     began = time.monotonic()
@@ -232,7 +232,7 @@ def section(part: Part, command: list[str]) -> tuple[str, bool]:
 
 
 def run_alone(script: pathlib.Path, flags: list[str]) -> tuple[str, str | None]:
-    """Returns (standard output, None), or ("", the reason why there is none)."""
+    """Runs a script; returns (its standard output, None), or ("", the reason why there is none)."""
     if not script.exists():
         return "", f"skipped: {script.name} does not exist"
     with subprocess.Popen(
@@ -240,7 +240,7 @@ def run_alone(script: pathlib.Path, flags: list[str]) -> tuple[str, str | None]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that its children can be ended with it
+        start_new_session=True,  # so that its children end with it
     ) as process:
         try:
             output, errors = process.communicate(timeout=TIMEOUT_SECS)

@@ -2,16 +2,17 @@
 
     python benchmarks/serving_cost.py --task cqa --size small --vocab-size 32128 --json
 
-`ours` is the step-by-step arm, its peers are `label_only` and `shared_encoder`: three model directories
-with the `stepdistill.json` of their arm. The length of an answer depends only on the weights, so all
-have the same random weights, whose answers never end: each has the mean length of a label in the train
-split. Before the timing, all must read the same prompts, need no new program, and write the same bytes.
+`ours` is the step-by-step arm; its peers are `label_only` and `shared_encoder`. Each is a model directory
+with the `stepdistill.json` of its arm. The length of an answer depends only on the weights, so all arms have
+the same random weights, whose answers never end: each answer has the mean length of a label in the train
+split. Before the timing, the benchmark checks that all arms read the same prompts, compile no new program,
+and write the same bytes.
 
-`rationale_first` writes the rationale and then the label, as one answer of the mean length of both: the
-cost of serving a model that must give its reasons to be right.
+`rationale_first` writes the rationale and then the label, as one answer with the mean length of both. It
+shows the cost of serving a model that needs to write its reasons before its label.
 
 Times are from one file of JSON lines to another, including the model's start; `without_start` excludes
-it.
+the start.
 """
 
 import argparse
@@ -29,12 +30,14 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", default="test", help="of the dataset")
-    parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
-    parser.add_argument("--rows", type=int, default=256, help="of the split, at most")
+    parser.add_argument("--split", default="test", help="split of the dataset")
+    parser.add_argument("--size", default="small", help="size of T5 v1.1: tiny, small, base, ...")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
+    parser.add_argument("--rows", type=int, default=256, help="largest number of rows of the split")
     parser.add_argument("--batch-size", type=int, default=64, help="rows decoded at once")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
 
 
 def target_lengths(path: pathlib.Path, vocabulary) -> dict[str, list[int]]:
@@ -135,7 +138,7 @@ class Served:
         return (self._scratch / f"{name}.jsonl").read_bytes()
 
     def contender(self, name: str) -> timing.Contender:
-        """Contender for `timing.alternate`; does not count round 0, either."""
+        """Returns the contender of a model for `timing.alternate`; it does not count round 0, either."""
 
         def of_round(number):
             def work() -> int:
@@ -150,7 +153,7 @@ class Served:
 
 
 def look(served: Served, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Returns tokens and compilations of each model; raises AssertionError if the arms' work differs."""
+    """Returns each model's tokens and compilations; raises AssertionError if the arms' work differs."""
     found = {}
     for name in names:
         with watched() as seen:
@@ -161,7 +164,7 @@ def look(served: Served, names: list[str]) -> dict[str, dict[str, Any]]:
         for what in ("prompts", "answers"):
             assert found[name][what] == first[what], f"{name}: {what} differ from label_only's"
         if name != "label_only":
-            assert not found[name]["compiled"], f"{name}: programs that label_only does not need"
+            assert not found[name]["compiled"], f"{name}: compiled programs that label_only lacks"
         assert served.answers(name) == served.answers("label_only"), f"{name}: answers differ"
     assert found["rationale_first"]["prompts"] == first["prompts"], (
         "rationale_first: prompts differ"

@@ -4,10 +4,10 @@
 
 Each start is a process, which is killed after it has logged its first step. `cold` finds neither tokens
 nor compiled programs; `new_program` finds the tokens of an earlier run; `again` (`ours` in comparisons)
-finds both, like a resumed run. Seconds count from the start of the process: `first_step` is the total,
-`imports` (with the start of the interpreter), `data`, `state`, `compiling` and `step` are its parts.
-`cpu` is the CPU time of all cores, which a busy machine changes least. The first start is not counted:
-it reads the libraries from disk.
+finds both, like a resumed run. Seconds count from the start of the process: `first_step` is the total;
+`imports` (including the start of the interpreter), `data`, `state`, `compiling` and `step` are its parts.
+`cpu` is the CPU time of all cores, which a busy machine changes least. The first start does not count,
+since it reads the libraries from disk.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MODEL_SIZE = "{size}"
 BATCH_SIZE = {batch_size}
 TRAIN_STEPS = 1000
 """
-STARTS = {  # folders to remove before each
+STARTS = {  # folders that are removed before a start
     "cold": ("token_store", "compiled"),
     "new_program": ("compiled",),
     "again": (),
@@ -43,15 +43,15 @@ STARTS = {  # folders to remove before each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="small", help="of T5 v1.1: tiny, small, base, ...")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples a step")
+    parser.add_argument("--size", default="small", help="size of T5 v1.1: tiny, small, base, ...")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples per step")
 
 
 def first_step(config: pathlib.Path, folder: pathlib.Path) -> dict[str, float]:
     """Returns the seconds of one start, by part.
 
     Raises:
-        SystemExit: it ended before its first step; shows its output.
+        SystemExit: the process ended before its first step; shows its output.
     """
     shutil.rmtree(folder / "workdir", ignore_errors=True)
     command = [sys.executable, "-m", "stepdistill_jax", "train", os.fspath(config)]

@@ -1,6 +1,6 @@
-"""Shared by the benchmarks: threads, turns, medians, and printing.
+"""Provides what the benchmarks share: thread limits, turns, medians and printing.
 
-Import it first: thread counts are read when JAX, TensorFlow and torch are imported.
+Import it first: JAX, TensorFlow and torch read thread counts when they are imported.
 """
 
 import argparse
@@ -18,10 +18,10 @@ from typing import Any
 
 from stepdistill_jax.errors import InputError
 
-REST_SECS = 0.1  # before a turn, so that spinning OpenMP threads of the last one go to sleep
-BUSY = 0.2  # cores in use by other processes, above which results are not reliable
+REST_SECS = 0.1  # before a turn, so that spinning OpenMP threads of the last turn go to sleep
+BUSY = 0.2  # if other processes use more cores than this, results are not reliable
 
-# A contender prepares a round, untimed, and returns the work, which returns its number of units.
+# A contender prepares a round, untimed, and returns the round's work: a function that returns its units.
 Contender = Callable[[int], Callable[[], int]]
 
 
@@ -35,7 +35,7 @@ def start(
 
     Args:
         description: text for `--help`.
-        add_arguments: adds the benchmark's own arguments.
+        add_arguments: function that adds the benchmark's own arguments.
         rounds: default of `--rounds`.
     """
     parser = argparse.ArgumentParser(
@@ -45,9 +45,9 @@ def start(
     cores = len(usable) or os.cpu_count() or 1
     parser.add_argument("--task", default="delivery", help="a prepared dataset")
     parser.add_argument("--data-dir", type=pathlib.Path, help="folder of prepared datasets")
-    parser.add_argument("--threads", type=int, default=min(2, cores), help="CPU cores for each")
-    parser.add_argument("--rounds", type=int, default=rounds, help="timed turns of each")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--threads", type=int, default=min(2, cores), help="cores per contender")
+    parser.add_argument("--rounds", type=int, default=rounds, help="timed turns per contender")
+    parser.add_argument("--json", action="store_true", help="end the output with a JSON object")
     add_arguments(parser)
     args = parser.parse_args()
     if not 1 <= args.threads <= cores:
@@ -67,7 +67,7 @@ def peer_module(name: str, threads: int | None = None) -> Any:
     """Imports a module that only a peer needs; sets torch's number of threads.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the module is not installed.
     """
     try:
         module = importlib.import_module(name)
@@ -81,7 +81,7 @@ def peer_module(name: str, threads: int | None = None) -> Any:
 
 
 def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") -> None:
-    """Sets packed row lengths, where none were given, as a run on one device chooses them."""
+    """Sets packed row lengths that were not given, as a run on one device chooses them."""
     from stepdistill_jax.training.config import TrainConfig
     from stepdistill_jax.training.inspection import inspect
 
@@ -97,7 +97,7 @@ def fill_in_lengths(args: argparse.Namespace, objectives: str = "step_by_step") 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Reads wall time, CPU time of all cores, and CPU time of our processes, in seconds."""
+    """Wall time, CPU time of all cores, and CPU time of our processes, in seconds."""
 
     wall: float
     machine: float | None
@@ -114,7 +114,7 @@ class Clock:
 
 
 def busy_cores(since: Clock, until: Clock) -> float | None:
-    """Returns the mean number of cores busy with other processes (load averages include ours)."""
+    """Returns the mean number of cores that other processes used (load averages would include ours)."""
     if since.machine is None or until.machine is None:
         return None
     others = until.machine - since.machine - (until.own - since.own)
@@ -129,8 +129,8 @@ def load() -> float | None:
 def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
     """Returns the units per second of each contender in each round.
 
-    They take turns, so that a slow minute of the machine affects all. Round 0 is a warm-up and not
-    counted; every second round has the reverse order.
+    They take turns, so that a slow minute of the machine affects all of them. Round 0 is a warm-up and does
+    not count; every second round has the reverse order.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
@@ -148,7 +148,7 @@ def alternate(contenders: dict[str, Contender], rounds: int) -> dict[str, list[f
 
 
 def in_pairs(ours: list[float], peer: list[float]) -> list[float]:
-    """Returns the ratio of each round, since a slow minute of the machine affects both its turns."""
+    """Returns the ratio in each round: a slow minute of the machine affects both turns of a round."""
     return [a / b for a, b in zip(ours, peer, strict=True)]
 
 
@@ -172,7 +172,7 @@ def report(
 
     Args:
         args: result of `start`.
-        rates: result of `alternate`; the key `ours`, and one for each peer.
+        rates: result of `alternate`, with the key `ours` and a key for each peer.
         unit: name of the rate, e.g. `rows_per_second`.
         environments: variables of contenders that run in their own processes.
         more: further facts, JSON-like.

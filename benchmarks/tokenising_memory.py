@@ -3,8 +3,8 @@
     python benchmarks/tokenising_memory.py --json
 
 It makes rows with a rationale and prepares them in a temporary folder. Then another process opens the
-task, which tokenises the train split, and reports its peak (VmHWM, Linux only). If memory does not grow
-with the rows, the ratio of the peaks is 1.
+task, which tokenises the train split, and reports its peak memory (VmHWM, Linux only). If memory does not
+grow with the rows, the ratio of the peaks is 1.
 """
 
 import argparse
@@ -28,8 +28,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--rows", nargs=2, type=int, default=ROWS, help="train rows: few, many")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument(
+        "--rows", nargs=2, type=int, default=ROWS, help="numbers of train rows: few, many"
+    )
+    parser.add_argument("--json", action="store_true", help="end the output with a JSON object")
     parser.add_argument("--only", type=pathlib.Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:

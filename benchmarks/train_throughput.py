@@ -2,16 +2,16 @@
 
     python benchmarks/train_throughput.py --config paper_cqa --size small --vocab-size 32128 --json
 
-An example is its label row and its rationale row. `ours` is the step of `stepdistill train CONFIG`,
-with packed rows and INIT_FROM random weights of `--family`. The peer does the same as the paper's public
-code (Hsieh et al. 2023, arXiv:2305.02301) with today's `transformers`: two forward passes per step,
-labels and rationales each padded to their longest row, the weighted sum of both mean losses, gradients
-clipped to 1, fused AdamW. Both start from the same weights and draw the same examples. Before the
-timing, both must have the same loss without dropout.
+An example has a label row and a rationale row. `ours` is the step of `stepdistill train CONFIG`, with packed
+rows and random weights of `--family` as INIT_FROM. The peer does the same as the paper's public code (Hsieh
+et al. 2023, arXiv:2305.02301) with current `transformers`: two forward passes per step, labels and
+rationales each padded to their longest row, the weighted sum of both mean losses, gradients clipped to 1,
+fused AdamW. Both start from the same weights and draw the same examples. Before the timing, the benchmark
+checks that both have the same loss without dropout.
 
 Each runs in its own process with its best environment (docs/lab/training_speed.md), and they take turns.
 Further contenders: `transformers_bfloat16`; `ours_shared_encoder`, our step with one encoding of each
-example for both targets (a different loss, so it is not compared); and `ours_by_hand`, our step with
+example for both targets (its loss differs, so losses are not compared); and `ours_by_hand`, our step with
 packed rows of `--row-lengths`.
 """
 
@@ -28,11 +28,17 @@ PEERS = ("transformers", "transformers_bfloat16", "ours_shared_encoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="paper_cqa", help="a config, or its shipped name")
+    parser.add_argument(
+        "--config", default="paper_cqa", help="a config file, or the name of a shipped config"
+    )
     parser.add_argument("--set", action="append", default=[], help="NAME=VALUE, as for `train`")
-    parser.add_argument("--family", default="t5_v1_1", help="of the model: t5_v1_1, t5gemma, ...")
-    parser.add_argument("--size", default="small", help="of the family: tiny, small, base, ...")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding; default: the task's")
+    parser.add_argument(
+        "--family", default="t5_v1_1", help="family of the model: t5_v1_1, t5gemma, ..."
+    )
+    parser.add_argument("--size", default="small", help="size of the model: tiny, small, base, ...")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding; default: the vocabulary's size"
+    )
     parser.add_argument("--batch-size", type=int, help="examples per step; default: the config's")
     parser.add_argument("--steps", type=int, default=2, help="steps in a timed turn")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS[:1])
@@ -103,8 +109,8 @@ class Ours:
 
     def contender(self, number: int):
         steps = range(number * self.steps, (number + 1) * self.steps)
-        self.run(steps[:1])  # after a pause: see `main`
-        for step in steps:  # few numbers of rows occur, and each is compiled once
+        self.run(steps[:1])  # untimed, after a pause: see `main`
+        for step in steps:  # compiles each number of rows that occurs, of which there are few
             if (rows := len(self.batches(step)[0]["encoder_input_tokens"])) not in self.compiled:
                 self.compiled.add(rows)
                 self.run(range(step, step + 1))
@@ -189,12 +195,12 @@ class Peer:
 
     def contender(self, number: int):
         steps = range(number * self.steps, (number + 1) * self.steps)
-        self.run(steps[:1])  # after a pause: see `main`
+        self.run(steps[:1])  # untimed, after a pause: see `main`
         return lambda: self.run(steps)
 
 
 def save_model(args: argparse.Namespace, directory: str) -> None:
-    """Writes the initial weights for all: random, with the task's vocabulary."""
+    """Writes the initial weights of all contenders: random, with the task's vocabulary."""
     from models import save_random_model
 
     from stepdistill_jax.data.prepare import ensure_prepared
@@ -207,7 +213,7 @@ def save_model(args: argparse.Namespace, directory: str) -> None:
 
 
 def contenders(args: argparse.Namespace) -> dict[str, tuple]:
-    """Returns for each contender its constructor, further arguments and environment."""
+    """Returns the constructor, further arguments and environment of each contender."""
     known: dict[str, tuple] = {
         "ours": (Ours, (), {}),
         "transformers": (Peer, (), TORCH),
@@ -246,8 +252,8 @@ def main() -> None:
         facts = {name: one.call("facts") for name, one in apart.items()}
         losses = {n: one.call("loss") for n, one in apart.items() if n != "ours_shared_encoder"}
         check(facts, losses)
-        # A process that slept during other turns takes up to 1.4 times as long for its first step, unlike
-        # a run. So each turn begins with a step that is not timed.
+        # A process that slept during other turns takes up to 1.4 times as long for its first step, which
+        # does not happen in a training run. So each turn begins with a step that is not timed.
         rates = timing.alternate({n: one.contender for n, one in apart.items()}, args.rounds)
     timing.report(
         args,

@@ -6,12 +6,12 @@
 #   -n N              number of processes
 #   -d DEVICES_EACH   CPU devices per process (1)
 #   --max-restarts R  number of restarts after a lost process (2)
-#   --grace SECS      seconds for the others to end after a process failed, and again after SIGTERM (5)
+#   --grace SECS      seconds for the others to end after one has failed, and again after SIGTERM (5)
 #   --dry-run         print the commands instead of running them
 #
 #   launch/local.sh -n 2 -d 4 -- stepdistill train cqa_cpu_tiny --workdir runs/cqa --set LAYOUT=fsdp
 #
-# Standard output is that of process 0; everything else goes to standard error as `[PROCESS] line`.
+# Standard output comes from process 0; everything else goes to standard error as `[PROCESS] line`.
 # Exit status: 0 done; 75 stopped by a signal (start again); 134 a process was lost (start again); else the
 # status of the process that failed first.
 set -euo pipefail

@@ -37,7 +37,7 @@ done
 
 if listed=$(nvidia-smi -L 2>&1); then
   gpus=$(grep -c '^GPU ' <<<"$listed" || true)
-elif [ -n "$dry_run" ]; then  # shows the commands for another host
+elif [ -n "$dry_run" ]; then  # show the commands for another host
   IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES-0,1,2,3,4,5,6,7}"
   gpus=${#visible[@]}
   echo "multi_gpu.sh: nvidia-smi does not work here; assuming a host with $gpus GPUs" >&2

@@ -1,8 +1,8 @@
 """Runs N processes of one command on this host: the common part of `local.sh` and `multi_gpu.sh`.
 
-It uses the standard library only, since it runs under the system's `python3`, in any environment. Each
-process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID and a STEPDISTILL_JOB_TOKEN of this
-start, which `stepdistill` reads before it uses JAX.
+It uses only the standard library, since it runs under the system's `python3`, in any environment. Each
+process gets JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID and a STEPDISTILL_JOB_TOKEN, which is
+new at each start. `stepdistill` reads these variables before it uses JAX.
 """
 
 import argparse
@@ -20,14 +20,14 @@ import threading
 import time
 
 STOPPED = 75  # exit status after a signal and a clean save
-LOST = 128 + signal.SIGABRT  # JAX's coordination service ends the peers of a lost process like this
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # as SIGTERM
+LOST = 128 + signal.SIGABRT  # JAX's coordination service ends a lost process's peers by it
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # each is forwarded as SIGTERM
 # variables that the scripts set, shown by --dry-run
 SHOWN = ("JAX_PLATFORMS", "XLA_FLAGS", "EXPECT_DEVICES")
 
 
 def main():
-    """Starts the processes, restarts them after a lost process, and returns the exit status."""
+    """Starts the processes, restarts all of them if one is lost, and returns the exit status."""
     args = parse()
     if args.dry_run:
         for process in range(args.n):
@@ -53,10 +53,10 @@ def main():
 
 
 def parse():
-    """Parses the flags, which the scripts explain to users."""
+    """Parses the flags; users read about them in the scripts' `--help`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-n", type=int, required=True)
-    parser.add_argument("--gpus", action="store_true", help="process K sees the K-th GPU only")
+    parser.add_argument("--gpus", action="store_true", help="process K sees only the K-th GPU")
     parser.add_argument("--max-restarts", type=int, default=2)
     parser.add_argument("--grace", type=float, default=5, help="seconds")
     parser.add_argument("--dry-run", action="store_true")
@@ -107,7 +107,7 @@ class Group:
         self.threads[-1].start()
 
     def run(self):
-        """Waits for all; returns [(process, exit status, whether we had told it to end)] in order."""
+        """Waits for all; returns [(process, exit status, whether we had stopped it)], in order of ending."""
         ended, deadline, stopped = [], None, False
         while len(ended) < len(self.processes):
             try:
@@ -125,7 +125,7 @@ class Group:
         return ended
 
     def _forward(self, *_):
-        """Forwards a first signal, so that all save and exit; kills all at a second one."""
+        """Forwards the first signal, so that all save and exit; kills all at the second."""
         (self._kill if self.signalled else self._terminate)()
         self.signalled = True
 
@@ -136,11 +136,14 @@ class Group:
     def _kill(self):
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: its children, too
+                os.killpg(process.pid, signal.SIGKILL)  # also its children, which share its session
 
 
 def start(command, environment, process, mask):
-    """Starts a process in its own session, so that Ctrl-C reaches it only through us; 0 has our stdout."""
+    """Starts a process in its own session, so that Ctrl-C reaches it only through us.
+
+    Process 0 writes to our standard output.
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def in_child():
@@ -160,16 +163,16 @@ def start(command, environment, process, mask):
 
 
 def relay(stream, prefix):
-    """Copies lines to standard error, each after its process number; reads on if nobody listens."""
+    """Copies lines to standard error, each after its process number; keeps reading if nobody listens."""
     for line in stream:
         with contextlib.suppress(OSError):
             os.write(sys.stderr.fileno(), prefix + line.rstrip(b"\n") + b"\n")
 
 
 def verdict(ends, signalled):
-    """Returns the exit status of the job, and a line that says why it is not 0."""
+    """Returns the job's exit status, and a line that explains a status other than 0."""
     failed = [(k, code) for k, code, stopped in ends if code not in (0, STOPPED) and not stopped]
-    if not failed:  # processes are told to end only after one has failed
+    if not failed:  # we stop processes only after one has failed
         stopped = any(code == STOPPED for _, code, _ in ends)
         return (STOPPED, "stopped; the same command resumes") if stopped else (0, "")
     # the process that failed first: a peer's loss ends a process by SIGABRT, sometimes with status 1, never
@@ -185,12 +188,12 @@ def verdict(ends, signalled):
         return code, f"process {process} ended by {by} after the signal, without a save"
     line = f"a peer process was lost: process {process} ended first, by {by}"
     if code == LOST:
-        line += " (JAX does that when another one died or hangs: see its last lines)"
+        line += " (JAX does that when another process died or hangs: see that process's last lines)"
     return LOST, line
 
 
 def signal_name(code):
-    """Returns `SIGKILL` for 137; an empty text for an exit status without a signal."""
+    """Returns `SIGKILL` for 137; an empty text if the exit status does not come from a signal."""
     try:
         return signal.Signals(code - 128).name
     except ValueError:

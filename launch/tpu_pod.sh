@@ -14,7 +14,7 @@
 #   --zone ZONE        zone of the slice ($ZONE)
 #   --type TYPE        accelerator type, e.g. v5litepod-16, v5p-32, v6e-16
 #   --version VERSION  runtime version (Google's recommendation for TYPE)
-#   --spot             create: cheaper, but Google may take the slice away at any time
+#   --spot             create: cheaper, but Google may reclaim the slice at any time
 #   --project PROJECT  project (gcloud's default)
 #   --max-restarts R   run: number of restarts after a lost process (2)
 #   --dry-run          print the gcloud commands instead of running them

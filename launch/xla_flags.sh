@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# XLA flags per platform, each with its source. The launchers source this file; so can you, or an image:
+# XLA flags per platform, each with its source. The launchers source this file; you and your images can, too:
 #
 #   . launch/xla_flags.sh && add_xla_flags gpu
 #
-# Flags that you set yourself are kept. We have not measured any of these. jaxlib 0.10.2 knows all names (a
-# test starts it with them), and so does libtpu 0.0.42.1 (looked up in the library, 2026-11-24).
+# Flags that you set yourself are kept. We have not measured the effect of any of these flags. jaxlib 0.10.2
+# knows all names (a test starts it with them), and so does libtpu 0.0.42.1 (looked up in the library, 2026-11-24).
 
 gpu_flags=(
   # collectives overlap with computation. https://docs.nvidia.com/jax-toolbox/environment-variables
@@ -13,18 +13,18 @@ gpu_flags=(
   # https://github.com/google-research/t5x t5x/contrib/gpu/scripts_gpu/multiprocess_ft_frompile.sh
   # (JAX's own page proposes --xla_gpu_triton_gemm_any=true instead: measure both)
   --xla_gpu_enable_triton_gemm=false
-  # few large collectives instead of one per parameter; the sizes of MaxText's Llama 2 7B on H100s:
+  # few large collectives instead of one per parameter. The sizes are from MaxText's Llama 2 7B on H100s:
   # https://github.com/AI-Hypercomputer/maxtext src/maxtext/configs/gpu/a3/llama_2_7b/16vm.sh
-  # what they do: https://docs.jax.dev/en/latest/gpu_performance_tips.html
+  # The flags are explained in https://docs.jax.dev/en/latest/gpu_performance_tips.html
   --xla_gpu_all_reduce_combine_threshold_bytes=1073741824
   --xla_gpu_all_gather_combine_threshold_bytes=134217728
   --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728
 )
 # Not set, but worth measuring:
 #   --xla_gpu_enable_pipelined_all_gather=true (and _reduce_scatter, _all_reduce) with
-#   --xla_gpu_enable_while_loop_double_buffering=true, for fsdp under scanned layers; more memory.
+#   --xla_gpu_enable_while_loop_double_buffering=true, for fsdp with scanned layers; they take more memory.
 #     https://github.com/NVIDIA/JAX-Toolbox rosetta/docs/GPU_performance.md
-#   --xla_gpu_deterministic_ops=true, for runs that repeat bit for bit on a GPU; slower.
+#   --xla_gpu_deterministic_ops=true, for runs that repeat bit for bit on a GPU; it is slower.
 #     https://github.com/openxla/xla/pull/12520, https://github.com/jax-ml/jax/discussions/10674
 
 tpu_flags=(

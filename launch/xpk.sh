@@ -53,12 +53,12 @@ if [ -n "$build" ]; then
   call docker build --file "$here/Dockerfile.tpu" --tag "$image" "$here/.."
   call docker push "$image"
 fi
-# xpk runs this in a subshell of bash and sends SIGTERM to that: `exec` replaces the subshell by COMMAND
+# xpk runs this in a subshell of bash and sends SIGTERM to the subshell: `exec` replaces it by COMMAND
 printf -v command '%q ' "$@"
 command=". /opt/stepdistill/launch/xla_flags.sh && add_xla_flags tpu && exec ${command% }"
 expect=()
 [ -z "${EXPECT_DEVICES-}" ] || expect=(--env "EXPECT_DEVICES=$EXPECT_DEVICES")
-# 42 and 127 to 255 restart in any case, so also 134, the SIGABRT of a lost peer
+# exit codes 42 and 127 to 255 always restart, including 134, the SIGABRT of a lost peer
 call xpk workload create --cluster "$cluster" --workload "$workload" ${where[@]+"${where[@]}"} \
   "--tpu-type=$type" "--num-slices=$slices" "--docker-image=$image" \
   "--max-restarts=$restarts" --restart-on-exit-codes=75 --termination-grace-period-seconds=120 \

@@ -1,4 +1,4 @@
-"""The error that a user can fix, and the exit status of a run that has only to be started again."""
+"""The error that a user can fix, and the exit status of a run that only needs to be started again."""
 
 import difflib
 import re

@@ -377,7 +377,7 @@ def test_run_all_writes_figures_into_their_places_and_says_which_are_missing(
 def test_run_all_refuses_an_unknown_benchmark_and_quick_figures_in_the_docs(run_all, monkeypatch):
     for flags, message in (
         (["--only", "work"], "no benchmark 'work'; did you mean 'works'"),
-        (["--quick"], "give a different --output"),
+        (["--quick"], "choose a different --output"),
     ):
         monkeypatch.setattr(sys, "argv", ["run_all.py", *flags])
         with pytest.raises(run_all.InputError, match=message):

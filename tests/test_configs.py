@@ -146,7 +146,7 @@ def test_finetuning_has_the_settings_of_the_paper_and_names_all_that_it_needs():
     with pytest.raises(InputError) as caught:
         load_config("finetune")
     assert str(caught.value).endswith(
-        "finetune.gin: TASK and INIT_FROM have no default; bind them there or give --set TASK=VALUE"
+        "finetune.gin: TASK and INIT_FROM have no default; bind them there, or pass --set TASK=VALUE"
         " --set INIT_FROM=VALUE"
     )
 

@@ -270,6 +270,6 @@ def test_an_export_follows_no_link(tmp_path):
 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="is a file or link; give a new folder"):
+    with pytest.raises(InputError, match="is a file or link; choose a new folder"):
         export(tmp_path, tmp_path / "link", format="jax")
     assert os.listdir(tmp_path / "elsewhere") == []

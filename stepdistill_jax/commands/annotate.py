@@ -17,7 +17,7 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
         "--model M": "name of the model on the server",
         "--base-url URL": "OpenAI-compatible server, e.g. http://localhost:8000/v1 (default:"
         " $OPENAI_BASE_URL, else OpenAI)",
-        "--api-key-env NAME": "environment variable with the key (default: OPENAI_API_KEY); the key is"
+        "--api-key-env NAME": "environment variable that holds the key (default: OPENAI_API_KEY); the key is"
         " never stored",
         "--teacher hf:DIR": "a local transformers directory instead of a server",
     },
@@ -31,11 +31,11 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "answers": {
         "--samples K": (
             int,
-            "answers per row; the majority's label is kept, and its share is the weight (default: 1)",
+            "answers per row; the majority's label is kept, and its share becomes the weight (default: 1)",
         ),
         "--temperature T": "sampling temperature (default: 0; 0.7 with several samples); `default` sends"
         " none",
-        "--max-tokens N": (int, "limit of an answer's tokens, with its reasoning (default: 1024)"),
+        "--max-tokens N": (int, "limit of an answer's tokens, reasoning included (default: 1024)"),
         "--reasoning-effort E": "for reasoning models: low, medium, high",
         "--retries N": (
             int,
@@ -51,17 +51,17 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "cost and load": {
         "--price-input P": (float, "price of a million prompt tokens"),
         "--price-output P": (float, "price of a million answer tokens"),
-        "--max-cost C": (float, "limit of this run's cost"),
-        "--max-tokens-total N": (int, "limit of this run's tokens"),
+        "--max-cost C": (float, "limit for the cost of this run"),
+        "--max-tokens-total N": (int, "limit for the tokens of this run"),
         "--concurrency N": (
             int,
             "requests at once; for a local teacher, its batch size (default: 16)",
         ),
         "--attempts N": (
             int,
-            "how often to send a request before the server's failure is final (default: 8)",
+            "how often to send a request before a server error is final (default: 8)",
         ),
-        "--timeout SECS": (float, "seconds for a whole request (default: 300)"),
+        "--timeout SECS": (float, "seconds for a complete request (default: 300)"),
         "--cache FILE": "SQLite file of answers (default: teacher_cache.sqlite next to the output)",
     },
 }
@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups["prompt"].add_argument(
         "--label-given",
         action="store_true",
-        help="include the gold label in the prompt and ask for its rationale, which is marked as such",
+        help="include the gold label in the prompt, and ask for its rationale, which the output marks",
     )
     groups["answers"].add_argument(
         "--parameter",
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="a further field of the request, e.g. top_p=0.9 (repeatable)",
+        help="an additional field of the request, e.g. top_p=0.9 (repeatable)",
     )
     groups["cost and load"].add_argument(
         "--dry-run",
@@ -209,7 +209,7 @@ def _show_dry_run(result: dict[str, Any]) -> None:
     say(f"one user message of about {result['first_prompt_tokens']} tokens; {parameters}")
     say(f"{in_words(result)}; nothing was sent")
     if result["cost"] is None:
-        say("give --price-input and --price-output (per million tokens) to estimate the cost")
+        say("pass --price-input and --price-output (per million tokens) to estimate the cost")
 
 
 def _show_batch(action: str, result: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def _show_batch(action: str, result: dict[str, Any]) -> None:
         return
     say(
         f"{result['results']} results: {result['kept']} kept, {result['failed']} failed,"
-        f" {result['other']} for other rows or already kept"
+        f" {result['other']} for other rows or kept before"
     )
     for kind, count in result["defects"].items():
         say(f"{kind}: {count}")
@@ -234,8 +234,8 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
     if result["stopped"]:
         log(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
-            f" are in {output}.partial; the same command continues: it pays for no complete answer"
-            " twice, and asks again for unreadable ones"
+            f" are in {output}.partial; the same command continues: it never pays twice for a complete"
+            " answer, and asks again for unreadable ones"
         )
         say(used)
     else:
@@ -250,7 +250,7 @@ def _table(result: dict[str, Any]) -> Any:
 
     rows = result["rows"]
     table = Table(title=f"{rows} rows", title_justify="left", title_style="bold")
-    for name, where in (("", "left"), ("answers", "right"), ("share", "right"), ("what", "left")):
+    for name, where in (("", "left"), ("answers", "right"), ("share", "right"), ("note", "left")):
         table.add_column(name, justify=where)  # type: ignore[arg-type]
 
     def line(name: str, count: int, share: float | None, comment: str = "") -> None:

@@ -73,7 +73,7 @@ def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") ->
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> None:
-    """Adds a flag for each field of `DecodeOptions`, which has the defaults; see `decode_options_of`.
+    """Adds a flag for each field of `DecodeOptions`, without defaults; see `decode_options_of`.
 
     Args:
         parser: parser of a command that decodes.
@@ -88,13 +88,14 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="rows per batch, on all devices together (default: 64 per device that has its own rows)",
+        help="rows per batch, on all devices together (default: 64 per device that decodes separate rows)",
     )
     add(
         "--layout",
         metavar="NAME",
-        help="how all devices of all processes share the work: `data` (default) gives each one the whole"
-        " model and its own rows; `tensor` and `fsdp` split a model that is too large for one device",
+        help="how the devices of all processes share the work: with `data` (default), each has the complete"
+        " model and decodes separate rows; `tensor` and `fsdp` split a model that is too large for one"
+        " device",
     )
     add(
         "--num-beams",
@@ -111,8 +112,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--choices",
         metavar="FILE|row|labels",
-        help="score each allowed label instead of decoding, so that every answer is one of them: a file of"
-        " labels, each row's `choices`, or the task's labels",
+        help="score each allowed label instead of decoding, so that every answer is allowed: FILE lists"
+        " labels, `row` means each row's `choices`, `labels` means the task's labels",
     )
     add(
         "--choices-temperature",
@@ -124,13 +125,13 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--engine",
         choices=("jax", "ctranslate2"),
-        help="library that decodes (default: ctranslate2 for a directory of `export --format ctranslate2`,"
-        " else jax)",
+        help="library that decodes (default: ctranslate2 for a directory that `export --format ctranslate2`"
+        " wrote, else jax)",
     )
     add(
         "--quantization",
         choices=("int8",),
-        help="jax: keep weights in memory as int8 with a scale per output, a quarter of the bytes to read"
+        help="with jax: keep weights in memory as int8 with a scale per output, a quarter of the bytes"
         " (default: float32); a CTranslate2 directory keeps the type of its export",
     )
     if prompts:
@@ -138,12 +139,12 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
             "--max-decode-len",
             type=int,
             metavar="N",
-            help="largest number of tokens of a label (default: as found in training)",
+            help="largest number of tokens in a label (default: the number found in training)",
         )
         add(
             "--prefix",
             metavar="TEXT",
-            help="text before each input (default: the model's own, or `predict: ` if it has none)",
+            help="text before each input (default: the model's own prefix, or `predict: ` if it has none)",
         )
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table. It only reads, so it may be called while the run is live.
+    """Prints a table. It only reads, so it may run while the training is still running.
 
     Returns:
         `checkpoints`, a list of dicts with `step`, `state`, `bytes`, `metrics`, `problem`, `folder`;

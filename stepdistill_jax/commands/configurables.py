@@ -27,7 +27,7 @@ LITERAL = (
 
 
 def _of_no_module(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` without a module: only such a name takes precedence over gin's `gin.constant`."""
+    """Returns `function` without a module: with one, its name would not override gin's `gin.constant`."""
 
     @functools.wraps(function)
     def same(*args, **kwargs):
@@ -63,7 +63,7 @@ for _name, _function in CONFIGURABLES.items():
 
 
 def defaults(selector: str) -> dict[str, Any]:
-    """Returns the parameters of one of our configurables with their defaults; {} for others."""
+    """Returns the parameters of one of our configurables with their defaults; {} for any other name."""
     if selector not in CONFIGURABLES:
         return {}
     signature = inspect.signature(CONFIGURABLES[selector])
@@ -72,16 +72,16 @@ def defaults(selector: str) -> dict[str, Any]:
 
 @functools.cache
 def main_bindings() -> dict[str, str]:
-    """Returns the bindings in `train.gin` as texts: `train.task` is `%TASK`, `TASK` is `%gin.REQUIRED`."""
+    """Returns the bindings in `train.gin` as texts: `train.task` is `%TASK`; `TASK`, `%gin.REQUIRED`."""
     text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
     return dict(re.findall(r"^([\w.]+) += +(\S+)", text, re.MULTILINE))
 
 
 def selector_of(name: str) -> str:
-    """Returns the short name of our configurable, or the full name of optax's or the user's own.
+    """Returns the short name of our configurable, or the full name of one of optax or the user.
 
     Raises:
-        InputError: gin knows no such configurable, or several.
+        InputError: gin knows no configurable of this name, or several.
     """
     short = name.removeprefix("stepdistill_jax.")
     if short in CONFIGURABLES:
@@ -89,7 +89,7 @@ def selector_of(name: str) -> str:
     try:
         found = gin.get_configurable(name)
         if getattr(found, "__module__", "").partition(".")[0] == "gin":
-            raise KeyError(name)  # one of gin's own, which would call its arguments
+            raise KeyError(name)  # one of gin's own configurables, which would call its arguments
         if any(whole.endswith(f".{name}") for whole in _registered):
             raise KeyError(
                 name

@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from stepdistill_jax.commands.arguments import add_data_dir_argument
 
     parser.add_argument(
-        "--workdir", default=DEFAULT_WORKDIR, help=f"folder for its runs ({DEFAULT_WORKDIR})"
+        "--workdir",
+        default=DEFAULT_WORKDIR,
+        help=f"folder for its runs (default: {DEFAULT_WORKDIR})",
     )
     add_data_dir_argument(parser)
 
@@ -65,7 +67,7 @@ def _show(summary: dict, console) -> None:
         )
     console.print(table)
     console.print(
-        f"Always giving the commonest label: {summary['majority_baseline']:.3f}."
+        f"Accuracy of always answering the commonest label: {summary['majority_baseline']:.3f}."
         " All arms decode the same number of tokens: a label costs the same to serve.\n"
         "The arms share labels, recipe and steps. With another recipe and several times the steps,"
         " label-only training can learn this task, too."

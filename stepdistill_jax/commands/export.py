@@ -1,4 +1,4 @@
-"""`stepdistill export`: writes a model as a Hugging Face directory, as StableHLO, or for CTranslate2."""
+"""`stepdistill export`: writes a model in Hugging Face's layout, as StableHLO, or for CTranslate2."""
 
 import argparse
 import pathlib

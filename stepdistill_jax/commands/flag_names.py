@@ -1,6 +1,6 @@
 """Replaces parameters in messages by the running command's flags and settings.
 
-The library's messages name Python parameters in backticks: "`num_beams` must be ...", "give `on_error=skip`".
+The library's messages name Python parameters in backticks: "`num_beams` must be ...", "pass `on_error=skip`".
 """
 
 import argparse
@@ -15,7 +15,7 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
     """Returns a function that rewrites messages for a command's users.
 
     "`num_beams`" becomes "--num-beams", "`on_error=skip`" becomes "--on-error skip". For a command that
-    reads a config, "`batch_size=8`" becomes "BATCH_SIZE=8". Other names in backticks stay.
+    reads a config, "`batch_size=8`" becomes "BATCH_SIZE=8". Other names in backticks are left unchanged.
     """
     options = {a.dest: a for a in parser._actions if a.option_strings}
 
@@ -48,6 +48,6 @@ def _settings() -> dict[str, str]:
     settings |= {
         c.__name__: f"@{name}()" for name, c in CONFIGURABLES.items() if isinstance(c, type)
     }
-    for owner in ("supervision", "train"):  # messages name their fields without the owner
+    for owner in ("supervision", "train"):  # messages name fields of these two without the owner
         settings |= {field: settings[f"{owner}.{field}"] for field in defaults(owner)}
     return settings

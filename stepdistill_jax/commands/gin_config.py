@@ -27,7 +27,7 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
-# T5X's names of settings, and ours
+# T5X's names of settings -> our names
 T5X_NAMES = {
     "MODEL_DIR": "--workdir",
     "MIXTURE_OR_TASK_NAME": "TASK",
@@ -50,13 +50,13 @@ def load_config(
 
     Args:
         config: path or name of a shipped config; None if `gin_files` contain everything.
-        overrides: texts `NAME=VALUE`, as after `--set`; the last one for a name wins.
+        overrides: texts `NAME=VALUE`, as after `--set`; the last value of a name wins.
         gin_files: further files (`--gin_file`); a later file overrides earlier ones, but the order of
             shipped parts does not matter (`gin_statements.merged`).
         gin_bindings: texts `NAME=VALUE`, as after `--gin.`.
 
     Returns:
-        The run's config, and gin text of all bindings in use, which reads back to the same config.
+        The run's config, and the gin text of all bindings in use, which reads back as the same config.
 
     Raises:
         InputError: the config is wrong; names file and line, or the flag.
@@ -90,7 +90,7 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    An unbound parameter has its default, and so has a macro of the parameter's name.
+    An unbound parameter has its default, and so does a macro with the parameter's name.
 
     With `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`, which
     reads `%BETA`: all three owners are visited. A binding in a scope, `hint/Objective.weight`, belongs
@@ -118,7 +118,7 @@ def _reached(bindings: Bindings) -> Bindings:
 
 
 def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> None:
-    """Refuses macros and bindings of a file that nothing reads, which gin would accept."""
+    """Refuses macros and bindings in files that nothing reads; gin would accept them."""
     used = {call for b in read for call in b.calls}
     for b in read:
         # a part's binding may be overridden, say by other objectives; the config's own may not
@@ -135,8 +135,8 @@ def _check_values(reached: Bindings, config: str) -> None:
     for key, b in reached.items():
         if b.rival is not None:
             raise InputError(
-                f"{b.where}: {b.rival.where} also binds {key}; give only one of the two parts, or"
-                f" --set {key}=VALUE"
+                f"{b.where}: {b.rival.where} also binds {key}; use only one of the two parts, or"
+                f" add --set {key}=VALUE"
             )
         for call in b.calls:
             if call == "%gin.REQUIRED":
@@ -150,7 +150,7 @@ def _check_values(reached: Bindings, config: str) -> None:
         names = f"{', '.join(others)} and {last} have" if others else f"{last} has"
         flags = " ".join(f"--set {key}=VALUE" for key in missing)
         raise InputError(
-            f"{config}: {names} no default; bind {'them' if others else 'it'} there or give {flags}"
+            f"{config}: {names} no default; bind {'them' if others else 'it'} there, or pass {flags}"
         )
 
 
@@ -173,7 +173,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     if upper in known:
         return f"; did you mean {upper!r}?"
     macros = sorted(k for k in known if "." not in k)
-    # `batchsize` is BATCH_SIZE, rather than the field of that macro
+    # for `batchsize`, suggest the macro BATCH_SIZE rather than its field
     first = "" if "." in name else nearest(upper, macros)
     return (
         first or nearest(name, known) or nearest(upper, known) or f" (known: {', '.join(macros)})"
@@ -208,9 +208,9 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Binds `train.optimizer` to an `OptimizerFunction` if it is the result of a function of others.
+    """Binds `train.optimizer` to an `OptimizerFunction` if a function of optax or the user makes it.
 
-    A run records the function and its arguments, and compares them with those of a resume.
+    A run records the function and its arguments, and a resume compares them with its own.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None
@@ -230,7 +230,7 @@ def _bind_optimizer(reached: Bindings) -> None:
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:
-    """Returns the operative config: imports, macros, parameters."""
+    """Returns the operative config as gin text: imports, macros, parameters."""
     lines = {
         key: f"{key} = {'1e999' if b.value == math.inf else repr(b.value)}"
         for key, b in sorted(reached.items())

@@ -1,7 +1,7 @@
 """Reads gin text into bindings that record their file and line.
 
-gin's `parse_config` forgets them, and silently lets a later file override an earlier one. Only gin's parser
-is used here, not its global state.
+gin's `parse_config` does not keep file and line, and silently lets a later file override an earlier one.
+Only gin's parser is used here, not its global state.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from stepdistill_jax.data.objectives import ARMS
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.tasks.lookup import search_current_folder
 
-MAX_BYTES = 1 << 18  # of a file; gin reads 10,000 lines per second
-MAX_FILES = 200  # includes of one config, nested ones counted
+MAX_BYTES = 1 << 18  # limit for a file; gin reads 10,000 lines per second
+MAX_FILES = 200  # limit for the includes of a config, nested ones counted
 # errors of gin's parser: ValueError for an unknown reference, RecursionError for 1,000 nested brackets
 _NOT_GIN = (SyntaxError, tokenize.TokenError, ValueError, RecursionError)
 
@@ -36,7 +36,7 @@ class Binding:
     Attributes:
         key: a macro (`SEED`), or a configurable's parameter, optionally in a scope (`train.seed`,
             `hint/Objective.weight`).
-        where: `file:line`, or the flag that was typed.
+        where: `file:line`, or the flag as typed.
         path: path of the file; None for a flag.
         rival: another part's binding of the same key, if neither part overrides the other.
     """
@@ -55,18 +55,18 @@ class Binding:
 
     @property
     def owner(self) -> str:
-        """Returns the reference that reads it, as in `calls`: `@train`, `@hint/Objective`, `%SEED`."""
+        """The reference that reads it, as in `calls`: `@train`, `@hint/Objective`, `%SEED`."""
         return f"@{self.key.rpartition('.')[0]}" if "." in self.key else f"%{self.key}"
 
     @property
     def calls(self) -> list[str]:
-        """Returns the references in the value: `@optimizer`, `@hint/Objective`, `%SEED`."""
+        """The references in the value: `@optimizer`, `@hint/Objective`, `%SEED`."""
         found = map(repr, gin_internals.iterate_references([self.value]))
         return [r.removesuffix("()").replace("stepdistill_jax.", "") for r in found]
 
     @property
     def macro(self) -> str | None:
-        """Returns the macro's name if the whole value is a macro, else None."""
+        """Name of the macro if the complete value is a macro; else None."""
         whole = isinstance(self.value, gin_internals.ConfigurableReference)
         return self.calls[0][1:] if whole and self.calls[0][0] == "%" else None
 
@@ -95,7 +95,7 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a path relative to the current folder if it lies below it."""
+    """Returns a path below the current folder as a relative path, and any other unchanged."""
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -124,9 +124,9 @@ class Reader:
         self._included = 0
 
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
-        """Returns the bindings of a gin file and of its includes, which the file's own override.
+        """Returns the bindings of a gin file and its includes; the file's own bindings take precedence.
 
-        An included file is searched next to the including one, then among the shipped ones. A statement
+        An include is looked up next to the file, then among the shipped files. A statement
         `import MODULE` runs that module: a config is code. `parents` are the files that include this one.
 
         Raises:
@@ -165,7 +165,7 @@ class Reader:
         if found.resolve() in parents:
             raise InputError(f"include {name!r} includes itself")
         if self._included > MAX_FILES:
-            raise InputError(f"expected at most {MAX_FILES} includes in all")
+            raise InputError(f"expected at most {MAX_FILES} includes in total")
         return found
 
 
@@ -182,8 +182,8 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     a key with a rival, which `_check_values` refuses.
     """
     found: Bindings = {}
-    paper: Bindings = {}  # of all parts in `paper/` so far
-    others: Bindings = {}  # of all other parts so far
+    paper: Bindings = {}  # bindings of all parts in `paper/` so far
+    others: Bindings = {}  # bindings of all other parts so far
     for path, bindings in files:
         if is_part(path):
             of_kind = paper if is_part(path, "paper") else others
@@ -225,7 +225,7 @@ def _key(scope: str, selector: str, parameter: str) -> str:
 
 
 def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Yields (file:line, statement) of a file, and turns gin's exceptions into one-line errors."""
+    """Yields (file:line, statement) for a file, and turns gin's exceptions into one-line errors."""
     name, parser = shown(path), None
     try:
         text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_BYTES else None

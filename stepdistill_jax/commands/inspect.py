@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG_OR_MIXTURE",
         help="a config (file or shipped name), prepared dataset, SeqIO task or mixture",
     )
-    parser.add_argument("--split", default="train", help="split to show (train)")
-    parser.add_argument("--rows", type=int, default=2, help="number of rows to show (2)")
+    parser.add_argument("--split", default="train", help="split to show (default: train)")
+    parser.add_argument("--rows", type=int, default=2, help="number of rows to show (default: 2)")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_or_task(args: argparse.Namespace) -> Any:
-    """Returns a `TrainConfig` if the name is a config's, else the task's name.
+    """Returns a `TrainConfig` if the argument names a config, and else the task's name.
 
     Raises:
         InputError: the name is neither; suggests the nearest.
@@ -79,14 +79,14 @@ def _config_or_task(args: argparse.Namespace) -> Any:
         raise InputError(f"{name}: no config of that name{hint}; and {error}") from None
     if any(settings):
         raise InputError(
-            f"--set, --gin_file and --gin. need a config, but {name} is a task; write a config with"
+            f"--set, --gin_file and --gin. need a config, but {name} is a task; use a config with"
             f" TASK = {name!r}"
         )
     return name
 
 
 def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
-    """Returns whether there is a config of that name; raises if a name that looks like a path has none."""
+    """Returns whether a config has that name; raises if the name looks like a path without a config."""
     try:
         find_config(name)
     except InputError:
@@ -198,10 +198,10 @@ def _show_fill(result: dict, console: "Console") -> None:
     if not result["candidates"]:
         return
     table = Table(
-        title="Sizes of packed rows that were tried, and how full they are", title_justify="left"
+        title="Sizes of packed rows that were tried, and how full rows are", title_justify="left"
     )
     filled = ("inputs", "targets", "all")
-    for column in ("input", "target", "rows", *filled, "GFLOP a step"):
+    for column in ("input", "target", "rows", *filled, "GFLOP per step"):
         table.add_column(column, justify="right")
     for candidate in result["candidates"]:
         fill = candidate["fill"]

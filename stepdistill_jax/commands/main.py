@@ -1,8 +1,8 @@
 """`stepdistill`: finds the command, runs it, and turns errors into exit codes.
 
-0: done. 1: the run failed. 2: bad usage, config or input, reported in one line. 75: stopped by a signal
-after a clean save; start it again. 130: interrupted from the keyboard. With several processes, a process
-ends by SIGABRT if JAX loses another one; start all of them again.
+Exit code 0: done. 1: the run failed. 2: bad usage, config or input, reported in one line. 75: stopped by
+a signal after a clean save; start it again. 130: interrupted from the keyboard. With several processes,
+a process ends by SIGABRT if JAX loses another one; start all of them again.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from stepdistill_jax.runtime.stores import StoreError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-# help texts, here so that `--help` imports no command
+# The help texts are here, so that `--help` imports no command.
 COMMANDS = {
     "demo": "train and compare three small models from scratch in a few minutes; needs no data",
     "prepare": "read a dataset with its rationales, check it, and write it as TFDS and JSONL",
@@ -45,17 +45,17 @@ COMMANDS = {
     "plan": "compute memory, FLOPs and traffic of a config on N devices, without the devices",
     "train": "train a config in a workdir, or resume the run in it",
     "checkpoints": "list a workdir's saved steps, and check them for damage",
-    "evaluate": "compute a workdir's or model's accuracy on a split",
+    "evaluate": "compute the accuracy of a workdir or model on a split",
     "predict": "write labels and scores for the rows of a JSONL file",
     "sweep": "train and evaluate arms x data fractions x seeds; resumable",
     "report": "compare runs: one HTML page, its plots and tables",
     "serve": "serve labels and scores over HTTP",
-    "export": "write a workdir's model as a Hugging Face directory",
+    "export": "write a workdir's model as a Hugging Face directory, as StableHLO, or for CTranslate2",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit code; one of several processes ends here instead."""
+    """Runs one command line and returns its exit code; a process of a job exits instead of returning."""
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:
         code = _exit_code(typed)
@@ -104,7 +104,7 @@ def _exit_code(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except (ProcessesMissing, PeerFailed, CheckpointError, StoreError, MemoryError) as error:
-        # their one-line message says it all; a traceback would add nothing
+        # their one-line message is complete; a traceback would add nothing
         if debug:
             show_traceback()
         log(f"stepdistill: failed: {printable(error)}")
@@ -127,7 +127,7 @@ def _run(argv: list[str]) -> int:
         raise InputError(
             f"no command {command!r}{nearest(command, COMMANDS)}; see `stepdistill --help`"
         )
-    if command is not None:  # flags that all commands share may precede it
+    if command is not None:  # flags that all commands share may precede the command
         at = argv.index(command)
         argv = [command, *argv[:at], *argv[at + 1 :]]
     parser, sub, run = parser_of(command)
@@ -144,7 +144,7 @@ def _run(argv: list[str]) -> int:
     try:
         result = run(args)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # pathlib passes any name to the system
+        if error.errno != errno.ENAMETOOLONG:  # any path may be too long: pathlib does not check it
             raise
         raise InputError(f"{printable(error.filename, 200)}: too long for a file name") from None
     if args.json and is_process_0():
@@ -197,7 +197,7 @@ def _print_versions(*, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns `value` as strict JSON: NaN becomes None, NumPy scalars numbers, paths texts."""
+    """Converts `value` to strict JSON: NaN becomes None, a NumPy scalar a number, and a path a text."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -35,21 +35,23 @@ _CHANGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`."""
     add_config_arguments(parser)
-    parser.add_argument("--devices", type=int, help="number of devices (16)")
+    parser.add_argument(
+        "--devices", type=int, help="number of devices (default: 16; a topology sets it)"
+    )
     parser.add_argument(
         "--hbm", metavar="SIZE", help="memory per device, such as 80GB (the default) or 16GiB"
     )
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="plan only this layout, with the config's remat policy: its name, or its entry in the table"
+        help="plan only this layout, with the config's remat policy; a name, or an entry of the table"
         " (`fsdp_tensor 32x8`); default: compare layouts",
     )
     parser.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="compile for absent chips and compute their lowest possible time: a TPU slice such as v5e:8x8"
-        " (needs the extra [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs [aot-cuda])",
+        help="compile for chips that are not here, and compute their lowest possible time: a TPU slice such"
+        " as v5e:8x8 (needs the extra [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs [aot-cuda])",
     )
     parser.add_argument(
         "--rows",
@@ -73,7 +75,7 @@ def parse_size(text: str) -> int:
     """Returns a size in bytes: 80e9 for `80GB`, 16 x 2**30 for `16GiB`.
 
     Raises:
-        InputError: it is not a number with one of these units.
+        InputError: the text is not a number with a unit of `_UNITS`.
     """
     found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B?)", text.strip())
     if found is None or found.group(2) not in _UNITS or found.group(1).count(".") > 1:
@@ -133,7 +135,7 @@ def _console() -> "Console":
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
-    """Returns the flags that choose a candidate: `train` takes them, and `plan` a `--devices` among them.
+    """Returns the flags that choose a candidate, for `train`; a `--devices` among them is for `plan`.
 
     Args:
         candidate: a compiled candidate.
@@ -158,7 +160,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a remedy's flags and their effect, in a line."""
+    """Returns a remedy's flags and their effect as a line."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
     bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (
@@ -193,15 +195,17 @@ def show(result: dict[str, Any], console: "Console") -> None:
 
 def _show_advice(result: dict[str, Any], console: "Console") -> None:
     if result["advice"]:
-        console.print("[bold]Nothing fits.[/bold] These changes would, as compiled, per device:")
+        console.print(
+            "[bold]Nothing fits.[/bold] With these changes it fits, by the compiler, per device:"
+        )
         for line in result["advice"]:
             console.print(f"  {line}", soft_wrap=True)
     else:
-        console.print("[bold]Nothing fits,[/bold] and no change that was compiled makes it fit.")
+        console.print("[bold]Nothing fits,[/bold] and none of the changes that were tried helps.")
     if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
         console.print(
-            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; --topology can show that,"
-            " virtual CPU devices cannot",
+            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; --topology can show whether they"
+            " do, virtual CPU devices cannot",
             soft_wrap=True,
         )
 
@@ -244,7 +248,7 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times the need of its tokens"
+        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times what its tokens need"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()

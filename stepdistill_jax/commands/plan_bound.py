@@ -13,11 +13,11 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
     """Prints the lower bound of a step or batch, its parts, and its slowest operations."""
     console.print(
         f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
-        f" {_rates(bound)}. This is the sum over {bound['kernels']} operations of their longest time:"
-        f" for products, memory or element operations. Alone, these would take"
+        f" {_rates(bound)}. For each of {bound['kernels']} operations, this sum counts the longest of"
+        f" three times: products, memory, element operations. Alone, these would take"
         f" {bound['products_ms']:.3g}, {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms"
         f" ({bound['flops']:.4g} FLOPs, {bound['bytes'] / 1e9:.4g} GB)."
-        f" Links: {bound['links_ms']:.3g} ms, assumed to overlap with it.",
+        f" Links: {bound['links_ms']:.3g} ms, assumed to overlap with the operations.",
         soft_wrap=True,
     )
     if bound["compiler_ms"]:
@@ -28,7 +28,7 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
         )
     for target, count in bound["calls_without_formula"].items():
         console.print(
-            f"{count} calls of {target or 'an unnamed target'} have no formula: counted by their bytes"
+            f"{count} calls of {target or 'an unnamed target'} have no formula: only their bytes count"
         )
     _show_parts(bound["parts"], console)
     console.print("The slowest operations:")
@@ -67,7 +67,7 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     )
     console.print(
         f"Per device: {sizes['params'] / GIB:.2f} GiB of parameters, {sizes['total'] / GIB:.2f} GiB in"
-        f" all, of {result['limit'] / GIB:.1f} usable: {'fits' if result['fits'] else 'does not fit'}"
+        f" total, of {result['limit'] / GIB:.1f} usable: {'fits' if result['fits'] else 'does not fit'}"
     )
     console.print("Collectives per batch and device:")
     show_collectives(result["collectives_by_dtype"], console)
@@ -75,7 +75,7 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     on_gpu, bound = result["device_kind"].startswith("NVIDIA"), result["bound"]
     console.print(
         f"One token of all rows: {bound['token_ms']:.3g} ms and {bound['kernels_per_token']} operations"
-        + (", each with some microseconds more for its launch on a GPU" if on_gpu else "")
+        + (", each of which also takes a few microseconds to launch on a GPU" if on_gpu else "")
     )
 
 

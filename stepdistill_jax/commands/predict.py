@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
-        help='rows {"input": ...}, optionally with "id", "label", "choices"; files named .csv or .tsv are'
-        " read as such",
+        help='rows {"input": ...}, optionally with "id", "label", "choices"; a file named .csv or .tsv is'
+        " read as CSV or TSV",
     )
     parser.add_argument(
         "output",
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `inference.predict`; process 0 prints the summary."""
     if args.task_module:
         raise InputError(
-            "--module: leave it out; predict imports no SeqIO task and compares labels by the model's"
+            "--module: leave it out; predict imports no SeqIO task, and uses the metric of the model's"
             " own task (`evaluate --module` reads a split of a SeqIO task)"
         )
     join_and_cache(args.path)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from stepdistill_jax.runtime.distributed import is_process_0
     from stepdistill_jax.runtime.on_processes import on_all_processes
 
-    # a mistyped model is reported before errors of the input
+    # checked first, so that a mistyped model is reported before errors of the input
     on_all_processes(lambda: require_directory(args.path))
     with stopped_by_signals():
         result = predict(
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def join_and_cache(path: str) -> None:
     """Joins the other processes, and configures JAX for the model at `path`.
 
-    The compile cache of a workdir lies next to it.
+    For a workdir, it enables the compile cache next to it.
     """
     from stepdistill_jax.runtime.distributed import join
 
@@ -91,7 +91,7 @@ def join_and_cache(path: str) -> None:
     from stepdistill_jax.runtime import compile_cache
     from stepdistill_jax.runtime.checkpoints.manager import is_workdir
 
-    if is_ctranslate2(path):  # JAX computes nothing here, and must not take an accelerator's memory
+    if is_ctranslate2(path):  # JAX computes nothing then, and must not take an accelerator's memory
         import jax
 
         jax.config.update("jax_platforms", "cpu")
@@ -100,7 +100,7 @@ def join_and_cache(path: str) -> None:
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:
-    """Stops at SIGTERM (exit status 75) or Ctrl-C (130); finished rows are kept, and a restart continues.
+    """Returns a context that stops at SIGTERM (exit status 75) or Ctrl-C (130); finished rows are kept.
 
     With several processes, `jax.distributed` catches SIGTERM, and all stop together after a batch.
     """

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--map",
         dest="field_map",
         metavar="input=question,...",
-        help="for jsonl: our field = your field, for each field with another name",
+        help="for jsonl: OURS=YOURS for each field that has another name in your rows",
     )
     parser.add_argument(
         "--fields",
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="for jsonl: list unusable rows after reading all rows, then stop (default) or skip them",
+        help="for jsonl: after all rows are read and unusable ones listed, stop (default) or skip these",
     )
     parser.add_argument(
         "--rows",
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     except UnusableRows as error:
         screen = console(highlight=False, stderr=True)
-        if error.rows.count > 1:  # for a single row, the error message says it all
+        if error.rows.count > 1:  # for a single row, the error message is enough
             show_bad_rows(error.rows.table(), error.rows.count, screen)
         for notice in error.notices:
             screen.print(f"warning: {escape(notice)}")
@@ -216,7 +216,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
     table.add_column("")
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("what")
+    table.add_column("note")
 
     def line(name: str, count: int, comment: str = "") -> None:
         table.add_row(name, str(count), f"{count / rows:.2%}", comment)

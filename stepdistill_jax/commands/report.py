@@ -25,19 +25,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for report.html, its plots (SVG, PNG) and tables (CSV)",
     )
     parser.add_argument(
-        "--split", default="test", metavar="SPLIT", help="split to compare answers on (test)"
+        "--split",
+        default="test",
+        metavar="SPLIT",
+        help="split to compare answers on (default: test)",
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm to compare the others with (label_only, or else an arm with its objectives)",
+        help="arm that the others are compared with (default: label_only, or else an arm with its objectives)",
     )
     parser.add_argument(
         "--examples",
         type=int,
         default=500,
         metavar="N",
-        help="number of rows that the page shows with each arm's answer (500)",
+        help="number of rows that the page shows with each arm's answer (default: 500)",
     )
     add_data_dir_argument(parser)
 
@@ -92,7 +95,7 @@ def _show(comparison: "Comparison", split: str, console) -> None:
     for name in ("teacher", "majority"):
         value = getattr(comparison, name)
         if value is not None:
-            words = {"teacher": "The teacher", "majority": "Always giving the commonest label"}
+            words = {"teacher": "The teacher", "majority": "Always answering the commonest label"}
             console.print(f"{words[name]}: {value:.4f}.", highlight=False)
     for sentence in headline(comparison):
         console.print(sentence, markup=False, highlight=False)

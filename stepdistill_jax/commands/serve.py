@@ -32,21 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="largest number of unanswered rows; more are refused with status 503 (default: 256)",
+        help="largest number of unanswered rows; further rows are refused with status 503 (default: 256)",
     )
     parser.add_argument(
         "--timeout-secs",
         type=float,
         default=30.0,
         metavar="X",
-        help="seconds after which a request is given up with status 504 (default: 30)",
+        help="seconds after which a request ends with status 504 (default: 30)",
     )
     parser.add_argument(
         "--grace-secs",
         type=float,
         default=20.0,
         metavar="X",
-        help="seconds for requests in progress at SIGTERM or Ctrl-C (default: 20)",
+        help="after SIGTERM or Ctrl-C, seconds to finish the requests in progress (default: 20)",
     )
     add_decode_arguments(parser, prompts=True)
 
@@ -69,6 +69,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     say(f"{result['rows']} rows answered, {result['unanswered']} requests unanswered")
     result["stopped"] = result["unanswered"] > 0
-    if result.pop("busy"):  # nobody waits for that work, so the exit does not either
+    if result.pop("busy"):  # no client waits for that work, so the exit need not, either
         end_soon(1 if result["stopped"] else 0)
     return result

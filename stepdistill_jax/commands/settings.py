@@ -13,7 +13,7 @@ from typing import Any
 from stepdistill_jax.commands.terminal import say
 
 REQUIRED = "%gin.REQUIRED"
-# `warmup_steps (steps): until the peak`, `key, value: ranks`; a deeper line continues the one before
+# `warmup_steps (steps): until the peak`, `key, value: ranks`; a more indented line continues an entry
 _ENTRY = re.compile(r"    (?P<names>\w+(?:, \w+)*)(?: \((?P<unit>[^)]+)\))?: (?P<meaning>.*)")
 _SECTIONS = ("Attributes:", "Args:")
 
@@ -23,10 +23,10 @@ class Setting:
     """A setting that `--set` and a config can bind.
 
     Attributes:
-        name: its macro, or its field if there is no macro.
-        field: its full name, such as `train.batch_size`.
+        name: macro of the setting, or its field if there is no macro.
+        field: full name of the field, such as `train.batch_size`.
         required: whether a config must bind it.
-        default: its value if nothing binds it; None if it is required.
+        default: value if nothing binds it; None if it is required.
         unit: `tokens`, `steps`, ... or None.
         meaning: a sentence or two.
     """
@@ -40,12 +40,12 @@ class Setting:
 
     @property
     def owner(self) -> str:
-        """Returns the part before the dot: `train` for `train.batch_size`."""
+        """The part before the dot: `train` for `train.batch_size`."""
         return self.field.partition(".")[0]
 
     @property
     def value(self) -> str:
-        """Returns the default as a config writes it; empty if there is none."""
+        """The default as a config writes it; empty if there is none."""
         if self.required:
             return ""
         if isinstance(self.default, str) and not self.default.startswith("@"):
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy) or an owner of fields"
-        " (optimizer); default: all",
+        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), or a class or function"
+        " with fields (optimizer); default: all",
     )
 
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings() -> list[Setting]:
-    """Returns all settings: the fields of `train` first, then those of its arguments."""
+    """Returns all settings: the fields of `train` first, then the fields of its arguments."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES, main_bindings
 
     bound, found = main_bindings(), []
@@ -102,10 +102,10 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings of a name, or all of an owner, ignoring case.
+    """Returns the settings with a name, or all settings of an owner; ignores case.
 
     Raises:
-        InputError: there is none; suggests the nearest.
+        InputError: there are none; suggests the nearest name.
     """
     from stepdistill_jax.commands.gin_config import suggestion
     from stepdistill_jax.errors import InputError
@@ -128,7 +128,7 @@ def summary_of(owner: str) -> str:
 
 
 def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, str]]:
-    """Returns unit and meaning of each parameter, from the docstring of a configurable.
+    """Returns the unit and meaning of each parameter, from the docstring of a configurable.
 
     A function's own `Args:` take precedence over the fields of the class that it returns. An arm's
     `label_weight` is the field `weight` of its objective `label`.
@@ -152,7 +152,7 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
 
 
 def _entries(documented: Any) -> dict[str, tuple[str | None, str]]:
-    """Returns unit and meaning by name, from the lines below `Attributes:` or `Args:`."""
+    """Returns units and meanings by name, from the lines below `Attributes:` or `Args:`."""
     found, names, inside = {}, [], False
     for line in (inspect.getdoc(documented) or "").splitlines():
         if not line.startswith(" "):  # a heading or plain text; an empty line ends nothing

@@ -13,7 +13,7 @@ OLD_NAMES = {"cqa_base_step_by_step": "paper_cqa", "svamp_base_step_by_step": "p
 def shipped_folder(name: str) -> pathlib.Path:
     """Returns the folder of the gin parts (`gin`) or of the experiments (`configs`).
 
-    In a wheel they lie inside the package, with a leading underscore: a `gin/` at the top of
+    In a wheel, the folders lie inside the package, with a leading underscore: a `gin/` at the top of
     site-packages would overwrite gin-config.
 
     Raises:
@@ -34,7 +34,7 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 
 
 def find_shipped(name: str) -> pathlib.Path | None:
-    """Returns the path of a shipped experiment or part; None if there is none of that name.
+    """Returns the path of a shipped experiment or part; None if the name is unknown.
 
     `demo_step_by_step`, `demo_step_by_step.gin` and `configs/demo_step_by_step.gin` name an
     experiment; `layouts/fsdp.gin` and `gin/layouts/fsdp.gin` name a part.

@@ -30,33 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of sweep.json and of a workdir ARM/FRACTION/SEED per cell; a sweep in it is"
+        help="folder for sweep.json and a workdir ARM/FRACTION/SEED per cell; a sweep in it is"
         " continued, and new cells are added",
     )
     parser.add_argument(
         "--arms",
         required=True,
         metavar="A,B",
-        help="names of objectives (label_only, step_by_step, ...), or gin files that override CONFIG:"
-        " paths, or names of shipped parts of objectives/",
+        help="names of objectives (label_only, step_by_step, ...), or gin files that override CONFIG, by"
+        " path or by the name of a shipped part in objectives/",
     )
     parser.add_argument(
-        "--fractions", default="1.0", metavar="F,G", help="shares of the train split (1.0)"
+        "--fractions", default="1.0", metavar="F,G", help="shares of the train split (default: 1.0)"
     )
-    parser.add_argument("--seeds", default="0,1,2,3", metavar="S,T", help="random seeds (0,1,2,3)")
+    parser.add_argument(
+        "--seeds", default="0,1,2,3", metavar="S,T", help="random seeds (default: 0,1,2,3)"
+    )
     parser.add_argument(
         "--grid",
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="one cell per value of a setting that `--set` could change (repeatable)",
+        help="values of a setting that `--set` can change; each gets its own cells (repeatable)",
     )
     parser.add_argument(
         "--evaluate",
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split on which each run's best step is evaluated, or none (test)",
+        help="split on which each run's best step is evaluated, or none (default: test)",
     )
     parser.add_argument(
         "--with-rationale",
@@ -68,13 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of retries of a failed cell, after all other cells (1)",
+        help="number of retries of a failed cell, after all other cells (default: 1)",
     )
     parser.add_argument(
         "--print",
         choices=PRINT,
         dest="printed",
-        help="run nothing; print the cells' commands for a shell, as a Slurm array, or for xpk",
+        help="only print the cells' commands: for a shell, as a Slurm array, or for xpk",
     )
     add_data_arguments(parser)
 
@@ -137,9 +139,9 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
     for text in (*args.overrides, *args.gin_bindings, *args.grid):
         name = text.partition("=")[0].strip()
         if name in OWN:
-            raise InputError(f"{text}: the sweep sets {name}; give {OWN[name]} instead")
+            raise InputError(f"{text}: the sweep sets {name}; use {OWN[name]} instead")
         if names.count(name) > 1 or (name in names and text not in args.grid):
-            raise InputError(f"--grid {name}: duplicate setting; give all its values in one --grid")
+            raise InputError(f"--grid {name}: duplicate setting; list all its values in one --grid")
     module = [f"TASK_MODULE={args.task_module}"] if args.task_module else []
     cells = []
     for arm, fraction, seed in itertools.product(arms, fractions, seeds):
@@ -170,8 +172,8 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
 def _arm(arm: str) -> tuple[list[str], list[str]]:
     """Returns (overrides, gin files) of an arm.
 
-    A name of objectives uses the weights that the config binds for them, as `--set` does. All bindings
-    of a file override the config.
+    A name of objectives keeps the weights that the config binds for them, as `--set` does. A gin file
+    overrides the config with all its bindings.
     """
     from stepdistill_jax.commands.shipped import find_config, shipped_folder
     from stepdistill_jax.data.objectives import ARMS
@@ -214,7 +216,7 @@ def _numbers(text: str, flag: str, kind: type, example: str) -> list[Any]:
 
 
 def _grid_axis(text: str) -> tuple[str, list[str]]:
-    """Returns name and values of a `--grid`; a comma in brackets or quotes belongs to a value."""
+    """Returns the name and values of a `--grid`; a comma in brackets or quotes belongs to a value."""
     name, equals, values = text.partition("=")
     if not equals or not name.strip():
         raise InputError(f"--grid {text}: expected NAME=A,B")
@@ -222,7 +224,7 @@ def _grid_axis(text: str) -> tuple[str, list[str]]:
 
 
 def _split_values(values: str, text: str) -> list[str]:
-    # only a comma outside of brackets and quotes separates: `(1,2),"a,b",3` has three values
+    # only commas outside brackets and quotes separate values: `(1,2),"a,b",3` has three values
     found, depth, quote = [""], 0, ""
     for c in values:
         if quote:

@@ -45,9 +45,9 @@ submit() {{ launch/xpk.sh --cluster "$CLUSTER" --type "$TYPE" --image "$IMAGE" -
 
 
 def script(args: argparse.Namespace, cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """Returns the text that `--print` prints: commands that train and evaluate each cell, resumably.
+    """Returns the output of `--print`: commands that train and evaluate each cell, and can be resumed.
 
-    Once all have ended, the same sweep without `--print` finds the cells done and writes `sweep.json`.
+    When all have ended, the same sweep without `--print` finds all cells done and writes `sweep.json`.
     """
     commands = [_command(args, cell, flags) for cell, flags in cells]
     about = describe(cells)

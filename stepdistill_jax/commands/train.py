@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder of checkpoints, metrics and model, local or gs://; an unfinished run in it is"
+        help="folder for checkpoints, metrics and model, local or gs://; an unfinished run in it is"
         " resumed",
     )
     add_data_arguments(parser)
@@ -63,7 +63,7 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
     """Refuses the name of a prepared dataset given as the config.
 
     Raises:
-        InputError: the message says what to type instead.
+        InputError: it is one; the message says what to type instead.
     """
     from stepdistill_jax.commands.shipped import find_shipped
     from stepdistill_jax.data.prepared import NAME, data_folder, is_prepared
@@ -72,13 +72,13 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
         return
     if is_prepared(config, data_folder(data_dir)):
         raise InputError(
-            f"{config!r} is a prepared dataset, not a config: type stepdistill train demo_step_by_step"
-            f" --set TASK={config}, or take the config finetune for a pretrained T5"
+            f"{config!r} is a prepared dataset, not a config: run stepdistill train demo_step_by_step"
+            f" --set TASK={config}, or use the config finetune for a pretrained T5"
         )
 
 
 def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str:
-    """Returns a run's result in a line.
+    """Returns a run's result as a line.
 
     Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (always the commonest label:
     0.211)`.
@@ -91,7 +91,7 @@ def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str
     line = f"{best}{chosen}, validation accuracy {accuracy:.4g}"
     line += f" (always the commonest label: {baseline:.4g})"
     if accuracy <= baseline:
-        line += "; not above that yet: a larger TRAIN_STEPS may help"
+        line += "; not above the baseline yet: a larger TRAIN_STEPS may help"
     return line
 
 

@@ -1,7 +1,7 @@
 """Reads original files, prepares datasets and opens prepared ones. Importing it loads no TensorFlow.
 
-Here the function `prepare` hides the module of that name: import the module's other names with
-`from stepdistill_jax.data.prepare import ...`.
+In this package, the function `prepare` hides the module of the same name. Import the module's other
+names with `from stepdistill_jax.data.prepare import ...`.
 """
 
 from stepdistill_jax.data.prepare import ensure_prepared, prepare

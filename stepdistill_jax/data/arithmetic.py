@@ -10,7 +10,7 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 def evaluate(text: str) -> float | None:
-    """Evaluates numbers joined by `+ - * /` and parentheses; None if `text` is no such expression.
+    """Evaluates numbers joined by `+ - * /` and parentheses; returns None for any other text.
 
     Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0; `evaluate("1 / 0")` and
     `evaluate("2 apples")` are None. A sign before a number or a parenthesis is allowed.

@@ -1,4 +1,4 @@
-"""Rows that cannot be used. `prepare` finds them all before it stops, and lists them with the defects."""
+"""Collects unusable rows: `prepare` finds them all before it stops, and lists them with the defects."""
 
 import os
 import pathlib
@@ -45,7 +45,7 @@ class BadRows:
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns a warning about skipped rows, shaped like those of `data.labels`; [] if there are none."""
+        """Returns a warning about skipped rows, in the form of `data.labels.warnings`; [] without any."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
@@ -70,12 +70,12 @@ class UnusableRows(InputError):
     def __init__(self, rows: BadRows, total: int, path: pathlib.Path, notices: Sequence[str] = ()):
         if rows.count == 1:
             text = (
-                f"{rows.first[0]}; listed in {path}. Correct it, or give `on_error=skip` to skip"
+                f"{rows.first[0]}; listed in {path}. Correct it, or pass `on_error=skip` to skip"
                 " bad rows"
             )
         else:
             text = (
-                f"{rows.of(total)}; all are listed in {path}. Correct them, or give `on_error=skip`"
+                f"{rows.of(total)}; all are listed in {path}. Correct them, or pass `on_error=skip`"
                 " to skip them"
             )
         super().__init__(text)
@@ -83,7 +83,7 @@ class UnusableRows(InputError):
 
 
 def failed_list(directory: pathlib.Path) -> pathlib.Path:
-    """Path of the defects of a dataset that could not be prepared: `DATA_DIR/NAME.defects.jsonl`."""
+    """Returns the path of a failed dataset's list of defects: `DATA_DIR/NAME.defects.jsonl`."""
     return directory.with_name(f"{directory.name}.{DEFECTS}")
 
 

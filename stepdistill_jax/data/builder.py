@@ -28,7 +28,7 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """Returns TensorFlow with all accelerators hidden from it: it would take the memory JAX needs.
+    """Returns TensorFlow with all accelerators hidden from it: it would take the memory that JAX needs.
 
     Raises:
         InputError: TensorFlow cannot be imported, or already uses an accelerator.
@@ -42,7 +42,7 @@ def tensorflow() -> types.ModuleType:
     except ImportError as error:
         raise InputError(
             f"TensorFlow is not installed here ({error}); preparing and tokenising data needs it."
-            " Not every platform has a wheel of it: do this step on Linux"
+            " Some platforms have no wheel of it: run this step on Linux"
         ) from None
     return tf
 
@@ -100,7 +100,7 @@ def features(more: Sequence[str] = ()) -> Any:
 
 
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
-    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS (tested against it).
+    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS does (tested against it).
 
     TFDS's own encoder handles any features and takes 18 times as long. Absent texts are empty.
     """
@@ -182,7 +182,7 @@ def build(
 def build_first(
     name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Runs `build`, then the block."""
+    """Runs `build`, then the `with` block."""
     build(name, folder, splits, more)
     yield
 
@@ -191,7 +191,7 @@ def build_first(
 def build_in_subprocess(
     name: str, folder: pathlib.Path, splits: Mapping[str, int], more: Sequence[str] = ()
 ) -> Iterator[None]:
-    """Runs `build` in another process while this one runs the block.
+    """Runs `build` in another process while this one runs the `with` block.
 
     The other process ends when this one does, even if this one is killed.
 
@@ -207,9 +207,9 @@ def build_in_subprocess(
         output = process.stdout.read() if process.stdout else ""
         process.wait()
     finally:
-        process.kill()
+        process.kill()  # it still runs if the block has raised
         process.wait()
-    if process.returncode == 2:
+    if process.returncode == 2:  # `_main` has printed an InputError
         raise InputError(output.strip())
     if process.returncode:
         raise RuntimeError(

@@ -1,6 +1,6 @@
-"""Counts the rows of a split one by one, in 40 bytes of memory a row.
+"""Counts the rows of a split one by one, in 40 bytes of memory per row.
 
-Comparing all rows at the end (`data.labels`) takes another 80 bytes a row.
+Comparing all rows at the end (`data.labels`) takes another 80 bytes per row.
 """
 
 import array
@@ -128,7 +128,7 @@ class SplitCounts:
 
     @property
     def labels(self) -> list[str]:
-        """The sorted labels, if there are at most 50 and no row has choices of its own; else []."""
+        """The sorted labels, if there are at most 50 and no row has its own choices; else []."""
         few = self.label_rows is not None and len(self.label_rows) <= MAX_LABELS
         return sorted(self.label_rows or ()) if few and not self._choices else []
 
@@ -147,7 +147,7 @@ class SplitCounts:
 
 
 def shared_inputs(splits: Mapping[str, SplitCounts]) -> list[str]:
-    """Returns a note for each evaluation split whose inputs also stand in training data."""
+    """Returns a note for each evaluation split with inputs that are also in the training data."""
     if "train" not in splits:
         return []
     trained_on = [

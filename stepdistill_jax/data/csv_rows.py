@@ -29,7 +29,7 @@ class _Line(NamedTuple):
 
 
 def is_csv(path: os.PathLike | str) -> bool:
-    """Returns whether the file's suffix is that of CSV or TSV."""
+    """Returns whether a file is CSV or TSV, judged by its suffix."""
     return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
@@ -38,9 +38,9 @@ def each_csv_row(
 ) -> Iterator[JsonRow | BadRow]:
     """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow`.
 
-    Cells are quoted as in Python's `csv`. A blank cell is null; a row of blank cells is ignored. A
-    row's line number is that of its first line. A CSV file whose header has semicolons and no comma
-    is separated by semicolons, as spreadsheets write it in some countries; a first line `sep=;` has
+    Cells are quoted as in Python's `csv`. A blank cell is null; a row of blank cells is ignored. The
+    number of a row's first line is its line number. If the header of a CSV file has semicolons and no
+    comma, semicolons separate its cells, as in spreadsheets of some countries; a first line `sep=;` has
     the same effect.
 
     A row with broken quotes ends on its first line, so that an unclosed quote spoils one row only:
@@ -57,7 +57,7 @@ def each_csv_row(
         InputError: the file cannot be read, or its header is damaged or not UTF-8.
     """
     check_file(path, "a CSV file")
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(MAX_LINE_BYTES)  # Python's limit is 131,072 characters
     try:
         with open(path, "rb") as file:
             yield from _rows(path, _decoded(file, path), numbers)
@@ -108,9 +108,10 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
     except csv.Error as error:
         second = lines.row[1].number if len(lines.row) > 1 else None
         lines.end_row()
+        # only the message of a `csv.Error` tells which kind it is
         if second or "unexpected end" in str(error):
-            again = f" (line {second} is read as a row of its own)" if second else ""
-            return f"a quote opens and does not close{again}"
+            again = f" (line {second} is read as a separate row)" if second else ""
+            return f"a quote is opened and never closed{again}"
         if "expected after" in str(error):
             return 'a quote closes within a cell; inside quotes, a quote is written twice ("")'
         if "new-line" in str(error):

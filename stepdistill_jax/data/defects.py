@@ -18,11 +18,11 @@ KINDS = {
     "truncated": "the text breaks off: no full stop and no complete answer",
     "no_letter": "no `(x)` in the answer; its text is taken if it is a choice",
     "letter_not_a_choice": "a letter beyond the choices",
-    "label_not_a_choice": "the answer equals none of the choices or labels exactly",
+    "label_not_a_choice": "the answer is not exactly one of the choices or labels",
     "label_disagrees_with_letter": "letter and text name different choices; the text is taken",
-    "no_parentheses": "no `( ... )` in the answer; read whole if it has a value",
+    "no_parentheses": "no `( ... )` in the answer; all of it is read if it has a value",
     "no_value": "an equation that cannot be computed",
-    "equation_goes_on": "the equation continues after its parentheses; read whole",
+    "equation_goes_on": "the equation continues after its parentheses; all of it is read",
     "arithmetic_wrong": "a wrong sum in the rationale, such as 3 + 4 = 8",
     "point_zero": "a whole number with decimals, such as 36.0; written 36",
     "no_answer_line": "no last line `#### N` with the answer; the row keeps its label",
@@ -32,7 +32,7 @@ KINDS = {
     "gold_has_no_value": "the gold label cannot be computed",
 }
 
-# harmless: only text after the answer is cut off
+# harmless: only text after the answer is truncated
 HARMLESS = ("runs_on",)
 
 

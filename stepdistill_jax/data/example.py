@@ -1,4 +1,4 @@
-"""The fields of one row of a dataset, whatever file it came from."""
+"""The fields of one row of a dataset, no matter which file it came from."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -33,7 +33,8 @@ class Example:
         weight: loss weight of each of the example's tokens, above 0.
         choices: the allowed answers, in order; empty when the answer is free.
         more: {field: text} of the fields named in `prepare(fields=...)`, for objectives to use.
-            `input_pair` is a second input text: the encoder reads both, each with an end of sequence.
+            `input_pair` is a second input text: the encoder reads both, each followed by an end of
+            sequence.
     """
 
     id: str
@@ -63,7 +64,7 @@ class Example:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row for `SPLIT.jsonl`, with a label always and without other empty fields."""
+        """Returns the row for `SPLIT.jsonl`: always with a label, and without any other empty field."""
         row: dict[str, Any] = {"id": self.id, "input": self.input, "label": self.label}
         for name in ("rationale", "llm_label"):
             if value := getattr(self, name):
@@ -82,7 +83,7 @@ class Example:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Example":
-        """Returns the example of a row that `to_json` wrote. Checks nothing."""
+        """Returns the example of a row that `to_json` wrote, without checking it."""
         return cls(
             **{name: value for name, value in row.items() if name in _AS_THEY_STAND},
             rationales=tuple(Rationale(**r) for r in row.get("rationales", ())),

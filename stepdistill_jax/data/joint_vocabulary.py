@@ -12,12 +12,12 @@ from stepdistill_jax.runtime.fingerprints import digest
 
 
 def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
-    """Returns the path of a vocabulary trained on all train splits; for one dataset, its own.
+    """Returns the path of a vocabulary trained on all train splits; for one dataset, its own vocabulary.
 
-    Trains it at first use and keeps it in `folder`. The order of the datasets does not matter.
+    Trains it on first use and keeps it in `folder`. The order of the datasets does not matter.
 
     Raises:
-        InputError: a dataset has no train split, or its files were changed.
+        InputError: a dataset has no train split, or its files have changed.
     """
     if len(datasets) == 1:
         return os.fspath(datasets[0].spiece_model)
@@ -32,7 +32,7 @@ def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) 
         characters = sum(file.stat().st_size for file in files)
         texts = [text for file in files for text in vocabulary_texts(file, 4 * rows, characters)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # each process of a job may train it: each writes the same bytes to a file of its own
+        # each process of a job may train it: each writes the same bytes to its own file
         own = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
         training.train_vocabulary(texts, own)
         os.replace(own, path)

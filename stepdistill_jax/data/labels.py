@@ -1,4 +1,4 @@
-"""Warns about suspicious labels and duplicate rows across a dataset, with their places."""
+"""Warns about suspicious labels and duplicate rows of a dataset, and gives their places."""
 
 import collections
 import re
@@ -10,8 +10,8 @@ import numpy as np
 from stepdistill_jax.data.counts import COUNTED_LABELS, SplitCounts
 from stepdistill_jax.errors import nearest, printable
 
-ROWS_OF_A_LABEL = 5  # a closed set of labels has at least so many rows per label on average
-NUMBERS = 20  # a closed set has at most so many numbers: ratings, not answers to sums
+ROWS_OF_A_LABEL = 5  # a closed set of labels has at least this many rows per label on average
+NUMBERS = 20  # a closed set has at most this many numbers: ratings, not answers to sums
 EXAMPLES = 3  # places that a warning names
 _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 
@@ -40,9 +40,9 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
 def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
-    Kinds: for closed sets only `labels_alike`, `numbers_among_labels` and `labels_of_one_row`; for
-    all `duplicate_rows` and `different_labels` (counted in inputs). The message is one line: the
-    problem, its count, its first places, and what to do.
+    Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
+    Kinds for all datasets: `duplicate_rows`, and `different_labels`, which counts inputs. The message
+    is one line: the problem, its count, its first places, and what to do.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -85,7 +85,7 @@ def _alike(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_alike",
         sum(totals[label] for label in rarer),
         [first[label] for label in rarer],
-        f"labels that differ only in case or blanks: {shown}{_more(groups)}. A model takes them for"
+        f"labels that differ only in case or blanks: {shown}{_more(groups)}. A model treats them as"
         " different answers: choose one spelling",
     )
 
@@ -147,7 +147,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
             f"{_many(extra, 'row')} {'is' if extra == 1 else 'are'} equal to an earlier one"
             f"{_pairs(places, extra)}. Remove them, unless they are meant to count more",
         )
-    labelled = labels != 0
+    labelled = labels != 0  # 0 stands for a row without a label
     # sorted by input, then label: an input with two labels has neighbours that differ in the label
     order = np.lexsort((labels, inputs))
     order = order[labelled[order]]
@@ -168,7 +168,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
         "different_labels",
         len(clashing),
         places,
-        f"{_many(len(clashing), 'input')} with different labels, {len(members):,} rows in all"
+        f"{_many(len(clashing), 'input')} with different labels, {len(members):,} rows in total"
         f"{_pairs(places, len(clashing))}. A model cannot tell them apart: correct or remove the wrong ones",
     )
 

@@ -1,4 +1,4 @@
-"""Parses a teacher's raw text on premise and hypothesis into rationale and label."""
+"""Parses a teacher's raw text about a premise and a hypothesis into rationale and label."""
 
 import re
 
@@ -25,10 +25,10 @@ def parse_esnli(text: str) -> Parsed:
     rationale "A dog is an animal." and the answer "entailment".
 
     Repairs a label with a capital, a full stop or more words around it, if the answer names exactly
-    one label and has no `not`, `or` or the like.
+    one label and has no `not`, `or` or similar word.
 
     Returns:
-        The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
+        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
         label_not_a_choice (the published rule's answer, compared exactly), truncated. A text that
         continues with another premise before its answer has no_answer; the published rule takes the
         answer of the invented pair.
@@ -72,9 +72,9 @@ def parse_anli(text: str) -> Parsed:
 def _with_label(
     problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts.
+    """Returns the parts of `text`.
 
-    `answer_text` is the text of the first answer, and `answer` is what the published rule reads.
+    `answer_text` is the text of the first answer, and `answer` is the answer by the published rule.
     """
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:

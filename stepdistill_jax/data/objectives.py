@@ -162,7 +162,7 @@ RATIONALE_THEN_LABEL = "{rationale} so the answer is {label}"
 def label_only(
     label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
 ) -> tuple[Objective, ...]:
-    """Standard fine-tuning: the label alone. The paper's code has no prefix: `{input}`."""
+    """Standard fine-tuning: only the label. The paper's code has no prefix: `{input}`."""
     return (Objective("label", input_template, "{label}", label_weight),)
 
 
@@ -179,7 +179,7 @@ def step_by_step(
 def label_only_llm(
     label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
 ) -> tuple[Objective, ...]:
-    """Standard distillation: the teacher's label alone; answers are compared with the gold label."""
+    """Standard distillation: only the teacher's label; answers are compared with the gold label."""
     return (Objective("label", input_template, "{llm_label}", label_weight),)
 
 
@@ -226,7 +226,7 @@ def shared_encoder(
 ) -> tuple[Objective, ...]:
     """Step-by-step with one encoding of the input for both targets; ours, not the paper's.
 
-    The decoder's first tokens, not the input's, select the rationale, so that each input is encoded
+    The decoder's first tokens, instead of the input's, select the rationale, so each input is encoded
     once. The label's input is the same as in `step_by_step`.
     """
     return (
@@ -314,10 +314,10 @@ def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...
 def check_first(objectives: Sequence[Objective]) -> None:
     """Raises InputError if the first objective has a decoder prefix.
 
-    The first objective is the one that is served, also by programs that know of no prefix.
+    The first objective is served, also by programs that know nothing of prefixes.
     """
     if objectives[0].decoder_prefix:
         raise InputError(
-            f"Objective {objectives[0].name}: the first objective is the one that is served and must"
-            f" have no decoder_prefix (got {objectives[0].decoder_prefix!r}); give prefixes to the others"
+            f"Objective {objectives[0].name}: the first objective is served, so it must have no"
+            f" decoder_prefix (got {objectives[0].decoder_prefix!r}); set prefixes of the others"
         )

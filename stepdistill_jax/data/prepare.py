@@ -46,9 +46,9 @@ def prepare(
     """Reads a dataset's original files, checks every row, and writes the dataset for training.
 
     Writes `data_dir/NAME/` with the TFDS dataset, SPLIT.jsonl, defects.jsonl, dataset.json and a
-    vocabulary trained on the train split. The folder appears whole or not at all. An existing one
-    with the same fingerprint stays as it is; with a different one it is replaced, with a note. Rows
-    are read one by one, so that memory does not grow with the source.
+    vocabulary trained on the train split. The folder appears complete or not at all. An existing folder
+    is left unchanged if it has the same fingerprint, and else replaced, with a note. Rows are read one
+    by one, so that memory does not grow with the source.
 
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (the original layout, or exports), `jsonl` (your own
@@ -62,8 +62,8 @@ def prepare(
         fields: for `jsonl`, names of further texts to keep, for objectives that name them.
         teacher: False reads no teacher texts.
         paper_exact: reads the paper's files as its published code does, without repairs, and draws its
-            validation split; the dataset is NAME_paper. `asdiv` is known here, too: SVAMP's and
-            ASDiv's rows together.
+            validation split; the dataset is NAME_paper. `name` may then also be `asdiv`, which is
+            SVAMP's and ASDiv's rows together.
         on_error: for `jsonl`: `stop` raises if some rows cannot be used, after reading all; `skip`
             skips them.
         rows: for `gsm_symbolic`, number of train rows; None for 20,000.
@@ -85,19 +85,19 @@ def prepare(
 
     Raises:
         UnusableRows: under `stop`, some rows cannot be used. They are listed with the other defects
-            in `data_dir/NAME.defects.jsonl`; nothing else is written.
+            in `data_dir/NAME.defects.jsonl`; no other file is written.
         InputError: bad usage, or a source that cannot be read; nothing is written.
     """
     one_of("on_error", on_error, ON_ERROR)
     if on_error != "stop" and name != "jsonl":
-        raise InputError(f"`on_error`: only `prepare jsonl` has rows to skip, not {name}")
+        raise InputError(f"`on_error`: only `prepare jsonl` can skip rows, not {name}")
     for option, value in (("rows", rows), ("seed", seed)):
         if value is not None and name != prepared.GENERATED:
             raise InputError(
-                f"`{option}`: only `prepare {prepared.GENERATED}` makes its rows, not {name}"
+                f"`{option}`: only `prepare {prepared.GENERATED}` generates rows, not {name}"
             )
     if notes and name != "jsonl":
-        raise InputError(f"`notes`: only `prepare jsonl` takes any, got some for {name}")
+        raise InputError(f"`notes`: only `prepare jsonl` takes notes, not {name}")
     dataset_name = _dataset_name(name, new_name, paper_exact)
     data_dir = prepared.data_folder(data_dir)
     directory = data_dir / dataset_name
@@ -110,9 +110,11 @@ def prepare(
         check_outputs({page: PAGE}, [source] if is_path else [], "`report`")
     reading = _read(name, source, field_map, fields, teacher, paper_exact, rows, seed)
     reading.notes.extend(notes)
+    # while this call waits, another one may prepare the same rows, which are then reused
     with sole_writer(directory, name=f"`data_dir` {data_dir}", wait=True):
         found, damage = _existing(dataset_name, data_dir)
         with staged_folder(directory) as new:
+            # always read: the fingerprint covers every row
             splits, fingerprint, bad = writing.write_rows(reading, new)
             total = bad.count + sum(counts.rows for counts in splits.values())
             if bad.count and on_error == "stop":
@@ -218,9 +220,9 @@ def _read(
     seed: int | None,
 ) -> Reading:
     if field_map and name != "jsonl":
-        raise InputError(f"`field_map`: only `prepare jsonl` has fields to map, not {name}")
+        raise InputError(f"`field_map`: only `prepare jsonl` can map fields, not {name}")
     if fields and name != "jsonl":
-        raise InputError(f"`fields`: only `prepare jsonl` has more fields to keep, not {name}")
+        raise InputError(f"`fields`: only `prepare jsonl` can keep more fields, not {name}")
     if name in (prepared.EMBEDDED, prepared.GENERATED):
         from stepdistill_jax.data.corpora import delivery, gsm_symbolic
 
@@ -229,7 +231,7 @@ def _read(
         own = name == prepared.EMBEDDED
         return delivery.read() if own else gsm_symbolic.read(rows=rows, seed=seed)
     if source is None:
-        raise InputError(f"prepare {name}: give the folder of its files as `source`")
+        raise InputError(f"prepare {name}: pass the folder of its files as `source`")
     if isinstance(source, str | os.PathLike):
         source = local_path(source, "`source`")
     elif name != "jsonl":
@@ -243,7 +245,7 @@ def _read(
 
         if not teacher:
             raise InputError(
-                "`paper_exact`: the published code needs the teacher's texts, leave `teacher` out"
+                "`paper_exact`: the published code needs the teacher's texts; leave `teacher` out"
             )
         return published.read(name, source)
     reader = importlib.import_module(f"stepdistill_jax.data.corpora.{name}")
@@ -251,7 +253,7 @@ def _read(
 
 
 def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDataset | None, str]:
-    """Returns the dataset prepared under that name, if it is whole, and the damage, if it is not.
+    """Returns the dataset prepared under that name if it is intact, and else None and the damage.
 
     Raises:
         InputError: the folder holds files that `prepare` did not write.

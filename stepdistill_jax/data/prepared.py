@@ -20,10 +20,10 @@ VOCABULARY = "spiece.model"
 TFDS_VERSION = "1.0.0"  # and the name of the folder with the TFDS files
 ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or from exports
 PUBLISHED = (*ORIGINALS, "asdiv")  # datasets of the paper's published code
-PAPER_SUFFIX = "_paper"  # of a dataset prepared with `paper_exact`
+PAPER_SUFFIX = "_paper"  # ends the name of a dataset prepared with `paper_exact`
 EMBEDDED = "delivery"  # has no source: prepared on first use
 GENERATED = "gsm_symbolic"  # has no source, but needs a package
-NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # a dataset's and its folder's; not a path
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; never a path
 SPLIT = re.compile(r"[a-z]+")
 
 
@@ -32,7 +32,7 @@ class PreparedDataset:
     """A dataset on disk.
 
     Attributes:
-        name: the dataset's, and its folder's.
+        name: name of the dataset and of its folder.
         directory: `data_dir/name`, with SPLIT.jsonl, defects.jsonl, spiece.model and TFDS's 1.0.0/.
         fingerprint: digest of the sources, the reader and the rows.
         metric: `text_match` or `value_match`.
@@ -59,13 +59,13 @@ class PreparedDataset:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """Returns the splits that depend on a run's `data_fraction` and seed: `paper_exact` alone has any."""
+        """Splits that depend on a run's `data_fraction` and seed; empty unless `paper_exact`."""
         if not self.paper_exact:
             return ()
         return ("train", "validation") if self.draws_validation else ("train",)
 
     def check(self, *names: str) -> None:
-        """Compares files with their digests; all files, unless some are named.
+        """Compares files with their digests: the named ones, or else all.
 
         Args:
             names: keys of `files`, or folders that contain some.
@@ -98,7 +98,7 @@ class PreparedDataset:
         if not path.is_file():
             raise InputError(
                 f"{path}: no vocabulary, since {self.name} was prepared without a train split; use"
-                " that of a model directory (`init_from`), or `bytes`"
+                " the vocabulary of a model directory (`init_from`), or `bytes`"
             )
         self.check(VOCABULARY)
         return path
@@ -212,8 +212,8 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
 
 
 def is_prepared(name: str, data_dir: pathlib.Path) -> bool:
-    """Returns whether `data_dir` holds a prepared dataset of that name, whole or damaged."""
-    # os.path says no to a name that no file can have; pathlib raises
+    """Returns whether `data_dir` holds a prepared dataset of that name, intact or damaged."""
+    # os.path returns False for a name that no file can have; pathlib raises
     return bool(NAME.fullmatch(name)) and os.path.isfile(data_dir / name / FILE)
 
 

@@ -25,7 +25,7 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
         neox: whether GPT-NeoX wrote it; its texts may lack an answer.
 
     Raises:
-        ValueError: PaLM's text does not have the marker exactly once; the published code stops.
+        ValueError: PaLM's text does not have the marker exactly once; the published code stops there.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:
@@ -46,7 +46,7 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE Answer: LABEL`; if it has no answer, takes that of an invented pair."""
+    """Reads `RATIONALE Answer: LABEL`; if it has no answer, takes the answer of an invented pair."""
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")
     label = answers[1].split("Premise")[0].rstrip() if len(answers) > 1 else BLANK

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 VALIDATION_SHARE, VALIDATION_SEED = 0.1, 0
-WHOLE = (1.0, 0)  # share of the training rows, and its seed
+WHOLE = (1.0, 0)  # all training rows, as (share, seed)
 
 
 def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -54,7 +54,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
         choices: the question's answers, for the letters a, b, ...
 
     Returns:
-        The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
+        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
         no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter, compared
         exactly), label_disagrees_with_letter, truncated.
     """
@@ -96,11 +96,11 @@ def parse_equation(text: str) -> Parsed:
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84."
     and the answer "(84 / 2)".
 
-    Repairs: an equation that continues after its parentheses, as in `(16 * 17) * 4`, or has no
-    parentheses is read whole.
+    Repairs: all of an equation is read if it continues after its parentheses, as in `(16 * 17) * 4`,
+    or has none.
 
     Returns:
-        The parts, with these problems: runs_on, empty, no_answer, several_answers, no_rationale,
+        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
         no_parentheses, no_value (it cannot be computed), equation_goes_on, arithmetic_wrong (a sum
         in the rationale), truncated.
     """
@@ -150,7 +150,7 @@ def split(
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     """Returns ("truncated",) if a text without a complete answer does not end like a sentence.
 
-    () for a text that runs on: it is the invented question that is truncated.
+    Returns () for a text that runs on: there, the invented question is truncated.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()
@@ -160,7 +160,7 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 def in_parentheses(text: str) -> str:
     r"""Returns the first line with `(` and a later `)`, from the first `(` to the last `)`; else "".
 
-    Equals the first match of `\(.*\)`, which takes quadratic time if nothing closes.
+    Equals the first match of `\(.*\)`, which takes quadratic time if no parenthesis closes.
     """
     for line in text.split("\n"):
         first, last = line.find("("), line.rfind(")")

@@ -38,18 +38,18 @@ class CheckedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A reader's view of its source. Rows come one by one: memory does not grow with the source.
+    """A reader's result. It yields rows one by one: memory does not grow with the source.
 
     Attributes:
         reader: name of the reader, e.g. `cqa`.
-        version: raised when the same source would give different rows or defects.
+        version: increased when the same source would give different rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
-        rows: starts reading, and yields (split, row). The rows of a split come in the source's
-            order; splits may alternate. Some readers yield a `BadRow` for a row that cannot be
-            used, with "" for the split if it has none.
+        rows: function that starts reading, and yields (split, row). The rows of a split come in the
+            source's order; splits may alternate. Some readers yield a `BadRow` for a row that cannot
+            be used, with "" for the split if it has none.
         sources: digest of each file that is read, by its name within the source.
         options: further settings that the rows depend on (field map, no teacher), JSON-like.
-        notes: notes for the user, e.g. that a split is left out; complete once `rows` is exhausted.
+        notes: notes for the user, e.g. that a split is left out; complete once all rows are read.
         fields: names of the texts that `Example.more` may hold.
     """
 
@@ -95,7 +95,7 @@ def tenth(example_id: str) -> int:
 
 
 def split_of(number: int, split: str, files: Container[str]) -> str:
-    """Returns the split of a row: without a file of its own, validation takes tenth 0 of train.
+    """Returns the split of a row; if validation has no file, it takes tenth 0 of train.
 
     Args:
         number: the row's `tenth`.
@@ -115,7 +115,7 @@ def absent_notes(paths: Mapping[str, pathlib.Path], files: Container[str]) -> li
     return [
         f"{path}: no such file, so "
         + (
-            "validation is the tenth of train whose hashed id falls there"
+            "validation is a tenth of train, chosen by hashed ids"
             if split == "validation" and "train" in files
             else f"the split {split} is left out"
         )

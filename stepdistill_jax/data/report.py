@@ -21,7 +21,7 @@ PAGE = Made(
     b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     b'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Dataset ',
 )
-MOST_LABELS = 100  # in the table
+MOST_LABELS = 100  # rows of the table
 BARS = 24  # at most, in a histogram
 Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
@@ -50,7 +50,7 @@ def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
     Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
     Args:
-        right: number of rows that count.
+        right: number of rows that are right.
         rows: number of all rows, at least 1.
         z: quantile; the default gives 95 %.
     """
@@ -201,7 +201,7 @@ def _defects(splits: Mapping[str, SplitCounts]) -> str:
         )
         for kind in (html.escape(kind) for kind in kinds)
     ]
-    head = ("defect", *map(html.escape, splits), "meaning, and what is done")
+    head = ("defect", *map(html.escape, splits), "meaning and handling")
     parts = [_table(head, rows, range(1, len(splits) + 1))]
     for kind in kinds:
         shown = [

@@ -13,15 +13,15 @@ CACHED_TEXTS = 10_000  # labels
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Returns, by split, the number of unknown pieces and of rows changed by encoding and decoding.
+    """Counts, for each split, unknown pieces and the rows that change by encoding and decoding.
 
     Args:
         folder: folder with SPLIT.jsonl and the vocabulary.
         splits: names of the splits.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row whose whitespace
-        alone changes counts only in the last.
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which only
+        whitespace changes counts only in the last.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 

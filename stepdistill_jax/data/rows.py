@@ -134,7 +134,7 @@ class BadRow(InputError):
     """
 
     def __init__(self, path: os.PathLike | str, line: int, reason: str):
-        """`path` is that of the file; "" for a list."""
+        """`path` is the path of the file; "" for a list."""
         super().__init__(f"{place(path, line)}: {reason}")
         self.file, self.line, self.reason = os.path.basename(path), line, reason
 
@@ -165,7 +165,7 @@ def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
 
 
 def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[JsonRow | BadRow]:
-    """Yields each row of a list of dicts: a `JsonRow`, or a `BadRow`; `name` replaces the file's."""
+    """Yields each row of a list of dicts: a `JsonRow`, or a `BadRow`; `name` stands for the file's name."""
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
             yield JsonRow(as_json(row), place(name, number), number, number)
@@ -174,9 +174,9 @@ def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[Jso
 
 
 def as_json(value: Any) -> Any:
-    """Returns a value of a table or list as JSON has it: NaN becomes None, a tuple a list.
+    """Converts a value of a table or list to JSON's types: NaN becomes None, a tuple becomes a list.
 
-    NumPy scalars become Python's, also inside lists and dicts. Types unknown to JSON stay unchanged.
+    NumPy scalars become Python's, also inside lists and dicts. Types unknown to JSON are left unchanged.
 
     Example: `as_json({"a": (1, float("nan"))})` is {"a": [1, None]}.
     """

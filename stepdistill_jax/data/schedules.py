@@ -12,7 +12,7 @@ SHAPES = ("linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A weight as a function of the step, which counts updates from 0 like the learning rate's.
+    """A weight as a function of the step, which counts updates from 0, as for the learning rate.
 
     The fields are named as in `optax.linear_schedule`; `training.optimizer.weights_at` computes the
     values.
@@ -50,7 +50,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Schedule":
-        """Inverts `dataclasses.asdict`; raises InputError if fields are missing or unknown."""
+        """Returns the schedule of a `dataclasses.asdict`; InputError if fields are missing or unknown."""
         names = {f.name for f in dataclasses.fields(cls)}
         if raw.keys() != names:
             raise InputError(f"a schedule must have {', '.join(sorted(names))}, got {raw!r:.200}")
@@ -84,13 +84,13 @@ def cosine_schedule(
 
 
 def check_weight(name: str, weight: Any) -> None:
-    """Raises InputError unless it is a schedule, or a number of at least 0 that fits a float32."""
+    """Raises InputError unless `weight` is a schedule, or a number of at least 0 that fits a float32."""
     if not isinstance(weight, Schedule):
         number(name, weight, least=0)
 
 
 def end_value(weight: Weight) -> float:
-    """Returns the final weight. Validation uses it at every step, so that its losses compare."""
+    """Returns the final weight. Validation uses it at every step, so that its losses are comparable."""
     return weight.end_value if isinstance(weight, Schedule) else weight
 
 

@@ -75,8 +75,8 @@ def majority_baseline(labels: Iterable[str], metric: str) -> float:
 class LabelCounts:
     """Computes `majority_baseline` for labels that come one by one, in bounded memory.
 
-    Exact for up to 100,000 different labels; beyond, at most 1e-5 too low, since only the commonest
-    are kept (Misra and Gries 1982, Finding repeated elements).
+    The result is exact for up to 100,000 different labels; for more, it is at most 1e-5 too low, since
+    only the commonest are kept (Misra and Gries 1982, Finding repeated elements).
     """
 
     MOST = 100_000  # counters; about 15 MB
@@ -93,7 +93,7 @@ class LabelCounts:
         key = hash(self._key(label))  # 64 bits, however long the label is
         if key in self._counts or len(self._counts) < self.MOST:
             self._counts[key] = self._counts.get(key, 0) + 1
-        else:  # drop this label and one of every other: of any label at most 1 in MOST + 1
+        else:  # drop one of each label, this one included: at most rows / (MOST + 1) times
             self._counts = {k: n - 1 for k, n in self._counts.items() if n > 1}
 
     def majority(self) -> float:

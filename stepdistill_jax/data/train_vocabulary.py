@@ -11,7 +11,7 @@ from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write
 
-MAX_TEXTS = 200_000  # of more texts, every k-th is read: the trainer keeps all in memory
+MAX_TEXTS = 200_000  # of more texts, every k-th is read: the trainer keeps all texts in memory
 MAX_TEXT_BYTES = 65_536  # the trainer skips longer texts; its own default is 4,192
 MIN_WORD_COUNT = 5
 
@@ -21,14 +21,14 @@ def train_vocabulary(
 ) -> None:
     """Trains a unigram model on `texts` and writes it to `path`, atomically.
 
-    The same texts give the same bytes (one thread, no sampling). Every character of the texts
-    becomes a piece, so that none is unknown. If there are more characters than `vocab_size`, the
-    commonest `vocab_size / 2` become pieces.
+    The same texts produce the same bytes (one thread, no sampling). Every character of the texts
+    becomes a piece, so that none is unknown. If there are more different characters than `vocab_size`,
+    only the commonest `vocab_size / 2` become pieces.
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
         path: the `spiece.model` to write.
-        vocab_size: most pieces allowed; little text gives fewer.
+        vocab_size: largest number of pieces; little text gives fewer.
 
     Raises:
         InputError: all texts are empty, or the trainer accepts none of them.
@@ -82,7 +82,7 @@ def _words_in_other_places(texts: Iterable[str]) -> list[str]:
     """Returns texts that contain each frequent word once alone and once among other words.
 
     The trainer considers only strings that different characters follow. Without these texts, a word
-    with always the same neighbour, as in generated text and in labels, would be cut into letters.
+    that always has the same neighbour, as in generated text and in labels, would be split into letters.
     """
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

@@ -1,4 +1,4 @@
-"""Text to ids and back, without TensorFlow: a SentencePiece model or ByT5's bytes."""
+"""Converts text to ids and back, without TensorFlow: by a SentencePiece model or ByT5's bytes."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from stepdistill_jax.runtime.fingerprints import digest, sha256
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTES = "bytes"
-MAX_BYTES = 128 << 20  # of a model's file; that of a quarter of a million pieces has 5
+MAX_BYTES = 128 << 20  # of a model's file; one with a quarter of a million pieces has 5 MiB
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
@@ -22,9 +22,9 @@ class Framing:
     """The special ids around an input. A target ends with eos in every vocabulary.
 
     Attributes:
-        add_bos_token: an input begins with bos.
-        add_eos_token: an input ends with eos.
-        bos_id: 0 where the vocabulary has no bos.
+        add_bos_token: whether an input begins with bos.
+        add_eos_token: whether an input ends with eos.
+        bos_id: id of bos; 0 if the vocabulary has none.
     """
 
     add_bos_token: bool = False
@@ -42,7 +42,7 @@ class Framing:
         ids += first
         for other in others:
             ids += [EOS_ID, *other]
-        # an empty text without framing has an eos, too: a batch takes a row of zeros for filling
+        # an empty text without framing gets an eos, too: a batch takes a row of zeros for padding
         return [*ids, EOS_ID] if self.add_eos_token or not ids else ids
 
 
@@ -50,7 +50,7 @@ T5_FRAMING = Framing()
 
 
 def truncate(ids: Sequence[int], length: int) -> list[int]:
-    """Returns at most `length` ids; an input that ends with eos still does, as `batches` has it.
+    """Returns at most `length` ids; an input that ends with eos still does, as in `batches`.
 
     Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
     """
@@ -60,7 +60,7 @@ def truncate(ids: Sequence[int], length: int) -> list[int]:
 
 
 class Vocabulary(Protocol):
-    """Ids as T5 and Gemma use them: 0 padding, 1 end of sequence."""
+    """Converts text to the ids of T5 and Gemma: 0 is padding, 1 the end of sequence."""
 
     @property
     def framing(self) -> Framing: ...
@@ -87,12 +87,13 @@ class Vocabulary(Protocol):
 
 
 class SentencePieceVocabulary:
-    """`spiece.model` or `tokenizer.model`, read by the sentencepiece library; the ids equal SeqIO's (tested).
+    """A `spiece.model` or `tokenizer.model`, read by the sentencepiece library; tests prove SeqIO's ids.
 
     Attributes:
-        path: of the file.
-        framing: T5's; of a vocabulary of Gemma's kind (BPE with bos and byte fallback) what the
-            `tokenizer_config.json` next to it says, or transformers' defaults, bos alone.
+        path: path of the file.
+        framing: T5's framing. A vocabulary of Gemma's kind (BPE with bos and byte fallback) has the
+            framing of the `tokenizer_config.json` next to it; without that, transformers' default, which
+            is bos only.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -120,7 +121,7 @@ class SentencePieceVocabulary:
         self.framing = self._read_framing() if self._is_gemma() else T5_FRAMING
 
     def _is_gemma(self) -> bool:
-        """Returns whether the model is BPE with bos and byte fallback; UMT5's has bos, and is unigram."""
+        """Returns whether the model is BPE with bos and byte fallback; UMT5's has bos, but is unigram."""
         if self._processor.bos_id() <= PAD_ID:
             return False
         from sentencepiece import sentencepiece_model_pb2
@@ -150,12 +151,12 @@ class SentencePieceVocabulary:
 
     @property
     def source(self) -> str:
-        """What `load_vocabulary` takes for it: the file's path."""
+        """Argument of `load_vocabulary` that opens it: the file's path."""
         return os.fspath(self.path)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the file, and of the framing where it is not T5's."""
+        """Digest of the file, and of the framing if it is not T5's."""
         return self._digest
 
     @functools.cached_property
@@ -167,27 +168,27 @@ class SentencePieceVocabulary:
 
     @property
     def unk_id(self) -> int:
-        """The id of what no piece covers."""
+        """Id of text that no piece covers."""
         return self._processor.unk_id()
 
     def normalize(self, text: str) -> str:
-        """Returns the text as it is before it is split into pieces."""
+        """Returns the normalized text, which the model splits into pieces."""
         return self._processor.normalize(text)
 
     def pieces(self) -> list[str]:
-        """The piece of each id."""
+        """Returns the piece of each id."""
         return self._processor.id_to_piece(list(range(self.size)))
 
     def encode(self, text: str) -> list[int]:
-        """Ids without the end of sequence."""
+        """Returns the ids of a text, without an end of sequence."""
         return self._processor.encode(text)
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, on all cores."""
+        """Returns the ids of each text, computed on all cores."""
         return self._processor.encode(texts)
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the first end of sequence; ids that are not pieces are left out."""
+        """Returns the text up to the first end of sequence; ids that are not pieces are left out."""
         ids = [int(i) for i in ids]
         if EOS_ID in ids:
             ids = ids[: ids.index(EOS_ID)]
@@ -195,28 +196,28 @@ class SentencePieceVocabulary:
 
 
 class ByteVocabulary:
-    """ByT5 (arXiv 2105.13626): id = byte + 3."""
+    """Implements ByT5's vocabulary (arXiv 2105.13626): id = byte + 3."""
 
     framing = T5_FRAMING
     size = 256 + 3
     fingerprint = digest(BYTES)
-    source = BYTES  # what `load_vocabulary` takes for it
+    source = BYTES  # argument of `load_vocabulary` that opens it
     unk_id = UNK_ID
 
     def pieces(self) -> list[str]:
-        """A name for each id, as `transformers` has them: a byte is the character of its number."""
+        """Returns the name of each id in `transformers`: for a byte, the character of that number."""
         return ["<pad>", "</s>", "<unk>", *map(chr, range(256))]
 
     def encode(self, text: str) -> list[int]:
-        """Ids without the end of sequence."""
+        """Returns the ids of a text, without an end of sequence."""
         return [b + 3 for b in text.encode()]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each."""
+        """Returns the ids of each text."""
         return list(map(self.encode, texts))
 
     def decode(self, ids: list[int]) -> str:
-        """Text up to the first end of sequence; broken UTF-8 is dropped."""
+        """Returns the text up to the first end of sequence; broken UTF-8 is dropped."""
         ids = [int(i) for i in ids]
         if EOS_ID in ids:
             ids = ids[: ids.index(EOS_ID)]

@@ -1,4 +1,4 @@
-"""Writes the rows of a reader to disk; a folder appears whole or not at all, written by one process."""
+"""Writes a reader's rows to disk; a folder appears complete or not at all, and one process writes it."""
 
 import contextlib
 import json
@@ -21,16 +21,16 @@ from stepdistill_jax.runtime.folders import REPLACED
 from stepdistill_jax.runtime.overwriting import foreign_file
 from stepdistill_jax.runtime.progress import progress
 
-FORMAT = 2  # raised when the same rows would be written differently
-PARALLEL_ROWS = 20_000  # from so many rows on, a second process writes the TFDS files
+FORMAT = 2  # increased when the same rows would be written differently
+PARALLEL_ROWS = 20_000  # for at least this many rows, a second process writes the TFDS files
 MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
-_FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # always there
+_FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of every dataset.json
 
 
 def write_rows(
     reading: Reading, folder: pathlib.Path
 ) -> tuple[dict[str, SplitCounts], str, BadRows]:
-    """Reads all rows once, and writes SPLIT.jsonl and defects.jsonl meanwhile.
+    """Reads all rows once, and writes each to SPLIT.jsonl and its defects to defects.jsonl.
 
     Returns:
         The counts of each split, train first; the fingerprint; and the bad rows, which are left out.
@@ -80,9 +80,9 @@ def write_rest(
     splits: Mapping[str, SplitCounts],
     fingerprint: str,
 ) -> None:
-    """Writes what derives from SPLIT.jsonl: the vocabulary, the TFDS files and, last, dataset.json.
+    """Writes the files made from SPLIT.jsonl: the vocabulary, the TFDS files and, last, dataset.json.
 
-    For a large dataset another process writes the TFDS files meanwhile.
+    For a large dataset, another process writes the TFDS files at the same time.
     """
     from stepdistill_jax.data import builder, round_trip
 
@@ -127,7 +127,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
 
     Args:
         folder: a folder that `is_ours`, is empty or does not exist.
-        name: its path for the message, if it has been moved.
+        name: the folder's original path, for the message, if it has been moved.
 
     Raises:
         InputError: names the file.
@@ -161,7 +161,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns the texts that a step-by-step model reads and writes, with the prefixes.
+    """Returns the texts that a step-by-step model reads and writes, prefixes included.
 
     Takes every k-th row of a large dataset: the trainer keeps all texts in memory.
 

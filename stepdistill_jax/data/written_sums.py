@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from stepdistill_jax.data import arithmetic
 
-MAX_LENGTH = 100_000  # characters of a text to check
+MAX_LENGTH = 100_000  # characters of a text that are checked
 # repetitions are bounded: otherwise a text of brackets takes quadratic time
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,18})(?:\.\d{1,500})?"
 _TERM = rf"(?:\( ?){{0,8}}{_NUMBER}(?: ?\)){{0,8}}"
@@ -24,8 +24,8 @@ def wrong_sums(text: str) -> list[str]:
 
     Checks only unambiguous equations: numbers joined by `+ - * / x` and parentheses on both sides of
     `=`. A side attached to other text (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not
-    checked. A result may be rounded to the digits that it shows. A chain may
-    continue from a result: `3 + 4 = 7 + 1 = 8` is right.
+    checked. A result may be rounded to the digits that it shows. A chain may continue from a result:
+    `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []

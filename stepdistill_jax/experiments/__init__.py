@@ -1,1 +1,1 @@
-"""Several runs side by side: the demo and its plots."""
+"""Trains and compares several runs: demo, sweeps, controls, reports and plots."""

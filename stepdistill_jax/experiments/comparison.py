@@ -1,4 +1,4 @@
-"""Compares runs: accuracy by share of the data, the share that is enough, tests between arms."""
+"""Compares runs: accuracy by share of the data, the share that an arm needs, and tests between arms."""
 
 import dataclasses
 import itertools
@@ -29,9 +29,9 @@ class Point:
         labels: mean number of labelled examples trained on.
         runs: the runs, one per seed.
         accuracy: mean accuracy of the runs.
-        low, high: its 95 % interval by Student's t; None for one seed.
+        low, high: 95 % interval of the mean by Student's t; None for one seed.
         collapsed: number of runs that give every row the same answer.
-        accuracy_of_others: mean accuracy of the other runs; None if none or all collapsed.
+        accuracy_of_others: mean accuracy of the runs that did not collapse; None if none or all did.
     """
 
     arm: str
@@ -51,7 +51,7 @@ class PairTest:
 
     Attributes:
         fraction, first, second: share of the data, names of the arms.
-        difference: mean accuracy of the second minus that of the first.
+        difference: mean accuracy of the second arm minus mean accuracy of the first.
         low, high, p: results of `paired_difference`.
         p_holm: p corrected for all tests of the comparison.
         seeds: seeds that both arms have.
@@ -79,9 +79,9 @@ class Enough:
         arm: name of the arm.
         target: the baseline's mean accuracy at its largest fraction.
         fraction, labels: smallest tested fraction at which the arm's mean is at least `target`, and its
-            labels; None if there is none.
-        surely: smallest fraction from which on the 95 % interval of the difference is above 0; None if
-            there is none.
+            number of labels; None if there is none.
+        surely: smallest fraction from which on the difference's 95 % interval is above 0 at all tested
+            fractions; None if there is none.
         tested: whether there are answers to compare row by row; without them, `surely` means nothing.
         baseline_labels: number of labels at `target`.
         reverse: smallest fraction at which the baseline reaches the arm's accuracy at the arm's largest
@@ -104,10 +104,10 @@ class Comparison:
 
     Attributes:
         name: the task, and the settings in which the report's comparisons differ.
-        baseline: arm to compare the others with.
+        baseline: arm that the others are compared with.
         runs, points, tests, enough: see their classes; points are sorted by arm, then fraction.
         teacher: the teacher's accuracy on these rows, if it has answered them.
-        majority: accuracy of always giving the commonest label.
+        majority: accuracy of always answering the commonest label.
     """
 
     name: str
@@ -121,11 +121,11 @@ class Comparison:
 
     @property
     def arms(self) -> list[str]:
-        """Returns the names of the arms, the baseline first."""
+        """Names of the arms, the baseline first."""
         return list(dict.fromkeys(p.arm for p in self.points))
 
     def is_chance(self, point: Point) -> bool:
-        """Returns whether a point is not shown to be better than always giving the commonest label."""
+        """Returns whether the runs do not show that a point beats always answering the commonest label."""
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
 
@@ -137,7 +137,7 @@ class Comparison:
 def compare(
     runs: Sequence[RunResult], baseline: str | None = None
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
-    """Groups comparable runs; returns a comparison per group, and dicts of `run` and `why` for the others.
+    """Groups comparable runs; returns a comparison per group, and `run` and `why` of each run left out.
 
     Runs are in the same group if they have answered the same rows and agree in all settings that vary
     within an arm, such as a learning rate of a grid. A setting that varies only between arms is part of
@@ -145,11 +145,11 @@ def compare(
 
     Args:
         runs: all runs.
-        baseline: arm to compare the others with; None means `label_only`, or else the first arm with
-            its objectives, or else the first arm.
+        baseline: arm that the others are compared with; None means `label_only`, or else the first arm
+            with the objectives of `label_only`, or else the first arm.
 
     Raises:
-        InputError: no run has that arm; lists the arms.
+        InputError: no run has the baseline arm; lists the arms.
     """
     arms = list(dict.fromkeys(r.arm for r in runs))
     if baseline is not None and baseline not in arms:
@@ -162,7 +162,7 @@ def compare(
         group = groups[run.gold_key, tuple(setting.items())]
         first = group.setdefault((run.arm, run.fraction, run.seed), run)
         if first is not run:
-            why = f"has the arm, fraction, seed and settings of {first.workdir}"
+            why = f"has the same arm, fraction, seed and settings as {first.workdir}"
             left_out.append({"run": str(run.workdir), "why": why})
     found = []
     for (_, setting), group in groups.items():
@@ -180,7 +180,7 @@ def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """Returns, per run, the settings that define its group: the grid's, and those that vary within an arm."""
+    """Returns each run's settings that define its group: the grid, and what varies within an arm."""
     # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
     # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so
     # the two stay in one group; with a second label_only run at 5e-4, LEARNING_RATE splits the groups.
@@ -201,7 +201,7 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 
 
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns a run's settings as texts by name: macros in capitals, nested ones as `optimizer.name`.
+    """Returns a run's settings as texts by name: macros in capitals, nested fields as `optimizer.name`.
 
     The fields of `NO_SETTING` are left out, except INIT_FROM and the objectives' weights and prompts.
     """
@@ -222,7 +222,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
 
 
 def short_value(value: str) -> str:
-    """Returns a setting's text, shortened to the last part for a path."""
+    """Returns a setting's text; a path is shortened to its last part."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value
@@ -272,7 +272,7 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """Returns [draws] accuracies of each run that has answers, all on the same drawn rows."""
+    """Returns the accuracies [draws] of each run that has answers, all on the same drawn rows."""
     known = [r for r in runs if r.right is not None and len(r.right)]
     if not known:
         return {}

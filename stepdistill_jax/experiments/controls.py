@@ -1,4 +1,4 @@
-"""Datasets for control experiments: train splits with spoilt rationales or a teacher that errs."""
+"""Prepares datasets for control experiments: spoilt rationales, or a teacher that errs."""
 
 import json
 import os
@@ -22,18 +22,19 @@ KINDS = ("shuffled", "wrong", "missing", "teacher_errs")
 def spoil(
     examples: Sequence[Example], kind: str, share: float = 1.0, *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Returns rows for JSON lines with spoilt rationales; inputs, labels and ids stay.
+    """Returns rows for JSON lines with spoilt rationales; inputs, labels and ids are unchanged.
 
     Args:
         examples: examples of the train split.
-        kind: what a chosen row gets. `shuffled`: the rationale of another random row. `wrong`: the
-            rationale of a row with another label. `missing`: no rationale. `teacher_errs`: rationale and
-            label (as the field `llm_label`) of a row with another label; all other rows get their own.
+        kind: change of a chosen row. `shuffled`: it gets the rationale of another random row. `wrong`:
+            the rationale of a row with another label. `missing`: no rationale. `teacher_errs`: the
+            rationale and label (as the field `llm_label`) of a row with another label; all other rows
+            get their own label as `llm_label`.
         share: share of the rows with a rationale that are chosen, at random.
         seed: random seed.
 
     Raises:
-        InputError: `kind` is unknown, or all rows have the same label and another one is needed.
+        InputError: `kind` is unknown, or it needs another label and all rows have the same one.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)
@@ -44,8 +45,8 @@ def spoil(
         row.pop("rationales", None)
         if kind == "teacher_errs":
             row["llm_label"] = row["label"]
-    # np.roll pairs each chosen row with the one before: of [4, 7, 2], 4 gets the rationale of 2, 7 of 4,
-    # 2 of 7. So no row keeps its own, if more than one is chosen.
+    # np.roll pairs each chosen row with the one before it: of [4, 7, 2], row 4 gets the rationale of row 2,
+    # 7 of 4, and 2 of 7. So no row keeps its own rationale, if more than one row is chosen.
     for i, after in zip(chosen.tolist(), np.roll(chosen, 1).tolist(), strict=True):
         if kind == "missing":
             rows[i].pop("rationale", None)
@@ -74,7 +75,7 @@ def prepare_control(
     """Prepares the dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`.
 
     Raises:
-        InputError: as for `spoil` and `prepare_variant`.
+        InputError: see `spoil` and `prepare_variant`.
     """
     return prepare_variant(
         name,
@@ -94,16 +95,17 @@ def prepare_variant(
 ) -> PreparedDataset:
     """Prepares the dataset NEW_NAME, once: NAME's validation and test, and a changed train split.
 
-    Its runs answer the same rows as NAME's, so they may be compared. Other splits are left out.
+    Runs on NEW_NAME answer the same rows as runs on NAME, so they may be compared. Other splits are left
+    out.
 
     Args:
         name, new_name: names of a prepared dataset (or `delivery`), and of the new one.
-        change: function from the train split's examples to rows of JSON lines that replace them.
-        fields: further fields of these rows, for the templates of objectives.
+        change: function that turns the train split's examples into the rows that replace them.
+        fields: additional fields of these rows, for the templates of objectives.
         data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR`, else the user's cache.
 
     Raises:
-        InputError: as for `prepare` and `open_prepared`.
+        InputError: see `prepare` and `open_prepared`.
     """
     folder = data_folder(data_dir)
     if is_prepared(new_name, folder):

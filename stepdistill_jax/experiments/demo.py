@@ -40,9 +40,9 @@ class ArmResult:
         arm: name of the config.
         labels: number of labelled examples trained on.
         steps: number of updates.
-        seconds: time of training, with compilation and validation; None if an earlier start trained it.
+        seconds: training time, including compilation and validation; None if an earlier start trained it.
         test_accuracy: share of right labels on the test split.
-        tokens_per_row: mean number of tokens decoded for a label, with the end of sequence.
+        tokens_per_row: mean number of tokens decoded for a label, including the end of sequence.
     """
 
     arm: str
@@ -61,7 +61,7 @@ def demo(
 ) -> dict[str, Any]:
     """Trains each arm in `workdir`/ARM, decodes the test labels, and compares the arms.
 
-    A second call finds the finished arms and only decodes.
+    A second call finds the arms trained, and only decodes.
 
     Args:
         arms: config and its gin text by name; all have the same task.
@@ -69,8 +69,8 @@ def demo(
         data_dir: folder of the dataset, which is prepared there if it is missing.
 
     Returns:
-        `arms` (rows of the table), `majority_baseline`, `plot`, and `rows`: test rows with the label and
-        the rationale of the step-by-step model.
+        `arms` (the table's rows), `majority_baseline`, `plot`, and `rows`: test rows with the label and
+        rationale that the step-by-step model writes.
     """
     workdir = local_path(workdir, "`workdir`")
     check_folder(workdir, SUMMARY, MADE, [PLOT])
@@ -107,7 +107,7 @@ def demo(
 
 
 def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
-    """Returns decoded texts and token counts for an objective's prompts, of at most `length` tokens each."""
+    """Decodes at most `length` tokens for each prompt of an objective; returns texts and token counts."""
     chosen = info.objectives[objective]
     rows = [
         encode_input(model.vocabulary, chosen.input_template.format(input=text), info.input_length)[
@@ -137,7 +137,7 @@ def _test(
 def _rationales(
     model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
 ) -> list[dict[str, str]]:
-    """Returns the first test rows with labels and rationales; [] if the model has no rationale objective."""
+    """Returns the first test rows with labels and rationales; [] if the model writes no rationales."""
     names = [o.name for o in info.objectives]
     if "rationale" not in names:
         return []
@@ -152,5 +152,5 @@ def _rationales(
 
 
 def device_name() -> str:
-    """Returns number and kind of the devices, for the table's caption."""
+    """Returns the number and kind of the devices, for the table's caption."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

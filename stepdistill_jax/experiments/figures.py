@@ -1,4 +1,4 @@
-"""The plots of a report."""
+"""Draws the plots of a report."""
 
 import pathlib
 from collections import defaultdict
@@ -33,9 +33,9 @@ def _runs_of(points: Sequence[Point]) -> str:
 
 
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
-    """Draws accuracy against the share of the training data, one line per arm; returns the SVG's path.
+    """Draws accuracy against the share of the training data, with a line per arm; returns the SVG's path.
 
-    Whiskers are 95 % intervals; a collapsed run is a cross in its arm's colour.
+    Whiskers are 95 % intervals; crosses in an arm's colour are its collapsed runs.
     """
     made, axis = figure()
     fractions = sorted({p.fraction for p in comparison.points})
@@ -65,13 +65,13 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
 
 
 def _tick(comparison: Comparison, fraction: float) -> str:
-    """Returns `25%`, and below it `375 labels` if all arms have that many."""
+    """Returns `25%`, with `375 labels` below it if all arms have this number."""
     labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
     return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")
 
 
 def _whiskers(axis, places: Sequence[float], points: Sequence[Point], i: int, look: dict) -> None:
-    # shifted by a few per cent, odd arms to the right, even ones to the left: whiskers must not overlap
+    # shifts odd arms to the right and even arms to the left, by a few per cent: whiskers must not overlap
     at = np.asarray(places) * 1.012 ** (i if i % 2 else -i)
     axis.plot(at, [p.accuracy for p in points], ms=5, **look)
     for x, p in zip(at, points, strict=True):
@@ -112,7 +112,7 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
                 axis.plot(steps, values, color=look["color"], lw=0.5, alpha=0.45)
                 for step, value in zip(steps, values, strict=True):
                     by_step[step].append(value)
-            # only steps of all runs: a mean over fewer runs would jump
+            # only steps that all runs have: a mean over fewer runs would jump
             whole = sorted(s for s, v in by_step.items() if len(v) == len(point.runs))
             means = [float(np.mean(by_step[s])) for s in whole]
             thick = {"color": look["color"], "ls": look["ls"], "lw": 2, "label": label}
@@ -129,7 +129,7 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
 def size_figure(
     comparisons: Sequence[Comparison], split: str, stem: pathlib.Path
 ) -> pathlib.Path | None:
-    """Draws accuracy at the largest fraction against the number of parameters; None if all are equal."""
+    """Draws accuracy at the largest fraction against model size; returns None if all sizes are equal."""
     by_arm: dict[str, list[tuple[int, Point]]] = defaultdict(list)
     for comparison in comparisons:
         for arm in comparison.arms:

@@ -1,12 +1,12 @@
-"""The paper's results, for comparison with measured ones."""
+"""Accuracies from the paper, for comparison with measured ones."""
 
 from stepdistill_jax.data.prepared import PAPER_SUFFIX
 from stepdistill_jax.experiments.comparison import Point
 
 BASE_PARAMETERS = 247_577_856  # T5 v1.1 base
 
-# Hsieh et al. 2023 (arXiv:2305.02301): test accuracy of T5 v1.1 base from the published weights, trained on
-# all gold labels; rationales by PaLM
+# Hsieh et al. 2023 (arXiv:2305.02301): test accuracy of T5 v1.1 base, which started from the published weights
+# and was trained on all gold labels; rationales by PaLM
 ACCURACY = {
     "esnli": {"label_only": 0.8838, "single_task": 0.8888, "step_by_step": 0.8951},
     "anli": {"label_only": 0.4358, "single_task": 0.4350, "step_by_step": 0.4958},
@@ -16,7 +16,7 @@ ACCURACY = {
 
 
 def paper_accuracy(point: Point) -> float | None:
-    """Returns the paper's accuracy for a point with its dataset, arm, model size and all data, else None."""
+    """Returns the paper's accuracy for the dataset, arm and size of a point with all data, else None."""
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:
         return None

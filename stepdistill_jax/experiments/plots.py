@@ -1,4 +1,4 @@
-"""Plots of runs, with colours that colour-blind readers can distinguish and lines that print in grey."""
+"""Plots runs, with colours that colour-blind readers can distinguish and lines that print in grey."""
 
 import importlib
 import os
@@ -25,9 +25,9 @@ def learning_curves(
     """Draws validation accuracy and the label's training loss against the step, as a PNG.
 
     Args:
-        runs: lines of `metrics.jsonl` by the name to show.
+        runs: lines of `metrics.jsonl` for each run, by the name to show.
         path: path of the PNG.
-        chance: accuracy of always giving the commonest label, drawn as a thin line.
+        chance: accuracy of always answering the commonest label, drawn as a thin line.
     """
     made, accuracy, loss = learning_axes("label loss on train, nats per token")
     for i, (name, lines) in enumerate(runs.items()):
@@ -46,11 +46,11 @@ def learning_curves(
 def plot_curves(workdir: os.PathLike | str) -> Any:
     """Returns a `matplotlib.figure.Figure` of a run: validation accuracy, and each objective's loss.
 
-    Lines are training losses, averaged over 20 steps; markers are losses of validations. A notebook
-    shows the figure if it is the last value of a cell; `.savefig(PATH)` writes it.
+    Lines are training losses, averaged over 20 steps; markers are validation losses. A notebook shows the
+    figure if it is the last value of a cell; `.savefig(PATH)` writes it to a file.
 
     Raises:
-        InputError: as for `read_metrics`.
+        InputError: see `read_metrics`.
     """
     importlib.import_module("matplotlib.pyplot")  # registers the display of figures in a notebook
     lines = read_metrics(workdir)
@@ -75,7 +75,7 @@ def plot_curves(workdir: os.PathLike | str) -> Any:
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns steps and values of the lines that have a number under `key`."""
+    """Returns the steps and values of the lines that have a number under `key`."""
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -88,7 +88,7 @@ def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
 
 
 def look_of(i: int) -> dict[str, Any]:
-    """Returns colour, line and marker of the i-th curve, which differ without the colour, too."""
+    """Returns colour, line style and marker of the i-th curve; curves differ even without colour."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "ls": STYLES[i % len(STYLES)],
@@ -97,12 +97,12 @@ def look_of(i: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Escapes dollars, between which matplotlib would read mathematics."""
+    """Escapes dollar signs, since matplotlib would read the text between them as mathematics."""
     return text.replace("$", r"\$")
 
 
 def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
-    """Writes STEM.png and STEM.svg, the same bytes for the same plot; returns the SVG's path."""
+    """Writes STEM.png and STEM.svg and returns the SVG's path; the same plot gives the same bytes."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "stepdistill"}):
@@ -126,7 +126,7 @@ def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
 def figure(columns: int = 1) -> tuple[Any, Any]:
     """Returns a figure and its axes (one, or an array of them).
 
-    It is created without pyplot, so it opens no window and needs no close.
+    It is created without pyplot, so it opens no window and need not be closed.
     """
     from matplotlib.figure import Figure
 

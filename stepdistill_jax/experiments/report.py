@@ -50,7 +50,7 @@ class Report:
         page: path of the HTML file.
         files: paths of all written files, the page first.
         comparisons: result of `comparison.compare`.
-        left_out: runs that are in no table, as dicts of `run` and `why`.
+        left_out: runs that are in no table, as dicts with the keys `run` and `why`.
     """
 
     page: pathlib.Path
@@ -70,19 +70,19 @@ def report(
 ) -> Report:
     """Compares runs, and writes `report.html` and each plot and table as separate files.
 
-    The page needs no network and no other file. The same runs give the same bytes.
+    The page needs no network and no other file. The same runs produce the same bytes.
 
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain some of these.
         output: folder, created if missing; files of an earlier report are replaced.
         split: split on which answers are compared.
-        baseline: arm to compare the others with; None as in `compare`.
+        baseline: arm that the others are compared with; None means the default of `compare`.
         examples: number of rows to show with their answers, evenly spread over the split.
         data_dir: folder of prepared datasets; without the dataset there are no tests and no examples.
 
     Raises:
-        InputError: a path contains no runs, no run has answers on the split, there is no such baseline,
-            or the folder cannot be written.
+        InputError: a path contains no runs, no run has answers on the split, no run has the baseline
+            arm, or the folder cannot be written.
     """
     whole("examples", examples, 0)
     folder = local_path(output, "`output`")
@@ -122,7 +122,7 @@ def report(
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns suffixes of file names: "" for a single comparison, else its name, numbered if not unique."""
+    """Returns suffixes of file names: "" for a single comparison, else their names, unique by a number."""
     if len(comparisons) == 1:
         return [""]
     names = [re.sub(r"[^A-Za-z0-9.]+", "-", c.name).strip("-.")[:80] for c in comparisons]
@@ -176,7 +176,7 @@ def _write_comparison(
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """Returns sentences: how little data each arm needs to reach the baseline's accuracy with all data.
+    """Returns sentences that say how little data each arm needs to reach the baseline's full accuracy.
 
     They also name arms that need a teacher at test time.
     """
@@ -186,8 +186,8 @@ def headline(comparison: Comparison) -> list[str]:
     if comparison.enough and comparison.is_chance(point):
         sentences.append(
             f"{base}, trained on {data} ({point.labels:.0f} labels), has an accuracy of"
-            f" {point.accuracy:.4f}. This is not shown to be better than always giving the commonest"
-            f" label ({comparison.majority:.4f}), so it means nothing if another arm reaches it."
+            f" {point.accuracy:.4f}. The runs do not show that this is better than always answering the"
+            f" commonest label ({comparison.majority:.4f}), so it means nothing if another arm reaches it."
         )
         sentences += _better(comparison.enough)
     else:
@@ -197,13 +197,13 @@ def headline(comparison: Comparison) -> list[str]:
         if shown := [name for name in fields_of(first["input_template"]) if name != "input"]:
             sentences.append(
                 f"{arm} reads {' and '.join(shown)} of each row in addition to its input: a teacher must"
-                " write that at test time, too."
+                " also write it at test time."
             )
     return sentences
 
 
 def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
-    """Returns a sentence: with how much data an arm reaches the accuracy of the baseline with `data`."""
+    """Returns a sentence that says how much data an arm needs to reach the baseline's accuracy on `data`."""
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
         f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
@@ -227,7 +227,7 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns sentences: from which share on arms are significantly better, one sentence per share."""
+    """Returns a sentence per share, naming the arms that are significantly better from this share on."""
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
         if enough.tested:
@@ -254,7 +254,7 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
     if not chosen or not count:
         return {"examples": []}
     golds = [run.gold for run in chosen if run.gold]
-    # arms may be trained on variants of the dataset with the same rows: prefer one with rationales
+    # arms may be trained on variants of the dataset with the same rows: prefer a variant with rationales
     explained = next((g for g in golds if any(e.rationale for e in g.examples)), golds[0])
     rows = len(explained.examples)
     # of 10 rows, 4 examples are rows 0, 3, 6 and 9
@@ -293,12 +293,12 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 
 
 def _embedded(figure: pathlib.Path) -> str:
-    """Returns an SVG as a data URI: as an image it runs no script and shares no names with the page."""
+    """Returns an SVG as a data URI: an image runs no script and shares no names with the page."""
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 
 def _page(**values: Any) -> str:
-    """Returns the HTML text. Text from data is escaped; the only allowed script is given by its digest."""
+    """Returns the HTML text. Texts from data are escaped; a digest allows the page's only script."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -35,10 +35,10 @@ class Gold:
 
     Attributes:
         key: digest of ids, inputs and labels; datasets that differ only in rationales share it.
-        examples: its rows, in order.
+        examples: rows of the split, in order.
         metric: metric that compares labels.
         fingerprint: fingerprint of the dataset.
-        labels: the task's labels, if they are few.
+        labels: labels of the task, if they are few.
     """
 
     key: str
@@ -56,7 +56,7 @@ class Gold:
 
     @functools.cached_property
     def teacher(self) -> float | None:
-        """Returns the teacher's accuracy over all rows; None if it has answered none.
+        """The teacher's accuracy over all rows; None if it has answered no row.
 
         A row without an answer counts as wrong, as in the paper.
         """
@@ -71,15 +71,15 @@ class RunResult:
 
     Attributes:
         workdir: folder of the run.
-        arm, fraction, seed: the sweep's, else derived from the run's objectives and config.
-        grid: VALUE by NAME of a sweep's grid.
+        arm, fraction, seed: values of the sweep; else derived from the run's objectives and config.
+        grid: VALUE by NAME in a sweep's grid.
         config: the config in `run.json`.
-        gold: the split that it answered; None if its dataset is not prepared here.
+        gold: the split that the run answered; None if its dataset is not prepared here.
         labels: number of labelled examples trained on.
         parameters: number of the model's parameters.
-        step: step whose model answered.
+        step: step of the model that answered.
         accuracy, rows: accuracy on the split, and its number of rows.
-        majority: accuracy of always giving the commonest label; None if it was not saved.
+        majority: accuracy of always answering the commonest label; None if it was not saved.
         collapsed: whether all answers are the same.
         answers: the model's labels, in the order of the rows; None without `gold`.
         right: [rows] bool, whether each answer is right; None without `gold`.
@@ -110,17 +110,17 @@ class RunResult:
 
     @property
     def task(self) -> str:
-        """Returns the task that it was trained on."""
+        """Task that the run was trained on."""
         return self.config["task"]
 
     @property
     def gold_key(self) -> str:
-        """Returns the key that comparable runs share."""
+        """Key that comparable runs share."""
         return self.task if self.gold is None else self.gold.key
 
     @property
     def rationale_token_accuracy(self) -> float | None:
-        """Returns the share of validation rationale tokens predicted right at `step`, with teacher forcing."""
+        """Share of rationale tokens predicted right in the validation at `step`, with teacher forcing."""
         key = f"eval/validation/accuracy/{RATIONALE}"
         found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
         return found[-1] if found else None
@@ -138,7 +138,7 @@ class RunResult:
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
-        """Returns (seconds, FLOPs) of its training steps, with compilation, without validation and saving.
+        """(seconds, FLOPs) of the training steps, including compilation, without validation and saving.
 
         A logged step of `batch_size` examples at r examples/s took batch_size / r seconds.
         """
@@ -166,7 +166,7 @@ def read_runs(
     split: str,
     data_dir: os.PathLike | str | None = None,
 ) -> tuple[list[RunResult], list[dict[str, str]]]:
-    """Returns all runs below `paths` with answers on `split`, and dicts of `run` and `why` for the others.
+    """Returns all runs below `paths` with answers on `split`; and `run` and `why` of each other run.
 
     Args:
         paths: workdirs, folders of `sweep`, or folders that contain some of these.
@@ -203,7 +203,7 @@ def read_runs(
 
 
 def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
-    """Returns every workdir below `paths` once, in their order.
+    """Returns every workdir below `paths` once, in the order of `paths`.
 
     Raises:
         InputError: a folder is missing or contains no workdir.
@@ -224,7 +224,7 @@ def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
 def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
     if (path / RUN).is_file():
         yield Found(path)
-    elif (path / SWEEP).is_file():
+    elif (path / SWEEP).is_file():  # it has each cell's arm and grid, which folders do not
         cells = read_object(path / SWEEP).get("cells")
         if not isinstance(cells, dict) or not all(isinstance(x, dict) for x in cells.values()):
             raise InputError(f"{path / SWEEP}: not written by `sweep`; move it away")
@@ -250,7 +250,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
         return f"answered {task} before it was prepared again: evaluate it again"
     step = kept.get("step")
-    if step is None:  # not evaluated by `sweep`; `evaluate` answers with the best step
+    if step is None:  # not evaluated by `sweep`; `evaluate` uses the best step
         try:
             step = resolve_step(workdir, "best")
         except InputError as error:
@@ -299,7 +299,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns a field of each row; None if the rows' ids differ from those of `gold`."""
+    """Returns a field of each row; None if the rows' ids differ from `gold`'s ids."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None
@@ -307,12 +307,12 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 
 
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the name of the arm with these objectives, whatever their weights; else their own names.
+    """Returns the name of the arm with these objectives, whatever their weights; else the objectives' names.
 
     A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the same.
 
-    Example: objectives `label` and `rationale` are `step_by_step`, or `label+rationale` if a template
-    differs from that arm's.
+    Example: objectives `label` and `rationale` are `step_by_step`, or `label+rationale` if one of their
+    templates differs from the arm's.
     """
 
     def shape(items) -> list[tuple]:

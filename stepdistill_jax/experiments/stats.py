@@ -1,4 +1,4 @@
-"""Confidence intervals and tests for few seeds and many rows."""
+"""Computes confidence intervals and tests for few seeds and many rows."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 import scipy.stats
 
 DRAWS = 4000
-CHUNK = 200  # draws at once; memory holds [CHUNK, rows] row counts
+CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -26,7 +26,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 
 
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Returns [draws, runs] accuracies on rows drawn with replacement, the same rows for all runs.
+    """Returns accuracies on rows drawn with replacement, [draws, runs]; all runs share the drawn rows.
 
     Args:
         right: [runs, rows] bool, whether an answer is right.
@@ -50,9 +50,9 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Returns the 95 % interval of the second arm's mean accuracy minus the first's, and a two-sided p.
 
-    A paired bootstrap (Efron and Tibshirani 1993): rows are drawn for both arms together, runs (seeds)
-    for each arm separately. So the interval covers another test set and other seeds; with one run per
-    arm, it covers only another test set.
+    A paired bootstrap (Efron and Tibshirani 1993) draws rows for both arms together, and runs (seeds) for
+    each arm separately. So the interval covers other test sets and other seeds; with one run per arm, it
+    covers only other test sets.
 
     Args:
         first, second: [draws, runs] results of `resample`, from the same draws.
@@ -75,11 +75,11 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p values corrected for the number of tests, so that p bounds the chance of any false alarm.
+    """Returns p values corrected for the number of tests: each bounds the chance of any false alarm.
 
-    Holm 1979, Scandinavian Journal of Statistics 6:65: the k-th smallest of n (k from 0) is multiplied by
-    n - k, and no value is below a smaller one's. `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]:
-    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
+    Holm 1979, Scandinavian Journal of Statistics 6:65: the k-th smallest of n values (k from 0) is
+    multiplied by n - k, and raised to the corrected value before it if that is higher.
+    `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]: 3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -33,8 +33,8 @@ from stepdistill_jax.training.provenance import differences
 from stepdistill_jax.training.workdir import RUN, locked_workdir, read_run
 
 SWEEP = "sweep.json"
-EVALUATION = "evaluation"  # WORKDIR/evaluation/SPLIT.json
-TRAIN_STEPS = "train_steps"  # its key for the `train_steps` of the evaluated run
+EVALUATION = "evaluation"  # folder of WORKDIR/evaluation/SPLIT.json
+TRAIN_STEPS = "train_steps"  # key in that file: `train_steps` of the evaluated run
 WAITING, RUNNING, DONE, FAILED, STOPPED = "waiting", "running", "done", "failed", "stopped"
 
 
@@ -43,8 +43,8 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        arm: name of its curve.
-        fraction, seed: values in its config.
+        arm: name of the arm.
+        fraction, seed: share of the data and seed in the config.
         grid: VALUE as typed, by NAME, for other settings that differ between cells.
         config: config of the run.
         text: gin text to save as `config.gin`.
@@ -59,17 +59,17 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Returns its workdir in the sweep's folder: `step_by_step/0.25/3`, `ARM/NAME=VALUE/0.25/3`."""
+        """Workdir relative to the sweep's folder: `step_by_step/0.25/3`, `ARM/NAME=VALUE/0.25/3`."""
         return cell_path(self.arm, self.fraction, self.seed, self.grid)
 
     @property
     def name(self) -> str:
-        """Returns its name for people: `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
+        """Name for people: `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
         return cell_name(self.arm, self.fraction, self.seed, self.grid)
 
 
 def cell_path(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
-    """Returns `Cell.path`; characters that do not belong in a folder's name become `-`."""
+    """Returns `Cell.path`; characters that are not safe in a folder's name become `-`."""
     values = ",".join(f"{k}={re.sub(r'[^A-Za-z0-9._+-]+', '-', v)}" for k, v in grid.items())
     return "/".join([arm, *([values] if values else []), repr(float(fraction)), str(seed)])
 
@@ -93,11 +93,11 @@ def sweep(
 
     A cell is done once its last step and its evaluation are saved in its workdir, so a sweep that was
     killed at any point continues exactly. Cells that differ only in seed, fraction or a number that is
-    no constant of the program are compiled once.
+    not a constant of the compiled program are compiled once.
 
     Args:
         cells: cells to train, on one task or several.
-        workdir: folder of `sweep.json` and of a workdir per cell.
+        workdir: folder for `sweep.json` and a workdir per cell.
         data_dir: folder of the prepared dataset.
         split: split on which each run's best step is evaluated, into `evaluation/SPLIT.json` and
             `predictions/`; None evaluates nothing.
@@ -107,17 +107,18 @@ def sweep(
         asked: the command's arguments, saved in `sweep.json`.
 
     Returns:
-        `workdir`; `cells`, `done` and `skipped`, numbers of cells (in all, done, and done before this
-        call); `failed_cells`, dicts of `cell`, `workdir`, `error`; `seconds`.
+        `workdir`; `cells`, `done` and `skipped`, the numbers of all cells, of cells that are done, and of
+        cells that were done before this call; `failed_cells`, dicts of `cell`, `workdir`, `error`;
+        `seconds`.
 
     Raises:
-        InputError: a cell's workdir holds another run, two cells share a folder, or there is no such
+        InputError: a cell's workdir holds another run, two cells share a folder, or a task lacks the
             split; raised before the first cell trains.
         SystemExit: with status 75, after a signal; finished work is saved.
     """
     if jax.process_count() > 1:
         raise InputError(
-            "sweep runs in one process; `stepdistill sweep ... --print slurm` (or xpk) prints the"
+            "sweep runs in a single process; `stepdistill sweep ... --print slurm` (or xpk) prints the"
             " cells' commands for many hosts"
         )
     folder, data_dir = as_path(workdir), data_folder(data_dir)
@@ -173,7 +174,7 @@ def _run(
     waiting, ended, spent = [(cell, 1) for cell in left], 0, 0.0
     while waiting:
         cell, attempt = waiting.pop(0)
-        # mean time of an ended cell, times this one and the waiting ones
+        # mean time of the cells that have ended, times the number of cells that are left
         left_secs = spent / ended * (len(waiting) + 1) if ended else None
         eta = "" if left_secs is None else f"  ETA {datetime.timedelta(seconds=int(left_secs))}"
         again = f"  (attempt {attempt})" if attempt > 1 else ""
@@ -205,7 +206,7 @@ def _evaluate(
     with_rationale: bool,
     datasets: Mapping[str, str | None],
 ) -> None:
-    """Writes the best step's answers, then `evaluation/SPLIT.json`, which marks the evaluation complete."""
+    """Writes the best step's answers, then `evaluation/SPLIT.json`, which marks it as evaluated."""
     config, path = cell.config, workdir / EVALUATION / f"{split}.json"
     if not is_remote(path):
         check_result(path)
@@ -245,10 +246,10 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
     if not path.is_file():
         return False
     kept = read_object(path)
-    # a cell that was trained further may have a different best step
+    # a cell that was trained for more steps since may have a different best step
     if TRAIN_STEPS in kept:
         current = kept[TRAIN_STEPS] == cell.config.train_steps
-    else:  # from an older version, which trained no run further and did not record its starts' steps
+    else:  # from an older version, which could not add steps and did not record TRAIN_STEPS
         current = not any(TRAIN_STEPS in life for life in read_run(workdir).get("lives", []))
     return current and (not with_rationale or RATIONALE in kept)
 
@@ -260,7 +261,7 @@ def _check_cells(
     if (folder / RUN).is_file():
         raise InputError(f"`workdir` {folder}: expected a folder of runs, got a run")
     if not cells:
-        raise InputError("sweep: no cells; give at least one arm, fraction and seed")
+        raise InputError("sweep: no cells; expected at least one arm, fraction and seed")
     paths: dict[str, Cell] = {}
     for cell in cells:
         if (other := paths.setdefault(cell.path, cell)) is not cell:
@@ -274,7 +275,7 @@ def _check_cells(
             ensure_prepared(task, data_dir)
         if split and not has_split(task, split, data_dir=data_dir, task_module=module):
             raise InputError(
-                f"`split` {split}: {task} has no such split; give another one, or none"
+                f"`split` {split}: {task} has no such split; choose another one, or none"
             )
         prepared = is_prepared(task, data_dir)
         datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
@@ -284,7 +285,7 @@ def _check_cells(
 def _check_workdirs(
     cells: Sequence[Cell], folder: pathlib.Path, datasets: Mapping[str, str | None]
 ) -> None:
-    """Refuses, before any training, a cell whose workdir holds a run of another config or data."""
+    """Refuses, before any training, a cell whose workdir holds a run with another config or data."""
     for cell in cells:
         workdir = folder / cell.path
         if not (workdir / RUN).is_file():
@@ -308,7 +309,7 @@ def _check_workdirs(
 
 
 class _Record:
-    """Keeps `sweep.json`: the commands' arguments and each cell's state, also of earlier starts."""
+    """Maintains `sweep.json`: the arguments of all starts so far, and each cell's state."""
 
     def __init__(self, folder: pathlib.Path, cells: Sequence[Cell], asked: Mapping[str, Any]):
         self._path = folder / SWEEP
@@ -330,7 +331,7 @@ class _Record:
         return self._cells[cell.path]
 
     def note(self, cell: Cell, **values: Any) -> None:
-        """Updates a cell's entry; `seconds` are summed over its starts."""
+        """Updates a cell's entry; `seconds` are added up over its starts."""
         entry = self._cells[cell.path]
         if "seconds" in values:
             values["seconds"] = round(entry.get("seconds", 0.0) + values["seconds"], 1)

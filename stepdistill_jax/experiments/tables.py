@@ -1,4 +1,4 @@
-"""The tables of a report, as rows from which CSV and HTML are written."""
+"""Makes the tables of a report, as rows from which CSV and HTML are written."""
 
 import csv
 import dataclasses
@@ -24,12 +24,12 @@ USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "S
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table as people read it.
+    """A table whose cells are texts.
 
     Attributes:
-        name: stem of its file.
+        name: stem of the file's name.
         head: names of the columns.
-        rows: texts of the cells; an empty one means unknown.
+        rows: texts of the cells; an empty text means unknown.
         numbers: indices of right-aligned columns.
     """
 
@@ -46,7 +46,7 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """Returns the table as CSV with a header; no cell is a formula to a spreadsheet."""
+        """Returns the table as CSV with a header; a spreadsheet takes no cell for a formula."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -54,7 +54,7 @@ class Table:
 
 
 def _no_formula(cell: str) -> str:
-    """Returns `cell`, after an apostrophe if a spreadsheet would compute it; numbers stay."""
+    """Returns `cell`, with an apostrophe in front if a spreadsheet would take it for a formula."""
     cell = escaped(cell)  # csv does not quote a carriage return, which would begin a new row
     try:
         float(cell)
@@ -64,7 +64,7 @@ def _no_formula(cell: str) -> str:
 
 
 def accuracy_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table with a row per arm and fraction, and the paper's accuracies if it has some of them."""
+    """Returns a table with a row per arm and fraction, and the paper's accuracies if there are any."""
     head = ("arm", "fraction", "labels", "runs", "accuracy", "95% low", "95% high", "collapsed")
     head += ("accuracy without these",)
     rows = [
@@ -89,7 +89,7 @@ def accuracy_table(comparison: Comparison, name: str) -> Table:
 
 
 def tests_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table with a row per pair of arms and fraction."""
+    """Returns a table of the tests, with a row per pair of arms and fraction."""
     head = ("fraction", "first", "second", "second - first", "95% low", "95% high", "p", "p (Holm)")
     head += ("only first right", "only second right")
     rows = [
@@ -111,9 +111,10 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 
 
 def rationale_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of the quality of decoded rationales by arm and fraction, and of the teacher's.
+    """Returns a table of the quality of decoded rationales by arm and fraction, and a teacher's row.
 
-    Values are means over the runs. Counts are shares of the rows; token accuracy is from validation.
+    Values are means over the runs. Counts are shown as shares of the rows; token accuracy is from
+    validation.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)
@@ -167,7 +168,7 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 
 
 def settings_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of settings: the usual ones, those not at their defaults, and those that differ."""
+    """Returns a table of settings: `USUAL_SETTINGS`, and all that differ from their defaults or by arm."""
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
     for run in comparison.runs:
@@ -181,7 +182,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
     usual |= {f"{o['name']}.weight" for run in comparison.runs for o in run.config["objectives"]}
     rows = []
     for setting in names:
-        # one text per arm, such as "0, 1, 2" for SEED; an arm without the setting has no entry
+        # one text per arm, such as "0, 1, 2" for SEED; none for an arm without the setting
         values = {
             arm: ", ".join(sorted({short_value(s.get(setting, "")) for s in runs}, key=_sort_key))
             for arm, runs in by_arm.items()
@@ -197,7 +198,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
 
 
 def _sort_key(value: str) -> tuple[float, str]:
-    """Returns a sort key that puts numbers first, by size, then texts."""
+    """Returns a sort key that puts numbers first, in order of size, and then texts."""
     try:
         return float(value), value
     except ValueError:
@@ -205,7 +206,7 @@ def _sort_key(value: str) -> tuple[float, str]:
 
 
 def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:
-    """Returns a table of all runs, for further computations."""
+    """Returns a table of all runs, for the reader's own computations."""
     head = ("comparison", "arm", "fraction", "seed", "labels", "parameters", "best step")
     head += (f"accuracy on {split}", "rows", "collapsed", "seconds", "TFLOP", "workdir")
     rows = [(c.name, *_run(run)) for c in comparisons for p in c.points for run in p.runs]

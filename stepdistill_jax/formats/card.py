@@ -1,4 +1,4 @@
-"""The model card: `README.md` of an exported directory."""
+"""Makes the model card, the `README.md` of an exported directory."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ tags: [{tag}, distillation, distilling-step-by-step]
 
 {family} of {parameters} parameters ({sizes}), trained by
 `stepdistill-jax` {version} with *Distilling Step-by-Step* (Hsieh et al. 2023, arXiv:2305.02301): the
-objectives below share one model, and only the first is asked when it serves.{adapters}
+objectives below share one model, and inference uses only the first.{adapters}
 
 | objective | input | target | weight |
 |---|---|---|---|
@@ -36,14 +36,14 @@ objectives below share one model, and only the first is asked when it serves.{ad
 
 {facts}
 
-The licence of the weights follows from that of the data and of the model they started from; it is
-not stated here.{terms}
+The licence of the weights depends on the licences of the data and of the initial model. This card does
+not state it.{terms}
 
 ## Use
 
-Inputs longer than {input_length} tokens are cut; an answer has at most {max_decode_len}.
+Inputs longer than {input_length} tokens are truncated; an answer has at most {max_decode_len} tokens.
 
-With the package that trained it, a file of `{{"input": ...}}` lines (the prefix is added):
+To answer a file of `{{"input": ...}}` lines with the package that trained the model, which adds the prefix:
 
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
@@ -66,7 +66,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True))
 
 _CTRANSLATE2 = """
 For CTranslate2, which is faster on CPUs, `stepdistill export THIS_FOLDER NEW_FOLDER --format ctranslate2` writes a
-directory. Without that package (`pip install ctranslate2 transformers torch`, the last two for the conversion alone):
+directory. Without that package (`pip install ctranslate2 transformers torch`; the last two only convert the model):
 
 ```python
 import ctranslate2
@@ -77,7 +77,7 @@ from transformers import AutoTokenizer
 class Converter(TransformersConverter):
     def load_model(self, *args, **kwargs):
         model = super().load_model(*args, **kwargs)
-        # transformers 5 says true for every T5; the converter takes it for "logits are scaled down"
+        # transformers 5 says true for every T5, and the converter then scales the logits down
         model.config.tie_word_embeddings = {scaled}
         return model
 
@@ -96,7 +96,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True), result.scores[0])
 """
 
 _OTHER = """
-The decoder is given {prefix!r} before the {name}, and continues from there:
+For the {name}, the decoder starts with {prefix!r} and continues from there:
 
 ```python
 inputs = tokenizer({prompt!r}, truncation=True, return_tensors="pt")
@@ -106,12 +106,12 @@ print(tokenizer.decode(ids[start.shape[1] :], skip_special_tokens=True))
 ```
 """
 _SPECIAL = """\
-Texts that spell a special token (`</s>`, `<pad>`, `<unk>`) are split into letters by `stepdistill`, and are that token for
-`transformers`."""
-_GEMMA_TERMS = """ Weights of T5Gemma that Google published are under the
-Gemma Terms of Use (https://ai.google.dev/gemma/terms), which hold for models made from them, too."""
-_UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width; this model
-was trained without, so scores and sampling are wrong there, and greedy labels are not."""
+If a text spells a special token (`</s>`, `<pad>`, `<unk>`), `stepdistill` splits it into letters, and `transformers` reads
+that token."""
+_GEMMA_TERMS = """ Google's weights of T5Gemma are under the Gemma Terms of Use
+(https://ai.google.dev/gemma/terms), which also apply to models made from them."""
+_UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width, but this model
+was trained without that division. Its scores and samples are therefore wrong there; greedy labels are right."""
 
 
 def model_card(
@@ -125,17 +125,17 @@ def model_card(
     metrics: dict[str, Any],
     lora: LoraConfig | None = None,
 ) -> str:
-    """The card's text. Its Python lines work as they stand.
+    """Returns the text of the card. Its Python code runs unchanged.
 
     Args:
-        task_info: how the model was trained and is asked.
-        config: its sizes.
-        vocabulary: bytes make it a ByT5.
-        num_parameters: of all tensors.
-        version: of this package.
-        step: of the checkpoint.
-        metrics: kept with it; those of validation are shown.
-        lora: the adapters that were trained, if they were; `config` is of the merged model.
+        task_info: task of the model.
+        config: configuration of the model, after adapters have been merged.
+        vocabulary: vocabulary of the model; a byte vocabulary makes it a ByT5.
+        num_parameters: number of parameters.
+        version: version of this package.
+        step: step of the checkpoint.
+        metrics: metrics of the checkpoint; the card shows the results of its validation.
+        lora: configuration of the adapters, if adapters were trained.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
     fingerprint = task_info.provenance.get("fingerprint")
@@ -187,7 +187,7 @@ def model_card(
         max_decode_len=task_info.max_decode_len,
         prompt=prompt,
     )
-    if isinstance(config, T5Config):  # the only family that CTranslate2 is given
+    if isinstance(config, T5Config):  # the only family that we export to CTranslate2
         length, scaled = task_info.max_decode_len, config.scale_decoder_outputs
         card += _CTRANSLATE2.format(scaled=scaled, prompt=prompt, max_decode_len=length)
     return card
@@ -211,22 +211,22 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """What others have to do with a text that is more than a label, or a prompt that needs more."""
+    """Returns how other programs get the label from an answer, and what else a prompt needs."""
     said = ""
     if objective.writes_more:
-        said += f"\n\nAn answer is written as `{objective.target_template}`: `stepdistill` gives its label alone."
+        said += f"\n\nAn answer is written as `{objective.target_template}`: `stepdistill` returns only its label."
         before = objective.target_template.partition(f"{{{objective.label_field}}}")[0]
         words = before.rpartition("}")[2].strip()
         if words and objective.target_template.endswith("}"):
-            said += f" The label stands behind the last {words!r}."
+            said += f" The label follows the last {words!r}."
     if objective.read_beside_input:
         named = " and ".join(objective.read_beside_input)
-        said += f"\n\nThe prompt shows {named} next to the input: it must be written for each row."
+        said += f"\n\nThe prompt contains {named} in addition to the input: each row must have it."
     return said
 
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
-    """What a reader knows the architecture as, with its article; mT5 and Flan-T5 are T5 v1.1."""
+    """Returns the usual name of the architecture, with its article; mT5 and Flan-T5 are T5 v1.1."""
     if isinstance(config, T5GemmaConfig):
         return "A T5Gemma"
     if vocabulary.source == BYTES:

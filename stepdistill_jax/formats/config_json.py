@@ -1,4 +1,4 @@
-"""`config.json` of Hugging Face <-> our configurations, a pair of functions for each family."""
+"""Converts between Hugging Face's `config.json` and our configurations: two functions per family."""
 
 import pathlib
 from collections.abc import Callable
@@ -33,17 +33,17 @@ _T5_SIZES = {
 def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) -> ModelConfig:
     """Returns the configuration that a `config.json` describes; `raw` is its content.
 
-    Whether the output layer is tied is decided by the weights, where there are some.
+    The weights, if given, decide whether the output layer is tied.
 
     Raises:
-        InputError: a field that is missing or wrong, one that changes results and is not
-            implemented, or an unknown architecture.
+        InputError: a field is missing or wrong, a field changes results in a way that is not
+            implemented, or the architecture is unknown.
     """
     family = _FAMILIES[choice(path, raw, "model_type", None, _FAMILIES)]
     tied = flag(path, raw, "tie_word_embeddings", True)
     if weights is not None:
         names = NAMES[family.config]
-        # a table that is there twice is tied, unless the file says that it began as a copy
+        # equal embedding and head count as tied, unless config.json says that they are separate
         tied = names.head not in weights.shapes() or (tied and not has_own_head(weights, names))
     try:
         return family.read(path, raw, tied)
@@ -68,7 +68,7 @@ def config_json(config: ModelConfig) -> dict[str, Any]:
 
 def _read_t5(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Config:
     sizes: dict[str, Any] = {ours: size(path, raw, theirs) for ours, theirs in _T5_SIZES.items()}
-    if raw.get("num_decoder_layers") is None:  # transformers: as deep as the encoder
+    if raw.get("num_decoder_layers") is None:  # default of transformers: as deep as the encoder
         raw["num_decoder_layers"] = raw["num_layers"]
     return T5Config(
         **sizes,
@@ -81,7 +81,7 @@ def _read_t5(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Config:
         mlp_activations=_FEED_FORWARD[
             choice(path, raw, "feed_forward_proj", "relu", _FEED_FORWARD)
         ],
-        # mT5 is T5 v1.1 with another vocabulary, ByT5 one of type `t5`; UMT5 has a bias table per layer
+        # mT5 and ByT5 are T5 v1.1 with other vocabularies; UMT5 has a bias table per layer
         shared_relative_position_bias=raw["model_type"] != "umt5",
         logits_via_embedding=tied,
         scale_decoder_outputs=flag(path, raw, "scale_decoder_outputs", tied),
@@ -109,7 +109,7 @@ def _write_t5(config: Any) -> dict[str, Any]:
 _ACTIVATION = "gelu_pytorch_tanh"  # the default of transformers
 _HIDDEN = {"gelu_pytorch_tanh": ("gelu", "linear"), "silu": ("silu", "linear")}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
-_MOST_POSITIONS = 8192  # of Gemma 2; nothing here depends on it
+_MOST_POSITIONS = 8192  # Gemma 2's limit; nothing here depends on it
 
 
 def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5GemmaConfig:
@@ -154,17 +154,17 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
 
 
 def _read_side(where: str, raw: dict[str, Any]) -> Side:
-    """One of the two modules that a T5Gemma's `config.json` holds; defaults are those of transformers.
+    """Reads one of the two modules in a T5Gemma's `config.json`, with the defaults of transformers.
 
     Args:
-        where: the file and the module, for messages.
-        raw: the module's fields.
+        where: file and module, for messages.
+        raw: fields of the module.
     """
     choice(where, raw, "attention_bias", False, [False])
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict) or not _is_plain(rope):
         raise InputError(
-            f"{where}: rope_parameters must be those of plain rotary positions"
+            f"{where}: rope_parameters must describe plain rotary positions"
             f' ({{"rope_type": "default", "rope_theta": ...}}), got {rope!r}'
         )
     theta = {"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}
@@ -196,7 +196,7 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
 
 
 def _is_plain(rope: dict[str, Any]) -> bool:
-    # a type for each kind of layer, or a factor, is not
+    # a separate type for each kind of layer, or a scaling factor, is not supported
     return rope.get("rope_type", "default") == "default" and rope.keys() <= {
         "rope_type",
         "rope_theta",

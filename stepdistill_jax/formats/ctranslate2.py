@@ -1,8 +1,8 @@
-"""CTranslate2's directory: what a specialised engine for CPUs reads, with all that `predict` needs.
+"""Writes and reads directories for CTranslate2, a specialised engine for CPUs.
 
-The specification is filled from our parameters, without torch or `transformers`. CTranslate2's own
-converter takes the flag `tie_word_embeddings` for "logits are scaled down", and transformers 5 says
-that of every T5, so a v1.1 that goes through it has wrong probabilities.
+Our parameters fill the specification directly, without torch or `transformers`. CTranslate2's own
+converter scales logits down if the flag `tie_word_embeddings` is true, and transformers 5 sets it to
+true for every T5, so a T5 v1.1 that was converted that way has wrong probabilities.
 """
 
 import dataclasses
@@ -39,18 +39,18 @@ from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.runtime.stores import local_path
 
 QUANTIZATIONS = ("float32", "int8")
-LARGEST = 127  # of an int8 weight
-OURS = "stepdistill"  # in config.json, which CTranslate2 reads for names that it knows
+LARGEST = 127  # largest int8 weight
+OURS = "stepdistill"  # our key in config.json; CTranslate2 ignores keys that it does not know
 
 
 @dataclasses.dataclass(frozen=True)
 class CTranslate2Files:
-    """A CTranslate2 directory, but for the model.
+    """The contents of a CTranslate2 directory, except the model.
 
     Attributes:
-        vocabulary, task_info: as of a model directory.
-        tokens: the model's name of each id, as many as it has rows in its embedding.
-        sha256: of `model.bin`, when it was written.
+        vocabulary, task_info: as in a model directory.
+        tokens: the model's name for each row of its embedding.
+        sha256: digest of `model.bin` when it was written.
     """
 
     vocabulary: Vocabulary
@@ -60,19 +60,19 @@ class CTranslate2Files:
 
     @property
     def vocab_size(self) -> int:
-        """Returns the rows of the embedding."""
+        """Number of rows of the embedding."""
         return len(self.tokens)
 
 
 def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
-    """CTranslate2, or a module of it.
+    """Imports CTranslate2, or one of its modules.
 
     Args:
-        wanted_by: what asks for it, for the message.
-        module: its name.
+        wanted_by: option or directory that needs it, for the message.
+        module: name of the module.
 
     Raises:
-        InputError: it is not installed.
+        InputError: CTranslate2 is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -84,10 +84,10 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Refuses what is none of `QUANTIZATIONS`; None is float32.
+    """Refuses a value that is not in `QUANTIZATIONS`; None means float32.
 
     Raises:
-        InputError: the reason, for float16.
+        InputError: the value is unknown, or is float16; the message gives the reason.
     """
     if quantization == "float16":
         raise InputError(
@@ -106,35 +106,35 @@ def write_ctranslate2(
     task_info: TaskInfo | None,
     quantization: str | None = None,
 ) -> int:
-    """Writes model, vocabulary and task; CTranslate2 and `predict` need nothing else.
+    """Writes model, vocabulary and task: all that CTranslate2 and `predict` need.
 
-    Beyond the parameters, a copy of them is in memory.
+    In addition to the parameters, it holds a copy of them in memory.
 
     Args:
-        directory: a new folder, or an empty one.
-        params: of a T5, unboxed, without adapters.
-        config: of the model: any family of T5.
-        vocabulary: its text to ids.
-        task_info: how it is asked.
-        quantization: one of `QUANTIZATIONS`; None is float32. int8 is for all matrices, by
-            `to_int8`; CTranslate2 quantizes what they are multiplied with while it runs.
+        directory: a new or empty folder.
+        params: parameters of a T5, unboxed, without adapters.
+        config: configuration of the model: any kind of T5.
+        vocabulary: vocabulary of the model.
+        task_info: task of the model.
+        quantization: one of `QUANTIZATIONS`; None means float32. int8 quantizes all matrices by
+            `to_int8`; CTranslate2 quantizes the activations while it runs.
 
     Returns:
         The number of parameters.
 
     Raises:
-        InputError: no such quantization, another family, or CTranslate2 is not installed.
+        InputError: the quantization is unknown, the model is not a T5, or CTranslate2 is not installed.
     """
     check_quantization(quantization)
     if not isinstance(config, T5Config):
         raise InputError(
-            "`format`: ctranslate2 is written of T5s alone, and this model is none; use hf or jax"
+            "`format`: ctranslate2 supports only T5 models, and this is not one; use hf or jax"
         )
     specs = import_ctranslate2("`format=ctranslate2`", "ctranslate2.specs")
     folder = pathlib.Path(directory)
     write_model_files(folder, config, vocabulary, task_info)
     (folder / GENERATION_CONFIG).unlink()  # for `transformers`, which finds no weights here
-    if (folder / SPIECE).is_file():  # the other one names the vocabulary of ByT5
+    if (folder / SPIECE).is_file():  # a ByT5 needs it: it names the vocabulary of bytes
         (folder / TOKENIZER_CONFIG).unlink()
     tensors = to_hf(params, config)
     num_parameters = sum(x.size for x in tensors.values())
@@ -164,54 +164,54 @@ def write_ctranslate2(
 
 
 def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
-    """What `write_ctranslate2` wrote, but for the model.
+    """Reads what `write_ctranslate2` wrote, except the model.
 
     Raises:
-        InputError: a file that is missing, damaged or of another model.
+        InputError: a file is missing, damaged or from another model.
     """
     folder = local_path(directory, "model directory")
     for name in (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS, CONFIG):
         if not (folder / name).is_file():
             raise InputError(
-                f"{folder}: {name} is missing; a CTranslate2 directory is not whole without it"
+                f"{folder}: {name} is missing; a CTranslate2 directory is incomplete without it"
             )
     ours = read_object(folder / CONFIG).get(OURS)
     size = ours.get("vocab_size") if isinstance(ours, dict) else None
     if not isinstance(ours, dict) or type(size) is not int or "sha256" not in ours:
         raise InputError(
             f"{folder / CONFIG}: not written by `stepdistill export --format ctranslate2`; other"
-            " converters may scale the logits of a T5, so export the model from its own directory"
+            " converters may scale the logits of a T5, so export the model from its original directory"
         )
     vocabulary, tokens = read_vocabulary(folder), read_json(folder / CTRANSLATE2_TOKENS)
-    # CTranslate2 does not compare their number with the model's
+    # CTranslate2 itself does not check that the model has as many rows
     whole = isinstance(tokens, list) and len(tokens) == size
     if not whole or tokens != token_names(vocabulary, size):
         raise InputError(
-            f"{folder / CTRANSLATE2_TOKENS}: not the vocabulary of {SPIECE if (folder / SPIECE).is_file() else 'ByT5'}"
-            " next to it; copy or export the directory again"
+            f"{folder / CTRANSLATE2_TOKENS}: does not match the vocabulary of {SPIECE if (folder / SPIECE).is_file() else 'ByT5'}"
+            " in this directory; copy or export the directory again"
         )
     info = read_task_info(folder) if (folder / TASK_INFO).is_file() else None
     return CTranslate2Files(vocabulary, info, tokens, str(ours["sha256"]))
 
 
 def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
-    """Reads the whole model and compares its digest: CTranslate2 runs on damaged weights.
+    """Reads all of `model.bin` and compares its digest, since CTranslate2 would run on damaged weights.
 
     Raises:
-        InputError: it is not what was written.
+        InputError: the digest differs.
     """
     path = pathlib.Path(directory) / CTRANSLATE2_MODEL
     if sha256(path) != files.sha256:
         raise InputError(
-            f"{path}: is damaged, or of another model (its digest is not the one in {CONFIG});"
+            f"{path}: damaged, or from another model (its digest differs from the one in {CONFIG});"
             " copy or export the directory again"
         )
 
 
 def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
-    """The pieces, then a name for each further row of the embedding.
+    """Returns the pieces, then a name for each further row of the embedding.
 
-    No piece has a space in it, so none has such a name: CTranslate2 finds ids by names.
+    CTranslate2 finds ids by names. No piece contains a space, so none equals a further row's name.
     """
     pieces = vocabulary.pieces()
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
@@ -229,7 +229,8 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         matrix: [rows, inputs], float32.
 
     Returns:
-        int8 [rows, inputs], and the float32 scale [rows] by which each row was multiplied.
+        The quantized matrix, int8 [rows, inputs], and the scale by which each row was multiplied,
+        float32 [rows].
     """
     adjacent = matrix[:, : matrix.shape[1] // 2 * 2].reshape(len(matrix), -1, 2).sum(2)
     largest = np.full(len(matrix), 1e-30, np.float32)  # a row of zeros has a finite scale, too
@@ -241,7 +242,7 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantize(part: Any, path: str, value: Any) -> None:
-    """Replaces a matrix of a specification where it takes a scale; `path` ends with its name."""
+    """Quantizes a matrix of a specification if it has a scale; `path` ends with the matrix's name."""
     name = path.rpartition("/")[2]
     if isinstance(value, np.ndarray) and hasattr(part, f"{name}_scale"):
         weight, scale = to_int8(value)
@@ -279,14 +280,14 @@ def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
             if i and config.shared_relative_position_bias:
                 first = stack.layer[0].self_attention.relative_attention_bias
                 layer.self_attention.relative_attention_bias = first
-    assert not tensors, f"tensors that nobody read: {', '.join(tensors)}"
+    assert not tensors, f"unused tensors: {', '.join(tensors)}"
     return spec
 
 
 def _set_layer(
     layer: Any, block: str, take: Callable[..., np.ndarray], config: T5Config, gated: bool
 ) -> None:
-    """One layer of either side; `block` begins the names of its tensors."""
+    """Fills one layer of the encoder or decoder; `block` is the prefix of its tensors' names."""
     own = f"{block}0.SelfAttention."
     attention = layer.self_attention
     attention.queries_scale = 1.0  # T5 does not divide by sqrt(head_dim)

@@ -1,4 +1,4 @@
-"""The `README.md` of a CTranslate2 directory."""
+"""Makes the `README.md` of a CTranslate2 directory."""
 
 import stepdistill_jax
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
@@ -6,14 +6,14 @@ from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
 _README = """\
 # {task} for CTranslate2
 
-A T5 of {parameters} parameters in {quantization}, for CTranslate2 on the cores of a CPU (`pip install ctranslate2`). With the
-package that wrote it (`stepdistill-jax` {version}), a file of `{{"input": ...}}` lines, the prefix is added:
+A T5 of {parameters} parameters in {quantization}, for CTranslate2 on the cores of a CPU (`pip install ctranslate2`). To answer a
+file of `{{"input": ...}}` lines with the package that wrote it (`stepdistill-jax` {version}), which adds the prefix:
 
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
 ```
 
-By itself; an input has at most {input_length} tokens, an answer {max_decode_len}:
+With CTranslate2 alone; an input has at most {input_length} tokens, and an answer at most {max_decode_len}:
 
 ```python
 import ctranslate2
@@ -57,15 +57,15 @@ def ctranslate2_readme(
     input_length: int,
     max_decode_len: int,
 ) -> str:
-    """The text of `README.md`. Its Python lines work as they stand.
+    """Returns the text of `README.md`. Its Python code runs unchanged.
 
     Args:
-        vocabulary: of the model.
-        task: what it answers.
-        quantization: of the weights; None is float32.
-        prompt: an example, with the prefix.
-        num_parameters: of all tensors.
-        input_length, max_decode_len: as of `TaskInfo`.
+        vocabulary: vocabulary of the model.
+        task: name of the task.
+        quantization: type of the weights; None means float32.
+        prompt: an example of an input, with the prefix.
+        num_parameters: number of parameters.
+        input_length, max_decode_len: see `TaskInfo`.
     """
     how = _BYTES if vocabulary.source == BYTES else _SPIECE
     return _README.format(

@@ -1,6 +1,6 @@
-"""What a model directory holds, apart from weights: configuration, vocabulary, task.
+"""Reads and writes the files of a model directory except its weights: configuration, vocabulary, task.
 
-A workdir is a model directory too; its weights are in `checkpoints/STEP/`.
+A workdir is a model directory, too; its weights are in `checkpoints/STEP/`.
 """
 
 import dataclasses
@@ -32,18 +32,20 @@ LORA = "stepdistill_lora"  # in a workdir's config.json: its checkpoints hold ad
 
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
-    """What `stepdistill.json` says: how the model was asked during training, and where it is from.
+    """Contents of `stepdistill.json`: how the model was prompted in training, and how it was made.
 
     Attributes:
         task: name of the dataset, task or mixture.
-        objectives: templates and weights; the first is the one that is served.
-        input_length: most ids of an input, the end of sequence included; longer ones are cut.
+        objectives: templates and weights; inference uses the first objective.
+        input_length: largest number of ids in an input, the end of sequence included; longer inputs are
+            truncated.
         target_length: the same for targets of any objective.
-        max_decode_len: enough for every label of the train split, the end of sequence included.
+        max_decode_len: number of ids that suffices for every label of the train split, the end of
+            sequence included.
         metric: `text_match` or `value_match`.
-        labels: the possible labels where they are few, else empty.
-        provenance: versions, step, data, metrics: whatever a reader may want to know.
-        input_pair: whether rows have a second text of the input (`data.example.Example.input_pair`).
+        labels: the possible labels if they are few; else empty.
+        provenance: versions, step, data, metrics and other facts about the training.
+        input_pair: whether rows have a second input text (`data.example.Example.input_pair`).
     """
 
     task: str
@@ -59,7 +61,7 @@ class TaskInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model directory but for its weights. `task_info` is None in a bare Hugging Face one."""
+    """Contents of a model directory without its weights; `task_info` is None without `stepdistill.json`."""
 
     config: ModelConfig
     vocabulary: Vocabulary
@@ -67,7 +69,7 @@ class ModelFiles:
 
     @property
     def vocab_size(self) -> int:
-        """Returns the rows of the embedding."""
+        """Number of rows of the embedding."""
         return self.config.vocab_size
 
 
@@ -77,7 +79,7 @@ def write_model_files(
     vocabulary: Vocabulary,
     task_info: TaskInfo | None,
 ) -> None:
-    """Writes configuration, vocabulary and task; `transformers` opens its tokenizer from them."""
+    """Writes configuration, vocabulary and task."""
     directory = as_path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     raw = config_json(config) | ({LORA: dataclasses.asdict(config.lora)} if config.lora else {})
@@ -86,7 +88,7 @@ def write_model_files(
         "decoder_start_token_id": config.start_id,
         "eos_token_id": EOS_ID,
         "pad_token_id": PAD_ID,
-        # transformers 5 makes a cache as deep as the encoder, and fails where the decoder is deeper
+        # transformers 5 makes a cache as deep as the encoder, and fails if the decoder is deeper
         "use_cache": config.decoder.num_layers <= config.encoder.num_layers,
     }
     if task_info:
@@ -111,7 +113,7 @@ def require_directory(path: os.PathLike | str) -> pathlib.Path:
 
 
 def is_ctranslate2(directory: os.PathLike | str) -> bool:
-    """Whether a folder of this machine is one of CTranslate2's (`formats.ctranslate2`), whole or not."""
+    """Returns whether a local folder is a CTranslate2 directory (`formats.ctranslate2`), even incomplete."""
     folder = as_path(directory)
     names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
     if is_remote(folder) or not any((folder / name).is_file() for name in names):
@@ -120,13 +122,13 @@ def is_ctranslate2(directory: os.PathLike | str) -> bool:
 
 
 def read_model_files(directory: os.PathLike | str) -> ModelFiles:
-    """Configuration, vocabulary and task of a model directory or workdir.
+    """Reads configuration, vocabulary and task of a model directory or workdir.
 
-    Whether the output layer is tied to the embedding is decided by the weights, where they are in
-    the directory: `tie_word_embeddings` is not to be trusted (transformers 5 writes true always).
+    Weights in the directory decide whether the output layer is tied to the embedding:
+    `tie_word_embeddings` is not reliable, since transformers 5 always writes true.
 
     Raises:
-        InputError: a file or field that is missing, wrong, or not supported; names both.
+        InputError: a file or field is missing, wrong, or not supported; names both.
     """
     directory = require_directory(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
@@ -142,9 +144,9 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     # without bos a T5 starts with the padding, and a T5Gemma with the end of sequence
     if config.start_id not in ([bos] if bos else [PAD_ID, EOS_ID]):
         raise InputError(
-            f"{directory}: the vocabulary is of another model: the decoder of {CONFIG} begins with id"
-            f" {config.start_id}, and {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, as"
-            f" {'Gemma' if bos else 'T5'} has; copy the vocabulary from the directory that the"
+            f"{directory}: the vocabulary belongs to another model: by {CONFIG}, the decoder begins with id"
+            f" {config.start_id}, but {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, like"
+            f" {'Gemma' if bos else 'T5'}; copy the vocabulary from the directory that the"
             " weights are from"
         )
     task_info = read_task_info(directory) if (directory / TASK_INFO).is_file() else None
@@ -152,12 +154,12 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
 
 
 def read_config(directory: os.PathLike | str) -> ModelConfig:
-    """The model's sizes, from the raw `config.json`; tied or not as the weights there say.
+    """Reads a model's configuration from `config.json`, or, for a T5X checkpoint, from its shapes.
 
-    A T5X checkpoint has no `config.json`: there, the shapes of its parameters say them.
+    Weights in the directory decide whether the output layer is tied.
 
     Raises:
-        InputError: a field that is missing or wrong, or an unknown architecture.
+        InputError: a field is missing or wrong, or the architecture is unknown.
     """
     directory = as_path(directory)
     path = directory / CONFIG
@@ -165,13 +167,13 @@ def read_config(directory: os.PathLike | str) -> ModelConfig:
         return config_from_shapes(directory, open_weights(directory).shapes())
     if is_ctranslate2(directory):
         raise InputError(
-            f"{directory}: a CTranslate2 directory, which `predict` and `evaluate` alone read; give the"
-            " one that it was made from"
+            f"{directory}: a CTranslate2 directory, which only `predict`, `evaluate` and `serve` read; use"
+            " the directory that it was made from"
         )
     raw, weights = read_object(path), None
     if has_weights(directory):
         weights = open_weights(directory)
-    elif LORA in raw:  # weights in the Hugging Face layout are plain
+    elif LORA in raw:  # only checkpoints hold adapters; an export's weights are merged
         return dataclasses.replace(config_of(path, raw, None), lora=_read_lora(path, raw[LORA]))
     return config_of(path, raw, weights)
 
@@ -186,15 +188,15 @@ def _read_lora(path: pathlib.Path, given: Any) -> LoraConfig | None:
 
 
 def read_task_info(directory: os.PathLike | str) -> TaskInfo:
-    """`stepdistill.json`, checked. Fields that it has beyond ours are left out.
+    """Reads and checks `stepdistill.json`; unknown fields are ignored.
 
     Raises:
-        InputError: the file, a field that is missing, or one of a wrong type; names both.
+        InputError: the file cannot be read, or a field is missing or has a wrong type; names both.
     """
     path = as_path(directory) / TASK_INFO
     raw = read_object(path)
     if type(raw.get("format")) is not int or raw["format"] < 1:
-        raise InputError(f"{path}: 'format' is missing; this is no {TASK_INFO}")
+        raise InputError(f"{path}: 'format' is missing, so this is not a {TASK_INFO} of ours")
     if raw["format"] > FORMAT_VERSION:
         raise InputError(
             f"{path}: format {raw['format']} is newer than this version reads ({FORMAT_VERSION});"
@@ -203,7 +205,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
 
     def field(name, kind, wanted):
         if not isinstance(raw.get(name), kind):
-            found = f"got {raw[name]!r}" if name in raw else "it is missing"
+            found = f"got {raw[name]!r}" if name in raw else "but it is missing"
             raise InputError(f"{path}: {name} must be {wanted}, {found}")
         return raw[name]
 
@@ -212,7 +214,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
         raise InputError(f"{path}: labels must be a list of texts, got {labels!r}")
     if (metric := field("metric", str, "a text")) not in METRICS:
         raise InputError(f"{path}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
-    if "input_pair" in raw:  # versions before it had no pairs
+    if "input_pair" in raw:  # absent in files of versions without pairs
         field("input_pair", bool, "true or false")
     return TaskInfo(
         task=field("task", str, "a text"),
@@ -229,7 +231,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
 
 def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
     names = [f.name for f in dataclasses.fields(Objective)]
-    needed = [name for name in names if name != "decoder_prefix"]  # younger than the format
+    needed = [name for name in names if name != "decoder_prefix"]  # absent in older files
     if not raw:
         raise InputError(f"{path}: objectives must name at least one")
     for o in raw:
@@ -245,5 +247,5 @@ def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
     except InputError as error:
         raise InputError(f"{path}: objectives: {error}") from None
     if len({o.name for o in objectives}) < len(objectives):
-        raise InputError(f"{path}: objectives: each needs a name of its own")
+        raise InputError(f"{path}: objectives: each needs a different name")
     return objectives

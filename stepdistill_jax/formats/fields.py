@@ -1,4 +1,4 @@
-"""The fields of a model directory's JSON files, checked: an error names the file, the field and what it holds."""
+"""Checks fields of a model directory's JSON files; an error names the file, the field and its value."""
 
 import pathlib
 from typing import Any
@@ -14,10 +14,10 @@ def size(
     default: int | None = None,
     most: int | None = None,
 ) -> int:
-    """Returns a whole number from 1 to `most`; None is the most layers or the largest size."""
+    """Returns a whole number from 1 to `most`; None means our limit for layers or for other sizes."""
     value = raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        found = f"got {value!r}" if name in raw else "it is missing"
+        found = f"got {value!r}" if name in raw else "but it is missing"
         raise InputError(f"{path}: {name} must be a whole number above 0, {found}")
     if value > (most := most or (MAX_LAYERS if name.endswith("_layers") else MAX_SIZE)):
         raise InputError(f"{path}: {name} must be at most {most}, got {value!r}")
@@ -35,7 +35,7 @@ def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> flo
 def positive(
     path: pathlib.Path | str, raw: dict, name: str, default: float | None = None
 ) -> float | None:
-    """Returns a number above 0, or None where the field is null."""
+    """Returns a number above 0, or None if the field is null."""
     value = raw.get(name, default)
     if value is None:
         return None

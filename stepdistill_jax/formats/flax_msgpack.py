@@ -12,12 +12,12 @@ from stepdistill_jax.formats.tensors import Tensor, map_file
 
 
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one file (or one of its shards) by Hugging Face's torch name.
+    """Opens the tensors of a file, or of one shard, by Hugging Face's torch names.
 
     Flax keeps matrices as `kernel` [in, out], tables as `embedding` and norms as `weight`.
 
     Raises:
-        InputError: as `read_tree`, or a tensor with an unknown name.
+        InputError: see `read_tree`; or a tensor has an unknown name.
     """
     tree = read_tree(path)
     if set(tree) == {"params"} and isinstance(tree["params"], dict):
@@ -32,7 +32,7 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_tree(path: os.PathLike | str) -> dict[str, Any]:
-    """Returns the nested maps of a file, with numpy arrays in memory: about the size of the file.
+    """Returns the nested dicts of numpy arrays in a file; they take about the file's size in memory.
 
     Raises:
         InputError: the file is truncated, not written by Flax, or larger than the memory of this
@@ -42,13 +42,13 @@ def read_tree(path: os.PathLike | str) -> dict[str, Any]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if len(data) > memory:
         raise InputError(
-            f"{path}: its {len(data)} bytes must fit into memory, and this machine has {memory};"
+            f"{path}: its {len(data)} bytes must fit into memory, but this machine has {memory};"
             " save the model as model.safetensors, which is read by slices"
         )
     try:
         tree = flax.serialization.msgpack_restore(data)
-        flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all are maps from text
-    except Exception as error:  # from msgpack, Flax or numpy, whichever finds the error first
+        flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all keys are texts
+    except Exception as error:  # raised by msgpack, Flax or numpy, whichever finds it first
         reason = printable(f"{type(error).__name__} {error}", 200)
         raise InputError(f"{path}: not a complete msgpack file of Flax ({reason})") from None
     return tree

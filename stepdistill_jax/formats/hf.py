@@ -1,4 +1,4 @@
-"""Hugging Face's weights <-> our scanned parameter tree, one slice at a time."""
+"""Converts between Hugging Face's weights and our scanned parameter tree, one slice at a time."""
 
 import itertools
 import math
@@ -35,19 +35,20 @@ def load_params(
 ) -> Any:
     """Returns the parameters of a model directory as float32, whatever type they are stored in.
 
-    Memory: each process reads the slices of its own devices, one parameter at a time, so in addition to
-    them it holds one slice on the host (tests/formats/test_memory.py measures this).
+    Each process reads the slices of its own devices, one parameter at a time. So the host needs memory
+    for one slice in addition to the parameters (tests/formats/test_memory.py measures this).
 
     Args:
-        directory: with weights in a format that `formats.weights.open_weights` reads.
-        config: of the model, from `formats.directory.read_model_files`.
-        shardings: of each parameter (`sharding.param_shardings`): then each process reads only the
-            slices of its own devices. None puts everything on the default device.
-        sources: for each parameter to read, by our name, the parameter whose tensors it takes, which has
-            the same shape (`stored_shapes`); None reads all, each under its own name.
+        directory: folder with weights in a format that `formats.weights.open_weights` reads.
+        config: configuration of the model, from `formats.directory.read_model_files`.
+        shardings: sharding of each parameter (`sharding.param_shardings`). None puts everything on the
+            default device.
+        sources: for each parameter to read, by our name, the stored parameter that it is read from,
+            which must have the same shape (`stored_shapes`). None reads all under their own names.
 
     Returns:
-        The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`; with `sources`, only those.
+        The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if
+        given.
 
     Raises:
         InputError: tensors are missing, unknown, or of a wrong shape or type; lists all in one line.
@@ -79,11 +80,11 @@ def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str
     """Returns the shape of each parameter in a model directory, by our name, layers stacked.
 
     Args:
-        directory: as for `load_params`.
-        config: of the model; stored parameters may be missing or have other shapes.
+        directory: see `load_params`.
+        config: configuration of the model; stored parameters may be missing or have other shapes.
 
     Raises:
-        InputError: no readable weights, or layers of different shapes.
+        InputError: there are no readable weights, or layers have different shapes.
     """
     found, shapes = open_weights(directory).shapes(), {}
     for path, name in hf_names(config).items():
@@ -176,13 +177,13 @@ def _check(
     if problems:
         whole = (pathlib.Path(directory) / "config.json").is_file()
         what = (
-            "do not fit config.json" if whole else "are not those of a T5"
+            "do not fit config.json" if whole else "do not fit any T5"
         )  # a T5X checkpoint has none
         raise InputError(f"{directory}: weights {what}; {'; '.join(problems)}")
 
 
 def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns Hugging Face name -> contiguous float32 tensor, one for each layer."""
+    """Returns the tensors, contiguous float32, by Hugging Face's names; each layer has its own."""
     return {name: _tensor(*part) for name, part in _parts(params, config)}
 
 
@@ -212,15 +213,15 @@ def save_params(
 ) -> int:
     """Writes float32 safetensors, reads them back and compares.
 
-    One file, or, past `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as Hugging Face
-    splits them. In addition to the parameters, one tensor is in memory. Older safetensors in the
-    directory are replaced.
+    Writes one file, or, above `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as
+    Hugging Face splits them. In addition to the parameters, it holds one tensor in memory. Older
+    safetensors files in the directory are replaced.
 
     Args:
-        directory: of the model; must exist.
+        directory: folder of the model, which must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
-        config: of the model.
-        max_shard_size: bytes of tensors in a file; a larger tensor gets a file of its own.
+        config: configuration of the model.
+        max_shard_size: limit for the bytes of tensors in a file; a larger tensor gets its own file.
 
     Returns:
         The number of parameters.

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub by name, `OWNER/NAME`: downloaded once, then taken from its cache."""
+"""Gets models of the Hugging Face hub by name, `OWNER/NAME`: downloaded once, then read from its cache."""
 
 import functools
 import pathlib
@@ -14,7 +14,7 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote
 
 SITE, TIMEOUT_SECS = "huggingface.co", 20.0
-# the hub has pages of these names, so no owner has them: such a name is a folder that does not exist
+# the hub has pages of these names, so no owner has one: `models/x` is a folder that does not exist
 _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
@@ -22,7 +22,7 @@ def local_model(given: str) -> str:
     """Returns the folder of a model: `given`, or the local copy of the hub's model of this name.
 
     Args:
-        given: `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
+        given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
         InputError: the model cannot be downloaded; says what to run on a machine with internet access.
@@ -62,24 +62,24 @@ def _of_hub(name: str) -> str:
         return str(folder)
     target = f"models/{name.partition('/')[2]}"
     raise InputError(
-        f"`init_from` {name}: no such folder here, and {SITE} cannot be asked for it ({reason}); where"
-        f" there is internet run `hf download {name} --local-dir {target}`, copy that folder here, and"
-        f" give `init_from={target}`"
+        f"`init_from` {name}: no such folder here, and {SITE} cannot be reached ({reason}); on a machine"
+        f" with internet access run `hf download {name} --local-dir {target}`, copy that folder here, and"
+        f" set `init_from={target}`"
     )
 
 
 def needed_files(listed: Sequence[str], name: str) -> list[str]:
-    """Returns the files of a model to download: one format of its weights, the first in our order.
+    """Returns the files of a model to download; of its weights, only the format that we prefer.
 
     >>> needed_files(["README.md", "config.json", "pytorch_model.bin", "spiece.model", "tf_model.h5"], "o/n")
     ['config.json', 'spiece.model', 'pytorch_model.bin']
 
     Args:
-        listed: names of all files, including those in folders.
-        name: of the model, for messages.
+        listed: names of all files, including files in folders.
+        name: name of the model, for messages.
 
     Raises:
-        InputError: none of the weights can be read.
+        InputError: the model has no weights in a format that we read.
     """
     files = [
         f for f in (CONFIG, SPIECE, TOKENIZER_MODEL, TOKENIZER_CONFIG, TASK_INFO) if f in listed

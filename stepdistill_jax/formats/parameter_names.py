@@ -1,4 +1,4 @@
-"""Hugging Face tensor names of our parameters."""
+"""Hugging Face's tensor names for our parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,9 +9,9 @@ from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.models.t5gemma import T5GemmaConfig
 
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
-# copies of the embedding that some writers keep
+# some tools save the tied embedding under these names, too
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# and a table that v1.0 files hold and T5 never reads
+# the last one is a table in files of v1.0 that no T5 reads: cross-attention has no position bias
 IGNORED = (
     *EMBEDDING_COPIES,
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
@@ -20,6 +20,8 @@ _ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 def _t5_names(config: Any) -> dict[str, str]:
+    # Hugging Face numbers the sublayers of a block: 0 is self-attention, the decoder's 1 is
+    # cross-attention, and the last one is the feed-forward layer, each with its norm.
     table = {
         "token_embedder": EMBEDDING,
         "encoder/encoder_norm/scale": "encoder.final_layer_norm.weight",
@@ -33,7 +35,7 @@ def _t5_names(config: Any) -> dict[str, str]:
         ("decoder", "self_attention", "pre_self_attention_layer_norm"),
     ):
         ours, block = f"{side}/layers/", f"{side}.block.{{}}.layer."
-        bias = "0.SelfAttention.relative_attention_bias.weight"
+        bias = "0.SelfAttention.relative_attention_bias.weight"  # UMT5 has one in each block
         if config.shared_relative_position_bias:  # only block 0 has a table; all layers share it
             table[f"{side}/relpos_bias/rel_embedding"] = f"{side}.block.0.layer.{bias}"
         else:
@@ -54,6 +56,7 @@ def _t5_names(config: Any) -> dict[str, str]:
 
 
 def _t5gemma_names(config: Any) -> dict[str, str]:
+    # unlike a T5, a T5Gemma has an embedding for each side, and two norms around each sublayer
     table = {
         "input_embedder": "model.encoder.embed_tokens.weight",
         "target_embedder": GEMMA.embedding,
@@ -76,6 +79,7 @@ def _t5gemma_names(config: Any) -> dict[str, str]:
         for when in ("pre", "post"):
             path = f"{ours}{when}_mlp_layer_norm/scale"
             table[path] = f"{theirs}{when}_feedforward_layernorm.weight"
+        # of a gated layer, `gate` passes through the activation and `up` is linear
         for name, theirs_name in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
             table[f"{ours}mlp/{name}/kernel"] = f"{theirs}mlp.{theirs_name}_proj.weight"
     return table
@@ -83,14 +87,15 @@ def _t5gemma_names(config: Any) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How a family's tensors are named in Hugging Face's layout.
+    """Names of a family's tensors in Hugging Face's layout.
 
     Attributes:
-        table: of a configuration, our path -> tensor name, `{}` standing for the layer. Example:
-            `decoder/layers/mlp/wo/kernel` -> `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
-        head: the output layer.
-        embedding: the table that a tied output layer is.
-        ignored: tensors that some files hold and no model reads.
+        table: function of a configuration that returns the tensor name of each of our paths; `{}` stands
+            for the layer. For example, it maps `decoder/layers/mlp/wo/kernel` to
+            `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
+        head: name of the output layer.
+        embedding: name of the table that is also the output layer if the two are tied.
+        ignored: names of tensors that some files hold and no model reads.
     """
 
     table: Callable[[Any], dict[str, str]]
@@ -110,5 +115,9 @@ def hf_names(config: ModelConfig) -> dict[str, str]:
 
 
 def is_transposed(path: str) -> bool:
-    """Torch keeps matrices as [out, in], and the bias as [buckets, heads] where ours is [heads, buckets]."""
+    """Returns whether torch stores the parameter transposed.
+
+    Torch keeps a matrix as [out, in], and the position bias as [buckets, heads]; we keep them as
+    [in, out] and [heads, buckets].
+    """
     return path.endswith(("/kernel", "/rel_embedding"))

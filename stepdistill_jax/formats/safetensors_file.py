@@ -1,4 +1,4 @@
-"""`model.safetensors`: mapped for reading, so slices are views of its pages; written tensor by tensor."""
+"""Maps `model.safetensors` for reading, so slices are views of its pages; writes it tensor by tensor."""
 
 import json
 import math
@@ -25,9 +25,9 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Opens the tensors of one file by name; reads only the header.
 
     Raises:
-        InputError: the file is truncated or not safetensors, or a tensor is not of floats.
+        InputError: the file is truncated or not safetensors, or a tensor does not hold floats.
     """
-    try:  # the library checks that header and file match; its slices would be copies
+    try:  # we use the library only to check that header and file match: its slices would be copies
         with safetensors.safe_open(path, "numpy"):
             pass
     except (safetensors.SafetensorError, OSError) as error:
@@ -61,13 +61,13 @@ def write_safetensors(
 ) -> None:
     """Writes float32 tensors, reads them back and compares.
 
-    The bytes are those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which holds
+    It writes the same bytes as `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which holds
     two copies of all tensors while it writes; this function holds one tensor at a time.
 
     Args:
-        path: of the file; it appears complete or not at all.
-        shapes: of each tensor by name.
-        tensor: makes a tensor, contiguous float32; called twice for each name.
+        path: path of the file, which appears complete or not at all.
+        shapes: shape of each tensor by name.
+        tensor: function that returns a tensor by name, contiguous float32; called twice for each name.
 
     Raises:
         OSError: the file reads back differently from what was written.

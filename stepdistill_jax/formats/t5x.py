@@ -1,8 +1,8 @@
-"""T5X checkpoints, presented under Hugging Face's torch names; optimizer state is ignored.
+"""Opens T5X checkpoints under Hugging Face's torch names; optimizer state is ignored.
 
-Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`, in
-which a parameter is an array or the TensorStore spec of a zarr folder next to it; the newer one is Orbax's.
-Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
+Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file
+`checkpoint`, in which a parameter is an array or the TensorStore spec of a zarr folder next to it; the
+newer format is Orbax's. Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
 """
 
 import functools
@@ -68,7 +68,7 @@ def open_t5x(directory: pathlib.Path) -> Weights:
     """Opens the parameters (`target`) of a T5X checkpoint.
 
     Raises:
-        InputError: a missing or truncated file, a version before 2, or no parameters.
+        InputError: a file is missing or truncated, its version is below 2, or it has no parameters.
     """
     if (folder := find_t5x(directory)) is None:
         raise InputError(f"{directory}: no T5X checkpoint (neither {CHECKPOINT} nor {METADATA})")
@@ -78,7 +78,7 @@ def open_t5x(directory: pathlib.Path) -> Weights:
     for path, array in stored.items():
         ours, layer = _our_path(path)
         name = _NAMES.get(ours)
-        if name is None:  # an unknown parameter keeps its name, and the check lists it
+        if name is None:  # an unknown parameter keeps its name, so that `load_params` lists it
             tensors[path] = _Stored(array, path, stacked=False, folder=folder)
             continue
         tensor: Any = _Stored(array, ours, stacked=layer == "", folder=folder)
@@ -96,7 +96,7 @@ def open_t5x(directory: pathlib.Path) -> Weights:
 def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
     """Returns the configuration of a T5X checkpoint, which has no `config.json`, from its shapes.
 
-    Shapes do not determine the activation: `wi` means v1.0's ReLU, `wi_0` and `wi_1` v1.1's gated GELU.
+    Names determine the activation: `wi` means v1.0's ReLU, `wi_0` and `wi_1` mean v1.1's gated GELU.
 
     Raises:
         InputError: tensors that determine a T5's sizes are missing.
@@ -139,7 +139,7 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
-    """Returns our path, and the layer: a number, "" for all layers in one array, None outside of layers."""
+    """Returns our path, and the layer: its number, "" for a stack of all layers, None outside layers."""
     if path == "token_embedder/embedding":
         return "token_embedder", None
     if path == "decoder/logits_dense/kernel":
@@ -159,7 +159,7 @@ class _Stored:
         sizes = list(array.shape)
         self._stacked = stacked and len(sizes) > _LAYER_AXIS
         layers = [sizes.pop(_LAYER_AXIS)] if self._stacked else []
-        # scalable_t5 keeps [embed, heads, kv], and [heads, kv, embed] of the way out
+        # scalable_t5 keeps [embed, heads, kv], and [heads, kv, embed] for the output projection
         self._joined = None
         if len(sizes) == 3 and path.endswith("/kernel"):
             self._joined = 0 if path.endswith("/out/kernel") else 1
@@ -174,7 +174,7 @@ class _Stored:
         wanted = [slice(*i.indices(n)) for i, n in zip(index, self.shape, strict=True)]
         layers = [wanted.pop(0)] if self._stacked else []
         cut = None
-        if self._joined is not None:  # whole heads are read, then sliced
+        if self._joined is not None:  # read complete heads, then slice them
             j, width = self._joined, self._width
             low, high = wanted[j].start // width, -(-wanted[j].stop // width)
             cut = slice(wanted[j].start - low * width, wanted[j].stop - low * width)
@@ -269,7 +269,7 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _inside(folder: pathlib.Path, name: Any) -> str:
-    # a checkpoint comes from someone else: it may name only arrays in its own folder
+    # a checkpoint is not trusted: it may name only arrays in its own folder
     name = name.rstrip("/") if isinstance(name, str) else ""
     if not is_file_name(name):
         raise InputError(f"{folder / CHECKPOINT}: an array must be in this folder, got {name!r}")
@@ -279,7 +279,7 @@ def _inside(folder: pathlib.Path, name: Any) -> str:
 def _open_arrays(
     folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
 ) -> dict[str, Tensor]:
-    """Opens path -> TensorStore of the zarr array `name` in the folder, or in its OCDBT database."""
+    """Opens the zarr array of each path by its name, in the folder or in its OCDBT database."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
@@ -294,7 +294,7 @@ def _open_arrays(
 
     futures = {path: tensorstore.open(spec(name), read=True) for path, name in names.items()}
     opened = {}
-    stored = functools.cache(lambda: _bytes_in(folder))  # a walk over all chunks of all arrays
+    stored = functools.cache(lambda: _bytes_in(folder))  # slow: it visits all chunks of all arrays
     for path, future in futures.items():
         try:
             opened[path] = future.result()
@@ -304,13 +304,16 @@ def _open_arrays(
         claimed = _claimed_bytes(opened[path])
         if claimed > _SMALL and claimed > _UNPACKED * stored():
             raise InputError(
-                f"{folder}: {names[path]} claims {claimed} bytes, and only {stored()} are stored here"
+                f"{folder}: {names[path]} claims {claimed} bytes, but only {stored()} are stored here"
             )
     return opened
 
 
 def _claimed_bytes(array: Any) -> int:
-    """Returns bytes of the array, or of one chunk if larger: a chunk of 2**60 makes TensorStore end the process."""
+    """Returns the bytes of an array or of one of its chunks, whichever is larger.
+
+    A chunk that claims 2**60 bytes would make TensorStore end the process.
+    """
     chunk = array.chunk_layout.read_chunk.shape
     return _numpy_dtype(array).itemsize * max(math.prod(array.shape), math.prod(chunk))
 

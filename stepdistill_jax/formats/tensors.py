@@ -1,4 +1,4 @@
-"""Named tensors that are read by slices, whatever file format they come from."""
+"""Named tensors that are read by slices, in any file format."""
 
 import json
 import mmap
@@ -14,7 +14,7 @@ from stepdistill_jax.formats.parameter_names import EMBEDDING, EMBEDDING_COPIES
 from stepdistill_jax.runtime.files import read_json
 
 Index = tuple[slice, ...]
-MAX_JSON = 64 << 20  # bytes; the largest models have an index of 1 MB
+MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB
 
 
 class Tensor(Protocol):
@@ -36,9 +36,9 @@ class Weights:
         """Takes the tensors of a file.
 
         Args:
-            tensors: by name. A copy of the embedding replaces a missing `shared.weight`.
-            stacks: names (with `{}`) whose layers are stored together: [layers, *shape]. Reading them
-                at once avoids decompressing the same chunk for each layer.
+            tensors: tensors by name. A copy of the embedding replaces a missing `shared.weight`.
+            stacks: tensors by name (with `{}`) whose layers are stored together: [layers, *shape].
+                Reading all layers at once avoids decompressing the same chunk for each layer.
         """
         self.tensors, self.stacks = dict(tensors), dict(stacks or {})
         copies = [name for name in EMBEDDING_COPIES if name in self.tensors]
@@ -46,7 +46,7 @@ class Weights:
             self.tensors[EMBEDDING] = self.tensors[copies[0]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns tensor name -> shape."""
+        """Returns the shape of each tensor by its name."""
         return {name: tuple(t.shape) for name, t in self.tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
@@ -58,7 +58,7 @@ class Weights:
         return np.asarray(self.tensors[name][index])
 
     def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
-        """Fills `out` [layers, ...] with the slice `index` of `name`, `{}` being each of `layers`."""
+        """Fills `out` [layers, ...] with a slice of each layer's tensor; `{}` in `name` is the layer."""
         if name in self.stacks:
             out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]
             return
@@ -83,7 +83,7 @@ def map_file(path: os.PathLike | str) -> mmap.mmap:
     """Maps a file into memory; its bytes are read on access.
 
     Raises:
-        InputError: no such file, or an empty one.
+        InputError: the file does not exist, is empty, or cannot be read.
     """
     try:
         with open(path, "rb") as f:
@@ -98,11 +98,11 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object in one of a model directory's small files.
 
     Raises:
-        InputError: no such file, not JSON, not an object, too large, or not valid Unicode.
+        InputError: the file is missing, too large, not JSON, not an object, or not valid Unicode.
     """
     if path.is_file() and path.stat().st_size > MAX_JSON:
         raise InputError(
-            f"{path}: larger than {MAX_JSON >> 20} MiB, so it is not what its name says"
+            f"{path}: larger than {MAX_JSON >> 20} MiB, so it cannot be a file of this name"
         )
     raw = read_json(path)
     if not isinstance(raw, dict):
@@ -118,7 +118,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that an index (`*.index.json`) names.
 
     Raises:
-        InputError: a name that is not a file in the index's folder, or a missing file.
+        InputError: a name is not a plain file name, or its file is missing from the index's folder.
     """
     weight_map = read_object(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -127,7 +127,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
     files = [index.parent / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
-            raise InputError(f"{file}: named in {index.name}, and missing")
+            raise InputError(f"{file}: named in {index.name}, but missing")
     return files
 
 

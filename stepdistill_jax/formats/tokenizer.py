@@ -1,8 +1,9 @@
-"""Tokenizer files that `transformers` and `tokenizers` open to the ids that training saw.
+"""Writes tokenizer files from which `transformers` and `tokenizers` get the ids that training saw.
 
-`T5Tokenizer` of transformers 5 rebuilds every vocabulary as T5's own: unk is 2, no piece is a byte.
+`T5Tokenizer` of transformers 5 rebuilds every vocabulary as T5's own: unk is 2, and no piece is a byte.
 The vocabularies of mT5 and UMT5 have byte pieces (and UMT5's unk is 3), so texts would get other ids.
-So `tokenizer.json` is built here from the SentencePiece model, and opened as it is; Gemma's, too.
+This module therefore builds `tokenizer.json` from the SentencePiece model, for T5 and for Gemma, and
+`transformers` opens it unchanged.
 """
 
 import os
@@ -21,9 +22,9 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.vocabulary_files import FAST_TOKENIZER, model_name
 from stepdistill_jax.runtime.files import atomic_write, read_json, write_json
 
-# Texts in which a wrong normalizer, unknown id or byte piece, or a lost space shows. Left out is what the
-# `tokenizers` library cannot do as SentencePiece does: texts that spell a special piece (`</s>`, `<0x41>`)
-# and rare orders of several combining marks on one letter.
+# Texts that reveal a wrong normalizer, unknown id or byte piece, or a lost space. Two kinds of text are
+# left out, since the `tokenizers` library cannot treat them as SentencePiece does: texts that spell a
+# special piece (`</s>`, `<0x41>`), and rare orders of several combining marks on one letter.
 PROBES = (
     "predict: What is it? Answer Choices: (a) a, b (b) c",
     "",
@@ -48,11 +49,11 @@ _JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
 def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
     """Completes the files that `formats.directory.write_model_files` wrote, and checks them.
 
-    A SentencePiece vocabulary gets `tokenizer.json`; bytes need none. What `transformers` then opens
-    must give our ids on `PROBES`, texts included that no training data has.
+    A SentencePiece vocabulary gets a `tokenizer.json`; bytes need none. The tokenizer that
+    `transformers` opens must give our ids for `PROBES`, which include texts unlike any training data.
 
     Raises:
-        InputError: other ids, or a SentencePiece model that is not of the kind that T5 uses.
+        InputError: ids differ, or the SentencePiece model is neither of T5's nor of Gemma's kind.
     """
     directory = pathlib.Path(directory)
     if isinstance(vocabulary, SentencePieceVocabulary):
@@ -61,7 +62,7 @@ def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
         config = read_json(directory / TOKENIZER_CONFIG)
         config.pop("extra_ids", None)
         config |= {
-            # the name that transformers 4 and 5 both take for "tokenizer.json as it is"
+            # under this name, transformers 4 and 5 both open tokenizer.json unchanged
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
         }
@@ -73,17 +74,17 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
     """Compares the ids of `transformers` with ours on `PROBES`.
 
     Raises:
-        InputError: the first text whose ids differ.
+        InputError: ids differ; shows the first such text.
     """
     from transformers import AutoTokenizer  # 2 to 3 s
 
-    # without a longest input: it would warn of those that are longer
+    # no longest input: the tokenizer would warn about longer ones
     tokenizer = AutoTokenizer.from_pretrained(directory, model_max_length=10**9)
     framing = vocabulary.framing
     for text in PROBES:
         ids = vocabulary.encode(text)
         if not (ids or framing.add_bos_token or framing.add_eos_token):
-            continue  # ours has an eos, and no template of transformers asks whether a text is empty
+            continue  # we add an eos; a template of transformers cannot depend on a text being empty
         got, wanted = tokenizer(text)["input_ids"], framing.input_ids(ids)
         if got != wanted:
             raise InputError(
@@ -132,7 +133,7 @@ def _template(framing: Framing, pieces: Sequence[str]) -> Any:
 
 
 def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
-    """Returns a `tokenizers.Tokenizer` of T5's kind, as yet without special tokens."""
+    """Returns a `tokenizers.Tokenizer` of T5's kind; the caller adds its special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -146,7 +147,7 @@ def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
     steps = []
     if normalizer.precompiled_charsmap:
         if vocabulary.normalize(_JAMO).endswith(_SYLLABLE):
-            # `Precompiled` takes letters of 6 bytes and more mark by mark; so they are composed before
+            # `Precompiled` reads letters of 6 bytes or more mark by mark, so NFC composes them first
             steps.append(normalizers.NFC())
         steps.append(normalizers.Precompiled(normalizer.precompiled_charsmap))
     if normalizer.remove_extra_whitespaces:
@@ -162,10 +163,11 @@ def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
 
 
 def _bpe(proto: Any, model: pathlib.Path) -> Any:
-    """Returns a `tokenizers.Tokenizer` of Gemma's kind, as yet without special tokens.
+    """Returns a `tokenizers.Tokenizer` of Gemma's kind; the caller adds its special tokens.
 
-    SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` has
-    a list of pairs instead, the first of which is merged first: all pairs of each piece, by its score.
+    SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` merges
+    by a list of pairs instead, the first pair first. The list here has all pairs that form a piece, for
+    each piece, by descending score.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -176,7 +178,7 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
         or normalizer.remove_extra_whitespaces
     ):
         raise InputError(
-            f"{model}: changes texts before it splits them, which no Gemma does; it cannot be exported"
+            f"{model}: normalizes texts before it splits them, which no Gemma does; it cannot be exported"
         )
     kinds = type(proto.pieces[0])  # NORMAL, USER_DEFINED, ...
     # special pieces and bytes are never the result or a part of a merge
@@ -194,13 +196,13 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
             byte_fallback=True,
         )
     )
-    # as transformers' GemmaTokenizer, whose pre-tokenizer finds no blank that is left
+    # as in transformers' GemmaTokenizer, whose pre-tokenizer no longer finds a blank
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    # `normalized`: they are looked for where blanks are "▁" already, since several are runs of it
+    # `normalized`: matches them after blanks have become "▁", since several of them are runs of "▁"
     whole = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in whole])
     return tokenizer

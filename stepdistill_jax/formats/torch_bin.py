@@ -1,4 +1,4 @@
-"""`pytorch_model.bin`, read by torch without running code that a pickle may carry."""
+"""Reads `pytorch_model.bin` with torch, without running code that a pickle may contain."""
 
 import pathlib
 import re
@@ -13,11 +13,11 @@ from stepdistill_jax.formats.tensors import Tensor
 
 
 def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one file (or one of its shards) by name.
+    """Opens the tensors of a file, or of one shard, by name.
 
-    The zip format, which torch has written since 1.6, is mapped; the older format is read whole. A zip
-    with compressed members is refused: torch never writes one, mapping would show compressed bytes as
-    weights, and a pickle of 2 MB could unpack to 2 GB.
+    The zip format, which torch has written since 1.6, is mapped; the older format is read into memory.
+    A zip with compressed members is refused: torch never writes one, mapping would show compressed bytes
+    as weights, and a pickle of 2 MB could unpack to 2 GB.
 
     Raises:
         InputError: torch is not installed, the file is truncated, or it holds anything but tensors.
@@ -33,7 +33,7 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _require_plain(path)
-        with warnings.catch_warnings():  # of the pickle's age, before our own line
+        with warnings.catch_warnings():  # torch warns about old pickles; our own error says more
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except InputError:
@@ -41,8 +41,8 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
     except Exception as error:  # on broken bytes the unpickler raises errors of any class
         if found := re.search(r"GLOBAL (\S+)|Trying to (?:call|build)", str(error)):
             raise InputError(
-                f"{path}: its pickle calls {found[1] or 'code'}, and reading it would run that;"
-                " refused, since weights need only tensors"
+                f"{path}: its pickle calls {found[1] or 'code'}, which reading would run; refused,"
+                " since weights need only tensors"
             ) from None
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a complete torch file ({reason})") from None
@@ -54,7 +54,7 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
         try:
             size = tensor.numel() * tensor.element_size()
             if size > tensor.untyped_storage().nbytes():  # a view of one number may claim any shape
-                raise TypeError(f"its shape needs {size} bytes, and fewer are stored")
+                raise TypeError(f"its shape needs {size} bytes, but fewer are stored")
             tensors[name] = _view(tensor, torch)
         except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantized, ...
             reason = str(error).split("\n")[0]
@@ -72,6 +72,6 @@ def _require_plain(path: pathlib.Path) -> None:
 
 
 def _view(tensor, torch) -> np.ndarray:
-    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16 of its own
+    if tensor.dtype == torch.bfloat16:  # numpy itself has no bfloat16
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

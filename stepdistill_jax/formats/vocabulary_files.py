@@ -1,4 +1,4 @@
-"""The vocabulary of a model directory or workdir: a SentencePiece model, and what frames an input."""
+"""Reads and writes the vocabulary of a model directory or workdir: SentencePiece model and framing."""
 
 import dataclasses
 import pathlib
@@ -20,12 +20,12 @@ from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.runtime.files import atomic_write, write_json
 from stepdistill_jax.runtime.stores import is_remote, local_copy
 
-SPIECE, TOKENIZER_MODEL = "spiece.model", "tokenizer.model"  # of T5's kind, of Gemma's
+SPIECE, TOKENIZER_MODEL = "spiece.model", "tokenizer.model"  # T5's name for the model, Gemma's name
 FAST_TOKENIZER = "tokenizer.json"
 
 
 def model_name(vocabulary: Vocabulary) -> str:
-    """Returns the name that a SentencePiece model has in a model directory."""
+    """Returns the file name of a SentencePiece model in a model directory."""
     return TOKENIZER_MODEL if vocabulary.framing.bos_id else SPIECE
 
 
@@ -38,9 +38,9 @@ def write_vocabulary(
     ids than here, and a small vocabulary would get ids beyond the embedding.
 
     Args:
-        directory: there already; may be in a store.
-        vocabulary: bytes have no model.
-        model_max_length: most ids of an input; None leaves it out.
+        directory: an existing folder, which may be in a store.
+        vocabulary: vocabulary to write; ByT5's bytes have no model.
+        model_max_length: largest number of ids in an input; None leaves it out.
     """
     tokenizer: dict[str, Any] = {
         "tokenizer_class": "ByT5Tokenizer",
@@ -64,7 +64,7 @@ def write_vocabulary(
 
 
 def _gemma_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Returns the fields of `GemmaTokenizer`: the framing, and the special pieces by their names."""
+    """Returns the fields of a `GemmaTokenizer`'s file: the framing, and the special pieces by name."""
     framing, pieces = dataclasses.asdict(vocabulary.framing), vocabulary.pieces()
     ids = {"bos": framing.pop("bos_id"), "eos": EOS_ID, "pad": PAD_ID, "unk": vocabulary.unk_id}
     named = {f"{name}_token": pieces[i] for name, i in ids.items()}
@@ -75,7 +75,7 @@ def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
     """Returns the vocabulary of a model directory or workdir.
 
     Raises:
-        InputError: there is none, or one that cannot be read.
+        InputError: there is none, or it cannot be read.
     """
     for name in (SPIECE, TOKENIZER_MODEL):
         if (directory / name).is_file():
@@ -94,12 +94,12 @@ def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
 def _where_to_find_it(directory: pathlib.Path, name: str) -> str:
     if (directory / FAST_TOKENIZER).is_file():
         return (
-            f"; the {FAST_TOKENIZER} here has no {name} in it, and transformers 5 saves only that:"
+            f"; transformers 5 saves only {FAST_TOKENIZER}, which does not contain {name}:"
             f" copy {name} from the directory of the model that this one was made from"
         )
     if find_t5x(directory):
         return (
-            f"; a T5X checkpoint has none: copy the sentencepiece.model that its gin file names here as"
-            f' {SPIECE}, or for ByT5 write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
+            f"; a T5X checkpoint has none: copy the sentencepiece.model that its gin file names to"
+            f' {SPIECE} here, or for ByT5 write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
         )
     return ""

@@ -1,4 +1,4 @@
-"""The weights of a model directory, whatever format they are in."""
+"""Opens the weights of a model directory, in any format."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ from stepdistill_jax.formats.torch_bin import open_torch
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 INDEX_SUFFIX = ".index.json"
-# the first one found is read; msgpack before torch's, since it needs no torch
+# the first one found is read; msgpack comes before torch's format, since it needs no torch
 _READERS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
     WEIGHTS: open_safetensors,
     "flax_model.msgpack": open_flax,
@@ -28,13 +28,13 @@ _BLOCK = 1024  # rows compared at once
 
 
 def open_weights(directory: os.PathLike | str) -> Weights:
-    """Opens the tensors of a directory; reads only headers, but all of a msgpack file.
+    """Opens the tensors of a directory; reads only headers, except that it reads all of a msgpack file.
 
-    Formats are tried in this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
-    `pytorch_model.bin`, its shards, a T5X checkpoint.
+    Formats are tried in this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its
+    shards, `pytorch_model.bin`, its shards, a T5X checkpoint.
 
     Raises:
-        InputError: no weights, or weights that cannot be read; names the file.
+        InputError: there are no weights, or they cannot be read; names the file.
     """
     directory = pathlib.Path(directory)
     for name, reader in _READERS.items():
@@ -84,7 +84,7 @@ def _how_to_convert(directory: pathlib.Path) -> str:
         return ""
     folder = repr(os.fspath(directory))
     return (
-        f", only {', '.join(there)}; convert them once by transformers below 5, which still reads"
+        f", only {', '.join(there)}; convert them once with transformers below 5, which still reads"
         ' them: python -c "from transformers import T5ForConditionalGeneration as T;'
         f" T.from_pretrained({folder}, from_tf=True)"
         f'.save_pretrained({folder}, safe_serialization=True)"'

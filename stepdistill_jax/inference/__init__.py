@@ -1,7 +1,7 @@
-"""Labels from a trained model: no TensorFlow, no training code.
+"""Gets labels from a trained model, without TensorFlow and without training code.
 
-The imports are not lazy: a function that is named like its module (`predict`) is only reached by
-`inference.predict(...)` if it is bound after the module has been imported.
+The imports are not lazy: a function with the name of its module (`predict`) can be called as
+`inference.predict(...)` only if the name is bound after the module has been imported.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

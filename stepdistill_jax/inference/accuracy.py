@@ -1,4 +1,4 @@
-"""Counts right answers to a split, and answers that cannot be right; no other code counts them."""
+"""Counts right answers, and answers that cannot be right; no other code counts them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ class AccuracyCounts:
     """Counts over rows in any order, in bounded memory; averages are taken only at the end."""
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
-        """Takes the metric that compares answers, and the task's labels where they are few.
+        """Sets the metric that compares answers, and the task's labels if they are few.
 
-        `temperature` is that of the probabilities of choices.
+        `temperature` is the temperature of the probabilities of choices.
         """
         self._calibration = Calibration(temperature)
         self._matches = metric_fn(metric)
@@ -32,10 +32,10 @@ class AccuracyCounts:
         """Counts one answer.
 
         Args:
-            prediction: the label that a model gave.
-            label: the gold label; empty where it is unknown.
-            choices: of the row, if it has its own.
-            probabilities: of all allowed answers, if answers were restricted.
+            prediction: the model's label.
+            label: the gold label; empty if unknown.
+            choices: the row's own choices, if it has any.
+            probabilities: probability of each allowed answer, if answers were restricted.
         """
         self.rows += 1
         if label:
@@ -56,9 +56,9 @@ class AccuracyCounts:
     def summary(self) -> dict[str, Any]:
         """Returns `rows`, and `accuracy` and `majority_baseline` over the rows with a label, if any.
 
-        `invalid_labels` is the number of answers that are not allowed, None where any answer is.
-        `collapsed` says whether two or more rows all got one answer. With choices, the results of
-        `Calibration` are added.
+        `invalid_labels` is the number of answers that are not allowed, or None if any answer is allowed.
+        `collapsed` is true if there are two or more rows and all have the same answer. With choices, the
+        results of `Calibration` are added.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:
@@ -73,7 +73,7 @@ class AccuracyCounts:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Returns the summary as a line for people, and more lines for the task's own metrics and for oddities.
+    """Returns the summary as a line for people; more lines show the task's metrics and anything unusual.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.
@@ -90,9 +90,9 @@ def in_words(summary: dict[str, Any]) -> str:
         ("unfinished", "unfinished"),
         ("unparsed", "answers without a label"),
         ("unfinished_rationales", "unfinished rationales"),
-        ("gold_not_a_choice", "gold labels that are no choice"),
-        ("cut_inputs", "inputs cut"),
-        ("incomplete_inputs", "inputs without a field that the model reads"),
+        ("gold_not_a_choice", "gold labels that are not a choice"),
+        ("cut_inputs", "truncated inputs"),
+        ("incomplete_inputs", "inputs that lack a field that the model reads"),
         ("skipped", "bad rows skipped"),
     ):
         count = summary.get(name)
@@ -103,7 +103,7 @@ def in_words(summary: dict[str, Any]) -> str:
         parts.append(f"calibration error {summary['expected_calibration_error']:.4g}")
     if summary.get("log_loss") is not None:
         parts.append(
-            f"log loss {summary['log_loss']:.4g} (least at temperature"
+            f"log loss {summary['log_loss']:.4g} (lowest at temperature"
             f" {summary['best_temperature']:.4g})"
         )
     parts.append(f"{summary['rows_per_second']:.1f} rows/s")
@@ -114,11 +114,11 @@ def in_words(summary: dict[str, Any]) -> str:
     if summary.get("reads"):
         line += (
             f"\nthe model reads {' and '.join(summary['reads'])} of each row in addition to its input: a teacher"
-            " has to write it at test time, too"
+            " must also write it at test time"
         )
     if summary["collapsed"]:
         line += (
-            f"\nall {rows} answers are the same: the model does not tell the inputs apart"
-            " (train longer, or look at the learning rate and the labels' balance)"
+            f"\nall {rows} answers are the same: the model does not distinguish the inputs"
+            " (train longer, or check the learning rate and the balance of the labels)"
         )
     return line

@@ -1,4 +1,4 @@
-"""The answers that `choices` allows, their ids, and the output fields with their scores."""
+"""Restricts answers to `choices`: reads and encodes the allowed answers, and turns scores into output."""
 
 import functools
 import os
@@ -29,8 +29,8 @@ class Allowed:
 
     Attributes:
         labels: the allowed labels if all rows share them; empty if each row has its own.
-        temperature: of the probabilities.
-        key: changes when the answers, or the output written for them, may change.
+        temperature: temperature of the probabilities.
+        key: digest that changes when the answers, or the output written for them, may change.
     """
 
     def __init__(
@@ -46,22 +46,23 @@ class Allowed:
         """Reads the labels, unless each row has its own.
 
         Args:
-            choices: `row` (each row's field `choices`), `labels` (those of the task), a file (one label a
-                line, or a JSON list if its name ends in .json), or the labels themselves.
-            labels: of the task; empty if it has no closed set.
-            objective: the label's; its target template says what the model was trained to write.
-            vocabulary: of the model.
-            most_ids: most ids of an answer, the end of sequence included; training truncated longer ones.
-            temperature: of the probabilities; scores have none.
+            choices: `row` (each row's field `choices`), `labels` (the task's labels), a file (one label
+                per line, or a JSON list if its name ends in .json), or the labels themselves.
+            labels: labels of the task; empty if they are not a closed set.
+            objective: the label's objective; its target template is what the model was trained to write.
+            vocabulary: vocabulary of the model.
+            most_ids: largest number of ids in an answer, the end of sequence included; training
+                truncated longer answers.
+            temperature: temperature of the probabilities; scores do not depend on it.
 
         Raises:
-            InputError: no such file, fewer than two labels, a repeated label, or one that the model
-                cannot tell from another or was not trained to write.
+            InputError: the file does not exist; there are fewer than two labels; or a label is repeated,
+                has the same ids as another, or is longer than the model was trained to write.
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
                 f"`choices`: the model writes {objective.target_template!r}, so a label alone has no"
-                " probability of its own"
+                " probability"
             )
         self._objective, self._vocabulary, self._most_ids = objective, vocabulary, most_ids
         self.temperature = float(temperature)
@@ -88,7 +89,7 @@ class Allowed:
         """Refuses a row without choices, or with choices that the model cannot tell apart.
 
         Raises:
-            InputError: the reason.
+            InputError: the message is the reason, without the row's place.
         """
         if self.labels:
             return
@@ -132,7 +133,7 @@ class Allowed:
                 raise InputError(f"the label {label!r} has no ids in the model's vocabulary")
             if len(ids) > self._most_ids:
                 raise InputError(
-                    f"the label {label!r:.60} has {len(ids)} ids, and the model was trained to write"
+                    f"the label {label!r:.60} has {len(ids)} ids, but the model was trained to write"
                     f" at most {self._most_ids}"
                 )
             if ids in found:
@@ -148,7 +149,7 @@ def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowe
     """Returns the answers that `options.choices` allows for this model and task; None allows any.
 
     Raises:
-        InputError: as `Allowed`.
+        InputError: see `Allowed`.
     """
     if options.choices is None:
         return None
@@ -172,12 +173,12 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns (where the labels are from, the labels as written there)."""
+    """Returns (source of the labels for messages, the labels as they are written there)."""
     if choices == LABELS:
         if not of_task:
             raise InputError(
-                "`choices=labels`: the task has no closed set of labels; give a file of them, or `row`"
-                " where rows have the field 'choices'"
+                "`choices=labels`: the task has no closed set of labels; pass a file of labels, or `row`"
+                " if rows have the field 'choices'"
             )
         return "`choices=labels`", list(of_task)
     if isinstance(choices, str | os.PathLike):
@@ -186,16 +187,18 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
 
 
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
-    """Returns two or more labels, none blank, none repeated; `name` says where they are from."""
+    """Checks that there are two or more labels, none blank or repeated; `name` is their source."""
     labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
     first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):
         if not label:
             raise InputError(f"{name}: label {number} is blank")
         if (before := first.setdefault(normalize(label), number)) != number:
-            raise InputError(f"{name}: the label {label!r} is repeated (as {before} and {number})")
+            raise InputError(
+                f"{name}: the label {label!r} is repeated (labels {before} and {number})"
+            )
     if len(labels) < 2:
-        raise InputError(f"{name}: expected at least two labels, found {len(labels)}")
+        raise InputError(f"{name}: expected at least two labels, got {len(labels)}")
     return tuple(labels)
 
 
@@ -203,7 +206,7 @@ def _read_file(path: os.PathLike | str) -> list[Any]:
     local = local_path(path, "`choices`")
     if not local.exists():
         raise InputError(
-            f"`choices` {path}: no such file; `row` takes each row's own choices, `labels` takes the labels of the task"
+            f"`choices` {path}: no such file; `row` uses each row's own choices, `labels` uses the task's labels"
         )
     check_file(local, "a file of labels")
     if local.suffix == ".json":

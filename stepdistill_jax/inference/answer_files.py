@@ -1,4 +1,4 @@
-"""Decoded answers in a workdir's `predictions/`, one row a line."""
+"""Names and writes files of decoded answers in a workdir's `predictions/`, one row per line."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def write_answers(workdir: os.PathLike | str, name: str, rows: Iterable[Mapping[
     """Writes `predictions/NAME.jsonl` of a workdir atomically, replacing an older one.
 
     Raises:
-        OSError: the file cannot be written, such as on a full disk; names it.
+        OSError: the file cannot be written, for example on a full disk; names it.
     """
     with atomic_write(as_path(workdir) / PREDICTIONS / f"{name}.jsonl") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

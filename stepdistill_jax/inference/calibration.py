@@ -1,18 +1,18 @@
-"""Calibration of the probabilities of `choices`, over rows in any order, in bounded memory."""
+"""Measures the calibration of the probabilities of `choices`, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-BINS = 15  # of Guo et al. 2017
+BINS = 15  # as in Guo et al. 2017
 # 3% apart; the loss is flat near its minimum, so a finer grid would change only its 5th digit
 TEMPERATURES = np.geomspace(0.05, 100.0, 257)
 _SMALLEST = np.log(np.finfo(np.float64).tiny)
 
 
 class Calibration:
-    """Sums over rows whose gold label is known."""
+    """Adds up, over rows in any order, what the calibration needs; each row has a known gold label."""
 
     def __init__(self, temperature: float = 1.0):
         """Takes the temperature of the probabilities that will be added."""
@@ -25,8 +25,8 @@ class Calibration:
         """Adds one row.
 
         Args:
-            probabilities: of the allowed labels; they sum to 1.
-            is_gold: which of them are right; none if the gold label is not allowed.
+            probabilities: probability of each allowed label; they sum to 1.
+            is_gold: whether each allowed label is right; all False if the gold label is not allowed.
         """
         p, gold = np.asarray(probabilities, np.float64), np.asarray(is_gold, bool)
         best = int(p.argmax())

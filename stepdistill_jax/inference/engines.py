@@ -1,4 +1,4 @@
-"""The engines that decode rows of ids: our decoder on any device of JAX, or CTranslate2 on CPU cores."""
+"""Decodes rows of ids with one of two engines: our decoder on JAX's devices, or CTranslate2 on CPU cores."""
 
 import dataclasses
 import functools
@@ -38,12 +38,12 @@ class Engine(Protocol):
     """A model and the engine that runs it.
 
     Attributes:
-        path: the directory that it came from.
-        vocabulary, task_info: of the model.
-        step: of the checkpoint; None where the directory holds one model only.
-        batch_size: rows decoded at once.
-        identity: digest of everything in the model that its answers depend on.
-        device: what it runs on.
+        path: directory of the model.
+        vocabulary, task_info: vocabulary and task of the model.
+        step: step of the checkpoint; None if the directory holds only one model.
+        batch_size: number of rows decoded at once.
+        identity: digest of everything in the model that affects its answers.
+        device: kind of the device.
     """
 
     path: pathlib.Path
@@ -67,9 +67,10 @@ class Engine(Protocol):
 
         Args:
             rows: ids of each input with its end of sequence; none is empty.
-            max_decode_len: most tokens of an answer, the end of sequence included.
+            max_decode_len: largest number of tokens in an answer, the end of sequence included.
             on_progress: called with the number of rows of each finished batch.
-            decoder_prefix: ids given to the decoder before the answer, not part of it or its score.
+            decoder_prefix: ids that the decoder reads before the answer; they are not part of the answer
+                or its score.
         """
         ...
 
@@ -79,7 +80,7 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Returns log probabilities of given answers to each row; see `choices.ChoiceScorer`."""
+        """Returns the log probability of each row's given answers; see `choices.ChoiceScorer`."""
         ...
 
 
@@ -87,37 +88,37 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
     """Opens a workdir or model directory with the engine that reads it.
 
     Args:
-        path: of a workdir, model directory or CTranslate2 directory.
-        options: which step, and how it decodes; None is `DecodeOptions()`.
+        path: workdir, model directory or CTranslate2 directory.
+        options: step and options of decoding; None means `DecodeOptions()`.
 
     Raises:
-        InputError: an engine that does not read the directory, a bad model, or options that do not
-            fit the model.
+        InputError: the engine cannot read the directory, the model is bad, or the options do not fit
+            the model.
     """
     options = options or DecodeOptions()
     converted = is_ctranslate2(path)
     if options.engine == "jax" and converted:
         raise InputError(
-            f"`engine=jax`: {path} is a CTranslate2 directory; give the one that it was made from"
+            f"`engine=jax`: {path} is a CTranslate2 directory; use the directory that it was made from"
         )
     if options.engine == "ctranslate2" and not converted and as_path(path).is_dir():
         raise InputError(
-            f"`engine=ctranslate2`: {path} is no CTranslate2 directory; make one:"
+            f"`engine=ctranslate2`: {path} is not a CTranslate2 directory; to make one, run"
             f" `stepdistill export {path} NEW_FOLDER --format ctranslate2`"
         )
     if options.quantization and converted:
         raise InputError(
-            f"`quantization`: {path} is a CTranslate2 directory, which has that of its export"
+            f"`quantization`: {path} is a CTranslate2 directory, whose export set the quantization"
             " (`stepdistill export --format ctranslate2 --quantization int8`); leave it out"
         )
     return (CTranslate2Engine if converted else JaxEngine)(path, options)
 
 
 class JaxEngine:
-    """Our decoder; on several processes, all must make the same calls."""
+    """Engine for our decoder; with several processes, all must make the same calls."""
 
     def __init__(self, path: os.PathLike | str, options: DecodeOptions):
-        """As `open_engine`."""
+        """Opens a workdir or model directory; see `open_engine`."""
         mesh = device_mesh(options.layout)
         model = load_model(path, options.step, mesh=mesh)
         self._config, self._params = model.config, model.params
@@ -127,7 +128,7 @@ class JaxEngine:
         self.vocabulary, self.task_info = model.vocabulary, model.task_info
         self.batch_size = rows_at_once(options.batch_size, mesh)  # on all devices together
         decode_fn = search(options.num_beams, options.length_penalty)
-        # each keeps its compiled programs
+        # cached, since each decoder and scorer keeps its compiled programs
         self._decoder = functools.cache(
             functools.partial(LabelDecoder, self._config, mesh=mesh, decode_fn=decode_fn)
         )
@@ -141,7 +142,7 @@ class JaxEngine:
         `stepdistill.json` is left out: its prompts and lengths are options of a run.
         """
         config = dataclasses.asdict(self._config)
-        if config["logits_softcap"] is None:  # younger than outputs that a run may continue
+        if config["logits_softcap"] is None:  # so that older, unfinished outputs can be continued
             del config["logits_softcap"]
         return digest([params_fingerprint(self._params), config, self.vocabulary.fingerprint])
 
@@ -152,7 +153,7 @@ class JaxEngine:
         on_progress: Callable[[int], None] | None = None,
         decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
-        """As `Engine.decode`."""
+        """Implements `Engine.decode`."""
         decoder = self._decoder(
             max_decode_len=max_decode_len,
             batch_size=self._rows_at_once(len(rows)),
@@ -166,12 +167,15 @@ class JaxEngine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """As `Engine.score`."""
+        """Implements `Engine.score`."""
         scorer = self._scorer(batch_size=self._rows_at_once(len(rows)))
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """Returns the batch size for so many rows: halved while rows still fit, since filler rows take time; few shapes compile."""
+        """Returns the batch size, halved while the rows still fit, since padding rows take time.
+
+        Halving keeps the number of shapes, and so of compiled programs, small.
+        """
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
             size //= 2
@@ -181,27 +185,27 @@ class JaxEngine:
 class CTranslate2Engine:
     """CTranslate2 with one worker per core that this process may use, all on one copy of the weights.
 
-    Each worker has one thread. Threads that share a matrix product wait for the slowest one: next to
-    a busy core, two threads were six times slower than one.
+    Each worker has one thread. Threads that share a matrix product wait for the slowest one: when another
+    program kept a core busy, two threads were six times slower than one.
     """
 
     device: str = "cpu"
     step: int | None = None
 
     def __init__(self, path: os.PathLike | str, options: DecodeOptions):
-        """Opens a directory as `open_engine` does; reads the whole file of weights."""
+        """Opens a CTranslate2 directory; see `open_engine`. Reads the complete file of weights."""
         if options.step not in ("best", "last"):
             raise InputError(
-                f"`step` {options.step}: {path} is a CTranslate2 directory, which holds one model"
+                f"`step` {options.step}: {path} is a CTranslate2 directory, which holds only one model"
             )
         if options.layout != "data":
             raise InputError(
-                "`layout`: CTranslate2 runs the whole model on the cores of a CPU; leave it out"
+                "`layout`: CTranslate2 runs on the cores of a single CPU; leave it out"
             )
         if jax.process_count() > 1:
             raise InputError(
-                f"{path}: CTranslate2 runs in one process, and this one is of {jax.process_count()};"
-                " start it by itself"
+                f"{path}: CTranslate2 runs in a single process, but this job has {jax.process_count()};"
+                " start one process"
             )
         library = import_ctranslate2(f"{path}")
         self.path = local_path(path, "model directory")
@@ -235,17 +239,18 @@ class CTranslate2Engine:
         on_progress: Callable[[int], None] | None = None,
         decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
-        """As `Engine.decode`.
+        """Implements `Engine.decode`.
 
         Raises:
-            InputError: a row that holds only its end of sequence, which CTranslate2 does not decode; or a
-                decoder prefix where lengths compete, since CTranslate2 counts it as part of the answer.
+            InputError: a row has only its end of sequence, which CTranslate2 does not decode; or there is
+                a decoder prefix and a length penalty, since CTranslate2 counts the prefix as part of
+                the answer.
         """
         prefix = [self._names[i] for i in decoder_prefix]
         if prefix and self._penalty:
             raise InputError(
                 f"{self.path}: with a length penalty, CTranslate2 counts a rationale's decoder"
-                " prefix as part of its length; give `length_penalty=0`, or use the directory that"
+                " prefix as part of its length; set `length_penalty=0`, or use the directory that"
                 " this one was made from"
             )
         decoded = Decoded(
@@ -291,7 +296,7 @@ class CTranslate2Engine:
         """
         if any(ids[-1] != EOS_ID for of_row in answers for ids in of_row):
             raise InputError(
-                f"{self.path}: CTranslate2 scores targets with an end of sequence, and some have none;"
+                f"{self.path}: CTranslate2 scores targets with an end of sequence, but some have none;"
                 " use the directory that this one was made from"
             )
         scores = [np.zeros(len(of_row), np.float32) for of_row in answers]
@@ -318,7 +323,10 @@ class CTranslate2Engine:
         return scores
 
     def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
-        """Yields batches of (row, answer): inputs of similar length, the longest first, few answer tokens at a time."""
+        """Yields batches of (row, answer) with inputs of similar length, the longest first.
+
+        A batch has at most `CHUNK_TOKENS` answer tokens, padding included.
+        """
         pairs, longest = [], 0
         for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
             for number, ids in enumerate(answers[place]):
@@ -335,7 +343,7 @@ class CTranslate2Engine:
     def _start(
         self, rows: list[Sequence[int]], max_decode_len: int, prefix: list[str]
     ) -> list[Any]:
-        """Queues one batch; returns a result to wait for, per row."""
+        """Queues one batch; returns a pending result for each row."""
         return self._translator.translate_batch(
             [[self._names[i] for i in row] for row in rows],
             target_prefix=[prefix] * len(rows) if prefix else None,
@@ -343,7 +351,7 @@ class CTranslate2Engine:
             beam_size=self._beams,
             length_penalty=self._penalty,
             max_decoding_length=len(prefix) + max_decode_len,
-            # CTranslate2 truncates inputs at 1024 tokens by default, and forbids the end of sequence as first token
+            # 0 and 0: by default, CTranslate2 truncates inputs to 1024 tokens and forbids empty answers
             max_input_length=0,
             min_decoding_length=0,
             return_scores=True,

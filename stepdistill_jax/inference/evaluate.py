@@ -1,4 +1,4 @@
-"""Accuracy on a split of any task: a prepared dataset, or a task that only SeqIO can read."""
+"""Evaluates a model on a split of any task: a prepared dataset, or a task that only SeqIO can read."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
 
 
 def check_result(output: os.PathLike | str, choices: Any = None) -> None:
-    """Refuses an output file that must not be written, before any work (`check_outputs`)."""
+    """Refuses an output file that must not be overwritten, before any work (`check_outputs`)."""
     inputs = [choices] if isinstance(choices, os.PathLike | str) else []
     check_outputs({local_path(output, "`output`"): RESULT}, inputs, "`output`")
 
@@ -69,39 +69,39 @@ def evaluate(
     The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
     SeqIO, as for training, and its own metrics are computed as well.
 
-    A workdir keeps the answers in `predictions/TASK-SPLIT-STEP.jsonl`. Options
-    add to the name before `.jsonl`, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`,
-    `-rationale`.
+    A workdir keeps the answers in `predictions/TASK-SPLIT-STEP.jsonl`. Options are added to the name
+    before `.jsonl`, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`, `-rationale`.
 
     Args:
         path: workdir or model directory.
-        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture; it also says how
-            labels are compared.
-        split: of the task.
-        output: JSON file for the result; None writes none.
+        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture; it also determines
+            how labels are compared.
+        split: split of the task.
+        output: JSON file for the result; None writes no file.
         with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
-        data_dir: where datasets are prepared and tokens are kept; None is the default folder.
-        task_module: module that registers the task; None is the module that the model was trained
+        data_dir: folder of prepared datasets and tokens; None means the default folder.
+        task_module: module that registers the task; None means the module that the model was trained
             with, if it was trained on this task.
         **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, which are the
             model's own.
 
     Returns:
-        For a mixture whose labels come from several tasks: `task`, `split`, `rows` of all, and
-        `tasks`, {NAME: result}.
-        Otherwise what `predict` returns, and `task`, `split`, `step`, `num_beams`, `length_penalty`;
-        with rationales also `rationale`: what `RationaleCounts.summary` has and `unfinished` (those
-        that reached their greatest length without an end). Of a SeqIO task with metrics of its own
-        also `metrics`, their values by name.
+        For a mixture whose labels come from several tasks: `task`, `split`, the number of `rows` of all
+        tasks, and `tasks`, {NAME: result}.
+        Otherwise the keys of `predict`, and `task`, `split`, `step`, `num_beams`, `length_penalty`. With
+        rationales, also `rationale`: the keys of `RationaleCounts.summary`, and `unfinished`
+        (rationales that reached their maximum length without an end of sequence). If a SeqIO task has
+        its own metrics, also `metrics`, their values by name.
 
     Raises:
-        InputError: no such model, step, task, split or module, a bad option, or rationales of a
-            SeqIO task or of a model that was not trained to give them.
+        InputError: the model, step, task, split or module does not exist, an option is bad, or
+            rationales are requested for a SeqIO task or from a model that was not trained to write them.
     """
     chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
         on_process_0(lambda: check_result(output, chosen.choices))
     read = read_ctranslate2 if is_ctranslate2(path) else read_model_files
+    # a file that only one process cannot read ends all processes, instead of leaving the others waiting
     files = on_all_processes(lambda: read(path))
     info, folder = files.task_info, data_folder(data_dir)
     module = _own_module(info, task) if task_module is None else task_module
@@ -121,7 +121,7 @@ def evaluate(
         result = each[names[0]] if len(names) == 1 else {"rows": rows, "tasks": each}
     elif with_rationale:
         raise InputError(
-            f"`with_rationale`: {task} is a SeqIO task, of which only the labels are compared; leave it"
+            f"`with_rationale`: {task} is a SeqIO task, and only its labels can be compared; leave it"
             " out, or prepare the rows as a dataset (stepdistill prepare jsonl)"
         )
     else:
@@ -138,6 +138,7 @@ def evaluate(
         data.check_ids(files.vocab_size)
         (part,) = data.parts
         result = _evaluate_part(path, part, split, chosen)
+    # `task` and `split` come first; a mixture of one task keeps the name that the caller gave
     result = {"task": task, "split": split} | result | {"task": task}
     if output is not None:
         on_process_0(lambda: write_json(output, result))
@@ -145,17 +146,17 @@ def evaluate(
 
 
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
-    """Refuses validation rows of a dataset if the model's run drew a different validation (`paper_exact`).
+    """Refuses a dataset's validation rows if the model's run drew other rows for it (`paper_exact`).
 
     Raises:
-        InputError: the model was trained on some of them.
+        InputError: the model was trained on some of these rows.
     """
     config = info.provenance.get("config") if info and info.task == dataset.name else None
     share = config.get("data_fraction") if isinstance(config, dict) else None
     if split in dataset.drawn[1:] and share not in (None, 1.0):
         raise InputError(
-            f"`split`: the model was trained on {share} of {dataset.name}, some rows of this validation"
-            " among them, since its run drew a validation of its own; evaluate test"
+            f"`split`: the model was trained on {share} of {dataset.name}, including some rows of this"
+            " validation split, since its run drew a different one; evaluate test"
         )
 
 
@@ -167,7 +168,7 @@ def _check_each(
     data_dir: pathlib.Path,
     task_module: str | None,
 ) -> None:
-    """Refuses a mixture of which some task cannot be evaluated, before any is decoded.
+    """Refuses a mixture if one of its tasks cannot be evaluated, before any task is decoded.
 
     Raises:
         InputError: a task lacks the split, or is not prepared although fields of its rows are needed.
@@ -178,12 +179,12 @@ def _check_each(
         if split not in splits:
             raise InputError(
                 f"mixture {mixture!r}: {name} has no split {split!r} (it has {', '.join(splits)});"
-                " evaluate other tasks of it one by one"
+                " evaluate its other tasks one by one"
             )
         if rows_of_files and not isinstance(found, PreparedDataset):
             raise InputError(
                 f"mixture {mixture!r}: `with_rationale` and `choices=row` read the rows of prepared"
-                f" datasets, and {name} is a SeqIO task; evaluate the others one by one"
+                f" datasets, but {name} is a SeqIO task; evaluate the other tasks one by one"
             )
 
 
@@ -197,7 +198,7 @@ def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:
-    """Returns the module that registered the model's own task; None if `task` is another one."""
+    """Returns the module that registered the model's own task; None if `task` is a different task."""
     if info is None or info.task != task:
         return None
     config = info.provenance.get("config")
@@ -212,7 +213,7 @@ def _evaluate_dataset(
     options: DecodeOptions,
     with_rationale: bool,
 ) -> dict[str, Any]:
-    """Returns `predict` on a split; a workdir keeps the answers."""
+    """Returns the result of `predict` on a split; a workdir keeps the answers."""
     source = on_all_processes(lambda: dataset.file(split))
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     name = answers_name(dataset.name, split, found, options, with_rationale)
@@ -228,11 +229,13 @@ def _evaluate_dataset(
             answers,
             task=dataset.name,
             with_rationale=with_rationale,
-            data_dir=dataset.directory.parent,  # a module may have registered it from another folder
+            # not `data_dir`: a module may have registered the dataset from another folder
+            data_dir=dataset.directory.parent,
             **asked,
         )
         if with_rationale:
-            unfinished = result.pop("unfinished_rationales", result["unfinished"])  # one answer
+            # a model that writes both in one answer has no separate count
+            unfinished = result.pop("unfinished_rationales", result["unfinished"])
             figures = on_process_0(lambda: _rationale_figures(dataset, split, answers))
             result["rationale"] = figures | {"unfinished": unfinished}
         if kept is not None and remote:
@@ -243,7 +246,7 @@ def _evaluate_dataset(
 def _evaluate_part(
     path: os.PathLike | str, part: Part, split: str, options: DecodeOptions
 ) -> dict[str, Any]:
-    """Returns `evaluate_tokens` of a SeqIO task; a workdir keeps the answers."""
+    """Returns the result of `evaluate_tokens` on a SeqIO task; a workdir keeps the answers."""
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     if found is not None:
         options = dataclasses.replace(options, step=found)
@@ -260,7 +263,7 @@ def _evaluate_part(
 
 
 def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
-    """Returns the step and the options of search that a result names."""
+    """Returns the step and the search options that a result contains."""
     return {
         "step": step,
         "num_beams": options.num_beams,
@@ -288,32 +291,32 @@ def evaluate_tokens(
     task_metrics: TaskMetrics | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Decodes inputs that are ids already (a user's own SeqIO task), and compares the labels.
+    """Decodes inputs that are already ids (a user's own SeqIO task), and compares the labels.
 
     Args:
         path: workdir or model directory.
         inputs: ids of each row with its end of sequence; inputs longer than in training are truncated.
         labels: the gold answer of each row.
         metric: how answers are compared.
-        allowed: the possible labels, where they are few; `choices=labels` means these. Rows have no
-            choices of their own.
-        options: None is `DecodeOptions()`.
-        task_metrics: the task's own metrics, for the same rows; None has none.
-        keep: called, before the metrics, with a row for each input: `id` (its number, from 1), `label`, `score` and what
-            else `predict` writes of it, `target` (its label), and `target_score` (natural log of the
-            probability of the target) where a metric reads it.
+        allowed: the possible labels if they are few; `choices=labels` means these. Rows cannot have
+            their own choices.
+        options: options of decoding; None means `DecodeOptions()`.
+        task_metrics: the task's own metrics, for the same rows; None if it has none.
+        keep: function that is called before the metrics, with a row for each input: `id` (its number,
+            from 1), `label`, `score`, the other fields that `predict` writes, `target` (its label), and,
+            if a metric reads it, `target_score` (natural log of the probability of the target).
 
     Returns:
-        What `predict` returns, and `step`, `num_beams`, `length_penalty`; with metrics of the task
-        also `metrics`, their values by name (None is NaN or infinite).
+        The keys of `predict`, and `step`, `num_beams`, `length_penalty`. If the task has metrics, also
+        `metrics`, their values by name; None stands for NaN or infinity.
 
     Raises:
-        InputError: no such model or step, a bad option, or a metric that fails.
+        InputError: the model or step does not exist, an option is bad, or a metric fails.
     """
     options = options or DecodeOptions()
     if options.choices == ROW:
         raise InputError(
-            "`choices=row`: rows of a SeqIO task have no field 'choices'; give a file of labels"
+            "`choices=row`: rows of a SeqIO task have no field 'choices'; pass a file of labels"
         )
     model = open_engine(path, options)
     prompting = dataclasses.replace(prompting_for(model, options), labels=tuple(allowed))

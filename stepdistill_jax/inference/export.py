@@ -1,4 +1,4 @@
-"""From a trained model to a directory that others open: Hugging Face's layout, StableHLO, CTranslate2's."""
+"""Exports a trained model for other programs: in Hugging Face's layout, as StableHLO, or for CTranslate2."""
 
 import dataclasses
 import functools
@@ -42,31 +42,31 @@ def export(
     format: str = "hf",
     quantization: str | None = None,
 ) -> dict[str, Any]:
-    """Writes one step's model for others to run.
+    """Writes the model of one step for other programs.
 
     `hf`: configuration, weights, tokenizer, task and model card in Hugging Face's layout; `predict`
-    gives the same bytes on `model_dir` as on the workdir at that step. `jax`: the label decoder as a
-    `jax.export` program with its weights next to it, which runs where only jax is installed; the
-    `README.md` in it says how. `ctranslate2`: a directory for CTranslate2, which decodes faster on
-    CPUs; `predict` reads it, and its `README.md` says what else does.
+    writes the same bytes for `model_dir` as for the workdir at that step. `jax`: the label decoder as a
+    `jax.export` program with its weights next to it, for a process that has only jax; its `README.md`
+    shows how to run it. `ctranslate2`: a directory for CTranslate2, which decodes faster on CPUs;
+    `predict` reads it, and its `README.md` shows how to use it without this package.
 
     Args:
-        workdir: of a training run; but for `hf` a model directory will do, too.
-        model_dir: must be absent or empty; it appears whole or not at all.
+        workdir: folder of a training run, or, except for `hf`, a model directory.
+        model_dir: folder to write, which must be absent or empty; it appears complete or not at all.
         step: `best`, `last` or a number.
         format: `hf`, `jax` or `ctranslate2`.
-        quantization: of the weights of `ctranslate2`: `float32` (None, too) or `int8`.
+        quantization: type of the weights for `ctranslate2`: `float32` (also None) or `int8`.
 
     Returns:
         `model_dir`, `step`, `format`, `parameters`, `files`.
 
     Raises:
-        InputError: no such format or quantization, not a workdir, no such step, a `model_dir` that holds something,
-            or a vocabulary that `transformers` would read in another way.
+        InputError: the format or quantization is unknown, `workdir` is not a workdir or lacks the step,
+            `model_dir` is not empty, or `transformers` would read the vocabulary differently.
     """
     one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":
-        raise InputError(f"`quantization`: only of `format=ctranslate2`; {format} is float32")
+        raise InputError(f"`quantization`: only for `format=ctranslate2`; {format} is float32")
     check_quantization(quantization)
     target = local_path(model_dir, "MODEL_DIR")
     target = target if target.name else target.absolute()  # `.`
@@ -96,9 +96,11 @@ def export(
 
 def _check_target(target: pathlib.Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"{target}: is a file or link; give a new folder")
+        raise InputError(f"{target}: is a file or link; choose a new folder")
     if target.is_dir() and any(target.iterdir()):
-        raise InputError(f"{target}: is not empty; give a new folder, nothing is overwritten")
+        raise InputError(
+            f"{target}: is not empty; choose a new folder, since nothing is overwritten"
+        )
     check_writable(target, folder=True)
 
 
@@ -165,7 +167,7 @@ def _metrics(model: LoadedModel) -> dict[str, Any]:
 
 
 def _task_info(model: LoadedModel) -> TaskInfo | None:
-    """What `stepdistill.json` will say: the task, and which step this is."""
+    """Returns the contents of `stepdistill.json`: the model's task, and the exported step."""
     info = model.task_info
     if info is None or model.step is None:
         return info

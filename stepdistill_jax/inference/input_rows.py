@@ -1,4 +1,4 @@
-"""Input rows of `predict` and `serve`; errors name the line."""
+"""Reads the input rows of `predict` and `serve`; errors name the line."""
 
 import dataclasses
 import os
@@ -14,15 +14,15 @@ from stepdistill_jax.runtime.stores import local_path
 FIELDS = ("rationale", "llm_label")  # optional fields of a question
 WINDOW_CHARS = (
     16 * 2**20
-)  # characters of a window's texts: rows of megabytes do not fill the memory
+)  # characters of a window's texts; the limit keeps rows of megabytes from filling the memory
 
 
 def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     """Returns the question of a row. The input may be blank; the id is kept as given.
 
     Args:
-        row: in the generic format.
-        more: names of other texts that a prompt shows; they may be missing.
+        row: a row in the generic format.
+        more: names of other fields that a prompt contains; rows may lack them.
 
     Raises:
         InputError: a field is missing or has the wrong type.
@@ -39,10 +39,10 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
 def _rename(row: JsonRow) -> str:
     """Returns what to do about a row without an input, for the error message."""
     if is_csv(row.path):
-        return "; its first line names the columns, and one of them has to be 'input'"
+        return "; its first line names the columns, and one of them must be 'input'"
     if len(row.fields) == 1:
         return f"; rename {next(iter(row.fields))!r} to 'input'"
-    return "; rows have the names that prepare writes: input, and if known id, label, choices"
+    return "; rows use the names that prepare writes: input, and if known id, label, choices"
 
 
 def read_questions(
@@ -53,9 +53,9 @@ def read_questions(
     """Yields each question of a file, or the error of its row.
 
     Args:
-        path: of the file: JSON lines, or CSV or TSV by its suffix.
-        check_row: raises InputError with the reason alone for an unusable row.
-        more: as for `question`.
+        path: path of the file: JSON lines, or CSV or TSV by its suffix.
+        check_row: function that raises InputError for an unusable row; its message is only the reason.
+        more: see `question`.
 
     Raises:
         InputError: the file cannot be read.
@@ -76,7 +76,7 @@ def read_questions(
 
 
 def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
-    """Returns the next `most_rows` rows, or as many as have 16 million characters; empty at the end."""
+    """Returns the next `most_rows` rows, or fewer once they have 16 Mi characters; empty at the end."""
     window, chars = [], 0
     for row in rows:
         window.append(row)
@@ -87,12 +87,12 @@ def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
 
 
 class InputFile:
-    """A file of rows that is read several times and must not change meanwhile.
+    """A file of rows that is read several times and must not change in the meantime.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         total: number of good rows.
-        digest: of its bytes.
+        digest: digest of the file's bytes.
     """
 
     def __init__(
@@ -102,17 +102,17 @@ class InputFile:
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
     ):
-        """Counts the good rows, so a bad row is known before the first is decoded.
+        """Counts the good rows, so a bad row is found before any row is decoded.
 
         Args:
-            path: of the file.
+            path: path of the file.
             on_error: `stop` at a bad row, or `skip` it.
-            check_row: as for `read_questions`.
-            reads: fields that prompts show in addition to the input.
+            check_row: see `read_questions`.
+            reads: fields that prompts contain in addition to the input.
 
         Raises:
-            InputError: the file cannot be read, has rows but no good one, or has one of `reads` in no
-                row; with `stop`, the first bad row, by file and line.
+            InputError: the file cannot be read, none of its rows is good, or no row has a field of
+                `reads`. With `stop`, also for the first bad row; names file and line.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
@@ -132,12 +132,12 @@ class InputFile:
         if absent and self.total:
             raise InputError(
                 f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"
-                " in addition to the input (a teacher has to write it, at test time, too)"
+                " in addition to the input (a teacher must also write it at test time)"
             )
         self.digest = sha256(path)
 
     def rows(self) -> Iterator[Example | BadRow]:
-        """Yields `read_questions` of the file."""
+        """Yields each question of the file, or the error of its row."""
         return read_questions(self.path, self._check_row, self._reads)
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -151,7 +151,7 @@ class InputFile:
         """Refuses a file that has changed; cheap while its size and modification time are the same.
 
         Args:
-            rows: number of good rows that were read, at the end; then all bytes are compared.
+            rows: after the last row, the number of good rows read; then all bytes are compared.
 
         Raises:
             InputError: the file was replaced, changed or removed.
@@ -163,6 +163,6 @@ class InputFile:
             then = "" if rows in (None, self.total) else f", then {rows}"
             raise InputError(
                 f"{self.path}: the file changed while it was read ({self.total} good rows at first{then});"
-                " start again when it is complete"
+                " start again when the file is complete"
             )
         self._stamp = stamp

@@ -1,4 +1,4 @@
-"""The label of each row, decoded or chosen, for `predict`, `evaluate` and `serve` alike."""
+"""Decodes or chooses the label of each row, for `predict`, `evaluate` and `serve`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +16,10 @@ class Labels(NamedTuple):
 
     Attributes:
         answers: the output fields of each row except its id.
-        unfinished: number of answers that reached the maximum length without an end.
-        unparsed: number of answers without a label in them.
-        ids: of each answer, as decoded or chosen.
-        scores: [rows] natural logs of their probabilities.
+        unfinished: number of answers that reached the maximum length without an end of sequence.
+        unparsed: number of answers in which no label was found.
+        ids: ids of each answer, as decoded or chosen.
+        scores: [rows], natural log of each answer's probability.
     """
 
     answers: list[dict[str, Any]]
@@ -40,11 +40,11 @@ def label_rows(
     """Returns the label of each row.
 
     Args:
-        model: opened by `open_engine`.
-        prompting: of `prompting_for`.
-        allowed: of `allow`; the label is the likeliest allowed answer. None decodes.
+        model: engine opened by `open_engine`.
+        prompting: result of `prompting_for`.
+        allowed: result of `allow`: the label is the likeliest allowed answer. None decodes the label.
         rows: the questions.
-        inputs: ids of each one's prompt (`encode_input`).
+        inputs: ids of each question's prompt (`encode_input`).
         on_progress: called with the number of rows of each finished batch.
 
     Raises:
@@ -75,13 +75,13 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Returns the text of another objective than the label's for each row, and how many are unfinished.
+    """Decodes an objective other than the label's; returns each row's text, and how many are unfinished.
 
     Args:
-        model: opened by `open_engine`.
-        prompting: of `prompting_for`, with the rationale.
-        objective: its index in `prompting.objectives`.
-        inputs: ids of each row's prompt of that objective.
+        model: engine opened by `open_engine`.
+        prompting: result of `prompting_for`, with the rationale.
+        objective: index of the objective in `prompting.objectives`.
+        inputs: ids of each row's prompt for that objective.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -100,7 +100,7 @@ def score_targets(
     targets: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Returns [rows] float32, natural logs of the targets' probabilities; 0 for a target without ids.
+    """Returns the natural logs of the targets' probabilities, [rows] float32; 0 for a target without ids.
 
     Args:
         score: `Engine.score`, or a `ChoiceScorer` with its parameters.

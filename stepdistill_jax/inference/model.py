@@ -1,4 +1,4 @@
-"""A trained model, from a workdir or a model directory."""
+"""Loads a trained model from a workdir or a model directory."""
 
 import dataclasses
 import os
@@ -32,15 +32,15 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """What is needed to ask a model.
+    """A model with its vocabulary and task.
 
     Attributes:
-        path: the directory that it came from.
-        config, params: of the `T5`; activations are float32 whatever it was trained with, and
-            adapters are merged.
-        vocabulary: text to ids and back.
-        task_info: how it was asked during training; None for a bare Hugging Face directory.
-        step: of the checkpoint; None where the directory holds one model only.
+        path: directory of the model.
+        config, params: configuration and parameters. Activations are float32 whatever type the model was
+            trained with, and adapters are merged.
+        vocabulary: vocabulary of the model.
+        task_info: contents of `stepdistill.json`; None without that file.
+        step: step of the checkpoint; None if the directory holds only one model.
     """
 
     path: pathlib.Path
@@ -57,22 +57,22 @@ def load_model(
     """Opens a workdir at a step, or a model directory.
 
     Args:
-        path: a folder with `checkpoints/`, or one in the Hugging Face layout.
+        path: a folder with `checkpoints/`, or one in Hugging Face's layout.
         step: `best` by validation, `last`, or a number; a model directory has only one.
-        mesh: where the parameters are placed; None is the default device. Over devices of several
+        mesh: devices of the parameters; None means the default device. If it has devices of several
             processes, all must call this; process 0 chooses the step.
 
     Raises:
-        InputError: not a model, no such step, one whose files are not as they were saved (names
-            another that is good), or weights that do not fit the configuration.
+        InputError: the folder is not a model, there is no such step, the step's files are damaged (names
+            a good step), or the weights do not fit the configuration.
     """
     path = as_path(path)
     found = on_process_0(
         lambda: resolve_step(path, step, read="params") if is_workdir(path) else None
     )
-    # all have read these before Orbax lets them wait for each other
+    # every process reads these first: in Orbax, all would wait for one that cannot
     files = on_all_processes(lambda: _read_files(path, step, found))
-    # under a cut each process reads its part: two models would become a third
+    # with sharding, each process reads a part: parts of two different models would be mixed
     require_same(on_all_processes(lambda: _weights(path, found)), "model")
     boxed = abstract_params(files.config)
     if mesh:
@@ -99,7 +99,7 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
         resolve_step(path, found)
     elif step not in ("best", "last"):
         raise InputError(
-            f"`step` {step}: {path} is a model directory, which holds one model; leave it out, or give"
+            f"`step` {step}: {path} is a model directory, which holds only one model; leave it out, or use"
             " the workdir"
         )
     else:
@@ -108,27 +108,27 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
 
 
 def _weights(path: pathlib.Path, found: int | None) -> str:
-    """What tells the weights from others; empty in a store, which all processes share."""
+    """Returns a digest that identifies the weights; empty in a store, which all processes share."""
     if jax.process_count() == 1 or is_remote(path):
         return ""
     return sampled_digest(path if found is None else path / FOLDER / str(found) / "params")
 
 
 def device_mesh(layout: str | Layout) -> Mesh | None:
-    """The mesh of a layout over all devices of all processes; None where there is one device only.
+    """Returns the mesh of a layout over all devices of all processes; None for a single device.
 
     Raises:
-        InputError: an unknown layout, or one that does not fit the devices.
+        InputError: the layout is unknown, or does not fit the devices.
     """
     mesh = make_mesh(layout)
     return mesh if mesh.size > 1 else None
 
 
 def params_fingerprint(params: Any) -> str:
-    """A checksum of all parameters: the same for a checkpoint and for its export.
+    """Returns a checksum of all parameters, which is the same for a checkpoint and its export.
 
-    It is computed where the parameters live and does not depend on how they are cut. On several
-    processes all must call it.
+    It is computed on the parameters' devices and does not depend on how they are sharded. With several
+    processes, all must call it.
     """
     sums = [_checksum(x) for x in jax.tree.leaves(params)]
     return digest([np.asarray(x).tolist() for x in sums])
@@ -136,9 +136,9 @@ def params_fingerprint(params: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """[2] uint32: the sum, and that of the squares, of each element's bits mixed with its place.
+    """Returns the sums of h and of h^2, [2] uint32; h mixes the bits of an element with its position.
 
-    Integers modulo 2^32: exact in any order, so over any cut of the array.
+    Sums of integers modulo 2^32 are exact in any order, and so for any sharding of the array.
     """
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -1,4 +1,4 @@
-"""`DecodeOptions`: which checkpoint answers, how it is decoded, and what it runs on."""
+"""Defines `DecodeOptions`: which checkpoint answers, how it decodes, and on which devices."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ from stepdistill_jax.models.sharding import Layout
 from stepdistill_jax.runtime.checks import number, one_of, whole
 
 ENGINES = ("jax", "ctranslate2")
-QUANTIZATIONS = ("int8",)  # of the JAX engine
+QUANTIZATIONS = ("int8",)  # for the JAX engine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,24 +22,25 @@ class DecodeOptions:
 
     Attributes:
         step: checkpoint of a workdir: `best` by validation, `last` or a number.
-        batch_size: rows decoded at once, on all devices together; None is 64 for each device that
-            has rows of its own.
-        layout: how the devices of all processes share the work (`sharding.LAYOUTS`): `data` gives
-            each the whole model and rows of its own, `tensor` cuts a model that one cannot hold.
-        max_decode_len: most ids of a label, its end of sequence included; None is `max_decode_len` of
-            `stepdistill.json` (64 without that file).
-        num_beams: answers searched at once (`inference.beam_search`); 1 takes the likeliest token at
-            each step.
-        length_penalty: with beams, a score is divided by the answer's length to this power; None is 1.
-        choices: the allowed answers: `row` (each row's `choices`), `labels` (the task's), a file of
-            them, or a list. Each is scored exactly instead of decoding, and the likeliest is the
-            label (`inference.allowed_answers`). None allows any answer.
-        choices_temperature: of the probabilities of choices, such as the `best_temperature` of a
-            validation split.
-        prefix: text before the input; None is the model's own template.
-        engine: `jax` or `ctranslate2` (`inference.engines`); None is the one that the directory is made for.
+        batch_size: number of rows decoded at once, on all devices together; None means 64 for each
+            device that decodes separate rows.
+        layout: how the devices of all processes share the work (`sharding.LAYOUTS`): with `data`, each
+            device has the complete model and decodes separate rows; `tensor` splits a model that does
+            not fit one device.
+        max_decode_len: largest number of ids in a label, its end of sequence included; None means
+            `max_decode_len` of `stepdistill.json` (64 without that file).
+        num_beams: number of answers searched at once (`inference.beam_search`); 1 takes the likeliest
+            token at each step.
+        length_penalty: with beams, a score is divided by the answer's length to this power; None means 1.
+        choices: the allowed answers: `row` (each row's `choices`), `labels` (the task's labels), a file
+            of labels, or a list. Each answer is scored exactly instead of decoded, and the likeliest is
+            the label (`inference.allowed_answers`). None allows any answer.
+        choices_temperature: temperature of the probabilities of choices, such as the `best_temperature`
+            of a validation split.
+        prefix: text before the input; None means the model's own template.
+        engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine of the directory.
         quantization: `int8` keeps the JAX engine's kernels in memory as int8 with a scale for each
-            output (`models.quantized`); None as float32.
+            output (`models.quantized`); None keeps them as float32.
     """
 
     step: str | int = "best"
@@ -55,10 +56,10 @@ class DecodeOptions:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without a model.
+        """Makes the checks that need no model.
 
         Raises:
-            InputError: an option out of its range, or two that exclude each other.
+            InputError: an option is out of range, or two options exclude each other.
         """
         if self.batch_size is not None:
             whole("batch_size", self.batch_size, 1)
@@ -70,7 +71,7 @@ class DecodeOptions:
             raise InputError("`choices_temperature`: needs `choices`")
         if self.choices is not None and self.num_beams != 1:
             raise InputError(
-                "`num_beams`: `choices` scores all allowed labels and does not search; leave it out"
+                "`num_beams`: `choices` scores all allowed labels instead of searching; leave it out"
             )
         if self.choices is not None and self.max_decode_len is not None:
             raise InputError("`max_decode_len`: `choices` decodes no label; leave it out")
@@ -86,13 +87,13 @@ def decode_options(
     """Returns the `DecodeOptions` of a function's `**options`.
 
     Args:
-        function: takes the options next to its own keyword arguments.
+        function: function that takes the options in addition to its own keyword arguments.
         given: its `**options`.
-        without: fields that the function does not take.
+        without: fields that the function does not accept.
 
     Raises:
-        TypeError: an unknown name; the message has the nearest option.
-        InputError: as `DecodeOptions`.
+        TypeError: a name is unknown; the message suggests the nearest option.
+        InputError: see `DecodeOptions`.
     """
     known = {field.name for field in dataclasses.fields(DecodeOptions)} - set(without)
     for name in given:

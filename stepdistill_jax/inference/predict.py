@@ -1,4 +1,4 @@
-"""Labels for a file of inputs, streamed: finished rows are kept, and a restart continues after them.
+"""Predicts labels for a file of inputs; finished rows are kept, and a restart continues after them.
 
 Several processes read the same input and decode each batch together; process 0 writes.
 """
@@ -43,9 +43,9 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.runtime.streams import ResumableFile, outputs_of
 
-# rows decoded together, then written and synced: the most that a crash costs
-WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger one counts
-WINDOW_LABELS = 64  # a window is smaller where rows have more choices
+# rows that are decoded together, then written and synced: a crash loses at most these
+WINDOW_ROWS, WINDOW_BATCHES = 4096, 16  # the larger of the two applies
+WINDOW_LABELS = 64  # a window is smaller if there are more labels to choose from
 ON_ERROR = ("stop", "skip")
 
 
@@ -63,40 +63,40 @@ def predict(
     """Decodes the label of each input row, in order, in memory that does not grow with the number of rows.
 
     Args:
-        path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
-        input: a regular file of JSON lines, or of CSV or TSV by the ending of its name, with the
-            fields of `prepare jsonl`: `input`, and if known `id`, `label`, `choices`. An empty `input` is decoded from the prefix
-            alone; an input longer than in training is truncated and counted.
-        output: JSON lines `id`, `label`, `score` (natural log of the probability of the answer, its
-            end of sequence included, 6 digits), and `rationale` if asked for. With choices also
-            `probability` and `choices` (`inference.allowed_answers`). Where the model writes
-            more than a label, the label is parsed out of its answer, and the other fields of the
-            target are added (`prompting.read_answer`). The file is `.partial` until it is complete;
-            only then does it replace a file of that name. A stopped run continues where it was. The
-            result has the same bytes, or, on other devices or in other batches, the same labels and
-            scores within 1e-5.
-        task: prepared dataset that says how labels are compared and which ones there are; None is
-            the model's own.
+        path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
+        input: a regular file of JSON lines, or of CSV or TSV by its suffix, with the fields of
+            `prepare jsonl`: `input`, and if known `id`, `label`, `choices`. If `input` is empty, the
+            model is given only the prefix. An input longer than in training is truncated and counted.
+        output: JSON lines with `id`, `label`, `score` (natural log of the probability of the answer, its
+            end of sequence included, rounded to 6 digits), and `rationale` if requested. With choices,
+            also `probability` and `choices` (`inference.allowed_answers`). If the model writes more
+            than a label, the label is parsed from its answer, and the other fields of the target are
+            added (`prompting.read_answer`). The file is `.partial` until it is complete; only then does
+            it replace a file of that name. A stopped run continues where it was. The result then has
+            the same bytes, or, on other devices or in other batches, the same labels and scores within
+            1e-5.
+        task: prepared dataset that determines the metric and the possible labels; None means the
+            model's own task.
         with_rationale: also decodes the objective `rationale`, for inspection; the label does not
             depend on it.
         on_error: `stop` at a bad row, or `skip` it. Skipped rows are counted in the result and listed
             with line and reason in OUTPUT.skipped.jsonl.
-        data_dir: where `task` is prepared.
+        data_dir: folder in which `task` is prepared.
         **options: fields of `DecodeOptions`.
 
     Returns:
-        `rows`, `accuracy` and `majority_baseline` (only where rows have labels), `invalid_labels`,
-        `unfinished` (rows that reached `max_decode_len` without an end), `rows_per_second`
-        (compilation included), `collapsed`, `cut_inputs`, `skipped`; with choices and labels also
-        what `Calibration.summary` has; with rationales `unfinished_rationales`. For a model that
-        writes more than a label, also `unparsed` (answers without a label); for one that reads more
-        than the input, `reads` (these fields) and `incomplete_inputs` (rows without one of them).
+        `rows`, `accuracy` and `majority_baseline` (only if rows have labels), `invalid_labels`,
+        `unfinished` (rows that reached `max_decode_len` without an end of sequence), `rows_per_second`
+        (compilation included), `collapsed`, `cut_inputs`, `skipped`; with choices and labels, also the
+        keys of `Calibration.summary`; with rationales, `unfinished_rationales`. If the model writes
+        more than a label, also `unparsed` (answers without a label). If it reads more than the input,
+        `reads` (these fields) and `incomplete_inputs` (rows that lack one of them).
 
     Raises:
-        InputError: bad options, model, or row (file and line), an input that changed in the
-            meantime, or an output that another run is writing; an older output is kept. An error on
+        InputError: an option or the model is bad; a row is bad (names file and line); the input changed
+            in the meantime; or another run is writing the output. An older output is kept. An error on
             one of several processes is raised on all.
-        SystemExit: status 75 when one of several processes got a SIGTERM; a restart continues.
+        SystemExit: with status 75, if one of several processes received a SIGTERM; a restart continues.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
@@ -110,11 +110,12 @@ def predict(
     )
     allowed = on_all_processes(lambda: allow(chosen, prompting, model))
     check = allowed.check if allowed and not allowed.labels else None
-    if check or prompting.reads:  # which fields the model needs of a row is known only now
+    if check or prompting.reads:  # only the model tells which fields of a row it needs
         source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads))
     asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
-    # not the batch size and the number of devices: they move a score by its last digit, and a run
-    # that was preempted or out of memory may continue in smaller batches, on other devices
+    # The key leaves out the batch size and the number of devices: they change a score only in its last
+    # digit, and a run that was preempted or ran out of memory may continue in smaller batches, on other
+    # devices.
     key = {
         "model": model.identity,
         "input": source.digest,
@@ -158,10 +159,10 @@ def _run(
     rows = _good_rows(source, skipped)
     done = shared.state["rows"]
     if done and jax.process_index() == 0:
-        log(f"{shared.path}: {done} rows are done, continuing after them")
+        log(f"{shared.path}: continuing after the {done} rows that are done")
 
     def count_earlier() -> None:
-        earlier = shared.rows()  # all are there, or none: only the process that writes counts
+        earlier = shared.rows()  # all rows on process 0, which counts; none on the others
         for row in itertools.islice(rows, done):
             if answer := next(earlier, None):
                 accuracy.add(answer["label"], row.label, row.choices, answer.get("choices"))
@@ -229,12 +230,12 @@ def decode_window(
     """Returns the output fields of each row of a window, and adds to the summary's counts.
 
     Args:
-        model: opened by `open_engine`.
-        prompting: of `prompting_for`.
+        model: engine opened by `open_engine`.
+        prompting: result of `prompting_for`.
         window: the rows.
-        counts: `cut_inputs`, `unfinished`, ...; `unparsed` is counted only if it is a key.
+        counts: counts by name (`cut_inputs`, `unfinished`, ...); `unparsed` is counted only if present.
         update: called with the number of rows of each batch whose labels are decoded.
-        allowed: of `allow`.
+        allowed: result of `allow`.
 
     Raises:
         NotFinite: the model gives NaN.

@@ -1,4 +1,4 @@
-"""`load`: labels from a trained model in Python, as `predict` gives them for files."""
+"""Defines `load`, which gives the labels of a trained model in Python, as `predict` does for files."""
 
 import collections
 import dataclasses
@@ -25,31 +25,31 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
     """Opens a trained model for use from Python.
 
     Args:
-        path: workdir or model directory, of Hugging Face's layout or CTranslate2's.
+        path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
         **options: fields of `DecodeOptions`, such as `step` and `batch_size`, except `choices` and
             `choices_temperature`.
 
     Raises:
-        InputError: bad options or model.
+        InputError: an option or the model is bad.
     """
     chosen = decode_options(load, options, without=_OF_A_CALL)
     return Predictor(open_engine(path, chosen), chosen)
 
 
 class Predictor:
-    """A trained model; several threads may use it, one at a time.
+    """A trained model. Several threads may share it: their calls run one after another.
 
     The first call for a number of rows and a length of text compiles a program, which later calls
     reuse.
 
     Attributes:
-        path: the directory that it came from.
-        step: of the checkpoint; None where the directory holds one model only.
-        labels: of the task, where they are few; else empty.
+        path: directory of the model.
+        step: step of the checkpoint; None if the directory holds only one model.
+        labels: labels of the task if they are few; else empty.
     """
 
     def __init__(self, engine: Engine, options: DecodeOptions):
-        """As `load`."""
+        """Wraps an open engine; users call `load` instead."""
         self._engine, self._options = engine, options
         self._turn = threading.Lock()
         self.path: pathlib.Path = engine.path
@@ -64,7 +64,7 @@ class Predictor:
         choices: os.PathLike | str | Sequence[str] | None = None,
         choices_temperature: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """Returns what `inference.predict` writes for each row: `id`, `label`, `score`, ...
+        """Returns the fields that `inference.predict` writes for each row: `id`, `label`, `score`, ...
 
         Args:
             rows: texts, or objects with the fields of `predict`'s input (`input`, `choices`, ...). A
@@ -72,13 +72,13 @@ class Predictor:
             with_rationale: also decodes a rationale, for inspection; the label does not depend on it.
             choices: the allowed answers, as in `DecodeOptions`: `row`, `labels`, a file or a list.
                 They add `probability` and `choices` to the result.
-            choices_temperature: of their probabilities.
+            choices_temperature: temperature of the probabilities.
 
         Raises:
-            InputError: bad options, or a bad row, by its number.
+            InputError: an option is bad, or a row is; names the row's number.
         """
         if isinstance(rows, str | Mapping):
-            raise InputError("`rows`: expected a list of texts or objects, got one; give [ROW]")
+            raise InputError("`rows`: expected a list of texts or objects, got one; pass [ROW]")
         given = {"choices": choices, "choices_temperature": choices_temperature}
         options = dataclasses.replace(self._options, **given)
         prompting = prompting_for(self._engine, options, with_rationale=with_rationale)
@@ -113,11 +113,11 @@ def checked_row(
     """Returns the question of a row that does not come from a file.
 
     Args:
-        fields: those of `predict`'s input.
-        number: of the row in its call, from 1.
-        prompting: of `prompting_for`.
-        allowed: of `allow`.
-        most_choices: of the row; None allows any number.
+        fields: fields of the row, as in `predict`'s input.
+        number: number of the row in its call, from 1.
+        prompting: result of `prompting_for`.
+        allowed: result of `allow`.
+        most_choices: largest number of the row's choices; None allows any number.
 
     Raises:
         InputError: a field is missing or has the wrong type, or choices cannot be scored.
@@ -125,7 +125,7 @@ def checked_row(
     where = f"row {number}"
     row = question(JsonRow(fields, where, number), prompting.reads)
     if absent := prompting.lacks(row):
-        raise InputError(f"{where}: no field {absent[0]!r}, which this model reads, too")
+        raise InputError(f"{where}: no field {absent[0]!r}, which this model also reads")
     if allowed is None:
         return row
     if most_choices is not None and not allowed.labels and len(row.choices) > most_choices:

@@ -1,4 +1,4 @@
-"""How a model is asked: prompts, lengths, and how answers are compared."""
+"""Determines how a model is prompted: its prompts, lengths, and the comparison of its answers."""
 
 import dataclasses
 import os
@@ -20,8 +20,8 @@ from stepdistill_jax.inference.model import LoadedModel
 from stepdistill_jax.inference.options import DecodeOptions
 
 RATIONALE = "rationale"
-WRITTEN = ("id", "score", "probability", "choices")  # of each answer, whatever a template names
-# for a directory that does not say: the paper's prefixes and lengths
+WRITTEN = ("id", "score", "probability", "choices")  # output fields that no template may overwrite
+# for a directory without stepdistill.json: the paper's prefixes and lengths
 BARE_OBJECTIVES = (
     Objective("label", LABEL_INPUT, "{label}"),
     Objective(RATIONALE, RATIONALE_INPUT, "{rationale}"),
@@ -31,15 +31,16 @@ BARE_INPUT_LENGTH, BARE_LABEL_LENGTH, BARE_RATIONALE_LENGTH = 1024, 64, 256
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-    """How a model is asked.
+    """Prompts and lengths of a model, and how its answers are compared.
 
     Attributes:
-        objectives: the label's, and the rationale's if rationales are requested.
-        prefix: replaces the label objective's template by this text and the input.
-        input_length: most ids of an input, the end of sequence included; longer ones are cut.
-        decode_lengths: most ids of an answer, per objective.
-        metric, labels: the task's.
-        input_pair: whether a row needs a second text of the input.
+        objectives: the label's objective, and the rationale's if rationales are requested.
+        prefix: text that, followed by the input, replaces the label objective's template; None keeps it.
+        input_length: largest number of ids in an input, the end of sequence included; longer inputs are
+            truncated.
+        decode_lengths: largest number of ids in an answer, for each objective.
+        metric, labels: metric and labels of the task.
+        input_pair: whether a row needs a second input text.
     """
 
     objectives: tuple[Objective, ...]
@@ -52,22 +53,22 @@ class Prompting:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Returns the fields of a row that the model reads besides the input."""
+        """Fields of a row that the model reads in addition to the input."""
         shown = [o.read_beside_input for o in self.objectives[self.prefix is not None :]]
         pair = [(INPUT_PAIR,)] if self.input_pair else []
         return tuple(dict.fromkeys(name for names in pair + shown for name in names))
 
     def lacks(self, row: Example) -> tuple[str, ...]:
-        """Those of `reads` that a row has not."""
+        """Returns the fields of `reads` that are missing from a row."""
         texts = row.texts
         return tuple(name for name in self.reads if not texts.get(name))
 
     def input_pair_of(self, row: Example) -> str:
-        """Returns the row's second text where the model reads one."""
+        """Returns the row's second input text if the model reads one; else ""."""
         return row.input_pair if self.input_pair else ""
 
     def prompts(self, row: Example) -> list[str]:
-        """One text per objective."""
+        """Returns the row's prompt for each objective."""
         texts = [objective.render(row.texts)[0] for objective in self.objectives]
         if self.prefix is not None:
             texts[0] = self.prefix + row.input
@@ -82,17 +83,17 @@ def prompting_for(
     with_rationale: bool = False,
     data_dir: os.PathLike | str | None = None,
 ) -> Prompting:
-    """What the model's `stepdistill.json` says, or the paper's habits where it has none.
+    """Returns the prompting that `stepdistill.json` describes, or the paper's without that file.
 
     Args:
-        model: that is asked.
-        options: their `max_decode_len` and `prefix` replace the model's own; None is none.
-        task: prepared dataset, whose metric and labels replace the model's own.
-        with_rationale: also asks for a rationale.
-        data_dir: where `task` is prepared.
+        model: the model to prompt.
+        options: options whose `max_decode_len` and `prefix`, if set, replace the model's own.
+        task: prepared dataset whose metric and labels replace the model's own.
+        with_rationale: whether to prompt for a rationale, too.
+        data_dir: folder in which `task` is prepared.
 
     Raises:
-        InputError: an unprepared `task`, or a rationale of a model that was not trained to give one.
+        InputError: `task` is not prepared, or the model was not trained to write rationales.
     """
     options = options or DecodeOptions()
     info = model.task_info
@@ -128,7 +129,7 @@ def prompting_for(
 def rationale_prompting_for(
     model: LoadedModel | Engine, options: DecodeOptions | None = None
 ) -> Prompting | None:
-    """Returns `prompting_for` with the rationale; None of a model that gives none, or in its answer only."""
+    """Returns `prompting_for` with the rationale; None if the model has no separate rationale."""
     objectives = model.task_info.objectives if model.task_info else BARE_OBJECTIVES
     if not any(o.name == RATIONALE for o in objectives[1:]):
         return None
@@ -136,11 +137,11 @@ def rationale_prompting_for(
 
 
 def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
-    """What is written of an answer, and whether its label was found.
+    """Parses a decoded answer; returns its output fields, and whether its label was found.
 
-    `label` and the other fields of the target. Without the words between them nobody knows where
-    the label begins: it is empty then, and all of the text is the `rationale`, or `text` where the
-    target has no rationale.
+    The fields are `label` and the target's other fields. If the target's words are not in the text, it
+    is unknown where the label begins: then `label` is empty, and the full text becomes the `rationale`,
+    or `text` if the target has no rationale.
     """
     if (found := objective.parse(text)) is not None:
         return {name: found[name] for name in found if name not in WRITTEN}, True
@@ -149,7 +150,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """`read_answer`, with the `score` as it is written: 6 digits."""
+    """Returns `read_answer` with a `score`, which is rounded to the 6 digits that are written."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed
@@ -158,13 +159,13 @@ def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[s
 def encode_input(
     vocabulary: Vocabulary, text: str, input_length: int, input_pair: str = ""
 ) -> tuple[list[int], bool]:
-    """Returns (ids, whether they were cut), as training batches cut them.
+    """Returns (ids, whether they were truncated), truncated as in training batches.
 
     Args:
-        vocabulary: of the model.
+        vocabulary: vocabulary of the model.
         text: a prompt.
-        input_length: most ids, bos and the end of sequence included.
-        input_pair: the row's second text, which the encoder reads after the end of the first.
+        input_length: largest number of ids, bos and the end of sequence included.
+        input_pair: the row's second text, which the encoder reads after the first and its end.
     """
     texts = [text, input_pair] if input_pair else [text]
     ids = vocabulary.framing.input_ids(*map(vocabulary.encode, texts))

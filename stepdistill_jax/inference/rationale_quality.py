@@ -11,15 +11,15 @@ from stepdistill_jax.data.text_metrics import metric_fn, normalize
 CONSISTENT, INCONSISTENT, NAMES_NO_LABEL = "consistent", "inconsistent", "names_no_label"
 VERDICTS = (CONSISTENT, INCONSISTENT, NAMES_NO_LABEL)
 SHOWN = 5  # rows of `disagreements`
-# not the 53 of "a53" or the 3 of "1.53"; the minus of "= -53", not that of "79-53"
+# not the 53 of "a53" or the 3 of "1.53"; a minus counts in "= -53", but not in "79-53"
 _NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 
 
 def named_label(rationale: str, labels: Sequence[str]) -> str | None:
-    """The label that the rationale names last; None where it names none.
+    """Returns the label that the rationale names last; None if it names none.
 
-    Whole words are compared, without case, and with or without an English plural's s. Where one label
-    is part of another, the longer one counts.
+    It compares complete words, ignores case, and allows an English plural's s. If one label is part of
+    another, the longer one counts.
 
     Example: `named_label("Of these, only wooded areas have beavers.", ["zoo", "wooded area"])` is
     "wooded area".
@@ -35,7 +35,7 @@ def named_label(rationale: str, labels: Sequence[str]) -> str | None:
 
 
 def named_number(rationale: str) -> str | None:
-    """The last number in the rationale, without the commas of thousands; None where there is none."""
+    """Returns the last number in the rationale, without thousands separators; None if there is none."""
     found = _NUMBER.findall(rationale)
     return found[-1].replace(",", "") if found else None
 
@@ -43,17 +43,18 @@ def named_number(rationale: str) -> str | None:
 def named_answer(
     rationale: str, label: str, *, metric: str, labels: Sequence[str]
 ) -> tuple[str | None, str | None]:
-    """What a rationale leads to, judged by its text alone, and whether that is the label.
+    """Returns the answer that a rationale leads to, judged only by its text, and whether it is the label.
 
     Args:
         rationale: a text.
         label: the label of the same row.
-        metric: the task's: under `value_match` the last number is compared with the label's value.
-        labels: the possible ones (of the row or of the task): a label that is none of them leads nowhere.
+        metric: metric of the task: under `value_match`, the last number is compared with the label's
+            value.
+        labels: the possible labels of the row or task; only these can be named.
 
     Returns:
-        (answer named last or None, one of VERDICTS). (None, None) where nothing says what the labels
-        are, as in a task of free text.
+        (answer named last or None, one of VERDICTS). (None, None) if the possible labels are unknown, as
+        in a task of free text.
     """
     if metric == "value_match":
         named = named_number(rationale)
@@ -68,18 +69,18 @@ def named_answer(
 
 
 def references(example: Example) -> list[str]:
-    """All rationales of a row of a dataset."""
+    """Returns all rationales of a dataset's row."""
     if example.rationales:
         return [r.text for r in example.rationales]
     return [example.rationale] if example.rationale else []
 
 
 class RationaleCounts:
-    """Figures over rows in any order, in bounded memory."""
+    """Computes results over rows in any order, in bounded memory."""
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):
-        """`metric` compares answers; `labels` are the task's, where they are few."""
-        # here, since NLTK behind it takes a second to import
+        """`metric` compares answers; `labels` are the task's labels if they are few."""
+        # imported here, since rouge_score imports NLTK, which takes a second
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.chrf import CHRF
 
@@ -110,14 +111,14 @@ class RationaleCounts:
             self._teacher[named_answer(example.rationale, example.llm_label, **options)[1]] += 1
 
     def summary(self) -> dict[str, Any]:
-        """What `evaluate` returns as `rationale`, but for `unfinished`.
+        """Returns the `rationale` part of an `evaluate` result, without `unfinished`.
 
-        `rows`, `empty` (rationales without text), `mean_words` (parted by white space), `references`
-        (rows with a rationale in the dataset). Over these rows, for the best of a row's references:
-        `rouge_l`, the mean F1 (0 to 1), and `chrf`, the mean sentence chrF2 (0 to 100); None without
-        any. `consistent`, `inconsistent`, `names_no_label`: see `named_answer`; None where nothing
-        says what the labels are. `teacher`: these three of its own rationales and labels, or None.
-        `disagreements`: the first rows that are inconsistent.
+        Keys: `rows`; `empty`, rationales without text; `mean_words`, separated by white space;
+        `references`, rows with a rationale in the dataset. Over these rows, each compared with its best
+        reference: `rouge_l`, the mean F1 (0 to 1), and `chrf`, the mean sentence chrF2 (0 to 100); None
+        without such rows. `consistent`, `inconsistent`, `names_no_label`: counts of the verdicts of
+        `named_answer`; None if the possible labels are unknown. `teacher`: the same three counts for the
+        teacher's rationales and labels, or None. `disagreements`: the first inconsistent rows.
         """
         return {
             "rows": self._rows,
@@ -133,15 +134,15 @@ class RationaleCounts:
 
 
 def _counts(verdicts: Counter[str | None]) -> dict[str, int] | None:
-    """None where no row could be judged."""
+    """Returns the number of rows for each verdict; None if no row could be judged."""
     counts = {verdict: verdicts[verdict] for verdict in VERDICTS}
     return counts if any(counts.values()) else None
 
 
 def in_words(figures: dict[str, Any]) -> str:
-    """The figures as lines for people, the first disagreements among them.
+    """Returns the results as lines for people, with the first disagreements.
 
-    Example of the first: `rationales: ROUGE-L 0.412  chrF 38.2  (1221 rows with a reference)
+    Example of the first line: `rationales: ROUGE-L 0.412  chrF 38.2  (1221 rows with a reference)
     24.1 words on average  empty 0  unfinished 3`.
     """
     parts = []
@@ -152,7 +153,7 @@ def in_words(figures: dict[str, Any]) -> str:
     parts += [f"{name} {figures[name]}" for name in ("empty", "unfinished")]
     lines = ["rationales: " + "  ".join(parts)]
     if figures[CONSISTENT] is None:
-        lines.append("label and rationale: not compared, as nothing says which labels there are")
+        lines.append("label and rationale: not compared, since the possible labels are unknown")
     else:
         lines.append(f"label and rationale: {_verdicts_in_words(figures)}")
     if figures["teacher"]:

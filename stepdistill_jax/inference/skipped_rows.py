@@ -1,4 +1,4 @@
-"""Rows that `on_error=skip` left out: the first are logged, all are listed next to the output."""
+"""Logs the first rows that `on_error=skip` leaves out, and lists all of them next to the output."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ _MOST_CHARS = 500  # characters of a message, which may quote the names of all f
 
 
 def skipped_of(output: os.PathLike | str) -> pathlib.Path:
-    """Path of the list next to an output: JSON lines `line`, `error`."""
+    """Returns the path of the list next to an output; its lines have `line` and `error`."""
     output = local_path(output, "output")
     return output.with_name(output.name + ".skipped.jsonl")
 
@@ -32,7 +32,7 @@ class SkippedRows:
     name together with the output, and exists only if rows were skipped.
 
     Attributes:
-        count: bad rows so far.
+        count: number of bad rows so far.
     """
 
     def __init__(self, output: os.PathLike | str):
@@ -41,7 +41,7 @@ class SkippedRows:
         self.count = 0
 
     def add(self, bad: BadRow) -> None:
-        """Adds a bad row."""
+        """Counts a bad row, and lists it."""
         self.count += 1
         if jax.process_index() != 0:
             return
@@ -55,7 +55,10 @@ class SkippedRows:
         self._file.write(json.dumps(row).encode() + b"\n")
 
     def finish(self) -> None:
-        """Gives the list its final name, or removes the list of an older output; on process 0, right before the output."""
+        """Renames the list to its final name, or removes the list of an older output.
+
+        Process 0 calls it right before the output gets its final name.
+        """
         if self._file is None:
             self.path.unlink(missing_ok=True)
             partial_of(self.path).unlink(missing_ok=True)  # left by a run that was killed

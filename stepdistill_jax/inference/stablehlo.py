@@ -1,4 +1,4 @@
-"""The label decoder as a `jax.export` artefact: StableHLO that a process with jax alone runs again."""
+"""Exports the label decoder with `jax.export`, as StableHLO that runs in a process with only jax."""
 
 import importlib.util
 import os
@@ -23,18 +23,19 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> jax.export.Exported:
-    """`greedy_decode` of a model, with its loop, for any batch, length and platform.
+    """Exports `greedy_decode` of a model, with its loop, for any batch, length and platform.
 
-    The parameters are arguments, not constants: a serialized program holds 2 GB at most.
+    The parameters are arguments, not constants, since a serialized program is limited to 2 GB.
 
     Args:
-        params: of the model, unboxed; only shapes and types are read.
-        config: its configuration.
-        max_decode_len: most tokens of an answer, the end of sequence included.
+        params: parameters of the model, unboxed; only their shapes and types are read.
+        config: configuration of the model.
+        max_decode_len: largest number of tokens in an answer, the end of sequence included.
 
     Returns:
-        A function of (a dict of parameters by path, `encoder/encoder_norm/scale` written with dots;
-        ids [batch, length] int32) -> ids, scores, finished of `greedy_decode`.
+        A function of (params, encoder_input_tokens) that returns ids, scores and finished of
+        `greedy_decode`. `params` is a dict by path, with dots: `encoder.encoder_norm.scale`.
+        `encoder_input_tokens` is [batch, length] int32.
     """
 
     def decode_labels(flat, encoder_input_tokens):
@@ -50,16 +51,16 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
 def write_decoder(
     directory: os.PathLike | str, params: Any, config: ModelConfig, *, max_decode_len: int
 ) -> tuple[jax.export.Exported, int]:
-    """Writes `label_decoder.jax_export` and, next to it, a file of `params/` per parameter.
+    """Writes `label_decoder.jax_export` and, next to it, a file in `params/` for each parameter.
 
     The files are numpy's, so they can be mapped into memory; each is read back and compared.
 
     Returns:
-        What was exported, and the number of parameters.
+        The exported program, and the number of parameters.
 
     Raises:
         InputError: `flatbuffers` is not installed.
-        OSError: what was read back differs from what was written.
+        OSError: a file reads back differently from what was written.
     """
     if not importlib.util.find_spec("flatbuffers"):  # jax.export does not declare it
         raise InputError("`format=jax`: jax.export needs one more package: pip install flatbuffers")
@@ -70,7 +71,7 @@ def write_decoder(
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep=".")
     for name, x in flat.items():
         path = directory / PARAMS / f"{name}.npy"
-        array = np.ascontiguousarray(x)  # on a CPU a view, no copy
+        array = np.ascontiguousarray(x)  # on a CPU, a view instead of a copy
         with atomic_write(path, "wb") as f:
             np.save(f, array)
         again = np.load(path, mmap_mode="r")
@@ -82,10 +83,9 @@ def write_decoder(
 _README = """\
 # The label decoder of {task} as StableHLO
 
-`{decoder}` is a program of `jax.export`: encoder, cache and the loop over tokens of a model of {parameters}
-parameters, greedy. `{params}/` has its parameters, one numpy file each. It runs where jax is installed, with the small package
-by which `jax.export` reads files (`pip install jax flatbuffers`); the package that wrote it (`stepdistill-jax` {version}) is not
-needed.
+`{decoder}` is a program of `jax.export`: the greedy decoder of a model of {parameters} parameters, with encoder, cache and
+the loop over tokens. `{params}/` has its parameters, one numpy file each. To run it, you need jax and the small package with
+which `jax.export` reads files (`pip install jax flatbuffers`), but not the package that wrote it (`stepdistill-jax` {version}).
 
 ```python
 import pathlib
@@ -107,25 +107,25 @@ ids, scores, finished = map(np.asarray, decode(params, batch))
 ```
 
 - `ids` [rows, {max_decode_len}] int32: the answer, its end of sequence (1), then 0.
-- `scores` [rows] float32: natural log of the probability of those ids, the end of sequence included.
-- `finished` [rows] bool: false where {max_decode_len} ids came without an end.
+- `scores` [rows] float32: natural log of the probability of these ids, the end of sequence included.
+- `finished` [rows] bool: false if the answer has {max_decode_len} ids without an end of sequence.
 
-Any number of rows and any length will do; each new shape compiles once, so pad to few lengths ({length}).
-A row of zeros is a filler and costs no further step.
+The batch may have any number of rows and any length. Each new shape compiles once, so pad to few lengths ({length}).
+A row of zeros is padding and adds no decoding step.
 
-## Text to ids and back
+## Converting text to ids and back
 
 {vocabulary}
 
 ## Where it runs
 
-Lowered for {platforms}. Written by jax {jax} (calling convention {convention}). `jax.export` promises that a program runs on a
-jax and jaxlib that are up to 6 months newer than those that wrote it, and up to 3 weeks older; what counts is when they were built. Later,
-write it again from the checkpoint or from a model directory: `stepdistill export ... --format jax`.
+Lowered for {platforms}. Written by jax {jax} (calling convention {convention}). `jax.export` guarantees that a program runs on
+versions of jax and jaxlib that were built up to 6 months after the versions that wrote it, and up to 3 weeks before. For later
+versions, export it again from the checkpoint or a model directory: `stepdistill export ... --format jax`.
 """
 
 _SPIECE = """\
-`{file}` is a SentencePiece model. With `pip install sentencepiece`, here or in another process:
+`{file}` is a SentencePiece model. After `pip install sentencepiece`, in this or another process:
 
     vocabulary = sentencepiece.SentencePieceProcessor(model_file="THIS_FOLDER/{file}")
     row = [{bos}*vocabulary.encode(text){eos}]
@@ -148,16 +148,16 @@ def decoder_readme(
     input_length: int,
     max_decode_len: int,
 ) -> str:
-    """How to run what `write_decoder` wrote; the Python lines there work as they stand.
+    """Returns the `README.md` of an exported decoder. Its Python code runs unchanged.
 
     Args:
         exported: the program.
-        vocabulary: that the model was trained with.
+        vocabulary: vocabulary of the model.
         task: name of the dataset.
-        prompt: an input with its prefix, as an example.
-        num_parameters: of all arrays.
-        input_length: most ids of an input that the model saw in training.
-        max_decode_len: most ids of an answer.
+        prompt: an example of an input, with its prefix.
+        num_parameters: number of parameters.
+        input_length: largest number of ids in an input during training.
+        max_decode_len: largest number of ids in an answer.
     """
     framing = vocabulary.framing
     bos, eos = [framing.bos_id] * framing.add_bos_token, [1] * framing.add_eos_token

@@ -1,6 +1,6 @@
 """Exchanges small values between the processes of a job, through the key-value store of JAX's coordinator.
 
-No device takes part, so a thread may exchange values while training steps run.
+It uses no device, so a thread may exchange values while training steps run.
 """
 
 import collections
@@ -22,10 +22,10 @@ class Closed(RuntimeError):
 
 
 class Channel:
-    """Connects the n-th channel of a name in each process with the n-th in every other process.
+    """Connects the processes: the n-th channel opened under a name is the same one in every process.
 
-    All processes must open the channels of a name in the same order, and must call `combined`
-    equally often, from one thread at a time.
+    All processes must open the channels of a name in the same order, and must call `combined` the
+    same number of times, from one thread at a time.
     """
 
     def __init__(self, name: str):
@@ -34,14 +34,15 @@ class Channel:
         self._round, self._closed = 0, False
 
     def combined(self, value: Any, combine: Callable[[list[Any]], T]) -> T:
-        """Returns, on all processes, `combine` of the values of all processes.
+        """Returns the result of `combine`, called with the values of all processes, on every process.
 
         Process 0 computes it. In round r, process i writes the key `NAME/r/i`, and process 0 answers
         with `NAME/r/all`.
 
         Args:
-            value: this process's value; JSON.
-            combine: function of the list of values, in the order of processes, to JSON. It must not fail.
+            value: this process's value, of a type that JSON can represent.
+            combine: function that turns the list of values, ordered by process, into a JSON value. It
+                must not raise.
 
         Raises:
             Closed: another thread has called `close`.
@@ -63,7 +64,7 @@ class Channel:
             _store().key_value_delete(f"{self._name}/{self._round - 2}/")
         text = json.dumps(combine([value, *map(json.loads, others)]))
         _store().key_value_set(f"{folder}/all", text)
-        return json.loads(text)  # as the other processes get it: tuples become lists, keys texts
+        return json.loads(text)  # as in the others: tuples become lists, and keys become strings
 
     def close(self) -> None:
         """Makes a thread that waits in `combined` raise `Closed` within seconds."""

@@ -1,4 +1,4 @@
-"""Checks of arguments. Messages name the parameter in backticks, which a command replaces by its flag."""
+"""Checks arguments. Messages name a parameter in backticks, which a command replaces by its flag."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ INT32, FLOAT32 = 2**31 - 1, 3.4e38  # largest values of the dtypes of steps and 
 
 
 def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
-    """Returns a whole number from `least` to `most` as a Python int, which JSON can hold.
+    """Checks that a value is a whole number from `least` to `most`; returns it as an int, for JSON.
 
     Raises:
         InputError: it is out of range, not whole, a bool, or not a number.
@@ -35,10 +35,10 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Returns a number within the given bounds as a Python int or float, which JSON can hold.
+    """Checks that a value is a number within the given bounds; returns it as an int or float, for JSON.
 
     Raises:
-        InputError: it is out of bounds or of float32's range, NaN, a bool, or not a number.
+        InputError: it is out of bounds, outside float32's range, NaN, a bool, or not a number.
     """
     bounds = (
         ("of at least", least, ge),
@@ -56,9 +56,9 @@ def number(
 
 
 def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
-    """Replaces fields of a frozen dataclass by the result of `whole` or `number`.
+    """Replaces fields of a frozen dataclass by the results of `whole` or `number`.
 
-    Messages put `of` before the fields' names.
+    In messages, `of` precedes the name of the field.
     """
     for name in names:
         object.__setattr__(owner, name, check(of + name, getattr(owner, name), **limits))
@@ -84,7 +84,7 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
-    """Returns the error of these checks: "`num_beams` must be a whole number of at least 1, not 0"."""
+    """Returns the error for a value: "`num_beams` must be a whole number of at least 1, not 0"."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")

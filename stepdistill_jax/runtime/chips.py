@@ -1,4 +1,4 @@
-"""Rates, memory and links of accelerators, from their makers' data sheets."""
+"""Rates, memory and links of accelerators, from their manufacturers' data sheets."""
 
 import dataclasses
 
@@ -13,10 +13,10 @@ class Chip:
         bandwidth: bandwidth of that memory, bytes/s.
         link: rate at which one collective sends to other devices of the slice or host, bytes/s. For a
             TPU, the rate along one axis of its torus: half of the data sheet's sum over all links.
-        integer, other: rates of element operations on integers and on all other types, 1/s. They are
-            estimates, lanes times clock: an H100 has 64 and 128 lanes in each of 132 multiprocessors,
-            a TPU's vector unit has four of 8 x 128.
-        clock: clock rate by which the TPU compiler counts cycles, Hz.
+        integer, other: rates of element operations on integers and on all other types, 1/s. These are
+            estimates, lanes times clock: an H100 has 64 and 128 lanes in each of 132 multiprocessors;
+            a TPU's vector unit has four times 8 x 128.
+        clock: clock rate in which the TPU compiler counts cycles, Hz.
         float32: rate of float32 products at default precision (TF32 on a GPU, one bfloat16 pass on a
             TPU), FLOP/s; None means `bfloat16`.
         exact: rate of float32 products at the highest precision, FLOP/s; None means a sixth of
@@ -34,7 +34,7 @@ class Chip:
     exact: float | None = None
 
     def products(self, dtype: str, precision: str = "default") -> float:
-        """Returns the rate of products, FLOP/s.
+        """Returns the rate of matrix products, FLOP/s.
 
         Args:
             dtype: dtype of both factors, as HLO writes it; anything but `f32` counts as bfloat16.
@@ -56,7 +56,7 @@ _H100 = Chip(
     989e12, 84_942_979_072, 3.352e12, 450e9, 14.8e12, 29.6e12, 1.755e9, float32=494e12, exact=67e12
 )
 
-# by the beginning of JAX's device name; a longer name precedes its own beginning
+# by a prefix of JAX's device name; the first match counts, so longer prefixes come first
 CHIPS: dict[str, Chip] = {
     "NVIDIA A100-SXM4-40GB": _A100_40GB,
     "NVIDIA A100-PCIE-40GB": _A100_40GB,

@@ -1,4 +1,4 @@
-"""Keeps compiled programs for the next start: JAX's persistent cache, with a folder and a size limit."""
+"""Keeps compiled programs for the next start: configures JAX's persistent cache and limits its size."""
 
 import contextlib
 import os
@@ -11,28 +11,28 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, is_remote
 
 FOLDER = ".jax_cache"
-MAX_BYTES = 4 * 2**30  # of our folder; a folder that the user names has the user's limit
+MAX_BYTES = 4 * 2**30  # limit of the default folder; a folder that the user names is never pruned
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """Returns the cache folder of a workdir: in its parent folder, also in an object store."""
+    """Returns the cache folder for a workdir: a folder next to it, on disk and in an object store."""
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)
-    # parts of the bucket itself: `/`, `gs`, its name; nothing can be written next to a bucket
+    # `/`, `gs` and the bucket's name are three parts; nothing can be written next to a bucket
     in_bucket_root = len(path.parts) <= 3
     return os.fspath((path if in_bucket_root else path.parent) / FOLDER)
 
 
 def enable(folder: os.PathLike | str) -> None:
-    """Makes JAX keep and find compiled programs in `folder`; never stops a run.
+    """Makes JAX store compiled programs in `folder` and reuse them; never stops a run.
 
-    To be called before anything is compiled. $JAX_COMPILATION_CACHE_DIR takes precedence over
-    `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Programs of any size are kept, so a
-    second start of a job compiles nothing. Process 0 writes, so all processes must see the same folder.
+    Call it before anything is compiled. $JAX_COMPILATION_CACHE_DIR takes precedence over `folder`, and
+    JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Programs of any size are kept, so a second start
+    of a job compiles nothing. Only process 0 writes, so all processes must see the same folder.
 
-    JAX's own limit, `jax_compilation_cache_max_size`, is not used: it takes a lock and writes a file at
-    each look-up, so look-ups fail in a folder that is read-only or shared by many hosts.
+    JAX's own limit, `jax_compilation_cache_max_size`, is not used: with it, each lookup takes a lock and
+    writes a file, so lookups fail in a folder that is read-only or shared by many hosts.
     """
     settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:

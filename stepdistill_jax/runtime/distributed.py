@@ -23,9 +23,9 @@ KNOWN_TO_JOB = "STEPDISTILL_JOB_TOKEN"  # the same secret in all processes of a 
 
 JOIN_SECS = 300  # hosts of a pod start minutes apart
 CONNECT_SECS = 120  # for JAX to connect, once all processes have started
-HEARTBEAT_SECS = 30  # a silent peer ends the job after it; JAX's default of 100 s wastes paid time
+HEARTBEAT_SECS = 30  # a peer silent for so long ends the job; JAX's 100 s would waste paid time
 SHUTDOWN_SECS = 15
-GRACE_SECS = 5  # from a process's exit, so that the others can exit with their own status
+GRACE_SECS = 5  # a process that exits waits so long, so that the others exit with their own status
 
 _SLURM = (
     "SLURM_JOB_ID",
@@ -59,9 +59,9 @@ _joined: Job | None = None
 def join() -> None:
     """Joins the other processes of the job; does nothing if this process is the only one.
 
-    To be called before anything starts a JAX backend; a second call does nothing. A process belongs to
-    a job if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under `srun` with
-    several tasks, or on a slice of several Cloud TPU hosts.
+    Call it before anything starts a JAX backend; a second call does nothing. A process belongs to a job
+    if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under `srun` with several
+    tasks, or on a slice of several Cloud TPU hosts.
 
     Raises:
         InputError: a variable has a bad value, or the number of devices is not EXPECT_DEVICES.
@@ -128,10 +128,10 @@ def is_process_0() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends a process that has joined a job, with exit status `code` within seconds; else returns.
+    """Ends this process within seconds, with exit status `code`, if it has joined a job; else returns.
 
     Processes that end together all end with their own status. A process that ends alone does not wait
-    for the others at its exit, as JAX would for minutes.
+    for the others; JAX would make it wait for minutes.
     """
     if _joined is None:
         return
@@ -147,7 +147,7 @@ def leave(code: int) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Ends this process with exit status `code` after `GRACE_SECS`, unless it ends by itself before.
+    """Ends this process with exit status `code` after `GRACE_SECS`, unless it has ended before.
 
     Threads of Orbax delay a process's exit by minutes after a save that could not begin. So does a
     compilation that a signal has interrupted.
@@ -205,7 +205,7 @@ def _under_srun() -> bool:
 def _devices_of_task() -> list[int] | None:
     """Returns the GPUs of a Slurm task: None (all visible ones) if it has its host or a GPU to itself.
 
-    Otherwise several tasks see the same GPUs, and each takes the one of its number on the host.
+    Otherwise several tasks see the same GPUs, and each takes the GPU whose number is its local rank.
     """
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -15,7 +15,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-MAX_LINE_BYTES = 16 << 20  # of a JSON-lines file; a longer line is not a row
+MAX_LINE_BYTES = 16 << 20  # a longer line of a JSON-lines file is not a row
 TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; write each row on its own line"
 _NO_TEXT = {  # first bytes of files that are not text, and what to do with such a file
     b"\x1f\x8b": "it is a gzip file, so unpack it first",
@@ -38,7 +38,7 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """Adds the path to write errors of an open file; those of a full or broken disk do not name it."""
+    """Adds the path to errors raised by a write to an open file; a full or broken disk's do not name it."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def partial_of(path: os.PathLike | str) -> pathlib.Path:
 
 
 def opener(path: str, flags: int) -> int:
-    """Opens a file to write, as `opener` of `open`: follows no link, and does not block on a pipe.
+    """Opens a file for writing without following a link or blocking on a pipe; the `opener` of `open`.
 
     Raises:
         InputError: the path is a link, a hard link, a pipe or a device.
@@ -62,7 +62,7 @@ def opener(path: str, flags: int) -> int:
     refused = InputError(
         f"{path}: is a link, hard link, pipe or device, and will not be overwritten; remove it"
     )
-    # without O_TRUNC: truncate only after the checks below, the content may be somebody's
+    # without O_TRUNC: the content may be somebody's data, so truncate only after the checks below
     wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         handle = os.open(path, wanted, 0o666)
@@ -83,18 +83,18 @@ def opener(path: str, flags: int) -> int:
 
 
 def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames `file`, which is open at `partial`, to `path`; a power loss leaves all of it or nothing."""
+    """Renames `file`, open at `partial`, to `path`; after a power loss, `path` is complete or unchanged."""
     file.flush()
     os.fsync(file.fileno())
     os.replace(partial, path)
-    fsync(path.parent)
+    fsync(path.parent)  # the rename is a change of the folder, so a power loss could undo it
 
 
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens `path`.partial, and renames it to `path` on success; on an error, `path` stays as it was.
+    """Opens `path`.partial, and renames it to `path` on success; on an error, `path` is unchanged.
 
-    In an object store, the whole file is written by one put, which is atomic there.
+    In an object store, a single put, which is atomic there, writes the complete file.
     """
     path = as_path(path)
     if is_remote(path):
@@ -141,11 +141,11 @@ def read_json(path: os.PathLike | str) -> Any:
 
 
 def parse_json_line(raw: bytes) -> dict[str, Any]:
-    """Returns the object of one line of a JSON-lines file.
+    """Parses one line of a JSON-lines file.
 
     Raises:
-        InputError: the line is not UTF-8, not a JSON object, or repeats a key; the message has no file
-            and line.
+        InputError: the line is not UTF-8, not a JSON object, or repeats a key; the message names
+            neither file nor line.
     """
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
@@ -174,7 +174,7 @@ def not_text(raw: bytes) -> str:
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Refuses all but regular files: opening a pipe waits for its writer, and a device never ends.
+    """Refuses all but regular files: opening a pipe waits for its writer, and a device has no end.
 
     Args:
         path: path on this machine.
@@ -200,7 +200,7 @@ def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
 
 
 def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Yields (line number from 1, object or error), without blank lines.
+    """Yields (line number from 1, object or error) for each line that is not blank.
 
     Raises:
         InputError: there is no such file, or it is a folder, pipe or device; names the path.
@@ -213,7 +213,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
                 if raw is None:
                     yield number, InputError(f"{path}:{number}: {TOO_LONG}")
                     continue
-                if number == 1:
+                if number == 1:  # a byte order mark, which some editors write
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                 if not raw.strip():
                     continue
@@ -240,7 +240,7 @@ def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 
 def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSON-lines file, without blank lines.
+    """Yields (line number from 1, object) for each line of a JSON-lines file that is not blank.
 
     Raises:
         InputError: the first error of `json_lines`.
@@ -256,12 +256,12 @@ def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = Fa
 
     Args:
         path: path of the output; neither it nor its folder need exist.
-        name: parameter's name for messages, with its backticks: "`output`".
+        name: parameter's name for messages, with backticks: "`output`".
         folder: whether the output is a folder instead of a file.
 
     Raises:
-        InputError: the path is a folder and should be a file, or the other way round, or its folder is
-            not writable.
+        InputError: the path is a folder and should be a file, or vice versa, or its folder is not
+            writable.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()

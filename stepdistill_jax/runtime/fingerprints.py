@@ -1,4 +1,7 @@
-"""Digests of files, folders, values and texts. Users' files hold them, so no value may ever change."""
+"""Computes digests of files, folders, values and texts.
+
+Users' files contain these digests, so a function must always return the same digest for the same input.
+"""
 
 import concurrent.futures
 import hashlib
@@ -15,7 +18,7 @@ _BLOCK, _READERS = 1 << 20, 4
 
 
 def sha256_of(data: bytes | str) -> str:
-    """Returns the SHA-256 hex digest of bytes, or of a text's UTF-8."""
+    """Returns the SHA-256 hex digest of bytes, or of a text encoded as UTF-8."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
@@ -33,7 +36,7 @@ def sha256(path: os.PathLike | str) -> str:
 def digest_each(
     of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
 ) -> dict[str, T]:
-    """Returns a digest of each named file of a folder; several are read at once."""
+    """Returns `of_file` of each named file in a folder, by name; reads several files at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: of_file(folder / name), names)
@@ -52,7 +55,7 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 def sampled_digest(folder: pathlib.Path) -> str:
     """Returns a hex digest of the names, sizes and sampled pieces of all files below a folder.
 
-    It reads at most 4 MiB per file, which distinguishes two trainings of a model. It ignores README.md
+    It reads at most 4 MiB per file, enough to tell two trainings of a model apart. It ignores README.md
     and hidden files (downloads keep dates in these).
     """
     found = []
@@ -67,7 +70,7 @@ def sampled_digest(folder: pathlib.Path) -> str:
 def sampled_sha256(path: pathlib.Path) -> str:
     """Returns the hex digest of 4 MiB spread evenly over a file, or of all of a smaller file."""
     size, pieces = path.stat().st_size, hashlib.sha256()
-    # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 of them
+    # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 starts
     with open(path, "rb") as f:
         for start in range(0, size, max(4096, -(-size // 1024))):
             f.seek(start)
@@ -81,7 +84,10 @@ def hash64(text: str) -> int:
 
 
 def crc32(file: IO[bytes], size: int = sys.maxsize) -> int:
-    """Returns the CRC-32 of the first `size` bytes of an open file; it detects all errors of up to 32 adjacent bits."""
+    """Returns the CRC-32 of the first `size` bytes of an open file.
+
+    It detects every error within 32 adjacent bits.
+    """
     crc = 0
     while block := file.read(min(size, _BLOCK)):
         crc, size = zlib.crc32(block, crc), size - len(block)

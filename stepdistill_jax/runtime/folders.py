@@ -1,4 +1,4 @@
-"""Folders that are written under a temporary name and renamed when they are complete."""
+"""Writes folders under a temporary name, and renames them when they are complete."""
 
 import contextlib
 import glob
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from stepdistill_jax.runtime.locks import locked
 
-REPLACED = "replaced"  # name of the older target, next to the new folder
+REPLACED = "replaced"  # temporary name of the older target, next to the new folder
 
 
 @contextlib.contextmanager
@@ -37,15 +37,15 @@ def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]
 def sole_writer(
     target: pathlib.Path, tag: str = "", *, name: object = None, wait: bool = False
 ) -> Iterator[None]:
-    """Lets one process at a time write `target`, and first removes what killed writers left.
+    """Lets one process at a time write `target`, and first removes leftovers of killed writers.
 
-    Where the disk has no locks, all may write at once, and nothing is removed.
+    On a disk without locks, several processes may write at once, and nothing is removed.
 
     Args:
         target: a folder, which need not exist.
         tag: as in `staged_folder`.
-        name: what messages call the output; None means `target`.
-        wait: whether to wait for another writer instead of refusing.
+        name: name of the output in messages; None means `target`.
+        wait: whether to wait for another writer instead of raising InputError.
 
     Raises:
         InputError: another process is writing it, or it cannot be written.
@@ -58,7 +58,7 @@ def sole_writer(
 
 
 def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
-    """Removes what killed writers of `target` left; the caller makes sure that no writer is alive."""
+    """Removes leftovers of killed writers of `target`; the caller makes sure that no writer is alive."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
         with contextlib.suppress(
             OSError

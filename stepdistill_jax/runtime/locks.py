@@ -1,4 +1,4 @@
-"""Locks on open files. The kernel releases a lock when its process ends, however it ends."""
+"""Locks open files. The kernel releases a lock when its process ends, however it ends."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ class InUse(InputError):
 
 
 def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
-    """Opens `path` to append, and locks it until it is closed; creates its folder.
+    """Opens `path` for appending, and locks it until it is closed; creates its folder.
 
     Args:
         path: path of the file.
-        name: what messages call the output; None means `path`.
+        name: name of the output in messages; None means `path`.
 
     Raises:
         InUse: another process has locked it.
@@ -38,8 +38,8 @@ def locked(
         path: path of a file that is only a lock. It is removed at the end, or kept with `wait`, since
             other processes may be waiting for it.
         name: as in `open_locked`.
-        note: content of the file, for processes that are refused to read.
-        wait: whether to wait for another holder of the lock instead of refusing.
+        note: content of the file, which a process that is refused the lock can read.
+        wait: whether to wait for another holder of the lock instead of raising InUse.
 
     Raises:
         InUse, InputError: as for `open_locked`.
@@ -55,12 +55,14 @@ def locked(
                     )  # unbuffered: a full disk raises here, not at close
             yield held
         finally:
-            # a file that holds more than the note is not just a lock: it belongs to somebody
+            # a file that holds more than the note is not just a lock: it is somebody's data
             if not wait and os.fstat(file.fileno()).st_size <= len(note):
                 path.unlink(missing_ok=True)
 
 
 def _open(path: pathlib.Path, name: object, wait: bool) -> tuple[IO[bytes], bool]:
+    # An append handle creates a missing file and leaves an existing one unchanged: `path` may be another
+    # run's output, and it must not be truncated before the lock is held.
     while True:
         with _named(name or path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ def _lock(file: IO[bytes], name: object, wait: bool) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise InUse(
-            f"{name}: another run is writing it; wait for it to end, or give another output"
+            f"{name}: another run is writing it; wait for it to end, or choose another output"
         ) from None
     except (ImportError, OSError):  # no POSIX system, or a disk without locks
         return False

@@ -21,7 +21,7 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, upload
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
 FLUSH_SECS = 30.0  # between two flushes of TensorBoard's events
-UPLOAD_SECS = 60.0  # a store's object cannot be appended to: each upload sends the whole file again
+UPLOAD_SECS = 60.0  # at least; stores cannot append, so each upload sends the complete file again
 
 
 class MetricsWriter:
@@ -43,9 +43,9 @@ class MetricsWriter:
 
         Args:
             workdir: the run's folder.
-            start_step: the last step that counts. Later lines were written by a process that was
-                killed before it saved them.
-            validated: False if the validation of `start_step` has still to run. Its line, if there is
+            start_step: the last step that counts. Lines of later steps were written by a process that
+                was killed before it saved these steps.
+            validated: False if the validation of `start_step` still has to run. Its line, if there is
                 one, was written by a process that was killed before its checkpoint included it.
             active: False on all processes but process 0.
         """
@@ -91,7 +91,7 @@ class MetricsWriter:
             f.write(_line(step, entry))
 
     def sync(self) -> None:
-        """Uploads the files if the workdir is in a store; to be called before a checkpoint is saved.
+        """Uploads the files if the workdir is in a store. Call it before a checkpoint is saved.
 
         A resumed run starts at a checkpoint and needs the lines up to it.
         """
@@ -156,7 +156,7 @@ class _Board:
 
 
 def _import_tensorboardx() -> None:
-    """Imports tensorboardX without torch, which its `__init__` would import: seconds, for no use here."""
+    """Imports tensorboardX, and keeps its `__init__` from importing torch, which takes seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
@@ -176,7 +176,7 @@ def _line(step: int, entry: dict[str, Any]) -> str:
 
 
 def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
-    """Removes the lines of later steps and an incomplete last line; keeps lines that cannot be read."""
+    """Removes lines of later steps and an incomplete last line; keeps other lines that cannot be read."""
     if not path.exists():
         return
     kept = []
@@ -214,12 +214,12 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
 
 
 def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
-    """Returns a run's metrics as columns, with one entry per logged step; `pandas.DataFrame` takes them.
+    """Returns a run's metrics as columns, with one entry per logged step, ready for `pandas.DataFrame`.
 
     Returns:
         `step` (int64, ascending), and float64 columns of the same length by name: `loss`,
-        `loss/label`, `eval/validation/label_accuracy`, ... An entry is NaN where the step has no
-        such number.
+        `loss/label`, `eval/validation/label_accuracy`, ... An entry is NaN if the step lacks the
+        metric.
 
     Raises:
         InputError: as for `read_metrics`.
@@ -241,7 +241,7 @@ def _number(value: Any) -> float:
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first; none if nothing was flagged."""
+    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first; an empty list without the file."""
     path = as_path(workdir) / FLAGGED
     return [e for _, e in _lines(path) if e is not None] if path.exists() else []
 
@@ -249,7 +249,7 @@ def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     """Returns each line with its object (None if it cannot be read), without an incomplete last line.
 
-    A kill may truncate the last line, silently left out. Any other bad line gets a warning.
+    A kill may truncate the last line, so that one is left out silently. Other bad lines get a warning.
     """
     if not is_remote(path):
         check_file(path, "a JSON-lines file")

@@ -1,8 +1,8 @@
-"""Runs work on one process or on all, and shares results and errors; one process sends nothing.
+"""Runs work on one process or on all, and shares results and errors; a single process sends nothing.
 
-All processes must make these calls in the same order: in the main thread, or in another thread with a
-channel of its own. An error of one process is raised in all, so they end together instead of waiting
-for a process that has exited.
+All processes must make these calls in the same order: in the main thread, or in another thread with its
+own channel. An error of one process is raised in all, so they end together instead of waiting for a
+process that has exited.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """Runs `action` on every process; each returns its own result.
 
     Raises:
-        InputError: a process met an InputError; all processes raise it.
-        PeerFailed: another process met another error, which that process raises itself.
+        InputError: a process raised an InputError; all processes raise it.
+        PeerFailed: another process raised any other error; that process itself raises the original.
 
-    If several fail, the error of the lowest process number counts. The message names the process.
+    If several processes fail, the error of the lowest-numbered one counts. The message names it.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -38,7 +38,7 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
 
 
 def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
-    """Runs `action` on every process; returns on all the list of their results (JSON), by process.
+    """Runs `action` on every process; returns all results (JSON), ordered by process, on every process.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -86,7 +86,7 @@ def require_same(value: Any, what: str) -> None:
 def until_stopped(
     total: int, description: str, kept: Callable[[], int] = lambda: 0
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the number of rows of each batch: it shows progress and obeys signals.
+    """Yields a function to call with each batch's number of rows: it shows progress and obeys signals.
 
     Args:
         total: number of rows.
@@ -94,8 +94,8 @@ def until_stopped(
         kept: function that returns the number of rows saved so far.
 
     Raises:
-        SystemExit: with status 75, on all processes after the same batch, once one of them has got a
-            SIGTERM.
+        SystemExit: with status 75, on all processes after the same batch, once one of them has
+            received a SIGTERM.
     """
     import jax
 
@@ -150,5 +150,5 @@ def _raise_first(errors: Sequence[Any], own: Exception | None) -> None:
 
 
 def _gather(value: Any, channel: Channel = MAIN) -> list[Any]:
-    """Returns the JSON values of all processes, by process."""
+    """Returns the JSON values of all processes, ordered by process."""
     return channel.combined(value, lambda values: values)

@@ -1,4 +1,4 @@
-"""The overwriting rule of all commands: a command replaces files that it wrote itself, and no others.
+"""The overwriting rule of all commands: a command replaces only files that it wrote itself.
 
 Before its work, a command lists the files that it will write (`check_outputs`, `check_folder`). None of
 them may be one of its inputs, and an existing file must have been written by the same command.
@@ -37,7 +37,7 @@ class Made:
     keys: Sequence[str] = ()
 
     def begins(self, path: _Path) -> bool:
-        """Returns whether a file is empty, or is a file of the command or the beginning of one."""
+        """Returns whether a file is empty, or begins like a file of the command; it may be incomplete."""
         return self._matches(path, whole=False)
 
     def wrote(self, path: _Path) -> bool:
@@ -53,12 +53,12 @@ class Made:
         except OSError as error:
             raise InputError(
                 f"{path}: exists and cannot be read ({error.strerror}), so it is not overwritten;"
-                " give another name"
+                " choose another name"
             ) from None
         # a partial file may be shorter than the head: then it must be the head's beginning
         if not data.startswith(self.head):
             return not data or (not whole and self.head.startswith(data))
-        # the first line of a JSON-lines file, or a whole JSON file
+        # the first line of a JSON-lines file, or a complete JSON file
         for text in (data.split(b"\n", 1)[0], data) if self.keys else ():
             with contextlib.suppress(InputError):
                 return set(self.keys) <= parse_json_line(text).keys()
@@ -94,7 +94,7 @@ def check_outputs(
             check_plain(written)
             if os.path.exists(written) and written not in known and not is_ours(written):
                 raise foreign_file(written, made.by)
-        name = ""
+        name = ""  # the user named only the first output
 
 
 def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> None:
@@ -105,7 +105,7 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is one of `written` or lies in one, links resolved; names both.
+        InputError: an input is one of `written`, or lies in one, after links are resolved; names both.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -131,7 +131,7 @@ def check_plain(path: _Path) -> None:
     """Refuses a path that is a link, folder, pipe or device, which a file would replace.
 
     Raises:
-        InputError: says which it is.
+        InputError: it is one of these; says which.
     """
     if not os.path.lexists(path):
         return
@@ -140,15 +140,15 @@ def check_plain(path: _Path) -> None:
         kind = (
             "link" if stat.S_ISLNK(mode) else "folder" if stat.S_ISDIR(mode) else "pipe or device"
         )
-        raise InputError(f"{path}: is a {kind}, which would be replaced; give another name")
+        raise InputError(f"{path}: is a {kind}, which would be replaced; choose another name")
 
 
 def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[str]) -> None:
-    """Refuses an output folder that holds files with a command's names that the command did not write.
+    """Refuses an output folder if a file has the name of an output but was not written by the command.
 
     Args:
         folder: folder of the outputs.
-        index: name of the file that the command writes first; without it, the command wrote no other.
+        index: name of the file that the command writes first; without it, the command has written none.
         made: signature of that file.
         names: names of the other files.
 
@@ -166,5 +166,5 @@ def foreign_file(path: _Path, by: str, why: str = "") -> InputError:
     """Returns the error for a file that the command `by` did not write and so must not replace."""
     return InputError(
         f"{path}: exists and was not written by `{by}`{why}, so it is not overwritten; move it away,"
-        " or give another name"
+        " or choose another name"
     )

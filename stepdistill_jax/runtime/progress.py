@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Shows progress on standard error: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -27,7 +27,7 @@ def translate_names(by: Callable[[str], str]) -> None:
 
 
 def translated(message: str) -> str:
-    """Returns `message` with each parameter under the name that the running command gives it."""
+    """Returns `message` with parameters replaced by the running command's names for them."""
     return _written(message)
 
 
@@ -56,7 +56,7 @@ class _Lines:
         if not advance:
             return
         self._advanced = time.monotonic()
-        # `end` writes the last line, since values may still come after the last unit
+        # `end` writes the last line, since values may still arrive after the last unit
         if self._advanced - self._last >= LINE_EVERY_SECS and self._done != self._total:
             self._last = self._advanced
             self._write()
@@ -66,7 +66,7 @@ class _Lines:
             self._write()
 
     def _write(self) -> None:
-        # the rate of this process: without the units that an earlier run finished
+        # this process's rate: it excludes the units that an earlier run finished
         count, seconds = self._done - self._first, self._advanced - self._start
         of, left = "", ""
         if self._total is not None:
@@ -79,7 +79,7 @@ class _Lines:
 
 
 def _rate(count: int, seconds: float) -> str:
-    """Returns `12.3/s`, `4.5 s each` where a unit takes over a second, or an empty text at count 0."""
+    """Returns `12.3/s`, or `4.5 s each` if a unit takes over a second; an empty text at count 0."""
     if not count:
         return ""
     each = max(seconds, 1e-9) / count
@@ -94,11 +94,11 @@ def _clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
-    """Shows the progress of a long piece of work.
+    """Shows the progress of a long task.
 
     Args:
         total: number of units; None if unknown.
-        description: what the units are.
+        description: text shown in front of the count.
         done: number of units that an earlier run finished.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Waits for all processes of a job before JAX joins them: JAX's own time-out does not say who is missing.
+"""Waits for all processes of a job before JAX joins them, and names those that are missing; JAX does not.
 
 Process 0 listens on the coordinator's address. Every other process connects and sends the job's token and
 its number. Process 0 answers all of them at once: start, or which processes are missing. Then JAX's
@@ -21,7 +21,7 @@ GREETING = "stepdistill-rendezvous"
 _GREETING = re.compile(rf"{GREETING} ([0-9a-f]{{64}}) (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
 GO, MISSING, REFUSED, STRANGER = "go", "missing", "refused", "stranger"
 RETRY_SECS = 0.5
-GREETING_SECS = 1.0  # from a connection to its greeting, which is sent at once
+GREETING_SECS = 1.0  # limit for a new connection to send its greeting, which ours do at once
 ANSWER_SECS = 10.0  # more than process 0 needs to answer after its own time-out
 
 
@@ -47,8 +47,8 @@ def rendezvous(
         process_id: number of the calling process, from 0.
         timeout_secs: seconds to wait for the other processes.
         bind: address that process 0 listens on; None means `own_address(host, port)`.
-        secret: known only to the job's processes. None means `host` and `port`: they keep out other
-            programs and jobs, but nobody who knows them.
+        secret: text known only to the job's processes. None means `host` and `port`, which keep out
+            other programs and jobs, but nobody who knows them.
 
     Raises:
         ProcessesMissing: on every process that has started; names the missing ones.
@@ -66,7 +66,7 @@ def rendezvous(
 
 
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
-    """Returns the address of this machine that other processes reach as `host`.
+    """Returns this machine's own address, which other processes reach as `host`.
 
     The host is empty (all addresses) if a name other than `localhost` resolves to the loopback device:
     Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve it to its real address.
@@ -108,7 +108,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
                 raise InputError(
                     f"port {address[1]} of the coordinator cannot be opened ({error.strerror});"
-                    " another program or an earlier start of the job has it"
+                    " another program or an earlier start of the job is using it"
                 ) from None
             time.sleep(RETRY_SECS)
 
@@ -135,7 +135,7 @@ def _collect(
                 raise ProcessesMissing(message)
             for key, _ in ready:
                 if key.fileobj is server:
-                    with contextlib.suppress(OSError):  # the client has left again
+                    with contextlib.suppress(OSError):  # the client has already disconnected
                         connection = connections.enter_context(server.accept()[0])
                         connection.settimeout(GREETING_SECS)
                         selector.register(connection, selectors.EVENT_READ)
@@ -143,7 +143,7 @@ def _collect(
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
                 greeting = _GREETING.fullmatch(_receive(connection, packets=2))
-                if greeting is None:  # the client has left again, or is not a process of a job
+                if greeting is None:  # the client has disconnected, or is not a process of a job
                     present = {i: c for i, c in present.items() if c is not connection}
                     leave(connection)
                     continue
@@ -156,6 +156,7 @@ def _collect(
                     _send({**present, -1: connection}, f"{REFUSED} {refusal}")
                     raise InputError(refusal)
                 present[number] = connection
+        # GO is sent only now, when all processes are here, so none of them joins JAX alone
         _send(present, GO)
 
 
@@ -189,8 +190,8 @@ def _greet(
             raise InputError(message)
         if kind == STRANGER:
             reason = (
-                "another job answers there, or another STEPDISTILL_JOB_TOKEN or spelling of the"
-                " coordinator's address was given to this process"
+                "another job answers there, or this process has another STEPDISTILL_JOB_TOKEN or"
+                " another spelling of the coordinator's address"
             )
         time.sleep(RETRY_SECS)
     raise ProcessesMissing(f"{_missing([0], num_processes, timeout_secs)}; {host}:{port}: {reason}")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in every command: a first signal stops the work, a second one ends the process."""
+"""Handles SIGTERM and Ctrl-C in every command: the first stops the work, the second ends the process."""
 
 import itertools
 import os
@@ -12,9 +12,9 @@ from typing import NoReturn
 from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.runtime.progress import log
 
-UNWIND_SECS = 2.0  # limit for Python to unwind, if nothing is lost without it
+UNWIND_SECS = 2.0  # time for Python to unwind in commands that have nothing to save
 STOPPED: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
-# JAX's protocol needs consecutive numbers, the same in every process, as long as the process lives
+# JAX's protocol needs consecutive numbers, the same in every process, for the life of the process
 _asked = itertools.count(1)
 
 
@@ -36,7 +36,7 @@ def agreed() -> bool:
 
 
 class StopSignals:
-    """Acts on a first signal while entered; a second one exits with status 128 + its number.
+    """Context in which a first signal calls `act`, and a second one exits with status 128 + its number.
 
     Python runs a handler only between its own instructions, not during a long compile. So a thread
     reads the signals, too: it ends the process at a second signal, and `limit_secs` after the first.
@@ -60,7 +60,7 @@ class StopSignals:
         limit_secs: float = 0.0,
         several: bool = False,
     ):
-        """Sets the signals to catch: `codes` maps each to the exit status that `limit_secs` uses."""
+        """Sets the signals to catch: `codes` maps each to its exit status after `limit_secs`."""
         self.act, self.limit_secs = act, limit_secs
         self.received = ""
         self._codes, self._several, self._all_stop = codes, several, False
@@ -121,7 +121,7 @@ class StopSignals:
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def agreed(self) -> bool:
-        """Returns whether to stop here: the same on all processes, which call it at the same points."""
+        """Returns whether to stop here; all processes call it at the same points, and agree."""
         if not self._several:
             return bool(self.received)
         if not self._all_stop and agreed():
@@ -131,6 +131,6 @@ class StopSignals:
         return self._all_stop
 
     def act_if_agreed(self) -> None:
-        """Calls `act` if all processes stop here; several processes can act only at such points."""
+        """Calls `act` if all processes stop here; several processes can act only where they agree."""
         if self.agreed() and self.act is not None:
             self.act(self.received)

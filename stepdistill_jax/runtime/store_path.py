@@ -1,6 +1,6 @@
 """A path in an object store that never mistakes "no answer" for "no such file".
 
-gcsfs reports that a folder does not exist if Google cannot be reached: an existing run would look new.
+When Google cannot be reached, gcsfs reports that a folder does not exist: an existing run would look new.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from stepdistill_jax.runtime.stores import store_errors
 
 
 class _Stat(stat_utils.StatResult):
-    """Adds pathlib's name of the size to epath's result."""
+    """epath's result, with the size under pathlib's name, too."""
 
     @property
     def st_size(self) -> int:
@@ -20,7 +20,7 @@ class _Stat(stat_utils.StatResult):
 
 
 class StorePath(gpath.PosixGPath):
-    """An `epath.Path` of `gs://` that raises the errors of the store's client as `StoreError`."""
+    """An `epath.Path` for `gs://` URLs that raises errors of the store's client as `StoreError`."""
 
     def stat(self) -> _Stat:
         with store_errors(self):

@@ -21,7 +21,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
 def _url(path: os.PathLike | str) -> str | None:
-    """Returns `SCHEME://REST` of a path that is a URL, else None."""
+    """Returns a URL as `SCHEME://REST`; None for a path that is no URL."""
     text = os.fspath(path)
     if (match := _URL.match(text)) is None:
         return None
@@ -34,7 +34,7 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """Returns a user's path as pathlib's `Path`, or as `StorePath`, with the same methods, in a store.
+    """Returns a user's path as pathlib's `Path`; in a store, as a `StorePath` with the same methods.
 
     A store has no appends, no renames, no locks, and no empty folders.
 
@@ -44,7 +44,7 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
     if (url := _url(path)) is None:
         return pathlib.Path(path)
     if not url.startswith(_GS):
-        raise InputError(f"{url}: cannot be read or written; give a local path or gs://BUCKET/...")
+        raise InputError(f"{url}: cannot be read or written; use a local path or gs://BUCKET/...")
     if url == _GS:
         raise InputError(f"{url}: expected gs://BUCKET/FOLDER, got no bucket")
     _prepare_stores()
@@ -56,7 +56,7 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
 
 
 class StoreError(Exception):
-    """A store did not answer, although its client has retried; the message is one line with the URL.
+    """A store did not answer, even after its client retried; the message is one line with the URL.
 
     It is not an OSError: code that treats an unreadable file as damaged must not catch this error.
 
@@ -74,7 +74,7 @@ class StoreError(Exception):
 
 @contextlib.contextmanager
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
-    """Turns a store client's errors into `StoreError`: they are of many types, most without the URL.
+    """Turns a store client's errors, of many types and mostly without the URL, into `StoreError`.
 
     Raises:
         StoreError: for all errors except "no such file" and similar ones; errors of a local path are
@@ -95,14 +95,14 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
 
     Args:
         path: path as the user gave it.
-        name: parameter's name for messages, with its backticks: "`data_dir`".
+        name: parameter's name for messages, with backticks: "`data_dir`".
 
     Raises:
         InputError: the path is a URL.
     """
     if (url := _url(path)) is not None:
         raise InputError(
-            f"{name} {url}: must be on this machine, so copy it here; only a workdir may be in a store"
+            f"{name} {url}: must be on this machine; copy it here, since only a workdir may be in a store"
         )
     return pathlib.Path(path)
 
@@ -110,7 +110,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
 @functools.cache
 def _prepare_stores() -> None:
     """Configures the libraries, once, before the first access to a store."""
-    # epath would use TensorFlow if that is installed; predict must not import it
+    # epath would use an installed TensorFlow, which `predict` must not import
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec.config
 
@@ -123,11 +123,13 @@ def _prepare_stores() -> None:
 
 @functools.cache
 def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
-    """Returns a local file for a library that reads no others: `path`, or a copy until this process ends.
+    """Returns `path`, or a local copy of it, for a library that reads only local files.
+
+    The copy is removed when this process ends.
 
     Args:
-        path: on this machine or in a store.
-        beside: names of files next to it to copy as well, if they exist.
+        path: path on this machine or in a store.
+        beside: names of files in the same folder that are copied as well, if they exist.
     """
     if not is_remote(path):
         return path
@@ -142,6 +144,6 @@ def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
 
 
 def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies every file below a local folder into a store, and replaces existing ones."""
+    """Copies every file below a local folder into a store, and replaces existing files."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         (target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Output files that grow as PATH.partial and are renamed to PATH when they are complete."""
+"""Writes output files that grow as PATH.partial and are renamed to PATH when they are complete."""
 
 import contextlib
 import json
@@ -22,18 +22,18 @@ _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
-    """Path of the JSON file that records how many bytes of `partial_of(output)` are valid."""
+    """Returns the path of the JSON file that records how many bytes of `partial_of(output)` are valid."""
     return partial_of(output).with_name(partial_of(output).name + ".json")
 
 
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
-    """Returns the files that a `ResumableFile` writes, and those known to be its own.
+    """Returns the files that a `ResumableFile` writes, and the existing files that are known to be ours.
 
     Both are arguments of `check_outputs`. If either the rows or the sidecar is recognised, both are
     ours: the other one may be damaged.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
-    # an empty file is no evidence for the other one
+    # an empty file proves nothing about the other one
     ours = (_is_filled(partial) and ROWS.begins(partial)) or (
         _is_filled(sidecar) and SIDECAR.wrote(sidecar)
     )
@@ -190,7 +190,7 @@ class ResumableFile(StreamedFile):
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows that an earlier run wrote: on process 0, which has the file; none elsewhere."""
+        """Yields the rows that an earlier run wrote; only process 0 has the file, all others get none."""
         if self._file is not None:
             with open(self.partial, encoding="utf-8", newline="\n") as f:
                 yield from map(json.loads, f)
@@ -224,7 +224,7 @@ class ResumableFile(StreamedFile):
         on_process_0(super().finish)
 
     def discard(self) -> None:
-        """Does what `StreamedFile.discard` does."""
+        """Removes PATH.partial and its sidecar, so that no later run continues it."""
         on_process_0(super().discard)
 
     def _forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Answers single rows as `predict` does: with the same prompts, ids, labels and scores."""
+"""Answers the rows of requests as `predict` does: with the same prompts, ids, labels and scores."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from stepdistill_jax.inference.predictor import checked_row
 from stepdistill_jax.inference.prompting import RATIONALE, Prompting, encode_input
 from stepdistill_jax.serving.batcher import lane_length
 
-MAX_CHOICES = 256  # per row: each one delays the requests of other clients
+MAX_CHOICES = 256  # per row; each choice delays the requests of other clients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Question:
 
     @property
     def length(self) -> int:
-        """Returns the number of ids."""
+        """Number of ids."""
         return len(self.ids)
 
 
@@ -49,13 +49,13 @@ class Answerer:
         allowed: Allowed | None = None,
         explaining: Prompting | None = None,
     ):
-        """Takes the parts that `predict` uses.
+        """Combines the parts that `predict` uses.
 
         Args:
             engine: result of `open_engine`.
             prompting: result of `prompting_for`, without the rationale.
             allowed: the allowed answers, if choices are scored.
-            explaining: prompting with the rationale; None if the model gives none on its own.
+            explaining: prompting with the rationale; None if the model has no separate rationale.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
@@ -63,7 +63,7 @@ class Answerer:
 
     @property
     def explains(self) -> bool:
-        """Returns whether the model can give rationales."""
+        """Whether the model can write rationales."""
         return self._explaining is not None
 
     def question(self, row: dict[str, Any], number: int) -> Question:
@@ -74,7 +74,7 @@ class Answerer:
             number: number of the row in its request, from 1.
 
         Raises:
-            InputError: a field is missing or of a wrong type, choices cannot be scored, or the row
+            InputError: a field is missing or has a wrong type, choices cannot be scored, or the row
                 has `choices` although the server scores its own labels.
         """
         checked = checked_row(row, number, self._prompting, self._allowed, most_choices=MAX_CHOICES)
@@ -85,7 +85,7 @@ class Answerer:
         return self._question(self._prompting, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:
-        """Returns the question that asks for a JSON object's rationale; see `question`."""
+        """Returns the question for a JSON object's rationale; see `question`."""
         assert self._explaining is not None
         return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
 
@@ -145,10 +145,10 @@ class Answerer:
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Yields pieces of work that compile every program the engine needs, whatever the rows.
+        """Yields functions that compile, when called, every program that rows of any length need.
 
-        They do not cover the rows' own choices, whose shapes are unknown before. CTranslate2 compiles
-        nothing. A piece raises InputError if the model's output is NaN.
+        They do not cover rows with their own choices, whose shapes are unknown before. CTranslate2
+        compiles nothing. A function raises InputError if the model's output is NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):

@@ -1,4 +1,4 @@
-"""The HTTP service: its routes, answers, and refusals with their status."""
+"""Implements the HTTP service: routes, answers, and refusals with their status."""
 
 import asyncio
 import contextlib
@@ -32,9 +32,9 @@ from stepdistill_jax.serving.requests import (
 )
 
 # If a connection closes while its client is still sending, the client sees a broken connection instead of
-# the answer. So the rest of a refused body is read and discarded, up to this size in all.
+# the answer. So the rest of a refused body is read and discarded, up to this size in total.
 MOST_READ_BYTES = 16 * MAX_BODY_BYTES
-LEFT = 499  # nginx's status of a request whose client has gone; nobody receives it
+LEFT = 499  # nginx's status for a request whose client has disconnected; nobody receives it
 STARTING, READY, STOPPING = "warming up", "ready", "stopping"
 
 
@@ -60,13 +60,13 @@ class Service:
         state: `warming up`, `ready` or `stopping`.
         answered: number of answered rows.
         open: number of unanswered requests.
-        unanswered: number of requests that were still running at the end of the grace time.
-        failure: the error that ended the service: one of the warm-up, or one not caused by a request.
-        on_failure: function that is called at such an error.
+        unanswered: number of requests that were still running when the grace time ended.
+        failure: the error that ended the service, raised by the warm-up or outside any request.
+        on_failure: function that is called after this error.
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
-        """Starts nothing yet."""
+        """Sets up the routes and the queue; uvicorn starts the service."""
         self.state = STARTING
         self.answered = self.open = self.unanswered = 0
         self.failure: Exception | None = None
@@ -117,7 +117,7 @@ class Service:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # a cancelled request has no time left, so it is answered at once
+                # a cancelled request has no time left, so its answer is sent at once
                 with contextlib.suppress(TimeoutError, asyncio.CancelledError):
                     async with asyncio.timeout_at(deadline):
                         while not ended and size <= MOST_READ_BYTES and self.state != STOPPING:
@@ -127,7 +127,7 @@ class Service:
             await send(message)
 
         if head_bytes(scope) > MAX_HEAD_BYTES:
-            refusal = _error(431, f"the head of a request has at most {MAX_HEAD_BYTES} bytes")
+            refusal = _error(431, f"expected a request head of at most {MAX_HEAD_BYTES} bytes")
             return await refusal(scope, received, answer)
         return await self._routes(scope, received, answer)
 
@@ -215,7 +215,7 @@ class Service:
 
     async def _explanation(self, request: Request, body: bytes) -> dict[str, Any]:
         if not self._answerer.explains:
-            raise Refused(404, "this model was not trained to give a rationale on its own")
+            raise Refused(404, "this model was not trained to write a separate rationale")
         rows, alone = rows_of(parse_json_line(body))
         if not alone:
             raise InputError('expected one row {"input": ...}: rows are explained one at a time')

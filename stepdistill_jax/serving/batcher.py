@@ -1,4 +1,4 @@
-"""Gathers the rows of many clients into batches; one thread decodes, and the event loop stays free."""
+"""Gathers the rows of many clients into batches, which one thread decodes outside the event loop."""
 
 import asyncio
 import concurrent.futures
@@ -16,7 +16,7 @@ SHORTEST_LANE = 32
 def lane_length(length: int) -> int:
     """Returns the smallest of 32, 64, 96, 128, 192, 256, 384, ... that is at least `length`.
 
-    Rows of one lane length share batches. There are fewer of these than of the engine's padded lengths,
+    Rows of one lane length share batches. There are fewer lane lengths than padded lengths of the engine,
     so that batches fill up and few shapes have to be compiled. Example: 65 to 96 ids give 96.
     """
     power = SHORTEST_LANE
@@ -56,13 +56,13 @@ class Batcher:
     """Decodes submitted rows in batches of similar length.
 
     An idle engine starts as soon as a batch is full or a row has waited for `max_wait_secs`. While a
-    batch runs, the next one gathers. Each `lane_length` has its own lane. The lanes share the engine's
-    time (start-time fair queueing, Goyal et al. 1996): the lane that has used least of it is served
-    next, and a lane gets no credit for the time when it was empty. So a short row among hundreds of long
-    ones waits for the running batch, not for all of them.
+    batch runs, rows for the next one gather. Each `lane_length` has its own lane. The lanes share the
+    engine's time (start-time fair queueing, Goyal et al. 1996): the lane that has used the least time is
+    served next, and a lane gets no credit for the time when it was empty. So a short row among hundreds
+    of long ones waits only for the running batch, not for all long rows.
 
     Attributes:
-        rows: number of rows that are neither answered nor given up.
+        rows: number of rows that are neither answered nor cancelled.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Batcher:
         max_queue: int,
         on_batch: Callable[[int, float], None] = lambda rows, seconds: None,
     ):
-        """Starts nothing yet.
+        """Creates an empty queue; `run` decodes.
 
         Args:
             decode: function that returns the answers of rows, in their order; called from one thread.
-                An error it raises is the answer of all rows of the batch. After an InputError, each row
-                is decoded alone, so only the rows that cause it get it.
+                An error that it raises becomes the answer of all rows of the batch. After an InputError,
+                each row is decoded alone, so that only the rows that cause it get it.
             length: function that returns the number of ids of a row's input.
             batch_size: highest number of rows of a batch.
             max_wait_secs: longest time that a row waits for others while the engine is idle.
@@ -100,7 +100,7 @@ class Batcher:
         self._working: concurrent.futures.Future | None = None
 
     def submit(self, rows: Sequence[Any]) -> list[asyncio.Future]:
-        """Puts all of `rows` into the queue, or none.
+        """Puts all of `rows` into the queue, or none of them.
 
         Returns:
             A future for each row, whose result is the answer or an exception. Cancelling it removes the
@@ -127,7 +127,7 @@ class Batcher:
 
     def _leave(self, lane: _Lane, one: _Waiting) -> None:
         self.rows -= 1
-        lane.waiting.pop(id(one), None)  # still in the lane if its client gave up
+        lane.waiting.pop(id(one), None)  # still in the lane if its client has disconnected
 
     async def in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
         """Runs `work` in the engine's thread, between batches."""
@@ -139,12 +139,13 @@ class Batcher:
         while True:
             lane = await self._next_lane()
             batch = list(lane.waiting.values())[: self._batch_size]
-            for one in batch:
+            for one in batch:  # `rows` still counts them, until they are answered
                 del lane.waiting[id(one)]
             self._time = lane.seconds
             answers, seconds = await self._decoded([one.row for one in batch])
             lane.seconds += seconds
             self._on_batch(len(batch), seconds)
+            # `done`: cancelled, since its client has disconnected
             for one, answer in zip(batch, answers, strict=True):
                 if not one.answer.done():
                     one.answer.set_result(answer)
@@ -157,7 +158,7 @@ class Batcher:
             lanes = [lane for lane in self._lanes.values() if lane.waiting]
             start = min(map(self._starts, lanes), default=None)
             if start is not None and start <= loop.time():
-                # among all lanes, also those that could still gather: the next batch may take long
+                # choose among all lanes, even if their batches are not full: the next one may take long
                 return min(lanes, key=lambda lane: (lane.seconds, lane.first.arrived))
             try:
                 async with asyncio.timeout_at(start):
@@ -182,7 +183,7 @@ class Batcher:
         return answers, loop.time() - began
 
     def _decode_each(self, rows: list[Any]) -> Sequence[Any]:
-        """Decodes rows, in the thread; after an InputError one by one, so that only bad rows fail."""
+        """Decodes rows; after an InputError one by one, so that only bad rows fail. Runs in the thread."""
         try:
             return self._decode(rows)
         except InputError as error:

@@ -1,4 +1,4 @@
-"""The metrics that Prometheus reads at `/metrics`."""
+"""Defines the metrics that Prometheus reads at `/metrics`."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ class Metrics:
     """The metrics of one service, in their own registry."""
 
     def __init__(self, waiting: Callable[[], int], ready: Callable[[], bool]):
-        """Registers the metrics; `waiting` and `ready` are called at each read."""
+        """Registers the metrics; each time they are read, `waiting` and `ready` are called."""
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "stepdistill_requests",

@@ -1,4 +1,4 @@
-"""The page at `/`: one HTML file, and headers that allow no script but its own."""
+"""Loads the page at `/`, one HTML file, and makes headers that allow only its own script."""
 
 import base64
 import hashlib

@@ -13,7 +13,7 @@ MAX_BODY_BYTES = 2**20
 
 
 class Refused(Exception):
-    """A request is refused.
+    """Raised to refuse a request.
 
     Attributes:
         status: HTTP status of the response.
@@ -80,7 +80,7 @@ async def unless_left(request: Request, answered: asyncio.Future) -> Any:
     Raises:
         ClientDisconnect: the client has disconnected.
     """
-    # retrieves the exception in any case: asyncio logs those that nobody retrieves
+    # always retrieves the exception, since asyncio logs exceptions that nobody retrieves
     answered.add_done_callback(lambda done: done.cancelled() or done.exception())
     left = asyncio.create_task(_disconnected(request))
     try:

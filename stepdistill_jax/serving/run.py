@@ -27,28 +27,28 @@ def serve(
     grace_secs: float = 20.0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Answers rows over HTTP as `predict` does in files, until SIGTERM or Ctrl-C.
+    """Answers rows over HTTP, as `predict` does for files, until SIGTERM or Ctrl-C.
 
-    Signals are handled if it is called in the main thread. A first one stops it: it accepts no more
-    connections, and answers the requests in progress. A second one ends the process at once, with
-    status 128 + the signal's number.
+    In the main thread, it handles signals. After the first signal it accepts no more connections, and
+    answers the requests in progress. A second signal ends the process at once, with status 128 + the
+    signal's number.
 
     Args:
         path: workdir, or model directory in Hugging Face's layout or CTranslate2's.
-        host, port: address to listen on; port 0 means any free port, which the log names.
+        host, port: address to listen on; port 0 means any free port, which is logged.
         max_wait_ms: longest time that a row waits for others while the engine is idle, ms.
         max_queue: highest number of unanswered rows; requests beyond it are refused with status 503.
-        timeout_secs: seconds after which a request is given up with status 504.
-        grace_secs: seconds for the requests in progress when a signal arrives.
+        timeout_secs: seconds after which a request ends with status 504.
+        grace_secs: seconds to finish the requests in progress when a signal arrives.
         **options: fields of `DecodeOptions`.
 
     Returns:
         `rows`, the number of answered rows; `unanswered`, the number of requests for which `grace_secs`
-        was too short; `busy`, whether the engine still works on a request that was given up.
+        was too short; `busy`, whether the engine is still working on a request that nobody waits for.
 
     Raises:
-        InputError: bad options, a bad model, a missing extra, or an address that cannot be opened.
-        Exception: the error of a failed warm-up: damaged weights, a device out of memory.
+        InputError: an option or the model is bad, the extra is missing, or the address cannot be opened.
+        Exception: the warm-up failed, for example on damaged weights or a device out of memory.
     """
     number("max_wait_ms", max_wait_ms, least=0, below=1e6)
     whole("max_queue", max_queue, 1, 10**6 - 1)
@@ -57,7 +57,7 @@ def serve(
     chosen = decode_options(serve, options)
     if jax.process_count() > 1:
         raise InputError(
-            f"serve runs in one process, and this is one of {jax.process_count()}; start it alone"
+            f"serve runs in a single process, but this job has {jax.process_count()}; start one process"
         )
     try:
         from stepdistill_jax.serving import app, server

@@ -54,7 +54,7 @@ def bind(host: str, port: int) -> socket.socket:
             ) from None
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"`host` {host} `port` {port}: cannot listen there ({reason}); choose another address"
+            f"`host` {host} `port` {port}: cannot listen at this address ({reason}); choose another one"
         ) from None
     return listener
 
@@ -102,7 +102,7 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to `StopSignals`: uvicorn would raise them again after it has stopped."""
+    """Leaves signals to `StopSignals`: uvicorn would raise them again after it has stopped."""
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -112,9 +112,9 @@ class _Server(uvicorn.Server):
 class _Protocol(H11Protocol, asyncio.BufferedProtocol):
     """Parses HTTP with h11, and reads 4 KiB at a time.
 
-    h11 limits the size of an incomplete head; httptools does not. asyncio would read 256 KiB at a time:
-    sent in chunks of one byte, they are 40,000 events of h11 in a row, during which no other client would
-    be served for seconds.
+    h11 limits the size of an incomplete head; httptools does not. asyncio would read 256 KiB at a time. A
+    client that sends them in chunks of one byte would cause 40,000 events of h11 in a row, and no other
+    client would be served for seconds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

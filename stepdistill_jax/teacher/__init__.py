@@ -1,7 +1,7 @@
 """Asks a large model for the rationales and labels of questions.
 
-Here `annotate` is the function, not its module: write `from stepdistill_jax.teacher.annotate import ...`
-for anything else in the module.
+In this package, `annotate` is the function, not its module. Import the module's other names with
+`from stepdistill_jax.teacher.annotate import ...`.
 """
 
 from stepdistill_jax.teacher.annotate import annotate

@@ -36,7 +36,7 @@ def annotate(
     read: Sequence[os.PathLike | str] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """Asks a teacher about each row, and writes the rows with its rationales, in order.
+    """Asks a teacher about each row, and writes the rows with its rationales, in the same order.
 
     Every complete, readable answer is saved in an SQLite file as soon as it arrives. A second run, after
     a kill or with a changed file, asks only for the missing answers.
@@ -50,13 +50,13 @@ def annotate(
         settings: fields of `Settings`; at least `task` and `model` (or `teacher`).
 
     Returns:
-        `rows`, `with_rationale`, `requests` (number of answered ones), `to_ask` (answers missing from
+        `rows`, `with_rationale`, `requests` (number of answered requests), `to_ask` (answers missing from
         the cache), `asked_again`, `truncated`, `prompt_tokens`, `completion_tokens`, `cost` (None
         without prices), `defects` (counts by name), `first_defects`, `rows_per_second`, `stopped` (None,
-        or why the run ended before the last row). If rows have gold labels, also `with_label`, their
-        number, and `teacher_accuracy`, the share of them that the teacher labelled right; an unusable
-        answer counts as wrong. A dry run returns `prompt` and the estimate; `batch_file` returns the
-        result of `write_batch` or `read_batch`.
+        or why the run ended before the last row). If rows have gold labels, also `with_label`, the
+        number of these rows, and `teacher_accuracy`, the share of them that the teacher labelled
+        correctly; an unusable answer counts as wrong. With `dry_run`, returns `prompt` and the estimate;
+        with `batch_file`, the result of `write_batch` or `read_batch`.
 
     Raises:
         InputError: settings or rows are bad, or the server refuses the request.
@@ -122,10 +122,10 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
 
 
 def in_words(estimate: dict[str, Any]) -> str:
-    """Returns the estimate as a line: `200 rows, 150 answers to ask for, about 61,200 tokens, ...`."""
+    """Returns the estimate as a line: `200 rows, 150 answers to request, about 61,200 tokens, ...`."""
     tokens = estimate["prompt_tokens"] + estimate["completion_tokens"]
     line = (
-        f"{estimate['rows']} rows, {estimate['answers']} answers to ask for, about {tokens:,} tokens"
+        f"{estimate['rows']} rows, {estimate['answers']} answers to request, about {tokens:,} tokens"
         " (at 4 characters per token)"
     )
     if estimate["cost"] is not None:
@@ -134,7 +134,7 @@ def in_words(estimate: dict[str, Any]) -> str:
 
 
 def _estimate(prompting: Prompting, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
-    """Reads the whole file, so that a bad row is found before the first answer is paid for."""
+    """Reads the complete file, so that a bad row is found before the first answer is paid for."""
     settings, estimate = prompting.settings, Estimate()
     rows = check_questions(input, settings.choices, label_given=settings.label_given)
     for _ in unanswered(prompting, rows, cache, estimate):
@@ -183,8 +183,8 @@ async def _annotate(
                 await run_until_signal(run.all(read_questions(input, settings.choices)))
                 if run.counts.rows != estimate["rows"]:
                     raise InputError(
-                        f"{input}: it changed while it was read ({estimate['rows']} rows at first,"
-                        f" then {run.counts.rows}); start again when it is complete"
+                        f"{input}: the file changed while it was read ({estimate['rows']} rows at first,"
+                        f" then {run.counts.rows}); start again when the file is complete"
                     )
                 if not run.counts.with_rationale:
                     answers = "a usable answer" if run.counts.requests else "an answer"

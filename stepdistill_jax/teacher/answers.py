@@ -9,14 +9,14 @@ from stepdistill_jax.data.nli_rationale import parse_anli, parse_esnli
 from stepdistill_jax.data.rationale import CHOICE_MARKER, parse_choice, parse_equation
 from stepdistill_jax.data.text_metrics import metric_fn, normalize
 
-# the defects of an answer: those of `prepare`, and those that only a server can cause
+# the defects of `prepare`, and defects that only a server's answer can have
 KINDS = PARSER_KINDS | {
     "empty": "no text in the answer",
     "truncated": "truncated at the token limit (finish_reason length)",
     "filtered": "removed by the server's content filter",
     "no_answer": "does not end in the requested form, so no label can be read",
     "no_rationale": "a label without a reason before it",
-    "label_not_the_given_one": "explains another label than the given one",
+    "label_not_the_given_one": "explains a label other than the given one",
     "server_error": "no answer after all attempts",
 }
 _PARSERS = {"svamp": parse_equation, "esnli": parse_esnli, "anli": parse_anli}

@@ -1,4 +1,4 @@
-"""OpenAI's batch format: writes requests to files, and reads results from files into the cache."""
+"""Writes requests in OpenAI's batch format, and reads its results into the cache."""
 
 import itertools
 import json
@@ -35,8 +35,8 @@ def write_batch(
     Args:
         prompting: prompts and parameters of the requests.
         input: file of questions.
-        cache: answers that need no request.
-        path: the first file; PATH-2, PATH-3, ... follow when a file is full.
+        cache: cache of answers; an answer in it needs no request.
+        path: path of the first file; when a file is full, PATH-2, PATH-3, ... follow.
         inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
@@ -88,14 +88,14 @@ def read_batch(
     """Saves the usable results in the cache.
 
     Args:
-        prompting: the same as when the requests were written; another prompt has other keys.
+        prompting: the same prompting as when the requests were written, since keys depend on prompts.
         input: file of questions.
         cache: cache for the answers.
         paths: files of results.
 
     Returns:
-        Numbers of `results` in the files, `failed` ones, answers `kept`, and `other` results that belong
-        to no row of the input; `defects`, counts by name of unreadable answers.
+        The numbers of `results` in the files, `failed` results, `kept` answers, and `other` results
+        that belong to no row of the input or were kept before; `defects`, the defects of answers by name.
     """
     failed: list[str] = []
     results = cache.fetch(

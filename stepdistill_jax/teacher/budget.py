@@ -35,19 +35,19 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Starts without requests in progress."""
+        """Initialises the record of requests in progress."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
 
     @property
     def tokens(self) -> int:
-        """Returns the tokens used so far, of prompts and answers."""
+        """Tokens of prompts and answers used so far."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def cost(self) -> float | None:
-        """Returns the money used so far; None without prices."""
+        """Money used so far; None without prices."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float | None:
@@ -61,7 +61,7 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """Reserves the tokens of a request; waits until it fits in any case.
+        """Reserves the tokens of a request; waits until it fits, however long its answer is.
 
         Raises:
             BudgetReached: it does not fit, however little the requests in progress use.
@@ -84,7 +84,7 @@ class Budget:
         self._tokens_per_character = max(self._tokens_per_character, ratio)
 
     def _most(self, prompt: str, longest_answer: int) -> tuple[int, int]:
-        """Returns the highest numbers of tokens of prompt and answer that a request may use."""
+        """Returns the most tokens that a request may use, as (prompt, answer)."""
         learned = int(self._tokens_per_character * len(prompt)) + 1
         return max(estimate_tokens(len(prompt)), learned), longest_answer
 
@@ -112,11 +112,11 @@ class Reservation:
     """Reserved tokens of one question, which may be sent more than once."""
 
     def __init__(self, budget: Budget, prompt: str, longest_answer: int):
-        """Reserves nothing yet; `renew` does."""
+        """Creates an empty reservation; `renew` reserves the tokens."""
         self._budget, self._prompt, self._longest = budget, prompt, longest_answer
 
     async def renew(self) -> None:
-        """Reserves the tokens again if an attempt used them up; waits until the next one fits in any case.
+        """Reserves the tokens, again after a failed attempt; waits until the next attempt fits.
 
         Raises:
             BudgetReached: it does not fit, however little the requests in progress use.
@@ -137,7 +137,7 @@ class Reservation:
 
         Args:
             used: tokens of prompt and answer. None (unknown) counts all reserved tokens: the server may
-                have worked on an answer that we gave up.
+                have produced an answer that we did not wait for.
         """
         budget = self._budget
         if used == (0, 0):

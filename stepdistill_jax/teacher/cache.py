@@ -19,7 +19,7 @@ CREATE TABLE IF NOT EXISTS {name} (
 ) WITHOUT ROWID"""
 # UnicodeDecodeError: SQLite's message may quote bytes of a damaged file
 _DAMAGED = (sqlite3.Error, UnicodeDecodeError)
-# errors that do not mean a damaged file
+# errors that pass, and do not mean a damaged file
 _FOR_NOW = (
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -33,14 +33,14 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, paramet
 class AnswerCache:
     """Complete, readable answers by key; failures are never saved.
 
-    When `put` returns, the answer is in the system's write cache: it survives a kill of the process.
+    When `put` returns, the answer is in the system's write cache, so it survives a kill of the process.
     """
 
     def __init__(self, path: os.PathLike | str):
         """Opens or creates the file.
 
         Raises:
-            InputError: the file cannot be written, or is not such a cache.
+            InputError: the file cannot be written, or is not a cache of this version.
         """
         self.path = pathlib.Path(path)
         try:
@@ -54,7 +54,7 @@ class AnswerCache:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA):
                 raise InputError(
-                    f"`cache` {path}: expected schema {SCHEMA}, got {version} of another version; give"
+                    f"`cache` {path}: expected schema {SCHEMA}, got {version} of another version; choose"
                     " another file"
                 )
             self._db.execute(_TABLE.format(name="answers"))
@@ -67,24 +67,24 @@ class AnswerCache:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> InputError:
-        """Returns the error for a file that is not SQLite's, a damaged file, or a full disk."""
+        """Returns the error for a file that is not SQLite's or is damaged, or for a full disk."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
             return InputError(
-                f"`cache` {self.path}: {error}; its answers are safe: start again when that is fixed"
+                f"`cache` {self.path}: {error}; the saved answers are safe: start again when this is fixed"
             )
         return InputError(
-            f"`cache` {self.path}: cannot be used as an SQLite file ({error}); move it away, or give"
+            f"`cache` {self.path}: cannot be used as an SQLite file ({error}); move it away, or choose"
             " another file"
         )
 
     def get(self, key: str) -> Answer | None:
-        """Returns the answer of a key, or None."""
+        """Returns the answer for a key, or None."""
         return self._get("answers", key)
 
     def put(self, key: str, model: str, answer: Answer) -> Answer:
         """Saves a complete, readable answer; returns the saved one.
 
-        That is the answer of another process if that one was first.
+        If another process has already saved an answer for the key, that one is returned.
         """
         try:
             done = self._insert("IGNORE INTO answers", key, model, answer)
@@ -126,7 +126,7 @@ class AnswerCache:
             if row is None:
                 return None
             text, reason, *counts, time, parameters = row
-            # earlier versions stored the counts of a batch's results unchecked: null, or a fraction
+            # earlier versions did not check the token counts of batch results: null, or a fraction
             prompt, completion = (int(n or 0) if isinstance(n, float | None) else n for n in counts)
             answer = Answer(text, reason, prompt, completion, time, json.loads(parameters))
         except _DAMAGED as error:

@@ -20,14 +20,14 @@ from stepdistill_jax.teacher.settings import Settings
 
 RATE_LIMIT_PATIENCE = 6 * 3600.0  # longest time that a question waits for a rate limit, seconds
 LONGEST_BACKOFF = 60.0
-REPORTED_WAIT = 5.0  # seconds; shorter waits are reported only the first time
+REPORTED_WAIT = 5.0  # seconds; a shorter wait is reported only the first time
 MOST_TOKENS = 10**12  # per answer; a larger count is nonsense
 SENT_AGAIN = (
     408,
     409,
     425,
     429,
-)  # retried, like 5xx; any other 4xx means that the request is wrong
+)  # retried, as is 5xx; any other 4xx means that the request is wrong
 NO_KEY = "none"  # key for local servers, which need none
 
 
@@ -41,21 +41,21 @@ class Teacher(Protocol):
         ...
 
     async def close(self) -> None:
-        """Frees its resources."""
+        """Frees the teacher's resources."""
         ...
 
 
 class ServerError(Exception):
-    """No attempt got an answer; the message is the last one's error."""
+    """Raised when no attempt got an answer; the message is the error of the last attempt."""
 
 
 class SentAgain(Exception):
-    """An attempt failed, and another one may succeed.
+    """Raised when an attempt failed and another one may succeed.
 
     Attributes:
         status: HTTP status; 0 without a response.
         wait: seconds to wait at the server's request; None without one.
-        used: tokens of prompt and answer that are charged nevertheless; None if unknown.
+        used: tokens of prompt and answer that are charged anyway; None if unknown.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class SentAgain(Exception):
         wait: float | None = None,
         used: tuple[int, int] | None = (0, 0),
     ):
-        """Sets the message for people, and the attributes."""
+        """Sets the message and the attributes."""
         super().__init__(message)
         self.status, self.wait, self.used = status, wait, used
 
@@ -78,8 +78,8 @@ def now() -> str:
 class ChatClient:
     """Asks `chat/completions` of a server.
 
-    The key goes from the environment to the HTTP client and nowhere else: it is blotted out in every
-    message and answer that leaves this class.
+    The key goes only from the environment to the HTTP client: it is removed from every message and
+    answer that leaves this class.
     """
 
     def __init__(self, settings: Settings):
@@ -128,15 +128,15 @@ class ChatClient:
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns the first answer, after as many attempts as it takes.
+        """Returns the first answer that arrives; sends the prompt again after errors that may pass.
 
         Args:
             prompt: the user's message.
-            parameters: further fields of the request.
+            parameters: additional fields of the request.
             reservation: counts the tokens of failed attempts, and delays attempts to stay within budget.
 
         Raises:
-            BudgetReached: a further attempt might exceed a limit.
+            BudgetReached: another attempt might exceed a limit.
             InputError: the server refuses the request; the message quotes the server.
             ServerError: the server does not answer.
         """
@@ -168,8 +168,8 @@ class ChatClient:
     def _new_client(self) -> Any:
         """Returns a client with one connection, for one request at a time.
 
-        A pool checks every connection for every request (httpcore 1.0), which for 64 at once takes as
-        long as everything else.
+        A pool checks every connection for every request (httpcore 1.0). With 64 requests at once, that
+        takes as long as everything else together.
         """
         client = self._openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
@@ -186,9 +186,9 @@ class ChatClient:
         openai = self._openai
         client = self._free.pop() if self._free else self._new_client()
         try:
-            # httpx limits each read separately: a byte now and then would hold a request forever
+            # httpx limits each read separately: a server that sends a byte now and then would never end
             async with asyncio.timeout(self._settings.timeout):
-                # the raw response: the client's own parser accepts bodies that are no completions
+                # the raw response, since the client's own parser accepts bodies that are not completions
                 response = await client.chat.completions.with_raw_response.create(
                     model=self._settings.name,
                     messages=[{"role": "user", "content": prompt}],
@@ -213,7 +213,7 @@ class ChatClient:
         return self._read(prompt, content, parameters)
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
-        """Returns the tokens used by an attempt without an answer: unknown, but 0 without a connection."""
+        """Returns the tokens used by an attempt without an answer: None, or 0 without a connection."""
         unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
@@ -261,11 +261,11 @@ class ChatClient:
     def _wait(self, error: SentAgain, failures: int) -> float:
         wait = error.wait
         if wait is not None:
-            # so that not all are sent at the same moment
+            # a random part, so that not all requests are sent at the same moment
             wait += random.uniform(0, min(1.0, 0.1 * wait + 0.05))
         else:
-            # backoff, 2 backoff, 4 backoff, ... up to a minute; `min`: six hours of refusals are more
-            # doublings than a float holds
+            # backoff, 2 backoff, 4 backoff, ... up to a minute; the exponent is bounded, since six hours
+            # of refusals are more doublings than a float holds
             longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(failures - 1, 64))
             wait = random.uniform(longest / 2, longest)
         if error.status == 429 or error.wait:
@@ -273,7 +273,7 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs the run's first refusal, and each long wait once for all the requests that it delays."""
+        """Logs the run's first refusal, and each long wait once, although it delays many requests."""
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:
@@ -283,14 +283,14 @@ class ChatClient:
 
 
 def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
-    """Returns text, finish reason and usage of a response's body.
+    """Returns the text, finish reason and usage in a response's body.
 
     Raises:
         KeyError, IndexError, TypeError, AttributeError, ValueError: the body is not a completion.
     """
     choice, usage = body["choices"][0], body.get("usage") or {}
     content = choice["message"].get("content") or ""
-    if isinstance(content, list):  # a list of parts: join those of type text
+    if isinstance(content, list):  # a list of parts: join the text parts
         content = "".join(part["text"] for part in content if part["type"] == "text")
     if not isinstance(content, str) or not isinstance(usage, dict):
         raise TypeError
@@ -306,7 +306,7 @@ def token_count(value: Any, otherwise: int) -> int:
 
 
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
-    """Returns the tokens (prompt, completion) that a body reports, usable or not; None if it has none."""
+    """Returns the (prompt, completion) tokens that a body reports; None if it reports none."""
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None

@@ -1,4 +1,4 @@
-"""A teacher without a server: a transformers directory, sequence to sequence or causal."""
+"""Runs a teacher without a server, from a transformers directory: sequence to sequence or causal."""
 
 import asyncio
 import pathlib
@@ -13,7 +13,7 @@ NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # a causal model writes these after a c
 
 
 class LocalTeacher:
-    """Generates with torch; waiting questions form a batch."""
+    """Generates answers with torch; questions that wait at the same time form a batch."""
 
     def __init__(self, directory: str, batch_size: int):
         """Loads the model and its tokenizer from disk.
@@ -23,7 +23,7 @@ class LocalTeacher:
             batch_size: highest number of prompts per batch.
 
         Raises:
-            InputError: torch is missing, or the directory holds no such model.
+            InputError: torch is missing, or the directory holds no model that can be loaded.
         """
         try:
             import torch
@@ -126,7 +126,7 @@ class LocalTeacher:
         ]
 
     def _ends(self, prompt_length: int) -> list[Any] | None:
-        """Returns the stop rule of a causal model: stop when it begins a next question."""
+        """Returns the stopping criterion of a causal model, which stops when it begins another question."""
         import torch
 
         if not self._causal:
@@ -176,6 +176,6 @@ class LocalTeacher:
 
 
 def fingerprint(directory: str) -> list[list[Any]]:
-    """Returns name, size and time of change of a model's files: another model gives other answers."""
+    """Returns name, size and modification time of a model's files, to tell models apart."""
     files = sorted(p for p in pathlib.Path(directory).glob("*") if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -1,4 +1,4 @@
-"""Prompts of the rows of a run, and the cache keys of their answers."""
+"""Makes the prompts of a run's rows and the cache keys of their answers."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ class Prompting:
     Attributes:
         settings: settings of the run.
         prompter: writer of the prompts.
-        parameters: further fields of each request.
-        identity: value that distinguishes this teacher from another one of the same name.
+        parameters: additional fields of each request.
+        identity: value that distinguishes this teacher from others with the same name.
     """
 
     settings: Settings
@@ -41,8 +41,8 @@ class Prompting:
     def key(self, prompt: str, sample: int) -> str:
         """Returns the key of an answer: a digest of prompt, model, parameters and the sample's number.
 
-        It does not depend on the token limit: a complete answer is the same under a higher limit, and
-        must not be paid for again after the limit was raised.
+        It does not depend on the token limit: a complete answer would be the same under a higher limit,
+        so raising the limit must not make us pay for it again.
         """
         return digest(
             {
@@ -88,9 +88,9 @@ class Estimate:
 
     Attributes:
         rows: number of rows.
-        kept: number of answers in the cache; rows with the same prompt count each.
+        kept: number of answers in the cache, counted for every row, also for rows with the same prompt.
         answers: number of answers missing from the cache.
-        characters: number of characters of their prompts.
+        characters: number of characters in the prompts of the missing answers.
         first_prompt: prompt of the first row.
     """
 
@@ -125,7 +125,7 @@ def load_prompting(settings: Settings) -> Prompting:
 def unanswered(
     prompting: Prompting, rows: Iterator[Example], cache: AnswerCache | None, estimate: Estimate
 ) -> Iterator[tuple[Example, str, str]]:
-    """Yields (row, prompt, key) of each answer missing from the cache; counts into `estimate`.
+    """Yields (row, prompt, key) for each answer missing from the cache; adds the counts to `estimate`.
 
     Rows with the same prompt share their answers, so a key is yielded once (memory: 32 bytes per key).
     """

@@ -1,4 +1,4 @@
-"""Few-shot prompts: a jinja template and exemplars for each of the paper's tasks, and a generic template."""
+"""Writes few-shot prompts, from a jinja template and exemplars for each paper's task, or a generic template."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ TASKS = ("cqa", "svamp", "esnli", "anli", GENERIC)
 EXEMPLAR = ASKED | dict.fromkeys(
     ("rationale", "label"), "; an exemplar (`exemplars`) shows a complete answer"
 )
-CHARACTERS_PER_TOKEN = 4  # of English text; used for estimates before the first answer
+CHARACTERS_PER_TOKEN = 4  # for English text; used for estimates before the first answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Prompter:
     Attributes:
         task: one of TASKS.
         exemplars: rows with rationale and label, shown before the question.
-        instructions: text that replaces the template's; empty keeps that.
+        instructions: text that replaces the template's instructions; empty keeps them.
         label_given: whether the prompt contains the gold label and asks for its rationale.
     """
 
@@ -39,7 +39,7 @@ class Prompter:
     _template: Any
 
     def prompt(self, row: Example) -> str:
-        """Returns the whole text that the teacher reads, as one user message.
+        """Returns the complete text that the teacher reads, as one user message.
 
         Raises:
             InputError: the row has more choices than there are letters.
@@ -72,7 +72,7 @@ class Prompter:
 
     @property
     def answer_tokens(self) -> int:
-        """Returns the estimated tokens of an answer as long as the exemplars'; 60 without exemplars."""
+        """Estimated tokens of an answer as long as the exemplars' answers; 60 without exemplars."""
         if not self.exemplars:
             return 60
         lengths = [len(e.rationale) + len(self._answer(e)) + 20 for e in self.exemplars]
@@ -80,12 +80,12 @@ class Prompter:
 
 
 def estimate_tokens(characters: int) -> int:
-    """Returns the tokens of a text at CHARACTERS_PER_TOKEN, rounded up: `estimate_tokens(10)` is 3."""
+    """Estimates the tokens of a text at CHARACTERS_PER_TOKEN, rounded up: `estimate_tokens(10)` is 3."""
     return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def with_choices(row: Example, *, lettered: bool) -> str:
-    """Returns the input, followed by the choices unless it lists them itself.
+    """Returns the input, followed by the choices unless it already lists them.
 
     `lettered` writes them as in the paper's CQA files: `Answer Choices:` and a line `(a) ...` for each.
     """
@@ -109,8 +109,8 @@ def load_prompter(
 
     Args:
         task: one of TASKS.
-        exemplars: JSON lines {"input", "rationale", "label", "choices"?} that replace the task's own.
-        instructions: text that replaces the template's.
+        exemplars: file of JSON lines {"input", "rationale", "label", "choices"?} that replace the task's.
+        instructions: text that replaces the template's instructions.
         choices: choices of exemplars without their own.
         label_given: see `Prompter`.
 

@@ -25,11 +25,11 @@ def read_questions(
     Args:
         path: path of the file.
         choices: choices of rows without their own.
-        needs: as for `read_example`.
+        needs: see `read_example`.
         ids: if given, refuses duplicate ids, as `prepare jsonl` does.
 
     Raises:
-        InputError: a row is bad, or there is none; names file, line and field.
+        InputError: a row is bad, or there are no rows; names file, line and field.
     """
     for row in read_rows(path):
         found = read_example(row, needs=needs)
@@ -46,7 +46,8 @@ def check_questions(
     """Yields the rows of `read_questions`, after checks that must precede the first paid answer.
 
     Raises:
-        InputError: also for a duplicate id, and with `label_given` for a row without a label.
+        InputError: see `read_questions`; also if an id is repeated, or, with `label_given`, a row has no
+            label.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

@@ -1,4 +1,4 @@
-"""Asks about many rows at once and writes them in order, with bounded requests and memory, and a clean stop."""
+"""Asks about many rows at once and writes them in order, within bounds of requests and memory."""
 
 import asyncio
 import collections
@@ -26,14 +26,14 @@ DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 
 class Stopped(Exception):
-    """The run ends early; its answers are saved, and the same command continues.
+    """Raised when a run ends early; its answers are saved, and the same command continues.
 
     Attributes:
         hopeless: whether to cancel the requests in progress instead of waiting for them.
     """
 
     def __init__(self, reason: str, *, hopeless: bool = False):
-        """Sets the message for people, `reason`."""
+        """Sets the message, `reason`."""
         super().__init__(reason)
         self.hopeless = hopeless
 
@@ -68,7 +68,7 @@ class Run:
         *,
         kept: int = 0,
     ):
-        """Sends nothing yet; without a teacher, every answer must be in the cache.
+        """Prepares a run without sending anything; without a teacher, all answers must be in the cache.
 
         Args:
             prompting, teacher, cache, budget, output, defects, bar: the objects that the run uses.
@@ -103,7 +103,7 @@ class Run:
         try:
             for row in rows:
                 window.append((row, *self._begin(row)))
-                # rows are written in order: from the front, as long as it is done or the window full
+                # rows are written in order: take the first one when it is done or the window is full
                 while window and (len(window) >= most or self._is_done(window[0][2])):
                     await self._write(*window.popleft())
                 if self._stop is not None:
@@ -155,7 +155,7 @@ class Run:
         """Returns the answer of a key, which is asked for once for all rows with this prompt."""
         task = self._under_way.get(key)
         if task is None:
-            # a row with the same prompt may have got it since `_begin` looked
+            # another row with this prompt may have got the answer since `_begin` looked
             known = self._prompting.known(self._cache, key, row)
             if known is not None:
                 return known
@@ -165,7 +165,7 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
-        """Asks a question; the first one goes alone, since it shows the errors that all would get."""
+        """Asks a question; the first one is sent alone, since it reveals errors that all would get."""
         if self._probe is not None:
             await self._probe.wait()
             return await self._answer(key, row, prompt)
@@ -206,7 +206,7 @@ class Run:
         async with self._slots:
             self._check_stop()
             if self._teacher is None:  # all answers were in the cache when the file was counted
-                self._end(InputError("the input changed while it was read; start again"))
+                self._end(InputError("the input changed while it was being read; start again"))
             try:
                 request = self._budget.request(prompt, self._settings.max_tokens)
                 async with request as reservation:
@@ -246,8 +246,8 @@ class Run:
             return
         if 2 * self._problems["truncated"] >= self._unusable:
             advice = (
-                f"`max_tokens={self._settings.max_tokens}` truncates them: give more tokens, or give a"
-                " reasoning model less `reasoning_effort`"
+                f"`max_tokens={self._settings.max_tokens}` truncates them: allow more tokens, or lower the"
+                " `reasoning_effort` of a reasoning model"
             )
         else:
             advice = f"the last one, to row {row.id!r}: {' '.join(answer.text.split())[:80]!r}"
@@ -283,7 +283,7 @@ class Run:
         if row.label and not self._settings.label_given:
             counts.with_label += 1
             matches = metric_fn(metric_name(self._settings.task))
-            # without a usable answer, `llm_label` is the one that the row had before
+            # without a usable answer, `llm_label` is the row's earlier one
             counts.right += answered and matches(result["llm_label"], row.label)
         for i, (answer, reading) in enumerate(samples):
             for kind in reading.problems:
@@ -312,5 +312,5 @@ async def run_until_signal(work: Any) -> None:
             await task
         except asyncio.CancelledError:
             if stop.received:
-                leave(stop.received, "stopped, the answers are saved")
+                leave(stop.received, "stopped; the answers are saved")
             raise

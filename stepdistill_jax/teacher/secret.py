@@ -1,11 +1,11 @@
-"""Hides a key in text from a server, in any usual encoding."""
+"""Removes a key from a server's text, in any usual encoding."""
 
 import base64
 import html
 import re
 
 HIDDEN = "***"
-SHORTEST = 6  # characters; a shorter key is not a secret, and may be part of any word
+SHORTEST = 6  # characters; a shorter key is not a secret, and may be part of an ordinary word
 _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one of these
 
 
@@ -14,7 +14,7 @@ class Secret:
 
     Each character may appear as itself, after backslashes (JSON writes `/` as `\/`, `repr` doubles
     backslashes), as `\u002f` or `\x2f`, percent-encoded (also twice), as an HTML entity, or after zero
-    bytes (UTF-16). The whole key may be in hex or base64, alone or after other text (`Bearer KEY`).
+    bytes (UTF-16). The complete key may be in hex or base64, alone or after other text (`Bearer KEY`).
 
     Example: `Secret("sk-a/b+c").hide(r"bad key sk-a\/b+c")` is "bad key ***".
     """
@@ -28,7 +28,7 @@ class Secret:
         raw = key.encode()
         self._literals = [key, raw.hex(), raw.hex().upper()]
         # Base64 writes 3 bytes (24 bits) as 4 characters of 6 bits, so the key's encoding depends on
-        # the number of bytes before it, modulo 3. Of its characters, we keep those whose six bits all
+        # the number of bytes before it, modulo 3. We keep only the characters whose six bits all
         # belong to the key: from ceil(8 before / 6) to floor(8 (before + len) / 6).
         for before in range(3):
             whole = slice(-(-before * 8 // 6), (before + len(key)) * 8 // 6)
@@ -55,5 +55,5 @@ def _spellings(c: str) -> str:
     ]
     if (entity := html.escape(c)) != c:
         ways.append(re.escape(entity))
-    # at most 8 before it, so that a long run of backslashes does not make the match slow
+    # at most 8 backslashes or zero bytes, so that a long run of them does not make the match slow
     return rf"[\\\0]{{0,8}}(?:{'|'.join(ways)})"

@@ -1,4 +1,4 @@
-"""The settings of `annotate`: which teacher, which prompt, which limits."""
+"""Defines the settings of `annotate`: teacher, prompt and limits."""
 
 import dataclasses
 import os
@@ -23,15 +23,15 @@ class Settings:
         teacher: `hf:DIR`, a local transformers directory instead of a server.
         base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, else OpenAI's.
         api_key_env: environment variable that holds the key; only the client reads it.
-        exemplars: JSON lines with `input`, `rationale`, `label` that replace the task's own.
-        instructions: text that replaces the template's.
+        exemplars: file of JSON lines with `input`, `rationale`, `label` that replace the task's exemplars.
+        instructions: text that replaces the template's instructions.
         choices: allowed answers of rows without their own.
-        samples: answers per row; of several, the majority's label is kept.
+        samples: answers per row; if there are several, the majority's label is kept.
         temperature: sampling temperature; None means 0 for one sample and 0.7 for several, `default`
             sends none.
-        max_tokens: limit of an answer's tokens, with a model's reasoning.
-        reasoning_effort: sent if given.
-        parameters: further fields of the request (`{"top_p": 0.9}`).
+        max_tokens: limit of an answer's tokens, including a model's reasoning.
+        reasoning_effort: field of the request for reasoning models; None sends none.
+        parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks for its rationale.
         concurrency: requests at once; for a local teacher, prompts per batch.
         retries: how often to ask again for an unreadable answer. Before the run's first usable answer,
@@ -83,7 +83,7 @@ class Settings:
             InputError: a field has a bad value; names it.
         """
         if (self.model is None) == (self.teacher is None):
-            raise InputError("give either `model` (of a server) or `teacher=hf:DIR`")
+            raise InputError("pass either `model` (of a server) or `teacher=hf:DIR`")
         if self.teacher is not None and not self.teacher.startswith(LOCAL):
             raise refused("teacher", f"{LOCAL}DIR", self.teacher)
         keep(self, whole, "samples", "max_tokens", "concurrency", "attempts", least=1)
@@ -129,7 +129,7 @@ class Settings:
         prices = (self.price_input, self.price_output)
         if (prices[0] is None) != (prices[1] is None):
             raise InputError(
-                "give both `price_input` and `price_output` (per million tokens), or neither"
+                "pass both `price_input` and `price_output` (per million tokens), or neither"
             )
         if self.max_cost is not None and prices[0] is None:
             raise InputError(
@@ -150,11 +150,11 @@ class Settings:
             if name in taken:
                 raise InputError(f"`parameters` {name}: set it with {taken[name]}")
             if name == "stream":
-                raise InputError("`parameters` stream: not supported; answers are read as a whole")
+                raise InputError("`parameters` stream: not supported; answers arrive in one piece")
 
     @property
     def name(self) -> str:
-        """Returns the teacher's name: `gpt-x`, `hf:flan-t5-xl`."""
+        """The teacher's name: `gpt-x`, `hf:flan-t5-xl`."""
         if self.teacher is None:
             return str(self.model)
         directory = os.path.abspath(self.teacher.removeprefix(LOCAL))
@@ -162,12 +162,12 @@ class Settings:
 
     @property
     def source(self) -> str:
-        """Returns the rationales' `source`: `name`, and whether the teacher knew the label."""
+        """The rationales' `source`: the teacher's name, and whether it knew the label."""
         return f"{self.name} (label given)" if self.label_given else self.name
 
     @property
     def server(self) -> str | None:
-        """Returns the server's URL; None means OpenAI's."""
+        """The server's URL; None means OpenAI's."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
     def request_parameters(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Settings:
         return found | {self._limit_name(): self.max_tokens}
 
     def _limit_name(self) -> str:
-        """Returns the token limit's name: OpenAI's models need the newer one, many servers the older."""
+        """Returns the name of the token limit: OpenAI needs the newer name, many servers the older one."""
         host = urlsplit(self.server).hostname or "" if self.server else "api.openai.com"
         newer = any(host == h or host.endswith("." + h) for h in ("openai.com", "openai.azure.com"))
         return "max_completion_tokens" if newer and not self.teacher else "max_tokens"

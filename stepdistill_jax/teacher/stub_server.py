@@ -1,7 +1,7 @@
-"""A server that imitates a teacher, to try `annotate` without a model and a key.
+"""Runs a server that imitates a teacher, to try `annotate` without a model or a key.
 
-`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. Tests give it their
-own replies: errors, slow ones, broken ones.
+`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. Tests replace its
+replies by errors, slow replies and broken ones.
 """
 
 import argparse
@@ -30,11 +30,11 @@ class Reply:
         text: content of the answer.
         finish_reason: its `finish_reason`.
         status, headers: HTTP status and headers.
-        body: the whole body, instead of a completion with `text`.
+        body: the complete body, instead of a completion with `text`.
         delay: seconds before the reply.
         cut: bytes of the body after which the connection is closed; None sends all of it.
         drip: seconds after each byte of the body.
-        endless: whether to send the body again and again, in chunks, until the client disconnects.
+        endless: whether to repeat the body, in chunks, until the client disconnects.
         tokens: (prompt, completion) of `usage`; None counts 4 characters per token.
     """
 
@@ -51,7 +51,7 @@ class Reply:
 
 
 def by_rule(request: dict[str, Any]) -> Reply:
-    """Returns a well-formed answer to the last question of a prompt, with a label chosen by its digest."""
+    """Returns a well-formed answer to a prompt's last question; the question's digest chooses the label."""
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")
     question = re.split(r"^Premise:|^Q:", prompt, flags=re.MULTILINE)[-1].strip()
@@ -84,7 +84,7 @@ class StubServer:
     """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply] = by_rule, port: int = 0):
-        """Sets the replies and the port; 0 means any free port. `serve` starts to listen."""
+        """Sets the replies and the port (0: any free port); `serve` starts listening."""
         self._reply, self._port = reply, port
         self.requests = self.most_at_once = self._open = 0
         self.last_head = ""
@@ -92,12 +92,12 @@ class StubServer:
 
     @property
     def url(self) -> str:
-        """Returns its `base_url`."""
+        """The server's `base_url`."""
         return f"http://127.0.0.1:{self._port}/v1"
 
     @contextlib.contextmanager
     def serve(self) -> Iterator["StubServer"]:
-        """Answers requests while entered."""
+        """Answers requests during the `with` block."""
         ready = threading.Event()
         thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), daemon=True)
         thread.start()
@@ -123,12 +123,12 @@ class StubServer:
             while await self._one(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client has disconnected, or the server ends
+            pass  # the client has disconnected, or the server is ending
         finally:
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answers one request of a connection; returns whether the connection stays open."""
+        """Answers one request on a connection; returns whether the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         length = re.search(r"^content-length: *(\d+)", head, re.IGNORECASE | re.MULTILINE)
         request = json.loads(await reader.readexactly(int(length[1])) if length else b"{}")

@@ -1,4 +1,4 @@
-"""An HTTP client that limits the size of responses. It imports httpx, so import it only where needed."""
+"""Makes an HTTP client that limits the size of responses. Import it only where httpx is needed."""
 
 import ssl
 from collections.abc import AsyncIterator
@@ -19,8 +19,8 @@ def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     a client with its own transport ignores the proxies of the environment.
 
     Args:
-        timeout: seconds for each read or write. Connecting gets half of it: the caller gives up the
-            whole request after `timeout`, and can then still tell that nothing was sent.
+        timeout: seconds for each read or write. Connecting gets half of it: the caller ends the request
+            after `timeout`, and then still knows whether anything was sent.
         verify: TLS settings.
     """
     return httpx.AsyncClient(
@@ -36,7 +36,9 @@ def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
 async def _bound(response: httpx.Response) -> None:
     encoding = response.headers.get("Content-Encoding", UNCOMPRESSED).strip().lower()
     if encoding not in ("", UNCOMPRESSED):
-        raise httpx.ReadError(f"the response is compressed ({encoding[:40]}) against our request")
+        raise httpx.ReadError(
+            f"the response is compressed ({encoding[:40]}), which was not requested"
+        )
     response.stream = _BoundedStream(response.stream)
 
 

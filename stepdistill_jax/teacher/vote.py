@@ -12,7 +12,7 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """Returns the commonest label as first written, and its share; the first one at a tie.
+    """Returns the commonest label as first written, and its share; in a tie, the first label.
 
     Example: `vote(["(84 / 2)", "(4 * 2)", "42"], "value_match")` is ("(84 / 2)", 2 / 3).
     """
@@ -49,8 +49,8 @@ def output_row(
 
     Returns:
         `id`, `input` and the row's other fields; `rationale`, `rationales` and `llm_label` if an answer
-        was usable (else the row's own `llm_label`); `weight`, multiplied by the vote's share if there
-        are several samples; `provenance`.
+        was usable (else the row's own `llm_label`); `weight`, multiplied by the majority's share if
+        there are several samples; `provenance`.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:

@@ -139,7 +139,7 @@ def test_without_json_nothing_is_added_to_standard_output(fake, capsys):
     ("flags", "raised", "printed"),
     [
         ("", "`num_beams` must be 1", "--num-beams must be 1"),
-        ("", "give `on_error=skip`", "give --on-error skip"),
+        ("", "pass `on_error=skip`", "pass --on-error skip"),
         ("", "`new_name`: lower_snake_case", "--name: lower_snake_case"),
         ("", "prepare it with `teacher=False`", "prepare it with --no-teacher"),
         ("", "`teacher=True` needs texts", "`teacher=True` needs texts"),

@@ -114,7 +114,7 @@ def test_bad_rows_are_a_table_and_one_line_and_exit_2(rows, tmp_path, capfd, mon
     assert ["rows [draft].jsonl", "10", "the field 'answer' is empty"] in cells
     assert ["rows [draft].jsonl", "7"] in [row[:2] for row in cells]
     assert f"all are listed in {tmp_path}/mine.defects.jsonl" in line
-    assert line.endswith("Correct them, or give --on-error skip to skip them")
+    assert line.endswith("Correct them, or pass --on-error skip to skip them")
 
 
 def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
@@ -129,16 +129,14 @@ def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
 
 
 def test_rows_of_other_datasets_are_not_skipped(tmp_path):
-    with pytest.raises(
-        InputError, match="`on_error`: only `prepare jsonl` has rows to skip, not cqa"
-    ):
+    with pytest.raises(InputError, match="`on_error`: only `prepare jsonl` can skip rows, not cqa"):
         command.run(_arguments("cqa", "--source", tmp_path, "--on-error", "skip"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cqa",), "give the folder of its files"),
+        (("cqa",), "pass the folder of its files"),
         (("cqua", "--source", "."), "did you mean 'cqa'"),
         (("cqa", "--source", "absent"), "absent: no such folder"),
     ],

@@ -54,7 +54,7 @@ def test_train_passes_config_folders_and_text(called, tmp_path, capsys):
 def test_a_model_that_is_no_better_than_the_baseline_is_said(accuracy, said):
     made = MADE | {"eval/validation/label_accuracy": accuracy}
     line = in_words(made, load_config("demo_step_by_step", [])[0], "runs/x")
-    assert line.endswith("; not above that yet: a larger TRAIN_STEPS may help") == said
+    assert line.endswith("; not above the baseline yet: a larger TRAIN_STEPS may help") == said
 
 
 def test_train_ends_with_the_best_step_and_the_next_command(called, tmp_path, capsys):
@@ -122,7 +122,7 @@ def test_a_dataset_in_the_place_of_a_config_says_what_to_type(called, tmp_path, 
     argv = ["train", "helpdesk", "--workdir", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
     assert main.main(argv) == 2
     err = capsys.readouterr().err
-    assert "'helpdesk' is a prepared dataset, not a config: type stepdistill train demo" in err
+    assert "'helpdesk' is a prepared dataset, not a config: run stepdistill train demo" in err
     assert "--set TASK=helpdesk" in err and err.count("\n") == 1
 
 

@@ -52,7 +52,7 @@ def test_a_gpu_that_tensorflow_already_holds_is_an_error(fake_tensorflow):
 
 def test_a_missing_tensorflow_says_where_to_do_this_step(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    with pytest.raises(InputError, match="do this step on Linux"):
+    with pytest.raises(InputError, match="run this step on Linux"):
         builder.tensorflow.__wrapped__()
 
 

@@ -8,7 +8,7 @@ from stepdistill_jax.data.csv_rows import each_csv_row
 from stepdistill_jax.data.rows import BadRow
 from stepdistill_jax.errors import InputError
 
-OPEN = "a quote opens and does not close"
+OPEN = "a quote is opened and never closed"
 
 
 def _read(tmp_path, text, name="rows.csv", **options):
@@ -69,7 +69,7 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
     ]
     assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
         (3, "1 cell, but the header has 2 columns"),
-        (4, f"{OPEN} (line 5 is read as a row of its own)"),
+        (4, f"{OPEN} (line 5 is read as a separate row)"),
         (6, 'a quote closes within a cell; inside quotes, a quote is written twice ("")'),
         (7, "3 cells, but the header has 2 columns"),
         (10, OPEN),
@@ -110,7 +110,7 @@ def test_a_line_that_is_no_text_costs_its_own_row_alone(tmp_path, monkeypatch):
         ("x,y\n1,2\n".encode("utf-16-le"), r"rows\.csv:1: contains NUL bytes, so it is not text"),
         (b"PK\x03\x04\xff\n", r"rows\.csv:1: not UTF-8 .*it is a zip archive"),
         (b"x,y,x\n1,2,3\n", r"rows\.csv:1: the header has the column 'x' twice"),
-        (b'x,"y\n1,2\n', r"rows\.csv:1: a quote opens"),
+        (b'x,"y\n1,2\n', r"rows\.csv:1: a quote is opened"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_refused_with_line_and_what_to_do(tmp_path, content, message):

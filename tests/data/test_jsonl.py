@@ -269,10 +269,10 @@ def test_more_fields_are_kept_where_they_are_named(tmp_path):
         ),
         (
             ["rationale"],
-            "`fields` rationale: this name has a meaning of its own; choose a different one",
+            "`fields` rationale: this name is reserved; choose a different one",
         ),
-        (["input_pair"], "`fields` input_pair: this name has a meaning of its own"),
-        (["page", "page"], "`fields` page,page: give each name once"),
+        (["input_pair"], "`fields` input_pair: this name is reserved"),
+        (["page", "page"], "`fields` page,page: list each name once"),
         (["pages"], r"no row of .* in the field 'pages' \(not read: page\); did you mean 'page'"),
     ],
 )

@@ -217,7 +217,7 @@ def test_notes_on_source_and_licence_are_kept_with_the_dataset(tmp_path):
     )
     assert note in result["notes"]
     assert note in json.loads((tmp_path / "mine" / "dataset.json").read_text())["notes"]
-    with pytest.raises(InputError, match="`notes`: only `prepare jsonl` takes any, got some for"):
+    with pytest.raises(InputError, match="`notes`: only `prepare jsonl` takes notes, not"):
         prepare("delivery", notes=[note], data_dir=tmp_path)
 
 

@@ -164,7 +164,7 @@ def test_ctranslate2_goes_on_from_it_too(shared, tmp_path):
         assert row | {"score": 0} == want | {"score": 0}
     # it would divide by the length of prefix and answer
     options = {"num_beams": 3, "with_rationale": True}
-    with pytest.raises(InputError, match="give `length_penalty=0`"):
+    with pytest.raises(InputError, match="set `length_penalty=0`"):
         predict(converted, source, tmp_path / "beams.jsonl", **options)
     predict(converted, source, tmp_path / "beams.jsonl", length_penalty=0.0, **options)
     beams = DecodeOptions(num_beams=3, length_penalty=0.0)

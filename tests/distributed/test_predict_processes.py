@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(workdir, whole, t
     commands = [command, ("predict", workdir, source, NOBODY)]
     codes, printed, errors = run_processes(commands, [{"window": 8}] * 2, devices=2)
     assert codes == [0, 0], errors
-    assert "24 rows are done" in errors[0] and "rows are done" not in errors[1]
+    assert "24 rows that are done" in errors[0] and "rows that are done" not in errors[1]
     assert_same_answers(read(out), want)
     assert printed[0].startswith(f"{out}: 37 rows  accuracy")
 
@@ -255,7 +255,7 @@ def test_a_signal_to_one_stops_all_and_loses_nothing(workdir, tmp_path, processe
         assert f"stopped by a signal: {kept} rows are saved" in errors[0]
     codes, _, errors = run_processes([("predict", workdir, source, out, "--batch-size", "512")])
     assert codes == [0], errors
-    assert f"{kept} rows are done" in errors[0]
+    assert f"{kept} rows that are done" in errors[0]
     assert [row["id"] for row in read(out)] == list(range(8_000))
 
 

@@ -29,7 +29,7 @@ def test_one_command_writes_the_page_of_the_claim(tmp_path, delivery_data_dir):
     table = page.split("## Accuracy")[1].splitlines()
     arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")]
     assert len(arms) == 17 and {"label_only", "step_by_step_mi", "missing_50"} <= set(arms)
-    assert "With 12824 labels, every one that can be made (8.5 times as many)" in page
+    assert "With all 12824 possible labels (8.5 times as many)" in page
     for name in ("claim", "controls"):
         assert (tmp_path / f"docs/images/{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -213,7 +213,7 @@ def test_bad_flags_are_refused(good, refused, tmp_path, argv, wanted):
         ("a\0b", "no such model directory"),
         ("/dev/null", "no such model directory"),
         ("\x1b[2Jred", "\\x1b[2Jred: no such model directory"),
-        ("https://huggingface.co/t5", "give a local path or gs://BUCKET/..."),
+        ("https://huggingface.co/t5", "use a local path or gs://BUCKET/..."),
     ],
     ids=["long", "nul", "device", "escape", "URL"],
 )
@@ -448,8 +448,8 @@ def t5x(tmp_path_factory, good) -> pathlib.Path:
 ZARRAYS = {
     "negative": ({"shape": [-1, 8]}, "cannot be read"),
     "2**40 rows": ({"shape": [2**40, 8]}, "claims"),
-    "a chunk of 2**60": ({"chunks": [2**40, 2**20]}, "claims 4611686018427387904 bytes, and"),
-    "a chunk of 40 GB": ({"chunks": [100_000, 100_000]}, "claims 40000000000 bytes, and"),
+    "a chunk of 2**60": ({"chunks": [2**40, 2**20]}, "claims 4611686018427387904 bytes, but"),
+    "a chunk of 40 GB": ({"chunks": [100_000, 100_000]}, "claims 40000000000 bytes, but"),
     "chunks of nothing": ({"chunks": [0, 0]}, "cannot be read"),
     "objects": ({"dtype": "|O"}, "cannot be read"),
     "a compressor of its own": ({"compressor": {"id": "evil"}}, "cannot be read"),
@@ -485,7 +485,7 @@ TREES = {
         "must be in this folder, got '../../etc'",
     ),
     "10**9 layers": (lambda t: _layers(t, f"layers_{10**9 - 1}"), "a whole number from 1 to 1000"),
-    "a layer of 5,000 digits": (lambda t: _layers(t, "layers_" + "9" * 5000), "not those of a T5"),
+    "a layer of 5,000 digits": (lambda t: _layers(t, "layers_" + "9" * 5000), "do not fit any T5"),
     "10**6 stacked layers": (
         lambda t: t["optimizer"]["target"]["encoder"].update(
             encoder={"pre_mlp_layer_norm": {"scale": np.zeros((1, 10**6), np.int8)}}

@@ -396,7 +396,7 @@ def test_rows_of_other_options_are_set_aside_and_can_be_gone_on_from(echo, tmp_p
     for name in ("out.jsonl.partial", "out.jsonl.partial.json"):
         os.rename(tmp_path / f"{name}.old", tmp_path / name)
     predict(echo, source, out)
-    assert "8 rows are done, continuing after them" in capsys.readouterr().err
+    assert "continuing after the 8 rows that are done" in capsys.readouterr().err
     assert len(out.read_bytes().splitlines()) == 20
 
 
@@ -633,7 +633,7 @@ def test_a_run_that_is_killed_twenty_times_ends_as_one_that_was_left_alone(
             hook = {"hook": KILLED_AT, "place": place[0], "nth": place[1]}
             server.start("predict", model_dir, source, out, *flags, **hook)
         code = server.code()
-        went_on += "rows are done, going on" in server.errors()
+        went_on += "rows that are done" in server.errors()
         assert code in (0, -signal.SIGKILL), server.errors()
         if code:
             kills += 1
@@ -742,7 +742,7 @@ def test_a_stop_signal_ends_predict_soon_in_every_phase(server, model_dir, tmp_p
     )
     assert stopped == len(seen), seen
     assert kept == ["in.jsonl", "out.jsonl.partial", "out.jsonl.partial.json"]
-    assert code == 0 and "4096 rows are done, going on" in errors
+    assert code == 0 and "continuing after the 4096 rows that are done" in errors
 
 
 # ---- a million rows

@@ -230,11 +230,11 @@ DAMAGE = {
         "shared_vocabulary.json is missing",
     ),
     "no vocabulary": (lambda f, _: (f / "spiece.model").unlink(), "no vocabulary"),
-    "another vocabulary": (other_vocabulary, "not the vocabulary of spiece.model"),
-    "fewer tokens": (fewer_tokens, "not the vocabulary of spiece.model"),
+    "another vocabulary": (other_vocabulary, "does not match the vocabulary of spiece.model"),
+    "fewer tokens": (fewer_tokens, "does not match the vocabulary of spiece.model"),
     "another converter": (not_ours, "not written by `stepdistill export"),
-    "one bit": (one_bit, r"model.bin: is damaged"),
-    "half": (half, r"model.bin: is damaged"),
+    "one bit": (one_bit, r"model.bin: damaged"),
+    "half": (half, r"model.bin: damaged"),
 }
 
 
@@ -252,7 +252,9 @@ def test_a_directory_that_is_not_as_it_was_written_is_refused(
 
 
 def test_others_say_what_the_directory_is(int8):
-    with pytest.raises(InputError, match="a CTranslate2 directory, which `predict` and `evaluate`"):
+    with pytest.raises(
+        InputError, match="a CTranslate2 directory, which only `predict`, `evaluate`"
+    ):
         read_config(int8[0])
 
 

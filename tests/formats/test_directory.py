@@ -176,7 +176,7 @@ CONFIG_DEFECTS = {
     ),
     "activation": ({"feed_forward_proj": "tanh"}, "feed_forward_proj must be one of relu, gated-"),
     "scale": ({"scale_decoder_outputs": 1}, "scale_decoder_outputs must be true or false, got 1"),
-    "missing": ({"d_kv": "REMOVED"}, "d_kv must be a whole number above 0, it is missing"),
+    "missing": ({"d_kv": "REMOVED"}, "d_kv must be a whole number above 0, but it is missing"),
     "text": ({"d_ff": "big"}, "d_ff must be a whole number above 0, got 'big'"),
     "zero": ({"num_layers": 0}, "num_layers must be a whole number above 0, got 0"),
     "rate": ({"dropout_rate": 1.5}, "dropout_rate must be a number from 0 to below 1, got 1.5"),
@@ -193,7 +193,7 @@ def test_a_wrong_configuration_is_refused_by_file_and_field(directory, changes, 
 
 
 TASK_DEFECTS = {
-    "no task": ({"task": "REMOVED"}, "task must be a text, it is missing"),
+    "no task": ({"task": "REMOVED"}, "task must be a text, but it is missing"),
     "length": ({"input_length": "long"}, "input_length must be a whole number above 0"),
     "objectives": ({"objectives": []}, "objectives must name at least one"),
     "objective": ({"objectives": [{"name": "label"}]}, "objectives must have name, input_template"),
@@ -306,7 +306,9 @@ def test_a_vocabulary_of_another_family_is_refused(tmp_path, spiece, gemma_model
     }
     for name, (config, vocabulary, message) in cases.items():
         write_model_files(tmp_path / name, config, vocabulary, None)
-        with pytest.raises(InputError, match=f"the vocabulary is of another model: .*{message}"):
+        with pytest.raises(
+            InputError, match=f"the vocabulary belongs to another model: .*{message}"
+        ):
             read_model_files(tmp_path / name)
     with pytest.raises(InputError, match=r"the vocabulary has bos 2 .*choose t5gemma"):
         model_config("t5_v1_1", "tiny", vocab_size=bpe.size, bos_id=bpe.framing.bos_id)

@@ -87,9 +87,9 @@ def test_without_network_or_cache_the_command_for_elsewhere_is_said(
     sets = ["--set", "TASK=delivery", "--set", f"INIT_FROM={NAME}"]
     assert main(["train", "finetune", "--workdir", "run", *sets]) == 2
     assert capsys.readouterr().err == (
-        f"stepdistill: error: INIT_FROM {NAME}: no such folder here, and huggingface.co cannot be asked"
-        f" for it (Name or service not known); where there is internet run `hf download {NAME}"
-        " --local-dir models/t5-v1_1-small`, copy that folder here, and give"
+        f"stepdistill: error: INIT_FROM {NAME}: no such folder here, and huggingface.co cannot be"
+        " reached (Name or service not known); on a machine with internet access run"
+        f" `hf download {NAME} --local-dir models/t5-v1_1-small`, copy that folder here, and set"
         " INIT_FROM=models/t5-v1_1-small\n"
     )
     assert not pathlib.Path("run").exists()

@@ -134,15 +134,15 @@ REFUSALS = {
     ),
     "kind of positions": (
         {"encoder": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4}}},
-        "encoder: rope_parameters must be those of plain rotary positions",
+        "encoder: rope_parameters must describe plain rotary positions",
     ),
     "positions of each kind of layer": (
         {"encoder": {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}},
-        "encoder: rope_parameters must be those of plain rotary positions",
+        "encoder: rope_parameters must describe plain rotary positions",
     ),
     "scaled positions": (
         {"decoder": {"rope_scaling": {"type": "linear", "factor": 2}}},
-        "decoder: rope_parameters must be those of plain rotary positions",
+        "decoder: rope_parameters must describe plain rotary positions",
     ),
     "base of positions": (
         {"decoder": {"rope_parameters": {"rope_theta": -1}}},

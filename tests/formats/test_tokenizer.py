@@ -155,5 +155,5 @@ def test_a_bpe_model_that_changes_texts_is_refused(tmp_path, train_spiece):
     path = train_spiece(tmp_path / "source", TEXTS, model_type="bpe", bos_id=3, **BYTE_FALLBACK)
     vocabulary = load_vocabulary(path)
     write_vocabulary(tmp_path, vocabulary)
-    with pytest.raises(InputError, match="changes texts before it splits them"):
+    with pytest.raises(InputError, match="normalizes texts before it splits them"):
         exported_tokenizer.write_tokenizer(tmp_path, vocabulary)

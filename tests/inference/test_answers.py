@@ -105,7 +105,7 @@ def test_a_rationale_in_the_answer_needs_no_second_one(opened, source, tmp_path)
 
 def test_choices_of_an_answer_with_reasons_are_refused(opened, source, tmp_path):
     opened(single_task(), WRITTEN)
-    with pytest.raises(InputError, match="a label alone has no probability of its own"):
+    with pytest.raises(InputError, match="a label alone has no probability"):
         predict("m", source, tmp_path / "out.jsonl", choices="labels")
 
 
@@ -135,9 +135,9 @@ def test_a_model_that_reads_rationales_is_shown_those_of_the_rows(opened, source
         ["rationale"],
     )
     told = in_words(result)
-    assert "inputs without a field that the model reads 1 (33.3%)" in told
+    assert "inputs that lack a field that the model reads 1 (33.3%)" in told
     assert (
-        "the model reads rationale of each row in addition to its input: a teacher has to write"
+        "the model reads rationale of each row in addition to its input: a teacher must also write"
         in told
     )
 

@@ -325,8 +325,8 @@ def refusals(model_dir, folder):
             "`engine` must be one of jax, ctranslate2",
         ),
         "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
-        "a step": ((folder,), {"step": 3}, "`step` 3: .*holds one model"),
-        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs the whole"),
+        "a step": ((folder,), {"step": 3}, "`step` 3: .*holds only one model"),
+        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs on the cores"),
         "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
         "nothing to read": ((folder,), {"prefix": ""}, "no answer to an empty prompt"),
     }
@@ -363,14 +363,16 @@ def test_damaged_weights_are_refused_before_they_are_opened(converted, source, t
     data = bytearray((folder / "model.bin").read_bytes())
     data[len(data) // 2] ^= 64
     (folder / "model.bin").write_bytes(data)
-    with pytest.raises(InputError, match=r"model\.bin: is damaged"):
+    with pytest.raises(InputError, match=r"model\.bin: damaged"):
         predict(folder, source, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_several_processes_are_refused(converted, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="CTranslate2 runs in one process, and this one is of 2"):
+    with pytest.raises(
+        InputError, match="CTranslate2 runs in a single process, but this job has 2"
+    ):
         open_engine(converted["float32"])
 
 
@@ -390,7 +392,7 @@ def test_without_the_package_the_command_to_install_it_is_named(
 
 
 def test_a_quantization_is_of_this_format_only(model_dir, workdir, tmp_path):
-    with pytest.raises(InputError, match="`quantization`: only of `format=ctranslate2`"):
+    with pytest.raises(InputError, match="`quantization`: only for `format=ctranslate2`"):
         export(workdir, tmp_path / "new", quantization="int8")
     with pytest.raises(InputError, match=r"float16 gives NaN"):
         export(model_dir, tmp_path / "new", format="ctranslate2", quantization="float16")

@@ -257,7 +257,7 @@ def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
         (
             "q.csv",
             "wet?\ndry?\n",
-            "its first line names the columns, and one of them has to be 'input'",
+            "its first line names the columns, and one of them must be 'input'",
         ),
     ],
 )

@@ -184,15 +184,15 @@ def test_a_row_with_bad_choices_is_named_and_can_be_skipped(
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.txt", b"\n \n", "expected at least two labels, found 0"),
-        ("a.txt", b"yes\n", "expected at least two labels, found 1"),
-        ("a.txt", b"yes\nno\n\nyes \n", r"the label 'yes' is repeated \(as 1 and 3\)"),
+        ("a.txt", b"\n \n", "expected at least two labels, got 0"),
+        ("a.txt", b"yes\n", "expected at least two labels, got 1"),
+        ("a.txt", b"yes\nno\n\nyes \n", r"the label 'yes' is repeated \(labels 1 and 3\)"),
         ("a.txt", b"yes\n\xff\n", "not UTF-8"),
         ("a.txt", "中\n文\n".encode(), "the labels '中' and '文' have the same ids"),
         (
             "a.txt",
             b"yes\n" + b"no " * 30,
-            r"has \d+ ids, and the model was trained to write at most",
+            r"has \d+ ids, but the model was trained to write at most",
         ),
         ("a.json", b'{"yes": 1}', "expected a JSON list of labels"),
         ("a.json", b'["yes", ["no"]]', "the field 'label 2' must be text"),
@@ -216,7 +216,7 @@ def test_a_bad_file_of_labels_is_refused(model_dir, write_rows, tmp_path, name, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"choices": "no_such_file"}, "no such file; `row` takes each row's own"),
+        ({"choices": "no_such_file"}, "no such file; `row` uses each row's own"),
         ({"choices": "row", "num_beams": 2}, "`num_beams`: `choices` scores all"),
         ({"choices": "row", "max_decode_len": 3}, "`max_decode_len`: `choices` decodes no label"),
         (
@@ -249,7 +249,7 @@ def allowed(template="{label}", labels=()):
 def test_a_label_is_encoded_as_a_training_target_is():
     ids = [105 + 3, 115 + 3, 32 + 3, 97 + 3, 1]
     assert allowed("is {label}", ("a", "b")).ids(Example("1", "x"))[0] == tuple(ids)
-    with pytest.raises(InputError, match="a label alone has no probability of its own"):
+    with pytest.raises(InputError, match="a label alone has no probability"):
         allowed("{rationale} {label}", ("a", "b"))
     with pytest.raises(InputError, match="the task has no closed set of labels"):
         allowed()
@@ -282,7 +282,7 @@ def test_evaluate_names_a_temperature_that_lowers_the_log_loss(workdir, data_dir
     line, last = capsys.readouterr().out.splitlines()[-2:]
     first = json.loads(last)
     best = first["best_temperature"]
-    assert f"least at temperature {best:.4g}" in line and "calibration error 0." in line
+    assert f"lowest at temperature {best:.4g}" in line and "calibration error 0." in line
     kept = workdir / "predictions" / "roads-test-3-choices.jsonl"
     assert len(kept.read_text().splitlines()) == 50
     tempered = evaluate(

@@ -106,7 +106,7 @@ def test_a_workdir_is_opened_at_its_best_step_or_another(workdir):
         (["a", 3], {}, "row 2: expected a text or an object, got int"),
         (["a", {"question": "b"}], {}, "row 2: no field 'input' (found: question)"),
         ([{"input": 1.5}], {}, "row 1: the field 'input' must be text"),
-        (["a"], {"choices": ["yes"]}, "`choices`: expected at least two labels, found 1"),
+        (["a"], {"choices": ["yes"]}, "`choices`: expected at least two labels, got 1"),
         (["a"], {"choices_temperature": 2}, "`choices_temperature`: needs `choices`"),
     ],
 )

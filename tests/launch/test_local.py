@@ -162,7 +162,7 @@ def test_sigabrt_is_explained_and_started_again(restarts, launch, tmp_path):
     *again, last = done.stderr.splitlines()
     reason = (
         "launch: a peer process was lost: process 1 ended first, by SIGABRT (JAX does that when"
-        " another one died or hangs: see its last lines); "
+        " another process died or hangs: see that process's last lines); "
     )
     left = range(restarts, 0, -1)
     assert again == [f"{reason}starting again, {n} left" for n in left]

@@ -108,7 +108,7 @@ def test_the_config_of_a_run_in_a_store_follows_changed_settings(store):
 @pytest.mark.parametrize("url", ["hdfs://a/b", "s3://bucket/run", pathlib.Path("s3://bucket/run")])
 def test_a_store_of_another_kind_is_refused_with_what_to_give(url):
     shown = str(url).replace("s3:/b", "s3://b")
-    with pytest.raises(InputError, match=f"^{shown}: .*give a local path or gs://BUCKET/") as error:
+    with pytest.raises(InputError, match=f"^{shown}: .*use a local path or gs://BUCKET/") as error:
         as_path(url)
     assert "\n" not in str(error.value)
 

@@ -135,7 +135,9 @@ def test_a_stranger_neither_ends_a_job_nor_takes_a_place_in_it(port, line):
 def test_a_process_with_another_token_names_the_reason_and_stays_missing(port):
     first, second = outcomes(port, [0, 1], of=2, timeout_secs=1.5, secrets={0: "a", 1: "b"})
     assert "missing: number 1 (" in str(first)
-    assert "another job answers there, or another STEPDISTILL_JOB_TOKEN" in str(second)
+    assert "another job answers there, or this process has another STEPDISTILL_JOB_TOKEN" in str(
+        second
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is this machine on Linux alone")

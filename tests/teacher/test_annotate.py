@@ -376,7 +376,7 @@ def test_few_truncated_answers_are_defects_and_not_asked_for_again(annotating):
         (questions(1), {"samples": 2, "temperature": 0.0}, "every sample would be the same"),
         (questions(1), {"max_cost": 1.0}, "`price_input`"),
         (questions(1), {"parameters": {"temperature": 1}}, "`temperature`"),
-        (questions(1), {"teacher": "hf:x"}, "give either"),
+        (questions(1), {"teacher": "hf:x"}, "pass either"),
         (questions(1), {"concurrency": 0}, "`concurrency`"),
     ],
 )

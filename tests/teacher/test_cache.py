@@ -53,7 +53,7 @@ def test_a_sound_file_that_cannot_be_written_is_not_said_to_be_none(tmp_path, tr
         cache._db.execute("PRAGMA max_page_count=1")
     else:
         other._db.execute("BEGIN IMMEDIATE")
-    with pytest.raises(InputError, match=rf"c.sqlite: .* {trouble}; its answers are safe"):
+    with pytest.raises(InputError, match=rf"c.sqlite: .* {trouble}; the saved answers are safe"):
         for i in range(20):
             cache.put(f"{i}", "m", Answer("a" * 5000))
     other.close()

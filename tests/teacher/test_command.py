@@ -50,7 +50,7 @@ def test_the_last_line_is_json_and_the_table_names_each_defect(typed, tmp_path):
     assert result["teacher_accuracy"] == pytest.approx(19 / 20)
     assert "19 │ 95.00% │ of 20 rows with a gold label" in re.sub(" +", " ", out)
     assert "no_answer" in out and "first: row 5" in " ".join(out.split())
-    assert "30 rows, 30 answers to ask for" in err and "cost about" in err
+    assert "30 rows, 30 answers to request" in err and "cost about" in err
     assert "30/30" in err and "cost 0.0" in err
 
 

@@ -48,7 +48,7 @@ def test_single_task_is_judged_by_its_labels_all_the_way(tmp_path):
     assert (result["accuracy"], result["unparsed"], result["unfinished"]) == (1.0, 0, 0)
     export(workdir, tmp_path / "model")
     assert (
-        "The label stands behind the last 'so the answer is'"
+        "The label follows the last 'so the answer is'"
         in (tmp_path / "model/README.md").read_text()
     )
     predict(tmp_path / "model", tmp_path / "test.jsonl", tmp_path / "out.jsonl")

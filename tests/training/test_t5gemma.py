@@ -296,6 +296,6 @@ def test_what_a_t5gemma_cannot_be_exported_to_is_refused_in_one_line(trained, tm
     out = tmp_path / "model"
     assert main(["export", str(trained), str(out), "--format", "ctranslate2"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "ctranslate2 is written of T5s alone" in said and not out.exists()
+    assert "ctranslate2 supports only T5 models" in said and not out.exists()
     assert main(["export", str(trained), str(out), "--format", "jax"]) == 0
     assert (out / "label_decoder.jax_export").is_file()

@@ -1,4 +1,4 @@
-"""Round 1 of ANLI, in the paper's layout or as an export."""
+"""Reads round 1 of ANLI, in the paper's layout or as an export."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""CommonsenseQA with PaLM rationales, in the paper's layout or as an export without them."""
+"""Reads CommonsenseQA, with PaLM rationales in the paper's layout, or without them as an export."""
 
 import dataclasses
 import pathlib
@@ -51,7 +51,7 @@ def _row(
         defects += (Defect("repeated_choices", row.file, row.line, ", ".join(choices)),)
     if label not in choices:
         defects += (Defect("gold_not_a_choice", row.file, row.line, label),)
-    # the published accuracies compare with the choices as in the file, with their blanks
+    # the published accuracies compare with the choices as the file has them, blanks included
     written = [str(choice) for choice in row.fields.get("choices") or ()]
     explanation = row.optional_text("abstractive_explanation")
     return paper_layout.judged(
@@ -66,7 +66,7 @@ def _row(
 
 
 def _as_in_the_paper(row: JsonRow) -> JsonRow:
-    """Returns a row of Hugging Face's `commonsense_qa` with the paper's fields; no answer is ""."""
+    """Returns a row of Hugging Face's `commonsense_qa` with the paper's fields; a missing answer is ""."""
     if not isinstance(choices := row.fields.get("choices"), dict):
         raise InputError(
             f"{row.where}: with 'answerKey', the field 'choices' must be an object with label and"
@@ -79,7 +79,7 @@ def _as_in_the_paper(row: JsonRow) -> JsonRow:
         raise InputError(f"{inside.where}: {len(letters)} labels, but {len(texts)} texts")
     if key and key not in letters:
         raise InputError(
-            f"{row.where}: the field 'answerKey' is {key!r}, the choices are"
+            f"{row.where}: the field 'answerKey' is {key!r}, but the choices are"
             f" {', '.join(letters) or 'none'}"
         )
     answer = texts[letters.index(key)] if key else ""

@@ -27,7 +27,7 @@ ROAD = {
 
 
 def report(weather: str, vehicle: str, road: str) -> str:
-    """Returns the input's text."""
+    """Returns the text of an input."""
     return f"with {weather} in the forecast , the {vehicle} takes the {road} ."
 
 
@@ -47,10 +47,10 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
 
 def every_example() -> dict[str, list[Example]]:
-    """Returns all 13,824 examples by label, half each, with empty `id`.
+    """Returns all 13,824 examples, half of them for each label, with an empty `id`.
 
-    A hash of the input gives the order, and so the choice: it depends on no random generator, whose
-    stream may change with a library.
+    A hash of the input determines their order, and so which of them are chosen: a random generator's
+    numbers may change with its library.
     """
     words = itertools.product(
         *(

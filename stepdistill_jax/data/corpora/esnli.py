@@ -1,4 +1,4 @@
-"""e-SNLI with the teacher's and people's explanations, in the paper's layout or as an export."""
+"""Reads e-SNLI, with explanations by the teacher and by people, in the paper's layout or as an export."""
 
 import pathlib
 

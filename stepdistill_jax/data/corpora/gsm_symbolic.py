@@ -1,7 +1,7 @@
-"""Word problems that the package `reasoning-gym` makes from templates: question, solution, answer.
+"""Makes word problems (question, solution, answer) from the templates of the package `reasoning-gym`.
 
 The templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with
-varying names and numbers. Ten templates are in the split `unseen` alone. The other splits share the
+varying names and numbers. Ten templates are only in the split `unseen`. The other splits share the
 other templates, each with different numbers.
 """
 
@@ -28,7 +28,7 @@ SITE = "https://github.com/open-thought/reasoning-gym"
 ROWS = 20_000  # of train, by default
 HELD_OUT_ROWS = {"test": 1000, UNSEEN: 500, "validation": 500}  # for any number of train rows
 UNSEEN_TEMPLATES = 10
-MAX_REPEATS = 500  # after so many draws in a row without a new question, a template is exhausted
+MAX_REPEATS = 500  # after this many draws in a row without a new question, a template is exhausted
 ANSWER = "####"  # before the answer, on a solution's last line
 
 _Template = Callable[[random.Random, float], dict[str, Any]]
@@ -46,10 +46,10 @@ def read(
 ) -> Reading:
     """Returns `rows` + 500 + 1,000 examples of the same templates, and 500 of held-out templates.
 
-    The same rows, seed and version of the package give the same examples. Validation, test and unseen
-    do not depend on `rows`. All questions differ, and questions of two splits differ in more than
-    names: `split_of_numbers` assigns a template's numbers to a split. The id `t17-3` is example 3 of
-    its split, from template 17 of the package.
+    The same `rows`, `seed` and package version give the same examples. Validation, test and unseen do
+    not depend on `rows`. All questions differ, and questions of two splits differ in more than names:
+    `split_of_numbers` assigns a template's numbers to a split. The id `t17-3` is example 3 of its split,
+    from template 17 of the package.
 
     Args:
         rows: number of train rows; None for 20,000.
@@ -140,7 +140,7 @@ def _draws(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields `count` rows of a split, cycling through the templates; updates `seen`.
 
-    Skips questions that are in `seen`. The other templates replace one that runs out of questions.
+    Skips questions that are in `seen`. If a template runs out of questions, the others replace it.
     """
     left, made = dict(templates), 0
     streams = {k: random.Random(f"{seed} {k}") for k in templates}
@@ -199,7 +199,7 @@ def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExamp
 def _short(text: str) -> str:
     """Returns `text` with each `36.0` written `36`.
 
-    Example: `_short("26.0 - 4 = 22.0")` is "26 - 4 = 22"; `0.5` and `12.00.3` stay.
+    Example: `_short("26.0 - 4 = 22.0")` is "26 - 4 = 22"; `0.5` and `12.00.3` are left unchanged.
     """
     return _POINT_ZERO.sub(r"\1", text.strip())
 

@@ -10,7 +10,7 @@ from stepdistill_jax.runtime.files import check_file
 
 PIECE = 1 << 20  # characters to read at once
 MAX_ITEM = 16 << 20  # characters; a longer text is not a completion
-CUT = 64  # characters: an error so near the end of a piece may only mean that the item continues
+CUT = 64  # characters: an error this close to a piece's end may only mean that the item continues
 _SPACE = " \t\r\n"
 
 
@@ -43,7 +43,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items. An item that is not text may be truncated: `read_texts` raises."""
+    """Iterates over a list's items. Only texts are complete; `read_texts` refuses all other items."""
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path

@@ -36,8 +36,8 @@ def read(
     """Reads a file, the train, validation and test files of a folder, or lists of dicts.
 
     Files are JSON lines, or CSV or TSV by their suffix. `data.rows` describes the format of a row; each
-    needs a `label` or an `llm_label`. Of several rationales the first is trained on, unless
-    `rationale` is given.
+    needs a `label` or an `llm_label`. If a row has several rationales, training uses `rationale`, or
+    else the first.
 
     A hash of the id splits a single file or list into train (8 tenths), validation and test (a tenth
     each). In a folder without a validation file, a tenth of train becomes validation.
@@ -122,7 +122,7 @@ class _Rows:
         """Yields the rows of a file.
 
         Raises:
-            InputError: the file has no rows, or none that can be used; gives the first one's problem.
+            InputError: the file has no rows, or none that can be used; names the first row's problem.
         """
         ids = UniqueIds()
         first_bad, bad, before = None, 0, self._good + len(self._unanswered)
@@ -139,6 +139,7 @@ class _Rows:
             return
         if first_bad is None:
             raise InputError(f"{file.name}: no rows in it")
+        # a mistyped field in `field_map` makes every row bad: name it instead of the first row
         self._check_mapped()
         header = "; its first line names the columns" if is_csv(file.name) else ""
         none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
@@ -182,7 +183,7 @@ class _Rows:
         added = [f"fields that were not read: {not_read}"] if unread else []
         expected = SPLITS if self._cut else ("train", "validation")
         added += [
-            f"the split {split} is left out: of so few rows, none falls into it"
+            f"the split {split} is left out: with so few rows, none falls into it"
             for split in (expected if "train" in self._sources else ())
             if split not in found
         ]
@@ -200,6 +201,7 @@ class _Rows:
                 f"`fields` {absent}: no row of {self._name} has a text in the field {theirs!r}"
                 f" (not read: {not_read or 'none'}){nearest(theirs, unread)}"
             )
+        # the rows may be read again, but a note appears once
         self._notes.extend(note for note in added if note not in self._notes)
 
     @property
@@ -225,14 +227,12 @@ def _check_more(more: Sequence[str]) -> tuple[str, ...]:
         if not FIELD_NAME.fullmatch(name):
             raise InputError(
                 f"`fields` {name}: expected a name in lower_snake_case; to read a field with another"
-                f" name, give `fields` my_name and `field_map` my_name={name}"
+                f" name, pass `fields` my_name and `field_map` my_name={name}"
             )
         if name in (*FIELDS, PROVENANCE, INPUT_PAIR):
-            raise InputError(
-                f"`fields` {name}: this name has a meaning of its own; choose a different one"
-            )
+            raise InputError(f"`fields` {name}: this name is reserved; choose a different one")
     if len(set(more)) < len(more):
-        raise InputError(f"`fields` {','.join(more)}: give each name once")
+        raise InputError(f"`fields` {','.join(more)}: list each name once")
     return tuple(more)
 
 

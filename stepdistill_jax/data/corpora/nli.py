@@ -5,7 +5,7 @@ from stepdistill_jax.data.rows import JsonRow
 from stepdistill_jax.errors import InputError
 
 _GOLD = {name: label for i, label in enumerate(LABELS) for name in (label, label[0], str(i))}
-_NO_GOLD = ("", "-", "-1")  # SNLI's rows on which the annotators did not agree
+_NO_GOLD = ("", "-", "-1")  # labels of SNLI rows on which the annotators did not agree
 
 
 def question(row: JsonRow) -> str:

@@ -60,7 +60,7 @@ def read(
 ) -> Reading:
     """Finds all splits; pairs their rows with their teacher texts while they are read.
 
-    Train must have teacher texts; for another split without them, a note says so.
+    Train must have teacher texts; another split without them gets a note.
 
     Args:
         name: name of the dataset.
@@ -192,7 +192,7 @@ def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
-    """Returns llm/PART_CoT_0.json, _1, ...; [] if there are none and none is required.
+    """Returns llm/PART_CoT_0.json, _1, ...; [] if there are none and they are not required.
 
     Raises:
         InputError: required files are missing, or the numbers have a gap.
@@ -212,7 +212,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     if not files and required:
         raise InputError(
             f"{source / 'llm' / f'{part}_CoT_0.json'}: no such file; to prepare labels"
-            " without teacher texts, give `teacher=False`"
+            " without teacher texts, pass `teacher=False`"
         )
     return files
 
@@ -230,7 +230,7 @@ def input_files(
     Raises:
         InputError: no such folder, or it has none of the files.
     """
-    if not os.path.isdir(source):  # pathlib's raises for a name that is too long
+    if not os.path.isdir(source):  # pathlib's `is_dir` raises for a name that is too long
         raise InputError(f"`source` {source}: no such folder")
     papers = {split: [f"{prefix}_{part}.json"] for part, split in FILE_SPLITS.items()}
     exports = {
@@ -260,10 +260,10 @@ def paired(
     Args:
         source: folder that the names of teacher files are relative to.
         path: file of the rows.
-        teachers: files of texts, together as many as rows; None or [] gives no texts.
+        teachers: files with as many texts as there are rows, in total; None or [] gives no texts.
 
     Raises:
-        InputError: the numbers of rows and texts differ, so that pairs may be shifted.
+        InputError: the numbers of rows and texts differ, so pairs may be misaligned.
     """
     rows = read_rows(path)
     if not teachers:

@@ -74,7 +74,7 @@ def read(name: str, source: pathlib.Path) -> Reading:
     """Reads a dataset's files and the teacher's texts without repairs or stripping.
 
     The two texts of e-SNLI and ANLI are `input` and `input_pair`. If the published code has no
-    validation file, `published_split` draws validation, and both parts have its order.
+    validation file, `published_split` draws validation, and train and validation keep the drawn order.
 
     Args:
         name: one of `prepared.PUBLISHED`.

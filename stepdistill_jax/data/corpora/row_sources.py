@@ -40,11 +40,11 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns the source of each split, and whether a single one, `train`, is to be split by ids.
+    """Returns the source of each split, and whether the only one, `train`, must still be split by ids.
 
     Args:
         source: a path, a list of dicts, or a dict of lists by split.
-        notes: gains notes on splits that are absent and files that are not read.
+        notes: list that receives notes on missing splits and on files that are not read.
         numbers: columns of CSV whose cells are numbers.
 
     Raises:
@@ -55,7 +55,7 @@ def find_sources(
     if not isinstance(source, str | os.PathLike):
         notes.append(_split_note("a list"))
         return {"train": _of_list(source, "")}, True
-    one_file = not os.path.isdir(source)  # pathlib's raises for a name that is too long
+    one_file = not os.path.isdir(source)  # pathlib's `is_dir` raises for a name that is too long
     files = _one(pathlib.Path(source), notes) if one_file else _of_folder(source, notes)
     return {split: _of_file(path, numbers) for split, path in files.items()}, one_file
 
@@ -64,7 +64,7 @@ def split_lists(source: Any) -> dict[str, Rows] | None:
     """Returns `source` as lists of dicts by split, a single list as train; None if it is neither.
 
     Raises:
-        InputError: a dict holds something else than lists.
+        InputError: a dict holds anything but lists.
     """
     if isinstance(source, Mapping):
         return _lists(source)

@@ -1,7 +1,6 @@
-"""SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
+"""Reads SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
 
-ASDiv's questions come with it if they are there: further inputs to train on, with the teacher's
-labels only.
+If ASDiv's questions are there, they become further inputs to train on, with the teacher's labels only.
 """
 
 import dataclasses
@@ -70,7 +69,7 @@ def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | N
         source: that folder or its parent, as given by the user.
 
     Raises:
-        InputError: ASDiv's rows lie directly in one of these, not in a folder of their own.
+        InputError: ASDiv's rows lie directly in one of these, not in a separate folder.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):

@@ -11,7 +11,7 @@ from stepdistill_jax.errors import InputError
 
 
 def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
-    """Compares names, shapes and dtypes: Orbax itself would cast a dtype silently.
+    """Refuses a checkpoint whose names, shapes or dtypes differ; Orbax would cast dtypes silently.
 
     Args:
         item_folder: `STEP/params` or `STEP/state`.
@@ -19,8 +19,8 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
         fits: source of the tree, for the message: "the model's config.json".
 
     Raises:
-        InputError: a leaf differs (names the first, and how many differ), or Orbax cannot read the
-            checkpoint.
+        InputError: leaves differ (the message names the first and counts the rest), or Orbax cannot
+            read the checkpoint.
     """
     try:
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)
@@ -41,7 +41,7 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """Returns dtype and shape of each array by its path, such as `float32[8, 4]`."""
+    """Returns the dtype and shape of each array, such as `float32[8, 4]`, by its path."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # saved as integers

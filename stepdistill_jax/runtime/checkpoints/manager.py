@@ -39,11 +39,11 @@ KEPT_LATEST = 2
 
 
 def rank(metrics: dict[str, Any]) -> Any:
-    """Returns a sort key of steps, where higher is better: the numbers in `rank`, then the earlier step.
+    """Returns a step's sort key; higher is better: the numbers in `rank`, then the earlier step.
 
-    Steps that were saved without a validation rank below all validated ones, the later step first:
-    the best step of a run without validation is its last. Metrics without `rank` come from an older
-    version, which ranked by label accuracy, then by lower label loss.
+    Steps that were saved without a validation rank below all validated ones, and among them the later
+    step is better: the best step of a run without validation is its last. Metrics without `rank` come
+    from an older version, which ranked by label accuracy, then by lower label loss.
 
     The key of a validated step 300 with rank [0.9, -0.2] is (True, 0.9, -0.2, -300); of a step 400
     without validation (False, 0.0, 0.0, 400).
@@ -56,7 +56,7 @@ def rank(metrics: dict[str, Any]) -> Any:
 
 
 class _Kept:
-    """Implements Orbax's preservation policy: keeps the newest steps, and the best by its metrics."""
+    """Implements Orbax's preservation policy: keeps the newest steps and the best one."""
 
     def __init__(self, metrics: dict[int, dict[str, Any]]):
         self._metrics = metrics
@@ -72,10 +72,10 @@ class _Kept:
 
 
 class Checkpoints:
-    """Saves and restores the train state; a run has one such object."""
+    """Saves and restores the train state; a run has one instance."""
 
     def __init__(self, workdir: os.PathLike | str):
-        """Opens or creates the folder, and removes what a kill in the middle of a save left.
+        """Opens or creates the folder, and removes leftovers of a save that was killed.
 
         Damaged and incomplete steps are quarantined before Orbax sees them
         (`manifest.quarantine_damaged`), so all bytes of `latest_step` have been verified.
@@ -117,7 +117,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, rest: Any, metrics: dict[str, Any]) -> None:
-        """Writes and seals a step in the background, after the save before it has ended.
+        """Writes and seals a step in the background, once the previous save has ended.
 
         Args:
             step: number of updates.
@@ -127,7 +127,7 @@ class Checkpoints:
                 `rank` (two numbers, larger is better) and any other results of the validation.
 
         Raises:
-            CheckpointError: this step or the one before could not be written; names it and the
+            CheckpointError: this step or the previous one could not be written; names it and the
                 newest good step, which is kept.
         """
         self.wait()
@@ -240,7 +240,7 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns an error as one line; a long one (TensorStore's) shortened to its end, the system's message."""
+    """Returns an error as one line; of a long one (TensorStore's), the end, with the system's message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
 
@@ -271,12 +271,12 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
     Args:
         workdir: a run's folder, which is not changed.
         step: `best`, `last` or a number.
-        read: item (`params`) whose files are also read and compared with the manifest. For None, only
+        read: item (`params`) whose files are also read and compared with the manifest. If None, only
             names and sizes are compared.
 
     Raises:
         InputError: there is no such step (lists the existing ones), or it is damaged (names the file
-            and a step that is good).
+            and a good step).
     """
     # a step without a manifest is being saved, or its save was interrupted
     steps = {s.number: s for s in saved(checkpoints_folder(workdir)) if s.problem != UNSEALED}
@@ -293,7 +293,7 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
         found = int(step)
     else:
         raise InputError(
-            f"{workdir}: no step {step!r}; give `best`, `last` or one of {', '.join(map(str, steps))}"
+            f"{workdir}: no step {step!r}; use `best`, `last` or one of {', '.join(map(str, steps))}"
         )
     if problem := _problem(steps[found], read):
         others = sorted((s for s in steps if s != found), reverse=True)
@@ -308,7 +308,7 @@ def _problem(step: SavedStep, read: str | None) -> str | None:
 
 
 def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
-    """Returns a digest of a step's number and parameter files as saved; None if the step is gone."""
+    """Returns a digest of a step's number and its saved parameter files; None if the step is gone."""
     found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
     return None if found is None else digest([step, found])
 

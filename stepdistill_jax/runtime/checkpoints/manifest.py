@@ -57,8 +57,8 @@ class SavedStep(NamedTuple):
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
     """Writes the manifest of a step that Orbax has finished, with a crc32 of each file.
 
-    All processes call it: each reads a share of the files once, process 0 writes. None of them
-    returns before the step is sealed.
+    All processes call it: each reads a share of the files once, and process 0 writes the manifest. No
+    process returns before the step is sealed.
 
     Args:
         step_folder: folder of the step.
@@ -100,7 +100,7 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns `defect` of all files on all processes, which call it together and read a share each."""
+    """Returns `defect` of all files on all processes; all call it, and each reads a share of the files."""
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
         try:
@@ -128,7 +128,7 @@ def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
 def _difference(
     step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
 ) -> str | None:
-    """Describes the first file whose bytes differ from the saved ones; None if there is none.
+    """Describes the first file whose bytes differ from the saved ones; returns None if there is none.
 
     Files whose digest in `found` is missing or differs are read again here: one host's bad read must
     not condemn a good step.
@@ -146,7 +146,7 @@ def _difference(
 
 
 def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
-    """Returns a digest of an item's files as saved, by the manifest; None if it cannot be read."""
+    """Returns a digest of an item's saved files, from the manifest; None if that cannot be read."""
     try:
         files = _read(step_folder)["files"]
     except ValueError:
@@ -168,13 +168,13 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
-    """Renames the steps that must not be resumed from, logs a line for each, and removes none.
+    """Renames the steps that must not be resumed from, and logs a line for each; removes none.
 
-    All bytes of the newest step are read; if it is damaged, those of the step before, and so on. Of
-    all other steps, only names and sizes are compared. A newest step without a manifest is a save that
-    a kill interrupted. An older one is damaged: a save starts only after the one before is sealed.
+    It reads all bytes of the newest step; if that is damaged, of the step before it, and so on. Of all
+    other steps, it compares only names and sizes. If the newest step has no manifest, a kill interrupted
+    its save. An older step without one is damaged: a save starts only after the previous one is sealed.
 
-    All processes call it: each reads a share of the bytes, process 0 decides and renames.
+    All processes call it: each reads a share of the bytes, and process 0 decides and renames.
 
     Returns:
         The newest good step; None in a folder where no save has ever finished.
@@ -291,7 +291,7 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_manifest(body: Any) -> bool:
-    """Returns whether `body` has the form that `seal` writes; a right crc32 alone does not prove that."""
+    """Returns whether `body` has the form that `seal` writes; a correct crc32 does not prove that."""
     metrics, files = body.get("metrics"), body.get("files")
     if body.keys() != {"metrics", "files"} or not all(
         isinstance(x, dict) for x in (metrics, files)
@@ -362,7 +362,7 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a step within the store, without a download; a kill in the middle leaves both folders."""
+    """Moves a step within the store without downloading it; a kill in the middle leaves both folders."""
     import fsspec
 
     with store_errors(step_folder):

@@ -1,7 +1,7 @@
-"""Digests of a step's files; with several processes, each reads a share of them.
+"""Computes digests of a step's files; with several processes, each process reads a share of them.
 
-The files are divided by size, no matter who wrote them: every process sees all of them, which a restore
-in another layout needs, too. A file that its reader cannot read is left to process 0.
+Files are divided by size, no matter which process wrote them: every process must see all files anyway,
+to restore in another layout. Process 0 reads the files that their assigned process cannot read.
 """
 
 import heapq
@@ -15,16 +15,16 @@ from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """Returns the crc32 of files by name; an OSError names the first that cannot be read."""
+    """Returns the crc32 of each file by name; an OSError names the first unreadable file."""
     return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
     step_folder: pathlib.Path, sizes: Mapping[str, int], channel: Channel
 ) -> dict[str, str]:
-    """Returns, on all processes, the crc32 of files by name; each process reads a share of them.
+    """Returns, on all processes, the crc32 of each file by name; each process reads a share of the files.
 
-    Files that their process could not read to the end are left out. With one process, all are left out.
+    A file that its process could not read to the end is left out. With one process, all are left out.
 
     Args:
         step_folder: folder of a step.
@@ -44,7 +44,7 @@ def digests_by_all(
 
 
 def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Returns `count` lists of names with about equal bytes; the largest file is assigned first.
+    """Divides files into `count` lists of about equal size in bytes; the largest file is assigned first.
 
     `balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
     """
@@ -60,13 +60,13 @@ def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def _checksum(path: pathlib.Path) -> tuple[str, int]:
-    """Returns the crc32 of a file's bytes, and their number."""
+    """Returns the crc32 of a file, and its size in bytes."""
     with store_errors(path), path.open("rb") as f:
         return f"{crc32(f):08x}", f.tell()
 
 
 def _checksum_if_seen(path: pathlib.Path) -> tuple[str, int]:
-    """Returns `_checksum`, or a number of -1 if this host does not see the file (yet)."""
+    """Returns `_checksum`, or a size of -1 if this host does not see the file (yet)."""
     try:
         return _checksum(path)
     except (OSError, StoreError):
