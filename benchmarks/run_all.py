@@ -87,6 +87,13 @@ PARTS = {
         f"--config paper_cqa --size base {T5} --batch-size 16 --steps 1 --rounds 2 --threads 2",
         TRAIN,
     ),
+    "train_t5gemma": Part(
+        "train_throughput",
+        "Training: `paper_cqa` with T5Gemma small, two threads, 8 examples a step",
+        "--config paper_cqa --family t5gemma --size small --vocab-size 256000 --batch-size 8"
+        " --rounds 4 --threads 2",
+        TRAIN,
+    ),
     "train_shared": Part(
         "train_throughput",
         "Training with the shared encoder: T5 v1.1 small, two threads",

@@ -786,8 +786,8 @@ MUTANTS = [
         id="ST5",
         what="gradients are clipped after the update rule",
         file="stepdistill_jax/training/optimizer.py",
-        old="return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)",
-        new="return optax.chain(rule, optax.clip_by_global_norm(o.clip_norm))",
+        old="return optax.chain(_clip_by_global_norm(o.clip_norm), rule)",
+        new="return optax.chain(rule, _clip_by_global_norm(o.clip_norm))",
         tests=["tests/training/test_optimizer.py::test_adamw_takes_the_step_that_its_paper_says"],
     ),
     Mutant(

@@ -6,6 +6,7 @@ Gains, measured on two cores (docs/lab/training_speed.md, docs/lab/decoding_spee
     argmax          8 -> 0.4 ms of a decoding step of 64 rows
     sum_over_rows   attention alone, forward and backward, takes about 0.6 of the time
     in_row_blocks   decoding 256 rows takes 0.83 of the time
+    step_options    a step of T5Gemma takes 0.85 of the time, with 6.7 instead of 9.2 GB
 """
 
 import ctypes
@@ -17,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
-NEVER = 2**31 - 1
+NEVER = -1  # mallopt(3); 2**31 - 1 would return a step's memory as soon as it has 2 GiB
 BLOCK_TOKENS = 1024  # whose activations fit a CPU's cache
 
 
@@ -48,6 +50,21 @@ def _on_cpu() -> bool:
     if chosen := os.environ.get("JAX_PLATFORMS"):
         return chosen.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+
+
+def step_options(mesh: Mesh) -> dict[str, bool] | None:
+    """Returns XLA's options for a training step on this mesh; None on an accelerator.
+
+    By default, XLA copies Adam's moments before it updates them in place, because it does not look at
+    the order of the operations. And it orders them so that many can run at once, which keeps more
+    buffers alive than a few cores can use.
+    """
+    if mesh.devices.flat[0].platform != "cpu":
+        return None
+    return {
+        "xla_cpu_copy_insertion_use_region_analysis": True,
+        "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    }
 
 
 def sum_over_rows(x: jax.Array) -> jax.Array:

@@ -84,7 +84,22 @@ def _optimizer(
             optax.add_decayed_weights(o.weight_decay),
             optax.scale_by_learning_rate(learning_rate_fn),
         )
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), rule)
+    return optax.chain(_clip_by_global_norm(o.clip_norm), rule)
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Returns `optax.clip_by_global_norm` as one product with a scalar.
+
+    optax divides each gradient by the norm. XLA's CPU backend does not repeat divisions in the loops that
+    read the result, so it writes the clipped gradient to memory and reads it three times.
+    """
+
+    def update(updates, state, params=None):
+        norm = optax.global_norm(updates)
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
 def _adam_of_transformers(

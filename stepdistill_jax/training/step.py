@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from stepdistill_jax.data.schedules import Schedule, Weight
+from stepdistill_jax.models.cpu_speed import step_options
 from stepdistill_jax.models.encoder_decoder import EncoderDecoder, output_layer
 from stepdistill_jax.models.lora import base_of, combine, split
 from stepdistill_jax.models.sharding import LOGICAL_AXIS_RULES, batch_sharding, replicated
@@ -225,6 +226,7 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=step_options(mesh),
     )
     return in_mesh(step, mesh)
 

@@ -41,11 +41,15 @@ def test_the_constant_schedule_stays_at_its_peak():
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"b1": 0.8, "b2": 0.98, "eps": 0.05, "weight_decay": 0.3, "clip_norm": 2.0}],
-    ids=["defaults", "given"],
+    [
+        {},
+        {"b1": 0.8, "b2": 0.98, "eps": 0.05, "weight_decay": 0.3, "clip_norm": 2.0},
+        {"clip_norm": 8.0},
+    ],
+    ids=["defaults", "given", "one clipped"],
 )
 def test_adamw_takes_the_step_that_its_paper_says(given):
-    """Two steps by hand: gradients of norm 5 and 10 are clipped, no weight decay by default."""
+    """Two steps by hand: gradients of norm 5 and 10 are clipped above the limit, no weight decay by default."""
     o = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0} | given
     tx = make_optimizer(config(**given))
     params = {"w": jnp.array([1.0, -2.0])}
@@ -54,7 +58,7 @@ def test_adamw_takes_the_step_that_its_paper_says(given):
     for step, grads in enumerate(np.array([[3.0, 4.0], [8.0, -6.0]])):
         updates, state = update({"w": jnp.asarray(grads, jnp.float32)}, state, params)
         params = optax.apply_updates(params, updates)
-        g = grads / np.linalg.norm(grads) * o["clip_norm"]
+        g = grads * min(1.0, o["clip_norm"] / np.linalg.norm(grads))
         m, v = o["b1"] * m + (1 - o["b1"]) * g, o["b2"] * v + (1 - o["b2"]) * g**2
         rate = 0.5 * (10 - step) / 10
         m_hat, v_hat = m / (1 - o["b1"] ** (step + 1)), v / (1 - o["b2"] ** (step + 1))

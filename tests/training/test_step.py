@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training import ExtraLoss
 from stepdistill_jax.training.state import abstract_state, create_state, init_state
-from stepdistill_jax.training.step import jit_train_step, train_step
+from stepdistill_jax.training.step import in_mesh, jit_train_step, train_step
 
 MODEL = dataclasses.replace(model_config("t5_v1_1", "tiny", vocab_size=128), dropout_rate=0.0)
 WEIGHTS = (1.0, 0.7)
@@ -119,6 +120,21 @@ def test_the_state_is_donated_and_cut(data):
     )
     step(state, place_rows(batches(data)(0), mesh))
     assert kernel.is_deleted()
+
+
+def test_a_step_copies_no_moment_of_the_optimizer(data):
+    """On a CPU, XLA's default copies each moment before it updates it in place."""
+    config = dataclasses.replace(MODEL, vocab_size=3001)
+    mesh, tx = make_mesh(Layout(), jax.devices()[:1]), optax.adamw(1e-3)
+    abstract = abstract_state(config, tx, mesh)
+    step = jit_train_step(
+        abstract, mesh, model=EncoderDecoder(config), tx=tx, objective_weights=WEIGHTS
+    )
+    lowered = in_mesh(step.__wrapped__.lower, mesh)(abstract, batches(data)(0))
+    text = lowered.compile().as_text()
+    assert f"f32[3001,{config.emb_dim}]" in text
+    copies = re.findall(rf"f32\[3001,{config.emb_dim}\]\S* copy\(.*", text)
+    assert not copies
 
 
 def test_a_state_is_born_sharded():
