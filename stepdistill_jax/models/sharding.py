@@ -276,13 +276,13 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
     return tuple(sorted(needed))
 
 
-def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -> Any:
+def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
     """Returns the shardings of the parameters in a tree of logically partitioned boxes.
 
     Args:
         mesh: cuts the parameters.
         boxed: the tree, from `models.encoder_decoder.abstract_params`.
-        config: of the model, whose heads must not be cut; None checks only dimensions.
+        config: of the model, whose heads must not be cut.
 
     Raises:
         InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and
@@ -292,7 +292,7 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig | None = None) -
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
     heads = {}
     # with a position bias, its table [heads, buckets] is cut too, so the check of dimensions covers heads
-    if config is not None and config.position_bias is None:
+    if config.position_bias is None:
         heads = {"encoder": config.encoder.num_kv_heads, "decoder": config.decoder.num_kv_heads}
     _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings, heads)
     return shardings

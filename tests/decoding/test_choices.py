@@ -149,7 +149,7 @@ def test_what_greedy_decoding_answers_has_its_score_and_wins_where_it_is_likelie
 )
 def test_a_layout_gives_the_scores_of_one_device(params, asked, layout):
     mesh = sharding.make_mesh(layout)
-    placed = jax.device_put(params, sharding.param_shardings(mesh, abstract_params(CONFIG)))
+    placed = jax.device_put(params, sharding.param_shardings(mesh, abstract_params(CONFIG), CONFIG))
     rows, answers = [x[:11] for x in asked]
     scorer = ChoiceScorer(CONFIG, batch_size=11, mesh=mesh)
     assert scorer.batch_size % sharding.batch_shards(mesh) == 0

@@ -289,7 +289,7 @@ def test_a_mesh_gives_the_same_answers(
     assert len(jax.devices()) == 8
     mesh = sharding.make_mesh(sharding.Layout(data=2, fsdp=2, tensor=2))
     params = jax.device_put(
-        tiny_params, sharding.param_shardings(mesh, abstract_params(tiny_config))
+        tiny_params, sharding.param_shardings(mesh, abstract_params(tiny_config), tiny_config)
     )
     decoder = LabelDecoder(
         tiny_config,

@@ -43,7 +43,7 @@ def test_arrays_that_flax_cut_into_chunks_are_read(
     write_flax(tmp_path, params, config)
     assert b"__msgpack_chunked_array__" in (tmp_path / FILE).read_bytes()
     mesh = sharding.make_mesh(sharding.Layout(fsdp=4, tensor=2))
-    shardings = sharding.param_shardings(mesh, abstract_params(config))
+    shardings = sharding.param_shardings(mesh, abstract_params(config), config)
     assert_same_params(hf.load_params(tmp_path, config, shardings), params)
 
 

@@ -86,7 +86,7 @@ def test_weights_come_back_bitwise(directory, params):
 @pytest.mark.parametrize("layout", [(1, 4, 2), (2, 2, 2)], ids=str)
 def test_weights_come_back_bitwise_on_a_mesh(directory, params, layout):
     mesh = sharding.make_mesh(sharding.Layout(*layout))
-    shardings = sharding.param_shardings(mesh, abstract_params(CONFIG))
+    shardings = sharding.param_shardings(mesh, abstract_params(CONFIG), CONFIG)
     got = hf.load_params(directory, CONFIG, shardings)
     assert_equal(got, params)
     placed = jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, got, shardings))
@@ -103,7 +103,9 @@ def test_a_mesh_reads_slices_and_no_whole_matrix(directory, monkeypatch):
 
     monkeypatch.setattr(hf.Weights, "read", watched)
     mesh = sharding.make_mesh(sharding.Layout(fsdp=4, tensor=2))
-    hf.load_params(directory, CONFIG, sharding.param_shardings(mesh, abstract_params(CONFIG)))
+    hf.load_params(
+        directory, CONFIG, sharding.param_shardings(mesh, abstract_params(CONFIG), CONFIG)
+    )
     assert max(largest) == 64 * 32 // 8
 
 

@@ -39,7 +39,7 @@ from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.models.encoder_decoder import abstract_params
 import numpy as np, safetensors
 config = T5Config(vocab_size=65536, emb_dim=1024, num_heads=16, head_dim=64, mlp_dim=8192, num_encoder_layers=7, num_decoder_layers=6)
-shardings = sharding.param_shardings(sharding.make_mesh("fsdp"), abstract_params(config))
+shardings = sharding.param_shardings(sharding.make_mesh("fsdp"), abstract_params(config), config)
 jax.block_until_ready(jax.device_put(np.zeros(1000)))
 
 def anonymous():

@@ -84,7 +84,7 @@ def test_older_weights_in_the_directory_are_replaced(
 def test_parameters_on_a_mesh_are_written_whole(v1_1, sharded, assert_same_params, tmp_path):
     config, params = v1_1
     mesh = sharding.make_mesh(sharding.Layout(fsdp=4, tensor=2))
-    shardings = sharding.param_shardings(mesh, abstract_params(config))
+    shardings = sharding.param_shardings(mesh, abstract_params(config), config)
     hf.save_params(tmp_path, hf.load_params(sharded, config, shardings), config)
     assert_same_params(hf.load_params(tmp_path, config), params)
 

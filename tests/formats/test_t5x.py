@@ -87,7 +87,7 @@ def test_devices_get_their_slices(v1_1, write_t5x, assert_same_params, tmp_path,
     config, params = v1_1
     write_t5x(tmp_path, params, **tree)
     mesh = sharding.make_mesh(sharding.Layout(fsdp=4, tensor=2))
-    shardings = sharding.param_shardings(mesh, abstract_params(config))
+    shardings = sharding.param_shardings(mesh, abstract_params(config), config)
     assert_same_params(hf.load_params(tmp_path, config, shardings), params)
 
 

@@ -69,7 +69,7 @@ def mesh_of(layout):
 
 def placed(params, layout):
     return jax.device_put(
-        params, sharding.param_shardings(mesh_of(layout), abstract_params(CONFIG))
+        params, sharding.param_shardings(mesh_of(layout), abstract_params(CONFIG), CONFIG)
     )
 
 

@@ -44,7 +44,7 @@ if what == "write":
     os.mkdir(target)
 if what == "save":
     write_model_files(workdir, config, load_vocabulary("bytes"), None)
-    cut = sharding.param_shardings(mesh, abstract_params(config))
+    cut = sharding.param_shardings(mesh, abstract_params(config), config)
     make = jax.jit(init_params, static_argnums=0, out_shardings=cut)
     params = jax.block_until_ready(make(config, jax.random.key(0)))
 if what != "write":

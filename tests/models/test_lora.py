@@ -170,7 +170,7 @@ def test_the_gradient_of_adapters_follows_from_that_of_the_merged_kernel(batch):
 def test_a_merged_kernel_lies_where_its_kernel_did():
     config = adapted()
     mesh = sharding.make_mesh("fsdp_tensor")
-    shardings = sharding.param_shardings(mesh, abstract_params(config))
+    shardings = sharding.param_shardings(mesh, abstract_params(config), config)
     placed = jax.device_put(params_of(config), shardings)
     expected = flatten_dict(merge(params_of(config), config)[0])
     for path, got in flatten_dict(merge(placed, config)[0]).items():

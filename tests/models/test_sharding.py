@@ -173,7 +173,7 @@ def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
     given = {"vocab_size": 32128} | changes
     config = dataclasses.replace(model_config("t5_v1_1", "small", vocab_size=32128), **given)
     with pytest.raises(InputError, match=f"^`layout`.*{message}"):
-        param_shardings(make_mesh(layout), abstract_params(config))
+        param_shardings(make_mesh(layout), abstract_params(config), config)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_heads_that_are_shared_are_cut_whole(size, layout, message):
 def test_published_models_fit_the_named_layouts(config, layout):
     boxed = abstract_params(config)
     mesh = make_mesh(layout)
-    shardings = param_shardings(mesh, boxed)
+    shardings = param_shardings(mesh, boxed, config)
     parts = {"data": 1, "fsdp": 8, "fsdp_tensor": 8}[layout]
     table = shardings["token_embedder"].shard_shape((config.vocab_size, config.emb_dim))
     assert table[0] * table[1] * parts == config.vocab_size * config.emb_dim
@@ -228,9 +228,10 @@ def test_published_models_fit_the_named_layouts(config, layout):
 
 def test_a_layout_cuts_width_by_fsdp_and_heads_mlp_and_vocabulary_by_tensor():
     """Of every parameter; T5 v1.1 base has 12 layers, 12 heads of 64 and widths of 768 and 2048."""
-    boxed = abstract_params(model_config("t5_v1_1", "base", vocab_size=32128))
+    config = model_config("t5_v1_1", "base", vocab_size=32128)
+    boxed = abstract_params(config)
     shapes = jax.tree_util.tree_leaves_with_path(jax.eval_shape(nn.meta.unbox, boxed))
-    shardings = jax.tree.leaves(param_shardings(make_mesh(Layout(fsdp=2, tensor=4)), boxed))
+    shardings = jax.tree.leaves(param_shardings(make_mesh(Layout(fsdp=2, tensor=4)), boxed, config))
     width, heads, mlp, vocabulary = 768 // 2, 12 * 64 // 4, 2048 // 4, 32128 // 4
     shares = {
         "attention/query/kernel": (12, width, heads),

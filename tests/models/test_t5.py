@@ -194,7 +194,7 @@ def test_logits_are_the_same_on_eight_devices(tiny, layout):
     batch = teacher_forced(*(rng.integers(2, 64, s).astype(np.int32) for s in shapes))
     want = np.asarray(forward(TINY, tiny, batch))
     mesh = sharding.make_mesh(sharding.Layout(*layout))
-    placed = jax.device_put(tiny, sharding.param_shardings(mesh, abstract_params(TINY)))
+    placed = jax.device_put(tiny, sharding.param_shardings(mesh, abstract_params(TINY), TINY))
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.LOGICAL_AXIS_RULES):
         got = jax.jit(EncoderDecoder(TINY).apply)({"params": placed}, batch)
