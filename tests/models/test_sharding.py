@@ -115,7 +115,7 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
         (
             Layout(dcn_data=3, fsdp=-1),
             "dcn_data x data x fsdp x tensor = 3 x 1 x -1 x 1 does not fit 8 devices; nearest that"
-            " does: dcn_data=4, fsdp=2",
+            " fits: dcn_data=4, fsdp=2",
         ),
         (
             "hybrid",
