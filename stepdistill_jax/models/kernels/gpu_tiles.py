@@ -3,9 +3,6 @@
 A program has 128 queries, in two halves of 64. The queries p and p + 64 share a random word of dropout, so the
 program computes each word only once. If there are at most 64 queries, it has a single half. Keys come in tiles
 of 64 or 32. Places after the end of an array are never read. They count as segment 0, which is padding.
-
-The other modules describe `slope`, the gradient of attention's output, and dots, its dot product with the
-output for each query.
 """
 
 import dataclasses
