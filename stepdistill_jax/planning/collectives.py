@@ -21,10 +21,10 @@ class Collective:
     Attributes:
         kind: one of `KINDS`.
         count: number of runs in a step.
-        result_bytes: bytes of one run's result on one device.
-        group: number of devices that take part together.
-        shares: dtype, in HLO's spelling -> its share of the result's bytes.
-        op_name: the place in the model that it comes from; empty if XLA gives no name.
+        result_bytes: number of bytes of one run's result on one device.
+        group: number of devices that exchange data with each other.
+        shares: for each dtype, as HLO spells it, its share of the result's bytes.
+        op_name: the place in the model that the operation comes from; empty if XLA gives no name.
     """
 
     kind: str
@@ -36,12 +36,12 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the results of all runs in a step."""
+        """Number of bytes of the results of all runs in a step, on one device."""
         return self.count * self.result_bytes
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step with ring algorithms; 0 in a group of one."""
+        """Number of bytes that a device sends in a step, with ring algorithms. It is 0 in a group of one."""
         # A ring of 4 devices gathers a result of R bytes in 3 steps, in each of which a device sends R / 4. An
         # all-reduce is a reduce-scatter followed by an all-gather.
         share = (self.group - 1) / self.group
@@ -62,7 +62,7 @@ def collectives(
 
     Args:
         module: the optimised program (`compiled.as_text()`).
-        num_devices: number of devices of the mesh, which is the group of an operation that names none.
+        num_devices: number of devices of the mesh. An operation without a group is over all of them.
         unknown_trips: as for `runs`.
 
     Returns:
@@ -127,7 +127,7 @@ def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
 def _operation(instruction: Instruction, kind: str, times: int, num_devices: int) -> Collective:
     results = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # the started form returns its operands, then the same number of results, then its own state
+        # the `-start` form returns its operands, then as many results, then its own state
         count = len(instruction.operands)
         results = results[count : 2 * count]
     size = sum(array.data_bytes for array in results)
@@ -153,7 +153,7 @@ def _as_scatter(c: Collective) -> Collective:
 
 
 def _group(attributes: str, num_devices: int) -> int:
-    """Returns the number of devices in a group, from any of HLO's three notations."""
+    """Returns the number of devices in a group, which HLO may write in any of three notations."""
     # {{0,1},{2,3}} lists groups of 2; [2,4]<=[8] is 2 groups of 4; mesh['fsdp'=4,'tensor'=2] {'tensor'} is
     # an axis of 2
     groups = attributes.partition("replica_groups=")[2]
