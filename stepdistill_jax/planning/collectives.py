@@ -58,7 +58,7 @@ class Collective:
 def collectives(
     module: Module, num_devices: int, *, unknown_trips: int | None = None
 ) -> tuple[list[Collective], int]:
-    """Returns a compiled module's collectives over more than one device, largest first.
+    """Finds a compiled module's collectives over more than one device.
 
     Args:
         module: the optimised program (`compiled.as_text()`).
@@ -66,7 +66,8 @@ def collectives(
         unknown_trips: as for `runs`.
 
     Returns:
-        The operations, and the number of loops of unknown length that contain a collective.
+        The collectives, those that send the most bytes first, and the number of loops of unknown length that
+        contain one.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
@@ -84,13 +85,16 @@ def collectives(
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """Returns the kind of a synchronous or started collective, or None for any other instruction."""
+    """Returns the kind of a collective, or None for any other instruction.
+
+    A collective in two parts, `-start` and `-done`, is recognised by its `-start`.
+    """
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns `count`, `bytes` (results) and `wire_bytes` of a step on one device, for each kind."""
+    """Returns, for each kind of collective, `count`, `bytes` (of results) and `wire_bytes` in a step on one device."""
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
@@ -101,9 +105,10 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """Returns `kind`, `dtype`, `count`, `bytes` and `wire_bytes` of a step on one device, largest first.
+    """Returns a row for each kind and dtype, those with the most sent bytes first.
 
-    XLA combines small collectives. A collective with arrays of two dtypes is counted in two rows.
+    A row has `kind`, `dtype`, `count`, `bytes` (of results) and `wire_bytes` in a step on one device. XLA combines
+    small collectives, and one with arrays of two dtypes is counted in two rows.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:
