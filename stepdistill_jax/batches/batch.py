@@ -163,7 +163,7 @@ class Batches:
         for objective, prefix in zip(self.data.objectives, self.data.decoder_prefixes, strict=True):
             if len(prefix) >= self.target_length:
                 raise InputError(
-                    f"`target_length={self.target_length}`: leaves no room for a target of"
+                    f"`target_length={self.target_length}`: it leaves no room for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
         for store, pool in enumerate(self._sampler.pools):
@@ -433,9 +433,8 @@ class Batches:
             for group, packed in zip(batch, shard, strict=True):
                 if packed.encodings is None or packed.packing is None:
                     continue
-                own = {
-                    name: array[block] for name, array in group.items()
-                }  # views: written in place
+                # views, which are written in place
+                own = {name: array[block] for name, array in group.items()}
                 # five lists of arrays by table: inputs, targets, tasks, objectives, weights
                 tokens = zip(*(table.tokens(e) for table, e, _ in packed.rows), strict=True)
                 scatter(own, packed.encodings, packed.packing, *map(np.concatenate, tokens))

@@ -105,9 +105,8 @@ class _Maker:
             for other in block:
                 self._pack(other)
             self._totals.update(zip(block, self._agreed(block), strict=True))
-        if (
-            self._channel is not None
-        ):  # each call also packs one step of the next block, so that no call has to pack 8
+        # each call also packs one step of the next block, so that no call has to pack 8
+        if self._channel is not None:
             self._pack(step + self._ahead)
         fullest, inputs, targets, *objectives = self._totals.pop(step)
         rows = self._batches.batch_rows(fullest)

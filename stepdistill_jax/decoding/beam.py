@@ -147,7 +147,8 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
     return greedy_decode
 
 
-@functools.lru_cache(maxsize=8)  # equal options give the same function object, so it is compiled only once
+# cached, so that equal options give the same function object, which is compiled only once
+@functools.lru_cache(maxsize=8)
 def _search(num_beams: int, length_penalty: float) -> Callable:
     return functools.partial(beam_search, num_beams=num_beams, length_penalty=length_penalty)
 

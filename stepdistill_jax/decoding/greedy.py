@@ -106,9 +106,8 @@ def bucketed(
     The longest rows come first, so that a lack of memory shows in the first batch. The last batch is filled
     up with rows of zeros.
     """
-    order = sorted(
-        range(len(rows)), key=lambda i: -len(rows[i])
-    )  # stable: rows of equal length keep their order
+    # `sorted` is stable, so rows of equal length keep their order
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = np.zeros((batch_size, bucket_length(len(rows[places[0]]))), np.int32)

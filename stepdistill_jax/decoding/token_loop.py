@@ -22,7 +22,8 @@ from stepdistill_jax.runtime.chips import chip_of
 # When at most a quarter of the rows are unfinished, they are gathered into a batch of a quarter of the size,
 # unless that is below 8 rows. This happens at most twice, since each size compiles one more step.
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
-KEPT = 1 / 8  # share of a GPU's memory that keys and values of the inputs may take if they only save time
+# share of a GPU's memory that keys and values of the inputs may take if they only save time
+KEPT = 1 / 8
 
 Memory = dict[str, Any]
 

@@ -122,7 +122,7 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
         raise InputError(
-            f"`layout`: hybrid needs several slices, since it keeps a copy in each; found one slice"
+            f"`layout`: hybrid keeps a copy of the parameters in each slice, and there is one slice"
             f" of {count} devices. Use fsdp, or set `Layout.dcn_data` to the number of copies"
         )
     if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:

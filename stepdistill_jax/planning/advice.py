@@ -113,9 +113,8 @@ def _slices(base: Base) -> list[int]:
     counts = [k for k in _COUNTS if config.num_microbatches < k <= most]
     sizes = base.found.get("per_device", {})
     enough = counts[-1:]
-    if (
-        "activations" in sizes
-    ):  # starts with the first count with which a slice's activations, its gradients and their sum fit
+    # starts with the first count with which a slice's activations, its gradients and their sum fit
+    if "activations" in sizes:
         fixed = sizes["arguments"] + 2 * sizes["gradients"]
         part = sizes["activations"] * config.num_microbatches
         enough = [k for k in counts if fixed + part / k <= base.target.limit] or enough

@@ -107,7 +107,9 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
             yield {"name": name, **too_large}
             continue
         if least is not None and flops > WASTE * least:
-            why = f"not compiled: {flops / least:.1f} times the FLOPs of a layout that fits"
+            why = (
+                f"not compiled: it takes {flops / least:.1f} times the FLOPs of a layout that fits"
+            )
             yield {"name": name, **_about(config, target, layout), "fits": None, "error": why}
             continue
         tried = list(_policies(config, target, name, layout))

@@ -142,13 +142,12 @@ class Costs:
         written = sum(map(self._in_memory, results))
         if opcode in _SLICES:  # a slice reads as much as it writes
             return 2 * written
-        if opcode == "dynamic-update-slice":  # works in place, so it reads and writes only the update
+        if opcode == "dynamic-update-slice":  # in place, so it reads and writes only the update
             return 2 * self._in_memory(operands[1].arrays[0])
         if opcode == "scatter":
             return 2 * sum(map(self._in_memory, operands[-1].arrays)) + written
-        if (
-            opcode in _COPIES
-        ):  # results are (destination, source, ...): the moved bytes count for each that is in main memory
+        # results are (destination, source, ...): the moved bytes count for each of them that is in main memory
+        if opcode in _COPIES:
             ends = results[:2]
             moved = min(array.bytes for array in ends)
             return sum(moved for array in ends if self._in_memory(array))

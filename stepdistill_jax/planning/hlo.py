@@ -204,7 +204,8 @@ def _instruction(line: str) -> Instruction:
     """Parses a line such as `ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
     is_root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    if rest.startswith("("):  # the shapes of a tuple contain spaces, so they end at the closing parenthesis
+    # the shapes of a tuple contain spaces, so they end at its closing parenthesis
+    if rest.startswith("("):
         end = _closing(rest, 0) + 1
         shapes, rest = rest[:end], rest[end:].lstrip()
     else:

@@ -7,7 +7,7 @@ from stepdistill_jax.models.positions import ROPE
 from stepdistill_jax.planning.costs import Cost, is_kernel
 from stepdistill_jax.planning.hlo import Instruction, Module
 
-ATTENTION_PRODUCTS = "attention: its products"
+ATTENTION_PRODUCTS = "attention: matmuls"
 ATTENTION_ELEMENTWISE = "attention: elementwise"
 ATTENTION_KERNEL = "attention: kernel"
 PROJECTIONS = "attention: projections"

@@ -113,11 +113,11 @@ def workload(
         count = 1 if config.pack or config.pairs else len(config.objectives)
         groups = ((config.batch_size, inputs, targets),) * count
         assumptions.append(
-            f"dataset {config.task!r} is not prepared here: "
+            f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example of a step (short rows pack into fewer: set `rows`)"
+                "one packed row for each example; short rows pack into fewer: set `rows`"
                 if config.pack
-                else "rows as long as `input_length` and `target_length`"
+                else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")
             )
         )
@@ -170,9 +170,10 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
         return new_model(config, data)
     model = new_model(config, None)
     missing = (
-        f"dataset {config.task!r} is not prepared here"
+        f"dataset {config.task!r} is not prepared here, so the model is assumed"
         if config.init_from is None
-        else f"`init_from` {config.init_from} does not exist here: {config.model_family} {config.model_size}"
+        else f"`init_from` {config.init_from} does not exist here, so the model is assumed to be"
+        f" {config.model_family} {config.model_size}"
     )
-    assumptions.append(f"{missing}, with the published vocabulary of {model.vocab_size}")
+    assumptions.append(f"{missing} with the published vocabulary of {model.vocab_size} ids")
     return model

@@ -115,11 +115,11 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
         (
             Layout(dcn_data=3, fsdp=-1),
             "dcn_data x data x fsdp x tensor = 3 x 1 x -1 x 1 does not fit 8 devices; nearest that"
-            " does: dcn_data=4, fsdp=2",
+            " fits: dcn_data=4, fsdp=2",
         ),
         (
             "hybrid",
-            "keeps a copy in each slice, and there is one slice",
+            "keeps a copy of the parameters in each slice, and there is one slice",
         ),
         ("fdsp", "one of data, fsdp, fsdp_tensor, tensor, hybrid, not .*mean 'fsdp'"),
     ],

@@ -21,7 +21,7 @@ FEW_KEYS = 32  # for float32, and on an A100; with 64, shared memory or register
 LOG2_E = math.log2(math.e)
 _HIDDEN = -1e30  # score of a hidden key; its weight is 0, whatever the maximum is
 LOWEST = -1e20  # start of a running maximum; far above _HIDDEN, so hidden keys get weights of 0
-NO_KEY = 1e30  # base-2 log-sum that is stored for a query that sees no key; it makes all its weights 0
+NO_KEY = 1e30  # base-2 log-sum of a query that sees no key; it makes all its weights 0
 _EVERY = 2**30  # greater than any segment
 
 
@@ -185,7 +185,8 @@ def key_tiles(call, halves, segments, start):
     """Returns the range (first, end) of the key tiles that a program's queries may see."""
     own = [queries.segments for queries in halves]
     first, last = _span(own, _whole(segments, call.k_len), call.keys)
-    if call.causal:  # the end is rounded up; after it, all keys are later than the program's last query
+    # The end is rounded up. After it, all keys are later than the program's last query.
+    if call.causal:
         last = jnp.minimum(last, jax.lax.div(start + call.queries + call.keys - 1, call.keys))
     return first, last
 
@@ -193,7 +194,8 @@ def key_tiles(call, halves, segments, start):
 def query_tiles(call, keys, segments):
     """Returns the range (first, end) of the programs whose queries may see a tile of keys."""
     first, last = _span([keys.segments], _whole(segments, call.q_len), call.queries)
-    if call.causal:  # the first is rounded down; before it, all queries are earlier than the first key
+    # The first is rounded down. Before it, all queries are earlier than the first key.
+    if call.causal:
         first = jnp.maximum(first, jax.lax.div(keys.start, call.queries))
     return first, last
 
