@@ -357,7 +357,7 @@ class Batches:
 
     @functools.cached_property
     def lengths(self) -> tuple[tuple[int, int], ...]:
-        """The (input, target) lengths of each group."""
+        """The input length and the target length of the rows of each group."""
         if self.pack:
             return (self.row_lengths,)
         if self.pairs:

@@ -203,7 +203,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
                 room[0] -= n_in
                 room[1] -= n_out
         if not segment:  # an empty packed row takes any row that is not too long
-            raise ValueError(f"a row is longer than the capacity {capacity}")
+            raise ValueError(f"a row is longer than the (input, target) capacity {capacity}")
         num_rows += 1
     index, *values = np.array(placed, np.int64).T
     columns[:, index] = values

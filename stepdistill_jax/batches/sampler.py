@@ -266,7 +266,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Function (store, epoch) -> the permuted pool; it caches two permutations per store on average."""
+        """Function from (store, epoch) to the permuted pool. It caches two permutations per store on average."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -276,7 +276,7 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Function block -> (store of each position, turn of that store): two arrays [65,536]."""
+        """Function from the index of a block to the store and the turn of each position, two arrays [65,536]."""
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))

@@ -193,7 +193,7 @@ def _keep_ended(ended, candidates, ends, penalty):
 
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Takes items of each row: x [batch, n, ...], places [batch, m] -> [batch, m, ...]."""
+    """Takes, from each row of x [batch, n, ...], the items at `places` [batch, m]: [batch, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(x, places)
 
 

@@ -90,7 +90,9 @@ class ChoiceScorer:
             ValueError: a row has no ids or no answers, or an answer has no ids.
         """
         if len(rows) != len(answers) or not all(map(len, rows)) or not all(map(len, answers)):
-            raise ValueError("each row needs ids and at least one answer")
+            raise ValueError(
+                "each row needs ids and at least one answer, and each list of answers needs a row"
+            )
         if not all(all(map(len, of_row)) for of_row in answers):
             raise ValueError("each answer needs ids, at least its end of sequence")
         scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
@@ -120,7 +122,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
     rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
 
     def score(params, arrays):
-        """Returns the log probability of each token of [rows, decoder rows, width] targets."""
+        """Returns the log probability of each target token, [rows, decoder rows, width] float32."""
         inputs, targets, segments = arrays
         variables = {"params": params}
         present = (inputs != PAD_ID).astype(jnp.int32)

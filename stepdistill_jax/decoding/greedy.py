@@ -292,7 +292,9 @@ class LabelDecoder:
             ValueError: a row has no ids.
         """
         if not all(map(len, rows)):
-            raise ValueError(f"row {[len(r) for r in rows].index(0)} has no ids")
+            raise ValueError(
+                f"row {[len(r) for r in rows].index(0)} has no ids; an input needs at least one"
+            )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )

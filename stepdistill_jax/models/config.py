@@ -100,9 +100,15 @@ class Side:
                 f"`num_kv_heads`: {self.num_kv_heads} does not divide the {self.num_heads} heads"
             )
         if self.rope_theta is not None and self.head_dim % 2:
-            raise refused("head_dim", "even, since rotary positions turn pairs", self.head_dim)
+            raise refused(
+                "head_dim", "even, since rotary positions rotate pairs of features", self.head_dim
+            )
         if self.windows is not None and len(self.windows) != self.num_layers:
-            raise refused("windows", f"one for each of {self.num_layers} layers", self.windows)
+            raise refused(
+                "windows",
+                f"a tuple with one window for each of {self.num_layers} layers",
+                self.windows,
+            )
 
     @property
     def joined_kv(self) -> int:

@@ -281,7 +281,9 @@ def start_cache(
         ValueError: the parameters or the configuration have adapters, which decoding would ignore.
     """
     if config.lora is not None or has_adapters(params):
-        raise ValueError("decoding needs plain weights: call models.lora.merge first")
+        raise ValueError(
+            "the model has LoRA adapters, and decoding needs plain weights: call models.lora.merge first"
+        )
     kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
     side = config.decoder
     heads = (side.num_kv_heads, side.head_dim)

@@ -110,7 +110,7 @@ def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
         ValueError: `params` have adapters but `config` does not, or the other way round.
     """
     if has_adapters(params) != (config.lora is not None):
-        raise ValueError("parameters and configuration disagree on whether there are adapters")
+        raise ValueError("`params` and `config` disagree on whether the model has adapters")
     if config.lora is None:
         return params, config
     adapters, frozen = split(params)

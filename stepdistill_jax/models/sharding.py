@@ -223,7 +223,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array [batch, ...] that is cut by rows."""
+    """Returns the sharding of an array [batch, ...] whose rows are cut over the mesh."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -71,7 +71,7 @@ def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str 
     named = layouts_for(model, devices)
     if " " in layout and layout not in named:
         raise InputError(
-            f"`layout` {layout}: on {devices} devices this model can use {', '.join(named)}"
+            f"`layout` {layout}: it does not fit; on {devices} devices this model can use {', '.join(named)}"
         )
     return named.get(layout, layout)
 
@@ -180,7 +180,7 @@ def too_large_a_state(
 
 
 def _about(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, Any]:
-    """Returns the mesh, the rows and the work of a candidate."""
+    """Returns the entries of a candidate that are known before it is compiled: the mesh, the rows and the work."""
     multiple = row_multiple(config, target, layout)
     rows = target.work.rows_of(multiple)
     return {

@@ -1,4 +1,4 @@
-"""Computes a lower bound of the time to decode a batch of labels, on chips that need not exist here."""
+"""Computes a lower bound of the time to decode a batch of labels on chips that this machine need not have."""
 
 import dataclasses
 import os

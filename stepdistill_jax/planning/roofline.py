@@ -52,7 +52,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Lower bound of one run of a module on one device.
+    """Lower bound of the time of one run of a module on one device.
 
     Attributes:
         chip: the chip for which it was compiled.

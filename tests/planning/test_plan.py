@@ -464,7 +464,7 @@ def test_a_layout_that_does_not_divide_is_refused():
     with pytest.raises(InputError, match="does not fit 8 devices"):
         plan(CONFIG, devices=8, layout=Layout(fsdp=3))
     with pytest.raises(
-        InputError, match=r"`layout` fsdp_tensor 32x8: on 8 devices .* fsdp_tensor 4x2"
+        InputError, match=r"`layout` fsdp_tensor 32x8: .* on 8 devices .* fsdp_tensor 4x2"
     ):
         plan(CONFIG, devices=8, layout="fsdp_tensor 32x8")
 

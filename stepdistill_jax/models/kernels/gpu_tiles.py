@@ -42,7 +42,7 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """Number of 64-query tiles in a program."""
+        """Number of halves of a program, with 64 queries each: 1 or 2."""
         return 1 if self.q_len <= HALF else 2
 
     @property
