@@ -125,9 +125,9 @@ class Batches:
             targets are truncated in the same way.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
         pack: whether to pack the rows. If False, they are padded: each objective has its own group (with
-            `pairs`, all objectives share one), in which row i belongs to the i-th example of the step. All
-            rows of a group are padded to the longest row that the data has for it. Encodings are not
-            shared.
+            `pairs`, all objectives share one), in which row i belongs to the i-th example of the step. The
+            rows of a group are as long as the longest row that the data has for the group. Encodings are
+            not shared.
         row_multiple: the number of rows of a batch is a multiple of this number, which is the number of
             devices that share a batch times the number of microbatches.
         data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
@@ -253,7 +253,7 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Number of steps in which the run takes as many examples as are in use; may be a fraction."""
+        """Number of steps in an epoch, which may be a fraction: the number of examples in use / `batch_size`."""
         return self.num_examples / self.batch_size
 
     @property
@@ -268,7 +268,7 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps in which each example is taken once, if `shuffle` is False."""
+        """Number of steps of batches without `shuffle`, which take each example once."""
         return -(-self.num_examples // self.batch_size)
 
     @functools.cached_property
@@ -297,22 +297,23 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """The divisor that a block's row count needs so that a batch's row count is divisible by `row_multiple`.
+        """The number of which a block's row count must be a multiple.
 
-        Example: with 4 shards and a `row_multiple` of 6 it is 3. A batch then has 4 blocks of 3k rows
-        each, so 12k rows in total, which 6 divides.
+        With it, the row count of a batch is a multiple of `row_multiple`. Example: with 4 shards and a
+        `row_multiple` of 6, this number is 3. A batch then has 4 blocks of 3k rows each, so 12k rows.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the rounded-up number of rows of a batch whose fullest shard needs `num_rows` rows."""
+        """Returns the number of rows of a batch, after rounding up, whose fullest shard needs `num_rows` rows."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
         With `pairs`, these are the largest total input length and the largest total target length of
-        any example. If rationales are sampled, only the longest rationale of an example counts.
+        any example. If rationales are sampled, these totals include only the longest rationale of an
+        example.
         """
         return self._longest
 
@@ -423,7 +424,8 @@ class Batches:
 
         Args:
             shards: some or all shards of one step.
-            fullest: number of rows that the fullest of all shards of the step needs, given here or not.
+            fullest: number of rows that the fullest of all shards of the step needs. That shard need not be
+                one of the given ones.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)

@@ -97,7 +97,12 @@ class Encodings:
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
     def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the place of each example, ascending, [examples], and its total lengths, [examples, 2]."""
+        """Sums up the encodings of each example.
+
+        Returns:
+            The places of the examples, ascending, [examples], and their total input and target lengths,
+            [examples, 2].
+        """
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
         return places, np.stack(sums, 1).astype(np.int64)
@@ -211,9 +216,10 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """One of the two lists of waiting rows of `first_fit`, sorted by one length, the longest first.
+    """One of the two lists of waiting rows in `first_fit`, sorted by one of their lengths, the longest first.
 
-    The input list (`side` 0) is sorted by input length, and the target list (`side` 1) by target length.
+    The sorting length is the input length in the input list (`side` 0), and the target length in the target
+    list (`side` 1).
     """
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
@@ -225,7 +231,7 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position at which the length that sorts the list fits; later ones fit as well."""
+        """Returns the first position whose sorting length fits into `room`. At all later positions, it fits, too."""
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
         if room[1 - self._side] < self._least_other:
@@ -243,7 +249,7 @@ class _Decreasing:
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
         """Returns the positions, input lengths and target lengths of about 24 candidates.
 
-        A candidate's length that sorts the list fits, but its other length may not. The candidates are
+        The sorting length of a candidate fits into `room`, but its other length may not. The candidates are
         evenly spread over the list, so they include long and short rows.
         """
         start = self._from(room)
@@ -458,8 +464,9 @@ def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray)
     """Returns, for each row, the number (from 1) of its example within the packed row, [rows].
 
     The examples of a packed row that have several targets are numbered first, from left to right, and
-    those with a single target after them. Since the former have at least two target tokens each, their
-    numbers are at most half of the packed row's target length.
+    those with a single target after them. An example with several targets has at least two target tokens. So
+    the numbers of these examples are at most half of the packed row's target length, however many other
+    examples are in the row.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True
