@@ -179,7 +179,10 @@ def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax
 
 
 def _keep_ended(ended, candidates, ends, penalty):
-    """Returns the best answers of each row: of its finished answers and the candidates that end now, best first."""
+    """Returns the best answers of each row, chosen from its finished ones and the candidates that end now.
+
+    As many answers as there are beams are kept, the best first.
+    """
     new = {
         **candidates,
         "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),

@@ -198,7 +198,10 @@ def _fits(params: Any, mesh: Mesh) -> bool:
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:
-    """Starts a function of `jit_over_rows`. `arrays` is a tree of NumPy arrays, the same in each process."""
+    """Calls a function that `jit_over_rows` returned, without waiting for its results.
+
+    `arrays` is a tree of NumPy arrays [rows, ...], which must be the same in each process.
+    """
     if mesh is None:
         return fn(params, arrays)
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):

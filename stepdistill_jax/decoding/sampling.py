@@ -35,7 +35,7 @@ def sample_decode(
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         rng: a key of `jax.random`.
-        temperature: divides the logits; above 0.
+        temperature: number above 0 by which the logits are divided.
         top_k: only the `top_k` likeliest tokens (and tokens tied with the last of them) can be drawn;
             0 means all tokens.
         top_p: of the tokens that `top_k` leaves, only the smallest set of likeliest tokens whose total
@@ -70,7 +70,7 @@ def sample_decode(
 
 
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Divides logits [..., vocab] by `temperature` and sets those of tokens that cannot be drawn to -inf.
+    """Divides logits [..., vocab] by `temperature`, and sets the logits of tokens that cannot be drawn to -inf.
 
     The three options have the same meaning as in transformers and are applied in the same order
     (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`).

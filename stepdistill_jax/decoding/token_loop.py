@@ -238,7 +238,7 @@ def _sizes(batch: Any) -> list[int]:
 
 
 def _take_rows(arrays: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
-    """Takes the given rows of each array: along axis 1 if the array has a layer axis, otherwise axis 0."""
+    """Takes the given rows of each array. Rows are axis 1 of arrays with a layer axis, and axis 0 of all others."""
 
     def take(name: str, x: Any) -> Any:
         axis = 1 if name == "cache" or name.startswith("cross") else 0

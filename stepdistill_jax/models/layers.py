@@ -248,8 +248,8 @@ class Attention(nn.Module):
         Args:
             x: the decoder's states, [batch, q, embed].
             encoded: the encoder's states, [batch, k, inputs].
-            transposed: the encoder's states as [batch, inputs, k]. They are given transposed, so that not
-                every call needs to transpose them.
+            transposed: the encoder's states as [batch, inputs, k]. The caller transposes them only once, so
+                this method need not do it for each token.
             segments: segments of the queries and of the keys.
         """
         c = self.config

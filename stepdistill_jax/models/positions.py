@@ -18,8 +18,7 @@ def relative_buckets(
 
     Half of the buckets are for one distance each. The others are for ranges of distances, which become wider on a
     logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1). In packed rows,
-    positions may be counted from the start of the row, since each segment is contiguous, so distances inside a
-    segment are the same.
+    positions may be counted from the start of the row, since only distances matter and each segment is contiguous.
     """
     # bidirectional, 32 buckets: a key 3 places before its query has bucket 3, and a key 3 places after it has
     # bucket 16 + 3. Keys 16 and 22 places before it share bucket 10. Causal: all keys after the query have bucket 0.

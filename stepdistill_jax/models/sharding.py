@@ -182,7 +182,7 @@ def _nearest_layout(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """Returns the devices as an array [data, fsdp, tensor]. If there are several slices, its first axes cut them."""
+    """Returns the devices as an array [data, fsdp, tensor]. Several slices are arranged along its first axes."""
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(d, "slice_index", None) for d in devices})
@@ -262,8 +262,8 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
     """Returns the indices of the blocks of a batch that the given devices need, ascending.
 
     A batch is `num_blocks` equal blocks of rows, and a device needs each block that contains any of its
-    rows. Two processes may need the same block: if the boundary between their rows is inside it, or if a
-    tensor axis spans processes.
+    rows. Two processes need the same block if the boundary between their rows is inside it, or if a tensor
+    axis spans processes.
 
     Args:
         mesh: the mesh over which the rows are cut.
@@ -310,8 +310,8 @@ def _check_divisible(
     """Raises InputError if the size of a mesh axis does not divide a dimension that the axis cuts.
 
     `heads`, the number of key/value heads of each side, is checked as well, since a cut must not split a
-    head. The shape [embed, 128] of a kernel does not show that it has 2 heads of width 64, and so can be cut
-    into at most two parts.
+    head. For example, a kernel of shape [embed, 128] with 2 heads of width 64 can be cut into at most two
+    parts, which its shape does not show.
     """
     wrong: dict[str, str] = {}
     # greatest common divisor of the dimensions that an axis cuts

@@ -174,8 +174,8 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
     """Returns the window of each layer for `attention.attention`, [layers] int32.
 
     The windows in `Side.windows` have the meaning of Hugging Face: an encoder sees the distances <= window, and a
-    decoder sees the distances < window. The result is None if no window masks anything, because rows of
-    `longest` places fit into each of them.
+    decoder sees the distances < window. The result is None if each window is at least as long as the rows, which
+    have `longest` places, so that no window masks anything.
     """
     # `attention` masks distances >= window, so the window of an encoder becomes one more. A window of 0, which
     # means all, becomes more than any length.
@@ -186,10 +186,11 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
 
 
 def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
-    """Returns a module that applies `length` layers in a loop, or unrolled, as `config.scan_layers` says.
+    """Returns a module that applies `length` layers, one after the other.
 
-    In both cases, the parameters of the layers are stacked along axis 0. `config.remat_policy` decides what the
-    backward pass recomputes.
+    They are a loop if `config.scan_layers` is True, and otherwise the loop is unrolled. In either case, the
+    parameters of the layers are stacked along axis 0. `config.remat_policy` decides what the backward pass
+    recomputes.
     """
     policies = jax.checkpoint_policies
     policy = {

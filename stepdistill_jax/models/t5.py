@@ -12,7 +12,7 @@ from stepdistill_jax.runtime.checks import keep, whole
 class T5Config(ModelConfig):
     """Configuration of a T5, whose encoder and decoder have the same width.
 
-    The attributes have the names of T5X's `network.py`. The names in Hugging Face's config.json are in brackets.
+    The attributes have the names of T5X's `network.py`. The names in Hugging Face's config.json are in parentheses.
 
     Attributes:
         emb_dim: model width (`d_model`).
@@ -22,7 +22,7 @@ class T5Config(ModelConfig):
         num_encoder_layers: number of layers of the encoder (`num_layers`).
         num_decoder_layers: number of layers of the decoder (`num_decoder_layers`).
         num_buckets: number of buckets of the relative position bias (`relative_attention_num_buckets`).
-        max_distance: distance from which on all positions share a bucket (`relative_attention_max_distance`).
+        max_distance: all distances from this one on share a bucket (`relative_attention_max_distance`).
         shared_relative_position_bias: whether all layers of a side share one table of biases. In UMT5, each
             layer has its own table.
         scale_decoder_outputs: whether the input of the output layer is divided by sqrt(emb_dim), as in v1.0

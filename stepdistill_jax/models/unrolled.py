@@ -1,8 +1,8 @@
 """Rearranges the decoder's parameters into the form that a GPU reads fastest at each token.
 
 For each token, a loop over stacked layers would copy each layer's matrices out of the stack, and concatenate
-the projections of the same input. Here the stacked layers are split into one tree per layer, and the projections
-of the same input are joined to one matrix, both only once.
+the projections of the same input. Here this is done only once, before the first token: the stacked layers are
+split into one tree per layer, and the projections of the same input are joined into one matrix.
 """
 
 from collections.abc import Mapping

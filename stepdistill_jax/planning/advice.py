@@ -173,9 +173,10 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the layout with the least work, among all other layouts than the base's.
+    """Compiles the config in the layout with the least work, apart from the base's own layout.
 
-    On a tie, this is the one with the smallest state on a device. The list is empty if the layout does not fit.
+    If several layouts have the least work, the one with the smallest state on a device is compiled. Returns a list
+    with this candidate, or [] if it does not fit.
     """
     config, target = base.config, base.target
 
@@ -199,9 +200,9 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """Yields the base's config on 2 or 4 times as many devices: the smaller number with which it fits.
+    """Tries the base's config on 2 and then on 4 times as many devices, and yields the first candidate that fits.
 
-    Yields nothing if it fits with neither, or if it would get many empty rows.
+    Nothing is yielded if none fits, or if more devices would add many empty rows.
     """
     config, name = base.config, base.found["name"]
     if base.given and name not in LAYOUTS:

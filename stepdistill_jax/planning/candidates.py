@@ -36,7 +36,7 @@ class Target:
 
 
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
-    """Returns a dict from names to layouts of the devices, with all layouts whose axes divide the model's dimensions."""
+    """Returns a dict from names to layouts: all layouts of the devices whose axes divide the model's dimensions."""
 
     # `models.sharding` cuts the width over fsdp, and vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:
@@ -77,7 +77,7 @@ def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str 
 
 
 def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
-    """Returns a dict from names to the layouts for a target, those with the fewest FLOPs in a step first."""
+    """Returns a dict from names to layouts for a target, sorted by the FLOPs of a step, the fewest first."""
 
     def flops(item: tuple[str, Layout]) -> float:
         return target.work.step_flops(row_multiple(config, target, item[1]))
