@@ -253,10 +253,10 @@ def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """Returns the FLOPs of a convolution, as which the TPU compiler writes matmuls.
+    """Returns the FLOPs of a convolution.
 
-    Batch dimensions of a matmul become spatial dimensions of the convolution. Only the pairs of a kernel position
-    and an input position that are not in the padding count.
+    The TPU compiler writes matmuls as convolutions, whose spatial dimensions are the batch dimensions of the matmul.
+    A pair of a kernel position and an input position counts only if the input position is not padding.
     """
     left, right = (computation.by_name[name].arrays[0] for name in convolution.operands[:2])
     out = convolution.arrays[0]

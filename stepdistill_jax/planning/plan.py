@@ -61,7 +61,7 @@ def plan(
 
         `devices`, `device_kind`: number and kind of the devices.
         `hbm`, `limit`: bytes of a device's memory, and bytes of it that a step may take.
-        `assumptions`: a sentence for each assumption.
+        `assumptions`: a string for each assumption.
         `model`: the fields of the model's configuration.
         `candidates`: for each candidate, a dict of `Figures.to_json` with `name`, `fits` and `work` (the FLOPs of
         the step divided by the FLOPs that the same tokens need on one device). A candidate that was not compiled

@@ -34,8 +34,8 @@ class StepRows:
     """The rows of a step for one row multiple (batch shards x microbatches).
 
     Attributes:
-        groups: (rows, input length, target length) of each group. The rows are rounded up so that the row
-            multiple divides them.
+        groups: (rows, input length, target length) of each group, where the number of rows is rounded up to a
+            multiple of the row multiple.
         filled: number of rows of all groups that are not only padding. A step computes the other rows as well.
     """
 
@@ -63,9 +63,9 @@ class Workload:
     assumptions: tuple[str, ...]
 
     def step_flops(self, multiple: int) -> float:
-        """Returns the FLOPs of a step whose row counts `multiple` divides.
+        """Returns the FLOPs of a step whose row counts are rounded up to multiples of `multiple`.
 
-        Rows that are only padding are included. With a multiple of 1, the result is about what the tokens need.
+        Rows that are only padding are included. With a `multiple` of 1, the result is about what the tokens need.
         """
         return sum(
             train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)

@@ -85,7 +85,10 @@ def attention(
 
 
 def _is_hopper(kind: str) -> bool:
-    """Returns whether matmuls read their factors from shared memory. Also True for a CPU, which interprets the program."""
+    """Returns whether matmuls read their factors from shared memory.
+
+    It is also True for a CPU, which interprets the program.
+    """
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 
 

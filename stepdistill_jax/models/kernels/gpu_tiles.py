@@ -223,7 +223,7 @@ def _span(own, others, tile):
 
 
 def _pair(queries, keys, keys_first):
-    """Returns both vectors with an added axis each, so that they broadcast to the shape of a tile."""
+    """Returns both vectors with one more axis, so that they broadcast to the shape of a tile."""
     if keys_first:
         return queries[None, :], keys[:, None]
     return queries[:, None], keys[None, :]
@@ -269,9 +269,9 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns which of the places are before the end of the array, [count] bool.
+    """Returns which of `count` places from `start` on are before the end of an array of `length`, [count] bool.
 
-    Returns None, for no mask, if the programs, of `step` places each, end exactly at the end of the array.
+    If `step`, the number of places of a program, divides `length`, all places are, and the result is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
