@@ -23,13 +23,12 @@ OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of old
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): the rank for each projection.
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a rank for each projection, where 0 means no adapter.
 
-    A rank of 0 means no adapter. The fields have the names of the parameter tree, and a rank applies to every
-    layer of encoder and decoder.
+    The fields have the names of the parameter tree. A rank applies to every layer of encoder and decoder.
 
     Attributes:
-        query, key, value, out: ranks for self-attention and for attention to the encoder.
+        query, key, value, out: rank for this projection in self-attention and in attention to the encoder.
         wi: rank for the feed-forward block's input projection, or for each of the two in a gated block.
         wo: rank for the feed-forward block's output projection.
         alpha: an adapter's output is multiplied by alpha / rank.
